@@ -1,0 +1,1 @@
+"""What a bug-report flow imports to read a vitalsd sidecar."""

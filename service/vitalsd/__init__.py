@@ -1,0 +1,1 @@
+"""A local metrics sidecar: one process's CPU, memory and threads, on Linux and macOS."""

@@ -1,0 +1,199 @@
+"""
+The wire contract: what ``GET /metrics`` answers and ``runtime-metrics.json`` holds.
+
+These models declare the schema and read answers on the client's side. The service itself writes
+prepared bytes (`vitalsd.wire`); a property test holds the two together.
+
+Units are in the names: ``_ms``, ``_secs``, ``_kb`` (KiB), ``_ns``, ``_percent`` (100 = one core busy).
+"""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+__all__ = [
+    "Accounting",
+    "FullMetrics",
+    "FullProcess",
+    "FullThread",
+    "Host",
+    "Measured",
+    "Platform",
+    "ProcessMetrics",
+    "Resolution",
+    "RuntimeMetrics",
+    "Target",
+    "ThreadMetrics",
+    "Unavailable",
+    "Window",
+    "parse_runtime_metrics",
+]
+
+Platform = Literal["linux", "macos"]
+
+Percent = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SignedPercent = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ProcessMetrics(_Wire):
+    """The process as a whole, over the window."""
+
+    cpu_percent: Percent = Field(
+        description="CPU time of all threads, living and exited, per measured time. 100 = one core busy; may exceed 100."
+    )
+    rss_kb: Count = Field(description="Resident memory at the end of the window, KiB.")
+    vm_size_kb: Count = Field(description="Virtual address space at the end of the window, KiB.")
+    uptime_secs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        description="Seconds since the target process started; unaffected by wall-clock steps."
+    )
+
+
+class ThreadMetrics(_Wire):
+    """One thread alive at the end of the window."""
+
+    tid: Count = Field(
+        description="The kernel's thread id: Linux tid, macOS 64-bit thread_id; equals Python's get_native_id()."
+    )
+    name: str = Field(description="The operating system's name of the thread, '' if it has none.")
+    cpu_percent: Percent = Field(
+        description="100 = one core busy. A thread born inside the window reads 0 in the basic answer."
+    )
+
+
+class Measured(_Wire):
+    """Numbers of one process over one window: the basic answer."""
+
+    sample_window_ms: Count = Field(
+        description="The time that was really measured between the two snapshots, ms."
+    )
+    process: ProcessMetrics
+    threads: tuple[ThreadMetrics, ...]
+    platform: Platform
+
+
+class Unavailable(_Wire):
+    """The numbers cannot be had, and why."""
+
+    platform: str
+    available: Literal[False]
+    reason: str = Field(description="One sentence a developer can act on.")
+
+
+class Target(_Wire):
+    """The process that was measured. ``start_id`` names this run of it and no other."""
+
+    pid: Count
+    name: str
+    started_at: datetime = Field(description="Wall-clock start, UTC.")
+    start_id: str = Field(description="pid, start time and boot, so that a reused pid differs.")
+
+
+class Window(_Wire):
+    """The time the numbers cover."""
+
+    requested_ms: Count
+    measured_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    mode: Literal["wait", "trailing"]
+    started_at: datetime
+    ended_at: datetime
+    suspended: bool = Field(description="The machine slept inside the window; rates are over the time awake.")
+
+
+class FullProcess(ProcessMetrics):
+    """``detail=full``: more of the process. A field the platform lacks is null."""
+
+    user_percent: Percent | None
+    system_percent: Percent | None
+    cpu_percent_error: Percent = Field(
+        description="Half-width of the error bar of cpu_percent, from clock grain, lag and read skew."
+    )
+    footprint_kb: Count | None = Field(description="macOS physical footprint (Activity Monitor's Memory), KiB.")
+    peak_rss_kb: Count | None
+    swap_kb: Count | None = Field(description="Linux VmSwap, KiB.")
+    thread_count: Count
+    open_fds: Count | None
+    minor_faults: Count | None = Field(description="Page faults served without IO since the start.")
+    major_faults: Count | None = Field(description="Page faults that needed IO since the start.")
+    idle_wakeups: Count | None = Field(description="macOS: package idle wakeups since the start.")
+    interrupt_wakeups: Count | None = Field(description="macOS: interrupt wakeups since the start.")
+    energy_nj: Count | None = Field(description="macOS on Apple silicon: energy used since the start, nJ.")
+    p_core_percent: Percent | None = Field(
+        description="macOS on Apple silicon: part of cpu_percent that ran on performance cores."
+    )
+
+
+class FullThread(ThreadMetrics):
+    """``detail=full``: more of a thread. ``cpu_percent`` covers a thread born in the window too."""
+
+    user_percent: Percent | None
+    system_percent: Percent | None
+    cpu_percent_error: Percent
+    cpu_time_ns: Count = Field(description="CPU time since the thread started, ns.")
+    state: str | None = Field(description="running, sleeping, waiting, stopped, dead, ... as the kernel says.")
+    priority: int | None
+    born_in_window: bool
+
+
+class Accounting(_Wire):
+    """The books: process = living + exited + unattributed, in percent of one core."""
+
+    process_percent: Percent
+    living_percent: Percent = Field(description="CPU of the threads alive at the end of the window.")
+    exited_percent: Percent = Field(description="CPU of threads that ended inside the window.")
+    unattributed_percent: SignedPercent = Field(
+        description="The rest: readings are not taken at one instant. May be negative."
+    )
+
+
+class Resolution(_Wire):
+    """How fine and how fresh the thread CPU counters are."""
+
+    cpu_ns: Count = Field(description="Smallest step of a thread's CPU counter, ns.")
+    lag_ns: Count = Field(description="How far the counter of a thread that is running now may lag, ns.")
+    source: str
+
+
+class Host(_Wire):
+    """The machine, without anything that names it."""
+
+    cpu_count: Count
+    os: str
+    os_version: str
+    arch: str
+
+
+class FullMetrics(Measured):
+    """``detail=full``: the basic answer with more fields."""
+
+    process: FullProcess
+    threads: tuple[FullThread, ...]
+    schema_: Literal[1] = Field(alias="schema")
+    target: Target
+    window: Window
+    accounting: Accounting
+    resolution: Resolution
+    host: Host
+    truncated: bool = Field(description="The list of threads was cut by limit=.")
+    warnings: tuple[str, ...]
+
+
+RuntimeMetrics = FullMetrics | Measured | Unavailable
+"""Untagged: a reader tells `Unavailable` by ``available``, `FullMetrics` by ``schema``."""
+
+_adapter: TypeAdapter[RuntimeMetrics] = TypeAdapter(RuntimeMetrics)
+
+
+def parse_runtime_metrics(body: bytes | str) -> RuntimeMetrics:
+    """
+    Read an answer of ``GET /metrics`` or the content of ``runtime-metrics.json``.
+
+    Raises:
+        pydantic.ValidationError: it is none of the variants.
+    """
+    return _adapter.validate_json(body)

@@ -1,0 +1,137 @@
+"""
+Where numbers come from: one `Source` per target process, one module per kernel.
+
+Errors a source may raise, each with a sentence that reaches the user as it is::
+
+    SourceError
+    ├── NoSuchProcess    there is no such process
+    ├── AccessDenied     it exists, and this user may not read it
+    ├── TargetGone       it was being read and has exited (a reused pid counts as that)
+    ├── Unsupported      this platform or kernel cannot give the number
+    └── KernelError      the kernel answered something else
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from vitalsd.snapshot import Identity, Snapshot
+
+__all__ = [
+    "AccessDenied",
+    "KernelError",
+    "NoSuchProcess",
+    "ProcessEntry",
+    "Source",
+    "SourceError",
+    "TargetGone",
+    "Unsupported",
+    "list_processes",
+    "open_source",
+    "platform_name",
+]
+
+
+class SourceError(Exception):
+    """The numbers cannot be had; ``str(error)`` says why in a sentence."""
+
+
+class NoSuchProcess(SourceError):
+    """There is no such process."""
+
+
+class AccessDenied(SourceError):
+    """The process exists and this user may not read it."""
+
+
+class TargetGone(SourceError):
+    """The process has exited since it was opened, or is a zombie."""
+
+
+class Unsupported(SourceError):
+    """This platform or kernel cannot give the numbers."""
+
+
+class KernelError(SourceError):
+    """The kernel refused or answered out of contract."""
+
+
+class Source(Protocol):
+    """
+    Reads one process. Not thread-safe: all calls come from one thread.
+
+    A source holds on to the process it was opened for: when that exits, even if its pid is given
+    to another process, every later call raises `TargetGone`.
+    """
+
+    def identity(self) -> Identity:
+        """Which run of which process this reads. Raises `SourceError`."""
+        ...
+
+    def snapshot(self, *, extras: bool = False) -> Snapshot:
+        """
+        Read the counters now.
+
+        Args:
+            extras: also read what only ``detail=full`` shows (dearer: one more file per thread).
+
+        Raises:
+            SourceError: one of its subclasses; no partial snapshot is ever returned.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release every descriptor and port. A second call does nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEntry:
+    """A process this user may sample, as listed by `list_processes`."""
+
+    pid: int
+    name: str
+    started_unix_ns: int
+    cpu_ns: int
+    rss_bytes: int
+    thread_count: int
+    uid: int
+    """Effective user id, by which ``--name`` keeps to one user's processes."""
+
+
+def platform_name() -> str:
+    """``"linux"``, ``"macos"`` or Python's own name of another system."""
+    return "macos" if sys.platform == "darwin" else sys.platform
+
+
+def open_source(pid: int | None = None, *, proc_root: str = "/proc") -> Source:
+    """
+    Open the source for `pid` (default: this process) on this platform.
+
+    Args:
+        pid: target process id.
+        proc_root: Linux only: where procfs is mounted, e.g. ``/host/proc`` in a container.
+
+    Raises:
+        SourceError: `NoSuchProcess`, `AccessDenied`, or `Unsupported` on another platform.
+    """
+    if sys.platform == "linux":
+        from vitalsd.sources.linux import LinuxSource
+
+        return LinuxSource(pid, root=proc_root)
+    raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")
+
+
+def list_processes(*, proc_root: str = "/proc") -> Iterator[ProcessEntry]:
+    """
+    The processes this user may sample, by ascending pid; those that vanish meanwhile are skipped.
+
+    Raises:
+        Unsupported: on another platform.
+    """
+    if sys.platform == "linux":
+        from vitalsd.sources.linux import list_processes as processes
+
+        return processes(proc_root)
+    raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")

@@ -1,0 +1,332 @@
+"""
+The Linux source: ``/proc`` and the CPU clocks.
+
+Some facts about the kernel on which the design rests (v6.18; each has a test):
+
+- A descriptor of ``/proc/<pid>`` or of a file below it stays bound to that process or thread: after
+  its exit every read fails with ESRCH, even when the number has been given away again.
+- ``schedstat`` is the run time in ns, but of a thread that is running now it is only as fresh as the
+  last tick. ``clock_gettime`` on the clock of a thread of one's own process settles it first.
+- The CPU clock of a process is the sum of its living threads' run times plus that of its exited
+  ones, and may be read for any pid of our pid namespace by any user.
+- ``st_nlink`` of ``task/`` is 2 + the number of threads. Equal to the threads held open, and all of
+  them then readable: nobody came or went.
+- A dead main thread whose siblings live on is a zombie without memory, while ``task/`` still lists
+  the others. Only a zombie that is alone is a dead process.
+- At exec the calling thread takes over the id and the start time of the leader.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras
+from vitalsd.sources import (
+    AccessDenied,
+    KernelError,
+    NoSuchProcess,
+    ProcessEntry,
+    SourceError,
+    TargetGone,
+    Unsupported,
+)
+from vitalsd.sources.linux_threads import (
+    GONE,
+    USER_TICK_NS,
+    SchedstatFiles,
+    StatFiles,
+    ThreadClocks,
+    ThreadCounter,
+    ThreadTable,
+    read_file,
+)
+from vitalsd.sources.procfs import (
+    STATES,
+    Malformed,
+    Stat,
+    parse_run_times,
+    parse_stat,
+    parse_statm,
+    parse_status,
+)
+
+__all__ = ["LinuxSource", "list_processes"]
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+PF_KTHREAD = 0x00200000  # linux/sched.h
+
+
+class LinuxSource:
+    """
+    Reads one process of Linux; see `vitalsd.sources.Source`.
+
+    Args:
+        pid: target; ``None`` is this process.
+        root: where procfs is mounted. One of another pid namespace (a container's ``/host/proc``) is
+            read without CPU clocks, because those take pids of our own namespace.
+        fd_budget: descriptors that may be kept open for threads of another process; the rest are
+            opened at each read, three times dearer. Default: half of the soft limit.
+
+    Raises:
+        SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone`, `Unsupported` or `KernelError`.
+    """
+
+    def __init__(self, pid: int | None = None, *, root: str = "/proc", fd_budget: int | None = None) -> None:
+        self._pid = os.getpid() if pid is None else pid
+        self._root = root
+        if fd_budget is None:
+            fd_budget = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._fds: list[int] = []
+        self._threads: ThreadTable | None = None
+        try:
+            stat = self._attach()
+            same_namespace = self._in_our_namespace()
+            self._clock = self._process_clock() if same_namespace else None
+            with self._translated_errors():
+                counter = self._counter(stat, fd_budget, own=same_namespace and self._pid == os.getpid())
+                self._threads = ThreadTable(self._task, counter)
+        except BaseException:
+            self.close()
+            raise
+        self._counted_by = counter
+        self._start_ns = stat.start_ticks * USER_TICK_NS
+        self._identity = Identity(
+            platform="linux",
+            pid=self._pid,
+            name=stat.name,
+            boot_id=_boot_id(root),
+            start_key=stat.start_ticks,
+            started_unix_ns=time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + self._start_ns,
+        )
+
+    def identity(self) -> Identity:
+        return self._identity
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def snapshot(self, *, extras: bool = False) -> Snapshot:
+        with self._translated_errors():
+            return self._snapshot(extras)
+
+    def _snapshot(self, extras: bool) -> Snapshot:
+        if self._threads is None or not self._fds:
+            raise ValueError("the source is closed")
+        begun_ns = time.monotonic_ns()
+        cpu_before_ns = self._cpu_ns()
+        thread_cpu_ns = self._threads.read()
+        cpu_ns = self._cpu_ns()
+        monotonic_ns = time.monotonic_ns()
+        boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        wall_ns = time.time_ns()
+
+        # Read last: a descriptor that still answers proves that the pid, and its clock, were ours all along.
+        leader = parse_stat(os.pread(self._leader, 1024, 0))
+        vm_pages, rss_pages, text_pages = self._memory(leader)
+
+        warnings: list[str] = []
+        counter = self._counted_by
+        tids = self._threads.tids
+        extra = self._extras(warnings) if extras else None
+        living_ns = sum(thread_cpu_ns)
+        process_cut_ns = 0 if self._clock else 2 * USER_TICK_NS
+        return Snapshot(
+            monotonic_ns=monotonic_ns,
+            boottime_ns=boottime_ns,
+            wall_ns=wall_ns,
+            uptime_ns=max(0, boottime_ns - self._start_ns),
+            skew_ns=monotonic_ns - begun_ns,
+            cpu_ns=cpu_ns,
+            cpu_grain_ns=process_cut_ns or 1,
+            exited_cpu_ns=(
+                cpu_before_ns - living_ns - len(tids) * counter.cut_ns,
+                cpu_ns - living_ns + process_cut_ns,
+            ),
+            rss_bytes=rss_pages * PAGE_BYTES,
+            vm_bytes=vm_pages * PAGE_BYTES,
+            image=(*leader.image, text_pages),
+            tids=tids,
+            births=self._threads.births,
+            thread_cpu_ns=thread_cpu_ns,
+            names=self._threads.names,
+            thread_grain_ns=counter.grain_ns,
+            thread_lag_ns=counter.lag_ns,
+            source=counter.source,
+            extras=extra,
+            warnings=tuple(warnings),
+        )
+
+    def _cpu_ns(self) -> int:
+        """CPU time of living and exited threads, ns."""
+        if self._clock is None:
+            stat = parse_stat(read_file("stat", self._dir))
+            return (stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS
+        try:
+            return time.clock_gettime_ns(self._clock)
+        except OSError:  # EINVAL: no such process
+            raise ProcessLookupError from None
+
+    def _memory(self, leader: Stat) -> tuple[int, int, int]:
+        """Pages of address space, resident and text; told by a sibling if the main thread is dead."""
+        pages = parse_statm(os.pread(self._statm, 256, 0))
+        if pages[0] or leader.flags & PF_KTHREAD:
+            return pages
+        assert self._threads is not None
+        for tid in self._threads.tids:
+            try:
+                pages = parse_statm(read_file(f"{tid}/statm", self._task))
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
+                continue
+            if pages[0]:
+                return pages
+        raise TargetGone(f"target {self._pid} has exited; its parent has not yet collected it (zombie)")
+
+    def _extras(self, warnings: list[str]) -> Extras:
+        assert self._threads is not None
+        stats = self._threads.stats()
+        total = parse_stat(read_file("stat", self._dir))
+        sizes = parse_status(read_file("status", self._dir))
+        try:
+            open_fds = os.stat("fd", dir_fd=self._dir).st_size or len(os.listdir(f"{self._root}/{self._pid}/fd"))
+        except PermissionError:
+            open_fds = None
+            warnings.append("open_fds: only its own user may count the descriptors of this process")
+        return Extras(
+            threads=ThreadExtras(
+                user_ns=[s.utime_ticks * USER_TICK_NS if s else 0 for s in stats],
+                system_ns=[s.stime_ticks * USER_TICK_NS if s else 0 for s in stats],
+                states=[STATES.get(s.state) if s else "dead" for s in stats],
+                priorities=[s.priority if s else None for s in stats],
+            ),
+            user_ns=total.utime_ticks * USER_TICK_NS,
+            system_ns=total.stime_ticks * USER_TICK_NS,
+            peak_rss_bytes=sizes.get("VmHWM"),
+            swap_bytes=sizes.get("VmSwap"),
+            open_fds=open_fds,
+            minor_faults=total.minor_faults,
+            major_faults=total.major_faults,
+        )
+
+    # Attaching
+
+    def _attach(self) -> Stat:
+        """Open what is held for the life of the source, and read the main thread's ``stat``."""
+        directory = f"{self._root}/{self._pid}"
+        try:
+            self._dir = self._keep(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+            self._task = self._keep(os.open("task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir))
+            self._leader = self._keep(os.open(f"{self._pid}/stat", os.O_RDONLY, dir_fd=self._task))
+            self._statm = self._keep(os.open("statm", os.O_RDONLY, dir_fd=self._dir))
+            return parse_stat(os.pread(self._leader, 1024, 0))
+        except (FileNotFoundError, ProcessLookupError):
+            raise self._absent() from None
+        except PermissionError:
+            raise AccessDenied(f"process {self._pid} belongs to another user and {self._root} hides it") from None
+        except Malformed as error:
+            raise KernelError(f"process {self._pid}: {error}") from None
+        except OSError as error:
+            raise KernelError(f"cannot open {directory}: {error.strerror}") from None
+
+    def _keep(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+    def _absent(self) -> SourceError:
+        """Why ``/proc/<pid>`` is not there; under hidepid=2 the process may be all the same."""
+        if not os.path.exists(f"{self._root}/stat") and not os.path.exists(f"{self._root}/self"):
+            return Unsupported(f"{self._root} is not a procfs; mount it or name another with --proc-root")
+        if self._root == "/proc":
+            try:
+                os.kill(self._pid, 0)
+            except PermissionError:
+                return AccessDenied(f"process {self._pid} belongs to another user and /proc hides it (hidepid)")
+            except (ProcessLookupError, OverflowError):
+                pass
+        return NoSuchProcess(f"no process has pid {self._pid}")
+
+    def _in_our_namespace(self) -> bool:
+        try:
+            return os.readlink(f"{self._root}/self") == str(os.getpid())
+        except OSError:
+            return False
+
+    def _process_clock(self) -> int | None:
+        clock_id = (~self._pid << 3) | 2  # CPUCLOCK_SCHED of a process, linux/posix-timers_types.h
+        try:
+            time.clock_gettime_ns(clock_id)
+        except OSError:
+            return None
+        return clock_id
+
+    def _counter(self, stat: Stat, fd_budget: int, *, own: bool) -> ThreadCounter:
+        if own:
+            return ThreadClocks()
+        try:
+            run_ns = parse_run_times([read_file(f"{self._pid}/schedstat", self._task)])[0]
+        except FileNotFoundError:
+            return StatFiles(self._task, fd_budget)
+        # A kernel that does not count writes "0 0 0".
+        if run_ns == 0 and stat.utime_ticks + stat.stime_ticks > 0:
+            return StatFiles(self._task, fd_budget)
+        return SchedstatFiles(self._task, fd_budget)
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (ProcessLookupError, FileNotFoundError):
+            raise TargetGone(f"target {self._pid} has exited") from None
+        except PermissionError as error:
+            raise AccessDenied(f"process {self._pid}: {error.strerror}: {error.filename}") from None
+        except Malformed as error:
+            raise KernelError(f"process {self._pid}: {error}") from None
+        except OSError as error:
+            raise KernelError(f"process {self._pid}: {error.strerror}") from None
+
+
+def _boot_id(root: str) -> str:
+    try:
+        with open(f"{root}/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
+
+
+def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
+    """Processes this user may sample, by ascending pid; kernel threads are left out."""
+    try:
+        pids = sorted(int(name) for name in os.listdir(root) if name.isdecimal())
+    except OSError as error:
+        raise Unsupported(f"cannot list {root}: {error.strerror}") from None
+    boot_unix_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    for pid in pids:
+        try:
+            directory = os.open(f"{root}/{pid}", os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            stat = parse_stat(read_file("stat", directory))
+            pages = parse_statm(read_file("statm", directory))
+            uid = os.fstat(directory).st_uid
+        except (OSError, Malformed):
+            continue
+        finally:
+            os.close(directory)
+        if stat.flags & PF_KTHREAD or stat.state == "Z" and stat.thread_count <= 1:
+            continue
+        yield ProcessEntry(
+            pid=pid,
+            name=stat.name,
+            started_unix_ns=boot_unix_ns + stat.start_ticks * USER_TICK_NS,
+            cpu_ns=(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS,
+            rss_bytes=pages[1] * PAGE_BYTES,
+            thread_count=stat.thread_count,
+            uid=uid,
+        )

@@ -1,0 +1,131 @@
+"""
+Parsers of Linux ``/proc`` text. Reading is `vitalsd.sources.linux`; nothing is opened here.
+
+Every parser takes the whole content of one file as bytes and raises `Malformed` and nothing else
+on content that no kernel writes. Formats: proc(5); fs/proc/array.c, fs/proc/task_mmu.c,
+kernel/sched/stats.h.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["STATES", "Malformed", "Stat", "decode_name", "parse_run_times", "parse_stat", "parse_statm", "parse_status"]
+
+STATES = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "uninterruptible",
+    "T": "stopped",
+    "t": "traced",
+    "Z": "zombie",
+    "X": "dead",
+    "x": "dead",
+    "K": "wakekill",
+    "W": "waking",
+    "P": "parked",
+    "I": "idle",
+}
+"""The state letter of stat (fs/proc/array.c task_state_array), in words."""
+
+
+class Malformed(ValueError):
+    """Content that the kernel does not write, with the start of it."""
+
+    def __init__(self, file: str, content: bytes) -> None:
+        super().__init__(f"unreadable content in {file}: {content[:64]!r}")
+
+
+class Stat(NamedTuple):
+    """The fields of ``/proc/<pid>/stat`` and ``/proc/<pid>/task/<tid>/stat`` in use here."""
+
+    name: str
+    state: str
+    flags: int
+    minor_faults: int
+    major_faults: int
+    utime_ticks: int
+    """1/``sysconf(SC_CLK_TCK)`` s, scaled by the kernel so that utime + stime follows the run time."""
+    stime_ticks: int
+    priority: int
+    thread_count: int
+    start_ticks: int
+    """After boot, on the clock that goes on in sleep."""
+    vm_bytes: int
+    image: tuple[int, ...]
+    """Addresses fixed at exec; empty without ptrace permission (the kernel then writes 0 or 1)."""
+
+
+def decode_name(raw: bytes) -> str:
+    """A comm as text: UTF-8, and any other byte as ``\\xNN``, so that no two names fall together."""
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def parse_stat(content: bytes) -> Stat:
+    """
+    One ``stat`` line.
+
+    The name stands in parentheses and may itself hold any byte but NUL, among them ``)``, spaces and
+    newlines: it ends at the *last* parenthesis, because all that follows is numbers.
+    """
+    opened, closed = content.find(b"("), content.rfind(b")")
+    fields = content[closed + 2 :].split()
+    if not 0 < opened < closed or len(fields) < 22:
+        raise Malformed("stat", content)
+    try:
+        start_code = int(fields[23]) if len(fields) > 25 else 0
+        return Stat(
+            name=decode_name(content[opened + 1 : closed]),
+            state=fields[0].decode("ascii"),
+            flags=int(fields[6]),
+            minor_faults=int(fields[7]),
+            major_faults=int(fields[9]),
+            utime_ticks=int(fields[11]),
+            stime_ticks=int(fields[12]),
+            priority=int(fields[15]),
+            thread_count=int(fields[17]),
+            start_ticks=int(fields[19]),
+            vm_bytes=int(fields[20]),
+            image=tuple(map(int, fields[23:26])) if start_code > 1 else (),
+        )
+    except ValueError:
+        raise Malformed("stat", content) from None
+
+
+def parse_statm(content: bytes) -> tuple[int, int, int]:
+    """Pages of address space, resident and program text, from ``statm``. All 0: no memory map."""
+    fields = content.split()
+    try:
+        return int(fields[0]), int(fields[1]), int(fields[3])
+    except (ValueError, IndexError):
+        raise Malformed("statm", content) from None
+
+
+def parse_run_times(contents: Sequence[bytes]) -> list[int]:
+    """
+    The CPU time of each thread in ns, from its ``schedstat`` ("run wait slices").
+
+    All in one join and one split: no bytecode is run per thread.
+    """
+    fields = b"".join(contents).split()
+    if len(fields) != 3 * len(contents):
+        raise Malformed("schedstat", next((c for c in contents if len(c.split()) != 3), b""))
+    try:
+        times = list(map(int, fields[::3]))
+    except ValueError:
+        raise Malformed("schedstat", b" ".join(fields)) from None
+    if times and min(times) < 0:
+        raise Malformed("schedstat", b" ".join(fields))
+    return times
+
+
+def parse_status(content: bytes) -> dict[str, int]:
+    """The ``Vm*`` sizes of ``status`` (``VmHWM``, ``VmSwap``, ...), in bytes."""
+    sizes = {}
+    for line in content.split(b"\n"):
+        key, _, value = line.partition(b":")
+        if key.startswith(b"Vm") and value.endswith(b" kB"):
+            try:
+                sizes[key.decode("ascii")] = int(value[:-3]) * 1024
+            except ValueError:
+                raise Malformed("status", line) from None
+    return sizes
