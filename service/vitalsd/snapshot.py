@@ -232,9 +232,7 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     )
 
 
-def _match(
-    first: Snapshot, last: Snapshot, executed: bool
-) -> tuple[list[tuple[int, int]], Sequence[int], int]:
+def _match(first: Snapshot, last: Snapshot, executed: bool) -> tuple[list[tuple[int, int]], Sequence[int], int]:
     """Pairs (index in last, index in first), the indexes born since, and the CPU time at `first` of those gone."""
     if executed:
         return [], range(len(last.tids)), 0

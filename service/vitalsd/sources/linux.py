@@ -46,6 +46,7 @@ from vitalsd.sources.procfs import (
     STATES,
     Malformed,
     Stat,
+    decode_name,
     parse_run_times,
     parse_stat,
     parse_statm,
@@ -314,16 +315,18 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
         try:
             stat = parse_stat(read_file("stat", directory))
             pages = parse_statm(read_file("statm", directory))
+            program = read_file("cmdline", directory).partition(b"\0")[0]
             uid = os.fstat(directory).st_uid
         except (OSError, Malformed):
             continue
         finally:
             os.close(directory)
-        if stat.flags & PF_KTHREAD or stat.state == "Z" and stat.thread_count <= 1:
+        if stat.flags & PF_KTHREAD or (stat.state == "Z" and stat.thread_count <= 1):
             continue
         yield ProcessEntry(
             pid=pid,
             name=stat.name,
+            names=frozenset((stat.name, decode_name(os.path.basename(program)))) - {""},
             started_unix_ns=boot_unix_ns + stat.start_ticks * USER_TICK_NS,
             cpu_ns=(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS,
             rss_bytes=pages[1] * PAGE_BYTES,
