@@ -129,6 +129,7 @@ class LinuxSource:
         # Read last: a descriptor that still answers proves that the pid, and its clock, were ours all along.
         leader = parse_stat(os.pread(self._leader, 1024, 0))
         vm_pages, rss_pages, text_pages = self._memory(leader)
+        self._threads.refresh_names()
 
         warnings: list[str] = []
         counter = self._counted_by
@@ -150,6 +151,7 @@ class LinuxSource:
             ),
             rss_bytes=rss_pages * PAGE_BYTES,
             vm_bytes=vm_pages * PAGE_BYTES,
+            state=STATES.get(leader.state),
             image=(*leader.image, text_pages),
             tids=tids,
             births=self._threads.births,
