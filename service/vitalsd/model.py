@@ -45,7 +45,7 @@ class ProcessMetrics(_Wire):
     """The process as a whole, over the window."""
 
     cpu_percent: Percent = Field(
-        description="CPU time of all threads, living and exited, per measured time. 100 = one core busy; may exceed 100."
+        description="CPU time of all threads, living and exited, per time. 100 = one core busy; may exceed it."
     )
     rss_kb: Count = Field(description="Resident memory at the end of the window, KiB.")
     vm_size_kb: Count = Field(description="Virtual address space at the end of the window, KiB.")
@@ -69,9 +69,7 @@ class ThreadMetrics(_Wire):
 class Measured(_Wire):
     """Numbers of one process over one window: the basic answer."""
 
-    sample_window_ms: Count = Field(
-        description="The time that was really measured between the two snapshots, ms."
-    )
+    sample_window_ms: Count = Field(description="The time that was really measured between the two snapshots, ms.")
     process: ProcessMetrics
     threads: tuple[ThreadMetrics, ...]
     platform: Platform

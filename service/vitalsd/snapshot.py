@@ -94,6 +94,8 @@ class Snapshot:
     """Bounds of the CPU time of exited threads, ns. Equal where the kernel tells it atomically."""
     rss_bytes: int
     vm_bytes: int
+    state: str | None = None
+    """Of the main thread, as in `ThreadExtras.states`."""
     image: Hashable
     """Changes when the process executes another program; ``None`` if that cannot be seen."""
 
@@ -232,9 +234,7 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     )
 
 
-def _match(
-    first: Snapshot, last: Snapshot, executed: bool
-) -> tuple[list[tuple[int, int]], Sequence[int], int]:
+def _match(first: Snapshot, last: Snapshot, executed: bool) -> tuple[list[tuple[int, int]], Sequence[int], int]:
     """Pairs (index in last, index in first), the indexes born since, and the CPU time at `first` of those gone."""
     if executed:
         return [], range(len(last.tids)), 0

@@ -92,6 +92,8 @@ class ProcessEntry:
 
     pid: int
     name: str
+    names: frozenset[str]
+    """What ``--name`` may call it: its thread name, cut by Linux to 15 bytes, and that of its program."""
     started_unix_ns: int
     cpu_ns: int
     rss_bytes: int

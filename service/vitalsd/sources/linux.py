@@ -46,6 +46,7 @@ from vitalsd.sources.procfs import (
     STATES,
     Malformed,
     Stat,
+    decode_name,
     parse_run_times,
     parse_stat,
     parse_statm,
@@ -128,6 +129,7 @@ class LinuxSource:
         # Read last: a descriptor that still answers proves that the pid, and its clock, were ours all along.
         leader = parse_stat(os.pread(self._leader, 1024, 0))
         vm_pages, rss_pages, text_pages = self._memory(leader)
+        self._threads.refresh_names()
 
         warnings: list[str] = []
         counter = self._counted_by
@@ -149,6 +151,7 @@ class LinuxSource:
             ),
             rss_bytes=rss_pages * PAGE_BYTES,
             vm_bytes=vm_pages * PAGE_BYTES,
+            state=STATES.get(leader.state),
             image=(*leader.image, text_pages),
             tids=tids,
             births=self._threads.births,
@@ -314,16 +317,18 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
         try:
             stat = parse_stat(read_file("stat", directory))
             pages = parse_statm(read_file("statm", directory))
+            program = read_file("cmdline", directory).partition(b"\0")[0]
             uid = os.fstat(directory).st_uid
         except (OSError, Malformed):
             continue
         finally:
             os.close(directory)
-        if stat.flags & PF_KTHREAD or stat.state == "Z" and stat.thread_count <= 1:
+        if stat.flags & PF_KTHREAD or (stat.state == "Z" and stat.thread_count <= 1):
             continue
         yield ProcessEntry(
             pid=pid,
             name=stat.name,
+            names=frozenset((stat.name, decode_name(os.path.basename(program)))) - {""},
             started_unix_ns=boot_unix_ns + stat.start_ticks * USER_TICK_NS,
             cpu_ns=(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS,
             rss_bytes=pages[1] * PAGE_BYTES,

@@ -151,6 +151,9 @@ class _Thread:
     name: str
     handle: int
     cpu_ns: int
+    """As of the last listing."""
+    named_ns: int
+    """CPU time it had when its name was read."""
 
 
 class ThreadTable:
@@ -170,6 +173,8 @@ class ThreadTable:
         self._threads: dict[int, _Thread] = {}
         self._handles: list[int] = []
         self._cpu_ns: list[int] = []
+        self._rows: list[_Thread] = []
+        self._named_ns: list[int] = []
         self._sweep = 0
         self._links_count_threads = False
         self.tids: tuple[int, ...] = ()
@@ -179,7 +184,11 @@ class ThreadTable:
         self._links_count_threads = self._links() == len(self.tids)
 
     def read(self) -> list[int]:
-        """CPU time of each thread, ns, in the order of `tids`."""
+        """
+        CPU time of each thread, ns, in the order of `tids`.
+
+        The last thing done is the reading itself, so that a total read next is read at the same time.
+        """
         if self._links_count_threads and self._links() == len(self.tids):
             try:
                 cpu_ns = self._counter.read(self._handles)
@@ -188,11 +197,42 @@ class ThreadTable:
                     raise
             else:
                 if self._counter.bound or not any(map(lt, cpu_ns, self._cpu_ns)):
-                    self._rename(cpu_ns)
                     self._cpu_ns = cpu_ns
                     return cpu_ns
         self._relist()
+        try:
+            self._cpu_ns = self._counter.read(self._handles)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
         return self._cpu_ns
+
+    def refresh_names(self) -> None:
+        """
+        Read again the names of the threads that ran since their names were read, and of a few others in turn.
+
+        A thread that names itself has run, so its new name is never missed.
+        """
+        cpu_ns, count = self._cpu_ns, len(self.tids)
+        stale = {i % count for i in range(self._sweep, self._sweep + NAMES_PER_SWEEP)}
+        self._sweep = (self._sweep + NAMES_PER_SWEEP) % count
+        if cpu_ns != self._named_ns:
+            stale.update(i for i, (now, named) in enumerate(zip(cpu_ns, self._named_ns, strict=True)) if now != named)
+        renamed = False
+        for i in stale:
+            try:
+                name = decode_name(read_file(f"{self.tids[i]}/comm", self._task_fd)[:-1])
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
+                continue
+            thread = self._rows[i]
+            thread.named_ns = self._named_ns[i] = cpu_ns[i]
+            if name != thread.name:
+                thread.name = name
+                renamed = True
+        if renamed:
+            self.names = tuple(thread.name for thread in self._rows)
 
     def stats(self) -> list[Stat | None]:
         """The ``stat`` of each thread, which also renames it; ``None`` for one that exited just now."""
@@ -200,6 +240,8 @@ class ThreadTable:
         names = tuple(new.name if new else old for new, old in zip(stats, self.names, strict=True))
         if names != self.names:
             self.names = names
+            for thread, name in zip(self._rows, names, strict=True):
+                thread.name = name
         return stats
 
     def close(self) -> None:
@@ -235,12 +277,13 @@ class ThreadTable:
                 self._counter.close(thread.handle)
         if not self._threads:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        threads = self._threads.values()
+        threads = self._rows = list(self._threads.values())
         self.tids = tuple(self._threads)
         self.births = tuple(thread.birth for thread in threads)
         self.names = tuple(thread.name for thread in threads)
         self._handles = [thread.handle for thread in threads]
         self._cpu_ns = [thread.cpu_ns for thread in threads]
+        self._named_ns = [thread.named_ns for thread in threads]
 
     def _advance(self, thread: _Thread) -> bool:
         """Read a known thread; False if its handle names it no longer."""
@@ -273,27 +316,4 @@ class ThreadTable:
             if error.errno not in GONE:
                 raise
             return None
-        return _Thread(stat.start_ticks, stat.name, handle, cpu_ns)
-
-    def _rename(self, cpu_ns: Sequence[int]) -> None:
-        """
-        Read again the names of the threads that ran, and of a few others in turn.
-
-        A thread that names itself has run, so its new name is never missed.
-        """
-        count = len(cpu_ns)
-        stale = {i % count for i in range(self._sweep, self._sweep + NAMES_PER_SWEEP)}
-        self._sweep = (self._sweep + NAMES_PER_SWEEP) % count
-        if cpu_ns != self._cpu_ns:
-            stale.update(i for i, (new, old) in enumerate(zip(cpu_ns, self._cpu_ns, strict=True)) if new != old)
-        names = list(self.names)
-        for i in stale:
-            try:
-                names[i] = decode_name(read_file(f"{self.tids[i]}/comm", self._task_fd)[:-1])
-            except OSError as error:
-                if error.errno not in GONE:
-                    raise
-        if tuple(names) != self.names:
-            self.names = tuple(names)
-            for thread, name in zip(self._threads.values(), names, strict=True):
-                thread.name = name
+        return _Thread(stat.start_ticks, stat.name, handle, cpu_ns, 0)

@@ -1,0 +1,1 @@
+"""The HTTP side: routes (`app`), and what a request passes before it reaches them."""

@@ -1,0 +1,56 @@
+"""The application: its routes put together, and its end."""
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import Depends, FastAPI
+
+from vitalsd.http import problem
+from vitalsd.http.live import live_routes
+from vitalsd.http.past import past_routes
+from vitalsd.http.query import unique_parameters
+from vitalsd.runs import RunDirectory
+from vitalsd.sampler import Targets
+from vitalsd.sources import ProcessEntry
+from vitalsd.worker import Worker
+
+__all__ = ["create_app"]
+
+MAX_BODY_BYTES = 4096
+
+
+def create_app(
+    targets: Targets, list_processes: Callable[[], Iterable[ProcessEntry]], *, runs: RunDirectory | None = None
+) -> FastAPI:
+    """
+    The application over `targets`. It opens the default one when it starts and closes all when it ends.
+
+    Args:
+        targets: who is measured.
+        list_processes: what ``/processes`` lists.
+        runs: where earlier runs are found.
+    """
+    reader = Worker("vitalsd-reader")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await targets.start()
+        yield
+        await targets.close()
+        reader.stop(1)
+
+    app = FastAPI(
+        title="vitalsd",
+        version=version("vitalsd"),
+        summary="What one process is doing: CPU, memory and every thread.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        dependencies=[Depends(unique_parameters)],
+        max_body_size=MAX_BODY_BYTES,
+    )
+    app.include_router(live_routes(targets, list_processes, reader))
+    app.include_router(past_routes(targets, runs, reader))
+    problem.install(app)
+    return app

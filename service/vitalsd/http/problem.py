@@ -1,0 +1,122 @@
+"""
+Refusals as ``application/problem+json`` (RFC 9457): one shape, a closed set of reasons, under 1 KiB.
+
+A sampling failure is not one of these: it is the `Unavailable` variant of the contract.
+"""
+
+import json
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from vitalsd.sampler import Busy, NotRecording
+
+__all__ = ["MEDIA_TYPE", "Problem", "install", "problem"]
+
+MEDIA_TYPE = "application/problem+json"
+
+Reason = Literal[
+    "bad_parameter",
+    "bad_body",
+    "body_too_large",
+    "no_such_route",
+    "no_such_run",
+    "unreadable_run",
+    "not_recording",
+    "method_not_allowed",
+    "busy",
+    "internal",
+]
+
+TITLES: dict[Reason, tuple[int, str]] = {
+    "bad_parameter": (422, "A parameter is wrong"),
+    "bad_body": (422, "The body is wrong"),
+    "body_too_large": (413, "The body is too large"),
+    "no_such_route": (404, "There is no such route"),
+    "no_such_run": (404, "There is no such run"),
+    "unreadable_run": (503, "The file of this run is damaged"),
+    "not_recording": (409, "Nothing is being recorded"),
+    "method_not_allowed": (405, "This route does not take that method"),
+    "busy": (429, "Too much at once"),
+    "internal": (500, "A bug in vitalsd"),
+}
+
+
+class Problem(BaseModel):
+    """A refusal."""
+
+    title: str
+    status: int
+    reason: Reason
+    detail: Annotated[str, Field(description="What is wrong and what would be right.")]
+    parameter: Annotated[str | None, Field(description="The query parameter that is wrong.")] = None
+
+
+def problem(
+    reason: Reason, detail: str, *, parameter: str | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    """One refusal; `detail` and `parameter` may hold anything a stranger sent and are cut short."""
+    status, title = TITLES[reason]
+    body = {"title": title, "status": status, "reason": reason, "detail": detail[:400]}
+    if parameter is not None:
+        body["parameter"] = _shown(parameter)
+    return Response(json.dumps(body), status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def _shown(text: object) -> str:
+    """What a stranger sent, harmless and short enough to repeat."""
+    shown = str(text)
+    return ascii(shown[:32])[1:-1] + ("..." if len(shown) > 32 else "")
+
+
+def install(app: FastAPI) -> None:
+    """Make every refusal of `app` a problem."""
+    routes = ", ".join(sorted(path for route in app.routes if (path := getattr(route, "path", None))))
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_parameter(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["loc"][:1] == ("body",):
+            where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str))
+            return problem("bad_body", f"{first['msg']}; send a JSON object", parameter=where or None)
+        name = str(first["loc"][-1]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(_parameters(request)) or "none"
+            return problem("bad_parameter", f"unknown parameter; this route takes: {known}", parameter=name)
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        given = f"; got '{_shown(first['input'])}'" if isinstance(first.get("input"), str) else ""
+        return problem("bad_parameter", f"{message[:1].lower()}{message[1:]}{given}", parameter=name)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "GET")
+            return problem("method_not_allowed", f"use {allowed}", headers={"Allow": allowed})
+        if error.status_code == 413:
+            return problem("body_too_large", "a body here has at most 4 KiB")
+        path = _shown(request.scope["path"])
+        return problem("no_such_route", f"{path} is not served here; there are: {routes}")
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, error: Busy) -> Response:
+        return problem("busy", str(error), headers={"Retry-After": "1"})
+
+    @app.exception_handler(NotRecording)
+    async def not_recording(_: Request, error: NotRecording) -> Response:
+        return problem("not_recording", str(error))
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> Response:
+        return problem("internal", f"{type(error).__name__}; the log has the rest")
+
+
+def _parameters(request: Request) -> list[str]:
+    route = request.scope.get("route")
+    return [
+        name
+        for field in getattr(getattr(route, "dependant", None), "query_params", ())
+        for name in field.field_info.annotation.model_fields
+    ]

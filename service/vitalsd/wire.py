@@ -1,0 +1,198 @@
+"""
+The wire contract as bytes: a `Measurement`, or the reason why there is none, in JSON.
+
+Written by hand and not through `vitalsd.model`, because a pydantic dump costs more than the whole
+measurement; a property test holds the two together. JSON is ASCII: control characters and
+bidirectional marks in a thread's name reach nobody's terminal unescaped.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
+from vitalsd.sources import SourceError, platform_name
+
+__all__ = ["Detail", "Sort", "encode", "iso", "unavailable"]
+
+Detail = Literal["basic", "full"]
+Sort = Literal["tid", "cpu", "name"]
+
+DECIMALS = 3
+"""Of every percentage: 0.001 % of a second is 10 µs, finer than any clock is read here."""
+
+
+def iso(unix_ns: int) -> str:
+    """A Unix time in ns as ISO 8601 in UTC with milliseconds."""
+    return datetime.fromtimestamp(unix_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def unavailable(error: SourceError | str, platform: str | None = None) -> bytes:
+    """The `Unavailable` variant: the one place where a source's error becomes an answer."""
+    body = {"platform": platform or platform_name(), "available": False, "reason": str(error)}
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def encode(
+    measurement: Measurement,
+    identity: Identity,
+    *,
+    requested_ms: int,
+    mode: Literal["wait", "trailing"] = "wait",
+    detail: Detail = "basic",
+    sort: Sort = "tid",
+    limit: int | None = None,
+) -> bytes:
+    """
+    The answer of ``GET /metrics``. All who share a measurement and ask alike share the bytes.
+
+    Args:
+        requested_ms: the window that was asked for; the answer holds the measured one.
+        sort: ``cpu`` is busiest first; equal ones by tid.
+        limit: at most so many threads, after sorting.
+    """
+    key = (requested_ms, mode, detail, sort, limit)
+    body = measurement.encoded.get(key)
+    if body is None:
+        order = _order(measurement, sort, limit)
+        if detail == "basic":
+            body = _basic(measurement, identity, order)
+        else:
+            body = json.dumps(_full(measurement, identity, order, requested_ms, mode), separators=(",", ":")).encode()
+        measurement.encoded[key] = body
+    return body
+
+
+def _order(m: Measurement, sort: Sort, limit: int | None) -> Sequence[int]:
+    threads: Sequence[int] = range(len(m.last.tids))
+    if sort == "cpu":
+        threads = sorted(threads, key=lambda i: -m.thread_cpu_ns[i])
+    elif sort == "name":
+        threads = sorted(threads, key=m.last.names.__getitem__)
+    return threads if limit is None else threads[:limit]
+
+
+def _basic(m: Measurement, identity: Identity, order: Sequence[int]) -> bytes:
+    percent = 100 / m.elapsed_ns
+    tids, names, cpu_ns = m.last.tids, m.last.names, m.thread_cpu_ns
+    quoted = {name: json.dumps(name) for name in set(names)}
+    threads = ",".join(
+        [
+            f'{{"tid":{tids[i]},"name":{quoted[names[i]]},"cpu_percent":'
+            f"{round(cpu_ns[i] * percent, DECIMALS) if i not in m.born else 0.0}}}"
+            for i in order
+        ]
+    )
+    return (
+        f'{{"sample_window_ms":{_ms(m.elapsed_ns)},'
+        f'"process":{{"cpu_percent":{round(m.cpu_ns * percent, DECIMALS)},'
+        f'"rss_kb":{m.last.rss_bytes // 1024},'
+        f'"vm_size_kb":{m.last.vm_bytes // 1024},'
+        f'"uptime_secs":{round(m.last.uptime_ns / 1e9, DECIMALS)}}},'
+        f'"threads":[{threads}],'
+        f'"platform":{json.dumps(identity.platform)}}}'
+    ).encode()
+
+
+def _ms(ns: int) -> int:
+    return (ns + 500_000) // 1_000_000
+
+
+def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms: int, mode: str) -> dict[str, Any]:
+    def percent(ns: int | None) -> float | None:
+        return None if ns is None else round(ns * 100 / m.elapsed_ns, DECIMALS)
+
+    def kb(size: int | None) -> int | None:
+        return None if size is None else size // 1024
+
+    last, warnings = m.last, list(m.warnings)
+    extras = last.extras
+    if extras is None:
+        extras = _no_extras(len(last.tids))
+        warnings.append("the record has no states, priorities, user/system split, faults or descriptors: null")
+    user_ns = m.thread_user_ns or [None] * len(last.tids)
+    return {
+        "sample_window_ms": _ms(m.elapsed_ns),
+        "process": {
+            "cpu_percent": percent(m.cpu_ns),
+            "rss_kb": kb(last.rss_bytes),
+            "vm_size_kb": kb(last.vm_bytes),
+            "uptime_secs": round(last.uptime_ns / 1e9, DECIMALS),
+            "user_percent": percent(m.user_ns),
+            "system_percent": percent(_rest(m.cpu_ns, m.user_ns)),
+            "cpu_percent_error": percent(m.cpu_error_ns),
+            "footprint_kb": kb(extras.footprint_bytes),
+            "peak_rss_kb": kb(extras.peak_rss_bytes),
+            "swap_kb": kb(extras.swap_bytes),
+            "thread_count": len(last.tids),
+            "open_fds": extras.open_fds,
+            "minor_faults": extras.minor_faults,
+            "major_faults": extras.major_faults,
+            "idle_wakeups": extras.idle_wakeups,
+            "interrupt_wakeups": extras.interrupt_wakeups,
+            "energy_nj": extras.energy_nj,
+            "p_core_percent": percent(m.p_core_ns),
+        },
+        "threads": [
+            {
+                "tid": last.tids[i],
+                "name": last.names[i],
+                "cpu_percent": percent(m.thread_cpu_ns[i]),
+                "user_percent": percent(user_ns[i]),
+                "system_percent": percent(_rest(m.thread_cpu_ns[i], user_ns[i])),
+                "cpu_percent_error": percent(m.thread_error_ns(i)),
+                "cpu_time_ns": last.thread_cpu_ns[i],
+                "state": extras.threads.states[i],
+                "priority": extras.threads.priorities[i],
+                "born_in_window": i in m.born,
+            }
+            for i in order
+        ],
+        "platform": identity.platform,
+        "schema": 1,
+        "target": {
+            "pid": identity.pid,
+            "name": identity.name,
+            "started_at": iso(identity.started_unix_ns),
+            "start_id": identity.start_id,
+        },
+        "window": {
+            "requested_ms": requested_ms,
+            "measured_ms": round(m.elapsed_ns / 1e6, DECIMALS),
+            "mode": mode,
+            "started_at": iso(m.first.wall_ns),
+            "ended_at": iso(last.wall_ns),
+            "suspended": m.suspended_ns > 0,
+        },
+        "accounting": {
+            "process_percent": percent(m.cpu_ns),
+            "living_percent": percent(m.living_ns),
+            "exited_percent": percent(m.exited_ns),
+            "unattributed_percent": percent(m.unattributed_ns),
+        },
+        "resolution": {
+            "cpu_ns": last.thread_grain_ns,
+            "lag_ns": last.thread_lag_ns,
+            "source": last.source,
+        },
+        "host": {
+            "cpu_count": os.cpu_count() or 1,
+            "os": identity.platform,
+            "os_version": platform.release(),
+            "arch": platform.machine(),
+        },
+        "truncated": len(order) < len(last.tids),
+        "warnings": warnings,
+    }
+
+
+def _no_extras(threads: int) -> Extras:
+    nothing = (None,) * threads
+    return Extras(threads=ThreadExtras(user_ns=(), system_ns=(), states=nothing, priorities=nothing))
+
+
+def _rest(whole: int, part: int | None) -> int | None:
+    return None if part is None else whole - part
