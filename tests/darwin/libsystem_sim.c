@@ -115,7 +115,7 @@ static long long clock_ns(clockid_t id)
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-static uint64_t ticks(long long ns) { return ns < 0 ? 0 : (uint64_t)((__int128)ns * 3 / 125); }
+static uint64_t ticks(long long ns) { return ns < 0 ? 0 : (uint64_t)ns * 3 / 125; }
 
 __attribute__((constructor)) static void boot(void)
 {
@@ -348,7 +348,7 @@ static clockid_t thread_clock(uint64_t tid) { return (clockid_t)(~(unsigned)tid 
 
 static void split(long long ns, unsigned long long user, unsigned long long system, long long *user_ns, long long *system_ns)
 {
-    *user_ns = user + system ? (long long)((__int128)ns * user / (user + system)) : ns;
+    *user_ns = user + system ? (long long)((double)ns * ((double)user / (double)(user + system))) : ns;
     *system_ns = ns - *user_ns;
 }
 

@@ -9,7 +9,7 @@ from vitalsd.sources.apple_headers import SZOMB, proc_taskallinfo
 from vitalsd.sources.libproc import LibprocSource
 from vitalsd.sources.libsystem import LibSystem, MachError, load
 from vitalsd.sources.mach import MachSource
-from vitalsd.sources.xnu import process_name, start_key, tick_frequency, translated_errors
+from vitalsd.sources.xnu import process_name, process_names, start_key, tick_frequency, translated_errors
 
 __all__ = ["list_processes", "open_process"]
 
@@ -55,6 +55,7 @@ def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
         yield ProcessEntry(
             pid=pid,
             name=process_name(info.pbsd),
+            names=process_names(info.pbsd),
             started_unix_ns=start_key(info.pbsd) * 1000,
             cpu_ns=(info.ptinfo.pti_total_user + info.ptinfo.pti_total_system) * 1_000_000_000 // frequency,
             rss_bytes=info.ptinfo.pti_resident_size,

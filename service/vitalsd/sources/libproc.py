@@ -118,6 +118,7 @@ class LibprocSource:
             exited_cpu_ns=target.exited_ns(before, after, sum(thread_cpu_ns)),
             rss_bytes=task.pti_resident_size,
             vm_bytes=task.pti_virtual_size,
+            state=living.main_state,
             image=image,
             tids=self._threads.tids,
             births=self._threads.births,

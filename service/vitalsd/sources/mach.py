@@ -105,6 +105,7 @@ class MachSource:
             exited_cpu_ns=target.exited_ns(before, after, sum(thread_cpu_ns)),
             rss_bytes=self._basic.resident_size,
             vm_bytes=self._basic.virtual_size,
+            state=living.main_state,
             image=None,
             tids=self._threads.tids,
             births=self._threads.births,

@@ -48,6 +48,7 @@ __all__ = [
     "boot_id",
     "living_threads",
     "process_name",
+    "process_names",
     "start_key",
     "tick_frequency",
     "translated_errors",
@@ -106,6 +107,11 @@ def process_name(info: proc_bsdinfo) -> str:
     return decode_name(info.pbi_name or info.pbi_comm)
 
 
+def process_names(info: proc_bsdinfo) -> frozenset[str]:
+    """What somebody may call the process: the 31 and the 15 bytes that the kernel keeps of its name."""
+    return frozenset(decode_name(name) for name in (info.pbi_name, info.pbi_comm) if name)
+
+
 def start_key(info: proc_bsdinfo) -> int:
     """Wall clock at fork, µs."""
     return int(info.pbi_start_tvsec) * 1_000_000 + int(info.pbi_start_tvusec)
@@ -156,6 +162,11 @@ class Living(NamedTuple):
     names: Sequence[tuple[bytes]]
     run_states: Sequence[int]
     priorities: Sequence[int]
+
+    @property
+    def main_state(self) -> str | None:
+        """State of the oldest thread, in words."""
+        return RUN_STATES.get(self.run_states[0])
 
 
 def living_threads(thread_ids: Sequence[int], rows: ThreadRows) -> Living:
