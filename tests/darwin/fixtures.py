@@ -21,3 +21,9 @@ def simulator(simulated_libsystem: Path, tmp_path: Path) -> Iterator[Simulator]:
     yield simulator
     assert simulator.violations == []
     assert (simulator.arrays, simulator.references_owed) == (0, 0)
+
+
+@pytest.fixture
+def lawless_simulator(simulated_libsystem: Path, tmp_path: Path) -> Simulator:
+    """A fresh kernel whose rules the test means to break."""
+    return Simulator(simulated_libsystem, tmp_path)

@@ -392,9 +392,8 @@ static struct totals refresh(void)
 {
     static uint64_t *ids;
     static long room;
-    long long total = 0, living = 0, dying = 0, made_up = 0;
+    long long total = clock_ns(CLOCK_PROCESS_CPUTIME_ID), living = 0, dying = 0, made_up = 0;
     if (real_threads) {
-        total = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
         long n = list_numbers("/proc/self/task", &ids, &room);
         rebuild_table(thread_count + n);
         for (long i = 0; i < n; i++) {
@@ -409,6 +408,9 @@ static struct totals refresh(void)
             split(ns, 1, 0, &t->user_ns, &t->system_ns);
         }
     }
+    /* Hidden: what they use counts with the exited. */
+    for (struct thread *t = threads; t && !real_threads; t = t->next)
+        t->seen = false;
     struct thread *first_dead = NULL;
     for (struct thread **at = &threads, *t; (t = *at);) {
         if (t->real && !t->dying && !t->seen) {
@@ -616,6 +618,12 @@ int mach_port_deallocate(uint32_t task, uint32_t name)
         code = MACH_SEND_INVALID_DEST;
     if (!code && name != 0 && name != MACH_PORT_DEAD) {
         struct port *p = port_named(name);
+        if (p && p->own && p->references == 1 && p->thread->real && clock_ns(thread_clock(p->thread->id)) < 0) {
+            struct thread *ended = p->thread;
+            die(ended);
+            disable_port(ended);
+            p = NULL;
+        }
         if (!p) {
             violation("kGUARD_EXC_INVALID_NAME: release of %#x, which names nothing", name);
             code = KERN_INVALID_NAME;
@@ -979,6 +987,8 @@ static long pidinfo(long pid, int flavor, uint64_t arg, void *buffer, long size)
         if (size < 112)
             return -ENOMEM;
         if (pid == getpid()) {
+            if (!thread_count)
+                refresh();
             for (struct thread *t = threads; t; t = t->next) {
                 int priority = 31;
                 if (t->id != arg)

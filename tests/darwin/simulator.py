@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from darwin.abi import zig
-from vitalsd.sources.libsystem import LibSystem, load
+from vitalsd.sources.libsystem import FUNCTIONS, LibSystem, load
 
 __all__ = ["SHORT_REPLY", "Simulator", "build"]
 
@@ -44,7 +44,7 @@ class Simulator:
     def __init__(self, library: Path, directory: Path) -> None:
         self.path = str(shutil.copy(library, directory / f"libsystem_{len(os.listdir(directory))}.so"))
         self.lib: LibSystem = load(self.path)
-        self._raw = ctypes.PyDLL(self.path)
+        self._raw = ctypes.PyDLL(self.path, use_errno=True)
         for name, restype, *argtypes in (
             ("sim_fault", None, ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_long),
             ("sim_clear_faults", None),
@@ -155,6 +155,9 @@ class Simulator:
         """The process executes a program."""
         self._raw.sim_exec(pid)
 
-    def raw_function(self, name: str) -> Any:
-        """A function as it is, without error check; the interpreter lock is kept."""
-        return getattr(self._raw, name)
+    def function(self, name: str) -> Any:
+        """A function of libSystem without its error check."""
+        function = getattr(self._raw, name)
+        if name in FUNCTIONS:
+            function.argtypes, function.restype = FUNCTIONS[name].argtypes, FUNCTIONS[name].restype
+        return function
