@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from snapshots import IDENTITY, SECOND_NS, Process, lives, same
+from lives import IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.blackbox import BlackBox
 from vitalsd.record import Record
 from vitalsd.runs import RunDirectory, UnreadableRun, read_run

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshots import SECOND_NS, Process, lives
+from lives import SECOND_NS, Process, lives
 from test_record import record_of
 from vitalsd.history import history, read_history
 from vitalsd.snapshot import Snapshot

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshots import IDENTITY, SECOND_NS, Process, lives, same
+from lives import IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.record import MAX_MARKS, Record
 from vitalsd.snapshot import Snapshot, measure
 
