@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import Query, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from vitalsd.wire import Detail, Sort
 
@@ -27,14 +27,8 @@ def _digits(value: Any) -> Any:
     return value
 
 
-def _integer(low: int, high: int, description: str) -> Any:
-    """An integer parameter in `low`...`high`, with the schema that pydantic loses behind a validator."""
-    return Annotated[
-        int,
-        Field(ge=low, le=high, description=description),
-        BeforeValidator(_digits),
-        WithJsonSchema({"type": "integer", "minimum": low, "maximum": high}),
-    ]
+Digits = BeforeValidator(_digits)
+"""Stands after the `Field` with the bounds: before it, they would be lost from the published schema."""
 
 
 class NoQuery(BaseModel):
@@ -48,14 +42,18 @@ class MetricsQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    window_ms: _integer(10, 60_000, "Window to measure, ms.") = 1000
+    window_ms: Annotated[int, Field(ge=10, le=60_000, description="Window to measure, ms."), Digits] = 1000
     mode: Annotated[Literal["wait"], Field(description="`wait` measures the coming window.")] = "wait"
     detail: Annotated[Detail, Field(description="`full` adds the accounting, error bars and more per thread.")] = (
         "basic"
     )
     sort: Annotated[Sort, Field(description="Order of the threads; `cpu` is busiest first.")] = "tid"
-    limit: _integer(0, 20_000, "At most so many threads, after sorting.") | None = None
-    pid: _integer(1, MAX_PID, "Another process than the sidecar's target.") | None = None
+    limit: Annotated[
+        int | None, Field(ge=0, le=20_000, description="At most so many threads, after sorting."), Digits
+    ] = None
+    pid: Annotated[
+        int | None, Field(ge=1, le=MAX_PID, description="Another process than the sidecar's target."), Digits
+    ] = None
 
 
 async def unique_parameters(request: Request) -> None:

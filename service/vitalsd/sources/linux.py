@@ -57,6 +57,7 @@ __all__ = ["LinuxSource", "list_processes"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 PF_KTHREAD = 0x00200000  # linux/sched.h
+CLOCK_BOOTTIME = 7  # linux/time.h; the time module has it on Linux only, and types are checked for macOS too
 
 
 class LinuxSource:
@@ -99,7 +100,7 @@ class LinuxSource:
             name=stat.name,
             boot_id=_boot_id(root),
             start_key=stat.start_ticks,
-            started_unix_ns=time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + self._start_ns,
+            started_unix_ns=time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME) + self._start_ns,
         )
 
     def identity(self) -> Identity:
@@ -123,7 +124,7 @@ class LinuxSource:
         thread_cpu_ns = self._threads.read()
         cpu_ns = self._cpu_ns()
         monotonic_ns = time.monotonic_ns()
-        boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        boottime_ns = time.clock_gettime_ns(CLOCK_BOOTTIME)
         wall_ns = time.time_ns()
 
         # Read last: a descriptor that still answers proves that the pid, and its clock, were ours all along.
@@ -306,7 +307,7 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
         pids = sorted(int(name) for name in os.listdir(root) if name.isdecimal())
     except OSError as error:
         raise Unsupported(f"cannot list {root}: {error.strerror}") from None
-    boot_unix_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    boot_unix_ns = time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME)
     for pid in pids:
         try:
             directory = os.open(f"{root}/{pid}", os.O_RDONLY | os.O_DIRECTORY)
