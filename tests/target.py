@@ -133,6 +133,9 @@ def answer(value: object) -> None:
     print(json.dumps(value), flush=True)
 
 
+living: dict[str, tuple[threading.Thread, threading.Event]] = {}
+
+
 def obey(arguments: list[str], logs: dict[str, Log], process_log: Log) -> None:
     match arguments:
         case ["log"]:
@@ -154,35 +157,39 @@ def obey(arguments: list[str], logs: dict[str, Log], process_log: Log) -> None:
                 born += 1
                 time.sleep(max(0, begun + born / float(per_second) - time.monotonic()))
             answer(born)
-        case ["born", name, cpu_ms]:
-            ready = threading.Event()
+        case ["born", name, cpu_ms, *last_pid]:
+            # With `last_pid` the kernel gives the new thread the number after it, unless somebody forks first.
+            if last_pid:
+                with open("/proc/sys/kernel/ns_last_pid", "w", encoding="ascii") as file:
+                    file.write(last_pid[0])
+            ready, release = threading.Event(), threading.Event()
 
             def live() -> None:
                 set_name(name.encode())
                 spin(float(cpu_ms))
                 ready.set()
-                threading.Event().wait()
+                release.wait()
 
             thread = threading.Thread(target=live, daemon=True)
             thread.start()
             ready.wait()
+            living[name] = thread, release
             answer(thread.native_id)
-        case ["once", last_pid, cpu_ms]:
-            # A thread that runs once and ends, with the id that follows `last_pid`.
-            with open("/proc/sys/kernel/ns_last_pid", "w", encoding="ascii") as file:
-                file.write(last_pid)
-            thread = threading.Thread(target=spin, args=(float(cpu_ms),))
-            thread.start()
-            native_id = thread.native_id
+        case ["end", name]:
+            thread, release = living.pop(name)
+            release.set()
             thread.join()
-            answer(native_id)
-        case ["name", text]:
-            set_name(json.loads(text).encode("latin-1"))
             answer(True)
-        case ["hide"]:
-            answer(libc().prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
+        case ["name", hexadecimal]:
+            set_name(bytes.fromhex(hexadecimal.strip("-")))
+            answer(True)
+        case ["dumpable", flag]:
+            answer(libc().prctl(PR_SET_DUMPABLE, int(flag), 0, 0, 0))
         case ["uid", uid]:
+            os.setgroups([])
+            os.setgid(int(uid))
             os.setuid(int(uid))
+            libc().prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
             answer(True)
         case ["exec", *rest]:
             os.execv(sys.executable, [sys.executable, __file__, *rest])

@@ -129,7 +129,7 @@ class LinuxSource:
 
         # Read last: a descriptor that still answers proves that the pid, and its clock, were ours all along.
         leader = parse_stat(os.pread(self._leader, 1024, 0))
-        vm_pages, rss_pages, text_pages = self._memory(leader)
+        vm_pages, rss_pages, image = self._memory(leader)
 
         warnings: list[str] = []
         counter = self._counted_by
@@ -151,7 +151,7 @@ class LinuxSource:
             ),
             rss_bytes=rss_pages * PAGE_BYTES,
             vm_bytes=vm_pages * PAGE_BYTES,
-            image=(*leader.image, text_pages),
+            image=image,
             tids=tids,
             births=self._threads.births,
             thread_cpu_ns=thread_cpu_ns,
@@ -173,21 +173,22 @@ class LinuxSource:
         except OSError:  # EINVAL: no such process
             raise ProcessLookupError from None
 
-    def _memory(self, leader: Stat) -> tuple[int, int, int]:
-        """Pages of address space, resident and text; told by a sibling if the main thread is dead."""
-        pages = parse_statm(os.pread(self._statm, 256, 0))
-        if pages[0] or leader.flags & PF_KTHREAD:
-            return pages
+    def _memory(self, leader: Stat) -> tuple[int, int, tuple[int, ...]]:
+        """Pages of address space and resident, and the image; told by a sibling if the main thread is dead."""
+        vm, rss, text = parse_statm(os.pread(self._statm, 256, 0))
+        if vm or leader.flags & PF_KTHREAD:
+            return vm, rss, (*leader.image, text)
         assert self._threads is not None
         for tid in self._threads.tids:
             try:
-                pages = parse_statm(read_file(f"{tid}/statm", self._task))
+                vm, rss, text = parse_statm(read_file(f"{tid}/statm", self._task))
+                sibling = parse_stat(read_file(f"{tid}/stat", self._task))
             except OSError as error:
                 if error.errno not in GONE:
                     raise
                 continue
-            if pages[0]:
-                return pages
+            if vm:
+                return vm, rss, (*sibling.image, text)
         raise TargetGone(f"target {self._pid} has exited; its parent has not yet collected it (zombie)")
 
     def _extras(self, warnings: list[str]) -> Extras:
@@ -195,11 +196,6 @@ class LinuxSource:
         stats = self._threads.stats()
         total = parse_stat(read_file("stat", self._dir))
         sizes = parse_status(read_file("status", self._dir))
-        try:
-            open_fds = os.stat("fd", dir_fd=self._dir).st_size or len(os.listdir(f"{self._root}/{self._pid}/fd"))
-        except PermissionError:
-            open_fds = None
-            warnings.append("open_fds: only its own user may count the descriptors of this process")
         return Extras(
             threads=ThreadExtras(
                 user_ns=[s.utime_ticks * USER_TICK_NS if s else 0 for s in stats],
@@ -211,10 +207,28 @@ class LinuxSource:
             system_ns=total.stime_ticks * USER_TICK_NS,
             peak_rss_bytes=sizes.get("VmHWM"),
             swap_bytes=sizes.get("VmSwap"),
-            open_fds=open_fds,
+            open_fds=self._open_fds(warnings),
             minor_faults=total.minor_faults,
             major_faults=total.major_faults,
         )
+
+    def _open_fds(self, warnings: list[str]) -> int | None:
+        # Since 6.2 the size of fd/ is the count, for any user; a procfs gives every other directory size 0.
+        if os.fstat(self._task).st_size == 0 and (count := os.stat("fd", dir_fd=self._dir).st_size):
+            return count
+        try:
+            directory = os.open("fd", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir)
+        except PermissionError:
+            warnings.append("open_fds: only its own user may count the descriptors of this process")
+            return None
+        except FileNotFoundError:
+            os.pread(self._leader, 1, 0)  # raises if the process is gone: then it is not only the list that lacks
+            warnings.append(f"open_fds: {self._root} does not list the descriptors of this process")
+            return None
+        try:
+            return len(os.listdir(directory))
+        finally:
+            os.close(directory)
 
     # Attaching
 
@@ -284,6 +298,8 @@ class LinuxSource:
         try:
             yield
         except (ProcessLookupError, FileNotFoundError):
+            if self._hidden():
+                raise AccessDenied(f"process {self._pid} does not let this user read it any more (hidepid)") from None
             raise TargetGone(f"target {self._pid} has exited") from None
         except PermissionError as error:
             raise AccessDenied(f"process {self._pid}: {error.strerror}: {error.filename}") from None
@@ -291,6 +307,19 @@ class LinuxSource:
             raise KernelError(f"process {self._pid}: {error}") from None
         except OSError as error:
             raise KernelError(f"process {self._pid}: {error.strerror}") from None
+
+    def _hidden(self) -> bool:
+        """Whether it lives and /proc now hides it: what was open still answers, and nothing more can be opened."""
+        try:
+            os.close(os.open("stat", os.O_RDONLY, dir_fd=self._dir))
+        except FileNotFoundError:
+            try:
+                return parse_stat(os.pread(self._leader, 1024, 0)).state not in "ZX"
+            except (OSError, Malformed):
+                return False
+        except OSError:
+            pass
+        return False
 
 
 def _boot_id(root: str) -> str:

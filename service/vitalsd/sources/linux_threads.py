@@ -7,6 +7,7 @@ process), `SchedstatFiles` (any other), `StatFiles` (a kernel without schedstat)
 
 import errno
 import os
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ KERNEL_TICK_NS = round(time.clock_getres(6) * 1e9)
 
 NAMES_PER_SWEEP = 8
 """Names re-read per snapshot though their threads did not run: another thread may have renamed them."""
+
+FD_RESERVE = 64
+"""Descriptors left to sockets and to files that are opened for a moment, however many threads the targets have."""
 
 GONE = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
 """How the kernel says that a thread has exited; EINVAL is the CPU clock's way."""
@@ -88,6 +92,8 @@ class _Files:
     def __init__(self, task_fd: int, budget: int) -> None:
         self._task_fd = task_fd
         self._budget = budget
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._highest = limit - min(FD_RESERVE, limit // 4)
         self._opened_each_time = 0
 
     def open(self, tid: int) -> int:
@@ -99,8 +105,12 @@ class _Files:
                     raise
                 self._budget = 0
             else:
-                self._budget -= 1
-                return handle
+                # The kernel gives the lowest free number, so a high one means that few are left.
+                if handle < self._highest:
+                    self._budget -= 1
+                    return handle
+                os.close(handle)
+                self._budget = 0
         self._opened_each_time += 1
         return -tid
 
@@ -187,8 +197,7 @@ class ThreadTable:
                 if error.errno not in GONE:
                     raise
             else:
-                if self._counter.bound or not any(map(lt, cpu_ns, self._cpu_ns)):
-                    self._rename(cpu_ns)
+                if (self._counter.bound or not any(map(lt, cpu_ns, self._cpu_ns))) and self._rename(cpu_ns):
                     self._cpu_ns = cpu_ns
                     return cpu_ns
         self._relist()
@@ -224,7 +233,7 @@ class ThreadTable:
         try:
             for tid in sorted(map(int, os.listdir(self._task_fd))):
                 thread = before.pop(tid, None)
-                if thread is None or not self._advance(thread):
+                if thread is None or not self._advance(tid, thread):
                     if thread is not None:
                         self._counter.close(thread.handle)
                     thread = self._open(tid)
@@ -242,8 +251,12 @@ class ThreadTable:
         self._handles = [thread.handle for thread in threads]
         self._cpu_ns = [thread.cpu_ns for thread in threads]
 
-    def _advance(self, thread: _Thread) -> bool:
-        """Read a known thread; False if its handle names it no longer."""
+    def _advance(self, tid: int, thread: _Thread) -> bool:
+        """
+        Read a known thread; False if its handle names it no longer.
+
+        One that ran may have renamed itself, or be another that got its number: its stat tells.
+        """
         try:
             (cpu_ns,) = self._counter.read((thread.handle,))
         except OSError as error:
@@ -252,6 +265,11 @@ class ThreadTable:
             return False
         if cpu_ns < thread.cpu_ns:
             return False
+        if cpu_ns > thread.cpu_ns:
+            stat = self._stat(tid)
+            if stat is None or stat.start_ticks != thread.birth:
+                return False
+            thread.name = stat.name
         thread.cpu_ns = cpu_ns
         return True
 
@@ -275,11 +293,12 @@ class ThreadTable:
             return None
         return _Thread(stat.start_ticks, stat.name, handle, cpu_ns)
 
-    def _rename(self, cpu_ns: Sequence[int]) -> None:
+    def _rename(self, cpu_ns: Sequence[int]) -> bool:
         """
         Read again the names of the threads that ran, and of a few others in turn.
 
-        A thread that names itself has run, so its new name is never missed.
+        A thread that names itself has run, so its new name is never missed. So has one that got the
+        number of a dead one: where the handle cannot tell, its birth does, and the answer is False.
         """
         count = len(cpu_ns)
         stale = {i % count for i in range(self._sweep, self._sweep + NAMES_PER_SWEEP)}
@@ -288,6 +307,12 @@ class ThreadTable:
             stale.update(i for i, (new, old) in enumerate(zip(cpu_ns, self._cpu_ns, strict=True)) if new != old)
         names = list(self.names)
         for i in stale:
+            if not self._counter.bound:
+                stat = self._stat(self.tids[i])
+                if stat is not None and stat.start_ticks != self.births[i]:
+                    return False
+                names[i] = stat.name if stat else names[i]
+                continue
             try:
                 names[i] = decode_name(read_file(f"{self.tids[i]}/comm", self._task_fd)[:-1])
             except OSError as error:
@@ -297,3 +322,4 @@ class ThreadTable:
             self.names = tuple(names)
             for thread, name in zip(self._threads.values(), names, strict=True):
                 thread.name = name
+        return True
