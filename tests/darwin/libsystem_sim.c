@@ -745,10 +745,10 @@ int task_info(uint32_t task, uint32_t flavor, void *out, uint32_t *count)
         code = MACH_SEND_INVALID_DEST;
     struct stat_line s = {0};
     unsigned long long vm, rss, anonymous;
-    if (!code) {
+    if (!code && flavor <= 2)
         read_stat("/proc/self/stat", &s);
+    if (!code && flavor >= 20)
         memory(getpid(), &vm, &rss, &anonymous);
-    }
     if (!code && flavor == 1) { /* TASK_ABSOLUTETIME_INFO */
         uint64_t info[4];
         totals_in_ticks(refresh(), &s, info);

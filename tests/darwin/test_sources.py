@@ -31,6 +31,7 @@ from vitalsd.sources.mach import MachSource
 from workload import ChildWorkload, OwnWorkload
 
 KERN_FAILURE = 5
+KERN_TERMINATED = 37
 HOUR_NS = 3600 * 10**9
 
 
@@ -165,6 +166,17 @@ class TestFailures:
         with pytest.raises(error, match=re.escape(text)):
             source.snapshot()
         assert child.pid in source.snapshot().tids
+
+    def test_nobody_alive(self, simulator: Simulator) -> None:
+        """Whoever asks is alive, so the list is made again, and such an answer is not given in the end."""
+        simulator.hide_real_threads()
+        simulator.add_thread(1 << 40)
+        source = MachSource(lib=simulator.lib)
+        simulator.fault("thread_info", KERN_TERMINATED)
+        assert source.snapshot().tids == (1 << 40,)
+        simulator.fault("thread_info", KERN_TERMINATED, every=1)
+        with pytest.raises(KernelError, match="none of its threads alive"):
+            source.snapshot()
 
     def test_a_forked_child_does_not_speak_for_its_parent(self, simulator: Simulator) -> None:
         """The task port names whoever asks, so the numbers would be the child's."""

@@ -26,6 +26,7 @@ from vitalsd.sources import KernelError
 from vitalsd.sources.apple_headers import proc_taskallinfo, proc_uniqidentifierinfo
 from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
 from vitalsd.sources.xnu import (
+    ATTEMPTS,
     QUANTUM_NS,
     THREAD_GRAIN_NS,
     Instant,
@@ -42,9 +43,6 @@ __all__ = ["WALK_LIMIT", "LibprocSource"]
 
 WALK_LIMIT = 2048
 """Threads looked up per snapshot at most, but for the first: 2 million steps in the kernel."""
-
-ATTEMPTS = 3
-"""A list of threads of which none is alive any more was made just before an exec."""
 
 
 class LibprocSource:

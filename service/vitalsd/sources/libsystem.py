@@ -407,7 +407,7 @@ class ThreadRows:
             ("THREAD_IDENTIFIER_INFO", self._id_counts, self._asked_ids),
         ):
             size = 4 * number
-            if memoryview(counts).cast("B")[:size] != asked[:size]:
+            if ctypes.string_at(counts, size) != asked[:size]:
                 words = int.from_bytes(asked[:4], "little")
                 raise MachError(f"thread_info({flavor}) answered {min(counts[:number])} words of {words}")
 

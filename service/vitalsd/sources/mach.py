@@ -17,7 +17,7 @@ from collections.abc import Callable
 from operator import add
 
 from vitalsd.snapshot import Extras, Identity, Snapshot
-from vitalsd.sources import TargetGone
+from vitalsd.sources import KernelError, TargetGone
 from vitalsd.sources.apple_headers import (
     mach_task_basic_info,
     task_absolutetime_info,
@@ -26,8 +26,10 @@ from vitalsd.sources.apple_headers import (
 )
 from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
 from vitalsd.sources.xnu import (
+    ATTEMPTS,
     QUANTUM_NS,
     THREAD_GRAIN_NS,
+    Instant,
     Living,
     Target,
     ThreadNames,
@@ -81,15 +83,8 @@ class MachSource:
         lib, target = self._lib, self._target
         warnings = list(target.warnings)
         begun_ns = time.monotonic_ns()
-        # Listed before the total is read: whoever is reaped between the two is then found missing.
-        with lib.thread_ports() as ports:
-            before, instant = self._totals(), target.now()
-            thread_ids = lib.thread_infos(ports, self._rows)
-        living = living_threads(thread_ids, self._rows)
+        living, before, after, instant = self._read()
         thread_cpu_ns = list(map(add, living.user_ns, living.system_ns))
-        after = before
-        if len(living.tids) < len(ports):
-            after, instant = self._totals(), target.now()
         lib.task_info(self._basic)
         self._threads.update(living.tids, living.names)
         ended_ns = time.monotonic_ns()
@@ -117,6 +112,21 @@ class MachSource:
             extras=extra,
             warnings=tuple(warnings),
         )
+
+    def _read(self) -> tuple[Living, Totals, Totals, Instant]:
+        """The threads, and the totals before and, if any thread had ended, after reading them."""
+        for _ in range(ATTEMPTS):
+            # Listed before the total is read: whoever is reaped between the two is then found missing.
+            with self._lib.thread_ports() as ports:
+                before = after = self._totals()
+                instant = self._target.now()
+                thread_ids = self._lib.thread_infos(ports, self._rows)
+            living = living_threads(thread_ids, self._rows)
+            if len(living.tids) < len(ports):
+                after, instant = self._totals(), self._target.now()
+            if living.tids:
+                return living, before, after, instant
+        raise KernelError(f"process {self._pid}: thread_info finds none of its threads alive, though one is asking")
 
     def _totals(self) -> Totals:
         times = self._times

@@ -38,6 +38,7 @@ from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows
 from vitalsd.sources.procfs import decode_name
 
 __all__ = [
+    "ATTEMPTS",
     "QUANTUM_NS",
     "THREAD_GRAIN_NS",
     "Instant",
@@ -59,6 +60,9 @@ QUANTUM_NS = 10_000_000
 
 THREAD_GRAIN_NS = 2_000
 """User and system time of a thread are each cut to a microsecond."""
+
+ATTEMPTS = 3
+"""Lists of threads to make before believing that nobody on them is alive: an exec replaces them all."""
 
 RUN_STATES = {
     TH_STATE_RUNNING: "running",
