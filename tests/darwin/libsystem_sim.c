@@ -117,11 +117,6 @@ static long long clock_ns(clockid_t id)
 
 static uint64_t ticks(long long ns) { return ns < 0 ? 0 : (uint64_t)ns * 3 / 125; }
 
-__attribute__((constructor)) static void boot(void)
-{
-    boot_wall_ns = clock_ns(CLOCK_REALTIME) - clock_ns(CLOCK_BOOTTIME);
-}
-
 /* The Rosetta runtime makes these three agree on 1/1; what the kernel writes stays in ticks [5]. */
 uint64_t mach_absolute_time(void)
 {
@@ -439,6 +434,12 @@ static struct totals refresh(void)
     if (total - living - dying > reaped_ns)
         reaped_ns = total - living - dying;
     return (struct totals){total + made_up + made_up_reaped_ns, total - reaped_ns + made_up};
+}
+
+__attribute__((constructor)) static void boot(void)
+{
+    boot_wall_ns = clock_ns(CLOCK_REALTIME) - clock_ns(CLOCK_BOOTTIME);
+    refresh();
 }
 
 /* A thread of our making: no real one stands behind it. */
@@ -987,8 +988,6 @@ static long pidinfo(long pid, int flavor, uint64_t arg, void *buffer, long size)
         if (size < 112)
             return -ENOMEM;
         if (pid == getpid()) {
-            if (!thread_count)
-                refresh();
             for (struct thread *t = threads; t; t = t->next) {
                 int priority = 31;
                 if (t->id != arg)

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -30,16 +31,11 @@ from vitalsd.sources.libproc import LibprocSource
 from vitalsd.sources.mach import MachSource
 from workload import ChildWorkload, OwnWorkload
 
+assert sys.platform != "darwin" or not TYPE_CHECKING
+
 KERN_FAILURE = 5
 KERN_TERMINATED = 37
 HOUR_NS = 3600 * 10**9
-
-
-@pytest.fixture
-def child() -> Iterator[ChildWorkload]:
-    workload = ChildWorkload()
-    yield workload
-    workload.close()
 
 
 @pytest.fixture(params=["mach", "libproc"])
@@ -195,7 +191,7 @@ class TestFailures:
 class TestBooks:
     @pytest.mark.parametrize("reap_delay", [0, 1, 3])
     def test_they_balance_while_the_kernel_reaps_late(
-        self, simulator: Simulator, open_own: Callable[..., Source], reap_delay: int
+        self, simulator: Simulator, open_own: Callable[..., Source], threads: OwnWorkload, reap_delay: int
     ) -> None:
         """
         A thread's whole life is counted once, in the window it was lived in.
@@ -203,7 +199,6 @@ class TestBooks:
         Not when the kernel gets to reap it: a thread that burnt a lot earlier must not appear as burnt now.
         """
         simulator.reap_delay(reap_delay)
-        threads = OwnWorkload()
         source = open_own()
         for _ in range(4):
             tid = threads.start_thread("brief")
@@ -221,7 +216,6 @@ class TestBooks:
                 m = measure(first, last)
                 assert m.exited_ns <= 10_000_000
                 assert not any("backwards" in warning for warning in m.warnings)
-        threads.close()
 
     def test_exited_time_is_exact_while_nobody_is_dying(
         self, simulator: Simulator, open_own: Callable[..., Source]
