@@ -258,7 +258,6 @@ static long long reaped_ns, made_up_reaped_ns;
 static bool real_threads = true;
 
 void sim_reap_delay(long lists) { reap_delay = lists; }
-void sim_real_threads(int on) { real_threads = on; }
 
 static uint32_t new_port(struct thread *thread)
 {
@@ -403,9 +402,6 @@ static struct totals refresh(void)
             split(ns, 1, 0, &t->user_ns, &t->system_ns);
         }
     }
-    /* Hidden: what they use counts with the exited. */
-    for (struct thread *t = threads; t && !real_threads; t = t->next)
-        t->seen = false;
     struct thread *first_dead = NULL;
     for (struct thread **at = &threads, *t; (t = *at);) {
         if (t->real && !t->dying && !t->seen) {
@@ -434,6 +430,19 @@ static struct totals refresh(void)
     if (total - living - dying > reaped_ns)
         reaped_ns = total - living - dying;
     return (struct totals){total + made_up + made_up_reaped_ns, total - reaped_ns + made_up};
+}
+
+/* From now on only threads of our making are listed; what the real ones use counts with the exited. */
+void sim_hide_real_threads(void)
+{
+    pthread_mutex_lock(&lock);
+    real_threads = false;
+    for (struct thread **at = &threads; *at;)
+        if ((*at)->real)
+            remove_thread(at);
+        else
+            at = &(*at)->next;
+    pthread_mutex_unlock(&lock);
 }
 
 __attribute__((constructor)) static void boot(void)

@@ -57,7 +57,7 @@ class Simulator:
             ("sim_tbfrequency", None, ctypes.c_longlong),
             ("sim_perf_levels", None, ctypes.c_longlong),
             ("sim_reap_delay", None, ctypes.c_long),
-            ("sim_real_threads", None, ctypes.c_int),
+            ("sim_hide_real_threads", None),
             (
                 "sim_add_thread", None, ctypes.c_uint64, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_char_p,
                 ctypes.c_int,
@@ -121,7 +121,7 @@ class Simulator:
 
     def hide_real_threads(self) -> None:
         """From now on only threads of `add_thread` exist."""
-        self._raw.sim_real_threads(0)
+        self._raw.sim_hide_real_threads()
 
     def add_thread(
         self, tid: int, *, user_ns: int = 0, system_ns: int = 0, name: bytes = b"", run_state: int = 3
