@@ -104,7 +104,7 @@ static long fault(const char *function, int flavor)
 
 /* Clocks [4, 5] */
 
-static long long slept_ns, boot_wall_ns, frequency_stated = 24000000, perf_levels = 2;
+static long long slept_ns, boot_wall_ns, boot_sleep_ns, frequency_stated = 24000000, perf_levels = 2;
 static bool translated;
 
 static long long clock_ns(clockid_t id)
@@ -448,6 +448,7 @@ void sim_hide_real_threads(void)
 __attribute__((constructor)) static void boot(void)
 {
     boot_wall_ns = clock_ns(CLOCK_REALTIME) - clock_ns(CLOCK_BOOTTIME);
+    boot_sleep_ns = clock_ns(CLOCK_BOOTTIME) - clock_ns(CLOCK_MONOTONIC);
     refresh();
 }
 
@@ -1066,7 +1067,7 @@ static long pid_rusage(long pid, int flavor, uint64_t *out)
         return EINVAL;
     totals_in_ticks(pid == getpid() ? refresh() : other_totals(pid, &s), &s, times);
     memory(pid, &vm, &rss, &anonymous);
-    long long start_ns = (long long)s.start * 10000000 - (clock_ns(CLOCK_BOOTTIME) - clock_ns(CLOCK_MONOTONIC));
+    long long start_ns = (long long)s.start * 10000000 + others[other(pid)].start_shift_s * 1000000000 - boot_sleep_ns;
     info[2] = times[0];
     info[3] = times[1];
     snprintf(path, sizeof path, "/proc/%ld/status", pid);
@@ -1100,6 +1101,11 @@ int proc_pid_rusage(int pid, int flavor, void *buffer)
     return error ? -1 : 0;
 }
 
+static long pid_estimate = -1;
+
+/* What proc_listallpids says without a buffer: too little, if many processes are born meanwhile. */
+void sim_pid_estimate(long pids) { pid_estimate = pids; }
+
 int proc_listallpids(void *buffer, int size)
 {
     static uint64_t *ids;
@@ -1110,7 +1116,7 @@ int proc_listallpids(void *buffer, int size)
         errno = (int)error;
         n = 0;
     } else if (!buffer)
-        n += 20;
+        n = pid_estimate < 0 ? n + 20 : pid_estimate;
     else {
         n = n < size / 4 ? n : size / 4;
         for (long i = 0; i < n; i++)

@@ -415,6 +415,16 @@ class TestClocks:
         opened_later = open_own(wall_clock=lambda: time.time_ns() + clock[0]).snapshot()
         assert last.uptime_ns - 1_000_000 <= opened_later.uptime_ns <= true_ns + 60 * 10**9
 
+    def test_without_rusage_the_wall_clock_tells_the_age(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
+        """A sandbox may hide it. Nobody is older than the machine is up, whatever the clock says."""
+        true_ns = open_own().snapshot().uptime_ns
+        simulator.fault("proc_pid_rusage", errno.EPERM, every=1)
+        assert true_ns <= open_own().snapshot().uptime_ns <= true_ns + 60 * 10**9
+        oldest = open_own(wall_clock=lambda: time.time_ns() + 10**6 * HOUR_NS).snapshot()
+        assert oldest.uptime_ns <= oldest.boottime_ns
+
     def test_sleep_ages_and_is_told(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """It is in the uptime and not in the rate: the window is the time awake."""
         source = open_own()
