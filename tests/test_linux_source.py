@@ -24,7 +24,7 @@ from target import Target, cpu_at, set_name, spin
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources import AccessDenied, NoSuchProcess, Source, TargetGone, Unsupported, list_processes, open_source
 from vitalsd.sources.linux import LinuxSource
-from vitalsd.sources.linux_threads import KERNEL_TICK_NS, USER_TICK_NS
+from vitalsd.sources.linux_counters import KERNEL_TICK_NS, USER_TICK_NS
 
 pytestmark = [
     pytest.mark.live,

@@ -3,34 +3,56 @@ Windows over one target: when to take snapshots, and who shares them.
 
 All kernel reads of one target happen on one thread of its own, so the event loop never blocks, and a
 kernel that hangs on one target holds up no other. Callers whose windows start or end within a few
-milliseconds share the snapshots: a thousand of them cost about what one costs.
+milliseconds share the snapshots: a thousand of them cost about what one costs. The recorder's
+snapshots are taken on the same thread and shared alike.
 """
 
 import asyncio
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol
 
+from vitalsd.record import Mark, Record
+from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 from vitalsd.sources import Source, SourceError
+from vitalsd.worker import Worker
 
-__all__ = ["Busy", "KernelThread", "Sampler", "Targets", "sample"]
+__all__ = ["Busy", "NotRecording", "Sampler", "Stream", "Target", "Targets", "sample"]
 
 SHARE_NS = 10_000_000
 """A snapshot this young serves another window too ..."""
 SHARE_PART = 20
 """... unless that is more than 1/20 of the window."""
-
-T = TypeVar("T")
+STREAM_QUEUE = 16
+"""Measurements that wait for a slow reader of a stream; then the oldest is dropped."""
 
 
 class Busy(Exception):
     """More is under way than the limits allow; try again later."""
+
+
+class NotRecording(Exception):
+    """There is no recorder, and what was asked for needs one."""
+
+
+class Target(Protocol):
+    """A process that is measured: live (`Sampler`) or read back from a dead run (`vitalsd.replay`)."""
+
+    snapshots_taken: int
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def record(self) -> Record | None: ...
+    async def identity(self) -> Identity: ...
+    async def window(self, window_ms: int, *, extras: bool = False) -> Measurement: ...
+    def mark(self, label: str) -> Mark: ...
+    def recording_info(self) -> dict[str, Any] | None: ...
+    async def close(self) -> None: ...
 
 
 def sample(source: Source, window_ms: int, *, extras: bool = False) -> Measurement:
@@ -40,56 +62,26 @@ def sample(source: Source, window_ms: int, *, extras: bool = False) -> Measureme
     return measure(first, source.snapshot(extras=extras))
 
 
-class KernelThread:
-    """
-    One daemon thread that runs what it is given, in order.
-
-    Not an executor: that one's threads are joined when the interpreter exits, and a kernel call that
-    hangs would hang the exit of the host program.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, call: Callable[[], T]) -> "Future[T]":
-        """Run `call` on the thread; the future has its result or its exception."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as error:  # noqa: BLE001 - handed to whoever waits, not swallowed
-                    future.set_exception(error)
-
-        self._calls.put(run)
-        return future
-
-    def stop(self, timeout_s: float) -> bool:
-        """End the thread after what it was given before; False if it is still at that after `timeout_s`."""
-        self._calls.put(None)
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call()
-
-
 class Sampler:
     """
     Measures one target for many callers of one event loop.
 
     Args:
-        open_source: opens the target; called on the sampler's own thread, once.
+        open_source: opens the target; called on the sampler's own thread.
+        recording: whether and how to record it; ``None`` for not at all.
         name: of that thread, as debuggers show it.
     """
 
-    def __init__(self, open_source: Callable[[], Source], *, name: str = "vitalsd-sampler") -> None:
+    def __init__(
+        self,
+        open_source: Callable[[], Source],
+        *,
+        recording: Recording | None = None,
+        name: str = "vitalsd-sampler",
+    ) -> None:
         self._open_source = open_source
-        self._thread = KernelThread(name)
+        self._recording = recording
+        self._worker = Worker(name)
         self._source: Source | None = None
         self._identity: Identity | None = None
         self._last: Snapshot | None = None
@@ -97,7 +89,13 @@ class Sampler:
         self._pending_since_ns = 0
         self._pending_extras = False
         self._windows: dict[tuple[Snapshot, int, bool], asyncio.Task[Measurement]] = {}
+        self.recorder: Recorder | None = None
         self.snapshots_taken = 0
+
+    @property
+    def record(self) -> Record | None:
+        """What was recorded of it; ``None`` without a recorder."""
+        return self.recorder.record if self.recorder else None
 
     @property
     def pid(self) -> int | None:
@@ -105,9 +103,9 @@ class Sampler:
         return self._identity.pid if self._identity else None
 
     async def identity(self) -> Identity:
-        """Which process this is. Opens the target if need be. Raises `SourceError`."""
+        """Which process this is. Opens the target, and starts recording it, if need be. Raises `SourceError`."""
         if self._identity is None:
-            self._identity = await asyncio.wrap_future(self._thread.submit(self._open))
+            self._identity = await asyncio.wrap_future(self._worker.submit(self._open))
         return self._identity
 
     async def window(self, window_ms: int, *, extras: bool = False) -> Measurement:
@@ -129,12 +127,28 @@ class Sampler:
             task.add_done_callback(lambda task: self._finished(key, task))
         return await asyncio.shield(task)
 
+    def mark(self, label: str) -> Mark:
+        """
+        Put a label on the recorder's clock; from any thread.
+
+        Raises:
+            ValueError: the label is unfit, see `Record.mark`.
+            NotRecording: there is no recorder.
+        """
+        if self.recorder is None:
+            raise NotRecording("nothing is being recorded (--record-interval 0)")
+        return self.recorder.mark(label)
+
+    def recording_info(self) -> dict[str, Any] | None:
+        """State of the recorder as ``/info`` shows it; ``None`` without one."""
+        return self.recorder.info() if self.recorder else None
+
     async def close(self, timeout_s: float = 1.0) -> None:
-        """Release the target. A kernel call that hangs is left to its daemon thread."""
+        """Release the target and end its record. A kernel call that hangs is left to its daemon thread."""
         for task in list(self._windows.values()):
             task.cancel()
-        self._thread.submit(self._close)
-        await asyncio.to_thread(self._thread.stop, timeout_s)
+        self._worker.submit(self._close)
+        await asyncio.to_thread(self._worker.stop, timeout_s)
 
     def _finished(self, key: tuple[Snapshot, int, bool], task: asyncio.Task[Measurement]) -> None:
         self._windows.pop(key, None)
@@ -144,10 +158,7 @@ class Sampler:
     async def _finish(self, first: Snapshot, window_ns: int, slack_ns: int, extras: bool) -> Measurement:
         end_ns = first.monotonic_ns + window_ns
         await asyncio.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
-        last = await self._snapshot(end_ns - slack_ns, extras)
-        if last.monotonic_ns <= first.monotonic_ns:
-            last = await self._snapshot(time.monotonic_ns(), extras)
-        return measure(first, last)
+        return measure(first, await self._snapshot(end_ns - slack_ns, extras))
 
     async def _snapshot(self, not_before_ns: int, extras: bool) -> Snapshot:
         """A snapshot not older than `not_before_ns`: the last one, the one under way, or a new one."""
@@ -156,32 +167,100 @@ class Sampler:
             return last
         pending = self._pending
         if pending is None or self._pending_since_ns < not_before_ns or extras > self._pending_extras:
-            pending = asyncio.wrap_future(self._thread.submit(lambda: self._take(extras)))
-            pending.add_done_callback(self._taken)
+            pending = asyncio.wrap_future(self._worker.submit(lambda: self._take(extras)))
+            pending.add_done_callback(self._settled)
             self._pending, self._pending_since_ns, self._pending_extras = pending, time.monotonic_ns(), extras
         return await asyncio.shield(pending)
 
-    def _taken(self, pending: asyncio.Future[Snapshot]) -> None:
+    def _settled(self, pending: asyncio.Future[Snapshot]) -> None:
         if self._pending is pending:
             self._pending = None
-        if not pending.cancelled() and pending.exception() is None:
-            self._last = pending.result()
+        if not pending.cancelled():
+            pending.exception()  # retrieved here, so that one nobody waits for any more is not logged as lost
 
     # On the sampler's thread
 
     def _open(self) -> Identity:
         if self._source is None:
             self._source = self._open_source()
-        return self._source.identity()
+        identity = self._source.identity()
+        if self._recording is not None and self._recording.interval_s > 0 and self.recorder is None:
+            self.recorder = Recorder(identity, self._recording)
+            self._worker.every(self.recorder.interval_ns, self._beat)
+        return identity
 
     def _take(self, extras: bool) -> Snapshot:
         assert self._source is not None
         self.snapshots_taken += 1
-        return self._source.snapshot(extras=extras)
+        self._last = self._source.snapshot(extras=extras)
+        return self._last
+
+    def _beat(self) -> bool:
+        assert self.recorder is not None
+        last = self._last
+        fresh = last is not None and time.monotonic_ns() - last.monotonic_ns < SHARE_NS
+        try:
+            snapshot = last if last is not None and fresh else self._take(False)
+        except SourceError as error:
+            return self.recorder.failed(error)
+        self.recorder.observe(snapshot)
+        return True
 
     def _close(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
         if self._source is not None:
             self._source.close()
+
+
+class Stream:
+    """
+    Window after window of one target, for one reader: an async iterator of `Measurement`.
+
+    A reader that is too slow loses the oldest, counted in `dropped`; it never holds up the sampler.
+    It ends with the `SourceError` that says why there is no more.
+    """
+
+    def __init__(self, target: Target, interval_ms: int) -> None:
+        self._target = target
+        self._interval_ms = interval_ms
+        self._waiting: deque[Measurement] = deque(maxlen=STREAM_QUEUE)
+        self._news = asyncio.Event()
+        self._error: SourceError | None = None
+        self._producer = asyncio.create_task(self._produce())
+        self.dropped = 0
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Measurement:
+        while not self._waiting:
+            if self._error is not None:
+                raise self._error
+            if self._producer.done():
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._waiting.popleft()
+
+    async def close(self) -> None:
+        """End it; a reader that waits gets no more."""
+        self._producer.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._producer
+        self._news.set()
+
+    async def _produce(self) -> None:
+        try:
+            while True:
+                measurement = await self._target.window(self._interval_ms)
+                self.dropped += len(self._waiting) == STREAM_QUEUE
+                self._waiting.append(measurement)
+                self._news.set()
+        except SourceError as error:
+            self._error = error
+        finally:
+            self._news.set()
 
 
 @dataclass(slots=True, eq=False)
@@ -203,7 +282,7 @@ class Targets:
 
     def __init__(
         self,
-        default: Sampler,
+        default: Target,
         open_source: Callable[[int], Source],
         *,
         idle_s: float = 10,
@@ -217,9 +296,9 @@ class Targets:
         self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def sampler(self, pid: int | None) -> AsyncIterator[Sampler]:
+    async def target(self, pid: int | None) -> AsyncIterator[Target]:
         """
-        The sampler of `pid`, or the default one. It stays open as long as the context.
+        The target with this `pid`, or the default one. It stays open as long as the context.
 
         Raises:
             Busy: too many targets at once.
@@ -238,6 +317,11 @@ class Targets:
             guest.users -= 1
             if guest.users == 0:
                 guest.expiry = asyncio.get_running_loop().call_later(idle_s, self._expire, pid)
+
+    async def start(self) -> None:
+        """Open the default target, so that it is recorded from now on. A failure is told to whoever asks."""
+        with suppress(SourceError):
+            await self.default.identity()
 
     async def close(self) -> None:
         """Release all targets."""

@@ -94,6 +94,8 @@ class Snapshot:
     """Bounds of the CPU time of exited threads, ns. Equal where the kernel tells it atomically."""
     rss_bytes: int
     vm_bytes: int
+    state: str | None = None
+    """Of the main thread, as in `ThreadExtras.states`."""
     image: Hashable
     """Changes when the process executes another program; ``None`` if that cannot be seen."""
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from vitalsd.snapshot import Identity, Measurement
+from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
 from vitalsd.sources import SourceError, platform_name
 
 __all__ = ["Detail", "Sort", "encode", "iso", "unavailable"]
@@ -108,9 +108,11 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
     def kb(size: int | None) -> int | None:
         return None if size is None else size // 1024
 
-    last, extras = m.last, m.last.extras
+    last, warnings = m.last, list(m.warnings)
+    extras = last.extras
     if extras is None:
-        raise ValueError("detail=full needs snapshots with extras")
+        extras = _no_extras(len(last.tids))
+        warnings.append("the record has no states, priorities, user/system split, faults or descriptors: null")
     user_ns = m.thread_user_ns or [None] * len(last.tids)
     return {
         "sample_window_ms": _ms(m.elapsed_ns),
@@ -183,8 +185,13 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             "arch": platform.machine(),
         },
         "truncated": len(order) < len(last.tids),
-        "warnings": list(m.warnings),
+        "warnings": warnings,
     }
+
+
+def _no_extras(threads: int) -> Extras:
+    nothing = (None,) * threads
+    return Extras(threads=ThreadExtras(user_ns=(), system_ns=(), states=nothing, priorities=nothing))
 
 
 def _rest(whole: int, part: int | None) -> int | None:

@@ -12,17 +12,33 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from vitalsd.sampler import Busy
+from vitalsd.sampler import Busy, NotRecording
 
 __all__ = ["MEDIA_TYPE", "Problem", "install", "problem"]
 
 MEDIA_TYPE = "application/problem+json"
 
-Reason = Literal["bad_parameter", "no_such_route", "method_not_allowed", "busy", "internal"]
+Reason = Literal[
+    "bad_parameter",
+    "bad_body",
+    "body_too_large",
+    "no_such_route",
+    "no_such_run",
+    "unreadable_run",
+    "not_recording",
+    "method_not_allowed",
+    "busy",
+    "internal",
+]
 
 TITLES: dict[Reason, tuple[int, str]] = {
     "bad_parameter": (422, "A parameter is wrong"),
+    "bad_body": (422, "The body is wrong"),
+    "body_too_large": (413, "The body is too large"),
     "no_such_route": (404, "There is no such route"),
+    "no_such_run": (404, "There is no such run"),
+    "unreadable_run": (503, "The file of this run is damaged"),
+    "not_recording": (409, "Nothing is being recorded"),
     "method_not_allowed": (405, "This route does not take that method"),
     "busy": (429, "Too much at once"),
     "internal": (500, "A bug in vitalsd"),
@@ -63,6 +79,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def bad_parameter(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["loc"][:1] == ("body",):
+            where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str))
+            return problem("bad_body", f"{first['msg']}; send a JSON object", parameter=where or None)
         name = str(first["loc"][-1]) if first["loc"] else ""
         if first["type"] == "extra_forbidden":
             known = ", ".join(_parameters(request)) or "none"
@@ -76,12 +95,18 @@ def install(app: FastAPI) -> None:
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "GET")
             return problem("method_not_allowed", f"use {allowed}", headers={"Allow": allowed})
+        if error.status_code == 413:
+            return problem("body_too_large", "a body here has at most 4 KiB")
         path = _shown(request.scope["path"])
         return problem("no_such_route", f"{path} is not served here; there are: {routes}")
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
         return problem("busy", str(error), headers={"Retry-After": "1"})
+
+    @app.exception_handler(NotRecording)
+    async def not_recording(_: Request, error: NotRecording) -> Response:
+        return problem("not_recording", str(error))
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:

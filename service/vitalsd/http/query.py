@@ -7,53 +7,91 @@ last of two duplicates win and echo kilobytes of input.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
 
-from fastapi import Query, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from vitalsd.wire import Detail, Sort
 
-__all__ = ["MetricsQuery", "NoQuery", "unique_parameters"]
-
-MAX_PID = 2**31 - 1
+__all__ = ["HistoryQuery", "MetricsQuery", "NoQuery", "StreamQuery", "unique_parameters"]
 
 
-def _digits(value: Any) -> Any:
-    if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,10}", value, re.ASCII):
-        raise ValueError("must be written in digits only")
-    return value
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """An integer from `low` to `high`, written in ASCII digits and nothing else."""
+
+    low: int
+    high: int
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        limits = core_schema.int_schema(ge=self.low, le=self.high)
+        return core_schema.no_info_before_validator_function(self._check, limits)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
+    @staticmethod
+    def _check(value: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,10}", value, re.ASCII):
+            raise ValueError("must be written in digits only")
+        return value
 
 
-Digits = BeforeValidator(_digits)
-"""Stands after the `Field` with the bounds: before it, they would be lost from the published schema."""
+WindowMs = Annotated[int, Digits(10, 60_000), Field(description="Window to measure, ms.")]
+IntervalMs = Annotated[int, Digits(10, 60_000), Field(description="One answer each, ms.")]
+Limit = Annotated[
+    Annotated[int, Digits(0, 20_000)] | None, Field(description="At most so many threads, after sorting.")
+]
+OtherPid = Annotated[
+    Annotated[int, Digits(1, 2**31 - 1)] | None, Field(description="Another process than the sidecar's target.")
+]
+SortBy = Annotated[Sort, Field(description="Order of the threads; `cpu` is busiest first.")]
 
 
-class NoQuery(BaseModel):
+class _Query(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NoQuery(_Query):
     """A route without parameters."""
 
-    model_config = ConfigDict(extra="forbid")
 
-
-class MetricsQuery(BaseModel):
+class MetricsQuery(_Query):
     """Parameters of ``GET /metrics``."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    window_ms: Annotated[int, Field(ge=10, le=60_000, description="Window to measure, ms."), Digits] = 1000
-    mode: Annotated[Literal["wait"], Field(description="`wait` measures the coming window.")] = "wait"
+    window_ms: WindowMs = 1000
+    mode: Annotated[
+        Literal["wait", "trailing"],
+        Field(description="`wait` measures the coming window; `trailing` answers at once for the one just recorded."),
+    ] = "wait"
     detail: Annotated[Detail, Field(description="`full` adds the accounting, error bars and more per thread.")] = (
         "basic"
     )
-    sort: Annotated[Sort, Field(description="Order of the threads; `cpu` is busiest first.")] = "tid"
-    limit: Annotated[
-        int | None, Field(ge=0, le=20_000, description="At most so many threads, after sorting."), Digits
-    ] = None
-    pid: Annotated[
-        int | None, Field(ge=1, le=MAX_PID, description="Another process than the sidecar's target."), Digits
-    ] = None
+    sort: SortBy = "tid"
+    limit: Limit = None
+    pid: OtherPid = None
+
+
+class HistoryQuery(_Query):
+    """Parameters of ``GET /history`` and ``GET /runs/{id}/history``."""
+
+    seconds: Annotated[int, Digits(1, 86_400), Field(description="How far back, s.")] = 300
+    top: Annotated[int, Digits(0, 20_000), Field(description="Show so many threads, the busiest ones.")] = 10
+    step_ms: Annotated[int, Digits(0, 3_600_000), Field(description="At least so long a row, ms; 0 for all.")] = 0
+
+
+class StreamQuery(_Query):
+    """Parameters of ``GET /stream``."""
+
+    interval_ms: IntervalMs = 1000
+    sort: SortBy = "tid"
+    limit: Limit = None
+    pid: OtherPid = None
 
 
 async def unique_parameters(request: Request) -> None:
@@ -68,6 +106,3 @@ async def unique_parameters(request: Request) -> None:
         if names.count(name) > 1:
             error = {"type": "duplicate", "loc": ("query", name), "msg": "Given more than once", "input": None}
             raise RequestValidationError([error])
-
-
-Strict = Annotated[NoQuery, Query()]

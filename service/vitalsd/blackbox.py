@@ -1,0 +1,301 @@
+"""
+The flight recorder on disk, while it is being written; `vitalsd.runs` has the format and reads it back.
+
+Every snapshot is one committed row, written behind the sampler on a thread of its own: in WAL mode
+a commit is a ``write`` without ``fsync``, so a killed process loses nothing that was committed and only
+a power failure may lose the last seconds.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import sqlite3
+import time
+from array import array
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from pathlib import Path
+
+from vitalsd.record import Event, Mark, Segment
+from vitalsd.runs import APPLICATION_ID, RUN_BYTES, SCHEMA, SCHEMA_VERSION, RunDirectory, delete_run
+from vitalsd.snapshot import Identity
+from vitalsd.worker import Worker
+
+__all__ = ["BlackBox"]
+
+log = logging.getLogger("vitalsd.blackbox")
+
+MAX_PENDING = 64
+"""Snapshots that wait for a slow disk; beyond that they are dropped and counted."""
+MAX_WAIT_S = 0.05
+OPEN_WAIT_S = 1.0
+RETRY_NS = 2_000_000_000
+"""After a failure to open the file."""
+
+
+class BlackBox:
+    """
+    Writes one run. Never raises to the sampler: what goes wrong is in `error`, and the log says it once.
+
+    The file is there when the constructor returns, unless the disk takes longer than a second.
+
+    Args:
+        directory: where the file goes.
+        identity: the process being recorded.
+        interval_ns: intended distance of two snapshots.
+        retention_ns: how far back the file reaches.
+        max_bytes: of this run; the oldest segments go when it is passed.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        identity: Identity,
+        *,
+        interval_ns: int,
+        retention_ns: int,
+        max_bytes: int = RUN_BYTES,
+    ) -> None:
+        self.error: str | None = None
+        self.dropped = 0
+        self.run_id: str | None = None
+        self._directory = directory
+        self._identity = identity
+        self._interval_ns = interval_ns
+        self._retention_ns = retention_ns
+        self._max_bytes = max_bytes
+        self._db: sqlite3.Connection | None = None
+        self._lock_fd = -1
+        self._segment: Segment | None = None
+        self._segment_id = 0
+        self._thread_ids: dict[tuple[int, int, str], int] = {}
+        self._retry_ns = 0
+        self._written: Future[None] | None = None
+        self._worker = Worker("vitalsd-blackbox")
+        wait((self._worker.submit(lambda: self._guard(lambda db: None)),), OPEN_WAIT_S)
+
+    def append(self, segment: Segment, position: int) -> None:
+        """
+        Write the snapshot that `segment` has at `position`.
+
+        Returns at once if the one before is on disk, else waits for it up to half an interval: so a
+        killed process loses one snapshot at most, and a slow disk delays but never stops the sampler.
+        """
+        if self._written is not None:
+            wait((self._written,), min(MAX_WAIT_S, self._interval_ns / 2e9))
+        if self._worker.pending >= MAX_PENDING:
+            self.dropped += 1
+            return
+        self._written = self._worker.submit(lambda: self._guard(lambda db: self._write(db, segment, position)))
+
+    def mark(self, mark: Mark) -> None:
+        """Write a mark; returns at once."""
+        row = (mark.wall_ns, mark.monotonic_ns, mark.label)
+        self._worker.submit(lambda: self._guard(lambda db: self._insert(db, "INSERT INTO mark VALUES (?,?,?)", row)))
+
+    def event(self, event: Event) -> None:
+        """Write an event; returns at once."""
+        row = (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
+        self._worker.submit(lambda: self._guard(lambda db: self._insert(db, "INSERT INTO event VALUES (?,?,?,?)", row)))
+
+    def close(self, ended: str, *, crashed: bool = False, timeout_s: float = 1.0) -> None:
+        """
+        Finish the file.
+
+        Args:
+            ended: how the run ended, in words.
+            crashed: the target died, and as far as anybody can say not of its own will.
+        """
+        self._worker.submit(lambda: self._close(ended, crashed))
+        self._worker.stop(timeout_s)
+
+    def flush(self, timeout_s: float = 5.0) -> None:
+        """Wait until all that was given so far is committed."""
+        self._worker.submit(lambda: None).result(timeout_s)
+
+    # On the writer's thread
+
+    def _guard(self, write: Callable[[sqlite3.Connection], object]) -> None:
+        try:
+            if self._db is None:
+                if time.monotonic_ns() < self._retry_ns:
+                    self.dropped += 1
+                    return
+                self._db = self._open_database()
+            write(self._db)
+            self.error = None
+        except (OSError, sqlite3.Error) as error:
+            reason = f"the black box is off: {error}"
+            if self.error is None:
+                log.warning("%s (%s)", reason, self._directory.path)
+            self.error = reason
+            self.dropped += 1
+            self._segment = None
+            self._retry_ns = time.monotonic_ns() + RETRY_NS
+            if self._db is not None:
+                with suppress(sqlite3.Error):
+                    self._db.rollback()
+
+    def _open_database(self) -> sqlite3.Connection:
+        directory = self._directory
+        directory.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = os.lstat(directory.path)
+        if status.st_uid != os.geteuid() or not directory.path.is_dir() or directory.path.is_symlink():
+            raise OSError(f"{directory.path} is not a directory of this user")
+        os.chmod(directory.path, 0o700)
+        directory.make_room(self._max_bytes)
+        stem = f"{self._identity.start_id}-{os.getpid()}"
+        for number in range(1000):
+            run_id = f"{stem}-{number}" if number else stem
+            path = directory.path / f"{run_id}.sqlite"
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock_fd = os.open(path.with_suffix(".lock"), flags, 0o600)
+            try:
+                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.close(os.open(path, flags | os.O_EXCL, 0o600))
+            except (BlockingIOError, FileExistsError):
+                os.close(lock_fd)
+                continue
+            except OSError:
+                os.close(lock_fd)
+                raise
+            break
+        else:
+            raise OSError(f"{directory.path} has a thousand runs of this process")
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+        self._lock_fd = lock_fd
+        try:
+            db = self._create(path)
+        except (OSError, sqlite3.Error):
+            delete_run(path)
+            raise
+        self.run_id = run_id
+        self._thread_ids.clear()
+        return db
+
+    def _create(self, path: Path) -> sqlite3.Connection:
+        identity = self._identity
+        db = sqlite3.connect(path, timeout=1, check_same_thread=False)
+        try:
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = OFF")
+            db.execute("PRAGMA wal_autocheckpoint = 256")
+            db.execute("PRAGMA journal_size_limit = 1048576")
+            db.executescript(SCHEMA)
+            meta = {
+                "identity": json.dumps(
+                    {
+                        "platform": identity.platform,
+                        "pid": identity.pid,
+                        "name": identity.name,
+                        "boot_id": identity.boot_id,
+                        "start_key": identity.start_key,
+                        "started_unix_ns": identity.started_unix_ns,
+                    }
+                ),
+                "interval_ns": str(self._interval_ns),
+                "retention_ns": str(self._retention_ns),
+                "writer_pid": str(os.getpid()),
+            }
+            db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+            db.commit()
+            db.execute("PRAGMA synchronous = NORMAL")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _insert(self, db: sqlite3.Connection, statement: str, row: tuple[object, ...]) -> None:
+        db.execute(statement, row)
+        db.commit()
+
+    def _write(self, db: sqlite3.Connection, segment: Segment, position: int) -> None:
+        indexes, burnt = segment.moves[position]
+        if segment is not self._segment:
+            self._segment_id = self._write_segment(db, segment, position)
+            indexes, burnt = array("I"), array("I")
+        db.execute(
+            "INSERT INTO frame (segment, scalars, indexes, burnt, code) VALUES (?,?,?,?,?)",
+            (
+                self._segment_id,
+                segment.row(position).tobytes(),
+                None if indexes is None else array("I", indexes).tobytes(),
+                burnt.tobytes() if isinstance(burnt, array) else b"",
+                burnt.typecode if isinstance(burnt, array) else "I",
+            ),
+        )
+        db.commit()
+        if segment is not self._segment:
+            self._segment = segment
+            self._trim(db)
+
+    def _write_segment(self, db: sqlite3.Connection, segment: Segment, position: int) -> int:
+        head = segment.head
+        ids = array("I")
+        for key in zip(head.tids, head.births, head.names, strict=True):
+            thread_id = self._thread_ids.get(key)
+            if thread_id is None:
+                thread_id = db.execute("INSERT INTO thread (tid, birth, name) VALUES (?,?,?)", key).lastrowid
+                assert thread_id is not None
+                self._thread_ids[key] = thread_id
+            ids.append(thread_id)
+        constants = {
+            "cpu_grain_ns": head.cpu_grain_ns,
+            "thread_grain_ns": head.thread_grain_ns,
+            "thread_lag_ns": head.thread_lag_ns,
+            "source": head.source,
+            "image": repr(head.image),
+        }
+        cpu_ns = array("Q", segment.thread_cpu_ns(position)).tobytes()
+        cursor = db.execute(
+            "INSERT INTO segment (threads, cpu_ns, constants) VALUES (?,?,?)",
+            (ids.tobytes(), cpu_ns, json.dumps(constants)),
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def _trim(self, db: sqlite3.Connection) -> None:
+        """Drop what is older than the retention, and the oldest eighth when the file is full."""
+        (size,) = db.execute(
+            "SELECT (page_count - freelist_count) * page_size"
+            " FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
+        ).fetchone()
+        first, last = db.execute("SELECT min(id), max(id) FROM segment").fetchone()
+        keep = first
+        if size > self._max_bytes * 7 // 8:
+            keep = first + (last - first) // 8 + 1
+        if self._interval_ns:
+            frames = max(2, self._retention_ns // self._interval_ns)
+            row = db.execute("SELECT segment FROM frame ORDER BY id DESC LIMIT 1 OFFSET ?", (frames,)).fetchone()
+            keep = max(keep, row[0]) if row else keep
+        keep = min(keep, last)
+        if keep > first:
+            db.execute("DELETE FROM frame WHERE segment < ?", (keep,))
+            db.execute("DELETE FROM segment WHERE id < ?", (keep,))
+            self._forget_threads(db)
+            db.commit()
+
+    def _forget_threads(self, db: sqlite3.Connection) -> None:
+        used: set[int] = set()
+        for (threads,) in db.execute("SELECT threads FROM segment"):
+            used.update(array("I", threads))
+        gone = [(thread_id,) for thread_id in self._thread_ids.values() if thread_id not in used]
+        db.executemany("DELETE FROM thread WHERE id = ?", gone)
+        self._thread_ids = {key: thread_id for key, thread_id in self._thread_ids.items() if thread_id in used}
+
+    def _close(self, ended: str, crashed: bool) -> None:
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                meta = [("ended", ended)] + ([("crashed", "1")] if crashed else [])
+                self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
+                self._db.commit()
+            self._db.close()
+            self._db = None
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1

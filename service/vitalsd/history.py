@@ -1,0 +1,335 @@
+"""
+The record as a table over time: the process, its busiest threads, marks and events.
+
+Columnar: one list per quantity, all of one length, ``null`` where a thread did not exist. A row
+covers the time since the row before it; the first row of a record has no such time and is left out.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from vitalsd.record import Event, Mark, Record, Segment
+from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.wire import DECIMALS, iso
+
+__all__ = ["History", "ThreadHistory", "history", "read_history"]
+
+ThreadKey = tuple[int, int]
+"""tid and birth."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadHistory:
+    """One thread: CPU time burnt in each row, ns; ``None`` where it did not live."""
+
+    tid: int
+    name: str
+    total_ns: int
+    cpu_ns: Sequence[int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Rows by ascending time. Times in ns, sizes in bytes, CPU in ns per row."""
+
+    record: Record
+    wall_ns: Sequence[int]
+    elapsed_ns: Sequence[int]
+    cpu_ns: Sequence[int]
+    rss_bytes: Sequence[int]
+    vm_bytes: Sequence[int]
+    thread_count: Sequence[int]
+    threads: Sequence[ThreadHistory]
+    marks: Sequence[Mark]
+    events: Sequence[Event]
+
+    def to_json(self) -> bytes:
+        """Columnar JSON; percentages of one core, sizes in KiB, times in Unix ms."""
+        identity = self.record.identity
+        body: dict[str, Any] = {
+            "schema": 1,
+            "platform": identity.platform,
+            "target": {
+                "pid": identity.pid,
+                "name": identity.name,
+                "started_at": iso(identity.started_unix_ns),
+                "start_id": identity.start_id,
+            },
+            "interval_ms": self.record.interval_ns // 1_000_000,
+            "time_ms": [ns // 1_000_000 for ns in self.wall_ns],
+            "elapsed_ms": [round(ns / 1e6, DECIMALS) for ns in self.elapsed_ns],
+            "cpu_percent": self._percents(self.cpu_ns),
+            "rss_kb": [size // 1024 for size in self.rss_bytes],
+            "vm_size_kb": [size // 1024 for size in self.vm_bytes],
+            "thread_count": list(self.thread_count),
+            "threads": [
+                {"tid": thread.tid, "name": thread.name, "cpu_percent": self._percents(thread.cpu_ns)}
+                for thread in self.threads
+            ],
+            "marks": [{"time_ms": mark.wall_ns // 1_000_000, "label": mark.label} for mark in self.marks],
+            "events": [
+                {"time_ms": event.wall_ns // 1_000_000, "kind": event.kind, "detail": event.detail}
+                for event in self.events
+            ],
+        }
+        return json.dumps(body, separators=(",", ":")).encode()
+
+    def to_csv(self) -> bytes:
+        """One line per row, one column per thread, UTF-8; marks and events in the last columns."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        names = [f"{thread.tid} {_printable(thread.name)} cpu_percent" for thread in self.threads]
+        writer.writerow(
+            ["time", "elapsed_ms", "cpu_percent", "rss_kb", "vm_size_kb", "thread_count", *names, "marks", "events"]
+        )
+        cpu = self._percents(self.cpu_ns)
+        threads = [self._percents(thread.cpu_ns) for thread in self.threads]
+        marks = _by_row(self.wall_ns, [(mark.wall_ns, f"mark: {mark.label}") for mark in self.marks])
+        events = _by_row(self.wall_ns, [(event.wall_ns, f"{event.kind}: {event.detail}") for event in self.events])
+        for i, wall_ns in enumerate(self.wall_ns):
+            writer.writerow(
+                [
+                    iso(wall_ns),
+                    round(self.elapsed_ns[i] / 1e6, DECIMALS),
+                    cpu[i],
+                    self.rss_bytes[i] // 1024,
+                    self.vm_bytes[i] // 1024,
+                    self.thread_count[i],
+                    *(thread[i] for thread in threads),
+                    marks[i],
+                    events[i],
+                ]
+            )
+        return out.getvalue().encode()
+
+    def _percents(self, cpu_ns: Sequence[int | None]) -> list[float | None]:
+        return [
+            None if ns is None else round(100 * ns / elapsed_ns, DECIMALS)
+            for ns, elapsed_ns in zip(cpu_ns, self.elapsed_ns, strict=True)
+        ]
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+
+
+def _by_row(rows: Sequence[int], notes: Sequence[tuple[int, str]]) -> list[str]:
+    """The notes that fall to each row: the first one that ends after them, or the last of all."""
+    cells: list[list[str]] = [[] for _ in rows]
+    for wall_ns, text in notes:
+        row = next((i for i, end_ns in enumerate(rows) if end_ns >= wall_ns), len(rows) - 1)
+        if rows:
+            cells[row].append(_printable(text))
+    return ["; ".join(cell) for cell in cells]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The snapshot at the end of a row."""
+
+    segment: Segment
+    position: int
+    scalars: Sequence[int]
+
+    def __getitem__(self, name: str) -> int:
+        return self.scalars[Segment.SCALARS.index(name)]
+
+
+def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 0) -> History:
+    """
+    The rows of `record` that end after monotonic `since_ns`.
+
+    Args:
+        top: how many threads to show: those that burnt most in the time shown.
+        step_ns: at least so long a time per row; 0 shows every snapshot.
+    """
+    rows = _rows(record.segments(), since_ns, step_ns)
+    totals = _totals(rows)
+    busiest = sorted(totals, key=lambda key: (-totals[key], key))[:top]
+    columns = _columns(rows, busiest)
+    names = {key: name for row in rows for key, name in _names(row.segment).items()} if busiest else {}
+    ends, starts = rows[1:], rows[:-1]
+    since_wall_ns = rows[0]["wall_ns"] if rows else 0
+    return History(
+        record=record,
+        wall_ns=[row["wall_ns"] for row in ends],
+        elapsed_ns=[max(1, ns) for ns in _deltas(starts, ends, "monotonic_ns")],
+        cpu_ns=_deltas(starts, ends, "cpu_ns"),
+        rss_bytes=[row["rss_bytes"] for row in ends],
+        vm_bytes=[row["vm_bytes"] for row in ends],
+        thread_count=[len(row.segment.head.tids) for row in ends],
+        threads=[ThreadHistory(key[0], names[key], totals[key], columns[key]) for key in busiest],
+        marks=[mark for mark in list(record.marks) if mark.wall_ns >= since_wall_ns],
+        events=[event for event in list(record.events) if event.wall_ns >= since_wall_ns],
+    )
+
+
+def _deltas(starts: Sequence[_Row], ends: Sequence[_Row], name: str) -> list[int]:
+    return [max(0, end[name] - start[name]) for start, end in zip(starts, ends, strict=True)]
+
+
+def _rows(segments: Sequence[Segment], since_ns: int, step_ns: int) -> list[_Row]:
+    """The snapshots that bound the rows, at least `step_ns` apart but for the last one."""
+    every = [_Row(segment, position, segment.row(position)) for segment in segments for position in range(len(segment))]
+    first = next((i for i, row in enumerate(every) if row["monotonic_ns"] >= since_ns), len(every))
+    every = every[max(0, first - 1) :]
+    rows = every[:1]
+    for row in every[1:]:
+        if row["monotonic_ns"] - rows[-1]["monotonic_ns"] >= step_ns:
+            rows.append(row)
+    if every and rows[-1] is not every[-1]:
+        rows.append(every[-1])
+    return rows
+
+
+def _keys(segment: Segment) -> list[ThreadKey]:
+    return list(zip(segment.head.tids, segment.head.births, strict=True))
+
+
+def _names(segment: Segment) -> dict[ThreadKey, str]:
+    return dict(zip(_keys(segment), segment.head.names, strict=True))
+
+
+def _walk(rows: Sequence[_Row]) -> Iterator[tuple[int, Segment, list[int]]]:
+    """(row number, segment, CPU time of its threads) for each row; the list is good until the next one."""
+    at = {(id(row.segment), row.position): number for number, row in enumerate(rows)}
+    for segment in dict.fromkeys(row.segment for row in rows):
+        for position, cpu_ns in enumerate(segment.walk()):
+            number = at.get((id(segment), position))
+            if number is not None:
+                yield number, segment, cpu_ns
+
+
+def _totals(rows: Sequence[_Row]) -> dict[ThreadKey, int]:
+    """CPU time that each thread burnt from the first row's start to the last one's end, ns."""
+    totals: dict[ThreadKey, int] = {}
+    reached: dict[ThreadKey, int] = {}
+    segment: Segment | None = None
+    cpu_ns: list[int] = []
+
+    def settle() -> None:
+        if segment is not None:
+            for key, ns in zip(_keys(segment), cpu_ns, strict=True):
+                totals[key] = totals.get(key, 0) + max(0, ns - reached.get(key, 0))
+                reached[key] = ns
+
+    for number, row_segment, row_cpu_ns in _walk(rows):
+        if number == 0:
+            reached = dict(zip(_keys(row_segment), row_cpu_ns, strict=True))
+        if row_segment is not segment:
+            settle()
+        segment, cpu_ns = row_segment, list(row_cpu_ns)
+    settle()
+    return totals
+
+
+def _columns(rows: Sequence[_Row], keys: Sequence[ThreadKey]) -> dict[ThreadKey, list[int | None]]:
+    """What each of `keys` burnt in each row, ns; a thread born in a row with its whole life."""
+    columns: dict[ThreadKey, list[int | None]] = {key: [None] * (len(rows) - 1) for key in keys}
+    reached: dict[ThreadKey, int] = {}
+    segment: Segment | None = None
+    indexes: dict[ThreadKey, int] = {}
+    for number, row_segment, cpu_ns in _walk(rows):
+        if row_segment is not segment:
+            segment = row_segment
+            indexes = {key: i for i, key in enumerate(_keys(segment)) if key in columns}
+        for key, i in indexes.items():
+            if number > 0:
+                columns[key][number - 1] = max(0, cpu_ns[i] - reached.get(key, 0))
+            reached[key] = cpu_ns[i]
+    return columns
+
+
+def read_history(body: bytes) -> Record:
+    """
+    The record that `History.to_json` was made from, as far as the JSON tells: times to the
+    millisecond, percentages to three decimals, only the threads that were shown.
+
+    Raises:
+        ValueError: it is not such JSON.
+    """
+    try:
+        table = json.loads(body)
+        record = Record(
+            _identity(table), interval_ns=int(table["interval_ms"]) * 1_000_000, retention_ns=2**62, max_bytes=2**62
+        )
+        for snapshot in _snapshots(table, record.identity.started_unix_ns):
+            record.append(snapshot)
+        for mark in table["marks"]:
+            at_ns = int(mark["time_ms"]) * 1_000_000
+            record.marks.append(Mark(at_ns, at_ns, str(mark["label"])))
+        for event in table["events"]:
+            at_ns = int(event["time_ms"]) * 1_000_000
+            record.events.append(Event(at_ns, at_ns, event["kind"], str(event["detail"])))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"not a history of vitalsd: {type(error).__name__}: {error}") from None
+    return record
+
+
+def _identity(table: dict[str, Any]) -> Identity:
+    target = table["target"]
+    _, start_key, boot_id = str(target["start_id"]).split("-", 2)
+    return Identity(
+        platform=str(table["platform"]),
+        pid=int(target["pid"]),
+        name=str(target["name"]),
+        boot_id=boot_id,
+        start_key=int(start_key),
+        started_unix_ns=round(datetime.fromisoformat(target["started_at"]).timestamp() * 1e9),
+    )
+
+
+def _snapshots(table: dict[str, Any], started_unix_ns: int) -> Iterator[Snapshot]:
+    """The snapshots at the ends of the rows, and one at the start of the first; counters begin at 0."""
+    times, elapsed = table["time_ms"], table["elapsed_ms"]
+    threads = sorted(table["threads"], key=lambda thread: int(thread["tid"]))
+    columns = [thread["cpu_percent"] for thread in threads]
+    for column in (elapsed, table["cpu_percent"], table["rss_kb"], table["vm_size_kb"], *columns):
+        if len(column) != len(times):
+            raise ValueError("its columns differ in length")
+    cpu_ns, thread_cpu_ns = 0, [0] * len(threads)
+    monotonic_ns = 0
+    alive: list[int] = []
+    tids: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    births: tuple[int, ...] = ()
+    for row in [-1, *range(len(times))] if times else []:
+        shown = max(0, row)
+        elapsed_ns = round(elapsed[shown] * 1e6)
+        now_alive = [i for i, column in enumerate(columns) if column[shown] is not None]
+        if now_alive != alive or not births:
+            alive = now_alive
+            tids = tuple(int(threads[i]["tid"]) for i in alive)
+            names = tuple(str(threads[i]["name"]) for i in alive)
+            births = (0,) * len(alive)
+        if row >= 0:
+            monotonic_ns += elapsed_ns
+            cpu_ns += round(table["cpu_percent"][row] * elapsed_ns / 100)
+            for i in alive:
+                thread_cpu_ns[i] += round(columns[i][row] * elapsed_ns / 100)
+        wall_ns = times[shown] * 1_000_000 - (elapsed_ns if row < 0 else 0)
+        yield Snapshot(
+            monotonic_ns=monotonic_ns,
+            boottime_ns=wall_ns,
+            wall_ns=wall_ns,
+            uptime_ns=max(0, wall_ns - started_unix_ns),
+            skew_ns=0,
+            cpu_ns=cpu_ns,
+            cpu_grain_ns=1,
+            exited_cpu_ns=(0, cpu_ns),
+            rss_bytes=table["rss_kb"][shown] * 1024,
+            vm_bytes=table["vm_size_kb"][shown] * 1024,
+            image=None,
+            tids=tids,
+            births=births,
+            thread_cpu_ns=[thread_cpu_ns[i] for i in alive],
+            names=names,
+            thread_grain_ns=1,
+            thread_lag_ns=0,
+            source="report",
+        )

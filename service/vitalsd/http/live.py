@@ -1,0 +1,167 @@
+"""Routes that look at running processes: ``/metrics``, ``/stream``, ``/processes``, ``/info``, ``/healthz``."""
+
+import asyncio
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack
+from importlib.metadata import version
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import StreamingResponse
+
+from vitalsd.http.answers import JSON, REFUSALS, UNAVAILABLE, failed
+from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery
+from vitalsd.model import FullMetrics, Measured
+from vitalsd.sampler import Busy, Stream, Target, Targets
+from vitalsd.sources import ProcessEntry, SourceError, platform_name
+from vitalsd.wire import encode, iso, unavailable
+from vitalsd.worker import Worker
+
+__all__ = ["live_routes"]
+
+MAX_STREAMS = 8
+
+
+def live_routes(targets: Targets, list_processes: Callable[[], Iterable[ProcessEntry]], reader: Worker) -> APIRouter:
+    """
+    The routes over `targets`.
+
+    Args:
+        list_processes: what ``/processes`` lists; called on `reader`.
+    """
+    routes = APIRouter()
+    streams: set[Stream] = set()
+
+    @routes.get(
+        "/metrics",
+        response_class=JSON,
+        responses={200: {"model": FullMetrics | Measured}, **UNAVAILABLE, **REFUSALS},
+        summary="CPU, memory and every thread, over a window",
+    )
+    async def metrics(query: Annotated[MetricsQuery, Query()]) -> Response:
+        try:
+            async with targets.target(query.pid) as target:
+                identity = await target.identity()
+                record = target.record if query.mode == "trailing" else None
+                measurement = record.window(query.window_ms) if record else None
+                mode = "wait" if measurement is None else query.mode
+                if measurement is None:
+                    measurement = await target.window(query.window_ms, extras=query.detail == "full")
+        except SourceError as error:
+            return failed(error)
+        return JSON(
+            encode(
+                measurement,
+                identity,
+                requested_ms=query.window_ms,
+                mode=mode,
+                detail=query.detail,
+                sort=query.sort,
+                limit=query.limit,
+            )
+        )
+
+    @routes.get(
+        "/stream",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}, **UNAVAILABLE, **REFUSALS},
+        summary="Server-Sent Events, one answer of /metrics each",
+    )
+    async def stream(query: Annotated[StreamQuery, Query()]) -> Response:
+        if len(streams) >= MAX_STREAMS:
+            raise Busy(f"{MAX_STREAMS} streams are open already")
+        async with AsyncExitStack() as stack:
+            try:
+                target = await stack.enter_async_context(targets.target(query.pid))
+                identity = await target.identity()
+            except SourceError as error:
+                return failed(error)
+            windows = Stream(target, query.interval_ms)
+            streams.add(windows)
+            kept = stack.pop_all()
+
+        async def events() -> AsyncIterator[bytes]:
+            async with kept:
+                try:
+                    number = 0
+                    async for measurement in windows:
+                        number += 1
+                        body = encode(
+                            measurement, identity, requested_ms=query.interval_ms, sort=query.sort, limit=query.limit
+                        )
+                        yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)
+                except SourceError as error:
+                    yield b"event: unavailable\ndata: %b\n\n" % unavailable(error)
+                finally:
+                    streams.discard(windows)
+                    await windows.close()
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    @routes.get("/processes", response_class=JSON, responses=REFUSALS, summary="Processes this user may sample")
+    async def processes(query: Annotated[NoQuery, Query()]) -> Response:
+        try:
+            entries = await asyncio.wrap_future(reader.submit(lambda: list(list_processes())))
+        except SourceError as error:
+            return failed(error)
+        return JSON(
+            [
+                {
+                    "pid": entry.pid,
+                    "name": entry.name,
+                    "started_at": iso(entry.started_unix_ns),
+                    "cpu_time_secs": entry.cpu_ns / 1e9,
+                    "rss_kb": entry.rss_bytes // 1024,
+                    "thread_count": entry.thread_count,
+                }
+                for entry in entries
+            ]
+        )
+
+    @routes.get("/healthz", response_class=JSON, summary="Is the service alive?")
+    async def healthz(query: Annotated[NoQuery, Query()]) -> Response:
+        return JSON({"status": "ok"})
+
+    @routes.get("/info", response_class=JSON, responses=REFUSALS, summary="Version, target, platform and own cost")
+    async def info(query: Annotated[NoQuery, Query()]) -> Response:
+        return JSON(await _info(targets.default))
+
+    return routes
+
+
+async def _info(target: Target) -> dict[str, Any]:
+    who: dict[str, Any]
+    try:
+        identity = await target.identity()
+    except SourceError as error:
+        who = {"available": False, "reason": str(error)}
+    else:
+        who = {
+            "pid": identity.pid,
+            "name": identity.name,
+            "started_at": iso(identity.started_unix_ns),
+            "start_id": identity.start_id,
+        }
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "version": version("vitalsd"),
+        "python": platform.python_version(),
+        "platform": platform_name(),
+        "os_version": platform.release(),
+        "arch": platform.machine(),
+        "cpu_count": os.cpu_count() or 1,
+        "target": who,
+        "capabilities": ["detail=full", "history", "marks", "mode=trailing", "pid", "processes", "runs", "stream"],
+        "recorder": target.recording_info(),
+        "self": {
+            "pid": os.getpid(),
+            "cpu_secs": round(time.process_time(), 3),
+            "peak_rss_kb": usage.ru_maxrss // (1024 if sys.platform == "darwin" else 1),
+            "snapshots": target.snapshots_taken,
+        },
+    }

@@ -1,0 +1,344 @@
+"""
+The flight recorder's memory: the last minutes of one process, bounded in time and in bytes.
+
+Snapshots are kept in segments of up to 64 with one set of threads: the first of a segment whole, of
+the others only what each thread burnt since. An idle thread costs nothing, names and ids are held
+once, and dropping the oldest is dropping a segment. Whatever changes the set of threads, or the
+program, begins a new segment.
+"""
+
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress, islice
+from operator import add, sub
+from sys import getsizeof
+from typing import Literal
+
+from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
+
+__all__ = ["MAX_LABEL_LENGTH", "MAX_MARKS", "Event", "EventKind", "Mark", "Record", "Segment"]
+
+SEGMENT_LENGTH = 64
+MAX_MARKS = 1000
+MAX_EVENTS = 1000
+MAX_LABEL_LENGTH = 200
+
+EventKind = Literal["missed", "suspended", "stopped", "continued", "executed", "exited", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A label somebody put on the recorder's clock."""
+
+    wall_ns: int
+    monotonic_ns: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What made the record differ from an even row of snapshots, in words."""
+
+    wall_ns: int
+    monotonic_ns: int
+    kind: EventKind
+    detail: str
+
+
+Moves = tuple[Sequence[int] | None, Sequence[int]]
+"""Nanoseconds burnt since the snapshot before: (``None``, one per thread) or (indexes, one each)."""
+
+NOBODY: Moves = (array("I"), array("I"))
+
+
+class Segment:
+    """
+    Up to `SEGMENT_LENGTH` snapshots of one program with one set of threads.
+
+    `scalars` holds `SCALARS` integers per snapshot, one snapshot after another.
+    """
+
+    SCALARS = (
+        "monotonic_ns",
+        "boottime_ns",
+        "wall_ns",
+        "uptime_ns",
+        "skew_ns",
+        "cpu_ns",
+        "exited_low_ns",
+        "exited_high_ns",
+        "rss_bytes",
+        "vm_bytes",
+    )
+
+    __slots__ = ("base_cpu_ns", "head", "last_cpu_ns", "moves", "scalars", "size_bytes")
+
+    def __init__(self, head: Snapshot) -> None:
+        self.head = head
+        self.base_cpu_ns = array("Q", head.thread_cpu_ns)
+        self.last_cpu_ns: Sequence[int] = self.base_cpu_ns
+        self.scalars = array("q")
+        self.moves: list[Moves] = []
+        self.size_bytes = 512 + 16 * len(self.base_cpu_ns)
+
+    def __len__(self) -> int:
+        return len(self.moves)
+
+    def takes(self, snapshot: Snapshot) -> bool:
+        """Whether `snapshot` fits: room left, same threads, same names, same program."""
+        head = self.head
+        return (
+            len(self) < SEGMENT_LENGTH
+            and snapshot.tids is head.tids
+            and snapshot.births is head.births
+            and snapshot.names is head.names
+            and snapshot.image == head.image
+            and snapshot.source == head.source
+        )
+
+    def append(self, snapshot: Snapshot) -> None:
+        """Add a snapshot that it `takes`."""
+        moves = _moves(self.last_cpu_ns, snapshot.thread_cpu_ns) if self.moves else NOBODY
+        self.add(
+            (
+                snapshot.monotonic_ns,
+                snapshot.boottime_ns,
+                snapshot.wall_ns,
+                snapshot.uptime_ns,
+                snapshot.skew_ns,
+                snapshot.cpu_ns,
+                *snapshot.exited_cpu_ns,
+                snapshot.rss_bytes,
+                snapshot.vm_bytes,
+            ),
+            moves,
+        )
+        self.last_cpu_ns = snapshot.thread_cpu_ns
+
+    def add(self, scalars: Sequence[int], moves: Moves) -> None:
+        """Add a snapshot as it was stored."""
+        self.scalars.extend(scalars)
+        self.moves.append(moves)
+        self.size_bytes += 8 * len(scalars) + 8
+        if moves is not NOBODY:
+            self.size_bytes += 56 + sum(getsizeof(part) for part in moves if part is not None)
+
+    def row(self, position: int) -> "array[int]":
+        """The scalars of one snapshot, in the order of `SCALARS`."""
+        width = len(self.SCALARS)
+        return self.scalars[position * width : (position + 1) * width]
+
+    def column(self, name: str) -> "array[int]":
+        """One scalar of all snapshots."""
+        return self.scalars[self.SCALARS.index(name) :: len(self.SCALARS)]
+
+    def walk(self) -> Iterator[list[int]]:
+        """CPU time of each thread, ns, snapshot by snapshot; the list is only good until the next one."""
+        cpu_ns = list(self.base_cpu_ns)
+        for indexes, burnt in self.moves:
+            if indexes is None:
+                cpu_ns = list(map(add, cpu_ns, burnt))
+            else:
+                for i, ns in zip(indexes, burnt, strict=True):
+                    cpu_ns[i] += ns
+            yield cpu_ns
+
+    def thread_cpu_ns(self, position: int) -> list[int]:
+        """CPU time of each thread at one snapshot, ns."""
+        return next(islice(self.walk(), position, None))
+
+    def snapshot(self, position: int) -> Snapshot:
+        """One snapshot as it was, but for its extras, which are not recorded."""
+        row, head = self.row(position), self.head
+        return Snapshot(
+            monotonic_ns=row[0],
+            boottime_ns=row[1],
+            wall_ns=row[2],
+            uptime_ns=row[3],
+            skew_ns=row[4],
+            cpu_ns=row[5],
+            exited_cpu_ns=(row[6], row[7]),
+            rss_bytes=row[8],
+            vm_bytes=row[9],
+            cpu_grain_ns=head.cpu_grain_ns,
+            image=head.image,
+            tids=head.tids,
+            births=head.births,
+            thread_cpu_ns=self.thread_cpu_ns(position),
+            names=head.names,
+            thread_grain_ns=head.thread_grain_ns,
+            thread_lag_ns=head.thread_lag_ns,
+            source=head.source,
+        )
+
+
+def _moves(before: Sequence[int], after: Sequence[int]) -> Moves:
+    burnt = list(map(sub, after, before))
+    moved = len(burnt) - burnt.count(0)
+    if moved == 0:
+        return NOBODY
+    if moved > len(burnt) // 2:
+        return None, _compact(burnt)
+    return array("I", compress(range(len(burnt)), burnt)), _compact(list(filter(None, burnt)))
+
+
+def _compact(burnt: list[int]) -> "array[int]":
+    """Four bytes each if they fit: no thread burns 4.3 s in a second."""
+    return array("I" if min(burnt) >= 0 and max(burnt) < 2**32 else "q", burnt)
+
+
+class Record:
+    """
+    The last minutes of one process. Written by one thread, read by any.
+
+    Args:
+        identity: whose record it is.
+        interval_ns: the intended distance of two snapshots; 0 if there is none.
+        retention_ns: how far back it reaches, give or take a segment.
+        max_bytes: a bound of its memory; many threads shorten how far back it reaches.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        interval_ns: int,
+        retention_ns: int = 900_000_000_000,
+        max_bytes: int = 32 << 20,
+    ) -> None:
+        self.identity = identity
+        self.interval_ns = interval_ns
+        self.retention_ns = retention_ns
+        self.max_bytes = max_bytes
+        self.marks: deque[Mark] = deque(maxlen=MAX_MARKS)
+        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._segments: deque[Segment] = deque()
+        self._last: Snapshot | None = None
+        self._size_bytes = 0
+        self._windows: dict[int, Measurement] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def last(self) -> Snapshot | None:
+        """The latest snapshot."""
+        return self._last
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory taken by the snapshots, bytes, as accounted against `max_bytes`."""
+        return self._size_bytes
+
+    def __len__(self) -> int:
+        with self._lock:
+            return sum(map(len, self._segments))
+
+    def append(self, snapshot: Snapshot) -> Segment:
+        """
+        Add a snapshot, taken after all others; the oldest segments go when a bound is passed.
+
+        Returns:
+            The segment it went to, where it is the last one.
+        """
+        with self._lock:
+            segment = self._segments[-1] if self._segments else None
+            if segment is None or not segment.takes(snapshot):
+                shared = segment is not None and segment.head.tids is snapshot.tids
+                segment = Segment(snapshot)
+                if not shared:
+                    segment.size_bytes += 3 * 8 * len(snapshot.tids) + 2 * 32 * len(snapshot.tids)
+                self._segments.append(segment)
+                self._size_bytes += segment.size_bytes
+            before = segment.size_bytes
+            segment.append(snapshot)
+            self._size_bytes += segment.size_bytes - before
+            self._last = snapshot
+            self._trim(snapshot.monotonic_ns - self.retention_ns)
+            return segment
+
+    def _trim(self, oldest_ns: int) -> None:
+        while len(self._segments) > 1 and (
+            self._size_bytes > self.max_bytes or self._segments[1].row(0)[0] <= oldest_ns
+        ):
+            self._size_bytes -= self._segments.popleft().size_bytes
+
+    def restore(self, segment: Segment) -> None:
+        """Add a whole segment as it was stored; none of the bounds applies to a record read back."""
+        with self._lock:
+            self._segments.append(segment)
+            self._size_bytes += segment.size_bytes
+            self._last = segment.snapshot(len(segment) - 1)
+
+    def mark(self, label: str) -> Mark:
+        """
+        Put a label on the clock, now. The oldest of more than `MAX_MARKS` goes.
+
+        Raises:
+            ValueError: the label is empty, longer than `MAX_LABEL_LENGTH` or not printable.
+        """
+        if not 0 < len(label) <= MAX_LABEL_LENGTH:
+            raise ValueError(f"a label has 1 to {MAX_LABEL_LENGTH} characters; this has {len(label)}")
+        if not label.isprintable():
+            raise ValueError("a label is one line of printable characters")
+        mark = Mark(time.time_ns(), time.monotonic_ns(), label)
+        self.marks.append(mark)
+        return mark
+
+    def event(self, kind: EventKind, detail: str, *, at: Snapshot | None = None) -> Event:
+        """Note what happened, now or at a snapshot."""
+        wall_ns, monotonic_ns = (at.wall_ns, at.monotonic_ns) if at else (time.time_ns(), time.monotonic_ns())
+        event = Event(wall_ns, monotonic_ns, kind, detail)
+        self.events.append(event)
+        return event
+
+    def at_or_before(self, monotonic_ns: int) -> Snapshot | None:
+        """The latest snapshot not after `monotonic_ns`; the oldest one if all are; ``None`` if empty."""
+        with self._lock:
+            for segment in reversed(self._segments):
+                times = segment.column("monotonic_ns")
+                if times[0] <= monotonic_ns:
+                    position = next(i for i in range(len(times) - 1, -1, -1) if times[i] <= monotonic_ns)
+                    return segment.snapshot(position)
+            return self._segments[0].snapshot(0) if self._segments else None
+
+    def window(self, window_ms: int) -> Measurement | None:
+        """
+        The last `window_ms` milliseconds of the record; ``None`` with fewer than two snapshots.
+
+        It begins at the latest snapshot at or before the asked start (up to 1 % after it is still good)
+        and ends at the last one. A record too young gives what it has and says so in `warnings`. All
+        who ask alike before the next snapshot share one measurement.
+        """
+        last = self._last
+        if last is None:
+            return None
+        with self._lock:
+            measurement = self._windows.get(window_ms)
+        if measurement is not None and measurement.last is last:
+            return measurement
+        window_ns = window_ms * 1_000_000
+        first = self.at_or_before(last.monotonic_ns - window_ns + window_ns // 100)
+        if first is None or first.monotonic_ns >= last.monotonic_ns:
+            return None
+        measurement = measure(first, last)
+        if measurement.elapsed_ns < window_ns * 99 // 100:
+            covered = f"the record reaches back only {measurement.elapsed_ns / 1e9:.1f} s"
+            measurement = replace(measurement, warnings=(*measurement.warnings, covered), encoded={})
+        with self._lock:
+            self._windows = {ms: m for ms, m in self._windows.items() if m.last is last}
+            self._windows[window_ms] = measurement
+        return measurement
+
+    def segments(self) -> list[Segment]:
+        """All segments, oldest first; the last one may still grow."""
+        with self._lock:
+            return list(self._segments)
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """All of it, oldest first."""
+        for segment in self.segments():
+            for position in range(len(segment)):
+                yield segment.snapshot(position)

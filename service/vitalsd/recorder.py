@@ -1,0 +1,124 @@
+"""The flight recorder: feeds the record and the black box, and notes what was not even about the row."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vitalsd.blackbox import BlackBox
+from vitalsd.record import EventKind, Mark, Record
+from vitalsd.runs import RunDirectory
+from vitalsd.snapshot import SUSPEND_GRAIN_NS, Identity, Snapshot
+from vitalsd.sources import SourceError, TargetGone
+
+__all__ = ["Recorder", "Recording"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """How to record: every `interval_s` seconds, `retention_s` back, within `max_bytes` of memory."""
+
+    interval_s: float = 1.0
+    retention_s: float = 900.0
+    max_bytes: int = 32 << 20
+    runs: RunDirectory | None = None
+    """Where the black box goes; ``None`` for none."""
+
+
+class Recorder:
+    """
+    One run being recorded. `observe` and `failed` are called on the sampler's thread, `mark` on any.
+
+    Args:
+        identity: the target.
+        recording: the settings.
+    """
+
+    def __init__(self, identity: Identity, recording: Recording) -> None:
+        interval_ns = round(recording.interval_s * 1e9)
+        retention_ns = round(recording.retention_s * 1e9)
+        self.interval_ns = interval_ns
+        self.record = Record(
+            identity, interval_ns=interval_ns, retention_ns=retention_ns, max_bytes=recording.max_bytes
+        )
+        self.blackbox = (
+            BlackBox(recording.runs, identity, interval_ns=interval_ns, retention_ns=retention_ns)
+            if recording.runs
+            else None
+        )
+        self.missed = 0
+        """Beats that had no snapshot."""
+        self.ended: str | None = None
+        """Why there will be no more snapshots."""
+        self._failure: str | None = None
+
+    def observe(self, snapshot: Snapshot) -> None:
+        """Record a snapshot, taken after all others."""
+        before = self.record.last
+        if before is not None:
+            if snapshot.monotonic_ns <= before.monotonic_ns:
+                return
+            self._compare(before, snapshot)
+        self._failure = None
+        segment = self.record.append(snapshot)
+        if self.blackbox is not None:
+            self.blackbox.append(segment, len(segment) - 1)
+
+    def failed(self, error: SourceError) -> bool:
+        """Note that there is no snapshot this time; False if there never will be one again."""
+        reason = str(error)
+        if isinstance(error, TargetGone):
+            self.ended = reason
+            self._note("exited", reason)
+            return False
+        if reason != self._failure:
+            self._failure = reason
+            self._note("failed", reason)
+        return True
+
+    def mark(self, label: str) -> Mark:
+        """Put a label on the clock. Raises `ValueError` as `Record.mark` does."""
+        mark = self.record.mark(label)
+        if self.blackbox is not None:
+            self.blackbox.mark(mark)
+        return mark
+
+    def info(self) -> dict[str, Any]:
+        """State of the recorder and of the black box, for ``/info``."""
+        record, blackbox = self.record, self.blackbox
+        return {
+            "interval_ms": self.interval_ns // 1_000_000,
+            "retention_secs": record.retention_ns // 1_000_000_000,
+            "max_bytes": record.max_bytes,
+            "size_bytes": record.size_bytes,
+            "snapshots": len(record),
+            "missed": self.missed,
+            "marks": len(record.marks),
+            "ended": self.ended,
+            "black_box": {"run": blackbox.run_id, "error": blackbox.error, "dropped": blackbox.dropped}
+            if blackbox
+            else None,
+        }
+
+    def close(self) -> None:
+        """End the run: well, unless the target went first."""
+        if self.blackbox is not None:
+            self.blackbox.close(self.ended or "the sidecar was stopped", crashed=self.ended is not None)
+
+    def _compare(self, before: Snapshot, now: Snapshot) -> None:
+        elapsed_ns = now.monotonic_ns - before.monotonic_ns
+        asleep_ns = now.boottime_ns - before.boottime_ns - elapsed_ns
+        if asleep_ns >= SUSPEND_GRAIN_NS:
+            self._note("suspended", f"the machine slept {asleep_ns / 1e9:.1f} s", now)
+        missed = round(elapsed_ns / self.interval_ns) - 1
+        if missed > 0:
+            self.missed += missed
+            self._note("missed", f"{missed} snapshots are missing before this one", now)
+        if None not in (before.image, now.image) and before.image != now.image:
+            self._note("executed", "the target executed another program", now)
+        if before.state != now.state and "stopped" in (before.state, now.state):
+            stopped = now.state == "stopped"
+            self._note("stopped" if stopped else "continued", f"the target was {now.state}", now)
+
+    def _note(self, kind: EventKind, detail: str, at: Snapshot | None = None) -> None:
+        event = self.record.event(kind, detail, at=at)
+        if self.blackbox is not None:
+            self.blackbox.event(event)

@@ -1,0 +1,86 @@
+"""A dead run as a target: the same API over a black box or a bug report, so that recipes go on working."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from vitalsd.history import read_history
+from vitalsd.record import Mark, Record
+from vitalsd.runs import UnreadableRun, read_run
+from vitalsd.sampler import NotRecording
+from vitalsd.snapshot import Identity, Measurement
+from vitalsd.sources import TargetGone
+from vitalsd.wire import iso
+
+__all__ = ["Replay", "load"]
+
+HISTORY_MEMBER = "runtime-history.json"
+MAX_MEMBER_BYTES = 64 << 20
+
+
+def load(path: Path) -> Record:
+    """
+    The record in a black box (``.sqlite``) or in a bug report (``.zip``).
+
+    Raises:
+        UnreadableRun: it is neither, or damaged; ``str(error)`` says what is wrong.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if not magic.startswith(b"PK"):
+        return read_run(path)[1]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(HISTORY_MEMBER)
+            if info.file_size > MAX_MEMBER_BYTES:
+                raise UnreadableRun(f"{HISTORY_MEMBER} in {path.name} has {info.file_size} bytes")
+            return read_history(archive.read(info))
+    except KeyError:
+        raise UnreadableRun(f"{path.name} has no {HISTORY_MEMBER}: it is no report with a history") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise UnreadableRun(f"{path.name}: {error}") from None
+
+
+class Replay:
+    """
+    A `vitalsd.sampler.Target` that has ended: the past is all there, and nothing else.
+
+    Args:
+        record: as read by `load`.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.snapshots_taken = 0
+        last = record.last
+        self._reason = "this is a replay" + (f" of a run that was last seen at {iso(last.wall_ns)}" if last else "")
+
+    @property
+    def pid(self) -> int | None:
+        """None: the pid of a dead run may be another process now."""
+        return None
+
+    async def identity(self) -> Identity:
+        """The process that was recorded."""
+        return self.record.identity
+
+    async def window(self, window_ms: int, *, extras: bool = False) -> Measurement:
+        """Raises `TargetGone`: there is no coming window."""
+        raise TargetGone(f"{self._reason}; ask with mode=trailing or /history")
+
+    def mark(self, label: str) -> Mark:
+        """Raises `NotRecording`."""
+        raise NotRecording(f"{self._reason}; it takes no marks")
+
+    def recording_info(self) -> dict[str, Any]:
+        """What the record holds."""
+        return {
+            "interval_ms": self.record.interval_ns // 1_000_000,
+            "snapshots": len(self.record),
+            "marks": len(self.record.marks),
+            "ended": self._reason,
+        }
+
+    async def close(self) -> None:
+        """Nothing is held."""

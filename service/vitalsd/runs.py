@@ -1,0 +1,291 @@
+"""
+Runs on disk: the format, the directory with its budget, and reading a dead one back.
+
+One SQLite file per run, named after the identity of the run, never after input. While it is being
+written its ``.lock`` is held with flock(2); the kernel lets go of it when the writer dies, however
+it dies. A run that did not say how it ended has crashed.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from vitalsd.record import Event, Mark, Moves, Record, Segment
+from vitalsd.snapshot import Identity, Snapshot
+
+__all__ = [
+    "APPLICATION_ID",
+    "RUN_BYTES",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "Run",
+    "RunDirectory",
+    "UnreadableRun",
+    "delete_run",
+    "read_run",
+]
+
+APPLICATION_ID = 0x76697461  # "vita", in the header of the file for file(1)
+SCHEMA_VERSION = 1
+RUN_BYTES = 16 << 20
+ALL_RUNS_BYTES = 64 << 20
+MAX_RUNS = 100
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE thread (id INTEGER PRIMARY KEY, tid INTEGER, birth INTEGER, name TEXT);
+CREATE TABLE segment (id INTEGER PRIMARY KEY, threads BLOB, cpu_ns BLOB, constants TEXT);
+CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, scalars BLOB, indexes BLOB, burnt BLOB, code TEXT);
+CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
+CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT);
+"""
+"""Blobs are little-endian arrays: thread ids u32, CPU times u64, scalars i64, moves u32 or i64."""
+
+State = Literal["running", "clean", "crashed"]
+
+
+class UnreadableRun(Exception):
+    """The file is not a run of ours, or is damaged; ``str(error)`` says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run found on disk; see `read_run` for what is in it."""
+
+    id: str
+    path: Path
+    identity: Identity
+    state: State
+    ended: str | None
+    """How it ended, in words; ``None`` while it runs or if nobody could say."""
+    first_wall_ns: int | None
+    last_wall_ns: int | None
+    snapshots: int
+    reported: bool
+    """Has gone into a bug report already."""
+    size_bytes: int
+
+
+class RunDirectory:
+    """
+    All runs of this user, in one directory with a budget.
+
+    Args:
+        path: made with mode 0700 if it is not there.
+        max_bytes: of all runs together; the oldest ones that have ended go first.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int = ALL_RUNS_BYTES) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+
+    def runs(self) -> list[Run]:
+        """The runs on disk: crashed ones first, then the newest first; unreadable files are left out."""
+        runs = []
+        for path in self._files():
+            with suppress(UnreadableRun, OSError):
+                runs.append(_describe(path))
+        order = {"crashed": 0, "running": 1, "clean": 2}
+        return sorted(runs, key=lambda run: (order[run.state], -(run.last_wall_ns or 0)))
+
+    def find(self, run_id: str) -> Run | None:
+        """The run called so. Looked up in the listing: an id never becomes a path."""
+        return next((run for run in self.runs() if run.id == run_id), None)
+
+    def mark_reported(self, run: Run) -> None:
+        """Note that a run has gone into a report. Raises `UnreadableRun`."""
+        with _opened(run.path) as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('reported', ?)", (str(time.time_ns()),))
+            db.commit()
+
+    def make_room(self, spare_bytes: int) -> None:
+        """Delete ended runs, oldest first, until `spare_bytes` more fit the budget."""
+        files = sorted(self._files(), key=lambda path: path.stat().st_mtime_ns)
+        total = sum(_size(path) for path in files)
+        for surplus, path in enumerate(files, 1 - len(files) + MAX_RUNS):
+            if total + spare_bytes <= self.max_bytes and surplus > 0:
+                return
+            if not _is_being_written(path):
+                total -= _size(path)
+                delete_run(path)
+
+    def _files(self) -> list[Path]:
+        try:
+            return [path for path in self.path.glob("*.sqlite") if path.is_file() and not path.is_symlink()]
+        except OSError:
+            return []
+
+
+def read_run(path: Path) -> tuple[Run, Record]:
+    """
+    A run and its record, exact to the last committed snapshot. The file itself is not touched.
+
+    Raises:
+        UnreadableRun: it is not a run of ours, or damaged.
+        OSError: it cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="vitalsd-") as scratch:
+        copy = Path(scratch) / "run.sqlite"
+        for suffix in ("", "-wal"):
+            with suppress(FileNotFoundError) if suffix else nullcontext():
+                shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+        with _opened(copy, path.name) as db:
+            return _describe_open(db, path), _record(db)
+
+
+@contextmanager
+def _opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]:
+    name = name or path.name
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=1)) as db:
+            (application_id,) = db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if application_id != APPLICATION_ID:
+                raise UnreadableRun(f"{name} is not a black box of vitalsd")
+            if version != SCHEMA_VERSION:
+                raise UnreadableRun(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
+            yield db
+    except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+        raise UnreadableRun(f"{name} is damaged: {error}") from None
+
+
+def _meta(db: sqlite3.Connection) -> dict[str, str]:
+    return dict(db.execute("SELECT key, value FROM meta"))
+
+
+def _identity(meta: dict[str, str]) -> Identity:
+    return Identity(**json.loads(meta["identity"]))
+
+
+def _describe(path: Path) -> Run:
+    with _opened(path) as db:
+        return _describe_open(db, path)
+
+
+def _describe_open(db: sqlite3.Connection, path: Path) -> Run:
+    meta = _meta(db)
+    count, first, last = db.execute("SELECT count(*), min(id), max(id) FROM frame").fetchone()
+    wall = Segment.SCALARS.index("wall_ns")
+    first_wall_ns, last_wall_ns = (
+        None
+        if frame is None
+        else _array("q", db.execute("SELECT scalars FROM frame WHERE id=?", (frame,)).fetchone()[0])[wall]
+        for frame in (first, last)
+    )
+    state: State = "clean"
+    if "ended" not in meta:
+        state = "running" if _is_being_written(path) else "crashed"
+    elif "crashed" in meta:
+        state = "crashed"
+    return Run(
+        id=path.stem,
+        path=path,
+        identity=_identity(meta),
+        state=state,
+        ended=meta.get("ended"),
+        first_wall_ns=first_wall_ns,
+        last_wall_ns=last_wall_ns,
+        snapshots=count,
+        reported="reported" in meta,
+        size_bytes=_size(path),
+    )
+
+
+def _record(db: sqlite3.Connection) -> Record:
+    meta = _meta(db)
+    record = Record(_identity(meta), interval_ns=int(meta["interval_ns"]), retention_ns=int(meta["retention_ns"]))
+    threads = {row[0]: row[1:] for row in db.execute("SELECT id, tid, birth, name FROM thread")}
+    frames = db.execute(
+        "SELECT f.segment, f.scalars, f.indexes, f.burnt, f.code, s.threads, s.cpu_ns, s.constants"
+        " FROM frame f JOIN segment s ON s.id = f.segment ORDER BY f.id"
+    )
+    for _, rows in groupby(frames, key=lambda row: row[0]):
+        segment: Segment | None = None
+        for _, scalars, indexes, burnt, code, ids, cpu_ns, constants in rows:
+            values = _array("q", scalars)
+            if segment is None:
+                keys = [threads[thread_id] for thread_id in _array("I", ids)]
+                segment = Segment(_head(values, keys, _array("Q", cpu_ns), json.loads(constants)))
+            moves: Moves = None if indexes is None else _array("I", indexes), _array(code, burnt)
+            segment.add(values, moves)
+        if segment is not None:
+            record.restore(segment)
+    record.marks.extend(Mark(*row) for row in db.execute("SELECT * FROM mark ORDER BY rowid"))
+    record.events.extend(Event(*row) for row in db.execute("SELECT * FROM event ORDER BY rowid"))
+    return record
+
+
+def _head(
+    scalars: "array[int]", keys: list[tuple[int, int, str]], cpu_ns: "array[int]", constants: dict[str, Any]
+) -> Snapshot:
+    row = dict(zip(Segment.SCALARS, scalars, strict=True))
+    tids, births, names = zip(*keys, strict=True) if keys else ((), (), ())
+    return Snapshot(
+        monotonic_ns=row["monotonic_ns"],
+        boottime_ns=row["boottime_ns"],
+        wall_ns=row["wall_ns"],
+        uptime_ns=row["uptime_ns"],
+        skew_ns=row["skew_ns"],
+        cpu_ns=row["cpu_ns"],
+        exited_cpu_ns=(row["exited_low_ns"], row["exited_high_ns"]),
+        rss_bytes=row["rss_bytes"],
+        vm_bytes=row["vm_bytes"],
+        tids=tids,
+        births=births,
+        names=names,
+        thread_cpu_ns=cpu_ns,
+        **constants,
+    )
+
+
+def _array(code: str, content: bytes) -> "array[int]":
+    values = array(code, content)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether a living process holds the lock of this run."""
+    try:
+        fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _parts(path: Path) -> list[Path]:
+    """The database first: while its lock is there, nobody takes the name."""
+    return [path, Path(f"{path}-wal"), Path(f"{path}-shm"), path.with_suffix(".lock")]
+
+
+def _size(path: Path) -> int:
+    total = 0
+    for part in _parts(path):
+        with suppress(OSError):
+            total += part.stat().st_size
+    return total
+
+
+def delete_run(path: Path) -> None:
+    """Remove a run and what belongs to it, as far as that can be done."""
+    for part in _parts(path):
+        with suppress(OSError):
+            part.unlink()

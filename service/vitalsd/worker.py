@@ -1,0 +1,93 @@
+"""One thread for calls that may block: kernel reads of one target, or writes to disk."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+__all__ = ["Worker"]
+
+T = TypeVar("T")
+
+
+class Worker:
+    """
+    A daemon thread that runs what it is given, in order, and one call at a steady beat.
+
+    Not an executor: that one's threads are joined when the interpreter exits, and a kernel call that
+    hangs would hang the exit of the host program.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._beat: Callable[[], bool] | None = None
+        self._interval_ns = 0
+        self._due_ns = 0
+        self.busy_since_ns: int | None = None
+        """Monotonic time at which the call under way began; ``None`` when idle."""
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def pending(self) -> int:
+        """Calls that wait for their turn."""
+        return self._calls.qsize()
+
+    def submit(self, call: Callable[[], T]) -> "Future[T]":
+        """Run `call` on the thread; the future has its result or its exception."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001 - handed to whoever waits, not swallowed
+                    future.set_exception(error)
+
+        self._calls.put(run)
+        return future
+
+    def every(self, interval_ns: int, beat: Callable[[], bool]) -> None:
+        """
+        Call `beat` on the thread now and at each `interval_ns`, until it returns False.
+
+        Beats stay on one grid of time; those that were missed are left out, not made up for.
+        """
+
+        def begin() -> None:
+            self._beat, self._interval_ns, self._due_ns = beat, interval_ns, time.monotonic_ns()
+
+        self._calls.put(begin)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread after what it was given before; False if it is still at that after `timeout_s`."""
+        self._calls.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            call = self._next()
+            if call is None:
+                return
+            self.busy_since_ns = time.monotonic_ns()
+            call()
+            self.busy_since_ns = None
+
+    def _next(self) -> Callable[[], None] | None:
+        if self._beat is None:
+            return self._calls.get()
+        wait_ns = self._due_ns - time.monotonic_ns()
+        try:
+            return self._calls.get(wait_ns > 0, max(0, wait_ns) / 1e9)
+        except queue.Empty:
+            return self._on_beat
+
+    def _on_beat(self) -> None:
+        assert self._beat is not None
+        if not self._beat():
+            self._beat = None
+        missed = max(0, time.monotonic_ns() - self._due_ns) // self._interval_ns
+        self._due_ns += (1 + missed) * self._interval_ns
