@@ -1,4 +1,4 @@
-"""``python -m vitalsd``: the command line."""
+"""``python -m vitalsd``, where the script directory is not on PATH."""
 
 from vitalsd.cli import main
 

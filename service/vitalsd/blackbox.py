@@ -14,6 +14,7 @@ import sqlite3
 import time
 from array import array
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,8 @@ log = logging.getLogger("vitalsd.blackbox")
 
 MAX_PENDING = 64
 """Snapshots that wait for a slow disk; beyond that they are dropped and counted."""
+MAX_WAIT_S = 0.05
+OPEN_WAIT_S = 1.0
 RETRY_NS = 2_000_000_000
 """After a failure to open the file."""
 
@@ -36,9 +39,13 @@ class BlackBox:
     """
     Writes one run. Never raises to the sampler: what goes wrong is in `error`, and the log says it once.
 
+    The file is there when the constructor returns, unless the disk takes longer than a second.
+
     Args:
         directory: where the file goes.
         identity: the process being recorded.
+        interval_ns: intended distance of two snapshots.
+        retention_ns: how far back the file reaches.
         max_bytes: of this run; the oldest segments go when it is passed.
     """
 
@@ -65,15 +72,23 @@ class BlackBox:
         self._segment_id = 0
         self._thread_ids: dict[tuple[int, int, str], int] = {}
         self._retry_ns = 0
+        self._written: Future[None] | None = None
         self._worker = Worker("vitalsd-blackbox")
-        self._worker.submit(lambda: self._guard(lambda db: None))
+        wait((self._worker.submit(lambda: self._guard(lambda db: None)),), OPEN_WAIT_S)
 
     def append(self, segment: Segment, position: int) -> None:
-        """Write the snapshot that `segment` has at `position`; returns at once."""
+        """
+        Write the snapshot that `segment` has at `position`.
+
+        Returns at once if the one before is on disk, else waits for it up to half an interval: so a
+        killed process loses one snapshot at most, and a slow disk delays but never stops the sampler.
+        """
+        if self._written is not None:
+            wait((self._written,), min(MAX_WAIT_S, self._interval_ns / 2e9))
         if self._worker.pending >= MAX_PENDING:
             self.dropped += 1
             return
-        self._worker.submit(lambda: self._guard(lambda db: self._write(db, segment, position)))
+        self._written = self._worker.submit(lambda: self._guard(lambda db: self._write(db, segment, position)))
 
     def mark(self, mark: Mark) -> None:
         """Write a mark; returns at once."""
@@ -168,7 +183,7 @@ class BlackBox:
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("PRAGMA synchronous = OFF")
             db.execute("PRAGMA wal_autocheckpoint = 256")
             db.execute("PRAGMA journal_size_limit = 1048576")
             db.executescript(SCHEMA)
@@ -189,6 +204,7 @@ class BlackBox:
             }
             db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
             db.commit()
+            db.execute("PRAGMA synchronous = NORMAL")
         except BaseException:
             db.close()
             raise

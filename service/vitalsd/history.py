@@ -158,7 +158,7 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     return History(
         record=record,
         wall_ns=[row["wall_ns"] for row in ends],
-        elapsed_ns=_deltas(starts, ends, "monotonic_ns"),
+        elapsed_ns=[max(1, ns) for ns in _deltas(starts, ends, "monotonic_ns")],
         cpu_ns=_deltas(starts, ends, "cpu_ns"),
         rss_bytes=[row["rss_bytes"] for row in ends],
         vm_bytes=[row["vm_bytes"] for row in ends],
@@ -293,6 +293,7 @@ def _snapshots(table: dict[str, Any], started_unix_ns: int) -> Iterator[Snapshot
         if len(column) != len(times):
             raise ValueError("its columns differ in length")
     cpu_ns, thread_cpu_ns = 0, [0] * len(threads)
+    monotonic_ns = 0
     alive: list[int] = []
     tids: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
@@ -307,12 +308,13 @@ def _snapshots(table: dict[str, Any], started_unix_ns: int) -> Iterator[Snapshot
             names = tuple(str(threads[i]["name"]) for i in alive)
             births = (0,) * len(alive)
         if row >= 0:
+            monotonic_ns += elapsed_ns
             cpu_ns += round(table["cpu_percent"][row] * elapsed_ns / 100)
             for i in alive:
                 thread_cpu_ns[i] += round(columns[i][row] * elapsed_ns / 100)
         wall_ns = times[shown] * 1_000_000 - (elapsed_ns if row < 0 else 0)
         yield Snapshot(
-            monotonic_ns=wall_ns,
+            monotonic_ns=monotonic_ns,
             boottime_ns=wall_ns,
             wall_ns=wall_ns,
             uptime_ns=max(0, wall_ns - started_unix_ns),

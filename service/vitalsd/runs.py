@@ -140,23 +140,24 @@ def read_run(path: Path) -> tuple[Run, Record]:
         for suffix in ("", "-wal"):
             with suppress(FileNotFoundError) if suffix else nullcontext():
                 shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
-        with _opened(copy) as db:
+        with _opened(copy, path.name) as db:
             return _describe_open(db, path), _record(db)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+def _opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]:
+    name = name or path.name
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=1)) as db:
             (application_id,) = db.execute("PRAGMA application_id").fetchone()
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if application_id != APPLICATION_ID:
-                raise UnreadableRun(f"{path.name} is not a black box of vitalsd")
+                raise UnreadableRun(f"{name} is not a black box of vitalsd")
             if version != SCHEMA_VERSION:
-                raise UnreadableRun(f"{path.name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
+                raise UnreadableRun(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
             yield db
     except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
-        raise UnreadableRun(f"{path.name} is damaged: {error}") from None
+        raise UnreadableRun(f"{name} is damaged: {error}") from None
 
 
 def _meta(db: sqlite3.Connection) -> dict[str, str]:

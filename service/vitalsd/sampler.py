@@ -124,7 +124,7 @@ class Sampler:
         if task is None:
             task = asyncio.create_task(self._finish(first, window_ns, slack_ns, extras))
             self._windows[key] = task
-            task.add_done_callback(lambda _: self._windows.pop(key, None))
+            task.add_done_callback(lambda task: self._finished(key, task))
         return await asyncio.shield(task)
 
     def mark(self, label: str) -> Mark:
@@ -154,6 +154,11 @@ class Sampler:
         # No executor here: at the exit of the interpreter none takes work any more.
         await asyncio.wait({asyncio.wrap_future(self._worker.submit(self._close))}, timeout=timeout_s)
         self._worker.stop(0.1)
+
+    def _finished(self, key: tuple[Snapshot, int, bool], task: asyncio.Task[Measurement]) -> None:
+        self._windows.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio logs it when all who asked have left
 
     async def _finish(self, first: Snapshot, window_ns: int, slack_ns: int, extras: bool) -> Measurement:
         end_ns = first.monotonic_ns + window_ns

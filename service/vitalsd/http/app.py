@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 
 from vitalsd.http import problem
+from vitalsd.http.body import BodyLimit
 from vitalsd.http.live import live_routes
 from vitalsd.http.past import past_routes
 from vitalsd.http.query import unique_parameters
@@ -48,9 +49,9 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
         dependencies=[Depends(unique_parameters)],
-        max_body_size=MAX_BODY_BYTES,
     )
     app.include_router(live_routes(targets, list_processes, reader))
     app.include_router(past_routes(targets, runs, reader))
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     problem.install(app)
     return app

@@ -32,16 +32,16 @@ from vitalsd.sources import (
     TargetGone,
     Unsupported,
 )
-from vitalsd.sources.linux_threads import (
+from vitalsd.sources.linux_counters import (
     GONE,
     USER_TICK_NS,
     SchedstatFiles,
     StatFiles,
     ThreadClocks,
     ThreadCounter,
-    ThreadTable,
     read_file,
 )
+from vitalsd.sources.linux_threads import ThreadTable
 from vitalsd.sources.procfs import (
     STATES,
     Malformed,
@@ -57,6 +57,9 @@ __all__ = ["LinuxSource", "list_processes"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 PF_KTHREAD = 0x00200000  # linux/sched.h
+LOOK_EVERY_NS = 1_000_000_000
+"""The main thread's stat is read that often, and whenever the memory map has changed."""
+CLOCK_BOOTTIME = 7  # linux/time.h; the time module has it on Linux only, and types are checked for macOS too
 
 
 class LinuxSource:
@@ -92,6 +95,11 @@ class LinuxSource:
             self.close()
             raise
         self._counted_by = counter
+        self._process_cut_ns = 0 if self._clock else 2 * USER_TICK_NS
+        self._seen = (0, 0)
+        self._looked_ns = 0
+        self._state: str | None = None
+        self._image: tuple[int, ...] = ()
         self._start_ns = stat.start_ticks * USER_TICK_NS
         self._identity = Identity(
             platform="linux",
@@ -99,7 +107,7 @@ class LinuxSource:
             name=stat.name,
             boot_id=_boot_id(root),
             start_key=stat.start_ticks,
-            started_unix_ns=time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + self._start_ns,
+            started_unix_ns=time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME) + self._start_ns,
         )
 
     def identity(self) -> Identity:
@@ -118,25 +126,34 @@ class LinuxSource:
     def _snapshot(self, extras: bool) -> Snapshot:
         if self._threads is None or not self._fds:
             raise ValueError("the source is closed")
+        threads, counter = self._threads, self._counted_by
         begun_ns = time.monotonic_ns()
-        cpu_before_ns = self._cpu_ns()
-        thread_cpu_ns = self._threads.read()
-        cpu_ns = self._cpu_ns()
+        proved = threads.read_proved(self._cpu_ns) if counter.provable and self._clock else None
+        if proved is not None:
+            thread_cpu_ns, cpu_ns, exited_ns = proved
+            exited_cpu_ns = exited_ns, exited_ns
+        else:
+            before_ns = self._cpu_ns()
+            thread_cpu_ns = threads.read()
+            cpu_ns = self._cpu_ns()
+            living_ns = sum(thread_cpu_ns)
+            exited_cpu_ns = (
+                before_ns - living_ns - len(thread_cpu_ns) * counter.cut_ns,
+                cpu_ns - living_ns + self._process_cut_ns,
+            )
+            if exited_cpu_ns[0] == exited_cpu_ns[1]:
+                threads.calibrate(cpu_ns, exited_cpu_ns[0])
         monotonic_ns = time.monotonic_ns()
-        boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        boottime_ns = time.clock_gettime_ns(CLOCK_BOOTTIME)
         wall_ns = time.time_ns()
 
         # Read last: a descriptor that still answers proves that the pid, and its clock, were ours all along.
-        leader = parse_stat(os.pread(self._leader, 1024, 0))
-        vm_pages, rss_pages, text_pages = self._memory(leader)
-        self._threads.refresh_names()
+        vm_pages, rss_pages = self._memory(monotonic_ns, closely=extras)
+        if not threads.refresh_names(monotonic_ns):
+            return self._snapshot(extras)
 
         warnings: list[str] = []
-        counter = self._counted_by
-        tids = self._threads.tids
         extra = self._extras(warnings) if extras else None
-        living_ns = sum(thread_cpu_ns)
-        process_cut_ns = 0 if self._clock else 2 * USER_TICK_NS
         return Snapshot(
             monotonic_ns=monotonic_ns,
             boottime_ns=boottime_ns,
@@ -144,19 +161,16 @@ class LinuxSource:
             uptime_ns=max(0, boottime_ns - self._start_ns),
             skew_ns=monotonic_ns - begun_ns,
             cpu_ns=cpu_ns,
-            cpu_grain_ns=process_cut_ns or 1,
-            exited_cpu_ns=(
-                cpu_before_ns - living_ns - len(tids) * counter.cut_ns,
-                cpu_ns - living_ns + process_cut_ns,
-            ),
+            cpu_grain_ns=self._process_cut_ns or 1,
+            exited_cpu_ns=exited_cpu_ns,
             rss_bytes=rss_pages * PAGE_BYTES,
             vm_bytes=vm_pages * PAGE_BYTES,
-            state=STATES.get(leader.state),
-            image=(*leader.image, text_pages),
-            tids=tids,
-            births=self._threads.births,
+            state=self._state,
+            image=self._image,
+            tids=threads.tids,
+            births=threads.births,
             thread_cpu_ns=thread_cpu_ns,
-            names=self._threads.names,
+            names=threads.names,
             thread_grain_ns=counter.grain_ns,
             thread_lag_ns=counter.lag_ns,
             source=counter.source,
@@ -174,21 +188,31 @@ class LinuxSource:
         except OSError:  # EINVAL: no such process
             raise ProcessLookupError from None
 
-    def _memory(self, leader: Stat) -> tuple[int, int, int]:
-        """Pages of address space, resident and text; told by a sibling if the main thread is dead."""
-        pages = parse_statm(os.pread(self._statm, 256, 0))
-        if pages[0] or leader.flags & PF_KTHREAD:
-            return pages
+    def _memory(self, now_ns: int, *, closely: bool) -> tuple[int, int]:
+        """Pages of address space and resident; on the way, what tells whether it was stopped or executed."""
+        vm, rss, text = parse_statm(os.pread(self._statm, 256, 0))
+        if closely or not vm or (vm, text) != self._seen or now_ns - self._looked_ns >= LOOK_EVERY_NS:
+            leader = parse_stat(os.pread(self._leader, 1024, 0))
+            image = leader.image
+            if not vm and not leader.flags & PF_KTHREAD:
+                vm, rss, text, image = self._sibling()
+            self._state, self._image = STATES.get(leader.state), (*image, text)
+            self._seen, self._looked_ns = (vm, text), now_ns
+        return vm, rss
+
+    def _sibling(self) -> tuple[int, int, int, tuple[int, ...]]:
+        """Pages of address space, resident and text, and the image, told by another thread than the dead main one."""
         assert self._threads is not None
         for tid in self._threads.tids:
             try:
-                pages = parse_statm(read_file(f"{tid}/statm", self._task))
+                vm, rss, text = parse_statm(read_file(f"{tid}/statm", self._task))
+                stat = parse_stat(read_file(f"{tid}/stat", self._task))
             except OSError as error:
                 if error.errno not in GONE:
                     raise
                 continue
-            if pages[0]:
-                return pages
+            if vm:
+                return vm, rss, text, stat.image
         raise TargetGone(f"target {self._pid} has exited; its parent has not yet collected it (zombie)")
 
     def _extras(self, warnings: list[str]) -> Extras:
@@ -196,11 +220,6 @@ class LinuxSource:
         stats = self._threads.stats()
         total = parse_stat(read_file("stat", self._dir))
         sizes = parse_status(read_file("status", self._dir))
-        try:
-            open_fds = os.stat("fd", dir_fd=self._dir).st_size or len(os.listdir(f"{self._root}/{self._pid}/fd"))
-        except PermissionError:
-            open_fds = None
-            warnings.append("open_fds: only its own user may count the descriptors of this process")
         return Extras(
             threads=ThreadExtras(
                 user_ns=[s.utime_ticks * USER_TICK_NS if s else 0 for s in stats],
@@ -212,10 +231,28 @@ class LinuxSource:
             system_ns=total.stime_ticks * USER_TICK_NS,
             peak_rss_bytes=sizes.get("VmHWM"),
             swap_bytes=sizes.get("VmSwap"),
-            open_fds=open_fds,
+            open_fds=self._open_fds(warnings),
             minor_faults=total.minor_faults,
             major_faults=total.major_faults,
         )
+
+    def _open_fds(self, warnings: list[str]) -> int | None:
+        # Since 6.2 the size of fd/ is the count, for any user; a procfs gives every other directory size 0.
+        if os.fstat(self._task).st_size == 0 and (count := os.stat("fd", dir_fd=self._dir).st_size):
+            return count
+        try:
+            directory = os.open("fd", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir)
+        except PermissionError:
+            warnings.append("open_fds: only its own user may count the descriptors of this process")
+            return None
+        except FileNotFoundError:
+            os.pread(self._leader, 1, 0)  # raises if the process is gone: then it is not only the list that lacks
+            warnings.append(f"open_fds: {self._root} does not list the descriptors of this process")
+            return None
+        try:
+            return len(os.listdir(directory))
+        finally:
+            os.close(directory)
 
     # Attaching
 
@@ -285,6 +322,8 @@ class LinuxSource:
         try:
             yield
         except (ProcessLookupError, FileNotFoundError):
+            if self._hidden():
+                raise AccessDenied(f"process {self._pid} does not let this user read it any more (hidepid)") from None
             raise TargetGone(f"target {self._pid} has exited") from None
         except PermissionError as error:
             raise AccessDenied(f"process {self._pid}: {error.strerror}: {error.filename}") from None
@@ -292,6 +331,19 @@ class LinuxSource:
             raise KernelError(f"process {self._pid}: {error}") from None
         except OSError as error:
             raise KernelError(f"process {self._pid}: {error.strerror}") from None
+
+    def _hidden(self) -> bool:
+        """Whether it lives and /proc now hides it: what was open still answers, and nothing more can be opened."""
+        try:
+            os.close(os.open("stat", os.O_RDONLY, dir_fd=self._dir))
+        except FileNotFoundError:
+            try:
+                return parse_stat(os.pread(self._leader, 1024, 0)).state not in "ZX"
+            except (OSError, Malformed):
+                return False
+        except OSError:
+            pass
+        return False
 
 
 def _boot_id(root: str) -> str:
@@ -308,7 +360,7 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
         pids = sorted(int(name) for name in os.listdir(root) if name.isdecimal())
     except OSError as error:
         raise Unsupported(f"cannot list {root}: {error.strerror}") from None
-    boot_unix_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    boot_unix_ns = time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME)
     for pid in pids:
         try:
             directory = os.open(f"{root}/{pid}", os.O_RDONLY | os.O_DIRECTORY)

@@ -1,148 +1,36 @@
 """
 The threads of one Linux process: who is there, what they are called, how long they ran.
 
-`ThreadTable` keeps the set; one of three counters reads the CPU time: `ThreadClocks` (our own
-process), `SchedstatFiles` (any other), `StatFiles` (a kernel without schedstat).
+Reading all of them costs a system call each. Most threads of most programs sleep, so `ThreadTable`
+can also read only those that ran lately and *prove* that no other did: the CPU clock of the process is
+the sum of its threads, to the nanosecond, and no thread's time ever shrinks. If what was read, what is
+remembered and what exited threads left add up to the clock, every remembered value is exact.
 """
 
 import errno
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import repeat
-from operator import lt
-from typing import Protocol
+from itertools import compress
+from operator import lt, ne
 
-from vitalsd.sources.procfs import Stat, decode_name, parse_run_times, parse_stat
+from vitalsd.sources.linux_counters import GONE, ThreadCounter, read_file
+from vitalsd.sources.procfs import Stat, decode_name, parse_stat
 
-__all__ = ["KERNEL_TICK_NS", "USER_TICK_NS", "SchedstatFiles", "StatFiles", "ThreadClocks", "ThreadTable", "read_file"]
+__all__ = ["ThreadTable"]
 
-USER_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-"""Unit of utime, stime and start times in /proc, ns."""
-
-KERNEL_TICK_NS = round(time.clock_getres(6) * 1e9)
-"""Period of the scheduler's tick, ns: the resolution of CLOCK_MONOTONIC_COARSE (6 in linux/time.h)."""
-
-NAMES_PER_SWEEP = 8
-"""Names re-read per snapshot though their threads did not run: another thread may have renamed them."""
-
-GONE = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
-"""How the kernel says that a thread has exited; EINVAL is the CPU clock's way."""
-
-
-def read_file(path: str, dir_fd: int) -> bytes:
-    """The whole of a small procfs file, in one read: a second one could see another state."""
-    fd = os.open(path, os.O_RDONLY, dir_fd=dir_fd)
-    try:
-        return os.read(fd, 4096)
-    finally:
-        os.close(fd)
-
-
-class ThreadCounter(Protocol):
-    """One way to read the CPU time of threads. A handle is whatever `open` returned."""
-
-    source: str
-    grain_ns: int
-    """Step of the counter."""
-    lag_ns: int
-    """How far behind the counter of a running thread may be."""
-    cut_ns: int
-    """How much a reading may be too low because the kernel rounds down."""
-    bound: bool
-    """A handle can never name another thread, even if the tid is given away again."""
-
-    def open(self, tid: int) -> int: ...
-    def close(self, handle: int) -> None: ...
-    def read(self, handles: Sequence[int]) -> list[int]:
-        """CPU time of each, ns. Raises `OSError` with an errno of `GONE` if any of them has exited."""
-        ...
-
-
-class ThreadClocks:
-    """The CPU clock of each thread of our own process: ns, and settled to now by the reading."""
-
-    source = "clock_gettime"
-    grain_ns = 1
-    lag_ns = 0
-    cut_ns = 0
-    bound = False
-
-    def open(self, tid: int) -> int:
-        return (~tid << 3) | 6  # CPUCLOCK_PERTHREAD | CPUCLOCK_SCHED, linux/posix-timers_types.h
-
-    def close(self, handle: int) -> None:
-        pass
-
-    def read(self, handles: Sequence[int]) -> list[int]:
-        return list(map(time.clock_gettime_ns, handles))
-
-
-class _Files:
-    """One file per thread, held open up to a budget; a handle below 0 is a tid opened at each read."""
-
-    file: str
-    bound = True
-
-    def __init__(self, task_fd: int, budget: int) -> None:
-        self._task_fd = task_fd
-        self._budget = budget
-        self._opened_each_time = 0
-
-    def open(self, tid: int) -> int:
-        if self._budget > 0:
-            try:
-                handle = os.open(f"{tid}/{self.file}", os.O_RDONLY, dir_fd=self._task_fd)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE):
-                    raise
-                self._budget = 0
-            else:
-                self._budget -= 1
-                return handle
-        self._opened_each_time += 1
-        return -tid
-
-    def close(self, handle: int) -> None:
-        if handle < 0:
-            self._opened_each_time -= 1
-        else:
-            os.close(handle)
-            self._budget += 1
-
-    def contents(self, handles: Sequence[int], size: int) -> list[bytes]:
-        if not self._opened_each_time:
-            return list(map(os.pread, handles, repeat(size), repeat(0)))
-        return [
-            os.pread(handle, size, 0) if handle >= 0 else read_file(f"{-handle}/{self.file}", self._task_fd)
-            for handle in handles
-        ]
-
-
-class SchedstatFiles(_Files):
-    """``schedstat`` of each thread: ns, as fresh as the last scheduler tick."""
-
-    source = file = "schedstat"
-    grain_ns = 1
-    lag_ns = KERNEL_TICK_NS
-    cut_ns = 0
-
-    def read(self, handles: Sequence[int]) -> list[int]:
-        return parse_run_times(self.contents(handles, 64))
-
-
-class StatFiles(_Files):
-    """``stat`` of each thread: user and system time, each cut to a tick of 10 ms."""
-
-    source = file = "stat"
-    grain_ns = USER_TICK_NS
-    lag_ns = KERNEL_TICK_NS + USER_TICK_NS
-    cut_ns = 2 * USER_TICK_NS
-
-    def read(self, handles: Sequence[int]) -> list[int]:
-        stats = map(parse_stat, self.contents(handles, 1024))
-        return [(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS for stat in stats]
+FEW_NAMES = 8
+"""So many names are read again at every reading ..."""
+NAMES_EVERY_NS = 1_000_000_000
+"""... and more than that at this distance."""
+SWEEP_NS = 60_000_000_000
+"""In this time every name is read once though its thread did not run: another thread may have renamed it."""
+HOT_FOR = 8
+"""A thread counts as hot for so many readings after it ran."""
+HOT_PART = 8
+"""With more than 1/8 of the threads hot, reading all of them is as cheap."""
+MAX_PAUSE = 16
+"""Readings without an attempt to prove, after one that failed again and again."""
 
 
 @dataclass(slots=True)
@@ -171,15 +59,22 @@ class ThreadTable:
         self._task_fd = task_fd
         self._counter = counter
         self._threads: dict[int, _Thread] = {}
+        self._rows: list[_Thread] = []
         self._handles: list[int] = []
         self._cpu_ns: list[int] = []
-        self._rows: list[_Thread] = []
         self._named_ns: list[int] = []
+        self._named_at_ns = 0
         self._sweep = 0
         self._links_count_threads = False
+        self._hot: dict[int, int] = {}
+        self._exited_ns: int | None = None
+        self._total_ns = -1
+        self._pause = self._paused = 0
         self.tids: tuple[int, ...] = ()
         self.births: tuple[int, ...] = ()
         self.names: tuple[str, ...] = ()
+        self.proved = 0
+        """Readings that were proved instead of read in full."""
         self._relist()
         self._links_count_threads = self._links() == len(self.tids)
 
@@ -189,6 +84,7 @@ class ThreadTable:
 
         The last thing done is the reading itself, so that a total read next is read at the same time.
         """
+        self._exited_ns = None
         if self._links_count_threads and self._links() == len(self.tids):
             try:
                 cpu_ns = self._counter.read(self._handles)
@@ -197,6 +93,8 @@ class ThreadTable:
                     raise
             else:
                 if self._counter.bound or not any(map(lt, cpu_ns, self._cpu_ns)):
+                    if self._counter.provable:
+                        self._warm(cpu_ns)
                     self._cpu_ns = cpu_ns
                     return cpu_ns
         self._relist()
@@ -207,32 +105,89 @@ class ThreadTable:
                 raise
         return self._cpu_ns
 
-    def refresh_names(self) -> None:
+    def read_proved(self, clock: Callable[[], int]) -> tuple[list[int], int, int] | None:
         """
-        Read again the names of the threads that ran since their names were read, and of a few others in turn.
+        The CPU time of each thread, ns, read from the hot ones and proved for the others.
 
-        A thread that names itself has run, so its new name is never missed.
+        Args:
+            clock: CPU time of the process, ns.
+
+        Returns:
+            The times, the process's CPU time and that of its exited threads, all of one instant and
+            exact; ``None`` if it cannot be proved this time and all must be read.
         """
-        cpu_ns, count = self._cpu_ns, len(self.tids)
-        stale = {i % count for i in range(self._sweep, self._sweep + NAMES_PER_SWEEP)}
-        self._sweep = (self._sweep + NAMES_PER_SWEEP) % count
-        if cpu_ns != self._named_ns:
-            stale.update(i for i, (now, named) in enumerate(zip(cpu_ns, self._named_ns, strict=True)) if now != named)
+        exited_ns = self._exited_ns
+        if exited_ns is None or not self._links_count_threads or self._links() != len(self.tids):
+            return None
+        total_ns = clock()
+        if total_ns == self._total_ns:
+            self.proved += 1
+            return self._cpu_ns, total_ns, exited_ns
+        if self._paused > 0 or len(self._hot) * HOT_PART > len(self.tids):
+            self._paused -= 1
+            return None
+        hot = list(self._hot)
+        try:
+            hot_ns = self._counter.read([self._handles[i] for i in hot])
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return None
+        total_ns = clock()
+        cpu_ns = self._cpu_ns.copy()
+        for i, ns in zip(hot, hot_ns, strict=True):
+            cpu_ns[i] = ns
+        if sum(cpu_ns) + exited_ns != total_ns:
+            self._pause = self._paused = min(MAX_PAUSE, 2 * self._pause or 1)
+            return None
+        self._pause = 0
+        for i, ns in zip(hot, hot_ns, strict=True):
+            left = HOT_FOR if ns != self._cpu_ns[i] else self._hot[i] - 1
+            if left:
+                self._hot[i] = left
+            else:
+                del self._hot[i]
+        self._cpu_ns, self._total_ns = cpu_ns, total_ns
+        self.proved += 1
+        return cpu_ns, total_ns, exited_ns
+
+    def calibrate(self, total_ns: int, exited_ns: int) -> None:
+        """Tell the exact totals that go with the last `read`: from now on `read_proved` can prove."""
+        self._total_ns, self._exited_ns = total_ns, exited_ns
+
+    def refresh_names(self, now_ns: int) -> bool:
+        """
+        Read again the names of the threads that ran since their names were read, and of a few others.
+
+        A thread that names itself has run, so its new name is seen at once, or within a second where
+        many threads run.
+
+        Returns:
+            False if a handle was found to name another thread than it did: read again.
+        """
+        elapsed_ns, count = now_ns - self._named_at_ns, len(self.tids)
+        stale = set(compress(range(count), map(ne, self._cpu_ns, self._named_ns)))
+        if elapsed_ns >= NAMES_EVERY_NS:
+            self._named_at_ns = now_ns
+            swept = min(count, -(-count * elapsed_ns // SWEEP_NS))
+            stale.update(i % count for i in range(self._sweep, self._sweep + swept))
+            self._sweep = (self._sweep + swept) % count
+        elif len(stale) > FEW_NAMES:
+            return True
         renamed = False
         for i in stale:
-            try:
-                name = decode_name(read_file(f"{self.tids[i]}/comm", self._task_fd)[:-1])
-            except OSError as error:
-                if error.errno not in GONE:
-                    raise
-                continue
+            name = self._name(i)
+            if name is None:
+                self._relist()
+                return False
             thread = self._rows[i]
-            thread.named_ns = self._named_ns[i] = cpu_ns[i]
+            thread.named_ns = self._named_ns[i] = self._cpu_ns[i]
             if name != thread.name:
                 thread.name = name
                 renamed = True
         if renamed:
             self.names = tuple(thread.name for thread in self._rows)
+        return True
 
     def stats(self) -> list[Stat | None]:
         """The ``stat`` of each thread, which also renames it; ``None`` for one that exited just now."""
@@ -245,12 +200,34 @@ class ThreadTable:
         return stats
 
     def close(self) -> None:
+        """Release every handle."""
         for thread in self._threads.values():
             self._counter.close(thread.handle)
         self._threads.clear()
 
     def _links(self) -> int:
         return os.fstat(self._task_fd).st_nlink - 2
+
+    def _warm(self, cpu_ns: list[int]) -> None:
+        """Keep count of who ran lately."""
+        if len(cpu_ns) != len(self._cpu_ns):
+            self._hot.clear()
+            return
+        self._hot = {i: left - 1 for i, left in self._hot.items() if left > 1}
+        if cpu_ns != self._cpu_ns:
+            self._hot.update(dict.fromkeys(compress(range(len(cpu_ns)), map(ne, cpu_ns, self._cpu_ns)), HOT_FOR))
+
+    def _name(self, i: int) -> str | None:
+        """The name of thread `i`, its old one if it has exited; ``None`` if the tid is another thread's now."""
+        try:
+            if self._counter.bound:
+                return decode_name(read_file(f"{self.tids[i]}/comm", self._task_fd)[:-1])
+            stat = parse_stat(read_file(f"{self.tids[i]}/stat", self._task_fd))
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return self.names[i]
+        return stat.name if stat.start_ticks == self.births[i] else None
 
     def _stat(self, tid: int) -> Stat | None:
         try:
@@ -266,7 +243,7 @@ class ThreadTable:
         try:
             for tid in sorted(map(int, os.listdir(self._task_fd))):
                 thread = before.pop(tid, None)
-                if thread is None or not self._advance(thread):
+                if thread is None or not self._advance(tid, thread):
                     if thread is not None:
                         self._counter.close(thread.handle)
                     thread = self._open(tid)
@@ -284,9 +261,14 @@ class ThreadTable:
         self._handles = [thread.handle for thread in threads]
         self._cpu_ns = [thread.cpu_ns for thread in threads]
         self._named_ns = [thread.named_ns for thread in threads]
+        self._hot.clear()
 
-    def _advance(self, thread: _Thread) -> bool:
-        """Read a known thread; False if its handle names it no longer."""
+    def _advance(self, tid: int, thread: _Thread) -> bool:
+        """
+        Read a known thread; False if its handle names it no longer.
+
+        One that ran may have renamed itself, or be another that got its number: its stat tells.
+        """
         try:
             (cpu_ns,) = self._counter.read((thread.handle,))
         except OSError as error:
@@ -295,6 +277,11 @@ class ThreadTable:
             return False
         if cpu_ns < thread.cpu_ns:
             return False
+        if cpu_ns > thread.cpu_ns:
+            stat = self._stat(tid)
+            if stat is None or stat.start_ticks != thread.birth:
+                return False
+            thread.name, thread.named_ns = stat.name, cpu_ns
         thread.cpu_ns = cpu_ns
         return True
 
@@ -316,4 +303,4 @@ class ThreadTable:
             if error.errno not in GONE:
                 raise
             return None
-        return _Thread(stat.start_ticks, stat.name, handle, cpu_ns, 0)
+        return _Thread(stat.start_ticks, stat.name, handle, cpu_ns, cpu_ns)

@@ -1,0 +1,164 @@
+"""
+Three ways to read how long the threads of a Linux process ran.
+
+`ThreadClocks` for our own process, `SchedstatFiles` for any other, `StatFiles` on a kernel without
+schedstat. `vitalsd.sources.linux_threads` keeps the set of threads.
+"""
+
+import errno
+import os
+import resource
+import time
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Protocol
+
+from vitalsd.sources.procfs import parse_run_times, parse_stat
+
+__all__ = [
+    "GONE",
+    "KERNEL_TICK_NS",
+    "USER_TICK_NS",
+    "SchedstatFiles",
+    "StatFiles",
+    "ThreadClocks",
+    "ThreadCounter",
+    "read_file",
+]
+
+USER_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+"""Unit of utime, stime and start times in /proc, ns."""
+
+KERNEL_TICK_NS = round(time.clock_getres(6) * 1e9)
+"""Period of the scheduler's tick, ns: the resolution of CLOCK_MONOTONIC_COARSE (6 in linux/time.h)."""
+
+FD_RESERVE = 64
+"""Descriptors left to sockets and to files that are opened for a moment, however many threads the targets have."""
+
+GONE = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
+"""How the kernel says that a thread has exited; EINVAL is the CPU clock's way."""
+
+
+def read_file(path: str, dir_fd: int) -> bytes:
+    """The whole of a small procfs file, in one read: a second one could see another state."""
+    fd = os.open(path, os.O_RDONLY, dir_fd=dir_fd)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+class ThreadCounter(Protocol):
+    """One way to read the CPU time of threads. A handle is whatever `open` returned."""
+
+    source: str
+    grain_ns: int
+    """Step of the counter."""
+    lag_ns: int
+    """How far behind the counter of a running thread may be."""
+    cut_ns: int
+    """How much a reading may be too low because the kernel rounds down."""
+    provable: bool
+    """Equal, to the nanosecond, to what the process's CPU clock sums up."""
+    bound: bool
+    """A handle can never name another thread, even if the tid is given away again."""
+
+    def open(self, tid: int) -> int: ...
+    def close(self, handle: int) -> None: ...
+    def read(self, handles: Sequence[int]) -> list[int]:
+        """CPU time of each, ns. Raises `OSError` with an errno of `GONE` if any of them has exited."""
+        ...
+
+
+class ThreadClocks:
+    """The CPU clock of each thread of our own process: ns, and settled to now by the reading."""
+
+    source = "clock_gettime"
+    grain_ns = 1
+    lag_ns = 0
+    cut_ns = 0
+    provable = False
+    bound = False
+
+    def open(self, tid: int) -> int:
+        return (~tid << 3) | 6  # CPUCLOCK_PERTHREAD | CPUCLOCK_SCHED, linux/posix-timers_types.h
+
+    def close(self, handle: int) -> None:
+        pass
+
+    def read(self, handles: Sequence[int]) -> list[int]:
+        return list(map(time.clock_gettime_ns, handles))
+
+
+class _Files:
+    """One file per thread, held open up to a budget; a handle below 0 is a tid opened at each read."""
+
+    file: str
+    bound = True
+
+    def __init__(self, task_fd: int, budget: int) -> None:
+        self._task_fd = task_fd
+        self._budget = budget
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._highest = limit - min(FD_RESERVE, limit // 4)
+        self._opened_each_time = 0
+
+    def open(self, tid: int) -> int:
+        if self._budget > 0:
+            try:
+                handle = os.open(f"{tid}/{self.file}", os.O_RDONLY, dir_fd=self._task_fd)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                self._budget = 0
+            else:
+                # The kernel gives the lowest free number, so a high one means that few are left.
+                if handle < self._highest:
+                    self._budget -= 1
+                    return handle
+                os.close(handle)
+                self._budget = 0
+        self._opened_each_time += 1
+        return -tid
+
+    def close(self, handle: int) -> None:
+        if handle < 0:
+            self._opened_each_time -= 1
+        else:
+            os.close(handle)
+            self._budget += 1
+
+    def contents(self, handles: Sequence[int], size: int) -> list[bytes]:
+        if not self._opened_each_time:
+            return list(map(os.pread, handles, repeat(size), repeat(0)))
+        return [
+            os.pread(handle, size, 0) if handle >= 0 else read_file(f"{-handle}/{self.file}", self._task_fd)
+            for handle in handles
+        ]
+
+
+class SchedstatFiles(_Files):
+    """``schedstat`` of each thread: ns, as fresh as the last scheduler tick."""
+
+    source = file = "schedstat"
+    grain_ns = 1
+    lag_ns = KERNEL_TICK_NS
+    cut_ns = 0
+    provable = True
+
+    def read(self, handles: Sequence[int]) -> list[int]:
+        return parse_run_times(self.contents(handles, 64))
+
+
+class StatFiles(_Files):
+    """``stat`` of each thread: user and system time, each cut to a tick of 10 ms."""
+
+    source = file = "stat"
+    grain_ns = USER_TICK_NS
+    lag_ns = KERNEL_TICK_NS + USER_TICK_NS
+    cut_ns = 2 * USER_TICK_NS
+    provable = False
+
+    def read(self, handles: Sequence[int]) -> list[int]:
+        stats = map(parse_stat, self.contents(handles, 1024))
+        return [(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS for stat in stats]

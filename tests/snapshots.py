@@ -1,0 +1,129 @@
+"""Snapshots as a kernel could give them, drawn by hypothesis or built by hand."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import strategies as st
+
+from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras
+
+IDENTITY = Identity(
+    platform="linux",
+    pid=4242,
+    name="app",
+    boot_id="0b7e5a4e-6c1f-4c7e-9c0d-1f6f0a3d5e21",
+    start_key=217667,
+    started_unix_ns=1_790_000_000_123_456_789,
+)
+
+SECOND = 1_000_000_000
+
+Thread = tuple[int, int, int]
+"""Tid, birth, CPU time in ns."""
+
+
+def snapshot(at_ns: int, threads: Sequence[Thread], *, cpu_ns: int | None = None, **fields: Any) -> Snapshot:
+    """A snapshot at `at_ns` of exact counters; without `cpu_ns` no thread has exited yet."""
+    living_ns = sum(cpu for _, _, cpu in threads)
+    cpu_ns = living_ns if cpu_ns is None else cpu_ns
+    known: dict[str, Any] = {
+        "monotonic_ns": at_ns,
+        "boottime_ns": at_ns,
+        "wall_ns": 1_790_000_000 * SECOND + at_ns,
+        "uptime_ns": at_ns,
+        "skew_ns": 0,
+        "cpu_ns": cpu_ns,
+        "cpu_grain_ns": 1,
+        "exited_cpu_ns": (cpu_ns - living_ns, cpu_ns - living_ns),
+        "rss_bytes": 64 << 20,
+        "vm_bytes": 128 << 20,
+        "image": (1, 2, 3),
+        "tids": tuple(tid for tid, _, _ in threads),
+        "births": tuple(birth for _, birth, _ in threads),
+        "thread_cpu_ns": [cpu for _, _, cpu in threads],
+        "names": tuple(f"thread-{tid}" for tid, _, _ in threads),
+        "thread_grain_ns": 1,
+        "thread_lag_ns": 0,
+        "source": "test",
+    }
+    return Snapshot(**{**known, **fields})
+
+
+def with_extras(snapshot: Snapshot, **fields: Any) -> Snapshot:
+    """The same with what ``detail=full`` reads, all in user mode."""
+    threads = ThreadExtras(
+        user_ns=snapshot.thread_cpu_ns,
+        system_ns=[0] * len(snapshot.tids),
+        states=["sleeping"] * len(snapshot.tids),
+        priorities=[20] * len(snapshot.tids),
+    )
+    return replace(snapshot, extras=Extras(threads=threads, **fields))
+
+
+counters = st.integers(0, 2**62)
+names = st.text(max_size=15) | st.sampled_from(
+    ["", "render", 'a"b\\', "\u202e\x1b[31m", "\x00", "\u2028", "\U0001f600"]
+)
+
+
+@st.composite
+def any_snapshot(draw: st.DrawFn, at_ns: st.SearchStrategy[int], *, extras: bool | None = None) -> Snapshot:
+    """A snapshot whose counters have nothing to do with each other: the worst a kernel could answer."""
+    threads = draw(
+        st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2), counters), max_size=8, unique_by=lambda t: t[0])
+    )
+    threads.sort()
+    low, high = sorted((draw(st.integers(-(2**62), 2**62)), draw(st.integers(-(2**62), 2**62))))
+    now = draw(at_ns)
+    taken = snapshot(
+        now,
+        threads,
+        cpu_ns=draw(counters),
+        boottime_ns=now + draw(st.integers(0, 10**12)),
+        skew_ns=draw(st.integers(0, SECOND)),
+        exited_cpu_ns=(low, high),
+        rss_bytes=draw(counters),
+        vm_bytes=draw(counters),
+        image=draw(st.sampled_from([None, (1,), (2,)])),
+        names=tuple(draw(names) for _ in threads),
+        thread_grain_ns=draw(st.integers(1, 10**7)),
+        thread_lag_ns=draw(st.integers(0, 10**7)),
+        warnings=tuple(draw(st.lists(st.text(max_size=10), max_size=2))),
+    )
+    if not (draw(st.booleans()) if extras is None else extras):
+        return taken
+    optional = st.none() | counters
+    states = st.sampled_from([None, "running", "sleeping"])
+    per_thread = ThreadExtras(
+        user_ns=[draw(counters) for _ in threads],
+        system_ns=[draw(counters) for _ in threads],
+        states=[draw(states) for _ in threads],
+        priorities=[draw(st.none() | st.integers(-100, 39)) for _ in threads],
+    )
+    return replace(
+        taken,
+        extras=Extras(
+            threads=per_thread,
+            user_ns=draw(optional),
+            system_ns=draw(optional),
+            footprint_bytes=draw(optional),
+            peak_rss_bytes=draw(optional),
+            swap_bytes=draw(optional),
+            open_fds=draw(optional),
+            minor_faults=draw(optional),
+            major_faults=draw(optional),
+            idle_wakeups=draw(optional),
+            interrupt_wakeups=draw(optional),
+            energy_nj=draw(optional),
+            p_core_ns=draw(optional),
+        ),
+    )
+
+
+def pairs(*, extras: bool | None = None) -> st.SearchStrategy[tuple[Snapshot, Snapshot]]:
+    """Two snapshots, the second one later by 1 ns to an hour."""
+    return st.tuples(
+        any_snapshot(st.integers(0, 10**15), extras=extras),
+        any_snapshot(st.integers(10**15 + 1, 10**15 + 3600 * SECOND), extras=extras),
+    )

@@ -1,0 +1,80 @@
+"""
+A program that looks at processes as another user, on a /proc mounted with hidepid if so wished.
+
+``stranger.py HIDEPID snapshots PID`` takes one snapshot per line of stdin and prints what came of it;
+``stranger.py HIDEPID serve ...`` is ``vitalsd serve ...``. Has to be started by root.
+"""
+
+import ctypes
+import json
+import os
+import sys
+
+from vitalsd.cli import main
+from vitalsd.sources import SourceError
+from vitalsd.sources.linux import LinuxSource
+
+NOBODY = 65534
+CLONE_NEWNS = 0x00020000  # linux/sched.h
+MS_REC, MS_PRIVATE = 0x4000, 1 << 18  # linux/mount.h
+PR_SET_KEEPCAPS = 8  # linux/prctl.h
+CAP_DAC_READ_SEARCH = 2  # linux/capability.h
+CAPABILITY_VERSION_3 = 0x20080522
+
+
+def mount_proc(hidepid: int) -> None:
+    """A /proc of our own: hidepid belongs to the mount, and that of the others must not change."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for failed in (
+        libc.unshare(CLONE_NEWNS),
+        libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None),
+        libc.mount(b"proc", b"/proc", b"proc", 0, b"hidepid=%d" % hidepid),
+    ):
+        if failed:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def become_nobody(*, keep_reading_files: bool) -> None:
+    """Another user, who may yet read the files of an interpreter that is installed under /root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_KEEPCAPS, int(keep_reading_files), 0, 0, 0)
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    if keep_reading_files:
+        header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+        bits = 1 << CAP_DAC_READ_SEARCH
+        data = (ctypes.c_uint32 * 6)(bits, bits, 0, 0, 0, 0)
+        if libc.capset(header, data):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def snapshots(pid: int) -> None:
+    try:
+        source = LinuxSource(pid)
+        for _ in sys.stdin:
+            taken = source.snapshot(extras=True)
+            assert taken.extras is not None
+            answer = {
+                "tids": taken.tids,
+                "rss_bytes": taken.rss_bytes,
+                "cpu_ns": taken.cpu_ns,
+                "open_fds": taken.extras.open_fds,
+                "warnings": taken.warnings,
+            }
+            print(json.dumps(answer), flush=True)
+    except SourceError as error:
+        print(json.dumps({"error": type(error).__name__, "reason": str(error)}), flush=True)
+
+
+if __name__ == "__main__":
+    if int(sys.argv[1]):
+        mount_proc(int(sys.argv[1]))
+    if sys.argv[2] == "snapshots":
+        # Loads what Python loads late, while it may still be read.
+        LinuxSource().close()
+        become_nobody(keep_reading_files=False)
+        snapshots(int(sys.argv[3]))
+    else:
+        become_nobody(keep_reading_files=True)
+        main(sys.argv[2:])

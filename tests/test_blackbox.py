@@ -1,0 +1,293 @@
+"""The black box: what was committed survives whatever happens to the writer, and a bad disk stops nothing."""
+
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from lives import IDENTITY, SECOND_NS, Process, lives, same
+from vitalsd.blackbox import BlackBox
+from vitalsd.record import Record
+from vitalsd.runs import RunDirectory, UnreadableRun, read_run
+from vitalsd.snapshot import Snapshot
+
+KILLS = int(os.environ.get("VITALSD_KILLS", "20"))
+"""`make torture` raises it to 1000."""
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which takes root")
+
+
+def write(directory: Path, snapshots: list[Snapshot], **bounds: int) -> tuple[BlackBox, Record]:
+    """Record `snapshots` to disk and wait until they are there."""
+    record = Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
+    box = BlackBox(RunDirectory(directory), IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, **bounds)
+    for number, snapshot in enumerate(snapshots):
+        segment = record.append(snapshot)
+        box.append(segment, len(segment) - 1)
+        if number % 50 == 49:
+            box.flush()
+    box.flush()
+    return box, record
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lives(max_steps=60))
+def test_what_was_written_reads_back(tmp_path: Path, snapshots: list[Snapshot]) -> None:
+    """A run read back holds every snapshot exactly, even while it is still being written."""
+    box, _ = write(tmp_path, snapshots)
+    assert box.run_id is not None
+    run, record = read_run(tmp_path / f"{box.run_id}.sqlite")
+    assert run.state == "running"
+    assert run.snapshots == len(snapshots)
+    assert all(map(same, record.snapshots(), snapshots))
+    box.close("the test is over")
+    run, record = read_run(tmp_path / f"{box.run_id}.sqlite")
+    assert (run.state, run.ended) == ("clean", "the test is over")
+    assert len(list(record.snapshots())) == len(snapshots)
+
+
+def test_marks_and_events_read_back(tmp_path: Path) -> None:
+    """Marks and events are on disk too."""
+    box, record = write(tmp_path, [Process().snapshot()])
+    box.mark(record.mark("F12 pressed"))
+    box.event(record.event("missed", "2 snapshots"))
+    box.close("over")
+    _, back = read_run(next(tmp_path.glob("*.sqlite")))
+    assert list(back.marks) == list(record.marks)
+    assert list(back.events) == list(record.events)
+
+
+def test_only_its_user_can_read_it(tmp_path: Path) -> None:
+    """The directory is 0700 and every file in it 0600, under an open umask too."""
+    before = os.umask(0)
+    try:
+        box, _ = write(tmp_path / "runs", [Process().snapshot()])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "runs").stat().st_mode) == 0o700
+    files = list((tmp_path / "runs").iterdir())
+    assert len(files) >= 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    box.close("over")
+
+
+WRITER = """
+    import sys, time
+    from pathlib import Path
+    from vitalsd.recorder import Recorder, Recording
+    from vitalsd.runs import RunDirectory
+    from vitalsd.sources import open_source
+
+    source = open_source()
+    recorder = Recorder(source.identity(), Recording(interval_s=0.01, runs=RunDirectory(Path(sys.argv[1]))))
+    recorder.mark("before the crash")
+    while True:
+        snapshot = source.snapshot()
+        recorder.observe(snapshot)
+        print(snapshot.monotonic_ns, flush=True)
+        time.sleep(0.005)
+"""
+
+
+def test_killed_at_any_moment_it_loses_at_most_one_interval(tmp_path: Path) -> None:
+    """After SIGKILL at random moments every file opens, no row is torn, and at most the last snapshot is missing."""
+    for kill in range(KILLS):
+        directory = tmp_path / str(kill)
+        with subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WRITER), str(directory)], stdout=subprocess.PIPE
+        ) as writer:
+            assert writer.stdout is not None
+            seen = [int(writer.stdout.readline()) for _ in range(3)]
+            time.sleep((kill * 7919 % 1000) / 1000 * 0.1)
+            writer.kill()
+            seen += [int(line) for line in writer.stdout.read().split(b"\n")[:-1]]
+        (found,) = RunDirectory(directory).runs()
+        assert (found.state, found.ended) == ("crashed", None)
+        _, record = read_run(found.path)
+        times = [snapshot.monotonic_ns for snapshot in record.snapshots()]
+        assert times == seen[: len(times)] or times[:-1] == seen
+        assert len(times) >= len(seen) - 1
+        assert [mark.label for mark in record.marks] == ["before the crash"]
+        with sqlite3.connect(found.path) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        db.close()
+
+
+def test_a_full_file_forgets_the_oldest(tmp_path: Path) -> None:
+    """A run stays near its byte bound, keeps the end, and is still whole."""
+    process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 501)})
+    snapshots = []
+    for _ in range(1500):
+        process.pass_time(SECOND_NS, [1_000_000] * 500)
+        snapshots.append(process.snapshot())
+    box, _ = write(tmp_path, snapshots, max_bytes=1 << 20)
+    box.close("over")
+    run, record = read_run(next(tmp_path.glob("*.sqlite")))
+    assert run.size_bytes < 1.5 * (1 << 20)
+    kept = list(record.snapshots())
+    assert 64 <= len(kept) < 1500
+    assert all(map(same, kept, snapshots[-len(kept) :]))
+
+
+def test_all_runs_share_a_budget(tmp_path: Path) -> None:
+    """The oldest ended runs make room; one that is being written never does."""
+    process, snapshots = Process(), []
+    for _ in range(5):
+        process.pass_time(SECOND_NS)
+        snapshots.append(process.snapshot())
+    live, _ = write(tmp_path, snapshots)
+    ended = []
+    for _ in range(4):
+        box, _ = write(tmp_path, snapshots)
+        box.close("over")
+        ended.append(box.run_id)
+    directory = RunDirectory(tmp_path, max_bytes=sum(p.stat().st_size for p in tmp_path.iterdir()))
+    directory.make_room(60_000)
+    left = {run.id for run in directory.runs()}
+    assert live.run_id in left
+    assert ended[0] not in left
+    assert ended[-1] in left
+    live.close("over")
+
+
+def test_crashed_runs_come_first(tmp_path: Path) -> None:
+    """Runs are listed crashed first, then newest first."""
+    for ended in ("over", None, "over"):
+        box, _ = write(tmp_path, [Process().snapshot()])
+        box.close(ended or "killed by signal 9", crashed=ended is None)
+    states = [run.state for run in RunDirectory(tmp_path).runs()]
+    assert states == ["crashed", "clean", "clean"]
+
+
+def test_a_reported_run_says_so(tmp_path: Path) -> None:
+    """A run that has gone into a report is marked."""
+    box, _ = write(tmp_path, [Process().snapshot()])
+    box.close("killed", crashed=True)
+    directory = RunDirectory(tmp_path)
+    (run,) = directory.runs()
+    assert not run.reported
+    directory.mark_reported(run)
+    assert directory.runs()[0].reported
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"SQLite format 3\0" + bytes(200), b"PK\3\4"])
+def test_a_foreign_file_is_not_a_run(tmp_path: Path, content: bytes) -> None:
+    """What is not ours is refused with its name, left out of the list, and not touched."""
+    path = tmp_path / "notes.sqlite"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableRun, match=r"notes\.sqlite"):
+        read_run(path)
+    assert RunDirectory(tmp_path).runs() == []
+    assert path.read_bytes() == content
+
+
+def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
+    """Bytes flipped anywhere give UnreadableRun or a record, never another exception."""
+    box, _ = write(tmp_path, [Process().snapshot()] * 1)
+    box.close("over")
+    path = next(tmp_path.glob("*.sqlite"))
+    good = path.read_bytes()
+    for at in range(0, len(good), 997):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 0xFF]) + good[at + 1 :])
+        try:
+            read_run(path)
+        except UnreadableRun:
+            continue
+
+
+def check_it_is_off(box: BlackBox, reason: str) -> None:
+    assert box.error is not None
+    assert reason in box.error
+    box.close("over")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the read-only mount covers it")
+def test_an_unwritable_directory_is_said(tmp_path: Path) -> None:
+    """Without permission the black box is off, with the reason, and nothing is raised."""
+    tmp_path.chmod(0o500)
+    box, _ = write(tmp_path / "runs", [Process().snapshot()])
+    check_it_is_off(box, "Permission denied")
+
+
+def test_a_planted_symlink_is_refused(tmp_path: Path) -> None:
+    """A directory that is a symlink is not followed."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "elsewhere")
+    box, _ = write(tmp_path / "runs", [Process().snapshot()])
+    check_it_is_off(box, "not a directory of this user")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_file_in_place_of_the_directory_is_said(tmp_path: Path) -> None:
+    """A file where the directory should be turns the black box off."""
+    (tmp_path / "runs").write_text("hello")
+    box, _ = write(tmp_path / "runs", [Process().snapshot()])
+    check_it_is_off(box, "exists")
+
+
+@root_only
+def test_a_full_disk_is_said_and_healed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """On a full disk it says why, once; what was written stays whole; with room again it goes on by itself."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path)], check=True)
+    try:
+        process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 2001)})
+        (tmp_path / "ballast").write_bytes(bytes(600_000))
+        box, record = write(tmp_path / "runs", [process.snapshot()])
+        assert box.error is None
+
+        def step() -> None:
+            process.pass_time(SECOND_NS, [1_000_000] * 2000)
+            segment = record.append(process.snapshot())
+            box.append(segment, len(segment) - 1)
+            box.flush()
+
+        for _ in range(200):
+            step()
+        assert box.error is not None
+        assert "full" in box.error
+        assert box.dropped > 0
+        assert len([r for r in caplog.records if r.name == "vitalsd.blackbox"]) == 1
+        (tmp_path / "ballast").unlink()
+        step()
+        assert box.error is None
+        box.close("over")
+        _, back = read_run(next((tmp_path / "runs").glob("*.sqlite")))
+        last = list(back.snapshots())[-1]
+        assert record.last is not None
+        assert same(last, record.last)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@root_only
+def test_a_read_only_disk_is_said(tmp_path: Path) -> None:
+    """On a read-only file system the black box is off, with the reason."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(tmp_path)], check=True)
+    try:
+        box, _ = write(tmp_path / "runs", [Process().snapshot()])
+        check_it_is_off(box, "Read-only file system")
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_slow_disk_drops_and_counts(tmp_path: Path) -> None:
+    """While the writer hangs, snapshots beyond a few are dropped and counted; the caller never waits."""
+    box, record = write(tmp_path, [Process().snapshot()])
+    process = Process()
+    with sqlite3.connect(tmp_path / f"{box.run_id}.sqlite", isolation_level=None) as blocker:
+        blocker.execute("BEGIN IMMEDIATE")
+        for _ in range(300):
+            process.pass_time(SECOND_NS)
+            segment = record.append(process.snapshot())
+            box.append(segment, len(segment) - 1)
+        blocker.execute("ROLLBACK")
+    blocker.close()
+    assert box.dropped > 0
+    box.close("over")

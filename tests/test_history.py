@@ -1,0 +1,108 @@
+"""The table over time: true to the snapshots, in JSON and CSV, and readable again."""
+
+import csv
+import io
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lives import SECOND_NS, Process, lives
+from test_record import record_of
+from vitalsd.history import history, read_history
+from vitalsd.snapshot import Snapshot
+
+
+@given(lives())
+def test_rows_are_the_differences_of_the_snapshots(snapshots: list[Snapshot]) -> None:
+    """A row has the CPU burnt since the snapshot before, of the process and of each thread."""
+    table = history(record_of(snapshots), top=10_000)
+    pairs = list(pairwise(snapshots))
+    assert table.cpu_ns == [max(0, b.cpu_ns - a.cpu_ns) for a, b in pairs]
+    assert table.elapsed_ns == [b.monotonic_ns - a.monotonic_ns for a, b in pairs]
+    assert table.rss_bytes == [b.rss_bytes for _, b in pairs]
+    assert table.thread_count == [len(b.tids) for _, b in pairs]
+    for row, (a, b) in enumerate(pairs):
+        before = dict(zip(zip(a.tids, a.births, strict=True), a.thread_cpu_ns, strict=True))
+        expected = sorted(
+            max(0, ns - before.get(key, 0))
+            for key, ns in zip(zip(b.tids, b.births, strict=True), b.thread_cpu_ns, strict=True)
+        )
+        assert sorted(ns for t in table.threads if (ns := t.cpu_ns[row]) is not None) == expected
+
+
+@given(lives(), st.integers(0, 5))
+def test_the_busiest_threads_are_shown(snapshots: list[Snapshot], top: int) -> None:
+    """`top` cuts the list of threads after the ones that burnt most."""
+    record = record_of(snapshots)
+    every = history(record, top=10_000).threads
+    shown = history(record, top=top).threads
+    assert [t.total_ns for t in shown] == sorted((t.total_ns for t in every), reverse=True)[:top]
+
+
+@given(lives(), st.integers(1, 30 * SECOND_NS))
+def test_coarser_rows_keep_the_sum(snapshots: list[Snapshot], step_ns: int) -> None:
+    """Down-sampling changes how the CPU time is divided over rows, not how much there is."""
+    record = record_of(snapshots)
+    fine, coarse = history(record), history(record, step_ns=step_ns)
+    assert sum(coarse.elapsed_ns) == sum(fine.elapsed_ns)
+    assert sum(coarse.cpu_ns) == sum(fine.cpu_ns)
+    assert all(ns >= step_ns for ns in coarse.elapsed_ns[:-1])
+
+
+def test_since() -> None:
+    """Only rows that end after the given time are shown, the first of them whole."""
+    process, snapshots = Process(), []
+    for _ in range(20):
+        process.pass_time(SECOND_NS, [1000])
+        snapshots.append(process.snapshot())
+    table = history(record_of(snapshots), since_ns=snapshots[-5].monotonic_ns)
+    assert table.elapsed_ns == [SECOND_NS] * 5
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_snapshots_make_no_row(count: int) -> None:
+    """A row needs two snapshots."""
+    table = history(record_of([Process().snapshot()] * count))
+    assert json.loads(table.to_json())["time_ms"] == []
+    assert len(table.to_csv().splitlines()) == 1
+
+
+@given(lives(max_steps=40))
+def test_json_reads_back_to_itself(snapshots: list[Snapshot]) -> None:
+    """A record rebuilt from the JSON gives the same table, to the digits that the JSON has."""
+    table = json.loads(history(record_of(snapshots), top=10_000).to_json())
+    again = json.loads(history(read_history(json.dumps(table).encode()), top=10_000).to_json())
+    for column in ("rss_kb", "thread_count", "time_ms"):
+        assert again[column] == table[column]
+    assert again["cpu_percent"] == pytest.approx(table["cpu_percent"], abs=0.002, rel=1e-4)
+    assert sum(len(t["cpu_percent"]) for t in again["threads"]) <= sum(len(t["cpu_percent"]) for t in table["threads"])
+
+
+@given(
+    st.one_of(
+        st.binary(), st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
+    )
+)
+def test_anything_else_is_refused_in_one_way(body: bytes) -> None:
+    """What is not a history raises ValueError and nothing else."""
+    with pytest.raises(ValueError, match="not a history"):
+        read_history(body)
+
+
+def test_csv_is_a_table_that_hostile_names_cannot_break() -> None:
+    """Every row has the columns of the header; names and labels are escaped and never begin a cell as a formula."""
+    process = Process(threads={(1, 1): ('=cmd|"/c calc"\n,\x1b[31m', 0)})
+    record = record_of([process.snapshot()])
+    process.pass_time(SECOND_NS, [SECOND_NS // 2])
+    record.append(process.snapshot())
+    record.event("missed", "3 snapshots", at=process.snapshot())
+    text = history(record).to_csv().decode()
+    head, row = csv.reader(io.StringIO(text))
+    assert len(head) == len(row)
+    assert head[6] == '1 =cmd|"/c calc"\\n,\\x1b[31m cpu_percent'
+    assert row[6] == "50.0"
+    assert row[-1] == "missed: 3 snapshots"
+    assert "\x1b" not in text

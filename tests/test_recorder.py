@@ -1,0 +1,63 @@
+"""The recorder notes what a bare row of snapshots would hide."""
+
+from lives import IDENTITY, SECOND_NS, Process
+from vitalsd.recorder import Recorder, Recording
+from vitalsd.sources import KernelError, TargetGone
+
+
+def recorded(*steps: tuple[int, dict[str, object]]) -> list[tuple[str, str]]:
+    """The events of a process that changes so after each elapsed time, ns."""
+    process = Process()
+    recorder = Recorder(IDENTITY, Recording())
+    recorder.observe(process.snapshot())
+    for elapsed_ns, changes in steps:
+        process.pass_time(elapsed_ns)
+        for name, value in changes.items():
+            setattr(process, name, value)
+        recorder.observe(process.snapshot())
+    return [(event.kind, event.detail) for event in recorder.record.events]
+
+
+def test_an_even_row_has_no_events() -> None:
+    """Nothing is noted while nothing happens, give or take a late beat."""
+    assert recorded((SECOND_NS, {}), (SECOND_NS * 14 // 10, {}), (SECOND_NS * 7 // 10, {})) == []
+
+
+def test_missed_beats_are_counted() -> None:
+    """A gap is an event, with the number of snapshots that are not there."""
+    assert recorded((5 * SECOND_NS, {})) == [("missed", "4 snapshots are missing before this one")]
+
+
+def test_sleep_is_not_a_gap() -> None:
+    """Time the machine slept is told from the two clocks, and is no missed beat."""
+    assert recorded((SECOND_NS, {"asleep_ns": 3600 * SECOND_NS})) == [("suspended", "the machine slept 3600.0 s")]
+
+
+def test_stop_and_continue() -> None:
+    """A target stopped and continued is noted both times."""
+    events = recorded((SECOND_NS, {"state": "stopped"}), (SECOND_NS, {}), (SECOND_NS, {"state": "sleeping"}))
+    assert [kind for kind, _ in events] == ["stopped", "continued"]
+
+
+def test_exec() -> None:
+    """Another program in the same process is noted."""
+    assert [kind for kind, _ in recorded((SECOND_NS, {"image": 2}))] == ["executed"]
+
+
+def test_the_end_and_failures() -> None:
+    """A failure is noted once while it lasts, and does not end the record; the target's end does."""
+    recorder = Recorder(IDENTITY, Recording())
+    assert recorder.failed(KernelError("too many open files"))
+    assert recorder.failed(KernelError("too many open files"))
+    assert not recorder.failed(TargetGone("target 4242 has exited"))
+    assert [event.kind for event in recorder.record.events] == ["failed", "exited"]
+    assert recorder.ended == "target 4242 has exited"
+
+
+def test_a_snapshot_shared_with_a_caller_is_recorded_once() -> None:
+    """The same snapshot again is not another row."""
+    recorder = Recorder(IDENTITY, Recording())
+    snapshot = Process().snapshot()
+    recorder.observe(snapshot)
+    recorder.observe(snapshot)
+    assert len(recorder.record) == 1

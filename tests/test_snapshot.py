@@ -1,0 +1,144 @@
+"""The arithmetic between two snapshots."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snapshots import IDENTITY, SECOND, Thread, pairs, snapshot, with_extras
+from vitalsd.snapshot import Snapshot, measure
+
+MS = 1_000_000
+
+
+@given(pairs())
+def test_any_two_snapshots_give_finite_figures_that_are_not_negative(pair: tuple[Snapshot, Snapshot]) -> None:
+    """Whatever the kernel answered, no CPU time is below zero and every rate is finite."""
+    m = measure(*pair)
+    assert m.elapsed_ns > 0
+    assert m.suspended_ns >= 0
+    assert min(m.cpu_ns, m.living_ns, m.exited_ns, m.cpu_error_ns, *m.thread_cpu_ns, 0) == 0
+    assert len(m.thread_cpu_ns) == len(m.last.tids)
+    for i in range(len(m.last.tids)):
+        assert math.isfinite(m.thread_cpu_ns[i] / m.elapsed_ns)
+        assert m.thread_error_ns(i) >= 0
+    for part, whole in zip(m.thread_user_ns or (), m.thread_cpu_ns, strict=m.thread_user_ns is not None):
+        assert part is None or 0 <= part <= whole
+    assert m.user_ns is None or 0 <= m.user_ns <= m.cpu_ns
+
+
+@given(pairs())
+def test_the_books_balance_to_the_nanosecond(pair: tuple[Snapshot, Snapshot]) -> None:
+    """process = living + exited + unattributed, and living is the sum over the threads, for any counters."""
+    m = measure(*pair)
+    assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
+    assert m.living_ns == sum(m.thread_cpu_ns)
+
+
+lives = st.dictionaries(st.integers(1, 30), st.tuples(st.integers(0, SECOND), st.integers(0, SECOND)), max_size=10)
+
+
+@given(stayed=lives, went=lives, came=lives, before=st.integers(0, SECOND))
+def test_nothing_is_unattributed_when_the_kernel_is_exact(
+    stayed: dict[int, tuple[int, int]],
+    went: dict[int, tuple[int, int]],
+    came: dict[int, tuple[int, int]],
+    before: int,
+) -> None:
+    """With exact counters each nanosecond belongs to a living, a newborn or an exited thread."""
+    a = [(tid, 1, cpu) for tid, (cpu, _) in stayed.items()]
+    gone = [(tid + 100, 1, cpu) for tid, (cpu, _) in went.items()]
+    b = [(tid, 1, cpu + ran) for tid, (cpu, ran) in stayed.items()]
+    born = [(tid + 200, 2, ran) for tid, (_, ran) in came.items()]
+    burnt = sum(ran for _, ran in (*stayed.values(), *went.values(), *came.values()))
+    at_first = before + sum(cpu for _, _, cpu in a + gone)
+    m = measure(
+        snapshot(0, sorted(a + gone), cpu_ns=at_first), snapshot(SECOND, sorted(b + born), cpu_ns=at_first + burnt)
+    )
+    assert m.cpu_ns == burnt
+    assert m.exited_ns == sum(ran for _, ran in went.values())
+    assert m.unattributed_ns == 0
+    assert {m.last.tids[i] for i in m.born} == {tid + 200 for tid in came}
+    assert m.warnings == ()
+
+
+def test_a_rate_is_over_the_measured_time() -> None:
+    """300 ms of CPU time in 1200 ms measured is that, whatever window was asked for."""
+    m = measure(snapshot(0, [(1, 1, 0)]), snapshot(1200 * MS, [(1, 1, 300 * MS)]))
+    assert (m.elapsed_ns, m.cpu_ns, m.thread_cpu_ns) == (1200 * MS, 300 * MS, [300 * MS])
+
+
+def test_a_reused_tid_is_another_thread() -> None:
+    """A thread is its tid and its birth: the newcomer's life counts for itself, not minus the other's."""
+    m = measure(
+        snapshot(0, [(7, 1, 900 * MS)]),
+        snapshot(SECOND, [(7, 2, 950 * MS)], cpu_ns=1850 * MS),
+    )
+    assert m.thread_cpu_ns == [950 * MS]
+    assert m.born == {0}
+    assert (m.exited_ns, m.unattributed_ns) == (0, 0)
+
+
+def test_a_counter_that_went_backwards_counts_as_nothing_and_is_said() -> None:
+    """Neither a thread nor the process ever has negative CPU time, and the answer warns."""
+    m = measure(snapshot(0, [(1, 1, 50), (2, 1, 5)]), snapshot(SECOND, [(1, 1, 40), (2, 1, 6)], cpu_ns=7))
+    assert (m.cpu_ns, m.thread_cpu_ns) == (0, [0, 1])
+    assert m.warnings == ("2 CPU counters went backwards and count as 0",)
+
+
+def test_exec_inside_the_window_makes_every_thread_new() -> None:
+    """The old leader's counter is not subtracted from the thread that took its id over."""
+    first = snapshot(0, [(1, 1, 500), (2, 1, 700)], image=("old",))
+    m = measure(first, snapshot(SECOND, [(1, 1, 800)], cpu_ns=1500, image=("new",)))
+    assert m.born == {0}
+    assert m.thread_cpu_ns == [0]
+    assert m.cpu_ns == 300
+    assert "executed another program" in m.warnings[0]
+
+
+def test_an_unknown_image_is_no_exec() -> None:
+    """Where the kernel does not show the image, nothing is claimed about it."""
+    m = measure(snapshot(0, [(1, 1, 5)], image=None), snapshot(SECOND, [(1, 1, 9)], image=("new",)))
+    assert m.thread_cpu_ns == [4]
+    assert m.warnings == ()
+
+
+def test_sleep_of_the_machine_is_said_and_not_counted() -> None:
+    """Rates are over the time awake; a difference between the clocks below 20 ms is no sleep."""
+    first = snapshot(0, [(1, 1, 0)])
+    slept = measure(first, snapshot(SECOND, [(1, 1, 5)], boottime_ns=9 * SECOND))
+    assert (slept.elapsed_ns, slept.suspended_ns) == (SECOND, 8 * SECOND)
+    assert slept.warnings == ("the machine slept 8.0 s inside the window",)
+    assert measure(first, snapshot(SECOND, [(1, 1, 5)], boottime_ns=SECOND + 19 * MS)).suspended_ns == 0
+
+
+@pytest.mark.parametrize("later", [0, -1])
+def test_a_window_without_length_is_refused(later: int) -> None:
+    """No rate is made from two snapshots of the same instant or in the wrong order."""
+    with pytest.raises(ValueError, match="before first"):
+        measure(snapshot(5, []), snapshot(5 + later, []))
+
+
+def test_the_split_follows_the_coarser_counters() -> None:
+    """User and system time of a thread add up to its CPU time even though ticks are coarser."""
+    threads: list[Thread] = [(1, 1, 0)]
+    first = with_extras(snapshot(0, threads), user_ns=0, system_ns=0)
+    last = with_extras(snapshot(SECOND, [(1, 1, 30 * MS)]), user_ns=10 * MS, system_ns=20 * MS)
+    m = measure(first, last)
+    assert m.thread_user_ns == [30 * MS]
+    assert m.user_ns == 10 * MS
+
+
+def test_warnings_are_said_once() -> None:
+    """What both snapshots warn of stands once in the answer."""
+    m = measure(snapshot(0, [], warnings=("a", "b")), snapshot(1, [], warnings=("b", "c")))
+    assert m.warnings == ("a", "b", "c")
+
+
+def test_identity_names_a_run_and_not_a_pid() -> None:
+    """The same pid started at another tick has another start_id."""
+    from dataclasses import replace
+
+    assert IDENTITY.start_id == "4242-217667-0b7e5a4e"
+    assert replace(IDENTITY, start_key=1).start_id != IDENTITY.start_id
