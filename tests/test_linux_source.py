@@ -89,7 +89,7 @@ def test_own_threads_are_what_their_clocks_say() -> None:
         for own, (ident, tid) in enumerate(
             [(thread.ident, thread.native_id), (threading.get_ident(), threading.get_native_id())]
         ):
-            clock = time.pthread_getcpuclockid(ident)
+            clock = time.pthread_getcpuclockid(ident)  # type: ignore[attr-defined, unused-ignore]
             before = time.clock_gettime_ns(clock)
             snapshot = source.snapshot()
             assert before <= cpu_of(snapshot, tid) <= time.clock_gettime_ns(clock), f"own={own}"

@@ -1,0 +1,164 @@
+"""The rules of the house: who may import whom, what is public, what a client loads, what make offers."""
+
+import ast
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vitalsd
+import vitalsd_client
+
+ROOT = Path(__file__).parent.parent
+SERVICE = ROOT / "service" / "vitalsd"
+
+HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "vitalsd.http", "vitalsd.sidecar"}
+ABOVE = HTTP | {"vitalsd.sampler", "vitalsd.cli"}
+FORBIDDEN = {
+    "vitalsd.model": {"vitalsd"},
+    "vitalsd.snapshot": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
+    "vitalsd.sources": ABOVE | {"vitalsd.wire", "vitalsd.model"},
+    "vitalsd.wire": ABOVE,
+    "vitalsd.sampler": HTTP | {"vitalsd.cli"},
+    "vitalsd.http": {"vitalsd.cli"},
+    "vitalsd.sidecar": {"vitalsd.cli"},
+}
+
+
+def modules(package: types.ModuleType) -> Iterator[str]:
+    yield package.__name__
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not found.name.endswith(".__main__"):
+            yield found.name
+
+
+def imports(file: Path) -> set[str]:
+    """The modules that a file names in its imports, wherever they stand."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def file_of(module: str) -> Path:
+    path = SERVICE.parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("module", list(modules(vitalsd)))
+def test_a_module_knows_only_those_below_it(module: str) -> None:
+    """No module imports one that the map of docs/design.md draws above it."""
+    for package, forbidden in FORBIDDEN.items():
+        if within(module, package):
+            for imported in imports(file_of(module)):
+                for above in forbidden:
+                    assert not within(imported, above), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", [*modules(vitalsd), *modules(vitalsd_client)])
+def test_all_is_what_is_public(module: str) -> None:
+    """__all__ names what a module defines without an underscore and others may use, sorted, and nothing else."""
+    loaded = importlib.import_module(module)
+    public = getattr(loaded, "__all__", [])
+    assert len(set(public)) == len(public)
+    for name in public:
+        assert hasattr(loaded, name), f"{module}.{name} does not exist"
+    defined = {
+        name
+        for name, value in vars(loaded).items()
+        if not name.startswith("_")
+        and isinstance(value, (type, types.FunctionType))
+        and value.__module__ == module
+        and (name in public or _used_elsewhere(module, name))
+    }
+    assert defined <= set(public), f"{module}: not in __all__: {defined - set(public)}"
+
+
+def _used_elsewhere(module: str, name: str) -> bool:
+    return any(f"{module}.{name}" in imports(file) for file in SERVICE.rglob("*.py"))
+
+
+def test_no_file_imports_through_the_source_root() -> None:
+    """`service.vitalsd` would load every module a second time."""
+    for folder in ("service", "clients", "tests", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for imported in imports(file):
+                assert imported.split(".")[0] not in ("service", "clients"), file
+
+
+def test_a_client_loads_no_server() -> None:
+    """A program that imports vitalsd_client gets neither FastAPI nor uvicorn nor Starlette with it."""
+    code = "import sys, vitalsd_client; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"fastapi", "uvicorn", "starlette"} & set(out.stdout.split())
+
+
+def test_help_loads_no_server() -> None:
+    """`vitalsd --help` answers before anything heavy is imported."""
+    code = "import sys, vitalsd.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"fastapi", "uvicorn", "starlette", "pydantic", "httpx"} & set(out.stdout.split())
+
+
+@pytest.mark.parametrize("module", [*modules(vitalsd), *modules(vitalsd_client)])
+def test_importing_has_no_effect(module: str) -> None:
+    """Importing a module starts no thread, opens no descriptor and touches no signal handler or logger."""
+    code = (
+        "import importlib, logging, os, signal, sys, threading\n"
+        "def state(): return (threading.active_count(), [signal.getsignal(n) for n in (2, 15)],"
+        " logging.root.handlers, len(os.listdir('/dev/fd')))\n"
+        "before = state()\n"
+        "importlib.import_module(sys.argv[1])\n"
+        "assert state() == before, (before, state())\n"
+    )
+    subprocess.run([sys.executable, "-c", code, module], check=True)
+
+
+def test_make_help_lists_every_target() -> None:
+    """Each target that a user may call stands in `make help` with a sentence."""
+    out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = dict(re.findall(r"^  make (\S+) +(\S.*)$", out, re.MULTILINE))
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    assert set(listed) == set(phony[1].split())
+    assert out == subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_says_what_is_missing(tmp_path: Path) -> None:
+    """Without a Python that will do, make tells which one is needed and how to name it."""
+    for file in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    make = subprocess.run(["sh", "-c", "command -v make"], capture_output=True, text=True, check=True).stdout.strip()
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for tool in ("sh", "awk", "test", "echo"):
+        found = subprocess.run(["sh", "-c", f"command -v {tool}"], capture_output=True, text=True).stdout.strip()
+        if found.startswith("/"):
+            (bare / tool).symlink_to(found)
+    out = subprocess.run([make, "test"], cwd=tmp_path, env={"PATH": str(bare)}, capture_output=True, text=True)
+    assert out.returncode != 0
+    assert "vitalsd needs Python 3.11 or newer" in out.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_design_names_every_module() -> None:
+    """The map in docs/design.md is the tree as it is."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    for file in SERVICE.rglob("*.py"):
+        if file.name not in ("__init__.py", "__main__.py"):
+            assert file.name in text, f"docs/design.md does not mention {file.relative_to(ROOT)}"

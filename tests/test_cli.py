@@ -1,0 +1,205 @@
+"""The command line as a user types it."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving import Serving
+from target import Target
+from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
+
+pytestmark = pytest.mark.live
+
+Start = Callable[..., Target]
+
+
+def vitalsd(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vitalsd", *arguments], capture_output=True, text=True, timeout=30, **options
+    )
+
+
+def test_sample_prints_one_answer(start: Start) -> None:
+    """`sample` writes one line of JSON that is the contract, and nothing to stderr."""
+    target = start("--idle", "2")
+    out = vitalsd("sample", "--pid", str(target.pid), "--window-ms", "50")
+    assert (out.returncode, out.stderr) == (0, "")
+    assert out.stdout.count("\n") == 1
+    metrics = parse_runtime_metrics(out.stdout)
+    assert type(metrics) is Measured
+    assert sorted(thread.tid for thread in metrics.threads) == sorted(target.tids.values())
+    assert metrics.sample_window_ms >= 50
+
+
+def test_sample_without_a_target_measures_itself() -> None:
+    """Tried without arguments it shows what an answer looks like."""
+    metrics = parse_runtime_metrics(vitalsd("sample", "--window-ms", "10", "--detail", "full").stdout)
+    assert isinstance(metrics, FullMetrics)
+    assert metrics.process.thread_count >= 1
+
+
+def test_sample_of_nobody_says_so() -> None:
+    """The answer is the Unavailable variant on stdout, the status 1."""
+    out = vitalsd("sample", "--pid", "2147483647", "--window-ms", "10")
+    assert out.returncode == 1
+    answer = parse_runtime_metrics(out.stdout)
+    assert isinstance(answer, Unavailable)
+    assert answer.reason == "no process has pid 2147483647"
+
+
+def test_sample_of_a_target_that_ends_in_the_window(start: Start) -> None:
+    """A target that is killed meanwhile gives the reason and no numbers."""
+    target = start()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "vitalsd", "sample", "--pid", str(target.pid), "--window-ms", "3000"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.8)
+    target.kill()
+    out, _ = running.communicate(timeout=20)
+    assert running.returncode == 1
+    assert json.loads(out)["available"] is False
+    assert str(target.pid) in json.loads(out)["reason"]
+
+
+def test_sample_interrupted_is_130() -> None:
+    """Ctrl-C ends a window without a traceback, with the status shells expect."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "vitalsd", "sample", "--window-ms", "60000"], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=20)
+    assert (running.returncode, "Traceback" in err) == (130, False)
+
+
+def test_name_picks_the_newest(start: Start) -> None:
+    """Of several processes of that name the one started last is meant."""
+    name = f"vitals{os.getpid()}"
+    targets = []
+    for _ in range(2):
+        targets.append(start())
+        targets[-1].ask(f"name {name.encode().hex()}")
+        time.sleep(0.03)
+    full = json.loads(vitalsd("sample", "--name", name, "--window-ms", "10", "--detail", "full").stdout)
+    assert full["target"]["pid"] == targets[-1].pid
+    assert full["target"]["name"] == name
+    out = vitalsd("sample", "--name", "nobody-is-called-so", "--window-ms", "10")
+    assert (out.returncode, json.loads(out.stdout)["reason"]) == (
+        1,
+        "no process of yours is called nobody-is-called-so",
+    )
+
+
+def test_serve_says_where(tmp_path: Path) -> None:
+    """The line on stderr is the address that answers."""
+    with Serving(tmp_path) as serving:
+        assert re.fullmatch(r"vitalsd: serving itself on http://127\.0\.0\.1:\d+/metrics\n", serving.said)
+        assert serving.get("/healthz") == {"status": "ok"}
+
+
+def test_serve_needs_no_stdin(tmp_path: Path) -> None:
+    """Started with stdin, stdout and stderr closed, as some supervisors do, it serves all the same."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = 'exec "$0" -m vitalsd serve --port "$1" <&- >&- 2>&-'
+    environment = {**os.environ, "VITALSD_STATE_DIR": str(tmp_path)}
+    server = subprocess.Popen(["sh", "-c", command, sys.executable, str(port)], env=environment)
+    try:
+        for _ in range(200):
+            try:
+                connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+            except ConnectionRefusedError:
+                assert server.poll() is None, "it ended"
+                time.sleep(0.05)
+                continue
+            with connection:
+                connection.sendall(
+                    b"GET /metrics?window_ms=10 HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+                )
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            break
+        else:
+            pytest.fail("it never listened")
+        server.terminate()
+        assert server.wait(10) == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_taken_port_is_one_clear_line() -> None:
+    """A port that was asked for and is in use is wrong usage, said in one sentence; nothing is taken over."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        out = vitalsd("serve", "--port", str(port))
+    assert out.returncode == 2
+    assert f"port {port} on 127.0.0.1 is in use" in out.stderr.splitlines()[-1]
+    assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "--port", "65536"], "65536"),
+        (["serve", "--port", "http"], "http"),
+        (["serve", "--host", "0.0.0.0"], "not a loopback address"),
+        (["serve", "--host", "example.org"], "example.org"),
+        (["serve", "--pid", "0"], "--pid"),
+        (["serve", "--pid", "1", "--name", "x"], "exclude each other"),
+        (["sample", "--window-ms", "9"], "9"),
+        (["sample", "--window-ms", "60001"], "60001"),
+        (["sample", "--detail", "fuller"], "fuller"),
+        (["sample", "--limit", "-1"], "--limit"),
+        (["sample", "surplus"], "surplus"),
+        (["smaple"], "smaple"),
+    ],
+)
+def test_wrong_usage_is_2(arguments: list[str], said: str) -> None:
+    """Wrong usage has status 2 and a last line that names what is wrong."""
+    out = vitalsd(*arguments)
+    assert (out.returncode, out.stdout) == (2, "")
+    assert said in out.stderr.splitlines()[-1]
+    assert "Traceback" not in out.stderr
+
+
+def test_serve_of_nobody_is_1() -> None:
+    """A target that does not exist ends `serve` at once with the reason."""
+    out = vitalsd("serve", "--port", "0", "--pid", "2147483647")
+    assert (out.returncode, out.stderr) == (1, "vitalsd: no process has pid 2147483647\n")
+
+
+def test_help_is_enough_to_get_going() -> None:
+    """--help names the commands, an example of each, and the exit statuses."""
+    out = vitalsd("--help")
+    assert out.returncode == 0
+    for words in ("vitalsd sample --pid", "vitalsd serve --pid", "curl", "Exit status"):
+        assert words in out.stdout
+    for command in ("sample", "serve"):
+        assert "--pid N" in vitalsd(command, "--help").stdout
+    assert re.fullmatch(r"vitalsd \d+\.\d+\.\d+\n", vitalsd("--version").stdout)
+
+
+def test_a_reader_that_leaves_early() -> None:
+    """Into a closed pipe, `sample` ends without a traceback."""
+    out = subprocess.run(
+        ["sh", "-c", '"$0" -m vitalsd sample --window-ms 10 | true', sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert "Traceback" not in out.stderr

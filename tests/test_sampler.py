@@ -1,0 +1,337 @@
+"""Windows and who shares them, over a source that counts, hangs or fails as told."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from snapshots import IDENTITY, snapshot
+from vitalsd.sampler import Busy, Sampler, Targets, sample
+from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.sources import NoSuchProcess, Source, TargetGone
+
+
+class CountingSource:
+    """One thread that burns half a core; remembers who called it and how often."""
+
+    def __init__(self) -> None:
+        self.snapshots = 0
+        self.closed = False
+        self.callers: set[int] = set()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self.error: Exception | None = None
+
+    def identity(self) -> Identity:
+        self.callers.add(threading.get_ident())
+        return IDENTITY
+
+    def snapshot(self, *, extras: bool = False) -> Snapshot:
+        self.callers.add(threading.get_ident())
+        self.snapshots += 1
+        self.may_answer.wait(20)
+        if self.error is not None:
+            raise self.error
+        now = time.monotonic_ns()
+        return snapshot(now, [(1, 1, now // 2)])
+
+    def close(self) -> None:
+        self.callers.add(threading.get_ident())
+        self.closed = True
+
+
+def conforms(source: CountingSource) -> Source:
+    return source
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run a test on a loop that tolerates no error that nobody looks at."""
+    unseen: list[dict[str, Any]] = []
+
+    async def watched() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+        await asyncio.wait_for(main, 20)
+
+    asyncio.run(watched())
+    assert unseen == []
+
+
+def test_a_window_is_as_long_as_asked() -> None:
+    """A window never ends early by more than a twentieth, and its figure is the source's rate."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        m = await sampler.window(100)
+        assert m.elapsed_ns >= 95_000_000
+        assert m.cpu_ns == pytest.approx(m.elapsed_ns / 2, abs=2)
+        assert sampler.pid == IDENTITY.pid
+        await sampler.close()
+        assert source.closed
+
+    run(main())
+
+
+def test_hundreds_of_windows_share_a_handful_of_snapshots() -> None:
+    """300 callers who ask together cause fewer than ten snapshots, and get the same measurement."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        answers = await asyncio.gather(*(sampler.window(200) for _ in range(300)))
+        assert source.snapshots < 10
+        assert sampler.snapshots_taken == source.snapshots
+        assert len({id(m) for m in answers}) < 5
+        await sampler.close()
+
+    run(main())
+
+
+def test_different_windows_share_their_beginning() -> None:
+    """Windows of different length that start together begin with one snapshot and end each on its own."""
+
+    async def main() -> None:
+        sampler = Sampler(CountingSource)
+        short, long = await asyncio.gather(sampler.window(100), sampler.window(200))
+        assert short.first is long.first
+        assert long.elapsed_ns - short.elapsed_ns >= 80_000_000
+        await sampler.close()
+
+    run(main())
+
+
+def test_windows_one_after_the_other_do_not_share_their_time() -> None:
+    """The second of two windows in a row does not begin before the first one ended."""
+
+    async def main() -> None:
+        sampler = Sampler(CountingSource)
+        first = await sampler.window(50)
+        second = await sampler.window(50)
+        assert second.first.monotonic_ns >= first.last.monotonic_ns - 2_500_000
+        assert second.last is not first.last
+        await sampler.close()
+
+    run(main())
+
+
+def test_all_kernel_reads_are_on_one_thread() -> None:
+    """Opening, reading and closing happen on one thread that is not the event loop's."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        await asyncio.gather(*(sampler.window(20) for _ in range(20)))
+        await sampler.close()
+        assert len(source.callers) == 1
+        assert threading.get_ident() not in source.callers
+
+    run(main())
+
+
+def test_a_kernel_that_hangs_holds_up_nobody_else() -> None:
+    """While one target's read hangs the loop turns and other targets answer; closing does not wait for it."""
+
+    async def main() -> None:
+        stuck, healthy = CountingSource(), CountingSource()
+        stuck.may_answer.clear()
+        sources = {1: stuck, 2: healthy}
+        targets = Targets(Sampler(CountingSource), sources.__getitem__)
+
+        async def ask(pid: int) -> None:
+            async with targets.sampler(pid) as sampler:
+                await sampler.window(20)
+
+        waiting = asyncio.create_task(ask(1))
+        await asyncio.sleep(0.05)
+        assert stuck.snapshots == 1
+        await asyncio.wait_for(ask(2), 5)
+        begun = time.monotonic()
+        await asyncio.sleep(0.01)
+        assert time.monotonic() - begun < 5
+        assert not waiting.done()
+        stuck.may_answer.set()
+        await waiting
+        await targets.close()
+
+    run(main())
+
+
+def test_one_caller_who_leaves_hurts_no_other() -> None:
+    """Of callers who share a window any may be cancelled; the rest get their answer."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        callers = [asyncio.create_task(sampler.window(100)) for _ in range(10)]
+        await asyncio.sleep(0.03)
+        for caller in callers[::2]:
+            caller.cancel()
+        answers = await asyncio.gather(*callers, return_exceptions=True)
+        assert all(isinstance(answer, asyncio.CancelledError) for answer in answers[::2])
+        assert not any(isinstance(answer, BaseException) for answer in answers[1::2])
+        assert source.snapshots < 5
+        await sampler.close()
+
+    run(main())
+
+
+def test_a_window_that_everybody_left_fails_in_silence() -> None:
+    """When all callers have gone and the target dies, no error is left over for the log."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        caller = asyncio.create_task(sampler.window(60))
+        await asyncio.sleep(0.02)
+        caller.cancel()
+        source.error = TargetGone("target 1 has exited")
+        await asyncio.sleep(0.1)
+        await sampler.close()
+        import gc
+
+        gc.collect()
+        await asyncio.sleep(0)
+
+    run(main())
+
+
+def test_a_target_that_dies_in_the_window_fails_all_who_share_it() -> None:
+    """Everyone who waits gets the reason, and so does everyone who asks later."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        callers = [asyncio.create_task(sampler.window(60)) for _ in range(5)]
+        await asyncio.sleep(0.02)
+        source.error = TargetGone("target 1 has exited")
+        answers = await asyncio.gather(*callers, return_exceptions=True)
+        assert [str(answer) for answer in answers] == ["target 1 has exited"] * 5
+        with pytest.raises(TargetGone):
+            await sampler.window(10)
+        await sampler.close()
+
+    run(main())
+
+
+def ask(targets: Targets, pid: int, window_ms: int = 10) -> Coroutine[Any, Any, None]:
+    async def asked() -> None:
+        async with targets.sampler(pid) as sampler:
+            await sampler.window(window_ms)
+
+    return asked()
+
+
+def test_more_targets_than_the_limit_are_refused() -> None:
+    """Beyond the limit a new target is Busy, while one that is open already may still be asked."""
+
+    async def main() -> None:
+        targets = Targets(Sampler(CountingSource), lambda _: CountingSource(), limit=2)
+        async with targets.sampler(1), targets.sampler(2):
+            with pytest.raises(Busy, match="2 other processes"):
+                await ask(targets, 3)
+            await ask(targets, 1)
+        await targets.close()
+
+    run(main())
+
+
+def test_an_idle_target_is_closed_and_a_used_one_is_not() -> None:
+    """A target that nobody asked for in a while gives its descriptors back."""
+
+    async def main() -> None:
+        source = CountingSource()
+        targets = Targets(Sampler(CountingSource), lambda _: source, idle_s=0.05)
+        async with targets.sampler(1) as sampler:
+            await sampler.window(10)
+            await asyncio.sleep(0.15)
+            assert not source.closed
+        for _ in range(200):
+            if source.closed:
+                break
+            await asyncio.sleep(0.01)
+        assert source.closed
+        await targets.close()
+
+    run(main())
+
+
+def test_a_pid_that_failed_is_opened_anew() -> None:
+    """After TargetGone the same pid may be another process: the dead one's source is not kept."""
+
+    async def main() -> None:
+        opened: list[CountingSource] = []
+
+        def open_source(pid: int) -> Source:
+            opened.append(CountingSource())
+            if len(opened) == 1:
+                opened[0].error = TargetGone(f"target {pid} has exited")
+            return opened[-1]
+
+        targets = Targets(Sampler(CountingSource), open_source)
+        with pytest.raises(TargetGone):
+            await ask(targets, 7)
+        await asyncio.sleep(0.01)
+        await ask(targets, 7)
+        assert [source.error is None for source in opened] == [False, True]
+        await targets.close()
+        assert all(source.closed for source in opened)
+
+    run(main())
+
+
+def test_a_target_that_cannot_be_opened_takes_no_place() -> None:
+    """A pid that does not exist is asked for again and again and never fills the list."""
+
+    async def main() -> None:
+        def open_source(pid: int) -> Source:
+            raise NoSuchProcess(f"no process has pid {pid}")
+
+        targets = Targets(Sampler(CountingSource), open_source, limit=1)
+        for pid in range(1, 6):
+            with pytest.raises(NoSuchProcess, match=str(pid)):
+                await ask(targets, pid)
+            await asyncio.sleep(0.01)
+        await targets.close()
+
+    run(main())
+
+
+def test_the_default_target_by_its_pid_is_the_default() -> None:
+    """Asking for the sidecar's own target by number opens nothing anew."""
+
+    async def main() -> None:
+        def open_source(pid: int) -> Source:
+            raise AssertionError(pid)
+
+        default = Sampler(CountingSource)
+        await default.identity()
+        targets = Targets(default, open_source)
+        async with targets.sampler(IDENTITY.pid) as same, targets.sampler(None) as default_again:
+            assert same is default_again is default
+        await targets.close()
+
+    run(main())
+
+
+def test_closing_ends_the_threads() -> None:
+    """No sampler thread outlives its targets."""
+    before = set(threading.enumerate())
+
+    async def main() -> None:
+        targets = Targets(Sampler(CountingSource), lambda _: CountingSource())
+        await asyncio.gather(*(ask(targets, pid) for pid in range(1, 9)))
+        await targets.close()
+
+    run(main())
+    assert {thread for thread in threading.enumerate() if thread.name.startswith("vitalsd")} <= before
+
+
+def test_one_window_without_a_loop() -> None:
+    """`sample` blocks for the window and measures it."""
+    source = CountingSource()
+    m = sample(conforms(source), 30)
+    assert m.elapsed_ns >= 30_000_000
+    assert source.snapshots == 2
