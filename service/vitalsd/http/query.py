@@ -102,7 +102,9 @@ async def unique_parameters(request: Request) -> None:
         RequestValidationError: with the same shape as pydantic's own.
     """
     names = [name for name, _ in parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)]
+    seen: set[str] = set()
     for name in names:
-        if names.count(name) > 1:
+        if name in seen:
             error = {"type": "duplicate", "loc": ("query", name), "msg": "Given more than once", "input": None}
             raise RequestValidationError([error])
+        seen.add(name)
