@@ -8,6 +8,8 @@ from hypothesis import settings
 
 from target import Target
 
+pytest_plugins = ["darwin.fixtures"]
+
 # Two busy cores make any deadline per example a flake.
 settings.register_profile("vitalsd", deadline=None)
 settings.load_profile("vitalsd")

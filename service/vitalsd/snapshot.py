@@ -186,11 +186,11 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         warnings.append("the target executed another program inside the window; its threads restart there")
 
     matched, born, gone_ns = _match(first, last, executed)
-    deltas = [0] * len(last.tids)
     backwards = 0
-    if len(matched) == len(deltas) and first.tids is last.tids:
+    if matched is None:
         deltas = list(map(sub, last.thread_cpu_ns, first.thread_cpu_ns))
     else:
+        deltas = [0] * len(last.tids)
         for b, a in matched:
             deltas[b] = last.thread_cpu_ns[b] - first.thread_cpu_ns[a]
     if deltas and min(deltas) < 0:
@@ -208,7 +208,7 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     living_ns = sum(deltas)
     exited_ns = 0 if executed else _exited(first, last, gone_ns, limit=max(0, cpu_ns))
 
-    ran = sum(d > 0 for d in deltas)
+    ran = len(deltas) - deltas.count(0)
     cpu_error_ns = (
         last.cpu_grain_ns
         + last.thread_lag_ns * min(ran, 1 + living_ns // elapsed_ns)
@@ -234,13 +234,16 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     )
 
 
-def _match(first: Snapshot, last: Snapshot, executed: bool) -> tuple[list[tuple[int, int]], Sequence[int], int]:
-    """Pairs (index in last, index in first), the indexes born since, and the CPU time at `first` of those gone."""
+def _match(first: Snapshot, last: Snapshot, executed: bool) -> tuple[list[tuple[int, int]] | None, Sequence[int], int]:
+    """
+    Pairs (index in last, index in first), the indexes born since, and the CPU time at `first` of those gone.
+
+    No pairs but ``None``: every thread is at its old place.
+    """
     if executed:
         return [], range(len(last.tids)), 0
     if first.tids is last.tids and first.births is last.births:
-        both = range(len(last.tids))
-        return list(zip(both, both, strict=True)), (), 0
+        return None, (), 0
     before = {key: i for i, key in enumerate(zip(first.tids, first.births, strict=True))}
     matched: list[tuple[int, int]] = []
     born: list[int] = []
@@ -271,7 +274,7 @@ def _exited(first: Snapshot, last: Snapshot, gone_ns: int, limit: int) -> int:
 def _split(
     first: Snapshot,
     last: Snapshot,
-    matched: Sequence[tuple[int, int]],
+    matched: Sequence[tuple[int, int]] | None,
     born: Sequence[int],
     deltas: Sequence[int],
     cpu_ns: int,
@@ -280,8 +283,9 @@ def _split(
     a, b = first.extras, last.extras
     if a is None or b is None:
         return None, None, None
+    places = range(len(deltas))
     threads: list[int | None] = [None] * len(deltas)
-    for i, j in matched:
+    for i, j in zip(places, places, strict=True) if matched is None else matched:
         threads[i] = _user_part(
             deltas[i],
             b.threads.user_ns[i] - a.threads.user_ns[j],

@@ -9,14 +9,16 @@ bidirectional marks in a thread's name reach nobody's terminal unescaped.
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from json.encoder import encode_basestring_ascii as quote
+from operator import add
 from typing import Any, Literal
 
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
 from vitalsd.sources import SourceError, platform_name
 
-__all__ = ["Detail", "Sort", "encode", "iso", "unavailable"]
+__all__ = ["Detail", "Labels", "Sort", "encode", "iso", "unavailable"]
 
 Detail = Literal["basic", "full"]
 Sort = Literal["tid", "cpu", "name"]
@@ -36,6 +38,34 @@ def unavailable(error: SourceError | str, platform: str | None = None) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
+class Labels:
+    """
+    The part of each thread's JSON that stays as long as its threads do, for the last few sets of threads.
+
+    Writing it anew costs most of an answer; snapshots keep their columns as the same objects while
+    nothing changes, so it is found by identity.
+    """
+
+    KEPT = 8
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], tuple[Sequence[int], Sequence[str], list[str]]] = {}
+
+    def of(self, tids: Sequence[int], names: Sequence[str]) -> list[str]:
+        """``{"tid":1,"name":"main","cpu_percent":`` for each thread."""
+        key = id(tids), id(names)
+        kept = self._kept.get(key)
+        if kept is None:
+            labels = [
+                f'{{"tid":{tid},"name":{quote(name)},"cpu_percent":' for tid, name in zip(tids, names, strict=True)
+            ]
+            while len(self._kept) >= self.KEPT:
+                del self._kept[next(iter(self._kept))]
+            # The columns are kept too: their ids are theirs only while they live.
+            kept = self._kept[key] = tids, names, labels
+        return kept[2]
+
+
 def encode(
     measurement: Measurement,
     identity: Identity,
@@ -45,6 +75,7 @@ def encode(
     detail: Detail = "basic",
     sort: Sort = "tid",
     limit: int | None = None,
+    labels: Labels | None = None,
 ) -> bytes:
     """
     The answer of ``GET /metrics``. All who share a measurement and ask alike share the bytes.
@@ -53,13 +84,15 @@ def encode(
         requested_ms: the window that was asked for; the answer holds the measured one.
         sort: ``cpu`` is busiest first; equal ones by tid.
         limit: at most so many threads, after sorting.
+        labels: keeps what is the same in the next answer.
     """
     key = (requested_ms, mode, detail, sort, limit)
     body = measurement.encoded.get(key)
     if body is None:
         order = _order(measurement, sort, limit)
         if detail == "basic":
-            body = _basic(measurement, identity, order)
+            constant = (labels or Labels()).of(measurement.last.tids, measurement.last.names)
+            body = _basic(measurement, identity, order, constant)
         else:
             body = json.dumps(_full(measurement, identity, order, requested_ms, mode), separators=(",", ":")).encode()
         measurement.encoded[key] = body
@@ -75,25 +108,24 @@ def _order(m: Measurement, sort: Sort, limit: int | None) -> Sequence[int]:
     return threads if limit is None else threads[:limit]
 
 
-def _basic(m: Measurement, identity: Identity, order: Sequence[int]) -> bytes:
+def _basic(m: Measurement, identity: Identity, order: Sequence[int], labels: list[str]) -> bytes:
     percent = 100 / m.elapsed_ns
-    tids, names, cpu_ns = m.last.tids, m.last.names, m.thread_cpu_ns
-    quoted = {name: json.dumps(name) for name in set(names)}
-    threads = ",".join(
-        [
-            f'{{"tid":{tids[i]},"name":{quoted[names[i]]},"cpu_percent":'
-            f"{round(cpu_ns[i] * percent, DECIMALS) if i not in m.born else 0.0}}}"
-            for i in order
-        ]
-    )
+    values = [repr(round(ns * percent, DECIMALS)) if ns else "0.0" for ns in m.thread_cpu_ns]
+    for i in m.born:
+        values[i] = "0.0"
+    entries: Iterable[str] = map(add, labels, values)
+    if order != range(len(values)):
+        every = list(entries)
+        entries = [every[i] for i in order]
+    threads = "},".join(entries)
     return (
         f'{{"sample_window_ms":{_ms(m.elapsed_ns)},'
         f'"process":{{"cpu_percent":{round(m.cpu_ns * percent, DECIMALS)},'
         f'"rss_kb":{m.last.rss_bytes // 1024},'
         f'"vm_size_kb":{m.last.vm_bytes // 1024},'
         f'"uptime_secs":{round(m.last.uptime_ns / 1e9, DECIMALS)}}},'
-        f'"threads":[{threads}],'
-        f'"platform":{json.dumps(identity.platform)}}}'
+        f'"threads":[{threads}{"}" if threads else ""}],'
+        f'"platform":{quote(identity.platform)}}}'
     ).encode()
 
 

@@ -19,7 +19,7 @@ from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery
 from vitalsd.model import FullMetrics, Measured
 from vitalsd.sampler import Busy, Stream, Target, Targets
 from vitalsd.sources import ProcessEntry, SourceError, platform_name
-from vitalsd.wire import encode, iso, unavailable
+from vitalsd.wire import Labels, encode, iso, unavailable
 from vitalsd.worker import Worker
 
 __all__ = ["live_routes"]
@@ -36,6 +36,7 @@ def live_routes(targets: Targets, list_processes: Callable[[], Iterable[ProcessE
     """
     routes = APIRouter()
     streams: set[Stream] = set()
+    labels = Labels()
 
     @routes.get(
         "/metrics",
@@ -63,6 +64,7 @@ def live_routes(targets: Targets, list_processes: Callable[[], Iterable[ProcessE
                 detail=query.detail,
                 sort=query.sort,
                 limit=query.limit,
+                labels=labels,
             )
         )
 
@@ -92,7 +94,12 @@ def live_routes(targets: Targets, list_processes: Callable[[], Iterable[ProcessE
                     async for measurement in windows:
                         number += 1
                         body = encode(
-                            measurement, identity, requested_ms=query.interval_ms, sort=query.sort, limit=query.limit
+                            measurement,
+                            identity,
+                            requested_ms=query.interval_ms,
+                            sort=query.sort,
+                            limit=query.limit,
+                            labels=labels,
                         )
                         yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)
                 except SourceError as error:

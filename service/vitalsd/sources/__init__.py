@@ -122,6 +122,10 @@ def open_source(pid: int | None = None, *, proc_root: str = "/proc") -> Source:
         from vitalsd.sources.linux import LinuxSource
 
         return LinuxSource(pid, root=proc_root)
+    if sys.platform == "darwin":
+        from vitalsd.sources.darwin import open_process
+
+        return open_process(pid)
     raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")
 
 
@@ -136,4 +140,8 @@ def list_processes(*, proc_root: str = "/proc") -> Iterator[ProcessEntry]:
         from vitalsd.sources.linux import list_processes as processes
 
         return processes(proc_root)
+    if sys.platform == "darwin":
+        from vitalsd.sources.darwin import list_processes as darwin_processes
+
+        return darwin_processes()
     raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")

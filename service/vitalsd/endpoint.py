@@ -1,0 +1,543 @@
+"""
+The runtime file by which clients find a sidecar, and the directories it lives in.
+
+A sidecar writes ``sidecar-<pid>.json`` once its listeners accept, and removes it when it ends. A file
+left behind by one that was killed names a pid that may be somebody else's by now, so a reader
+compares boot, pid and start time, and only ever deletes what is surely dead. Whatever cannot be
+decided is left alone.
+
+Of the standard library and `vitalsd.sources` alone: clients import this without the service.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import pwd
+import re
+import secrets
+import socket
+import stat
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from vitalsd.sources.birth import ANY_MACHINE, Births, Undecided, births
+
+__all__ = [
+    "MAX_SOCKET_PATH",
+    "Endpoint",
+    "EndpointError",
+    "Liveness",
+    "Published",
+    "SocketLock",
+    "Target",
+    "agent_socket",
+    "answers",
+    "check_socket_path",
+    "discover",
+    "liveness",
+    "new_token",
+    "now",
+    "private_directory",
+    "publish",
+    "published",
+    "read",
+    "runtime_directories",
+    "runtime_directory",
+    "socket_name",
+    "state_directory",
+    "sweep",
+    "withdraw",
+]
+
+SCHEMA = 1
+MAX_FILE_BYTES = 16 * 1024
+MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+"""Bytes of a Unix socket's path; sun_path holds one more, the NUL."""
+ORPHAN_S = 60
+"""A temporary file older than this was left by a writer that died; writing one takes milliseconds."""
+
+FILE = re.compile(r"sidecar-([0-9]{1,10})\.json", re.ASCII)
+SOCKET = re.compile(r"metrics-([0-9]{1,10})\.sock", re.ASCII)
+TEMPORARY = re.compile(r"\.sidecar-[0-9]{1,10}\.[0-9a-f]{16}\.tmp", re.ASCII)
+
+Liveness = Literal["alive", "dead", "unknown"]
+
+
+class EndpointError(Exception):
+    """A runtime file or directory cannot be trusted or used; ``str(error)`` says why in a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The process a sidecar watches: pid and `Identity.start_key`."""
+
+    pid: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a sidecar answers, and which run of which process it is."""
+
+    version: str
+    pid: int
+    start: int
+    boot_id: str
+    realm: str
+    uid: int
+    target: Target | None
+    """``None``: a sidecar that waits for its target to start."""
+    socket: str | None
+    """Path of the Unix socket."""
+    host: str | None
+    """TCP address."""
+    port: int | None
+    token: str | None = field(repr=False)
+    """To be sent as ``Authorization: Bearer`` over TCP; ``None``: none is asked for."""
+    started_at: str
+    """ISO 8601, UTC, microseconds: sorts as text."""
+
+    @property
+    def url(self) -> str | None:
+        """Base URL over TCP, without a slash at the end."""
+        if self.host is None or self.port is None:
+            return None
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A runtime file that was found, and whether its sidecar lives."""
+
+    path: Path
+    endpoint: Endpoint
+    liveness: Liveness
+
+
+# Directories
+
+
+def runtime_directories(environ: Mapping[str, str] | None = None) -> list[Path]:
+    """
+    Where runtime files may be, the preferred place first. Nothing is created or checked.
+
+    ``VITALSD_RUNTIME_DIR`` stands alone. Otherwise a sidecar started in a login session and a client
+    started by cron see different environments, so a client looks in all of these.
+    """
+    environ = os.environ if environ is None else environ
+    if given := environ.get("VITALSD_RUNTIME_DIR"):
+        return [Path(os.path.abspath(given))]
+    found: list[Path] = []
+    if sys.platform == "darwin":
+        found += [home / "Library/Application Support/vitalsd/run" for home in _homes(environ)]
+        # Per user on macOS, and short enough for a socket where the home's path is not.
+        found += [Path(base) / "vitalsd" for base in (environ.get("TMPDIR", ""),) if _private(base)]
+    else:
+        for base in (environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.geteuid()}"):
+            if os.path.isabs(base) and _owned(base):
+                found.append(Path(base) / "vitalsd")
+        found += [home / ".local/state/vitalsd/run" for home in _homes(environ)]
+    return list(dict.fromkeys(found))
+
+
+def runtime_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """
+    The directory for this user's runtime files and sockets, made if need be.
+
+    Raises:
+        EndpointError: none of the candidates can be used.
+    """
+    reasons = []
+    for path in runtime_directories(environ):
+        try:
+            check_socket_path(path / socket_name(2**22))
+            return private_directory(path)
+        except EndpointError as error:
+            reasons.append(str(error))
+    raise EndpointError("; ".join(reasons) or "no home directory of this user; set VITALSD_RUNTIME_DIR")
+
+
+def state_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """
+    The directory for what outlives a reboot, made if need be.
+
+    Raises:
+        EndpointError: it cannot be made, or others may write it.
+    """
+    environ = os.environ if environ is None else environ
+    if given := environ.get("VITALSD_STATE_DIR"):
+        return private_directory(Path(os.path.abspath(given)))
+    if sys.platform != "darwin" and os.path.isabs(base := environ.get("XDG_STATE_HOME", "")) and _owned(base):
+        return private_directory(Path(base) / "vitalsd")
+    for home in _homes(environ):
+        inside = "Library/Application Support/vitalsd" if sys.platform == "darwin" else ".local/state/vitalsd"
+        return private_directory(home / inside)
+    raise EndpointError("no home directory of this user; set VITALSD_STATE_DIR")
+
+
+def private_directory(path: Path) -> Path:
+    """
+    Make `path` (mode 0700) or check that it is a directory of ours that nobody else can enter.
+
+    One of ours that others may read is closed to them; one that they may write may hold their
+    files already, and is refused.
+
+    Raises:
+        EndpointError: it is a symlink, not a directory, somebody else's, writable by others, or
+            cannot be made.
+    """
+    try:
+        _make(path)
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            raise EndpointError(f"{path} is a symbolic link; a directory of yours is needed")
+        if not stat.S_ISDIR(found.st_mode):
+            raise EndpointError(f"{path} is not a directory")
+        if found.st_uid != os.geteuid():
+            raise EndpointError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}")
+        if found.st_mode & 0o022:
+            raise EndpointError(f"{path} may be written by other users (mode {stat.S_IMODE(found.st_mode):04o})")
+        if found.st_mode & 0o777 != 0o700:
+            os.chmod(path, 0o700)
+    except OSError as error:
+        raise EndpointError(f"cannot use {path}: {error.strerror}") from None
+    return path
+
+
+def _make(path: Path) -> None:
+    if path.is_symlink() or path.exists():
+        return
+    _make(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir(0o700)
+        os.chmod(path, 0o700)  # a strange umask may have taken our own bits away
+
+
+def _owned(path: str) -> bool:
+    """
+    A directory of this user's. Under ``sudo -E`` or ``su`` the environment still names another
+    user's, where ours would be in the way of theirs.
+    """
+    try:
+        return os.stat(path).st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def _private(path: str) -> bool:
+    return os.path.isabs(path) and _owned(path) and os.stat(path).st_mode & 0o077 == 0
+
+
+def _homes(environ: Mapping[str, str]) -> Iterator[Path]:
+    named = environ.get("HOME", "")
+    if os.path.isabs(named) and _owned(named):
+        yield Path(named)
+        return
+    with suppress(KeyError):
+        known = pwd.getpwuid(os.geteuid()).pw_dir
+        if _owned(known):
+            yield Path(known)
+
+
+def socket_name(pid: int) -> str:
+    """File name of the Unix socket of the sidecar `pid`."""
+    return f"metrics-{pid}.sock"
+
+
+def agent_socket(directory: Path) -> Path:
+    """
+    The Unix socket that launchd or systemd listens on for the background agent.
+
+    `sweep` does not know the name on purpose: to probe this socket would start the agent.
+    """
+    return directory / "agent.sock"
+
+
+def check_socket_path(path: Path) -> None:
+    """Raises `EndpointError`: `path` does not fit into a socket address."""
+    if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
+        raise EndpointError(f"{path} is {size} bytes long and a socket's path may have {MAX_SOCKET_PATH}")
+
+
+# Writing
+
+
+def new_token() -> str:
+    """A secret of 256 bits that fits into a header."""
+    return secrets.token_urlsafe(32)
+
+
+def now() -> str:
+    """The wall clock, as `Endpoint.started_at` has it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def publish(endpoint: Endpoint, directory: Path) -> Path:
+    """
+    Write the runtime file: a reader sees the old content, the new, or no file, and never a part.
+
+    Raises:
+        OSError: it could not be written; an older file of the same pid is as it was.
+    """
+    body = {"schema": SCHEMA, "app": "vitalsd", **asdict(endpoint)}
+    path = directory / f"sidecar-{endpoint.pid}.json"
+    temporary = directory / f".sidecar-{endpoint.pid}.{secrets.token_hex(8)}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, 0o600)  # whatever the umask left of it
+            file.write(json.dumps(body, indent=1).encode() + b"\n")
+            file.flush()
+            os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_directory(directory)
+    return path
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+            raise
+    finally:
+        os.close(fd)
+
+
+def withdraw(path: Path, endpoint: Endpoint) -> None:
+    """Remove the runtime file at `path` if it is still that of this very run."""
+    with suppress(EndpointError, OSError):
+        found = read(path)
+        if (found.pid, found.start, found.boot_id) == (endpoint.pid, endpoint.start, endpoint.boot_id):
+            os.unlink(path)
+
+
+# Reading
+
+
+def read(path: Path) -> Endpoint:
+    """
+    The content of a runtime file, if it can only have been written by this user.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        EndpointError: it is a link, another user's, readable by others, too large, or not in a
+            schema that is known here.
+    """
+    try:
+        # NONBLOCK: a FIFO planted here must not hold us up.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise EndpointError(f"cannot open {path}: {error.strerror}") from None
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise EndpointError(f"{path} is not a regular file")
+        if found.st_uid != os.geteuid():
+            raise EndpointError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}")
+        if found.st_mode & 0o077:
+            raise EndpointError(f"{path} is open to other users (mode {stat.S_IMODE(found.st_mode):04o})")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise EndpointError(f"{path} is larger than {MAX_FILE_BYTES} bytes")
+    try:
+        return _parse(json.loads(content))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EndpointError(f"{path} is not a runtime file of schema {SCHEMA}: {error!r}") from None
+
+
+def _parse(body: Any) -> Endpoint:
+    if body["app"] != "vitalsd" or body["schema"] != SCHEMA:
+        raise ValueError(f"app {body['app']!r}, schema {body['schema']!r}")
+
+    def typed(key: str, kind: type, *, optional: bool = False, within: Any = body) -> Any:
+        value = within[key]
+        if not (type(value) is kind or (optional and value is None)):
+            raise TypeError(f"{key} is {value!r}")
+        return value
+
+    target = typed("target", dict, optional=True)
+    return Endpoint(
+        version=typed("version", str),
+        pid=typed("pid", int),
+        start=typed("start", int),
+        boot_id=typed("boot_id", str),
+        realm=typed("realm", str),
+        uid=typed("uid", int),
+        target=target and Target(typed("pid", int, within=target), typed("start", int, within=target)),
+        socket=typed("socket", str, optional=True),
+        host=typed("host", str, optional=True),
+        port=typed("port", int, optional=True),
+        token=typed("token", str, optional=True),
+        started_at=typed("started_at", str),
+    )
+
+
+def liveness(endpoint: Endpoint, kernel: Births) -> Liveness:
+    """Whether the sidecar that wrote `endpoint` still runs. Unknown is not dead."""
+    try:
+        boot_id = kernel.boot_id()
+        if endpoint.realm != kernel.realm():
+            return "unknown"
+        if endpoint.boot_id != boot_id:
+            return "unknown" if endpoint.realm.startswith(ANY_MACHINE) else "dead"
+        return "alive" if kernel.start_key(endpoint.pid) == endpoint.start else "dead"
+    except Undecided:
+        return "unknown"
+
+
+def published(directory: Path, kernel: Births | None = None) -> list[Published]:
+    """Every readable runtime file in `directory`, the newest first. Others' and broken ones are left out."""
+    kernel = kernel or births()
+    found = []
+    for path in _entries(directory, FILE):
+        with suppress(EndpointError, OSError):
+            endpoint = read(path)
+            found.append(Published(path, endpoint, liveness(endpoint, kernel)))
+    return sorted(found, key=lambda entry: entry.endpoint.started_at, reverse=True)
+
+
+def discover(
+    pid: int | None = None, *, directories: list[Path] | None = None, kernel: Births | None = None
+) -> list[Endpoint]:
+    """
+    The sidecars of this user that are alive: those that watch `pid` first, then the newest first.
+
+    Changes nothing on disk and raises nothing for what it finds there.
+    """
+    kernel = kernel or births()
+    found = [
+        entry.endpoint
+        for directory in (runtime_directories() if directories is None else directories)
+        for entry in published(directory, kernel)
+        if entry.liveness == "alive"
+    ]
+    found.sort(key=lambda endpoint: endpoint.started_at, reverse=True)
+    if pid is not None:
+        try:
+            watched = Target(pid, kernel.start_key(pid) or 0)
+        except Undecided:
+            return found
+        found.sort(key=lambda endpoint: endpoint.target != watched)
+    return found
+
+
+# Cleaning up
+
+
+def sweep(directory: Path, kernel: Births | None = None) -> list[Path]:
+    """
+    Remove what dead sidecars left in `directory`: runtime files, sockets with their locks, temporary files.
+
+    Returns:
+        What was removed.
+    """
+    kernel = kernel or births()
+    removed = [entry.path for entry in published(directory, kernel) if entry.liveness == "dead" and _remove(entry.path)]
+    for path in _entries(directory, SOCKET):
+        with suppress(OSError, EndpointError):
+            held = SocketLock(path)
+            try:
+                if not answers(path) and _remove(path):
+                    removed.append(path)
+            finally:
+                held.release()
+    for path in _entries(directory, TEMPORARY):
+        with suppress(OSError):
+            if time.time() - os.lstat(path).st_mtime > ORPHAN_S and _remove(path):
+                removed.append(path)
+    return removed
+
+
+def _entries(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Paths in `directory`, if only this user can have put them there."""
+    try:
+        found = os.lstat(directory)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            return []
+        return sorted(directory / name for name in os.listdir(directory) if pattern.fullmatch(name))
+    except OSError:
+        return []
+
+
+def _remove(path: Path) -> bool:
+    with suppress(OSError):
+        if os.lstat(path).st_uid == os.geteuid():
+            os.unlink(path)
+            return True
+    return False
+
+
+class SocketLock:
+    """
+    The lock of the socket at `path`, held for as long as a sidecar owns that socket.
+
+    A connect alone does not tell a dead socket from one whose owner is between bind and listen. The
+    lock file goes with the lock; the kernel lets go of it when the owner dies.
+
+    Raises:
+        EndpointError: another process holds it.
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = f"{path}.lock"
+        self._fd = -1
+        while self._fd < 0:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held it before us may have removed the file that we have open.
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.lstat(self._path)):
+                        self._fd = fd
+            except BlockingIOError:
+                raise EndpointError(f"another sidecar is serving on {path}") from None
+            finally:
+                if self._fd < 0:
+                    os.close(fd)
+
+    def release(self) -> None:
+        """Let go of it and remove its file."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.unlink(self._path)
+        self.forget()
+
+    def forget(self) -> None:
+        """Close it in a forked child: the parent goes on holding it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def answers(path: Path) -> bool:
+    """
+    Somebody accepts connections on the socket at `path`, or may do so.
+
+    Only a refusal, or no socket there, is a no; a full backlog or a missing permission is not.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(0.5)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+        return True

@@ -1,0 +1,328 @@
+"""
+Structs and constants of Apple's headers, as far as `vitalsd.sources.libsystem` needs them.
+
+Spelled as in the headers, so that a search finds them there; each public upper-case integer *is*
+such a constant, and the ABI proof compiles every one of them, and every offset, against the headers:
+mach/task_info.h, mach/thread_info.h, mach/message.h, mach/kern_return.h, mach_debug/ipc_info.h,
+sys/proc_info.h, sys/proc.h, sys/resource.h. What is marked *private* is only in
+bsd/sys/proc_info_private.h of xnu-11417.
+
+task_info.h packs to 4 bytes. Every field here lies where natural alignment puts it all the same;
+`task_vm_info` ends before the first for which that is not so.
+"""
+
+from ctypes import Structure, c_char, c_int32, c_uint8, c_uint32, c_uint64
+
+KERN_SUCCESS = 0
+KERN_INVALID_ARGUMENT = 4
+KERN_TERMINATED = 37
+MACH_SEND_INVALID_DEST = 0x10000003
+MACH_PORT_NULL = 0
+MACH_PORT_DEAD = 0xFFFFFFFF
+MACH_PORT_RIGHT_SEND = 0
+
+TASK_ABSOLUTETIME_INFO = 1
+TASK_EVENTS_INFO = 2
+MACH_TASK_BASIC_INFO = 20
+TASK_VM_INFO = 22
+
+THREAD_IDENTIFIER_INFO = 4
+THREAD_EXTENDED_INFO = 5
+MAXTHREADNAMESIZE = 64
+TH_STATE_RUNNING = 1
+TH_STATE_STOPPED = 2
+TH_STATE_WAITING = 3
+TH_STATE_UNINTERRUPTIBLE = 4
+TH_STATE_HALTED = 5
+
+PROC_PIDLISTFDS = 1
+PROC_PIDTASKALLINFO = 2
+PROC_PIDT_SHORTBSDINFO = 13
+PROC_PIDTHREADID64INFO = 15
+PROC_PIDUNIQIDENTIFIERINFO = 17
+"""Private."""
+PROC_PIDLISTTHREADIDS = 28
+"""Private; since xnu-4903 (macOS 10.14)."""
+SZOMB = 5
+RUSAGE_INFO_V4 = 4
+RUSAGE_INFO_V6 = 6
+
+
+class time_value(Structure):
+    _fields_ = (("seconds", c_int32), ("microseconds", c_int32))
+
+
+class mach_task_basic_info(Structure):
+    """Sizes in bytes. The times cover *terminated* threads only, and are no total."""
+
+    _fields_ = (
+        ("virtual_size", c_uint64),
+        ("resident_size", c_uint64),
+        ("resident_size_max", c_uint64),
+        ("user_time", time_value),
+        ("system_time", time_value),
+        ("policy", c_int32),
+        ("suspend_count", c_int32),
+    )
+
+
+class task_absolutetime_info(Structure):
+    """Ticks; ``total_*`` of all threads that ever were, ``threads_*`` of the living, of one instant."""
+
+    _fields_ = (
+        ("total_user", c_uint64),
+        ("total_system", c_uint64),
+        ("threads_user", c_uint64),
+        ("threads_system", c_uint64),
+    )
+
+
+class task_events_info(Structure):
+    """Counts since the start; each stops at 2**31 - 1."""
+
+    _fields_ = (
+        ("faults", c_int32),
+        ("pageins", c_int32),
+        ("cow_faults", c_int32),
+        ("messages_sent", c_int32),
+        ("messages_received", c_int32),
+        ("syscalls_mach", c_int32),
+        ("syscalls_unix", c_int32),
+        ("csw", c_int32),
+    )
+
+
+class task_vm_info(Structure):
+    """Bytes. The first revision (TASK_VM_INFO_REV1_COUNT words) of a struct that grew since."""
+
+    _fields_ = (
+        ("virtual_size", c_uint64),
+        ("region_count", c_int32),
+        ("page_size", c_int32),
+        ("resident_size", c_uint64),
+        ("resident_size_peak", c_uint64),
+        ("device", c_uint64),
+        ("device_peak", c_uint64),
+        ("internal", c_uint64),
+        ("internal_peak", c_uint64),
+        ("external", c_uint64),
+        ("external_peak", c_uint64),
+        ("reusable", c_uint64),
+        ("reusable_peak", c_uint64),
+        ("purgeable_volatile_pmap", c_uint64),
+        ("purgeable_volatile_resident", c_uint64),
+        ("purgeable_volatile_virtual", c_uint64),
+        ("compressed", c_uint64),
+        ("compressed_peak", c_uint64),
+        ("compressed_lifetime", c_uint64),
+        ("phys_footprint", c_uint64),
+    )
+
+
+class thread_identifier_info(Structure):
+    _fields_ = (("thread_id", c_uint64), ("thread_handle", c_uint64), ("dispatch_qaddr", c_uint64))
+
+
+class thread_extended_info(Structure):
+    """``pth_user_time`` and ``pth_system_time`` in ns, each cut to a microsecond."""
+
+    _fields_ = (
+        ("pth_user_time", c_uint64),
+        ("pth_system_time", c_uint64),
+        ("pth_cpu_usage", c_int32),
+        ("pth_policy", c_int32),
+        ("pth_run_state", c_int32),
+        ("pth_flags", c_int32),
+        ("pth_sleep_time", c_int32),
+        ("pth_curpri", c_int32),
+        ("pth_priority", c_int32),
+        ("pth_maxpriority", c_int32),
+        ("pth_name", c_char * MAXTHREADNAMESIZE),
+    )
+
+
+class proc_threadinfo(Structure):
+    """As `thread_extended_info`, by another way."""
+
+    _fields_ = thread_extended_info._fields_
+
+
+class ipc_info_space_basic(Structure):
+    """``iisb_table_inuse``: port names this task holds."""
+
+    _fields_ = (
+        ("iisb_genno_mask", c_uint32),
+        ("iisb_table_size", c_uint32),
+        ("iisb_table_next", c_uint32),
+        ("iisb_table_inuse", c_uint32),
+        ("iisb_reserved", c_uint32 * 2),
+    )
+
+
+class mach_timebase_info(Structure):
+    _fields_ = (("numer", c_uint32), ("denom", c_uint32))
+
+
+class proc_bsdinfo(Structure):
+    """``pbi_start_*``: wall clock at fork, kept across exec and never corrected."""
+
+    _fields_ = (
+        ("pbi_flags", c_uint32),
+        ("pbi_status", c_uint32),
+        ("pbi_xstatus", c_uint32),
+        ("pbi_pid", c_uint32),
+        ("pbi_ppid", c_uint32),
+        ("pbi_uid", c_uint32),
+        ("pbi_gid", c_uint32),
+        ("pbi_ruid", c_uint32),
+        ("pbi_rgid", c_uint32),
+        ("pbi_svuid", c_uint32),
+        ("pbi_svgid", c_uint32),
+        ("rfu_1", c_uint32),
+        ("pbi_comm", c_char * 16),
+        ("pbi_name", c_char * 32),
+        ("pbi_nfiles", c_uint32),
+        ("pbi_pgid", c_uint32),
+        ("pbi_pjobc", c_uint32),
+        ("e_tdev", c_uint32),
+        ("e_tpgid", c_uint32),
+        ("pbi_nice", c_int32),
+        ("pbi_start_tvsec", c_uint64),
+        ("pbi_start_tvusec", c_uint64),
+    )
+
+
+class proc_taskinfo(Structure):
+    """Sizes in bytes; times in ticks, ``pti_total_*`` of all threads and ``pti_threads_*`` of the living."""
+
+    _fields_ = (
+        ("pti_virtual_size", c_uint64),
+        ("pti_resident_size", c_uint64),
+        ("pti_total_user", c_uint64),
+        ("pti_total_system", c_uint64),
+        ("pti_threads_user", c_uint64),
+        ("pti_threads_system", c_uint64),
+        ("pti_policy", c_int32),
+        ("pti_faults", c_int32),
+        ("pti_pageins", c_int32),
+        ("pti_cow_faults", c_int32),
+        ("pti_messages_sent", c_int32),
+        ("pti_messages_received", c_int32),
+        ("pti_syscalls_mach", c_int32),
+        ("pti_syscalls_unix", c_int32),
+        ("pti_csw", c_int32),
+        ("pti_threadnum", c_int32),
+        ("pti_numrunning", c_int32),
+        ("pti_priority", c_int32),
+    )
+
+
+class proc_taskallinfo(Structure):
+    """Both halves come from one process, so a start time and a CPU time that belong together."""
+
+    _fields_ = (("pbsd", proc_bsdinfo), ("ptinfo", proc_taskinfo))
+
+
+class proc_bsdshortinfo(Structure):
+    """Of any user's process, zombies too."""
+
+    _fields_ = (
+        ("pbsi_pid", c_uint32),
+        ("pbsi_ppid", c_uint32),
+        ("pbsi_pgid", c_uint32),
+        ("pbsi_status", c_uint32),
+        ("pbsi_comm", c_char * 16),
+        ("pbsi_flags", c_uint32),
+        ("pbsi_uid", c_uint32),
+        ("pbsi_gid", c_uint32),
+        ("pbsi_ruid", c_uint32),
+        ("pbsi_rgid", c_uint32),
+        ("pbsi_svuid", c_uint32),
+        ("pbsi_svgid", c_uint32),
+        ("pbsi_rfu", c_uint32),
+    )
+
+
+class proc_uniqidentifierinfo(Structure):
+    """Private. ``p_idversion`` changes at fork and at exec."""
+
+    _fields_ = (
+        ("p_uuid", c_uint8 * 16),
+        ("p_uniqueid", c_uint64),
+        ("p_puniqueid", c_uint64),
+        ("p_idversion", c_int32),
+        ("p_orig_ppidversion", c_int32),
+        ("p_reserve2", c_uint64),
+        ("p_reserve3", c_uint64),
+    )
+
+
+class rusage_info_v4(Structure):
+    """Every ``*_time`` and ``*_abstime`` in ticks, sizes in bytes."""
+
+    _fields_ = (
+        ("ri_uuid", c_uint8 * 16),
+        ("ri_user_time", c_uint64),
+        ("ri_system_time", c_uint64),
+        ("ri_pkg_idle_wkups", c_uint64),
+        ("ri_interrupt_wkups", c_uint64),
+        ("ri_pageins", c_uint64),
+        ("ri_wired_size", c_uint64),
+        ("ri_resident_size", c_uint64),
+        ("ri_phys_footprint", c_uint64),
+        ("ri_proc_start_abstime", c_uint64),
+        ("ri_proc_exit_abstime", c_uint64),
+        ("ri_child_user_time", c_uint64),
+        ("ri_child_system_time", c_uint64),
+        ("ri_child_pkg_idle_wkups", c_uint64),
+        ("ri_child_interrupt_wkups", c_uint64),
+        ("ri_child_pageins", c_uint64),
+        ("ri_child_elapsed_abstime", c_uint64),
+        ("ri_diskio_bytesread", c_uint64),
+        ("ri_diskio_byteswritten", c_uint64),
+        ("ri_cpu_time_qos_default", c_uint64),
+        ("ri_cpu_time_qos_maintenance", c_uint64),
+        ("ri_cpu_time_qos_background", c_uint64),
+        ("ri_cpu_time_qos_utility", c_uint64),
+        ("ri_cpu_time_qos_legacy", c_uint64),
+        ("ri_cpu_time_qos_user_initiated", c_uint64),
+        ("ri_cpu_time_qos_user_interactive", c_uint64),
+        ("ri_billed_system_time", c_uint64),
+        ("ri_serviced_system_time", c_uint64),
+        ("ri_logical_writes", c_uint64),
+        ("ri_lifetime_max_phys_footprint", c_uint64),
+        ("ri_instructions", c_uint64),
+        ("ri_cycles", c_uint64),
+        ("ri_billed_energy", c_uint64),
+        ("ri_serviced_energy", c_uint64),
+        ("ri_interval_max_phys_footprint", c_uint64),
+        ("ri_runnable_time", c_uint64),
+    )
+
+
+class rusage_info_v6(Structure):
+    """`rusage_info_v4` and more: time and energy on performance cores. Since xnu-8792 (macOS 13)."""
+
+    _fields_ = (
+        *rusage_info_v4._fields_,
+        ("ri_flags", c_uint64),
+        ("ri_user_ptime", c_uint64),
+        ("ri_system_ptime", c_uint64),
+        ("ri_pinstructions", c_uint64),
+        ("ri_pcycles", c_uint64),
+        ("ri_energy_nj", c_uint64),
+        ("ri_penergy_nj", c_uint64),
+        ("ri_secure_time_in_system", c_uint64),
+        ("ri_secure_ptime_in_system", c_uint64),
+        ("ri_neural_footprint", c_uint64),
+        ("ri_lifetime_max_neural_footprint", c_uint64),
+        ("ri_interval_max_neural_footprint", c_uint64),
+        ("ri_conclave_footprint", c_uint64),
+        ("ri_page_wait_time_mach", c_uint64),
+        ("ri_page_cache_hits", c_uint64),
+        ("ri_reserved", c_uint64 * 6),
+    )
+
+
+class proc_fdinfo(Structure):
+    _fields_ = (("proc_fd", c_int32), ("proc_fdtype", c_uint32))

@@ -1,0 +1,64 @@
+"""The macOS sources: which one reads a process, and the list of those this user may sample."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+from vitalsd.sources import ProcessEntry, Source
+from vitalsd.sources.apple_headers import SZOMB, proc_taskallinfo
+from vitalsd.sources.libproc import LibprocSource
+from vitalsd.sources.libsystem import LibSystem, MachError, load
+from vitalsd.sources.mach import MachSource
+from vitalsd.sources.xnu import process_name, process_names, start_key, tick_frequency, translated_errors
+
+__all__ = ["list_processes", "open_process"]
+
+
+def open_process(
+    pid: int | None = None, *, lib: LibSystem | None = None, wall_clock: Callable[[], int] = time.time_ns
+) -> Source:
+    """
+    Open the source for `pid`: Mach for this process (``None``), libproc for another.
+
+    Args:
+        lib: libSystem; by default that of the system is loaded.
+        wall_clock: Unix time, ns.
+
+    Raises:
+        SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone` (a zombie), `Unsupported`, `KernelError`.
+    """
+    if pid is None or pid == os.getpid():
+        return MachSource(lib=lib, wall_clock=wall_clock)
+    return LibprocSource(pid, lib=lib, wall_clock=wall_clock)
+
+
+def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
+    """
+    Processes this user may sample, by ascending pid; those that may not be read or vanish are skipped.
+
+    Raises:
+        SourceError: `Unsupported` or `KernelError`.
+    """
+    lib = lib or load()
+    info = proc_taskallinfo()
+    with translated_errors(os.getpid()):
+        lib.proc_info(os.getpid(), info)
+        frequency, _ = tick_frequency(lib, info)
+        pids = lib.proc_pids()
+    for pid in pids:
+        try:
+            lib.proc_info(pid, info)
+        except (OSError, MachError):
+            continue
+        if info.pbsd.pbi_status == SZOMB:
+            continue
+        yield ProcessEntry(
+            pid=pid,
+            name=process_name(info.pbsd),
+            names=process_names(info.pbsd),
+            started_unix_ns=start_key(info.pbsd) * 1000,
+            cpu_ns=(info.ptinfo.pti_total_user + info.ptinfo.pti_total_system) * 1_000_000_000 // frequency,
+            rss_bytes=info.ptinfo.pti_resident_size,
+            thread_count=info.ptinfo.pti_threadnum,
+            uid=info.pbsd.pbi_uid,
+        )

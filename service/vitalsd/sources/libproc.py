@@ -1,0 +1,213 @@
+"""
+The macOS source for another process: libproc, which asks for no task port and no privilege.
+
+Some facts about the kernel (xnu-11417; each has a test over the simulator):
+
+- One reply of ``PROC_PIDTASKALLINFO`` holds the start time and the totals: a reused pid is seen in
+  the very reply that would have lied.
+- The list of threads ends silently where the buffer does, and where the number of threads plus 10
+  was before the list was made.
+- Each thread is looked up by a walk through the list of all: N threads cost N²/2 steps under the
+  lock that a thread's birth and death need too.
+- A thread that has ended is listed until it is reaped, with its final times and TH_STATE_HALTED.
+- Zombies are not found; nor is a process of another effective user readable.
+- Inside exec the calls wait, and afterwards all thread ids are new.
+"""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Sequence
+from ctypes import c_uint64
+from operator import add
+
+from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.sources import KernelError
+from vitalsd.sources.apple_headers import proc_taskallinfo, proc_uniqidentifierinfo
+from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
+from vitalsd.sources.xnu import (
+    ATTEMPTS,
+    QUANTUM_NS,
+    THREAD_GRAIN_NS,
+    Instant,
+    Living,
+    Target,
+    ThreadNames,
+    Totals,
+    living_threads,
+    process_name,
+    translated_errors,
+)
+
+__all__ = ["WALK_LIMIT", "LibprocSource"]
+
+WALK_LIMIT = 2048
+"""Threads looked up per snapshot at most, but for the first: 2 million steps in the kernel."""
+
+
+class LibprocSource:
+    """
+    Reads any process of our effective user on macOS; see `vitalsd.sources.Source`.
+
+    Args:
+        pid: target.
+        lib: libSystem; by default that of the system is loaded.
+        wall_clock: Unix time, ns.
+        walk_limit: threads to look up per snapshot at most, new ones apart; above it the threads that
+            ran lately and those not read for longest take their turns, and the others show their
+            last reading.
+
+    Raises:
+        SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone` (a zombie), `Unsupported`, `KernelError`.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        *,
+        lib: LibSystem | None = None,
+        wall_clock: Callable[[], int] = time.time_ns,
+        walk_limit: int = WALK_LIMIT,
+    ) -> None:
+        self._lib = lib or load()
+        self._target = Target(self._lib, pid, os.getpid(), wall_clock)
+        self._walk_limit = walk_limit
+        self._ids = (c_uint64 * 64)()
+        self._rows = ThreadRows()
+        self._threads = ThreadNames()
+        self._unique: proc_uniqidentifierinfo | None = proc_uniqidentifierinfo()
+        self._turns: dict[int, tuple[int, ...]] = {}
+        self._active: frozenset[int] = frozenset()
+        self._closed = False
+
+    def identity(self) -> Identity:
+        return self._target.identity
+
+    def close(self) -> None:
+        self._closed = True
+
+    def snapshot(self, *, extras: bool = False) -> Snapshot:
+        if self._closed:
+            raise ValueError("the source is closed")
+        with translated_errors(self._target.pid):
+            return self._snapshot(extras)
+
+    def _snapshot(self, extras: bool) -> Snapshot:
+        target = self._target
+        warnings = list(target.warnings)
+        begun_ns = time.monotonic_ns()
+        living, before, after, instant = self._read(warnings)
+        thread_cpu_ns = list(map(add, living.user_ns, living.system_ns))
+        self._threads.update(living.tids, living.names)
+        image = self._image()
+        ended_ns = time.monotonic_ns()
+        task = target.info.ptinfo
+        extra = None
+        if extras:
+            extra = target.extras(living, after, warnings, faults=task.pti_faults, pageins=task.pti_pageins)
+        return Snapshot(
+            monotonic_ns=instant.monotonic_ns,
+            boottime_ns=instant.boottime_ns,
+            wall_ns=instant.wall_ns,
+            uptime_ns=instant.uptime_ns,
+            skew_ns=ended_ns - begun_ns,
+            cpu_ns=target.ns(after.user + after.system),
+            cpu_grain_ns=target.tick_ns,
+            exited_cpu_ns=target.exited_ns(before, after, sum(thread_cpu_ns)),
+            rss_bytes=task.pti_resident_size,
+            vm_bytes=task.pti_virtual_size,
+            state=living.main_state,
+            image=image,
+            tids=self._threads.tids,
+            births=self._threads.births,
+            thread_cpu_ns=thread_cpu_ns,
+            names=self._threads.names,
+            thread_grain_ns=THREAD_GRAIN_NS,
+            thread_lag_ns=QUANTUM_NS,
+            source="proc_pidinfo",
+            extras=extra,
+            warnings=tuple(warnings),
+        )
+
+    def _read(self, warnings: list[str]) -> tuple[Living, Totals, Totals, Instant]:
+        """The threads, and the totals before and, if any thread had ended, after reading them."""
+        target = self._target
+        for _ in range(ATTEMPTS):
+            # Listed before the total is read: whoever is reaped between the two is then found missing.
+            thread_ids = self._list()
+            info, instant = target.refresh(), target.now()
+            if info.ptinfo.pti_threadnum > len(thread_ids):
+                thread_ids = self._list()
+            before = after = _totals(info)
+            living, ended = self._walk(thread_ids, warnings)
+            if ended:
+                after, instant = _totals(target.refresh()), target.now()
+            if living.tids:
+                return living, before, after, instant
+        raise KernelError(f"process {target.pid}: none of its threads could be read; it may be executing a program")
+
+    def _list(self) -> list[int]:
+        while True:
+            buffer = self._ids
+            number = self._lib.proc_list(self._target.pid, "PROC_PIDLISTTHREADIDS", buffer) // ctypes.sizeof(c_uint64)
+            if number < len(buffer):
+                return sorted(buffer[:number])
+            self._ids = (c_uint64 * (2 * len(buffer)))()
+
+    def _walk(self, thread_ids: Sequence[int], warnings: list[str]) -> tuple[Living, int]:
+        """The threads alive, and how many of those listed had ended."""
+        if len(thread_ids) <= self._walk_limit:
+            self._turns.clear()
+            living = self._look_up(thread_ids)
+            return living, len(thread_ids) - len(living.tids)
+        chosen = self._choose(thread_ids)
+        read = self._look_up(chosen)
+        known = {tid: row for tid, row in self._turns.items() if tid in set(thread_ids)}
+        active = set()
+        for tid in chosen:
+            known.pop(tid, None)
+        for row in zip(*read, strict=True):
+            if (old := self._turns.get(row[0])) is None or old[1:3] != row[1:3]:
+                active.add(row[0])
+            known[row[0]] = row
+        self._turns, self._active = known, frozenset(active)
+        warnings.append(
+            f"threads: {len(thread_ids)} of them; {self._walk_limit} are read per snapshot, those that ran"
+            " lately and the others in turn, so a thread that just woke up may show an older reading"
+        )
+        return Living(*zip(*(known[tid] for tid in sorted(known)), strict=True)), len(chosen) - len(read.tids)
+
+    def _choose(self, thread_ids: Sequence[int]) -> list[int]:
+        """New threads, then active ones, then those not read for longest (`_turns` is in that order)."""
+        listed = set(thread_ids)
+        chosen = [tid for tid in thread_ids if tid not in self._turns]
+        active = sorted(self._active & listed)[: self._walk_limit // 2]
+        waiting = [tid for tid in self._turns if tid in listed and tid not in set(active)]
+        room = max(0, self._walk_limit - len(chosen))
+        return sorted(chosen + (active + waiting)[:room])
+
+    def _look_up(self, thread_ids: Sequence[int]) -> Living:
+        rows, pid, look_up = self._rows, self._target.pid, self._lib.proc_thread_info
+        rows.reserve(len(thread_ids))
+        found = [
+            tid if look_up(pid, tid, address) else 0 for tid, address in zip(thread_ids, rows.info_at, strict=False)
+        ]
+        return living_threads(found, rows)
+
+    def _image(self) -> tuple[int | str, ...]:
+        """Changes at exec. A kernel without the private flavor leaves only the name to tell."""
+        if self._unique is not None:
+            try:
+                self._lib.proc_info(self._target.pid, self._unique)
+            except ProcessLookupError:
+                raise
+            except (OSError, MachError):
+                self._unique = None
+            else:
+                return (self._unique.p_idversion,)
+        return (process_name(self._target.info.pbsd),)
+
+
+def _totals(info: proc_taskallinfo) -> Totals:
+    task = info.ptinfo
+    return Totals(task.pti_total_user, task.pti_total_system, task.pti_threads_user + task.pti_threads_system)

@@ -1,0 +1,450 @@
+"""
+What both macOS sources have in common: who the target is, the scale of kernel ticks, its age, its names.
+
+Some facts about the kernel (xnu-11417 and the `docs/macos.md` of this project):
+
+- Times the kernel writes in ticks (``task_absolutetime_info``, ``pti_*``, ``ri_*``) run at sysctl
+  ``hw.tbfrequency``. ``mach_timebase_info`` says 1/1 to a process translated by Rosetta while those
+  ticks stay at 24 MHz: 41.67 times too low, a defect most monitors had once.
+- The start of a process is known twice, as wall clock (never corrected when the clock is stepped)
+  and in ticks that stop in sleep; both are kept across exec.
+- Thread ids are unique since boot, so a thread needs no birth to be told from another.
+"""
+
+import errno
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from vitalsd.snapshot import Extras, Identity, ThreadExtras
+from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, TargetGone, Unsupported
+from vitalsd.sources.apple_headers import (
+    RUSAGE_INFO_V4,
+    RUSAGE_INFO_V6,
+    TH_STATE_HALTED,
+    TH_STATE_RUNNING,
+    TH_STATE_STOPPED,
+    TH_STATE_UNINTERRUPTIBLE,
+    TH_STATE_WAITING,
+    proc_bsdinfo,
+    proc_bsdshortinfo,
+    proc_fdinfo,
+    proc_taskallinfo,
+    rusage_info_v6,
+)
+from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows
+from vitalsd.sources.procfs import decode_name
+
+__all__ = [
+    "ATTEMPTS",
+    "QUANTUM_NS",
+    "THREAD_GRAIN_NS",
+    "Instant",
+    "Living",
+    "Target",
+    "ThreadNames",
+    "Totals",
+    "boot_id",
+    "living_threads",
+    "process_name",
+    "process_names",
+    "start_key",
+    "tick_frequency",
+    "translated_errors",
+]
+
+QUANTUM_NS = 10_000_000
+"""The time of a thread that runs on another CPU is added at the latest after a quantum (osfmk/kern/sched_prim.c)."""
+
+THREAD_GRAIN_NS = 2_000
+"""User and system time of a thread are each cut to a microsecond."""
+
+ATTEMPTS = 3
+"""Lists of threads to make before believing that nobody on them is alive: an exec replaces them all."""
+
+RUN_STATES = {
+    TH_STATE_RUNNING: "running",
+    TH_STATE_STOPPED: "stopped",
+    TH_STATE_WAITING: "waiting",
+    TH_STATE_UNINTERRUPTIBLE: "uninterruptible",
+    TH_STATE_HALTED: "halted",
+}
+
+SATURATED = 2**31 - 1
+"""Event counters of a task stop here (osfmk/kern/task.c)."""
+
+MAC_FREQUENCIES = (24_000_000, 1_000_000_000)
+"""Ticks per second of the kernels known so far: Apple silicon, Intel."""
+
+SCALE_CHECK_NS = 5_000_000
+"""CPU time this process must have used before its two totals can be compared."""
+
+
+@contextmanager
+def translated_errors(pid: int) -> Iterator[None]:
+    """Errors of `LibSystem` about an open target as those of a source."""
+    try:
+        yield
+    except ProcessLookupError:
+        raise TargetGone(f"target {pid} has exited") from None
+    except PermissionError as error:
+        raise AccessDenied(f"process {pid} belongs to another user, or a sandbox hides it: {error.strerror}") from None
+    except OSError as error:
+        unknown = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOENT)
+        raise (Unsupported if unknown else KernelError)(f"process {pid}: {error.strerror} ({error.errno})") from None
+    except MachError as error:
+        raise KernelError(f"process {pid}: {error}") from None
+
+
+def boot_id(lib: LibSystem) -> str:
+    """The UUID of this boot of the machine."""
+    try:
+        return lib.sysctl("kern.bootsessionuuid").rstrip(b"\0").decode("ascii", "backslashreplace").lower()
+    except OSError:
+        return "unknown"
+
+
+def process_name(info: proc_bsdinfo) -> str:
+    """Up to 31 bytes; the 15 of ``pbi_comm`` where a process has no longer one."""
+    return decode_name(info.pbi_name or info.pbi_comm)
+
+
+def process_names(info: proc_bsdinfo) -> frozenset[str]:
+    """What somebody may call the process: the 31 and the 15 bytes that the kernel keeps of its name."""
+    return frozenset(decode_name(name) for name in (info.pbi_name, info.pbi_comm) if name)
+
+
+def start_key(info: proc_bsdinfo) -> int:
+    """Wall clock at fork, µs."""
+    return int(info.pbi_start_tvsec) * 1_000_000 + int(info.pbi_start_tvusec)
+
+
+def tick_frequency(lib: LibSystem, own: proc_taskallinfo) -> tuple[int, str | None]:
+    """
+    Kernel ticks per second, and what is odd about that.
+
+    ``hw.tbfrequency`` is checked against ``getrusage``, which the kernel converts itself: `own` has
+    to be a recent reading of this very process. Should the two disagree (an emulated sysctl), the
+    frequency that does agree is taken.
+
+    Raises:
+        MachError: no known frequency agrees.
+    """
+    stated = lib.sysctl_int("hw.tbfrequency")
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used_ns = round((usage.ru_utime + usage.ru_stime) * 1e9)
+    ticks = own.ptinfo.pti_total_user + own.ptinfo.pti_total_system
+    if stated > 0 and used_ns < SCALE_CHECK_NS:
+        return stated, None
+    for frequency in (stated, *MAC_FREQUENCIES):
+        if frequency > 0 and used_ns / 2 < ticks * 1_000_000_000 / frequency < used_ns * 2:
+            if frequency == stated:
+                return stated, None
+            return frequency, f"hw.tbfrequency says {stated} and getrusage agrees with {frequency} ticks per second"
+    raise MachError(
+        f"CPU time has no known unit: {ticks} ticks are {used_ns} ns by getrusage, and hw.tbfrequency says {stated}"
+    )
+
+
+class Totals(NamedTuple):
+    """CPU time of a task, of one instant, in ticks."""
+
+    user: int
+    system: int
+    living: int
+    """The part of threads that the kernel has not yet reaped."""
+
+
+class Living(NamedTuple):
+    """The threads alive, by ascending id; times in ns."""
+
+    tids: Sequence[int]
+    user_ns: Sequence[int]
+    system_ns: Sequence[int]
+    names: Sequence[tuple[bytes]]
+    run_states: Sequence[int]
+    priorities: Sequence[int]
+
+    @property
+    def main_state(self) -> str | None:
+        """State of the oldest thread, in words."""
+        return RUN_STATES.get(self.run_states[0])
+
+
+def living_threads(thread_ids: Sequence[int], rows: ThreadRows) -> Living:
+    """
+    What was read of each thread, without those that have ended.
+
+    Args:
+        thread_ids: in the order of `rows`; 0 for a thread that could no longer be read.
+    """
+    number = len(thread_ids)
+    run_states = rows.run_states(number)
+    living = Living(
+        thread_ids,
+        rows.user_ns(number),
+        rows.system_ns(number),
+        rows.names(number),
+        run_states,
+        rows.priorities(number),
+    )
+    order: Sequence[int] = range(number)
+    if 0 in thread_ids or TH_STATE_HALTED in run_states:
+        order = [i for i in order if thread_ids[i] and run_states[i] != TH_STATE_HALTED]
+    elif sorted(thread_ids) == thread_ids:
+        return living
+    order = sorted(order, key=thread_ids.__getitem__)
+    return Living(
+        [living.tids[i] for i in order],
+        [living.user_ns[i] for i in order],
+        [living.system_ns[i] for i in order],
+        [living.names[i] for i in order],
+        [living.run_states[i] for i in order],
+        [living.priorities[i] for i in order],
+    )
+
+
+class Instant(NamedTuple):
+    """One moment on the clocks of a `Snapshot`, ns."""
+
+    monotonic_ns: int
+    boottime_ns: int
+    wall_ns: int
+    uptime_ns: int
+
+
+class Target:
+    """
+    The process a source was opened for.
+
+    Args:
+        wall_clock: Unix time, ns.
+
+    Raises:
+        SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone` (a zombie), `Unsupported`, `KernelError`.
+    """
+
+    def __init__(self, lib: LibSystem, pid: int, own_pid: int, wall_clock: Callable[[], int]) -> None:
+        self._lib = lib
+        self._wall_clock = wall_clock
+        self.pid = pid
+        self.info = self._attach()
+        with translated_errors(pid):
+            own = proc_taskallinfo()
+            lib.proc_info(own_pid, own)
+            self.frequency, oddity = tick_frequency(lib, own)
+        self.warnings = (oddity,) if oddity else ()
+        self._usage = rusage_info_v6()
+        self._usage_flavor = RUSAGE_INFO_V6
+        self.identity = Identity(
+            platform="macos",
+            pid=pid,
+            name=process_name(self.info.pbsd),
+            boot_id=boot_id(lib),
+            start_key=start_key(self.info.pbsd),
+            started_unix_ns=start_key(self.info.pbsd) * 1000,
+        )
+        with translated_errors(pid):
+            self._age_base_ns = self._age_ns() - lib.continuous_ns()
+        self._has_p_cores = self._perf_levels() > 1
+
+    def ns(self, ticks: int) -> int:
+        """Kernel ticks as ns."""
+        return ticks * 1_000_000_000 // self.frequency
+
+    @property
+    def tick_ns(self) -> int:
+        """Length of a tick, rounded up."""
+        return -(-1_000_000_000 // self.frequency)
+
+    def now(self) -> Instant:
+        monotonic_ns = time.monotonic_ns()
+        boottime_ns = self._lib.continuous_ns()
+        return Instant(monotonic_ns, boottime_ns, self._wall_clock(), max(0, self._age_base_ns + boottime_ns))
+
+    def refresh(self) -> proc_taskallinfo:
+        """
+        Identity and totals, of one instant.
+
+        Raises:
+            TargetGone: it has exited, even if its pid is in use again.
+        """
+        self._lib.proc_info(self.pid, self.info)
+        if start_key(self.info.pbsd) != self.identity.start_key:
+            raise TargetGone(f"target {self.pid} has exited; its pid belongs to another process now")
+        return self.info
+
+    def exited_ns(self, before: Totals, after: Totals, living_ns: int) -> tuple[int, int]:
+        """
+        Bounds of the CPU time of exited threads, ns.
+
+        The kernel tells that of the reaped ones exactly. A thread that has ended without being reaped
+        has exited for us and lives on for the kernel: then, that is if `after` was read as well, what
+        the living do not account for is meant.
+
+        Args:
+            before: read before the threads.
+            after: read after them, or `before` if none of them has ended.
+            living_ns: sum of the threads alive.
+        """
+        reaped_ns = self.ns(before.user + before.system) - self.ns(before.living)
+        if after is before:
+            return reaped_ns, reaped_ns
+        return (
+            max(reaped_ns, self.ns(before.user + before.system) - living_ns),
+            max(reaped_ns, self.ns(after.user + after.system) - living_ns),
+        )
+
+    def extras(
+        self,
+        living: Living,
+        totals: Totals,
+        warnings: list[str],
+        *,
+        faults: int,
+        pageins: int,
+        peak_rss_bytes: int | None = None,
+        footprint_bytes: int | None = None,
+    ) -> Extras:
+        """
+        What ``detail=full`` shows. A part that cannot be had is ``None`` and named in `warnings`.
+
+        Args:
+            footprint_bytes: if it is already known; otherwise it is taken from ``ri_phys_footprint``.
+        """
+        usage, v6 = self._read_usage(warnings)
+        saturated = SATURATED in (faults, pageins)
+        return Extras(
+            threads=ThreadExtras(
+                user_ns=living.user_ns,
+                system_ns=living.system_ns,
+                states=[RUN_STATES.get(state) for state in living.run_states],
+                priorities=living.priorities,
+            ),
+            user_ns=self.ns(totals.user),
+            system_ns=self.ns(totals.system),
+            footprint_bytes=usage.ri_phys_footprint if footprint_bytes is None and usage else footprint_bytes,
+            peak_rss_bytes=peak_rss_bytes,
+            open_fds=self._open_fds(warnings),
+            minor_faults=None if saturated else faults - pageins,
+            major_faults=None if saturated else pageins,
+            idle_wakeups=usage.ri_pkg_idle_wkups if usage else None,
+            interrupt_wakeups=usage.ri_interrupt_wkups if usage else None,
+            # 0 is what a kernel without the counter writes.
+            energy_nj=usage.ri_energy_nj or None if usage and v6 else None,
+            p_core_ns=self.ns(usage.ri_user_ptime + usage.ri_system_ptime)
+            if usage and v6 and self._has_p_cores
+            else None,
+        )
+
+    def _attach(self) -> proc_taskallinfo:
+        info = proc_taskallinfo()
+        if not 0 < self.pid < 2**31:
+            raise NoSuchProcess(f"no process has pid {self.pid}")
+        with translated_errors(self.pid):
+            try:
+                self._lib.proc_info(self.pid, info)
+            except ProcessLookupError:
+                raise self._absent() from None
+        return info
+
+    def _absent(self) -> NoSuchProcess | TargetGone:
+        """Why the calls that want a live process do not find it; this one finds zombies too."""
+        try:
+            self._lib.proc_info(self.pid, proc_bsdshortinfo(), 1)
+        except (OSError, MachError):
+            return NoSuchProcess(f"no process has pid {self.pid}")
+        return TargetGone(f"target {self.pid} has exited; its parent has not yet collected it (zombie)")
+
+    def _age_ns(self) -> int:
+        """
+        Since the start, sleep included, ns.
+
+        Time awake is known from the kernel's ticks. How much of the sleep since boot came after the
+        start only the wall clock tells, and it is believed as far as the machine did sleep: a
+        stepped clock cannot make a process younger than its time awake, nor older than that and all sleep.
+        """
+        continuous_ns, absolute_ns = self._lib.continuous_ns(), self._lib.absolute_ns()
+        wall_age_ns = self._wall_clock() - self.identity.started_unix_ns
+        self._read_rusage()
+        awake_ns = max(0, absolute_ns - self.ns(self._usage.ri_proc_start_abstime))
+        slept_ns = max(0, continuous_ns - absolute_ns)
+        return awake_ns + min(max(0, wall_age_ns - awake_ns), slept_ns)
+
+    def _perf_levels(self) -> int:
+        try:
+            return self._lib.sysctl_int("hw.nperflevels")
+        except (OSError, MachError):
+            return 1
+
+    def _read_rusage(self) -> None:
+        try:
+            self._lib.proc_rusage(self.pid, self._usage, self._usage_flavor)
+        except OSError as error:
+            if error.errno != errno.EINVAL or self._usage_flavor == RUSAGE_INFO_V4:
+                raise
+            self._usage_flavor = RUSAGE_INFO_V4
+            self._lib.proc_rusage(self.pid, self._usage, self._usage_flavor)
+
+    def _read_usage(self, warnings: list[str]) -> tuple[rusage_info_v6 | None, bool]:
+        try:
+            self._read_rusage()
+        except ProcessLookupError:
+            raise
+        except OSError as error:
+            warnings.append(f"footprint, wakeups, energy: {error.strerror}")
+            return None, False
+        if self._usage.ri_proc_exit_abstime:
+            raise ProcessLookupError(errno.ESRCH, "proc_pid_rusage")
+        return self._usage, self._usage_flavor == RUSAGE_INFO_V6
+
+    def _open_fds(self, warnings: list[str]) -> int | None:
+        room = self.info.pbsd.pbi_nfiles + 32
+        try:
+            while True:
+                buffer = (proc_fdinfo * room)()
+                number = self._lib.proc_list(self.pid, "PROC_PIDLISTFDS", buffer) // 8
+                if number < room:
+                    return number
+                room *= 2
+        except ProcessLookupError:
+            raise
+        except OSError as error:
+            warnings.append(f"open_fds: {error.strerror}")
+            return None
+
+
+class ThreadNames:
+    """
+    Ids and names of the threads of one snapshot after the other.
+
+    `tids`, `births` and `names` stay the same objects while nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._raw: Sequence[tuple[bytes]] = ()
+        self._decoded: dict[bytes, str] = {}
+        self.tids: tuple[int, ...] = ()
+        self.births: tuple[int, ...] = ()
+        self.names: tuple[str, ...] = ()
+
+    def update(self, tids: Sequence[int], raw_names: Sequence[tuple[bytes]]) -> None:
+        """
+        Take over the threads, by ascending id.
+
+        Args:
+            raw_names: the 64 bytes of ``pth_name`` of each, in a tuple of their own.
+        """
+        if (new := tuple(tids)) != self.tids:
+            self.tids = new
+            if len(new) != len(self.births):
+                self.births = (0,) * len(new)
+        if raw_names != self._raw:
+            self._raw = raw_names
+            known = self._decoded
+            self._decoded = {
+                raw: known.get(raw) or decode_name(raw.partition(b"\0")[0]) for (raw,) in dict.fromkeys(raw_names)
+            }
+            self.names = tuple(self._decoded[raw] for (raw,) in raw_names)

@@ -1,0 +1,514 @@
+"""The runtime file and its directories: `vitalsd.endpoint`."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitalsd import endpoint as ep
+from vitalsd.endpoint import Endpoint, EndpointError, SocketLock, Target
+from vitalsd.sources import open_source
+from vitalsd.sources.birth import ANY_MACHINE, LinuxBirths, Undecided, births
+
+
+class Kernel:
+    """A kernel that knows the given processes and no others."""
+
+    def __init__(self, starts: dict[int, int], realm: str = "here", boot_id: str = "boot") -> None:
+        self.starts = starts
+        self._realm = realm
+        self._boot_id = boot_id
+
+    def realm(self) -> str:
+        return self._realm
+
+    def boot_id(self) -> str:
+        return self._boot_id
+
+    def start_key(self, pid: int) -> int | None:
+        if pid == 666:
+            raise Undecided("hidden")
+        return self.starts.get(pid)
+
+
+def an_endpoint(**changes: Any) -> Endpoint:
+    return replace(
+        Endpoint(
+            version="1",
+            pid=100,
+            start=7,
+            boot_id="boot",
+            realm="here",
+            uid=os.geteuid(),
+            target=Target(200, 9),
+            socket="/run/x.sock",
+            host="127.0.0.1",
+            port=9779,
+            token=None,
+            started_at="2026-01-01T00:00:00.000000Z",
+        ),
+        **changes,
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return ep.private_directory(tmp_path / "run")
+
+
+def as_nobody(call: Callable[[], object]) -> str:
+    """What `call` returns, or the error it raises, in a child that has become another user."""
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            try:
+                answer = repr(call())
+            except Exception as error:  # noqa: BLE001 - the parent asserts on it
+                answer = f"{type(error).__name__}: {error}"
+            os.write(write_fd, answer.encode())
+        os._exit(0)
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb") as pipe:
+        answer = pipe.read().decode()
+    os.waitpid(pid, 0)
+    return answer
+
+
+# The file
+
+
+def test_what_is_published_is_read_back_the_same(directory: Path) -> None:
+    """publish and read are inverse, with and without target, socket, port and token."""
+    for each in (
+        an_endpoint(),
+        an_endpoint(target=None, socket=None, token="secret"),
+        an_endpoint(host=None, port=None),
+    ):
+        assert each == ep.read(ep.publish(each, directory))
+
+
+def test_a_runtime_file_is_private_under_every_umask(directory: Path) -> None:
+    """The file has mode 0600 whether the umask is 0 or takes everything away."""
+    for umask in (0o000, 0o777):
+        old = os.umask(umask)
+        try:
+            path = ep.publish(an_endpoint(), directory)
+        finally:
+            os.umask(old)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(directory: Path) -> None:
+    """An endpoint that cannot be written changes nothing on disk."""
+    path = ep.publish(an_endpoint(), directory)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        ep.publish(an_endpoint(version=object()), directory)
+    (directory / "sidecar-101.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        ep.publish(an_endpoint(pid=101), directory)
+    assert before == path.read_bytes()
+    assert sorted(os.listdir(directory)) == ["sidecar-100.json", "sidecar-101.json"]
+
+
+def test_a_writer_killed_at_any_time_leaves_a_whole_file_or_none(directory: Path) -> None:
+    """20 SIGKILLs during writes: what is there under the final name can always be read."""
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from test_endpoint import an_endpoint; from vitalsd import endpoint\n"
+        "print(flush=True)\n"
+        "while True: endpoint.publish(an_endpoint(version='x' * 9000), Path(sys.argv[1]))\n"
+    )
+    for _ in range(20 // 4):
+        writers = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(directory), str(Path(__file__).parent)], stdout=subprocess.PIPE
+            )
+            for _ in range(4)
+        ]
+        for number, writer in enumerate(writers):
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(0.002 * number)
+            writer.kill()
+        for writer in writers:
+            writer.wait()
+            writer.stdout.close()  # type: ignore[union-attr]
+        assert ep.read(directory / "sidecar-100.json").version == "x" * 9000
+
+
+def test_an_old_temporary_file_is_swept_and_a_young_one_is_not(directory: Path) -> None:
+    """A temporary file is only an orphan once it is older than any writer takes."""
+    old, young = directory / f".sidecar-1.{'0' * 16}.tmp", directory / f".sidecar-1.{'1' * 16}.tmp"
+    old.touch()
+    young.touch()
+    os.utime(old, (time.time() - 120,) * 2)
+    assert [old] == ep.sweep(directory)
+    assert young.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff",
+        b"[" * 9000,
+        b'{"app": "other", "schema": 1}',
+        b'{"app": "vitalsd", "schema": 2}',
+        b'{"app": "vitalsd", "schema": 1}',
+        json.dumps({"app": "vitalsd", "schema": 1, "pid": "1"}).encode(),
+        b"x" * (ep.MAX_FILE_BYTES + 1),
+    ],
+)
+def test_foreign_content_is_refused_with_a_reason(directory: Path, content: bytes) -> None:
+    """Anything but a runtime file of the known schema is an EndpointError, and no sidecar."""
+    path = directory / "sidecar-1.json"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(EndpointError, match=r"sidecar-1\.json"):
+        ep.read(path)
+    assert ep.discover(directories=[directory]) == []
+
+
+def test_a_field_of_another_type_is_refused(directory: Path) -> None:
+    """No field is taken at anything but its own type: true is not a pid."""
+    path = ep.publish(an_endpoint(), directory)
+    good = json.loads(path.read_text())
+    for key in set(good) - {"schema", "app"}:
+        path.write_text(json.dumps({**good, key: True}))
+        with pytest.raises(EndpointError, match=key):
+            ep.read(path)
+
+
+def test_links_pipes_and_open_files_are_refused(directory: Path) -> None:
+    """A runtime file must be a regular file that nobody else can read; a FIFO does not hold us up."""
+    path = ep.publish(an_endpoint(), directory)
+    (directory / "sidecar-2.json").symlink_to(path)
+    os.mkfifo(directory / "sidecar-3.json", 0o600)
+    for name, reason in (("sidecar-2.json", "cannot open"), ("sidecar-3.json", "not a regular file")):
+        with pytest.raises(EndpointError, match=reason):
+            ep.read(directory / name)
+    path.chmod(0o640)
+    with pytest.raises(EndpointError, match="open to other users"):
+        ep.read(path)
+    with pytest.raises(FileNotFoundError):
+        ep.read(directory / "sidecar-4.json")
+
+
+def test_a_token_does_not_show_in_a_traceback() -> None:
+    """repr() of an endpoint leaves its token out."""
+    assert "secret" not in repr(an_endpoint(token="secret"))
+
+
+def test_withdraw_removes_its_own_file_and_nobody_elses(directory: Path) -> None:
+    """A file that a later sidecar with the same pid wrote stays."""
+    path = ep.publish(an_endpoint(start=8), directory)
+    ep.withdraw(path, an_endpoint(start=7))
+    assert path.exists()
+    ep.withdraw(path, an_endpoint(start=8))
+    ep.withdraw(path, an_endpoint(start=8))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:9779"),
+        ("::1", "http://[::1]:9779"),
+        ("0.0.0.0", "http://127.0.0.1:9779"),
+        ("::", "http://[::1]:9779"),
+        (None, None),
+    ],
+)
+def test_url_is_one_that_a_client_here_can_open(host: str | None, url: str | None) -> None:
+    """A wildcard address is reached over loopback."""
+    assert url == an_endpoint(host=host).url
+
+
+# Liveness
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel", "expected"),
+    [
+        ({}, Kernel({100: 7}), "alive"),
+        ({}, Kernel({}), "dead"),
+        ({}, Kernel({100: 8}), "dead"),
+        ({}, Kernel({100: 7}, boot_id="later"), "dead"),
+        ({}, Kernel({}, realm="elsewhere"), "unknown"),
+        ({}, Kernel({}, realm="elsewhere", boot_id="later"), "unknown"),
+        ({"realm": ANY_MACHINE}, Kernel({}, realm=ANY_MACHINE), "dead"),
+        ({"realm": ANY_MACHINE}, Kernel({}, realm=ANY_MACHINE, boot_id="later"), "unknown"),
+        ({"pid": 666}, Kernel({}), "unknown"),
+    ],
+)
+def test_liveness(changes: dict[str, Any], kernel: Kernel, expected: str) -> None:
+    """Boot, pid and start time decide; another machine's or container's sidecar is unknown, not dead."""
+    assert expected == ep.liveness(an_endpoint(**changes), kernel)
+
+
+def test_sweep_deletes_the_dead_and_nothing_else(directory: Path) -> None:
+    """Alive and unknown runtime files survive a sweep."""
+    alive = ep.publish(an_endpoint(pid=100), directory)
+    dead = ep.publish(an_endpoint(pid=101), directory)
+    unknown = ep.publish(an_endpoint(pid=666), directory)
+    elsewhere = ep.publish(an_endpoint(pid=102, realm="elsewhere"), directory)
+    assert [dead] == ep.sweep(directory, Kernel({100: 7}))
+    assert alive.exists()
+    assert unknown.exists()
+    assert elsewhere.exists()
+
+
+def test_discover_prefers_the_watcher_of_the_pid_then_the_newest(directory: Path) -> None:
+    """The order of live sidecars: those that watch the given run of the pid, then by start."""
+    for pid, target, second in ((100, Target(200, 9), 1), (101, Target(201, 9), 2), (102, Target(200, 8), 3)):
+        ep.publish(an_endpoint(pid=pid, target=target, started_at=f"2026-01-01T00:00:0{second}.000000Z"), directory)
+    ep.publish(an_endpoint(pid=103), directory)
+    kernel = Kernel({100: 7, 101: 7, 102: 7, 200: 9})
+
+    def pids(pid: int | None) -> list[int]:
+        return [found.pid for found in ep.discover(pid, directories=[directory], kernel=kernel)]
+
+    assert pids(None) == [102, 101, 100]
+    assert pids(200) == [100, 102, 101]
+    assert pids(666) == [102, 101, 100]
+
+
+# The real kernel
+
+
+def test_the_start_key_is_that_of_the_source() -> None:
+    """A runtime file and a Source name one run of a process by the same number."""
+    assert open_source().identity().start_key == births().start_key(os.getpid())
+    assert open_source().identity().boot_id == births().boot_id()
+
+
+def test_a_dead_a_zombie_and_a_stopped_process() -> None:
+    """A process is there until it has exited, reaped or not."""
+    kernel = births()
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    start = kernel.start_key(child.pid)
+    os.kill(child.pid, signal.SIGSTOP)
+    assert start is not None
+    assert start == kernel.start_key(child.pid)
+    child.kill()
+    deadline = time.monotonic() + 5
+    while kernel.start_key(child.pid) is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert kernel.start_key(child.pid) is None
+    child.wait()
+    assert kernel.start_key(child.pid) is None
+
+
+def test_without_a_procfs_nothing_is_called_dead(tmp_path: Path) -> None:
+    """A process that exists and is not listed is undecided; so is the boot."""
+    kernel = LinuxBirths(str(tmp_path), str(tmp_path / "machine-id"))
+    with pytest.raises(Undecided):
+        kernel.start_key(os.getpid())
+    with pytest.raises(Undecided):
+        kernel.boot_id()
+    assert ep.liveness(an_endpoint(), kernel) == "unknown"
+    assert kernel.realm().startswith(ANY_MACHINE)
+
+
+def test_damaged_procfs_is_undecided(tmp_path: Path) -> None:
+    """A stat line that no kernel writes decides nothing."""
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "stat").write_text("garbage")
+    with pytest.raises(Undecided, match="garbage"):
+        LinuxBirths(str(tmp_path)).start_key(1)
+
+
+# Directories
+
+
+def test_the_override_stands_alone(tmp_path: Path) -> None:
+    """VITALSD_RUNTIME_DIR and VITALSD_STATE_DIR win over everything."""
+    environ = {"VITALSD_RUNTIME_DIR": str(tmp_path / "r"), "VITALSD_STATE_DIR": str(tmp_path / "s")}
+    environ |= {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    assert [tmp_path / "r"] == ep.runtime_directories(environ)
+    assert tmp_path / "r" == ep.runtime_directory(environ)
+    assert tmp_path / "s" == ep.state_directory(environ)
+    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o700
+
+
+def test_the_directories_of_a_login(tmp_path: Path) -> None:
+    """On Linux the runtime directory is under XDG_RUNTIME_DIR, else under the home; state is too."""
+    if sys.platform == "darwin":
+        expected = tmp_path / "Library/Application Support/vitalsd"
+        assert expected / "run" == ep.runtime_directories({"HOME": str(tmp_path)})[0]
+        assert expected == ep.state_directory({"HOME": str(tmp_path)})
+        return
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    assert tmp_path / "vitalsd" == ep.runtime_directories(environ)[0]
+    assert tmp_path / ".local/state/vitalsd/run" == ep.runtime_directories(environ)[-1]
+    assert tmp_path / "vitalsd" == ep.state_directory(environ)
+    assert tmp_path / ".local/state/vitalsd" == ep.state_directory({"HOME": str(tmp_path)})
+    relative = {"XDG_RUNTIME_DIR": "here", "XDG_STATE_HOME": "here", "HOME": str(tmp_path)}
+    assert tmp_path / ".local/state/vitalsd" == ep.state_directory(relative)
+
+
+def test_another_users_environment_is_not_used(tmp_path: Path) -> None:
+    """Under sudo -E nothing of ours is put into the directories that the environment still names."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    environ = {"XDG_RUNTIME_DIR": str(theirs), "HOME": str(theirs)}
+    assert not [path for path in ep.runtime_directories(environ) if path.is_relative_to(theirs)]
+
+
+def test_strange_directories_are_refused(tmp_path: Path) -> None:
+    """A symlink, a file, another user's directory and one that others may write are refused, each in a sentence."""
+    real = ep.private_directory(tmp_path / "real")
+    (tmp_path / "link").symlink_to(real)
+    (tmp_path / "file").touch()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    cases = {
+        "link": "symbolic link",
+        "dangling": "symbolic link",
+        "file": "not a directory",
+        "open": "written by other",
+        "file/x": "cannot use",
+    }
+    if os.geteuid() == 0:
+        (tmp_path / "theirs").mkdir()
+        os.chown(tmp_path / "theirs", 65534, 65534)
+        cases["theirs"] = "belongs to user 65534"
+    for name, reason in cases.items():
+        with pytest.raises(EndpointError, match=reason):
+            ep.private_directory(tmp_path / name)
+
+
+def test_a_readable_directory_of_ours_is_closed(tmp_path: Path) -> None:
+    """A directory of ours that others could only read becomes 0700; missing parents are made private too."""
+    (tmp_path / "mine").mkdir(0o755)
+    old = os.umask(0o777)
+    try:
+        ep.private_directory(tmp_path / "mine")
+        ep.private_directory(tmp_path / "a" / "b")
+    finally:
+        os.umask(old)
+    for name in ("mine", "a", "a/b"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
+
+
+def test_a_path_too_long_for_a_socket_is_refused_beforehand(tmp_path: Path) -> None:
+    """The limit of sun_path is told in bytes before anything is bound."""
+    with pytest.raises(EndpointError, match="bytes long"):
+        ep.runtime_directory({"VITALSD_RUNTIME_DIR": str(tmp_path / ("ü" * 60))})
+    longest = Path("/" + "x" * (ep.MAX_SOCKET_PATH - 1))
+    ep.check_socket_path(longest)
+    with pytest.raises(EndpointError):
+        ep.check_socket_path(Path(f"{longest}x"))
+
+
+def test_two_users_do_not_see_each_others_sidecars(tmp_path: Path) -> None:
+    """Another user can neither list nor read a runtime file, and one of theirs planted here is not believed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    directory = ep.private_directory(tmp_path / "run")
+    path = ep.publish(an_endpoint(), directory)
+    assert as_nobody(lambda: ep.discover(directories=[directory])) == "[]"
+    assert "Error" in as_nobody(lambda: ep.read(path))
+    assert as_nobody(lambda: ep.sweep(directory)) == "[]"
+    os.chown(path, 65534, 65534)
+    with pytest.raises(EndpointError, match="belongs to user 65534"):
+        ep.read(path)
+    assert ep.discover(directories=[directory], kernel=Kernel({100: 7})) == []
+
+
+# Sockets
+
+
+@pytest.fixture
+def listening(directory: Path) -> Iterator[tuple[Path, socket.socket]]:
+    path = directory / ep.socket_name(5)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        yield path, listener
+
+
+def test_a_live_socket_is_not_swept_and_a_dead_one_is(listening: tuple[Path, socket.socket], directory: Path) -> None:
+    """A socket file goes only when nobody accepts there, and its lock file goes with it."""
+    path, listener = listening
+    assert ep.sweep(directory) == []
+    listener.close()
+    assert [path] == ep.sweep(directory)
+    assert os.listdir(directory) == []
+
+
+def test_a_socket_whose_owner_has_not_listened_yet_is_not_swept(directory: Path) -> None:
+    """Between bind and listen a connect is refused, and only the lock shows that the owner lives."""
+    path = directory / ep.socket_name(6)
+    held = SocketLock(path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        assert not ep.answers(path)
+        assert ep.sweep(directory) == []
+    held.release()
+    held.release()
+    assert [path] == ep.sweep(directory)
+
+
+def test_the_agents_socket_is_left_alone(directory: Path) -> None:
+    """A sweep never probes the socket of the agent, because a connection would start it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(ep.agent_socket(directory)))
+    assert ep.sweep(directory) == []
+    assert ep.agent_socket(directory).exists()
+
+
+def test_a_lock_is_held_once(directory: Path) -> None:
+    """The second holder is refused in a sentence; after the release, or in a fork that forgets it, it is free."""
+    path = directory / "a.sock"
+    first = SocketLock(path)
+    with pytest.raises(EndpointError, match="another sidecar is serving"):
+        SocketLock(path)
+    first.release()
+    SocketLock(path).release()
+    assert os.listdir(directory) == []
+
+
+def test_a_lock_removed_while_waiting_is_taken_anew(directory: Path) -> None:
+    """A lock on a file that is no longer there protects nothing, so the file is made again."""
+    path = directory / "a.sock"
+    first = SocketLock(path)
+    os.unlink(f"{path}.lock")
+    second = SocketLock(path)
+    assert os.path.exists(f"{path}.lock")
+    first.forget()
+    second.release()
+
+
+def test_clients_import_this_without_the_service() -> None:
+    """Importing the endpoint loads no web framework, no server and no pydantic."""
+    code = "import sys, vitalsd.endpoint; print([m for m in sys.modules if m.split('.')[0] in sys.argv[1:]])"
+    command = [sys.executable, "-c", code, "fastapi", "starlette", "uvicorn", "pydantic", "asyncio", "anyio"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
