@@ -109,7 +109,7 @@ class ChildWorkload:
     def kill(self) -> None:
         """End it, and leave the zombie."""
         self._child.kill()
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
 
     def reap(self) -> None:
         self._child.wait()

@@ -94,13 +94,14 @@ class LinuxBirths:
             with open(f"{self._root}/{pid}/stat", "rb") as file:
                 stat = parse_stat(file.read(4096))
         except (FileNotFoundError, ProcessLookupError):
-            return self._absent(pid)
+            self._absent(pid)
+            return None
         except (OSError, Malformed) as error:
             raise Undecided(f"process {pid}: {error}") from None
         return None if stat.state in "ZX" and stat.thread_count <= 1 else stat.start_ticks
 
     def _absent(self, pid: int) -> None:
-        """``None`` if the kernel agrees: without a procfs, or under hidepid, nothing is listed."""
+        """Returns if the kernel agrees: without a procfs, or under hidepid, nothing is listed."""
         try:
             os.kill(pid, 0)
         except (ProcessLookupError, OverflowError):
