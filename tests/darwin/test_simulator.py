@@ -390,7 +390,7 @@ class TestProcesses:
     def test_zombies_are_found_only_where_asked_for(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
         """ESRCH for a live process's flavors; SHORTBSDINFO with arg 1 and proc_pid_rusage answer (§3)."""
         child.kill()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
         brief, usage = proc_bsdshortinfo(), rusage_info_v6()
         assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, proc_taskallinfo()) == (0, errno.ESRCH)
         assert call_pidinfo(simulator, child.pid, PROC_PIDLISTTHREADIDS, 0, (ctypes.c_uint64 * 9)()) == (0, errno.ESRCH)

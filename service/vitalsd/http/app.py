@@ -46,6 +46,7 @@ def create_app(
         summary="What one process is doing: CPU, memory and every thread.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
         lifespan=lifespan,
     )
     app.include_router(live_routes(targets, list_processes, reader))
