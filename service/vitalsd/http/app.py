@@ -8,7 +8,6 @@ from fastapi import Depends, FastAPI
 
 from vitalsd.http import problem
 from vitalsd.http.body import BodyLimit
-from vitalsd.http.ending import Ending
 from vitalsd.http.live import live_routes
 from vitalsd.http.past import past_routes
 from vitalsd.http.query import unique_parameters
@@ -55,6 +54,5 @@ def create_app(
     app.include_router(live_routes(targets, list_processes, reader))
     app.include_router(past_routes(targets, runs, reader))
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
-    app.add_middleware(Ending)
     problem.install(app)
     return app
