@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -44,6 +45,8 @@ from vitalsd.sources.apple_headers import (
     thread_identifier_info,
 )
 from workload import OwnWorkload
+
+assert sys.platform != "darwin" or not TYPE_CHECKING
 
 TASK = 0x103
 BURN_NS = 30_000_000

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -31,16 +32,11 @@ from vitalsd.sources.linux import CLOCK_BOOTTIME
 from vitalsd.sources.mach import MachSource
 from workload import ChildWorkload, OwnWorkload
 
+assert sys.platform != "darwin" or not TYPE_CHECKING
+
 KERN_FAILURE = 5
 KERN_TERMINATED = 37
 HOUR_NS = 3600 * 10**9
-
-
-@pytest.fixture
-def child() -> Iterator[ChildWorkload]:
-    workload = ChildWorkload()
-    yield workload
-    workload.close()
 
 
 @pytest.fixture(params=["mach", "libproc"])
@@ -196,7 +192,7 @@ class TestFailures:
 class TestBooks:
     @pytest.mark.parametrize("reap_delay", [0, 1, 3])
     def test_they_balance_while_the_kernel_reaps_late(
-        self, simulator: Simulator, open_own: Callable[..., Source], reap_delay: int
+        self, simulator: Simulator, open_own: Callable[..., Source], threads: OwnWorkload, reap_delay: int
     ) -> None:
         """
         A thread's whole life is counted once, in the window it was lived in.
@@ -204,7 +200,6 @@ class TestBooks:
         Not when the kernel gets to reap it: a thread that burnt a lot earlier must not appear as burnt now.
         """
         simulator.reap_delay(reap_delay)
-        threads = OwnWorkload()
         source = open_own()
         for _ in range(4):
             tid = threads.start_thread("brief")
@@ -222,7 +217,6 @@ class TestBooks:
                 m = measure(first, last)
                 assert m.exited_ns <= 10_000_000
                 assert not any("backwards" in warning for warning in m.warnings)
-        threads.close()
 
     def test_exited_time_is_exact_while_nobody_is_dying(
         self, simulator: Simulator, open_own: Callable[..., Source]
@@ -421,6 +415,16 @@ class TestClocks:
         assert true_ns <= first.uptime_ns <= last.uptime_ns <= true_ns + 60 * 10**9
         opened_later = open_own(wall_clock=lambda: time.time_ns() + clock[0]).snapshot()
         assert last.uptime_ns - 1_000_000 <= opened_later.uptime_ns <= true_ns + 60 * 10**9
+
+    def test_without_rusage_the_wall_clock_tells_the_age(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
+        """A sandbox may hide it. Nobody is older than the machine is up, whatever the clock says."""
+        true_ns = open_own().snapshot().uptime_ns
+        simulator.fault("proc_pid_rusage", errno.EPERM, every=1)
+        assert true_ns <= open_own().snapshot().uptime_ns <= true_ns + 60 * 10**9
+        oldest = open_own(wall_clock=lambda: time.time_ns() + 10**6 * HOUR_NS).snapshot()
+        assert oldest.uptime_ns <= oldest.boottime_ns
 
     def test_sleep_ages_and_is_told(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """It is in the uptime and not in the rate: the window is the time awake."""
