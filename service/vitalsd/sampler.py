@@ -320,16 +320,19 @@ class Targets:
             yield self.default
             return
         guest = self._enter(pid)
-        idle_s = self._idle_s
         try:
             yield guest.sampler
         except SourceError:
-            idle_s = 0  # the pid may be another process the next time: do not hold on to this one
+            # The pid may be another process the next time: whoever asks next opens it anew.
+            if self._guests.get(pid) is guest:
+                del self._guests[pid]
             raise
         finally:
             guest.users -= 1
-            if guest.users == 0:
-                guest.expiry = asyncio.get_running_loop().call_later(idle_s, self._expire, pid)
+            if guest.users == 0 and self._guests.get(pid) is guest:
+                guest.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
+            elif guest.users == 0:
+                self._release(guest)
 
     async def start(self) -> None:
         """Open the default target, so that it is recorded from now on. A failure is told to whoever asks."""
@@ -365,6 +368,9 @@ class Targets:
         guest = self._guests.pop(pid)
         if guest.expiry is not None:
             guest.expiry.cancel()
+        self._release(guest)
+
+    def _release(self, guest: _Guest) -> None:
         task = asyncio.ensure_future(guest.sampler.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

@@ -179,7 +179,7 @@ class LibSystem:
 
     def __init__(self, path: str | None) -> None:
         try:
-            self._quick = ctypes.PyDLL(path, use_errno=True)
+            self._quick = ctypes.PyDLL(path)  # Mach calls leave errno alone
             self._slow = ctypes.CDLL(path, use_errno=True)
         except OSError as error:
             raise Unsupported(f"cannot load libSystem: {error}") from None
@@ -227,12 +227,14 @@ class LibSystem:
         array = POINTER(c_uint32)()
         count = c_uint32()
         codes: list[int] = []
+        ports: Sequence[int] = ()
         try:
             self._quick.task_threads(self._task.value, ctypes.addressof(array), ctypes.addressof(count))
-            yield array[: count.value]
+            ports = array[: count.value]
+            yield ports
         finally:
             if (address := ctypes.cast(array, c_void_p).value) is not None:
-                ports: Sequence[int] = array[: count.value]
+                ports = ports or array[: count.value]
                 if MACH_PORT_NULL in ports or MACH_PORT_DEAD in ports:
                     ports = [port for port in ports if port not in (MACH_PORT_NULL, MACH_PORT_DEAD)]
                 try:
