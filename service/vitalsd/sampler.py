@@ -83,6 +83,7 @@ class Sampler:
         self._recording = recording
         self._worker = Worker(name)
         self._source: Source | None = None
+        self._closed = False
         self._identity: Identity | None = None
         self._last: Snapshot | None = None
         self._pending: asyncio.Future[Snapshot] | None = None
@@ -202,6 +203,8 @@ class Sampler:
 
     def _beat(self) -> bool:
         assert self.recorder is not None
+        if self._closed:  # due between the release of the target and the end of the thread
+            return False
         last = self._last
         fresh = last is not None and time.monotonic_ns() - last.monotonic_ns < SHARE_NS
         try:
@@ -218,6 +221,7 @@ class Sampler:
                 self._last = None
                 self._beat()
             self.recorder.close()
+        self._closed = True
         if self._source is not None:
             self._source.close()
 

@@ -60,6 +60,8 @@ from vitalsd.sources.apple_headers import (
     thread_identifier_info,
 )
 
+__all__ = ["LibSystem", "MachError", "ThreadRows", "load"]
+
 THREAD_GONE = frozenset((KERN_INVALID_ARGUMENT, KERN_TERMINATED, MACH_SEND_INVALID_DEST))
 """How ``thread_info`` says that the thread has ended: detached, inactive, dead name."""
 
