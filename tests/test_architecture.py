@@ -60,7 +60,7 @@ def within(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
 
-@pytest.mark.parametrize("module", modules(vitalsd))
+@pytest.mark.parametrize("module", list(modules(vitalsd)))
 def test_a_module_knows_only_those_below_it(module: str) -> None:
     """No module imports one that the map of docs/design.md draws above it."""
     for package, forbidden in FORBIDDEN.items():

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from serving import Serving
 from target import Target
-
 from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 
 pytestmark = pytest.mark.live
@@ -96,7 +96,10 @@ def test_name_picks_the_newest(start: Start) -> None:
     assert full["target"]["pid"] == targets[-1].pid
     assert full["target"]["name"] == name
     out = vitalsd("sample", "--name", "nobody-is-called-so", "--window-ms", "10")
-    assert (out.returncode, json.loads(out.stdout)["reason"]) == (1, "no process of yours is called nobody-is-called-so")
+    assert (out.returncode, json.loads(out.stdout)["reason"]) == (
+        1,
+        "no process of yours is called nobody-is-called-so",
+    )
 
 
 def test_serve_says_where(tmp_path: Path) -> None:
@@ -123,7 +126,9 @@ def test_serve_needs_no_stdin(tmp_path: Path) -> None:
                 time.sleep(0.05)
                 continue
             with connection:
-                connection.sendall(b"GET /metrics?window_ms=10 HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+                connection.sendall(
+                    b"GET /metrics?window_ms=10 HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+                )
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
             break
         else:

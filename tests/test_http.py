@@ -19,9 +19,9 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from serving import Serving
 from target import Target
-
 from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 
 pytestmark = pytest.mark.live
