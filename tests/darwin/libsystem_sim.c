@@ -1126,6 +1126,20 @@ int proc_listallpids(void *buffer, int size)
     return (int)n;
 }
 
+int gethostuuid(unsigned char *uuid, const struct timespec *wait)
+{
+    (void)wait;
+    pthread_mutex_lock(&lock);
+    long error = fault("gethostuuid", -1);
+    pthread_mutex_unlock(&lock);
+    if (error) {
+        errno = (int)error;
+        return -1;
+    }
+    memset(uuid, 0x5a, 16);
+    return 0;
+}
+
 int sysctlbyname(const char *name, void *old, size_t *size, const void *new, size_t new_size)
 {
     (void)new, (void)new_size;

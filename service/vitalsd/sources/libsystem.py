@@ -138,6 +138,9 @@ FUNCTIONS = {
         "int proc_pid_rusage(int, int, rusage_info_t *)", c_int, (c_int, c_int, c_void_p), "errno"
     ),
     "proc_listallpids": Function("int proc_listallpids(void *, int)", c_int, (c_void_p, c_int), "errno"),
+    "gethostuuid": Function(
+        "int gethostuuid(unsigned char *, const struct timespec *)", c_int, (c_void_p, c_void_p), "errno"
+    ),
     "sysctlbyname": Function(
         "int sysctlbyname(const char *, void *, size_t *, void *, size_t)",
         c_int,
@@ -314,6 +317,18 @@ class LibSystem:
         if got <= 0 and ctypes.get_errno():
             raise _os_error(f"proc_pidinfo({name})", ctypes.get_errno())
         return got
+
+    # The machine
+
+    def host_uuid(self) -> bytes:
+        """What tells this machine from others, across reboots; empty where it is not told within a second."""
+        uuid = (ctypes.c_ubyte * 16)()
+        wait = (ctypes.c_long * 2)(1, 0)  # struct timespec
+        try:
+            self._slow.gethostuuid(ctypes.addressof(uuid), ctypes.addressof(wait))
+        except OSError:
+            return b""
+        return bytes(uuid)
 
     # sysctl and clocks
 

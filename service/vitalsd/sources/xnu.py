@@ -41,6 +41,7 @@ __all__ = [
     "ATTEMPTS",
     "QUANTUM_NS",
     "THREAD_GRAIN_NS",
+    "UNKNOWN_BOOT",
     "Instant",
     "Living",
     "Target",
@@ -109,12 +110,15 @@ def translated_errors(pid: int) -> Iterator[None]:
         raise KernelError(f"process {pid}: {error}") from None
 
 
+UNKNOWN_BOOT = "unknown"
+
+
 def boot_id(lib: LibSystem) -> str:
     """The UUID of this boot of the machine."""
     try:
         return lib.sysctl("kern.bootsessionuuid").rstrip(b"\0").decode("ascii", "backslashreplace").lower()
     except OSError:
-        return "unknown"
+        return UNKNOWN_BOOT
 
 
 def process_name(info: proc_bsdinfo) -> str:
