@@ -15,6 +15,12 @@ from vitalsd.listeners import BACKLOG
 
 __all__ = ["Server"]
 
+QUEUE = 1024
+"""
+Connections the kernel completes ahead of us. asyncio listens with its backlog, which is also how many
+it accepts at a turn, and how many errors it logs when descriptors run out; with only that much
+queued, 200 callers at once would have to dial again after one and three seconds.
+"""
 SETTLE_S = 0.5
 """For the last answers to leave, after the gate has ended what was under way."""
 
@@ -84,6 +90,11 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's would take over SIGINT and SIGTERM and raise them again at the end."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(QUEUE)
 
     async def main_loop(self) -> None:
         self._ready()

@@ -60,6 +60,8 @@ from vitalsd.sources.apple_headers import (
     thread_identifier_info,
 )
 
+__all__ = ["LibSystem", "MachError", "ThreadRows", "load"]
+
 THREAD_GONE = frozenset((KERN_INVALID_ARGUMENT, KERN_TERMINATED, MACH_SEND_INVALID_DEST))
 """How ``thread_info`` says that the thread has ended: detached, inactive, dead name."""
 
@@ -180,7 +182,7 @@ class LibSystem:
 
     def __init__(self, path: str | None) -> None:
         try:
-            self._quick = ctypes.PyDLL(path, use_errno=True)
+            self._quick = ctypes.PyDLL(path)  # Mach calls leave errno alone
             self._slow = ctypes.CDLL(path, use_errno=True)
         except OSError as error:
             raise Unsupported(f"cannot load libSystem: {error}") from None
@@ -228,12 +230,14 @@ class LibSystem:
         array = POINTER(c_uint32)()
         count = c_uint32()
         codes: list[int] = []
+        ports: Sequence[int] = ()
         try:
             self._quick.task_threads(self._task.value, ctypes.addressof(array), ctypes.addressof(count))
-            yield array[: count.value]
+            ports = array[: count.value]
+            yield ports
         finally:
             if (address := ctypes.cast(array, c_void_p).value) is not None:
-                ports: Sequence[int] = array[: count.value]
+                ports = ports or array[: count.value]
                 if MACH_PORT_NULL in ports or MACH_PORT_DEAD in ports:
                     ports = [port for port in ports if port not in (MACH_PORT_NULL, MACH_PORT_DEAD)]
                 try:

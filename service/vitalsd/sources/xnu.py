@@ -65,6 +65,17 @@ THREAD_GRAIN_NS = 2_000
 ATTEMPTS = 3
 """Lists of threads to make before believing that nobody on them is alive: an exec replaces them all."""
 
+QOS_CLASSES = (
+    "default",
+    "maintenance",
+    "background",
+    "utility",
+    "legacy",
+    "user_initiated",
+    "user_interactive",
+)
+"""The ``ri_cpu_time_qos_*`` fields of rusage_info_v4 (bsd/sys/resource.h)."""
+
 RUN_STATES = {
     TH_STATE_RUNNING: "running",
     TH_STATE_STOPPED: "stopped",
@@ -250,6 +261,7 @@ class Target:
             start_key=start_key(self.info.pbsd),
             started_unix_ns=start_key(self.info.pbsd) * 1000,
         )
+        self._start_abstime: int | None = None
         with translated_errors(pid):
             self._age_base_ns = self._age_ns() - lib.continuous_ns()
         self._has_p_cores = self._perf_levels() > 1
@@ -341,6 +353,9 @@ class Target:
             p_core_ns=self.ns(usage.ri_user_ptime + usage.ri_system_ptime)
             if usage and v6 and self._has_p_cores
             else None,
+            qos_ns={name: self.ns(getattr(usage, f"ri_cpu_time_qos_{name}")) for name in QOS_CLASSES}
+            if usage
+            else None,
         )
 
     def _attach(self) -> proc_taskallinfo:
@@ -372,8 +387,14 @@ class Target:
         """
         continuous_ns, absolute_ns = self._lib.continuous_ns(), self._lib.absolute_ns()
         wall_age_ns = self._wall_clock() - self.identity.started_unix_ns
-        self._read_rusage()
-        awake_ns = max(0, absolute_ns - self.ns(self._usage.ri_proc_start_abstime))
+        try:
+            self._read_rusage()
+        except ProcessLookupError:
+            raise
+        except OSError:  # a sandbox may hide it; the wall clock is then all there is
+            return min(max(0, wall_age_ns), continuous_ns)
+        self._start_abstime = self._usage.ri_proc_start_abstime
+        awake_ns = max(0, absolute_ns - self.ns(self._start_abstime))
         slept_ns = max(0, continuous_ns - absolute_ns)
         return awake_ns + min(max(0, wall_age_ns - awake_ns), slept_ns)
 
@@ -400,7 +421,7 @@ class Target:
         except OSError as error:
             warnings.append(f"footprint, wakeups, energy: {error.strerror}")
             return None, False
-        if self._usage.ri_proc_exit_abstime:
+        if self._usage.ri_proc_exit_abstime or self._start_abstime not in (None, self._usage.ri_proc_start_abstime):
             raise ProcessLookupError(errno.ESRCH, "proc_pid_rusage")
         return self._usage, self._usage_flavor == RUSAGE_INFO_V6
 
