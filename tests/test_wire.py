@@ -48,7 +48,7 @@ FULL = {
         "interrupt_wakeups": int,
         "energy_nj": int,
         "p_core_percent": float,
-        "qos_percent": dict,
+        "qos_percent": {"utility": float},
     },
     "threads": [
         {
