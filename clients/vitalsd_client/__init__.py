@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from vitalsd_client.archive import Bundle
     from vitalsd_client.client import afetch, fetch
     from vitalsd_client.report import BugReport
-    from vitalsd_client.spool import Spool, SpoolError
+    from vitalsd_client.spool import Spool
+    from vitalsd_client.states import SpoolError
 
 __all__ = ["BugReport", "Bundle", "Spool", "SpoolError", "afetch", "fetch"]
 
@@ -22,7 +23,7 @@ def __getattr__(name: str) -> Any:
         "BugReport": "report",
         "Bundle": "archive",
         "Spool": "spool",
-        "SpoolError": "spool",
+        "SpoolError": "states",
         "afetch": "client",
         "fetch": "client",
     }

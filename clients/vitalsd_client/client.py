@@ -187,7 +187,8 @@ class _Question:
 
     def _covered(self, answer: Measured) -> bool:
         """A recorder with a slow beat gives far longer windows than the one asked for."""
-        return self.window_ms * COVERED <= answer.sample_window_ms <= 2 * self.window_ms + 2000
+        least, most = self.window_ms * COVERED, 2 * self.window_ms + 2000
+        return bool(least <= answer.sample_window_ms <= most)
 
     def _metrics(self, sidecar: Sidecar, mode: str) -> RuntimeMetrics:
         query: dict[str, Any] = {"window_ms": self.window_ms, "mode": mode}

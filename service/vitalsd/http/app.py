@@ -11,6 +11,7 @@ from vitalsd.http.body import BodyLimit
 from vitalsd.http.live import live_routes
 from vitalsd.http.past import past_routes
 from vitalsd.http.query import unique_parameters
+from vitalsd.http.report import report_routes
 from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Targets
 from vitalsd.sources import ProcessEntry
@@ -52,6 +53,7 @@ def create_app(
     )
     app.include_router(live_routes(targets, list_processes, reader))
     app.include_router(past_routes(targets, runs, reader))
+    app.include_router(report_routes(targets, runs, reader))
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     problem.install(app)
     return app
