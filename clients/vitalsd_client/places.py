@@ -13,8 +13,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from vitalsd import endpoint as endpoints
-from vitalsd.endpoint import Endpoint, EndpointError
-from vitalsd.sources.birth import births
+from vitalsd.endpoint import Endpoint, EndpointError, Liveness
 from vitalsd_client.exchange import Answer, Connection, ExchangeError
 
 __all__ = ["NoSidecar", "Sidecar", "locate"]
@@ -160,20 +159,24 @@ def _why_none() -> str:
         if owner != os.geteuid():
             reasons.append(f"{directory} belongs to user {owner}, so nothing in it is believed")
             continue
-        reasons += [reason for name in entries if (reason := _why_not(directory / name, name))]
+        states = {entry.path.name: entry.liveness for entry in endpoints.published(directory)}
+        reasons += [reason for name in entries if (reason := _why_not(directory / name, states.get(name)))]
     if not reasons:
         looked = " or ".join(map(str, directories)) or "any directory of this user"
         reasons.append(f"no runtime file in {looked}; start one with vitalsd.start() or `vitalsd serve`")
     return "no sidecar to ask: " + "; ".join(reasons[:3])
 
 
-def _why_not(path: Path, name: str) -> str:
+def _why_not(path: Path, state: Liveness | None) -> str | None:
+    """``None``: there is nothing against it; it has come or gone meanwhile."""
+    if state == "dead":
+        return f"{path.name} was left behind by a sidecar that is no longer running"
+    if state == "unknown":
+        return f"{path.name} is from another machine or container, or its process cannot be seen"
     try:
-        state = endpoints.liveness(endpoints.read(path), births())
+        endpoints.read(path)
     except FileNotFoundError:
-        return ""
+        return None
     except (EndpointError, OSError) as error:
         return str(error)
-    if state == "dead":
-        return f"{name} was left behind by a sidecar that is no longer running"
-    return f"{name} is from another machine or container, or its process cannot be seen" if state == "unknown" else ""
+    return None

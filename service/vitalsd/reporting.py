@@ -209,7 +209,9 @@ def _send(
         if not quiet:
             click.echo(f"{outcome.report_id}: {'sent, receipt ' if sent else 'not sent: '}{said}", err=not sent)
     left = [entry for entry in kept.entries() if entry.state == "pending" and report_id in (None, entry.report_id)]
-    refused = any(not result["sent"] for result in results if not left)
+    refused = {result["report_id"] for result in results} - {
+        result["report_id"] for result in results if result["sent"]
+    }
     if left and not quiet:
         click.echo(f"{len(left)} left in {kept.directory}; try again with: vitalsd spool send", err=True)
     return results, not left and not refused
