@@ -1,7 +1,9 @@
 """Shared fixtures."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -24,3 +26,10 @@ def start() -> Iterator[Callable[..., Target]]:
             return stack.enter_context(Target(*arguments))
 
         yield start
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose path leaves room for that of a Unix socket, which pytest's own on macOS does not."""
+    with tempfile.TemporaryDirectory(prefix="v", dir="/tmp") as path:
+        yield Path(path).resolve()

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import plistlib
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import vitalsd_client
 ROOT = Path(__file__).parent.parent
 SERVICE = ROOT / "service" / "vitalsd"
 
+# Above a module: whatever may import it, and must not be imported by it.
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "vitalsd.http", "vitalsd.sidecar"}
 ABOVE = HTTP | {"vitalsd.sampler", "vitalsd.cli"}
 FORBIDDEN = {
@@ -25,6 +27,9 @@ FORBIDDEN = {
     "vitalsd.snapshot": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
     "vitalsd.sources": ABOVE | {"vitalsd.wire", "vitalsd.model"},
     "vitalsd.wire": ABOVE,
+    "vitalsd.worker": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
+    "vitalsd.record": ABOVE,
+    "vitalsd.endpoint": ABOVE | {"vitalsd.wire", "vitalsd.model"},
     "vitalsd.sampler": HTTP | {"vitalsd.cli"},
     "vitalsd.http": {"vitalsd.cli"},
     "vitalsd.sidecar": {"vitalsd.cli"},
@@ -60,7 +65,7 @@ def within(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
 
-@pytest.mark.parametrize("module", modules(vitalsd))
+@pytest.mark.parametrize("module", list(modules(vitalsd)))
 def test_a_module_knows_only_those_below_it(module: str) -> None:
     """No module imports one that the map of docs/design.md draws above it."""
     for package, forbidden in FORBIDDEN.items():
@@ -115,18 +120,18 @@ def test_help_loads_no_server() -> None:
     assert not {"fastapi", "uvicorn", "starlette", "pydantic", "httpx"} & set(out.stdout.split())
 
 
-@pytest.mark.parametrize("module", [*modules(vitalsd), *modules(vitalsd_client)])
-def test_importing_has_no_effect(module: str) -> None:
+def test_importing_has_no_effect() -> None:
     """Importing a module starts no thread, opens no descriptor and touches no signal handler or logger."""
     code = (
         "import importlib, logging, os, signal, sys, threading\n"
         "def state(): return (threading.active_count(), [signal.getsignal(n) for n in (2, 15)],"
-        " logging.root.handlers, len(os.listdir('/dev/fd')))\n"
+        " logging.root.handlers[:], len(os.listdir('/dev/fd')))\n"
         "before = state()\n"
-        "importlib.import_module(sys.argv[1])\n"
-        "assert state() == before, (before, state())\n"
+        "for module in sys.argv[1:]:\n"
+        "    importlib.import_module(module)\n"
+        "    assert state() == before, (module, before, state())\n"
     )
-    subprocess.run([sys.executable, "-c", code, module], check=True)
+    subprocess.run([sys.executable, "-c", code, *modules(vitalsd), *modules(vitalsd_client)], check=True)
 
 
 def test_make_help_lists_every_target() -> None:
@@ -154,6 +159,16 @@ def test_make_says_what_is_missing(tmp_path: Path) -> None:
     assert out.returncode != 0
     assert "vitalsd needs Python 3.11 or newer" in out.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_agent_ends_as_the_service_does() -> None:
+    """The template of the launchd agent is a property list, starts `serve`, and leaves a clean end alone."""
+    template = (ROOT / "launchd" / "vitalsd.plist.template").read_bytes()
+    agent = plistlib.loads(template.replace(b"@VITALSD@", b"/opt/vitalsd/bin/vitalsd").replace(b"@LOG@", b"/tmp/log"))
+    assert agent["ProgramArguments"] == ["/opt/vitalsd/bin/vitalsd", "serve"]
+    assert agent["KeepAlive"] == {"SuccessfulExit": False}
+    assert agent["Umask"] == 0o077
+    assert b"@" not in template.replace(b"@VITALSD@", b"").replace(b"@LOG@", b"")
 
 
 def test_design_names_every_module() -> None:

@@ -109,7 +109,10 @@ class ChildWorkload:
     def kill(self) -> None:
         """End it, and leave the zombie."""
         self._child.kill()
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        if sys.platform == "darwin":
+            time.sleep(0.2)
+        else:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
     def reap(self) -> None:
         self._child.wait()

@@ -1,6 +1,8 @@
 """The command line. Each command imports what it needs when it runs, so that ``--help`` is quick."""
 
 import sys
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +11,14 @@ import click
 from vitalsd.reporting import report, spool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import IO, Any
 
+    from vitalsd.alongside import ReadyFd
+    from vitalsd.endpoint import Target
     from vitalsd.runs import RunDirectory
     from vitalsd.sampler import Targets
+    from vitalsd.sidecar import Companion, Listeners
     from vitalsd.sources import ProcessEntry
 
 __all__ = ["main"]
@@ -44,7 +50,7 @@ _proc_root = click.option(
 )
 
 
-_host = click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Loopback address.")
+_host = click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 _port = click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -70,8 +76,6 @@ def sample(
 
     Without --pid or --name it measures itself, which shows what an answer looks like.
     """
-    from contextlib import closing
-
     from vitalsd.sampler import sample as sample_window
     from vitalsd.sources import SourceError, open_source
     from vitalsd.wire import encode, unavailable
@@ -121,6 +125,26 @@ def sample(
 @click.option(
     "--black-box/--no-black-box", default=True, show_default=True, help="Keep the record on disk, to survive a crash."
 )
+@click.option("--no-tcp", is_flag=True, help="Listen on the Unix socket alone.")
+@click.option("--uds", metavar="PATH", help="Unix socket.  [default: in the runtime directory]")
+@click.option(
+    "--auth",
+    type=click.Choice(["none", "token"]),
+    default="none",
+    show_default=True,
+    help="token: demand the token of the runtime file over TCP.",
+)
+@click.option("--allow-remote", is_flag=True, help="With --auth token, --host may be reachable from other machines.")
+@click.option("--ready-fd", type=click.IntRange(0), metavar="FD", help="Write a line of JSON there when ready.")
+@click.option("--exit-with-target", is_flag=True, help="With --pid: end when the target does.")
+@click.option(
+    "--linger",
+    type=click.FloatRange(0),
+    default=900.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --pid: answer for so long after the target has ended, then end.",
+)
 def serve(
     pid: int | None,
     name: str | None,
@@ -130,31 +154,115 @@ def serve(
     record_interval: float,
     retention: float,
     black_box: bool,
+    no_tcp: bool,
+    uds: str | None,
+    auth: str,
+    allow_remote: bool,
+    ready_fd: int | None,
+    exit_with_target: bool,
+    linger: float,
 ) -> None:
     """Serve the metrics of a process on http://127.0.0.1:9779 until Ctrl-C.
 
     Without --pid or --name it samples itself; any other process of yours can be asked for with
-    /metrics?pid=N.
+    /metrics?pid=N. With --name it waits for the process to start, and goes on with the next one
+    when it has ended.
+
+    SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one ends it at once.
     """
+    import os
+
+    from vitalsd.alongside import ReadyFd
+
+    try:
+        waiting = ReadyFd(ready_fd)
+    except OSError as error:
+        raise click.UsageError(f"--ready-fd {ready_fd}: {error.strerror}") from None
+    try:
+        if 0 < record_interval < 0.01:
+            raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
+        os.umask(0o077)
+        _raise_descriptor_limit()
+        _serve_target(
+            pid,
+            name,
+            proc_root,
+            (record_interval, retention * 60, black_box),
+            _Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
+            0.0 if exit_with_target else linger,
+            waiting,
+        )
+    except click.ClickException as error:
+        waiting.send(error=error.message)
+        raise
+
+
+def _serve_target(
+    pid: int | None,
+    name: str | None,
+    proc_root: str,
+    record: tuple[float, float, bool],
+    where: "_Where",
+    linger_s: float,
+    waiting: "ReadyFd",
+) -> None:
+    import os
+
+    from vitalsd.activation import Notifier
+    from vitalsd.endpoint import Target
     from vitalsd.recorder import Recording
     from vitalsd.runs import RunDirectory
     from vitalsd.sampler import Sampler, Targets
-    from vitalsd.sources import SourceError, list_processes, open_source
+    from vitalsd.sidecar import Companion, end_with, follow
+    from vitalsd.sources import NoSuchProcess, Source, SourceError, list_processes, open_source
 
-    if 0 < record_interval < 0.01:
-        raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
-    _raise_descriptor_limit()
-    try:
-        target = _target(pid, name, proc_root)
-        open_source(target, proc_root=proc_root).close()
-    except SourceError as error:
-        raise SystemExit(f"vitalsd: {error}") from None
+    if pid is not None and name is not None:
+        raise click.UsageError("--pid and --name exclude each other")
+    interval_s, retention_s, black_box = record
     runs = RunDirectory(_runs_path())
-    recording = Recording(record_interval, retention * 60, runs=runs if black_box else None)
-    sampler = Sampler(lambda: open_source(target, proc_root=proc_root), recording=recording)
-    targets = Targets(sampler, lambda other: open_source(other, proc_root=proc_root))
-    whom = f"process {target}" if target else "itself"
-    _serve(targets, lambda: list_processes(proc_root=proc_root), runs, whom, host, port)
+    recording = Recording(interval_s, retention_s, runs=runs if black_box else None)
+    poll = proc_root != "/proc"
+    watched: Target | None = None
+    companions: list[Companion] = []
+
+    def open_target() -> Source:
+        try:
+            return open_source(_target(pid, name, proc_root), proc_root=proc_root)
+        except NoSuchProcess as error:
+            raise NoSuchProcess(f"{error}; waiting for one" if name is not None else str(error)) from None
+
+    def next_run() -> Sampler:
+        return Sampler(open_target, recording=recording)
+
+    if name is None:
+        try:
+            with closing(open_target()) as source:
+                found = source.identity()
+        except SourceError as error:
+            raise _Failed(str(error)) from None
+        watched = Target(found.pid, found.start_key)
+    targets = Targets(next_run(), lambda other: open_source(other, proc_root=proc_root))
+    if name is not None:
+        companions.append(follow(targets, next_run, poll=poll))
+    elif pid is not None and watched is not None:
+        companions.append(end_with(watched, linger_s=linger_s, poll=poll))
+
+    async def alive() -> None:
+        if isinstance(targets.default, Sampler):
+            await targets.default.responds()
+
+    companions.append(Notifier(os.environ, alive).companion)
+    whom = f"the newest process called {name}" if name else f"process {pid}" if pid else "itself"
+    _serve(
+        targets,
+        lambda: list_processes(proc_root=proc_root),
+        runs,
+        whom,
+        where,
+        watched=watched,
+        companions=companions,
+        waiting=waiting,
+    )
 
 
 @main.command()
@@ -180,7 +288,14 @@ def replay(file: Path, host: str, port: int | None) -> None:
     def nobody(pid: int) -> Source:
         raise NoSuchProcess(f"this is a replay of {file.name}; it has no process {pid}")
 
-    _serve(Targets(Replay(record), nobody), list, RunDirectory(_runs_path()), f"a replay of {file.name}", host, port)
+    _serve(
+        Targets(Replay(record), nobody),
+        list,
+        RunDirectory(_runs_path()),
+        f"a replay of {file.name}",
+        _Where(host, port),
+        published=False,
+    )
 
 
 @main.command()
@@ -223,12 +338,37 @@ def _table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def _runs_path() -> Path:
-    import os
+    from vitalsd.endpoint import EndpointError, state_directory
 
-    root = os.environ.get("VITALSD_STATE_DIR") or os.path.join(
-        os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "vitalsd"
-    )
-    return Path(root) / "runs"
+    try:
+        return state_directory() / "runs"
+    except EndpointError as error:
+        raise _Failed(str(error)) from None
+
+
+class _Failed(click.ClickException):
+    """It cannot be done: one line and exit status 1."""
+
+    def show(self, file: "IO[Any] | None" = None) -> None:
+        click.echo(f"vitalsd: {self.message}", err=True)
+
+
+class _Refused(_Failed):
+    """It was asked for what cannot be: one line and exit status 2."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where to listen, as the options say."""
+
+    host: str
+    port: int | None
+    tcp: bool = True
+    uds: str | None = None
+    token: bool = False
+    allow_remote: bool = False
 
 
 def _serve(
@@ -236,31 +376,120 @@ def _serve(
     list_processes: "Callable[[], Iterable[ProcessEntry]]",
     runs: "RunDirectory",
     whom: str,
-    host: str,
-    port: int | None,
+    where: _Where,
+    *,
+    published: bool = True,
+    watched: "Target | None" = None,
+    companions: "Sequence[Companion]" = (),
+    waiting: "ReadyFd | None" = None,
 ) -> None:
     """Listen and serve until a signal ends it."""
+    from vitalsd import sidecar
+    from vitalsd.endpoint import new_token
     from vitalsd.http.app import create_app
-    from vitalsd.sidecar import DEFAULT_PORT, PortInUse, bind_tcp
-    from vitalsd.sidecar import serve as serve_forever
+    from vitalsd.sidecar import Sidecar
 
-    try:
-        listener = bind_tcp(host, DEFAULT_PORT if port is None else port)
-    except PortInUse as error:
-        if port is not None:
-            raise click.UsageError(f"{error.strerror}; choose another with --port, or 0 for a free one") from None
-        click.echo(f"vitalsd: {error.strerror}; taking a free one", err=True)
-        listener = bind_tcp(host, 0)
-    except (OSError, ValueError) as error:
-        raise click.UsageError(f"cannot listen on {host}: {error}") from None
-    app = create_app(targets, list_processes, runs=runs)
-    address, bound_port = listener.getsockname()[:2]
-    shown = f"[{address}]" if ":" in address else address
+    notes: list[str] = []
+    directory = sidecar.runtime_directory(notes) if published else None
+    listeners = _listeners(where, directory)
+    service = Sidecar(
+        create_app(targets, list_processes, runs=runs),
+        listeners,
+        directory=directory,
+        target=watched,
+        token=new_token() if where.token else None,
+    )
 
     def ready() -> None:
-        click.echo(f"vitalsd: serving {whom} on http://{shown}:{bound_port}/metrics", err=True)
+        for note in (*notes, *service.notes):
+            click.echo(f"vitalsd: {note}", err=True)
+        places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]
+        click.echo(f"vitalsd: serving {whom} on {' and '.join(filter(None, places))}", err=True)
+        if waiting is not None:
+            file = service.runtime_file
+            waiting.send(
+                pid=service.endpoint.pid,
+                url=service.endpoint.url,
+                socket=service.endpoint.socket,
+                runtime_file=file and str(file),
+            )
 
-    serve_forever(app, [listener], ready=ready)
+    sidecar.serve(service, ready=ready, companions=companions)
+
+
+def _listeners(where: _Where, directory: Path | None) -> "Listeners":
+    """Those a supervisor handed over, or new ones. Raises `_Refused`."""
+    import os
+
+    from vitalsd.activation import activated
+    from vitalsd.listeners import ListenError, PortInUse
+    from vitalsd.sidecar import adopt, listen
+
+    try:
+        given = activated(os.environ)
+        if given:
+            return adopt(given, guarded=where.token, allow_remote=where.allow_remote)
+        return listen(
+            host=where.host,
+            port=where.port,
+            tcp=where.tcp,
+            uds=where.uds,
+            directory=directory,
+            guarded=where.token,
+            allow_remote=where.allow_remote,
+        )
+    except PortInUse as error:
+        raise _Refused(f"{error}; choose another with --port, or 0 for a free one") from None
+    except ListenError as error:
+        raise _Refused(str(error)) from None
+
+
+@main.command("endpoints")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_endpoints(as_json: bool) -> None:
+    """List your sidecars that are running, the newest first, and clear away what dead ones left.
+
+    A token is never printed; it is in the FILE.
+    """
+    import json
+    from dataclasses import asdict
+
+    from vitalsd.endpoint import published, runtime_directories, sweep
+
+    found = []
+    for directory in runtime_directories():
+        sweep(directory)
+        found += [entry for entry in published(directory) if entry.liveness != "dead"]
+    found.sort(key=lambda entry: entry.endpoint.started_at, reverse=True)
+    if as_json:
+        shown = [
+            asdict(entry.endpoint)
+            | {
+                "url": entry.endpoint.url,
+                "token": entry.endpoint.token is not None,
+                "state": entry.liveness,
+                "file": str(entry.path),
+            }
+            for entry in found
+        ]
+        click.echo(json.dumps(shown, indent=2))
+        return
+    if not found:
+        click.echo("no sidecar of yours is running")
+        return
+    rows = [
+        [
+            str(entry.endpoint.pid),
+            str(entry.endpoint.target.pid) if entry.endpoint.target else "-",
+            entry.liveness,
+            entry.endpoint.started_at[:19] + "Z",
+            entry.endpoint.url or "-",
+            entry.endpoint.socket or "-",
+            str(entry.path),
+        ]
+        for entry in found
+    ]
+    _table(["PID", "TARGET", "STATE", "STARTED", "URL", "SOCKET", "FILE"], rows)
 
 
 def _target(pid: int | None, name: str | None, proc_root: str) -> int | None:

@@ -139,6 +139,10 @@ class Sampler:
             raise NotRecording("nothing is being recorded (--record-interval 0)")
         return self.recorder.mark(label)
 
+    async def responds(self) -> None:
+        """Return once the sampler's thread has got through all that was given to it before."""
+        await asyncio.wrap_future(self._worker.submit(lambda: None))
+
     def recording_info(self) -> dict[str, Any] | None:
         """State of the recorder as ``/info`` shows it; ``None`` without one."""
         return self.recorder.info() if self.recorder else None
@@ -147,8 +151,9 @@ class Sampler:
         """Release the target and end its record. A kernel call that hangs is left to its daemon thread."""
         for task in list(self._windows.values()):
             task.cancel()
-        self._worker.submit(self._close)
-        await asyncio.to_thread(self._worker.stop, timeout_s)
+        # No executor here: at the exit of the interpreter none takes work any more.
+        await asyncio.wait({asyncio.wrap_future(self._worker.submit(self._close))}, timeout=timeout_s)
+        self._worker.stop(0.1)
 
     def _finished(self, key: tuple[Snapshot, int, bool], task: asyncio.Task[Measurement]) -> None:
         self._windows.pop(key, None)
@@ -208,6 +213,10 @@ class Sampler:
 
     def _close(self) -> None:
         if self.recorder is not None:
+            if self.recorder.ended is None:
+                # One last look: a target that has just died is not to pass for one that was left alive.
+                self._last = None
+                self._beat()
             self.recorder.close()
         if self._source is not None:
             self._source.close()
@@ -322,6 +331,13 @@ class Targets:
         """Open the default target, so that it is recorded from now on. A failure is told to whoever asks."""
         with suppress(SourceError):
             await self.default.identity()
+
+    def retarget(self, target: Target) -> None:
+        """Measure `target` by default from now on; the one before is closed."""
+        closing = asyncio.ensure_future(self.default.close())
+        self.default = target
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """Release all targets."""

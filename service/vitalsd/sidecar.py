@@ -1,108 +1,382 @@
-"""Listeners and the life of the service: bind, serve, end cleanly."""
+"""
+One sidecar: its listeners, the server on them, and the runtime file that tells where it is.
+
+`vitalsd.inprocess` runs it on a thread of the host program, `serve` on the main thread of its own
+process, which `vitalsd.alongside` starts.
+"""
 
 import asyncio
-import contextlib
-import errno
-import ipaddress
-import logging
+import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
 
-import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
-__all__ = ["DEFAULT_PORT", "PortInUse", "bind_tcp", "serve"]
+from vitalsd import endpoint as endpoints
+from vitalsd.endpoint import Endpoint, EndpointError, Target
+from vitalsd.http.server import Server
+from vitalsd.listeners import DEFAULT_PORT, ListenError, PortInUse, UnixListener, bind_tcp, is_remote
+from vitalsd.sampler import Sampler, Targets
+from vitalsd.sources import SourceError
+from vitalsd.sources.birth import Births, births
+from vitalsd.watch import death_of
 
-DEFAULT_PORT = 9779
-BACKLOG = 64
-"""Kept small: without free descriptors asyncio retries the whole backlog at once, a traceback each."""
+__all__ = ["Companion", "Listeners", "Sidecar", "adopt", "end_with", "follow", "listen", "runtime_directory", "serve"]
+
+GRACE_S = 1.0
+"""Windows under way at SIGTERM may finish for so long. With all the rest the end takes under 3 s."""
+SEARCH_S = 1.0
+"""Between two looks for a target that has not started yet."""
 
 
-class PortInUse(OSError):
-    """Somebody else listens there."""
+@dataclass(slots=True)
+class Listeners:
+    """The sockets of one sidecar."""
+
+    tcp: list[socket.socket] = field(default_factory=list)
+    unix: UnixListener | None = None
+    others: list[socket.socket] = field(default_factory=list)
+    """Unix sockets that a supervisor made, and removes."""
+    notes: list[str] = field(default_factory=list)
+    """What is other than was to be expected, in sentences for the user."""
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        return [*self.tcp, *self.others, *([self.unix.socket] if self.unix else [])]
+
+    @property
+    def socket_path(self) -> str | None:
+        if self.unix is not None:
+            return str(self.unix.path)
+        return next((str(name) for each in self.others if (name := each.getsockname())), None)
+
+    @property
+    def address(self) -> tuple[str, int] | tuple[None, None]:
+        """Host and port over TCP."""
+        return self.tcp[0].getsockname()[:2] if self.tcp else (None, None)
+
+    def close(self) -> None:
+        """Close all of them. A second call does nothing."""
+        for each in (*self.tcp, *self.others):
+            each.close()
+        if self.unix is not None:
+            self.unix.close()
+
+    def forget(self) -> None:
+        """Close them in a forked child, and leave the socket's file to the parent."""
+        for each in (*self.tcp, *self.others):
+            each.close()
+        if self.unix is not None:
+            self.unix.forget()
 
 
-def bind_tcp(host: str, port: int) -> socket.socket:
+def listen(
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    tcp: bool = True,
+    uds: str | Path | None = None,
+    directory: Path | None = None,
+    guarded: bool = False,
+    allow_remote: bool = False,
+) -> Listeners:
     """
-    A listening TCP socket.
-
-    `proto` is given because asyncio switches off Nagle's algorithm only for a listener that says
-    TCP; without it every answer on a kept connection waits 40 ms for an acknowledgement.
-
-    Raises:
-        ValueError: `host` is not a loopback address.
-        PortInUse: the port is taken.
-        OSError: any other refusal.
-    """
-    address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-    if not address.is_loopback:
-        raise ValueError(f"{host} is not a loopback address; vitalsd answers on this machine only")
-    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((str(address), port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise PortInUse(error.errno, f"port {port} on {address} is in use") from None
-        raise
-    return listener
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handling: that one kills the process again at the end."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _server(app: FastAPI) -> _Server:
-    return _Server(
-        uvicorn.Config(
-            app,
-            http="h11",  # httptools takes two Host headers and 5 MB of head
-            ws="none",
-            loop="asyncio",
-            lifespan="on",
-            proxy_headers=False,
-            server_header=False,
-            access_log=False,
-            log_config=None,
-            backlog=BACKLOG,
-            timeout_keep_alive=5,
-            timeout_graceful_shutdown=2,
-            h11_max_incomplete_event_size=16384,
-        )
-    )
-
-
-def serve(app: FastAPI, listeners: list[socket.socket], *, ready: Callable[[], None]) -> None:
-    """
-    Serve until SIGINT or SIGTERM; a second one ends at once, without waiting for open windows.
+    Open the listeners of a sidecar.
 
     Args:
-        ready: called once, when requests are answered.
+        host: TCP address.
+        port: ``None`` is 9779, or a free one if that is taken; 0 is a free one.
+        tcp: whether to listen on TCP at all.
+        uds: path of the Unix socket; ``None`` puts it into `directory`.
+        directory: of the runtime files; ``None``: no Unix socket unless `uds` names one.
+        guarded: a token will be asked for.
+        allow_remote: another machine may connect; it needs `guarded` too.
+
+    Raises:
+        PortInUse: the port that was asked for is taken.
+        ListenError: any other reason. Nothing is left open.
     """
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    asyncio.run(_serve(_server(app), listeners, ready))
+    listeners = Listeners()
+    try:
+        if tcp:
+            if is_remote(host):
+                if not (guarded and allow_remote):
+                    raise _unguarded(host)
+                listeners.notes.append(_unencrypted(host))
+            listeners.tcp.append(_bind_tcp(host, port, listeners.notes))
+        path = directory / endpoints.socket_name(os.getpid()) if uds is None and directory else uds
+        if path is not None:
+            listeners.unix = UnixListener(Path(os.path.abspath(path)))
+        if not listeners.sockets:
+            raise ListenError("there is nothing to listen on: no TCP, and no directory for a Unix socket")
+    except ListenError:
+        listeners.close()
+        raise
+    return listeners
 
 
-async def _serve(server: _Server, listeners: list[socket.socket], ready: Callable[[], None]) -> None:
+def adopt(sockets: Sequence[socket.socket], *, guarded: bool, allow_remote: bool) -> Listeners:
+    """
+    The listeners that a supervisor made.
+
+    Raises:
+        ListenError: other machines could reach one of them, and that was not allowed.
+    """
+    unix = [each for each in sockets if each.family == socket.AF_UNIX]
+    tcp = [each for each in sockets if each.family != socket.AF_UNIX]
+    remote = [each.getsockname()[0] for each in tcp if is_remote(each.getsockname()[0])]
+    if remote and not (guarded and allow_remote):
+        for each in sockets:
+            each.close()
+        raise _unguarded(remote[0])
+    return Listeners(tcp=tcp, others=unix, notes=[_unencrypted(host) for host in remote])
+
+
+def _unguarded(host: str) -> ListenError:
+    return ListenError(f"{host} can be reached from other machines; that needs both --auth token and --allow-remote")
+
+
+def _unencrypted(host: str) -> str:
+    return f"{host} can be reached from other machines, and nothing is encrypted"
+
+
+def _bind_tcp(host: str, port: int | None, notes: list[str]) -> socket.socket:
+    if port is not None:
+        return bind_tcp(host, port)
+    try:
+        return bind_tcp(host, DEFAULT_PORT)
+    except PortInUse as error:
+        notes.append(f"{error}; taking a free one")
+        return bind_tcp(host, 0)
+
+
+class Sidecar:
+    """
+    An application being served on listeners, and its runtime file.
+
+    Args:
+        app: the application.
+        listeners: open ones; they are closed at the end.
+        directory: where the runtime file goes; ``None`` writes none.
+        target: what it watches, for the runtime file.
+        token: to be asked for over TCP; ``None`` for none.
+        grace_s: see `Server`.
+        kernel: tells which run of this process the runtime file speaks of.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        listeners: Listeners,
+        *,
+        directory: Path | None = None,
+        target: Target | None = None,
+        token: str | None = None,
+        grace_s: float = GRACE_S,
+        kernel: Births | None = None,
+    ) -> None:
+        kernel = kernel or births()
+        host, port = listeners.address
+        self.listeners = listeners
+        self.endpoint = Endpoint(
+            version=version("vitalsd"),
+            pid=os.getpid(),
+            start=kernel.start_key(os.getpid()) or 0,
+            boot_id=kernel.boot_id(),
+            realm=kernel.realm(),
+            uid=os.geteuid(),
+            target=target,
+            socket=listeners.socket_path,
+            host=host,
+            port=port,
+            token=token,
+            started_at=endpoints.now(),
+        )
+        self.runtime_file: Path | None = None
+        self.notes = listeners.notes
+        self._app = app
+        self._directory = directory
+        self._grace_s = grace_s
+        self._kernel = kernel
+        self._server: Server | None = None
+        self._pid = os.getpid()
+
+    async def run(self, ready: Callable[[], None], companions: Sequence["Companion"] = ()) -> None:
+        """
+        Serve until `stop`, then remove every trace.
+
+        Args:
+            ready: called once requests are answered and the runtime file is there.
+            companions: what goes on alongside; cancelled at the end.
+
+        Raises:
+            RuntimeError: the application did not start.
+        """
+        tasks: list[asyncio.Task[None]] = []
+
+        def serving() -> None:
+            self._publish()
+            tasks.extend(asyncio.create_task(_run(companion, self)) for companion in companions)
+            ready()
+
+        self._server = Server(self._app, token=self.endpoint.token, grace_s=self._grace_s, ready=serving)
+        try:
+            await self._server.serve(sockets=self.listeners.sockets)
+        except SystemExit:  # uvicorn's way to say it
+            raise RuntimeError("the application did not start; the log says why") from None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.close()
+
+    def stop(self) -> None:
+        """Begin the end; to be called on the event loop. A second call does nothing."""
+        self._withdraw()
+        if self._server is not None:
+            self._server.stop()
+
+    def retarget(self, target: Target | None) -> None:
+        """Tell clients that another run is being watched, or none for now."""
+        self.endpoint = replace(self.endpoint, target=target)
+        if self.runtime_file is not None:
+            self._publish()
+
+    def close(self) -> None:
+        """Remove the runtime file and the sockets; in a forked child it does nothing."""
+        if os.getpid() == self._pid:
+            self._withdraw()
+            self.listeners.close()
+
+    def forget(self) -> None:
+        """In a forked child: let go of listeners and connections, which stay the parent's."""
+        self.listeners.forget()
+        if self._server is not None:
+            self._server.forget()
+
+    def _publish(self) -> None:
+        if self._directory is None:
+            return
+        try:
+            endpoints.sweep(self._directory, self._kernel)
+            self.runtime_file = endpoints.publish(self.endpoint, self._directory)
+        except OSError as error:
+            self.notes.append(f"no runtime file, clients must be told where this is: {error.strerror}")
+
+    def _withdraw(self) -> None:
+        if self.runtime_file is not None:
+            endpoints.withdraw(self.runtime_file, self.endpoint)
+            self.runtime_file = None
+
+
+Companion = Callable[[Sidecar], Awaitable[None]]
+"""What goes on alongside the serving; what it raises ends the sidecar."""
+
+
+async def _run(companion: Companion, sidecar: Sidecar) -> None:
+    try:
+        await companion(sidecar)
+    except asyncio.CancelledError:
+        raise
+    except BaseException:
+        sidecar.stop()
+        raise
+
+
+def end_with(target: Target, *, linger_s: float, poll: bool = False) -> Companion:
+    """
+    End the sidecar `linger_s` seconds after its target has exited, so that none is left for ever.
+
+    Args:
+        linger_s: until then the last minutes of the target can still be asked for.
+        poll: see `death_of`.
+    """
+
+    async def companion(sidecar: Sidecar) -> None:
+        await death_of(target.pid, target.start, births(), poll=poll)
+        await asyncio.sleep(linger_s)
+        sidecar.stop()
+
+    return companion
+
+
+def follow(targets: Targets, next_run: Callable[[], Sampler], *, poll: bool = False) -> Companion:
+    """
+    Keep the default target on the newest process of one name, through its restarts.
+
+    Args:
+        targets: whose default is a sampler from `next_run`.
+        next_run: a sampler that, when it opens, looks for the process, and raises as long as there
+            is none. Each one measures and records one run.
+        poll: see `death_of`.
+    """
+
+    async def companion(sidecar: Sidecar) -> None:
+        while True:
+            try:
+                found = await targets.default.identity()
+            except SourceError:
+                await asyncio.sleep(SEARCH_S)
+                continue
+            sidecar.retarget(Target(found.pid, found.start_key))
+            await death_of(found.pid, found.start_key, births(), poll=poll)
+            targets.retarget(next_run())
+            sidecar.retarget(None)
+
+    return companion
+
+
+def runtime_directory(notes: list[str]) -> Path | None:
+    """The directory for the runtime file; ``None``, and a note, if there can be none."""
+    try:
+        return endpoints.runtime_directory()
+    except EndpointError as error:
+        notes.append(f"no Unix socket and no runtime file: {error}")
+        return None
+
+
+def serve(sidecar: Sidecar, *, ready: Callable[[], None], companions: Sequence[Companion] = ()) -> None:
+    """
+    Serve on this, the main thread, until a signal or a companion ends it.
+
+    SIGTERM, SIGINT and SIGHUP end it cleanly; one of them again ends it at once, by that signal. A
+    signal that was ignored at the start (nohup, a shell's background job) stays ignored.
+    """
+    try:
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(_serve(sidecar, ready, companions))
+    finally:
+        sidecar.close()
+
+
+async def _serve(sidecar: Sidecar, ready: Callable[[], None], companions: Sequence[Companion]) -> None:
     loop = asyncio.get_running_loop()
+    stopping = False
 
-    def stop() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
+    def stop(number: signal.Signals) -> None:
+        nonlocal stopping
+        if stopping:
+            sidecar.close()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stopping = True
+        sidecar.stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
-    serving = asyncio.create_task(server.serve(sockets=listeners))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.005)
-    if server.started:
-        ready()
-    await serving
+    taken = [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    for number in taken:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        await sidecar.run(ready, companions)
+    finally:
+        for number in taken:
+            with suppress(ValueError):
+                loop.remove_signal_handler(number)

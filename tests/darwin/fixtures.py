@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from darwin.simulator import Simulator, build
+from workload import ChildWorkload, OwnWorkload
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,19 @@ def simulator(simulated_libsystem: Path, tmp_path: Path) -> Iterator[Simulator]:
 def lawless_simulator(simulated_libsystem: Path, tmp_path: Path) -> Simulator:
     """A fresh kernel whose rules the test means to break."""
     return Simulator(simulated_libsystem, tmp_path)
+
+
+@pytest.fixture
+def child() -> Iterator[ChildWorkload]:
+    """A process that does as it is told."""
+    workload = ChildWorkload()
+    yield workload
+    workload.close()
+
+
+@pytest.fixture
+def threads() -> Iterator[OwnWorkload]:
+    """Threads of ours that do as they are told."""
+    workload = OwnWorkload()
+    yield workload
+    workload.close()

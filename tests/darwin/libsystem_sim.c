@@ -104,7 +104,7 @@ static long fault(const char *function, int flavor)
 
 /* Clocks [4, 5] */
 
-static long long slept_ns, boot_wall_ns, frequency_stated = 24000000, perf_levels = 2;
+static long long slept_ns, boot_wall_ns, boot_sleep_ns, frequency_stated = 24000000, perf_levels = 2;
 static bool translated;
 
 static long long clock_ns(clockid_t id)
@@ -116,11 +116,6 @@ static long long clock_ns(clockid_t id)
 }
 
 static uint64_t ticks(long long ns) { return ns < 0 ? 0 : (uint64_t)ns * 3 / 125; }
-
-__attribute__((constructor)) static void boot(void)
-{
-    boot_wall_ns = clock_ns(CLOCK_REALTIME) - clock_ns(CLOCK_BOOTTIME);
-}
 
 /* The Rosetta runtime makes these three agree on 1/1; what the kernel writes stays in ticks [5]. */
 uint64_t mach_absolute_time(void)
@@ -263,7 +258,6 @@ static long long reaped_ns, made_up_reaped_ns;
 static bool real_threads = true;
 
 void sim_reap_delay(long lists) { reap_delay = lists; }
-void sim_real_threads(int on) { real_threads = on; }
 
 static uint32_t new_port(struct thread *thread)
 {
@@ -408,9 +402,6 @@ static struct totals refresh(void)
             split(ns, 1, 0, &t->user_ns, &t->system_ns);
         }
     }
-    /* Hidden: what they use counts with the exited. */
-    for (struct thread *t = threads; t && !real_threads; t = t->next)
-        t->seen = false;
     struct thread *first_dead = NULL;
     for (struct thread **at = &threads, *t; (t = *at);) {
         if (t->real && !t->dying && !t->seen) {
@@ -439,6 +430,26 @@ static struct totals refresh(void)
     if (total - living - dying > reaped_ns)
         reaped_ns = total - living - dying;
     return (struct totals){total + made_up + made_up_reaped_ns, total - reaped_ns + made_up};
+}
+
+/* From now on only threads of our making are listed; what the real ones use counts with the exited. */
+void sim_hide_real_threads(void)
+{
+    pthread_mutex_lock(&lock);
+    real_threads = false;
+    for (struct thread **at = &threads; *at;)
+        if ((*at)->real)
+            remove_thread(at);
+        else
+            at = &(*at)->next;
+    pthread_mutex_unlock(&lock);
+}
+
+__attribute__((constructor)) static void boot(void)
+{
+    boot_wall_ns = clock_ns(CLOCK_REALTIME) - clock_ns(CLOCK_BOOTTIME);
+    boot_sleep_ns = clock_ns(CLOCK_BOOTTIME) - clock_ns(CLOCK_MONOTONIC);
+    refresh();
 }
 
 /* A thread of our making: no real one stands behind it. */
@@ -987,8 +998,6 @@ static long pidinfo(long pid, int flavor, uint64_t arg, void *buffer, long size)
         if (size < 112)
             return -ENOMEM;
         if (pid == getpid()) {
-            if (!thread_count)
-                refresh();
             for (struct thread *t = threads; t; t = t->next) {
                 int priority = 31;
                 if (t->id != arg)
@@ -1058,7 +1067,7 @@ static long pid_rusage(long pid, int flavor, uint64_t *out)
         return EINVAL;
     totals_in_ticks(pid == getpid() ? refresh() : other_totals(pid, &s), &s, times);
     memory(pid, &vm, &rss, &anonymous);
-    long long start_ns = (long long)s.start * 10000000 - (clock_ns(CLOCK_BOOTTIME) - clock_ns(CLOCK_MONOTONIC));
+    long long start_ns = (long long)s.start * 10000000 + others[other(pid)].start_shift_s * 1000000000 - boot_sleep_ns;
     info[2] = times[0];
     info[3] = times[1];
     snprintf(path, sizeof path, "/proc/%ld/status", pid);
@@ -1092,6 +1101,11 @@ int proc_pid_rusage(int pid, int flavor, void *buffer)
     return error ? -1 : 0;
 }
 
+static long pid_estimate = -1;
+
+/* What proc_listallpids says without a buffer: too little, if many processes are born meanwhile. */
+void sim_pid_estimate(long pids) { pid_estimate = pids; }
+
 int proc_listallpids(void *buffer, int size)
 {
     static uint64_t *ids;
@@ -1102,7 +1116,7 @@ int proc_listallpids(void *buffer, int size)
         errno = (int)error;
         n = 0;
     } else if (!buffer)
-        n += 20;
+        n = pid_estimate < 0 ? n + 20 : pid_estimate;
     else {
         n = n < size / 4 ? n : size / 4;
         for (long i = 0; i < n; i++)

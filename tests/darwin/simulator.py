@@ -57,7 +57,7 @@ class Simulator:
             ("sim_tbfrequency", None, ctypes.c_longlong),
             ("sim_perf_levels", None, ctypes.c_longlong),
             ("sim_reap_delay", None, ctypes.c_long),
-            ("sim_real_threads", None, ctypes.c_int),
+            ("sim_hide_real_threads", None),
             (
                 "sim_add_thread", None, ctypes.c_uint64, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_char_p,
                 ctypes.c_int,
@@ -68,6 +68,7 @@ class Simulator:
             ("sim_caller_euid", None, ctypes.c_long),
             ("sim_newest_rusage", None, ctypes.c_int),
             ("sim_reuse_pid", None, ctypes.c_long, ctypes.c_longlong),
+            ("sim_pid_estimate", None, ctypes.c_long),
             ("sim_exec", None, ctypes.c_long),
             ("sim_nothing", ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p),
             ("sim_cost_in_c", ctypes.c_longlong),
@@ -121,7 +122,7 @@ class Simulator:
 
     def hide_real_threads(self) -> None:
         """From now on only threads of `add_thread` exist."""
-        self._raw.sim_real_threads(0)
+        self._raw.sim_hide_real_threads()
 
     def add_thread(
         self, tid: int, *, user_ns: int = 0, system_ns: int = 0, name: bytes = b"", run_state: int = 3
@@ -150,6 +151,10 @@ class Simulator:
     def reuse_pid(self, pid: int) -> None:
         """From now on the pid is of a process that started an hour later."""
         self._raw.sim_reuse_pid(pid, 3600)
+
+    def pid_estimate(self, pids: int) -> None:
+        """The number of processes before some more were born."""
+        self._raw.sim_pid_estimate(pids)
 
     def exec(self, pid: int) -> None:
         """The process executes a program."""

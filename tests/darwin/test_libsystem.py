@@ -243,7 +243,15 @@ class TestErrors:
 
 
 def test_processes_are_listed_whole(simulator: Simulator) -> None:
-    """More than the first estimate has room for, or not: every process of this machine that stays."""
+    """Also if more are born than the estimate had room for: a list that fills its buffer is not believed."""
     pids = simulator.lib.proc_pids()
     assert pids == sorted(pids)
     assert {os.getpid(), os.getppid()} <= set(pids)
+    # 32 are added to the estimate; a buffer of none would be an empty list.
+    children = [subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) for _ in range(40)]
+    try:
+        simulator.pid_estimate(1)
+        assert {child.pid for child in children} <= set(simulator.lib.proc_pids())
+    finally:
+        for child in children:
+            child.communicate()

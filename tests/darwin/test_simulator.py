@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -44,6 +45,8 @@ from vitalsd.sources.apple_headers import (
     thread_identifier_info,
 )
 from workload import OwnWorkload
+
+assert sys.platform != "darwin" or not TYPE_CHECKING
 
 TASK = 0x103
 BURN_NS = 30_000_000
@@ -387,7 +390,7 @@ class TestProcesses:
     def test_zombies_are_found_only_where_asked_for(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
         """ESRCH for a live process's flavors; SHORTBSDINFO with arg 1 and proc_pid_rusage answer (§3)."""
         child.kill()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
         brief, usage = proc_bsdshortinfo(), rusage_info_v6()
         assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, proc_taskallinfo()) == (0, errno.ESRCH)
         assert call_pidinfo(simulator, child.pid, PROC_PIDLISTTHREADIDS, 0, (ctypes.c_uint64 * 9)()) == (0, errno.ESRCH)

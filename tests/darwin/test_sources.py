@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -27,19 +28,15 @@ from vitalsd.sources.apple_headers import (
 )
 from vitalsd.sources.darwin import list_processes, open_process
 from vitalsd.sources.libproc import LibprocSource
+from vitalsd.sources.linux import CLOCK_BOOTTIME
 from vitalsd.sources.mach import MachSource
 from workload import ChildWorkload, OwnWorkload
+
+assert sys.platform != "darwin" or not TYPE_CHECKING
 
 KERN_FAILURE = 5
 KERN_TERMINATED = 37
 HOUR_NS = 3600 * 10**9
-
-
-@pytest.fixture
-def child() -> Iterator[ChildWorkload]:
-    workload = ChildWorkload()
-    yield workload
-    workload.close()
 
 
 @pytest.fixture(params=["mach", "libproc"])
@@ -195,7 +192,7 @@ class TestFailures:
 class TestBooks:
     @pytest.mark.parametrize("reap_delay", [0, 1, 3])
     def test_they_balance_while_the_kernel_reaps_late(
-        self, simulator: Simulator, open_own: Callable[..., Source], reap_delay: int
+        self, simulator: Simulator, open_own: Callable[..., Source], threads: OwnWorkload, reap_delay: int
     ) -> None:
         """
         A thread's whole life is counted once, in the window it was lived in.
@@ -203,7 +200,6 @@ class TestBooks:
         Not when the kernel gets to reap it: a thread that burnt a lot earlier must not appear as burnt now.
         """
         simulator.reap_delay(reap_delay)
-        threads = OwnWorkload()
         source = open_own()
         for _ in range(4):
             tid = threads.start_thread("brief")
@@ -221,7 +217,6 @@ class TestBooks:
                 m = measure(first, last)
                 assert m.exited_ns <= 10_000_000
                 assert not any("backwards" in warning for warning in m.warnings)
-        threads.close()
 
     def test_exited_time_is_exact_while_nobody_is_dying(
         self, simulator: Simulator, open_own: Callable[..., Source]
@@ -401,9 +396,9 @@ class TestClocks:
         """To the tick of 10 ms to which Linux, behind the simulator, knows the start."""
         with open(f"/proc/{child.pid}/stat", encoding="utf-8") as file:
             start_ns = int(file.read().rpartition(")")[2].split()[19]) * 10_000_000
-        before = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - start_ns
+        before = time.clock_gettime_ns(CLOCK_BOOTTIME) - start_ns
         uptime_ns = LibprocSource(child.pid, lib=simulator.lib).snapshot().uptime_ns
-        after = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - start_ns
+        after = time.clock_gettime_ns(CLOCK_BOOTTIME) - start_ns
         assert before - 1_000_000 <= uptime_ns <= after + 1_000_000
 
     @pytest.mark.parametrize("step_ns", [HOUR_NS, -HOUR_NS, 10 * 365 * 24 * HOUR_NS])
@@ -420,6 +415,16 @@ class TestClocks:
         assert true_ns <= first.uptime_ns <= last.uptime_ns <= true_ns + 60 * 10**9
         opened_later = open_own(wall_clock=lambda: time.time_ns() + clock[0]).snapshot()
         assert last.uptime_ns - 1_000_000 <= opened_later.uptime_ns <= true_ns + 60 * 10**9
+
+    def test_without_rusage_the_wall_clock_tells_the_age(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
+        """A sandbox may hide it. Nobody is older than the machine is up, whatever the clock says."""
+        true_ns = open_own().snapshot().uptime_ns
+        simulator.fault("proc_pid_rusage", errno.EPERM, every=1)
+        assert true_ns <= open_own().snapshot().uptime_ns <= true_ns + 60 * 10**9
+        oldest = open_own(wall_clock=lambda: time.time_ns() + 10**6 * HOUR_NS).snapshot()
+        assert oldest.uptime_ns <= oldest.boottime_ns
 
     def test_sleep_ages_and_is_told(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """It is in the uptime and not in the rate: the window is the time awake."""
@@ -452,7 +457,7 @@ class TestTicks:
         snapshot = source.snapshot()
         assert before - 1000 <= snapshot.cpu_ns <= time.process_time_ns()
         assert snapshot.warnings == ()
-        assert abs(snapshot.boottime_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)) < 10**9
+        assert abs(snapshot.boottime_ns - time.clock_gettime_ns(CLOCK_BOOTTIME)) < 10**9
         assert snapshot.uptime_ns < 24 * HOUR_NS
 
     def test_an_emulated_frequency_is_found_out(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:

@@ -4,13 +4,12 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 from vitalsd.http import problem
-from vitalsd.http.body import BodyLimit
+from vitalsd.http.bounds import Bounds
 from vitalsd.http.live import live_routes
 from vitalsd.http.past import past_routes
-from vitalsd.http.query import unique_parameters
 from vitalsd.http.report import report_routes
 from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Targets
@@ -48,12 +47,12 @@ def create_app(
         summary="What one process is doing: CPU, memory and every thread.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
         lifespan=lifespan,
-        dependencies=[Depends(unique_parameters)],
     )
     app.include_router(live_routes(targets, list_processes, reader))
     app.include_router(past_routes(targets, runs, reader))
     app.include_router(report_routes(targets, runs, reader))
-    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES)
     problem.install(app)
     return app

@@ -28,6 +28,8 @@ Reason = Literal[
     "not_recording",
     "method_not_allowed",
     "busy",
+    "token",
+    "stopping",
     "internal",
 ]
 
@@ -41,6 +43,8 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "not_recording": (409, "Nothing is being recorded"),
     "method_not_allowed": (405, "This route does not take that method"),
     "busy": (429, "Too much at once"),
+    "token": (401, "A token is needed"),
+    "stopping": (503, "The sidecar is being stopped"),
     "internal": (500, "A bug in vitalsd"),
 }
 

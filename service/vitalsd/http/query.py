@@ -1,24 +1,21 @@
 """
 Query parameters, parsed strictly.
 
-Digits only, each name once, no unknown names: a typo in ``windw_ms=5000`` must be an error and not
-a silent default. FastAPI alone would accept ``1_000``, ``+5``, `` 5`` and ``5.0`` for an integer, let the
-last of two duplicates win and echo kilobytes of input.
+Digits only, no unknown names, and (see `vitalsd.http.bounds`) each name once: a typo in
+``windw_ms=5000`` must be an error and not a silent default. FastAPI alone would accept ``1_000``,
+``+5``, `` 5`` and ``5.0`` for an integer, let the last of two duplicates win and echo kilobytes of input.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl
 
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from vitalsd.wire import Detail, Sort
 
-__all__ = ["HistoryQuery", "MetricsQuery", "NoQuery", "ReportQuery", "StreamQuery", "unique_parameters"]
+__all__ = ["HistoryQuery", "MetricsQuery", "NoQuery", "ReportQuery", "StreamQuery"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +96,3 @@ class StreamQuery(_Query):
     sort: SortBy = "tid"
     limit: Limit = None
     pid: OtherPid = None
-
-
-async def unique_parameters(request: Request) -> None:
-    """
-    Refuse a parameter that is given twice.
-
-    Raises:
-        RequestValidationError: with the same shape as pydantic's own.
-    """
-    names = [name for name, _ in parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)]
-    for name in names:
-        if names.count(name) > 1:
-            error = {"type": "duplicate", "loc": ("query", name), "msg": "Given more than once", "input": None}
-            raise RequestValidationError([error])

@@ -94,21 +94,22 @@ class LinuxBirths:
             with open(f"{self._root}/{pid}/stat", "rb") as file:
                 stat = parse_stat(file.read(4096))
         except (FileNotFoundError, ProcessLookupError):
-            return self._absent(pid)
+            if self._is_hidden(pid):
+                raise Undecided(f"process {pid} is not in {self._root}, and yet it exists") from None
+            return None
         except (OSError, Malformed) as error:
             raise Undecided(f"process {pid}: {error}") from None
         return None if stat.state in "ZX" and stat.thread_count <= 1 else stat.start_ticks
 
-    def _absent(self, pid: int) -> None:
-        """``None`` if the kernel agrees: without a procfs, or under hidepid, nothing is listed."""
+    def _is_hidden(self, pid: int) -> bool:
+        """Without a procfs, and under hidepid, nothing is listed that the kernel knows all the same."""
         try:
             os.kill(pid, 0)
         except (ProcessLookupError, OverflowError):
-            return
+            return False
         except PermissionError:
             pass
-        if not os.path.exists(f"{self._root}/{pid}/stat"):
-            raise Undecided(f"process {pid} is not in {self._root}, and yet it exists")
+        return not os.path.exists(f"{self._root}/{pid}/stat")
 
 
 class DarwinBirths:

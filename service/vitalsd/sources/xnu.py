@@ -246,6 +246,7 @@ class Target:
             start_key=start_key(self.info.pbsd),
             started_unix_ns=start_key(self.info.pbsd) * 1000,
         )
+        self._start_abstime: int | None = None
         with translated_errors(pid):
             self._age_base_ns = self._age_ns() - lib.continuous_ns()
         self._has_p_cores = self._perf_levels() > 1
@@ -368,8 +369,14 @@ class Target:
         """
         continuous_ns, absolute_ns = self._lib.continuous_ns(), self._lib.absolute_ns()
         wall_age_ns = self._wall_clock() - self.identity.started_unix_ns
-        self._read_rusage()
-        awake_ns = max(0, absolute_ns - self.ns(self._usage.ri_proc_start_abstime))
+        try:
+            self._read_rusage()
+        except ProcessLookupError:
+            raise
+        except OSError:  # a sandbox may hide it; the wall clock is then all there is
+            return min(max(0, wall_age_ns), continuous_ns)
+        self._start_abstime = self._usage.ri_proc_start_abstime
+        awake_ns = max(0, absolute_ns - self.ns(self._start_abstime))
         slept_ns = max(0, continuous_ns - absolute_ns)
         return awake_ns + min(max(0, wall_age_ns - awake_ns), slept_ns)
 
@@ -396,7 +403,7 @@ class Target:
         except OSError as error:
             warnings.append(f"footprint, wakeups, energy: {error.strerror}")
             return None, False
-        if self._usage.ri_proc_exit_abstime:
+        if self._usage.ri_proc_exit_abstime or self._start_abstime not in (None, self._usage.ri_proc_start_abstime):
             raise ProcessLookupError(errno.ESRCH, "proc_pid_rusage")
         return self._usage, self._usage_flavor == RUSAGE_INFO_V6
 

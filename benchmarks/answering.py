@@ -1,0 +1,140 @@
+"""
+What an answer costs: CPU of the server per request, by process clock, all variants in one interleaved run.
+
+    python benchmarks/answering.py [--threads 1000] [--rounds 5] [--requests 200]
+
+`ours` is GET /metrics?mode=trailing of a sidecar; `response_model` is the same numbers through pydantic
+objects, as FastAPI's tutorial has it; `tiny` is /healthz of the same sidecar. Then 200 callers ask for
+one window at once.
+"""
+
+import argparse
+import asyncio
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from sampling import build
+
+REFERENCE = """
+import sys, uvicorn
+from fastapi import FastAPI
+from vitalsd.model import Measured, ProcessMetrics, ThreadMetrics
+app = FastAPI()
+rows = [(1000 + i, f"worker {i}", i / 7) for i in range(int(sys.argv[1]))]
+@app.get("/metrics", response_model=Measured)
+async def metrics():
+    return Measured(
+        sample_window_ms=1000,
+        process=ProcessMetrics(cpu_percent=1.5, rss_kb=65536, vm_size_kb=131072, uptime_secs=47.2),
+        threads=tuple(ThreadMetrics(tid=t, name=n, cpu_percent=c) for t, n, c in rows),
+        platform="linux",
+    )
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), http="h11", loop="asyncio", log_level="error")
+"""
+
+
+def cpu_ns(pid: int) -> int:
+    """CPU time of a process, ns (Linux: its CPU clock)."""
+    return time.clock_gettime_ns((~pid << 3) | 2)
+
+
+def ask(client: httpx.Client, path: str, pid: int, requests: int) -> tuple[float, list[float]]:
+    """CPU of the server per request, µs, and the time each answer took, ms."""
+    took = []
+    before = cpu_ns(pid)
+    for _ in range(requests):
+        begin = time.perf_counter()
+        client.get(path).raise_for_status()
+        took.append((time.perf_counter() - begin) * 1000)
+    return (cpu_ns(pid) - before) / requests / 1000, took
+
+
+async def together(port: int, callers: int, window_ms: int) -> list[float]:
+    """How much later than the window each of many answers came, ms; on plain sockets, to measure no client."""
+
+    async def one() -> float:
+        begin = time.perf_counter()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        request = f"GET /metrics?window_ms={window_ms} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
+        writer.write(request.encode())
+        answer = await reader.read()
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 200 "), answer[:100]
+        return (time.perf_counter() - begin) * 1000 - window_ms
+
+    return await asyncio.gather(*(one() for _ in range(callers)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=200)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        programs = build(Path(directory))
+        target = subprocess.Popen(
+            [programs["target"], str(arguments.threads), "4", "100", "20000"], stdout=subprocess.PIPE, text=True
+        )
+        assert target.stdout is not None
+        target.stdout.readline()
+        ours = subprocess.Popen(
+            [sys.executable, "-m", "vitalsd", "serve", "--pid", str(target.pid), "--port", "0"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={"PATH": "/usr/bin:/bin", "HOME": directory, "VITALSD_STATE_DIR": directory},
+        )
+        assert ours.stderr is not None
+        line = ours.stderr.readline()
+        url = "http://" + line.split("http://")[1].split("/")[0]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        reference = subprocess.Popen([sys.executable, "-c", REFERENCE, str(arguments.threads), str(port)])
+        time.sleep(5)
+        figures: dict[str, list[float]] = {"ours": [], "response_model": [], "tiny": []}
+        times: list[float] = []
+        with (
+            httpx.Client(base_url=url, trust_env=False) as client,
+            httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as other,
+        ):
+            for _ in range(arguments.rounds):
+                cost, took = ask(client, "/metrics?mode=trailing&window_ms=2000", ours.pid, arguments.requests)
+                figures["ours"].append(cost)
+                times += took
+                figures["tiny"].append(ask(client, "/healthz", ours.pid, arguments.requests)[0])
+                figures["response_model"].append(ask(other, "/metrics", reference.pid, arguments.requests // 4)[0])
+            before = client.get("/info").json()["self"]["snapshots"]
+            late = asyncio.run(together(int(url.rpartition(":")[2]), 200, 1000))
+            snapshots = client.get("/info").json()["self"]["snapshots"] - before
+        medians = {name: statistics.median(values) for name, values in figures.items()}
+        late.sort()
+        times.sort()
+        result = {
+            "threads": arguments.threads,
+            **{f"{name}_us": round(value) for name, value in medians.items()},
+            "response_model_to_ours": round(medians["response_model"] / medians["ours"], 1),
+            "ours_to_tiny": round(medians["ours"] / medians["tiny"], 2),
+            "trailing_per_second_per_core": round(1e6 / medians["ours"]),
+            "p99_to_p50": round(times[len(times) * 99 // 100] / times[len(times) // 2], 2),
+            "callers": 200,
+            "snapshots_per_request": round(snapshots / 200, 3),
+            "late_p50_ms": round(late[100], 1),
+            "late_p99_ms": round(late[198], 1),
+        }
+        print(json.dumps(result))
+        for process in (ours, reference, target):
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()

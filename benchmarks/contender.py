@@ -1,0 +1,64 @@
+"""
+One Python contender of `sampling.py`: for each line on stdin a snapshot of PID, and the CPU time it took, ns.
+
+    python benchmarks/contender.py full|product|psutil PID
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def product(pid: int) -> Callable[[], object]:
+    """The snapshot as the recorder takes it."""
+    from vitalsd.sources.linux import LinuxSource
+
+    return LinuxSource(pid).snapshot
+
+
+def full(pid: int) -> Callable[[], object]:
+    """The same, but every thread is read each time."""
+    from vitalsd.sources.linux import LinuxSource
+
+    source = LinuxSource(pid)
+    threads = source._threads
+    assert threads is not None
+
+    def snapshot() -> object:
+        threads._exited_ns = None  # without it nothing can be proved
+        return source.snapshot()
+
+    return snapshot
+
+
+def with_psutil(pid: int) -> Callable[[], object]:
+    """What one writes with psutil: threads(), and the names that it does not give."""
+    import psutil
+
+    process = psutil.Process(pid)
+
+    def snapshot() -> object:
+        with process.oneshot():
+            total, memory, threads = process.cpu_times(), process.memory_info(), process.threads()
+        names = {thread.id: Path(f"/proc/{pid}/task/{thread.id}/comm").read_text() for thread in threads}
+        return total, memory, threads, names
+
+    return snapshot
+
+
+def main() -> None:
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    snapshot = {"full": full, "product": product, "psutil": with_psutil}[sys.argv[1]](int(sys.argv[2]))
+    for _ in sys.stdin:
+        begin = time.process_time_ns()
+        taken = snapshot()
+        print(time.process_time_ns() - begin, flush=True)
+        del taken
+
+
+if __name__ == "__main__":
+    main()

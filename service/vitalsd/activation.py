@@ -1,0 +1,132 @@
+"""
+What a supervisor hands over: listeners from systemd or launchd, and systemd's notifications.
+
+Run from a shell, none of it is there, and none of it is used.
+"""
+
+import asyncio
+import ctypes
+import errno
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from vitalsd.listeners import ListenError, inherited
+
+if TYPE_CHECKING:
+    from vitalsd.sidecar import Sidecar
+
+__all__ = ["LAUNCHD_SOCKETS", "Notifier", "activated", "launchd_sockets", "systemd_sockets"]
+
+FIRST_FD = 3  # SD_LISTEN_FDS_START, sd-daemon.h
+LAUNCHD_SOCKETS = ("http", "unix")
+"""Keys of the Sockets dictionary in our property list."""
+
+
+def activated(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """
+    The listeners of whichever supervisor started us; empty if none did.
+
+    Raises:
+        ListenError: what it handed over cannot be used.
+    """
+    if sys.platform == "darwin":
+        return launchd_sockets(ctypes.CDLL(None, use_errno=True))
+    return systemd_sockets(environ)
+
+
+def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """
+    The listeners of sd_listen_fds(3), once: the variables are removed, so that no child believes them.
+
+    Raises:
+        ListenError: one of them is not a listening stream socket.
+    """
+    meant_for, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if not (meant_for.isascii() and meant_for.isdigit() and int(meant_for) == os.getpid()):
+        return []
+    if not (count.isascii() and count.isdigit()):
+        raise ListenError(f"LISTEN_FDS is {count[:20]!r}, not a number")
+    return [inherited(fd) for fd in range(FIRST_FD, FIRST_FD + int(count))]
+
+
+def launchd_sockets(lib: Any) -> list[socket.socket]:
+    """
+    The listeners that launchd holds for us, all of each key: one per address family.
+
+    ``int launch_activate_socket(const char *name, int **fds, size_t *cnt)`` (launch.h) returns an
+    errno value: ESRCH when launchd did not start us, ENOENT when the key is not in the property
+    list. The array is ours to free.
+
+    Args:
+        lib: libSystem, or whatever exports ``launch_activate_socket`` and ``free``.
+
+    Raises:
+        ListenError: launchd refused, or one of them is not a listening stream socket.
+    """
+    descriptors = ctypes.POINTER(ctypes.c_int)
+    lib.launch_activate_socket.argtypes = (
+        ctypes.c_char_p,
+        ctypes.POINTER(descriptors),
+        ctypes.POINTER(ctypes.c_size_t),
+    )
+    lib.launch_activate_socket.restype = ctypes.c_int
+    lib.free.argtypes = (ctypes.c_void_p,)
+    lib.free.restype = None
+    fds: list[int] = []
+    for key in LAUNCHD_SOCKETS:
+        array, count = descriptors(), ctypes.c_size_t()
+        code = lib.launch_activate_socket(key.encode(), ctypes.byref(array), ctypes.byref(count))
+        if code == errno.ESRCH:
+            return []
+        if code == errno.ENOENT:
+            continue
+        if code != 0:
+            raise ListenError(f"launchd keeps the socket {key!r} to itself: {os.strerror(code)}")
+        try:
+            fds += array[: count.value]
+        finally:
+            lib.free(array)
+    return [inherited(fd) for fd in fds]
+
+
+class Notifier:
+    """
+    sd_notify(3): tells systemd that the service is ready, and that it is alive.
+
+    Args:
+        environ: NOTIFY_SOCKET and WATCHDOG_USEC are taken out of it, so that no child believes them.
+        alive: returns once the sampler has got through the calls before this one.
+    """
+
+    def __init__(self, environ: MutableMapping[str, str], alive: Callable[[], Awaitable[None]]) -> None:
+        self._alive = alive
+        self._address = environ.pop("NOTIFY_SOCKET", "")
+        usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", str(os.getpid()))
+        # systemd restarts the service when it has heard nothing for so long; None: it does not listen.
+        self._watchdog_s = int(usec) / 1e6 if usec.isdecimal() and pid == str(os.getpid()) else None
+
+    def send(self, message: str) -> None:
+        """Tell systemd `message`; without systemd, or if it does not take it, nothing happens."""
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect(address)
+            channel.send(message.encode())
+
+    async def companion(self, _: "Sidecar") -> None:
+        """
+        Say that the service is ready, and go on feeding the watchdog, three times per period.
+
+        A kernel read that hangs stops it, although the event loop still answers.
+        """
+        self.send("READY=1")
+        while self._watchdog_s is not None:
+            await self._alive()
+            self.send("WATCHDOG=1")
+            await asyncio.sleep(self._watchdog_s / 3)

@@ -1,0 +1,127 @@
+"""uvicorn, made to live in anybody's process: no signals, no logging, no loop policy, a prompt end."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from vitalsd.http.connection import Connection
+from vitalsd.http.gate import Gate
+from vitalsd.http.hello import Hello
+from vitalsd.listeners import BACKLOG
+
+__all__ = ["Server"]
+
+QUEUE = 1024
+"""
+Connections the kernel completes ahead of us. asyncio listens with its backlog, which is also how many
+it accepts at a turn, and how many errors it logs when descriptors run out; with only that much
+queued, 200 callers at once would have to dial again after one and three seconds.
+"""
+SETTLE_S = 0.5
+"""For the last answers to leave, after the gate has ended what was under way."""
+
+
+class _Config(uvicorn.Config):
+    def configure_logging(self) -> None:
+        """uvicorn's would change the levels and handlers of the host program."""
+
+
+class Server(uvicorn.Server):
+    """
+    Serves one application on sockets that already listen, until `stop`.
+
+    uvicorn's own loop wakes ten times a second to look whether it should end, and its shutdown waits
+    for clients that do not read; both are replaced here.
+
+    Args:
+        app: the application.
+        token: see `Gate`.
+        grace_s: open windows may finish for so long after `stop`.
+        ready: called once requests are answered. What it raises ends the service.
+    """
+
+    def __init__(self, app: ASGIApp, *, token: str | None, grace_s: float, ready: Callable[[], None]) -> None:
+        self._ready = ready
+        self._gate = Gate(app, token=token)
+        self._grace_s = grace_s
+        self._stop = asyncio.Event()
+        super().__init__(
+            _Config(
+                Hello(self._gate, token=token),
+                http=Connection,  # on h11: httptools takes two Host headers and 5 MB of head
+                ws="none",
+                lifespan="on",
+                proxy_headers=False,
+                server_header=False,
+                access_log=False,
+                log_config=None,
+                log_level=None,
+                backlog=BACKLOG,
+                timeout_keep_alive=5,
+                h11_max_incomplete_event_size=16384,
+            )
+        )
+
+    def stop(self) -> None:
+        """End it; to be called on its event loop."""
+        self.should_exit = True
+        self._stop.set()
+
+    def forget(self) -> None:
+        """
+        Let go, in a forked child, of the connections the parent is serving.
+
+        They are replaced and not closed: the numbers stay taken, so whatever closes them later
+        closes nothing else. The event loop is not touched, because the child shares its epoll set.
+        """
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for connection in list(self.server_state.connections):
+            with contextlib.suppress(OSError, AttributeError):
+                os.dup2(null, connection.transport.get_extra_info("socket").fileno(), inheritable=False)
+        os.close(null)
+
+    # What uvicorn calls
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's would take over SIGINT and SIGTERM and raise them again at the end."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(QUEUE)
+
+    async def main_loop(self) -> None:
+        self._ready()
+        while not await self.on_tick(0):  # renews the Date header
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), 1)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listener in sockets or ():
+            listener.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await self._settled(self._grace_s)
+        self._gate.close()
+        await self._settled(SETTLE_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await self.lifespan.shutdown()
+
+    async def _settled(self, timeout_s: float) -> None:
+        """Wait until every request is answered and every connection closed, for up to `timeout_s`."""
+        loop = asyncio.get_running_loop()
+        deadline, pause_s = loop.time() + timeout_s, 0.001
+        state = self.server_state
+        while (state.connections or state.tasks) and loop.time() < deadline:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.02)

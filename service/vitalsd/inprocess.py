@@ -1,0 +1,233 @@
+"""The sidecar inside its client: one thread with an event loop of its own."""
+
+import asyncio
+import atexit
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from vitalsd import endpoint as endpoints
+from vitalsd.endpoint import Endpoint, Target
+from vitalsd.http.app import create_app
+from vitalsd.recorder import Recording
+from vitalsd.runs import RunDirectory
+from vitalsd.sampler import Sampler, Targets
+from vitalsd.sidecar import Sidecar as Service
+from vitalsd.sidecar import listen, runtime_directory
+from vitalsd.sources import Source, list_processes, open_source
+from vitalsd.sources.birth import births
+from vitalsd.sources.python_names import PythonNames
+
+__all__ = ["Sidecar", "start"]
+
+GRACE_S = 0.5
+STOP_S = 2.0
+"""How long the exit of the host may be held up. A thread that does not end is left behind: it is a daemon."""
+
+
+class Sidecar:
+    """
+    A sidecar running in this process; made by `start`.
+
+    A context manager that stops it. In a forked child it is closed, and the child may `start` its own.
+    """
+
+    def __init__(self, service: Service, targets: Targets) -> None:
+        self._service = service
+        self._targets = targets
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="vitalsd", daemon=True)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """All that the runtime file says."""
+        return self._service.endpoint
+
+    @property
+    def url(self) -> str | None:
+        """Base URL over TCP; ``None`` without TCP."""
+        return self.endpoint.url
+
+    @property
+    def socket(self) -> str | None:
+        """Path of the Unix socket; ``None`` if there is none."""
+        return self.endpoint.socket
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is other than was to be expected, such as a port that was taken, in sentences."""
+        return tuple(self._service.notes)
+
+    @property
+    def running(self) -> bool:
+        """Whether it answers, in this process."""
+        return os.getpid() == self._pid and self._thread.is_alive()
+
+    def mark(self, label: str) -> None:
+        """
+        Put a label on the recorder's clock; from any thread.
+
+        Raises:
+            ValueError: the label is unfit, see `Record.mark`.
+            NotRecording: there is no recorder.
+        """
+        if self.running:
+            self._targets.default.mark(label)
+
+    def stop(self) -> None:
+        """End it, within 2 s. A second call does nothing, and neither does one in a forked child."""
+        atexit.unregister(self.stop)
+        if os.getpid() != self._pid:
+            return
+        if self._loop is not None and self._thread.is_alive():
+            with suppress(RuntimeError):  # the loop has just been closed
+                self._loop.call_soon_threadsafe(self._service.stop)
+            self._thread.join(STOP_S)
+        self._service.close()
+
+    def __enter__(self) -> "Sidecar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self, timeout_s: float) -> None:
+        self._thread.start()
+        try:
+            self._started.result(timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+        atexit.register(self.stop)
+
+    def _run(self) -> None:
+        try:
+            # With a factory neither the loop policy nor the current loop of the host is touched.
+            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+                self._loop = runner.get_loop()
+                runner.run(self._service.run(partial(self._started.set_result, None)))
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+
+
+class _Process:
+    """What is one per process and not per caller: the sidecar that was started first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sidecar: Sidecar | None = None
+        self._parents: list[Sidecar] = []
+        self._fork_hook = False
+
+    def start(self, make: Callable[[], Sidecar], timeout_s: float) -> Sidecar:
+        with self._lock:
+            if self._sidecar is None or not self._sidecar.running:
+                if not self._fork_hook:
+                    os.register_at_fork(after_in_child=self._forked)
+                    self._fork_hook = True
+                sidecar = make()
+                self._sidecar = sidecar
+                sidecar._start(timeout_s)
+            return self._sidecar
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may have held it
+        sidecar, self._sidecar = self._sidecar, None
+        if sidecar is not None:
+            sidecar._service.forget()
+            # Kept for ever: to close its event loop here would empty the epoll set that is the parent's too.
+            self._parents.append(sidecar)
+
+
+_process = _Process()
+
+
+def start(
+    *,
+    port: int | None = None,
+    host: str = "127.0.0.1",
+    tcp: bool = True,
+    uds: str | Path | None = None,
+    auth: Literal["none", "token"] = "none",
+    allow_remote: bool = False,
+    record_interval_s: float = 1.0,
+    retention_s: float = 900.0,
+    black_box: bool = True,
+    timeout_s: float = 10.0,
+) -> Sidecar:
+    """
+    Serve this process's own metrics from a thread of it; return once requests are answered.
+
+    Started again while it runs, the first one is returned, whatever the arguments. No signal handler,
+    logging configuration, event loop policy or environment variable of the host is touched. It
+    ends with the process, or by `Sidecar.stop`.
+
+    Args:
+        port: ``None`` is 9779, or a free one if that is taken; 0 is a free one.
+        host: loopback address to listen on.
+        tcp: whether to listen on TCP at all.
+        uds: path of the Unix socket; default: in the runtime directory.
+        auth: ``"token"`` demands the token of the runtime file over TCP.
+        allow_remote: with a token, `host` may be an address that other machines reach.
+        record_interval_s: time between two recorded snapshots; 0 records nothing.
+        retention_s: how far back the recorder reaches.
+        black_box: keep the record on disk, to survive a crash.
+        timeout_s: for the start as a whole.
+
+    Raises:
+        ListenError: it cannot be listened there, or `port` is taken.
+        TimeoutError: it was not ready in time.
+        ValueError: an argument is out of range.
+    """
+    if auth not in ("none", "token"):
+        raise ValueError(f"auth is 'none' or 'token', not {auth!r}")
+    if record_interval_s != 0 and not 0.01 <= record_interval_s <= 3600:
+        raise ValueError("record_interval_s is 0 or from 0.01 to 3600")
+
+    def make() -> Sidecar:
+        notes: list[str] = []
+        directory = runtime_directory(notes)
+        token = endpoints.new_token() if auth == "token" else None
+        listeners = listen(
+            host=host,
+            port=port,
+            tcp=tcp,
+            uds=uds,
+            directory=directory,
+            guarded=token is not None,
+            allow_remote=allow_remote,
+        )
+        listeners.notes[:0] = notes
+        runs = _run_directory(listeners.notes)
+        recording = Recording(record_interval_s, retention_s, runs=runs if black_box else None)
+        targets = Targets(Sampler(_own_source, recording=recording), open_source)
+        app = create_app(targets, list_processes, runs=runs)
+        me = Target(os.getpid(), births().start_key(os.getpid()) or 0)
+        service = Service(app, listeners, directory=directory, target=me, token=token, grace_s=GRACE_S)
+        return Sidecar(service, targets)
+
+    return _process.start(make, timeout_s)
+
+
+def _run_directory(notes: list[str]) -> RunDirectory | None:
+    try:
+        return RunDirectory(endpoints.state_directory() / "runs")
+    except endpoints.EndpointError as error:
+        notes.append(f"no black box: {error}")
+        return None
+
+
+def _own_source() -> Source:
+    return PythonNames(open_source())

@@ -1,0 +1,180 @@
+"""
+The sockets a sidecar listens on: TCP, a Unix socket of its own, and those inherited from a supervisor.
+
+Each is made here and not by the HTTP server, which would make the Unix socket writable by
+everybody, take over a live one, and learn of a busy port only in its own thread.
+"""
+
+import errno
+import ipaddress
+import os
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from vitalsd.endpoint import EndpointError, SocketLock, answers, check_socket_path, private_directory
+
+__all__ = ["BACKLOG", "DEFAULT_PORT", "ListenError", "PortInUse", "UnixListener", "bind_tcp", "inherited", "is_remote"]
+
+DEFAULT_PORT = 9779
+BACKLOG = 64
+"""Kept small: without free descriptors asyncio retries the whole backlog at once, a traceback each."""
+
+
+class ListenError(Exception):
+    """It cannot be listened there; ``str(error)`` says why in a sentence."""
+
+
+class PortInUse(ListenError):
+    """Somebody else listens on the port."""
+
+
+def is_remote(host: str) -> bool:
+    """
+    Whether a listener on `host` could be reached from another machine.
+
+    Raises:
+        ListenError: `host` is neither an address nor ``localhost``.
+    """
+    return not _address(host).is_loopback
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        # One family: a client that tried both would get two answers.
+        return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        raise ListenError(f"{host} is not an IP address; give one such as 127.0.0.1") from None
+
+
+def bind_tcp(host: str, port: int) -> socket.socket:
+    """
+    A listening TCP socket; `port` 0 takes a free one.
+
+    `proto` is given because asyncio switches off Nagle's algorithm only for a listener that says
+    TCP; without it every answer on a kept connection waits 40 ms for an acknowledgement.
+
+    Raises:
+        PortInUse: the port is taken.
+        ListenError: any other refusal.
+    """
+    address = _address(host)
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((str(address), port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} on {address} is in use") from None
+        raise ListenError(f"cannot listen on {address} port {port}: {error.strerror}") from None
+    return listener
+
+
+class UnixListener:
+    """
+    A listening Unix socket with mode 0600 that this process made, and removes again.
+
+    A socket left by a sidecar that died is replaced; that of a live one, or anything else at `path`,
+    is never touched. A missing directory is made private.
+
+    Raises:
+        ListenError: it cannot be listened there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            check_socket_path(path)
+            if not path.parent.exists():
+                private_directory(path.parent)
+            _check_directory(path.parent)
+            self._lock = SocketLock(path)
+        except EndpointError as error:
+            raise ListenError(str(error)) from None
+        except OSError as error:
+            raise ListenError(f"cannot listen on {path}: {error.strerror}") from None
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._clear()
+            with suppress(OSError):
+                os.fchmod(self.socket.fileno(), 0o600)  # Linux: bind makes it with this mode; macOS refuses
+            self.socket.bind(str(path))
+            self._inode = os.lstat(path)
+            os.chmod(path, 0o600)  # before listen: nobody can have connected yet
+            self.socket.listen(BACKLOG)
+        except OSError as error:
+            self.close()
+            raise ListenError(f"cannot listen on {path}: {error.strerror}") from None
+        except ListenError:
+            self.close()
+            raise
+
+    def _clear(self) -> None:
+        """Make way for the socket, if what is there is one whose owner is dead."""
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise ListenError(f"{self.path} exists and is not a socket; it is left alone")
+        if answers(self.path):
+            raise ListenError(f"{self.path} is in use by another process")
+        os.unlink(self.path)
+
+    def close(self) -> None:
+        """Stop listening and remove the socket file, if it is still ours. A second call does nothing."""
+        self.socket.close()
+        with suppress(OSError, AttributeError):
+            if os.path.samestat(self._inode, os.lstat(self.path)):
+                os.unlink(self.path)
+        self._lock.release()
+
+    def forget(self) -> None:
+        """Close it in a forked child, and leave everything to the parent."""
+        self.socket.close()
+        self._lock.forget()
+
+    def __enter__(self) -> "UnixListener":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse a directory where another user could put a socket in the place of ours."""
+    found = os.stat(path)
+    if found.st_uid not in (0, os.geteuid()):
+        raise ListenError(f"{path} belongs to user {found.st_uid}, who could replace a socket in it")
+    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+        raise ListenError(f"{path} may be written by other users, who could replace a socket in it")
+
+
+def inherited(fd: int) -> socket.socket:
+    """
+    The listener that a supervisor passed as descriptor `fd`.
+
+    Not `socket.fromfd`, and with `proto` named: macOS cannot tell it from the descriptor, and asyncio
+    would leave Nagle's algorithm on.
+
+    Raises:
+        ListenError: it is not a listening stream socket.
+    """
+    try:
+        os.set_inheritable(fd, False)
+        found = socket.socket(fileno=fd)
+    except OSError as error:
+        raise ListenError(f"descriptor {fd} is not a socket: {error.strerror}") from None
+    if found.type != socket.SOCK_STREAM or not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        found.close()
+        raise ListenError(f"descriptor {fd} is not a listening stream socket")
+    if found.family in (socket.AF_INET, socket.AF_INET6):
+        return socket.socket(found.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=found.detach())
+    return found

@@ -1,0 +1,69 @@
+"""Noticing the death of a process that is not a child of ours: at once where the kernel tells it."""
+
+import asyncio
+import contextlib
+import os
+import select
+import sys
+from collections.abc import Iterator
+
+from vitalsd.sources.birth import Births, Undecided
+
+__all__ = ["death_of"]
+
+POLL_S = 1.0
+
+
+async def death_of(pid: int, start: int, kernel: Births, *, poll: bool = False) -> None:
+    """
+    Return once the run of `pid` that began at `start` has exited, reaped or not.
+
+    A pidfd (Linux) or kqueue (macOS) tells it within a millisecond; where neither can be had, the
+    start time is looked at once a second.
+
+    Args:
+        start: `Identity.start_key`.
+        poll: do only that, because `pid` is not of our pid namespace.
+    """
+    if not poll:
+        with contextlib.suppress(OSError), _exit_descriptor(pid) as fd:
+            # Opened by number, so it may be somebody else's by now: look after opening, not before.
+            if _lives(pid, start, kernel):
+                await _readable(fd)
+    while _lives(pid, start, kernel):
+        await asyncio.sleep(POLL_S)
+
+
+def _lives(pid: int, start: int, kernel: Births) -> bool:
+    try:
+        return kernel.start_key(pid) == start
+    except Undecided:
+        return True
+
+
+@contextlib.contextmanager
+def _exit_descriptor(pid: int) -> Iterator[int]:
+    """A descriptor that becomes readable when `pid` exits. Raises `OSError`: there is none to be had."""
+    if sys.platform == "linux":
+        fd = os.pidfd_open(pid)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+    elif sys.platform == "darwin":
+        with contextlib.closing(select.kqueue()) as queue:
+            exits = select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
+            queue.control([exits], 0)
+            yield queue.fileno()
+    else:
+        raise OSError("this system tells nobody")
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    news = asyncio.Event()
+    loop.add_reader(fd, news.set)
+    try:
+        await news.wait()
+    finally:
+        loop.remove_reader(fd)

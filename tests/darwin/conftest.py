@@ -1,0 +1,14 @@
+"""Which of these tests a machine can run: the simulator needs Linux beneath it, and a Mac needs none."""
+
+import sys
+
+if sys.platform == "darwin":
+    collect_ignore = [
+        "test_end_to_end.py",
+        "test_libsystem.py",
+        "test_simulator.py",
+        "test_soak.py",
+        "test_sources.py",
+    ]
+else:
+    collect_ignore = ["test_mac.py"]

@@ -1,0 +1,130 @@
+"""
+What only the kernel of a Mac can show; docs/macos.md says why of each.
+
+The contract suite (``tests/test_source_contract.py``) runs on the same kernel.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from vitalsd.snapshot import measure
+from vitalsd.sources import AccessDenied, TargetGone
+from vitalsd.sources.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6
+from vitalsd.sources.libproc import LibprocSource
+from vitalsd.sources.libsystem import load
+from vitalsd.sources.mach import MachSource
+
+pytestmark = pytest.mark.mac
+
+
+def burn(cpu_ns: int) -> None:
+    begun = time.thread_time_ns()
+    while time.thread_time_ns() - begun < cpu_ns:
+        pass
+
+
+def test_ports_and_descriptors_stay() -> None:
+    """A thousand snapshots while threads come and go: as many as before, once the threads have ended."""
+    lib = load()
+    source = MachSource(lib=lib)
+    source.snapshot(extras=True)
+    before = lib.ports_in_use(), len(os.listdir("/dev/fd"))
+    for _ in range(1000):
+        thread = threading.Thread(target=time.sleep, args=(0.0005,))
+        thread.start()
+        source.snapshot(extras=True)
+        thread.join()
+    time.sleep(0.5)  # the reaper is late
+    source.snapshot()
+    ports, descriptors = lib.ports_in_use(), len(os.listdir("/dev/fd"))
+    assert ports <= before[0] + 2
+    assert descriptors == before[1]
+
+
+def test_no_reference_stays_on_a_living_thread() -> None:
+    """References on a name coalesce, so a leak would not show in the number of ports."""
+    lib = load()
+    source = MachSource(lib=lib)
+    with lib.thread_ports() as ports:
+        port = ports[0]
+        before = lib.send_references(port)
+    for _ in range(100):
+        source.snapshot()
+    with lib.thread_ports() as ports:
+        assert lib.send_references(port) == before
+
+
+def test_ticks_have_the_scale_of_the_kernel() -> None:
+    """``hw.tbfrequency`` and getrusage agree, also in a process translated by Rosetta."""
+    source = MachSource()
+    burn(100_000_000)
+    snapshot = source.snapshot()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used_ns = (usage.ru_utime + usage.ru_stime) * 1e9
+    assert snapshot.warnings == ()
+    assert 0.8 * used_ns <= snapshot.cpu_ns <= used_ns * 1.05
+
+
+def test_basic_times_leave_living_threads_out() -> None:
+    """The trap of MACH_TASK_BASIC_INFO, and the reason why the total is read elsewhere."""
+    lib = load()
+    info = mach_task_basic_info()
+    lib.task_info(info)
+    before = info.user_time.seconds * 1_000_000 + info.user_time.microseconds
+    source = MachSource(lib=lib)
+    first = source.snapshot()
+    burn(300_000_000)
+    lib.task_info(info)
+    after = info.user_time.seconds * 1_000_000 + info.user_time.microseconds
+    assert after - before < 150_000
+    assert measure(first, source.snapshot()).cpu_ns > 250_000_000
+
+
+def test_both_ways_to_our_own_process_agree() -> None:
+    """Mach and libproc: the same threads, names and, to a quantum, the same times."""
+    mach, libproc = MachSource(), LibprocSource(os.getpid())
+    assert mach.identity() == libproc.identity()
+    a, b = mach.snapshot(extras=True), libproc.snapshot(extras=True)
+    assert a.tids == b.tids
+    assert a.names == b.names
+    assert abs(a.cpu_ns - b.cpu_ns) < 50_000_000
+    assert abs(a.uptime_ns - b.uptime_ns) < 50_000_000
+    assert a.extras is not None
+    assert b.extras is not None
+    assert a.extras.footprint_bytes
+    assert b.extras.footprint_bytes
+
+
+def test_a_thread_of_python_has_its_native_id() -> None:
+    """``thread_id`` is what threading.get_native_id() says."""
+    assert threading.get_native_id() in MachSource().snapshot().tids
+
+
+def test_another_users_process_is_denied() -> None:
+    """launchd is root's. Skipped for root, who may."""
+    if os.geteuid() == 0:
+        assert LibprocSource(1).identity().pid == 1
+        return
+    with pytest.raises(AccessDenied):
+        LibprocSource(1)
+
+
+def test_a_zombie_is_gone_and_its_usage_is_not() -> None:
+    """Private knowledge of the kernel: proc_pid_rusage answers for a zombie, PROC_PIDTASKALLINFO does not."""
+    with subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.read()
+        time.sleep(0.5)
+        with pytest.raises(TargetGone):
+            LibprocSource(child.pid)
+        usage = rusage_info_v6()
+        load().proc_rusage(child.pid, usage, 4)
+        assert usage.ri_proc_exit_abstime > 0
+        with pytest.raises(ProcessLookupError):
+            load().proc_info(child.pid, proc_taskallinfo())
