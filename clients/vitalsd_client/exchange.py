@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -120,8 +120,8 @@ class Connection:
         if method != "GET":
             fields["Content-Length"] = "0"
         with self._failures():
-            self._send(self._http.send(h11.Request(method=method, target=target, headers=list(fields.items()))))
-            self._send(self._http.send(h11.EndOfMessage()))
+            head = self._http.send(h11.Request(method=method, target=target, headers=list(fields.items())))
+            self._send((head or b"") + (self._http.send(h11.EndOfMessage()) or b""))
             answer = self._receive(max_bytes)
             if not last:
                 self._http.start_next_cycle()
@@ -135,7 +135,10 @@ class Connection:
             event = self._http.next_event()
             if event is h11.NEED_DATA:
                 self._arm("sent no answer" if head is None else "had not sent all of its answer")
-                self._http.receive_data(self._socket.recv(READ_BYTES))
+                data = self._socket.recv(READ_BYTES)
+                if not data and head is None:
+                    raise ExchangeError(f"{self.place} closed the connection without an answer")
+                self._http.receive_data(data)
             elif isinstance(event, h11.InformationalResponse):
                 interim += 1
                 if interim > MAX_INTERIM:
@@ -150,11 +153,12 @@ class Connection:
                 found = dict(head.headers).get(b"content-type", b"")
                 return Answer(head.status_code, found.decode("latin-1").partition(";")[0].strip(), bytes(body))
             else:
-                raise ExchangeError(f"{self.place} closed the connection without an answer")
+                raise ExchangeError(f"{self.place} answered out of turn")
 
-    def _send(self, data: bytes | None) -> None:
+    def _send(self, data: bytes) -> None:
         self._arm("took no request")
-        self._socket.sendall(data or b"")
+        with suppress(BrokenPipeError):  # whoever refuses early may have answered before
+            self._socket.sendall(data)
 
     def _arm(self, complaint: str) -> None:
         remaining = self._deadline - time.monotonic()
@@ -172,7 +176,7 @@ class Connection:
         except OSError as error:
             raise ExchangeError(f"{self.place} broke the connection: {error.strerror or error}") from None
         except h11.RemoteProtocolError as error:
-            cut = "without sending" in str(error) or "incomplete" in str(error)
+            cut = "without sending complete" in str(error)
             what = "closed the connection in the middle of its answer" if cut else "does not speak HTTP"
             raise ExchangeError(f"{self.place} {what}: {error}") from None
         except h11.LocalProtocolError as error:

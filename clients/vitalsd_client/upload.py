@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
-
-import httpx
 
 from vitalsd_client.patience import Call
 from vitalsd_client.privacy import harmless
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["Attempt", "Failed", "Parcel", "Progress", "Receipt", "check_url", "send"]
 
@@ -143,6 +144,8 @@ class _Attempt:
                     sockets.socket.shutdown(self._socket, sockets.SHUT_RDWR)
 
     def run(self) -> Attempt:
+        import httpx  # only now: to keep a report it is not needed, and it brings half a command line with it
+
         timeout = httpx.Timeout(IDLE_S, connect=CONNECT_S, pool=CONNECT_S)
         try:
             with (
@@ -199,7 +202,7 @@ class _Attempt:
                 self._socket = info["return_value"].get_extra_info("socket")
             self.check()
 
-    def _judged(self, answer: httpx.Response) -> Attempt:
+    def _judged(self, answer: "httpx.Response") -> Attempt:
         status = answer.status_code
         if 300 <= status < 400:
             return Failed(f"the server answered {status}: redirects are not followed", final=True)
