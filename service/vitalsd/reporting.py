@@ -26,6 +26,7 @@ __all__ = ["report", "spool"]
 @click.option("--app", default="vitalsd", show_default=True, metavar="NAME", help="Begins the name of the zip.")
 @click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Process.  [that of your newest sidecar]")
 @click.option("--url", metavar="URL", help="Ask this sidecar: http://127.0.0.1:9779")
+@click.option("--direct", is_flag=True, help="Without a sidecar, measure vitalsd itself: to try it out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def report(
     out: Path | None,
@@ -35,6 +36,7 @@ def report(
     app: str,
     pid: int | None,
     url: str | None,
+    direct: bool,
     as_json: bool,
 ) -> None:
     """Make a bug report: metrics, history, marks and the run that crashed before, in one zip.
@@ -53,7 +55,7 @@ def report(
         pid = next((each.target.pid for each in discover() if each.target is not None), None)
     try:
         outbox = _spool(upload) if upload else None
-        made = BugReport(app, description=message, url=url, pid=pid)
+        made = BugReport(app, description=message, url=url, pid=pid, direct=direct)
         for file in files:
             made.attach(file.name, file)
     except ValueError as error:
