@@ -1,6 +1,7 @@
 """Servers that do what no server should, on real sockets."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -129,7 +130,7 @@ class Misbehaving:
         self._threads: list[threading.Thread] = []
         self._open: list[socket.socket] = []
         self.requests: list[bytes] = []
-        """What was sent on each connection, as far as the blank line."""
+        """What was sent on each connection: one request."""
         if path is None:
             self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             self._listener.bind(("127.0.0.1", 0))
@@ -176,6 +177,13 @@ class Misbehaving:
             request = b""
             while b"\r\n\r\n" not in request and (data := connection.recv(65536)):
                 request += data
+            # To close with something unread would reset the connection.
+            head, _, body = request.partition(b"\r\n\r\n")
+            declared = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+            missing = int(declared[1]) - len(body) if declared else 0
+            while missing > 0 and (data := connection.recv(65536)):
+                request += data
+                missing -= len(data)
             self.requests.append(request)
             self._behaviour(connection, self._over)
 
