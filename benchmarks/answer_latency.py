@@ -8,6 +8,7 @@ both. Late = time until the answer is in hand, minus the window.
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def main() -> None:
         [sys.executable, "-c", TARGET.format(threads=options.threads)], stdout=subprocess.PIPE, text=True
     )
     server = subprocess.Popen(
-        [sys.executable, "-m", "vitalsd", "serve", "--port", "0", "--pid", str(target.pid)],
+        [sys.executable, "-m", "vitalsd", "serve", "--port", "0", "--no-black-box", "--pid", str(target.pid)],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -71,7 +72,11 @@ def main() -> None:
         assert target.stdout is not None
         assert server.stderr is not None
         target.stdout.readline()
-        url = server.stderr.readline().split()[-1]
+        line = server.stderr.readline()
+        while not (found := re.search(r"http://\S+", line)):
+            assert line, "vitalsd ended"
+            line = server.stderr.readline()
+        url = found[0]
         process = psutil.Process(target.pid)
         ours: list[float] = []
         theirs: list[float] = []

@@ -11,6 +11,7 @@ counts: on a shared machine everything else is somebody else's time.
 """
 
 import argparse
+import ctypes
 import gc
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from darwin.simulator import Simulator, build
+from vitalsd.sources.libsystem import FUNCTIONS
 from vitalsd.sources.mach import MachSource
 
 GOAL = 4.0
@@ -42,7 +44,8 @@ def measure(simulator: Simulator, threads: int, rounds: int) -> int:
     for i in range(threads):
         simulator.add_thread((1 << 40) + i, user_ns=i * 1000, system_ns=i * 1000, name=f"worker {i}".encode())
     assert len(source.snapshot().tids) == threads
-    nothing = simulator.function("sim_nothing")
+    nothing = ctypes.PyDLL(simulator.path).sim_nothing
+    nothing.argtypes, nothing.restype = FUNCTIONS["thread_info"].argtypes, FUNCTIONS["thread_info"].restype
     nothing_in_c = simulator.function("sim_nothing_cost_in_c")
     snapshot_in_c = simulator.function("sim_cost_in_c")
     calls = range(3 * threads)

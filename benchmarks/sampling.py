@@ -41,14 +41,14 @@ class Contender:
     """A program that takes a snapshot when told to."""
 
     def __init__(self, command: list[str]) -> None:
-        cpu = max(os.sched_getaffinity(0))
+        cpu = max(os.sched_getaffinity(0))  # type: ignore[attr-defined, unused-ignore]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),  # type: ignore[attr-defined, unused-ignore]
         )
         self.taken: dict[str, list[int]] = {"warm": [], "cold": []}
         self.snapshot()

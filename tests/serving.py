@@ -4,19 +4,22 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
 
+PYTHON = (sys.executable, "-m", "vitalsd")
+
 
 class Serving:
     """``vitalsd COMMAND ...`` on a free port, ended with the context; `client` talks to it."""
 
-    def __init__(self, state: Path, *arguments: str, command: str = "serve") -> None:
+    def __init__(self, state: Path, *arguments: str, command: str = "serve", python: Sequence[str] = PYTHON) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vitalsd", command, "--port", "0", *arguments],
+            [*python, command, "--port", "0", *arguments],
             stderr=subprocess.PIPE,
             text=True,
             env={"PATH": "/usr/bin:/bin", "HOME": str(state), "VITALSD_STATE_DIR": str(state)},

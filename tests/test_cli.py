@@ -107,7 +107,9 @@ def test_name_picks_the_newest(start: Start) -> None:
 def test_serve_says_where(tmp_path: Path) -> None:
     """The line on stderr is the address that answers."""
     with Serving(tmp_path) as serving:
-        assert re.fullmatch(r"vitalsd: serving itself on http://127\.0\.0\.1:\d+/metrics\n", serving.said)
+        assert re.fullmatch(
+            r"vitalsd: serving itself on http://127\.0\.0\.1:\d+/metrics and /\S+\.sock\n", serving.said
+        )
         assert serving.get("/healthz") == {"status": "ok"}
 
 
@@ -159,7 +161,7 @@ def test_a_taken_port_is_one_clear_line() -> None:
     [
         (["serve", "--port", "65536"], "65536"),
         (["serve", "--port", "http"], "http"),
-        (["serve", "--host", "0.0.0.0"], "not a loopback address"),
+        (["serve", "--host", "0.0.0.0"], "can be reached from other machines"),
         (["serve", "--host", "example.org"], "example.org"),
         (["serve", "--pid", "0"], "--pid"),
         (["serve", "--pid", "1", "--name", "x"], "exclude each other"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from snapshots import IDENTITY, snapshot
+from vitalsd.recorder import Recording
 from vitalsd.sampler import Busy, Sampler, Targets, sample
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import NoSuchProcess, Source, TargetGone
@@ -327,6 +328,33 @@ def test_closing_ends_the_threads() -> None:
 
     run(main())
     assert {thread for thread in threading.enumerate() if thread.name.startswith("vitalsd")} <= before
+
+
+def test_nothing_is_recorded_of_a_source_that_is_closed() -> None:
+    """A beat of the recorder that falls due while the target is being released is left out."""
+
+    class SlowToClose(CountingSource):
+        def snapshot(self, *, extras: bool = False) -> Snapshot:
+            assert not self.closed
+            return super().snapshot(extras=extras)
+
+        def close(self) -> None:
+            super().close()
+            time.sleep(0.05)
+
+    async def main() -> None:
+        sampler = Sampler(SlowToClose, recording=Recording(0.01))
+        await sampler.identity()
+        await asyncio.sleep(0.05)
+        await sampler.close()
+
+    unraised: list[threading.ExceptHookArgs] = []
+    before, threading.excepthook = threading.excepthook, unraised.append
+    try:
+        run(main())
+    finally:
+        threading.excepthook = before
+    assert unraised == []
 
 
 def test_one_window_without_a_loop() -> None:

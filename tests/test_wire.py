@@ -48,6 +48,7 @@ FULL = {
         "interrupt_wakeups": int,
         "energy_nj": int,
         "p_core_percent": float,
+        "qos_percent": {"utility": float},
     },
     "threads": [
         {
@@ -115,7 +116,10 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def full_measurement() -> Measurement:
-    everything = {field.name: 4096 * SECOND for field in fields(Extras) if field.name != "threads"}
+    everything: dict[str, Any] = {
+        field.name: 4096 * SECOND for field in fields(Extras) if field.name not in ("threads", "qos_ns")
+    }
+    everything["qos_ns"] = {"utility": SECOND}
     first = with_extras(snapshot(SECOND, [(1, 1, 0), (2, 1, 0), (3, 1, 0)]), **everything)
     cpu_ns = 350_000_000
     last = snapshot(2 * SECOND, [(1, 1, 0), (2, 1, 200_000_000), (3, 1, 50_000_000), (9, 2, 100_000_000)])

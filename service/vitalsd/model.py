@@ -124,6 +124,7 @@ class FullProcess(ProcessMetrics):
     p_core_percent: Percent | None = Field(
         description="macOS on Apple silicon: part of cpu_percent that ran on performance cores."
     )
+    qos_percent: dict[str, Percent] | None = Field(description="macOS: cpu_percent by quality-of-service class.")
 
 
 class FullThread(ThreadMetrics):

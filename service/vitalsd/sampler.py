@@ -83,6 +83,7 @@ class Sampler:
         self._recording = recording
         self._worker = Worker(name)
         self._source: Source | None = None
+        self._closed = False
         self._identity: Identity | None = None
         self._last: Snapshot | None = None
         self._pending: asyncio.Future[Snapshot] | None = None
@@ -202,6 +203,8 @@ class Sampler:
 
     def _beat(self) -> bool:
         assert self.recorder is not None
+        if self._closed:  # due between the release of the target and the end of the thread
+            return False
         last = self._last
         fresh = last is not None and time.monotonic_ns() - last.monotonic_ns < SHARE_NS
         try:
@@ -218,6 +221,7 @@ class Sampler:
                 self._last = None
                 self._beat()
             self.recorder.close()
+        self._closed = True
         if self._source is not None:
             self._source.close()
 
@@ -316,16 +320,19 @@ class Targets:
             yield self.default
             return
         guest = self._enter(pid)
-        idle_s = self._idle_s
         try:
             yield guest.sampler
         except SourceError:
-            idle_s = 0  # the pid may be another process the next time: do not hold on to this one
+            # The pid may be another process the next time: whoever asks next opens it anew.
+            if self._guests.get(pid) is guest:
+                del self._guests[pid]
             raise
         finally:
             guest.users -= 1
-            if guest.users == 0:
-                guest.expiry = asyncio.get_running_loop().call_later(idle_s, self._expire, pid)
+            if guest.users == 0 and self._guests.get(pid) is guest:
+                guest.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
+            elif guest.users == 0:
+                self._release(guest)
 
     async def start(self) -> None:
         """Open the default target, so that it is recorded from now on. A failure is told to whoever asks."""
@@ -361,6 +368,9 @@ class Targets:
         guest = self._guests.pop(pid)
         if guest.expiry is not None:
             guest.expiry.cancel()
+        self._release(guest)
+
+    def _release(self, guest: _Guest) -> None:
         task = asyncio.ensure_future(guest.sampler.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

@@ -5,7 +5,7 @@ Pure: no clock is read here and no kernel is asked. All counters are integers, i
 bytes, and cumulative since the process or thread started.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import sub
 
@@ -65,6 +65,8 @@ class Extras:
     interrupt_wakeups: int | None = None
     energy_nj: int | None = None
     p_core_ns: int | None = None
+    qos_ns: Mapping[str, int] | None = None
+    """macOS: CPU time by quality-of-service class."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,6 +145,7 @@ class Measurement:
     """The user-mode part of `thread_cpu_ns`; ``None`` where the split is unknown."""
     user_ns: int | None
     p_core_ns: int | None
+    qos_ns: Mapping[str, int] | None
     warnings: tuple[str, ...]
     encoded: dict[Hashable, bytes] = field(default_factory=dict)
     """Renderings of this measurement, so that all who share a window share them too."""
@@ -214,7 +217,7 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         + last.thread_lag_ns * min(ran, 1 + living_ns // elapsed_ns)
         + round((first.skew_ns + last.skew_ns) * min(1.0, cpu_ns / elapsed_ns))
     )
-    thread_user_ns, user_ns, p_core_ns = _split(first, last, matched, born if not executed else (), deltas, cpu_ns)
+    thread_user_ns, user_ns = _split(first, last, matched, born if not executed else (), deltas, cpu_ns)
     return Measurement(
         first=first,
         last=last,
@@ -229,7 +232,8 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         born=frozenset(born),
         thread_user_ns=thread_user_ns,
         user_ns=user_ns,
-        p_core_ns=p_core_ns,
+        p_core_ns=_grown(first, last, lambda extras: extras.p_core_ns),
+        qos_ns=_qos(first.extras, last.extras),
         warnings=tuple(warnings),
     )
 
@@ -278,11 +282,11 @@ def _split(
     born: Sequence[int],
     deltas: Sequence[int],
     cpu_ns: int,
-) -> tuple[list[int | None] | None, int | None, int | None]:
-    """The user-mode part of each thread's and of the process's CPU time, and its part on performance cores."""
+) -> tuple[list[int | None] | None, int | None]:
+    """The user-mode part of each thread's and of the process's CPU time."""
     a, b = first.extras, last.extras
     if a is None or b is None:
-        return None, None, None
+        return None, None
     places = range(len(deltas))
     threads: list[int | None] = [None] * len(deltas)
     for i, j in zip(places, places, strict=True) if matched is None else matched:
@@ -296,10 +300,22 @@ def _split(
     user_ns = None
     if None not in (a.user_ns, b.user_ns, a.system_ns, b.system_ns):
         user_ns = _user_part(cpu_ns, b.user_ns - a.user_ns, b.system_ns - a.system_ns)  # type: ignore[operator]
-    p_core_ns = None
-    if a.p_core_ns is not None and b.p_core_ns is not None:
-        p_core_ns = max(0, b.p_core_ns - a.p_core_ns)
-    return threads, user_ns, p_core_ns
+    return threads, user_ns
+
+
+def _grown(first: Snapshot, last: Snapshot, counter: Callable[[Extras], int | None]) -> int | None:
+    """How much a counter of the extras grew; ``None`` if either end lacks it."""
+    if first.extras is None or last.extras is None:
+        return None
+    before, after = counter(first.extras), counter(last.extras)
+    return None if before is None or after is None else max(0, after - before)
+
+
+def _qos(before: Extras | None, after: Extras | None) -> dict[str, int] | None:
+    """CPU time that was burnt in each quality-of-service class, ns."""
+    if before is None or after is None or before.qos_ns is None or after.qos_ns is None:
+        return None
+    return {name: max(0, ns - before.qos_ns.get(name, 0)) for name, ns in after.qos_ns.items()}
 
 
 def _user_part(cpu_ns: int, user_ns: int, system_ns: int) -> int | None:

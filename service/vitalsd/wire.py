@@ -18,13 +18,18 @@ from typing import Any, Literal
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
 from vitalsd.sources import SourceError, platform_name
 
-__all__ = ["Detail", "Labels", "Sort", "encode", "iso", "unavailable"]
+__all__ = ["Detail", "Labels", "Sort", "encode", "iso", "os_version", "unavailable"]
 
 Detail = Literal["basic", "full"]
 Sort = Literal["tid", "cpu", "name"]
 
 DECIMALS = 3
 """Of every percentage: 0.001 % of a second is 10 µs, finer than any clock is read here."""
+
+
+def os_version() -> str:
+    """Of macOS its marketing version, of Linux the kernel's release."""
+    return platform.mac_ver()[0] or platform.release()
 
 
 def iso(unix_ns: int) -> str:
@@ -167,6 +172,7 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             "interrupt_wakeups": extras.interrupt_wakeups,
             "energy_nj": extras.energy_nj,
             "p_core_percent": percent(m.p_core_ns),
+            "qos_percent": None if m.qos_ns is None else {name: percent(ns) for name, ns in m.qos_ns.items()},
         },
         "threads": [
             {
@@ -213,7 +219,7 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
         "host": {
             "cpu_count": os.cpu_count() or 1,
             "os": identity.platform,
-            "os_version": platform.release(),
+            "os_version": os_version(),
             "arch": platform.machine(),
         },
         "truncated": len(order) < len(last.tids),

@@ -31,6 +31,7 @@ HEADERS = """\
 #include <sys/proc_info.h>
 #include <sys/resource.h>
 #include <sys/sysctl.h>
+#include <unistd.h>
 """
 
 PRIVATE = """\

@@ -1126,6 +1126,20 @@ int proc_listallpids(void *buffer, int size)
     return (int)n;
 }
 
+int gethostuuid(unsigned char *uuid, const struct timespec *wait)
+{
+    (void)wait;
+    pthread_mutex_lock(&lock);
+    long error = fault("gethostuuid", -1);
+    pthread_mutex_unlock(&lock);
+    if (error) {
+        errno = (int)error;
+        return -1;
+    }
+    memset(uuid, 0x5a, 16);
+    return 0;
+}
+
 int sysctlbyname(const char *name, void *old, size_t *size, const void *new, size_t new_size)
 {
     (void)new, (void)new_size;
@@ -1164,7 +1178,7 @@ int sim_nothing(uint32_t a, uint32_t b, void *c, uint32_t *d)
     return 0;
 }
 
-/* What the calls of a snapshot cost in C, ns: the list, two calls and a release per thread, and the array. */
+/* What the calls of a snapshot cost in C, ns: the list, the totals, per thread two readings and a release, the sizes. */
 long long sim_cost_in_c(void)
 {
     static struct thread_extended_info info;
@@ -1172,6 +1186,8 @@ long long sim_cost_in_c(void)
     uint32_t *list, count, words;
     long long begun = clock_ns(CLOCK_MONOTONIC);
     task_threads(TASK_SELF, &list, &count);
+    words = 8;
+    task_info(TASK_SELF, 1, &info, &words);
     for (uint32_t i = 0; i < count; i++) {
         words = 28;
         thread_info(list[i], 5, &info, &words);
@@ -1180,6 +1196,8 @@ long long sim_cost_in_c(void)
         mach_port_deallocate(TASK_SELF, list[i]);
     }
     vm_deallocate(TASK_SELF, (uintptr_t)list, count * 4);
+    words = 12;
+    task_info(TASK_SELF, 20, &info, &words);
     return clock_ns(CLOCK_MONOTONIC) - begun;
 }
 

@@ -70,7 +70,6 @@ class Simulator:
             ("sim_reuse_pid", None, ctypes.c_long, ctypes.c_longlong),
             ("sim_pid_estimate", None, ctypes.c_long),
             ("sim_exec", None, ctypes.c_long),
-            ("sim_nothing", ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p),
             ("sim_cost_in_c", ctypes.c_longlong),
             ("sim_nothing_cost_in_c", ctypes.c_longlong, ctypes.c_long),
         ):  # fmt: skip

@@ -19,7 +19,7 @@ from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery
 from vitalsd.model import FullMetrics, Measured
 from vitalsd.sampler import Busy, Stream, Target, Targets
 from vitalsd.sources import ProcessEntry, SourceError, platform_name
-from vitalsd.wire import Labels, encode, iso, unavailable
+from vitalsd.wire import Labels, encode, iso, os_version, unavailable
 from vitalsd.worker import Worker
 
 __all__ = ["live_routes"]
@@ -159,7 +159,7 @@ async def _info(target: Target) -> dict[str, Any]:
         "version": version("vitalsd"),
         "python": platform.python_version(),
         "platform": platform_name(),
-        "os_version": platform.release(),
+        "os_version": os_version(),
         "arch": platform.machine(),
         "cpu_count": os.cpu_count() or 1,
         "target": who,

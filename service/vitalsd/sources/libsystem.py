@@ -60,6 +60,8 @@ from vitalsd.sources.apple_headers import (
     thread_identifier_info,
 )
 
+__all__ = ["LibSystem", "MachError", "ThreadRows", "load"]
+
 THREAD_GONE = frozenset((KERN_INVALID_ARGUMENT, KERN_TERMINATED, MACH_SEND_INVALID_DEST))
 """How ``thread_info`` says that the thread has ended: detached, inactive, dead name."""
 
@@ -136,6 +138,9 @@ FUNCTIONS = {
         "int proc_pid_rusage(int, int, rusage_info_t *)", c_int, (c_int, c_int, c_void_p), "errno"
     ),
     "proc_listallpids": Function("int proc_listallpids(void *, int)", c_int, (c_void_p, c_int), "errno"),
+    "gethostuuid": Function(
+        "int gethostuuid(unsigned char *, const struct timespec *)", c_int, (c_void_p, c_void_p), "errno"
+    ),
     "sysctlbyname": Function(
         "int sysctlbyname(const char *, void *, size_t *, void *, size_t)",
         c_int,
@@ -177,7 +182,7 @@ class LibSystem:
 
     def __init__(self, path: str | None) -> None:
         try:
-            self._quick = ctypes.PyDLL(path, use_errno=True)
+            self._quick = ctypes.PyDLL(path)  # Mach calls leave errno alone
             self._slow = ctypes.CDLL(path, use_errno=True)
         except OSError as error:
             raise Unsupported(f"cannot load libSystem: {error}") from None
@@ -225,12 +230,14 @@ class LibSystem:
         array = POINTER(c_uint32)()
         count = c_uint32()
         codes: list[int] = []
+        ports: Sequence[int] = ()
         try:
             self._quick.task_threads(self._task.value, ctypes.addressof(array), ctypes.addressof(count))
-            yield array[: count.value]
+            ports = array[: count.value]
+            yield ports
         finally:
             if (address := ctypes.cast(array, c_void_p).value) is not None:
-                ports: Sequence[int] = array[: count.value]
+                ports = ports or array[: count.value]
                 if MACH_PORT_NULL in ports or MACH_PORT_DEAD in ports:
                     ports = [port for port in ports if port not in (MACH_PORT_NULL, MACH_PORT_DEAD)]
                 try:
@@ -310,6 +317,18 @@ class LibSystem:
         if got <= 0 and ctypes.get_errno():
             raise _os_error(f"proc_pidinfo({name})", ctypes.get_errno())
         return got
+
+    # The machine
+
+    def host_uuid(self) -> bytes:
+        """What tells this machine from others, across reboots; empty where it is not told within a second."""
+        uuid = (ctypes.c_ubyte * 16)()
+        wait = (ctypes.c_long * 2)(1, 0)  # struct timespec
+        try:
+            self._slow.gethostuuid(ctypes.addressof(uuid), ctypes.addressof(wait))
+        except OSError:
+            return b""
+        return bytes(uuid)
 
     # sysctl and clocks
 

@@ -41,6 +41,7 @@ __all__ = [
     "ATTEMPTS",
     "QUANTUM_NS",
     "THREAD_GRAIN_NS",
+    "UNKNOWN_BOOT",
     "Instant",
     "Living",
     "Target",
@@ -63,6 +64,17 @@ THREAD_GRAIN_NS = 2_000
 
 ATTEMPTS = 3
 """Lists of threads to make before believing that nobody on them is alive: an exec replaces them all."""
+
+QOS_CLASSES = (
+    "default",
+    "maintenance",
+    "background",
+    "utility",
+    "legacy",
+    "user_initiated",
+    "user_interactive",
+)
+"""The ``ri_cpu_time_qos_*`` fields of rusage_info_v4 (bsd/sys/resource.h)."""
 
 RUN_STATES = {
     TH_STATE_RUNNING: "running",
@@ -98,12 +110,15 @@ def translated_errors(pid: int) -> Iterator[None]:
         raise KernelError(f"process {pid}: {error}") from None
 
 
+UNKNOWN_BOOT = "unknown"
+
+
 def boot_id(lib: LibSystem) -> str:
     """The UUID of this boot of the machine."""
     try:
         return lib.sysctl("kern.bootsessionuuid").rstrip(b"\0").decode("ascii", "backslashreplace").lower()
     except OSError:
-        return "unknown"
+        return UNKNOWN_BOOT
 
 
 def process_name(info: proc_bsdinfo) -> str:
@@ -337,6 +352,9 @@ class Target:
             energy_nj=usage.ri_energy_nj or None if usage and v6 else None,
             p_core_ns=self.ns(usage.ri_user_ptime + usage.ri_system_ptime)
             if usage and v6 and self._has_p_cores
+            else None,
+            qos_ns={name: self.ns(getattr(usage, f"ri_cpu_time_qos_{name}")) for name in QOS_CLASSES}
+            if usage
             else None,
         )
 

@@ -1,0 +1,39 @@
+"""`vitalsd.sources.birth` on macOS."""
+
+from vitalsd.sources.apple_headers import proc_taskallinfo
+from vitalsd.sources.birth import Undecided, anonymous
+from vitalsd.sources.libsystem import LibSystem, MachError
+from vitalsd.sources.xnu import UNKNOWN_BOOT, boot_id, start_key
+
+__all__ = ["DarwinBirths"]
+
+
+class DarwinBirths:
+    """
+    Asks libproc, which answers for processes of this user and not for zombies.
+
+    Args:
+        lib: libSystem.
+    """
+
+    def __init__(self, lib: LibSystem) -> None:
+        self._lib = lib
+
+    def realm(self) -> str:
+        return anonymous(self._lib.host_uuid())
+
+    def boot_id(self) -> str:
+        found = boot_id(self._lib)
+        if found == UNKNOWN_BOOT:
+            raise Undecided("no boot id")
+        return found
+
+    def start_key(self, pid: int) -> int | None:
+        info = proc_taskallinfo()
+        try:
+            self._lib.proc_info(pid, info)
+        except ProcessLookupError:
+            return None
+        except (OSError, MachError) as error:
+            raise Undecided(f"process {pid}: {error}") from None
+        return start_key(info.pbsd)

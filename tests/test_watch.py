@@ -1,0 +1,80 @@
+"""Noticing a death: `vitalsd.watch`."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from vitalsd.sources.birth import Undecided, births
+from vitalsd.watch import death_of
+
+
+@pytest.fixture
+def target() -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        yield process
+        process.kill()
+
+
+async def latency_s(target: "subprocess.Popen[bytes]", *, poll: bool) -> float:
+    start = births().start_key(target.pid)
+    assert start is not None
+    watching = asyncio.create_task(death_of(target.pid, start, births(), poll=poll))
+    await asyncio.sleep(0.2)
+    assert not watching.done()
+    begun = time.monotonic()
+    target.kill()
+    await asyncio.wait_for(watching, 5)
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize(("poll", "limit_s"), [(False, 0.3), (True, 1.5)])
+def test_death_is_noticed(target: "subprocess.Popen[bytes]", poll: bool, limit_s: float) -> None:
+    """The kernel tells it at once; polling takes up to a second more."""
+    assert asyncio.run(latency_s(target, poll=poll)) < limit_s
+
+
+def test_a_reused_pid_is_a_death(target: "subprocess.Popen[bytes]") -> None:
+    """The pid lives, but under another start: the one that was meant is gone, and nobody waits for the other."""
+    asyncio.run(asyncio.wait_for(death_of(target.pid, 1, births()), 1))
+    asyncio.run(asyncio.wait_for(death_of(2**22 + 1, 1, births()), 1))
+
+
+def test_cancelling_leaves_no_descriptor(target: "subprocess.Popen[bytes]") -> None:
+    """A watch that is given up closes what it opened."""
+    import os
+
+    async def watch() -> None:
+        start = births().start_key(target.pid)
+        assert start is not None
+        before = len(os.listdir("/dev/fd"))
+        watching = asyncio.create_task(death_of(target.pid, start, births()))
+        await asyncio.sleep(0.05)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        assert len(os.listdir("/dev/fd")) == before
+
+    asyncio.run(watch())
+
+
+def test_undecided_is_not_dead() -> None:
+    """As long as the kernel does not tell, the watch goes on."""
+
+    class Silent:
+        def realm(self) -> str:
+            return ""
+
+        def boot_id(self) -> str:
+            return ""
+
+        def start_key(self, pid: int) -> int | None:
+            raise Undecided("hidden")
+
+    async def watch() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(death_of(2**22 + 1, 1, Silent(), poll=True), 0.1)
+
+    asyncio.run(watch())
