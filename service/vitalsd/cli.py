@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vitalsd.reporting import report, spool
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import IO, Any
@@ -625,3 +627,7 @@ def _raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if sys.platform == "linux" and soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+main.add_command(report)
+main.add_command(spool)
