@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format clean
+.PHONY: help setup run demo test check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ $(READY): pyproject.toml constraints.txt
 
 run: $(READY) ## serve the metrics of a process: make run ARGS="--pid 4242"
 	@exec $(BIN)/vitalsd serve $(ARGS)
+
+demo: $(READY) ## run an app with busy threads, and show what to curl
+	@exec $(BIN)/python clients/examples/threaded_app.py $(ARGS)
 
 test: $(READY) ## run the tests: make test ARGS="-k trailing"
 	@$(BIN)/python -m pytest $(ARGS)

@@ -28,7 +28,7 @@ def build(directory: Path) -> dict[str, Path]:
     """The native programs; the one in Rust only where rustc is."""
     compiler = ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
     built = {}
-    for name in ("target", "floor"):
+    for name in ("target", "floor", "duty"):
         built[name] = directory / name
         subprocess.run([*compiler, "-O2", "-pthread", "-o", built[name], NATIVE / f"{name}.c"], check=True)
     if shutil.which("rustc"):

@@ -279,8 +279,9 @@ def test_a_read_only_disk_is_said(tmp_path: Path) -> None:
 
 def test_a_slow_disk_drops_and_counts(tmp_path: Path) -> None:
     """While the writer hangs, snapshots beyond a few are dropped and counted; the caller never waits."""
-    box, record = write(tmp_path, [Process().snapshot()])
     process = Process()
+    record = Record(IDENTITY, interval_ns=SECOND_NS)
+    box = BlackBox(RunDirectory(tmp_path), IDENTITY, interval_ns=1_000_000, retention_ns=SECOND_NS)
     with sqlite3.connect(tmp_path / f"{box.run_id}.sqlite", isolation_level=None) as blocker:
         blocker.execute("BEGIN IMMEDIATE")
         for _ in range(300):

@@ -1,6 +1,7 @@
 """The sidecar inside its client: `vitalsd.start`."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ import vitalsd
 from sidecars import ask, environment, eventually, listing
 from vitalsd import endpoint
 from vitalsd.listeners import ListenError, PortInUse, bind_tcp
+from vitalsd.runs import RunDirectory
 from vitalsd.sources.birth import births
 
 
@@ -323,6 +325,32 @@ def test_a_pool_of_forked_workers(short_path: Path) -> None:
     )
     assert (done.stdout, done.returncode, done.stderr) == ("200\n", 0, "")
     assert listing(short_path / "run") == []
+
+
+def test_a_child_that_outlives_its_parent_does_not_hide_the_crash(short_path: Path) -> None:
+    """The host is killed and a forked worker lives on: the run of the host has crashed all the same."""
+    done = run(
+        """
+        import os, signal, sys, time, vitalsd
+        from sidecars import ask
+        sidecar = vitalsd.start(port=0, record_interval_s=0.05)
+        ask(sidecar.socket, "/metrics?window_ms=200")
+        host = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            os.closerange(0, 3)
+            time.sleep(60)
+            os._exit(0)
+        print(pid, flush=True)
+        os.kill(host, signal.SIGKILL)
+        """
+    )
+    worker = int(done.stdout)
+    try:
+        assert births().start_key(worker) is not None
+        assert [run.state for run in RunDirectory(short_path / "state" / "runs").runs()] == ["crashed"]
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 # The exit of the interpreter

@@ -100,6 +100,12 @@ class BlackBox:
         row = (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
         self._worker.submit(lambda: self._guard(lambda db: self._insert(db, "INSERT INTO event VALUES (?,?,?,?)", row)))
 
+    def forget(self) -> None:
+        """In a forked child: let go of the lock, which else would say that a run whose writer died goes on."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
     def close(self, ended: str, *, crashed: bool = False, timeout_s: float = 1.0) -> None:
         """
         Finish the file.

@@ -11,6 +11,7 @@ Of the standard library and `vitalsd.sources` alone: clients import this without
 
 import errno
 import fcntl
+import hmac
 import json
 import os
 import pwd
@@ -45,6 +46,7 @@ __all__ = [
     "new_token",
     "now",
     "private_directory",
+    "proof",
     "publish",
     "published",
     "read",
@@ -273,6 +275,16 @@ def check_socket_path(path: Path) -> None:
 def new_token() -> str:
     """A secret of 256 bits that fits into a header."""
     return secrets.token_urlsafe(32)
+
+
+def proof(token: str, nonce: str, port: int) -> str:
+    """
+    What a sidecar on `port` answers to ``GET /hello?nonce=``, and nobody can who lacks its token.
+
+    A client asks before it sends the token: another user may have taken the port of a sidecar that
+    died. With the port in it, the answer of a live sidecar cannot be passed on from elsewhere.
+    """
+    return hmac.new(token.encode(), f"{nonce}:{port}".encode(), "sha256").hexdigest()
 
 
 def now() -> str:

@@ -38,9 +38,9 @@ class Sidecar:
     A context manager that stops it. In a forked child it is closed, and the child may `start` its own.
     """
 
-    def __init__(self, service: Service, targets: Targets) -> None:
+    def __init__(self, service: Service, sampler: Sampler) -> None:
         self._service = service
-        self._targets = targets
+        self._sampler = sampler
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._started: Future[None] = Future()
@@ -80,7 +80,7 @@ class Sidecar:
             NotRecording: there is no recorder.
         """
         if self.running:
-            self._targets.default.mark(label)
+            self._sampler.mark(label)
 
     def stop(self) -> None:
         """End it, within 2 s. A second call does nothing, and neither does one in a forked child."""
@@ -100,6 +100,10 @@ class Sidecar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _forget(self) -> None:
+        self._service.forget()
+        self._sampler.forget()
 
     def _start(self, timeout_s: float) -> None:
         self._thread.start()
@@ -146,7 +150,7 @@ class _Process:
         self._lock = threading.Lock()  # another thread of the parent may have held it
         sidecar, self._sidecar = self._sidecar, None
         if sidecar is not None:
-            sidecar._service.forget()
+            sidecar._forget()
             # Kept for ever: to close its event loop here would empty the epoll set that is the parent's too.
             self._parents.append(sidecar)
 
@@ -212,11 +216,12 @@ def start(
         listeners.notes[:0] = notes
         runs = _run_directory(listeners.notes)
         recording = Recording(record_interval_s, retention_s, runs=runs if black_box else None)
-        targets = Targets(Sampler(_own_source, recording=recording), open_source)
+        sampler = Sampler(_own_source, recording=recording)
+        targets = Targets(sampler, open_source)
         app = create_app(targets, list_processes, runs=runs)
         me = Target(os.getpid(), births().start_key(os.getpid()) or 0)
         service = Service(app, listeners, directory=directory, target=me, token=token, grace_s=GRACE_S)
-        return Sidecar(service, targets)
+        return Sidecar(service, sampler)
 
     return _process.start(make, timeout_s)
 

@@ -98,6 +98,11 @@ class Recorder:
             else None,
         }
 
+    def forget(self) -> None:
+        """In a forked child: leave the black box to the parent."""
+        if self.blackbox is not None:
+            self.blackbox.forget()
+
     def close(self) -> None:
         """End the run: well, unless the target went first."""
         if self.blackbox is not None:

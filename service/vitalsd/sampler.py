@@ -148,6 +148,11 @@ class Sampler:
         """State of the recorder as ``/info`` shows it; ``None`` without one."""
         return self.recorder.info() if self.recorder else None
 
+    def forget(self) -> None:
+        """In a forked child: leave target and record to the parent."""
+        if self.recorder is not None:
+            self.recorder.forget()
+
     async def close(self, timeout_s: float = 1.0) -> None:
         """Release the target and end its record. A kernel call that hangs is left to its daemon thread."""
         for task in list(self._windows.values()):

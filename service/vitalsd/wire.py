@@ -32,9 +32,11 @@ def os_version() -> str:
     return platform.mac_ver()[0] or platform.release()
 
 
-def iso(unix_ns: int) -> str:
-    """A Unix time in ns as ISO 8601 in UTC with milliseconds."""
-    return datetime.fromtimestamp(unix_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def iso(unix_ns: int, precision: str = "milliseconds") -> str:
+    """A Unix time in ns as ISO 8601 in UTC, with ``milliseconds`` or ``microseconds``."""
+    seconds, rest_ns = divmod(unix_ns, 1_000_000_000)
+    moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest_ns // 1000)
+    return moment.isoformat(timespec=precision).replace("+00:00", "Z")
 
 
 def unavailable(error: SourceError | str, platform: str | None = None) -> bytes:
@@ -201,8 +203,8 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             "requested_ms": requested_ms,
             "measured_ms": round(m.elapsed_ns / 1e6, DECIMALS),
             "mode": mode,
-            "started_at": iso(m.first.wall_ns),
-            "ended_at": iso(last.wall_ns),
+            "started_at": iso(m.first.wall_ns, "microseconds"),
+            "ended_at": iso(last.wall_ns, "microseconds"),
             "suspended": m.suspended_ns > 0,
         },
         "accounting": {

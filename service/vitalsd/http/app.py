@@ -10,6 +10,7 @@ from vitalsd.http import problem
 from vitalsd.http.bounds import Bounds
 from vitalsd.http.live import live_routes
 from vitalsd.http.past import past_routes
+from vitalsd.http.report import report_routes
 from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Targets
 from vitalsd.sources import ProcessEntry
@@ -51,6 +52,7 @@ def create_app(
     )
     app.include_router(live_routes(targets, list_processes, reader))
     app.include_router(past_routes(targets, runs, reader))
+    app.include_router(report_routes(targets, runs, reader))
     app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES)
     problem.install(app)
     return app

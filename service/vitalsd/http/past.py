@@ -17,7 +17,7 @@ from vitalsd.sources import SourceError
 from vitalsd.wire import iso
 from vitalsd.worker import Worker
 
-__all__ = ["past_routes", "run_json"]
+__all__ = ["mark_json", "past_routes", "run_json"]
 
 TABLE: dict[int | str, dict[str, Any]] = {
     200: {
@@ -66,12 +66,12 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
             mark = targets.default.mark(body.label)
         except ValueError as error:
             return problem("bad_body", str(error), parameter="label")
-        return JSON(_mark_json(mark), 201)
+        return JSON(mark_json(mark), 201)
 
     @routes.get("/marks", response_class=JSON, responses=REFUSALS, summary="The labels on the clock, oldest first")
     async def get_marks(query: Annotated[NoQuery, Query()]) -> Response:
         record = targets.default.record
-        return JSON([_mark_json(mark) for mark in list(record.marks)] if record else [])
+        return JSON([mark_json(mark) for mark in list(record.marks)] if record else [])
 
     @routes.get("/runs", response_class=JSON, responses=REFUSALS, summary="Earlier runs on disk, crashed ones first")
     async def list_runs(query: Annotated[NoQuery, Query()]) -> Response:
@@ -117,7 +117,8 @@ async def _table(record: Record, query: HistoryQuery, accept: str, reader: Worke
     return JSON(body)
 
 
-def _mark_json(mark: Mark) -> dict[str, Any]:
+def mark_json(mark: Mark) -> dict[str, Any]:
+    """A mark as ``GET /marks`` lists it."""
     return {"time": iso(mark.wall_ns), "time_ms": mark.wall_ns // 1_000_000, "label": mark.label}
 
 

@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from vitalsd.wire import Detail, Sort
 
-__all__ = ["HistoryQuery", "MetricsQuery", "NoQuery", "StreamQuery"]
+__all__ = ["HistoryQuery", "MetricsQuery", "NoQuery", "ReportQuery", "StreamQuery"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,13 @@ class HistoryQuery(_Query):
     seconds: Annotated[int, Digits(1, 86_400), Field(description="How far back, s.")] = 300
     top: Annotated[int, Digits(0, 20_000), Field(description="Show so many threads, the busiest ones.")] = 10
     step_ms: Annotated[int, Digits(0, 3_600_000), Field(description="At least so long a row, ms; 0 for all.")] = 0
+
+
+class ReportQuery(_Query):
+    """Parameters of ``GET /report.zip``."""
+
+    window_ms: WindowMs = 2000
+    seconds: Annotated[int, Digits(1, 86_400), Field(description="How far back the history goes, s.")] = 300
 
 
 class StreamQuery(_Query):

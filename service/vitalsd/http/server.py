@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from vitalsd.http.connection import Connection
 from vitalsd.http.gate import Gate
+from vitalsd.http.hello import Hello
 from vitalsd.listeners import BACKLOG
 
 __all__ = ["Server"]
@@ -51,7 +52,7 @@ class Server(uvicorn.Server):
         self._stop = asyncio.Event()
         super().__init__(
             _Config(
-                self._gate,
+                Hello(self._gate, token=token),
                 http=Connection,  # on h11: httptools takes two Host headers and 5 MB of head
                 ws="none",
                 lifespan="on",

@@ -1,0 +1,86 @@
+/* duty BURST_US PERIOD_US: one thread burns in bursts and writes down its CPU clock at their edges only.
+ *
+ * Inside a burst it counts and asks no clock: reading a thread's CPU clock brings the kernel's own account
+ * of it up to date, and whoever samples from outside would find it fresher than that of an ordinary
+ * program. Prints its tid; for each line on stdin, the edges since the last one: monotonic ns, CPU ns. */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { EDGES = 1 << 20 };
+
+static long long edges[EDGES][2], burst_ns, period_ns;
+static volatile long written, tid;
+static volatile unsigned long sink;
+
+static long long now_ns(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+static void count(unsigned long turns)
+{
+    while (turns--)
+        sink += turns;
+}
+
+static void edge(void)
+{
+    if (written < EDGES) {
+        edges[written][0] = now_ns(CLOCK_MONOTONIC);
+        edges[written][1] = now_ns(CLOCK_THREAD_CPUTIME_ID);
+        written++;
+    }
+}
+
+static void *work(void *unused)
+{
+    (void)unused;
+    prctl(PR_SET_NAME, "duty");
+    unsigned long turns = 1000000;
+    long long begin = now_ns(CLOCK_THREAD_CPUTIME_ID);
+    count(turns);
+    turns = turns * (double)burst_ns / (now_ns(CLOCK_THREAD_CPUTIME_ID) - begin);
+    tid = syscall(SYS_gettid);
+    for (;;) {
+        long long next = now_ns(CLOCK_MONOTONIC) + period_ns;
+        edge();
+        count(turns);
+        edge();
+        long long rest = next - now_ns(CLOCK_MONOTONIC);
+        if (rest > 0)
+            nanosleep(&(struct timespec){rest / 1000000000, rest % 1000000000}, NULL);
+    }
+}
+
+int main(int words, char **word)
+{
+    if (words != 3)
+        return 2;
+    burst_ns = atoll(word[1]) * 1000;
+    period_ns = atoll(word[2]) * 1000;
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, work, NULL))
+        return 1;
+    while (!tid)
+        usleep(1000);
+    printf("%ld\n", tid);
+    fflush(stdout);
+    char line[16];
+    long shown = 0;
+    while (fgets(line, sizeof line, stdin)) {
+        long until = written;
+        for (; shown < until; shown++)
+            printf("%lld %lld ", edges[shown][0], edges[shown][1]);
+        printf("\n");
+        fflush(stdout);
+    }
+    return 0;
+}

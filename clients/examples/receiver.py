@@ -1,0 +1,134 @@
+"""
+An example of the other end: a server that takes bug reports of `vitalsd_client.Spool`.
+
+    python clients/examples/receiver.py --store DIR [--port 8080]
+
+What it does is what a sender relies on:
+
+- it checks the zip against its manifest, and the manifest against the upload, before it says yes;
+- it stores whole files only, under names of its own making;
+- the same ``Idempotency-Key`` again gets the same receipt and no second copy;
+- the receipt names the report and its SHA-256, so that no captive portal can pass for it.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import FastAPI, File, Header, HTTPException, UploadFile
+
+MAX_UPLOAD_BYTES = 64 << 20
+MAX_MEMBER_BYTES = 50 << 20
+MAX_RATIO = 100
+MAX_MEMBERS = 200
+KEY = re.compile(r"[0-9a-f]{32}", re.ASCII)
+MEMBER = re.compile(r"(attachments/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,100}", re.ASCII)
+
+
+class BadReport(Exception):
+    """What was sent is no report; ``str(error)`` says why."""
+
+
+def check(content: bytes, report_id: str) -> None:
+    """
+    Look through a zip without unpacking it to disk.
+
+    Raises:
+        BadReport: it is damaged, too large, or not what its manifest says.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+            if len(members) > MAX_MEMBERS:
+                raise BadReport(f"{len(members)} members")
+            found: dict[str, tuple[int, str]] = {}
+            for info in members:
+                if not MEMBER.fullmatch(info.filename) or info.filename in found:
+                    raise BadReport("a member has a bad name")
+                if info.file_size > min(MAX_MEMBER_BYTES, MAX_RATIO * max(info.compress_size, 1024)):
+                    raise BadReport(f"{info.filename} unpacks to {info.file_size} bytes")
+                body = archive.read(info)
+                found[info.filename] = len(body), hashlib.sha256(body).hexdigest()
+            manifest = json.loads(archive.read("manifest.json"))
+            found.pop("manifest.json")
+            listed = {each["name"]: (each["size"], each["sha256"]) for each in manifest["members"]}
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise BadReport(f"{type(error).__name__}: {error}") from None
+    if listed != found:
+        raise BadReport("its members are not those of its manifest")
+    if manifest["report_id"] != report_id:
+        raise BadReport("it is another report than its key says")
+
+
+def store(directory: Path, report_id: str, content: bytes) -> tuple[str, str]:
+    """
+    Keep a report, once: its receipt number and the hash of what is kept under its id.
+
+    The file's name says all there is to say of it, and link(2) replaces nothing: of two uploads at the
+    same time one is kept, and both are told of that one.
+    """
+    kept = directory / f"{report_id}.zip"
+    temporary = directory / f".{report_id}.{secrets.token_hex(8)}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, kept)
+    finally:
+        os.unlink(temporary)
+    return f"R-{report_id[:12]}", hashlib.sha256(kept.read_bytes()).hexdigest()
+
+
+def create_app(directory: Path) -> FastAPI:
+    """The application; reports go into `directory`."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    app = FastAPI(title="Receiver of bug reports", docs_url=None, redoc_url=None)
+
+    @app.post("/reports", status_code=201)
+    def receive(
+        report: Annotated[UploadFile, File()],
+        idempotency_key: Annotated[str, Header()],
+        x_content_sha256: Annotated[str, Header()],
+    ) -> dict[str, Any]:
+        if not KEY.fullmatch(idempotency_key):
+            raise HTTPException(400, "Idempotency-Key must be 32 hexadecimal digits")
+        content = report.file.read(MAX_UPLOAD_BYTES + 1)
+        if len(content) > MAX_UPLOAD_BYTES:
+            raise HTTPException(413, "the report is too large")
+        if hashlib.sha256(content).hexdigest() != x_content_sha256:
+            raise HTTPException(408, "the report was damaged on its way; send it again")
+        try:
+            check(content, idempotency_key)
+        except BadReport as error:
+            raise HTTPException(422, str(error)) from None
+        number, sha256 = store(directory, idempotency_key, content)
+        if sha256 != x_content_sha256:
+            raise HTTPException(409, "another report has this key")
+        return {"receipt": number, "report_id": idempotency_key, "sha256": sha256}
+
+    return app
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True, help="directory for the reports")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    options = parser.parse_args()
+    uvicorn.run(create_app(options.store), host=options.host, port=options.port, proxy_headers=False)
+
+
+if __name__ == "__main__":
+    main()

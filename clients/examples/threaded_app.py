@@ -1,0 +1,57 @@
+"""
+An application with busy named threads that serves its own metrics: one call, no second process.
+
+    python clients/examples/threaded_app.py [--seconds 60]
+"""
+
+import argparse
+import threading
+import time
+
+import vitalsd
+
+LOADS = {"render": 0.6, "network": 0.2, "audio": 0.05}
+"""Part of a core that each thread asks for."""
+
+
+def work(load: float, stop: threading.Event) -> None:
+    """Compute for `load` of every 20 ms."""
+    while not stop.wait(0.02 * (1 - load)):
+        busy_until = time.perf_counter() + 0.02 * load
+        while time.perf_counter() < busy_until:
+            pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A demo of vitalsd inside its client.")
+    parser.add_argument("--seconds", type=float, help="end after so long; default: at Ctrl-C")
+    seconds = parser.parse_args().seconds
+
+    stop = threading.Event()
+    threads = [threading.Thread(target=work, args=(load, stop), name=name) for name, load in LOADS.items()]
+    for thread in threads:
+        thread.start()
+    try:
+        with vitalsd.start() as sidecar:
+            for note in sidecar.notes:
+                print(f"note: {note}")
+            print(f"busy threads: {', '.join(LOADS)}; in another terminal, try:\n")
+            print(f"  curl -s '{sidecar.url}/metrics?window_ms=500&sort=cpu&limit=5'")
+            print(f"  curl -s '{sidecar.url}/metrics?mode=trailing&window_ms=2000'")
+            print(f"  curl -s '{sidecar.url}/history?seconds=60&top=3'")
+            print(f"  curl -sN '{sidecar.url}/stream'")
+            print(f"  curl -s --json '{{\"label\": \"F12 pressed\"}}' '{sidecar.url}/marks'")
+            print(f"  curl -s '{sidecar.url}/info'")
+            if sidecar.socket:
+                print(f"  curl -s --unix-socket '{sidecar.socket}' http://vitalsd/healthz")
+            print("\nCtrl-C ends it.", flush=True)
+            sidecar.mark("the example has started")
+            stop.wait(seconds)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stop.set()
+
+
+if __name__ == "__main__":
+    main()

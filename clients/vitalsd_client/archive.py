@@ -1,0 +1,230 @@
+"""
+The bug report as a file: its members, the manifest over them, the zip, and getting it onto the disk.
+
+Of the standard library alone, because both ends build reports: this package in the client's process,
+and the sidecar for ``GET /report.zip``.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "HISTORY",
+    "MANIFEST",
+    "MARKS",
+    "METADATA",
+    "METRICS",
+    "PREVIOUS_RUN",
+    "Bundle",
+    "Failure",
+    "check_app",
+    "metadata",
+    "new_report_id",
+    "previous_run",
+    "seal",
+    "timestamp",
+    "write_new",
+]
+
+METADATA = "metadata.json"
+METRICS = "runtime-metrics.json"
+HISTORY = "runtime-history.json"
+MARKS = "marks.json"
+PREVIOUS_RUN = "previous-run.json"
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+APP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+MAX_SAME_SECOND = 1000
+
+
+def check_app(app: str) -> str:
+    """`app` if it can be part of a file's name. Raises `ValueError`."""
+    if not APP.fullmatch(app):
+        raise ValueError(f"an application is called by 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter: {app!r}")
+    return app
+
+
+def new_report_id() -> str:
+    """128 random bits: names the report, its file in a spool, and its upload."""
+    return secrets.token_hex(16)
+
+
+def timestamp(moment: datetime) -> str:
+    """ISO 8601 in UTC with milliseconds."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A member that is not in the report, and why."""
+
+    member: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A sealed report: exactly these bytes are written and sent."""
+
+    report_id: str
+    app: str
+    created: datetime
+    members: Mapping[str, bytes]
+    """By name, `MANIFEST` last."""
+
+    @property
+    def stem(self) -> str:
+        """Name of its file, without ``.zip``."""
+        return f"{self.app}-bugreport-{self.created.astimezone(UTC):%Y-%m-%dT%H-%M-%SZ}"
+
+    def zip(self) -> bytes:
+        """The archive. The same bundle gives the same bytes."""
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+            for name, content in self.members.items():
+                info = zipfile.ZipInfo(name, self.created.astimezone(UTC).timetuple()[:6])
+                info.compress_type = zipfile.ZIP_DEFLATED
+                info.external_attr = 0o600 << 16
+                archive.writestr(info, content)
+        return out.getvalue()
+
+    def write(self, directory: str | Path) -> Path:
+        """
+        Write the zip into `directory`, whole or not at all, mode 0600; a file that is there is never replaced.
+
+        Raises:
+            OSError: it could not be written; nothing is left behind.
+        """
+        return write_new(Path(directory), self.stem, ".zip", self.zip())
+
+
+def seal(
+    app: str, report_id: str, created: datetime, members: Mapping[str, bytes], failures: Sequence[Failure]
+) -> Bundle:
+    """Add the manifest: size and SHA-256 of each member, and what is missing."""
+    manifest = {
+        "schema": SCHEMA,
+        "report_id": report_id,
+        "app": app,
+        "created_at": timestamp(created),
+        "members": [
+            {"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in members.items()
+        ],
+        "failures": [{"member": failure.member, "reason": failure.reason} for failure in failures],
+    }
+    return Bundle(report_id, app, created, {**members, MANIFEST: _json(manifest)})
+
+
+def metadata(
+    *,
+    app: str,
+    app_version: str,
+    vitalsd_version: str,
+    report_id: str,
+    triggered: datetime,
+    submitted: datetime,
+    description: str,
+    platform: str,
+) -> bytes:
+    """The content of `METADATA`: who reports what about which system; nothing that names user or host."""
+    system = os.uname()  # its nodename stays out
+    return _json(
+        {
+            "schema": SCHEMA,
+            "report_id": report_id,
+            "app": {"name": app, "version": app_version},
+            "vitalsd": {"version": vitalsd_version},
+            "platform": platform,
+            "os": {"name": system.sysname, "release": system.release, "arch": system.machine},
+            "triggered_at": timestamp(triggered),
+            "submitted_at": timestamp(submitted),
+            "description": description,
+        }
+    )
+
+
+def previous_run(listing: Mapping[str, Any], history: bytes) -> bytes:
+    """
+    The content of `PREVIOUS_RUN`: the history of a dead run, and under ``run`` what is known of it.
+
+    Raises:
+        ValueError: `history` is not a JSON object.
+    """
+    table = json.loads(history)
+    if not isinstance(table, dict):
+        raise ValueError("not a history")
+    return _json({"run": dict(listing), **table})
+
+
+def _json(body: Any) -> bytes:
+    return json.dumps(body, indent=1).encode() + b"\n"
+
+
+def write_new(directory: Path, stem: str, suffix: str, content: bytes) -> Path:
+    """
+    A new file ``<stem><suffix>``, or ``<stem>-2<suffix>`` and so on; atomic, durable, mode 0600.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    temporary = directory / f".{stem}.{secrets.token_hex(8)}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, 0o600)  # whatever the umask left of it
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        path = _name(temporary, directory, stem, suffix)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    sync_directory(directory)
+    return path
+
+
+def _name(temporary: Path, directory: Path, stem: str, suffix: str) -> Path:
+    """Give the file its name, the first that is free. Unlike rename(2), link(2) replaces nothing."""
+    for number in range(1, MAX_SAME_SECOND):
+        path = directory / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
+        try:
+            os.link(temporary, path, follow_symlinks=False)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            # A file system without links: take the name first, then put the content there.
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            except FileExistsError:
+                continue
+            os.rename(temporary, path)
+        return path
+    raise FileExistsError(errno.EEXIST, "too many reports of the same second", str(directory))
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename or link in it survive a power cut."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+            raise
+    finally:
+        os.close(fd)

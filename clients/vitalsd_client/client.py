@@ -1,0 +1,227 @@
+"""
+Asking a sidecar for the metrics, at the moment when something is wrong already.
+
+`fetch` promises an answer, and when: within the window and two seconds, whatever is broken. The work
+runs on a daemon thread that is left behind if even the file system hangs; every socket operation
+has the time that remains.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from vitalsd.model import Measured, RuntimeMetrics, Unavailable, parse_runtime_metrics
+from vitalsd_client.exchange import Answer, ExchangeError
+from vitalsd_client.patience import Call
+from vitalsd_client.places import NoSidecar, Sidecar, locate
+from vitalsd_client.privacy import harmless
+
+__all__ = ["BUDGET_S", "Mode", "afetch", "fetch"]
+
+Mode = Literal["auto", "wait", "trailing"]
+Detail = Literal["basic", "full"]
+
+BUDGET_S = 2.0
+"""`fetch` returns within the window and so much more."""
+MARGIN_S = 0.3
+"""Of the budget, kept for reading a large answer and for a busy machine."""
+DIRECT_S = 0.25
+"""Of the budget, kept for measuring from within when a sidecar hung to the end."""
+MAX_SIDECARS = 3
+"""So many are tried, if the better ones do not answer."""
+COVERED = 0.99
+"""A trailing window of at least this part of the one asked for counts as covered."""
+WINDOW_MS = range(10, 60_001)
+MEASURED_STATUS = (200, 403, 404, 410, 501, 503)
+"""With these a sidecar sends a `RuntimeMetrics`, or else a problem."""
+HUNG = "looking for a sidecar did not end in time: the machine or a file system hangs"
+
+
+def fetch(
+    window_ms: int = 2000,
+    mode: Mode = "auto",
+    *,
+    url: str | None = None,
+    socket: str | None = None,
+    pid: int | None = None,
+    detail: Detail = "basic",
+    direct: bool = False,
+) -> RuntimeMetrics:
+    """
+    The metrics of this process, or the reason why there are none; never an exception.
+
+    Returns within the window and 2 s more. Proxies of the environment are not used.
+
+    Args:
+        window_ms: window to measure, 10 to 60000 ms.
+        mode: ``auto`` takes the window that has just passed if the sidecar's recorder covers it, and
+            otherwise waits for the coming one; ``trailing`` and ``wait`` insist.
+        url: of a sidecar, instead of looking for one: ``http://127.0.0.1:9779``. It speaks of its own target.
+        socket: path of a sidecar's Unix socket; tried before `url`.
+        pid: another process than this one.
+        detail: ``full`` is `FullMetrics`.
+        direct: measure this process from within if no sidecar answers. It takes the window.
+    """
+    question = _Question(window_ms, mode, url, socket, pid, detail, direct)
+    try:
+        call = Call(question.ask)
+    except RuntimeError:
+        return question.ask()  # no thread can be had; only the guard against a hung file system is missing
+    return call.result() if call.wait(question.remaining_s + MARGIN_S / 2) else unavailable(HUNG)
+
+
+async def afetch(
+    window_ms: int = 2000,
+    mode: Mode = "auto",
+    *,
+    url: str | None = None,
+    socket: str | None = None,
+    pid: int | None = None,
+    detail: Detail = "basic",
+    direct: bool = False,
+) -> RuntimeMetrics:
+    """`fetch` for an event loop, which it does not block. Cancelled, its thread ends in the same time."""
+    question = _Question(window_ms, mode, url, socket, pid, detail, direct)
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            loop.call_soon_threadsafe(done.set)
+
+    try:
+        call = Call(question.ask, wake)
+    except RuntimeError as error:
+        return unavailable(f"no thread could be started to ask a sidecar: {error}")
+    with suppress(TimeoutError):
+        async with asyncio.timeout(question.remaining_s + MARGIN_S / 2):
+            await done.wait()
+    return call.result() if call.wait(0) else unavailable(HUNG)
+
+
+def unavailable(reason: str) -> Unavailable:
+    """No numbers, and why. The reason may quote what strangers sent, and is made harmless."""
+    platform = {"darwin": "macos"}.get(sys.platform, sys.platform)
+    return Unavailable(platform=platform, available=False, reason=harmless(reason))
+
+
+@dataclass(slots=True)
+class _Question:
+    """One call of `fetch`; its clock runs from here."""
+
+    window_ms: Any
+    mode: Mode
+    url: str | None
+    socket: str | None
+    pid: int | None
+    detail: Detail
+    direct: bool
+    deadline: float = 0.0
+
+    def __post_init__(self) -> None:
+        window_ms = self.window_ms if isinstance(self.window_ms, int) else 0
+        self.deadline = time.monotonic() + min(max(window_ms, 0), WINDOW_MS[-1]) / 1000 + BUDGET_S - MARGIN_S
+
+    @property
+    def remaining_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def ask(self) -> RuntimeMetrics:
+        """The answer, whatever happens."""
+        try:
+            if not isinstance(self.window_ms, int) or self.window_ms not in WINDOW_MS:
+                return unavailable(f"window_ms must be 10 to 60000, not {self.window_ms!r}")
+            if self.direct and self.pid is None:
+                return self._or_direct()
+            return self._sidecars()
+        except Exception as error:  # noqa: BLE001 - the caller is in trouble already, and gets no exception on top
+            return unavailable(f"vitalsd_client failed: {type(error).__name__}: {error}")
+
+    def _or_direct(self) -> RuntimeMetrics:
+        from vitalsd_client.direct import Own, OwnError
+
+        try:
+            own = Own(self.detail)
+        except OwnError as error:
+            answer = self._sidecars()
+            return answer if not isinstance(answer, Unavailable) else unavailable(f"{answer.reason}; {error}")
+        with own:
+            answer = self._sidecars()
+            if not isinstance(answer, Unavailable):
+                return answer
+            try:
+                return own.measured(self.window_ms)
+            except OwnError as error:
+                return unavailable(f"{answer.reason}; {error}")
+
+    def _sidecars(self) -> RuntimeMetrics:
+        try:
+            sidecars = locate(url=self.url, socket=self.socket, pid=self.pid)
+        except NoSidecar as error:
+            return unavailable(str(error))
+        reasons: list[str] = []
+        for sidecar in sidecars[:MAX_SIDECARS]:
+            try:
+                return self._sidecar(sidecar)
+            except ExchangeError as error:
+                reasons.append(str(error))
+        return unavailable("; ".join(reasons))
+
+    def _sidecar(self, sidecar: Sidecar) -> RuntimeMetrics:
+        if self.mode == "auto":
+            trailing = self._metrics(sidecar, "trailing")
+            if not isinstance(trailing, Measured) or self._covered(trailing):
+                return trailing
+            # The numbers at hand are too short a window, and still better than none.
+            with suppress(ExchangeError):
+                waited = self._metrics(sidecar, "wait")
+                if isinstance(waited, Measured):
+                    return waited
+            return trailing
+        return self._metrics(sidecar, self.mode)
+
+    def _covered(self, answer: Measured) -> bool:
+        """A recorder with a slow beat gives far longer windows than the one asked for."""
+        least, most = self.window_ms * COVERED, 2 * self.window_ms + 2000
+        return bool(least <= answer.sample_window_ms <= most)
+
+    def _metrics(self, sidecar: Sidecar, mode: str) -> RuntimeMetrics:
+        query: dict[str, Any] = {"window_ms": self.window_ms, "mode": mode}
+        if self.detail != "basic":
+            query["detail"] = self.detail
+        if sidecar.pid is not None:
+            query["pid"] = sidecar.pid
+        deadline = self.deadline - (DIRECT_S if self.direct else 0)
+        return _read(sidecar.get("/metrics", query, deadline=deadline))
+
+
+def _read(answer: Answer) -> RuntimeMetrics:
+    if answer.content_type == "application/json" and answer.status in MEASURED_STATUS:
+        try:
+            found = parse_runtime_metrics(answer.body)
+        except ValidationError as error:
+            raise ExchangeError(f"the sidecar's answer is not a RuntimeMetrics: {_first(error)}") from None
+        if answer.status == 200 or isinstance(found, Unavailable):
+            if isinstance(found, Unavailable):
+                # A reason from there may quote its paths.
+                return found.model_copy(update={"reason": harmless(found.reason)})
+            return found
+    raise ExchangeError(refusal(answer))
+
+
+def refusal(answer: Answer) -> str:
+    """What an answer says that is not the one hoped for."""
+    detail = ""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        detail = f": {json.loads(answer.body)['detail']}"
+    return f"the sidecar answered {answer.status}{detail or ', which says nothing about metrics'}"
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(str(part) for part in found['loc']) or 'body'}: {found['msg']}"

@@ -1,0 +1,61 @@
+"""Measuring this process from within, for want of a sidecar. Loads the sources, and so only on demand."""
+
+import time
+from types import TracebackType
+from typing import Literal
+
+from vitalsd.model import RuntimeMetrics, parse_runtime_metrics
+from vitalsd.snapshot import Snapshot, measure
+from vitalsd.sources import SourceError, open_source
+from vitalsd.wire import encode
+
+__all__ = ["Own", "OwnError"]
+
+
+class OwnError(Exception):
+    """This process cannot be measured from within; ``str(error)`` says why."""
+
+
+class Own:
+    """
+    This process, from now on: while a sidecar is being asked the window runs already.
+
+    Args:
+        detail: ``full`` reads more.
+
+    Raises:
+        OwnError: it cannot be read.
+    """
+
+    def __init__(self, detail: Literal["basic", "full"]) -> None:
+        self._detail = detail
+        try:
+            self._source = open_source()
+        except SourceError as error:
+            raise OwnError(f"nor can it be measured directly: {error}") from None
+        try:
+            self._first = self._snapshot()
+        except SourceError as error:
+            self._source.close()
+            raise OwnError(f"nor can it be measured directly: {error}") from None
+
+    def _snapshot(self) -> Snapshot:
+        return self._source.snapshot(extras=self._detail == "full")
+
+    def measured(self, window_ms: int) -> RuntimeMetrics:
+        """The window since the start, after sleeping until it is full. Raises `OwnError`."""
+        time.sleep(max(0, self._first.monotonic_ns + window_ms * 1_000_000 - time.monotonic_ns()) / 1e9)
+        try:
+            measurement = measure(self._first, self._snapshot())
+            body = encode(measurement, self._source.identity(), requested_ms=window_ms, detail=self._detail)
+        except SourceError as error:
+            raise OwnError(f"nor can it be measured directly: {error}") from None
+        return parse_runtime_metrics(body)
+
+    def __enter__(self) -> "Own":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._source.close()

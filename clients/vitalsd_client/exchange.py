@@ -1,0 +1,216 @@
+"""
+HTTP on one connection to a sidecar, under one deadline.
+
+Not httpx: it has no total deadline (one byte per read keeps it for ever), takes proxies and
+certificates from the environment, and does not tell who is at the other end of a Unix socket. h11
+does the parsing, so what is left is a socket whose every operation gets the time that remains.
+"""
+
+import errno
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+import h11
+
+__all__ = ["Answer", "Connection", "ExchangeError"]
+
+MAX_HEAD_BYTES = 16 * 1024
+MAX_INTERIM = 8
+"""``100 Continue`` and the like before the answer; more is somebody playing for time."""
+READ_BYTES = 65536
+
+
+class ExchangeError(Exception):
+    """There is no answer; ``str(error)`` says what happened instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+class Connection:
+    """
+    A connection to a Unix socket, or to an IP address over TCP; closed with the context.
+
+    Args:
+        place: path of the socket, or (address, port). Names are not looked up: that has no deadline.
+        deadline: monotonic time, s, at which whatever is under way fails.
+        connect_s: at most so much of it for connecting.
+
+    Raises:
+        ExchangeError: nobody accepted, or the socket belongs to another user.
+    """
+
+    def __init__(self, place: str | tuple[str, int], deadline: float, *, connect_s: float = 2.0) -> None:
+        self._deadline = deadline
+        self._begun = time.monotonic()
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+        if isinstance(place, str):
+            self.place, self._host = place, "localhost"
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        else:
+            address, port = place
+            v6 = ":" in address
+            self.place = self._host = f"[{address}]:{port}" if v6 else f"{address}:{port}"
+            self._socket = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            self._connect(place, min(deadline, self._begun + connect_s))
+            if isinstance(place, str):
+                self._check_owner()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _connect(self, place: str | tuple[str, int], deadline: float) -> None:
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise ExchangeError(f"{self.place} did not accept a connection within {self._elapsed()}")
+            self._socket.settimeout(remaining)
+            try:
+                self._socket.connect(place)
+                return
+            except TimeoutError:
+                continue
+            except BlockingIOError:
+                time.sleep(min(0.01, remaining))  # Linux: the backlog of a Unix socket is full
+            except OSError as error:
+                raise ExchangeError(f"cannot connect to {self.place}: {error.strerror or error}") from None
+
+    def _check_owner(self) -> None:
+        """A socket served by root is fine: that is who launchd listens as, and root needs no tricks."""
+        uid = _peer_uid(self._socket)
+        if uid not in (0, os.geteuid()):
+            raise ExchangeError(f"{self.place} is served by user {uid}, not by you; nothing was asked there")
+
+    def request(
+        self,
+        target: str,
+        *,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        max_bytes: int,
+        last: bool = True,
+    ) -> Answer:
+        """
+        Send one request without a body and read its whole answer. Redirects are answers like any other.
+
+        Args:
+            max_bytes: of the answer's body; one byte more is an error.
+            last: no other request follows on this connection.
+
+        Raises:
+            ExchangeError: there was no complete, well-formed answer in time.
+        """
+        fields = {"Host": self._host, "Accept": "application/json", **(headers or {})}
+        if last:
+            fields["Connection"] = "close"
+        if method != "GET":
+            fields["Content-Length"] = "0"
+        with self._failures():
+            head = self._http.send(h11.Request(method=method, target=target, headers=list(fields.items())))
+            self._send((head or b"") + (self._http.send(h11.EndOfMessage()) or b""))
+            answer = self._receive(max_bytes)
+            if not last:
+                self._http.start_next_cycle()
+            return answer
+
+    def _receive(self, max_bytes: int) -> Answer:
+        head: h11.Response | None = None
+        body = bytearray()
+        interim = 0
+        while True:
+            event = self._http.next_event()
+            if event is h11.NEED_DATA:
+                self._arm("sent no answer" if head is None else "had not sent all of its answer")
+                data = self._socket.recv(READ_BYTES)
+                if not data and head is None:
+                    raise ExchangeError(f"{self.place} closed the connection without an answer")
+                self._http.receive_data(data)
+            elif isinstance(event, h11.InformationalResponse):
+                interim += 1
+                if interim > MAX_INTERIM:
+                    raise ExchangeError(f"{self.place} sends interim answers without end")
+            elif isinstance(event, h11.Response):
+                head = event
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > max_bytes:
+                    raise ExchangeError(f"{self.place} sent more than {max_bytes} bytes")
+            elif isinstance(event, h11.EndOfMessage) and head is not None:
+                found = dict(head.headers).get(b"content-type", b"")
+                return Answer(head.status_code, found.decode("latin-1").partition(";")[0].strip(), bytes(body))
+            else:
+                raise ExchangeError(f"{self.place} answered out of turn")
+
+    def _send(self, data: bytes) -> None:
+        self._arm("took no request")
+        with suppress(BrokenPipeError):  # whoever refuses early may have answered before
+            self._socket.sendall(data)
+
+    def _arm(self, complaint: str) -> None:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise ExchangeError(f"{self.place} {complaint} within {self._elapsed()}")
+        self._complaint = complaint
+        self._socket.settimeout(remaining)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            raise ExchangeError(f"{self.place} {self._complaint} within {self._elapsed()}") from None
+        except OSError as error:
+            raise ExchangeError(f"{self.place} broke the connection: {error.strerror or error}") from None
+        except h11.RemoteProtocolError as error:
+            cut = "without sending complete" in str(error)
+            what = "closed the connection in the middle of its answer" if cut else "does not speak HTTP"
+            raise ExchangeError(f"{self.place} {what}: {error}") from None
+        except h11.LocalProtocolError as error:
+            raise ExchangeError(f"{self.place} ended the connection too early: {error}") from None
+
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._begun:.1f} s"
+
+    def close(self) -> None:
+        """Close it. A second call does nothing."""
+        self._socket.close()
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _peer_uid(connected: socket.socket) -> int:
+    """
+    The user at the other end of a Unix socket.
+
+    Linux: struct ucred of SO_PEERCRED, taken when the other end called listen(2). macOS: struct xucred
+    of LOCAL_PEERCRED (bsd/sys/ucred.h): version, uid, groups.
+    """
+    if sys.platform == "darwin":
+        sol_local, local_peercred, size = 0, 1, 76
+        _, uid = struct.unpack_from("=II", connected.getsockopt(sol_local, local_peercred, size))
+        return int(uid)
+    try:
+        _, uid, _ = struct.unpack("=iII", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    except OSError as error:
+        raise ExchangeError(f"nobody can tell whose socket it is: {errno.errorcode.get(error.errno or 0)}") from None
+    return int(uid)

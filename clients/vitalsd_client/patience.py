@@ -1,0 +1,53 @@
+"""A call that may hang, and somebody who does not wait for ever."""
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+__all__ = ["Call"]
+
+T = TypeVar("T")
+
+
+class Call(Generic[T]):
+    """
+    `work` on a daemon thread of its own, which is left behind when nobody waits any longer.
+
+    Not an executor: those are joined when the interpreter exits, and a hung call would hang the exit
+    of the host program.
+
+    Args:
+        work: what it returns or raises is what `result` returns or raises.
+        done: called on that thread when it is over.
+
+    Raises:
+        RuntimeError: no thread can be started, as at the end of the interpreter.
+    """
+
+    def __init__(self, work: Callable[[], T], done: Callable[[], None] | None = None) -> None:
+        self._work = work
+        self._done = done
+        self._over = threading.Event()
+        self._value: list[T] = []
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="vitalsd-client", daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is over, after at most so long."""
+        return self._over.wait(max(0.0, seconds))
+
+    def result(self) -> T:
+        """What the call returned. Raises what it raised; only once it is over."""
+        if self._error is not None:
+            raise self._error
+        return self._value[0]
+
+    def _run(self) -> None:
+        try:
+            self._value.append(self._work())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
+            self._error = error
+        finally:
+            self._over.set()
+            if self._done is not None:
+                self._done()

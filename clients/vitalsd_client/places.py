@@ -1,0 +1,182 @@
+"""Finding the sidecar to ask, and making sure that it is the one before anything is told to it."""
+
+import hmac
+import ipaddress
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from vitalsd import endpoint as endpoints
+from vitalsd.endpoint import Endpoint, EndpointError, Liveness
+from vitalsd_client.exchange import Answer, Connection, ExchangeError
+
+__all__ = ["NoSidecar", "Sidecar", "locate"]
+
+CONNECT_S = 0.5
+"""For a connection while there is another place to try."""
+MAX_ANSWER_BYTES = 8 << 20
+
+
+class NoSidecar(Exception):
+    """There is none to ask; ``str(error)`` says where was looked and why that was not it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """Where one sidecar answers, and about whom it is asked."""
+
+    socket: str | None
+    address: tuple[str, int] | None
+    token: str | None = field(default=None, repr=False)
+    pid: int | None = None
+    """Asked for by pid, because the sidecar's own target is another process; ``None``: its own target."""
+
+    @contextmanager
+    def connected(self, deadline: float) -> Iterator[Callable[..., Answer]]:
+        """
+        Connect, let the other end prove itself, and yield a function that makes one request.
+
+        Raises:
+            ExchangeError: nobody there, not ours, or no proof.
+        """
+        connection = self._connect(deadline)
+        with connection:
+            headers: dict[str, str] = {}
+            if self.token is not None and connection.place != self.socket:
+                _demand_proof(connection, self.token, self.address[1] if self.address else 0)
+                headers["Authorization"] = f"Bearer {self.token}"
+
+            def request(path: str, query: Mapping[str, Any] | None = None, **options: Any) -> Answer:
+                target = f"{path}?{urlencode(query)}" if query else path
+                return connection.request(target, headers=headers, **{"max_bytes": MAX_ANSWER_BYTES, **options})
+
+            yield request
+
+    def _connect(self, deadline: float) -> Connection:
+        if self.socket is None:
+            assert self.address is not None
+            return Connection(self.address, deadline)
+        if self.address is None:
+            return Connection(self.socket, deadline)
+        try:
+            return Connection(self.socket, deadline, connect_s=CONNECT_S)
+        except ExchangeError as error:
+            try:
+                return Connection(self.address, deadline)
+            except ExchangeError as other:
+                raise ExchangeError(f"{error}; {other}") from None
+
+    def get(self, path: str, query: Mapping[str, Any] | None = None, *, deadline: float, **options: Any) -> Answer:
+        """One request on a connection of its own. Raises `ExchangeError`."""
+        with self.connected(deadline) as request:
+            return request(path, query, **options)
+
+
+def _demand_proof(connection: Connection, token: str, port: int) -> None:
+    nonce = secrets.token_urlsafe(24)
+    answer = connection.request(f"/hello?nonce={nonce}", max_bytes=4096, last=False)
+    try:
+        given = str(json.loads(answer.body)["proof"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        given = ""
+    if not hmac.compare_digest(given.encode(), endpoints.proof(token, nonce, port).encode()):
+        raise ExchangeError(
+            f"{connection.place} could not prove that it is the sidecar of the runtime file; the token was not sent"
+        )
+
+
+def locate(*, url: str | None = None, socket: str | None = None, pid: int | None = None) -> list[Sidecar]:
+    """
+    The sidecars to ask, the best first: the one that was given, else those that are found alive.
+
+    Args:
+        url: ``http://127.0.0.1:9779``: an IP address or localhost.
+        socket: path of a Unix socket.
+        pid: of whom it is to speak; ``None``: of its own target if one was given, else of this process.
+
+    Raises:
+        NoSidecar: there is none.
+    """
+    if url is not None or socket is not None:
+        address = None if url is None else _address(url)
+        return [Sidecar(socket=socket, address=address, token=_token_for(address), pid=pid)]
+    wanted = os.getpid() if pid is None else pid
+    found = endpoints.discover(wanted)
+    if not found:
+        raise NoSidecar(_why_none())
+    watching = [each for each in found if each.target is not None and each.target.pid == wanted]
+    # Another's sidecar can be asked too, if it is in our pid namespace, which `discover` has made sure.
+    return [_sidecar(each, None) for each in watching] + [
+        _sidecar(each, wanted) for each in found if each not in watching
+    ]
+
+
+def _sidecar(endpoint: Endpoint, pid: int | None) -> Sidecar:
+    address = None
+    if endpoint.url is not None:
+        parts = urlsplit(endpoint.url)
+        address = (parts.hostname or "", parts.port or 0)
+    return Sidecar(socket=endpoint.socket, address=address, token=endpoint.token, pid=pid)
+
+
+def _address(url: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or parts.path not in ("", "/") or parts.query or parts.username is not None:
+            raise ValueError
+        host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
+        return str(ipaddress.ip_address(host)), parts.port or 80
+    except ValueError:
+        raise NoSidecar(f"{url!r} is not a sidecar's URL; one looks like http://127.0.0.1:9779") from None
+
+
+def _token_for(address: tuple[str, int] | None) -> str | None:
+    """That of the live sidecar with this very address, if it is one of ours."""
+    for each in endpoints.discover() if address is not None else ():
+        if each.token is not None and _sidecar(each, None).address == address:
+            return each.token
+    return None
+
+
+def _why_none() -> str:
+    """What was found instead of a live sidecar."""
+    reasons: list[str] = []
+    directories = endpoints.runtime_directories()
+    for directory in directories:
+        try:
+            entries = sorted(name for name in os.listdir(directory) if name.startswith("sidecar-"))
+            owner = os.stat(directory).st_uid
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                reasons.append(f"cannot look into {directory}: {error.strerror}")
+            continue
+        if owner != os.geteuid():
+            reasons.append(f"{directory} belongs to user {owner}, so nothing in it is believed")
+            continue
+        states = {entry.path.name: entry.liveness for entry in endpoints.published(directory)}
+        reasons += [reason for name in entries if (reason := _why_not(directory / name, states.get(name)))]
+    if not reasons:
+        looked = " or ".join(map(str, directories)) or "any directory of this user"
+        reasons.append(f"no runtime file in {looked}; start one with vitalsd.start() or `vitalsd serve`")
+    return "no sidecar to ask: " + "; ".join(reasons[:3])
+
+
+def _why_not(path: Path, state: Liveness | None) -> str | None:
+    """``None``: there is nothing against it; it has come or gone meanwhile."""
+    if state == "dead":
+        return f"{path.name} was left behind by a sidecar that is no longer running"
+    if state == "unknown":
+        return f"{path.name} is from another machine or container, or its process cannot be seen"
+    try:
+        endpoints.read(path)
+    except FileNotFoundError:
+        return None
+    except (EndpointError, OSError) as error:
+        return str(error)
+    return None

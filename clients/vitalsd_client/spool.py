@@ -1,0 +1,299 @@
+"""
+Reports that wait to be sent: files that move between directories by rename(2), and so survive anything.
+
+    new/       being written; swept when old
+    pending/   <id>.zip waits for its upload; <id>.json has its URL, its attempts and when to try again
+    done/      <id>.json is the receipt of the server; the report itself is gone
+    failed/    <id>.zip was refused for good; kept for a person to look at, until it is too old
+
+A sender holds flock(2) on the report itself, and then makes sure that it still is in ``pending/``: two
+processes never send one report at the same time, and none sends it again once it is done. A sender
+that is killed between the server's receipt and the rename sends it once more, with the same
+idempotency key; the server knows it by that. Nothing here runs by itself, least of all at exit.
+"""
+
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vitalsd_client.archive import Bundle, sync_directory
+from vitalsd_client.states import STATES, Entry, SpoolError, States, first_note
+from vitalsd_client.upload import ATTEMPT_S, Attempt, Failed, Parcel, Receipt, check_url, send
+
+__all__ = ["Outcome", "Spool"]
+
+MAX_BYTES = 128 << 20
+MAX_REPORTS = 200
+MAX_AGE_S = 30 * 86_400.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 900.0
+CLOCK_STEP_S = 86_400.0
+"""A time to try again further away than any delay that is ever asked for is a clock that was wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one report in one `Spool.send`."""
+
+    report_id: str
+    attempt: Attempt
+
+
+class Spool:
+    """
+    The reports of this user that wait in one directory.
+
+    Args:
+        directory: made with mode 0700 if it is not there; one that others can write is refused.
+        url: where reports go: https, or http on this machine. ``None``: only to look, and to send what
+            was added with a URL.
+        max_bytes: of all reports together; the oldest go first.
+        max_reports: likewise.
+        max_age_s: likewise.
+        attempt_s: for one attempt as a whole, s.
+        first_delay_s: before the second attempt at most; doubled for each one after.
+        longest_delay_s: bound of that.
+        proxy: of the network; those of the environment are not used.
+        clock: Unix time, s.
+        jitter: a number from 0 to 1.
+
+    Raises:
+        ValueError: a report may not be sent to `url`.
+        SpoolError: the directory cannot be used.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        url: str | None = None,
+        *,
+        max_bytes: int = MAX_BYTES,
+        max_reports: int = MAX_REPORTS,
+        max_age_s: float = MAX_AGE_S,
+        attempt_s: float = ATTEMPT_S,
+        first_delay_s: float = FIRST_DELAY_S,
+        longest_delay_s: float = LONGEST_DELAY_S,
+        proxy: str | None = None,
+        clock: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.directory = Path(os.path.abspath(directory))
+        self.url = None if url is None else check_url(url)
+        self._max_bytes, self._max_reports, self._max_age_s = max_bytes, max_reports, max_age_s
+        self._attempt_s = attempt_s
+        self._delays_s = first_delay_s, longest_delay_s
+        self._proxy, self._clock, self._jitter = proxy, clock, jitter
+        self._states = States(self.directory)
+        self._settled: set[str] = set()
+
+    # Keeping
+
+    def add(self, bundle: Bundle) -> str:
+        """
+        Keep a report until it is sent, and return its id. Durable once this returns.
+
+        Older reports make room, those first that need no sending any more; each that is lost to that
+        before it was sent is logged.
+
+        Raises:
+            SpoolError: it cannot be written, or is larger than the whole spool; nothing changed.
+        """
+        content = bundle.zip()
+        if len(content) > self._max_bytes:
+            raise SpoolError(f"the report has {len(content)} bytes, and the spool holds {self._max_bytes}")
+        report_id = bundle.report_id
+        if self._states.find(report_id) is not None:
+            return report_id
+        try:
+            self._states.write("pending", f"{report_id}.json", first_note(self.url, self._clock()))
+            self._states.write("pending", f"{report_id}.zip", content)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(self._states.path("pending", report_id, "json"))
+            raise SpoolError(f"cannot keep the report in {self.directory}: {error.strerror}") from None
+        self.prune(keep=report_id)
+        return report_id
+
+    def entries(self) -> list[Entry]:
+        """All reports: pending ones, then done, then failed; in each the oldest first."""
+        return self._states.all()
+
+    def drop(self, report_id: str) -> bool:
+        """
+        Forget a report, sent or not; False if there is none with this id.
+
+        Raises:
+            SpoolError: it is being sent right now, or cannot be removed.
+        """
+        entry = self._states.find(report_id)
+        return entry is not None and self._states.remove(entry)
+
+    def retry(self, report_id: str) -> bool:
+        """Let a failed report be sent again, as if new; False if there is none. Raises `SpoolError`."""
+        entry = self._states.find(report_id)
+        if entry is None or entry.state != "failed":
+            return False
+        try:
+            self._states.write("pending", f"{report_id}.json", first_note(entry.url, entry.added))
+            self._states.move(report_id, "zip", "failed", "pending")
+        except OSError as error:
+            raise SpoolError(f"cannot move {report_id}: {error.strerror}") from None
+        return True
+
+    def prune(self, *, keep: str | None = None) -> list[Entry]:
+        """
+        Drop what is too old or too much, and sweep what dead writers left; return what was dropped.
+
+        Args:
+            keep: the id of a report that stays in any case.
+        """
+        self._states.sweep()
+        rank = {"done": 0, "failed": 1, "pending": 2}
+        entries = sorted(self.entries(), key=lambda entry: (rank[entry.state], entry.added))
+        count, size = len(entries), sum(entry.size for entry in entries)
+        dropped = []
+        for entry in entries:
+            too_old = entry.added < self._clock() - self._max_age_s
+            too_much = size > self._max_bytes and entry.size > 0
+            if entry.report_id == keep or not (too_old or too_much or count > self._max_reports):
+                continue
+            with suppress(SpoolError):
+                if self._states.remove(entry):
+                    count, size = count - 1, size - entry.size
+                    dropped.append(entry)
+        for entry in dropped:
+            if entry.state != "done":
+                why = "full" if entry.added >= self._clock() - self._max_age_s else "the report too old"
+                logging.getLogger("vitalsd_client").warning(
+                    "dropped the %s report %s: the spool is %s", entry.state, entry.report_id, why
+                )
+        return dropped
+
+    # Sending
+
+    def send(
+        self,
+        *,
+        wait_s: float = 0.0,
+        ignore_delays: bool = False,
+        progress: Callable[[Entry, int, int], None] | None = None,
+        report_id: str | None = None,
+    ) -> list[Outcome]:
+        """
+        Send what is due, the oldest first; blocks, for up to `attempt_s` per report.
+
+        Args:
+            wait_s: go on for so long with what failed, at the times when it is due again.
+            ignore_delays: also send what is not due yet, unless the server asked for time.
+            progress: called with the report, the bytes sent and all of them; on another thread.
+            report_id: send only this one.
+
+        Returns:
+            One outcome per attempt. A report that another process is sending is left to that one.
+
+        Raises:
+            SpoolError: the directory cannot be written, so it could not be noted what was sent.
+        """
+        for state in STATES:
+            if not os.access(self.directory / state, os.W_OK | os.X_OK):
+                raise SpoolError(f"{self.directory / state} cannot be written; nothing was sent")
+        deadline = time.monotonic() + wait_s
+        outcomes: list[Outcome] = []
+        while True:
+            wanted = [entry for entry in self._states.entries("pending") if report_id in (None, entry.report_id)]
+            for entry in sorted(wanted, key=lambda entry: entry.added):
+                if self._is_due(entry, ignore_delays):
+                    outcome = self._send(entry.report_id, ignore_delays, progress)
+                    outcomes += [outcome] if outcome is not None else []
+            left = [
+                entry
+                for entry in self._states.entries("pending")
+                if report_id in (None, entry.report_id) and entry.report_id not in self._settled
+            ]
+            if not left or time.monotonic() >= deadline:
+                return outcomes
+            due_s = min(self._not_before(entry) for entry in left) - self._clock()
+            # Another process may be sending what is due here: look again, but not too often.
+            time.sleep(min(max(0.05, due_s), max(0.0, deadline - time.monotonic())))
+
+    def _is_due(self, entry: Entry, ignore_delays: bool) -> bool:
+        if self._not_before(entry) <= self._clock():
+            return True
+        asked = self._states.note_of("pending", entry.report_id).get("asked", False)
+        return ignore_delays and not asked
+
+    def _not_before(self, entry: Entry) -> float:
+        return entry.not_before if entry.not_before <= self._clock() + CLOCK_STEP_S else 0.0
+
+    def _send(
+        self, report_id: str, ignore_delays: bool, progress: Callable[[Entry, int, int], None] | None
+    ) -> Outcome | None:
+        with self._states.locked(report_id) as file:
+            if file is None or report_id in self._settled:
+                return None
+            if self._states.path("done", report_id, "json").exists():
+                os.unlink(self._states.path("pending", report_id, "zip"))  # whoever sent it died just before this
+                return None
+            entry = self._states.entry("pending", report_id)
+            if not self._is_due(entry, ignore_delays):
+                return None  # another process has tried it since we looked
+            url = entry.url or self.url
+            if url is None:
+                return Outcome(report_id, Failed("it was added without a URL; name one", final=False))
+            try:
+                check_url(url)
+            except ValueError as error:
+                return Outcome(report_id, Failed(str(error), final=False))
+            attempt = send(
+                url,
+                _parcel(report_id, file),
+                attempt_s=self._attempt_s,
+                proxy=self._proxy,
+                progress=None if progress is None else lambda sent, total: progress(entry, sent, total),
+            )
+            try:
+                self._settle(entry, attempt)
+            except OSError as error:
+                # It stays where it is. If it has been sent, this object knows; another one sends it
+                # again, and the server knows it by its key.
+                logging.getLogger("vitalsd_client").warning("cannot move %s on: %s", report_id, error.strerror)
+                self._settled |= {report_id} if isinstance(attempt, Receipt) else set()
+            return Outcome(report_id, attempt)
+
+    def _settle(self, entry: Entry, attempt: Attempt) -> None:
+        """Write down how it ended, while the lock is held."""
+        report_id, attempts = entry.report_id, entry.attempts + 1
+        note: dict[str, Any] = {"url": entry.url or self.url, "added": entry.added, "attempts": attempts}
+        if isinstance(attempt, Receipt):
+            # Even on a full disk the rename takes it out of the way of other senders.
+            note |= {"receipt": attempt.number, "sent": self._clock()}
+            self._states.note(report_id, note)
+            self._states.move(report_id, "json", "pending", "done")
+            with suppress(FileNotFoundError):
+                os.unlink(self._states.path("pending", report_id, "zip"))
+            sync_directory(self.directory / "pending")
+        elif attempt.final:
+            self._states.note(report_id, note | {"error": attempt.reason})
+            self._states.move(report_id, "zip", "pending", "failed")
+            self._states.move(report_id, "json", "pending", "failed")
+        else:
+            first_s, longest_s = self._delays_s
+            delay_s = self._jitter() * min(longest_s, first_s * 2 ** min(attempts - 1, 30))
+            asked = attempt.retry_after_s > delay_s
+            not_before = self._clock() + max(delay_s, attempt.retry_after_s)
+            self._states.note(report_id, note | {"error": attempt.reason, "not_before": not_before, "asked": asked})
+
+
+def _parcel(report_id: str, file: BinaryIO) -> Parcel:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    size = file.tell()
+    file.seek(0)
+    return Parcel(report_id, size, digest.hexdigest(), file)

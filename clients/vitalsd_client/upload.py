@@ -1,0 +1,266 @@
+"""
+One attempt to send one report: multipart over httpx, a total deadline, and a receipt or it did not happen.
+
+httpx limits each read and write but not their number, so a server that drips one byte at a time keeps
+it for ever. The attempt runs on a thread of its own; at the deadline its socket is shut down under it.
+"""
+
+import email.utils
+import ipaddress
+import json
+import socket as sockets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from urllib.parse import urlsplit
+
+from vitalsd_client.patience import Call
+from vitalsd_client.privacy import harmless
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["Attempt", "Failed", "Parcel", "Progress", "Receipt", "check_url", "send"]
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of the report sent so far, and all of them."""
+
+ATTEMPT_S = 120.0
+CONNECT_S, IDLE_S = 5.0, 30.0
+MAX_RECEIPT_BYTES = 64 * 1024
+MAX_RETRY_AFTER_S = 24 * 3600.0
+RETRIED = frozenset((408, 425, 429))
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What is to be sent."""
+
+    report_id: str
+    size: int
+    sha256: str
+    file: BinaryIO
+    """Positioned at its start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The server has the report, and named its hash to show it."""
+
+    number: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The server does not have the report, or nobody can say whether it has."""
+
+    reason: str
+    final: bool
+    """Sending the same again would end the same."""
+    retry_after_s: float = 0.0
+    """The server asked not to be asked again before."""
+
+
+Attempt = Receipt | Failed
+
+
+def check_url(url: str) -> str:
+    """
+    `url` if a report may be sent there: https, or plain http on this machine.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is not an http or https URL")
+    if parts.username is not None:
+        raise ValueError("a password in a URL ends up in logs; let the server accept reports without one")
+    if parts.scheme == "http" and not _is_here(parts.hostname):
+        raise ValueError(f"a report goes to another machine over https only, not to {url!r}")
+    return url
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def send(
+    url: str,
+    parcel: Parcel,
+    *,
+    attempt_s: float = ATTEMPT_S,
+    proxy: str | None = None,
+    progress: Progress | None = None,
+) -> Attempt:
+    """
+    Send it once; never raises for what the network or the server does.
+
+    Args:
+        attempt_s: for all of it, s.
+        proxy: of the network; those of the environment are not used.
+        progress: called on another thread.
+    """
+    attempt = _Attempt(url, parcel, time.monotonic() + attempt_s, proxy, progress)
+    try:
+        call = Call(attempt.run)
+    except RuntimeError as error:
+        return Failed(f"no thread can be started: {error}", final=False)
+    if not call.wait(attempt_s):
+        attempt.abort()
+        # Looking up a name cannot be interrupted; what comes after it is.
+        if not call.wait(1.0):
+            return Failed(f"no answer within {attempt_s:g} s", final=False)
+    try:
+        return call.result()
+    except _Aborted:
+        return Failed(f"no answer within {attempt_s:g} s", final=False)
+
+
+class _Aborted(Exception):
+    """The deadline has passed."""
+
+
+class _Attempt:
+    def __init__(self, url: str, parcel: Parcel, deadline: float, proxy: str | None, progress: Progress | None) -> None:
+        self._url, self._parcel, self._deadline = url, parcel, deadline
+        self._proxy, self._progress = proxy, progress
+        self._lock = threading.Lock()
+        self._socket: sockets.socket | None = None
+        self._aborted = False
+
+    def abort(self) -> None:
+        """Make whatever it is doing fail, now."""
+        with self._lock:
+            self._aborted = True
+            if self._socket is not None:
+                with suppress(OSError):
+                    sockets.socket.shutdown(self._socket, sockets.SHUT_RDWR)
+
+    def run(self) -> Attempt:
+        import httpx  # only now: to keep a report it is not needed, and it brings half a command line with it
+
+        timeout = httpx.Timeout(IDLE_S, connect=CONNECT_S, pool=CONNECT_S)
+        try:
+            with (
+                httpx.Client(
+                    trust_env=False,
+                    follow_redirects=False,
+                    timeout=timeout,
+                    proxy=self._proxy,
+                    # Making a context reads all certificates of the system, which plain http does not need.
+                    verify=urlsplit(self._url).scheme == "https",
+                ) as client,
+                client.stream(
+                    "POST",
+                    self._url,
+                    files={
+                        "report": (f"{self._parcel.report_id}.zip", cast(BinaryIO, _Counted(self)), "application/zip"),
+                    },
+                    headers={
+                        "Idempotency-Key": self._parcel.report_id,
+                        "X-Content-SHA256": self._parcel.sha256,
+                        "Accept": "application/json",
+                        "Accept-Encoding": "identity",
+                        # The same bytes on every attempt.
+                        "Content-Type": f"multipart/form-data; boundary={self._parcel.report_id}",
+                        "User-Agent": "vitalsd",
+                    },
+                    extensions={"trace": self._trace},
+                ) as answer,
+            ):
+                return self._judged(answer)
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            return Failed(harmless(str(error)), final=True)
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            self.check()
+            return Failed(harmless(f"{type(error).__name__}: {error}"), final=False)
+
+    def check(self) -> None:
+        """Raises `_Aborted`: the deadline has passed."""
+        if self._aborted or time.monotonic() > self._deadline:
+            raise _Aborted
+
+    def sent(self, size: int) -> None:
+        if self._progress is not None:
+            self._progress(size, self._parcel.size)
+
+    def open_report(self) -> BinaryIO:
+        return self._parcel.file
+
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """httpx tells here of the socket that it has opened."""
+        self.check()
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            with self._lock:
+                self._socket = info["return_value"].get_extra_info("socket")
+            self.check()
+
+    def _judged(self, answer: "httpx.Response") -> Attempt:
+        status = answer.status_code
+        if 300 <= status < 400:
+            return Failed(f"the server answered {status}: redirects are not followed", final=True)
+        if status >= 400:
+            final = status < 500 and status not in RETRIED
+            return Failed(f"the server answered {status}", final, retry_after_s(answer.headers.get("retry-after")))
+        body = bytearray()
+        for chunk in answer.iter_raw(8192):
+            self.check()
+            body += chunk
+            if len(body) > MAX_RECEIPT_BYTES:
+                return Failed("the server's receipt does not end", final=False)
+        return self._receipt(status, bytes(body))
+
+    def _receipt(self, status: int, body: bytes) -> Attempt:
+        """A 200 alone is no proof: a captive portal sends one, and so does a connection that was cut."""
+        try:
+            found = json.loads(body)
+            number, report_id, sha256 = found["receipt"], found["report_id"], found["sha256"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return Failed(f"the server answered {status} without a receipt", final=False)
+        if not isinstance(number, str) or not number:
+            return Failed("the server's receipt has no number", final=False)
+        if (report_id, sha256) != (self._parcel.report_id, self._parcel.sha256):
+            return Failed("the server's receipt is for something else", final=False)
+        return Receipt(harmless(number, 100))
+
+
+class _Counted:
+    """The report as a file that tells how much of it has been read, and ends when the attempt does."""
+
+    def __init__(self, attempt: _Attempt) -> None:
+        self._attempt = attempt
+        self._file = attempt.open_report()
+
+    def read(self, size: int = -1) -> bytes:
+        self._attempt.check()
+        chunk = self._file.read(size)
+        self._attempt.sent(self._file.tell())
+        return chunk
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def retry_after_s(header: str | None, now: float | None = None) -> float:
+    """Seconds that a Retry-After header asks for, 0 to a day; a date or a number, else 0."""
+    if not header:
+        return 0.0
+    try:
+        seconds = float(header) if header.strip().isascii() and header.strip().isdigit() else _until(header, now)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return min(max(0.0, seconds), MAX_RETRY_AFTER_S)
+
+
+def _until(date: str, now: float | None) -> float:
+    return email.utils.parsedate_to_datetime(date).timestamp() - (time.time() if now is None else now)

@@ -1,0 +1,364 @@
+"""
+The background agent: files for launchd or systemd, and the talk with those.
+
+Both hold the sockets themselves and start the sidecar when somebody connects.
+"""
+
+import getpass
+import os
+import plistlib
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from vitalsd.endpoint import agent_socket
+
+__all__ = [
+    "LABEL",
+    "OVERRIDES",
+    "Agent",
+    "AgentError",
+    "Launchd",
+    "Plan",
+    "Status",
+    "Supervisor",
+    "Systemd",
+    "supervisor",
+]
+
+LABEL = "org.vitalsd.agent"
+UNITS = ("vitalsd.socket", "vitalsd.service")
+OVERRIDES = ("VITALSD_RUNTIME_DIR", "VITALSD_STATE_DIR")
+"""Variables that the agent must share with its clients."""
+
+Run = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
+Supervisor = Literal["launchd", "systemd"]
+
+
+class AgentError(Exception):
+    """The agent could not be installed, removed or asked; ``str(error)`` says why in a sentence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be installed, for whom and where."""
+
+    home: Path
+    runtime: Path
+    state: Path
+    name: str | None = None
+    """Follow the newest process of this name; then it runs from the login on, to have recorded what was."""
+    port: int = 9779
+    python: str = sys.executable
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of the agent, besides what a login gives it."""
+
+    @property
+    def command(self) -> list[str]:
+        """Absolute, because neither supervisor looks at PATH; -P keeps the working directory out of it."""
+        target = ["--name", self.name] if self.name is not None else []
+        return [os.path.abspath(self.python), "-P", "-m", "vitalsd", "serve", *target]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the supervisor says of the agent."""
+
+    installed: bool
+    loaded: bool
+    pid: int | None
+    """``None``: it waits for somebody to connect."""
+
+
+class Agent(Protocol):
+    """The agent under one supervisor."""
+
+    def files(self) -> dict[Path, bytes]:
+        """What `install` writes."""
+        ...
+
+    def install(self) -> None:
+        """Write the files and have them loaded; again, it brings a change into effect. Raises `AgentError`."""
+        ...
+
+    def uninstall(self) -> bool:
+        """End the agent and remove its files; False if it was not installed. Raises `AgentError`."""
+        ...
+
+    def status(self) -> Status:
+        """Raises `AgentError`."""
+        ...
+
+
+def supervisor(kind: Supervisor, plan: Plan) -> Agent:
+    """The agent of `plan` under `kind`."""
+    return Launchd(plan) if kind == "launchd" else Systemd(plan)
+
+
+def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+    except FileNotFoundError:
+        raise AgentError(f"there is no {command[0]} on this system") from None
+    except subprocess.TimeoutExpired:
+        raise AgentError(f"{' '.join(command)} did not answer within a minute") from None
+
+
+def _template(folder: str, name: str) -> bytes:
+    here = Path(__file__).parent
+    for root in (here, here.parent.parent):  # installed, or a checkout
+        with suppress(FileNotFoundError):
+            return (root / folder / name).read_bytes()
+    raise AgentError(f"this installation lacks {folder}/{name}")
+
+
+def _write(path: Path, content: bytes) -> bool:
+    """Write `path` atomically, mode 0644; False if it has that content already."""
+    try:
+        with suppress(FileNotFoundError):
+            if path.read_bytes() == content:
+                return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fchmod(fd, 0o644)  # launchd wants no group or world write, whatever the umask
+                os.fsync(fd)
+            os.rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise AgentError(f"cannot write {path}: {error.strerror}") from None
+    return True
+
+
+class Launchd:
+    """
+    A per-user launch agent (launchd.plist(5), launchctl(1)).
+
+    Some facts on which this rests: ``bootout`` returns before the job has ended, and until it has,
+    ``bootstrap`` fails with 5; the same 5 means a bad property list. The text of ``print`` is no
+    interface, so only its status decides and its pid is a courtesy. ``gui/`` exists only for a user who
+    has logged in at the screen. Of a set of changed sockets nothing is seen before a new bootstrap.
+
+    Args:
+        plan: what to install.
+        run: runs launchctl.
+        sleep: between two tries.
+        uid: whose agent it is.
+    """
+
+    TRIES = 20
+    PAUSE_S = 0.5
+    NOT_LOADED = (3, 113)
+    AGAIN = (5, 37)
+    SENTENCES: Mapping[int, str] = {
+        3: "the agent is not loaded",
+        5: "launchd cannot take it: the property list is invalid, or the agent before it has still not ended",
+        37: "launchd is still busy with the agent",
+        112: "this user has no session that launchd could run it in; log in at the screen, and not by SSH or sudo",
+        113: "the agent is not loaded",
+        119: "the agent is disabled",
+        125: "this user has no session that launchd could run it in; log in at the screen, and not by SSH or sudo",
+    }
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        run: Run = _run,
+        sleep: Callable[[float], None] = time.sleep,
+        uid: int | None = None,
+    ) -> None:
+        self._plan = plan
+        self._run = run
+        self._sleep = sleep
+        self._uid = os.getuid() if uid is None else uid
+        self._path = plan.home / "Library/LaunchAgents" / f"{LABEL}.plist"
+        self._log = plan.home / "Library/Logs/vitalsd/agent.log"
+
+    def files(self) -> dict[Path, bytes]:
+        plan = self._plan
+        job = plistlib.loads(_template("launchd", f"{LABEL}.plist"))
+        job["ProgramArguments"] = plan.command
+        job["Sockets"]["http"]["SockServiceName"] = str(plan.port)
+        job["Sockets"]["unix"]["SockPathName"] = str(agent_socket(plan.runtime))
+        job["StandardOutPath"] = job["StandardErrorPath"] = str(self._log)
+        if plan.environment:
+            job["EnvironmentVariables"] = dict(plan.environment)
+        if plan.name is not None:
+            job["KeepAlive"] = {"SuccessfulExit": False}  # implies RunAtLoad
+        return {self._path: plistlib.dumps(job)}
+
+    def install(self) -> None:
+        self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        [(path, content)] = self.files().items()
+        changed = _write(path, content)
+        domain = self._domain()
+        service = f"{domain}/{LABEL}"
+        if self._loaded(service):
+            if not changed:
+                self._tell("kickstart", "-k", service)
+                return
+            self._bootout(service)
+        self._tell("enable", service)
+        for attempt in range(self.TRIES):
+            status = self._launchctl("bootstrap", domain, str(path)).returncode
+            if status == 0:
+                return
+            if status not in self.AGAIN or attempt == self.TRIES - 1:
+                raise self._error("bootstrap", status)
+            self._sleep(self.PAUSE_S)
+
+    def uninstall(self) -> bool:
+        service = f"{self._domain()}/{LABEL}"
+        loaded = self._loaded(service)
+        if loaded:
+            self._bootout(service)
+        installed = self._path.exists()
+        self._path.unlink(missing_ok=True)
+        agent_socket(self._plan.runtime).unlink(missing_ok=True)
+        return installed or loaded
+
+    def status(self) -> Status:
+        shown = self._launchctl("print", f"{self._domain()}/{LABEL}")
+        pid = re.search(r"^\s*pid = ([0-9]+)$", shown.stdout, re.MULTILINE)
+        loaded = shown.returncode == 0
+        return Status(self._path.exists(), loaded, int(pid[1]) if pid and loaded else None)
+
+    def _domain(self) -> str:
+        gui = f"gui/{self._uid}"
+        return gui if self._launchctl("print", gui).returncode == 0 else f"user/{self._uid}"
+
+    def _loaded(self, service: str) -> bool:
+        return self._launchctl("print", service).returncode == 0
+
+    def _bootout(self, service: str) -> None:
+        status = self._launchctl("bootout", service).returncode
+        if status not in (0, *self.NOT_LOADED, *self.AGAIN):
+            raise self._error("bootout", status)
+        for _ in range(2 * self.TRIES):
+            if not self._loaded(service):
+                return
+            self._sleep(self.PAUSE_S)
+        raise AgentError(f"launchd has not ended {LABEL} yet; try again in a minute")
+
+    def _tell(self, *arguments: str) -> None:
+        status = self._launchctl(*arguments).returncode
+        if status != 0:
+            raise self._error(arguments[0], status)
+
+    def _error(self, verb: str, status: int) -> AgentError:
+        sentence = self.SENTENCES.get(status)
+        if sentence is None:
+            sentence = self._launchctl("error", str(status)).stdout.strip() or "launchd does not say why"
+        return AgentError(f"{sentence} (launchctl {verb}: {status})")
+
+    def _launchctl(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return self._run(["launchctl", *arguments])
+
+
+class Systemd:
+    """
+    A socket and a service of the user's own systemd (systemd.socket(5), systemd.service(5)).
+
+    Args:
+        plan: what to install.
+        run: runs systemctl.
+        units: where the unit files go; default: that of the user.
+    """
+
+    def __init__(self, plan: Plan, *, run: Run = _run, units: Path | None = None) -> None:
+        self._plan = plan
+        self._run = run
+        self._units = plan.home / ".config/systemd/user" if units is None else units
+
+    def files(self) -> dict[Path, bytes]:
+        plan = self._plan
+        values = {
+            b"@PROGRAM@": " ".join(map(_quoted, plan.command)),
+            b"@PORT@": str(plan.port),
+            b"@SOCKET@": _escaped(str(agent_socket(plan.runtime))),
+            b"@RUNTIME@": _quoted(str(plan.runtime)),
+            b"@STATE@": _quoted(str(plan.state)),
+        }
+        found = {}
+        for unit in UNITS:
+            content = _template("systemd", unit)
+            content = content.partition(b"\n")[2].lstrip()
+            for mark, value in values.items():
+                content = content.replace(mark, os.fsencode(value))
+            if unit.endswith(".service"):
+                lines = "".join(f"Environment={_quoted(f'{k}={v}')}\n" for k, v in plan.environment.items())
+                content = content.replace(b"[Service]\n", b"[Service]\n" + os.fsencode(lines))
+            found[self._units / unit] = content
+        return found
+
+    def install(self) -> None:
+        changed = [_write(path, content) for path, content in self.files().items()]
+        self._systemctl("daemon-reload")
+        # What follows a process by name has to run before somebody asks.
+        units = UNITS if self._plan.name is not None else UNITS[:1]
+        if any(changed):
+            self._systemctl("stop", *UNITS)
+        self._systemctl("enable", "--now", *units)
+        if not any(changed):
+            self._systemctl("try-restart", UNITS[1])
+
+    def uninstall(self) -> bool:
+        paths = [self._units / unit for unit in UNITS]
+        installed = [path for path in paths if path.exists()]
+        if installed:
+            self._systemctl("disable", "--now", *(path.name for path in installed))
+            for path in installed:
+                path.unlink(missing_ok=True)
+            self._systemctl("daemon-reload")
+        return bool(installed)
+
+    def status(self) -> Status:
+        shown = self._systemctl("show", "--property=ActiveState,MainPID", *UNITS)
+        blocks = [
+            dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in shown.split("\n\n")
+        ]
+        socket_state, service = (*blocks, {}, {})[:2]
+        pid = service.get("MainPID", "0")
+        return Status(
+            installed=all((self._units / unit).exists() for unit in UNITS),
+            loaded=socket_state.get("ActiveState") == "active",
+            pid=int(pid) if pid.isdecimal() and pid != "0" else None,
+        )
+
+    def _systemctl(self, *arguments: str) -> str:
+        done = self._run(["systemctl", "--user", "--no-pager", *arguments])
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines()
+            if "Failed to connect to bus" in done.stderr:
+                raise AgentError(
+                    f"systemd does not run for {getpass.getuser()} here; log in, or enable lingering with loginctl"
+                )
+            raise AgentError(f"systemctl {arguments[0]}: {said[0] if said else f'status {done.returncode}'}")
+        return done.stdout
+
+
+def _escaped(text: str) -> str:
+    """Raises `AgentError`: no unit file can say it."""
+    if any(ord(character) < 32 for character in text):
+        raise AgentError(f"a unit file cannot hold {text!r}")
+    return text.replace("%", "%%")
+
+
+def _quoted(text: str) -> str:
+    """One word of a command line or list in a unit file; systemd.syntax(7), systemd.service(5)."""
+    escaped = _escaped(text).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped.replace("$", "$$")}"'

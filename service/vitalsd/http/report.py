@@ -1,0 +1,174 @@
+"""
+``GET /report.zip``: the bug report of `vitalsd_client`, for whoever has only curl.
+
+The archive itself is built by `vitalsd_client.archive`, which is of the standard library alone: so both
+ends make the same file, and the client still loads nothing of the service.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from starlette.background import BackgroundTask
+
+from vitalsd.history import history
+from vitalsd.http.answers import JSON, REFUSALS
+from vitalsd.http.past import mark_json, run_json
+from vitalsd.http.problem import problem
+from vitalsd.http.query import NoQuery, ReportQuery
+from vitalsd.record import Record
+from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
+from vitalsd.sampler import Targets
+from vitalsd.snapshot import Identity
+from vitalsd.sources import SourceError, platform_name
+from vitalsd.wire import encode, unavailable
+from vitalsd.worker import Worker
+from vitalsd_client.archive import (
+    HISTORY,
+    MARKS,
+    METADATA,
+    METRICS,
+    PREVIOUS_RUN,
+    Bundle,
+    Failure,
+    metadata,
+    new_report_id,
+    previous_run,
+    seal,
+)
+
+__all__ = ["report_routes"]
+
+APP = "vitalsd"
+TOP_THREADS = 50
+
+
+def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> APIRouter:
+    """The routes over `targets` and earlier `runs`; files are read on `reader`."""
+    routes = APIRouter()
+
+    async def read(call: Callable[[], Any]) -> Any:
+        return await asyncio.wrap_future(reader.submit(call))
+
+    @routes.get(
+        "/report.zip",
+        responses={200: {"content": {"application/zip": {}}}, **REFUSALS},
+        response_class=Response,
+        summary="A bug report: metrics, history, marks, and the run that crashed before",
+    )
+    async def report(query: Annotated[ReportQuery, Query()]) -> Response:
+        triggered = datetime.now(UTC)
+        members, failures = {}, []
+        identity, metrics, reason = await _metrics(targets, query.window_ms)
+        members[METRICS] = metrics
+        if reason is not None:
+            failures.append(Failure(METRICS, reason))
+        record, crashed = targets.default.record, None
+        if record is None:
+            failures.append(Failure(HISTORY, "nothing is being recorded (--record-interval 0)"))
+        else:
+            members[HISTORY], members[MARKS] = await read(lambda: _recorded(record, query.seconds))
+        if runs is not None and identity is not None:
+            crashed, content, reason = await read(lambda: _crashed(runs, identity.name))
+            if reason is not None:
+                failures.append(Failure(PREVIOUS_RUN, reason))
+            elif crashed is not None:
+                members[PREVIOUS_RUN] = content
+        bundle = await read(lambda: _bundle(triggered, members, failures, identity))
+        content = await read(bundle.zip)
+        # Only once it has left: a report that nobody got has told nobody.
+        sent = None if runs is None or crashed is None else BackgroundTask(read, lambda: _mark(runs, crashed))
+        headers = {
+            "Content-Disposition": f'attachment; filename="{bundle.stem}.zip"',
+            "Cache-Control": "no-store",
+        }
+        return Response(content, media_type="application/zip", headers=headers, background=sent)
+
+    @routes.post(
+        "/runs/{run_id}/reported",
+        response_class=JSON,
+        responses=REFUSALS,
+        summary="Note that a run is in a bug report, so that no other one tells of it again",
+    )
+    async def reported(run_id: str, query: Annotated[NoQuery, Query()]) -> Response:
+        def mark() -> Run | None:
+            run = runs.find(run_id) if runs else None
+            if runs is not None and run is not None:
+                runs.mark_reported(run)
+            return run
+
+        try:
+            run = await read(mark)
+        except (UnreadableRun, OSError) as error:
+            return problem("unreadable_run", str(error))
+        if run is None:
+            return problem("no_such_run", "no run has this id; GET /runs lists them")
+        return JSON({"id": run.id, "reported": True})
+
+    return routes
+
+
+async def _metrics(targets: Targets, window_ms: int) -> tuple[Identity | None, bytes, str | None]:
+    """Trailing if the recorder covers the window, else the coming one; or why there is none."""
+    target, identity = targets.default, None
+    try:
+        identity = await target.identity()
+        measurement = target.record.window(window_ms) if target.record else None
+        covered = measurement is not None and measurement.elapsed_ns >= window_ms * 990_000
+        if measurement is None or not covered:
+            try:
+                measurement = await target.window(window_ms)
+            except SourceError:
+                if measurement is None:
+                    raise
+        return identity, encode(measurement, identity, requested_ms=window_ms), None
+    except SourceError as error:
+        return identity, unavailable(error), str(error)
+
+
+def _recorded(record: Record, seconds: int) -> tuple[bytes, bytes]:
+    last = record.last
+    since_ns = last.monotonic_ns - seconds * 1_000_000_000 if last else 0
+    table = history(record, since_ns=since_ns, top=TOP_THREADS)
+    return table.to_json(), json.dumps([mark_json(mark) for mark in list(record.marks)]).encode()
+
+
+def _crashed(runs: RunDirectory, name: str) -> tuple[Run | None, bytes, str | None]:
+    """The newest run of that program which crashed and is in no report yet."""
+    run = next(
+        (run for run in runs.runs() if run.state == "crashed" and not run.reported and run.identity.name == name), None
+    )
+    if run is None:
+        return None, b"", None
+    try:
+        table = history(read_run(run.path)[1], top=TOP_THREADS)
+        return run, previous_run(run_json(run), table.to_json()), None
+    except (UnreadableRun, OSError) as error:
+        return None, b"", f"{type(error).__name__}: the file of a crashed run cannot be read"
+
+
+def _mark(runs: RunDirectory, run: Run) -> None:
+    with suppress(UnreadableRun, OSError):  # then the next report tells of it again
+        runs.mark_reported(run)
+
+
+def _bundle(
+    triggered: datetime, members: dict[str, bytes], failures: list[Failure], identity: Identity | None
+) -> Bundle:
+    report_id, submitted = new_report_id(), datetime.now(UTC)
+    about = metadata(
+        app=APP,
+        app_version=version("vitalsd"),
+        vitalsd_version=version("vitalsd"),
+        report_id=report_id,
+        triggered=triggered,
+        submitted=submitted,
+        description="",
+        platform=identity.platform if identity else platform_name(),
+    )
+    return seal(APP, report_id, submitted, {METADATA: about, **members}, failures)

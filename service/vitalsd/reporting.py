@@ -1,0 +1,232 @@
+"""The commands about bug reports. Like those of `vitalsd.cli` they import what they need when they run."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from vitalsd_client.spool import Spool
+    from vitalsd_client.states import Entry
+
+__all__ = ["report", "spool"]
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write the zip there.  [.]"
+)
+@click.option("--upload", metavar="URL", help="Send it there, by way of the spool; see `vitalsd spool`.")
+@click.option("--attach", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Add a file.")
+@click.option("--message", default="", metavar="TEXT", help="What is wrong, in your words.")
+@click.option("--app", default="vitalsd", show_default=True, metavar="NAME", help="Begins the name of the zip.")
+@click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Process.  [that of your newest sidecar]")
+@click.option("--url", metavar="URL", help="Ask this sidecar: http://127.0.0.1:9779")
+@click.option("--direct", is_flag=True, help="Without a sidecar, measure vitalsd itself: to try it out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def report(
+    out: Path | None,
+    upload: str | None,
+    files: tuple[Path, ...],
+    message: str,
+    app: str,
+    pid: int | None,
+    url: str | None,
+    direct: bool,
+    as_json: bool,
+) -> None:
+    """Make a bug report: metrics, history, marks and the run that crashed before, in one zip.
+
+    It is written even if no sidecar answers, and then says why. With --upload it goes into the spool and
+    from there to URL; what cannot be sent now stays there for `vitalsd spool send`.
+    """
+    import json
+
+    from vitalsd.endpoint import discover
+    from vitalsd_client.archive import METRICS
+    from vitalsd_client.report import BugReport
+    from vitalsd_client.states import SpoolError
+
+    if pid is None and url is None:
+        pid = next((each.target.pid for each in discover() if each.target is not None), None)
+    try:
+        outbox = _spool(upload) if upload else None
+        made = BugReport(app, description=message, url=url, pid=pid, direct=direct)
+        for file in files:
+            made.attach(file.name, file)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    with _waiting("asking the sidecar", quiet=as_json):
+        bundle = made.bundle()
+    metrics = json.loads(bundle.members.get(METRICS, b"{}"))
+    manifest = json.loads(bundle.members["manifest.json"])
+    result = {
+        "report_id": bundle.report_id,
+        "file": None,
+        "members": manifest["members"],
+        "failures": manifest["failures"],
+        "upload": None,
+    }
+    failed = metrics.get("available") is False
+    try:
+        if outbox is None or out is not None:
+            result["file"] = str(made.save(out or Path()))
+        if outbox is not None:
+            made.submit(outbox)
+    except OSError as error:
+        raise click.ClickException(f"cannot write the report: {error.strerror}") from None
+    except SpoolError as error:
+        raise click.ClickException(f"{error}; keep it with --out DIR") from None
+    if not as_json:
+        for failure in manifest["failures"]:
+            click.echo(f"vitalsd: {failure['member']}: {failure['reason']}", err=True)
+        if result["file"]:
+            click.echo(result["file"])
+    if outbox is not None:
+        result["upload"], sent = _send(outbox, bundle.report_id, quiet=as_json)
+        failed = failed or not sent
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    raise SystemExit(1 if failed else 0)
+
+
+@click.group()
+def spool() -> None:
+    """Look at, send or drop the bug reports that wait for their upload."""
+
+
+@spool.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def spool_list(as_json: bool) -> None:
+    """List the reports: those that wait, those that were sent, those that were refused."""
+    import json
+    from dataclasses import asdict
+
+    kept = _spool()
+    entries = kept.entries()
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        return
+    if not entries:
+        click.echo(f"no reports in {kept.directory}")
+        return
+    for entry in entries:
+        size = f"{entry.size:>9} B" if entry.size else " " * 11
+        line = f"{entry.report_id}  {entry.state:7}  {_shown(entry.added)}  {size}  {entry.url or '-'}  {entry.note}"
+        click.echo("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line).rstrip())
+
+
+@spool.command("send")
+@click.argument("report_id", required=False)
+@click.option("--url", metavar="URL", help="For reports that were added without one.")
+@click.option("--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Go on with what fails so long.")
+@click.option("--retry-failed", is_flag=True, help="Also those that the server refused.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def spool_send(report_id: str | None, url: str | None, wait: float, retry_failed: bool, as_json: bool) -> None:
+    """Send the reports that wait, or the one with REPORT_ID. Status 1 if any is left."""
+    import json
+
+    from vitalsd_client.states import SpoolError
+
+    kept = _spool(url)
+    try:
+        if retry_failed:
+            for entry in kept.entries():
+                if entry.state == "failed" and report_id in (None, entry.report_id):
+                    kept.retry(entry.report_id)
+        results, sent = _send(kept, report_id, wait_s=wait, quiet=as_json)
+    except SpoolError as error:
+        raise click.ClickException(str(error)) from None
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    raise SystemExit(0 if sent else 1)
+
+
+@spool.command("drop")
+@click.argument("report_ids", nargs=-1, metavar="REPORT_ID...")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
+    """Forget reports, sent or not."""
+    from vitalsd_client.states import SpoolError
+
+    if bool(report_ids) == everything:
+        raise click.UsageError("give the ids of reports, or --all")
+    kept = _spool()
+    try:
+        for report_id in [entry.report_id for entry in kept.entries()] if everything else report_ids:
+            if not kept.drop(report_id):
+                raise click.ClickException(f"no report {report_id}; `vitalsd spool list` shows them")
+    except SpoolError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _spool(url: str | None = None) -> "Spool":
+    from vitalsd.endpoint import EndpointError, state_directory
+    from vitalsd_client.spool import Spool
+    from vitalsd_client.states import SpoolError
+
+    try:
+        return Spool(state_directory() / "spool", url)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except (SpoolError, EndpointError) as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _shown(moment: float) -> str:
+    from datetime import UTC, datetime
+
+    return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%SZ}"
+
+
+def _send(
+    kept: "Spool", report_id: str | None, *, wait_s: float = 0.0, quiet: bool = False
+) -> "tuple[list[dict[str, Any]], bool]":
+    """Send with a progress bar; what happened, and whether nothing is left to send."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from vitalsd_client.upload import Receipt
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(entry: "Entry", sent: int, total: int) -> None:
+            if entry.report_id not in tasks:
+                tasks[entry.report_id] = bar.add_task(entry.report_id[:12], total=total)
+            bar.update(tasks[entry.report_id], completed=sent)
+
+        outcomes = kept.send(wait_s=wait_s, ignore_delays=True, progress=progress, report_id=report_id)
+    results: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        attempt = outcome.attempt
+        sent = isinstance(attempt, Receipt)
+        said = attempt.number if isinstance(attempt, Receipt) else attempt.reason
+        results.append({"report_id": outcome.report_id, "sent": sent, "receipt" if sent else "reason": said})
+        if not quiet:
+            click.echo(f"{outcome.report_id}: {'sent, receipt ' if sent else 'not sent: '}{said}", err=not sent)
+    left = [entry for entry in kept.entries() if entry.state == "pending" and report_id in (None, entry.report_id)]
+    refused = {result["report_id"] for result in results} - {
+        result["report_id"] for result in results if result["sent"]
+    }
+    if left and not quiet:
+        click.echo(f"{len(left)} left in {kept.directory}; try again with: vitalsd spool send", err=True)
+    return results, not left and not refused
+
+
+@contextmanager
+def _waiting(what: str, *, quiet: bool) -> "Iterator[None]":
+    """A spinner on a terminal, for what may take more than a second."""
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield

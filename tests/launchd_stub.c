@@ -1,0 +1,59 @@
+/* launch_activate_socket(3) as launch.h and xpc document it, and a free() that counts. */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct key {
+    char name[32];
+    int code, fds[8], taken;
+    size_t count;
+};
+
+static struct key keys[4];
+static size_t known;
+static int managed;
+int owed;
+
+void stub_reset(int started_by_launchd)
+{
+    memset(keys, 0, sizeof keys);
+    known = 0;
+    owed = 0;
+    managed = started_by_launchd;
+}
+
+void stub_key(const char *name, int code, const int *fds, size_t count)
+{
+    struct key *key = &keys[known++];
+    strncpy(key->name, name, sizeof key->name - 1);
+    key->code = code;
+    key->count = count;
+    memcpy(key->fds, fds, count * sizeof *fds);
+}
+
+int launch_activate_socket(const char *name, int **fds, size_t *count)
+{
+    if (!managed)
+        return ESRCH;
+    for (size_t i = 0; i < known; i++) {
+        struct key *key = &keys[i];
+        if (strcmp(key->name, name))
+            continue;
+        if (key->code)
+            return key->code;
+        if (key->taken++)
+            return EALREADY;
+        *fds = malloc(key->count * sizeof **fds);
+        memcpy(*fds, key->fds, key->count * sizeof **fds);
+        *count = key->count;
+        owed++;
+        return 0;
+    }
+    return ENOENT;
+}
+
+void stub_free(void *array)
+{
+    owed--;
+    free(array);
+}

@@ -1,0 +1,121 @@
+"""Recorded stand-ins for ``launchctl`` and ``systemctl``: real programs, with the manners of the real ones."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FakeSupervisor"]
+
+LAUNCHCTL = """\
+import json, sys
+from pathlib import Path
+state_file = Path(__file__).with_name("state.json")
+state = json.loads(state_file.read_text())
+verb, *rest = sys.argv[1:]
+state["calls"].append(sys.argv[1:])
+status = 0
+if state["fail"].get(verb):
+    status = state["fail"][verb].pop(0)
+elif verb == "print":
+    if "org.vitalsd.agent" in rest[0]:
+        if state["draining"] > 0:
+            state["draining"] -= 1
+            print("\\tstate = SIGTERMed")
+        elif state["loaded"]:
+            print("\\tstate = running\\n\\tpid = 4242" if state["running"] else "\\tstate = not running")
+        else:
+            status = 113
+    elif rest[0].split("/")[0] not in state["domains"]:
+        status = 112
+elif verb == "bootstrap":
+    if state["loaded"] or state["draining"] > 0 or not Path(rest[1]).exists():
+        status = 5
+    else:
+        state["loaded"] = True
+elif verb == "bootout":
+    if not state["loaded"]:
+        status = 3
+    state["loaded"], state["draining"] = False, state["drains"]
+elif verb == "kickstart":
+    if state["loaded"]:
+        state["running"] = True
+    else:
+        status = 113
+elif verb == "error":
+    print(f"{rest[0]}: whatever launchd calls it")
+state_file.write_text(json.dumps(state))
+if status:
+    print(f"{verb} failed: {status}", file=sys.stderr)
+sys.exit(status)
+"""
+
+SYSTEMCTL = """\
+import json, sys
+from pathlib import Path
+state_file = Path(__file__).with_name("state.json")
+state = json.loads(state_file.read_text())
+assert sys.argv[1:3] == ["--user", "--no-pager"]
+verb, *rest = sys.argv[3:]
+state["calls"].append(sys.argv[3:])
+status = 0
+if state["bus"] is False:
+    print("Failed to connect to bus: No medium found", file=sys.stderr)
+    status = 1
+elif state["fail"].get(verb):
+    status = state["fail"][verb].pop(0)
+    print(f"Failed to {verb}: recorded", file=sys.stderr)
+elif verb == "enable":
+    state["loaded"] = True
+    state["running"] = "vitalsd.service" in rest
+elif verb in ("disable", "stop"):
+    state["loaded"] = state["running"] = False
+elif verb == "show":
+    active = "active" if state["loaded"] else "inactive"
+    print(f"ActiveState={active}\\n\\nMainPID={4242 if state['running'] else 0}\\nActiveState={active}")
+state_file.write_text(json.dumps(state))
+sys.exit(status)
+"""
+
+
+class FakeSupervisor:
+    """
+    ``launchctl`` and ``systemctl`` in a directory that can stand on PATH; what they were told is kept.
+
+    As the real launchctl: ``bootout`` is asynchronous (``drains`` looks long), ``bootstrap`` of what is
+    loaded or still draining fails with 5, of an unloaded label ``bootout`` says 3, ``print`` and
+    ``kickstart`` 113, and ``gui/`` may be missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._state = directory / "state.json"
+        for name, program in (("launchctl", LAUNCHCTL), ("systemctl", SYSTEMCTL)):
+            path = directory / name
+            path.write_text(f"#!{sys.executable} -IS\n{program}")
+            path.chmod(0o755)
+        self.set(
+            calls=[], fail={}, loaded=False, running=False, draining=0, drains=0, domains=["gui", "user"], bus=True
+        )
+
+    @property
+    def path(self) -> str:
+        """PATH with these programs first."""
+        return f"{self.directory}{os.pathsep}{os.environ['PATH']}"
+
+    def set(self, **values: Any) -> None:
+        """Change what they find."""
+        state = json.loads(self._state.read_text()) if self._state.exists() else {}
+        self._state.write_text(json.dumps(state | values))
+
+    def calls(self) -> list[list[str]]:
+        """What they were told since the last time."""
+        calls: list[list[str]] = json.loads(self._state.read_text())["calls"]
+        self.set(calls=[])
+        return calls
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the agent is."""
+        return bool(json.loads(self._state.read_text())["loaded"])
