@@ -18,7 +18,7 @@ from typing import Any, Literal
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
 from vitalsd.sources import SourceError, platform_name
 
-__all__ = ["Detail", "Labels", "Sort", "encode", "iso", "unavailable"]
+__all__ = ["Detail", "Labels", "Sort", "encode", "iso", "printable", "unavailable"]
 
 Detail = Literal["basic", "full"]
 Sort = Literal["tid", "cpu", "name"]
@@ -30,6 +30,15 @@ DECIMALS = 3
 def iso(unix_ns: int) -> str:
     """A Unix time in ns as ISO 8601 in UTC with milliseconds."""
     return datetime.fromtimestamp(unix_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def printable(text: str) -> str:
+    """
+    `text` for eyes: what a terminal would obey, what hides and what turns the direction round is spelled out.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def unavailable(error: SourceError | str, platform: str | None = None) -> bytes:
