@@ -10,6 +10,7 @@ from vitalsd.http import problem
 from vitalsd.http.bounds import Bounds
 from vitalsd.http.exposition import THREAD_METRICS
 from vitalsd.http.live import live_routes
+from vitalsd.http.page import page_routes
 from vitalsd.http.past import past_routes
 from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Targets
@@ -57,6 +58,7 @@ def create_app(
     )
     app.include_router(live_routes(targets, list_processes, reader, thread_metrics=thread_metrics))
     app.include_router(past_routes(targets, runs, reader))
+    app.include_router(page_routes())
     app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES)
     problem.install(app)
     return app
