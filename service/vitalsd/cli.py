@@ -146,6 +146,17 @@ def sample(
     metavar="SECONDS",
     help="With --pid: answer for so long after the target has ended, then end.",
 )
+@click.option(
+    "--thread-metrics/--no-thread-metrics", default=True, show_default=True, help="Show scrapers a series per thread."
+)
+@click.option(
+    "--max-thread-metrics",
+    type=click.IntRange(1, 20_000),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Of more threads, scrapers see the N with the most CPU time.",
+)
 def serve(
     pid: int | None,
     name: str | None,
@@ -162,6 +173,8 @@ def serve(
     ready_fd: int | None,
     exit_with_target: bool,
     linger: float,
+    thread_metrics: bool,
+    max_thread_metrics: int,
 ) -> None:
     """Serve the metrics of a process on http://127.0.0.1:9779 until Ctrl-C.
 
@@ -192,6 +205,7 @@ def serve(
             _Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
             0.0 if exit_with_target else linger,
             waiting,
+            max_thread_metrics if thread_metrics else 0,
         )
     except click.ClickException as error:
         waiting.send(error=error.message)
@@ -206,6 +220,7 @@ def _serve_target(
     where: "_Where",
     linger_s: float,
     waiting: "ReadyFd",
+    thread_metrics: int,
 ) -> None:
     import os
 
@@ -263,6 +278,7 @@ def _serve_target(
         watched=watched,
         companions=companions,
         waiting=waiting,
+        thread_metrics=thread_metrics,
     )
 
 
@@ -383,6 +399,7 @@ def _serve(
     watched: "Target | None" = None,
     companions: "Sequence[Companion]" = (),
     waiting: "ReadyFd | None" = None,
+    thread_metrics: int = 256,
 ) -> None:
     """Listen and serve until a signal ends it."""
     from vitalsd import sidecar
@@ -394,7 +411,7 @@ def _serve(
     directory = sidecar.runtime_directory(notes) if published else None
     listeners = _listeners(where, directory)
     service = Sidecar(
-        create_app(targets, list_processes, runs=runs),
+        create_app(targets, list_processes, runs=runs, thread_metrics=thread_metrics),
         listeners,
         directory=directory,
         target=watched,

@@ -15,7 +15,7 @@ from typing import Any
 
 from vitalsd.record import Event, Mark, Record, Segment
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.wire import DECIMALS, iso
+from vitalsd.wire import DECIMALS, iso, printable
 
 __all__ = ["History", "ThreadHistory", "history", "read_history"]
 
@@ -83,7 +83,7 @@ class History:
         """One line per row, one column per thread, UTF-8; marks and events in the last columns."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        names = [f"{thread.tid} {_printable(thread.name)} cpu_percent" for thread in self.threads]
+        names = [f"{thread.tid} {printable(thread.name)} cpu_percent" for thread in self.threads]
         writer.writerow(
             ["time", "elapsed_ms", "cpu_percent", "rss_kb", "vm_size_kb", "thread_count", *names, "marks", "events"]
         )
@@ -114,17 +114,13 @@ class History:
         ]
 
 
-def _printable(name: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
-
-
 def _by_row(rows: Sequence[int], notes: Sequence[tuple[int, str]]) -> list[str]:
     """The notes that fall to each row: the first one that ends after them, or the last of all."""
     cells: list[list[str]] = [[] for _ in rows]
     for wall_ns, text in notes:
         row = next((i for i, end_ns in enumerate(rows) if end_ns >= wall_ns), len(rows) - 1)
         if rows:
-            cells[row].append(_printable(text))
+            cells[row].append(printable(text))
     return ["; ".join(cell) for cell in cells]
 
 

@@ -8,7 +8,7 @@ from vitalsd.history import read_history
 from vitalsd.record import Mark, Record
 from vitalsd.runs import UnreadableRun, read_run
 from vitalsd.sampler import NotRecording
-from vitalsd.snapshot import Identity, Measurement
+from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources import TargetGone
 from vitalsd.wire import iso
 
@@ -68,6 +68,10 @@ class Replay:
     async def window(self, window_ms: int, *, extras: bool = False) -> Measurement:
         """Raises `TargetGone`: there is no coming window."""
         raise TargetGone(f"{self._reason}; ask with mode=trailing or /history")
+
+    async def snapshot(self, *, extras: bool = False) -> Snapshot:
+        """Raises `TargetGone`: there is no now."""
+        raise TargetGone(f"{self._reason}; it has no counters of now")
 
     def mark(self, label: str) -> Mark:
         """Raises `NotRecording`."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
 from vitalsd.sources import SourceError, platform_name
 
-__all__ = ["Detail", "Labels", "Sort", "encode", "iso", "os_version", "unavailable"]
+__all__ = ["Detail", "Labels", "Sort", "encode", "iso", "os_version", "printable", "unavailable"]
 
 Detail = Literal["basic", "full"]
 Sort = Literal["tid", "cpu", "name"]
@@ -37,6 +37,15 @@ def iso(unix_ns: int, precision: str = "milliseconds") -> str:
     seconds, rest_ns = divmod(unix_ns, 1_000_000_000)
     moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest_ns // 1000)
     return moment.isoformat(timespec=precision).replace("+00:00", "Z")
+
+
+def printable(text: str) -> str:
+    """
+    `text` for eyes: what a terminal would obey, what hides and what turns the direction round is spelled out.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def unavailable(error: SourceError | str, platform: str | None = None) -> bytes:

@@ -8,7 +8,9 @@ from fastapi import FastAPI
 
 from vitalsd.http import problem
 from vitalsd.http.bounds import Bounds
+from vitalsd.http.exposition import THREAD_METRICS
 from vitalsd.http.live import live_routes
+from vitalsd.http.page import page_routes
 from vitalsd.http.past import past_routes
 from vitalsd.http.report import report_routes
 from vitalsd.runs import RunDirectory
@@ -22,7 +24,11 @@ MAX_BODY_BYTES = 4096
 
 
 def create_app(
-    targets: Targets, list_processes: Callable[[], Iterable[ProcessEntry]], *, runs: RunDirectory | None = None
+    targets: Targets,
+    list_processes: Callable[[], Iterable[ProcessEntry]],
+    *,
+    runs: RunDirectory | None = None,
+    thread_metrics: int = THREAD_METRICS,
 ) -> FastAPI:
     """
     The application over `targets`. It opens the default one when it starts and closes all when it ends.
@@ -31,6 +37,7 @@ def create_app(
         targets: who is measured.
         list_processes: what ``/processes`` lists.
         runs: where earlier runs are found.
+        thread_metrics: threads that a scraper is shown; 0 for none.
     """
     reader = Worker("vitalsd-reader")
 
@@ -50,9 +57,10 @@ def create_app(
         redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
         lifespan=lifespan,
     )
-    app.include_router(live_routes(targets, list_processes, reader))
+    app.include_router(live_routes(targets, list_processes, reader, thread_metrics=thread_metrics))
     app.include_router(past_routes(targets, runs, reader))
     app.include_router(report_routes(targets, runs, reader))
+    app.include_router(page_routes())
     app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES)
     problem.install(app)
     return app

@@ -11,8 +11,8 @@ from vitalsd.http.problem import problem
 
 __all__ = ["Gate"]
 
-OPEN_PATHS = frozenset(("/healthz",))
-"""Say nothing but that the service is alive."""
+OPEN_PATHS = frozenset(("/", "/docs", "/healthz"))
+"""Say nothing but that the service is alive, and what its own code holds."""
 
 
 class Gate:

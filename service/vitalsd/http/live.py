@@ -7,14 +7,16 @@ import resource
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 
 from vitalsd.http.answers import JSON, REFUSALS, UNAVAILABLE, failed
+from vitalsd.http.exposition import Form, Scrape, expose, negotiate
+from vitalsd.http.problem import Problem, problem
 from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery
 from vitalsd.model import FullMetrics, Measured
 from vitalsd.sampler import Busy, Stream, Target, Targets
@@ -26,13 +28,27 @@ __all__ = ["live_routes"]
 
 MAX_STREAMS = 8
 
+FORMS = "application/json, text/plain (Prometheus, version 0.0.4 or 1.0.0) and application/openmetrics-text"
+SCRAPED: dict[str, Any] = {
+    "description": "JSON over a window; by `Accept`, counters of this instant as Prometheus text or OpenMetrics.",
+    "content": {
+        media_type: {"schema": {"type": "string"}} for media_type in ("text/plain", "application/openmetrics-text")
+    },
+}
+NOT_ACCEPTABLE: dict[int | str, dict[str, Any]] = {
+    406: {"model": Problem, "description": "`Accept` takes none of the forms."},
+}
 
-def live_routes(targets: Targets, list_processes: Callable[[], Iterable[ProcessEntry]], reader: Worker) -> APIRouter:
+
+def live_routes(
+    targets: Targets, list_processes: Callable[[], Iterable[ProcessEntry]], reader: Worker, *, thread_metrics: int
+) -> APIRouter:
     """
     The routes over `targets`.
 
     Args:
         list_processes: what ``/processes`` lists; called on `reader`.
+        thread_metrics: threads that a scraper is shown, see `Scrape`.
     """
     routes = APIRouter()
     streams: set[Stream] = set()
@@ -41,10 +57,16 @@ def live_routes(targets: Targets, list_processes: Callable[[], Iterable[ProcessE
     @routes.get(
         "/metrics",
         response_class=JSON,
-        responses={200: {"model": FullMetrics | Measured}, **UNAVAILABLE, **REFUSALS},
-        summary="CPU, memory and every thread, over a window",
+        responses={200: {"model": FullMetrics | Measured, **SCRAPED}, **UNAVAILABLE, **NOT_ACCEPTABLE, **REFUSALS},
+        summary="CPU, memory and every thread, over a window; cumulative counters for a scraper",
     )
-    async def metrics(query: Annotated[MetricsQuery, Query()]) -> Response:
+    async def metrics(query: Annotated[MetricsQuery, Query()], accept: Annotated[str, Header()] = "") -> Response:
+        form = negotiate(accept)
+        if form is None:
+            return problem("not_acceptable", f"there are {FORMS}; /stream has text/event-stream")
+        if form != "json":
+            body, content_type = await _scraped(targets, query.pid, form, thread_metrics, reader)
+            return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
         try:
             async with targets.target(query.pid) as target:
                 identity = await target.identity()
@@ -139,6 +161,16 @@ def live_routes(targets: Targets, list_processes: Callable[[], Iterable[ProcessE
         return JSON(await _info(targets.default))
 
     return routes
+
+
+async def _scraped(targets: Targets, pid: int | None, form: Form, threads: int, reader: Worker) -> tuple[bytes, str]:
+    read, snapshots, recorder = None, 0, None
+    with suppress(SourceError):
+        async with targets.target(pid) as target:
+            snapshots, recorder = target.snapshots_taken, target.recording_info()
+            read = await target.identity(), await target.snapshot(extras=True)
+    scrape = Scrape(read, threads, snapshots, recorder)
+    return await asyncio.wrap_future(reader.submit(lambda: expose(scrape, form)))
 
 
 async def _info(target: Target) -> dict[str, Any]:
