@@ -695,6 +695,9 @@ def test_churn_leaves_no_descriptor_behind(start: Start) -> None:
             source.snapshot()
             time.sleep(0.002)
         target.read()
+        # A thread that has been joined is still listed until the kernel is done with it.
+        while len(os.listdir(f"/proc/{target.pid}/task")) > len(target.tids):
+            time.sleep(0.001)
         source.snapshot()
         assert descriptors() == before
 
