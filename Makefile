@@ -34,6 +34,13 @@ demo: $(READY) ## run an app with busy threads, and show what to curl
 test: $(READY) ## run the tests: make test ARGS="-k trailing"
 	@$(BIN)/python -m pytest $(ARGS)
 
+torture: $(READY) ## run the long tests: kills, faults and loads by the thousand
+	@VITALSD_KILLS=1000 $(BIN)/python -m pytest --timeout 3600 tests/test_blackbox.py -k killed
+	@$(BIN)/python -m pytest --timeout 3600 -m torture $(ARGS)
+
+bench: $(READY) ## measure, and write docs/performance.md: make bench ARGS=--quick
+	@$(BIN)/python benchmarks/suite.py $(ARGS)
+
 check: $(READY) ## format, lint and types, for Linux and macOS
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

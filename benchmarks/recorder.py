@@ -51,10 +51,10 @@ def sidecar(pid: int, interval_s: float, state: str) -> tuple[subprocess.Popen[s
         ],
         stderr=subprocess.PIPE,
         text=True,
-        env={"PATH": "/usr/bin:/bin", "HOME": state, "VITALSD_STATE_DIR": state},
+        env={"PATH": "/usr/bin:/bin", "HOME": state, "VITALSD_STATE_DIR": state, "VITALSD_RUNTIME_DIR": state},
     )
     assert process.stderr is not None
-    return process, process.stderr.readline().split(" on ")[1].strip().removesuffix("/metrics")
+    return process, "http://" + process.stderr.readline().split("http://")[1].split("/")[0]
 
 
 def cpu_ns(pid: int) -> int:

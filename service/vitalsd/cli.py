@@ -141,7 +141,7 @@ def sample(
 @click.option(
     "--linger",
     type=click.FloatRange(0),
-    default=900.0,
+    default=30.0,
     show_default=True,
     metavar="SECONDS",
     help="With --pid: answer for so long after the target has ended, then end.",
