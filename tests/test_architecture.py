@@ -3,7 +3,6 @@
 import ast
 import importlib
 import pkgutil
-import plistlib
 import re
 import subprocess
 import sys
@@ -161,16 +160,6 @@ def test_make_says_what_is_missing(tmp_path: Path) -> None:
     assert out.returncode != 0
     assert "vitalsd needs Python 3.11 or newer" in out.stderr
     assert not (tmp_path / ".venv").exists()
-
-
-def test_the_agent_ends_as_the_service_does() -> None:
-    """The template of the launchd agent is a property list, starts `serve`, and leaves a clean end alone."""
-    template = (ROOT / "launchd" / "vitalsd.plist.template").read_bytes()
-    agent = plistlib.loads(template.replace(b"@VITALSD@", b"/opt/vitalsd/bin/vitalsd").replace(b"@LOG@", b"/tmp/log"))
-    assert agent["ProgramArguments"] == ["/opt/vitalsd/bin/vitalsd", "serve"]
-    assert agent["KeepAlive"] == {"SuccessfulExit": False}
-    assert agent["Umask"] == 0o077
-    assert b"@" not in template.replace(b"@VITALSD@", b"").replace(b"@LOG@", b"")
 
 
 def test_design_names_every_module() -> None:

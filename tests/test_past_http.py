@@ -143,6 +143,26 @@ def test_a_chunked_body_is_bounded_too(shared: Serving) -> None:
     assert (answer.status_code, answer.json()["reason"]) == (413, "body_too_large")
 
 
+def test_history_is_of_the_target_only(shared: Serving) -> None:
+    """pid= may name the target; for any other process the refusal says who is recorded."""
+    own = shared.get("/info")["target"]["pid"]
+    assert shared.get("/history", pid=own)["target"]["pid"] == own
+    other = shared.client.get("/history", params={"pid": 1})
+    assert (other.status_code, other.json()["reason"]) == (409, "not_recording")
+    assert str(own) in other.json()["detail"]
+
+
+def test_a_black_box_that_is_off_is_said(tmp_path: Path) -> None:
+    """Where the disk does not take the record, metrics go on, and /info and detail=full say why."""
+    (tmp_path / "runs").write_text("in the way")
+    with Serving(tmp_path, "--record-interval", "0.1") as serving:
+        wait_until(lambda: snapshots(serving) > 3)
+        error = serving.get("/info")["recorder"]["black_box"]["error"]
+        assert "the black box is off" in error
+        assert error in serving.get("/metrics", window_ms=50, detail="full")["warnings"]
+        assert error in serving.get("/metrics", window_ms=50, detail="full", mode="trailing")["warnings"]
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """One server for tests that leave no trace in it."""

@@ -92,6 +92,7 @@ def encode(
     sort: Sort = "tid",
     limit: int | None = None,
     labels: Labels | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> bytes:
     """
     The answer of ``GET /metrics``. All who share a measurement and ask alike share the bytes.
@@ -101,8 +102,9 @@ def encode(
         sort: ``cpu`` is busiest first; equal ones by tid.
         limit: at most so many threads, after sorting.
         labels: keeps what is the same in the next answer.
+        warnings: more than those of the measurement, for ``detail=full``.
     """
-    key = (requested_ms, mode, detail, sort, limit)
+    key = (requested_ms, mode, detail, sort, limit, warnings)
     body = measurement.encoded.get(key)
     if body is None:
         order = _order(measurement, sort, limit)
@@ -110,7 +112,9 @@ def encode(
             constant = (labels or Labels()).of(measurement.last.tids, measurement.last.names)
             body = _basic(measurement, identity, order, constant)
         else:
-            body = json.dumps(_full(measurement, identity, order, requested_ms, mode), separators=(",", ":")).encode()
+            full = _full(measurement, identity, order, requested_ms, mode)
+            full["warnings"] += warnings
+            body = json.dumps(full, separators=(",", ":")).encode()
         measurement.encoded[key] = body
     return body
 

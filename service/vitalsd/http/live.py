@@ -87,6 +87,7 @@ def live_routes(
                 sort=query.sort,
                 limit=query.limit,
                 labels=labels,
+                warnings=_recording_warnings(target) if query.detail == "full" else (),
             )
         )
 
@@ -161,6 +162,12 @@ def live_routes(
         return JSON(await _info(targets.default))
 
     return routes
+
+
+def _recording_warnings(target: Target) -> tuple[str, ...]:
+    """What is wrong with the record of this process, if it is recorded."""
+    black_box = (target.recording_info() or {}).get("black_box")
+    return (black_box["error"],) if black_box and black_box["error"] else ()
 
 
 async def _scraped(targets: Targets, pid: int | None, form: Form, threads: int, reader: Worker) -> tuple[bytes, str]:

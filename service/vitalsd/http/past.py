@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vitalsd.history import history
 from vitalsd.http.answers import JSON, REFUSALS, UNAVAILABLE, failed
 from vitalsd.http.problem import problem
-from vitalsd.http.query import HistoryQuery, NoQuery
+from vitalsd.http.query import HistoryQuery, NoQuery, RunHistoryQuery
 from vitalsd.record import MAX_LABEL_LENGTH, Mark, Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
 from vitalsd.sampler import NotRecording, Targets
@@ -58,6 +58,8 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
         record = targets.default.record
         if record is None:
             raise NotRecording("nothing is being recorded (--record-interval 0)")
+        if query.pid not in (None, record.identity.pid):
+            raise NotRecording(f"only process {record.identity.pid} is recorded here; --pid names another target")
         return await _table(record, query, accept, reader)
 
     @routes.post("/marks", status_code=201, response_class=JSON, responses=REFUSALS, summary="Put a label on the clock")
@@ -84,7 +86,7 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
         summary="What an earlier run recorded, up to its end",
     )
     async def run_history(
-        run_id: str, query: Annotated[HistoryQuery, Query()], accept: Annotated[str, Header()] = ""
+        run_id: str, query: Annotated[RunHistoryQuery, Query()], accept: Annotated[str, Header()] = ""
     ) -> Response:
         def load() -> Record | None:
             run = runs.find(run_id) if runs else None
@@ -101,7 +103,7 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
     return routes
 
 
-async def _table(record: Record, query: HistoryQuery, accept: str, reader: Worker) -> Response:
+async def _table(record: Record, query: RunHistoryQuery, accept: str, reader: Worker) -> Response:
     """The last `query.seconds` of `record`, counted from its end."""
     last = record.last
     since_ns = last.monotonic_ns - query.seconds * 1_000_000_000 if last else 0

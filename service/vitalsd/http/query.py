@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from vitalsd.wire import Detail, Sort
 
-__all__ = ["HistoryQuery", "MetricsQuery", "NoQuery", "ReportQuery", "StreamQuery"]
+__all__ = ["HistoryQuery", "MetricsQuery", "NoQuery", "ReportQuery", "RunHistoryQuery", "StreamQuery"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ class MetricsQuery(_Query):
     pid: OtherPid = None
 
 
-class HistoryQuery(_Query):
-    """Parameters of ``GET /history`` and ``GET /runs/{id}/history``."""
+class RunHistoryQuery(_Query):
+    """Parameters of ``GET /runs/{id}/history``."""
 
     seconds: Annotated[int, Digits(1, 86_400), Field(description="How far back, s.")] = 300
     top: Annotated[int, Digits(0, 20_000), Field(description="Show so many threads, the busiest ones.")] = 10
@@ -87,6 +87,12 @@ class ReportQuery(_Query):
 
     window_ms: WindowMs = 2000
     seconds: Annotated[int, Digits(1, 86_400), Field(description="How far back the history goes, s.")] = 300
+
+
+class HistoryQuery(RunHistoryQuery):
+    """Parameters of ``GET /history``."""
+
+    pid: OtherPid = None
 
 
 class StreamQuery(_Query):
