@@ -11,6 +11,8 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service service
 COPY clients clients
+COPY launchd launchd
+COPY systemd systemd
 RUN python -m venv /opt/vitalsd && /opt/vitalsd/bin/pip install --no-cache-dir -c constraints.txt .
 
 FROM ${BASE_IMAGE}
