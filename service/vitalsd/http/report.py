@@ -81,7 +81,7 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
                 members[PREVIOUS_RUN] = content
         bundle = await read(lambda: _bundle(triggered, members, failures, identity))
         content = await read(bundle.zip)
-        # Only once it has left: a report that nobody got has told nobody.
+        # Once it has been sent. Whether a client that hung up in the middle has it, uvicorn does not tell.
         sent = None if runs is None or crashed is None else BackgroundTask(read, lambda: _mark(runs, crashed))
         headers = {
             "Content-Disposition": f'attachment; filename="{bundle.stem}.zip"',
