@@ -1,4 +1,4 @@
-"""The commands about bug reports. Like those of `vitalsd.cli` they import what they need when they run."""
+"""``vitalsd report`` and ``vitalsd spool``: bug reports, and sending them."""
 
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,0 +1,123 @@
+"""``vitalsd agent``: have launchd or systemd start a sidecar."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vitalsd.cli.options import Failed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vitalsd.agent import Agent
+
+__all__ = ["agent"]
+
+
+@click.group()
+def agent() -> None:
+    """Have launchd or systemd start a sidecar when somebody connects to port 9779.
+
+    \b
+    vitalsd agent install --name myapp    follow myapp, from the login on
+    vitalsd agent status                  exit status 1 if it is not loaded
+    """
+
+
+def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":
+    default = "launchd" if sys.platform == "darwin" else "systemd"
+    kinds = click.Choice(["launchd", "systemd"])
+    command = click.option("--supervisor", "kind", type=kinds, default=default, show_default=True)(command)
+    command = click.option("--port", type=click.IntRange(1, 65535), default=9779, show_default=True)(command)
+    return click.option("--name", metavar="TARGET", help="Follow your newest process of that name.")(command)
+
+
+def _agent(kind: str, name: str | None, port: int) -> "Agent":
+    import os
+
+    from vitalsd.agent import OVERRIDES, Plan, supervisor
+    from vitalsd.endpoint import EndpointError, runtime_directory, state_directory
+
+    try:
+        plan = Plan(
+            home=Path.home(),
+            runtime=runtime_directory(),
+            state=state_directory(),
+            name=name,
+            port=port,
+            environment={each: os.path.abspath(os.environ[each]) for each in OVERRIDES if os.environ.get(each)},
+        )
+    except EndpointError as error:
+        raise Failed(str(error)) from None
+    return supervisor(kind, plan)  # type: ignore[arg-type]
+
+
+@agent.command("install")
+@_agent_options
+def agent_install(kind: str, name: str | None, port: int) -> None:
+    """Install the agent, or bring a change into effect."""
+    from vitalsd.agent import AgentError
+
+    try:
+        installed = _agent(kind, name, port)
+        installed.install()
+    except AgentError as error:
+        raise Failed(str(error)) from None
+    for path in installed.files():
+        click.echo(f"installed {path}")
+    click.echo(f"try: curl -s http://127.0.0.1:{port}/info")
+
+
+@agent.command("uninstall")
+@_agent_options
+def agent_uninstall(kind: str, name: str | None, port: int) -> None:
+    """End the agent and remove its files."""
+    from vitalsd.agent import AgentError
+
+    try:
+        removed = _agent(kind, name, port).uninstall()
+    except AgentError as error:
+        raise Failed(str(error)) from None
+    click.echo("removed" if removed else "it was not installed")
+
+
+@agent.command("status")
+@_agent_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def agent_status(kind: str, name: str | None, port: int, as_json: bool) -> None:
+    """Say whether the agent is installed, loaded and running. Exit status 1 if it is not loaded."""
+    import json
+    from dataclasses import asdict
+
+    from vitalsd.agent import AgentError
+
+    try:
+        found = _agent(kind, name, port).status()
+    except AgentError as error:
+        raise Failed(str(error)) from None
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+    elif found.loaded:
+        click.echo(f"running as process {found.pid}" if found.pid else "waiting for somebody to connect")
+    else:
+        click.echo("installed, but not loaded" if found.installed else "not installed")
+    if not found.loaded:
+        raise SystemExit(1)
+
+
+@agent.command("print")
+@_agent_options
+def agent_print(kind: str, name: str | None, port: int) -> None:
+    """Print the files that install would write."""
+    from vitalsd.agent import AgentError
+
+    try:
+        files = _agent(kind, name, port).files()
+    except AgentError as error:
+        raise Failed(str(error)) from None
+    for path, content in files.items():
+        if len(files) > 1:
+            click.echo(f"# {path}")
+        click.echo(content)

@@ -1,0 +1,104 @@
+"""What the commands share: options, failures, tables, and where things are."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from typing import IO, Any
+
+__all__ = [
+    "Failed",
+    "Refused",
+    "find_target",
+    "host_option",
+    "name_option",
+    "pid_option",
+    "port_option",
+    "print_table",
+    "proc_root_option",
+    "raise_descriptor_limit",
+    "runs_path",
+]
+
+pid_option = click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Target process.")
+name_option = click.option("--name", metavar="NAME", help="Target: your newest process of that name.")
+proc_root_option = click.option(
+    "--proc-root",
+    default="/proc",
+    show_default=True,
+    metavar="DIR",
+    help="Linux: where procfs is mounted, e.g. /host/proc in a container.",
+)
+
+
+host_option = click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on."
+)
+port_option = click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Port; 0 takes a free one.  [default: 9779, or a free one]",
+)
+
+
+class Failed(click.ClickException):
+    """It cannot be done: one line and exit status 1."""
+
+    def show(self, file: "IO[Any] | None" = None) -> None:
+        click.echo(f"vitalsd: {self.message}", err=True)
+
+
+class Refused(Failed):
+    """It was asked for what cannot be: one line and exit status 2."""
+
+    exit_code = 2
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Aligned columns; what a stranger named is shown escaped."""
+    shown = [head, *([cell if cell.isprintable() else ascii(cell)[1:-1] for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def runs_path() -> Path:
+    from vitalsd.endpoint import EndpointError, state_directory
+
+    try:
+        return state_directory() / "runs"
+    except EndpointError as error:
+        raise Failed(str(error)) from None
+
+
+def find_target(pid: int | None, name: str | None, proc_root: str) -> int | None:
+    """The pid that ``--pid`` or ``--name`` means. Raises `NoSuchProcess`."""
+    if name is None:
+        return pid
+    if pid is not None:
+        raise click.UsageError("--pid and --name exclude each other")
+    import os
+
+    from vitalsd.sources import NoSuchProcess, list_processes
+
+    mine = [
+        entry
+        for entry in list_processes(proc_root=proc_root)
+        if entry.uid == os.geteuid() and entry.pid != os.getpid() and name in entry.names
+    ]
+    if not mine:
+        raise NoSuchProcess(f"no process of yours is called {name}")
+    return max(mine, key=lambda entry: entry.started_unix_ns).pid
+
+
+def raise_descriptor_limit() -> None:
+    """One descriptor per thread of the target is kept open, so take all that the system grants."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if sys.platform == "linux" and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

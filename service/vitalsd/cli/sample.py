@@ -1,0 +1,50 @@
+"""``vitalsd sample``: one answer, no server."""
+
+from contextlib import closing
+
+import click
+
+from vitalsd.cli.options import find_target, name_option, pid_option, proc_root_option, raise_descriptor_limit
+
+__all__ = ["sample"]
+
+
+@click.command()
+@pid_option
+@name_option
+@proc_root_option
+@click.option(
+    "--window-ms", type=click.IntRange(10, 60_000), default=1000, show_default=True, help="Window to measure, ms."
+)
+@click.option("--detail", type=click.Choice(["basic", "full"]), default="basic", show_default=True)
+@click.option("--sort", type=click.Choice(["tid", "cpu", "name"]), default="tid", show_default=True)
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="At most N threads, after sorting.")
+def sample(
+    pid: int | None, name: str | None, proc_root: str, window_ms: int, detail: str, sort: str, limit: int | None
+) -> None:
+    """Measure one window and print the answer as JSON, without a server.
+
+    Without --pid or --name it measures itself, which shows what an answer looks like.
+    """
+    from vitalsd.sampler import sample as sample_window
+    from vitalsd.sources import SourceError, open_source
+    from vitalsd.wire import encode, unavailable
+
+    raise_descriptor_limit()
+    try:
+        with closing(open_source(find_target(pid, name, proc_root), proc_root=proc_root)) as source:
+            measurement = sample_window(source, window_ms, extras=detail == "full")
+            answer = encode(
+                measurement,
+                source.identity(),
+                requested_ms=window_ms,
+                detail=detail,  # type: ignore[arg-type]
+                sort=sort,  # type: ignore[arg-type]
+                limit=limit,
+            )
+    except SourceError as error:
+        click.echo(unavailable(error))
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    click.echo(answer)
