@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.http.problem import problem
 
-__all__ = ["Gate"]
+__all__ = ["OPEN_PATHS", "Gate"]
 
 OPEN_PATHS = frozenset(("/", "/docs", "/healthz"))
 """Say nothing but that the service is alive, and what its own code holds."""

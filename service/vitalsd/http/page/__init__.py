@@ -30,7 +30,7 @@ def page_routes() -> APIRouter:
         )
     )
 
-    @routes.get("/", response_class=HTMLResponse, summary="The live page")
+    @routes.get("/", summary="The live page")
     async def page_() -> HTMLResponse:
         return HTMLResponse(page, headers=headers)
 
