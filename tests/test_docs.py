@@ -16,7 +16,7 @@ from serving import Serving
 from vitalsd.http import bodies
 from vitalsd.http.operations import OPERATIONS, Operation
 from vitalsd.http.problem import TITLES, Reason
-from vitalsd.model import parse_runtime_metrics
+from vitalsd.model import FullMetrics, parse_runtime_metrics
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,8 @@ def test_answers_are_of_the_shape(served: Serving) -> None:
         if operation.listed:
             given, known = given[0], known[0]
         assert set(given) == set(known), path
-    assert parse_runtime_metrics(served.client.get("/metrics?window_ms=20&detail=full").content)
+    full = parse_runtime_metrics(served.client.get("/metrics?window_ms=20&detail=full").content)
+    assert isinstance(full, FullMetrics)
     refused = bodies.Problem.model_validate_json(served.client.get("/metrics?windw_ms=5").content)
     assert refused.reason == "bad_parameter"
 
