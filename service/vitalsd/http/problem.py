@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from vitalsd.sampler import Busy, NotRecording
 
-__all__ = ["MEDIA_TYPE", "Problem", "install", "problem"]
+__all__ = ["MEDIA_TYPE", "Problem", "install", "problem", "shown"]
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -22,6 +22,14 @@ Reason = Literal[
     "bad_parameter",
     "bad_body",
     "body_too_large",
+    "target_too_long",
+    "head_too_large",
+    "bad_request",
+    "no_host",
+    "misdirected",
+    "cross_site",
+    "another_user",
+    "too_slow",
     "no_such_route",
     "no_such_run",
     "unreadable_run",
@@ -30,6 +38,7 @@ Reason = Literal[
     "method_not_allowed",
     "busy",
     "token",
+    "full",
     "stopping",
     "internal",
 ]
@@ -38,6 +47,14 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "bad_parameter": (422, "A parameter is wrong"),
     "bad_body": (422, "The body is wrong"),
     "body_too_large": (413, "The body is too large"),
+    "target_too_long": (414, "The path or the query is too long"),
+    "head_too_large": (431, "The head of the request is too large"),
+    "bad_request": (400, "This is no HTTP request"),
+    "no_host": (400, "There is not one Host header"),
+    "misdirected": (421, "This is another server"),
+    "cross_site": (403, "Other sites are not let in"),
+    "another_user": (403, "Another user is not let in"),
+    "too_slow": (408, "The request took too long to arrive"),
     "no_such_route": (404, "There is no such route"),
     "no_such_run": (404, "There is no such run"),
     "unreadable_run": (503, "The file of this run is damaged"),
@@ -46,6 +63,7 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "method_not_allowed": (405, "This route does not take that method"),
     "busy": (429, "Too much at once"),
     "token": (401, "A token is needed"),
+    "full": (503, "Too many connections"),
     "stopping": (503, "The sidecar is being stopped"),
     "internal": (500, "A bug in vitalsd"),
 }
@@ -68,14 +86,14 @@ def problem(
     status, title = TITLES[reason]
     body = {"title": title, "status": status, "reason": reason, "detail": detail[:400]}
     if parameter is not None:
-        body["parameter"] = _shown(parameter)
+        body["parameter"] = shown(parameter)
     return Response(json.dumps(body), status, media_type=MEDIA_TYPE, headers=headers)
 
 
-def _shown(text: object) -> str:
+def shown(text: object, length: int = 32) -> str:
     """What a stranger sent, harmless and short enough to repeat."""
-    shown = str(text)
-    return ascii(shown[:32])[1:-1] + ("..." if len(shown) > 32 else "")
+    whole = str(text)
+    return ascii(whole[:length])[1:-1] + ("..." if len(whole) > length else "")
 
 
 def install(app: FastAPI) -> None:
@@ -93,7 +111,7 @@ def install(app: FastAPI) -> None:
             known = ", ".join(_parameters(request)) or "none"
             return problem("bad_parameter", f"unknown parameter; this route takes: {known}", parameter=name)
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        given = f"; got '{_shown(first['input'])}'" if isinstance(first.get("input"), str) else ""
+        given = f"; got '{shown(first['input'])}'" if isinstance(first.get("input"), str) else ""
         return problem("bad_parameter", f"{message[:1].lower()}{message[1:]}{given}", parameter=name)
 
     @app.exception_handler(HTTPException)
@@ -103,7 +121,7 @@ def install(app: FastAPI) -> None:
             return problem("method_not_allowed", f"use {allowed}", headers={"Allow": allowed})
         if error.status_code == 413:
             return problem("body_too_large", "a body here has at most 4 KiB")
-        path = _shown(request.scope["path"])
+        path = shown(request.scope["path"])
         return problem("no_such_route", f"{path} is not served here; there are: {routes}")
 
     @app.exception_handler(Busy)
