@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 
 from vitalsd.http.answers import JSON
-from vitalsd.http.page import document, policy
+from vitalsd.http.page import policy
 from vitalsd.http.query import NoQuery, given
 from vitalsd.worker import Worker
 
@@ -45,7 +45,7 @@ def docs_routes(routers: Sequence[APIRouter], reader: Worker) -> APIRouter:
         folder = files("vitalsd.http.page")
         style, html = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "docs.html"))
         page = html.replace("/*STYLE*/", style).replace("<!--CONTENT-->", content(schema()))
-        return page, document(policy(style=style, more="img-src data:"))
+        return page, {"Content-Security-Policy": policy(style=style, more="img-src data:")}
 
     async def read(call: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(reader.submit(call))

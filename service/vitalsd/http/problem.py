@@ -22,6 +22,14 @@ Reason = Literal[
     "bad_parameter",
     "bad_body",
     "body_too_large",
+    "target_too_long",
+    "head_too_large",
+    "bad_request",
+    "no_host",
+    "misdirected",
+    "cross_site",
+    "another_user",
+    "too_slow",
     "no_such_route",
     "no_such_run",
     "unreadable_run",
@@ -30,6 +38,7 @@ Reason = Literal[
     "method_not_allowed",
     "busy",
     "token",
+    "full",
     "stopping",
     "internal",
 ]
@@ -38,6 +47,14 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "bad_parameter": (422, "A parameter is wrong"),
     "bad_body": (422, "The body is wrong"),
     "body_too_large": (413, "The body is too large"),
+    "target_too_long": (414, "The path or the query is too long"),
+    "head_too_large": (431, "The head of the request is too large"),
+    "bad_request": (400, "This is no HTTP request"),
+    "no_host": (400, "There is not one Host header"),
+    "misdirected": (421, "This is another server"),
+    "cross_site": (403, "Other sites are not let in"),
+    "another_user": (403, "Another user is not let in"),
+    "too_slow": (408, "The request took too long to arrive"),
     "no_such_route": (404, "There is no such route"),
     "no_such_run": (404, "There is no such run"),
     "unreadable_run": (503, "The file of this run is damaged"),
@@ -46,6 +63,7 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "method_not_allowed": (405, "This route does not take that method"),
     "busy": (429, "Too much at once"),
     "token": (401, "A token is needed"),
+    "full": (503, "Too many connections"),
     "stopping": (503, "The sidecar is being stopped"),
     "internal": (500, "A bug in vitalsd"),
 }
@@ -70,10 +88,10 @@ def problem(
     return Response(json.dumps(body), status, media_type=MEDIA_TYPE, headers=headers)
 
 
-def shown(text: object) -> str:
+def shown(text: object, length: int = 32) -> str:
     """What a stranger sent, harmless and short enough to repeat."""
-    shown = str(text)
-    return ascii(shown[:32])[1:-1] + ("..." if len(shown) > 32 else "")
+    whole = str(text)
+    return ascii(whole[:length])[1:-1] + ("..." if len(whole) > length else "")
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

@@ -62,7 +62,7 @@ def openapi(routes: Sequence[APIRoute]) -> dict[str, Any]:
         }
         if (body := _depended(route, Sent)) is not None:
             described["requestBody"] = {"required": True, "content": {JSON: {"schema": _plain(body)}}}
-        described["responses"] = _responses(operation, open_to_all=path in OPEN_PATHS or path == "/hello")
+        described["responses"] = _responses(operation, open_to_all=path in OPEN_PATHS)
         described["x-codeSamples"] = [
             {"lang": "Shell", "label": sample.title, "source": sample.command} for sample in operation.samples
         ]
