@@ -1,9 +1,11 @@
 """``vitalsd serve`` and ``vitalsd replay``: a living process over HTTP, or a dead one."""
 
+import gc
 from contextlib import closing
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 import click
 
@@ -31,6 +33,22 @@ if TYPE_CHECKING:
     from vitalsd.sources import ProcessEntry
 
 __all__ = ["replay", "serve"]
+
+P = ParamSpec("P")
+
+
+def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
+    """Until it is `ready`, a command runs without the collector of garbage, which finds none while modules load."""
+
+    @wraps(command)
+    def starting(*args: "P.args", **kwargs: "P.kwargs") -> None:
+        gc.disable()
+        try:
+            command(*args, **kwargs)
+        finally:
+            gc.enable()
+
+    return starting
 
 
 @click.command()
@@ -89,6 +107,7 @@ __all__ = ["replay", "serve"]
     metavar="N",
     help="Of more threads, scrapers see the N with the most CPU time.",
 )
+@_starts
 def serve(
     pid: int | None,
     name: str | None,
@@ -218,6 +237,7 @@ def _serve_target(
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @host_option
 @port_option
+@_starts
 def replay(file: Path, host: str, port: int | None) -> None:
     """Serve a dead run, from a black box or a bug report, as if it were alive.
 
@@ -290,6 +310,8 @@ def _serve(
     )
 
     def ready() -> None:
+        gc.freeze()  # what start-up made, so that no look through it makes an answer wait
+        gc.enable()
         for note in (*notes, *service.notes):
             click.echo(f"vitalsd: {note}", err=True)
         places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]
