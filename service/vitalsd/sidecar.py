@@ -6,6 +6,7 @@ process, which `vitalsd.alongside` starts.
 """
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -346,10 +347,19 @@ def serve(sidecar: Sidecar, *, ready: Callable[[], None], companions: Sequence[C
 
     SIGTERM, SIGINT and SIGHUP end it cleanly; one of them again ends it at once, by that signal. A
     signal that was ignored at the start (nohup, a shell's background job) stays ignored.
+
+    The process is taken to be ours alone: whatever is there once it is ready, the garbage collector
+    leaves alone from then on. To walk all the modules takes it longer than many an answer.
     """
+
+    def settled() -> None:
+        gc.freeze()
+        gc.enable()
+        ready()
+
     try:
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(_serve(sidecar, ready, companions))
+            runner.run(_serve(sidecar, settled, companions))
     finally:
         sidecar.close()
 

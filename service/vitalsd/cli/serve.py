@@ -135,8 +135,10 @@ def serve(
 
     SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one ends it at once.
     """
+    import gc
     import os
 
+    gc.disable()  # until it is ready, see `sidecar.serve`: what is made until then is kept
     from vitalsd.alongside import ReadyFd
 
     try:
