@@ -38,7 +38,7 @@ P = ParamSpec("P")
 
 
 def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
-    """Until it is `ready`, a command runs without the collector of garbage, which finds none while modules load."""
+    """Until it is ready, see `sidecar.serve`, a command runs without the collector: what is made until then is kept."""
 
     @wraps(command)
     def starting(*args: "P.args", **kwargs: "P.kwargs") -> None:
@@ -135,10 +135,8 @@ def serve(
 
     SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one ends it at once.
     """
-    import gc
     import os
 
-    gc.disable()  # until it is ready, see `sidecar.serve`: what is made until then is kept
     from vitalsd.alongside import ReadyFd
 
     try:
@@ -312,8 +310,6 @@ def _serve(
     )
 
     def ready() -> None:
-        gc.freeze()  # what start-up made, so that no look through it makes an answer wait
-        gc.enable()
         for note in (*notes, *service.notes):
             click.echo(f"vitalsd: {note}", err=True)
         places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]
