@@ -1,4 +1,4 @@
-// The threads: rows are made once and only written to where something changed, and drawn only when in sight.
+// The threads: rows are made once and only written to where something changed; their plots are drawn when in sight.
 
 const ROWS = 60;
 const pool = [];
@@ -53,8 +53,6 @@ function table(r, focus) {
   list.forEach((thread, i) => {
     const line = row(i);
     if (line.tr.parentNode !== body) body.append(line.tr);
-    const y = frame.top + i * pitch;
-    if (y < -60 || y > innerHeight + 60) return; // out of sight; scrolling draws it
     const gone = Number.isNaN(thread.now), idle = gone || thread.now < IDLE;
     set(line.label, thread.label);
     if (line.label.title !== thread.label) line.label.title = thread.label;
@@ -68,7 +66,8 @@ function table(r, focus) {
     if (line.swatch.dataset.colour !== colour) line.swatch.dataset.colour = colour;
     const part = idle ? 0 : Math.min(1, thread.now / scale);
     if (line.part !== part) line.fill.style.transform = `scaleX(${(line.part = part)})`;
-    sparkline(line, thread, r, high, wide, ratio);
+    const y = frame.top + i * pitch;
+    if (y > -60 && y < innerHeight + 60) sparkline(line, thread, r, high, wide, ratio); // else scrolling draws it
   });
   while (body.children.length > list.length) body.lastChild.remove();
   $("more").hidden = total <= ROWS;
