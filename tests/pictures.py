@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from browser import Browser
@@ -113,12 +114,12 @@ def main() -> None:
         set_name(name.encode())
         work()
 
-    jobs: list[tuple[str, Callable[[], None]]] = [
-        (name, lambda load=load: busy(load, begun))  # type: ignore[misc]
-        for name, load in LOADS.items()
-    ]
-    jobs.append(("cache", lambda: remember(begun)))
-    jobs += [(f"pool-{i}", threading.Event().wait) for i in range(14)]  # type: ignore[list-item]
+    def idle() -> None:
+        threading.Event().wait()
+
+    jobs: list[tuple[str, Callable[[], None]]] = [(name, partial(busy, load, begun)) for name, load in LOADS.items()]
+    jobs.append(("cache", partial(remember, begun)))
+    jobs += [(f"pool-{i}", idle) for i in range(14)]
     for name, work in jobs:
         threading.Thread(target=run, args=(name, work), daemon=True).start()
     time.sleep(600)

@@ -117,7 +117,7 @@ function ended(info, over) {
   banner(over || info.target.reason);
   if (replay) {
     if (!view.chosen) choose(0);
-    $("run-now").textContent = "The replay";
+    $("run-label").hidden = true;
   }
   $("mark").disabled = $("pause").disabled = true;
   draw();
@@ -212,7 +212,7 @@ async function listRuns() {
     return; // live() says what is the matter
   }
   runs = runs.filter((run) => run.state !== "running" && run.snapshots > 1).slice(0, 30);
-  if (!runs.length) return;
+  if (!runs.length || (view.info && isReplay(view.info))) return; // a replay is of one run, perhaps of another machine
   $("run").append(...runs.map((run) => {
     const option = document.createElement("option");
     option.value = run.id;
