@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -229,7 +230,7 @@ def downloads_to(page: Browser, directory: Path) -> None:
 
 def downloaded(page: Browser, directory: Path) -> Path:
     deadline = time.monotonic() + 15
-    while not (found := list(directory.glob("*.zip"))):
+    while not (found := [path for path in directory.glob("*.zip") if zipfile.is_zipfile(path)]):  # all of it
         assert time.monotonic() < deadline, "nothing was downloaded"
         page.listen(0.05)
     return found[0]
@@ -291,6 +292,17 @@ def test_the_page_recovers_from_a_restart(page: Browser, start: Any, tmp_path: P
         assert "exited" in page.run("document.querySelector('#banner').textContent")
     expected = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED", "ERR_EMPTY_RESPONSE", "ERR_CONNECTION_RESET")
     page.complaints[:] = [each for each in page.complaints if not any(error in each for error in expected)]
+
+
+@pytest.mark.torture
+def test_a_sidecar_that_hangs_is_called_silent(page: Browser, tmp_path: Path) -> None:
+    """Without an event for 6 s the page does not go on calling itself live; when it goes on, so does the page."""
+    with Serving(tmp_path) as serving:
+        shown(page, serving.url)
+        serving.process.send_signal(signal.SIGSTOP)
+        page.eventually("document.querySelector('#status').textContent.startsWith('silent for')", seconds=30)
+        serving.process.send_signal(signal.SIGCONT)
+        page.eventually(LIVE)
 
 
 @pytest.mark.parametrize(("path", "dark"), [("/", False), ("/", True), ("/docs", False)])
