@@ -9,6 +9,7 @@ import json
 import os
 import select
 import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
@@ -34,22 +35,30 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 
+AS_3_AND_4 = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
+)
+"""Not sh, which knows no descriptor above 9."""
+
 
 class Browser:
     """
     One page of one browser with a fresh profile; ended with the context.
 
     `complaints` holds what the page logged as an error, threw, or was refused by its policy.
+
+    Args:
+        flags: more of them, for the browser's command line.
     """
 
-    def __init__(self, *, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1) -> None:
+    def __init__(self, *flags: str, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1) -> None:
         self._profile = tempfile.TemporaryDirectory(prefix="vitalsd-browser-", ignore_cleanup_errors=True)
         executable = program("chromium", "google-chrome", "chromium-browser", package="chromium")
         down_read, down_write = os.pipe()
         up_read, up_write = os.pipe()
         self._process = subprocess.Popen(
             [
-                *("sh", "-c", f'exec 3<&{down_read} 4>&{up_write} "$@"', "sh", executable, *FLAGS),
+                *(sys.executable, "-c", AS_3_AND_4, str(down_read), str(up_write), executable, *FLAGS, *flags),
                 *(f"--user-data-dir={self._profile.name}", "about:blank"),
             ],
             pass_fds=(down_read, up_write),
