@@ -306,14 +306,14 @@ def test_without_descriptors_it_waits_and_says_so_once_a_second(short_path: Path
     """With not one descriptor left new connections wait, the log stays short, and it passes at once."""
     with serving(short_path, "--record-interval", "0") as (process, ready):
         assert get(ready["url"]).status == 200
-        limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit_descriptors(process.pid, 3, hard)
         with ExitStack() as stack:
             waiting = [stack.enter_context(dial(ready["url"])) for _ in range(200)]
             for connection in waiting:
                 connection.sendall(head(ready["url"], "/healthz", "Connection: close"))
             assert not select.select(waiting, [], [], 2.5)[0]
-            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+            limit_descriptors(process.pid, soft, hard)
             begun = time.monotonic()
             assert {read_reply(connection).status for connection in waiting} == {200}
             assert time.monotonic() - begun < 10
@@ -323,6 +323,11 @@ def test_without_descriptors_it_waits_and_says_so_once_a_second(short_path: Path
         said = process.stderr.read().splitlines()
     assert 1 <= sum("out of file descriptors" in line for line in said) < 10
     assert len(said) < 15
+
+
+def limit_descriptors(pid: int, soft: int, hard: int) -> None:
+    if sys.platform == "linux":
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # What is leaned on inside uvicorn: each breaks here first, and says what it is for

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vitalsd.history import history
 from vitalsd.http.answers import JSON, REFUSALS, UNAVAILABLE, failed
-from vitalsd.http.problem import problem
+from vitalsd.http.problem import Problem, problem
 from vitalsd.http.query import HistoryQuery, NoQuery, RunHistoryQuery
 from vitalsd.record import MAX_LABEL_LENGTH, Mark, Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
@@ -17,13 +17,22 @@ from vitalsd.sources import SourceError
 from vitalsd.wire import iso
 from vitalsd.worker import Worker
 
-__all__ = ["mark_json", "past_routes", "run_json"]
+__all__ = ["NO_RUN", "mark_json", "past_routes", "run_json"]
 
 TABLE: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"application/json": {}, "text/csv": {}},
         "description": "Columnar JSON, or CSV if `Accept` says text/csv.",
     }
+}
+
+
+NOT_RECORDING: dict[int | str, dict[str, Any]] = {
+    409: {"model": Problem, "description": "Nothing is being recorded."},
+}
+NO_RUN: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "No run has this id."},
+    503: {"model": Problem, "description": "The file of this run is damaged."},
 }
 
 
@@ -46,7 +55,7 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
 
     @routes.get(
         "/history",
-        responses={**TABLE, **UNAVAILABLE, **REFUSALS},
+        responses={**TABLE, **UNAVAILABLE, **NOT_RECORDING, **REFUSALS},
         summary="What was recorded: process, busiest threads, marks and events",
     )
     async def recorded(query: Annotated[HistoryQuery, Query()], accept: Annotated[str, Header()] = "") -> Response:
@@ -62,7 +71,13 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
             raise NotRecording(f"only process {record.identity.pid} is recorded here; --pid names another target")
         return await _table(record, query, accept, reader)
 
-    @routes.post("/marks", status_code=201, response_class=JSON, responses=REFUSALS, summary="Put a label on the clock")
+    @routes.post(
+        "/marks",
+        status_code=201,
+        response_class=JSON,
+        responses={**NOT_RECORDING, **REFUSALS},
+        summary="Put a label on the clock",
+    )
     async def set_mark(body: MarkRequest, query: Annotated[NoQuery, Query()]) -> Response:
         try:
             mark = targets.default.mark(body.label)
@@ -82,7 +97,7 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
 
     @routes.get(
         "/runs/{run_id}/history",
-        responses={**TABLE, **REFUSALS},
+        responses={**TABLE, **NO_RUN, **REFUSALS},
         summary="What an earlier run recorded, up to its end",
     )
     async def run_history(

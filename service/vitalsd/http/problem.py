@@ -5,7 +5,7 @@ A sampling failure is not one of these: it is the `Unavailable` variant of the c
 """
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -67,6 +67,9 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "stopping": (503, "The sidecar is being stopped"),
     "internal": (500, "A bug in vitalsd"),
 }
+
+
+PROBLEM = {"schema": {"$ref": "#/components/schemas/Problem"}}
 
 
 class Problem(BaseModel):
@@ -131,6 +134,23 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(NotRecording)
     async def not_recording(_: Request, error: NotRecording) -> Response:
         return problem("not_recording", str(error))
+
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """FastAPI's schema, with refusals as what they are, and with those that come before any route."""
+        schema = made()
+        early = {"description": "Refused before the route was looked for.", "content": {MEDIA_TYPE: PROBLEM}}
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].setdefault("default", early)
+                for response in operation["responses"].values():
+                    content = response.get("content", {})
+                    if content.get("application/json", {}) == PROBLEM:
+                        content[MEDIA_TYPE] = content.pop("application/json")
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ from starlette.background import BackgroundTask
 
 from vitalsd.history import history
 from vitalsd.http.answers import JSON, REFUSALS
-from vitalsd.http.past import mark_json, run_json
+from vitalsd.http.past import NO_RUN, mark_json, run_json
 from vitalsd.http.problem import problem
 from vitalsd.http.query import NoQuery, ReportQuery
 from vitalsd.record import Record
@@ -92,7 +92,7 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
     @routes.post(
         "/runs/{run_id}/reported",
         response_class=JSON,
-        responses=REFUSALS,
+        responses={**NO_RUN, **REFUSALS},
         summary="Note that a run is in a bug report, so that no other one tells of it again",
     )
     async def reported(run_id: str, query: Annotated[NoQuery, Query()]) -> Response:
