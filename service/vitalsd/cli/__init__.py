@@ -7,6 +7,7 @@ from vitalsd.cli.listing import endpoints, runs
 from vitalsd.cli.report import report, spool
 from vitalsd.cli.sample import sample
 from vitalsd.cli.serve import replay, serve
+from vitalsd.cli.top import top
 
 __all__ = ["main"]
 
@@ -15,7 +16,7 @@ Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted
 
 
 @click.group(
-    commands=[sample, serve, replay, runs, endpoints, agent, report, spool],
+    commands=[sample, top, serve, replay, runs, endpoints, agent, report, spool],
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
