@@ -3,6 +3,7 @@
 import click
 
 from vitalsd.cli.agent import agent
+from vitalsd.cli.completion import completion
 from vitalsd.cli.listing import endpoints, runs
 from vitalsd.cli.report import report, spool
 from vitalsd.cli.sample import sample
@@ -16,7 +17,7 @@ Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted
 
 
 @click.group(
-    commands=[sample, top, serve, replay, runs, endpoints, agent, report, spool],
+    commands=[sample, top, serve, replay, runs, endpoints, agent, report, spool, completion],
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -26,6 +27,7 @@ def main() -> None:
 
     \b
     vitalsd sample --pid 4242          one answer, no server
+    vitalsd top --pid 4242             look on, live
     vitalsd serve --pid 4242           serve it on http://127.0.0.1:9779
     curl -s localhost:9779/metrics     ask the server
     """
