@@ -21,6 +21,7 @@ from vitalsd.cli.options import (
     raise_descriptor_limit,
     runs_path,
 )
+from vitalsd.cli.otlp import otlp_options, push_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -93,6 +94,7 @@ log = logging.getLogger("vitalsd")
     metavar="N",
     help="Of more threads, scrapers see the N with the most CPU time.",
 )
+@otlp_options
 @log_format_option
 def serve(
     pid: int | None,
@@ -112,6 +114,8 @@ def serve(
     linger: float,
     thread_metrics: bool,
     max_thread_metrics: int,
+    otlp: str | None,
+    otlp_interval: float,
     log_format: str,
 ) -> None:
     """Serve the metrics of a process on http://127.0.0.1:9779 until Ctrl-C.
@@ -145,6 +149,7 @@ def serve(
                 0.0 if exit_with_target else linger,
                 waiting,
                 max_thread_metrics if thread_metrics else 0,
+                None if otlp is None else (otlp, otlp_interval),
             )
         except click.ClickException as error:
             waiting.send(error=error.message)
@@ -160,6 +165,7 @@ def _serve_target(
     linger_s: float,
     waiting: "ReadyFd",
     thread_metrics: int,
+    otlp: tuple[str, float] | None,
 ) -> None:
     import os
 
@@ -207,6 +213,10 @@ def _serve_target(
             await targets.default.responds()
 
     companions.append(Notifier(os.environ, alive).companion)
+    if otlp is not None:
+        push = push_to(*otlp, thread_metrics, targets)
+        companions.append(push.companion)
+        log.info("pushing to %s every %g s", push.url, otlp[1])
     whom = f"the newest process called {name}" if name else f"process {pid}" if pid else "itself"
     _serve(
         targets,
