@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from sidecars import environment
+from vitalsd.cli import main
 from vitalsd.cli.log import logging_as
 
 HOSTILE = "a\x1b[2J\u202eb\nvitalsd: c"
@@ -92,15 +94,15 @@ def test_names_of_strangers_break_no_line(tmp_path: Path) -> None:
         (["replay", "pyproject.toml"], 1, "pyproject.toml"),
     ],
 )
-def test_what_ends_it_is_a_line_too(tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
+def test_what_ends_it_is_a_line_too(arguments: list[str], status: int, message: str) -> None:
     """An error at the start has its status, and with JSON its line."""
-    lines, found = said(tmp_path, *arguments, "--log-format", "json")
-    (entry,) = parsed(lines)
-    assert (entry["level"], found) == ("error", status)
+    out = CliRunner().invoke(main, [*arguments, "--log-format", "json"])
+    (entry,) = parsed(out.stderr.splitlines())
+    assert (entry["level"], out.exit_code) == ("error", status)
     assert message in entry["message"]
-    lines, found = said(tmp_path, *arguments)
-    assert message in lines[-1]
-    assert found == status
+    out = CliRunner().invoke(main, arguments)
+    assert message in out.stderr.splitlines()[-1]
+    assert out.exit_code == status
 
 
 def test_a_bug_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from sidecars import ask, environment, eventually
 from target import Target
+from vitalsd.cli import main
 from vitalsd.otlp import CREDENTIALS, endpoint_of, isolate
 
 pytestmark = pytest.mark.live
@@ -318,16 +320,10 @@ def test_unasked_nothing_is_sent(tmp_path: Path, collector: Collector) -> None:
         (["--otlp", "--otlp-interval", "0.1"], "--otlp-interval"),
     ],
 )
-def test_wrong_options_are_2(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_wrong_options_are_2(arguments: list[str], said: str) -> None:
     """What cannot be sent to is wrong usage, said in one line."""
-    out = subprocess.run(
-        [sys.executable, "-m", "vitalsd", "serve", "--port", "0", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment(tmp_path),
-        timeout=30,
-    )
-    assert out.returncode == 2
+    out = CliRunner().invoke(main, ["serve", "--port", "0", *arguments])
+    assert out.exit_code == 2
     assert said in out.stderr.splitlines()[-1]
 
 
