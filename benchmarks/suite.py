@@ -22,9 +22,10 @@ DOCS = HERE.parent / "docs"
 
 SUITE: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "Sampling another process (Linux)": ("sampling.py", (), ("--rounds", "6")),
-    "The recorder": ("recorder.py", (), ("--seconds", "4")),
+    "The recorder": ("recorder.py", (), ("--seconds", "4", "--rounds", "1")),
     "Answering": ("answering.py", (), ("--rounds", "1", "--requests", "50")),
     "Accuracy": ("accuracy.py", (), ("--rounds", "10")),
+    "Inside a program": ("host.py", (), ("--rounds", "2", "--seconds", "2")),
     "Start and size": ("startup.py", (), ("--rounds", "2")),
 }
 

@@ -146,7 +146,7 @@ def test_real_descriptors_are_served(short_path: Path) -> None:
     with bind_tcp("127.0.0.1", 0) as tcp, unix_listener(path) as unix:
         port = tcp.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as early:
-            early.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            early.sendall(f"GET /healthz HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n".encode())
             with activated(short_path, [tcp, unix]) as process:
                 early.settimeout(10)
                 assert early.recv(100).startswith(b"HTTP/1.1 200 ")

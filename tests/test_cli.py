@@ -130,9 +130,8 @@ def test_serve_needs_no_stdin(tmp_path: Path) -> None:
                 time.sleep(0.05)
                 continue
             with connection:
-                connection.sendall(
-                    b"GET /metrics?window_ms=10 HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
-                )
+                head = f"GET /metrics?window_ms=10 HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
+                connection.sendall(head.encode())
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
             break
         else:

@@ -363,7 +363,7 @@ ENDINGS = {
     "open window": (
         "host, port = sidecar.url.removeprefix('http://').split(':')\n"
         "c = socket.create_connection((host, int(port)))\n"
-        "c.sendall(b'GET /metrics?window_ms=60000 HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n')\n"
+        "c.sendall(f'GET /metrics?window_ms=60000 HTTP/1.1\\r\\nHost: {host}:{port}\\r\\n\\r\\n'.encode())\n"
         "s = socket.create_connection((host, int(port))); s.sendall(b'GET /')\n"
         "time.sleep(.2); sys.exit(4)",
         4,

@@ -372,9 +372,10 @@ def test_nohup_is_respected(short_path: Path) -> None:
 
 
 def stalled(url: str, content: bytes) -> socket.socket:
+    """A client that has sent so much, with the Host in it that is right."""
     host, port = url.removeprefix("http://").split(":")
     client = socket.create_connection((host, int(port)), timeout=10)
-    client.sendall(content)
+    client.sendall(content.replace(b"Host: HERE", f"Host: {host}:{port}".encode()))
     return client
 
 
@@ -382,15 +383,21 @@ def test_sigterm_with_open_windows_streams_and_stalled_clients(short_path: Path)
     """Exit 0 in under 3 s; open windows are answered 503, streams end whole, files and sockets are gone."""
     with ExitStack() as stack:
         process, ready = stack.enter_context(serving(short_path))
-        for content in (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: x\r\n"):
+        for content in (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: HERE\r\n"):
             for _ in range(16):
                 stack.enter_context(stalled(ready["url"], content))
         never_reads = [
-            stack.enter_context(stalled(ready["url"], b"GET /metrics?window_ms=10 HTTP/1.1\r\nHost: x\r\n\r\n" * 3000))
+            stack.enter_context(
+                stalled(ready["url"], b"GET /metrics?window_ms=10 HTTP/1.1\r\nHost: HERE\r\n\r\n" * 3000)
+            )
             for _ in range(2)
         ]
-        window = stack.enter_context(stalled(ready["url"], b"GET /metrics?window_ms=60000 HTTP/1.1\r\nHost: x\r\n\r\n"))
-        stream = stack.enter_context(stalled(ready["url"], b"GET /stream?interval_ms=100 HTTP/1.1\r\nHost: x\r\n\r\n"))
+        window = stack.enter_context(
+            stalled(ready["url"], b"GET /metrics?window_ms=60000 HTTP/1.1\r\nHost: HERE\r\n\r\n")
+        )
+        stream = stack.enter_context(
+            stalled(ready["url"], b"GET /stream?interval_ms=100 HTTP/1.1\r\nHost: HERE\r\n\r\n")
+        )
         stream.recv(10)
         time.sleep(0.3)
         begun = time.monotonic()
@@ -409,7 +416,7 @@ def test_sigterm_with_open_windows_streams_and_stalled_clients(short_path: Path)
 def test_a_short_window_is_still_answered_in_full(short_path: Path) -> None:
     """A window that ends within the second of grace gets its numbers."""
     with serving(short_path) as (process, ready):
-        with stalled(ready["url"], b"GET /metrics?window_ms=400 HTTP/1.1\r\nHost: x\r\n\r\n") as window:
+        with stalled(ready["url"], b"GET /metrics?window_ms=400 HTTP/1.1\r\nHost: HERE\r\n\r\n") as window:
             time.sleep(0.1)
             process.terminate()
             assert b"".join(iter(lambda: window.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
@@ -419,7 +426,7 @@ def test_a_short_window_is_still_answered_in_full(short_path: Path) -> None:
 def test_a_second_signal_ends_it_at_once(short_path: Path) -> None:
     """The second SIGTERM does not wait for open windows, and still leaves no file."""
     with serving(short_path) as (process, ready):
-        with stalled(ready["url"], b"GET /metrics?window_ms=60000 HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with stalled(ready["url"], b"GET /metrics?window_ms=60000 HTTP/1.1\r\nHost: HERE\r\n\r\n"):
             time.sleep(0.2)
             process.terminate()
             time.sleep(0.1)

@@ -9,8 +9,6 @@ does the parsing, so what is left is a socket whose every operation gets the tim
 import errno
 import os
 import socket
-import struct
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import h11
+
+from vitalsd.endpoint import peer_uid
 
 __all__ = ["Answer", "Connection", "ExchangeError"]
 
@@ -91,7 +91,11 @@ class Connection:
 
     def _check_owner(self) -> None:
         """A socket served by root is fine: that is who launchd listens as, and root needs no tricks."""
-        uid = _peer_uid(self._socket)
+        try:
+            uid = peer_uid(self._socket)
+        except OSError as error:
+            reason = errno.errorcode.get(error.errno or 0)
+            raise ExchangeError(f"nobody can tell whose socket {self.place} is: {reason}") from None
         if uid not in (0, os.geteuid()):
             raise ExchangeError(f"{self.place} is served by user {uid}, not by you; nothing was asked there")
 
@@ -198,21 +202,3 @@ class Connection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _peer_uid(connected: socket.socket) -> int:
-    """
-    The user at the other end of a Unix socket.
-
-    Linux: struct ucred of SO_PEERCRED, taken when the other end called listen(2). macOS: struct xucred
-    of LOCAL_PEERCRED (bsd/sys/ucred.h): version, uid, groups.
-    """
-    if sys.platform == "darwin":
-        sol_local, local_peercred, size = 0, 1, 76
-        _, uid = struct.unpack_from("=II", connected.getsockopt(sol_local, local_peercred, size))
-        return int(uid)
-    try:
-        _, uid, _ = struct.unpack("=iII", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    except OSError as error:
-        raise ExchangeError(f"nobody can tell whose socket it is: {errno.errorcode.get(error.errno or 0)}") from None
-    return int(uid)

@@ -19,6 +19,7 @@ import re
 import secrets
 import socket
 import stat
+import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,7 @@ __all__ = [
     "liveness",
     "new_token",
     "now",
+    "peer_uid",
     "private_directory",
     "proof",
     "publish",
@@ -553,3 +555,21 @@ def answers(path: Path) -> bool:
         except OSError:
             return True
         return True
+
+
+def peer_uid(connected: socket.socket) -> int:
+    """
+    The user at the other end of a Unix socket, as of connect(2) or listen(2) there.
+
+    Linux: struct ucred of SO_PEERCRED (unix(7)): pid, uid, gid. macOS: struct xucred of
+    LOCAL_PEERCRED (bsd/sys/ucred.h): version, uid, groups.
+
+    Raises:
+        OSError: nobody can tell.
+    """
+    if sys.platform == "darwin":
+        sol_local, local_peercred, size = 0, 1, 76
+        _, uid = struct.unpack_from("=II", connected.getsockopt(sol_local, local_peercred, size))
+        return int(uid)
+    _, uid, _ = struct.unpack("=iII", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)

@@ -6,8 +6,7 @@ process, which `vitalsd.alongside` starts.
 """
 
 import asyncio
-import errno
-import logging
+import gc
 import os
 import signal
 import socket
@@ -16,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from starlette.types import ASGIApp
 
@@ -30,8 +28,6 @@ from vitalsd.sources.birth import Births, births
 from vitalsd.watch import death_of
 
 __all__ = ["Companion", "Listeners", "Sidecar", "adopt", "end_with", "follow", "listen", "runtime_directory", "serve"]
-
-log = logging.getLogger("vitalsd.sidecar")
 
 GRACE_S = 1.0
 """Windows under way at SIGTERM may finish for so long. With all the rest the end takes under 3 s."""
@@ -351,38 +347,25 @@ def serve(sidecar: Sidecar, *, ready: Callable[[], None], companions: Sequence[C
 
     SIGTERM, SIGINT and SIGHUP end it cleanly; one of them again ends it at once, by that signal. A
     signal that was ignored at the start (nohup, a shell's background job) stays ignored.
+
+    The process is taken to be ours alone: whatever is there once it is ready, the garbage collector
+    leaves alone from then on. To walk all the modules takes it longer than many an answer.
     """
+
+    def settled() -> None:
+        gc.freeze()
+        gc.enable()
+        ready()
+
     try:
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(_serve(sidecar, ready, companions))
+            runner.run(_serve(sidecar, settled, companions))
     finally:
         sidecar.close()
 
 
-def _once_a_second() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """
-    The loop's handler of errors, which says only once a second that descriptors have run out.
-
-    asyncio tries every waiting connection again, a traceback each: the log fills a disk, and a pipe
-    that nobody reads stops the service.
-    """
-    said_at = float("-inf")
-
-    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal said_at
-        error = context.get("exception")
-        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
-            loop.default_exception_handler(context)
-        elif loop.time() - said_at >= 1:
-            said_at = loop.time()
-            log.warning("out of file descriptors: new connections wait")
-
-    return handle
-
-
 async def _serve(sidecar: Sidecar, ready: Callable[[], None], companions: Sequence[Companion]) -> None:
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(_once_a_second())
     stopping = False
 
     def stop(number: signal.Signals) -> None:

@@ -1,10 +1,12 @@
 """``vitalsd serve`` and ``vitalsd replay``: a living process over HTTP, or a dead one."""
 
+import gc
 import logging
 from contextlib import closing
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 import click
 
@@ -36,6 +38,22 @@ if TYPE_CHECKING:
 __all__ = ["replay", "serve"]
 
 log = logging.getLogger("vitalsd")
+
+P = ParamSpec("P")
+
+
+def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
+    """Until it is `ready`, a command runs without the collector of garbage, which finds none while modules load."""
+
+    @wraps(command)
+    def starting(*args: "P.args", **kwargs: "P.kwargs") -> None:
+        gc.disable()
+        try:
+            command(*args, **kwargs)
+        finally:
+            gc.enable()
+
+    return starting
 
 
 @click.command()
@@ -96,6 +114,7 @@ log = logging.getLogger("vitalsd")
 )
 @otlp_options
 @log_format_option
+@_starts
 def serve(
     pid: int | None,
     name: str | None,
@@ -126,8 +145,10 @@ def serve(
 
     SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one ends it at once.
     """
+    import gc
     import os
 
+    gc.disable()  # until it is ready, see `sidecar.serve`: what is made until then is kept
     from vitalsd.alongside import ReadyFd
 
     try:
@@ -236,6 +257,7 @@ def _serve_target(
 @host_option
 @port_option
 @log_format_option
+@_starts
 def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
     """Serve a dead run, from a black box or a bug report, as if it were alive.
 
@@ -308,6 +330,8 @@ def _serve(
     )
 
     def ready() -> None:
+        gc.freeze()  # what start-up made, so that no look through it makes an answer wait
+        gc.enable()
         for note in (*notes, *service.notes):
             log.warning("%s", note)
         places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]

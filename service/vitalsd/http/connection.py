@@ -1,20 +1,224 @@
-"""One client connection: uvicorn's h11 protocol, kept out of the host program's logs."""
+"""
+One client connection: uvicorn's h11 protocol, with deadlines and with room for so many.
 
+uvicorn never times out a request that does not arrive whole nor an answer that is not read, and its
+limit on concurrency answers 503 to whoever comes while others sit there silent. ASGI middleware runs
+too late to help. What is leaned on inside uvicorn is guarded by a test each in tests/test_connection.py.
+"""
+
+import asyncio
+import http
+import os
+import resource
+import socket
+import sys
 from typing import Any
 
+import h11
+from fastapi import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["Connection"]
+from vitalsd.endpoint import peer_uid
+from vitalsd.http.gate import protected
+from vitalsd.http.log import Sparing
+from vitalsd.http.problem import problem, shown
+
+__all__ = ["REQUEST_S", "Connection", "Room"]
+
+REQUEST_S = 5.0
+"""For a request to arrive whole, head and body, from the connection's start or the answer before it."""
+WRITE_S = 10.0
+"""In so long a client takes all that waits for it, or at least ..."""
+WRITE_BYTES = 64 * 1024
+"""... so much of it."""
+MAX_CONNECTIONS = 1024
+
+
+class Room:
+    """
+    Connections over one kind of listener: at most so many at once.
+
+    When it is full, the one that has owed its request the longest makes way. So those who stall cost
+    nobody else anything, and only a crowd that is really being served keeps others out.
+
+    Args:
+        limit: of connections.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._present: set[Connection] = set()
+        self._owing: dict[Connection, None] = {}
+
+    @classmethod
+    def fitting(cls) -> "Room":
+        """One that takes no more than a quarter of the descriptors this process may have."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        unlimited = soft == resource.RLIM_INFINITY
+        return cls(MAX_CONNECTIONS if unlimited else max(2, min(MAX_CONNECTIONS, soft // 4)))
+
+    def __len__(self) -> int:
+        return len(self._present)
+
+    def enter(self, connection: "Connection") -> bool:
+        """Take it in; ``False`` if there is no room."""
+        if len(self._present) >= self.limit:
+            stalled = next(iter(self._owing), None)
+            if stalled is None:
+                return False
+            self.leave(stalled)
+            stalled.transport.abort()
+        self._present.add(connection)
+        return True
+
+    def leave(self, connection: "Connection") -> None:
+        """It is closed. A second call does nothing."""
+        self._present.discard(connection)
+        self._owing.pop(connection, None)
+
+    def owes(self, connection: "Connection", owing: bool) -> None:
+        """Whether it owes a request, or is owed an answer."""
+        if owing and connection in self._present:
+            self._owing.setdefault(connection)
+        else:
+            self._owing.pop(connection, None)
 
 
 class Connection(H11Protocol):
     """
-    Writes no access log.
+    One connection of a client who is let in, has 5 s for each request and reads the answers.
 
-    uvicorn asks whether the logger ``uvicorn.access`` has handlers, which in a host program that is
-    itself served by uvicorn it has; and its own switch silences that logger for the host as well.
+    Over the Unix socket only this user and root are let in, whatever the mode of its file.
+
+    Writes no access log: uvicorn asks whether the logger ``uvicorn.access`` has handlers, which in a
+    host program that is itself served by uvicorn it has; and its own switch silences that logger for
+    the host as well.
+
+    Args:
+        tcp: room for connections over TCP.
+        unix: and for those over the Unix socket, counted apart.
+        log: where a bug in the application is said.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, tcp: Room, unix: Room, log: Sparing, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.access_log = False
+        self.logger = log  # type: ignore[assignment]
+        self._tcp, self._unix = tcp, unix
+        self._room = tcp
+        self._request_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._unsent = 0
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # whatever the kernel does not take at once is waited for
+        peer: socket.socket = transport.get_extra_info("socket")
+        if peer.family == socket.AF_UNIX:
+            self._room = self._unix
+            if not _may_come_in(peer):
+                self._refuse(problem("another_user", "this socket is for the user it belongs to"))
+                return
+        if self._room.enter(self):
+            self._watch()
+        else:
+            detail = f"{self._room.limit} connections are being served already"
+            self._refuse(problem("full", detail, headers={"Retry-After": "1"}))
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unsent = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(WRITE_S, self._not_reading)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._room.leave(self)
+        for timer in (self._request_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    # What uvicorn calls
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        error = sys.exception()  # what h11 found wrong: uvicorn calls this while it handles that
+        detail = shown(error or msg, 100)
+        too_large = getattr(error, "error_status_hint", 400) == 431
+        self._refuse(problem("head_too_large" if too_large else "bad_request", detail))
+
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():  # h11 takes no other event after that
+            super().shutdown()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Whoever asks for another protocol is answered in this one, as RFC 9110 has it."""
+
+    # Deadlines
+
+    def _watch(self) -> None:
+        """Something came or went: is it the client's turn now, and since when?"""
+        owing = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
+        if owing and self._request_timer is None:
+            self._request_timer = self.loop.call_later(REQUEST_S, self._overdue)
+        elif not owing and self._request_timer is not None:
+            self._request_timer.cancel()
+            self._request_timer = None
+        self._room.owes(self, owing)
+
+    def _overdue(self) -> None:
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self.transport.close()  # it has asked for nothing, and would not know what an answer is for
+        else:
+            self._refuse(problem("too_slow", f"a request has {REQUEST_S:g} s to arrive whole"))
+
+    def _not_reading(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        if unsent > self._unsent - WRITE_BYTES:
+            self.transport.abort()
+        else:
+            self._unsent = unsent
+            self._write_timer = self.loop.call_later(WRITE_S, self._not_reading)
+
+    def _refuse(self, refusal: Response) -> None:
+        """Answer in place of the application, unless it has begun to, and close."""
+        if self.transport.is_closing():
+            return
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            head = h11.Response(
+                status_code=refusal.status_code,
+                headers=[
+                    *self.server_state.default_headers,
+                    *protected(refusal.raw_headers),
+                    (b"connection", b"close"),
+                ],
+                reason=http.HTTPStatus(refusal.status_code).phrase.encode(),
+            )
+            for event in (head, h11.Data(data=bytes(refusal.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None and not self.cycle.response_complete:  # type: ignore[redundant-expr]
+            # The application may still be waiting for the body: to it the client is gone.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
+
+def _may_come_in(peer: socket.socket) -> bool:
+    try:
+        return peer_uid(peer) in (0, os.geteuid())
+    except OSError:
+        return False

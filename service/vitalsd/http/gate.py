@@ -2,35 +2,87 @@
 
 import asyncio
 import hmac
-from collections.abc import MutableMapping
+import ipaddress
+import re
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
+from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vitalsd.http.problem import problem
+from vitalsd.http.problem import problem, shown
 
-__all__ = ["Gate"]
+__all__ = ["OPEN_PATHS", "Gate", "protected"]
 
-OPEN_PATHS = frozenset(("/", "/docs", "/healthz"))
-"""Say nothing but that the service is alive, and what its own code holds."""
+OPEN_PATHS = frozenset(("/", "/docs", "/healthz", "/hello"))
+"""Say nothing but that the service is alive, what its own code holds, and that it knows the token."""
+
+PAGES = frozenset(("/", "/docs"))
+"""Documents without data, which nobody may frame: a link may lead here from anywhere, and `vitalsd open` does."""
+
+MAX_TARGET_BYTES = 2048
+MAX_HEAD_BYTES = 16 * 1024
+MAX_HEADERS = 64
+BAD_TOKENS = 10
+"""Wrong tokens that are called wrong in a second; the next ones are only told to come later."""
+
+UNIX_HOSTS = frozenset(("localhost", "vitalsd", "metrics", "unix"))
+"""
+What programs write before the path when it goes to the Unix socket. No browser gets there by itself; one
+that does through a forwarder names the port of that, and has none of these.
+"""
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z_.-]+))(?::[0-9]{1,5})?", re.ASCII)
+
+HEADERS = (
+    (b"cache-control", b"no-store"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    ),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+)
+"""On every answer. One that has such a header, as the page has its own policy, keeps it."""
+
+Headers = list[tuple[bytes, bytes]]
+
+
+def protected(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """`headers` of an answer, and those that keep browsers from making other use of it."""
+    own = list(headers)
+    names = {name.lower() for name, _ in own}
+    return own + [header for header in HEADERS if header[0] not in names]
 
 
 class Gate:
     """
-    Pure ASGI, around the application.
+    Pure ASGI, around everything else.
 
+    - A page of another site gets nothing, however it asks: under a name that was made to point here
+      ``Host`` gives it away, with a plain fetch or an image ``Sec-Fetch-Site`` does, and ``Origin``
+      does where that is missing. There is no CORS.
     - Over TCP a request must carry the token, if there is one. The Unix socket needs none: its mode
-      lets only this user in.
+      and `Connection` let only this user in.
     - `close` ends what is under way: an answer not yet begun becomes a 503, a stream ends.
 
     Args:
         app: the application.
         token: ``Authorization: Bearer`` value; ``None`` for no check.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, app: ASGIApp, *, token: str | None = None) -> None:
+    def __init__(self, app: ASGIApp, *, token: str | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
-        self._expected = None if token is None else f"Bearer {token}".encode()
+        self._token = None if token is None else token.encode()
+        self._clock = clock
+        self._guesses: deque[float] = deque(maxlen=BAD_TOKENS)
+        self._machine = _names_of_this_machine()
         self._running: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -44,21 +96,77 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if not self._admits(scope):
-            refusal = problem(
-                "token",
-                "send the token of the runtime file as Authorization: Bearer; `vitalsd endpoints` says where it is",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            await refusal(scope, receive, send)
-            return
-        await self._forward(scope, receive, send)
 
-    def _admits(self, scope: Scope) -> bool:
-        if self._expected is None or scope["client"] is None or scope["path"] in OPEN_PATHS:
-            return True
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        async def guarded(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = protected(message.get("headers", ()))
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal(scope, receive, guarded)
+        else:
+            await self._forward(scope, receive, guarded)
+
+    # Admission: what is cheap to see comes first
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers: Headers = scope["headers"]
+        query: bytes = scope["query_string"]
+        if len(scope["raw_path"]) + len(query) >= MAX_TARGET_BYTES:
+            return problem("target_too_long", f"path and query have at most {MAX_TARGET_BYTES} bytes")
+        if len(headers) > MAX_HEADERS or sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEAD_BYTES:
+            return problem("head_too_large", f"at most {MAX_HEADERS} headers and {MAX_HEAD_BYTES} bytes of them")
+        hosts = _values(headers, b"host")
+        if len(hosts) != 1 or not hosts[0]:
+            return problem("no_host", "send one Host header")
+        host = hosts[0].decode("latin-1").lower()
+        if not self._is_ours(host, scope):
+            return problem("misdirected", f"this is not {shown(host)}; use {self._right_host(scope)}")
+        return _cross_site(scope, host) or self._without_token(scope)
+
+    def _is_ours(self, host: str, scope: Scope) -> bool:
+        if scope["client"] is None:
+            return host in UNIX_HOSTS
+        local, port = _local(scope)
+        if local.is_loopback:
+            return host in _loopback_hosts(local, port)
+        # Other machines get here, through forwarders too, so any port will do. What keeps a rebound page out
+        # is the token, which it has not; here it is enough that no foreign name is answered to.
+        found = HOST.fullmatch(host)
+        if found is None:
+            return False
+        try:
+            return not ipaddress.ip_address(found[1] or found[2]).is_unspecified
+        except ValueError:
+            return found[1] is None and found[2] in self._machine
+
+    @staticmethod
+    def _right_host(scope: Scope) -> str:
+        if scope["client"] is None:
+            return "http://localhost/ on this socket"
+        local, port = _local(scope)
+        return _loopback_hosts(local, port)[0] if local.is_loopback else "the address of this machine"
+
+    def _without_token(self, scope: Scope) -> Response | None:
+        if self._token is None or scope["client"] is None or scope["path"] in OPEN_PATHS:
+            return None
+        given = _values(scope["headers"], b"authorization")
+        if given:
+            scheme, _, token = given[0].partition(b" ")
+            if len(given) == 1 and scheme.lower() == b"bearer" and hmac.compare_digest(token, self._token):
+                return None  # also while others guess: they must not be able to lock out who knows it
+            now = self._clock()
+            if len(self._guesses) == BAD_TOKENS and now - self._guesses[0] < 1:
+                return problem("busy", "too many wrong tokens", headers={"Retry-After": "1"})
+            self._guesses.append(now)
+        return problem(
+            "token",
+            "send the token of the runtime file as Authorization: Bearer; `vitalsd endpoints` says where it is",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    # The end
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         head: MutableMapping[str, Any] | None = None
@@ -86,3 +194,53 @@ class Gate:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._running.discard(task)
+
+
+def _cross_site(scope: Scope, host: str) -> Response | None:
+    """
+    A refusal of what a page of another origin made the browser send.
+
+    Another port of this machine is another origin too, hence no ``same-site``. ``none`` is the user's
+    own doing, an address that was typed or a bookmark; an extension's fetch says so as well.
+    """
+    headers: Headers = scope["headers"]
+    sites = _values(headers, b"sec-fetch-site")
+    navigates = _values(headers, b"sec-fetch-mode") == [b"navigate"]
+    typed = sites == [b"none"] and navigates
+    led = (
+        navigates
+        and scope["method"] == "GET"
+        and scope["path"] in PAGES
+        and _values(headers, b"sec-fetch-dest") == [b"document"]
+    )
+    if sites not in ([], [b"same-origin"]) and not typed and not led:
+        return problem("cross_site", "a page of another site asks; type the address instead of following a link to it")
+    origins = _values(headers, b"origin")
+    if origins not in ([], [f"http://{host}".encode("latin-1")]):
+        return problem("cross_site", f"a page of another site asks; only http://{shown(host)} may")
+    if scope["method"] == "OPTIONS" and _values(headers, b"access-control-request-method"):
+        return problem("cross_site", "no other site is ever let in")
+    return None
+
+
+def _values(headers: Headers, wanted: bytes) -> list[bytes]:
+    return [value for name, value in headers if name == wanted]
+
+
+def _local(scope: Scope) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
+    """Where the connection arrived: with a wildcard listener, the very address that was dialled."""
+    address, port = scope["server"]
+    local = ipaddress.ip_address(address.partition("%")[0])
+    return getattr(local, "ipv4_mapped", None) or local, port
+
+
+def _loopback_hosts(local: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int) -> tuple[str, ...]:
+    names = (f"[{local}]" if local.version == 6 else str(local), "localhost")
+    full = tuple(f"{name}:{port}" for name in names)
+    return full + names if port == 80 else full
+
+
+def _names_of_this_machine() -> frozenset[str]:
+    full = socket.gethostname().lower()
+    short = full.partition(".")[0]
+    return frozenset(("localhost", full, short, f"{short}.local")) - {""}

@@ -17,7 +17,7 @@ NONCE = re.compile(r"[0-9A-Za-z_-]{16,128}", re.ASCII)
 
 class Hello:
     """
-    Pure ASGI, outside of what demands the token: whoever asks does not send it yet.
+    Pure ASGI, at a path that `Gate` keeps open: whoever asks does not send the token yet.
 
     Args:
         app: answers everything else.

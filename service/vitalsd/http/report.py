@@ -13,14 +13,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Request, Response
 from starlette.background import BackgroundTask
 
 from vitalsd.history import history
-from vitalsd.http.answers import JSON, REFUSALS
+from vitalsd.http.answers import JSON
 from vitalsd.http.past import mark_json, run_json
 from vitalsd.http.problem import problem
-from vitalsd.http.query import NoQuery, ReportQuery
+from vitalsd.http.query import NoQuery, ReportQuery, given
 from vitalsd.record import Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
 from vitalsd.sampler import Targets
@@ -55,13 +55,8 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
     async def read(call: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(reader.submit(call))
 
-    @routes.get(
-        "/report.zip",
-        responses={200: {"content": {"application/zip": {}}}, **REFUSALS},
-        response_class=Response,
-        summary="A bug report: metrics, history, marks, and the run that crashed before",
-    )
-    async def report(query: Annotated[ReportQuery, Query()]) -> Response:
+    @routes.get("/report.zip", summary="A bug report: metrics, history, marks, and the run that crashed before")
+    async def report(query: Annotated[ReportQuery, given(ReportQuery)]) -> Response:
         triggered = datetime.now(UTC)
         members, failures = {}, []
         identity, metrics, reason = await _metrics(targets, query.window_ms)
@@ -91,11 +86,11 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
 
     @routes.post(
         "/runs/{run_id}/reported",
-        response_class=JSON,
-        responses=REFUSALS,
         summary="Note that a run is in a bug report, so that no other one tells of it again",
     )
-    async def reported(run_id: str, query: Annotated[NoQuery, Query()]) -> Response:
+    async def reported(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
+        run_id = request.path_params["run_id"]
+
         def mark() -> Run | None:
             run = runs.find(run_id) if runs else None
             if runs is not None and run is not None:

@@ -2,16 +2,20 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from vitalsd.http.connection import Connection
+from vitalsd.http.connection import REQUEST_S, Connection, Room
 from vitalsd.http.gate import Gate
 from vitalsd.http.hello import Hello
+from vitalsd.http.log import Sparing
 from vitalsd.listeners import BACKLOG
 
 __all__ = ["Server"]
@@ -47,13 +51,16 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, *, token: str | None, grace_s: float, ready: Callable[[], None]) -> None:
         self._ready = ready
-        self._gate = Gate(app, token=token)
+        self._gate = Gate(Hello(app, token=token), token=token)
+        self._log = Sparing(logging.getLogger("vitalsd.http"))
         self._grace_s = grace_s
         self._stop = asyncio.Event()
+        # On h11: httptools takes two Host headers and 5 MB of head.
+        protocol = partial(Connection, tcp=Room.fitting(), unix=Room.fitting(), log=self._log)
         super().__init__(
             _Config(
-                Hello(self._gate, token=token),
-                http=Connection,  # on h11: httptools takes two Host headers and 5 MB of head
+                self._gate,
+                http=cast("type[asyncio.Protocol]", protocol),
                 ws="none",
                 lifespan="on",
                 proxy_headers=False,
@@ -62,7 +69,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 log_level=None,
                 backlog=BACKLOG,
-                timeout_keep_alive=5,
+                timeout_keep_alive=int(REQUEST_S),
                 h11_max_incomplete_event_size=16384,
             )
         )
@@ -93,6 +100,7 @@ class Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._log.loop_failed)
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(QUEUE)

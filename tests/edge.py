@@ -1,0 +1,137 @@
+"""The edge of the service from outside: any ASGI application behind the real server, and bytes as they are sent."""
+
+import asyncio
+import http.client
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from vitalsd.http.app import create_app
+from vitalsd.sampler import Sampler, Targets
+from vitalsd.sidecar import Sidecar, listen
+from vitalsd.sources import list_processes, open_source
+
+__all__ = ["Counted", "Edge", "Reply", "dial", "exchange", "get", "whole_app"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer as it came; `status` 0 is a connection that was closed without one."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def header(self, name: str) -> str | None:
+        return next((value for each, value in self.headers if each.lower() == name), None)
+
+
+NOTHING = Reply(0, [], b"")
+
+
+def dial(where: str, timeout: float = 20) -> socket.socket:
+    """A connection to a URL, or to the path of a Unix socket."""
+    if not where.startswith("http://"):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(timeout)
+        connection.connect(where)
+        return connection
+    host, _, port = where.removeprefix("http://").rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout)
+
+
+def exchange(where: str, content: bytes, method: str = "GET") -> Reply:
+    """Send these very bytes on a new connection and read one answer."""
+    with dial(where) as connection:
+        try:
+            connection.sendall(content)
+            return read_reply(connection, method)
+        except (ConnectionResetError, BrokenPipeError):
+            return NOTHING
+
+
+def read_reply(connection: socket.socket, method: str = "GET") -> Reply:
+    answer = http.client.HTTPResponse(connection, method=method)
+    try:
+        answer.begin()
+        return Reply(answer.status, answer.getheaders(), answer.read())
+    except (http.client.BadStatusLine, ConnectionResetError):
+        return NOTHING
+    finally:
+        answer.close()
+
+
+def get(where: str, path: str = "/healthz", *headers: str, host: str | None = None, method: str = "GET") -> Reply:
+    """One request with the right Host, unless it is given, and these lines of head."""
+    right = where.removeprefix("http://") if where.startswith("http://") else "localhost"
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {right if host is None else host}", *headers, "Connection: close"]
+    return exchange(where, "\r\n".join([*lines, "", ""]).encode("latin-1"), method)
+
+
+class Counted:
+    """An application that counts the requests which get as far as it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.reached: list[str] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self.reached.append(f"{scope['method']} {scope['path']}")
+        await self._app(scope, receive, send)
+
+
+def whole_app() -> ASGIApp:
+    """The application of ``vitalsd serve`` over this process, which records nothing."""
+    return create_app(Targets(Sampler(open_source), open_source), list_processes)
+
+
+class Edge:
+    """`app` behind the real listeners and server, on a thread; ended with the context."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        token: str | None = None,
+        directory: Path | None = None,
+        host: str = "127.0.0.1",
+        adopted: Callable[[], Any] | None = None,
+    ) -> None:
+        listeners = adopted() if adopted else listen(host=host, port=0, uds=directory and directory / "a.sock")
+        self._sidecar = Sidecar(app, listeners, token=token, grace_s=0.1)
+        self._started: Future[asyncio.AbstractEventLoop] = Future()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        self._loop = self._started.result(10)
+        self.url = self._sidecar.endpoint.url or ""
+        self.socket = self._sidecar.endpoint.socket or ""
+
+    def _run(self) -> None:
+        def ready() -> None:
+            self._started.set_result(asyncio.get_running_loop())
+
+        try:
+            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+                runner.run(self._sidecar.run(ready))
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+
+    def __enter__(self) -> "Edge":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._sidecar.stop)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
