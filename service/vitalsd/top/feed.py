@@ -29,8 +29,10 @@ LOOK_AGAIN_S = 2.0
 PAST_S = 300
 PAST_THREADS = 64
 NOTES_S = 10
-PATIENCE_S = 3.0
+PATIENCE_S = 2.0
 """For an answer, beyond the window that may have to be waited for."""
+SHUN_S = 30.0
+"""A sidecar that lives and does not answer is left alone so long, where the target can be read without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,11 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What was recorded before, as ``/history`` answers it."""
+    """What was recorded before, oldest first: percent, KiB, and per thread id percent."""
 
-    table: dict[str, Any]
+    cpu_percent: tuple[float, ...]
+    rss_kb: tuple[float, ...]
+    threads: dict[int, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,7 @@ class Feed:
         self._stopped = threading.Event()
         self._session: _Remote | _Direct | None = None
         self._subject: Subject | None = None
+        self._shunned: tuple[Sidecar, float] | None = None
 
     def stop(self) -> None:
         """End `news` at its next wait; from any thread."""
@@ -153,6 +158,7 @@ class Feed:
             SourceError, NoSidecar, ExchangeError: there is nothing to tell from the start.
         """
         while not self._stopped.is_set():
+            self._session = None
             try:
                 with closing(self._open()) as self._session:
                     for each in self._session.news(self._pause):
@@ -168,6 +174,9 @@ class Feed:
                 if not self.follow:
                     return
             except (SourceError, NoSidecar, ExchangeError) as error:
+                if isinstance(self._session, _Remote) and self._url is None:
+                    self._shunned = self._session.sidecar, time.monotonic() + SHUN_S
+                    continue  # at once, without it
                 if self._subject is None:
                     raise
                 yield Trouble(str(error))
@@ -191,8 +200,12 @@ class Feed:
         with suppress(NoSidecar):
             if self._sidecars:
                 # Those that watch another process could be asked as well, but have no past of this one.
-                return next((each for each in locate(pid=pid) if each.pid is None), None)
+                watching = (each for each in locate(pid=pid) if each.pid is None)
+                return next((each for each in watching if not self._is_shunned(each)), None)
         return None
+
+    def _is_shunned(self, sidecar: Sidecar) -> bool:
+        return self._shunned is not None and self._shunned[0] == sidecar and time.monotonic() < self._shunned[1]
 
     def _pause(self, until: float) -> bool:
         """Wait until that monotonic time; False if it is over."""
@@ -254,7 +267,7 @@ class _Remote:
     """Asks a sidecar for what its recorder has; each time on a connection of its own, so that nothing is held open."""
 
     def __init__(self, sidecar: Sidecar, via: str, interval_s: float) -> None:
-        self._sidecar = sidecar
+        self.sidecar = sidecar
         self._via = via
         self._interval_s = interval_s
         self._told = _Told()
@@ -273,12 +286,12 @@ class _Remote:
             raise ExchangeError(f"this is no answer of a sidecar: {type(error).__name__}") from None
 
     def _news(self, pause: Callable[[float], bool]) -> Iterator[News]:
-        who = {} if self._sidecar.pid is None else {"pid": self._sidecar.pid}
+        who = {} if self.sidecar.pid is None else {"pid": self.sidecar.pid}
         recorded = not who and self._json("/info").get("recorder") is not None
         if recorded:
             table = self._json("/history", {"seconds": PAST_S, "top": PAST_THREADS})
             yield self._subject(table["target"])
-            yield Past(table)
+            yield _past(table)
             yield from self._notes(table)
         else:
             yield self._subject(self._json("/metrics", {"window_ms": 10, "detail": "full", **who})["target"])
@@ -319,7 +332,7 @@ class _Remote:
 
     def _ask(self, path: str, query: dict[str, Any], **options: Any) -> bytes:
         deadline = time.monotonic() + self._interval_s + PATIENCE_S
-        answer = self._sidecar.get(path, query, deadline=deadline, **options)
+        answer = self.sidecar.get(path, query, deadline=deadline, **options)
         if answer.status in (200, 201):
             return answer.body
         try:
@@ -342,6 +355,13 @@ class _Told:
         fresh = sorted((note for note in notes if note not in self._seen), key=lambda note: note.wall_ms)
         self._seen.extend(fresh)
         return fresh
+
+
+def _past(table: dict[str, Any]) -> Past:
+    threads = {
+        int(thread["tid"]): tuple(float(each or 0) for each in thread["cpu_percent"]) for thread in table["threads"]
+    }
+    return Past(tuple(map(float, table["cpu_percent"])), tuple(map(float, table["rss_kb"])), threads)
 
 
 def _sample(body: bytes) -> Sample:

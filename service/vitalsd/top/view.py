@@ -135,15 +135,14 @@ class View:
 
     def _remember(self, past: Past) -> None:
         """A record knows more than was seen from here and takes the place of that, unless it has just begun."""
-        if len(past.table["time_ms"]) < len(self.cpu):
+        if len(past.cpu_percent) < len(self.cpu):
             return
         self.cpu.clear()
         self.rss_kb.clear()
-        self.cpu.extend(map(float, past.table["cpu_percent"]))
-        self.rss_kb.extend(map(float, past.table["rss_kb"]))
-        for thread in past.table["threads"]:
-            known = [float(percent or 0) for percent in thread["cpu_percent"]]
-            self.trends[int(thread["tid"])] = deque(known, maxlen=TREND)
+        self.cpu.extend(past.cpu_percent)
+        self.rss_kb.extend(past.rss_kb)
+        for tid, percents in past.threads.items():
+            self.trends[tid] = deque(percents, maxlen=TREND)
 
     # Keys
 
