@@ -29,6 +29,6 @@ class JSON(Response):
         super().__init__(body, status_code, {"Cache-Control": "no-store"})
 
 
-def failed(error: SourceError) -> JSON:
+def failed(error: SourceError, platform: str) -> JSON:
     """The `Unavailable` answer, with its status."""
-    return JSON(unavailable(error), STATUS[type(error)])
+    return JSON(unavailable(error, platform), STATUS[type(error)])
