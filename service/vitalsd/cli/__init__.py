@@ -3,6 +3,7 @@
 import click
 
 from vitalsd.cli.agent import agent
+from vitalsd.cli.doctor import doctor
 from vitalsd.cli.listing import endpoints, runs
 from vitalsd.cli.report import report, spool
 from vitalsd.cli.sample import sample
@@ -15,7 +16,7 @@ Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted
 
 
 @click.group(
-    commands=[sample, serve, replay, runs, endpoints, agent, report, spool],
+    commands=[sample, serve, replay, runs, endpoints, agent, doctor, report, spool],
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

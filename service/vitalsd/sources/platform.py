@@ -1,6 +1,6 @@
 """What one operating system offers, as a value: so that a whole program can be run over another one."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,8 @@ class Platform:
     births: Callable[[], Births]
     holdings: Callable[[], Mapping[str, int]]
     """What this process holds in the kernel besides descriptors, counted: on macOS ports and references on them."""
+    command: Sequence[str] | None = None
+    """How another process runs ``vitalsd`` over this platform; ``None``: as always."""
 
 
 def this_platform(proc_root: str = "/proc") -> Platform:
