@@ -4,6 +4,7 @@ import click
 
 from vitalsd.cli.agent import agent
 from vitalsd.cli.completion import completion
+from vitalsd.cli.doctor import doctor
 from vitalsd.cli.listing import endpoints, runs
 from vitalsd.cli.open import open_page
 from vitalsd.cli.report import report, spool
@@ -18,7 +19,10 @@ Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted
 
 
 @click.group(
-    commands=[sample, top, serve, replay, runs, endpoints, open_page, agent, report, spool, completion],
+    commands=[
+        *(sample, top, serve, replay, runs, endpoints, open_page),
+        *(agent, doctor, report, spool, completion),
+    ],
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

@@ -29,6 +29,6 @@ class JSON(JSONResponse):
         return content if isinstance(content, bytes) else json.dumps(content, separators=(",", ":")).encode()
 
 
-def failed(error: SourceError) -> JSON:
+def failed(error: SourceError, platform: str) -> JSON:
     """The `Unavailable` answer, with its status."""
-    return JSON(unavailable(error), STATUS[type(error)])
+    return JSON(unavailable(error, platform), STATUS[type(error)])
