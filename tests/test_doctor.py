@@ -1,4 +1,4 @@
-"""``vitalsd doctor``: it passes where all is well, on Linux and as on macOS, and the right line fails where it is not."""
+"""``vitalsd doctor``: all passes where all is well, on Linux and as on macOS; where not, the right line fails."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import as_platform
 from darwin.simulator import Simulator
 from sidecars import VITALSD, environment, eventually, listing
 from vitalsd.doctor import calibration, machine, process
-from vitalsd.doctor.burner import BurnerProcess, BurnerThreads, bounds_ns
+from vitalsd.doctor.burner import BurnerProcess, bounds_ns
 from vitalsd.doctor.finding import Finding
 from vitalsd.doctor.soak import SEGMENTS, slope, soak
 from vitalsd.sources import Source
@@ -61,7 +61,7 @@ def healthy(
         programs["simulated"] = (sys.executable, "-P", script, str(simulated_libsystem), "none")
     directories = {name: tmp_path_factory.mktemp("doctor") for name in programs}
     running = {
-        name: start(program, "--json", "--soak", "2", env=environment(directories[name]))
+        name: start(program, "--json", "--soak", "1", env=environment(directories[name]))
         for name, program in programs.items()
     }
     found = {}
@@ -120,7 +120,7 @@ def readings(platform: Platform) -> dict[str, Finding]:
         process.memory(platform),
         process.age(platform),
         process.threads(platform),
-        process.leftovers(platform),
+        process.leftovers(platform, 0.5),
     )
     return {finding.check: finding for check in checks for finding in check}
 
@@ -147,6 +147,8 @@ def test_a_defect_makes_the_right_line_fail(
     platform: Platform, defect: str, must_fail: set[str], may_fail: set[str]
 ) -> None:
     """And no other; with the next step to take."""
+    if platform.name == "macos" and defect in ("rss", "descriptor"):
+        pytest.skip("the same as on Linux")
     before = set(os.listdir("/dev/fd"))
     try:
         findings = readings(as_platform.planted(platform, defect))
@@ -166,7 +168,7 @@ def test_a_defect_makes_the_right_line_fail(
 def test_a_leaked_port(lawless_simulator: Simulator) -> None:
     """A release that is forgotten now and then shows in the ports or the references on them, and in nothing else."""
     platform = as_platform.macos(as_platform.leaking(lawless_simulator.lib))
-    failed = failures({finding.check: finding for finding in process.leftovers(platform)})
+    failed = failures({finding.check: finding for finding in process.leftovers(platform, 0.5)})
     assert failed
     assert failed <= {"left.ports", "left.references"}
 
@@ -183,12 +185,11 @@ def test_a_leaked_port_in_a_soak(simulated_libsystem: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not SIMULATED, reason="ticks are simulated")
-@pytest.mark.parametrize("stated", [0, 1_000_000_000])
-def test_a_tick_frequency_that_lies_is_made_good(simulator: Simulator, stated: int) -> None:
+def test_a_tick_frequency_that_lies_is_made_good(simulator: Simulator) -> None:
     """An emulated sysctl is found out by the source itself; the doctor passes, and says so."""
-    with BurnerThreads((100,)) as burner:  # the source compares only what is worth comparing
-        eventually(lambda: bounds_ns(burner.logs()["burn-100"], 0, 0) and time.process_time() > 0.1)
-    simulator.state_tick_frequency(stated)
+    while time.process_time() < 0.1:
+        pass  # the source compares only what is worth comparing
+    simulator.state_tick_frequency(1_000_000_000)
     findings = {finding.check: finding for finding in calibration.own_process(as_platform.macos(simulator.lib), 0.3)}
     assert failures(findings) == set()
     assert "hw.tbfrequency says" in findings["ticks.own"].measured
@@ -241,47 +242,71 @@ def test_what_breaks_a_check_is_a_line() -> None:
 # Where it is not as it should be
 
 
-def test_no_home_and_few_descriptors(tmp_path: Path) -> None:
-    """Each is said by the line about it, with what to do; nothing is left behind, in no directory."""
-    (tmp_path / "file").touch()
-    nowhere = {
-        "PATH": os.environ["PATH"],
-        "TMPDIR": str(tmp_path),
-        "VITALSD_RUNTIME_DIR": str(tmp_path / "file" / "run"),
-        "VITALSD_STATE_DIR": str(tmp_path / "file" / "state"),
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, subprocess.Popen[str]]]]:
+    """Doctors in trouble and their directories, side by side: for most of the time they wait."""
+    places = {name: tmp_path_factory.mktemp(name) for name in ("homeless", "poor", "SIGINT", "SIGTERM")}
+    (places["homeless"] / "file").touch()
+    nowhere = environment(places["homeless"] / "file") | {"TMPDIR": str(places["homeless"]), "FORCE_COLOR": ""}
+    few = ("sh", "-c", 'ulimit -n 13 && exec "$@"', "sh", *HERE)
+    doctors = {
+        "homeless": start(HERE, env=nowhere),
+        "poor": start(few, "--json", env=environment(places["poor"])),
+        **{
+            name: start(HERE, env=environment(places[name]) | {"VITALSD_TEST_MARK": str(places[name])})
+            for name in ("SIGINT", "SIGTERM")
+        },
     }
-    homeless = start(HERE, "--json", env=nowhere)
-    poor = start(("sh", "-c", 'ulimit -n 13 && exec "$@"', "sh", *HERE), "--json", env=environment(tmp_path))
-    report = json.loads(homeless.communicate(timeout=100)[0])
-    assert homeless.returncode == 1
-    assert verdicts(report, "fail") == {"directory.runtime", "directory.state"}
-    assert "VITALSD_RUNTIME_DIR" in lines(report)["directory.runtime"]["next_step"]
-    out, errors = poor.communicate(timeout=100)
-    report = json.loads(out)
-    assert (poor.returncode, errors) == (1, "")
-    assert "descriptors" in verdicts(report, "fail")
-    assert "ulimit -n" in lines(report)["descriptors"]["next_step"]
-    assert listing(tmp_path) == ["file"]
+    yield {name: (places[name], doctor) for name, doctor in doctors.items()}
+    for doctor in doctors.values():
+        doctor.kill()
+        doctor.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+Troubled = dict[str, tuple[Path, subprocess.Popen[str]]]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupted_it_leaves_nothing(troubled: Troubled, name: str) -> None:
     """Neither a process nor a file; the status says which signal it was."""
-    env = environment(tmp_path) | {"VITALSD_TEST_MARK": str(tmp_path)}
-    doctor = start(HERE, env=env)
+    place, doctor = troubled[name]
     assert doctor.stdout is not None
     said = ""
     # The sidecar runs by then, and so does its target.
     while "GET /metrics" not in said:
         said = doctor.stdout.readline()
         assert said
-    doctor.send_signal(number)
+    doctor.send_signal(signal.Signals[name])
     _, errors = doctor.communicate(timeout=30)
-    assert doctor.returncode == 128 + number
+    assert doctor.returncode == 128 + signal.Signals[name]
     assert "Traceback" not in errors
-    assert listing(tmp_path) == []
+    assert listing(place) == []
     if sys.platform == "linux":
-        eventually(lambda: not marked(str(tmp_path)))
+        eventually(lambda: not marked(str(place)))
+
+
+def test_few_descriptors(troubled: Troubled) -> None:
+    """The line about them says so and what to do; what needs more of them fails without a traceback."""
+    place, doctor = troubled["poor"]
+    out, errors = doctor.communicate(timeout=100)
+    report = json.loads(out)
+    assert (doctor.returncode, errors) == (1, "")
+    assert "descriptors" in verdicts(report, "fail")
+    assert "ulimit -n" in lines(report)["descriptors"]["next_step"]
+    assert listing(place) == []
+
+
+def test_nowhere_to_write(troubled: Troubled) -> None:
+    """Two lines fail, for people to read: no colour in a pipe, and the next step below. All others pass."""
+    place, doctor = troubled["homeless"]
+    out, errors = doctor.communicate(timeout=100)
+    assert (doctor.returncode, errors) == (1, "")
+    assert "\x1b" not in out
+    assert re.search(r"^pass +thread at 30 %, in process +[0-9.]+ % ± [0-9.]+ ", out, re.MULTILINE)
+    for words in ("runtime files .*\n +name .* VITALSD_RUNTIME_DIR", "black box .*\n +name .* VITALSD_STATE_DIR"):
+        assert re.search(rf"^fail +directory of {words}$", out, re.MULTILINE), out
+    assert re.search(r"\n\n[0-9]+ passed, 2 failed, [0-9]+ not here\n$", out), out
+    assert listing(place) == ["file"]
 
 
 def marked(mark: str) -> list[str]:
@@ -294,19 +319,6 @@ def marked(mark: str) -> list[str]:
         except OSError:
             continue
     return found
-
-
-def test_lines_for_people(tmp_path: Path) -> None:
-    """Into a pipe: a line each, no colour, no progress; a failure with the next step below it."""
-    (tmp_path / "file").touch()
-    env = environment(tmp_path) | {"VITALSD_STATE_DIR": str(tmp_path / "file" / "x"), "FORCE_COLOR": ""}
-    out = subprocess.run([*HERE, "doctor"], env=env, capture_output=True, text=True, timeout=100)
-    assert (out.returncode, out.stderr) == (1, "")
-    assert "\x1b" not in out.stdout
-    assert re.search(r"^pass +thread at 30 %, in process +[0-9.]+ % ± [0-9.]+ ", out.stdout, re.MULTILINE)
-    failed = re.search(r"^fail +directory of black box .*\n +name a directory of yours in", out.stdout, re.MULTILINE)
-    assert failed
-    assert re.search(r"\n\n[0-9]+ passed, 1 failed, [0-9]+ not here\n$", out.stdout)
 
 
 def test_the_library_of_this_system_is_the_default() -> None:

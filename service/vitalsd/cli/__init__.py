@@ -35,4 +35,5 @@ def main() -> None:
     vitalsd top --pid 4242             look on, live
     vitalsd serve --pid 4242           serve it on http://127.0.0.1:9779
     curl -s localhost:9779/metrics     ask the server
+    vitalsd doctor                     is it right on this machine?
     """

@@ -198,8 +198,13 @@ def held(platform: Platform) -> dict[str, int]:
     }
 
 
-def leftovers(platform: Platform) -> Iterator[Finding]:
-    """Snapshots of this and of another process, whose threads come and go: afterwards all is as before."""
+def leftovers(platform: Platform, quiet_s: float = QUIET_S) -> Iterator[Finding]:
+    """
+    Snapshots of this and of another process, whose threads come and go: afterwards all is as before.
+
+    Args:
+        quiet_s: until then the kernel has to have collected the dead threads.
+    """
     before = held(platform)
     with (
         BurnerProcess(()) as other,
@@ -212,7 +217,7 @@ def leftovers(platform: Platform) -> Iterator[Finding]:
             passing.start()
             sources[i % 2].snapshot(extras=i % 8 < 2)
             passing.join()
-    deadline = time.monotonic() + QUIET_S
+    deadline = time.monotonic() + quiet_s
     while _grown(before, after := held(platform)) and time.monotonic() < deadline:
         time.sleep(0.05)  # the kernel collects dead threads late
         with closing(platform.open_source(None)) as source:
