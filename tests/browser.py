@@ -58,14 +58,15 @@ class Browser:
     `complaints` holds what the page logged as an error, threw, or was refused by its policy.
     """
 
-    def __init__(self, *, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1) -> None:
+    def __init__(self, *flags: str, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1) -> None:
         self._profile = tempfile.TemporaryDirectory(prefix="vitalsd-browser-", ignore_cleanup_errors=True)
         executable = program("chromium", "google-chrome", "chromium-browser", package="chromium")
         down_read, down_write = _pipe()
         up_read, up_write = _pipe()
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-ISc", ONTO_3_AND_4, str(down_read), str(up_write), executable, *FLAGS),
+                *(sys.executable, "-ISc", ONTO_3_AND_4, str(down_read), str(up_write), executable),
+                *(*FLAGS, *flags),
                 *(f"--user-data-dir={self._profile.name}", "about:blank"),
             ],
             pass_fds=(down_read, up_write),
