@@ -298,6 +298,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         answer="The proof.",
         models=(bodies.Hello,),
         example={"app": "vitalsd", "proof": "5f" * 32},
+        reasons=("no_such_route",),
     ),
     ("get", "/"): Operation(
         description="CPU, memory and every thread over time, in a browser. It asks for nothing but this API.",

@@ -23,6 +23,8 @@ from vitalsd.model import Unavailable
 
 __all__ = ["anywhere", "openapi"]
 
+KINDS: dict[str, dict[str, Any]] = {JSON: {"type": "object"}, "text/event-stream": {}}
+"""OpenAPI 3.1 has no way to say what one event of a stream is."""
 REF = "#/components/schemas/{model}"
 
 NONCE: dict[str, Any] = {
@@ -138,7 +140,7 @@ def _responses(operation: Operation, *, open_to_all: bool) -> dict[str, Any]:
             "example": operation.example,
         }
     for media_type, example in (operation.other or {}).items():
-        content[media_type] = {"schema": {"type": "object" if media_type == JSON else "string"}}
+        content[media_type] = {"schema": KINDS.get(media_type, {"type": "string"})}
         if example:
             content[media_type]["example"] = example
     responses: dict[str, Any] = {str(operation.status): {"description": operation.answer, "content": content}}
