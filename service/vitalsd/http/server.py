@@ -12,7 +12,7 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from vitalsd.http.connection import REQUEST_S, Connection, Room
+from vitalsd.http.connection import Connection, Room
 from vitalsd.http.gate import Gate
 from vitalsd.http.hello import Hello
 from vitalsd.http.log import Sparing
@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 log_level=None,
                 backlog=BACKLOG,
-                timeout_keep_alive=int(REQUEST_S),
+                timeout_keep_alive=60,  # `Connection` is done with it long before
                 h11_max_incomplete_event_size=16384,
             )
         )
