@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
 from vitalsd.http import problem
 from vitalsd.http.bounds import Bounds
@@ -21,6 +22,14 @@ from vitalsd.worker import Worker
 __all__ = ["create_app"]
 
 MAX_BODY_BYTES = 4096
+SILENT: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+"""FastAPI would tell of our requests to whatever OpenTelemetry the host program or its environment has set up."""
 
 
 def create_app(
@@ -54,6 +63,7 @@ def create_app(
         summary="What one process is doing: CPU, memory and every thread.",
         docs_url=None,
         redoc_url=None,
+        telemetry=SILENT,
         redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
         lifespan=lifespan,
     )

@@ -63,7 +63,9 @@ class Server(uvicorn.Server):
                 http=cast("type[asyncio.Protocol]", protocol),
                 ws="none",
                 lifespan="on",
+                workers=1,  # or WEB_CONCURRENCY says how many
                 proxy_headers=False,
+                forwarded_allow_ips=[],
                 server_header=False,
                 access_log=False,
                 log_config=None,
