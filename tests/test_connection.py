@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -207,7 +208,9 @@ def test_five_hundred_stalled_sockets(tmp_path: Path) -> None:
             for path in ("/healthz", "/metrics?window_ms=100"):
                 begun = time.monotonic()
                 assert get(where, path).status == 200
-                assert time.monotonic() - begun < 6
+                waited = time.monotonic() - begun
+                print(f"{where[:4]} {path}: {waited * 1000:.0f} ms")
+                assert waited < 6
         assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 150
         assert server.stop() == 0
 
@@ -228,6 +231,20 @@ def test_a_crowd_that_is_being_served_keeps_out_its_like_and_nobody_else(tmp_pat
         assert get(str(tmp_path / "a.sock")).status == 200
         assert [read_reply(connection).status for connection in served] == [200] * 16
         assert eventually(lambda: get(server.url).status == 200)
+
+
+def test_nobody_makes_way_whose_request_is_there(tmp_path: Path) -> None:
+    """More callers at once than there are places: each gets its answer or is told 503, and none is cut off."""
+    with ExitStack() as stack:
+        server = stack.enter_context(Serving(tmp_path, python=(sys.executable, "-c", LIMITED.format(64))))
+        server.process.send_signal(signal.SIGSTOP)
+        callers = [stack.enter_context(dial(server.url)) for _ in range(60)]
+        for caller in callers:
+            caller.sendall(head(server.url, "/metrics?window_ms=500"))
+        server.process.send_signal(signal.SIGCONT)
+        statuses = Counter(read_reply(caller).status for caller in callers)
+        assert set(statuses) <= {200, 503}, statuses
+        assert statuses[200] >= 16
 
 
 def test_a_place_is_free_again_however_it_was_left(edge: Edge) -> None:
@@ -481,4 +498,6 @@ def test_a_thousand_callers_of_one_window(tmp_path: Path) -> None:
         for caller in callers:
             caller.sendall(head(server.url, "/metrics?window_ms=1000"))
         assert {read_reply(caller).status for caller in callers} == {200}
-        assert server.get("/info")["self"]["snapshots"] - before <= 80
+        snapshots = server.get("/info")["self"]["snapshots"] - before
+        print(f"1000 windows: {snapshots} snapshots")
+        assert snapshots <= 80
