@@ -501,3 +501,17 @@ def test_a_thousand_callers_of_one_window(tmp_path: Path) -> None:
         snapshots = server.get("/info")["self"]["snapshots"] - before
         print(f"1000 windows: {snapshots} snapshots")
         assert snapshots <= 80
+
+
+def test_windows_that_have_nothing_in_common_are_too_many(tmp_path: Path) -> None:
+    """64 windows that have nothing in common are measured; whoever wants another is told when to ask again."""
+    with ExitStack() as stack:
+        server = stack.enter_context(Serving(tmp_path, "--record-interval", "0"))
+        callers = [stack.enter_context(dial(server.url, 60)) for _ in range(150)]
+        for i, caller in enumerate(callers):
+            caller.sendall(head(server.url, f"/metrics?window_ms={1500 + i}"))
+        replies = [read_reply(caller) for caller in callers]
+        assert {reply.status for reply in replies} == {200, 429}
+        assert sum(reply.status == 200 for reply in replies) >= 64
+        assert {reply.header("retry-after") for reply in replies if reply.status == 429} == {"1"}
+        assert server.get("/info")["self"]["snapshots"] <= 500
