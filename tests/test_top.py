@@ -24,7 +24,8 @@ from terminals import PseudoTerminal
 from tools import program
 from vitalsd.cli import main
 from vitalsd.model import Measured, ProcessMetrics, ThreadMetrics, parse_runtime_metrics
-from vitalsd.top.feed import Ended, Note, Past, Sample, Subject, Trouble
+from vitalsd.top.news import Ended, Note, Past, Sample, Subject, Trouble
+from vitalsd.top.picture import ASCII, BLOCKS, Picture
 from vitalsd.top.terminal import keys
 from vitalsd.top.view import View
 
@@ -479,26 +480,28 @@ def test_every_size_is_filled_exactly(state: str) -> None:
     view = picture(NAMES)
     for key in state:
         view.press(key)
-    for width in (1, 2, 7, 20, 26, 39, 40, 71, 80, 200):
-        for height in (1, 2, 3, 5, 6, 12, 13, 24, 100):
-            lines = view.lines(width, height)
-            assert len(lines) == height
-            assert max(cell_len(line.plain) for line in lines) <= width, (width, height)
-            assert all(line.plain.isprintable() for line in lines)
+    for glyphs in (BLOCKS, ASCII):
+        for width in (1, 2, 7, 20, 26, 39, 40, 71, 80, 200):
+            for height in (1, 2, 3, 5, 6, 12, 13, 24, 100):
+                lines = Picture(view, width, glyphs).lines(height)
+                assert len(lines) == height
+                assert max(cell_len(line.plain) for line in lines) <= width, (width, height)
+                assert all(line.plain.isprintable() for line in lines)
+                assert glyphs is BLOCKS or all(line.plain.isascii() for line in lines)
 
 
 def test_a_long_pause_forgets_nothing_that_it_can_hold() -> None:
     """While paused nothing moves; afterwards all that came is there."""
     view = picture(["a"])
     view.press("p")
-    before = [line.plain for line in view.lines(80, 24)]
+    before = [line.plain for line in Picture(view, 80).lines(24)]
     for _ in range(10):
         view.tell(Sample(0, view.metrics, b""))  # type: ignore[arg-type]
     view.tell(Ended("gone"))
-    assert [line.plain for line in view.lines(80, 24)] == before
+    assert [line.plain for line in Picture(view, 80).lines(24)] == before
     view.press("p")
     assert len(view.cpu) == 13
-    assert any("gone" in line.plain for line in view.lines(80, 24))
+    assert any("gone" in line.plain for line in Picture(view, 80).lines(24))
 
 
 def test_a_record_that_has_just_begun_takes_nothing_away() -> None:
@@ -506,7 +509,7 @@ def test_a_record_that_has_just_begun_takes_nothing_away() -> None:
     view = picture(["a"])
     view.tell(Past((), (), {}))
     assert len(view.cpu) == 3
-    view.lines(80, 24)
+    Picture(view, 80).lines(24)
 
 
 @pytest.mark.parametrize(
