@@ -144,6 +144,8 @@ def test_it_keeps_the_last_picture_of_a_dead_target(tmp_path: Path, start: Start
         target.kill()
         text = view.until(lambda text: f"\n target {target.pid} has exited" in text and "ENDED" in text)
         assert len(rows(text)) == 4
+        view.press("mtoo late\r")
+        view.until(lambda text: "not marked: nothing is being recorded" in text)
         view.press("n")
         view.until(lambda text: "THREAD^" in text)
         view.press("q")

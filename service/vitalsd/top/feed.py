@@ -75,7 +75,7 @@ class Feed:
         """
         session = self._session
         if session is None:
-            return "there is nothing to mark yet"
+            return "nothing is being recorded"
         try:
             session.mark(label)
         except (ValueError, ExchangeError) as error:
@@ -102,6 +102,7 @@ class Feed:
             except TargetGone as error:
                 if self._subject is None:
                     raise
+                self._session = None
                 yield Ended(str(error))
                 if not self.follow:
                     return
