@@ -289,24 +289,25 @@ async def _run(companion: Companion, sidecar: Sidecar) -> None:
         raise
 
 
-def end_with(target: Target, *, linger_s: float, poll: bool = False) -> Companion:
+def end_with(target: Target, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
     """
     End the sidecar `linger_s` seconds after its target has exited, so that none is left for ever.
 
     Args:
+        kernel: tells whether it lives.
         linger_s: until then the last minutes of the target can still be asked for.
         poll: see `death_of`.
     """
 
     async def companion(sidecar: Sidecar) -> None:
-        await death_of(target.pid, target.start, births(), poll=poll)
+        await death_of(target.pid, target.start, kernel, poll=poll)
         await asyncio.sleep(linger_s)
         sidecar.stop()
 
     return companion
 
 
-def follow(targets: Targets, next_run: Callable[[], Sampler], *, poll: bool = False) -> Companion:
+def follow(targets: Targets, next_run: Callable[[], Sampler], kernel: Births, *, poll: bool = False) -> Companion:
     """
     Keep the default target on the newest process of one name, through its restarts.
 
@@ -314,6 +315,7 @@ def follow(targets: Targets, next_run: Callable[[], Sampler], *, poll: bool = Fa
         targets: whose default is a sampler from `next_run`.
         next_run: a sampler that, when it opens, looks for the process, and raises as long as there
             is none. Each one measures and records one run.
+        kernel: tells whether it lives.
         poll: see `death_of`.
     """
 
@@ -325,7 +327,7 @@ def follow(targets: Targets, next_run: Callable[[], Sampler], *, poll: bool = Fa
                 await asyncio.sleep(SEARCH_S)
                 continue
             sidecar.retarget(Target(found.pid, found.start_key))
-            await death_of(found.pid, found.start_key, births(), poll=poll)
+            await death_of(found.pid, found.start_key, kernel, poll=poll)
             targets.retarget(next_run())
             sidecar.retarget(None)
 

@@ -18,6 +18,7 @@ from vitalsd.cli.options import (
     host_option,
     name_option,
     pid_option,
+    platform_of,
     port_option,
     proc_root_option,
     raise_descriptor_limit,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from vitalsd.sampler import Targets
     from vitalsd.sidecar import Companion, Listeners
     from vitalsd.sources import ProcessEntry
+    from vitalsd.sources.birth import Births
+    from vitalsd.sources.platform import Platform
 
 __all__ = ["replay", "serve"]
 
@@ -43,7 +46,7 @@ P = ParamSpec("P")
 
 
 def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
-    """Until it is `ready`, a command runs without the collector of garbage, which finds none while modules load."""
+    """Until it is ready, see `sidecar.serve`, a command runs without the collector: what is made until then is kept."""
 
     @wraps(command)
     def starting(*args: "P.args", **kwargs: "P.kwargs") -> None:
@@ -115,7 +118,9 @@ def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
 @otlp_options
 @log_format_option
 @_starts
+@click.pass_context
 def serve(
+    context: click.Context,
     pid: int | None,
     name: str | None,
     proc_root: str,
@@ -145,10 +150,8 @@ def serve(
 
     SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one ends it at once.
     """
-    import gc
     import os
 
-    gc.disable()  # until it is ready, see `sidecar.serve`: what is made until then is kept
     from vitalsd.alongside import ReadyFd
 
     try:
@@ -164,7 +167,8 @@ def serve(
             _serve_target(
                 pid,
                 name,
-                proc_root,
+                platform_of(context, proc_root),
+                proc_root != "/proc",
                 (record_interval, retention * 60, black_box),
                 _Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
                 0.0 if exit_with_target else linger,
@@ -180,7 +184,8 @@ def serve(
 def _serve_target(
     pid: int | None,
     name: str | None,
-    proc_root: str,
+    platform: "Platform",
+    poll: bool,
     record: tuple[float, float, bool],
     where: "_Where",
     linger_s: float,
@@ -196,25 +201,24 @@ def _serve_target(
     from vitalsd.runs import RunDirectory
     from vitalsd.sampler import Sampler, Targets
     from vitalsd.sidecar import Companion, end_with, follow
-    from vitalsd.sources import NoSuchProcess, Source, SourceError, list_processes, open_source
+    from vitalsd.sources import NoSuchProcess, Source, SourceError
 
     if pid is not None and name is not None:
         raise click.UsageError("--pid and --name exclude each other")
     interval_s, retention_s, black_box = record
     runs = RunDirectory(runs_path())
     recording = Recording(interval_s, retention_s, runs=runs if black_box else None)
-    poll = proc_root != "/proc"
     watched: Target | None = None
     companions: list[Companion] = []
 
     def open_target() -> Source:
         try:
-            return open_source(find_target(pid, name, proc_root), proc_root=proc_root)
+            return platform.open_source(find_target(pid, name, platform))
         except NoSuchProcess as error:
             raise NoSuchProcess(f"{error}; waiting for one" if name is not None else str(error)) from None
 
     def next_run() -> Sampler:
-        return Sampler(open_target, recording=recording)
+        return Sampler(open_target, recording=recording, platform=platform.name)
 
     if name is None:
         try:
@@ -223,11 +227,11 @@ def _serve_target(
         except SourceError as error:
             raise Failed(str(error)) from None
         watched = Target(found.pid, found.start_key)
-    targets = Targets(next_run(), lambda other: open_source(other, proc_root=proc_root))
+    targets = Targets(next_run(), platform.open_source)
     if name is not None:
-        companions.append(follow(targets, next_run, poll=poll))
+        companions.append(follow(targets, next_run, platform.births(), poll=poll))
     elif pid is not None and watched is not None:
-        companions.append(end_with(watched, linger_s=linger_s, poll=poll))
+        companions.append(end_with(watched, platform.births(), linger_s=linger_s, poll=poll))
 
     async def alive() -> None:
         if isinstance(targets.default, Sampler):
@@ -241,7 +245,7 @@ def _serve_target(
     whom = f"the newest process called {name}" if name else f"process {pid}" if pid else "itself"
     _serve(
         targets,
-        lambda: list_processes(proc_root=proc_root),
+        platform.list_processes,
         runs,
         whom,
         where,
@@ -249,6 +253,7 @@ def _serve_target(
         companions=companions,
         waiting=waiting,
         thread_metrics=thread_metrics,
+        kernel=platform.births(),
     )
 
 
@@ -311,6 +316,7 @@ def _serve(
     companions: "Sequence[Companion]" = (),
     waiting: "ReadyFd | None" = None,
     thread_metrics: int = 256,
+    kernel: "Births | None" = None,
 ) -> None:
     """Listen and serve until a signal ends it."""
     from vitalsd import sidecar
@@ -327,11 +333,10 @@ def _serve(
         directory=directory,
         target=watched,
         token=new_token() if where.token else None,
+        kernel=kernel,
     )
 
     def ready() -> None:
-        gc.freeze()  # what start-up made, so that no look through it makes an answer wait
-        gc.enable()
         for note in (*notes, *service.notes):
             log.warning("%s", note)
         places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]

@@ -8,6 +8,7 @@ from vitalsd.cli.options import (
     find_target,
     name_option,
     pid_option,
+    platform_of,
     proc_root_option,
     raise_descriptor_limit,
 )
@@ -30,7 +31,9 @@ __all__ = ["top"]
 @click.option("--count", type=click.IntRange(1), metavar="N", help="Print N lines instead of the full screen, and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print each answer of /metrics, one a line.")
 @proc_root_option
+@click.pass_context
 def top(
+    context: click.Context,
     pid: int | None,
     name: str | None,
     url: str | None,
@@ -50,7 +53,7 @@ def top(
     import os
     import signal
 
-    from vitalsd.sources import Source, SourceError, open_source
+    from vitalsd.sources import SourceError
     from vitalsd.top import plain, screen
     from vitalsd.top.feed import Feed
     from vitalsd_client.exchange import ExchangeError
@@ -62,13 +65,12 @@ def top(
         raise click.UsageError("--pid and --name exclude each other")
     raise_descriptor_limit()
 
+    platform = platform_of(context, proc_root)
+
     def find() -> int:
-        found = find_target(pid, name, proc_root)
+        found = find_target(pid, name, platform)
         assert found is not None
         return found
-
-    def open_target(found: int) -> Source:
-        return open_source(found, proc_root=proc_root)
 
     full_screen = screen.fits() and count is None and not as_json
     try:
@@ -76,7 +78,7 @@ def top(
             pid = _watched()
         feed = Feed(
             find,
-            open_target,
+            platform.open_source,
             interval_s=interval,
             first_s=0.25 if full_screen else interval,
             url=url,

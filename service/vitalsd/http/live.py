@@ -19,7 +19,7 @@ from vitalsd.http.exposition import Form, Scrape, expose, negotiate
 from vitalsd.http.problem import problem
 from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery, given
 from vitalsd.sampler import Busy, Stream, Target, Targets
-from vitalsd.sources import ProcessEntry, SourceError, platform_name
+from vitalsd.sources import ProcessEntry, SourceError
 from vitalsd.wire import Labels, encode, iso, os_version, unavailable
 from vitalsd.worker import Worker
 
@@ -61,7 +61,7 @@ def live_routes(
                 if measurement is None:
                     measurement = await target.window(query.window_ms, extras=query.detail == "full")
         except SourceError as error:
-            return failed(error)
+            return failed(error, targets.default.platform)
         return JSON(
             encode(
                 measurement,
@@ -85,7 +85,7 @@ def live_routes(
                 target = await stack.enter_async_context(targets.target(query.pid))
                 identity = await target.identity()
             except SourceError as error:
-                return failed(error)
+                return failed(error, targets.default.platform)
             windows = Stream(target, query.interval_ms)
             streams.add(windows)
             kept = stack.pop_all()
@@ -106,7 +106,7 @@ def live_routes(
                         )
                         yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)
                 except SourceError as error:
-                    yield b"event: unavailable\ndata: %b\n\n" % unavailable(error)
+                    yield b"event: unavailable\ndata: %b\n\n" % unavailable(error, targets.default.platform)
                 finally:
                     streams.discard(windows)
                     await windows.close()
@@ -118,7 +118,7 @@ def live_routes(
         try:
             entries = await asyncio.wrap_future(reader.submit(lambda: list(list_processes())))
         except SourceError as error:
-            return failed(error)
+            return failed(error, targets.default.platform)
         return JSON(
             [
                 {
@@ -177,7 +177,7 @@ async def _info(target: Target) -> dict[str, Any]:
     return {
         "version": version("vitalsd"),
         "python": platform.python_version(),
-        "platform": platform_name(),
+        "platform": target.platform,
         "os_version": os_version(),
         "arch": platform.machine(),
         "cpu_count": os.cpu_count() or 1,

@@ -31,7 +31,7 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
             await targets.default.identity()
         except SourceError as error:
             if targets.default.record is None:
-                return failed(error)
+                return failed(error, targets.default.platform)
         record = targets.default.record
         if record is None:
             raise NotRecording("nothing is being recorded (--record-interval 0)")

@@ -25,7 +25,7 @@ from vitalsd.record import Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
 from vitalsd.sampler import Targets
 from vitalsd.snapshot import Identity
-from vitalsd.sources import SourceError, platform_name
+from vitalsd.sources import SourceError
 from vitalsd.wire import encode, unavailable
 from vitalsd.worker import Worker
 from vitalsd_client.archive import (
@@ -74,7 +74,8 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
                 failures.append(Failure(PREVIOUS_RUN, reason))
             elif crashed is not None:
                 members[PREVIOUS_RUN] = content
-        bundle = await read(lambda: _bundle(triggered, members, failures, identity))
+        platform = targets.default.platform
+        bundle = await read(lambda: _bundle(triggered, members, failures, platform))
         content = await read(bundle.zip)
         # Once it has been sent. Whether a client that hung up in the middle has it, uvicorn does not tell.
         sent = None if runs is None or crashed is None else BackgroundTask(read, lambda: _mark(runs, crashed))
@@ -123,7 +124,7 @@ async def _metrics(targets: Targets, window_ms: int) -> tuple[Identity | None, b
                     raise
         return identity, encode(measurement, identity, requested_ms=window_ms), None
     except SourceError as error:
-        return identity, unavailable(error), str(error)
+        return identity, unavailable(error, target.platform), str(error)
 
 
 def _recorded(record: Record, seconds: int) -> tuple[bytes, bytes]:
@@ -152,9 +153,7 @@ def _mark(runs: RunDirectory, run: Run) -> None:
         runs.mark_reported(run)
 
 
-def _bundle(
-    triggered: datetime, members: dict[str, bytes], failures: list[Failure], identity: Identity | None
-) -> Bundle:
+def _bundle(triggered: datetime, members: dict[str, bytes], failures: list[Failure], platform: str) -> Bundle:
     report_id, submitted = new_report_id(), datetime.now(UTC)
     about = metadata(
         app=APP,
@@ -164,6 +163,6 @@ def _bundle(
         triggered=triggered,
         submitted=submitted,
         description="",
-        platform=identity.platform if identity else platform_name(),
+        platform=platform,
     )
     return seal(APP, report_id, submitted, {METADATA: about, **members}, failures)
