@@ -18,7 +18,7 @@ from vitalsd_client.places import NoSidecar, Sidecar, locate
 
 __all__ = ["Feed"]
 
-SHUN_S = 30.0
+SHUN_S = 10.0
 """A sidecar that lives and does not answer is left alone so long, where the target can be read without it."""
 
 

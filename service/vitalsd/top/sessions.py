@@ -138,14 +138,18 @@ class Remote:
             if now_s > uptime_s:
                 yield sample
             if recorded:
-                yield from self._notes(self._json("/history", {"seconds": NOTES_S, "top": 0}))
+                yield from self._latest()
                 # No news: the recorder is slower than we are, or it has stopped.
                 if now_s == uptime_s and (ended := (self._json("/info")["recorder"] or {}).get("ended")):
+                    yield from self._latest()
                     raise TargetGone(ended)
             uptime_s = now_s
             due = max(due + self._interval_s, time.monotonic())
             if not pause(due):
                 return
+
+    def _latest(self) -> list[Note]:
+        return self._notes(self._json("/history", {"seconds": NOTES_S, "top": 0}))
 
     def _subject(self, target: dict[str, Any]) -> Subject:
         return Subject(int(target["pid"]), str(target["name"]), str(target["start_id"]), self._via)
