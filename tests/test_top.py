@@ -360,13 +360,15 @@ def test_a_sidecar_by_its_url_restarts(tmp_path: Path, start: Start) -> None:
 def test_a_sidecar_that_hangs_is_done_without(tmp_path: Path, start: Start) -> None:
     """A sidecar that is stopped while it is asked costs a few seconds and not the view."""
     target = start("--burn", "30")
-    with serving(tmp_path, "--pid", str(target.pid), "--no-tcp", "--record-interval", "0.2") as (sidecar, _):
-        with top("--pid", str(target.pid), directory=tmp_path) as view:
-            view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
-            sidecar.send_signal(signal.SIGSTOP)
-            view.until(lambda text: "sampled directly" in text and rows(text)[:1] == ["burn-0"])
-            view.press("q")
-            assert view.end() == 0
+    with (
+        serving(tmp_path, "--pid", str(target.pid), "--no-tcp", "--record-interval", "0.2") as (sidecar, _),
+        top("--pid", str(target.pid), directory=tmp_path) as view,
+    ):
+        view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
+        sidecar.send_signal(signal.SIGSTOP)
+        view.until(lambda text: "sampled directly" in text and rows(text)[:1] == ["burn-0"])
+        view.press("q")
+        assert view.end() == 0
 
 
 def test_of_no_arguments_the_newest_sidecar_is_meant(tmp_path: Path, start: Start) -> None:
