@@ -125,7 +125,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 "Half a second, the process alone", 'curl -s "$URL/metrics?window_ms=500" | jq .process.cpu_percent'
             ),
             Sample("At once, from the record", 'curl -s "$URL/metrics?mode=trailing&window_ms=5000" | jq .process'),
-            Sample("Do the books balance?", 'curl -s "$URL/metrics?detail=full" | jq .accounting'),
+            Sample("The books, which balance", 'curl -s "$URL/metrics?detail=full" | jq .accounting'),
             Sample(
                 "As a scraper sees it", "curl -s -H 'Accept: text/plain' \"$URL/metrics\" | grep ^process_cpu_seconds"
             ),
@@ -140,8 +140,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         unavailable=True,
         samples=(
             Sample(
-                "CPU five times a second",
-                'timeout 2 curl -sN "$URL/stream?interval_ms=200" | sed -un "s/^data: //p" | jq .process.cpu_percent',
+                "CPU five times a second, for two seconds",
+                'curl -sN -m 2 "$URL/stream?interval_ms=200"'
+                " | jq --unbuffered -rR 'select(startswith(\"data: \")) | .[6:] | fromjson | .process.cpu_percent'",
             ),
         ),
     ),
@@ -216,7 +217,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         listed=True,
         example=[RUN],
         samples=(
-            Sample("What crashed?", 'curl -s "$URL/runs" | jq -c \'.[] | select(.state == "crashed") | {id, name}\''),
+            Sample("What crashed", 'curl -s "$URL/runs" | jq -c \'.[] | select(.state == "crashed") | {id, name}\''),
         ),
     ),
     ("get", "/runs/{run_id}/history"): Operation(
@@ -260,7 +261,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         answer="It answers.",
         models=(bodies.Health,),
         example={"status": "ok"},
-        samples=(Sample("Is it there?", 'curl -s "$URL/healthz" | jq -r .status'),),
+        samples=(Sample("Is it alive", 'curl -s "$URL/healthz" | jq -r .status'),),
     ),
     ("get", "/info"): Operation(
         description="What one asks first.",
