@@ -52,13 +52,12 @@ def start(program: Program, *arguments: str, env: dict[str, str]) -> subprocess.
 
 @pytest.fixture(scope="module")
 def healthy(
-    simulated_libsystem: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[int, str, str, list[str]]]:
     """Status, output, errors and what is left on disk of one run on each platform, run side by side."""
     programs = {"native": HERE}
     if SIMULATED:
-        script = str(Path(as_platform.__file__))
-        programs["simulated"] = (sys.executable, "-P", script, str(simulated_libsystem), "none")
+        programs["simulated"] = as_platform.program(request.getfixturevalue("simulated_libsystem"))
     directories = {name: tmp_path_factory.mktemp("doctor") for name in programs}
     running = {
         name: start(program, "--json", "--soak", "1", env=environment(directories[name]))
