@@ -114,6 +114,12 @@ class Edge:
         self.url = self._sidecar.endpoint.url or ""
         self.socket = self._sidecar.endpoint.socket or ""
 
+    @property
+    def answered(self) -> int:
+        """Requests that were answered or refused, by whatever part of it."""
+        assert self._sidecar._server is not None
+        return self._sidecar._server.server_state.total_requests
+
     def _run(self) -> None:
         def ready() -> None:
             self._started.set_result(asyncio.get_running_loop())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lives import SECOND_NS, Process, lives
 from test_record import record_of
-from vitalsd.history import history, read_history
+from vitalsd.history import MAX_CELLS, MAX_ROWS, history, read_history
 from vitalsd.snapshot import Snapshot
 
 
@@ -106,3 +106,34 @@ def test_csv_is_a_table_that_hostile_names_cannot_break() -> None:
     assert row[6] == "50.0"
     assert row[-1] == "missed: 3 snapshots"
     assert "\x1b" not in text
+
+
+def test_more_rows_than_an_answer_has_are_put_together() -> None:
+    """A long record comes in longer rows, at most 10 000, and no CPU time is lost by it."""
+    process = Process()
+    snapshots = [process.snapshot()]
+    for _ in range(MAX_ROWS + 500):
+        process.pass_time(10_000_000, [1000])
+        snapshots.append(process.snapshot())
+    table = history(record_of(snapshots))
+    assert MAX_ROWS // 4 < len(table.elapsed_ns) <= MAX_ROWS
+    assert sum(table.elapsed_ns) == snapshots[-1].monotonic_ns - snapshots[0].monotonic_ns
+    assert sum(table.cpu_ns) == 1000 * (len(snapshots) - 1)
+
+
+def test_more_threads_than_an_answer_has_are_left_out_and_it_says_so() -> None:
+    """Rows times threads are bounded: the idlest threads go, and `truncated` is in the answer then alone."""
+    process = Process(threads={(tid, 1): ("", 0) for tid in range(1, 3001)})
+    snapshots = [process.snapshot()]
+    for _ in range(400):
+        process.pass_time(SECOND_NS, [5, 9])
+        snapshots.append(process.snapshot())
+    record = record_of(snapshots)
+    table = history(record, top=20_000)
+    assert table.truncated
+    assert len(table.threads) == MAX_CELLS // len(snapshots)
+    assert [thread.tid for thread in table.threads[:2]] == [2, 1]
+    body = table.to_json()
+    assert len(body) < 10 << 20
+    assert json.loads(body)["truncated"] is True
+    assert "truncated" not in json.loads(history(record, top=50).to_json())

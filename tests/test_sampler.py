@@ -10,7 +10,7 @@ import pytest
 
 from snapshots import IDENTITY, snapshot
 from vitalsd.recorder import Recording
-from vitalsd.sampler import Busy, Sampler, Targets, sample
+from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, Busy, Sampler, Stream, Targets, sample
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import NoSuchProcess, Source, TargetGone
 
@@ -113,6 +113,81 @@ def test_windows_one_after_the_other_do_not_share_their_time() -> None:
         second = await sampler.window(50)
         assert second.first.monotonic_ns >= first.last.monotonic_ns - 2_500_000
         assert second.last is not first.last
+        await sampler.close()
+
+    run(main())
+
+
+def test_a_crowd_that_drops_in_one_by_one_shares_too() -> None:
+    """However many ask for windows of one length, and whenever they do, a few dozen are open and nobody is refused."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        asking, most = [], 0
+        for _ in range(400):
+            asking.append(asyncio.ensure_future(sampler.window(1000)))
+            await asyncio.sleep(0.002)
+            most = max(most, len(sampler._windows))
+        answers = await asyncio.gather(*asking)
+        assert most <= CROWD + 2 * SHARE_PART
+        assert source.snapshots <= 2 * most + 10
+        assert all(m.elapsed_ns > 900_000_000 for m in answers)
+        await sampler.close()
+
+    run(main())
+
+
+def test_windows_that_have_nothing_in_common_are_bounded() -> None:
+    """The 65th different window is refused, whoever asks for one that is open is not, and later there is room."""
+
+    async def main() -> None:
+        sampler = Sampler(CountingSource)
+        open_ones = [asyncio.ensure_future(sampler.window(500 + i)) for i in range(MAX_WINDOWS)]
+        while len(sampler._windows) < MAX_WINDOWS:
+            await asyncio.sleep(0.001)
+        with pytest.raises(Busy, match="64 different windows"):
+            await sampler.window(400)
+        await asyncio.gather(*open_ones)
+        await sampler.window(10)
+        await sampler.close()
+
+    run(main())
+
+
+def test_a_slow_kernel_is_not_asked_again_before_it_has_answered() -> None:
+    """While one snapshot is being taken at most one more waits for its turn, however many callers come."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        await sampler.identity()
+        source.may_answer.clear()
+        asking = []
+        for _ in range(50):
+            asking.append(asyncio.ensure_future(sampler.window(10)))
+            await asyncio.sleep(0.002)
+        assert sampler._worker.pending <= 1
+        source.may_answer.set()
+        await asyncio.gather(*asking)
+        await sampler.close()
+
+    run(main())
+
+
+def test_a_stream_misses_a_window_that_there_is_no_room_for() -> None:
+    """Whoever was let in stays: it goes on when there is room again, and counts what it missed."""
+
+    async def main() -> None:
+        sampler = Sampler(CountingSource)
+        crowd = [asyncio.ensure_future(sampler.window(600 + i)) for i in range(MAX_WINDOWS)]
+        while len(sampler._windows) < MAX_WINDOWS:
+            await asyncio.sleep(0.001)
+        stream = Stream(sampler, 20)
+        assert (await anext(stream)).elapsed_ns > 0
+        assert stream.dropped > 0
+        await asyncio.gather(*crowd)
+        await stream.close()
         await sampler.close()
 
     run(main())

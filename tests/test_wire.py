@@ -15,7 +15,7 @@ from snapshots import IDENTITY, SECOND, pairs, snapshot, with_extras
 from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 from vitalsd.snapshot import Extras, Measurement, Snapshot, measure
 from vitalsd.sources import AccessDenied, TargetGone
-from vitalsd.wire import Detail, Sort, encode, iso, unavailable
+from vitalsd.wire import MAX_BYTES, MAX_THREADS, Detail, Sort, encode, iso, unavailable
 
 details = st.sampled_from(["basic", "full"])
 sorts = st.sampled_from(["tid", "cpu", "name"])
@@ -183,7 +183,7 @@ def test_every_answer_reads_back_through_the_model(
     answer = parse_runtime_metrics(body)
     assert type(answer) is (FullMetrics if detail == "full" else Measured)
     written = json.loads(body)
-    dumped = json.loads(answer.model_dump_json(by_alias=True))
+    dumped = json.loads(answer.model_dump_json(by_alias=True, exclude_unset=True))
     if detail == "full":
         for part, key in (("target", "started_at"), ("window", "started_at"), ("window", "ended_at")):
             dumped[part][key] = written[part][key]
@@ -239,6 +239,40 @@ def test_those_who_share_a_measurement_share_the_bytes() -> None:
     m = full_measurement()
     assert encode(m, IDENTITY, requested_ms=1000) is encode(m, IDENTITY, requested_ms=1000)
     assert encode(m, IDENTITY, requested_ms=1000, limit=1) != encode(m, IDENTITY, requested_ms=1000)
+
+
+def of_many_threads(count: int, name: str) -> Measurement:
+    """The thread with the highest tid burnt the most."""
+    tids = range(1, count + 1)
+    first = with_extras(snapshot(SECOND, [(tid, 1, 0) for tid in tids], names=(name,) * count))
+    return measure(first, with_extras(snapshot(2 * SECOND, [(tid, 1, tid) for tid in tids], names=first.names)))
+
+
+@pytest.mark.parametrize("detail", ["basic", "full"])
+@pytest.mark.parametrize(("name", "least"), [("x", MAX_THREADS), ("\u202e" * 64, 7000)])
+def test_an_answer_has_so_many_threads_and_bytes_and_no_more(detail: Detail, name: str, least: int) -> None:
+    """Beyond 20 000 threads or 8 MiB the idlest are left out; the answer says so, and stays what readers know."""
+    m = of_many_threads(MAX_THREADS + 1000, name)
+    body = encode(m, IDENTITY, requested_ms=1000, detail=detail)
+    assert len(body) <= MAX_BYTES
+    answer = parse_runtime_metrics(body)
+    assert isinstance(answer, Measured)
+    assert answer.truncated
+    assert least <= len(answer.threads) <= MAX_THREADS
+    tids = [thread.tid for thread in answer.threads]
+    assert tids == list(range(MAX_THREADS + 1001 - len(tids), MAX_THREADS + 1001))
+    if isinstance(answer, FullMetrics):
+        assert f"only the busiest {len(tids)} of 21000 threads are shown" in answer.warnings
+    else:
+        assert list(json.loads(body)) == [*BASIC, "truncated"]
+
+
+def test_a_basic_answer_that_was_not_cut_for_its_size_has_the_four_keys_alone() -> None:
+    """Whoever asks for a limit knows; and readers that know four keys get four."""
+    m = of_many_threads(MAX_THREADS, "x")
+    for limit in (None, 1, 0):
+        assert list(read(m, limit=limit)) == list(BASIC)
+    assert read(m, limit=1, detail="full")["truncated"] is True
 
 
 def test_unavailable_is_the_other_variant() -> None:

@@ -167,7 +167,7 @@ class BugReport:
             self._window_ms, self._mode, url=self._url, socket=self._socket, pid=self._pid, direct=self._direct
         )
         self._platform = metrics.platform
-        members = {METRICS: metrics.model_dump_json(by_alias=True).encode()}
+        members = {METRICS: metrics.model_dump_json(by_alias=True, exclude_unset=True).encode()}
         failures = [Failure(METRICS, metrics.reason)] if isinstance(metrics, Unavailable) else []
         if past is not None and past.wait(deadline - time.monotonic()):
             found, missing = past.result()

@@ -19,6 +19,11 @@ from vitalsd.wire import DECIMALS, iso, printable
 
 __all__ = ["History", "ThreadHistory", "history", "read_history"]
 
+MAX_ROWS = 10_000
+"""More of them are put together into longer ones."""
+MAX_CELLS = 1_000_000
+"""Rows times threads, some 8 MiB of JSON; the idlest threads are left out."""
+
 ThreadKey = tuple[int, int]
 """tid and birth."""
 
@@ -45,6 +50,8 @@ class History:
     vm_bytes: Sequence[int]
     thread_count: Sequence[int]
     threads: Sequence[ThreadHistory]
+    truncated: bool
+    """Threads that were asked for are left out."""
     marks: Sequence[Mark]
     events: Sequence[Event]
 
@@ -77,6 +84,8 @@ class History:
                 for event in self.events
             ],
         }
+        if self.truncated:
+            body["truncated"] = True
         return json.dumps(body, separators=(",", ":")).encode()
 
     def to_csv(self) -> bytes:
@@ -141,12 +150,16 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     The rows of `record` that end after monotonic `since_ns`.
 
     Args:
-        top: how many threads to show: those that burnt most in the time shown.
-        step_ns: at least so long a time per row; 0 shows every snapshot.
+        top: how many threads to show: those that burnt most in the time shown; less if they fill `MAX_CELLS`.
+        step_ns: at least so long a time per row; 0 shows every snapshot, up to `MAX_ROWS`.
     """
     rows = _rows(record.segments(), since_ns, step_ns)
+    if len(rows) > MAX_ROWS + 1:
+        step_ns = (rows[-1]["monotonic_ns"] - rows[0]["monotonic_ns"]) // MAX_ROWS + 1
+        rows = _rows(record.segments(), since_ns, step_ns)
     totals = _totals(rows)
-    busiest = sorted(totals, key=lambda key: (-totals[key], key))[:top]
+    fitting = MAX_CELLS // max(1, len(rows))
+    busiest = sorted(totals, key=lambda key: (-totals[key], key))[: min(top, fitting)]
     columns = _columns(rows, busiest)
     names = {key: name for row in rows for key, name in _names(row.segment).items()} if busiest else {}
     ends, starts = rows[1:], rows[:-1]
@@ -160,6 +173,7 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
         vm_bytes=[row["vm_bytes"] for row in ends],
         thread_count=[len(row.segment.head.tids) for row in ends],
         threads=[ThreadHistory(key[0], names[key], totals[key], columns[key]) for key in busiest],
+        truncated=fitting < min(top, len(totals)),
         marks=[mark for mark in list(record.marks) if mark.wall_ns >= since_wall_ns],
         events=[event for event in list(record.events) if event.wall_ns >= since_wall_ns],
     )

@@ -73,6 +73,11 @@ class Measured(_Wire):
     process: ProcessMetrics
     threads: tuple[ThreadMetrics, ...]
     platform: Platform
+    truncated: bool = Field(
+        default=False,
+        description="The sidecar had to leave out threads, the idlest ones: more than 20 000, or 8 MiB, in one answer. "
+        "The basic answer has this key then and only then.",
+    )
 
 
 class Unavailable(_Wire):
@@ -178,7 +183,7 @@ class FullMetrics(Measured):
     accounting: Accounting
     resolution: Resolution
     host: Host
-    truncated: bool = Field(description="The list of threads was cut by limit=.")
+    truncated: bool = Field(description="The list of threads was cut, by limit= or for its size.")
     warnings: tuple[str, ...]
 
 

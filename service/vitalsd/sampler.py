@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from vitalsd.record import Mark, Record
@@ -27,6 +28,12 @@ SHARE_NS = 10_000_000
 """A snapshot this young serves another window too ..."""
 SHARE_PART = 20
 """... unless that is more than 1/20 of the window."""
+CROWD = 8
+"""With so many windows of one target open, any snapshot within 1/20 of the window will do, and ..."""
+CROWD_NS = 5_000_000
+"""... one this young, or as young as half the window."""
+MAX_WINDOWS = 64
+"""Of one target at once, that began or end apart from each other. Who asks for the same ones costs none."""
 STREAM_QUEUE = 16
 """Measurements that wait for a slow reader of a stream; then the oldest is dropped."""
 
@@ -92,9 +99,7 @@ class Sampler:
         self._closed = False
         self._identity: Identity | None = None
         self._last: Snapshot | None = None
-        self._pending: asyncio.Future[Snapshot] | None = None
-        self._pending_since_ns = 0
-        self._pending_extras = False
+        self._pending: _Pending | None = None
         self._windows: dict[tuple[Snapshot, int, bool], asyncio.Task[Measurement]] = {}
         self.recorder: Recorder | None = None
         self.snapshots_taken = 0
@@ -126,14 +131,17 @@ class Sampler:
 
         Raises:
             SourceError: the target cannot be read, or exited inside the window.
+            Busy: too many windows that have nothing in common are open.
         """
         await self.identity()
         window_ns = window_ms * 1_000_000
-        slack_ns = min(SHARE_NS, window_ns // SHARE_PART)
+        slack_ns = self._slack_ns(window_ns)
         first = await self._snapshot(time.monotonic_ns() - slack_ns, extras)
         key = (first, window_ms, extras)
         task = self._windows.get(key)
         if task is None:
+            if len(self._windows) >= MAX_WINDOWS:
+                raise Busy(f"{MAX_WINDOWS} different windows of this process are open already")
             task = asyncio.create_task(self._finish(first, window_ns, slack_ns, extras))
             self._windows[key] = task
             task.add_done_callback(lambda task: self._finished(key, task))
@@ -182,6 +190,16 @@ class Sampler:
         if not task.cancelled():
             task.exception()  # looked at, or asyncio logs it when all who asked have left
 
+    def _slack_ns(self, window_ns: int) -> int:
+        """
+        How far a snapshot may lie from where a window begins or ends.
+
+        Windows of one length have then at most `CROWD` + 2 * `SHARE_PART` beginnings, however many ask.
+        """
+        if len(self._windows) < CROWD:
+            return min(SHARE_NS, window_ns // SHARE_PART)
+        return max(window_ns // SHARE_PART, min(CROWD_NS, window_ns // 2))
+
     async def _finish(self, first: Snapshot, window_ns: int, slack_ns: int, extras: bool) -> Measurement:
         end_ns = first.monotonic_ns + window_ns
         await asyncio.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
@@ -193,17 +211,17 @@ class Sampler:
         if last is not None and last.monotonic_ns >= not_before_ns and (last.extras is not None or not extras):
             return last
         pending = self._pending
-        if pending is None or self._pending_since_ns < not_before_ns or extras > self._pending_extras:
-            pending = asyncio.wrap_future(self._worker.submit(lambda: self._take(extras)))
-            pending.add_done_callback(self._settled)
-            self._pending, self._pending_since_ns, self._pending_extras = pending, time.monotonic_ns(), extras
-        return await asyncio.shield(pending)
+        if pending is None or extras > pending.extras or not pending.is_after(not_before_ns):
+            pending = self._pending = _Pending(extras)
+            pending.future = asyncio.wrap_future(self._worker.submit(partial(self._take_pending, pending)))
+            pending.future.add_done_callback(partial(self._settled, pending))
+        return await asyncio.shield(pending.future)
 
-    def _settled(self, pending: asyncio.Future[Snapshot]) -> None:
+    def _settled(self, pending: "_Pending", future: asyncio.Future[Snapshot]) -> None:
         if self._pending is pending:
             self._pending = None
-        if not pending.cancelled():
-            pending.exception()  # retrieved here, so that one nobody waits for any more is not logged as lost
+        if not future.cancelled():
+            future.exception()  # retrieved here, so that one nobody waits for any more is not logged as lost
 
     # On the sampler's thread
 
@@ -215,6 +233,10 @@ class Sampler:
             self.recorder = Recorder(identity, self._recording)
             self._worker.every(self.recorder.interval_ns, self._beat)
         return identity
+
+    def _take_pending(self, pending: "_Pending") -> Snapshot:
+        pending.since_ns = time.monotonic_ns()
+        return self._take(pending.extras)
 
     def _take(self, extras: bool) -> Snapshot:
         assert self._source is not None
@@ -245,6 +267,19 @@ class Sampler:
         self._closed = True
         if self._source is not None:
             self._source.close()
+
+
+class _Pending:
+    """A snapshot that has been asked for. Until it is begun, it is later than whatever anybody wants it to be."""
+
+    def __init__(self, extras: bool) -> None:
+        self.extras = extras
+        self.since_ns: int | None = None
+        self.future: asyncio.Future[Snapshot]
+
+    def is_after(self, not_before_ns: int) -> bool:
+        since_ns = self.since_ns
+        return since_ns is None or since_ns >= not_before_ns
 
 
 class Stream:
@@ -287,7 +322,12 @@ class Stream:
     async def _produce(self) -> None:
         try:
             while True:
-                measurement = await self._target.window(self._interval_ms)
+                try:
+                    measurement = await self._target.window(self._interval_ms)
+                except Busy:  # whoever was let in stays, and misses one
+                    self.dropped += 1
+                    await asyncio.sleep(self._interval_ms / 1000)
+                    continue
                 self.dropped += len(self._waiting) == STREAM_QUEUE
                 self._waiting.append(measurement)
                 self._news.set()

@@ -9,7 +9,7 @@ bidirectional marks in a thread's name reach nobody's terminal unescaped.
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii as quote
 from operator import add
@@ -22,6 +22,10 @@ __all__ = ["Detail", "Labels", "Sort", "encode", "iso", "os_version", "printable
 
 Detail = Literal["basic", "full"]
 Sort = Literal["tid", "cpu", "name"]
+
+MAX_THREADS = 20_000
+MAX_BYTES = 8 << 20
+"""Of one answer. What does not fit is left out, the idlest threads first, and the answer says so."""
 
 DECIMALS = 3
 """Of every percentage: 0.001 % of a second is 10 µs, finer than any clock is read here."""
@@ -108,15 +112,35 @@ def encode(
     body = measurement.encoded.get(key)
     if body is None:
         order = _order(measurement, sort, limit)
-        if detail == "basic":
-            constant = (labels or Labels()).of(measurement.last.tids, measurement.last.names)
-            body = _basic(measurement, identity, order, constant)
-        else:
-            full = _full(measurement, identity, order, requested_ms, mode)
+        constant = (labels or Labels()).of(measurement.last.tids, measurement.last.names) if detail == "basic" else []
+
+        def render(shown: Sequence[int]) -> bytes:
+            cut = len(shown) < len(order)
+            if detail == "basic":
+                return _basic(measurement, identity, shown, constant, cut=cut)
+            full = _full(measurement, identity, shown, requested_ms, mode)
             full["warnings"] += warnings
-            body = json.dumps(full, separators=(",", ":")).encode()
+            if cut:
+                full["warnings"].append(f"only the busiest {len(shown)} of {len(order)} threads are shown")
+            return json.dumps(full, separators=(",", ":")).encode()
+
+        body = _fitting(measurement, order, render)
         measurement.encoded[key] = body
     return body
+
+
+def _fitting(m: Measurement, order: Sequence[int], render: Callable[[Sequence[int]], bytes]) -> bytes:
+    """`render` with as many threads of `order` as there may be, the busiest ones, still in that order."""
+    most = MAX_THREADS
+    while True:
+        shown = order
+        if len(order) > most:
+            busiest = set(sorted(order, key=lambda i: -m.thread_cpu_ns[i])[:most])
+            shown = [i for i in order if i in busiest]
+        body = render(shown)
+        if len(body) <= MAX_BYTES or not shown:
+            return body
+        most = len(shown) * MAX_BYTES // len(body) * 9 // 10
 
 
 def _order(m: Measurement, sort: Sort, limit: int | None) -> Sequence[int]:
@@ -128,7 +152,7 @@ def _order(m: Measurement, sort: Sort, limit: int | None) -> Sequence[int]:
     return threads if limit is None else threads[:limit]
 
 
-def _basic(m: Measurement, identity: Identity, order: Sequence[int], labels: list[str]) -> bytes:
+def _basic(m: Measurement, identity: Identity, order: Sequence[int], labels: list[str], *, cut: bool) -> bytes:
     percent = 100 / m.elapsed_ns
     values = [repr(round(ns * percent, DECIMALS)) if ns else "0.0" for ns in m.thread_cpu_ns]
     for i in m.born:
@@ -138,6 +162,7 @@ def _basic(m: Measurement, identity: Identity, order: Sequence[int], labels: lis
         every = list(entries)
         entries = [every[i] for i in order]
     threads = "},".join(entries)
+    truncated = ',"truncated":true' if cut else ""
     return (
         f'{{"sample_window_ms":{_ms(m.elapsed_ns)},'
         f'"process":{{"cpu_percent":{round(m.cpu_ns * percent, DECIMALS)},'
@@ -145,7 +170,7 @@ def _basic(m: Measurement, identity: Identity, order: Sequence[int], labels: lis
         f'"vm_size_kb":{m.last.vm_bytes // 1024},'
         f'"uptime_secs":{round(m.last.uptime_ns / 1e9, DECIMALS)}}},'
         f'"threads":[{threads}{"}" if threads else ""}],'
-        f'"platform":{quote(identity.platform)}}}'
+        f'"platform":{quote(identity.platform)}{truncated}}}'
     ).encode()
 
 

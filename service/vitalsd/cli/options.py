@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vitalsd.cli.completion import processes
+
 if TYPE_CHECKING:
     from typing import IO, Any
 
@@ -26,8 +28,12 @@ __all__ = [
     "runs_path",
 ]
 
-pid_option = click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Target process.")
-name_option = click.option("--name", metavar="NAME", help="Target: your newest process of that name.")
+pid_option = click.option(
+    "--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Target process.", shell_complete=processes
+)
+name_option = click.option(
+    "--name", metavar="NAME", help="Target: your newest process of that name.", shell_complete=processes
+)
 proc_root_option = click.option(
     "--proc-root",
     default="/proc",

@@ -1,6 +1,7 @@
 """``vitalsd serve`` and ``vitalsd replay``: a living process over HTTP, or a dead one."""
 
 import gc
+import logging
 from contextlib import closing
 from dataclasses import dataclass
 from functools import wraps
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import click
 
+from vitalsd.cli.log import log_format_option, logging_as
 from vitalsd.cli.options import (
     Failed,
     Refused,
@@ -22,6 +24,7 @@ from vitalsd.cli.options import (
     raise_descriptor_limit,
     runs_path,
 )
+from vitalsd.cli.otlp import otlp_options, push_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -37,11 +40,13 @@ if TYPE_CHECKING:
 
 __all__ = ["replay", "serve"]
 
+log = logging.getLogger("vitalsd")
+
 P = ParamSpec("P")
 
 
 def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
-    """Until it is `ready`, a command runs without the collector of garbage, which finds none while modules load."""
+    """Until it is ready, see `sidecar.serve`, a command runs without the collector: what is made until then is kept."""
 
     @wraps(command)
     def starting(*args: "P.args", **kwargs: "P.kwargs") -> None:
@@ -110,6 +115,8 @@ def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
     metavar="N",
     help="Of more threads, scrapers see the N with the most CPU time.",
 )
+@otlp_options
+@log_format_option
 @_starts
 @click.pass_context
 def serve(
@@ -131,6 +138,9 @@ def serve(
     linger: float,
     thread_metrics: bool,
     max_thread_metrics: int,
+    otlp: str | None,
+    otlp_interval: float,
+    log_format: str,
 ) -> None:
     """Serve the metrics of a process on http://127.0.0.1:9779 until Ctrl-C.
 
@@ -140,35 +150,35 @@ def serve(
 
     SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one ends it at once.
     """
-    import gc
     import os
 
-    gc.disable()  # until it is ready, see `sidecar.serve`: what is made until then is kept
     from vitalsd.alongside import ReadyFd
 
     try:
         waiting = ReadyFd(ready_fd)
     except OSError as error:
         raise click.UsageError(f"--ready-fd {ready_fd}: {error.strerror}") from None
-    try:
-        if 0 < record_interval < 0.01:
-            raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
-        os.umask(0o077)
-        raise_descriptor_limit()
-        _serve_target(
-            pid,
-            name,
-            platform_of(context, proc_root),
-            proc_root != "/proc",
-            (record_interval, retention * 60, black_box),
-            _Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
-            0.0 if exit_with_target else linger,
-            waiting,
-            max_thread_metrics if thread_metrics else 0,
-        )
-    except click.ClickException as error:
-        waiting.send(error=error.message)
-        raise
+    with logging_as(log_format):
+        try:
+            if 0 < record_interval < 0.01:
+                raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
+            os.umask(0o077)
+            raise_descriptor_limit()
+            _serve_target(
+                pid,
+                name,
+                platform_of(context, proc_root),
+                proc_root != "/proc",
+                (record_interval, retention * 60, black_box),
+                _Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
+                0.0 if exit_with_target else linger,
+                waiting,
+                max_thread_metrics if thread_metrics else 0,
+                None if otlp is None else (otlp, otlp_interval),
+            )
+        except click.ClickException as error:
+            waiting.send(error=error.message)
+            raise
 
 
 def _serve_target(
@@ -181,6 +191,7 @@ def _serve_target(
     linger_s: float,
     waiting: "ReadyFd",
     thread_metrics: int,
+    otlp: tuple[str, float] | None,
 ) -> None:
     import os
 
@@ -227,6 +238,10 @@ def _serve_target(
             await targets.default.responds()
 
     companions.append(Notifier(os.environ, alive).companion)
+    if otlp is not None:
+        push = push_to(*otlp, thread_metrics, targets)
+        companions.append(push.companion)
+        log.info("pushing to %s every %g s", push.url, otlp[1])
     whom = f"the newest process called {name}" if name else f"process {pid}" if pid else "itself"
     _serve(
         targets,
@@ -246,8 +261,9 @@ def _serve_target(
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @host_option
 @port_option
+@log_format_option
 @_starts
-def replay(file: Path, host: str, port: int | None) -> None:
+def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
     """Serve a dead run, from a black box or a bug report, as if it were alive.
 
     FILE is a .sqlite file (see `vitalsd runs`) or the .zip of a report. /history and
@@ -258,22 +274,22 @@ def replay(file: Path, host: str, port: int | None) -> None:
     from vitalsd.sampler import Targets
     from vitalsd.sources import NoSuchProcess, Source
 
-    try:
-        record = load(file)
-    except (UnreadableRun, OSError) as error:
-        raise click.ClickException(str(error)) from None
-
     def nobody(pid: int) -> Source:
         raise NoSuchProcess(f"this is a replay of {file.name}; it has no process {pid}")
 
-    _serve(
-        Targets(Replay(record), nobody),
-        list,
-        RunDirectory(runs_path()),
-        f"a replay of {file.name}",
-        _Where(host, port),
-        published=False,
-    )
+    with logging_as(log_format):
+        try:
+            record = load(file)
+        except (UnreadableRun, OSError) as error:
+            raise Failed(str(error)) from None
+        _serve(
+            Targets(Replay(record), nobody),
+            list,
+            RunDirectory(runs_path()),
+            f"a replay of {file.name}",
+            _Where(host, port),
+            published=False,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,12 +337,10 @@ def _serve(
     )
 
     def ready() -> None:
-        gc.freeze()  # what start-up made, so that no look through it makes an answer wait
-        gc.enable()
         for note in (*notes, *service.notes):
-            click.echo(f"vitalsd: {note}", err=True)
+            log.warning("%s", note)
         places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]
-        click.echo(f"vitalsd: serving {whom} on {' and '.join(filter(None, places))}", err=True)
+        log.info("serving %s on %s", whom, " and ".join(filter(None, places)))
         if waiting is not None:
             file = service.runtime_file
             waiting.send(

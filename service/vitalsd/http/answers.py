@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from fastapi import Response
+from fastapi.responses import JSONResponse
 
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 from vitalsd.wire import unavailable
@@ -19,14 +19,14 @@ STATUS: dict[type[SourceError], int] = {
 }
 
 
-class JSON(Response):
-    """JSON bytes that nobody caches."""
-
-    media_type = "application/json"
+class JSON(JSONResponse):
+    """JSON, of a value or ready as bytes, that nobody caches."""
 
     def __init__(self, content: Any, status_code: int = 200) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content, separators=(",", ":"))
-        super().__init__(body, status_code, {"Cache-Control": "no-store"})
+        super().__init__(content, status_code, {"Cache-Control": "no-store"})
+
+    def render(self, content: Any) -> bytes:
+        return content if isinstance(content, bytes) else json.dumps(content, separators=(",", ":")).encode()
 
 
 def failed(error: SourceError, platform: str) -> JSON:

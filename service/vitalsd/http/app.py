@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
 from vitalsd.http import problem
 from vitalsd.http.bounds import Bounds
@@ -21,6 +22,17 @@ from vitalsd.worker import Worker
 __all__ = ["create_app"]
 
 MAX_BODY_BYTES = 4096
+NO_TELEMETRY: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+"""
+FastAPI would trace and count our requests into the providers of the host program, and, told so by the
+environment alone, send them away.
+"""
 
 
 def create_app(
@@ -52,6 +64,7 @@ def create_app(
         openapi_url=None,  # FastAPI's own would build every schema while the service starts; see http/docs.py
         redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
         lifespan=lifespan,
+        telemetry=NO_TELEMETRY,
     )
     routers = [
         live_routes(targets, list_processes, reader, thread_metrics=thread_metrics),

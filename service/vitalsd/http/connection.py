@@ -12,6 +12,8 @@ import os
 import resource
 import socket
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -31,6 +33,8 @@ WRITE_S = 10.0
 """In so long a client takes all that waits for it, or at least ..."""
 WRITE_BYTES = 64 * 1024
 """... so much of it."""
+STALLED_S = 0.05
+"""Whoever has been silent for so long may have to make way; before that its request may be about to be read."""
 MAX_CONNECTIONS = 1024
 
 
@@ -43,12 +47,14 @@ class Room:
 
     Args:
         limit: of connections.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = limit
+        self._clock = clock
         self._present: set[Connection] = set()
-        self._owing: dict[Connection, None] = {}
+        self._owing: dict[Connection, float] = {}
 
     @classmethod
     def fitting(cls) -> "Room":
@@ -63,8 +69,8 @@ class Room:
     def enter(self, connection: "Connection") -> bool:
         """Take it in; ``False`` if there is no room."""
         if len(self._present) >= self.limit:
-            stalled = next(iter(self._owing), None)
-            if stalled is None:
+            stalled, since = next(iter(self._owing.items()), (None, 0.0))
+            if stalled is None or self._clock() - since < STALLED_S:
                 return False
             self.leave(stalled)
             stalled.transport.abort()
@@ -79,7 +85,7 @@ class Room:
     def owes(self, connection: "Connection", owing: bool) -> None:
         """Whether it owes a request, or is owed an answer."""
         if owing and connection in self._present:
-            self._owing.setdefault(connection)
+            self._owing.setdefault(connection, self._clock())
         else:
             self._owing.pop(connection, None)
 

@@ -14,18 +14,19 @@ MAX_KINDS = 64
 
 class Sparing(logging.LoggerAdapter[logging.Logger]):
     """
-    A logger that says one line of a kind a second, with a traceback one a minute, and how many it left out.
+    A logger of errors: one line of a kind a second, with a traceback one a minute, and how many it left out.
 
     Whoever is at the other end of a connection decides how often a thing happens: a line each would
-    fill a disk, and a pipe that nobody reads would stop the service.
+    fill a disk, and a pipe that nobody reads would stop the service. What a client did wrong is no
+    error of ours; it is told so, and not logged at all.
 
     Args:
         logger: says it.
         clock: monotonic seconds.
     """
 
-    level = logging.WARNING
-    """uvicorn compares it, to see whether to trace every connection."""
+    level = logging.ERROR
+    """uvicorn looks at it too, to see whether to trace every connection."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(logger)
@@ -33,6 +34,8 @@ class Sparing(logging.LoggerAdapter[logging.Logger]):
         self._kinds: dict[tuple[str, type], tuple[float, int]] = {}
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if level < self.level:
+            return
         error = kwargs.get("exc_info")
         left_out = self._due(str(msg), error)
         if left_out is not None:
@@ -48,7 +51,7 @@ class Sparing(logging.LoggerAdapter[logging.Logger]):
         """
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            self.warning("out of file descriptors: new connections wait")
+            self.error("out of file descriptors: new connections wait")
         elif self._due(context["message"], error) is not None:
             loop.default_exception_handler(context)
 
