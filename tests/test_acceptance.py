@@ -59,9 +59,9 @@ class Session:
 
 
 @pytest.fixture(scope="module", params=KERNELS)
-def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+def session(request: pytest.FixtureRequest, module_path: Path) -> Iterator[Session]:
     """One session, over the running kernel and over the simulated one."""
-    directory = tmp_path_factory.mktemp("session")
+    directory = module_path / request.param
     simulated = request.param == "simulated"
     program = as_platform.program(request.getfixturevalue("simulated_libsystem")) if simulated else VITALSD
     platform = "macos" if simulated or sys.platform == "darwin" else "linux"
