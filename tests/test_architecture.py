@@ -180,3 +180,11 @@ def test_design_names_every_module() -> None:
     for file in SERVICE.rglob("*.py"):
         if file.name not in ("__init__.py", "__main__.py"):
             assert file.name in text, f"docs/design.md does not mention {file.relative_to(ROOT)}"
+
+
+def test_the_tests_that_reliability_names_are_there() -> None:
+    """docs/reliability.md claims nothing whose test has been renamed or removed."""
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"

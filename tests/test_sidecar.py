@@ -547,3 +547,36 @@ def test_name_waits_follows_and_says_so(short_path: Path) -> None:
         ).stdout
     )
     assert [run["state"] for run in runs] == ["crashed", "crashed"]
+
+
+# The environment
+
+
+def test_a_hostile_environment_changes_nothing(short_path: Path) -> None:
+    """Variables for proxies, certificates, workers and telemetry are not ours: it serves, and calls nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as spy:
+        spy.settimeout(0.2)
+        url = f"http://127.0.0.1:{spy.getsockname()[1]}"
+        hostile = {
+            **{name: url for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")},
+            **{name: "/nowhere" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "SSLKEYLOGFILE")},
+            "WEB_CONCURRENCY": "many",
+            "FORWARDED_ALLOW_IPS": "*",
+            "UVICORN_HOST": "0.0.0.0",
+            "FASTAPI_ENV": "development",
+            "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": url,
+            "OTEL_BSP_SCHEDULE_DELAY": "10",
+            "OTEL_METRIC_EXPORT_INTERVAL": "10",
+        }
+        with serving(short_path, "--auth", "token", env=environment(short_path) | hostile) as (process, ready):
+            token = endpoint.read(Path(ready["runtime_file"])).token
+            for headers in ({}, {"X-Forwarded-For": "unix"}, {"Forwarded": "for=unix"}):
+                assert ask(ready["url"], "/info", headers)[0] == 401
+            assert ask(ready["url"], "/metrics?window_ms=10", {"Authorization": f"Bearer {token}"})[0] == 200
+            assert ask(ready["socket"], "/metrics?window_ms=10")[0] == 200
+            process.terminate()
+            assert process.wait(5) == 0
+            assert last_words(process).count("\n") == 1
+        with pytest.raises(TimeoutError):
+            spy.accept()
