@@ -40,6 +40,7 @@ Reason = Literal[
     "token",
     "full",
     "stopping",
+    "hung",
     "internal",
 ]
 
@@ -65,6 +66,7 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "token": (401, "A token is needed"),
     "full": (503, "Too many connections"),
     "stopping": (503, "The sidecar is being stopped"),
+    "hung": (503, "A read of the kernel hangs"),
     "internal": (500, "A bug in vitalsd"),
 }
 
