@@ -225,12 +225,13 @@ def test_a_page_of_another_origin_reaches_nothing(
     assert learnt == {name: most for name, (_, most) in SHAPES.items()}
 
 
-def test_a_link_from_another_site_opens_nothing(
+def test_a_link_from_another_site_leads_to_no_numbers(
     browser: Browser, edge: Edge, counted: Counted, attacker: Attacker
 ) -> None:
-    """The page itself cannot be opened by another site: not in its own window and not in a new one."""
+    """Without a token, with which it may lead to the page, it leads nowhere, in the same window or a new one."""
     counted.reached.clear()
-    for script in (f"void (location = '{edge.url}/')", f"void window.open('{edge.url}/')"):
+    places = [f"{edge.url}{path}" for path in ("/", "/metrics", "/report.zip", "/openapi.json")]
+    for script in [f(place) for place in places for f in ("void (location = '{}')".format, "void open('{}')".format)]:
         before = edge.answered
         browser.open(f"http://evil.test:{attacker.port}/")
         browser.eventually("document.readyState", lambda state: state == "complete")

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
-from starlette.requests import ClientDisconnect
 
 from vitalsd.http.problem import Refused, nearest, shown
 from vitalsd.record import MAX_LABEL_LENGTH
@@ -73,8 +72,6 @@ class Sent(Generic[Model]):
             raise Refused("bad_body", "send JSON, with the header Content-Type: application/json")
         try:
             return self.model.model_validate_json(await request.body())
-        except ClientDisconnect:
-            raise Refused("bad_body", "the client hung up in the middle of the body") from None
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])

@@ -23,8 +23,6 @@ from vitalsd.model import Unavailable
 
 __all__ = ["anywhere", "openapi"]
 
-KINDS: dict[str, dict[str, Any]] = {JSON: {"type": "object"}, "text/event-stream": {}}
-"""OpenAPI 3.1 has no way to say what one event of a stream is."""
 REF = "#/components/schemas/{model}"
 
 NONCE: dict[str, Any] = {
@@ -43,6 +41,16 @@ RUN_ID: dict[str, Any] = {
     "schema": {"type": "string"},
     "example": RUN["id"],
 }
+
+SHAPES: dict[str, dict[str, Any]] = {
+    JSON: {"type": "object"},
+    "text/event-stream": {
+        "type": "object",
+        "description": "One event.",
+        "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+    },
+}
+"""Of what is not text."""
 
 
 def openapi(routes: Sequence[APIRoute]) -> dict[str, Any]:
@@ -140,7 +148,7 @@ def _responses(operation: Operation, *, open_to_all: bool) -> dict[str, Any]:
             "example": operation.example,
         }
     for media_type, example in (operation.other or {}).items():
-        content[media_type] = {"schema": KINDS.get(media_type, {"type": "string"})}
+        content[media_type] = {"schema": SHAPES.get(media_type, {"type": "string"})}
         if example:
             content[media_type]["example"] = example
     responses: dict[str, Any] = {str(operation.status): {"description": operation.answer, "content": content}}
