@@ -143,7 +143,7 @@ def live_routes(
             ]
         )
 
-    @routes.get("/healthz", summary="Is the service alive?")
+    @routes.get("/healthz", summary="Whether the service is alive")
     async def healthz(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         if await targets.hangs() or await lister.hangs():
             return problem("hung", f"a read of the kernel has not returned for {PATIENCE_NS / 1e9:g} s")
