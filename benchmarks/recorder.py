@@ -1,10 +1,12 @@
 """
-What recording costs: CPU of a sidecar with the recorder on, beside one with it off, in one run.
+What recording costs: CPU of a sidecar that records, beside one that does not, in one run.
 
-    python benchmarks/recorder.py [--seconds 20] [--threads 50 1000] [--interval 1.0 0.25]
+    python benchmarks/recorder.py [--seconds 20] [--rounds 3] [--threads 50 1000] [--interval 1.0 0.25]
 
-Both sidecars watch the same target at the same time, so whatever the machine does they share. Figures
-are percent of one core, from the process CPU clock of each sidecar. The black box is on.
+Sidecars with a recorder and black box, with a recorder alone and with neither watch the same target at
+the same time, and so does the floor: a C program that wakes as often and only reads every thread. Whatever
+the machine does they share. Figures are percent of one core, by the process CPU clock of each; medians of
+the rounds.
 """
 
 import argparse
@@ -14,41 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 
-TARGET = """
-import sys, threading, time
-def idle():
-    time.sleep(3600)
-def busy():
-    while True:
-        end = time.thread_time() + 0.0001
-        while time.thread_time() < end: pass
-        time.sleep(0.02)
-threading.stack_size(65536)
-for number in range(int(sys.argv[1]) - 1):
-    threading.Thread(target=busy if number < 4 else idle, daemon=True).start()
-print("ready", flush=True)
-time.sleep(3600)
-"""
+from sampling import build
+
+BUSY = ("4", "100", "20000")
+"""Threads that work, for so many microseconds at a time, and sleep as many in between."""
+
+SIDECARS = {"recorder": (), "without_black_box": ("--no-black-box",), "off": ("--record-interval", "0")}
 
 
-def sidecar(pid: int, interval_s: float, state: str) -> tuple[subprocess.Popen[str], str]:
+def sidecar(pid: int, interval_s: float, state: str, *options: str) -> tuple[subprocess.Popen[str], str]:
     """A sidecar watching `pid`, and its address."""
+    command = [sys.executable, "-m", "vitalsd", "serve", "--pid", str(pid), "--port", "0"]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "vitalsd",
-            "serve",
-            "--pid",
-            str(pid),
-            "--port",
-            "0",
-            "--record-interval",
-            f"{interval_s}",
-        ],
+        [*command, "--record-interval", f"{interval_s}", *options],
         stderr=subprocess.PIPE,
         text=True,
         env={"PATH": "/usr/bin:/bin", "HOME": state, "VITALSD_STATE_DIR": state, "VITALSD_RUNTIME_DIR": state},
@@ -73,39 +58,66 @@ def trailing_ms(url: str, count: int = 200) -> float:
     return statistics.median(took)
 
 
+def percents(processes: dict[str, subprocess.Popen[str]], seconds: float) -> dict[str, float]:
+    """CPU of each over the next `seconds`, percent of a core."""
+    before, begun = {name: cpu_ns(each.pid) for name, each in processes.items()}, time.monotonic_ns()
+    time.sleep(seconds)
+    elapsed = time.monotonic_ns() - begun
+    return {name: 100 * (cpu_ns(each.pid) - before[name]) / elapsed for name, each in processes.items()}
+
+
+def compare(
+    programs: dict[str, Path], threads: int, interval_s: float, *, seconds: float, rounds: int
+) -> dict[str, float]:
+    """One line of the result."""
+    with ExitStack() as stack:
+        state = stack.enter_context(tempfile.TemporaryDirectory())
+
+        def run(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            return process
+
+        command = [str(programs["target"]), str(threads), *BUSY]
+        target = run(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert target.stdout is not None
+        target.stdout.readline()
+        processes, url = {}, ""
+        for name, options in SIDECARS.items():
+            process, address = sidecar(target.pid, interval_s, state, *options)
+            processes[name], url = run(process), url or address
+        floor = [str(programs["floor"]), str(target.pid), str(round(interval_s * 1000))]
+        processes["floor"] = run(subprocess.Popen(floor, text=True))
+        time.sleep(3)
+        taken = [percents(processes, seconds) for _ in range(rounds)]
+        middle = {name: statistics.median(each[name] for each in taken) for name in processes}
+        recorder = statistics.median(each["recorder"] - each["off"] for each in taken)
+        black_box = statistics.median(each["recorder"] - each["without_black_box"] for each in taken)
+        return {
+            "threads": threads,
+            "interval_s": interval_s,
+            "recorder_percent": round(recorder, 3),
+            "black_box_percent": round(black_box, 3),
+            "idle_sidecar_percent": round(middle["off"], 3),
+            "c_floor_percent": round(middle["floor"], 3),
+            "recorder_to_floor": round(recorder / middle["floor"], 2),
+            "trailing_ms": round(trailing_ms(url), 2),
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[50, 1000])
     parser.add_argument("--interval", type=float, nargs="+", default=[1.0, 0.25])
     arguments = parser.parse_args()
-    for threads in arguments.threads:
-        target = subprocess.Popen([sys.executable, "-c", TARGET, str(threads)], stdout=subprocess.PIPE, text=True)
-        assert target.stdout is not None
-        target.stdout.readline()
-        for interval_s in arguments.interval:
-            with tempfile.TemporaryDirectory() as state:
-                (on, url), (off, _) = sidecar(target.pid, interval_s, state), sidecar(target.pid, 0, state)
-                time.sleep(2)
-                before = cpu_ns(on.pid), cpu_ns(off.pid), time.monotonic_ns()
-                time.sleep(arguments.seconds)
-                after = cpu_ns(on.pid), cpu_ns(off.pid), time.monotonic_ns()
-                elapsed = after[2] - before[2]
-                percent_on, percent_off = (100 * (after[i] - before[i]) / elapsed for i in (0, 1))
-                result = {
-                    "threads": threads,
-                    "interval_s": interval_s,
-                    "on_percent": round(percent_on, 3),
-                    "off_percent": round(percent_off, 3),
-                    "recorder_percent": round(percent_on - percent_off, 3),
-                    "trailing_ms": round(trailing_ms(url), 2),
-                }
-                print(json.dumps(result), flush=True)
-                for process in (on, off):
-                    process.terminate()
-                    process.wait()
-        target.kill()
-        target.wait()
+    with tempfile.TemporaryDirectory() as directory:
+        programs = build(Path(directory))
+        for threads in arguments.threads:
+            for interval_s in arguments.interval:
+                line = compare(programs, threads, interval_s, seconds=arguments.seconds, rounds=arguments.rounds)
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Commands and events are JSON, each ended by NUL, on descriptors 3 and 4 of the b
 """
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -34,11 +34,21 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+ONTO_3_AND_4 = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
-AS_3_AND_4 = (
-    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
-)
-"""Not sh, which knows no descriptor above 9."""
+
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends are not 3 or 4 already."""
+    ends = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+    return high[0], high[1]
 
 
 class Browser:
@@ -46,19 +56,17 @@ class Browser:
     One page of one browser with a fresh profile; ended with the context.
 
     `complaints` holds what the page logged as an error, threw, or was refused by its policy.
-
-    Args:
-        flags: more of them, for the browser's command line.
     """
 
     def __init__(self, *flags: str, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1) -> None:
         self._profile = tempfile.TemporaryDirectory(prefix="vitalsd-browser-", ignore_cleanup_errors=True)
         executable = program("chromium", "google-chrome", "chromium-browser", package="chromium")
-        down_read, down_write = os.pipe()
-        up_read, up_write = os.pipe()
+        down_read, down_write = _pipe()
+        up_read, up_write = _pipe()
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-c", AS_3_AND_4, str(down_read), str(up_write), executable, *FLAGS, *flags),
+                *(sys.executable, "-ISc", ONTO_3_AND_4, str(down_read), str(up_write), executable),
+                *(*FLAGS, *flags),
                 *(f"--user-data-dir={self._profile.name}", "about:blank"),
             ],
             pass_fds=(down_read, up_write),
@@ -70,7 +78,7 @@ class Browser:
         self._down, self._up = down_write, up_read
         self._buffer = b""
         self._number = 0
-        self._events: deque[dict[str, Any]] = deque()
+        self._loads = 0
         self._session: str | None = None
         self.complaints: list[str] = []
         self.requested: list[str] = []
@@ -139,11 +147,18 @@ class Browser:
             self.complaints.append(f"log: {said['entry']['text']} {said['entry'].get('url', '')}")
         elif method == "Audits.issueAdded" and "contentSecurityPolicy" in json.dumps(said["issue"]):
             self.complaints.append(f"policy: {said['issue']}")
+        elif method == "Page.loadEventFired":
+            self._loads += 1
         elif method == "Network.requestWillBeSent":
             self.requested.append(said["request"]["url"])
 
     def open(self, url: str) -> None:
+        """Go there; back when the page and its script have been loaded."""
+        before = self._loads
         self.call("Page.navigate", url=url)
+        deadline = time.monotonic() + 30
+        while self._loads == before:
+            assert self._receive(deadline) is not None, f"{url} was not loaded"
 
     def resize(self, width: int, height: int, scale: float = 1) -> None:
         """The size of the viewport in CSS pixels."""

@@ -25,7 +25,11 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.core.result import Ok
 from schemathesis.schemas import APIOperation
-from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+from schemathesis.specs.openapi.checks import (
+    negative_data_rejection,
+    positive_data_acceptance,
+    response_schema_conformance,
+)
 
 from edge import dial
 from serving import Serving
@@ -77,6 +81,8 @@ def test_requests_made_from_the_schema(served: Serving, mode: GenerationMode, si
         for found in schema.get_all_operations():
             assert isinstance(found, Ok), found
             operation = found.ok()
+            if operation.path == "/hello":
+                continue  # is there with a token alone
             if mode is GenerationMode.NEGATIVE:
                 with suppress(Unsatisfiable):  # where there is no parameter none can be wrong
                     statuses += asked(operation, mode, size, session)
@@ -107,6 +113,8 @@ def asked(
             excluded: list[Any] = []
             if answer.status_code in (413, 414, 431):
                 excluded.append(negative_data_rejection)  # knows no such refusal
+            if operation.path == "/stream":
+                excluded.append(response_schema_conformance)  # takes an event apart, where the schema has text
             if operation.path == "/marks":
                 excluded.append(positive_data_acceptance)  # no schema can say that a label is printable
             case.validate_response(answer, excluded_checks=excluded)

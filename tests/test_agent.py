@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from sidecars import VITALSD
 from supervisors import FakeSupervisor
 from vitalsd.agent import LABEL, AgentError, Launchd, Plan, Status, Systemd, supervisor
+from vitalsd.cli import main
 
 UID = 501
 
@@ -212,6 +214,37 @@ def test_units_escape_what_systemd_would_read(short_path: Path) -> None:
     assert r'"--name" "a b%%n $$HOME \"c\" ' + r"'d' \\ é" in service
     with pytest.raises(AgentError, match="cannot hold"):
         Systemd(a_plan(short_path, name="a\nExecStartPre=/bin/rm")).files()
+
+
+def test_more_options_reach_the_sidecar(short_path: Path) -> None:
+    """Options of serve are in both supervisors' files; one that pushes may reach the Collector of this machine."""
+    plan: dict[str, Any] = {"name": "x", "options": ("--otlp", "http://127.0.0.1:4318", "--log-format", "json")}
+    service = unit(Systemd(a_plan(short_path, **plan)).files(), ".service")
+    assert '"--otlp" "http://127.0.0.1:4318" "--log-format" "json"' in service
+    assert "PrivateNetwork" not in service
+    assert "IPAddressDeny=any" in service
+    assert "PrivateNetwork=yes" in unit(Systemd(a_plan(short_path)).files(), ".service")
+    (job,) = (plistlib.loads(content) for content in launchd(short_path, **plan).files().values())
+    assert job["ProgramArguments"][-4:] == list(plan["options"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--otpl"], "--otpl"),
+        (["--record-interval", "soon"], "soon"),
+        (["--port", "1"], "--port is for the supervisor"),
+        (["--pid", "1"], "--pid is for the supervisor"),
+        (["--help"], "options of `vitalsd serve` alone"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_options_that_serve_would_not_take_are_refused_at_once(options: list[str], said: str, short_path: Path) -> None:
+    """A mistake in them is told when the agent is installed and not in its log."""
+    env = {"HOME": str(short_path), "VITALSD_RUNTIME_DIR": str(short_path), "VITALSD_STATE_DIR": str(short_path)}
+    out = CliRunner().invoke(main, ["agent", "print", "--supervisor", "systemd", "--", *options], env=env)
+    assert out.exit_code == 2
+    assert said in out.stderr.splitlines()[-1]
 
 
 def test_no_placeholder_is_left(short_path: Path) -> None:

@@ -32,6 +32,7 @@ FORBIDDEN = {
     "vitalsd.sampler": HTTP | {"vitalsd.cli"},
     "vitalsd.http": {"vitalsd.cli"},
     "vitalsd.sidecar": {"vitalsd.cli"},
+    "vitalsd.top": HTTP | {"vitalsd.cli"},
 }
 
 

@@ -254,6 +254,11 @@ def test_a_full_disk_is_said_and_healed(tmp_path: Path, caplog: pytest.LogCaptur
         assert "full" in box.error
         assert box.dropped > 0
         assert len([r for r in caplog.records if r.name == "vitalsd.blackbox"]) == 1
+        # Who is born on a full disk is in the file too once there is room.
+        process.threads |= {(tid, 2): (f"latecomer {tid}", 0) for tid in range(3000, 3500)}
+        for _ in range(3):
+            step()
+        assert box.error is not None
         (tmp_path / "ballast").unlink()
         step()
         assert box.error is None

@@ -283,6 +283,24 @@ def test_what_a_browser_says_of_who_asks(edge: Edge, counted: Counted, headers: 
         assert len(counted.reached) == before
 
 
+@pytest.mark.parametrize(
+    ("path", "dest", "mode", "status"),
+    [
+        ("/", "document", "navigate", 200),
+        ("/docs", "document", "navigate", 200),
+        ("/", "iframe", "navigate", 403),
+        ("/", "empty", "cors", 403),
+        ("/", "image", "no-cors", 403),
+        ("/metrics", "document", "navigate", 403),
+        ("/openapi.json", "document", "navigate", 403),
+    ],
+)
+def test_a_link_may_lead_to_a_page(edge: Edge, path: str, dest: str, mode: str, status: int) -> None:
+    """From another site the user gets to the documents, which hold no data, and to nothing else."""
+    lines = ("Sec-Fetch-Site: cross-site", f"Sec-Fetch-Dest: {dest}", f"Sec-Fetch-Mode: {mode}")
+    assert get(edge.url, path, *lines).status == status
+
+
 @pytest.mark.parametrize("origin", ["http://evil.test", "null", "http://{H}"])
 def test_a_preflight_is_refused(edge: Edge, counted: Counted, origin: str) -> None:
     """No origin is told that it may, not even ours, and no answer has a header of CORS."""

@@ -339,5 +339,5 @@ def test_replay_of_something_else(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     done = vitalsd(tmp_path, "replay", str(path))
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: notes.sqlite")
+    assert done.stderr.startswith("vitalsd: notes.sqlite")
     assert len(done.stderr.splitlines()) == 1

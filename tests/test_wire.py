@@ -282,7 +282,7 @@ def test_unavailable_is_the_other_variant() -> None:
     answer = parse_runtime_metrics(body)
     assert isinstance(answer, Unavailable)
     assert answer.reason == "target 4242 has exited"
-    assert unavailable(AccessDenied("\u202e")).isascii()
+    assert unavailable(AccessDenied("\u202e"), "linux").isascii()
 
 
 @pytest.mark.parametrize(

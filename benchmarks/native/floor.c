@@ -1,8 +1,8 @@
-/* floor PID: the least that a snapshot of all threads costs on Linux without privileges.
+/* floor PID [MS]: the least that a snapshot of all threads costs on Linux without privileges.
  *
  * Descriptors of every thread's schedstat are opened once; a snapshot is one fstat of task/ to see that
  * nobody came or went, one pread per thread, and the process's stat and statm. For each line on stdin it
- * takes one and prints the CPU time it took, ns. */
+ * takes one and prints the CPU time it took, ns; with MS it takes one every MS milliseconds until it is killed. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
@@ -30,7 +30,7 @@ static long long number(const char *text)
 
 int main(int count, char **words)
 {
-    if (count != 2)
+    if (count != 2 && count != 3)
         return 2;
     struct rlimit limit;
     getrlimit(RLIMIT_NOFILE, &limit);
@@ -52,7 +52,9 @@ int main(int count, char **words)
     int stat_file = open(path, O_RDONLY);
     snprintf(path, sizeof path, "/proc/%s/statm", words[1]);
     int statm_file = open(path, O_RDONLY);
-    while (fgets(line, sizeof line, stdin)) {
+    long pause_ms = count == 3 ? atol(words[2]) : 0;
+    struct timespec pause = {pause_ms / 1000, pause_ms % 1000 * 1000000};
+    while (pause_ms ? !nanosleep(&pause, NULL) : fgets(line, sizeof line, stdin) != NULL) {
         long long begin = cpu_ns();
         struct stat links;
         fstat(dirfd(task), &links);
@@ -66,8 +68,10 @@ int main(int count, char **words)
         long long took = cpu_ns() - begin;
         if ((long)links.st_nlink - 2 != threads || length <= 0)
             return 1;
-        printf("%lld\n", took);
-        fflush(stdout);
+        if (!pause_ms) {
+            printf("%lld\n", took);
+            fflush(stdout);
+        }
     }
     return 0;
 }

@@ -105,11 +105,12 @@ class Connection:
         *,
         method: str = "GET",
         headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
         max_bytes: int,
         last: bool = True,
     ) -> Answer:
         """
-        Send one request without a body and read its whole answer. Redirects are answers like any other.
+        Send one request and read its whole answer. Redirects are answers like any other.
 
         Args:
             max_bytes: of the answer's body; one byte more is an error.
@@ -122,10 +123,11 @@ class Connection:
         if last:
             fields["Connection"] = "close"
         if method != "GET":
-            fields["Content-Length"] = "0"
+            fields["Content-Length"] = str(len(body))
         with self._failures():
             head = self._http.send(h11.Request(method=method, target=target, headers=list(fields.items())))
-            self._send((head or b"") + (self._http.send(h11.EndOfMessage()) or b""))
+            data = self._http.send(h11.Data(data=body)) if body else None
+            self._send((head or b"") + (data or b"") + (self._http.send(h11.EndOfMessage()) or b""))
             answer = self._receive(max_bytes)
             if not last:
                 self._http.start_next_cycle()

@@ -54,7 +54,8 @@ class Sidecar:
 
             def request(path: str, query: Mapping[str, Any] | None = None, **options: Any) -> Answer:
                 target = f"{path}?{urlencode(query)}" if query else path
-                return connection.request(target, headers=headers, **{"max_bytes": MAX_ANSWER_BYTES, **options})
+                options = {"max_bytes": MAX_ANSWER_BYTES, **options, "headers": headers | options.get("headers", {})}
+                return connection.request(target, **options)
 
             yield request
 

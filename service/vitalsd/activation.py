@@ -5,7 +5,6 @@ Run from a shell, none of it is there, and none of it is used.
 """
 
 import asyncio
-import ctypes
 import errno
 import os
 import socket
@@ -34,6 +33,8 @@ def activated(environ: MutableMapping[str, str]) -> list[socket.socket]:
         ListenError: what it handed over cannot be used.
     """
     if sys.platform == "darwin":
+        import ctypes
+
         return launchd_sockets(ctypes.CDLL(None, use_errno=True))
     return systemd_sockets(environ)
 
@@ -68,6 +69,8 @@ def launchd_sockets(lib: Any) -> list[socket.socket]:
     Raises:
         ListenError: launchd refused, or one of them is not a listening stream socket.
     """
+    import ctypes  # here and not above: on Linux nothing else needs it
+
     descriptors = ctypes.POINTER(ctypes.c_int)
     lib.launch_activate_socket.argtypes = (
         ctypes.c_char_p,

@@ -56,6 +56,8 @@ class Plan:
     name: str | None = None
     """Follow the newest process of this name; then it runs from the login on, to have recorded what was."""
     port: int = 9779
+    options: Sequence[str] = ()
+    """More of `vitalsd serve`."""
     python: str = sys.executable
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of the agent, besides what a login gives it."""
@@ -64,7 +66,7 @@ class Plan:
     def command(self) -> list[str]:
         """Absolute, because neither supervisor looks at PATH; -P keeps the working directory out of it."""
         target = ["--name", self.name] if self.name is not None else []
-        return [os.path.abspath(self.python), "-P", "-m", "vitalsd", "serve", *target]
+        return [os.path.abspath(self.python), "-P", "-m", "vitalsd", "serve", *target, *self.options]
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +304,9 @@ class Systemd:
             if unit.endswith(".service"):
                 lines = "".join(f"Environment={_quoted(f'{k}={v}')}\n" for k, v in plan.environment.items())
                 content = content.replace(b"[Service]\n", b"[Service]\n" + os.fsencode(lines))
+                if any(option.partition("=")[0] == "--otlp" for option in plan.options):
+                    # A network of its own has no Collector in it; still nothing but this machine is reached.
+                    content = content.replace(b"PrivateNetwork=yes\n", b"")
             found[self._units / unit] = content
         return found
 

@@ -116,6 +116,7 @@ def spawn(
     auth: Literal["none", "token"] = "none",
     options: Sequence[str] = (),
     command: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
     timeout_s: float = 10.0,
 ) -> Spawned:
     """
@@ -135,6 +136,7 @@ def spawn(
         options: more options of ``vitalsd serve``.
         command: how ``vitalsd`` is run; default: by this Python. To be given where `sys.executable`
             is no Python, as in a frozen application.
+        env: its environment; default: that of this process.
         timeout_s: to get ready.
 
     Raises:
@@ -158,6 +160,7 @@ def spawn(
                 stderr=subprocess.DEVNULL,
                 pass_fds=(writer,),
                 start_new_session=True,
+                env=env,
             )
         except OSError as error:
             raise SpawnError(f"cannot run {program[0]}: {error.strerror}") from None

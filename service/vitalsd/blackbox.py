@@ -83,7 +83,7 @@ class BlackBox:
         Returns at once if the one before is on disk, else waits for it up to half an interval: so a
         killed process loses one snapshot at most, and a slow disk delays but never stops the sampler.
         """
-        if self._written is not None:
+        if self._written is not None and not self._written.done():
             wait((self._written,), min(MAX_WAIT_S, self._interval_ns / 2e9))
         if self._worker.pending >= MAX_PENDING:
             self.dropped += 1
@@ -93,12 +93,12 @@ class BlackBox:
     def mark(self, mark: Mark) -> None:
         """Write a mark; returns at once."""
         row = (mark.wall_ns, mark.monotonic_ns, mark.label)
-        self._worker.submit(lambda: self._guard(lambda db: self._insert(db, "INSERT INTO mark VALUES (?,?,?)", row)))
+        self._worker.submit(lambda: self._guard(lambda db: db.execute("INSERT INTO mark VALUES (?,?,?)", row)))
 
     def event(self, event: Event) -> None:
         """Write an event; returns at once."""
         row = (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
-        self._worker.submit(lambda: self._guard(lambda db: self._insert(db, "INSERT INTO event VALUES (?,?,?,?)", row)))
+        self._worker.submit(lambda: self._guard(lambda db: db.execute("INSERT INTO event VALUES (?,?,?,?)", row)))
 
     def forget(self) -> None:
         """In a forked child: let go of the lock, which else would say that a run whose writer died goes on."""
@@ -139,6 +139,7 @@ class BlackBox:
             self.error = reason
             self.dropped += 1
             self._segment = None
+            self._thread_ids.clear()  # what was added in this transaction is not in the file
             self._retry_ns = time.monotonic_ns() + RETRY_NS
             if self._db is not None:
                 with suppress(sqlite3.Error):
@@ -184,7 +185,8 @@ class BlackBox:
 
     def _create(self, path: Path) -> sqlite3.Connection:
         identity = self._identity
-        db = sqlite3.connect(path, timeout=1, check_same_thread=False)
+        # Each statement is a transaction of its own: no BEGIN and COMMIT to prepare and step for a row.
+        db = sqlite3.connect(path, timeout=1, check_same_thread=False, isolation_level=None)
         try:
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -192,7 +194,7 @@ class BlackBox:
             db.execute("PRAGMA synchronous = OFF")
             db.execute("PRAGMA wal_autocheckpoint = 256")
             db.execute("PRAGMA journal_size_limit = 1048576")
-            db.executescript(SCHEMA)
+            db.executescript("BEGIN;" + SCHEMA)
             meta = {
                 "identity": json.dumps(
                     {
@@ -216,13 +218,11 @@ class BlackBox:
             raise
         return db
 
-    def _insert(self, db: sqlite3.Connection, statement: str, row: tuple[object, ...]) -> None:
-        db.execute(statement, row)
-        db.commit()
-
     def _write(self, db: sqlite3.Connection, segment: Segment, position: int) -> None:
         indexes, burnt = segment.moves[position]
-        if segment is not self._segment:
+        begins = segment is not self._segment
+        if begins:
+            db.execute("BEGIN")
             self._segment_id = self._write_segment(db, segment, position)
             indexes, burnt = array("I"), array("I")
         db.execute(
@@ -235,8 +235,8 @@ class BlackBox:
                 burnt.typecode if isinstance(burnt, array) else "I",
             ),
         )
-        db.commit()
-        if segment is not self._segment:
+        if begins:
+            db.commit()
             self._segment = segment
             self._trim(db)
 
@@ -281,6 +281,7 @@ class BlackBox:
             keep = max(keep, row[0]) if row else keep
         keep = min(keep, last)
         if keep > first:
+            db.execute("BEGIN")
             db.execute("DELETE FROM frame WHERE segment < ?", (keep,))
             db.execute("DELETE FROM segment WHERE id < ?", (keep,))
             self._forget_threads(db)
@@ -298,6 +299,7 @@ class BlackBox:
         if self._db is not None:
             with suppress(sqlite3.Error):
                 meta = [("ended", ended)] + ([("crashed", "1")] if crashed else [])
+                self._db.execute("BEGIN")
                 self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
                 self._db.commit()
             self._db.close()

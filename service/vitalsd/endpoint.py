@@ -56,6 +56,7 @@ __all__ = [
     "runtime_directory",
     "socket_name",
     "state_directory",
+    "state_path",
     "sweep",
     "withdraw",
 ]
@@ -169,6 +170,23 @@ def runtime_directory(environ: Mapping[str, str] | None = None) -> Path:
     raise EndpointError("; ".join(reasons) or "no home directory of this user; set VITALSD_RUNTIME_DIR")
 
 
+def state_path(environ: Mapping[str, str] | None = None) -> Path:
+    """
+    Where what outlives a reboot is kept. Nothing is created or checked.
+
+    Raises:
+        EndpointError: this user has no home directory.
+    """
+    environ = os.environ if environ is None else environ
+    if given := environ.get("VITALSD_STATE_DIR"):
+        return Path(os.path.abspath(given))
+    if sys.platform != "darwin" and os.path.isabs(base := environ.get("XDG_STATE_HOME", "")) and _owned(base):
+        return Path(base) / "vitalsd"
+    for home in _homes(environ):
+        return home / ("Library/Application Support/vitalsd" if sys.platform == "darwin" else ".local/state/vitalsd")
+    raise EndpointError("no home directory of this user; set VITALSD_STATE_DIR")
+
+
 def state_directory(environ: Mapping[str, str] | None = None) -> Path:
     """
     The directory for what outlives a reboot, made if need be.
@@ -176,15 +194,7 @@ def state_directory(environ: Mapping[str, str] | None = None) -> Path:
     Raises:
         EndpointError: it cannot be made, or others may write it.
     """
-    environ = os.environ if environ is None else environ
-    if given := environ.get("VITALSD_STATE_DIR"):
-        return private_directory(Path(os.path.abspath(given)))
-    if sys.platform != "darwin" and os.path.isabs(base := environ.get("XDG_STATE_HOME", "")) and _owned(base):
-        return private_directory(Path(base) / "vitalsd")
-    for home in _homes(environ):
-        inside = "Library/Application Support/vitalsd" if sys.platform == "darwin" else ".local/state/vitalsd"
-        return private_directory(home / inside)
-    raise EndpointError("no home directory of this user; set VITALSD_STATE_DIR")
+    return private_directory(state_path(environ))
 
 
 def private_directory(path: Path) -> Path:

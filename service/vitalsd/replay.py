@@ -57,6 +57,11 @@ class Replay:
         self._reason = "this is a replay" + (f" of a run that was last seen at {iso(last.wall_ns)}" if last else "")
 
     @property
+    def platform(self) -> str:
+        """That of the run."""
+        return self.record.identity.platform
+
+    @property
     def pid(self) -> int | None:
         """None: the pid of a dead run may be another process now."""
         return None

@@ -32,6 +32,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Run",
     "RunDirectory",
+    "State",
     "UnreadableRun",
     "delete_run",
     "read_run",

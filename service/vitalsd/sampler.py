@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
-from vitalsd.sources import Source, SourceError
+from vitalsd.sources import Source, SourceError, platform_name
 from vitalsd.worker import Worker
 
 __all__ = ["Busy", "NotRecording", "Sampler", "Stream", "Target", "Targets", "sample"]
@@ -52,6 +52,8 @@ class Target(Protocol):
     snapshots_taken: int
 
     @property
+    def platform(self) -> str: ...
+    @property
     def pid(self) -> int | None: ...
     @property
     def record(self) -> Record | None: ...
@@ -77,6 +79,7 @@ class Sampler:
     Args:
         open_source: opens the target; called on the sampler's own thread.
         recording: whether and how to record it; ``None`` for not at all.
+        platform: which it is until the target has been opened; default: the running one.
         name: of that thread, as debuggers show it.
     """
 
@@ -85,9 +88,11 @@ class Sampler:
         open_source: Callable[[], Source],
         *,
         recording: Recording | None = None,
+        platform: str | None = None,
         name: str = "vitalsd-sampler",
     ) -> None:
         self._open_source = open_source
+        self._platform = platform or platform_name()
         self._recording = recording
         self._worker = Worker(name)
         self._source: Source | None = None
@@ -98,6 +103,11 @@ class Sampler:
         self._windows: dict[tuple[Snapshot, int, bool], asyncio.Task[Measurement]] = {}
         self.recorder: Recorder | None = None
         self.snapshots_taken = 0
+
+    @property
+    def platform(self) -> str:
+        """As answers about the target name it, even if it cannot be opened."""
+        return self._identity.platform if self._identity else self._platform
 
     @property
     def record(self) -> Record | None:

@@ -6,6 +6,7 @@ process, which `vitalsd.alongside` starts.
 """
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -288,24 +289,25 @@ async def _run(companion: Companion, sidecar: Sidecar) -> None:
         raise
 
 
-def end_with(target: Target, *, linger_s: float, poll: bool = False) -> Companion:
+def end_with(target: Target, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
     """
     End the sidecar `linger_s` seconds after its target has exited, so that none is left for ever.
 
     Args:
+        kernel: tells whether it lives.
         linger_s: until then the last minutes of the target can still be asked for.
         poll: see `death_of`.
     """
 
     async def companion(sidecar: Sidecar) -> None:
-        await death_of(target.pid, target.start, births(), poll=poll)
+        await death_of(target.pid, target.start, kernel, poll=poll)
         await asyncio.sleep(linger_s)
         sidecar.stop()
 
     return companion
 
 
-def follow(targets: Targets, next_run: Callable[[], Sampler], *, poll: bool = False) -> Companion:
+def follow(targets: Targets, next_run: Callable[[], Sampler], kernel: Births, *, poll: bool = False) -> Companion:
     """
     Keep the default target on the newest process of one name, through its restarts.
 
@@ -313,6 +315,7 @@ def follow(targets: Targets, next_run: Callable[[], Sampler], *, poll: bool = Fa
         targets: whose default is a sampler from `next_run`.
         next_run: a sampler that, when it opens, looks for the process, and raises as long as there
             is none. Each one measures and records one run.
+        kernel: tells whether it lives.
         poll: see `death_of`.
     """
 
@@ -324,7 +327,7 @@ def follow(targets: Targets, next_run: Callable[[], Sampler], *, poll: bool = Fa
                 await asyncio.sleep(SEARCH_S)
                 continue
             sidecar.retarget(Target(found.pid, found.start_key))
-            await death_of(found.pid, found.start_key, births(), poll=poll)
+            await death_of(found.pid, found.start_key, kernel, poll=poll)
             targets.retarget(next_run())
             sidecar.retarget(None)
 
@@ -346,10 +349,19 @@ def serve(sidecar: Sidecar, *, ready: Callable[[], None], companions: Sequence[C
 
     SIGTERM, SIGINT and SIGHUP end it cleanly; one of them again ends it at once, by that signal. A
     signal that was ignored at the start (nohup, a shell's background job) stays ignored.
+
+    The process is taken to be ours alone: whatever is there once it is ready, the garbage collector
+    leaves alone from then on. To walk all the modules takes it longer than many an answer.
     """
+
+    def settled() -> None:
+        gc.freeze()
+        gc.enable()
+        ready()
+
     try:
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(_serve(sidecar, ready, companions))
+            runner.run(_serve(sidecar, settled, companions))
     finally:
         sidecar.close()
 

@@ -16,7 +16,7 @@ from operator import add
 from typing import Any, Literal
 
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
-from vitalsd.sources import SourceError, platform_name
+from vitalsd.sources import SourceError
 
 __all__ = ["Detail", "Labels", "Sort", "encode", "iso", "os_version", "printable", "unavailable"]
 
@@ -52,9 +52,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def unavailable(error: SourceError | str, platform: str | None = None) -> bytes:
+def unavailable(error: SourceError | str, platform: str) -> bytes:
     """The `Unavailable` variant: the one place where a source's error becomes an answer."""
-    body = {"platform": platform or platform_name(), "available": False, "reason": str(error)}
+    body = {"platform": platform, "available": False, "reason": str(error)}
     return json.dumps(body, separators=(",", ":")).encode()
 
 

@@ -1,6 +1,7 @@
 """The whole service as on macOS: every route over the simulated libSystem, by HTTP."""
 
 import asyncio
+import errno
 import os
 import threading
 import time
@@ -24,7 +25,7 @@ def serve(simulator: Simulator, scenario: Callable[[Get], Awaitable[None]]) -> N
     """Run a scenario against the service, whose target is this process and whose kernel is the simulator."""
 
     async def run() -> None:
-        sampler = Sampler(lambda: open_process(lib=simulator.lib))
+        sampler = Sampler(lambda: open_process(lib=simulator.lib), platform="macos")
         targets = Targets(sampler, lambda pid: open_process(pid, lib=simulator.lib))
         app = create_app(targets, lambda: list_processes(simulator.lib))
         await targets.start()
@@ -124,8 +125,22 @@ def test_a_failing_kernel_is_unavailable(
         simulator.fault(function, code, flavor=flavor)
         answer = await get("/metrics", window_ms=10)
         assert answer.status_code == 503
-        assert answer.json()["available"] is False
+        assert (answer.json()["available"], answer.json()["platform"]) == (False, "macos")
         assert reason in answer.json()["reason"]
         assert (await get("/metrics", window_ms=10)).status_code == 200
 
+    serve(simulator, scenario)
+
+
+@pytest.mark.parametrize("path", ["/metrics?pid=2147483647", "/stream?pid=2147483647", "/history", "/metrics"])
+def test_a_refusal_names_the_platform_that_was_asked(simulator: Simulator, path: str) -> None:
+    """Also where no source was ever open: it is that of the kernel asked, not of the machine beneath."""
+
+    async def scenario(get: Get) -> None:
+        answer = await get(path.partition("?")[0], **dict(pair.split("=") for pair in path.split("?")[1:]))
+        assert answer.status_code in (404, 503)
+        assert (answer.json()["available"], answer.json()["platform"]) == (False, "macos")
+
+    if "pid" not in path:
+        simulator.fault("proc_pidinfo", errno.ENOMEM, every=1)
     serve(simulator, scenario)

@@ -3,10 +3,14 @@
 import click
 
 from vitalsd.cli.agent import agent
+from vitalsd.cli.completion import completion
+from vitalsd.cli.doctor import doctor
 from vitalsd.cli.listing import endpoints, runs
+from vitalsd.cli.open import open_page
 from vitalsd.cli.report import report, spool
 from vitalsd.cli.sample import sample
 from vitalsd.cli.serve import replay, serve
+from vitalsd.cli.top import top
 
 __all__ = ["main"]
 
@@ -15,7 +19,10 @@ Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted
 
 
 @click.group(
-    commands=[sample, serve, replay, runs, endpoints, agent, report, spool],
+    commands=[
+        *(sample, top, serve, replay, runs, endpoints, open_page),
+        *(agent, doctor, report, spool, completion),
+    ],
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -25,6 +32,8 @@ def main() -> None:
 
     \b
     vitalsd sample --pid 4242          one answer, no server
+    vitalsd top --pid 4242             look on, live
     vitalsd serve --pid 4242           serve it on http://127.0.0.1:9779
     curl -s localhost:9779/metrics     ask the server
+    vitalsd doctor                     is it right on this machine?
     """

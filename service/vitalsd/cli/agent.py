@@ -22,6 +22,7 @@ def agent() -> None:
 
     \b
     vitalsd agent install --name myapp    follow myapp, from the login on
+    vitalsd agent install --name myapp -- --otlp --log-format json
     vitalsd agent status                  exit status 1 if it is not loaded
     """
 
@@ -34,7 +35,29 @@ def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":
     return click.option("--name", metavar="TARGET", help="Follow your newest process of that name.")(command)
 
 
-def _agent(kind: str, name: str | None, port: int) -> "Agent":
+SET_HERE = ("pid", "name", "host", "port", "no_tcp", "uds", "ready_fd", "exit_with_target")
+
+
+def _serve_options(context: click.Context, parameter: click.Parameter, options: tuple[str, ...]) -> tuple[str, ...]:
+    """What follows ``--``, if `vitalsd serve` would take it; better told now than in a log."""
+    from vitalsd.cli.serve import serve
+
+    try:
+        parsed = serve.make_context("serve", list(options))
+    except click.exceptions.Exit:
+        raise click.BadParameter("options of `vitalsd serve` alone") from None
+    given = [name for name in SET_HERE if parsed.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if given:
+        raise click.BadParameter(f"--{given[0].replace('_', '-')} is for the supervisor, or goes before the --")
+    return options
+
+
+_serve_argument = click.argument(
+    "options", nargs=-1, type=click.UNPROCESSED, metavar="[-- SERVE_OPTIONS...]", callback=_serve_options
+)
+
+
+def _agent(kind: str, name: str | None, port: int, options: tuple[str, ...] = ()) -> "Agent":
     import os
 
     from vitalsd.agent import OVERRIDES, Plan, supervisor
@@ -47,6 +70,7 @@ def _agent(kind: str, name: str | None, port: int) -> "Agent":
             state=state_directory(),
             name=name,
             port=port,
+            options=options,
             environment={each: os.path.abspath(os.environ[each]) for each in OVERRIDES if os.environ.get(each)},
         )
     except EndpointError as error:
@@ -56,12 +80,13 @@ def _agent(kind: str, name: str | None, port: int) -> "Agent":
 
 @agent.command("install")
 @_agent_options
-def agent_install(kind: str, name: str | None, port: int) -> None:
-    """Install the agent, or bring a change into effect."""
+@_serve_argument
+def agent_install(kind: str, name: str | None, port: int, options: tuple[str, ...]) -> None:
+    """Install the agent, or bring a change into effect. What follows -- are more options of `vitalsd serve`."""
     from vitalsd.agent import AgentError
 
     try:
-        installed = _agent(kind, name, port)
+        installed = _agent(kind, name, port, options)
         installed.install()
     except AgentError as error:
         raise Failed(str(error)) from None
@@ -109,12 +134,13 @@ def agent_status(kind: str, name: str | None, port: int, as_json: bool) -> None:
 
 @agent.command("print")
 @_agent_options
-def agent_print(kind: str, name: str | None, port: int) -> None:
+@_serve_argument
+def agent_print(kind: str, name: str | None, port: int, options: tuple[str, ...]) -> None:
     """Print the files that install would write."""
     from vitalsd.agent import AgentError
 
     try:
-        files = _agent(kind, name, port).files()
+        files = _agent(kind, name, port, options).files()
     except AgentError as error:
         raise Failed(str(error)) from None
     for path, content in files.items():

@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vitalsd.cli.completion import processes
+
 if TYPE_CHECKING:
     from typing import IO, Any
+
+    from vitalsd.sources.platform import Platform
 
 __all__ = [
     "Failed",
@@ -16,6 +20,7 @@ __all__ = [
     "host_option",
     "name_option",
     "pid_option",
+    "platform_of",
     "port_option",
     "print_table",
     "proc_root_option",
@@ -23,8 +28,12 @@ __all__ = [
     "runs_path",
 ]
 
-pid_option = click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Target process.")
-name_option = click.option("--name", metavar="NAME", help="Target: your newest process of that name.")
+pid_option = click.option(
+    "--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Target process.", shell_complete=processes
+)
+name_option = click.option(
+    "--name", metavar="NAME", help="Target: your newest process of that name.", shell_complete=processes
+)
 proc_root_option = click.option(
     "--proc-root",
     default="/proc",
@@ -75,7 +84,14 @@ def runs_path() -> Path:
         raise Failed(str(error)) from None
 
 
-def find_target(pid: int | None, name: str | None, proc_root: str) -> int | None:
+def platform_of(context: click.Context, proc_root: str = "/proc") -> "Platform":
+    """The platform handed to `main` as ``obj``, or the running kernel."""
+    from vitalsd.sources.platform import Platform, this_platform
+
+    return context.obj if isinstance(context.obj, Platform) else this_platform(proc_root)
+
+
+def find_target(pid: int | None, name: str | None, platform: "Platform") -> int | None:
     """The pid that ``--pid`` or ``--name`` means. Raises `NoSuchProcess`."""
     if name is None:
         return pid
@@ -83,11 +99,11 @@ def find_target(pid: int | None, name: str | None, proc_root: str) -> int | None
         raise click.UsageError("--pid and --name exclude each other")
     import os
 
-    from vitalsd.sources import NoSuchProcess, list_processes
+    from vitalsd.sources import NoSuchProcess
 
     mine = [
         entry
-        for entry in list_processes(proc_root=proc_root)
+        for entry in platform.list_processes()
         if entry.uid == os.geteuid() and entry.pid != os.getpid() and name in entry.names
     ]
     if not mine:

@@ -4,7 +4,14 @@ from contextlib import closing
 
 import click
 
-from vitalsd.cli.options import find_target, name_option, pid_option, proc_root_option, raise_descriptor_limit
+from vitalsd.cli.options import (
+    find_target,
+    name_option,
+    pid_option,
+    platform_of,
+    proc_root_option,
+    raise_descriptor_limit,
+)
 
 __all__ = ["sample"]
 
@@ -19,20 +26,29 @@ __all__ = ["sample"]
 @click.option("--detail", type=click.Choice(["basic", "full"]), default="basic", show_default=True)
 @click.option("--sort", type=click.Choice(["tid", "cpu", "name"]), default="tid", show_default=True)
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="At most N threads, after sorting.")
+@click.pass_context
 def sample(
-    pid: int | None, name: str | None, proc_root: str, window_ms: int, detail: str, sort: str, limit: int | None
+    context: click.Context,
+    pid: int | None,
+    name: str | None,
+    proc_root: str,
+    window_ms: int,
+    detail: str,
+    sort: str,
+    limit: int | None,
 ) -> None:
     """Measure one window and print the answer as JSON, without a server.
 
     Without --pid or --name it measures itself, which shows what an answer looks like.
     """
     from vitalsd.sampler import sample as sample_window
-    from vitalsd.sources import SourceError, open_source
+    from vitalsd.sources import SourceError
     from vitalsd.wire import encode, unavailable
 
     raise_descriptor_limit()
+    platform = platform_of(context, proc_root)
     try:
-        with closing(open_source(find_target(pid, name, proc_root), proc_root=proc_root)) as source:
+        with closing(platform.open_source(find_target(pid, name, platform))) as source:
             measurement = sample_window(source, window_ms, extras=detail == "full")
             answer = encode(
                 measurement,
@@ -43,7 +59,7 @@ def sample(
                 limit=limit,
             )
     except SourceError as error:
-        click.echo(unavailable(error))
+        click.echo(unavailable(error, platform.name))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,12 +1,16 @@
 """``vitalsd serve`` and ``vitalsd replay``: a living process over HTTP, or a dead one."""
 
+import gc
+import logging
 from contextlib import closing
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 import click
 
+from vitalsd.cli.log import log_format_option, logging_as
 from vitalsd.cli.options import (
     Failed,
     Refused,
@@ -14,11 +18,13 @@ from vitalsd.cli.options import (
     host_option,
     name_option,
     pid_option,
+    platform_of,
     port_option,
     proc_root_option,
     raise_descriptor_limit,
     runs_path,
 )
+from vitalsd.cli.otlp import otlp_options, push_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +35,28 @@ if TYPE_CHECKING:
     from vitalsd.sampler import Targets
     from vitalsd.sidecar import Companion, Listeners
     from vitalsd.sources import ProcessEntry
+    from vitalsd.sources.birth import Births
+    from vitalsd.sources.platform import Platform
 
 __all__ = ["replay", "serve"]
+
+log = logging.getLogger("vitalsd")
+
+P = ParamSpec("P")
+
+
+def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
+    """Until it is ready, see `sidecar.serve`, a command runs without the collector: what is made until then is kept."""
+
+    @wraps(command)
+    def starting(*args: "P.args", **kwargs: "P.kwargs") -> None:
+        gc.disable()
+        try:
+            command(*args, **kwargs)
+        finally:
+            gc.enable()
+
+    return starting
 
 
 @click.command()
@@ -89,7 +115,12 @@ __all__ = ["replay", "serve"]
     metavar="N",
     help="Of more threads, scrapers see the N with the most CPU time.",
 )
+@otlp_options
+@log_format_option
+@_starts
+@click.pass_context
 def serve(
+    context: click.Context,
     pid: int | None,
     name: str | None,
     proc_root: str,
@@ -107,6 +138,9 @@ def serve(
     linger: float,
     thread_metrics: bool,
     max_thread_metrics: int,
+    otlp: str | None,
+    otlp_interval: float,
+    log_format: str,
 ) -> None:
     """Serve the metrics of a process on http://127.0.0.1:9779 until Ctrl-C.
 
@@ -124,35 +158,40 @@ def serve(
         waiting = ReadyFd(ready_fd)
     except OSError as error:
         raise click.UsageError(f"--ready-fd {ready_fd}: {error.strerror}") from None
-    try:
-        if 0 < record_interval < 0.01:
-            raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
-        os.umask(0o077)
-        raise_descriptor_limit()
-        _serve_target(
-            pid,
-            name,
-            proc_root,
-            (record_interval, retention * 60, black_box),
-            _Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
-            0.0 if exit_with_target else linger,
-            waiting,
-            max_thread_metrics if thread_metrics else 0,
-        )
-    except click.ClickException as error:
-        waiting.send(error=error.message)
-        raise
+    with logging_as(log_format):
+        try:
+            if 0 < record_interval < 0.01:
+                raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
+            os.umask(0o077)
+            raise_descriptor_limit()
+            _serve_target(
+                pid,
+                name,
+                platform_of(context, proc_root),
+                proc_root != "/proc",
+                (record_interval, retention * 60, black_box),
+                _Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
+                0.0 if exit_with_target else linger,
+                waiting,
+                max_thread_metrics if thread_metrics else 0,
+                None if otlp is None else (otlp, otlp_interval),
+            )
+        except click.ClickException as error:
+            waiting.send(error=error.message)
+            raise
 
 
 def _serve_target(
     pid: int | None,
     name: str | None,
-    proc_root: str,
+    platform: "Platform",
+    poll: bool,
     record: tuple[float, float, bool],
     where: "_Where",
     linger_s: float,
     waiting: "ReadyFd",
     thread_metrics: int,
+    otlp: tuple[str, float] | None,
 ) -> None:
     import os
 
@@ -162,25 +201,24 @@ def _serve_target(
     from vitalsd.runs import RunDirectory
     from vitalsd.sampler import Sampler, Targets
     from vitalsd.sidecar import Companion, end_with, follow
-    from vitalsd.sources import NoSuchProcess, Source, SourceError, list_processes, open_source
+    from vitalsd.sources import NoSuchProcess, Source, SourceError
 
     if pid is not None and name is not None:
         raise click.UsageError("--pid and --name exclude each other")
     interval_s, retention_s, black_box = record
     runs = RunDirectory(runs_path())
     recording = Recording(interval_s, retention_s, runs=runs if black_box else None)
-    poll = proc_root != "/proc"
     watched: Target | None = None
     companions: list[Companion] = []
 
     def open_target() -> Source:
         try:
-            return open_source(find_target(pid, name, proc_root), proc_root=proc_root)
+            return platform.open_source(find_target(pid, name, platform))
         except NoSuchProcess as error:
             raise NoSuchProcess(f"{error}; waiting for one" if name is not None else str(error)) from None
 
     def next_run() -> Sampler:
-        return Sampler(open_target, recording=recording)
+        return Sampler(open_target, recording=recording, platform=platform.name)
 
     if name is None:
         try:
@@ -189,21 +227,25 @@ def _serve_target(
         except SourceError as error:
             raise Failed(str(error)) from None
         watched = Target(found.pid, found.start_key)
-    targets = Targets(next_run(), lambda other: open_source(other, proc_root=proc_root))
+    targets = Targets(next_run(), platform.open_source)
     if name is not None:
-        companions.append(follow(targets, next_run, poll=poll))
+        companions.append(follow(targets, next_run, platform.births(), poll=poll))
     elif pid is not None and watched is not None:
-        companions.append(end_with(watched, linger_s=linger_s, poll=poll))
+        companions.append(end_with(watched, platform.births(), linger_s=linger_s, poll=poll))
 
     async def alive() -> None:
         if isinstance(targets.default, Sampler):
             await targets.default.responds()
 
     companions.append(Notifier(os.environ, alive).companion)
+    if otlp is not None:
+        push = push_to(*otlp, thread_metrics, targets)
+        companions.append(push.companion)
+        log.info("pushing to %s every %g s", push.url, otlp[1])
     whom = f"the newest process called {name}" if name else f"process {pid}" if pid else "itself"
     _serve(
         targets,
-        lambda: list_processes(proc_root=proc_root),
+        platform.list_processes,
         runs,
         whom,
         where,
@@ -211,6 +253,7 @@ def _serve_target(
         companions=companions,
         waiting=waiting,
         thread_metrics=thread_metrics,
+        kernel=platform.births(),
     )
 
 
@@ -218,7 +261,9 @@ def _serve_target(
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @host_option
 @port_option
-def replay(file: Path, host: str, port: int | None) -> None:
+@log_format_option
+@_starts
+def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
     """Serve a dead run, from a black box or a bug report, as if it were alive.
 
     FILE is a .sqlite file (see `vitalsd runs`) or the .zip of a report. /history and
@@ -229,22 +274,22 @@ def replay(file: Path, host: str, port: int | None) -> None:
     from vitalsd.sampler import Targets
     from vitalsd.sources import NoSuchProcess, Source
 
-    try:
-        record = load(file)
-    except (UnreadableRun, OSError) as error:
-        raise click.ClickException(str(error)) from None
-
     def nobody(pid: int) -> Source:
         raise NoSuchProcess(f"this is a replay of {file.name}; it has no process {pid}")
 
-    _serve(
-        Targets(Replay(record), nobody),
-        list,
-        RunDirectory(runs_path()),
-        f"a replay of {file.name}",
-        _Where(host, port),
-        published=False,
-    )
+    with logging_as(log_format):
+        try:
+            record = load(file)
+        except (UnreadableRun, OSError) as error:
+            raise Failed(str(error)) from None
+        _serve(
+            Targets(Replay(record), nobody),
+            list,
+            RunDirectory(runs_path()),
+            f"a replay of {file.name}",
+            _Where(host, port),
+            published=False,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +316,7 @@ def _serve(
     companions: "Sequence[Companion]" = (),
     waiting: "ReadyFd | None" = None,
     thread_metrics: int = 256,
+    kernel: "Births | None" = None,
 ) -> None:
     """Listen and serve until a signal ends it."""
     from vitalsd import sidecar
@@ -287,13 +333,14 @@ def _serve(
         directory=directory,
         target=watched,
         token=new_token() if where.token else None,
+        kernel=kernel,
     )
 
     def ready() -> None:
         for note in (*notes, *service.notes):
-            click.echo(f"vitalsd: {note}", err=True)
+            log.warning("%s", note)
         places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]
-        click.echo(f"vitalsd: serving {whom} on {' and '.join(filter(None, places))}", err=True)
+        log.info("serving %s on %s", whom, " and ".join(filter(None, places)))
         if waiting is not None:
             file = service.runtime_file
             waiting.send(

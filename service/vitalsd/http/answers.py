@@ -5,12 +5,10 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from vitalsd.http import problem
-from vitalsd.model import Unavailable
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 from vitalsd.wire import unavailable
 
-__all__ = ["JSON", "REFUSALS", "UNAVAILABLE", "failed"]
+__all__ = ["JSON", "STATUS", "failed"]
 
 STATUS: dict[type[SourceError], int] = {
     AccessDenied: 403,
@@ -18,18 +16,6 @@ STATUS: dict[type[SourceError], int] = {
     TargetGone: 410,
     Unsupported: 501,
     KernelError: 503,
-}
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    422: {"model": problem.Problem, "description": "A parameter is wrong."},
-    429: {"model": problem.Problem, "description": "Too much at once."},
-}
-UNAVAILABLE: dict[int | str, dict[str, Any]] = {
-    403: {"model": Unavailable, "description": "This user may not read the target."},
-    404: {"model": Unavailable, "description": "No such process."},
-    410: {"model": Unavailable, "description": "The target has exited."},
-    501: {"model": Unavailable, "description": "Not on this platform."},
-    503: {"model": Unavailable, "description": "The kernel refused, or the target does not answer."},
 }
 
 
@@ -43,6 +29,6 @@ class JSON(JSONResponse):
         return content if isinstance(content, bytes) else json.dumps(content, separators=(",", ":")).encode()
 
 
-def failed(error: SourceError) -> JSON:
+def failed(error: SourceError, platform: str) -> JSON:
     """The `Unavailable` answer, with its status."""
-    return JSON(unavailable(error), STATUS[type(error)])
+    return JSON(unavailable(error, platform), STATUS[type(error)])

@@ -2,13 +2,13 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
 from vitalsd.http import problem
 from vitalsd.http.bounds import Bounds
+from vitalsd.http.docs import docs_routes
 from vitalsd.http.exposition import THREAD_METRICS
 from vitalsd.http.live import live_routes
 from vitalsd.http.page import page_routes
@@ -22,14 +22,17 @@ from vitalsd.worker import Worker
 __all__ = ["create_app"]
 
 MAX_BODY_BYTES = 4096
-SILENT: TelemetryConfig = {
+NO_TELEMETRY: TelemetryConfig = {
     "tracing": False,
     "metrics": False,
     "logs": False,
     "operation_spans": False,
     "auto_configure": False,
 }
-"""FastAPI would tell of our requests to whatever OpenTelemetry the host program or its environment has set up."""
+"""
+FastAPI would trace and count our requests into the providers of the host program, and, told so by the
+environment alone, send them away.
+"""
 
 
 def create_app(
@@ -58,19 +61,20 @@ def create_app(
         reader.stop(1)
 
     app = FastAPI(
-        title="vitalsd",
-        version=version("vitalsd"),
-        summary="What one process is doing: CPU, memory and every thread.",
-        docs_url=None,
-        redoc_url=None,
-        telemetry=SILENT,
+        openapi_url=None,  # FastAPI's own would build every schema while the service starts; see http/docs.py
         redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
         lifespan=lifespan,
+        telemetry=NO_TELEMETRY,
     )
-    app.include_router(live_routes(targets, list_processes, reader, thread_metrics=thread_metrics))
-    app.include_router(past_routes(targets, runs, reader))
-    app.include_router(report_routes(targets, runs, reader))
-    app.include_router(page_routes())
+    routers = [
+        live_routes(targets, list_processes, reader, thread_metrics=thread_metrics),
+        past_routes(targets, runs, reader),
+        report_routes(targets, runs, reader),
+        page_routes(),
+    ]
+    routers.append(docs_routes(routers, reader))
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES)
-    problem.install(app)
+    problem.install(app, [route for router in routers for route in router.routes])
     return app

@@ -15,10 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.http.problem import problem, shown
 
-__all__ = ["Gate", "protected"]
+__all__ = ["OPEN_PATHS", "Gate", "protected"]
 
 OPEN_PATHS = frozenset(("/", "/docs", "/healthz", "/hello"))
 """Say nothing but that the service is alive, what its own code holds, and that it knows the token."""
+
+PAGES = frozenset(("/", "/docs"))
+"""Documents without data, which nobody may frame: a link may lead here from anywhere, and `vitalsd open` does."""
 
 MAX_TARGET_BYTES = 2048
 MAX_HEAD_BYTES = 16 * 1024
@@ -202,8 +205,15 @@ def _cross_site(scope: Scope, host: str) -> Response | None:
     """
     headers: Headers = scope["headers"]
     sites = _values(headers, b"sec-fetch-site")
-    typed = sites == [b"none"] and _values(headers, b"sec-fetch-mode") == [b"navigate"]
-    if sites not in ([], [b"same-origin"]) and not typed:
+    navigates = _values(headers, b"sec-fetch-mode") == [b"navigate"]
+    typed = sites == [b"none"] and navigates
+    led = (
+        navigates
+        and scope["method"] == "GET"
+        and scope["path"] in PAGES
+        and _values(headers, b"sec-fetch-dest") == [b"document"]
+    )
+    if sites not in ([], [b"same-origin"]) and not typed and not led:
         return problem("cross_site", "a page of another site asks; type the address instead of following a link to it")
     origins = _values(headers, b"origin")
     if origins not in ([], [f"http://{host}".encode("latin-1")]):

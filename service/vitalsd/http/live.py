@@ -11,16 +11,15 @@ from contextlib import AsyncExitStack, suppress
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from vitalsd.http.answers import JSON, REFUSALS, UNAVAILABLE, failed
+from vitalsd.http.answers import JSON, failed
 from vitalsd.http.exposition import Form, Scrape, expose, negotiate
-from vitalsd.http.problem import Problem, problem
-from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery
-from vitalsd.model import FullMetrics, Measured
+from vitalsd.http.problem import problem
+from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery, given
 from vitalsd.sampler import Busy, Stream, Target, Targets
-from vitalsd.sources import ProcessEntry, SourceError, platform_name
+from vitalsd.sources import ProcessEntry, SourceError
 from vitalsd.wire import Labels, encode, iso, os_version, unavailable
 from vitalsd.worker import Worker
 
@@ -29,15 +28,6 @@ __all__ = ["live_routes"]
 MAX_STREAMS = 8
 
 FORMS = "application/json, text/plain (Prometheus, version 0.0.4 or 1.0.0) and application/openmetrics-text"
-SCRAPED: dict[str, Any] = {
-    "description": "JSON over a window; by `Accept`, counters of this instant as Prometheus text or OpenMetrics.",
-    "content": {
-        media_type: {"schema": {"type": "string"}} for media_type in ("text/plain", "application/openmetrics-text")
-    },
-}
-NOT_ACCEPTABLE: dict[int | str, dict[str, Any]] = {
-    406: {"model": Problem, "description": "`Accept` takes none of the forms."},
-}
 
 
 def live_routes(
@@ -54,14 +44,9 @@ def live_routes(
     streams: set[Stream] = set()
     labels = Labels()
 
-    @routes.get(
-        "/metrics",
-        response_class=JSON,
-        responses={200: {"model": FullMetrics | Measured, **SCRAPED}, **UNAVAILABLE, **NOT_ACCEPTABLE, **REFUSALS},
-        summary="CPU, memory and every thread, over a window; cumulative counters for a scraper",
-    )
-    async def metrics(query: Annotated[MetricsQuery, Query()], accept: Annotated[str, Header()] = "") -> Response:
-        form = negotiate(accept)
+    @routes.get("/metrics", summary="CPU, memory and every thread, over a window; cumulative counters for a scraper")
+    async def metrics(request: Request, query: Annotated[MetricsQuery, given(MetricsQuery)]) -> Response:
+        form = negotiate(request.headers.get("accept", ""))
         if form is None:
             return problem("not_acceptable", f"there are {FORMS}; /stream has text/event-stream")
         if form != "json":
@@ -76,7 +61,7 @@ def live_routes(
                 if measurement is None:
                     measurement = await target.window(query.window_ms, extras=query.detail == "full")
         except SourceError as error:
-            return failed(error)
+            return failed(error, targets.default.platform)
         return JSON(
             encode(
                 measurement,
@@ -91,13 +76,8 @@ def live_routes(
             )
         )
 
-    @routes.get(
-        "/stream",
-        response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}}, **UNAVAILABLE, **REFUSALS},
-        summary="Server-Sent Events, one answer of /metrics each",
-    )
-    async def stream(query: Annotated[StreamQuery, Query()]) -> Response:
+    @routes.get("/stream", summary="Server-Sent Events, one answer of /metrics each")
+    async def stream(query: Annotated[StreamQuery, given(StreamQuery)]) -> Response:
         if len(streams) >= MAX_STREAMS:
             raise Busy(f"{MAX_STREAMS} streams are open already")
         async with AsyncExitStack() as stack:
@@ -105,7 +85,7 @@ def live_routes(
                 target = await stack.enter_async_context(targets.target(query.pid))
                 identity = await target.identity()
             except SourceError as error:
-                return failed(error)
+                return failed(error, targets.default.platform)
             windows = Stream(target, query.interval_ms)
             streams.add(windows)
             kept = stack.pop_all()
@@ -126,19 +106,19 @@ def live_routes(
                         )
                         yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)
                 except SourceError as error:
-                    yield b"event: unavailable\ndata: %b\n\n" % unavailable(error)
+                    yield b"event: unavailable\ndata: %b\n\n" % unavailable(error, targets.default.platform)
                 finally:
                     streams.discard(windows)
                     await windows.close()
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    @routes.get("/processes", response_class=JSON, responses=REFUSALS, summary="Processes this user may sample")
-    async def processes(query: Annotated[NoQuery, Query()]) -> Response:
+    @routes.get("/processes", summary="Processes this user may sample")
+    async def processes(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         try:
             entries = await asyncio.wrap_future(reader.submit(lambda: list(list_processes())))
         except SourceError as error:
-            return failed(error)
+            return failed(error, targets.default.platform)
         return JSON(
             [
                 {
@@ -153,12 +133,12 @@ def live_routes(
             ]
         )
 
-    @routes.get("/healthz", response_class=JSON, summary="Is the service alive?")
-    async def healthz(query: Annotated[NoQuery, Query()]) -> Response:
+    @routes.get("/healthz", summary="Is the service alive?")
+    async def healthz(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         return JSON({"status": "ok"})
 
-    @routes.get("/info", response_class=JSON, responses=REFUSALS, summary="Version, target, platform and own cost")
-    async def info(query: Annotated[NoQuery, Query()]) -> Response:
+    @routes.get("/info", summary="Version, target, platform and own cost")
+    async def info(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         return JSON(await _info(targets.default))
 
     return routes
@@ -197,7 +177,7 @@ async def _info(target: Target) -> dict[str, Any]:
     return {
         "version": version("vitalsd"),
         "python": platform.python_version(),
-        "platform": platform_name(),
+        "platform": target.platform,
         "os_version": os_version(),
         "arch": platform.machine(),
         "cpu_count": os.cpu_count() or 1,

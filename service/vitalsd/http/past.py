@@ -3,48 +3,20 @@
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Request, Response
 
 from vitalsd.history import history
-from vitalsd.http.answers import JSON, REFUSALS, UNAVAILABLE, failed
-from vitalsd.http.problem import Problem, problem
-from vitalsd.http.query import HistoryQuery, NoQuery, RunHistoryQuery
-from vitalsd.record import MAX_LABEL_LENGTH, Mark, Record
+from vitalsd.http.answers import JSON, failed
+from vitalsd.http.problem import problem
+from vitalsd.http.query import HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, given, sent
+from vitalsd.record import Mark, Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
 from vitalsd.sampler import NotRecording, Targets
 from vitalsd.sources import SourceError
 from vitalsd.wire import iso
 from vitalsd.worker import Worker
 
-__all__ = ["NO_RUN", "mark_json", "past_routes", "run_json"]
-
-TABLE: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {"application/json": {}, "text/csv": {}},
-        "description": "Columnar JSON, or CSV if `Accept` says text/csv.",
-    }
-}
-
-
-NOT_RECORDING: dict[int | str, dict[str, Any]] = {
-    409: {"model": Problem, "description": "Nothing is being recorded."},
-}
-NO_RUN: dict[int | str, dict[str, Any]] = {
-    404: {"model": Problem, "description": "No run has this id."},
-    503: {"model": Problem, "description": "The file of this run is damaged."},
-}
-
-
-class MarkRequest(BaseModel):
-    """The body of ``POST /marks``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    label: Annotated[
-        str,
-        Field(min_length=1, max_length=MAX_LABEL_LENGTH, description="One line of text.", examples=["F12 pressed"]),
-    ]
+__all__ = ["mark_json", "past_routes", "run_json"]
 
 
 def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> APIRouter:
@@ -53,56 +25,44 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
     """
     routes = APIRouter()
 
-    @routes.get(
-        "/history",
-        responses={**TABLE, **UNAVAILABLE, **NOT_RECORDING, **REFUSALS},
-        summary="What was recorded: process, busiest threads, marks and events",
-    )
-    async def recorded(query: Annotated[HistoryQuery, Query()], accept: Annotated[str, Header()] = "") -> Response:
+    @routes.get("/history", summary="What was recorded: process, busiest threads, marks and events")
+    async def recorded(request: Request, query: Annotated[HistoryQuery, given(HistoryQuery)]) -> Response:
         try:
             await targets.default.identity()
         except SourceError as error:
             if targets.default.record is None:
-                return failed(error)
+                return failed(error, targets.default.platform)
         record = targets.default.record
         if record is None:
             raise NotRecording("nothing is being recorded (--record-interval 0)")
         if query.pid not in (None, record.identity.pid):
             raise NotRecording(f"only process {record.identity.pid} is recorded here; --pid names another target")
-        return await _table(record, query, accept, reader)
+        return await _table(record, query, request, reader)
 
-    @routes.post(
-        "/marks",
-        status_code=201,
-        response_class=JSON,
-        responses={**NOT_RECORDING, **REFUSALS},
-        summary="Put a label on the clock",
-    )
-    async def set_mark(body: MarkRequest, query: Annotated[NoQuery, Query()]) -> Response:
+    @routes.post("/marks", status_code=201, summary="Put a label on the clock")
+    async def set_mark(
+        body: Annotated[MarkRequest, sent(MarkRequest)], query: Annotated[NoQuery, given(NoQuery)]
+    ) -> Response:
         try:
             mark = targets.default.mark(body.label)
         except ValueError as error:
             return problem("bad_body", str(error), parameter="label")
         return JSON(mark_json(mark), 201)
 
-    @routes.get("/marks", response_class=JSON, responses=REFUSALS, summary="The labels on the clock, oldest first")
-    async def get_marks(query: Annotated[NoQuery, Query()]) -> Response:
+    @routes.get("/marks", summary="The labels on the clock, oldest first")
+    async def get_marks(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         record = targets.default.record
         return JSON([mark_json(mark) for mark in list(record.marks)] if record else [])
 
-    @routes.get("/runs", response_class=JSON, responses=REFUSALS, summary="Earlier runs on disk, crashed ones first")
-    async def list_runs(query: Annotated[NoQuery, Query()]) -> Response:
+    @routes.get("/runs", summary="Earlier runs on disk, crashed ones first")
+    async def list_runs(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         found = await asyncio.wrap_future(reader.submit(runs.runs)) if runs else []
         return JSON([run_json(run) for run in found])
 
-    @routes.get(
-        "/runs/{run_id}/history",
-        responses={**TABLE, **NO_RUN, **REFUSALS},
-        summary="What an earlier run recorded, up to its end",
-    )
-    async def run_history(
-        run_id: str, query: Annotated[RunHistoryQuery, Query()], accept: Annotated[str, Header()] = ""
-    ) -> Response:
+    @routes.get("/runs/{run_id}/history", summary="What an earlier run recorded, up to its end")
+    async def run_history(request: Request, query: Annotated[RunHistoryQuery, given(RunHistoryQuery)]) -> Response:
+        run_id = request.path_params["run_id"]
+
         def load() -> Record | None:
             run = runs.find(run_id) if runs else None
             return read_run(run.path)[1] if run else None
@@ -113,15 +73,16 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
             return problem("unreadable_run", str(error))
         if record is None:
             return problem("no_such_run", "no run has this id; GET /runs lists them")
-        return await _table(record, query, accept, reader)
+        return await _table(record, query, request, reader)
 
     return routes
 
 
-async def _table(record: Record, query: RunHistoryQuery, accept: str, reader: Worker) -> Response:
+async def _table(record: Record, query: RunHistoryQuery, request: Request, reader: Worker) -> Response:
     """The last `query.seconds` of `record`, counted from its end."""
     last = record.last
     since_ns = last.monotonic_ns - query.seconds * 1_000_000_000 if last else 0
+    accept = request.headers.get("accept", "")
     csv = "text/csv" in accept and "application/json" not in accept
 
     def render() -> bytes:

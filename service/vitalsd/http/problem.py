@@ -5,16 +5,17 @@ A sampling failure is not one of these: it is the `Unavailable` variant of the c
 """
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Route
 
 from vitalsd.sampler import Busy, NotRecording
 
-__all__ = ["MEDIA_TYPE", "Problem", "install", "problem", "shown"]
+__all__ = ["MEDIA_TYPE", "TITLES", "Reason", "Refused", "install", "nearest", "problem", "shown"]
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -69,17 +70,12 @@ TITLES: dict[Reason, tuple[int, str]] = {
 }
 
 
-PROBLEM = {"schema": {"$ref": "#/components/schemas/Problem"}}
+class Refused(Exception):
+    """Raised anywhere below a route: it becomes the problem of that `reason`."""
 
-
-class Problem(BaseModel):
-    """A refusal."""
-
-    title: str
-    status: int
-    reason: Reason
-    detail: Annotated[str, Field(description="What is wrong and what would be right.")]
-    parameter: Annotated[str | None, Field(description="The query parameter that is wrong.")] = None
+    def __init__(self, reason: Reason, detail: str, parameter: str | None = None) -> None:
+        super().__init__(detail)
+        self.reason, self.detail, self.parameter = reason, detail, parameter
 
 
 def problem(
@@ -99,33 +95,39 @@ def shown(text: object, length: int = 32) -> str:
     return ascii(whole[:length])[1:-1] + ("..." if len(whole) > length else "")
 
 
-def install(app: FastAPI) -> None:
-    """Make every refusal of `app` a problem."""
-    routes = ", ".join(sorted(path for route in app.routes if (path := getattr(route, "path", None))))
+def nearest(given: str, known: Iterable[str]) -> str:
+    """``did you mean X? `` for what was misspelt, or nothing if it is like none of `known`."""
+    from difflib import get_close_matches
 
-    @app.exception_handler(RequestValidationError)
-    async def bad_parameter(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["loc"][:1] == ("body",):
-            where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str))
-            return problem("bad_body", f"{first['msg']}; send a JSON object", parameter=where or None)
-        name = str(first["loc"][-1]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(_parameters(request)) or "none"
-            return problem("bad_parameter", f"unknown parameter; this route takes: {known}", parameter=name)
-        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        given = f"; got '{shown(first['input'])}'" if isinstance(first.get("input"), str) else ""
-        return problem("bad_parameter", f"{message[:1].lower()}{message[1:]}{given}", parameter=name)
+    found = get_close_matches(given[:64].lower(), list(known), 1)
+    return f"did you mean {found[0]}? " if found else ""
+
+
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Make every refusal of `app` a problem; `routes` are all that it has."""
+    served = [route for route in routes if isinstance(route, Route)]
+    paths = sorted({route.path for route in served})
+
+    @app.exception_handler(Refused)
+    async def refuse(_: Request, error: Refused) -> Response:
+        return problem(error.reason, error.detail, parameter=error.parameter)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "GET")
+            path = request.scope["path"]
+            methods = {method for route in served if route.path_regex.match(path) for method in route.methods or ()}
+            allowed = ", ".join(sorted(methods))
             return problem("method_not_allowed", f"use {allowed}", headers={"Allow": allowed})
         if error.status_code == 413:
             return problem("body_too_large", "a body here has at most 4 KiB")
-        path = shown(request.scope["path"])
-        return problem("no_such_route", f"{path} is not served here; there are: {routes}")
+        path = request.scope["path"]
+        there = f"{nearest(path, paths)}there are: {', '.join(paths)}"
+        return problem("no_such_route", f"{shown(path)} is not served here; {there}")
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, __: ClientDisconnect) -> Response:
+        return problem("bad_request", "it broke off in its body")  # which nobody reads; but it is no bug of ours
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
@@ -135,32 +137,6 @@ def install(app: FastAPI) -> None:
     async def not_recording(_: Request, error: NotRecording) -> Response:
         return problem("not_recording", str(error))
 
-    made = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        """FastAPI's schema, with refusals as what they are, and with those that come before any route."""
-        schema = made()
-        early = {"description": "Refused before the route was looked for.", "content": {MEDIA_TYPE: PROBLEM}}
-        for path in schema["paths"].values():
-            for operation in path.values():
-                operation["responses"].setdefault("default", early)
-                for response in operation["responses"].values():
-                    content = response.get("content", {})
-                    if content.get("application/json", {}) == PROBLEM:
-                        content[MEDIA_TYPE] = content.pop("application/json")
-        return schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:
         return problem("internal", f"{type(error).__name__}; the log has the rest")
-
-
-def _parameters(request: Request) -> list[str]:
-    route = request.scope.get("route")
-    return [
-        name
-        for field in getattr(getattr(route, "dependant", None), "query_params", ())
-        for name in field.field_info.annotation.model_fields
-    ]

@@ -1,21 +1,104 @@
 """
-Query parameters, parsed strictly.
+Query parameters and bodies, parsed strictly.
 
 Digits only, no unknown names, and (see `vitalsd.http.bounds`) each name once: a typo in
 ``windw_ms=5000`` must be an error and not a silent default. FastAPI alone would accept ``1_000``,
 ``+5``, `` 5`` and ``5.0`` for an integer, let the last of two duplicates win and echo kilobytes of input.
+
+The models are FastAPI dependencies, by `given` and `sent`, and are built when first asked for: a
+``Query()`` of FastAPI's own builds its validators, and loads all of ``pydantic.v1``, while the service
+starts. `vitalsd.http.schema` reads the same models.
 """
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from fastapi import Depends, Request
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
+from vitalsd.http.problem import Refused, nearest, shown
+from vitalsd.record import MAX_LABEL_LENGTH
 from vitalsd.wire import Detail, Sort
 
-__all__ = ["HistoryQuery", "MetricsQuery", "NoQuery", "ReportQuery", "RunHistoryQuery", "StreamQuery"]
+__all__ = [
+    "Given",
+    "HistoryQuery",
+    "MarkRequest",
+    "MetricsQuery",
+    "NoQuery",
+    "ReportQuery",
+    "RunHistoryQuery",
+    "Sent",
+    "StreamQuery",
+    "given",
+    "sent",
+]
+
+
+Model = TypeVar("Model", bound="_Strict")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Given(Generic[Model]):
+    """A dependency: the query of a request, or `Refused`."""
+
+    model: type[Model]
+
+    async def __call__(self, request: Request) -> Model:
+        try:
+            return self.model.model_validate(dict(request.query_params))
+        except ValidationError as error:
+            raise _bad_parameter(error, tuple(self.model.model_fields)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Sent(Generic[Model]):
+    """
+    A dependency: the JSON in the body of a request, or `Refused`.
+
+    The content type has to say so: a page of another site can send what says text/plain without asking first.
+    """
+
+    model: type[Model]
+
+    async def __call__(self, request: Request) -> Model:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused("bad_body", "send JSON, with the header Content-Type: application/json")
+        try:
+            return self.model.model_validate_json(await request.body())
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            fields = ", ".join(self.model.model_fields)
+            raise Refused("bad_body", f"{first['msg']}; send a JSON object with {fields}", where or None) from None
+
+
+def given(model: type[Model]) -> Any:
+    """``Annotated[model, given(model)]``: the parameters of a route."""
+    return Depends(Given(model))
+
+
+def sent(model: type[Model]) -> Any:
+    """``Annotated[model, sent(model)]``: the body of a route."""
+    return Depends(Sent(model))
+
+
+def _bad_parameter(error: ValidationError, known: tuple[str, ...]) -> Refused:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][-1])
+    if first["type"] == "extra_forbidden":
+        meant = nearest(name, known)
+        takes = f"this route takes: {', '.join(known)}" if known else "this route takes none"
+        return Refused("bad_parameter", f"unknown parameter; {meant}{takes}", name)
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    got = f"; got '{shown(first['input'])}'" if isinstance(first.get("input"), str) else ""
+    return Refused("bad_parameter", f"{message[:1].lower()}{message[1:]}{got}", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,54 +122,61 @@ class Digits:
         return value
 
 
-WindowMs = Annotated[int, Digits(10, 60_000), Field(description="Window to measure, ms.")]
-IntervalMs = Annotated[int, Digits(10, 60_000), Field(description="One answer each, ms.")]
+WindowMs = Annotated[int, Digits(10, 60_000), Field(description="Window to measure, ms.", examples=[500])]
+IntervalMs = Annotated[int, Digits(10, 60_000), Field(description="One answer each, ms.", examples=[200])]
 Limit = Annotated[
-    Annotated[int, Digits(0, 20_000)] | None, Field(description="At most so many threads, after sorting.")
+    Annotated[int, Digits(0, 20_000)] | None,
+    Field(description="At most so many threads, after sorting.", examples=[20]),
 ]
 OtherPid = Annotated[
-    Annotated[int, Digits(1, 2**31 - 1)] | None, Field(description="Another process than the sidecar's target.")
+    Annotated[int, Digits(1, 2**31 - 1)] | None,
+    Field(description="Another process than the sidecar's target.", examples=[4242]),
 ]
-SortBy = Annotated[Sort, Field(description="Order of the threads; `cpu` is busiest first.")]
+SortBy = Annotated[Sort, Field(description="Order of the threads; `cpu` is busiest first.", examples=["cpu"])]
 
 
-class _Query(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class NoQuery(_Query):
+class NoQuery(_Strict):
     """A route without parameters."""
 
 
-class MetricsQuery(_Query):
+class MetricsQuery(_Strict):
     """Parameters of ``GET /metrics``."""
 
     window_ms: WindowMs = 1000
     mode: Annotated[
         Literal["wait", "trailing"],
-        Field(description="`wait` measures the coming window; `trailing` answers at once for the one just recorded."),
+        Field(
+            description="`wait` measures the coming window; `trailing` answers at once for the one just recorded.",
+            examples=["trailing"],
+        ),
     ] = "wait"
-    detail: Annotated[Detail, Field(description="`full` adds the accounting, error bars and more per thread.")] = (
-        "basic"
-    )
+    detail: Annotated[
+        Detail, Field(description="`full` adds the accounting, error bars and more per thread.", examples=["full"])
+    ] = "basic"
     sort: SortBy = "tid"
     limit: Limit = None
     pid: OtherPid = None
 
 
-class RunHistoryQuery(_Query):
+class RunHistoryQuery(_Strict):
     """Parameters of ``GET /runs/{id}/history``."""
 
-    seconds: Annotated[int, Digits(1, 86_400), Field(description="How far back, s.")] = 300
-    top: Annotated[int, Digits(0, 20_000), Field(description="Show so many threads, the busiest ones.")] = 10
-    step_ms: Annotated[int, Digits(0, 3_600_000), Field(description="At least so long a row, ms; 0 for all.")] = 0
+    seconds: Annotated[int, Digits(1, 86_400), Field(description="How far back, s.", examples=[60])] = 300
+    top: Annotated[
+        int, Digits(0, 20_000), Field(description="Show so many threads, the busiest ones.", examples=[5])
+    ] = 10
+    step_ms: Annotated[
+        int, Digits(0, 3_600_000), Field(description="At least so long a row, ms; 0 for all.", examples=[5000])
+    ] = 0
 
 
-class ReportQuery(_Query):
+class ReportQuery(_Strict):
     """Parameters of ``GET /report.zip``."""
 
     window_ms: WindowMs = 2000
-    seconds: Annotated[int, Digits(1, 86_400), Field(description="How far back the history goes, s.")] = 300
+    seconds: Annotated[
+        int, Digits(1, 86_400), Field(description="How far back the history goes, s.", examples=[60])
+    ] = 300
 
 
 class HistoryQuery(RunHistoryQuery):
@@ -95,10 +185,21 @@ class HistoryQuery(RunHistoryQuery):
     pid: OtherPid = None
 
 
-class StreamQuery(_Query):
+class StreamQuery(_Strict):
     """Parameters of ``GET /stream``."""
 
     interval_ms: IntervalMs = 1000
     sort: SortBy = "tid"
     limit: Limit = None
     pid: OtherPid = None
+
+
+class MarkRequest(_Strict):
+    """The body of ``POST /marks``."""
+
+    model_config = ConfigDict(strict=True)
+
+    label: Annotated[
+        str,
+        Field(min_length=1, max_length=MAX_LABEL_LENGTH, description="One line of text.", examples=["F12 pressed"]),
+    ]

@@ -13,19 +13,19 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Request, Response
 from starlette.background import BackgroundTask
 
 from vitalsd.history import history
-from vitalsd.http.answers import JSON, REFUSALS
-from vitalsd.http.past import NO_RUN, mark_json, run_json
+from vitalsd.http.answers import JSON
+from vitalsd.http.past import mark_json, run_json
 from vitalsd.http.problem import problem
-from vitalsd.http.query import NoQuery, ReportQuery
+from vitalsd.http.query import NoQuery, ReportQuery, given
 from vitalsd.record import Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
 from vitalsd.sampler import Targets
 from vitalsd.snapshot import Identity
-from vitalsd.sources import SourceError, platform_name
+from vitalsd.sources import SourceError
 from vitalsd.wire import encode, unavailable
 from vitalsd.worker import Worker
 from vitalsd_client.archive import (
@@ -55,13 +55,8 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
     async def read(call: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(reader.submit(call))
 
-    @routes.get(
-        "/report.zip",
-        responses={200: {"content": {"application/zip": {}}}, **REFUSALS},
-        response_class=Response,
-        summary="A bug report: metrics, history, marks, and the run that crashed before",
-    )
-    async def report(query: Annotated[ReportQuery, Query()]) -> Response:
+    @routes.get("/report.zip", summary="A bug report: metrics, history, marks, and the run that crashed before")
+    async def report(query: Annotated[ReportQuery, given(ReportQuery)]) -> Response:
         triggered = datetime.now(UTC)
         members, failures = {}, []
         identity, metrics, reason = await _metrics(targets, query.window_ms)
@@ -79,7 +74,8 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
                 failures.append(Failure(PREVIOUS_RUN, reason))
             elif crashed is not None:
                 members[PREVIOUS_RUN] = content
-        bundle = await read(lambda: _bundle(triggered, members, failures, identity))
+        platform = targets.default.platform
+        bundle = await read(lambda: _bundle(triggered, members, failures, platform))
         content = await read(bundle.zip)
         # Once it has been sent. Whether a client that hung up in the middle has it, uvicorn does not tell.
         sent = None if runs is None or crashed is None else BackgroundTask(read, lambda: _mark(runs, crashed))
@@ -91,11 +87,11 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
 
     @routes.post(
         "/runs/{run_id}/reported",
-        response_class=JSON,
-        responses={**NO_RUN, **REFUSALS},
         summary="Note that a run is in a bug report, so that no other one tells of it again",
     )
-    async def reported(run_id: str, query: Annotated[NoQuery, Query()]) -> Response:
+    async def reported(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
+        run_id = request.path_params["run_id"]
+
         def mark() -> Run | None:
             run = runs.find(run_id) if runs else None
             if runs is not None and run is not None:
@@ -128,7 +124,7 @@ async def _metrics(targets: Targets, window_ms: int) -> tuple[Identity | None, b
                     raise
         return identity, encode(measurement, identity, requested_ms=window_ms), None
     except SourceError as error:
-        return identity, unavailable(error), str(error)
+        return identity, unavailable(error, target.platform), str(error)
 
 
 def _recorded(record: Record, seconds: int) -> tuple[bytes, bytes]:
@@ -157,9 +153,7 @@ def _mark(runs: RunDirectory, run: Run) -> None:
         runs.mark_reported(run)
 
 
-def _bundle(
-    triggered: datetime, members: dict[str, bytes], failures: list[Failure], identity: Identity | None
-) -> Bundle:
+def _bundle(triggered: datetime, members: dict[str, bytes], failures: list[Failure], platform: str) -> Bundle:
     report_id, submitted = new_report_id(), datetime.now(UTC)
     about = metadata(
         app=APP,
@@ -169,6 +163,6 @@ def _bundle(
         triggered=triggered,
         submitted=submitted,
         description="",
-        platform=identity.platform if identity else platform_name(),
+        platform=platform,
     )
     return seal(APP, report_id, submitted, {METADATA: about, **members}, failures)

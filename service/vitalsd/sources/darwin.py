@@ -3,15 +3,16 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from vitalsd.sources import ProcessEntry, Source
-from vitalsd.sources.apple_headers import SZOMB, proc_taskallinfo
+from vitalsd.sources.apple_headers import MACH_PORT_DEAD, MACH_PORT_NULL, SZOMB, proc_taskallinfo
 from vitalsd.sources.libproc import LibprocSource
 from vitalsd.sources.libsystem import LibSystem, MachError, load
 from vitalsd.sources.mach import MachSource
 from vitalsd.sources.xnu import process_name, process_names, start_key, tick_frequency, translated_errors
 
-__all__ = ["list_processes", "open_process"]
+__all__ = ["holdings", "list_processes", "open_process"]
 
 
 def open_process(
@@ -62,3 +63,19 @@ def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
             thread_count=info.ptinfo.pti_threadnum,
             uid=info.pbsd.pbi_uid,
         )
+
+
+def holdings(lib: LibSystem | None = None) -> dict[str, int]:
+    """
+    Port names that this process holds, and the references on those of its living threads.
+
+    References of one thread coalesce under one name, so a leak of them does not show in the names.
+    """
+    lib = lib or load()
+    references = 0
+    with lib.thread_ports() as ports:
+        for port in ports:
+            if port not in (MACH_PORT_NULL, MACH_PORT_DEAD):
+                with suppress(MachError):  # it has just ended
+                    references += lib.send_references(port)
+    return {"ports": lib.ports_in_use(), "references": references}

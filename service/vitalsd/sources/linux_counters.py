@@ -65,6 +65,10 @@ class ThreadCounter(Protocol):
 
     def open(self, tid: int) -> int: ...
     def close(self, handle: int) -> None: ...
+    def may_keep(self, fd: int) -> bool:
+        """Whether descriptor `fd` may stay open: none that is among the last few."""
+        ...
+
     def read(self, handles: Sequence[int]) -> list[int]:
         """CPU time of each, ns. Raises `OSError` with an errno of `GONE` if any of them has exited."""
         ...
@@ -85,6 +89,9 @@ class ThreadClocks:
 
     def close(self, handle: int) -> None:
         pass
+
+    def may_keep(self, fd: int) -> bool:
+        return False
 
     def read(self, handles: Sequence[int]) -> list[int]:
         return list(map(time.clock_gettime_ns, handles))
@@ -112,8 +119,7 @@ class _Files:
                     raise
                 self._budget = 0
             else:
-                # The kernel gives the lowest free number, so a high one means that few are left.
-                if handle < self._highest:
+                if self.may_keep(handle):
                     self._budget -= 1
                     return handle
                 os.close(handle)
@@ -127,6 +133,10 @@ class _Files:
         else:
             os.close(handle)
             self._budget += 1
+
+    def may_keep(self, fd: int) -> bool:
+        # The kernel gives the lowest free number, so a high one means that few are left.
+        return fd < self._highest
 
     def contents(self, handles: Sequence[int], size: int) -> list[bytes]:
         if not self._opened_each_time:

@@ -9,6 +9,7 @@ remembered and what exited threads left add up to the clock, every remembered va
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import compress
@@ -17,10 +18,10 @@ from operator import lt, ne
 from vitalsd.sources.linux_counters import GONE, ThreadCounter, read_file
 from vitalsd.sources.procfs import Stat, decode_name, parse_stat
 
-__all__ = ["ThreadTable"]
+__all__ = ["FEW_NAMES", "ThreadTable"]
 
 FEW_NAMES = 8
-"""So many names are read again at every reading ..."""
+"""So many names are read again at every reading, from files that stay open for it, ..."""
 NAMES_EVERY_NS = 1_000_000_000
 """... and more than that at this distance."""
 SWEEP_NS = 60_000_000_000
@@ -29,11 +30,13 @@ HOT_FOR = 8
 """A thread counts as hot for so many readings after it ran."""
 HOT_PART = 8
 """With more than 1/8 of the threads hot, reading all of them is as cheap."""
+COMM_BYTES = 64
+"""More than any name: TASK_COMM_LEN is 16, linux/sched.h; kernel threads have up to 64."""
 MAX_PAUSE = 16
 """Readings without an attempt to prove, after one that failed again and again."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Thread:
     birth: int
     name: str
@@ -42,6 +45,8 @@ class _Thread:
     """As of the last listing."""
     named_ns: int
     """CPU time it had when its name was read."""
+    comm: int = -1
+    """Descriptor of its ``comm``, while it is held open."""
 
 
 class ThreadTable:
@@ -64,6 +69,7 @@ class ThreadTable:
         self._cpu_ns: list[int] = []
         self._named_ns: list[int] = []
         self._named_at_ns = 0
+        self._comms: deque[_Thread] = deque()
         self._sweep = 0
         self._links_count_threads = False
         self._hot: dict[int, int] = {}
@@ -202,7 +208,7 @@ class ThreadTable:
     def close(self) -> None:
         """Release every handle."""
         for thread in self._threads.values():
-            self._counter.close(thread.handle)
+            self._release(thread)
         self._threads.clear()
 
     def _links(self) -> int:
@@ -221,13 +227,39 @@ class ThreadTable:
         """The name of thread `i`, its old one if it has exited; ``None`` if the tid is another thread's now."""
         try:
             if self._counter.bound:
-                return decode_name(read_file(f"{self.tids[i]}/comm", self._task_fd)[:-1])
+                return decode_name(self._comm(self._rows[i], self.tids[i])[:-1])
             stat = parse_stat(read_file(f"{self.tids[i]}/stat", self._task_fd))
         except OSError as error:
             if error.errno not in GONE:
                 raise
             return self.names[i]
         return stat.name if stat.start_ticks == self.births[i] else None
+
+    def _comm(self, thread: _Thread, tid: int) -> bytes:
+        """The ``comm`` of a thread; those read last stay open, for who runs goes on running."""
+        if thread.comm >= 0:
+            return os.pread(thread.comm, COMM_BYTES, 0)
+        comm = os.open(f"{tid}/comm", os.O_RDONLY, dir_fd=self._task_fd)
+        if self._counter.may_keep(comm):
+            if len(self._comms) == FEW_NAMES:
+                self._drop_comm(self._comms[0])
+            thread.comm = comm
+            self._comms.append(thread)
+            return os.pread(comm, COMM_BYTES, 0)
+        try:
+            return os.read(comm, COMM_BYTES)
+        finally:
+            os.close(comm)
+
+    def _drop_comm(self, thread: _Thread) -> None:
+        self._comms.remove(thread)
+        os.close(thread.comm)
+        thread.comm = -1
+
+    def _release(self, thread: _Thread) -> None:
+        self._counter.close(thread.handle)
+        if thread.comm >= 0:
+            self._drop_comm(thread)
 
     def _stat(self, tid: int) -> Stat | None:
         try:
@@ -245,13 +277,13 @@ class ThreadTable:
                 thread = before.pop(tid, None)
                 if thread is None or not self._advance(tid, thread):
                     if thread is not None:
-                        self._counter.close(thread.handle)
+                        self._release(thread)
                     thread = self._open(tid)
                 if thread is not None:
                     self._threads[tid] = thread
         finally:
             for thread in before.values():
-                self._counter.close(thread.handle)
+                self._release(thread)
         if not self._threads:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         threads = self._rows = list(self._threads.values())

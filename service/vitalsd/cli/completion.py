@@ -1,0 +1,51 @@
+"""``vitalsd completion``: what a shell needs to complete our commands and options."""
+
+import click
+from click.shell_completion import CompletionItem
+
+__all__ = ["completion", "processes"]
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the script that lets your shell complete vitalsd.
+
+    \b
+    bash   eval "$(vitalsd completion bash)"        in ~/.bashrc
+    zsh    eval "$(vitalsd completion zsh)"         in ~/.zshrc, after compinit
+    fish   vitalsd completion fish | source         in ~/.config/fish/config.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(context.find_root().command, {}, "vitalsd", "_VITALSD_COMPLETE").source())
+
+
+def processes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Processes of this user for ``--pid`` and ``--name``, the newest first."""
+    import os
+
+    from vitalsd.sources import SourceError, list_processes
+
+    try:
+        mine = [entry for entry in list_processes() if entry.uid == os.geteuid() and entry.pid != os.getpid()]
+    except SourceError:
+        return []
+    mine.sort(key=lambda entry: entry.started_unix_ns, reverse=True)
+    if parameter.name == "pid":
+        pids = {str(entry.pid): entry.name for entry in mine}
+        return [
+            CompletionItem(pid, help=name if name.isprintable() else None)
+            for pid, name in pids.items()
+            if pid.startswith(incomplete)
+        ]
+    names = dict.fromkeys(name for entry in mine for name in sorted(entry.names))
+    # What would be several words to a shell, or a command, is left to be typed with care.
+    return [CompletionItem(name) for name in names if name.startswith(incomplete) and _is_a_word(name)]
+
+
+def _is_a_word(name: str) -> bool:
+    return name.isprintable() and name.replace("-", "").replace("_", "").replace(".", "").isalnum()

@@ -1,0 +1,126 @@
+"""``vitalsd doctor``: try out on this machine what vitalsd promises."""
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from vitalsd.cli.options import platform_of, raise_descriptor_limit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vitalsd.doctor.examination import Progress
+    from vitalsd.doctor.finding import Finding
+
+__all__ = ["doctor"]
+
+STYLES = {"pass": "green", "fail": "bold red", "not here": "dim"}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--soak",
+    type=click.FloatRange(1, 7 * 86400),
+    metavar="SECONDS",
+    help="Also take snapshots as fast as they come for so long, and watch for leaks.",
+)
+@click.pass_context
+def doctor(context: click.Context, as_json: bool, soak: float | None) -> None:
+    """Examine vitalsd on this machine: what it reads against what is known to be true, in about 15 seconds.
+
+    Threads burn known parts of a core, memory is taken and given back, threads come and go, and a
+    sidecar is started, asked, killed and started again. Each line says what should be and what is;
+    what is wrong comes with the next step to take. Nothing is left behind.
+
+    Exit status: 0 all is well, 1 something is wrong, 130 interrupted.
+    """
+    try:
+        healthy = _examine(context, as_json, soak)
+    except KeyboardInterrupt:
+        click.echo("vitalsd: interrupted", err=True)
+        raise SystemExit(130) from None
+    raise SystemExit(0 if healthy else 1)
+
+
+def _examine(context: click.Context, as_json: bool, soak_s: float | None) -> bool:
+    """Examine, print, and say whether all is well."""
+    import json
+    import signal
+    import time
+    from contextlib import closing
+    from dataclasses import asdict
+    from importlib.metadata import version
+
+    from vitalsd.doctor.examination import examine
+
+    raise_descriptor_limit()
+    platform = platform_of(context)
+    signal.signal(signal.SIGTERM, _end)
+    begun = time.monotonic()
+    found: list[Finding] = []
+    with (
+        _progress(quiet=as_json) as (progress, show),
+        closing(examine(platform, soak_s=soak_s, progress=progress)) as findings,
+    ):
+        for finding in findings:
+            found.append(finding)
+            show(finding)
+    failed = sum(finding.verdict == "fail" for finding in found)
+    passed = sum(finding.verdict == "pass" for finding in found)
+    if as_json:
+        report = {
+            "version": version("vitalsd"),
+            "platform": platform.name,
+            "healthy": not failed,
+            "seconds": round(time.monotonic() - begun, 1),
+            "findings": [asdict(finding) for finding in found],
+        }
+        click.echo(json.dumps(report, indent=2))
+    else:
+        click.echo(f"\n{passed} passed, {failed} failed, {len(found) - passed - failed} not here")
+    return not failed
+
+
+def _end(number: int, frame: object) -> None:
+    """Of SIGTERM: unwind, so that what was started is ended."""
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> "Iterator[tuple[Progress, Callable[[Finding], None]]]":
+    """How to tell what is being done, and how to print a line."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    out = Console(highlight=False, soft_wrap=True)
+    # Where the lines and the progress go to one terminal, one of them draws both.
+    console = out if out.is_terminal and not quiet else Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(what: str, done: float | None) -> None:
+            bar.update(task, description=what, total=None if done is None else 1.0, completed=done or 0)
+
+        def show(finding: "Finding") -> None:
+            if quiet:
+                return
+            line = Text(f"{finding.verdict:8}", style=STYLES[finding.verdict])
+            line.append(f"  {finding.what:42}  ", style="default")
+            line.append(finding.measured, style="default")
+            if finding.verdict != "not here":
+                line.append(f"   (expected: {finding.expected})", style="dim")
+            out.print(line)
+            if finding.next_step:
+                out.print(Text(f"          {finding.next_step}", style="yellow"))
+
+        yield progress, show

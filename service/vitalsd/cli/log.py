@@ -1,0 +1,89 @@
+"""
+What a service says on stderr: a line when it is ready, and what goes wrong; as text or as JSON.
+
+For the commands that serve, whose process is ours. In the process of a client nothing of this is called: its
+logging is its own.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+__all__ = ["log_format_option", "logging_as"]
+
+log_format_option: Callable[[Callable[..., None]], Callable[..., None]] = click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Of stderr: a line when ready, then warnings and errors alone.",
+)
+
+
+class _Text(logging.Formatter):
+    """``vitalsd: a sentence``, and after a bug its traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from vitalsd.wire import printable
+
+        lines = [f"vitalsd: {printable(record.getMessage())}"]
+        if record.exc_info:
+            lines += map(printable, self.formatException(record.exc_info).splitlines())
+        return "\n".join(lines)
+
+
+class _Json(logging.Formatter):
+    """One object a line, in ASCII: what a stranger has named breaks neither the line nor a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from vitalsd.wire import iso
+
+        entry = {
+            "time": iso(round(record.created * 1e9)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+@contextmanager
+def logging_as(form: str) -> Iterator[logging.Logger]:
+    """
+    Log to stderr for as long as the context lasts: our own news, everybody's warnings.
+
+    With ``json`` whatever ends the command is a line of that too.
+
+    Args:
+        form: ``text`` or ``json``.
+    """
+    # Some supervisors start us without a stderr.
+    handler = logging.NullHandler() if sys.stderr is None else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if form == "json" else _Text())
+    log, root = logging.getLogger("vitalsd"), logging.getLogger()
+    before = log.level
+    root.addHandler(handler)
+    log.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield log
+    except click.ClickException as error:
+        if form != "json":
+            raise
+        log.error(error.message)
+        raise SystemExit(error.exit_code) from None
+    except Exception:
+        if form != "json":
+            raise
+        log.critical("a bug in vitalsd", exc_info=True)
+        raise SystemExit(1) from None
+    finally:
+        logging.captureWarnings(False)
+        log.setLevel(before)
+        root.removeHandler(handler)

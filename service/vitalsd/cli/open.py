@@ -1,0 +1,65 @@
+"""``vitalsd open``: the page of a running sidecar in a browser, its token brought along."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vitalsd.cli.options import Failed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vitalsd.endpoint import Endpoint
+
+__all__ = ["open_page"]
+
+REDIRECT = """<!doctype html>
+<meta charset="utf-8">
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="refresh" content="0; url={url}">
+<title>vitalsd</title>
+<a href="{url}">To the page</a>
+"""
+
+
+@click.command("open")
+@click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="The sidecar that watches this process.")
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+def open_page(pid: int | None, no_browser: bool) -> None:
+    """Open the page of your newest sidecar in a browser.
+
+    If the sidecar asks for a token, what is opened and printed is the address of a file that only you can
+    read and that leads to the page: in the page's own address every user of this machine could read the
+    token while the browser starts.
+    """
+    from vitalsd.endpoint import EndpointError, discover, runtime_directory
+
+    served = [each for each in discover(pid) if each.url and (pid is None or (each.target and each.target.pid == pid))]
+    if not served:
+        whom, how = ("", "") if pid is None else (f" of process {pid}", f" --pid {pid}")
+        raise Failed(f"no sidecar{whom} listens on TCP; start one with: vitalsd serve{how}")
+    try:
+        address = _address(served[0], runtime_directory)
+    except (OSError, EndpointError) as error:
+        raise Failed(f"the file that leads to the page could not be written: {error}") from None
+    click.echo(address)
+    if not no_browser:
+        import webbrowser
+
+        if not webbrowser.open(address):
+            raise Failed("no browser could be started; open this address in one")
+
+
+def _address(endpoint: "Endpoint", directory: "Callable[[], Path]") -> str:
+    """Of the page, or of a file in `directory` that leads there with the token."""
+    import os
+    from tempfile import NamedTemporaryFile
+
+    if endpoint.token is None:
+        return f"{endpoint.url}/"
+    path = directory() / "open.html"  # one for all: the token that it held before was a dead sidecar's, or another's
+    with NamedTemporaryFile("w", dir=path.parent, prefix=".open-", delete=False) as file:  # mode 0600
+        file.write(REDIRECT.format(url=f"{endpoint.url}/#token={endpoint.token}"))
+    os.replace(file.name, path)
+    return path.as_uri()

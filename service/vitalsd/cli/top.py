@@ -1,0 +1,120 @@
+"""``vitalsd top``: look on, live."""
+
+import click
+
+from vitalsd.cli.options import (
+    Failed,
+    Refused,
+    find_target,
+    name_option,
+    pid_option,
+    platform_of,
+    proc_root_option,
+    raise_descriptor_limit,
+)
+
+__all__ = ["top"]
+
+
+@click.command()
+@pid_option
+@name_option
+@click.option("--url", metavar="URL", help="Ask this sidecar: http://127.0.0.1:9779")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 60),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Between two samples.",
+)
+@click.option("--count", type=click.IntRange(1), metavar="N", help="Print N lines instead of the full screen, and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print each answer of /metrics, one a line.")
+@proc_root_option
+@click.pass_context
+def top(
+    context: click.Context,
+    pid: int | None,
+    name: str | None,
+    url: str | None,
+    interval: float,
+    count: int | None,
+    as_json: bool,
+    proc_root: str,
+) -> None:
+    """Look at a process live: CPU, memory, its threads, marks and events.
+
+    Without --pid, --name or --url it shows the target of your newest sidecar. A sidecar that watches the
+    target is asked, if there is one; else the target is sampled directly. With --name the next process of
+    that name is shown when this one has ended.
+
+    Full screen on a terminal (? shows the keys, q quits); into a pipe or a file, a line per sample.
+    """
+    import os
+    import signal
+
+    from vitalsd.sources import SourceError
+    from vitalsd.top import plain, screen
+    from vitalsd.top.feed import Feed
+    from vitalsd_client.exchange import ExchangeError
+    from vitalsd_client.places import NoSidecar
+
+    if url is not None and name is not None:
+        raise click.UsageError("--url and --name exclude each other")
+    if pid is not None and name is not None:
+        raise click.UsageError("--pid and --name exclude each other")
+    raise_descriptor_limit()
+
+    platform = platform_of(context, proc_root)
+
+    def find() -> int:
+        found = find_target(pid, name, platform)
+        assert found is not None
+        return found
+
+    full_screen = screen.fits() and count is None and not as_json
+    try:
+        if (pid, name, url) == (None, None, None):
+            pid = _watched()
+        feed = Feed(
+            find,
+            platform.open_source,
+            interval_s=interval,
+            first_s=0.25 if full_screen else interval,
+            url=url,
+            pid=pid,
+            follow=name is not None or url is not None,
+            sidecars=proc_root == "/proc",
+        )
+        if full_screen:
+            if number := screen.show(feed):
+                if number == signal.SIGINT:
+                    raise SystemExit(130)
+                # As any program ends by it, so that whoever sent it sees that it worked.
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+        else:
+            plain.lines(
+                feed,
+                count=count,
+                as_json=as_json,
+                say=click.echo,
+                note=lambda text: click.echo(f"vitalsd: {text}", err=True),
+            )
+    except (SourceError, ExchangeError) as error:
+        raise Failed(str(error)) from None
+    except NoSidecar as error:
+        raise Refused(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _watched() -> int:
+    """The target of this user's newest sidecar."""
+    from vitalsd.endpoint import discover
+    from vitalsd_client.places import NoSidecar
+
+    for each in discover():
+        if each.target is not None:
+            return each.target.pid
+    raise NoSidecar("no sidecar of yours watches a process; name one with --pid or --name")

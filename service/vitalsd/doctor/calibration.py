@@ -1,0 +1,154 @@
+"""CPU time read back: of threads at a known duty, of their process, and the scale of the kernel's ticks."""
+
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+
+from vitalsd.doctor.burner import Burner, BurnerProcess, BurnerThreads, Log, bounds_ns
+from vitalsd.doctor.finding import Finding, between, judged, not_here
+from vitalsd.snapshot import Measurement, Snapshot, measure
+from vitalsd.sources import Source
+from vitalsd.sources.platform import Platform
+
+__all__ = ["DUTIES", "another_process", "own_process"]
+
+DUTIES = (0, 5, 30, 100)
+WINDOW_S = 1.0
+ALLOWANCE_PERCENT = 0.5
+"""Points of a core by which a reading may miss, over the error it states, what the thread's own clock allows."""
+TOTAL_ALLOWANCE = 0.02
+"""Part of the process's CPU time; getrusage of a process with running threads lags by up to a tick for each."""
+LAG_NS = 10_000_000
+WIDE_NS = 3_000_000
+"""A snapshot that took longer than this is taken again, a few times: the truth at it would be vague."""
+ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A snapshot, and when it was taken at the earliest and at the latest, by the monotonic clock, ns."""
+
+    snapshot: Snapshot
+    earliest_ns: int
+    latest_ns: int
+
+
+def own_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Finding]:
+    """Threads of this process, and its total against getrusage."""
+    with BurnerThreads(DUTIES) as burner, closing(platform.open_source(None)) as source:
+        _read(source)  # the first one opens what the others keep open
+        low = _usage_ns()
+        first = _read(source)
+        high = _usage_ns()
+        time.sleep(window_s)
+        spent = (_usage_ns() - high, 0)
+        last = _read(source)
+        spent = (spent[0], _usage_ns() - low)
+        logs = burner.logs()
+    measured = measure(first.snapshot, last.snapshot)
+    yield from _threads("own", "in process", burner, logs, first, last)
+    yield _total("own", "process total, by getrusage", measured, spent)
+    yield _ticks("own", "scale of ticks", measured, spent)
+
+
+def another_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Finding]:
+    """The same of another process, whose total is judged by the clocks of all its threads."""
+    with BurnerProcess(DUTIES) as burner, closing(platform.open_source(burner.pid)) as source:
+        burner.note()
+        _read(source)
+        first = _read(source)
+        time.sleep(window_s)
+        last = _read(source)
+        logs = burner.logs()
+    measured = measure(first.snapshot, last.snapshot)
+    yield from _threads("other", "another process", burner, logs, first, last)
+    spans = [_spent(log, first, last) for log in logs.values()]
+    spent = sum(low for low, _ in spans), sum(high for _, high in spans)
+    yield _total("other", "process total, by all its threads' clocks", measured, spent)
+    yield _ticks("other", "scale of ticks, another process", measured, spent)
+
+
+def _read(source: Source) -> _Reading:
+    for _ in range(ATTEMPTS):
+        earliest_ns = time.monotonic_ns()
+        reading = _Reading(source.snapshot(extras=True), earliest_ns, time.monotonic_ns())
+        if reading.latest_ns - reading.earliest_ns < WIDE_NS:
+            break
+    return reading
+
+
+def _usage_ns() -> int:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return round((usage.ru_utime + usage.ru_stime) * 1e9)
+
+
+def _spent(log: Log, first: _Reading, last: _Reading) -> tuple[int, int]:
+    """Bounds of what a thread burnt between two readings, ns."""
+    a = bounds_ns(log, first.earliest_ns, first.latest_ns)
+    b = bounds_ns(log, last.earliest_ns, last.latest_ns)
+    return max(0, b[0] - a[1]), b[1] - a[0]
+
+
+def _threads(
+    place: str, where: str, burner: Burner, logs: Mapping[str, Log], first: _Reading, last: _Reading
+) -> Iterator[Finding]:
+    measured = measure(first.snapshot, last.snapshot)
+    percent = 100 / measured.elapsed_ns
+    for duty in DUTIES:
+        name = f"burn-{duty}"
+        check, what = f"cpu.{place}.{duty}", f"thread at {duty} %, {where}"
+        low, high = (ns * percent for ns in _spent(logs[name], first, last))
+        try:
+            index = measured.last.tids.index(burner.tids[name])
+        except ValueError:
+            yield judged(check, what, between(low, high, "%"), "the thread is not listed", False, _BUG)
+            continue
+        read = measured.thread_cpu_ns[index] * percent
+        error = measured.thread_error_ns(index) * percent
+        yield judged(
+            check,
+            what,
+            f"{between(low, high, '%')} by its own clock",
+            f"{read:.1f} % ± {error:.1f}",
+            low - error - ALLOWANCE_PERCENT <= read <= high + error + ALLOWANCE_PERCENT,
+            _BUG,
+        )
+
+
+def _total(place: str, what: str, measured: Measurement, spent: tuple[int, int]) -> Finding:
+    low, high = (ns / 1e6 for ns in spent)
+    slack = (measured.cpu_error_ns + LAG_NS * len(DUTIES)) / 1e6 + TOTAL_ALLOWANCE * high
+    read = measured.cpu_ns / 1e6
+    return judged(
+        f"cpu.{place}.total",
+        what,
+        f"{between(low, high, 'ms', 0)} ± {slack:.0f}",
+        f"{read:.0f} ms",
+        low - slack <= read <= high + slack,
+        "the process total leaves out threads or counts in another unit; " + _BUG,
+    )
+
+
+def _ticks(place: str, what: str, measured: Measurement, spent: tuple[int, int]) -> Finding:
+    """User and system time come from the kernel's own ticks, on Linux of 10 ms, on macOS of 1 or 41.67 ns."""
+    check = f"ticks.{place}"
+    a, b = measured.first.extras, measured.last.extras
+    if a is None or b is None or None in (a.user_ns, a.system_ns, b.user_ns, b.system_ns):
+        return not_here(check, what, "no user and system time to be had")
+    grown = (b.user_ns + b.system_ns) - (a.user_ns + a.system_ns)  # type: ignore[operator]
+    true_ns = max(1, (spent[0] + spent[1]) // 2)
+    oddities = "".join(f"; {warning}" for warning in measured.warnings if "hw.tbfrequency" in warning)
+    return judged(
+        check,
+        what,
+        "1 (0.7 to 1.4) of the true time",
+        f"{grown / true_ns:.3f}{oddities}",
+        0.7 <= grown / true_ns <= 1.4,
+        "user and system time count in another unit than ns (0.024 is 24 MHz taken for 1 GHz); on macOS compare"
+        " `sysctl hw.tbfrequency`; " + _BUG,
+    )
+
+
+_BUG = "report it with the output of `vitalsd doctor --json`"

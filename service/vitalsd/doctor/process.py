@@ -1,0 +1,241 @@
+"""What is read of a process besides CPU time: memory, age, threads; and what reading it leaves behind."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+
+from vitalsd.doctor.burner import BurnerProcess, name_this_thread, touched
+from vitalsd.doctor.finding import Finding, between, judged, not_here
+from vitalsd.snapshot import measure
+from vitalsd.sources import Source
+from vitalsd.sources.platform import Platform
+
+__all__ = ["age", "held", "leftovers", "memory", "threads"]
+
+MIB = 1 << 20
+ALLOCATED_BYTES = 32 * MIB
+STRAY_BYTES = 4 * MIB
+"""What a process may grow or shrink by besides, between two snapshots."""
+CLOCK_ALLOWANCE_S = 0.05
+WORK_NS = 60_000_000
+EXIT_NS = 5_000_000
+"""CPU time of a thread before and after its own clock can be asked by it."""
+SNAPSHOTS = 200
+QUIET_S = 5.0
+BUG = "report it with the output of `vitalsd doctor --json`"
+
+
+def memory(platform: Platform) -> Iterator[Finding]:
+    """Resident memory against an allocation of known size that is touched and given back."""
+    with closing(platform.open_source(None)) as source:
+        before = source.snapshot().rss_bytes
+        block = touched(ALLOCATED_BYTES)
+        with_it = source.snapshot().rss_bytes
+        block.close()
+        yield _memory("rss.own", "resident memory, in process", before, with_it, source.snapshot().rss_bytes)
+    with BurnerProcess(()) as other, closing(platform.open_source(other.pid)) as source:
+        before = source.snapshot().rss_bytes
+        other.hold(ALLOCATED_BYTES)
+        with_it = source.snapshot().rss_bytes
+        other.hold(0)
+        yield _memory("rss.other", "resident memory, another process", before, with_it, source.snapshot().rss_bytes)
+
+
+def _memory(check: str, what: str, before: int, with_it: int, after: int) -> Finding:
+    grown, shrunk = with_it - before, with_it - after
+    return judged(
+        check,
+        what,
+        f"+{ALLOCATED_BYTES / MIB:.1f} MiB and back, ± {STRAY_BYTES / MIB:.0f}",
+        f"+{grown / MIB:.1f} MiB, then -{shrunk / MIB:.1f}",
+        abs(grown - ALLOCATED_BYTES) <= STRAY_BYTES and abs(shrunk - ALLOCATED_BYTES) <= STRAY_BYTES,
+        f"1024 times too much or too little is a wrong unit; a machine that swaps shows less: try again; {BUG}",
+    )
+
+
+def age(platform: Platform) -> Iterator[Finding]:
+    """The time since a process that was started just now, and its progress."""
+    with BurnerProcess(()) as other, closing(platform.open_source(other.pid)) as source:
+        first = source.snapshot()
+        time.sleep(0.2)
+        last = source.snapshot()
+    low, high = ((first.monotonic_ns - ns) / 1e9 for ns in (other.started_ns, other.begun_ns))
+    read = first.uptime_ns / 1e9
+    yield judged(
+        "uptime.age",
+        "age of a process just started",
+        f"{between(low, high, 's', 3)} ± {CLOCK_ALLOWANCE_S}",
+        f"{read:.3f} s",
+        low - CLOCK_ALLOWANCE_S <= read <= high + CLOCK_ALLOWANCE_S,
+        f"the start of processes is read in another unit or of another clock; {BUG}",
+    )
+    passed = (last.boottime_ns - first.boottime_ns) / 1e9
+    advance = (last.uptime_ns - first.uptime_ns) / 1e9
+    yield judged(
+        "uptime.advance",
+        "age across two samples",
+        f"+{passed:.3f} s ± {CLOCK_ALLOWANCE_S}",
+        f"+{advance:.3f} s",
+        abs(advance - passed) <= CLOCK_ALLOWANCE_S,
+        f"the clock of the age is not the one of the machine; {BUG}",
+    )
+
+
+class _Worker(threading.Thread):
+    """Burns a known CPU time when told, then waits for its end, or ends at once."""
+
+    def __init__(self, name: str, *, lives: bool) -> None:
+        super().__init__(name=name, daemon=True)
+        self._lives = lives
+        self.named, self.go, self.done, self.leave = (threading.Event() for _ in range(4))
+        self.waited_ns = self.cpu_ns = 0
+        """CPU time before it burnt, and in all, by its own clock."""
+
+    def run(self) -> None:
+        name_this_thread(self.name)
+        self.named.set()
+        self.go.wait()
+        self.waited_ns = time.thread_time_ns()
+        while time.thread_time_ns() - self.waited_ns < WORK_NS:
+            pass
+        self.cpu_ns = time.thread_time_ns()
+        self.done.set()
+        if self._lives:
+            self.leave.wait()
+
+
+def threads(platform: Platform) -> Iterator[Finding]:
+    """Ids and names against `threading`; who was born and who died; and what each of them burnt."""
+    old = [_Worker(f"old-{i}", lives=False) for i in range(2)]
+    young = [_Worker(f"young-{i}", lives=True) for i in range(2)]
+    brief = _Worker("brief", lives=False)
+    everyone = [*old, *young, brief]
+    try:
+        with closing(platform.open_source(None)) as source:
+            for thread in old:
+                thread.start()
+                thread.named.wait()
+            first = source.snapshot()
+            for thread in (*young, brief):
+                thread.start()
+                thread.named.wait()
+            for thread in everyone:
+                thread.go.set()
+                thread.done.wait()
+            for thread in (*old, brief):
+                thread.join()
+            last = source.snapshot()
+            deadline = time.monotonic() + QUIET_S
+            # Python is done with a thread a little before the kernel is.
+            while {thread.native_id for thread in (*old, brief)} & set(last.tids) and time.monotonic() < deadline:
+                time.sleep(0.005)
+                last = source.snapshot()
+    finally:
+        for thread in everyone:
+            thread.go.set()
+            thread.leave.set()
+    listed = dict(zip(last.tids, last.names, strict=True))
+    python = {thread.native_id for thread in threading.enumerate() if thread not in everyone} | {
+        thread.native_id for thread in young
+    }
+    missing = len(python - set(listed))
+    wrong = sum(listed.get(thread.native_id or 0) not in (thread.name, None) for thread in young)
+    yield judged(
+        "threads.known",
+        "ids and names, by threading",
+        f"all {len(python)}, those named by their names",
+        f"{len(python) - missing} listed, {wrong} under another name",
+        not missing and not wrong,
+        f"threads are lost on the way from the kernel; {BUG}",
+    )
+
+    measured = measure(first, last)
+    born = {measured.last.tids[i] for i in measured.born}
+    dead = set(first.tids) - set(last.tids)
+    right = (
+        born >= {thread.native_id for thread in young}
+        and dead >= {thread.native_id for thread in old}
+        and brief.native_id not in listed
+    )
+    yield judged(
+        "threads.births",
+        "threads born and dead in a window",
+        f"{len(young)} born, {len(old)} dead, {len(first.tids)} before and after",
+        f"{len(born)} born, {len(dead)} dead, {len(first.tids)} before, {len(last.tids)} after",
+        right and len(first.tids) + len(born) - len(dead) == len(last.tids),
+        f"threads are lost or invented between two snapshots; {BUG}",
+    )
+
+    exited = sum(thread.cpu_ns - thread.waited_ns for thread in old) + brief.cpu_ns
+    slack = measured.cpu_error_ns + EXIT_NS * 3
+    yield judged(
+        "books.exited",
+        "CPU time of threads that ended",
+        f"{exited / 1e6:.0f} ms ± {slack / 1e6:.0f}",
+        f"{measured.exited_ns / 1e6:.0f} ms",
+        abs(measured.exited_ns - exited) <= slack,
+        f"the total leaves out the dead, or counts in another unit than the threads; {BUG}",
+    )
+    yield judged(
+        "books.balance",
+        "process = living + exited + rest",
+        f"rest 0 ± {slack / 1e6:.0f} ms",
+        f"{measured.cpu_ns / 1e6:.0f} = {measured.living_ns / 1e6:.0f} + {measured.exited_ns / 1e6:.0f}"
+        f" + {round(measured.unattributed_ns / 1e6)} ms",
+        abs(measured.unattributed_ns) <= slack,
+        f"total and threads do not count the same; {BUG}",
+    )
+
+
+def held(platform: Platform) -> dict[str, int]:
+    """What this process holds that a leak would be of: descriptors, threads and, on macOS, ports and references."""
+    return {
+        "descriptors": len(os.listdir("/dev/fd")),
+        "threads": threading.active_count(),
+        **platform.holdings(),
+    }
+
+
+def leftovers(platform: Platform, quiet_s: float = QUIET_S) -> Iterator[Finding]:
+    """
+    Snapshots of this and of another process, whose threads come and go: afterwards all is as before.
+
+    Args:
+        quiet_s: until then the kernel has to have collected the dead threads.
+    """
+    before = held(platform)
+    with (
+        BurnerProcess(()) as other,
+        closing(platform.open_source(None)) as own,
+        closing(platform.open_source(other.pid)) as foreign,
+    ):
+        sources: tuple[Source, Source] = own, foreign
+        for i in range(SNAPSHOTS):
+            passing = threading.Thread(target=time.sleep, args=(0.0003,))
+            passing.start()
+            sources[i % 2].snapshot(extras=i % 8 < 2)
+            passing.join()
+    deadline = time.monotonic() + quiet_s
+    while _grown(before, after := held(platform)) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the kernel collects dead threads late
+        with closing(platform.open_source(None)) as source:
+            source.snapshot()
+    for kind in ("descriptors", "threads", "ports", "references"):
+        check, what = f"left.{kind}", f"{kind} after {SNAPSHOTS} snapshots"
+        if kind not in before:
+            yield not_here(check, what, "of macOS alone")
+            continue
+        yield judged(
+            check,
+            what,
+            f"{before[kind]}, as before",
+            str(after[kind]),
+            kind not in _grown(before, after),
+            f"each snapshot leaves something behind: watch it by `vitalsd doctor --soak 60`; {BUG}",
+        )
+
+
+def _grown(before: Mapping[str, int], after: Mapping[str, int]) -> set[str]:
+    return {kind for kind, number in after.items() if number > before[kind]}

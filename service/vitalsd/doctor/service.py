@@ -1,0 +1,249 @@
+"""A real sidecar beside a real process: asked, found, looked at, killed, started again, ended."""
+
+import math
+import os
+import re
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from vitalsd.alongside import Spawned, SpawnError, spawn
+from vitalsd.doctor.burner import BurnerProcess
+from vitalsd.doctor.finding import Finding, between, judged, not_here
+from vitalsd.endpoint import discover
+from vitalsd.model import Measured, parse_runtime_metrics
+from vitalsd.runs import RunDirectory, UnreadableRun, read_run
+from vitalsd.snapshot import Snapshot, measure
+from vitalsd.sources.platform import Platform
+
+__all__ = ["sidecar"]
+
+WINDOW_MS = 200
+COST_S = 2.5
+CPU_PERCENT = 1.0
+RSS_MIB = 96
+WAKEUPS_PER_S = 20
+LATE_MS = 500
+END_S = 3.0
+START_S = 30.0
+BUG = "report it with the output of `vitalsd doctor --json`"
+
+
+def sidecar(platform: Platform, places: tuple[Path, Path] | None) -> Iterator[Finding]:
+    """
+    Everything about one sidecar whose target burns.
+
+    Args:
+        places: empty private directories for its runtime files and its state; ``None``: there is no
+            place for them.
+    """
+    if places is None:
+        yield not_here("service", "sidecar", "no place for its files: see the directories above")
+        return
+    run, state = places
+    env = {**os.environ, "VITALSD_RUNTIME_DIR": str(run), "VITALSD_STATE_DIR": str(state)}
+    with BurnerProcess((0, 30)) as burner:
+
+        def start() -> Spawned:
+            options = ("--exit-with-target", "--port", "0")
+            return spawn(burner.pid, options=options, command=platform.command, env=env, timeout_s=START_S)
+
+        begun = time.monotonic()
+        try:
+            service = start()
+        except SpawnError as error:
+            yield judged("service.start", "sidecar starts", "it answers", str(error), False, _by_hand(burner.pid))
+            return
+        with service:
+            took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
+            yield judged("service.start", "sidecar starts", "it answers", took, True, "")
+            yield from _asked(service, burner)
+            yield _found(platform, service, burner, run)
+            yield _modes(service)
+            yield from _cost(platform, service)
+            yield _trailing(service, burner)
+            os.kill(service.pid, signal.SIGKILL)
+            service.stop()
+        yield _black_box(state / "runs", burner)
+        with start() as service:
+            yield _end(service, run)
+
+
+def _by_hand(pid: int) -> str:
+    return f"see what it says by hand: vitalsd serve --pid {pid}"
+
+
+def _get(service: Spawned, path: str, *, uds: bool = False) -> httpx.Response:
+    # trust_env: a proxy of the environment is nobody to ask for what is on this machine.
+    transport = httpx.HTTPTransport(uds=service.socket if uds else None, trust_env=False)
+    with httpx.Client(transport=transport, trust_env=False, timeout=START_S) as client:
+        return client.get((("http://vitalsd" if uds else service.url) or "") + path)
+
+
+def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
+    for check, what, uds in (("http.tcp", "GET /metrics over TCP", False), ("http.unix", "the same by socket", True)):
+        if uds and service.socket is None:
+            yield judged(check, what, "a Unix socket", "there is none", False, "see the directories above")
+            continue
+        begun = time.monotonic()
+        try:
+            answer = _get(service, f"/metrics?window_ms={WINDOW_MS}", uds=uds)
+            told = parse_runtime_metrics(answer.content)
+        except (httpx.HTTPError, ValueError) as error:
+            failure = f"{type(error).__name__}: {error}"
+            yield judged(check, what, "an answer", failure, False, "is something between, a firewall or a sandbox?")
+            continue
+        took_ms = (time.monotonic() - begun) * 1000
+        if isinstance(told, Measured):
+            tids = {thread.tid for thread in told.threads}
+            good = set(burner.tids.values()) <= tids and told.sample_window_ms >= WINDOW_MS
+            measured = f"{len(told.threads)} threads over {told.sample_window_ms} ms, after {took_ms:.0f} ms"
+        else:
+            good, measured = False, told.reason
+        expected = f"its {len(burner.tids) + 1} threads, over {WINDOW_MS} ms or more"
+        yield judged(check, what, expected, measured, good, BUG)
+
+
+def _found(platform: Platform, service: Spawned, burner: BurnerProcess, run: Path) -> Finding:
+    found = discover(burner.pid, directories=[run], kernel=platform.births())
+    first = found[0] if found else None
+    good = first is not None and first.pid == service.pid and first.url == service.url
+    return judged(
+        "discovery",
+        "found by its runtime file",
+        f"sidecar {service.pid} at {service.url}",
+        f"sidecar {first.pid} at {first.url}" if first else "no sidecar",
+        good and first is not None and first.target is not None and first.target.pid == burner.pid,
+        f"`vitalsd endpoints` lists what is found; {BUG}",
+    )
+
+
+def _modes(service: Spawned) -> Finding:
+    paths = [Path(path) for path in (service.socket, service.runtime_file) if path is not None]
+    modes = [f"{stat.S_IMODE(os.lstat(path).st_mode):04o}" for path in (*paths, *(path.parent for path in paths[:1]))]
+    return judged(
+        "socket.modes",
+        "modes of socket, runtime file, directory",
+        "0600, 0600, 0700",
+        ", ".join(modes),
+        modes == ["0600", "0600", "0700"],
+        "the file system does not keep modes: name another place in VITALSD_RUNTIME_DIR",
+    )
+
+
+def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
+    """Of the sidecar at its default of one snapshot a second, and nobody asking."""
+    time.sleep(0.5)  # what the last answer left to be done
+    with closing(platform.open_source(service.pid)) as source:
+        first, woken = source.snapshot(extras=True), _wakeups(platform, source.snapshot(extras=True), service.pid)
+        time.sleep(COST_S)
+        last = source.snapshot(extras=True)
+    measured = measure(first, last)
+    percent = 100 / measured.elapsed_ns
+    error = measured.cpu_error_ns * percent
+    cost = measured.cpu_ns * percent
+    yield judged(
+        "cost.cpu",
+        "a recording sidecar's CPU",
+        f"at most {CPU_PERCENT} % of a core",
+        f"{cost:.2f} % ± {error:.2f}",
+        cost <= CPU_PERCENT + error,
+        "is the machine very busy? Try again; less: vitalsd serve --record-interval 5",
+    )
+    yield judged(
+        "cost.rss",
+        "its resident memory",
+        f"at most {RSS_MIB} MiB",
+        f"{last.rss_bytes / (1 << 20):.0f} MiB",
+        last.rss_bytes <= RSS_MIB << 20,
+        BUG,
+    )
+    now = _wakeups(platform, last, service.pid)
+    if woken is None or now is None:
+        yield not_here("cost.wakeups", "its wakeups", "the kernel does not count them")
+        return
+    rate = (now - woken) * 1e9 / measured.elapsed_ns
+    yield judged(
+        "cost.wakeups",
+        "its wakeups",
+        f"at most {WAKEUPS_PER_S} a second",
+        f"{rate:.1f} a second",
+        rate <= WAKEUPS_PER_S,
+        f"something in it polls; {BUG}",
+    )
+
+
+def _wakeups(platform: Platform, snapshot: Snapshot, pid: int) -> int | None:
+    """How often its threads were woken so far: on Linux how often one of them began to wait."""
+    extras = snapshot.extras
+    if extras is not None and extras.interrupt_wakeups is not None:
+        return extras.interrupt_wakeups + (extras.idle_wakeups or 0)
+    if platform.name != "linux":
+        return None
+    number = 0
+    for tid in snapshot.tids:
+        with suppress(OSError):
+            status = Path(f"/proc/{pid}/task/{tid}/status").read_text(encoding="utf-8", errors="replace")
+            if found := re.search(r"^voluntary_ctxt_switches:\s*([0-9]+)$", status, re.MULTILINE):
+                number += int(found[1])
+    return number
+
+
+def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
+    """By now it has been recording for longer than the window. The quickest of three answers counts."""
+    took_ms = math.inf
+    for _ in range(3):
+        begun = time.monotonic()
+        answer: dict[str, Any] = _get(service, "/metrics?mode=trailing&window_ms=1000&detail=full").json()
+        took_ms = min(took_ms, (time.monotonic() - begun) * 1000)
+    window = answer.get("window", {"mode": answer.get("reason"), "measured_ms": 0})
+    tid = burner.tids["burn-30"]
+    busy = next((each["cpu_percent"] for each in answer.get("threads", []) if each["tid"] == tid), 0.0)
+    return judged(
+        "trailing",
+        "the second that just ended",
+        f"at once ({LATE_MS} ms), with the thread that burnt",
+        f"{window['mode']}, {window['measured_ms']:.0f} ms, after {took_ms:.0f} ms, {busy:.1f} %",
+        window["mode"] == "trailing" and window["measured_ms"] >= 500 and took_ms <= LATE_MS and busy > 0,
+        "is it recording? GET /info says under `recorder`",
+    )
+
+
+def _black_box(path: Path, burner: BurnerProcess) -> Finding:
+    """The sidecar has been killed by SIGKILL; nobody could write a last word."""
+    try:
+        run = next((run for run in RunDirectory(path).runs() if run.identity.pid == burner.pid), None)
+        kept = len(read_run(run.path)[1]) if run else 0
+        measured = f"{run.state}, {kept} snapshots" if run else "no run on disk"
+    except (UnreadableRun, OSError) as error:
+        run, kept, measured = None, 0, str(error)
+    return judged(
+        "blackbox",
+        "black box after kill -9",
+        "crashed, 2 snapshots or more",
+        measured,
+        run is not None and run.state == "crashed" and kept >= 2,
+        "is the disk full, or a network file system? Name another place in VITALSD_STATE_DIR",
+    )
+
+
+def _end(service: Spawned, run: Path) -> Finding:
+    """Started in the place of the killed one, whose files it clears away, and ended by SIGTERM."""
+    begun = time.monotonic()
+    status = service.stop(2 * END_S)
+    took_s = time.monotonic() - begun
+    left = sorted(os.listdir(run))
+    return judged(
+        "end",
+        "end by SIGTERM, and what is left",
+        f"status 0 {between(0, END_S, 's', 0)}, nothing",
+        f"status {status} after {took_s:.1f} s, {', '.join(left) or 'nothing'}",
+        status == 0 and took_s <= END_S and not left,
+        BUG,
+    )

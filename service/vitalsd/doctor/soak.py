@@ -1,0 +1,130 @@
+"""Snapshots as fast as they come while threads are born and die, and what that slowly costs."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+from vitalsd.doctor.burner import BurnerProcess
+from vitalsd.doctor.finding import Finding, judged, not_here
+from vitalsd.doctor.process import held
+from vitalsd.sources.platform import Platform
+
+__all__ = ["Slope", "slope", "soak"]
+
+BATCH = 50
+SEGMENTS = 20
+STUDENT = 2.101
+"""Of 18 degrees of freedom, which 20 points leave to a line: 95 % of slopes are within so many standard errors."""
+WARM_UP = 0.2
+"""Part of the time after which caches and the allocator's arenas are as large as they get."""
+ALLOWED = {"rss": 1 << 20}
+"""Certain growth in the whole soak that is put up with; of everything else none."""
+
+
+class Slope(NamedTuple):
+    """How fast something grows, per unit of x."""
+
+    per_unit: float
+    margin: float
+    """Half of its 95 % interval."""
+
+
+def slope(points: Sequence[tuple[float, float]]) -> Slope:
+    """
+    The straight line of least squares through `SEGMENTS` points.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if len(points) != SEGMENTS:
+        raise ValueError(f"a slope needs {SEGMENTS} points, not {len(points)}")
+    mean_x = sum(x for x, _ in points) / SEGMENTS
+    mean_y = sum(y for _, y in points) / SEGMENTS
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    rise = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    rest = sum((y - mean_y - rise * (x - mean_x)) ** 2 for x, y in points)
+    return Slope(rise, STUDENT * math.sqrt(rest / (SEGMENTS - 2) / spread))
+
+
+def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) -> Iterator[Finding]:
+    """
+    Watch what is held while this and another process are read for `seconds`.
+
+    Args:
+        progress: told the part that is done.
+    """
+    # The lowest of each segment: what comes and goes, as threads do, leaves the floor alone, and a leak lifts
+    # it. And the record of a soak stays as small as it began.
+    floors: dict[str, dict[int, tuple[float, float]]] = {}
+    taken = segment = 0
+    begun = time.monotonic()
+    with (
+        BurnerProcess((5,)) as other,
+        closing(platform.open_source(None)) as own,
+        closing(platform.open_source(other.pid)) as foreign,
+        _churn() as born,
+    ):
+        while segment < SEGMENTS:
+            done = (time.monotonic() - begun) / seconds
+            progress(min(1.0, done))
+            for i in range(BATCH):
+                (own, foreign)[i % 2].snapshot(extras=i % 10 == 0)
+            taken += BATCH
+            if done < WARM_UP:
+                continue
+            now = {**held(platform), "rss": own.snapshot().rss_bytes}
+            for kind, value in now.items():
+                floor = floors.setdefault(kind, {})
+                if segment not in floor or value < floor[segment][1]:
+                    floor[segment] = taken, value
+            # One by one, however late: no segment stays empty.
+            segment += done >= WARM_UP + (1 - WARM_UP) * (segment + 1) / SEGMENTS
+    for kind in ("descriptors", "threads", "ports", "references", "rss"):
+        check, what = f"soak.{kind}", f"{'resident memory' if kind == 'rss' else kind} over {taken} snapshots"
+        if kind not in floors:
+            yield not_here(check, what, "of macOS alone")
+            continue
+        yield _judged(check, what, kind, list(floors[kind].values()), born[0])
+
+
+def _judged(check: str, what: str, kind: str, points: Sequence[tuple[float, float]], born: int) -> Finding:
+    found = slope(points)
+    span = points[-1][0] - points[0][0]
+    scale, unit = (1 / 1024, " KiB") if kind == "rss" else (1.0, "")
+    certain = (found.per_unit - found.margin) * span
+    return judged(
+        check,
+        what,
+        "no growth" if kind not in ALLOWED else f"no certain growth over {ALLOWED[kind] * scale:.0f}{unit}",
+        f"{found.per_unit * 1000 * scale:+.2f} ± {found.margin * 1000 * scale:.2f}{unit} per 1000,"
+        f" {points[0][1] * scale:.0f} -> {points[-1][1] * scale:.0f}{unit}, {born} threads came and went",
+        certain <= ALLOWED.get(kind, 0.5),
+        "each snapshot leaves something behind; report it with the output of `vitalsd doctor --json`",
+    )
+
+
+@contextmanager
+def _churn() -> Iterator[list[int]]:
+    """Threads are born and die all the time; how many, in the list."""
+    over = threading.Event()
+    born = [0]
+
+    def run() -> None:
+        while not over.is_set():
+            threads = [threading.Thread(target=time.sleep, args=(0.0005 * i,), daemon=True) for i in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            born[0] += len(threads)
+
+    churner = threading.Thread(target=run, daemon=True)
+    churner.start()
+    try:
+        yield born
+    finally:
+        over.set()
+        churner.join()

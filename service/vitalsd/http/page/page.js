@@ -1,0 +1,333 @@
+// What is shown besides plots and table, and what the user does.
+
+function status(kind, text) {
+  const element = $("status");
+  if (element.dataset.kind !== kind) element.dataset.kind = kind;
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function banner(text) {
+  $("banner").hidden = !text;
+  $("banner").textContent = clean(text);
+}
+
+function show(target, platform) {
+  const name = target.name ? clean(target.name) : "no target";
+  $("name").textContent = name;
+  document.title = `${name} \u2013 vitalsd`;
+  $("target").textContent = target.pid ? `pid ${target.pid} \u00b7 ${platform} \u00b7 since ${new Date(target.started_at).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" })}` : "";
+}
+
+let cost = null; // of the sidecar when we last asked
+function own(info) {
+  const now = performance.now();
+  let uses = "";
+  if (cost && cost.pid === info.self.pid && now > cost.at)
+    uses = ` \u00b7 uses ${((100000 * (info.self.cpu_secs - cost.cpu)) / (now - cost.at)).toFixed(1)} % CPU`;
+  cost = { pid: info.self.pid, cpu: info.self.cpu_secs, at: now };
+  const recorder = info.recorder && info.recorder.retention_secs
+    ? ` \u00b7 records every ${info.recorder.interval_ms} ms, ${Math.round(info.recorder.retention_secs / 60)} min back` : "";
+  $("own").textContent = `vitalsd ${info.version}${uses}, ${size(info.self.peak_rss_kb)} at most${recorder}`;
+}
+
+function set(element, text) {
+  if (element.shown !== text) element.textContent = element.shown = text;
+}
+
+const percent = (value) => (value < IDLE ? "idle" : `${value.toFixed(1)} %`);
+
+function size(kb) {
+  if (kb < 10240) return `${kb.toFixed(0)} KiB`;
+  if (kb < 10485760) return `${(kb / 1024).toFixed(kb < 102400 ? 1 : 0)} MiB`;
+  return `${(kb / 1048576).toFixed(1)} GiB`;
+}
+
+function duration(seconds) {
+  const s = Math.floor(seconds);
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return two(s, 60, "min", 1, "s");
+  if (s < 86400) return two(s, 3600, "h", 60, "min");
+  return two(s, 86400, "d", 3600, "h");
+}
+
+function two(s, large, unit, small, rest) {
+  const left = Math.floor((s % large) / small);
+  return `${Math.floor(s / large)} ${unit}${left ? ` ${left} ${rest}` : ""}`;
+}
+
+const clocks = new Map(); // second -> text: formatting a time costs more than drawing it
+function clock(time) {
+  const second = Math.floor(time / 1000);
+  let text = clocks.get(second);
+  if (text === undefined) {
+    if (clocks.size > 4000) clocks.clear();
+    text = new Date(time).toTimeString().slice(0, 8);
+    clocks.set(second, text);
+  }
+  return text;
+}
+
+let scheduled = false;
+function draw() {
+  if (scheduled || document.hidden) return;
+  scheduled = true;
+  requestAnimationFrame(() => {
+    scheduled = false;
+    render();
+  });
+}
+
+let shown = null; // the last range and what was worked out for it
+
+function render() {
+  const r = range();
+  if (r.last === r.first) return;
+  const focus = view.pin === null ? r.last - 1 : Math.min(r.last - 1, Math.max(r.first, nearest(view.pin, r)));
+  weigh(r, focus);
+  const busiest = palette();
+  shown = { r, busiest, focus };
+  tiles(r, focus);
+  plotCpu(r, busiest);
+  plotRss(r);
+  legend(busiest);
+  table(r, focus);
+  notes();
+  point();
+}
+
+function tiles(r, focus) {
+  const slot = slotOf(focus);
+  let low = Infinity, high = 0;
+  for (let i = r.first; i < r.last; i++) {
+    const value = samples.rss[slotOf(i)];
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  let busy = 0;
+  for (const thread of threads.values()) if (thread.now >= IDLE) busy++;
+  set($("cpu"), `${samples.cpu[slot].toFixed(1)} %`);
+  set($("cpu-note"), view.info && !view.run && !isReplay(view.info) ? `of ${100 * view.info.cpu_count} %` : "");
+  set($("rss"), size(samples.rss[slot]));
+  set($("rss-note"), `${size(low)} to ${size(high)}`);
+  set($("count"), String(samples.count[slot]));
+  set($("count-note"), `${busy} busy`);
+  set($("up"), view.uptime === null ? "Recorded" : "Up");
+  set($("uptime"), duration(view.uptime === null ? (lastTime() - samples.time[slotOf(oldest())]) / 1000 : view.uptime));
+  set($("at"), view.pin === null ? "" : `at ${clock(samples.time[slot])}`);
+}
+
+function notes() {
+  const list = $("notes");
+  const last = view.notes.slice(-200).reverse();
+  const key = last.length ? `${last.length} ${last[0].key}` : "none";
+  if (list.shown === key) return;
+  list.shown = key;
+  if (!last.length) {
+    const item = document.createElement("li");
+    item.className = "nothing";
+    item.textContent = "None yet. A mark puts a label on the time axis, here and in reports.";
+    list.replaceChildren(item);
+    return;
+  }
+  list.replaceChildren(...last.map((note) => {
+    const item = document.createElement("li"), time = document.createElement("time"), text = document.createElement("bdi");
+    time.dateTime = new Date(note.time).toISOString();
+    time.textContent = clock(note.time);
+    text.textContent = note.text;
+    if (note.kind !== "mark") text.className = `event ${note.kind === "exited" ? "exited" : ""}`;
+    item.append(time, text);
+    return item;
+  }));
+}
+
+// The cursor
+
+function point() {
+  const at = view.hover === null ? view.pin : view.hover;
+  $("cursor").hidden = $("reading").hidden = at === null || !shown;
+  if (at === null || !shown) return;
+  const { r, busiest } = shown;
+  const number = nearest(at, r), slot = slotOf(number);
+  const width = $("plots").clientWidth;
+  const x = LEFT + ((samples.time[slot] - r.start) / (r.end - r.start)) * (width - LEFT);
+  $("cursor").style.transform = `translateX(${x}px)`;
+  const box = $("reading");
+  const lines = [["", clock(samples.time[slot]), ""], ["", "process", `${samples.cpu[slot].toFixed(1)} %`]];
+  for (const thread of busiest.filter((each) => each.cpu[slot] >= IDLE).sort((a, b) => b.cpu[slot] - a.cpu[slot]))
+    lines.push([String(thread.colour), thread.label, `${thread.cpu[slot].toFixed(1)} %`]);
+  lines.push(["", "memory", size(samples.rss[slot])]);
+  const near = (r.end - r.start) / 150;
+  for (const note of view.notes) if (Math.abs(note.time - samples.time[slot]) < near) lines.push(["", note.text, ""]);
+  box.replaceChildren(...lines.map(([colour, name, value]) => {
+    const line = document.createElement("p"), swatch = document.createElement("span"), label = document.createElement("bdi"), figure = document.createElement("span");
+    swatch.className = "swatch";
+    swatch.dataset.colour = colour;
+    label.textContent = name;
+    figure.textContent = value;
+    line.append(swatch, label, figure);
+    return line;
+  }));
+  const right = x + 12 + box.offsetWidth > width;
+  box.style.transform = `translateX(${Math.max(0, right ? x - box.offsetWidth - 12 : x + 12)}px)`;
+}
+
+function timeAt(event) {
+  if (!shown) return null;
+  const frame = $("plots").getBoundingClientRect();
+  const part = (event.clientX - frame.left - LEFT) / (frame.width - LEFT);
+  return shown.r.start + Math.min(1, Math.max(0, part)) * (shown.r.end - shown.r.start);
+}
+
+// What the user does
+
+function say(text) {
+  const toast = $("said");
+  toast.textContent = text;
+  toast.hidden = false;
+  clearTimeout(say.timer);
+  say.timer = setTimeout(() => (toast.hidden = true), 4000);
+}
+
+function choose(window) {
+  view.window = window;
+  for (const button of document.querySelectorAll("[data-window]"))
+    button.setAttribute("aria-pressed", String(Number(button.dataset.window) === window));
+  render();
+}
+
+function hold(paused) {
+  if ($("pause").disabled) return;
+  view.paused = paused;
+  view.end = lastTime();
+  $("pause").setAttribute("aria-pressed", String(paused));
+  $("pause").textContent = paused ? "Resume" : "Pause";
+  if ($("status").dataset.kind === "live") status("live", paused ? "paused" : "live");
+  render();
+}
+
+function pin(time) {
+  view.pin = time;
+  render();
+}
+
+for (const button of document.querySelectorAll("[data-window]"))
+  button.addEventListener("click", () => {
+    view.chosen = true;
+    choose(Number(button.dataset.window));
+  });
+$("pause").addEventListener("click", () => hold(!view.paused));
+function curlCommand() {
+  const over = view.info && view.info.recorder && view.info.recorder.ended;
+  const path = view.run ? `/runs/${view.run}/history` : over ? `/history?seconds=${reach(view.info)}` : "/metrics?window_ms=1000&sort=cpu&limit=20";
+  const command = `curl -s '${location.origin}${path}'`;
+  // On standard input: whatever stands in a command line, every user of the machine can read.
+  return token ? `printf 'Authorization: Bearer %s' "$VITALSD_TOKEN" | ${command} -H @-` : command;
+}
+$("curl").addEventListener("click", async () => {
+  const command = curlCommand();
+  try {
+    await navigator.clipboard.writeText(command);
+    say(`Copied: ${command}`);
+  } catch {
+    say(command);
+  }
+});
+$("report").addEventListener("click", async (event) => {
+  if (!token) return; // a link cannot send the token
+  event.preventDefault();
+  const answer = await ask("/report.zip");
+  if (!answer.ok) return say(`No report: ${answer.status}`);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await answer.blob());
+  link.download = /filename="([^"]+)"/.exec(answer.headers.get("content-disposition"))[1];
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+});
+$("token-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  keep($("token").value.trim());
+  $("token").value = "";
+  $("token-form").hidden = true;
+});
+$("mark-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const label = $("mark").value.trim() || "mark";
+  let answer, body;
+  try {
+    answer = await ask("/marks", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ label }) });
+    body = await answer.json();
+  } catch {
+    return say("No mark: the sidecar does not answer.");
+  }
+  if (!answer.ok) return say(body.detail);
+  $("mark").value = "";
+  annotate({ marks: [body], events: [] });
+  render();
+});
+$("filter").addEventListener("input", () => {
+  view.filter = $("filter").value;
+  render();
+});
+$("all").addEventListener("click", () => {
+  view.all = !view.all;
+  render();
+});
+for (const head of document.querySelectorAll("th[data-sort]"))
+  head.firstElementChild.addEventListener("click", () => {
+    view.ascending = view.sort === head.dataset.sort ? !view.ascending : head.dataset.sort === "name" || head.dataset.sort === "tid";
+    view.sort = head.dataset.sort;
+    for (const other of document.querySelectorAll("th[aria-sort]")) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", view.ascending ? "ascending" : "descending");
+    render();
+  });
+$("plots").addEventListener("pointermove", (event) => {
+  view.hover = timeAt(event);
+  point();
+});
+$("plots").addEventListener("pointerleave", () => {
+  view.hover = null;
+  point();
+});
+$("plots").addEventListener("click", (event) => pin(view.pin === null ? timeAt(event) : null));
+$("plots").addEventListener("keydown", (event) => {
+  if (!shown) return;
+  const step = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[event.key];
+  if (step !== undefined) {
+    const from = nearest(view.hover ?? view.pin ?? shown.r.end, shown.r);
+    view.hover = samples.time[slotOf(Math.min(shown.r.last - 1, Math.max(shown.r.first, from + step)))];
+    event.preventDefault();
+    point();
+  } else if (event.key === "Enter") {
+    pin(view.hover);
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape") {
+    view.hover = null;
+    pin(null);
+    document.activeElement.blur();
+  }
+  if (/^(INPUT|SELECT|BUTTON|A)$/.test(document.activeElement.tagName)) return;
+  if (event.key === " " && document.activeElement === document.body) {
+    event.preventDefault();
+    hold(!view.paused);
+  } else if (event.key === "/") {
+    event.preventDefault();
+    $("filter").focus();
+  } else if (event.key === "m") {
+    event.preventDefault();
+    $("mark").focus();
+  }
+});
+document.addEventListener("visibilitychange", draw);
+addEventListener("scroll", draw, { passive: true });
+addEventListener("resize", draw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  theme = null;
+  draw();
+});
+
+live();
+look();
+listRuns();

@@ -1,0 +1,139 @@
+// What is known: the samples of the last minutes, one column per thread, and what happened when.
+
+const CAPACITY = 1200; // samples kept: 20 minutes at one a second
+const IDLE = 0.05; // percent; below it a figure would round to 0.0
+const LEAST_SPAN = 60000; // ms; a time axis of two seconds shows nothing
+
+const samples = { n: 0, time: new Float64Array(CAPACITY), cpu: new Float32Array(CAPACITY),
+  rss: new Float64Array(CAPACITY), count: new Float64Array(CAPACITY) };
+const threads = new Map(); // tid -> {tid, name, cpu: Float32Array, last: n, colour}
+const view = { window: 300000, chosen: false, paused: false, end: 0, pin: null, hover: null, sort: "cpu", ascending: false,
+  filter: "", all: false, run: "", info: null, startId: "", notes: [], uptime: null };
+
+const slotOf = (number) => number % CAPACITY;
+const oldest = () => Math.max(0, samples.n - CAPACITY);
+const lastTime = () => (samples.n ? samples.time[slotOf(samples.n - 1)] : 0);
+
+function forget() {
+  samples.n = 0;
+  threads.clear();
+  view.notes = [];
+  view.pin = view.hover = view.uptime = null;
+}
+
+function add(time, cpu, rss, count, each) {
+  const slot = slotOf(samples.n);
+  samples.time[slot] = Math.max(time, lastTime() + 1);
+  samples.cpu[slot] = cpu;
+  samples.rss[slot] = rss;
+  samples.count[slot] = count;
+  for (const thread of threads.values()) thread.cpu[slot] = NaN;
+  each((tid, name, percent) => {
+    let thread = threads.get(tid);
+    if (!thread) {
+      thread = { tid, name, cpu: new Float32Array(CAPACITY).fill(NaN), last: 0, colour: -1, mean: 0, peak: 0, now: 0, label: "" };
+      threads.set(tid, thread);
+    }
+    if (thread.name !== name || !thread.label) {
+      thread.name = name;
+      thread.label = clean(name) || "(no name)";
+    }
+    thread.cpu[slot] = percent;
+    thread.last = samples.n;
+  });
+  samples.n += 1;
+  if (samples.n % 64 === 0)
+    for (const [tid, thread] of threads) if (thread.last < samples.n - CAPACITY) threads.delete(tid);
+}
+
+function ingest(table) {
+  const from = Math.max(0, table.time_ms.length - CAPACITY);
+  const last = lastTime();
+  for (let i = from; i < table.time_ms.length; i++)
+    if (table.time_ms[i] > last)
+      add(table.time_ms[i], table.cpu_percent[i], table.rss_kb[i], table.thread_count[i], (put) => {
+        for (const thread of table.threads) if (thread.cpu_percent[i] !== null) put(thread.tid, thread.name, thread.cpu_percent[i]);
+      });
+  annotate(table);
+}
+
+function annotate(table) {
+  const known = new Set(view.notes.map((note) => note.key));
+  for (const mark of table.marks)
+    note(known, { time: mark.time_ms, kind: "mark", text: clean(mark.label) });
+  for (const event of table.events)
+    note(known, { time: event.time_ms, kind: event.kind, text: clean(event.detail) });
+  view.notes.sort((a, b) => a.time - b.time);
+}
+
+function note(known, entry) {
+  entry.key = `${entry.time} ${entry.kind} ${entry.text}`;
+  if (!known.has(entry.key)) view.notes.push(entry);
+}
+
+// What hides, what turns the direction of writing round: spelled out.
+function clean(text) {
+  return text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => "\\u{" + c.codePointAt(0).toString(16) + "}");
+}
+
+// What is shown: the window that was picked, or less as long as there is less.
+function range() {
+  const end = view.paused ? view.end : lastTime();
+  const known = samples.n ? end - samples.time[slotOf(oldest())] : 0;
+  const start = end - (view.window ? Math.min(view.window, Math.max(known, LEAST_SPAN)) : known);
+  let first = samples.n, last = samples.n;
+  while (last > oldest() && samples.time[slotOf(last - 1)] > end) last--;
+  first = last;
+  while (first > oldest() && samples.time[slotOf(first - 1)] >= start) first--;
+  return { start, end: Math.max(end, start + 1), first, last };
+}
+
+// Mean, peak and present figure of each thread over the time shown.
+function weigh(r, focus) {
+  for (const thread of threads.values()) {
+    let sum = 0, peak = 0;
+    const { cpu } = thread;
+    for (let i = r.first; i < r.last; i++) {
+      const value = cpu[i % CAPACITY];
+      if (value > 0) {
+        sum += value;
+        if (value > peak) peak = value;
+      }
+    }
+    thread.mean = sum / (r.last - r.first);
+    thread.peak = peak;
+    const now = cpu[focus % CAPACITY];
+    thread.now = now;
+    const before = focus > r.first ? cpu[(focus - 1) % CAPACITY] : now;
+    // Two samples together, so that threads that take turns do not swap places every second.
+    thread.rank = Number.isNaN(now) ? -1 : now + (before > 0 ? before : 0) / 2;
+  }
+}
+
+function nearest(time, r) {
+  let low = r.first, high = r.last - 1;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (samples.time[slotOf(middle)] < time) low = middle + 1;
+    else high = middle;
+  }
+  if (low > r.first && time - samples.time[slotOf(low - 1)] < samples.time[slotOf(low)] - time) low--;
+  return low;
+}
+
+function median(r) {
+  const few = [];
+  const stride = Math.max(1, Math.floor((r.last - r.first) / 15));
+  for (let i = r.first + 1; i < r.last; i += stride) few.push(samples.time[slotOf(i)] - samples.time[slotOf(i - 1)]);
+  few.sort((a, b) => a - b);
+  return few.length ? few[few.length >> 1] : 1000;
+}
+
+function mean(array, from, after) {
+  let sum = 0;
+  for (let i = from; i < after; i++) {
+    const value = array[i % CAPACITY];
+    if (value > 0) sum += value;
+  }
+  return sum / (after - from);
+}

@@ -1,0 +1,258 @@
+// Where it comes from: /info and /history first, then /stream, and again from the start whenever that ends.
+
+const HISTORY_THREADS = 64;
+const PATIENCE = 20000; // ms for an answer
+const SILENCE = 6000; // ms without an event of a stream that has one a second
+const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+
+// In the fragment, which is sent to nobody and taken out of the address at once. A cookie would go to every
+// other server on this machine.
+let token = sessionStorage.getItem("vitalsd-token");
+const given = new URLSearchParams(location.hash.slice(1)).get("token");
+if (given) {
+  keep(given);
+  history.replaceState(null, "", location.pathname + location.search);
+}
+
+function keep(value) {
+  token = value;
+  sessionStorage.setItem("vitalsd-token", token);
+}
+
+class Refusal extends Error {}
+
+let skew = 0; // of the service's clock against this one, ms; its times are the ones shown
+
+async function ask(path, options = {}) {
+  const tried = token;
+  const headers = { ...options.headers };
+  if (tried) headers.Authorization = `Bearer ${tried}`;
+  const signal = options.signal || AbortSignal.timeout(PATIENCE);
+  const answer = await fetch(path, { ...options, headers, signal, cache: "no-store" });
+  if (answer.status === 401) {
+    await askForToken(tried);
+    return ask(path, options);
+  }
+  const ahead = Date.parse(answer.headers.get("date")) - Date.now();
+  skew = Math.abs(ahead) > 2000 ? ahead : 0; // the header counts whole seconds
+  return answer;
+}
+
+async function askForToken(tried) {
+  if (token !== tried) return; // somebody else asked meanwhile
+  $("wrong").hidden = !tried;
+  $("token-form").hidden = false;
+  status("gone", "a token is needed");
+  await new Promise((done) => $("token-form").addEventListener("submit", done, { once: true }));
+}
+
+async function json(path) {
+  const answer = await ask(path);
+  const body = await answer.json();
+  if (!answer.ok) throw new Refusal(body.detail || body.reason);
+  return body;
+}
+
+let reading = null; // aborts the stream
+let heard = null; // when its last event came; null without a stream
+let generation = 0; // of what is being looked at; an older one ends by itself
+
+async function live() {
+  const mine = ++generation;
+  let wait = 500;
+  while (mine === generation) {
+    let trouble = "reconnecting";
+    if (document.hidden) await visible();
+    try {
+      const info = await json("/info");
+      if (mine !== generation) return;
+      identify(info);
+      const past = info.recorder && (await json(`/history?seconds=${reach(info)}&top=${HISTORY_THREADS}&step_ms=${step(info)}`));
+      if (mine !== generation) return;
+      if (past) ingest(past);
+      const over = info.recorder && info.recorder.ended;
+      if (over || info.target.available === false) {
+        ended(info, over);
+        if (isReplay(info)) return;
+        await pause(2000);
+        continue;
+      }
+      $("mark").disabled = !info.recorder;
+      $("pause").disabled = false;
+      banner("");
+      wait = 500;
+      await follow(mine);
+    } catch (error) {
+      if (error instanceof Refusal) trouble = `${error.message}; trying again`;
+      else if (!["TypeError", "AbortError", "TimeoutError"].includes(error.name)) throw error; // no lost connection: a bug
+    }
+    if (mine !== generation) return;
+    status("wait", trouble);
+    await pause(wait);
+    wait = Math.min(4000, wait * 1.6);
+  }
+}
+
+// Nobody looks: the stream is a connection, of which a browser has six for all its tabs. The history fills the gap.
+function visible() {
+  status("wait", "in the background");
+  return new Promise((done) => {
+    document.addEventListener("visibilitychange", function look() {
+      if (document.hidden) return;
+      document.removeEventListener("visibilitychange", look);
+      done();
+    });
+  });
+}
+
+let hiding = 0;
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(hiding);
+  if (document.hidden) hiding = setTimeout(() => reading && reading.abort(), 20000);
+});
+
+const isReplay = (info) => Boolean(info.recorder && info.recorder.ended && info.recorder.max_bytes === undefined);
+
+function ended(info, over) {
+  const replay = isReplay(info);
+  status(replay ? "past" : "gone", replay ? "replay" : over ? "target has ended" : "no target");
+  banner(over || info.target.reason);
+  if (replay) {
+    if (!view.chosen) choose(0);
+    $("run-label").hidden = true;
+  }
+  $("mark").disabled = $("pause").disabled = true;
+  draw();
+}
+
+function reach(info) {
+  return isReplay(info) ? 86400 : 900;
+}
+
+// Just under a second, so that snapshots a second apart are not taken two by two.
+function step(info) {
+  return isReplay(info) ? Math.floor((info.recorder.snapshots * info.recorder.interval_ms) / CAPACITY) : 950;
+}
+
+async function follow(mine) {
+  reading = new AbortController();
+  const answer = await ask("/stream?interval_ms=1000", { signal: reading.signal });
+  if (!answer.ok) throw new Refusal((await answer.json()).detail);
+  heard = performance.now();
+  status("live", view.paused ? "paused" : "live");
+  const lines = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  try {
+    for (;;) {
+      const { value, done } = await lines.read();
+      if (done || mine !== generation) return;
+      heard = performance.now();
+      status("live", view.paused ? "paused" : "live");
+      text += value;
+      let end;
+      while ((end = text.indexOf("\n\n")) >= 0) {
+        const event = text.slice(0, end);
+        text = text.slice(end + 2);
+        const at = event.indexOf("data: ");
+        if (at >= 0) take(JSON.parse(event.slice(at + 6)));
+      }
+    }
+  } finally {
+    heard = null;
+  }
+}
+
+function take(answer) {
+  if (answer.available === false) return;
+  const { process } = answer;
+  add(Date.now() + skew, process.cpu_percent, process.rss_kb, answer.threads.length, (put) => {
+    for (const thread of answer.threads) put(thread.tid, thread.name, thread.cpu_percent);
+  });
+  view.uptime = process.uptime_secs;
+  draw();
+}
+
+// A sidecar that hangs keeps its connections.
+setInterval(() => {
+  if (heard === null) return;
+  const silence = performance.now() - heard;
+  if (silence > SILENCE) status("wait", `silent for ${duration(silence / 1000)}`);
+  if (silence > 4 * SILENCE) reading.abort();
+}, 1000);
+
+// What the stream does not tell: marks and events, and our own cost.
+async function look() {
+  for (;;) {
+    await pause(2000);
+    if (heard === null || view.run || document.hidden) continue;
+    try {
+      const mine = generation;
+      const info = await json("/info");
+      if (mine !== generation) continue;
+      if (info.recorder) {
+        const table = await json("/history?seconds=30&top=0");
+        if (mine === generation) annotate(table);
+      }
+      own(info);
+    } catch {
+      // the stream notices too, and says so
+    }
+  }
+}
+
+function identify(info) {
+  const id = info.target.start_id;
+  if (id && view.startId && id !== view.startId) forget();
+  if (id) view.startId = id;
+  view.info = info;
+  view.uptime = isReplay(info) || !id ? null : (Date.now() + skew - Date.parse(info.target.started_at)) / 1000;
+  show(info.target, info.platform);
+  own(info);
+}
+
+async function listRuns() {
+  let runs = [];
+  try {
+    runs = await json("/runs");
+  } catch {
+    return; // live() says what is the matter
+  }
+  runs = runs.filter((run) => run.state !== "running" && run.snapshots > 1).slice(0, 30);
+  if (!runs.length || (view.info && isReplay(view.info))) return; // a replay is of one run, perhaps of another machine
+  $("run").append(...runs.map((run) => {
+    const option = document.createElement("option");
+    option.value = run.id;
+    option.textContent = `${run.state === "crashed" ? "crashed" : "ended"} \u00b7 ${clean(run.name)} \u00b7 ${new Date(run.recorded_to).toLocaleString()}`;
+    return option;
+  }));
+  $("run-label").hidden = false;
+  $("run").addEventListener("change", () => openRun($("run").value, runs));
+}
+
+async function openRun(id, runs) {
+  const mine = ++generation;
+  view.run = id;
+  if (reading) reading.abort();
+  if (view.paused) hold(false);
+  forget();
+  view.startId = "";
+  if (!id) {
+    live();
+    return;
+  }
+  const run = runs.find((each) => each.id === id);
+  const span = Date.parse(run.recorded_to) - Date.parse(run.recorded_from);
+  try {
+    const table = await json(`/runs/${encodeURIComponent(id)}/history?seconds=86400&top=${HISTORY_THREADS}&step_ms=${Math.floor(span / CAPACITY)}`);
+    if (mine !== generation) return;
+    ingest(table);
+    show(table.target, table.platform);
+  } catch (error) {
+    if (mine === generation) status("gone", error.message);
+    return;
+  }
+  status("past", "earlier run");
+  banner(`${run.state === "crashed" ? "This run did not end well" : "This run has ended"}${run.ended ? `: ${run.ended}` : ""}.`);
+  $("mark").disabled = $("pause").disabled = true;
+  choose(0);
+}

@@ -1,0 +1,331 @@
+"""
+Pushing to an OpenTelemetry Collector over OTLP/HTTP, if asked to (``pip install vitalsd[otlp]``).
+
+The counters of the target go out as they are, under the names, units and attributes of the semantic conventions
+for processes; those know no CPU time of a thread and no kernel's thread id, so these are in a namespace of ours.
+
+The data points are made from a snapshot with the SDK's own classes and sent by its exporter. Its instruments are
+left out: they would begin each counter at the start of this service and not of the target, fix the target of a
+resource for ever, and keep every thread that ever was.
+"""
+
+import asyncio
+import logging
+import platform
+import sys
+import time
+import uuid
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import suppress
+from heapq import nlargest
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from vitalsd.sampler import Targets
+from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.sources import SourceError
+from vitalsd.wire import iso, os_version, printable
+from vitalsd.worker import Worker
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.metrics.export import Metric, MetricsData
+
+__all__ = ["CREDENTIALS", "DEFAULT_URL", "NotInstalled", "Push", "endpoint_of", "isolate", "metrics_data"]
+
+DEFAULT_URL = "http://127.0.0.1:4318"
+PATH = "/v1/metrics"
+TIMEOUT_S = 10.0
+QUIET_S = 600.0
+"""A Collector that is down is told of this often at most."""
+CREDENTIALS = frozenset(
+    f"OTEL_EXPORTER_OTLP_{name}" for name in ("HEADERS", "CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
+)
+"""What is taken from the environment, because everybody can read a command line."""
+NAMESPACE = uuid.UUID("0b6c1a52-6f0e-5d8e-9d5a-3c0f3f1f7a11")
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+log = logging.getLogger("vitalsd.otlp")
+
+
+class NotInstalled(Exception):
+    """The packages of the extra are missing; ``str(error)`` says how to get them."""
+
+
+def endpoint_of(url: str) -> str:
+    """
+    Where metrics go on the Collector at `url`: ``/v1/metrics`` below it, unless it says so itself.
+
+    Raises:
+        ValueError: it is no such URL.
+    """
+    parts = urlsplit(url)
+    try:
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.query or parts.fragment or parts.username is not None:
+        raise ValueError(f"{url!r} is not the URL of a Collector; one looks like {DEFAULT_URL}")
+    return url if parts.path.endswith(PATH) else url.rstrip("/") + PATH
+
+
+def isolate(environ: MutableMapping[str, str]) -> list[str]:
+    """
+    Take out of the environment whatever would change what is sent, where to or how, but for `CREDENTIALS`.
+
+    For a process that is ours alone: the SDK reads a good deal of its environment, some of it at import.
+
+    Returns:
+        The names that were taken out.
+    """
+    ignored = sorted(name for name in environ if name.startswith("OTEL_") and name not in CREDENTIALS)
+    for name in ignored:
+        del environ[name]
+    return ignored
+
+
+def metrics_data(
+    target: tuple[Identity, Snapshot] | None, *, threads: int, snapshots_taken: int, since_ns: int
+) -> "MetricsData":
+    """
+    What one push tells.
+
+    Args:
+        target: who, and a snapshot with extras; ``None`` when it cannot be read, which ``vitalsd.target.up`` says.
+        threads: at most so many with a series of their own: those with the most CPU time; 0 for none.
+        snapshots_taken: by this service.
+        since_ns: Unix time since when that is counted, ns.
+    """
+    from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+
+    now_ns = time.time_ns()
+    points = _Points(since_ns, now_ns)
+    metrics = [
+        points.gauge("vitalsd.target.up", "1", "1 if the target can be read, else 0.", int(target is not None)),
+        points.counter("vitalsd.cpu.time", "s", "CPU time of vitalsd itself.", [({}, time.process_time())]),
+        points.counter("vitalsd.snapshots", "{snapshot}", "Snapshots taken of the target.", [({}, snapshots_taken)]),
+    ]
+    attributes: dict[str, Any] = {}
+    if target is not None:
+        identity, snapshot = target
+        points = _Points(identity.started_unix_ns, snapshot.wall_ns)
+        metrics += _process(points, snapshot)
+        metrics += _threads(points, snapshot, threads)
+        attributes = _resource(identity)
+    scope = ScopeMetrics(InstrumentationScope("vitalsd", version("vitalsd")), metrics, "")
+    return MetricsData([ResourceMetrics(Resource(_host() | attributes), [scope], "")])
+
+
+def _host() -> dict[str, Any]:
+    """Of the machine nothing that tells whose it is: no name, no address, no machine id."""
+    machine = platform.machine()
+    return {
+        "service.name": "vitalsd",
+        "host.arch": ARCHITECTURES.get(machine, machine),
+        "os.type": sys.platform,
+        "os.version": os_version(),
+    }
+
+
+def _resource(identity: Identity) -> dict[str, Any]:
+    """The target: its program, and which run of it. The ids of host and run change with every boot."""
+    return {
+        "service.name": printable(identity.name) or "vitalsd",
+        "service.instance.id": str(uuid.uuid5(NAMESPACE, f"{identity.start_id} {identity.boot_id}")),
+        "host.id": str(uuid.uuid5(NAMESPACE, identity.boot_id)),
+        "process.pid": identity.pid,
+        "process.creation.time": iso(identity.started_unix_ns),
+        "process.executable.name": printable(identity.name),
+    }
+
+
+def _process(points: "_Points", snapshot: Snapshot) -> Iterator["Metric"]:
+    extras = snapshot.extras
+    if extras is not None and extras.user_ns is not None and extras.system_ns is not None:
+        modes = [({"cpu.mode": "user"}, extras.user_ns / 1e9), ({"cpu.mode": "system"}, extras.system_ns / 1e9)]
+        yield points.counter("process.cpu.time", "s", "CPU time of all threads, living and exited.", modes)
+    yield points.level("process.memory.usage", "By", "Physical memory in use.", snapshot.rss_bytes)
+    yield points.level("process.memory.virtual", "By", "Committed virtual memory.", snapshot.vm_bytes)
+    yield points.level("process.thread.count", "{thread}", "Threads.", len(snapshot.tids))
+    yield points.gauge("process.uptime", "s", "Time since the process started.", snapshot.uptime_ns / 1e9)
+    if extras is None:
+        return
+    if extras.open_fds is not None:
+        yield points.level(
+            "process.unix.file_descriptor.count", "{file_descriptor}", "Open file descriptors.", extras.open_fds
+        )
+    faults = [
+        ({"system.paging.fault.type": kind}, count)
+        for kind, count in (("minor", extras.minor_faults), ("major", extras.major_faults))
+        if count is not None
+    ]
+    if faults:
+        yield points.counter("process.paging.faults", "{fault}", "Page faults.", faults)
+
+
+def _threads(points: "_Points", snapshot: Snapshot, threads: int) -> Iterator["Metric"]:
+    if not threads:
+        return
+    shown = nlargest(threads, range(len(snapshot.tids)), key=lambda i: (snapshot.thread_cpu_ns[i], -i))
+    yield points.counter(
+        "vitalsd.thread.cpu.time",
+        "s",
+        f"CPU time of a living thread; of more than {threads}, those with the most.",
+        [
+            (
+                {"vitalsd.thread.id": snapshot.tids[i], "thread.name": printable(snapshot.names[i])},
+                snapshot.thread_cpu_ns[i] / 1e9,
+            )
+            for i in sorted(shown)
+        ],
+    )
+    left_out = len(snapshot.tids) - len(shown)
+    yield points.gauge("vitalsd.thread.left_out", "{thread}", "Living threads without a series.", left_out)
+
+
+class _Points:
+    """Metrics of one instant, counted since another; both in Unix time, ns."""
+
+    def __init__(self, since_ns: int, now_ns: int) -> None:
+        self._since_ns = since_ns
+        self._now_ns = max(now_ns, since_ns)
+
+    def counter(
+        self, name: str, unit: str, text: str, values: Sequence[tuple[dict[str, Any], float]], monotonic: bool = True
+    ) -> "Metric":
+        from opentelemetry.sdk.metrics.export import AggregationTemporality, Metric, NumberDataPoint, Sum
+
+        points = [NumberDataPoint(attributes, self._since_ns, self._now_ns, value) for attributes, value in values]
+        return Metric(name, text, unit, Sum(points, AggregationTemporality.CUMULATIVE, monotonic))
+
+    def level(self, name: str, unit: str, text: str, value: int) -> "Metric":
+        """What the conventions call an UpDownCounter."""
+        return self.counter(name, unit, text, [({}, value)], monotonic=False)
+
+    def gauge(self, name: str, unit: str, text: str, value: float) -> "Metric":
+        from opentelemetry.sdk.metrics.export import Gauge, Metric, NumberDataPoint
+
+        return Metric(name, text, unit, Gauge([NumberDataPoint({}, 0, self._now_ns, value)]))
+
+
+class Push:
+    """
+    Sends the default target's counters every `interval_s`. A Collector that is down or slow holds up nothing else.
+
+    What it could not take is not sent again: the counters are cumulative, so the next push makes up for it.
+
+    Args:
+        targets: whose default target is told of.
+        url: as `endpoint_of` makes it.
+        interval_s: between two pushes; the first one is sent at once.
+        threads: see `metrics_data`.
+
+    Raises:
+        NotInstalled: the extra is not there.
+    """
+
+    def __init__(self, targets: Targets, url: str, *, interval_s: float, threads: int) -> None:
+        try:
+            import requests
+            from opentelemetry.exporter.otlp.proto.http import Compression
+            from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+        except ImportError as error:
+            raise NotInstalled(f"--otlp needs more: pip install 'vitalsd[otlp]' ({error})") from None
+
+        # The failures of the exporter are told by us, and not once per try.
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        self.url = url
+        self._targets = targets
+        self._interval_s = interval_s
+        self._threads = threads
+        self._since_ns = time.time_ns()
+        self._failures = _Failures(url)
+        failures = self._failures
+
+        class Session(requests.Session):
+            """Takes neither proxies nor passwords from the environment, and remembers why it failed."""
+
+            def request(self, *arguments: Any, **options: Any) -> requests.Response:
+                try:
+                    answer = super().request(*arguments, **options)
+                except requests.RequestException as error:
+                    failures.reason = _root(error)
+                    raise
+                failures.reason = f"it answers {answer.status_code} {printable(answer.reason or '')}".rstrip()
+                return answer
+
+        session = Session()
+        session.trust_env = False
+        self._exporter = OTLPMetricExporter(
+            endpoint=url,
+            timeout=min(TIMEOUT_S, interval_s),
+            compression=Compression.Gzip,
+            session=session,
+        )
+        self._worker = Worker("vitalsd-otlp")
+
+    async def companion(self, _: object) -> None:
+        """Push until cancelled; see `vitalsd.sidecar.Companion`."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        try:
+            while True:
+                data = await self._collect()
+                await asyncio.wrap_future(self._worker.submit(lambda data=data: self._send(data)))  # type: ignore[misc]
+                due = max(due + self._interval_s, loop.time())
+                await asyncio.sleep(due - loop.time())
+        except Exception:
+            # Whatever is wrong with pushing, the sidecar goes on answering.
+            log.exception("nothing more is sent to %s", self.url)
+        finally:
+            self._exporter.shutdown()
+            self._worker.stop(0)
+
+    async def _collect(self) -> "MetricsData":
+        read = None
+        target = self._targets.default
+        with suppress(SourceError):
+            read = await target.identity(), await target.snapshot(extras=True)
+        return metrics_data(
+            read, threads=self._threads, snapshots_taken=target.snapshots_taken, since_ns=self._since_ns
+        )
+
+    def _send(self, data: "MetricsData") -> None:
+        from opentelemetry.sdk.metrics.export import MetricExportResult
+
+        self._failures.note(self._exporter.export(data) is MetricExportResult.SUCCESS)
+
+
+class _Failures:
+    """Says when the Collector begins to fail and when it is back, and not much in between."""
+
+    def __init__(self, url: str) -> None:
+        self.reason = "it cannot be sent"
+        self._url = url
+        self._count = 0
+        self._said_at = float("-inf")
+        self._said = False
+
+    def note(self, well: bool) -> None:
+        if well:
+            if self._said:
+                log.info("%s takes metrics again; %d pushes were lost", self._url, self._count)
+            self._count, self._said = 0, False
+            return
+        self._count += 1
+        if time.monotonic() - self._said_at >= QUIET_S:
+            self._said_at, self._said = time.monotonic(), True
+            log.warning("%s takes no metrics: %s; they are tried on in silence", self._url, self.reason)
+
+
+def _root(error: BaseException) -> str:
+    """The system's word for it at the bottom of a chain of exceptions, or else the kind of the first one."""
+    found: BaseException | None = error
+    word = type(error).__name__
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror and found.errno is not None:
+            word = found.strerror
+        found = found.__cause__ or found.__context__
+    return word

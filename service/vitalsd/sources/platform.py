@@ -1,0 +1,50 @@
+"""What one operating system offers, as a value: so that a whole program can be run over another one."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from vitalsd.sources import ProcessEntry, Source, list_processes, open_source, platform_name
+from vitalsd.sources.birth import Births, births
+
+__all__ = ["Platform", "this_platform"]
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """Who opens, lists and tells apart the processes of a system."""
+
+    name: str
+    """As in answers: ``"linux"`` or ``"macos"``."""
+    open_source: Callable[[int | None], Source]
+    """For a pid, or ``None`` for this process. Raises `SourceError`."""
+    list_processes: Callable[[], Iterable[ProcessEntry]]
+    births: Callable[[], Births]
+    holdings: Callable[[], Mapping[str, int]]
+    """What this process holds in the kernel besides descriptors, counted: on macOS ports and references on them."""
+    command: Sequence[str] | None = None
+    """How another process runs ``vitalsd`` over this platform; ``None``: as always."""
+
+
+def this_platform(proc_root: str = "/proc") -> Platform:
+    """
+    That of the running kernel.
+
+    Args:
+        proc_root: Linux only: where procfs is mounted.
+    """
+    return Platform(
+        name=platform_name(),
+        open_source=partial(open_source, proc_root=proc_root),
+        list_processes=partial(list_processes, proc_root=proc_root),
+        births=births,
+        holdings=_holdings,
+    )
+
+
+def _holdings() -> Mapping[str, int]:
+    if platform_name() != "macos":
+        return {}
+    from vitalsd.sources.darwin import holdings
+
+    return holdings()

@@ -1,0 +1,59 @@
+"""The view where there is no screen: a line for each sample, for pipes, files and logs."""
+
+import time
+from collections.abc import Callable
+from itertools import islice
+
+from vitalsd.top.feed import Feed
+from vitalsd.top.news import Ended, Note, Sample, Trouble
+from vitalsd.wire import printable
+
+__all__ = ["lines"]
+
+BUSIEST = 5
+HEAD = f"{'TIME':8}  {'CPU%':>6}  {'RSS_KB':>9}  {'THREADS':>7}  BUSIEST"
+
+
+def lines(
+    feed: Feed, *, count: int | None, as_json: bool, say: Callable[[str], None], note: Callable[[str], None]
+) -> None:
+    """
+    Say a head and then a line per sample, or with `as_json` each answer as it is; marks and events go to `note`.
+
+    Args:
+        count: end after so many samples; ``None``: when the target does.
+
+    Raises:
+        What `Feed.news` raises.
+    """
+    said, last = 0, ""
+    for news in feed.news():
+        match news:
+            case Sample():
+                if as_json:
+                    say(news.body.decode())
+                else:
+                    if said == 0:
+                        say(HEAD)
+                    say(_line(news))
+                said += 1
+                if said == count:
+                    return
+            case Note():
+                note(f"{_clock(news.wall_ms)} {news.kind}: {printable(news.text)}")
+            case Trouble() | Ended() if news.reason != last:
+                last = news.reason
+                note(printable(last))
+
+
+def _line(sample: Sample) -> str:
+    process, threads = sample.metrics.process, sample.metrics.threads
+    busy = sorted((each for each in threads if each.cpu_percent >= 0.05), key=lambda each: -each.cpu_percent)
+    shown = " ".join(f"{printable(each.name) or each.tid}={each.cpu_percent:.1f}" for each in islice(busy, BUSIEST))
+    return (
+        f"{_clock(sample.wall_ms)}  {process.cpu_percent:>6.1f}  {process.rss_kb:>9}  {len(threads):>7}  {shown}"
+    ).rstrip()
+
+
+def _clock(wall_ms: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(wall_ms / 1000))

@@ -1,0 +1,119 @@
+"""The full screen: one thread reads the feed, this one obeys keys and draws."""
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from vitalsd.top.feed import Feed
+from vitalsd.top.news import News
+from vitalsd.top.picture import ASCII, BLOCKS, Glyphs, Picture
+from vitalsd.top.terminal import Hangup, Terminal
+from vitalsd.top.view import View
+from vitalsd.worker import Worker
+
+__all__ = ["fits", "show"]
+
+
+def fits() -> bool:
+    """Standard output is a terminal that can be drawn on."""
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+def show(feed: Feed) -> int:
+    """
+    Show the feed until the user or a signal ends it.
+
+    Returns:
+        The signal that ended it; 0 for none.
+
+    Raises:
+        What `Feed.news` raises: there is nothing to show from the start.
+    """
+    told: queue.SimpleQueue[News | BaseException | None] = queue.SimpleQueue()
+    first = threading.Event()
+
+    def read() -> None:
+        last: BaseException | None = None
+        try:
+            for news in feed.news():
+                told.put(news)
+                first.set()
+                terminal.wake()
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that draws
+            last = error
+        told.put(last)
+        first.set()
+        terminal.wake()
+
+    console = Console(file=sys.stdout, force_terminal=True, highlight=False, markup=False, emoji=False)
+    glyphs = BLOCKS if console.encoding.startswith("utf") else ASCII
+    view = View()
+    marker = Worker("vitalsd-marker")
+
+    def mark(label: str) -> None:
+        def tell() -> None:
+            reason = feed.mark(label)
+            view.message = f"not marked: {reason}" if reason else f"marked: {label}"
+            terminal.wake()
+
+        marker.submit(tell)
+
+    view.mark = mark
+    with _keyboard() as keyboard:
+        terminal = Terminal(keyboard, sys.stdout.fileno(), console)
+        threading.Thread(target=read, name="vitalsd-feed", daemon=True).start()
+        # What is wrong from the start belongs on the ordinary screen.
+        first.wait()
+        _take(told, view)
+        try:
+            with terminal.taken():
+                _run(view, glyphs, terminal, told)
+        except Hangup as hangup:
+            return hangup.number
+        finally:
+            feed.stop()
+            marker.stop(0)
+    return 0
+
+
+def _run(
+    view: View, glyphs: Glyphs, terminal: Terminal, told: "queue.SimpleQueue[News | BaseException | None]"
+) -> None:
+    while True:
+        _take(told, view)
+        width, height = terminal.size
+        terminal.draw(Picture(view, width, glyphs).lines(height))
+        for key in terminal.wait(None):
+            if not view.press(key):
+                return
+
+
+def _take(told: "queue.SimpleQueue[News | BaseException | None]", view: View) -> None:
+    while not told.empty():
+        news = told.get()
+        if isinstance(news, BaseException):
+            raise news
+        if news is not None:
+            view.tell(news)
+
+
+@contextmanager
+def _keyboard() -> Iterator[int | None]:
+    """Standard input, or the terminal itself if that is a file or a pipe."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        yield sys.stdin.fileno()
+        return
+    try:
+        fd = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,201 @@
+"""What the live view knows, and what keys do to it. `vitalsd.top.picture` draws it."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vitalsd.model import Measured, ThreadMetrics
+from vitalsd.record import MAX_LABEL_LENGTH
+from vitalsd.top.news import Ended, News, Note, Past, Sample, Subject, Trouble
+from vitalsd.wire import printable
+
+__all__ = ["SortKey", "View"]
+
+TREND = 240
+"""Samples kept for the sparklines; no terminal is much wider."""
+BACKLOG = 3600
+"""News kept while paused: an hour at one a second."""
+
+SortKey = Literal["cpu", "name", "tid"]
+
+
+@dataclass(slots=True)
+class View:
+    """All that is shown. `tell` it what happened, `press` a key."""
+
+    subject: Subject | None = None
+    metrics: Measured | None = None
+    cpu: deque[float] = field(default_factory=lambda: deque(maxlen=TREND))
+    rss_kb: deque[float] = field(default_factory=lambda: deque(maxlen=TREND))
+    trends: dict[int, deque[float]] = field(default_factory=dict)
+    notes: deque[Note] = field(default_factory=lambda: deque(maxlen=100))
+    trouble: str | None = None
+    ended: str | None = None
+
+    sort: SortKey = "cpu"
+    reverse: bool = False
+    filter: str = ""
+    first: int = 0
+    """Row of the table that is shown first."""
+    helping: bool = False
+    prompt: Literal["filter", "mark"] | None = None
+    typed: str = ""
+    message: str = ""
+    backlog: deque[News] | None = None
+    """What came while paused; ``None`` when not."""
+    mark: Callable[[str], None] | None = None
+    """Called with the label of a new mark."""
+    rows: int = 1
+    """Of the table, in sight; set by who draws."""
+
+    # What happened
+
+    def tell(self, news: News) -> None:
+        """Take it in, or keep it for later while paused."""
+        if self.backlog is not None:
+            if len(self.backlog) == self.backlog.maxlen:
+                self._take(self.backlog.popleft())
+            self.backlog.append(news)
+            return
+        self._take(news)
+
+    def _take(self, news: News) -> None:
+        match news:
+            case Subject():
+                if self.subject is not None and news.start_id != self.subject.start_id:
+                    self._forget()
+                self.subject, self.trouble, self.ended = news, None, None
+            case Past():
+                self._remember(news)
+            case Sample():
+                self.trouble = self.ended = None
+                self._sample(news.metrics)
+            case Note():
+                if news not in self.notes:
+                    self.notes.append(news)
+            case Trouble():
+                self.trouble = news.reason
+            case Ended():
+                self.ended = news.reason
+
+    def _forget(self) -> None:
+        """The target is another process now."""
+        self.cpu.clear()
+        self.rss_kb.clear()
+        self.trends.clear()
+        self.metrics = None
+
+    def _sample(self, metrics: Measured) -> None:
+        self.metrics = metrics
+        self.cpu.append(metrics.process.cpu_percent)
+        self.rss_kb.append(metrics.process.rss_kb)
+        before, self.trends = self.trends, {}
+        for thread in metrics.threads:
+            trend = before.get(thread.tid)
+            if trend is None:
+                trend = deque(maxlen=TREND)
+            trend.append(thread.cpu_percent)
+            self.trends[thread.tid] = trend
+
+    def _remember(self, past: Past) -> None:
+        """A record knows more than was seen from here and takes the place of that, unless it has just begun."""
+        if len(past.cpu_percent) < len(self.cpu):
+            return
+        self.cpu.clear()
+        self.rss_kb.clear()
+        self.cpu.extend(past.cpu_percent)
+        self.rss_kb.extend(past.rss_kb)
+        for tid, percents in past.threads.items():
+            self.trends[tid] = deque(percents, maxlen=TREND)
+
+    # Keys
+
+    def press(self, key: str) -> bool:
+        """Obey a key; False if it means the end."""
+        self.message = ""
+        if self.helping:
+            self.helping = False
+        elif self.prompt is not None:
+            self._type(key)
+        else:
+            return self._command(key)
+        return True
+
+    def _command(self, key: str) -> bool:
+        match key:
+            case "q":
+                return False
+            case "c" | "n" | "t":
+                self.sort = {"c": "cpu", "n": "name", "t": "tid"}[key]  # type: ignore[assignment]
+                self.first = 0
+            case "r":
+                self.reverse = not self.reverse
+            case "p" | " ":
+                self._pause()
+            case "/":
+                self.prompt, self.typed = "filter", self.filter
+            case "m":
+                self.prompt, self.typed = "mark", ""
+            case "escape":
+                self.filter = ""
+            case "?" | "h":
+                self.helping = True
+            case _:
+                self._scroll(key)
+        return True
+
+    def _scroll(self, key: str) -> None:
+        steps = {"up": -1, "k": -1, "down": 1, "j": 1, "pageup": -self.rows, "pagedown": self.rows}
+        if key in steps:
+            self.first += steps[key]
+        elif key in ("home", "g"):
+            self.first = 0
+        elif key in ("end", "G"):
+            self.first = len(self.trends)
+
+    def _type(self, key: str) -> None:
+        if key == "escape":
+            self.filter = "" if self.prompt == "filter" else self.filter
+            self.prompt = None
+        elif key == "enter":
+            label, asked, self.prompt = self.typed.strip(), self.prompt, None
+            if asked == "mark" and label and self.mark is not None:
+                self.message = f"marking: {label}"
+                self.mark(label)
+        elif key == "backspace":
+            self.typed = self.typed[:-1]
+        elif key == "clear":
+            self.typed = ""
+        elif len(key) == 1 and key.isprintable() and len(self.typed) < MAX_LABEL_LENGTH:
+            self.typed += key
+        if self.prompt == "filter":
+            self.filter, self.first = self.typed, 0
+
+    def _pause(self) -> None:
+        if self.backlog is None:
+            self.backlog = deque(maxlen=BACKLOG)
+            return
+        missed, self.backlog = self.backlog, None
+        for news in missed:
+            self._take(news)
+
+    # What follows from it
+
+    def chosen(self) -> list[ThreadMetrics]:
+        """The threads that pass the filter, in the order asked for."""
+        if self.metrics is None:
+            return []
+        wanted = self.filter.casefold()
+        threads = [
+            thread
+            for thread in self.metrics.threads
+            if not wanted or wanted in printable(thread.name).casefold() or wanted in str(thread.tid)
+        ]
+        if self.sort == "cpu":
+            threads.sort(key=lambda thread: (-thread.cpu_percent, thread.tid))
+        elif self.sort == "name":
+            threads.sort(key=lambda thread: (thread.name.casefold(), thread.tid))
+        if self.reverse:
+            threads.reverse()
+        return threads

@@ -1,0 +1,136 @@
+"""
+``vitalsd`` over another kernel, and with a defect planted in what is read from it.
+
+    python tests/as_platform.py PLATFORM DEFECT COMMAND ...
+
+PLATFORM is ``linux``, or the path of the simulated libSystem, over which everything runs as on macOS. DEFECT is
+``none`` or a key of `DEFECTS`.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from vitalsd.cli import main
+from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.sources import Source, darwin, libsystem
+from vitalsd.sources.birth_darwin import DarwinBirths
+from vitalsd.sources.libsystem import LibSystem
+from vitalsd.sources.platform import Platform, this_platform
+
+__all__ = ["DEFECTS", "macos", "planted"]
+
+UNSCALED = 24_000_000, 1_000_000_000
+"""Ticks of Apple silicon taken for nanoseconds."""
+LOST = ("burn-30", "young-1")
+
+
+def macos(lib: LibSystem, command: tuple[str, ...] | None = None) -> Platform:
+    """macOS as `lib` plays it."""
+    return Platform(
+        name="macos",
+        open_source=partial(darwin.open_process, lib=lib),
+        list_processes=partial(darwin.list_processes, lib),
+        births=lambda: DarwinBirths(lib),
+        holdings=partial(darwin.holdings, lib),
+        command=command,
+    )
+
+
+def ticks(snapshot: Snapshot) -> Snapshot:
+    def unscaled(ns: int | None) -> Any:
+        return None if ns is None else ns * UNSCALED[0] // UNSCALED[1]
+
+    low, high = snapshot.exited_cpu_ns
+    extras = snapshot.extras and replace(
+        snapshot.extras, user_ns=unscaled(snapshot.extras.user_ns), system_ns=unscaled(snapshot.extras.system_ns)
+    )
+    return replace(
+        snapshot, cpu_ns=unscaled(snapshot.cpu_ns), exited_cpu_ns=(unscaled(low), unscaled(high)), extras=extras
+    )
+
+
+def terminated(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, cpu_ns=max(0, snapshot.exited_cpu_ns[0]))
+
+
+def rss(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, rss_bytes=snapshot.rss_bytes // 1024)
+
+
+def thread(snapshot: Snapshot) -> Snapshot:
+    kept = [i for i, name in enumerate(snapshot.names) if name not in LOST]
+
+    def some(column: Any) -> Any:
+        return [column[i] for i in kept]
+
+    extras = snapshot.extras
+    if extras is not None:
+        columns = {field.name: getattr(extras.threads, field.name) for field in dataclasses.fields(extras.threads)}
+        extras = replace(extras, threads=replace(extras.threads, **{k: some(v) for k, v in columns.items()}))
+    columns = {name: some(getattr(snapshot, name)) for name in ("tids", "births", "thread_cpu_ns", "names")}
+    return replace(snapshot, extras=extras, **columns)
+
+
+def descriptor(snapshot: Snapshot) -> Snapshot:
+    os.dup(2)
+    return snapshot
+
+
+DEFECTS: dict[str, Callable[[Snapshot], Snapshot]] = {
+    "ticks": ticks,
+    "terminated": terminated,
+    "rss": rss,
+    "thread": thread,
+    "descriptor": descriptor,
+}
+
+
+@dataclass
+class Spoilt:
+    """A source whose snapshots have a defect."""
+
+    source: Source
+    defect: Callable[[Snapshot], Snapshot]
+
+    def identity(self) -> Identity:
+        return self.source.identity()
+
+    def snapshot(self, *, extras: bool = False) -> Snapshot:
+        return self.defect(self.source.snapshot(extras=extras))
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def planted(platform: Platform, defect: str) -> Platform:
+    """The same with a defect of `DEFECTS`."""
+    return replace(platform, open_source=lambda pid: Spoilt(platform.open_source(pid), DEFECTS[defect]))
+
+
+def leaking(lib: LibSystem) -> LibSystem:
+    """A library that forgets one release in ten."""
+    quick: Any = lib._quick
+    release, calls = quick.mach_port_deallocate, [0]
+
+    def forgetful(task: int, port: int) -> int:
+        calls[0] += 1
+        return 0 if calls[0] % 10 == 0 else int(release(task, port))
+
+    quick.mach_port_deallocate = forgetful
+    return lib
+
+
+def run() -> None:
+    where, defect, *arguments = sys.argv[1:]
+    command = (sys.executable, "-P", __file__, where, defect)
+    platform = replace(this_platform(), command=command) if where == "linux" else macos(libsystem.load(where), command)
+    main(arguments, obj=platform if defect == "none" else planted(platform, defect), prog_name="vitalsd")
+
+
+if __name__ == "__main__":
+    run()
