@@ -146,6 +146,17 @@ def test_make_help_lists_every_target() -> None:
     assert out == subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+def test_contributing_names_what_there_is() -> None:
+    """Every make target and every file that CONTRIBUTING.md speaks of exists."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    targets = set(re.findall(r"\bmake ([a-z]+)", text))
+    assert {"check", "test", "doctor"} <= targets <= set(phony[1].split())
+    for path in re.findall(r"`((?:service|tests|docs)/[\w./]+)`|\]\(([\w./]+)\)", text):
+        assert (ROOT / "".join(path)).exists(), path
+
+
 def test_make_says_what_is_missing(tmp_path: Path) -> None:
     """Without a Python that will do, make tells which one is needed and how to name it."""
     for file in ("Makefile", "pyproject.toml", "constraints.txt"):

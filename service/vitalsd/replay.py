@@ -91,5 +91,9 @@ class Replay:
             "ended": self._reason,
         }
 
+    async def hangs(self) -> bool:
+        """Nothing is read."""
+        return False
+
     async def close(self) -> None:
         """Nothing is held."""

@@ -2,9 +2,9 @@
 Windows over one target: when to take snapshots, and who shares them.
 
 All kernel reads of one target happen on one thread of its own, so the event loop never blocks, and a
-kernel that hangs on one target holds up no other. Callers whose windows start or end within a few
-milliseconds share the snapshots: a thousand of them cost about what one costs. The recorder's
-snapshots are taken on the same thread and shared alike.
+kernel that hangs on one target holds up no other; whoever asks for that one is told so after 5 s.
+Callers whose windows start or end within a few milliseconds share the snapshots: a thousand of them
+cost about what one costs. The recorder's snapshots are taken on the same thread and shared alike.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
-from vitalsd.sources import Source, SourceError, platform_name
-from vitalsd.worker import Worker
+from vitalsd.sources import KernelError, Source, SourceError, platform_name
+from vitalsd.worker import PATIENCE_NS, Hung, Worker
 
 __all__ = ["Busy", "NotRecording", "Sampler", "Stream", "Target", "Targets", "sample"]
 
@@ -36,6 +36,8 @@ MAX_WINDOWS = 64
 """Of one target at once, that began or end apart from each other. Who asks for the same ones costs none."""
 STREAM_QUEUE = 16
 """Measurements that wait for a slow reader of a stream; then the oldest is dropped."""
+
+T = TypeVar("T")
 
 
 class Busy(Exception):
@@ -62,6 +64,7 @@ class Target(Protocol):
     async def snapshot(self, *, extras: bool = False) -> Snapshot: ...
     def mark(self, label: str) -> Mark: ...
     def recording_info(self) -> dict[str, Any] | None: ...
+    async def hangs(self) -> bool: ...
     async def close(self) -> None: ...
 
 
@@ -98,6 +101,7 @@ class Sampler:
         self._source: Source | None = None
         self._closed = False
         self._identity: Identity | None = None
+        self._opening: asyncio.Future[Identity] | None = None
         self._last: Snapshot | None = None
         self._pending: _Pending | None = None
         self._windows: dict[tuple[Snapshot, int, bool], asyncio.Task[Measurement]] = {}
@@ -119,10 +123,18 @@ class Sampler:
         """The target, once it has been opened."""
         return self._identity.pid if self._identity else None
 
+    @property
+    def busy(self) -> bool:
+        """Whether its thread is at work."""
+        return self._worker.busy_since_ns is not None
+
     async def identity(self) -> Identity:
         """Which process this is. Opens the target, and starts recording it, if need be. Raises `SourceError`."""
         if self._identity is None:
-            self._identity = await asyncio.wrap_future(self._worker.submit(self._open))
+            if self._opening is None:
+                self._opening = asyncio.wrap_future(self._worker.submit(self._open))
+                self._opening.add_done_callback(self._opened)
+            self._identity = await self._answered(self._opening)
         return self._identity
 
     async def window(self, window_ms: int, *, extras: bool = False) -> Measurement:
@@ -130,7 +142,7 @@ class Sampler:
         Measure the coming `window_ms` milliseconds.
 
         Raises:
-            SourceError: the target cannot be read, or exited inside the window.
+            SourceError: the target cannot be read, exited inside the window, or a read of it hangs.
             Busy: too many windows that have nothing in common are open.
         """
         await self.identity()
@@ -167,6 +179,10 @@ class Sampler:
     async def responds(self) -> None:
         """Return once the sampler's thread has got through all that was given to it before."""
         await asyncio.wrap_future(self._worker.submit(lambda: None))
+
+    async def hangs(self) -> bool:
+        """Whether a read of the target does not return."""
+        return await self._worker.hangs()
 
     def recording_info(self) -> dict[str, Any] | None:
         """State of the recorder as ``/info`` shows it; ``None`` without one."""
@@ -215,7 +231,19 @@ class Sampler:
             pending = self._pending = _Pending(extras)
             pending.future = asyncio.wrap_future(self._worker.submit(partial(self._take_pending, pending)))
             pending.future.add_done_callback(partial(self._settled, pending))
-        return await asyncio.shield(pending.future)
+        return await self._answered(pending.future)
+
+    async def _answered(self, future: asyncio.Future[T]) -> T:
+        try:
+            return await self._worker.answer(future)
+        except Hung:
+            whom = f"process {self.pid}" if self.pid else "the process"
+            raise KernelError(f"{whom}: a read has not returned for {PATIENCE_NS / 1e9:g} s") from None
+
+    def _opened(self, future: asyncio.Future[Identity]) -> None:
+        self._opening = None
+        if not future.cancelled():
+            future.exception()  # as in `_settled`
 
     def _settled(self, pending: "_Pending", future: asyncio.Future[Snapshot]) -> None:
         if self._pending is pending:
@@ -384,8 +412,9 @@ class Targets:
         try:
             yield guest.sampler
         except SourceError:
-            # The pid may be another process the next time: whoever asks next opens it anew.
-            if self._guests.get(pid) is guest:
+            # The pid may be another process the next time: whoever asks next opens it anew. Unless a read of it
+            # hangs: its thread is kept, or each who asks would leave another one behind.
+            if not await guest.sampler.hangs() and self._guests.get(pid) is guest:
                 del self._guests[pid]
             raise
         finally:
@@ -394,6 +423,11 @@ class Targets:
                 guest.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
             elif guest.users == 0:
                 self._release(guest)
+
+    async def hangs(self) -> bool:
+        """Whether a read of any of them does not return."""
+        samplers = [guest.sampler for guest in self._guests.values()]
+        return await self.default.hangs() or any([await sampler.hangs() for sampler in samplers])
 
     async def start(self) -> None:
         """Open the default target, so that it is recorded from now on. A failure is told to whoever asks."""
@@ -410,7 +444,7 @@ class Targets:
     async def close(self) -> None:
         """Release all targets."""
         for pid in list(self._guests):
-            self._expire(pid)
+            self._drop(pid)
         await asyncio.gather(self.default.close(), *self._closing)
 
     def _enter(self, pid: int) -> _Guest:
@@ -426,6 +460,13 @@ class Targets:
         return guest
 
     def _expire(self, pid: int) -> None:
+        guest = self._guests[pid]
+        if guest.sampler.busy:  # with what nobody asks for any more: it hangs
+            guest.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
+        else:
+            self._drop(pid)
+
+    def _drop(self, pid: int) -> None:
         guest = self._guests.pop(pid)
         if guest.expiry is not None:
             guest.expiry.cancel()

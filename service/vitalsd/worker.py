@@ -1,5 +1,6 @@
 """One thread for calls that may block: kernel reads of one target, or writes to disk."""
 
+import asyncio
 import queue
 import threading
 import time
@@ -7,9 +8,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-__all__ = ["Worker"]
+__all__ = ["PATIENCE_NS", "Hung", "Worker"]
 
 T = TypeVar("T")
+
+PATIENCE_NS = 5_000_000_000
+"""A call that has taken so long is taken for one that hangs."""
+LOOK_S = 0.1
+"""Between two looks at a call that is waited for."""
+
+
+class Hung(Exception):
+    """The call under way does not return, and whatever waits behind it does not begin."""
 
 
 class Worker:
@@ -48,6 +58,28 @@ class Worker:
 
         self._calls.put(run)
         return future
+
+    async def hangs(self) -> bool:
+        """Whether the call under way has taken longer than `PATIENCE_NS`."""
+        since_ns = self.busy_since_ns
+        if since_ns is None or time.monotonic_ns() - since_ns < PATIENCE_NS:
+            return False
+        # The whole process may have been stopped until now: give the thread its turn too.
+        await asyncio.sleep(LOOK_S)
+        return self.busy_since_ns == since_ns
+
+    async def answer(self, future: asyncio.Future[T]) -> T:
+        """
+        Wait for what was submitted, unless that is hopeless; whoever leaves cancels nothing.
+
+        Raises:
+            Hung: the thread hangs.
+        """
+        while not (await asyncio.wait((future,), timeout=LOOK_S))[0]:
+            if await self.hangs():
+                future.add_done_callback(_seen)
+                raise Hung
+        return future.result()
 
     def every(self, interval_ns: int, beat: Callable[[], bool]) -> None:
         """
@@ -91,3 +123,9 @@ class Worker:
             self._beat = None
         missed = max(0, time.monotonic_ns() - self._due_ns) // self._interval_ns
         self._due_ns += (1 + missed) * self._interval_ns
+
+
+def _seen(future: asyncio.Future[T]) -> None:
+    """Look at what nobody waits for any more, or asyncio logs it."""
+    if not future.cancelled():
+        future.exception()

@@ -52,12 +52,15 @@ def create_app(
         thread_metrics: threads that a scraper is shown; 0 for none.
     """
     reader = Worker("vitalsd-reader")
+    # A thread of its own: of all processes of the machine one may hang whoever reads its command line.
+    lister = Worker("vitalsd-lister")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await targets.start()
         yield
         await targets.close()
+        lister.stop(0.1)
         reader.stop(1)
 
     app = FastAPI(
@@ -67,7 +70,7 @@ def create_app(
         telemetry=NO_TELEMETRY,
     )
     routers = [
-        live_routes(targets, list_processes, reader, thread_metrics=thread_metrics),
+        live_routes(targets, list_processes, reader, lister, thread_metrics=thread_metrics),
         past_routes(targets, runs, reader),
         report_routes(targets, runs, reader),
         page_routes(),

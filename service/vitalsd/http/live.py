@@ -19,9 +19,9 @@ from vitalsd.http.exposition import Form, Scrape, expose, negotiate
 from vitalsd.http.problem import problem
 from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery, given
 from vitalsd.sampler import Busy, Stream, Target, Targets
-from vitalsd.sources import ProcessEntry, SourceError
+from vitalsd.sources import KernelError, ProcessEntry, SourceError
 from vitalsd.wire import Labels, encode, iso, os_version, unavailable
-from vitalsd.worker import Worker
+from vitalsd.worker import PATIENCE_NS, Hung, Worker
 
 __all__ = ["live_routes"]
 
@@ -31,13 +31,18 @@ FORMS = "application/json, text/plain (Prometheus, version 0.0.4 or 1.0.0) and a
 
 
 def live_routes(
-    targets: Targets, list_processes: Callable[[], Iterable[ProcessEntry]], reader: Worker, *, thread_metrics: int
+    targets: Targets,
+    list_processes: Callable[[], Iterable[ProcessEntry]],
+    reader: Worker,
+    lister: Worker,
+    *,
+    thread_metrics: int,
 ) -> APIRouter:
     """
     The routes over `targets`.
 
     Args:
-        list_processes: what ``/processes`` lists; called on `reader`.
+        list_processes: what ``/processes`` lists; called on `lister`.
         thread_metrics: threads that a scraper is shown, see `Scrape`.
     """
     routes = APIRouter()
@@ -116,9 +121,14 @@ def live_routes(
     @routes.get("/processes", summary="Processes this user may sample")
     async def processes(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         try:
-            entries = await asyncio.wrap_future(reader.submit(lambda: list(list_processes())))
+            if await lister.hangs():
+                raise Hung
+            entries = await lister.answer(asyncio.wrap_future(lister.submit(lambda: list(list_processes()))))
         except SourceError as error:
             return failed(error, targets.default.platform)
+        except Hung:
+            hung = KernelError(f"the list of processes: a read has not returned for {PATIENCE_NS / 1e9:g} s")
+            return failed(hung, targets.default.platform)
         return JSON(
             [
                 {
@@ -135,6 +145,8 @@ def live_routes(
 
     @routes.get("/healthz", summary="Is the service alive?")
     async def healthz(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
+        if await targets.hangs() or await lister.hangs():
+            return problem("hung", f"a read of the kernel has not returned for {PATIENCE_NS / 1e9:g} s")
         return JSON({"status": "ok"})
 
     @routes.get("/info", summary="Version, target, platform and own cost")

@@ -257,10 +257,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         samples=(Sample("Under the name it gives itself", 'curl -s -OJ "$URL/report.zip" && ls *.zip | wc -l'),),
     ),
     ("get", "/healthz"): Operation(
-        description="Says nothing of the target, and needs no token.",
-        answer="It answers.",
+        description="Says nothing of the target, and needs no token. A read of the kernel that does not return, of"
+        " whichever process, makes it 503: a thread is lost until it does, other processes are measured as before.",
+        answer="It answers, and no read of the kernel hangs.",
         models=(bodies.Health,),
         example={"status": "ok"},
+        reasons=("hung",),
         samples=(Sample("Is it alive", 'curl -s "$URL/healthz" | jq -r .status'),),
     ),
     ("get", "/info"): Operation(
@@ -296,6 +298,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         description="Only with `--auth token`. A client asks before it sends the token: another user may have taken the"
         " port of a sidecar that died.",
         answer="The proof.",
+        reasons=("no_such_route",),
         models=(bodies.Hello,),
         example={"app": "vitalsd", "proof": "5f" * 32},
     ),

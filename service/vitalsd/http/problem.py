@@ -41,6 +41,7 @@ Reason = Literal[
     "token",
     "full",
     "stopping",
+    "hung",
     "internal",
 ]
 
@@ -66,6 +67,7 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "token": (401, "A token is needed"),
     "full": (503, "Too many connections"),
     "stopping": (503, "The sidecar is being stopped"),
+    "hung": (503, "A read of the kernel hangs"),
     "internal": (500, "A bug in vitalsd"),
 }
 
@@ -126,8 +128,8 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         return problem("no_such_route", f"{shown(path)} is not served here; {there}")
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, __: ClientDisconnect) -> Response:
-        return problem("bad_request", "it broke off in its body")  # which nobody reads; but it is no bug of ours
+    async def hung_up(_: Request, error: ClientDisconnect) -> Response:
+        return problem("bad_request", "the connection was closed before the body was whole")
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
