@@ -257,7 +257,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("get", "/healthz"): Operation(
         description="Says nothing of the target, and needs no token. A read of the kernel that does not return, of"
-        " whichever process, makes it 503: a thread is lost until it does, while other processes are measured as before.",
+        " whichever process, makes it 503: a thread is lost until it does, and other processes are measured as before.",
         answer="It answers, and no read of the kernel hangs.",
         models=(bodies.Health,),
         example={"status": "ok"},
