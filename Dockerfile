@@ -1,9 +1,5 @@
-# vitalsd answers on loopback only, so the container shares the host's network; and it reads the host's /proc:
-#
-#   docker build -t vitalsd .
-#   docker run --rm --network host --pid host vitalsd serve --pid 4242
-#
-# With the host's pid namespace, /proc in the container is the host's. Processes of other users need --user.
+# vitalsd answers on loopback only, so it shares the network of whoever asks, and the pid namespace of whom it looks at.
+# docs/operations.md, "Docker", has the commands for the host, for one other container, and for a mounted /proc.
 ARG BASE_IMAGE=python:3.13-slim
 
 FROM ${BASE_IMAGE} AS build
@@ -13,12 +9,14 @@ COPY service service
 COPY clients clients
 COPY launchd launchd
 COPY systemd systemd
-RUN python -m venv /opt/vitalsd && /opt/vitalsd/bin/pip install --no-cache-dir -c constraints.txt .
+RUN python3 -m venv /opt/vitalsd && /opt/vitalsd/bin/pip install --no-cache-dir -c constraints.txt .
 
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/vitalsd /opt/vitalsd
 # A number, so that a runtime can see that it is not root.
 USER 65532:65532
-ENV PATH=/opt/vitalsd/bin:$PATH PYTHONDONTWRITEBYTECODE=1 VITALSD_STATE_DIR=/tmp/vitalsd
+ENV PATH=/opt/vitalsd/bin:$PATH PYTHONDONTWRITEBYTECODE=1 \
+    VITALSD_STATE_DIR=/tmp/vitalsd VITALSD_RUNTIME_DIR=/tmp/vitalsd/run
+HEALTHCHECK --interval=30s --timeout=10s --start-period=5s CMD ["vitalsd", "endpoints", "--check"]
 ENTRYPOINT ["vitalsd"]
 CMD ["serve"]

@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test check format clean torture bench doctor
+.PHONY: help setup run demo test check format clean torture bench doctor reference images
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ torture: $(READY) ## run the long tests: kills, faults and loads by the thousand
 
 bench: $(READY) ## measure, and write docs/performance.md: make bench ARGS=--quick
 	@$(BIN)/python benchmarks/suite.py $(ARGS)
+
+reference: $(READY) ## write docs/api.md and the JSON Schema, as the program says
+	@$(BIN)/python docs/make.py reference
+
+images: $(READY) ## take the pictures in docs/images, in a real browser
+	@$(BIN)/python docs/make.py images
 
 check: $(READY) ## format, lint and types, for Linux and macOS
 	$(BIN)/ruff format --check .

@@ -4,8 +4,9 @@ What an answer costs: CPU of the server per request, by process clock, all varia
     python benchmarks/answering.py [--threads 1000] [--rounds 5] [--requests 200]
 
 `ours` is GET /metrics?mode=trailing of a sidecar; `response_model` is the same numbers through pydantic
-objects, as FastAPI's tutorial has it; `tiny` is /healthz of the same sidecar. Then 200 callers ask for
-one window at once.
+objects, as FastAPI's tutorial has it; `tiny` is /healthz of the same sidecar; `h11` is an ASGI application of
+three lines on the same server and parser: what no application can go below. One client keeps the server busy
+over one connection. Then 200 callers ask for one window at once.
 """
 
 import argparse
@@ -18,8 +19,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-import httpx
 
 from sampling import build
 
@@ -41,20 +40,71 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), http="h11", loop="asyn
 """
 
 
+H11 = """
+import sys, uvicorn
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"15")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b'{"status":"ok"}'})
+uvicorn.run(
+    app, host="127.0.0.1", port=int(sys.argv[1]), http="h11", loop="asyncio", log_level="error", access_log=False,
+    lifespan="off",
+)
+"""
+
+
 def cpu_ns(pid: int) -> int:
     """CPU time of a process, ns (Linux: its CPU clock)."""
     return time.clock_gettime_ns((~pid << 3) | 2)
 
 
-def ask(client: httpx.Client, path: str, pid: int, requests: int) -> tuple[float, list[float]]:
+class Client:
+    """One connection, kept alive, that costs the machine little itself."""
+
+    def __init__(self, port: int) -> None:
+        self._host = f"127.0.0.1:{port}"
+        self._socket = socket.create_connection(("127.0.0.1", port), 30)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def get(self, path: str) -> bytes:
+        """The body of an answer of 200."""
+        self._socket.sendall(f"GET {path} HTTP/1.1\r\nHost: {self._host}\r\n\r\n".encode())
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += self._received()
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), head
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        while len(body) < length:
+            body += self._received()
+        return body
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _received(self) -> bytes:
+        data = self._socket.recv(1 << 20)
+        assert data, "the server closed the connection"
+        return data
+
+
+def ask(client: Client, path: str, pid: int, requests: int) -> tuple[float, list[float]]:
     """CPU of the server per request, µs, and the time each answer took, ms."""
     took = []
     before = cpu_ns(pid)
     for _ in range(requests):
         begin = time.perf_counter()
-        client.get(path).raise_for_status()
+        client.get(path)
         took.append((time.perf_counter() - begin) * 1000)
     return (cpu_ns(pid) - before) / requests / 1000, took
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 async def together(port: int, callers: int, window_ms: int) -> list[float]:
@@ -94,27 +144,32 @@ def main() -> None:
         )
         assert ours.stderr is not None
         line = ours.stderr.readline()
-        url = "http://" + line.split("http://")[1].split("/")[0]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        reference = subprocess.Popen([sys.executable, "-c", REFERENCE, str(arguments.threads), str(port)])
+        port = int(line.split("http://")[1].split("/")[0].rpartition(":")[2])
+        ports = {"response_model": free_port(), "h11": free_port()}
+        sources = {"response_model": [REFERENCE, str(arguments.threads)], "h11": [H11]}
+        others = {
+            name: subprocess.Popen([sys.executable, "-c", *words, str(ports[name])], text=True)
+            for name, words in sources.items()
+        }
         time.sleep(5)
-        figures: dict[str, list[float]] = {"ours": [], "response_model": [], "tiny": []}
+        figures: dict[str, list[float]] = {"ours": [], "tiny": [], "response_model": [], "h11": []}
         times: list[float] = []
-        with (
-            httpx.Client(base_url=url, trust_env=False) as client,
-            httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as other,
-        ):
-            for _ in range(arguments.rounds):
-                cost, took = ask(client, "/metrics?mode=trailing&window_ms=2000", ours.pid, arguments.requests)
-                figures["ours"].append(cost)
-                times += took
-                figures["tiny"].append(ask(client, "/healthz", ours.pid, arguments.requests)[0])
-                figures["response_model"].append(ask(other, "/metrics", reference.pid, arguments.requests // 4)[0])
-            before = client.get("/info").json()["self"]["snapshots"]
-            late = asyncio.run(together(int(url.rpartition(":")[2]), 200, 1000))
-            snapshots = client.get("/info").json()["self"]["snapshots"] - before
+        client = Client(port)
+        clients = {name: Client(each) for name, each in ports.items()}
+        for _ in range(arguments.rounds):
+            cost, took = ask(client, "/metrics?mode=trailing&window_ms=2000", ours.pid, arguments.requests)
+            figures["ours"].append(cost)
+            times += took
+            figures["tiny"].append(ask(client, "/healthz", ours.pid, arguments.requests)[0])
+            for name, other in clients.items():
+                count = arguments.requests // (4 if name == "response_model" else 1)
+                figures[name].append(ask(other, "/metrics", others[name].pid, count)[0])
+        for each in (client, *clients.values()):
+            each.close()
+        client = Client(port)
+        before = json.loads(client.get("/info"))["self"]["snapshots"]
+        late = asyncio.run(together(port, 200, 1000))
+        snapshots = json.loads(client.get("/info"))["self"]["snapshots"] - before
         medians = {name: statistics.median(values) for name, values in figures.items()}
         late.sort()
         times.sort()
@@ -131,7 +186,8 @@ def main() -> None:
             "late_p99_ms": round(late[198], 1),
         }
         print(json.dumps(result))
-        for process in (ours, reference, target):
+        client.close()
+        for process in (ours, *others.values(), target):
             process.terminate()
             process.wait()
 

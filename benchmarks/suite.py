@@ -1,5 +1,5 @@
 """
-Runs the whole suite and writes docs/performance.md and docs/performance.json.
+Runs the whole suite and writes docs/performance.md, docs/performance.json and the plots in docs/images/.
 
     python benchmarks/suite.py [--quick]
 
@@ -17,11 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from plot import bars
+
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 
+SAMPLING = "Sampling another process (Linux)"
+THOUSAND = {"threads": 1000}
+
 SUITE: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
-    "Sampling another process (Linux)": ("sampling.py", (), ("--rounds", "6")),
+    SAMPLING: ("sampling.py", (), ("--rounds", "6")),
     "The recorder": ("recorder.py", (), ("--seconds", "4", "--rounds", "1")),
     "Answering": ("answering.py", (), ("--rounds", "1", "--requests", "50")),
     "Accuracy": ("accuracy.py", (), ("--rounds", "10")),
@@ -58,6 +63,87 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(written)
 
 
+GOALS: Sequence[tuple[str, str, Mapping[str, Any], str, str, float]] = (
+    ("all of 1000 threads, warm, of the C floor", SAMPLING, THOUSAND, "warm.full_to_floor", "<=", 1.75),
+    ("the same, cold", SAMPLING, THOUSAND, "cold.full_to_floor", "<=", 1.35),
+    ("psutil with names, of ours, warm", SAMPLING, THOUSAND, "warm.psutil_to_full", ">=", 15),
+    ("the same, cold", SAMPLING, THOUSAND, "cold.psutil_to_full", ">=", 8),
+    ("a naive reader in Rust, of ours, warm", SAMPLING, THOUSAND, "warm.rust_to_full", ">=", 8),
+    ("the same, cold", SAMPLING, THOUSAND, "cold.rust_to_full", ">=", 4),
+    ("hot-first, of the C floor, warm", SAMPLING, THOUSAND, "warm.product_to_floor", "<=", 0.5),
+    (
+        "recorder, 50 threads at 4 Hz, % of a core",
+        "The recorder",
+        {"threads": 50, "interval_s": 0.25},
+        "recorder_percent",
+        "<=",
+        0.15,
+    ),
+    (
+        "recorder, 1000 threads at 4 Hz, % of a core",
+        "The recorder",
+        {"threads": 1000, "interval_s": 0.25},
+        "recorder_percent",
+        "<=",
+        1,
+    ),
+    ("`response_model`, of ours, 1000 threads", "Answering", {}, "response_model_to_ours", ">=", 5),
+    ("ours, of a tiny answer", "Answering", {}, "ours_to_tiny", "<=", 3),
+    ("snapshots a request, 200 callers at once", "Answering", {}, "snapshots_per_request", "<=", 0.25),
+    ("the latest of them after the window, p99, ms", "Answering", {}, "late_p99_ms", "<=", 20),
+    ("trailing answers a second on one core", "Answering", {}, "trailing_per_second_per_core", ">=", 3000),
+    ("p99 of p50", "Answering", {}, "p99_to_p50", "<=", 4),
+    ("mean error at 50 ms, points", "Accuracy", {"window_ms": 50}, "ours.mean", "<=", 1.5),
+    ("mean error at 1 s, points", "Accuracy", {"window_ms": 1000}, "ours.mean", "<=", 0.15),
+    ("error of ticks, of ours, at 50 ms", "Accuracy", {"window_ms": 50}, "ticks_to_ours", ">=", 3),
+    ("own process, mean error at 50 ms, points", "Accuracy", {"window_ms": 50}, "own_process.mean", "<=", 0.05),
+    ("samples that the error bar covers", "Accuracy", {"window_ms": 50}, "covered", ">=", 0.99),
+    ("a program with a sidecar inside slows down, %", "Inside a program", {}, "slowdown_percent", "<=", 0.5),
+    ("first answer, of a bare FastAPI application", "Start and size", {}, "ratio", "<=", 1.1),
+    ("memory above that application, MiB", "Start and size", {}, "rss_difference_mib", "<=", 10),
+)
+"""What was aimed at: words, section, line, figure, direction, limit."""
+
+
+def verdict(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A Markdown table of the goals; the latter half of a line says what came of it."""
+    lines = ["| | goal | measured | |", "|---|---:|---:|---|"]
+    for words, title, wanted, name, direction, limit in GOALS:
+        for row in map(flat, results[title]):
+            value = row.get(name)
+            if value is not None and all(row.get(key) == each for key, each in wanted.items()):
+                met = value <= limit if direction == "<=" else value >= limit
+                sign = "≤" if direction == "<=" else "≥"
+                lines.append(f"| {words} | {sign} {limit:g} | {value:g} | {'met' if met else '**not met**'} |")
+    return "\n".join(lines)
+
+
+def plots(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Mapping[str, tuple[str, str]]:
+    """Titles of sections, and the file and content of the plot for each."""
+    most = max(results[SAMPLING], key=lambda row: row["threads"])
+    warm = most["warm"]
+    names = {
+        "product": ("vitalsd, recorder", True),
+        "floor": ("the floor in C, all threads", False),
+        "full": ("vitalsd, all threads", True),
+        "rust": ("a naive reader in Rust", False),
+        "psutil": ("psutil with names", False),
+    }
+    cost = [(label, warm[f"{name}_us"], ours) for name, (label, ours) in names.items() if f"{name}_us" in warm]
+    error = []
+    for row in results["Accuracy"]:
+        if "ours" in row:
+            error.append((f"vitalsd, {row['window_ms']} ms", max(row["ours"]["mean"], 0.001), True))
+            error.append((f"ticks, {row['window_ms']} ms", max(row["ticks"]["mean"], 0.001), False))
+    return {
+        SAMPLING: (
+            "snapshot-cost.svg",
+            bars(f"CPU time of one snapshot of {most['threads']} threads, warm, µs", cost, " µs"),
+        ),
+        "Accuracy": ("accuracy.svg", bars("Mean error of cpu_percent of a 30 % thread, points", error, "")),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -71,8 +157,16 @@ def main() -> None:
         "`performance.json` are the same ones. Machines differ and are shared: quote ratios, not absolutes. What "
         "each program measures, and against what, stands at its head in `benchmarks/`.",
     ]
+    pictures = plots(results)
+    (DOCS / "images").mkdir(exist_ok=True)
     for title, rows in results.items():
-        parts += [f"## {title}", f"`python benchmarks/{SUITE[title][0]}`", tables(rows)]
+        parts += [f"## {title}", f"`python benchmarks/{SUITE[title][0]}`"]
+        if title in pictures:
+            file, content = pictures[title]
+            (DOCS / "images" / file).write_text(content, encoding="utf-8")
+            parts.append(f"![{title}](images/{file})")
+        parts.append(tables(rows))
+    parts += ["## Goals", "What was aimed at, and whether this run got there.", verdict(results)]
     (DOCS / "performance.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (DOCS / "performance.json").write_text(json.dumps({"when": head, "results": results}, indent=1) + "\n")
 

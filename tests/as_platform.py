@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from vitalsd.cli import main
@@ -22,14 +23,14 @@ from vitalsd.sources.birth_darwin import DarwinBirths
 from vitalsd.sources.libsystem import LibSystem
 from vitalsd.sources.platform import Platform, this_platform
 
-__all__ = ["DEFECTS", "macos", "planted"]
+__all__ = ["DEFECTS", "leaking", "macos", "planted", "program"]
 
 UNSCALED = 24_000_000, 1_000_000_000
 """Ticks of Apple silicon taken for nanoseconds."""
 LOST = ("burn-30", "young-1")
 
 
-def macos(lib: LibSystem, command: tuple[str, ...] | None = None) -> Platform:
+def macos(lib: LibSystem) -> Platform:
     """macOS as `lib` plays it."""
     return Platform(
         name="macos",
@@ -37,7 +38,6 @@ def macos(lib: LibSystem, command: tuple[str, ...] | None = None) -> Platform:
         list_processes=partial(darwin.list_processes, lib),
         births=lambda: DarwinBirths(lib),
         holdings=partial(darwin.holdings, lib),
-        command=command,
     )
 
 
@@ -112,6 +112,11 @@ def planted(platform: Platform, defect: str) -> Platform:
     return replace(platform, open_source=lambda pid: Spoilt(platform.open_source(pid), DEFECTS[defect]))
 
 
+def program(library: Path, defect: str = "none") -> tuple[str, ...]:
+    """How to run ``vitalsd`` as on macOS."""
+    return (sys.executable, "-P", os.path.abspath(__file__), str(library), defect)
+
+
 def leaking(lib: LibSystem) -> LibSystem:
     """A library that forgets one release in ten."""
     quick: Any = lib._quick
@@ -127,8 +132,8 @@ def leaking(lib: LibSystem) -> LibSystem:
 
 def run() -> None:
     where, defect, *arguments = sys.argv[1:]
-    command = (sys.executable, "-P", __file__, where, defect)
-    platform = replace(this_platform(), command=command) if where == "linux" else macos(libsystem.load(where), command)
+    platform = this_platform() if where == "linux" else macos(libsystem.load(where))
+    platform = replace(platform, command=(sys.executable, "-P", os.path.abspath(__file__), where, defect))
     main(arguments, obj=platform if defect == "none" else planted(platform, defect), prog_name="vitalsd")
 
 

@@ -28,8 +28,11 @@ def start() -> Iterator[Callable[..., Target]]:
         yield start
 
 
-@pytest.fixture
-def short_path() -> Iterator[Path]:
+def _short_path() -> Iterator[Path]:
     """A directory whose path leaves room for that of a Unix socket, which pytest's own on macOS does not."""
     with tempfile.TemporaryDirectory(prefix="v", dir="/tmp") as path:
         yield Path(path).resolve()
+
+
+short_path = pytest.fixture(_short_path)
+module_path = pytest.fixture(_short_path, scope="module")

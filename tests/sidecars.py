@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,17 @@ def ask(where: str, path: str, headers: dict[str, str] | None = None) -> tuple[i
 
 @contextmanager
 def serving(
-    directory: Path, *options: str, env: dict[str, str] | None = None, port: str = "0"
+    directory: Path,
+    *options: str,
+    env: dict[str, str] | None = None,
+    port: str = "0",
+    program: Sequence[str] = VITALSD,
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """A ``vitalsd serve`` that is ready, and what it said on its ready-fd."""
     reader, writer = os.pipe()
     tcp = [] if "--no-tcp" in options else ["--port", port]
     process = subprocess.Popen(
-        [*VITALSD, "serve", *tcp, "--ready-fd", str(writer), *options],
+        [*program, "serve", *tcp, "--ready-fd", str(writer), *options],
         env=env or environment(directory),
         stderr=subprocess.PIPE,
         text=True,

@@ -146,6 +146,17 @@ def test_make_help_lists_every_target() -> None:
     assert out == subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+def test_contributing_names_what_there_is() -> None:
+    """Every make target and every file that CONTRIBUTING.md speaks of exists."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    targets = set(re.findall(r"\bmake ([a-z]+)", text))
+    assert {"check", "test", "doctor"} <= targets <= set(phony[1].split())
+    for path in re.findall(r"`((?:service|tests|docs)/[\w./]+)`|\]\(([\w./]+)\)", text):
+        assert (ROOT / "".join(path)).exists(), path
+
+
 def test_make_says_what_is_missing(tmp_path: Path) -> None:
     """Without a Python that will do, make tells which one is needed and how to name it."""
     for file in ("Makefile", "pyproject.toml", "constraints.txt"):
@@ -169,3 +180,11 @@ def test_design_names_every_module() -> None:
     for file in SERVICE.rglob("*.py"):
         if file.name not in ("__init__.py", "__main__.py"):
             assert file.name in text, f"docs/design.md does not mention {file.relative_to(ROOT)}"
+
+
+def test_the_tests_that_reliability_names_are_there() -> None:
+    """docs/reliability.md claims nothing whose test has been renamed or removed."""
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"

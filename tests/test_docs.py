@@ -1,6 +1,7 @@
 """The schema and the reference: every route is in them, what they say is so, and they cost nothing until asked for."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,14 +10,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_args
 
+import fastjsonschema
 import pytest
 from pydantic import TypeAdapter
 
 from serving import Serving
+from tools import program
 from vitalsd.http import bodies
 from vitalsd.http.operations import OPERATIONS, Operation
 from vitalsd.http.problem import TITLES, Reason
 from vitalsd.model import FullMetrics, parse_runtime_metrics
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +181,84 @@ def test_a_mark_is_json(served: Serving, content_type: str | None) -> None:
     assert (answer.status_code, answer.json()["reason"]) == (422, "bad_body")
     assert "Content-Type: application/json" in answer.json()["detail"]
     assert served.get("/marks") == before
+
+
+# docs/
+
+
+def test_the_files_are_as_made() -> None:
+    """docs/api.md and the JSON Schema are what the program says of itself now."""
+    made = subprocess.run(
+        [sys.executable, DOCS / "make.py", "reference", "--check"], capture_output=True, text=True, check=False
+    )
+    assert (made.returncode, made.stderr) == (0, "")
+
+
+def test_the_reference_has_a_section_per_route(schema: Any) -> None:
+    """Each route has one, with the fixed parts."""
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    for method, path, operation in operations(schema):
+        name = f"{method.upper()} {path}"
+        assert text.count(f"\n## {name}\n") == 1
+        for part in ("Parameters", "Answers", *(["Commands"] if operation["x-codeSamples"] else [])):
+            assert len(re.findall(rf"^### {part} (of|for) {re.escape(name)}$", text, re.MULTILINE)) == 1
+
+
+def commands() -> list[str]:
+    return re.findall(r"^```sh\n(.*?)^```", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A sidecar with everything to ask for: a record, a mark, and an earlier run that was killed."""
+    state = tmp_path_factory.mktemp("state")
+    for ends in (True, False):
+        with Serving(state, "--record-interval", "0.05") as serving:
+            assert serving.client.post("/marks", json={"label": "here"}).status_code == 201
+            while serving.get("/info")["recorder"]["snapshots"] < 3:
+                pass
+            if not ends:
+                yield serving
+
+
+def test_every_command_works(crashed: Serving, tmp_path: Path) -> None:
+    """Each line of curl and jq prints something and complains of nothing, against a real sidecar."""
+    program("jq", package="jq")
+    program("curl", package="curl")
+    found = commands()
+    assert len(found) >= 15
+    for command in found:
+        ran = subprocess.run(
+            ["sh", "-ec", command],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "URL": crashed.url, "NO_PROXY": "*"},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert (ran.returncode, ran.stderr) == (0, ""), command
+        assert ran.stdout.strip() not in ("", "null"), command
+
+
+def test_answers_fit_the_published_schema(crashed: Serving) -> None:
+    """A validator that knows nothing of our models takes every variant that is served, and no broken one."""
+    validate = fastjsonschema.compile(
+        json.loads((DOCS / "runtime-metrics.schema.json").read_text(encoding="utf-8")), use_default=False
+    )
+    answers = [
+        crashed.get("/metrics", window_ms=20),
+        crashed.get("/metrics", window_ms=20, detail="full"),
+        crashed.client.get("/metrics", params={"pid": 2**31 - 1}).json(),
+    ]
+    assert [answer.get("available", "measured") for answer in answers] == ["measured", "measured", False]
+    for answer in answers:
+        validate(answer)
+        for key in answer:
+            if key in ("process", "threads", "reason"):
+                with pytest.raises(fastjsonschema.JsonSchemaException):
+                    validate({name: value for name, value in answer.items() if name != key})
+    with pytest.raises(fastjsonschema.JsonSchemaException):
+        validate(answers[0] | {"sample_window_ms": -1})
 
 
 class _Reader(HTMLParser):

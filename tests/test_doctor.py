@@ -51,15 +51,12 @@ def start(program: Program, *arguments: str, env: dict[str, str]) -> subprocess.
 
 
 @pytest.fixture(scope="module")
-def healthy(
-    simulated_libsystem: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[int, str, str, list[str]]]:
+def healthy(request: pytest.FixtureRequest, module_path: Path) -> dict[str, tuple[int, str, str, list[str]]]:
     """Status, output, errors and what is left on disk of one run on each platform, run side by side."""
     programs = {"native": HERE}
     if SIMULATED:
-        script = str(Path(as_platform.__file__))
-        programs["simulated"] = (sys.executable, "-P", script, str(simulated_libsystem), "none")
-    directories = {name: tmp_path_factory.mktemp("doctor") for name in programs}
+        programs["simulated"] = as_platform.program(request.getfixturevalue("simulated_libsystem"))
+    directories = {name: module_path / name for name in programs}
     running = {
         name: start(program, "--json", "--soak", "1", env=environment(directories[name]))
         for name, program in programs.items()
@@ -239,13 +236,33 @@ def test_what_breaks_a_check_is_a_line() -> None:
     assert "/nonexistent" in findings["service.start"].measured
 
 
+def test_what_a_killed_one_left_is_cleared_away(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories of doctors that are dead go at the next start; those of others stay."""
+    from vitalsd.doctor.examination import examine
+
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    for name in ("run", "state"):
+        monkeypatch.setenv(f"VITALSD_{'RUNTIME' if name == 'run' else 'STATE'}_DIR", str(short_path / name))
+        for inside in (f"doctor-{gone.pid}/x", f"doctor-{os.getppid()}/x", "doctors"):
+            (short_path / name / inside).mkdir(parents=True)
+        (short_path / name).chmod(0o700)
+    findings = examine(this_platform())
+    next(findings)
+    during = [listing(short_path / name) for name in ("run", "state")]
+    findings.close()
+    assert during == [sorted(["doctors", f"doctor-{os.getpid()}", f"doctor-{os.getppid()}"])] * 2
+    assert listing(short_path / "run") == listing(short_path / "state") == [f"doctor-{os.getppid()}", "doctors"]
+
+
 # Where it is not as it should be
 
 
 @pytest.fixture(scope="module")
-def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, subprocess.Popen[str]]]]:
+def troubled(module_path: Path) -> Iterator[dict[str, tuple[Path, subprocess.Popen[str]]]]:
     """Doctors in trouble and their directories, side by side: for most of the time they wait."""
-    places = {name: tmp_path_factory.mktemp(name) for name in ("homeless", "poor", "SIGINT", "SIGTERM")}
+    places = {name: module_path / name for name in ("homeless", "poor", "SIGINT", "SIGTERM")}
+    places["homeless"].mkdir()
     (places["homeless"] / "file").touch()
     nowhere = environment(places["homeless"] / "file") | {"TMPDIR": str(places["homeless"]), "FORCE_COLOR": ""}
     few = ("sh", "-c", 'ulimit -n 13 && exec "$@"', "sh", *HERE)

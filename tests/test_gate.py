@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from edge import Counted, Edge, Reply, exchange, get, whole_app
 from vitalsd.http.gate import Gate
+from vitalsd.listeners import ListenError
 
 TOKEN = "a-token-of-32-characters-or-more-it-is"
 
@@ -162,7 +163,7 @@ def test_ipv6_is_right_where_it_is_listened_on() -> None:
     """On ::1 its literal is right, in brackets, and 127.0.0.1 is not."""
     try:
         running = Edge(whole_app(), host="::1")
-    except OSError as error:
+    except ListenError as error:
         pytest.skip(f"no IPv6 here: {error}")
     with running:
         assert get(running.url).status == 200

@@ -310,6 +310,13 @@ def test_a_reader_that_has_gone_is_no_reason_to_fail(short_path: Path) -> None:
 
 # Discovery
 
+NOBODY = 65534
+
+
+def home(directory: Path) -> dict[str, str]:
+    """An environment of somebody who is at home there."""
+    return {"PATH": "/usr/bin:/bin", "HOME": str(directory)}
+
 
 def test_endpoints_lists_the_live_and_sweeps_the_dead(short_path: Path) -> None:
     """After kill -9 nothing of the sidecar is listed or left; a live one is, without its token."""
@@ -332,6 +339,77 @@ def test_endpoints_lists_the_live_and_sweeps_the_dead(short_path: Path) -> None:
         assert [(each["pid"], each["state"], each["token"]) for each in shown] == [(process.pid, "alive", True)]
         assert ready["url"] in endpoints()
         assert token not in endpoints("--json") + endpoints()
+
+
+def test_endpoints_check_is_a_health_check(short_path: Path) -> None:
+    """Exit status 0 while all sidecars are well; 1, with the reason, if one does not answer or there is none."""
+
+    def check(*options: str) -> tuple[int, str, str]:
+        command = [*VITALSD, "endpoints", "--check", *options]
+        done = subprocess.run(command, env=environment(short_path), capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert check() == (1, "no sidecar of yours is running\n", "")
+    with serving(short_path), serving(short_path, "--no-tcp") as (stalled, _):
+        assert check()[0] == 0
+        assert check()[2] == ""
+        stalled.send_signal(signal.SIGSTOP)
+        status, listed, complaint = check()
+        assert (status, len(listed.splitlines())) == (1, 3)
+        assert f"sidecar-{stalled.pid}.json: " in complaint
+        assert "sent no answer within 3" in complaint
+        status, listed, _ = check("--json")
+        healthy = {each["pid"]: each["healthy"] for each in json.loads(listed)}
+        assert (status, healthy.pop(stalled.pid), list(healthy.values())) == (1, False, [True])
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs root on Linux to start a sidecar as another user"
+)
+def test_two_users_have_each_their_own(short_path: Path) -> None:
+    """Sidecars of two users side by side: each user finds only the own one, and its files are nobody else's."""
+    short_path.chmod(0o755)
+    stranger = (sys.executable, str(Path(__file__).with_name("stranger.py")), "0")
+    commands = {0: VITALSD, NOBODY: stranger}
+    started: dict[int, subprocess.Popen[str]] = {}
+    homes = {uid: short_path / str(uid) for uid in commands}
+    try:
+        for uid, command in commands.items():
+            homes[uid].mkdir(mode=0o700)
+            os.chown(homes[uid], uid, uid)
+            started[uid] = subprocess.Popen(
+                [*command, "serve", "--port", "0"], env=home(homes[uid]), stderr=subprocess.PIPE, text=True
+            )
+            said = started[uid].stderr
+            assert said is not None
+            assert "serving itself" in said.readline()
+        sockets = {}
+        for uid, command in commands.items():
+            out = subprocess.run(
+                [*command, "endpoints", "--json"], env=home(homes[uid]), capture_output=True, text=True, check=True
+            )
+            (found,) = json.loads(out.stdout)
+            assert found["pid"] == started[uid].pid
+            sockets[uid] = found["socket"]
+            assert Path(found["file"]).stat().st_uid == uid
+        # Told where the other one's is, and though root could read it, neither believes it.
+        for uid, other in ((0, NOBODY), (NOBODY, 0)):
+            where = str(Path(sockets[other]).parent)
+            out = subprocess.run(
+                [*commands[uid], "endpoints", "--json"],
+                env=home(homes[uid]) | {"VITALSD_RUNTIME_DIR": where},
+                capture_output=True,
+                text=True,
+            )
+            assert json.loads(out.stdout or "[]") == []
+            assert started[other].poll() is None
+            assert Path(sockets[other]).exists()
+    finally:
+        for process in started.values():
+            process.terminate()
+            process.wait(10)
+            assert process.stderr is not None
+            process.stderr.close()
 
 
 def test_the_runtime_file_says_who_is_watched(short_path: Path) -> None:
@@ -469,3 +547,41 @@ def test_name_waits_follows_and_says_so(short_path: Path) -> None:
         ).stdout
     )
     assert [run["state"] for run in runs] == ["crashed", "crashed"]
+
+
+# The environment
+
+
+def test_a_hostile_environment_changes_nothing(short_path: Path) -> None:
+    """Variables for proxies, certificates, workers and telemetry are not ours: it serves, and calls nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as spy:
+        spy.settimeout(0.2)
+        url = f"http://127.0.0.1:{spy.getsockname()[1]}"
+        hostile = {
+            **{name: url for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")},
+            **{name: "/nowhere" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "SSLKEYLOGFILE")},
+            "WEB_CONCURRENCY": "many",
+            "FORWARDED_ALLOW_IPS": "*",
+            "UVICORN_HOST": "0.0.0.0",
+            "FASTAPI_ENV": "development",
+            "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": url,
+            "OTEL_BSP_SCHEDULE_DELAY": "10",
+            "OTEL_METRIC_EXPORT_INTERVAL": "10",
+            "PYTHONWARNINGS": "error",
+            "PYTHONASYNCIODEBUG": "1",
+            "PYTHONIOENCODING": "ascii",
+            "LC_ALL": "C",
+            "TZ": "Asia/Kathmandu",
+        }
+        with serving(short_path, "--auth", "token", env=environment(short_path) | hostile) as (process, ready):
+            token = endpoint.read(Path(ready["runtime_file"])).token
+            for headers in ({}, {"X-Forwarded-For": "unix"}, {"Forwarded": "for=unix"}):
+                assert ask(ready["url"], "/info", headers)[0] == 401
+            assert ask(ready["url"], "/metrics?window_ms=10", {"Authorization": f"Bearer {token}"})[0] == 200
+            assert ask(ready["socket"], "/metrics?window_ms=10")[0] == 200
+            process.terminate()
+            assert process.wait(5) == 0
+            assert last_words(process).count("\n") == 1
+        with pytest.raises(TimeoutError):
+            spy.accept()

@@ -24,7 +24,8 @@ from terminals import PseudoTerminal
 from tools import program
 from vitalsd.cli import main
 from vitalsd.model import Measured, ProcessMetrics, ThreadMetrics, parse_runtime_metrics
-from vitalsd.top.feed import Ended, Note, Past, Sample, Subject, Trouble
+from vitalsd.top.news import Ended, Note, Past, Sample, Subject, Trouble
+from vitalsd.top.picture import ASCII, BLOCKS, Picture
 from vitalsd.top.terminal import keys
 from vitalsd.top.view import View
 
@@ -143,6 +144,8 @@ def test_it_keeps_the_last_picture_of_a_dead_target(tmp_path: Path, start: Start
         target.kill()
         text = view.until(lambda text: f"\n target {target.pid} has exited" in text and "ENDED" in text)
         assert len(rows(text)) == 4
+        view.press("mtoo late\r")
+        view.until(lambda text: "not marked: nothing is being recorded" in text)
         view.press("n")
         view.until(lambda text: "THREAD^" in text)
         view.press("q")
@@ -355,17 +358,17 @@ def test_a_sidecar_by_its_url_restarts(tmp_path: Path, start: Start) -> None:
 
 
 def test_a_sidecar_that_hangs_is_done_without(tmp_path: Path, start: Start) -> None:
-    """A sidecar that is stopped, before or while it is asked, costs a few seconds and not the view."""
+    """A sidecar that is stopped while it is asked costs a few seconds and not the view."""
     target = start("--burn", "30")
-    with serving(tmp_path, "--pid", str(target.pid), "--no-tcp", "--record-interval", "0.2") as (sidecar, _):
-        with top("--pid", str(target.pid), directory=tmp_path) as view:
-            view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
-            sidecar.send_signal(signal.SIGSTOP)
-            view.until(lambda text: "sampled directly" in text and rows(text)[:1] == ["burn-0"])
-        with top("--pid", str(target.pid), directory=tmp_path) as view:
-            view.until(lambda text: "sampled directly" in text and rows(text)[:1] == ["burn-0"])
-            view.press("q")
-            assert view.end() == 0
+    with (
+        serving(tmp_path, "--pid", str(target.pid), "--no-tcp", "--record-interval", "0.2") as (sidecar, _),
+        top("--pid", str(target.pid), directory=tmp_path) as view,
+    ):
+        view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
+        sidecar.send_signal(signal.SIGSTOP)
+        view.until(lambda text: "sampled directly" in text and rows(text)[:1] == ["burn-0"])
+        view.press("q")
+        assert view.end() == 0
 
 
 def test_of_no_arguments_the_newest_sidecar_is_meant(tmp_path: Path, start: Start) -> None:
@@ -479,26 +482,28 @@ def test_every_size_is_filled_exactly(state: str) -> None:
     view = picture(NAMES)
     for key in state:
         view.press(key)
-    for width in (1, 2, 7, 20, 26, 39, 40, 71, 80, 200):
-        for height in (1, 2, 3, 5, 6, 12, 13, 24, 100):
-            lines = view.lines(width, height)
-            assert len(lines) == height
-            assert max(cell_len(line.plain) for line in lines) <= width, (width, height)
-            assert all(line.plain.isprintable() for line in lines)
+    for glyphs in (BLOCKS, ASCII):
+        for width in (1, 2, 7, 20, 26, 39, 40, 71, 80, 200):
+            for height in (1, 2, 3, 5, 6, 12, 13, 24, 100):
+                lines = Picture(view, width, glyphs).lines(height)
+                assert len(lines) == height
+                assert max(cell_len(line.plain) for line in lines) <= width, (width, height)
+                assert all(line.plain.isprintable() for line in lines)
+                assert glyphs is BLOCKS or all(line.plain.isascii() for line in lines)
 
 
 def test_a_long_pause_forgets_nothing_that_it_can_hold() -> None:
     """While paused nothing moves; afterwards all that came is there."""
     view = picture(["a"])
     view.press("p")
-    before = [line.plain for line in view.lines(80, 24)]
+    before = [line.plain for line in Picture(view, 80).lines(24)]
     for _ in range(10):
         view.tell(Sample(0, view.metrics, b""))  # type: ignore[arg-type]
     view.tell(Ended("gone"))
-    assert [line.plain for line in view.lines(80, 24)] == before
+    assert [line.plain for line in Picture(view, 80).lines(24)] == before
     view.press("p")
     assert len(view.cpu) == 13
-    assert any("gone" in line.plain for line in view.lines(80, 24))
+    assert any("gone" in line.plain for line in Picture(view, 80).lines(24))
 
 
 def test_a_record_that_has_just_begun_takes_nothing_away() -> None:
@@ -506,7 +511,7 @@ def test_a_record_that_has_just_begun_takes_nothing_away() -> None:
     view = picture(["a"])
     view.tell(Past((), (), {}))
     assert len(view.cpu) == 3
-    view.lines(80, 24)
+    Picture(view, 80).lines(24)
 
 
 @pytest.mark.parametrize(

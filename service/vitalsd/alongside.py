@@ -124,7 +124,7 @@ def spawn(
 
     It has a session of its own, so neither the signals of a terminal nor those of the client's
     process group reach it, and its standard streams are /dev/null. When the target has exited it
-    goes on for 15 minutes, so that what led up to it can be fetched, and then ends.
+    goes on for 30 s (``--linger`` in `options`), so that what led up to it can be fetched, and then ends.
 
     Args:
         pid: target; default: this process.

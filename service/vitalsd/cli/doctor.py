@@ -57,7 +57,8 @@ def _examine(context: click.Context, as_json: bool, soak_s: float | None) -> boo
 
     raise_descriptor_limit()
     platform = platform_of(context)
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     begun = time.monotonic()
     found: list[Finding] = []
     with (
@@ -84,7 +85,7 @@ def _examine(context: click.Context, as_json: bool, soak_s: float | None) -> boo
 
 
 def _end(number: int, frame: object) -> None:
-    """Of SIGTERM: unwind, so that what was started is ended."""
+    """Of a signal: unwind, so that what was started is ended."""
     raise SystemExit(128 + number)
 
 
@@ -114,9 +115,9 @@ def _progress(*, quiet: bool) -> "Iterator[tuple[Progress, Callable[[Finding], N
         def show(finding: "Finding") -> None:
             if quiet:
                 return
-            line = Text(f"{finding.verdict:8}", style=STYLES[finding.verdict])
-            line.append(f"  {finding.what:42}  ", style="default")
-            line.append(finding.measured, style="default")
+            line = Text()
+            line.append(f"{finding.verdict:8}", STYLES[finding.verdict])
+            line.append(f"  {finding.what:42}  {finding.measured}")
             if finding.verdict != "not here":
                 line.append(f"   (expected: {finding.expected})", style="dim")
             out.print(line)

@@ -1,10 +1,20 @@
 """``vitalsd runs`` and ``vitalsd endpoints``: what is on disk, and what is running."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from vitalsd.cli.options import print_table, runs_path
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vitalsd.endpoint import Endpoint, Published
+
 __all__ = ["endpoints", "runs"]
+
+HEALTH_S = 3.0
+"""For a sidecar to say how it is."""
 
 
 @click.command()
@@ -40,7 +50,10 @@ def _last_seen(wall_ns: int | None) -> str:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def endpoints(as_json: bool) -> None:
+@click.option(
+    "--check", is_flag=True, help="Ask each for its health; exit status 1 unless all are well and there is one."
+)
+def endpoints(as_json: bool, check: bool) -> None:
     """List your sidecars that are running, the newest first, and clear away what dead ones left.
 
     A token is never printed; it is in the FILE.
@@ -55,6 +68,7 @@ def endpoints(as_json: bool) -> None:
         sweep(directory)
         found += [entry for entry in published(directory) if entry.liveness != "dead"]
     found.sort(key=lambda entry: entry.endpoint.started_at, reverse=True)
+    ill = {entry.path: reason for entry in found if check and (reason := _illness(entry.endpoint))}
     if as_json:
         shown = [
             asdict(entry.endpoint)
@@ -64,13 +78,36 @@ def endpoints(as_json: bool) -> None:
                 "state": entry.liveness,
                 "file": str(entry.path),
             }
+            | ({"healthy": entry.path not in ill, "reason": ill.get(entry.path)} if check else {})
             for entry in found
         ]
         click.echo(json.dumps(shown, indent=2))
-        return
-    if not found:
+    elif not found:
         click.echo("no sidecar of yours is running")
-        return
+    else:
+        _show(found)
+        for path, reason in ill.items():
+            click.echo(f"vitalsd: {path.name}: {reason}", err=True)
+    if check and (ill or not found):
+        raise SystemExit(1)
+
+
+def _illness(endpoint: "Endpoint") -> str | None:
+    """What is wrong with a sidecar that is asked for its health; ``None`` if nothing is."""
+    import time
+
+    from vitalsd_client.exchange import ExchangeError
+    from vitalsd_client.places import locate
+
+    (sidecar,) = locate(socket=endpoint.socket, url=None if endpoint.socket else endpoint.url)
+    try:
+        answer = sidecar.get("/healthz", deadline=time.monotonic() + HEALTH_S)
+    except ExchangeError as error:
+        return str(error)
+    return None if answer.status == 200 else f"/healthz answers {answer.status}: {answer.body[:200]!a}"
+
+
+def _show(found: "Sequence[Published]") -> None:
     rows = [
         [
             str(entry.endpoint.pid),

@@ -15,7 +15,7 @@ import httpx
 
 from vitalsd.alongside import Spawned, SpawnError, spawn
 from vitalsd.doctor.burner import BurnerProcess
-from vitalsd.doctor.finding import Finding, between, judged, not_here
+from vitalsd.doctor.finding import Finding, judged, not_here
 from vitalsd.endpoint import discover
 from vitalsd.model import Measured, parse_runtime_metrics
 from vitalsd.runs import RunDirectory, UnreadableRun, read_run
@@ -242,7 +242,7 @@ def _end(service: Spawned, run: Path) -> Finding:
     return judged(
         "end",
         "end by SIGTERM, and what is left",
-        f"status 0 {between(0, END_S, 's', 0)}, nothing",
+        f"status 0 within {END_S:.0f} s, nothing",
         f"status {status} after {took_s:.1f} s, {', '.join(left) or 'nothing'}",
         status == 0 and took_s <= END_S and not left,
         BUG,

@@ -10,10 +10,10 @@ import asyncio
 import http
 import os
 import resource
+import select
 import socket
 import sys
-import time
-from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import h11
@@ -33,9 +33,9 @@ WRITE_S = 10.0
 """In so long a client takes all that waits for it, or at least ..."""
 WRITE_BYTES = 64 * 1024
 """... so much of it."""
-STALLED_S = 0.05
-"""Whoever has been silent for so long may have to make way; before that its request may be about to be read."""
 MAX_CONNECTIONS = 1024
+LOOKED_AT = 64
+"""So many are looked at, those first who have been silent the longest, for one that may have to make way."""
 
 
 class Room:
@@ -47,14 +47,12 @@ class Room:
 
     Args:
         limit: of connections.
-        clock: monotonic seconds.
     """
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._clock = clock
         self._present: set[Connection] = set()
-        self._owing: dict[Connection, float] = {}
+        self._owing: dict[Connection, None] = {}
 
     @classmethod
     def fitting(cls) -> "Room":
@@ -69,8 +67,8 @@ class Room:
     def enter(self, connection: "Connection") -> bool:
         """Take it in; ``False`` if there is no room."""
         if len(self._present) >= self.limit:
-            stalled, since = next(iter(self._owing.items()), (None, 0.0))
-            if stalled is None or self._clock() - since < STALLED_S:
+            stalled = next((each for each in islice(self._owing, LOOKED_AT) if not each.has_unread()), None)
+            if stalled is None:
                 return False
             self.leave(stalled)
             stalled.transport.abort()
@@ -85,7 +83,7 @@ class Room:
     def owes(self, connection: "Connection", owing: bool) -> None:
         """Whether it owes a request, or is owed an answer."""
         if owing and connection in self._present:
-            self._owing.setdefault(connection, self._clock())
+            self._owing.setdefault(connection)
         else:
             self._owing.pop(connection, None)
 
@@ -154,6 +152,12 @@ class Connection(H11Protocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+
+    def has_unread(self) -> bool:
+        """Whether something of the client has come that is yet to be read: its request, like as not."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return bool(poll.poll(0))
 
     # What uvicorn calls
 

@@ -21,7 +21,7 @@ from vitalsd.http.page import policy
 from vitalsd.http.query import NoQuery, given
 from vitalsd.worker import Worker
 
-__all__ = ["docs_routes"]
+__all__ = ["answers_of", "docs_routes", "example_of", "refusals", "type_text"]
 
 
 def docs_routes(routers: Sequence[APIRouter], reader: Worker) -> APIRouter:
@@ -71,10 +71,17 @@ def content(schema: dict[str, Any]) -> str:
     ]
     index = "".join(f'<li><a href="#{_anchor(name)}">{escape(name)}</a></li>' for name, _ in operations)
     sections = "".join(_operation(name, operation, schema) for name, operation in operations)
+    everywhere = "".join(
+        f"<tr><th scope=row>{status}</th><td><code>{reason}</code></td><td>{escape(title)}.</td></tr>"
+        for reason, status, title in refusals(schema)
+    )
+    refused = _table("", ("Status", "Reason", "Meaning"), everywhere).replace("<h3></h3>", "")
     shapes = "".join(_shape(name, shape) for name, shape in schema["components"]["schemas"].items())
     return (
         f"<p>{_prose(schema['info']['description'])} In the commands <code>$URL</code> is this server.</p>"
-        f'<ul class="index">{index}</ul>{sections}<section><h2 id="shapes">Shapes</h2>{shapes}</section>'
+        f'<ul class="index">{index}</ul>{sections}'
+        f'<section><h2 id="refusals">Refusals that any request may meet</h2>{refused}</section>'
+        f'<section><h2 id="shapes">Shapes</h2>{shapes}</section>'
     )
 
 
@@ -99,23 +106,14 @@ def _operation(name: str, operation: dict[str, Any], schema: dict[str, Any]) -> 
     if body:
         parameters += _shape("Body", body["content"]["application/json"]["schema"], level=3)
     answers = "".join(
-        f"<tr><th scope=row>{status}</th><td>{_prose(answer['description'])}</td><td>{_content(answer)}</td></tr>"
-        for status, answer in operation["responses"].items()
+        f"<tr><th scope=row>{status}</th><td>{_prose(text)}</td><td>{_content(content)}</td></tr>"
+        for status, text, content in answers_of(operation, schema["x-anywhere"])
     )
     samples = "".join(
         f"<h3>{escape(sample['label'])}</h3><pre tabindex=0><code>{escape(sample['source'])}</code></pre>"
         for sample in operation["x-codeSamples"]
     )
-    example = next(
-        (
-            each["example"]
-            for status, answer in operation["responses"].items()
-            if status.startswith("2")
-            for each in answer["content"].values()
-            if "example" in each
-        ),
-        None,
-    )
+    example = example_of(operation)
     shown = (
         "" if example is None else f"<h3>An answer</h3><pre tabindex=0><code>{escape(_pretty(example))}</code></pre>"
     )
@@ -135,30 +133,17 @@ def _table(title: str, heads: Sequence[str], rows: str) -> str:
     return f"<h3>{title}</h3><div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
-def _content(answer: dict[str, Any]) -> str:
+def _content(content: dict[str, Any]) -> str:
     return "<br>".join(
-        f"<code>{escape(media_type)}</code> {_type(each['schema'])}" for media_type, each in answer["content"].items()
+        f"<code>{escape(media_type)}</code> {_type(each['schema'])}" for media_type, each in content.items()
     )
 
 
 def _type(schema: dict[str, Any]) -> str:
-    if "$ref" in schema:
-        name = schema["$ref"].rsplit("/", 1)[1]
+    def link(name: str) -> str:
         return f'<a href="#{name}">{name}</a>'
-    if "anyOf" in schema:
-        return " or ".join(_type(each) for each in schema["anyOf"])
-    if schema.get("type") == "array":
-        return f"list of {_type(schema.get('items', {}))}"
-    if "enum" in schema or "const" in schema:
-        text = " or ".join(f"<code>{escape(str(each))}</code>" for each in schema.get("enum", [schema.get("const")]))
-    else:
-        text = escape(str(schema.get("type", "anything")))
-    low, high = schema.get("minimum"), schema.get("maximum")
-    if low is not None and high is not None:
-        text += f", {low:g} to {high:g}"
-    if "default" in schema:
-        text += f"; <code>{escape(str(schema['default']))}</code> if not given"
-    return text
+
+    return type_text(schema, link, lambda text: f"<code>{escape(text)}</code>")
 
 
 def _shape(name: str, shape: dict[str, Any], level: int = 3) -> str:
@@ -171,3 +156,69 @@ def _shape(name: str, shape: dict[str, Any], level: int = 3) -> str:
     about = f"<p>{_prose(shape['description'].replace('``', '`'))}</p>" if "description" in shape else ""
     head = f'<h{level} id="{name}">{escape(name)}</h{level}>'
     return f"{head}{about}{_table('', ('Field', 'Type', 'Meaning'), rows).replace('<h3></h3>', '')}"
+
+
+# What both this page and docs/api.md say
+
+
+def answers_of(operation: dict[str, Any], anywhere: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Status, meaning and content of each answer of an operation, but for the refusals that any request may meet."""
+    rows = []
+    for status, answer in operation["responses"].items():
+        text, content = answer["description"], dict(answer["content"])
+        refused = content.pop("application/problem+json", None)
+        for reason, example in (refused or {}).get("examples", {}).items():
+            if reason in anywhere:
+                text = text.replace(f"`{reason}`: {example['value']['title']}.", "").strip()
+            else:
+                content["application/problem+json"] = refused
+        if content:
+            rows.append((status, text, content))
+    return rows
+
+
+def refusals(schema: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """Reason, status and meaning of the refusals that any request may meet."""
+    found = {
+        reason: (reason, example["value"]["status"], example["value"]["title"])
+        for methods in schema["paths"].values()
+        for operation in methods.values()
+        for answer in operation["responses"].values()
+        for reason, example in answer["content"].get("application/problem+json", {}).get("examples", {}).items()
+        if reason in schema["x-anywhere"]
+    }
+    return sorted(found.values(), key=lambda each: each[1])
+
+
+def example_of(operation: dict[str, Any]) -> Any:
+    """The first example of a good answer; ``None`` if there is none."""
+    return next(
+        (
+            each["example"]
+            for status, answer in operation["responses"].items()
+            if status.startswith("2")
+            for each in answer["content"].values()
+            if "example" in each
+        ),
+        None,
+    )
+
+
+def type_text(schema: dict[str, Any], link: Callable[[str], str], code: Callable[[str], str]) -> str:
+    """A type in words; `link` leads to a shape, `code` shows a value."""
+    if "$ref" in schema:
+        return link(schema["$ref"].rsplit("/", 1)[1])
+    if "anyOf" in schema:
+        return " or ".join(type_text(each, link, code) for each in schema["anyOf"])
+    if schema.get("type") == "array":
+        return f"list of {type_text(schema.get('items', {}), link, code)}"
+    if "enum" in schema or "const" in schema:
+        text = " or ".join(code(str(each)) for each in schema.get("enum", [schema.get("const")]))
+    else:
+        text = str(schema.get("type", "anything"))
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is not None and high is not None:
+        text += f", {low} to {high}"
+    if "default" in schema:
+        text += f"; {code(str(schema['default']))} if not given"
+    return text

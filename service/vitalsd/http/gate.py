@@ -105,8 +105,8 @@ class Gate:
             elif len(body := message.get("body", b"")) > PIECE_BYTES:
                 pieces = range(0, len(body) - PIECE_BYTES, PIECE_BYTES)
                 for begin in pieces:
-                    await send(message | {"body": body[begin : begin + PIECE_BYTES], "more_body": True})
-                message = message | {"body": body[pieces[-1] + PIECE_BYTES :]}
+                    await send({**message, "body": body[begin : begin + PIECE_BYTES], "more_body": True})
+                message = {**message, "body": body[pieces[-1] + PIECE_BYTES :]}
             await send(message)
 
         refusal = self._refusal(scope)

@@ -125,7 +125,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 "Half a second, the process alone", 'curl -s "$URL/metrics?window_ms=500" | jq .process.cpu_percent'
             ),
             Sample("At once, from the record", 'curl -s "$URL/metrics?mode=trailing&window_ms=5000" | jq .process'),
-            Sample("Do the books balance?", 'curl -s "$URL/metrics?detail=full" | jq .accounting'),
+            Sample("The books, which balance", 'curl -s "$URL/metrics?detail=full" | jq .accounting'),
             Sample(
                 "As a scraper sees it", "curl -s -H 'Accept: text/plain' \"$URL/metrics\" | grep ^process_cpu_seconds"
             ),
@@ -140,8 +140,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         unavailable=True,
         samples=(
             Sample(
-                "CPU five times a second",
-                'timeout 2 curl -sN "$URL/stream?interval_ms=200" | sed -un "s/^data: //p" | jq .process.cpu_percent',
+                "CPU five times a second, for two seconds",
+                'curl -sN -m 2 "$URL/stream?interval_ms=200"'
+                " | jq --unbuffered -rR 'select(startswith(\"data: \")) | .[6:] | fromjson | .process.cpu_percent'",
             ),
         ),
     ),
@@ -216,7 +217,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         listed=True,
         example=[RUN],
         samples=(
-            Sample("What crashed?", 'curl -s "$URL/runs" | jq -c \'.[] | select(.state == "crashed") | {id, name}\''),
+            Sample("What crashed", 'curl -s "$URL/runs" | jq -c \'.[] | select(.state == "crashed") | {id, name}\''),
         ),
     ),
     ("get", "/runs/{run_id}/history"): Operation(
@@ -257,12 +258,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("get", "/healthz"): Operation(
         description="Says nothing of the target, and needs no token. A read of the kernel that does not return, of"
-        " whichever process, makes it 503: a thread is lost until it does, and other processes are measured as before.",
+        " whichever process, makes it 503: a thread is lost until it does, other processes are measured as before.",
         answer="It answers, and no read of the kernel hangs.",
         models=(bodies.Health,),
         example={"status": "ok"},
         reasons=("hung",),
-        samples=(Sample("Is it there?", 'curl -s "$URL/healthz" | jq -r .status'),),
+        samples=(Sample("Is it alive", 'curl -s "$URL/healthz" | jq -r .status'),),
     ),
     ("get", "/info"): Operation(
         description="What one asks first.",

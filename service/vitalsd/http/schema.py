@@ -6,7 +6,6 @@ here when somebody asks, and not while the service starts.
 """
 
 from collections.abc import Sequence
-from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
@@ -22,7 +21,7 @@ from vitalsd.http.problem import MEDIA_TYPE, TITLES, Reason
 from vitalsd.http.query import Given, Sent
 from vitalsd.model import Unavailable
 
-__all__ = ["openapi"]
+__all__ = ["anywhere", "openapi"]
 
 REF = "#/components/schemas/{model}"
 
@@ -88,6 +87,7 @@ def openapi(routes: Sequence[APIRoute]) -> dict[str, Any]:
             },
         },
         "security": [{}, {"token": []}],
+        "x-anywhere": anywhere(),
     }
 
 
@@ -148,31 +148,36 @@ def _responses(operation: Operation, *, open_to_all: bool) -> dict[str, Any]:
 
 
 def _refusals(operation: Operation, *, open_to_all: bool) -> dict[int, dict[str, Any]]:
-    """By status: what is not an answer. Reasons that no operation names may meet anybody."""
-    named = {reason for each in OPERATIONS.values() for reason in each.reasons}
-    spared: set[Reason] = {"no_such_route", "method_not_allowed"}
-    if open_to_all:
-        spared.add("token")
+    """By status: what is not an answer."""
     found: dict[int, dict[str, Any]] = {}
-    for reason, (status, title) in TITLES.items():
-        if reason in operation.reasons or (reason not in named and reason not in spared):
-            response = found.setdefault(status, {"description": "", "content": {}})
-            response["description"] += f"`{reason}`: {title}. "
-            content = response["content"].setdefault(
-                MEDIA_TYPE, {"schema": {"$ref": REF.format(model="Problem")}, "examples": {}}
-            )
-            example = {"title": title, "status": status, "reason": reason, "detail": DETAILS.get(reason, title)}
-            if reason == "bad_parameter":
-                example["parameter"] = "window_ms"
-            content["examples"][reason] = {"value": example}
     if operation.unavailable:
         for error, text in FAILURES.items():
-            response = found.setdefault(STATUS[error], {"description": "", "content": {}})
-            response["description"] = f"Unavailable: {text} {response['description']}"
-            response["content"][JSON] = {
-                "schema": {"$ref": REF.format(model="Unavailable")},
-                "example": {"platform": "linux", "available": False, "reason": "target 4242 has exited"},
+            found[STATUS[error]] = {
+                "description": f"Unavailable: {text}",
+                "content": {
+                    JSON: {
+                        "schema": {"$ref": REF.format(model="Unavailable")},
+                        "example": {"platform": "linux", "available": False, "reason": text},
+                    }
+                },
             }
-    for status, response in found.items():
-        response["description"] = response["description"].strip() or HTTPStatus(status).phrase
+    for reason in (*operation.reasons, *anywhere()):
+        if reason == "token" and open_to_all:
+            continue
+        status, title = TITLES[reason]
+        response = found.setdefault(status, {"description": "", "content": {}})
+        response["description"] = f"{response['description']} `{reason}`: {title}.".strip()
+        content = response["content"].setdefault(
+            MEDIA_TYPE, {"schema": {"$ref": REF.format(model="Problem")}, "examples": {}}
+        )
+        example = {"title": title, "status": status, "reason": reason, "detail": DETAILS.get(reason, title)}
+        if reason == "bad_parameter":
+            example["parameter"] = "window_ms"
+        content["examples"][reason] = {"value": example}
     return found
+
+
+def anywhere() -> list[Reason]:
+    """The refusals that no operation names as its own: any request may meet them, those for a route of ours."""
+    named = {reason for operation in OPERATIONS.values() for reason in operation.reasons}
+    return [reason for reason in TITLES if reason not in named | {"no_such_route", "method_not_allowed"}]

@@ -12,19 +12,19 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from vitalsd.http.connection import REQUEST_S, Connection, Room
+from vitalsd.http.connection import Connection, Room
 from vitalsd.http.gate import Gate
 from vitalsd.http.hello import Hello
 from vitalsd.http.log import Sparing
-from vitalsd.listeners import BACKLOG
 
 __all__ = ["Server"]
 
 QUEUE = 1024
+"""Connections the kernel completes ahead of us; with few, callers who come at once would dial again after a second."""
+ACCEPTED_AT_A_TURN = 16
 """
-Connections the kernel completes ahead of us. asyncio listens with its backlog, which is also how many
-it accepts at a turn, and how many errors it logs when descriptors run out; with only that much
-queued, 200 callers at once would have to dial again after one and three seconds.
+asyncio takes its backlog for this too. Those who stall are closed some turns after the one they make way
+for has been accepted, and until then both have a descriptor; when none is left asyncio rests for a second.
 """
 SETTLE_S = 0.5
 """For the last answers to leave, after the gate has ended what was under way."""
@@ -63,13 +63,15 @@ class Server(uvicorn.Server):
                 http=cast("type[asyncio.Protocol]", protocol),
                 ws="none",
                 lifespan="on",
+                workers=1,  # or WEB_CONCURRENCY says how many
                 proxy_headers=False,
+                forwarded_allow_ips=[],
                 server_header=False,
                 access_log=False,
                 log_config=None,
                 log_level=None,
-                backlog=BACKLOG,
-                timeout_keep_alive=int(REQUEST_S),
+                backlog=ACCEPTED_AT_A_TURN,
+                timeout_keep_alive=60,  # `Connection` is done with it long before
                 h11_max_incomplete_event_size=16384,
             )
         )

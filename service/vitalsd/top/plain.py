@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from itertools import islice
 
-from vitalsd.top.feed import Ended, Feed, Note, Sample, Trouble
+from vitalsd.top.feed import Feed
+from vitalsd.top.news import Ended, Note, Sample, Trouble
 from vitalsd.wire import printable
 
 __all__ = ["lines"]

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from vitalsd.top.feed import Feed, News
+from vitalsd.top.feed import Feed
+from vitalsd.top.news import News
+from vitalsd.top.picture import ASCII, BLOCKS, Glyphs, Picture
 from vitalsd.top.terminal import Hangup, Terminal
-from vitalsd.top.view import ASCII, BLOCKS, View
+from vitalsd.top.view import View
 from vitalsd.worker import Worker
 
 __all__ = ["fits", "show"]
@@ -49,10 +51,8 @@ def show(feed: Feed) -> int:
         terminal.wake()
 
     console = Console(file=sys.stdout, force_terminal=True, highlight=False, markup=False, emoji=False)
-    utf8 = console.encoding.startswith("utf")
-    if not utf8:
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    view = View(glyphs=BLOCKS if utf8 else ASCII)
+    glyphs = BLOCKS if console.encoding.startswith("utf") else ASCII
+    view = View()
     marker = Worker("vitalsd-marker")
 
     def mark(label: str) -> None:
@@ -72,7 +72,7 @@ def show(feed: Feed) -> int:
         _take(told, view)
         try:
             with terminal.taken():
-                _run(view, terminal, told)
+                _run(view, glyphs, terminal, told)
         except Hangup as hangup:
             return hangup.number
         finally:
@@ -81,10 +81,13 @@ def show(feed: Feed) -> int:
     return 0
 
 
-def _run(view: View, terminal: Terminal, told: "queue.SimpleQueue[News | BaseException | None]") -> None:
+def _run(
+    view: View, glyphs: Glyphs, terminal: Terminal, told: "queue.SimpleQueue[News | BaseException | None]"
+) -> None:
     while True:
         _take(told, view)
-        terminal.draw(view.lines(*terminal.size))
+        width, height = terminal.size
+        terminal.draw(Picture(view, width, glyphs).lines(height))
         for key in terminal.wait(None):
             if not view.press(key):
                 return

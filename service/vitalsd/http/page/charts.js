@@ -94,14 +94,10 @@ function axes(pen, width, height, r, low, high, label, clocks) {
 
 function flags(pen, width, height, r, labels) {
   const c = colours();
-  pen.font = "11px system-ui, sans-serif";
-  pen.textBaseline = "top";
-  let room = -1;
-  for (const note of view.notes) {
-    if (note.time < r.start || note.time > r.end) continue;
-    const mark = note.kind === "mark";
-    pen.strokeStyle = pen.fillStyle = mark ? c.accent : note.kind === "exited" ? c.bad : c.warn;
-    pen.setLineDash(mark ? [] : [2, 3]);
+  const shown = view.notes.filter((note) => note.time >= r.start && note.time <= r.end);
+  for (const note of shown) {
+    pen.strokeStyle = pen.fillStyle = flagColour(note);
+    pen.setLineDash(note.kind === "mark" ? [] : [2, 3]);
     pen.beginPath();
     pen.moveTo(note.x, TOP);
     pen.lineTo(note.x, height - BOTTOM);
@@ -112,23 +108,42 @@ function flags(pen, width, height, r, labels) {
     pen.lineTo(note.x, height - BOTTOM);
     pen.lineTo(note.x + 4, height - BOTTOM + 6);
     pen.fill();
-    if (!labels) continue;
-    let text = mark ? note.text : note.kind;
-    if (text.length > 24) text = text.slice(0, 23) + "\u2026";
-    const wide = pen.measureText(text).width;
-    const left = note.x + wide + 12 > width;
-    const from = left ? note.x - wide - 10 : note.x;
-    if (from < room) continue;
-    room = from + wide + 14;
-    const ink = pen.fillStyle;
+  }
+  if (!labels) return;
+  pen.font = "11px system-ui, sans-serif";
+  pen.textBaseline = "top";
+  pen.textAlign = "left";
+  let taken = LEFT;
+  shown.forEach((note, i) => {
+    const text = note.kind === "mark" ? note.text : note.kind;
+    const next = i + 1 < shown.length ? shown[i + 1].x : width;
+    const before = note.x - taken > pen.measureText(text).width + 12 && next - note.x < pen.measureText(text).width + 12;
+    const fitting = before ? text : fit(pen, text, next - note.x - 12);
+    if (!fitting) return;
+    const wide = pen.measureText(fitting).width;
+    const from = before ? note.x - wide - 10 : note.x;
+    taken = from + wide + 10;
     pen.fillStyle = c.card;
     pen.globalAlpha = 0.88;
-    pen.fillRect(from + 1, TOP, wide + 9, 15);
+    pen.fillRect(from + 1, TOP, wide + 8, 15);
     pen.globalAlpha = 1;
-    pen.fillStyle = ink;
-    pen.textAlign = "left";
-    pen.fillText(text, from + 5, TOP + 2);
-  }
+    pen.fillStyle = flagColour(note);
+    pen.fillText(fitting, from + 5, TOP + 2);
+  });
+}
+
+function flagColour(note) {
+  const c = colours();
+  return note.kind === "mark" ? c.accent : note.kind === "exited" ? c.bad : c.warn;
+}
+
+// As much of a text as there is room for; nothing rather than a letter or two.
+function fit(pen, text, room) {
+  if (text.length > 24) text = `${text.slice(0, 23)}\u2026`;
+  if (pen.measureText(text).width <= room) return text;
+  for (let length = Math.min(text.length, Math.floor(room / 4)); length > 2; length--)
+    if (pen.measureText(`${text.slice(0, length)}\u2026`).width <= room) return `${text.slice(0, length)}\u2026`;
+  return "";
 }
 
 // One point per pixel at most, as [x, first, after): a long time is drawn as the means of its parts.
@@ -152,7 +167,7 @@ function plotCpu(r, busiest) {
   const runs = columns(r, width);
   let top = 10;
   for (const run of runs) for (const [, from, after] of run) top = Math.max(top, mean(samples.cpu, from, after));
-  const high = nice(top * 1.05, [1, 1.5, 2, 3, 4, 5, 8, 10]);
+  const high = nice(top * 1.05, [1, 1.2, 1.6, 2, 4, 6, 8, 10]);
   axes(pen, width, height, r, 0, high, (value) => `${+value.toFixed(1)} %`, true);
   const floor = height - BOTTOM;
   const scale = (floor - TOP) / high;

@@ -106,7 +106,7 @@ function tiles(r, focus) {
   let busy = 0;
   for (const thread of threads.values()) if (thread.now >= IDLE) busy++;
   set($("cpu"), `${samples.cpu[slot].toFixed(1)} %`);
-  set($("cpu-note"), view.info && !view.run ? `of ${100 * view.info.cpu_count} %` : "");
+  set($("cpu-note"), view.info && !view.run && !isReplay(view.info) ? `of ${100 * view.info.cpu_count} %` : "");
   set($("rss"), size(samples.rss[slot]));
   set($("rss-note"), `${size(low)} to ${size(high)}`);
   set($("count"), String(samples.count[slot]));

@@ -1,6 +1,7 @@
 // Where it comes from: /info and /history first, then /stream, and again from the start whenever that ends.
 
 const HISTORY_THREADS = 64;
+const PATIENCE = 20000; // ms for an answer
 const SILENCE = 6000; // ms without an event of a stream that has one a second
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
@@ -26,7 +27,8 @@ async function ask(path, options = {}) {
   const tried = token;
   const headers = { ...options.headers };
   if (tried) headers.Authorization = `Bearer ${tried}`;
-  const answer = await fetch(path, { ...options, headers, cache: "no-store" });
+  const signal = options.signal || AbortSignal.timeout(PATIENCE);
+  const answer = await fetch(path, { ...options, headers, signal, cache: "no-store" });
   if (answer.status === 401) {
     await askForToken(tried);
     return ask(path, options);
@@ -82,7 +84,7 @@ async function live() {
       await follow(mine);
     } catch (error) {
       if (error instanceof Refusal) trouble = `${error.message}; trying again`;
-      else if (error.name !== "TypeError" && error.name !== "AbortError") throw error; // other than a lost connection: a bug
+      else if (!["TypeError", "AbortError", "TimeoutError"].includes(error.name)) throw error; // no lost connection: a bug
     }
     if (mine !== generation) return;
     status("wait", trouble);
@@ -117,7 +119,7 @@ function ended(info, over) {
   banner(over || info.target.reason);
   if (replay) {
     if (!view.chosen) choose(0);
-    $("run-now").textContent = "The replay";
+    $("run-label").hidden = true;
   }
   $("mark").disabled = $("pause").disabled = true;
   draw();
@@ -170,15 +172,19 @@ function take(answer) {
   draw();
 }
 
-// What the stream does not tell: marks and events, our own cost, and that it has fallen silent.
+// A sidecar that hangs keeps its connections.
+setInterval(() => {
+  if (heard === null) return;
+  const silence = performance.now() - heard;
+  if (silence > SILENCE) status("wait", `silent for ${duration(silence / 1000)}`);
+  if (silence > 4 * SILENCE) reading.abort();
+}, 1000);
+
+// What the stream does not tell: marks and events, and our own cost.
 async function look() {
   for (;;) {
     await pause(2000);
-    if (heard === null || view.run) continue;
-    const silence = performance.now() - heard;
-    if (silence > 4 * SILENCE) reading.abort();
-    else if (silence > SILENCE) status("wait", `silent for ${duration(silence / 1000)}`);
-    if (silence > SILENCE || document.hidden) continue;
+    if (heard === null || view.run || document.hidden) continue;
     try {
       const mine = generation;
       const info = await json("/info");
@@ -212,7 +218,7 @@ async function listRuns() {
     return; // live() says what is the matter
   }
   runs = runs.filter((run) => run.state !== "running" && run.snapshots > 1).slice(0, 30);
-  if (!runs.length) return;
+  if (!runs.length || (view.info && isReplay(view.info))) return; // a replay is of one run, perhaps of another machine
   $("run").append(...runs.map((run) => {
     const option = document.createElement("option");
     option.value = run.id;

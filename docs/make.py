@@ -1,0 +1,175 @@
+"""
+Make what stands in this folder from what the program says of itself.
+
+    python docs/make.py reference [--check]    api.md and runtime-metrics.schema.json
+    python docs/make.py images                 images/*.png, from a real browser on a busy process
+
+With --check nothing is written; the status is 1 if a file is not as it would be made.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+HEAD = """# The API
+
+One section per route: what it is for, its parameters, its answers, commands to try, and an answer. The same is
+served by every sidecar at `/docs`, readable offline, and for programs at `/openapi.json`; this page is made from it
+(`make reference`).
+
+{description}
+
+In the commands `$URL` is a sidecar: `vitalsd endpoints` lists yours, and `URL=http://127.0.0.1:9779` is the usual one.
+What `/metrics` answers and `runtime-metrics.json` holds is also a JSON Schema:
+[runtime-metrics.schema.json](runtime-metrics.schema.json).
+
+A sidecar that was started with `--auth token` asks for the token of its runtime file. Write the line
+`Authorization: Bearer TOKEN` to a file that only you can read, and send it with `curl -s -H @FILE "$URL/metrics"`: a
+command line can be read by every user of the machine.
+
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["reference", "images"])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
+    options = parser.parse_args()
+    if options.what == "images":
+        sys.path.insert(0, str(HERE.parent / "tests"))
+        from pictures import take
+
+        take(HERE / "images")
+        return 0
+    made = {"api.md": reference(schema()), "runtime-metrics.schema.json": metrics_schema()}
+    stale = [name for name, text in made.items() if not _holds(HERE / name, text)]
+    if options.check:
+        for name in stale:
+            print(f"docs/{name} is not as it would be made: make reference", file=sys.stderr)
+        return 1 if stale else 0
+    for name in stale:
+        (HERE / name).write_text(made[name], encoding="utf-8")
+        print(f"docs/{name}")
+    return 0
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text(encoding="utf-8") == text
+
+
+def schema() -> dict[str, Any]:
+    """What a sidecar answers at /openapi.json."""
+    import httpx
+
+    from vitalsd.http.app import create_app
+    from vitalsd.sampler import Sampler, Targets
+    from vitalsd.sources import NoSuchProcess, Source
+
+    def nobody(*_: object) -> Source:
+        raise NoSuchProcess("nobody is measured here")
+
+    async def ask() -> dict[str, Any]:
+        transport = httpx.ASGITransport(app=create_app(Targets(Sampler(nobody), nobody), list))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            answer: dict[str, Any] = (await client.get("/openapi.json")).json()
+            return answer
+
+    return asyncio.run(ask())
+
+
+def metrics_schema() -> str:
+    """JSON Schema of the contract, as `vitalsd.model` declares it."""
+    from pydantic import TypeAdapter
+
+    from vitalsd.model import RuntimeMetrics
+
+    adapter: TypeAdapter[Any] = TypeAdapter(RuntimeMetrics)
+    made = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "RuntimeMetrics",
+        "description": "What GET /metrics answers and runtime-metrics.json holds.",
+        **adapter.json_schema(mode="serialization"),
+    }
+    return json.dumps(made, indent=2) + "\n"
+
+
+def reference(schema: dict[str, Any]) -> str:
+    """docs/api.md."""
+    from vitalsd.http.docs import refusals
+
+    parts = [HEAD.format(description=schema["info"]["description"])]
+    operations = [
+        (f"{method.upper()} {path}", operation)
+        for path, methods in schema["paths"].items()
+        for method, operation in methods.items()
+    ]
+    parts += [f"- [{name}](#{_anchor(name)})\n" for name, _ in operations]
+    parts.append("- [Refusals that any request may meet](#refusals-that-any-request-may-meet)\n- [Shapes](#shapes)\n")
+    parts += [_operation(name, operation, schema["x-anywhere"]) for name, operation in operations]
+    parts.append("\n## Refusals that any request may meet\n\nEach is a [Problem](#problem), under 1 KiB.\n\n")
+    parts.append(_table(("Status", "Reason", "Meaning"), [(str(s), f"`{r}`", f"{t}.") for r, s, t in refusals(schema)]))
+    parts.append("\n## Shapes\n")
+    for name, shape in schema["components"]["schemas"].items():
+        parts.append(f"\n### {name}\n\n{shape.get('description', '').replace('``', '`')}\n\n{_fields(shape)}")
+    return "".join(parts)
+
+
+def _operation(name: str, operation: dict[str, Any], anywhere: list[str]) -> str:
+    from vitalsd.http.docs import answers_of, example_of
+
+    parts = [f"\n## {name}\n\n**{operation['summary']}.** {operation['description']}\n\n### Parameters of {name}\n\n"]
+    rows = [
+        (f"`{each['name']}`", _type(each["schema"]), each["description"], f"`{each['example']}`")
+        for each in operation["parameters"]
+    ]
+    parts.append(_table(("Name", "Type", "Meaning", "Example"), rows) if rows else "None.\n")
+    if "requestBody" in operation:
+        parts.append(f"\nThe body:\n\n{_fields(operation['requestBody']['content']['application/json']['schema'])}")
+    parts.append(f"\n### Answers of {name}\n\n")
+    answers = [
+        (status, text, "<br>".join(f"`{kind}` {_type(each['schema'])}" for kind, each in content.items()))
+        for status, text, content in answers_of(operation, anywhere)
+    ]
+    parts.append(_table(("Status", "Meaning", "Content"), answers))
+    if operation["x-codeSamples"]:
+        parts.append(f"\n### Commands for {name}\n")
+        for sample in operation["x-codeSamples"]:
+            parts.append(f"\n{sample['label']}:\n\n```sh\n{sample['source']}\n```\n")
+    if (example := example_of(operation)) is not None:
+        shown = example if isinstance(example, str) else json.dumps(example, indent=2)
+        parts.append(f"\n### An answer of {name}\n\n```\n{shown.rstrip()}\n```\n")
+    return "".join(parts)
+
+
+def _anchor(name: str) -> str:
+    return "".join(c for c in name.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+
+
+def _fields(shape: dict[str, Any]) -> str:
+    required = shape.get("required", ())
+    rows = [
+        (f"`{name}`", _type(each), each.get("description", "") + ("" if name in required else " May be missing."))
+        for name, each in shape.get("properties", {}).items()
+    ]
+    return _table(("Field", "Type", "Meaning"), rows)
+
+
+def _type(schema: dict[str, Any]) -> str:
+    from vitalsd.http.docs import type_text
+
+    return type_text(schema, lambda name: f"[{name}](#{name.lower()})", lambda text: f"`{text}`")
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""
+The live view as lines of text, for a terminal of a given size. Opens nothing.
+
+Names come from whoever wrote the program; they reach a line through `Picture._name` alone.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len, set_cell_size
+from rich.text import Text
+
+from vitalsd.top.news import Note
+from vitalsd.top.view import SortKey, View
+from vitalsd.wire import printable
+
+__all__ = ["ASCII", "BLOCKS", "Glyphs", "Picture"]
+
+IDLE_PERCENT = 0.05
+"""Below it a figure would read 0.0."""
+
+HELP = """\
+ c n t    sort by CPU, name, thread id
+ r        reverse the order
+ /        filter by name or id; Enter keeps it, Esc clears it
+ p Space  pause, and go on with all that came meanwhile
+ m        put a mark on the clock of the record
+ arrows   scroll; also j k, PgUp PgDn, Home End
+ ? h      this help
+ q        quit
+
+ 100 % is one core. A bar is full at 100 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class Glyphs:
+    """What bars and sparklines are made of, from nothing to full; and what stands for the rest of a name."""
+
+    bar: str
+    spark: str
+    dots: str
+
+
+BLOCKS = Glyphs(" ▏▎▍▌▋▊▉█", " ▁▂▃▄▅▆▇█", "…")
+ASCII = Glyphs(" #", " .:-=+*#", "~")
+"""For terminals that do not speak UTF-8."""
+
+
+class Picture:
+    """
+    A view, drawn.
+
+    Args:
+        view: what to show.
+        width: cells of the terminal.
+        glyphs: what to draw with.
+    """
+
+    def __init__(self, view: View, width: int, glyphs: Glyphs = BLOCKS) -> None:
+        self._view = view
+        self._width = width
+        self._glyphs = glyphs
+
+    def lines(self, height: int) -> list[Text]:
+        """Exactly `height` lines of at most `width` cells."""
+        foot = [self._foot()] if height >= 3 else []
+        room = height - len(foot)
+        body = self._help(room) if self._view.helping else self._body(room)
+        lines = [*body, *[Text()] * (room - len(body)), *foot]
+        for line in lines:
+            line.no_wrap = True
+            line.truncate(self._width)
+        return lines
+
+    def _help(self, height: int) -> list[Text]:
+        return [self._title(), *map(Text, HELP.splitlines())][:height]
+
+    def _body(self, height: int) -> list[Text]:
+        view = self._view
+        head = [self._title()]
+        if (banner := view.ended or view.trouble) is not None:
+            head.append(Text(f" {self._name(banner)} ", style="bold reverse" if view.ended else "reverse"))
+        if view.metrics is None:
+            return [*head, Text("" if banner else " measuring ...", style="dim")][:height]
+        if height >= 6:
+            head += self._process()
+        notes = list(view.notes)[-3:] if height >= 15 else list(view.notes)[-1:] if height >= 13 else []
+        room = max(0, height - len(head) - len(notes) - 1)
+        return [*head, *self._table(room), *map(self._note, notes)][:height]
+
+    def _title(self) -> Text:
+        view = self._view
+        state = "PAUSED" if view.backlog is not None else "ENDED" if view.ended else "LOST" if view.trouble else ""
+        title = Text(" ")
+        if view.subject is not None:
+            title.append(self._name(view.subject.name), style="bold")
+            title.append(f" {view.subject.pid}")
+            if view.metrics is not None:
+                title.append(f"  up {_duration(view.metrics.process.uptime_secs)}  {len(view.metrics.threads)} threads")
+            title.append(f"  {self._name(view.subject.via)}", style="dim")
+        if state:
+            title.truncate(max(0, self._width - len(state) - 3), pad=True)
+            title.append(f" {state} ", style="reverse")
+        return title
+
+    def _process(self) -> list[Text]:
+        view = self._view
+        assert view.metrics is not None
+        process = view.metrics.process
+        most_kb, least_kb = max(view.rss_kb), min(view.rss_kb)
+        peak = max(view.cpu)
+        lines = []
+        for title, figure, values, low, high, tail in (
+            ("CPU", f"{process.cpu_percent:7.1f} %", view.cpu, 0.0, max(100.0, peak), f"peak {peak:.1f} %"),
+            # From the least, or no leak would ever be seen; a hundredth is noise.
+            (
+                "RSS",
+                f"{_size(process.rss_kb):>9}",
+                view.rss_kb,
+                min(least_kb, most_kb * 0.99) - 1,
+                most_kb,
+                f"VM {_size(process.vm_size_kb)}",
+            ),
+        ):
+            line = Text.assemble(f" {title} ", (figure, "bold"))
+            room = self._width - cell_len(line.plain) - len(tail) - 5
+            if room >= 4:
+                line.append("  ")
+                line.append(self._spark(values, room, low, high), style="cyan")
+            lines.append(line.append(f"  {tail}", style="dim"))
+        return lines
+
+    def _table(self, room: int) -> list[Text]:
+        view, width = self._view, self._width
+        threads = view.chosen()
+        view.rows = max(1, room)
+        view.first = max(0, min(view.first, len(threads) - room))
+        shown = threads[view.first : view.first + room]
+        named = [self._name(thread.name) for thread in shown]
+        digits = max([3, *(len(str(thread.tid)) for thread in shown)]) if width >= 26 else 0
+        names = min(max([6, *map(cell_len, named)]), 32, max(6, width // 3))
+        rest = width - (digits + 2 if digits else 1) - names - 9
+        bar = 0 if rest < 5 else min(25, rest if rest < 20 else rest // 2)
+        trend = rest - bar - 2 if rest - bar >= 8 else 0
+
+        head = Text(" ", style="bold reverse")
+        if digits:
+            head.append(f"{self._headed('TID', 'tid'):>{digits}} ")
+        head.append(f"{self._headed('THREAD', 'name'):<{names}} {self._headed('CPU%', 'cpu'):>7}")
+        below = len(threads) - view.first - len(shown)
+        more = f"{len(threads)} of {len(view.trends)}" if view.filter else f"{below} more below" if below > 0 else ""
+        space = max(0, width - cell_len(head.plain))
+        head.append(f"{more + ' ' if len(more) < space else '':>{space}}")
+
+        rows = [head]
+        for thread, name in zip(shown, named, strict=True):
+            percent = thread.cpu_percent
+            line = Text(" ")
+            if digits:
+                line.append(f"{thread.tid:>{digits}} ", style="dim")
+            line.append(self._cut(name, names))
+            line.append(f" {_figure(percent):>7}")
+            if percent < IDLE_PERCENT:
+                line.stylize("dim")
+            if bar:
+                line.append(" ")
+                line.append(self._bar(percent, bar), style=_heat(percent))
+            if trend:
+                line.append("  ")
+                line.append(self._spark(view.trends[thread.tid], trend, 0, 100), style="cyan")
+            rows.append(line)
+        return rows
+
+    def _headed(self, title: str, key: SortKey) -> str:
+        if self._view.sort != key:
+            return title
+        return title + ("v" if (key == "cpu") != self._view.reverse else "^")
+
+    def _note(self, note: Note) -> Text:
+        line = Text(f" {time.strftime('%H:%M:%S', time.localtime(note.wall_ms / 1000))} ", style="dim")
+        line.append(f"{self._name(note.kind)}: ", style="bold" if note.kind == "mark" else "yellow")
+        return line.append(self._name(note.text), style="default")
+
+    def _foot(self) -> Text:
+        view = self._view
+        if view.prompt is not None:
+            # The end of what is typed stays in sight.
+            typed = self._name(view.typed) if view.typed else ""
+            while typed and len(view.prompt) + cell_len(typed) + 4 > self._width:
+                typed = typed[1:]
+            return Text.assemble((f" {view.prompt}: ", "bold"), typed, ("_", "blink"))
+        if view.message:
+            return Text(f" {self._name(view.message)}", style="bold")
+        if view.helping:
+            return Text(" any key goes back", style="dim")
+        if view.filter:
+            return Text(f" filter: {self._name(view.filter)}  (Esc clears)", style="dim")
+        return Text(" q quit  ? help  c n t sort  / filter  p pause  m mark", style="dim")
+
+    def _name(self, text: str) -> str:
+        """What a stranger has written, fit for this terminal."""
+        shown = printable(text) or "(no name)"
+        return shown if self._glyphs is BLOCKS else shown.encode("ascii", "backslashreplace").decode()
+
+    def _cut(self, text: str, width: int) -> str:
+        """Exactly that wide."""
+        return (
+            set_cell_size(text, width)
+            if cell_len(text) <= width
+            else set_cell_size(text, width - 1) + self._glyphs.dots
+        )
+
+    def _bar(self, percent: float, width: int) -> str:
+        steps = len(self._glyphs.bar) - 1
+        filled = min(width * steps, round(percent / 100 * width * steps))
+        if percent >= IDLE_PERCENT:
+            filled = max(1, filled)
+        whole, part = divmod(filled, steps)
+        return (self._glyphs.bar[-1] * whole + (self._glyphs.bar[part] if part else "")).ljust(width)
+
+    def _spark(self, values: Sequence[float] | deque[float], width: int, low: float, high: float) -> str:
+        steps = self._glyphs.spark
+        top, span = len(steps) - 1, max(high - low, 1e-9)
+        levels = [
+            0 if value <= low else min(top, 1 + int((value - low) / span * top)) for value in list(values)[-width:]
+        ]
+        return "".join(steps[level] for level in levels).rjust(width)
+
+
+def _figure(percent: float) -> str:
+    """Never a 0.0 for what has run a little."""
+    return "idle" if percent == 0 else "<0.1" if percent < IDLE_PERCENT else f"{percent:.1f}"
+
+
+def _heat(percent: float) -> str:
+    return "green" if percent < 50 else "yellow" if percent < 90 else "red"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+
+
+def _size(kb: float) -> str:
+    for unit in ("KiB", "MiB", "GiB"):
+        if kb < 10_000:
+            return f"{kb:.0f} {unit}" if unit == "KiB" else f"{kb:.1f} {unit}"
+        kb /= 1024
+    return f"{kb:.1f} TiB"

@@ -1,0 +1,207 @@
+"""The two ways to have news of a target: to read it, or to ask a sidecar for what its recorder has."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vitalsd.model import Measured, parse_runtime_metrics
+from vitalsd.recorder import Recorder, Recording
+from vitalsd.snapshot import measure
+from vitalsd.sources import Source, SourceError, TargetGone
+from vitalsd.top.news import News, Note, Past, Sample, Subject
+from vitalsd.wire import encode
+from vitalsd_client.exchange import ExchangeError
+from vitalsd_client.places import Sidecar
+
+__all__ = ["Direct", "Pause", "Remote"]
+
+LOOK_AGAIN_S = 2.0
+"""While sampling directly: between two looks for a sidecar of the same target."""
+PAST_S = 300
+PAST_THREADS = 64
+NOTES_S = 10
+PATIENCE_S = 2.0
+"""For an answer, beyond the window that may have to be waited for."""
+
+Pause = Callable[[float], bool]
+"""Waits until a monotonic time, s; False if it is all over."""
+
+
+class Direct:
+    """
+    Reads the target; the record is in memory alone, for its events and for marks.
+
+    Args:
+        source: an open one; closed with this.
+        interval_s: between two samples.
+        first_s: until the first one.
+        relieved: somebody else is there to be asked by now; looked at every `LOOK_AGAIN_S`.
+    """
+
+    def __init__(self, source: Source, interval_s: float, first_s: float, relieved: Callable[[], bool]) -> None:
+        self._source = source
+        self._interval_s = interval_s
+        self._first_s = first_s
+        self._relieved = relieved
+        self._recorder = Recorder(source.identity(), Recording(interval_s, retention_s=PAST_S, max_bytes=4 << 20))
+        self._told = _Told()
+
+    def close(self) -> None:
+        self._source.close()
+
+    def mark(self, label: str) -> None:
+        self._recorder.mark(label)
+
+    def news(self, pause: Pause) -> Iterator[News]:
+        identity = self._source.identity()
+        yield Subject(identity.pid, identity.name, identity.start_id, "sampled directly")
+        last = self._source.snapshot()
+        self._recorder.observe(last)
+        due = time.monotonic() + self._first_s
+        look_again = due + LOOK_AGAIN_S
+        while pause(due):
+            due = max(due + self._interval_s, time.monotonic())
+            try:
+                now = self._source.snapshot()
+            except SourceError as error:
+                self._recorder.failed(error)
+                yield from self._notes()
+                raise
+            self._recorder.observe(now)
+            yield from self._notes()
+            if now.monotonic_ns > last.monotonic_ns:
+                requested_ms = round(self._interval_s * 1000)
+                yield _sample(encode(measure(last, now), identity, requested_ms=requested_ms))
+                last = now
+            if time.monotonic() >= look_again:
+                if self._relieved():
+                    return
+                look_again = time.monotonic() + LOOK_AGAIN_S
+
+    def _notes(self) -> list[Note]:
+        record = self._recorder.record
+        return self._told.fresh(
+            [Note(mark.wall_ns // 1_000_000, "mark", mark.label) for mark in list(record.marks)]
+            + [Note(event.wall_ns // 1_000_000, event.kind, event.detail) for event in list(record.events)]
+        )
+
+
+class Remote:
+    """
+    Asks a sidecar for what its recorder has; each time on a connection of its own, so that nothing is held open.
+
+    Args:
+        sidecar: the one to ask.
+        via: it in words.
+        interval_s: between two samples.
+    """
+
+    def __init__(self, sidecar: Sidecar, via: str, interval_s: float) -> None:
+        self.sidecar = sidecar
+        self._via = via
+        self._interval_s = interval_s
+        self._told = _Told()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def mark(self, label: str) -> None:
+        body = json.dumps({"label": label}).encode()
+        self._ask("/marks", {}, method="POST", body=body, headers={"Content-Type": "application/json"})
+
+    def news(self, pause: Pause) -> Iterator[News]:
+        try:
+            yield from self._news(pause)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ExchangeError(f"this is no answer of a sidecar: {type(error).__name__}") from None
+
+    def _news(self, pause: Pause) -> Iterator[News]:
+        who = {} if self.sidecar.pid is None else {"pid": self.sidecar.pid}
+        recorded = not who and self._json("/info").get("recorder") is not None
+        if recorded:
+            table = self._json("/history", {"seconds": PAST_S, "top": PAST_THREADS})
+            yield self._subject(table["target"])
+            yield _past(table)
+            yield from self._notes(table)
+        else:
+            yield self._subject(self._json("/metrics", {"window_ms": 10, "detail": "full", **who})["target"])
+        window_ms = min(60_000, max(10, round(self._interval_s * 1000)))
+        uptime_s = -1.0
+        due = time.monotonic()
+        while True:
+            sample = _sample(self._ask("/metrics", {"window_ms": window_ms, "mode": "trailing", **who}))
+            now_s = sample.metrics.process.uptime_secs
+            if now_s < uptime_s:
+                return  # another process: the sidecar has gone on to the next one of that name
+            if now_s > uptime_s:
+                yield sample
+            if recorded:
+                yield from self._latest()
+                # No news: the recorder is slower than we are, or it has stopped.
+                if now_s == uptime_s and (ended := (self._json("/info")["recorder"] or {}).get("ended")):
+                    yield from self._latest()
+                    raise TargetGone(ended)
+            uptime_s = now_s
+            due = max(due + self._interval_s, time.monotonic())
+            if not pause(due):
+                return
+
+    def _latest(self) -> list[Note]:
+        return self._notes(self._json("/history", {"seconds": NOTES_S, "top": 0}))
+
+    def _subject(self, target: dict[str, Any]) -> Subject:
+        return Subject(int(target["pid"]), str(target["name"]), str(target["start_id"]), self._via)
+
+    def _notes(self, table: dict[str, Any]) -> list[Note]:
+        return self._told.fresh(
+            [Note(int(mark["time_ms"]), "mark", str(mark["label"])) for mark in table["marks"]]
+            + [Note(int(event["time_ms"]), str(event["kind"]), str(event["detail"])) for event in table["events"]]
+        )
+
+    def _json(self, path: str, query: dict[str, Any] | None = None) -> dict[str, Any]:
+        found = json.loads(self._ask(path, query or {}))
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} answered no object")
+        return found
+
+    def _ask(self, path: str, query: dict[str, Any], **options: Any) -> bytes:
+        deadline = time.monotonic() + self._interval_s + PATIENCE_S
+        answer = self.sidecar.get(path, query, deadline=deadline, **options)
+        if answer.status in (200, 201):
+            return answer.body
+        try:
+            told = json.loads(answer.body)
+            reason = str(told.get("reason") if told.get("available") is False else told["detail"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            reason = f"{path} was answered with status {answer.status}"
+        if answer.status == 410:
+            raise TargetGone(reason)
+        raise ExchangeError(reason)
+
+
+class _Told:
+    """Which notes have been told already, so that looking back twice tells nothing twice."""
+
+    def __init__(self) -> None:
+        self._seen: deque[Note] = deque(maxlen=4096)
+
+    def fresh(self, notes: list[Note]) -> list[Note]:
+        fresh = sorted((note for note in notes if note not in self._seen), key=lambda note: note.wall_ms)
+        self._seen.extend(fresh)
+        return fresh
+
+
+def _past(table: dict[str, Any]) -> Past:
+    threads = {
+        int(thread["tid"]): tuple(float(each or 0) for each in thread["cpu_percent"]) for thread in table["threads"]
+    }
+    return Past(tuple(map(float, table["cpu_percent"])), tuple(map(float, table["rss_kb"])), threads)
+
+
+def _sample(body: bytes) -> Sample:
+    metrics = parse_runtime_metrics(body)
+    if not isinstance(metrics, Measured):
+        raise ExchangeError(metrics.reason)
+    return Sample(time.time_ns() // 1_000_000, metrics, body)
