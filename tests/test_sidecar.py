@@ -568,6 +568,11 @@ def test_a_hostile_environment_changes_nothing(short_path: Path) -> None:
             "OTEL_EXPORTER_OTLP_ENDPOINT": url,
             "OTEL_BSP_SCHEDULE_DELAY": "10",
             "OTEL_METRIC_EXPORT_INTERVAL": "10",
+            "PYTHONWARNINGS": "error",
+            "PYTHONASYNCIODEBUG": "1",
+            "PYTHONIOENCODING": "ascii",
+            "LC_ALL": "C",
+            "TZ": "Asia/Kathmandu",
         }
         with serving(short_path, "--auth", "token", env=environment(short_path) | hostile) as (process, ready):
             token = endpoint.read(Path(ready["runtime_file"])).token

@@ -26,6 +26,8 @@ Sort = Literal["tid", "cpu", "name"]
 MAX_THREADS = 20_000
 MAX_BYTES = 8 << 20
 """Of one answer. What does not fit is left out, the idlest threads first, and the answer says so."""
+MAX_KEPT = 16
+"""Different answers kept of one measurement, of no more than `MAX_BYTES` together."""
 
 DECIMALS = 3
 """Of every percentage: 0.001 % of a second is 10 µs, finer than any clock is read here."""
@@ -125,7 +127,10 @@ def encode(
             return json.dumps(full, separators=(",", ":")).encode()
 
         body = _fitting(measurement, order, render)
-        measurement.encoded[key] = body
+        kept = measurement.encoded
+        if len(kept) >= MAX_KEPT or sum(map(len, kept.values())) + len(body) > MAX_BYTES:
+            kept.clear()
+        kept[key] = body
     return body
 
 
