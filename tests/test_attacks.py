@@ -240,12 +240,13 @@ def test_a_link_from_another_site_leads_to_no_data(
     assert counted.reached == []
 
 
-def test_a_link_may_open_our_page_and_whoever_has_set_it_sees_nothing(
-    edge: Edge, counted: Counted, attacker: Attacker
-) -> None:
-    """The page is then on its own: the window that opened it has no hold on it, and does not learn what it shows."""
+def test_a_link_may_open_our_page_and_whoever_has_set_it_sees_nothing(counted: Counted, attacker: Attacker) -> None:
+    """
+    Where a token guards the rest. The page is then on its own: the window that opened it has no hold on it, and
+    does not learn what it shows.
+    """
     counted.reached.clear()
-    with Browser(RULES) as browser:
+    with Edge(counted, token="a" * 43) as edge, Browser(RULES) as browser:
         browser.open(f"http://evil.test:{attacker.port}/")
         browser.eventually("document.readyState", lambda state: state == "complete")
         script = f"void (opened = window.open('{edge.url}/'))"
