@@ -15,14 +15,14 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from vitalsd.record import Event, Mark, Moves, Record, Segment
+from vitalsd.record import Event, EventKind, Mark, Moves, Record, Segment
 from vitalsd.snapshot import Identity, Snapshot
 
 __all__ = [
@@ -52,6 +52,9 @@ CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
 CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT);
 """
 """Blobs are little-endian arrays: thread ids u32, CPU times u64, scalars i64, moves u32 or i64."""
+
+CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image")
+"""Of a segment, as JSON."""
 
 State = Literal["running", "clean", "crashed"]
 
@@ -157,16 +160,27 @@ def _opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]
             if version != SCHEMA_VERSION:
                 raise UnreadableRun(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
             yield db
-    except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+    except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise UnreadableRun(f"{name} is damaged: {error}") from None
 
 
 def _meta(db: sqlite3.Connection) -> dict[str, str]:
-    return dict(db.execute("SELECT key, value FROM meta"))
+    return dict(_typed(row, (str, str)) for row in db.execute("SELECT key, value FROM meta"))
+
+
+def _typed(row: Sequence[Any], kinds: Sequence[type]) -> Any:
+    """`row`, if its values are what we write: a column of SQLite takes any kind. Raises `TypeError`."""
+    if tuple(map(type, row)) != tuple(kinds):
+        raise TypeError(f"{row!r:.80} where there should be {', '.join(kind.__name__ for kind in kinds)}")
+    return row
 
 
 def _identity(meta: dict[str, str]) -> Identity:
-    return Identity(**json.loads(meta["identity"]))
+    identity = Identity(**json.loads(meta["identity"]))
+    _typed(astuple(identity), (str, int, str, str, int, int))
+    if not 0 <= identity.started_unix_ns < 2**63:
+        raise ValueError(f"a start at {identity.started_unix_ns}")
+    return identity
 
 
 def _describe(path: Path) -> Run:
@@ -206,7 +220,9 @@ def _describe_open(db: sqlite3.Connection, path: Path) -> Run:
 def _record(db: sqlite3.Connection) -> Record:
     meta = _meta(db)
     record = Record(_identity(meta), interval_ns=int(meta["interval_ns"]), retention_ns=int(meta["retention_ns"]))
-    threads = {row[0]: row[1:] for row in db.execute("SELECT id, tid, birth, name FROM thread")}
+    threads = {
+        row[0]: _typed(row[1:], (int, int, str)) for row in db.execute("SELECT id, tid, birth, name FROM thread")
+    }
     frames = db.execute(
         "SELECT f.segment, f.scalars, f.indexes, f.burnt, f.code, s.threads, s.cpu_ns, s.constants"
         " FROM frame f JOIN segment s ON s.id = f.segment ORDER BY f.id"
@@ -219,18 +235,37 @@ def _record(db: sqlite3.Connection) -> Record:
                 keys = [threads[thread_id] for thread_id in _array("I", ids)]
                 segment = Segment(_head(values, keys, _array("Q", cpu_ns), json.loads(constants)))
             moves: Moves = None if indexes is None else _array("I", indexes), _array(code, burnt)
+            _check(segment, values, moves)
             segment.add(values, moves)
         if segment is not None:
             record.restore(segment)
-    record.marks.extend(Mark(*row) for row in db.execute("SELECT * FROM mark ORDER BY rowid"))
-    record.events.extend(Event(*row) for row in db.execute("SELECT * FROM event ORDER BY rowid"))
+    for row in db.execute("SELECT * FROM mark ORDER BY rowid"):
+        record.marks.append(Mark(*_typed(row, (int, int, str))))
+    for row in db.execute("SELECT * FROM event ORDER BY rowid"):
+        event = Event(*_typed(row, (int, int, str, str)))
+        if event.kind not in get_args(EventKind):
+            raise ValueError(f"an event {event.kind!r:.80}")
+        record.events.append(event)
     return record
+
+
+def _check(segment: Segment, scalars: "array[int]", moves: Moves) -> None:
+    """Raises `ValueError` for what cannot be a snapshot of that segment."""
+    indexes, burnt = moves
+    threads = len(segment.base_cpu_ns)
+    if len(scalars) != len(Segment.SCALARS) or len(burnt) != (threads if indexes is None else len(indexes)):
+        raise ValueError("a snapshot of another length")
+    if indexes and max(indexes) >= threads:
+        raise ValueError("a snapshot of more threads than there are")
 
 
 def _head(
     scalars: "array[int]", keys: list[tuple[int, int, str]], cpu_ns: "array[int]", constants: dict[str, Any]
 ) -> Snapshot:
     row = dict(zip(Segment.SCALARS, scalars, strict=True))
+    if len(cpu_ns) != len(keys):
+        raise ValueError("threads without CPU time")
+    _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str))
     tids, births, names = zip(*keys, strict=True) if keys else ((), (), ())
     return Snapshot(
         monotonic_ns=row["monotonic_ns"],
@@ -251,6 +286,8 @@ def _head(
 
 
 def _array(code: str, content: bytes) -> "array[int]":
+    if code not in ("I", "Q", "q"):
+        raise ValueError(f"numbers of a kind {code!r:.80}")
     values = array(code, content)
     if sys.byteorder == "big":
         values.byteswap()
