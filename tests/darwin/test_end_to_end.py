@@ -16,8 +16,9 @@ from vitalsd.http.app import create_app
 from vitalsd.model import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.record import Record
 from vitalsd.replay import Replay
-from vitalsd.sampler import Sampler, Targets
+from vitalsd.sampler import Sampler
 from vitalsd.sources.darwin import list_processes, open_process
+from vitalsd.targets import Targets
 from workload import ChildWorkload, OwnWorkload, Workload
 
 Get = Callable[..., Awaitable[httpx.Response]]
