@@ -55,13 +55,15 @@ class Duty:
 
     def edges(self) -> Log:
         """All edges so far, and one more beyond now."""
-        time.sleep(2 * PERIOD_US / 1e6)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        numbers = list(map(int, self.process.stdout.readline().split()))
-        self.log = self.log[-10_000:] + list(zip(numbers[::2], numbers[1::2], strict=True))
+        now_ns = time.monotonic_ns()
+        while not self.log or self.log[-1][0] <= now_ns:
+            time.sleep(2 * PERIOD_US / 1e6)
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            numbers = list(map(int, self.process.stdout.readline().split()))
+            self.log = self.log[-10_000:] + list(zip(numbers[::2], numbers[1::2], strict=True))
         return self.log
 
 
@@ -164,7 +166,8 @@ def in_process(window_ms: int, rounds: int) -> dict[str, object]:
     for _ in range(rounds):
         log[:-1] = []
         measured = sample(source, round(window_ms * random.uniform(0.9, 1.1)))
-        time.sleep(0.03)
+        while log[-1][0] <= measured.last.monotonic_ns:
+            time.sleep(0.03)
         index = list(measured.last.tids).index(tids[0])
         begin, last = measured.first.monotonic_ns, measured.last.monotonic_ns
         if log[0][0] < begin:

@@ -30,6 +30,7 @@ SUITE: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "The recorder": ("recorder.py", (), ("--seconds", "4", "--rounds", "1")),
     "Answering": ("answering.py", (), ("--rounds", "1", "--requests", "50")),
     "Accuracy": ("accuracy.py", (), ("--rounds", "10")),
+    "The interpreter lock on macOS (over the simulator)": ("darwin_gil.py", (), ("--rounds", "10")),
     "Inside a program": ("host.py", (), ("--rounds", "2", "--seconds", "2")),
     "Start and size": ("startup.py", (), ("--rounds", "2")),
 }

@@ -1,0 +1,66 @@
+"""
+Should a Mach call give up the interpreter lock? Snapshots over the simulator beside a thread that computes.
+
+    python benchmarks/darwin_gil.py [--threads 50] [--rounds 40]
+
+`kept` is the source as it is: the short calls on our own task keep the lock (ctypes.PyDLL). `released` is the
+same with every call giving it up (ctypes.CDLL), as ctypes does by default: each taking back may wait for the
+switch interval of 5 ms. Wall time of a snapshot, by turns, medians.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from darwin.simulator import Simulator, build
+from vitalsd.sources.libsystem import LibSystem
+from vitalsd.sources.mach import MachSource
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=40)
+    arguments = parser.parse_args()
+    end = threading.Event()
+
+    def compute() -> None:
+        while not end.is_set():
+            sum(range(1000))
+
+    with tempfile.TemporaryDirectory() as directory:
+        simulator = Simulator(build(Path(directory)), Path(directory))
+        simulator.hide_real_threads()
+        for i in range(arguments.threads):
+            simulator.add_thread((1 << 40) + i, user_ns=i * 1000, system_ns=i * 1000, name=f"worker {i}".encode())
+        released = LibSystem(str(simulator.path))
+        released._quick = released._slow  # type: ignore[assignment]
+        sources = {"kept": MachSource(lib=simulator.lib), "released": MachSource(lib=released)}
+        taken: dict[str, dict[str, list[float]]] = {"idle": {}, "beside_a_busy_thread": {}}
+        for load, figures in taken.items():
+            if load != "idle":
+                threading.Thread(target=compute, daemon=True).start()
+            for _ in range(arguments.rounds):
+                for name, source in sources.items():
+                    begun = time.perf_counter()
+                    source.snapshot()
+                    figures.setdefault(name, []).append((time.perf_counter() - begun) * 1000)
+        end.set()
+    result: dict[str, object] = {"threads": arguments.threads}
+    for load, figures in taken.items():
+        medians = {name: statistics.median(values) for name, values in figures.items()}
+        result[load] = {f"{name}_ms": round(value, 3) for name, value in medians.items()} | {
+            "released_to_kept": round(medians["released"] / medians["kept"], 1)
+        }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
