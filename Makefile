@@ -31,8 +31,8 @@ run: $(READY) ## serve the metrics of a process: make run ARGS="--pid 4242"
 demo: $(READY) ## run an app with busy threads, and show what to curl
 	@exec $(BIN)/python clients/examples/threaded_app.py $(ARGS)
 
-test: $(READY) ## run the tests: make test ARGS="-k trailing"
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the tests, two files at a time: make test ARGS="-k trailing", ARGS="-n 0 -s"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 doctor: $(READY) ## examine vitalsd on this machine: make doctor ARGS="--soak 60"
 	@$(BIN)/vitalsd doctor $(ARGS)

@@ -1,7 +1,7 @@
 """
 What recording costs: CPU of a sidecar that records, beside one that does not, in one run.
 
-    python benchmarks/recorder.py [--seconds 20] [--rounds 3] [--threads 50 1000] [--interval 1.0 0.25]
+    python benchmarks/recorder.py [--seconds 10] [--rounds 3] [--threads 50 1000] [--interval 1.0 0.25]
 
 Sidecars with a recorder and black box, with a recorder alone and with neither watch the same target at
 the same time, and so does the floor: a C program that wakes as often and only reads every thread. Whatever
@@ -107,7 +107,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[50, 1000])
     parser.add_argument("--interval", type=float, nargs="+", default=[1.0, 0.25])

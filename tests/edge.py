@@ -14,9 +14,10 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.http.app import create_app
-from vitalsd.sampler import Sampler, Targets
+from vitalsd.sampler import Sampler
 from vitalsd.sidecar import Sidecar, listen
 from vitalsd.sources import list_processes, open_source
+from vitalsd.targets import Targets
 
 __all__ = ["Counted", "Edge", "Reply", "dial", "exchange", "get", "whole_app"]
 

@@ -77,6 +77,8 @@ def test_requests_made_from_the_schema(served: Serving, mode: GenerationMode, si
         for found in schema.get_all_operations():
             assert isinstance(found, Ok), found
             operation = found.ok()
+            if operation.path == "/hello":
+                continue  # is there with a token alone
             if mode is GenerationMode.NEGATIVE:
                 with suppress(Unsatisfiable):  # where there is no parameter none can be wrong
                     statuses += asked(operation, mode, size, session)

@@ -20,7 +20,7 @@ SERVICE = ROOT / "service" / "vitalsd"
 
 # Above a module: whatever may import it, and must not be imported by it.
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "vitalsd.http", "vitalsd.sidecar"}
-ABOVE = HTTP | {"vitalsd.sampler", "vitalsd.cli"}
+ABOVE = HTTP | {"vitalsd.sampler", "vitalsd.targets", "vitalsd.cli"}
 FORBIDDEN = {
     "vitalsd.model": {"vitalsd"},
     "vitalsd.snapshot": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
@@ -29,7 +29,8 @@ FORBIDDEN = {
     "vitalsd.worker": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
     "vitalsd.record": ABOVE,
     "vitalsd.endpoint": ABOVE | {"vitalsd.wire", "vitalsd.model"},
-    "vitalsd.sampler": HTTP | {"vitalsd.cli"},
+    "vitalsd.sampler": HTTP | {"vitalsd.targets", "vitalsd.cli"},
+    "vitalsd.targets": HTTP | {"vitalsd.cli"},
     "vitalsd.http": {"vitalsd.cli"},
     "vitalsd.sidecar": {"vitalsd.cli"},
     "vitalsd.top": HTTP | {"vitalsd.cli"},

@@ -225,18 +225,35 @@ def test_a_page_of_another_origin_reaches_nothing(
     assert learnt == {name: most for name, (_, most) in SHAPES.items()}
 
 
-def test_a_link_from_another_site_opens_nothing(
-    browser: Browser, edge: Edge, counted: Counted, attacker: Attacker
+@pytest.mark.parametrize("path", ["/", "/metrics?window_ms=60000", "/report.zip", "/stream", "/openapi.json"])
+def test_a_link_from_another_site_leads_to_no_data(
+    browser: Browser, edge: Edge, counted: Counted, attacker: Attacker, path: str
 ) -> None:
-    """The page itself cannot be opened by another site: not in its own window and not in a new one."""
+    """Without a token, with which it may lead to the page, it leads nowhere: in the same window or a new one."""
     counted.reached.clear()
-    for script in (f"void (location = '{edge.url}/')", f"void window.open('{edge.url}/')"):
+    for script in (f"void (location = '{edge.url}{path}')", f"void window.open('{edge.url}{path}')"):
         before = edge.answered
         browser.open(f"http://evil.test:{attacker.port}/")
         browser.eventually("document.readyState", lambda state: state == "complete")
         browser.call("Runtime.evaluate", expression=script, userGesture=True)
         arrives(edge, before)
     assert counted.reached == []
+
+
+def test_a_link_may_open_our_page_and_whoever_has_set_it_sees_nothing(counted: Counted, attacker: Attacker) -> None:
+    """
+    Where a token guards the rest. The page is then on its own: the window that opened it has no hold on it, and
+    does not learn what it shows.
+    """
+    counted.reached.clear()
+    with Edge(counted, token="a" * 43) as edge, Browser(RULES) as browser:
+        browser.open(f"http://evil.test:{attacker.port}/")
+        browser.eventually("document.readyState", lambda state: state == "complete")
+        script = f"void (opened = window.open('{edge.url}/'))"
+        browser.call("Runtime.evaluate", expression=script, userGesture=True)
+        eventually(lambda: counted.reached[:1] == ["GET /"])
+        browser.eventually("opened.closed")
+        assert browser.run("(() => { try { return opened.document.title } catch { return 'hidden' } })()") == "hidden"
 
 
 def test_a_rebound_name_reaches_nothing(browser: Browser, edge: Edge, counted: Counted, rebinding: Attacker) -> None:

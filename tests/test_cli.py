@@ -104,9 +104,9 @@ def test_name_picks_the_newest(start: Start) -> None:
     )
 
 
-def test_serve_says_where(tmp_path: Path) -> None:
+def test_serve_says_where(short_path: Path) -> None:
     """The line on stderr is the address that answers."""
-    with Serving(tmp_path) as serving:
+    with Serving(short_path) as serving:
         assert re.fullmatch(
             r"vitalsd: serving itself on http://127\.0\.0\.1:\d+/metrics and /\S+\.sock\n", serving.said
         )

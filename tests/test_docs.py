@@ -83,7 +83,7 @@ def test_every_reason_is_described(schema: Any) -> None:
         for status, answer in operation["responses"].items()
         for reason in answer["content"].get("application/problem+json", {}).get("examples", {})
     }
-    never = {"no_such_route", "method_not_allowed"}  # of what is no route
+    never = {"method_not_allowed"}  # of what is no route
     assert set(get_args(Reason)) == set(TITLES)
     assert seen == {reason: str(status) for reason, (status, _) in TITLES.items() if reason not in never}
 

@@ -192,6 +192,14 @@ def test_a_tick_frequency_that_lies_is_made_good(simulator: Simulator) -> None:
     assert "hw.tbfrequency says" in findings["ticks.own"].measured
 
 
+@pytest.mark.torture
+@pytest.mark.timeout(200)
+def test_a_minute_of_soak(platform: Platform) -> None:
+    """Tens of thousands of snapshots under churn leave nothing behind, with certainty."""
+    findings = {finding.check: finding for finding in soak(platform, 60, lambda done: None)}
+    assert failures(findings) == set(), findings
+
+
 # What it judges by
 
 

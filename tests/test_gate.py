@@ -284,21 +284,26 @@ def test_what_a_browser_says_of_who_asks(edge: Edge, counted: Counted, headers: 
 
 
 @pytest.mark.parametrize(
-    ("path", "dest", "mode", "status"),
+    ("path", "dest", "mode", "guarded", "status"),
     [
-        ("/", "document", "navigate", 200),
-        ("/docs", "document", "navigate", 200),
-        ("/", "iframe", "navigate", 403),
-        ("/", "empty", "cors", 403),
-        ("/", "image", "no-cors", 403),
-        ("/metrics", "document", "navigate", 403),
-        ("/openapi.json", "document", "navigate", 403),
+        ("/", b"document", b"navigate", True, 418),
+        ("/", b"document", b"navigate", False, 403),
+        ("/", b"iframe", b"navigate", True, 403),
+        ("/", b"empty", b"cors", True, 403),
+        ("/", b"image", b"no-cors", True, 403),
+        ("/docs", b"document", b"navigate", True, 403),
+        ("/healthz", b"document", b"navigate", True, 403),
+        ("/metrics", b"document", b"navigate", True, 403),
     ],
 )
-def test_a_link_may_lead_to_a_page(edge: Edge, path: str, dest: str, mode: str, status: int) -> None:
-    """From another site the user gets to the documents, which hold no data, and to nothing else."""
-    lines = ("Sec-Fetch-Site: cross-site", f"Sec-Fetch-Dest: {dest}", f"Sec-Fetch-Mode: {mode}")
-    assert get(edge.url, path, *lines).status == status
+def test_what_leads_to_the_page(path: str, dest: bytes, mode: bytes, guarded: bool, status: int) -> None:
+    """A file of `vitalsd open` does, to the document without data, if a token guards all else; no site does more."""
+    host, site = (b"host", b"127.0.0.1:9779"), (b"sec-fetch-site", b"cross-site")
+    gate = Gate(teapot, token="secret" if guarded else None)
+    assert (
+        asked(gate, ("127.0.0.1", 9779), host, site, (b"sec-fetch-dest", dest), (b"sec-fetch-mode", mode), path=path)
+        == status
+    )
 
 
 @pytest.mark.parametrize("origin", ["http://evil.test", "null", "http://{H}"])

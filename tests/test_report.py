@@ -31,8 +31,9 @@ from vitalsd.http.app import create_app
 from vitalsd.model import Measured, Unavailable, parse_runtime_metrics
 from vitalsd.recorder import Recording
 from vitalsd.replay import load
-from vitalsd.sampler import Sampler, Targets
+from vitalsd.sampler import Sampler
 from vitalsd.sources import Source, open_source
+from vitalsd.targets import Targets
 from vitalsd_client import BugReport
 from vitalsd_client.archive import Bundle, Failure, check_app, new_report_id, seal
 from vitalsd_client.report import Content

@@ -10,9 +10,10 @@ import pytest
 
 from snapshots import IDENTITY, snapshot
 from vitalsd.recorder import Recording
-from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, Busy, Sampler, Stream, Targets, sample
+from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, Busy, Sampler, sample
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import NoSuchProcess, Source, TargetGone
+from vitalsd.targets import Stream, Targets
 
 
 class CountingSource:

@@ -17,12 +17,13 @@ from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.recorder import Recording
 from vitalsd.runs import RunDirectory
-from vitalsd.sampler import Sampler, Targets
+from vitalsd.sampler import Sampler
 from vitalsd.sidecar import Sidecar as Service
 from vitalsd.sidecar import listen, runtime_directory
 from vitalsd.sources import Source, list_processes, open_source
 from vitalsd.sources.birth import births
 from vitalsd.sources.python_names import PythonNames
+from vitalsd.targets import Targets
 
 __all__ = ["Sidecar", "start"]
 

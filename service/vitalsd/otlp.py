@@ -22,9 +22,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from vitalsd.sampler import Targets
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import SourceError
+from vitalsd.targets import Targets
 from vitalsd.wire import iso, os_version, printable
 from vitalsd.worker import Worker
 

@@ -44,7 +44,7 @@ def load(path: Path) -> Record:
 
 class Replay:
     """
-    A `vitalsd.sampler.Target` that has ended: the past is all there, and nothing else.
+    A `vitalsd.targets.Target` that has ended: the past is all there, and nothing else.
 
     Args:
         record: as read by `load`.

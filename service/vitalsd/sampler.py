@@ -9,12 +9,9 @@ cost about what one costs. The recorder's snapshots are taken on the same thread
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
@@ -22,7 +19,7 @@ from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 from vitalsd.sources import KernelError, Source, SourceError, platform_name
 from vitalsd.worker import PATIENCE_NS, Hung, Worker
 
-__all__ = ["Busy", "NotRecording", "Sampler", "Stream", "Target", "Targets", "sample"]
+__all__ = ["Busy", "NotRecording", "Sampler", "sample"]
 
 SHARE_NS = 10_000_000
 """A snapshot this young serves another window too ..."""
@@ -34,9 +31,6 @@ CROWD_NS = 5_000_000
 """... one this young, or as young as half the window."""
 MAX_WINDOWS = 64
 """Of one target at once, that began or end apart from each other. Who asks for the same ones costs none."""
-STREAM_QUEUE = 16
-"""Measurements that wait for a slow reader of a stream; then the oldest is dropped."""
-
 T = TypeVar("T")
 
 
@@ -46,26 +40,6 @@ class Busy(Exception):
 
 class NotRecording(Exception):
     """There is no recorder, and what was asked for needs one."""
-
-
-class Target(Protocol):
-    """A process that is measured: live (`Sampler`) or read back from a dead run (`vitalsd.replay`)."""
-
-    snapshots_taken: int
-
-    @property
-    def platform(self) -> str: ...
-    @property
-    def pid(self) -> int | None: ...
-    @property
-    def record(self) -> Record | None: ...
-    async def identity(self) -> Identity: ...
-    async def window(self, window_ms: int, *, extras: bool = False) -> Measurement: ...
-    async def snapshot(self, *, extras: bool = False) -> Snapshot: ...
-    def mark(self, label: str) -> Mark: ...
-    def recording_info(self) -> dict[str, Any] | None: ...
-    async def hangs(self) -> bool: ...
-    async def close(self) -> None: ...
 
 
 def sample(source: Source, window_ms: int, *, extras: bool = False) -> Measurement:
@@ -308,171 +282,3 @@ class _Pending:
     def is_after(self, not_before_ns: int) -> bool:
         since_ns = self.since_ns
         return since_ns is None or since_ns >= not_before_ns
-
-
-class Stream:
-    """
-    Window after window of one target, for one reader: an async iterator of `Measurement`.
-
-    A reader that is too slow loses the oldest, counted in `dropped`; it never holds up the sampler.
-    It ends with the `SourceError` that says why there is no more.
-    """
-
-    def __init__(self, target: Target, interval_ms: int) -> None:
-        self._target = target
-        self._interval_ms = interval_ms
-        self._waiting: deque[Measurement] = deque(maxlen=STREAM_QUEUE)
-        self._news = asyncio.Event()
-        self._error: SourceError | None = None
-        self._producer = asyncio.create_task(self._produce())
-        self.dropped = 0
-
-    def __aiter__(self) -> "Stream":
-        return self
-
-    async def __anext__(self) -> Measurement:
-        while not self._waiting:
-            if self._error is not None:
-                raise self._error
-            if self._producer.done():
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        return self._waiting.popleft()
-
-    async def close(self) -> None:
-        """End it; a reader that waits gets no more."""
-        self._producer.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._producer
-        self._news.set()
-
-    async def _produce(self) -> None:
-        try:
-            while True:
-                try:
-                    measurement = await self._target.window(self._interval_ms)
-                except Busy:  # whoever was let in stays, and misses one
-                    self.dropped += 1
-                    await asyncio.sleep(self._interval_ms / 1000)
-                    continue
-                self.dropped += len(self._waiting) == STREAM_QUEUE
-                self._waiting.append(measurement)
-                self._news.set()
-        except SourceError as error:
-            self._error = error
-        finally:
-            self._news.set()
-
-
-@dataclass(slots=True, eq=False)
-class _Guest:
-    sampler: Sampler
-    users: int = 0
-    expiry: asyncio.TimerHandle | None = None
-
-
-class Targets:
-    """
-    The samplers of every process that is being asked for.
-
-    Args:
-        default: the target of this sidecar; it stays open.
-        open_source: opens any other pid; closed again after `idle_s` without a caller.
-        limit: of other targets open at once; beyond it `Busy` is raised.
-    """
-
-    def __init__(
-        self,
-        default: Target,
-        open_source: Callable[[int], Source],
-        *,
-        idle_s: float = 10,
-        limit: int = 32,
-    ) -> None:
-        self.default = default
-        self._open_source = open_source
-        self._idle_s = idle_s
-        self._limit = limit
-        self._guests: dict[int, _Guest] = {}
-        self._closing: set[asyncio.Task[None]] = set()
-
-    @asynccontextmanager
-    async def target(self, pid: int | None) -> AsyncIterator[Target]:
-        """
-        The target with this `pid`, or the default one. It stays open as long as the context.
-
-        Raises:
-            Busy: too many targets at once.
-        """
-        if pid is None or pid == self.default.pid:
-            yield self.default
-            return
-        guest = self._enter(pid)
-        try:
-            yield guest.sampler
-        except SourceError:
-            # The pid may be another process the next time: whoever asks next opens it anew. Unless a read of it
-            # hangs: its thread is kept, or each who asks would leave another one behind.
-            if not await guest.sampler.hangs() and self._guests.get(pid) is guest:
-                del self._guests[pid]
-            raise
-        finally:
-            guest.users -= 1
-            if guest.users == 0 and self._guests.get(pid) is guest:
-                guest.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
-            elif guest.users == 0:
-                self._release(guest)
-
-    async def hangs(self) -> bool:
-        """Whether a read of any of them does not return."""
-        samplers = [guest.sampler for guest in self._guests.values()]
-        return await self.default.hangs() or any([await sampler.hangs() for sampler in samplers])
-
-    async def start(self) -> None:
-        """Open the default target, so that it is recorded from now on. A failure is told to whoever asks."""
-        with suppress(SourceError):
-            await self.default.identity()
-
-    def retarget(self, target: Target) -> None:
-        """Measure `target` by default from now on; the one before is closed."""
-        closing = asyncio.ensure_future(self.default.close())
-        self.default = target
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
-
-    async def close(self) -> None:
-        """Release all targets."""
-        for pid in list(self._guests):
-            self._drop(pid)
-        await asyncio.gather(self.default.close(), *self._closing)
-
-    def _enter(self, pid: int) -> _Guest:
-        guest = self._guests.get(pid)
-        if guest is None:
-            if len(self._guests) >= self._limit:
-                raise Busy(f"{self._limit} other processes are being sampled already")
-            guest = self._guests[pid] = _Guest(Sampler(lambda: self._open_source(pid), name=f"vitalsd-{pid}"))
-        if guest.expiry is not None:
-            guest.expiry.cancel()
-            guest.expiry = None
-        guest.users += 1
-        return guest
-
-    def _expire(self, pid: int) -> None:
-        guest = self._guests[pid]
-        if guest.sampler.busy:  # with what nobody asks for any more: it hangs
-            guest.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
-        else:
-            self._drop(pid)
-
-    def _drop(self, pid: int) -> None:
-        guest = self._guests.pop(pid)
-        if guest.expiry is not None:
-            guest.expiry.cancel()
-        self._release(guest)
-
-    def _release(self, guest: _Guest) -> None:
-        task = asyncio.ensure_future(guest.sampler.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)

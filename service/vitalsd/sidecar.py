@@ -22,9 +22,10 @@ from vitalsd import endpoint as endpoints
 from vitalsd.endpoint import Endpoint, EndpointError, Target
 from vitalsd.http.server import Server
 from vitalsd.listeners import DEFAULT_PORT, ListenError, PortInUse, UnixListener, bind_tcp, is_remote
-from vitalsd.sampler import Sampler, Targets
+from vitalsd.sampler import Sampler
 from vitalsd.sources import SourceError
 from vitalsd.sources.birth import Births, births
+from vitalsd.targets import Targets
 from vitalsd.watch import death_of
 
 __all__ = ["Companion", "Listeners", "Sidecar", "adopt", "end_with", "follow", "listen", "runtime_directory", "serve"]

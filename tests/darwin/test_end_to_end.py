@@ -14,8 +14,11 @@ import pytest
 from darwin.simulator import Simulator
 from vitalsd.http.app import create_app
 from vitalsd.model import FullMetrics, Measured, parse_runtime_metrics
-from vitalsd.sampler import Sampler, Targets
+from vitalsd.record import Record
+from vitalsd.replay import Replay
+from vitalsd.sampler import Sampler
 from vitalsd.sources.darwin import list_processes, open_process
+from vitalsd.targets import Targets
 from workload import ChildWorkload, OwnWorkload, Workload
 
 Get = Callable[..., Awaitable[httpx.Response]]
@@ -144,3 +147,20 @@ def test_a_refusal_names_the_platform_that_was_asked(simulator: Simulator, path:
     if "pid" not in path:
         simulator.fault("proc_pidinfo", errno.ENOMEM, every=1)
     serve(simulator, scenario)
+
+
+def test_a_replay_names_the_platform_of_its_run(simulator: Simulator) -> None:
+    """A run of a Mac that is looked at elsewhere is still one of a Mac."""
+    source = open_process(lib=simulator.lib)
+    record = Record(source.identity(), interval_ns=1_000_000_000)
+    record.append(source.snapshot())
+
+    async def run() -> None:
+        targets = Targets(Replay(record), lambda pid: open_process(pid, lib=simulator.lib))
+        transport = httpx.ASGITransport(create_app(targets, list))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            answer = await client.get("/metrics")
+        assert (answer.status_code, answer.json()["platform"]) == (410, "macos")
+        await targets.close()
+
+    asyncio.run(run())

@@ -10,7 +10,7 @@ from vitalsd.cli.options import Refused
 
 if TYPE_CHECKING:
     from vitalsd.otlp import Push
-    from vitalsd.sampler import Targets
+    from vitalsd.targets import Targets
 
 __all__ = ["otlp_options", "push_to"]
 

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from vitalsd.alongside import ReadyFd
     from vitalsd.endpoint import Target
     from vitalsd.runs import RunDirectory
-    from vitalsd.sampler import Targets
     from vitalsd.sidecar import Companion, Listeners
     from vitalsd.sources import ProcessEntry
     from vitalsd.sources.birth import Births
     from vitalsd.sources.platform import Platform
+    from vitalsd.targets import Targets
 
 __all__ = ["replay", "serve"]
 
@@ -199,9 +199,10 @@ def _serve_target(
     from vitalsd.endpoint import Target
     from vitalsd.recorder import Recording
     from vitalsd.runs import RunDirectory
-    from vitalsd.sampler import Sampler, Targets
+    from vitalsd.sampler import Sampler
     from vitalsd.sidecar import Companion, end_with, follow
     from vitalsd.sources import NoSuchProcess, Source, SourceError
+    from vitalsd.targets import Targets
 
     if pid is not None and name is not None:
         raise click.UsageError("--pid and --name exclude each other")
@@ -271,8 +272,8 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
     """
     from vitalsd.replay import Replay, load
     from vitalsd.runs import RunDirectory, UnreadableRun
-    from vitalsd.sampler import Targets
     from vitalsd.sources import NoSuchProcess, Source
+    from vitalsd.targets import Targets
 
     def nobody(pid: int) -> Source:
         raise NoSuchProcess(f"this is a replay of {file.name}; it has no process {pid}")

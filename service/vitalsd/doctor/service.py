@@ -25,6 +25,8 @@ from vitalsd.sources.platform import Platform
 __all__ = ["sidecar"]
 
 WINDOW_MS = 200
+SHARED_MS = 190
+"""The least that such a window lasts: it may begin with a snapshot that another one took just before."""
 COST_S = 2.5
 CPU_PERCENT = 1.0
 RSS_MIB = 96
@@ -102,11 +104,11 @@ def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
         took_ms = (time.monotonic() - begun) * 1000
         if isinstance(told, Measured):
             tids = {thread.tid for thread in told.threads}
-            good = set(burner.tids.values()) <= tids and told.sample_window_ms >= WINDOW_MS
+            good = set(burner.tids.values()) <= tids and told.sample_window_ms >= SHARED_MS
             measured = f"{len(told.threads)} threads over {told.sample_window_ms} ms, after {took_ms:.0f} ms"
         else:
             good, measured = False, told.reason
-        expected = f"its {len(burner.tids) + 1} threads, over {WINDOW_MS} ms or more"
+        expected = f"its {len(burner.tids) + 1} threads, over {SHARED_MS} ms or more"
         yield judged(check, what, expected, measured, good, BUG)
 
 

@@ -15,8 +15,8 @@ from vitalsd.http.page import page_routes
 from vitalsd.http.past import past_routes
 from vitalsd.http.report import report_routes
 from vitalsd.runs import RunDirectory
-from vitalsd.sampler import Targets
 from vitalsd.sources import ProcessEntry
+from vitalsd.targets import Targets
 from vitalsd.worker import Worker
 
 __all__ = ["create_app"]

@@ -215,10 +215,11 @@ def type_text(schema: dict[str, Any], link: Callable[[str], str], code: Callable
     if "enum" in schema or "const" in schema:
         text = " or ".join(code(str(each)) for each in schema.get("enum", [schema.get("const")]))
     else:
-        text = str(schema.get("type", "anything"))
+        text = str(schema.get("type", ""))
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
         text += f", {low} to {high}"
     if "default" in schema:
-        text += f"; {code(str(schema['default']))} if not given"
+        default = schema["default"]
+        text += f"; {code(default if isinstance(default, str) else json.dumps(default))} if not given"
     return text

@@ -20,8 +20,8 @@ __all__ = ["OPEN_PATHS", "Gate", "protected"]
 OPEN_PATHS = frozenset(("/", "/docs", "/healthz", "/hello"))
 """Say nothing but that the service is alive, what its own code holds, and that it knows the token."""
 
-PAGES = frozenset(("/", "/docs"))
-"""Documents without data, which nobody may frame: a link may lead here from anywhere, and `vitalsd open` does."""
+PAGE = "/"
+"""Where a file of `vitalsd open` leads to, with the token; to the browser that is another site."""
 
 MAX_TARGET_BYTES = 2048
 MAX_HEAD_BYTES = 16 * 1024
@@ -130,7 +130,7 @@ class Gate:
         host = hosts[0].decode("latin-1").lower()
         if not self._is_ours(host, scope):
             return problem("misdirected", f"this is not {shown(host)}; use {self._right_host(scope)}")
-        return _cross_site(scope, host) or self._without_token(scope)
+        return _cross_site(scope, host, guarded=self._token is not None) or self._without_token(scope)
 
     def _is_ours(self, host: str, scope: Scope) -> bool:
         if scope["client"] is None:
@@ -203,21 +203,23 @@ class Gate:
             self._running.discard(task)
 
 
-def _cross_site(scope: Scope, host: str) -> Response | None:
+def _cross_site(scope: Scope, host: str, *, guarded: bool) -> Response | None:
     """
     A refusal of what a page of another origin made the browser send.
 
     Another port of this machine is another origin too, hence no ``same-site``. ``none`` is the user's
-    own doing, an address that was typed or a bookmark; an extension's fetch says so as well.
+    own doing, an address that was typed or a bookmark; an extension's fetch says so as well. Where
+    everything else is `guarded` by a token, the page, which holds no data, may be led to from elsewhere.
     """
     headers: Headers = scope["headers"]
     sites = _values(headers, b"sec-fetch-site")
     navigates = _values(headers, b"sec-fetch-mode") == [b"navigate"]
     typed = sites == [b"none"] and navigates
     led = (
-        navigates
+        guarded
+        and navigates
         and scope["method"] == "GET"
-        and scope["path"] in PAGES
+        and scope["path"] == PAGE
         and _values(headers, b"sec-fetch-dest") == [b"document"]
     )
     if sites not in ([], [b"same-origin"]) and not typed and not led:

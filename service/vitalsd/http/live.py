@@ -18,8 +18,9 @@ from vitalsd.http.answers import JSON, failed
 from vitalsd.http.exposition import Form, Scrape, expose, negotiate
 from vitalsd.http.problem import problem
 from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery, given
-from vitalsd.sampler import Busy, Stream, Target, Targets
+from vitalsd.sampler import Busy
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
+from vitalsd.targets import Stream, Target, Targets
 from vitalsd.wire import Labels, encode, iso, os_version, unavailable
 from vitalsd.worker import PATIENCE_NS, Hung, Worker
 
@@ -143,7 +144,7 @@ def live_routes(
             ]
         )
 
-    @routes.get("/healthz", summary="Is the service alive?")
+    @routes.get("/healthz", summary="Whether the service is alive")
     async def healthz(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         if await targets.hangs() or await lister.hangs():
             return problem("hung", f"a read of the kernel has not returned for {PATIENCE_NS / 1e9:g} s")

@@ -298,6 +298,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         description="Only with `--auth token`. A client asks before it sends the token: another user may have taken the"
         " port of a sidecar that died.",
         answer="The proof.",
+        reasons=("no_such_route",),
         models=(bodies.Hello,),
         example={"app": "vitalsd", "proof": "5f" * 32},
     ),

@@ -11,8 +11,9 @@ from vitalsd.http.problem import problem
 from vitalsd.http.query import HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, given, sent
 from vitalsd.record import Mark, Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
-from vitalsd.sampler import NotRecording, Targets
+from vitalsd.sampler import NotRecording
 from vitalsd.sources import SourceError
+from vitalsd.targets import Targets
 from vitalsd.wire import iso
 from vitalsd.worker import Worker
 

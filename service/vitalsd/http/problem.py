@@ -10,6 +10,7 @@ from typing import Literal
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
 from vitalsd.sampler import Busy, NotRecording
@@ -125,6 +126,10 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         path = request.scope["path"]
         there = f"{nearest(path, paths)}there are: {', '.join(paths)}"
         return problem("no_such_route", f"{shown(path)} is not served here; {there}")
+
+    @app.exception_handler(ClientDisconnect)
+    async def hung_up(_: Request, error: ClientDisconnect) -> Response:
+        return problem("bad_request", "the connection was closed before the body was whole")
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:

@@ -23,9 +23,9 @@ from vitalsd.http.problem import problem
 from vitalsd.http.query import NoQuery, ReportQuery, given
 from vitalsd.record import Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
-from vitalsd.sampler import Targets
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
+from vitalsd.targets import Targets
 from vitalsd.wire import encode, unavailable
 from vitalsd.worker import Worker
 from vitalsd_client.archive import (

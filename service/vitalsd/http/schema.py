@@ -42,6 +42,16 @@ RUN_ID: dict[str, Any] = {
     "example": RUN["id"],
 }
 
+SHAPES: dict[str, dict[str, Any]] = {
+    JSON: {"type": "object"},
+    "text/event-stream": {
+        "type": "object",
+        "description": "One event.",
+        "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+    },
+}
+"""Of what is not text."""
+
 
 def openapi(routes: Sequence[APIRoute]) -> dict[str, Any]:
     """The schema of `routes`, each of which is described in `OPERATIONS`."""
@@ -138,7 +148,7 @@ def _responses(operation: Operation, *, open_to_all: bool) -> dict[str, Any]:
             "example": operation.example,
         }
     for media_type, example in (operation.other or {}).items():
-        content[media_type] = {"schema": {"type": "object" if media_type == JSON else "string"}}
+        content[media_type] = {"schema": SHAPES.get(media_type, {"type": "string"})}
         if example:
             content[media_type]["example"] = example
     responses: dict[str, Any] = {str(operation.status): {"description": operation.answer, "content": content}}
