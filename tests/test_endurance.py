@@ -198,7 +198,8 @@ def soak(places: list[str], count: int, seed: int) -> Counter[str]:
 )
 def test_a_soak_leaves_nothing(short_path: Path, count: int, grown: int) -> None:
     """After so many requests of every kind: descriptors, sockets and threads as before, memory nearly so."""
-    with serving(short_path, "--record-interval", "0.1") as (process, ready):
+    # Snapshots far apart: the record may grow to its bound, and is not what is measured here.
+    with serving(short_path, "--record-interval", "20") as (process, ready):
         places = [ready["url"], ready["socket"]]
         fresh = Held.by(process.pid)
         soak(places, max(500, count // 20), 1)
