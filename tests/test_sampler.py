@@ -293,6 +293,26 @@ def test_a_target_that_dies_in_the_window_fails_all_who_share_it() -> None:
     run(main())
 
 
+def test_who_is_told_of_the_end_finds_it_in_the_record() -> None:
+    """The record ends with the first read that finds the target gone, not with its next own one, and once."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source, recording=Recording(3600))
+        await sampler.window(10)
+        source.error = TargetGone("target 1 has exited")
+        with pytest.raises(TargetGone):
+            await sampler.window(10)
+        assert sampler.record is not None
+        assert [event.kind for event in sampler.record.events] == ["exited"]
+        with pytest.raises(TargetGone):
+            await sampler.window(10)
+        await sampler.close()
+        assert [event.kind for event in sampler.record.events] == ["exited"]
+
+    run(main())
+
+
 def ask(targets: Targets, pid: int, window_ms: int = 10) -> Coroutine[Any, Any, None]:
     async def asked() -> None:
         async with targets.target(pid) as sampler:

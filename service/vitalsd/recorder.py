@@ -64,6 +64,8 @@ class Recorder:
 
     def failed(self, error: SourceError) -> bool:
         """Note that there is no snapshot this time; False if there never will be one again."""
+        if self.ended is not None:
+            return False
         reason = str(error)
         if isinstance(error, TargetGone):
             self.ended = reason

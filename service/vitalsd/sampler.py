@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
-from vitalsd.sources import KernelError, Source, SourceError, platform_name
+from vitalsd.sources import KernelError, Source, SourceError, TargetGone, platform_name
 from vitalsd.worker import PATIENCE_NS, Hung, Worker
 
 __all__ = ["Busy", "NotRecording", "Sampler", "sample"]
@@ -243,7 +243,13 @@ class Sampler:
     def _take(self, extras: bool) -> Snapshot:
         assert self._source is not None
         self.snapshots_taken += 1
-        self._last = self._source.snapshot(extras=extras)
+        try:
+            self._last = self._source.snapshot(extras=extras)
+        except TargetGone as error:
+            # Whoever is told that it is gone may look at once into the record for how it ended.
+            if self.recorder is not None:
+                self.recorder.failed(error)
+            raise
         return self._last
 
     def _beat(self) -> bool:
