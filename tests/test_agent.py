@@ -2,7 +2,6 @@
 
 import os
 import plistlib
-import shutil
 import stat
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from click.testing import CliRunner
 
 from sidecars import VITALSD
 from supervisors import FakeSupervisor
+from tools import program
 from vitalsd.agent import LABEL, AgentError, Launchd, Plan, Status, Systemd, supervisor
 from vitalsd.cli import main
 
@@ -82,13 +82,12 @@ def test_with_a_name_it_runs_from_the_login_on(short_path: Path) -> None:
     assert job["EnvironmentVariables"] == {"VITALSD_STATE_DIR": "/s & t"}
 
 
-@pytest.mark.skipif(shutil.which("plistutil") is None, reason="needs libplist-utils")
 def test_an_independent_reader_agrees(short_path: Path) -> None:
     """libplist reads the template and the installed file to the same content as Python."""
     template = Path(__file__).parent.parent / "launchd" / f"{LABEL}.plist"
     [rendered] = launchd(short_path, name="<&>").files().values()
     for content in (template.read_bytes(), rendered):
-        command = ["plistutil", "-i", "-", "-f", "bin"]
+        command = [program("plistutil", package="libplist-utils"), "-i", "-", "-f", "bin"]
         binary = subprocess.run(command, input=content, capture_output=True, check=True).stdout
         assert plistlib.loads(binary) == plistlib.loads(content)
 
@@ -284,20 +283,20 @@ def test_systemd_that_refuses_or_is_not_there(short_path: Path, fake: FakeSuperv
         Systemd(a_plan(short_path)).status()
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
 def test_systemd_itself_accepts_the_units(short_path: Path) -> None:
     """systemd-analyze finds nothing to say about them, with awkward names too, and their exposure is low."""
+    analyze = program("systemd-analyze", package="systemd")
     for name in (None, AWKWARD):
         for path, content in Systemd(a_plan(short_path, name=name)).files().items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         paths = [str(path) for path in Systemd(a_plan(short_path)).files()]
-        command = ["systemd-analyze", "--user", "--man=no", "--recursive-errors=no", "verify", *paths]
+        command = [analyze, "--user", "--man=no", "--recursive-errors=no", "verify", *paths]
         env = os.environ | {"XDG_RUNTIME_DIR": str(short_path)}
         verified = subprocess.run(command, capture_output=True, text=True, env=env)
         assert (verified.returncode, verified.stderr) == (0, "")
     service = next(path for path in paths if path.endswith(".service"))
-    command = ["systemd-analyze", "--offline=true", "--threshold=20", "security", service]
+    command = [analyze, "--offline=true", "--threshold=20", "security", service]
     secure = subprocess.run(command, capture_output=True, text=True, env=env | {"SYSTEMD_COLORS": "0"})
     assert secure.returncode == 0, secure.stdout
 

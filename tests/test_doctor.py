@@ -144,8 +144,6 @@ def test_a_defect_makes_the_right_line_fail(
     platform: Platform, defect: str, must_fail: set[str], may_fail: set[str]
 ) -> None:
     """And no other; with the next step to take."""
-    if platform.name == "macos" and defect in ("rss", "descriptor"):
-        pytest.skip("the same as on Linux")
     before = set(os.listdir("/dev/fd"))
     try:
         findings = readings(as_platform.planted(platform, defect))
