@@ -63,12 +63,6 @@ def create_app(
         lister.stop(0.1)
         reader.stop(1)
 
-    app = FastAPI(
-        openapi_url=None,  # FastAPI's own would build every schema while the service starts; see http/docs.py
-        redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
-        lifespan=lifespan,
-        telemetry=NO_TELEMETRY,
-    )
     routers = [
         live_routes(targets, list_processes, reader, lister, thread_metrics=thread_metrics),
         past_routes(targets, runs, reader),
@@ -76,8 +70,14 @@ def create_app(
         page_routes(),
     ]
     routers.append(docs_routes(routers, reader))
-    for router in routers:
-        app.include_router(router)
+    routes = [route for router in routers for route in router.routes]
+    app = FastAPI(
+        routes=routes,  # and not by include_router, which looks for the route of a request twice
+        openapi_url=None,  # FastAPI's own would build every schema while the service starts; see http/docs.py
+        redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
+        lifespan=lifespan,
+        telemetry=NO_TELEMETRY,
+    )
     app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES)
-    problem.install(app, [route for router in routers for route in router.routes])
+    problem.install(app, routes)
     return app

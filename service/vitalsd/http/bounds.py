@@ -1,6 +1,4 @@
-"""What every request must keep to: a bounded body, declared or not, and each parameter once."""
-
-from urllib.parse import parse_qsl
+"""What every request must keep to: a bounded body, declared or not."""
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,7 +11,7 @@ __all__ = ["Bounds"]
 class Bounds:
     """
     Refuses a body of more than `max_body_bytes`, by its declared length before anything is read, else
-    as soon as that much has arrived; and a parameter given twice, of which FastAPI would take the last.
+    as soon as that much has arrived.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
@@ -23,11 +21,6 @@ class Bounds:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-            return
-        query: bytes = scope["query_string"]
-        twice = _given_twice(query) if b"&" in query else None
-        if twice is not None:
-            await problem("bad_parameter", "given more than once", parameter=twice)(scope, receive, send)
             return
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not declared.isdigit() or int(declared[:20]) > self.max_body_bytes:
@@ -45,12 +38,3 @@ class Bounds:
             return message
 
         await self.app(scope, counted, send)
-
-
-def _given_twice(query: bytes) -> str | None:
-    seen: set[str] = set()
-    for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name in seen:
-            return name
-        seen.add(name)
-    return None

@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 
 from vitalsd.http.answers import JSON
 from vitalsd.http.page import policy
-from vitalsd.http.query import NoQuery, given
+from vitalsd.http.query import NoQuery, StrictRoute, given
 from vitalsd.worker import Worker
 
 __all__ = ["answers_of", "docs_routes", "example_of", "refusals", "type_text"]
@@ -26,7 +26,7 @@ __all__ = ["answers_of", "docs_routes", "example_of", "refusals", "type_text"]
 
 def docs_routes(routers: Sequence[APIRouter], reader: Worker) -> APIRouter:
     """The routes that describe those of `routers`, and themselves; the schema is made on `reader`."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=StrictRoute)
 
     @cache
     def schema() -> dict[str, Any]:

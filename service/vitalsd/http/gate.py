@@ -8,6 +8,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping
+from functools import lru_cache
 from typing import Any
 
 from fastapi import Response
@@ -52,6 +53,21 @@ HEADERS = (
 )
 """On every answer. One that has such a header, as the page has its own policy, keeps it."""
 
+TELLING = frozenset(
+    (
+        b"host",
+        b"authorization",
+        b"origin",
+        b"access-control-request-method",
+        b"sec-fetch-site",
+        b"sec-fetch-mode",
+        b"sec-fetch-dest",
+    )
+)
+"""Headers of a request that tell who asks."""
+ADDRESSES = 16
+"""Of this machine, remembered with what ``Host`` may be there."""
+
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -85,6 +101,7 @@ class Gate:
         self._clock = clock
         self._guesses: deque[float] = deque(maxlen=BAD_TOKENS)
         self._machine = _names_of_this_machine()
+        self._loopback_hosts = lru_cache(ADDRESSES)(_loopback_hosts)
         self._running: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -119,25 +136,30 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers: Headers = scope["headers"]
-        query: bytes = scope["query_string"]
-        if len(scope["raw_path"]) + len(query) >= MAX_TARGET_BYTES:
+        if len(scope["raw_path"]) + len(scope["query_string"]) >= MAX_TARGET_BYTES:
             return problem("target_too_long", f"path and query have at most {MAX_TARGET_BYTES} bytes")
         if len(headers) > MAX_HEADERS or sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEAD_BYTES:
             return problem("head_too_large", f"at most {MAX_HEADERS} headers and {MAX_HEAD_BYTES} bytes of them")
-        hosts = _values(headers, b"host")
+        said: dict[bytes, list[bytes]] = {}
+        for name, value in headers:
+            if name in TELLING:
+                said.setdefault(name, []).append(value)
+        hosts = said.pop(b"host", [])
         if len(hosts) != 1 or not hosts[0]:
             return problem("no_host", "send one Host header")
         host = hosts[0].decode("latin-1").lower()
         if not self._is_ours(host, scope):
             return problem("misdirected", f"this is not {shown(host)}; use {self._right_host(scope)}")
-        return _cross_site(scope, host, guarded=self._token is not None) or self._without_token(scope)
+        if said and (refusal := _cross_site(said, scope, host, guarded=self._token is not None)):
+            return refusal
+        return self._without_token(said.get(b"authorization", []), scope)
 
     def _is_ours(self, host: str, scope: Scope) -> bool:
         if scope["client"] is None:
             return host in UNIX_HOSTS
-        local, port = _local(scope)
-        if local.is_loopback:
-            return host in _loopback_hosts(local, port)
+        hosts = self._loopback_hosts(*scope["server"])
+        if hosts:
+            return host in hosts
         # Other machines get here, through forwarders too, so any port will do. What keeps a rebound page out
         # is the token, which it has not; here it is enough that no foreign name is answered to.
         found = HOST.fullmatch(host)
@@ -148,17 +170,15 @@ class Gate:
         except ValueError:
             return found[1] is None and found[2] in self._machine
 
-    @staticmethod
-    def _right_host(scope: Scope) -> str:
+    def _right_host(self, scope: Scope) -> str:
         if scope["client"] is None:
             return "http://localhost/ on this socket"
-        local, port = _local(scope)
-        return _loopback_hosts(local, port)[0] if local.is_loopback else "the address of this machine"
+        hosts = self._loopback_hosts(*scope["server"])
+        return hosts[0] if hosts else "the address of this machine"
 
-    def _without_token(self, scope: Scope) -> Response | None:
+    def _without_token(self, given: list[bytes], scope: Scope) -> Response | None:
         if self._token is None or scope["client"] is None or scope["path"] in OPEN_PATHS:
             return None
-        given = _values(scope["headers"], b"authorization")
         if given:
             scheme, _, token = given[0].partition(b" ")
             if len(given) == 1 and scheme.lower() == b"bearer" and hmac.compare_digest(token, self._token):
@@ -203,47 +223,45 @@ class Gate:
             self._running.discard(task)
 
 
-def _cross_site(scope: Scope, host: str, *, guarded: bool) -> Response | None:
+def _cross_site(said: dict[bytes, list[bytes]], scope: Scope, host: str, *, guarded: bool) -> Response | None:
     """
-    A refusal of what a page of another origin made the browser send.
+    A refusal of what a page of another origin made the browser send, by the `TELLING` headers it `said`.
 
     Another port of this machine is another origin too, hence no ``same-site``. ``none`` is the user's
     own doing, an address that was typed or a bookmark; an extension's fetch says so as well. Where
     everything else is `guarded` by a token, the page, which holds no data, may be led to from elsewhere.
     """
-    headers: Headers = scope["headers"]
-    sites = _values(headers, b"sec-fetch-site")
-    navigates = _values(headers, b"sec-fetch-mode") == [b"navigate"]
-    typed = sites == [b"none"] and navigates
-    led = (
-        guarded
-        and navigates
-        and scope["method"] == "GET"
-        and scope["path"] == PAGE
-        and _values(headers, b"sec-fetch-dest") == [b"document"]
-    )
-    if sites not in ([], [b"same-origin"]) and not typed and not led:
-        return problem("cross_site", "a page of another site asks; type the address instead of following a link to it")
-    origins = _values(headers, b"origin")
-    if origins not in ([], [f"http://{host}".encode("latin-1")]):
+    sites = said.get(b"sec-fetch-site", [])
+    if sites not in ([], [b"same-origin"]):
+        navigates = said.get(b"sec-fetch-mode") == [b"navigate"]
+        typed = sites == [b"none"] and navigates
+        led = (
+            guarded
+            and navigates
+            and scope["method"] == "GET"
+            and scope["path"] == PAGE
+            and said.get(b"sec-fetch-dest") == [b"document"]
+        )
+        if not typed and not led:
+            return problem(
+                "cross_site", "a page of another site asks; type the address instead of following a link to it"
+            )
+    if said.get(b"origin", []) not in ([], [f"http://{host}".encode("latin-1")]):
         return problem("cross_site", f"a page of another site asks; only http://{shown(host)} may")
-    if scope["method"] == "OPTIONS" and _values(headers, b"access-control-request-method"):
+    if scope["method"] == "OPTIONS" and b"access-control-request-method" in said:
         return problem("cross_site", "no other site is ever let in")
     return None
 
 
-def _values(headers: Headers, wanted: bytes) -> list[bytes]:
-    return [value for name, value in headers if name == wanted]
-
-
-def _local(scope: Scope) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
-    """Where the connection arrived: with a wildcard listener, the very address that was dialled."""
-    address, port = scope["server"]
-    local = ipaddress.ip_address(address.partition("%")[0])
-    return getattr(local, "ipv4_mapped", None) or local, port
-
-
-def _loopback_hosts(local: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int) -> tuple[str, ...]:
+def _loopback_hosts(address: str, port: int) -> tuple[str, ...]:
+    """
+    What ``Host`` may be on a connection that arrived there, with a wildcard listener the very address that
+    was dialled; none if it is not loopback, and others may get there.
+    """
+    found = ipaddress.ip_address(address.partition("%")[0])
+    local = getattr(found, "ipv4_mapped", None) or found
+    if not local.is_loopback:
+        return ()
     names = (f"[{local}]" if local.version == 6 else str(local), "localhost")
     full = tuple(f"{name}:{port}" for name in names)
     return full + names if port == 80 else full

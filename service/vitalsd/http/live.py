@@ -17,7 +17,7 @@ from fastapi.responses import StreamingResponse
 from vitalsd.http.answers import JSON, failed
 from vitalsd.http.exposition import Form, Scrape, expose, negotiate
 from vitalsd.http.problem import problem
-from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery, given
+from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
 from vitalsd.sampler import Busy
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
 from vitalsd.targets import Stream, Target, Targets
@@ -46,7 +46,7 @@ def live_routes(
         list_processes: what ``/processes`` lists; called on `lister`.
         thread_metrics: threads that a scraper is shown, see `Scrape`.
     """
-    routes = APIRouter()
+    routes = APIRouter(route_class=StrictRoute)
     streams: set[Stream] = set()
     labels = Labels()
 

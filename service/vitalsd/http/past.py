@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from vitalsd.history import history
 from vitalsd.http.answers import JSON, failed
 from vitalsd.http.problem import problem
-from vitalsd.http.query import HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, given, sent
+from vitalsd.http.query import HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, StrictRoute, given, sent
 from vitalsd.record import Mark, Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
 from vitalsd.sampler import NotRecording
@@ -24,7 +24,7 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
     """
     The routes over the record of `targets` and over earlier `runs`; files are read on `reader`.
     """
-    routes = APIRouter()
+    routes = APIRouter(route_class=StrictRoute)
 
     @routes.get("/history", summary="What was recorded: process, busiest threads, marks and events")
     async def recorded(request: Request, query: Annotated[HistoryQuery, given(HistoryQuery)]) -> Response:

@@ -20,7 +20,7 @@ from vitalsd.history import history
 from vitalsd.http.answers import JSON
 from vitalsd.http.past import mark_json, run_json
 from vitalsd.http.problem import problem
-from vitalsd.http.query import NoQuery, ReportQuery, given
+from vitalsd.http.query import NoQuery, ReportQuery, StrictRoute, given
 from vitalsd.record import Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
 from vitalsd.snapshot import Identity
@@ -50,7 +50,7 @@ TOP_THREADS = 50
 
 def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> APIRouter:
     """The routes over `targets` and earlier `runs`; files are read on `reader`."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=StrictRoute)
 
     async def read(call: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(reader.submit(call))

@@ -12,6 +12,8 @@ from importlib.resources import files
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
+from vitalsd.http.query import StrictRoute
+
 __all__ = ["page_routes", "policy"]
 
 
@@ -29,7 +31,7 @@ const $ = (id) => document.getElementById(id);
 
 def page_routes() -> APIRouter:
     """``GET /``."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=StrictRoute)
     folder = files(__name__)
     html, style, *parts = (
         folder.joinpath(name).read_text(encoding="utf-8") for name in ("index.html", "style.css", *SCRIPTS)
