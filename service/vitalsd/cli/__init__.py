@@ -1,28 +1,48 @@
-"""The command line. Each command imports what it needs when it runs, so that ``--help`` is quick."""
+"""The command line. A command is imported when it is asked for, and imports what it needs when it runs."""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import cast
 
 import click
 
-from vitalsd.cli.agent import agent
-from vitalsd.cli.completion import completion
-from vitalsd.cli.doctor import doctor
-from vitalsd.cli.listing import endpoints, runs
-from vitalsd.cli.open import open_page
-from vitalsd.cli.report import report, spool
-from vitalsd.cli.sample import sample
-from vitalsd.cli.serve import replay, serve
-from vitalsd.cli.top import top
-
 __all__ = ["main"]
+
+COMMANDS = {
+    "agent": "agent.agent",
+    "completion": "completion.completion",
+    "doctor": "doctor.doctor",
+    "endpoints": "listing.endpoints",
+    "open": "open.open_page",
+    "replay": "serve.replay",
+    "report": "report.report",
+    "runs": "listing.runs",
+    "sample": "sample.sample",
+    "serve": "serve.serve",
+    "spool": "report.spool",
+    "top": "top.top",
+}
+"""Where each of them is, below this package."""
 
 EPILOG = """\b
 Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted."""
 
 
+class _Commands(Mapping[str, click.Command]):
+    def __getitem__(self, name: str) -> click.Command:
+        module, attribute = COMMANDS[name].split(".")
+        command: click.Command = getattr(import_module(f"vitalsd.cli.{module}"), attribute)
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
 @click.group(
-    commands=[
-        *(sample, top, serve, replay, runs, endpoints, open_page),
-        *(agent, doctor, report, spool, completion),
-    ],
+    commands=cast("dict[str, click.Command]", _Commands()),
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

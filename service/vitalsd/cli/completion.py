@@ -1,7 +1,11 @@
 """``vitalsd completion``: what a shell needs to complete our commands and options."""
 
+from typing import TYPE_CHECKING
+
 import click
-from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["completion", "processes"]
 
@@ -24,9 +28,11 @@ def completion(context: click.Context, shell: str) -> None:
     click.echo(found(context.find_root().command, {}, "vitalsd", "_VITALSD_COMPLETE").source())
 
 
-def processes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def processes(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """Processes of this user for ``--pid`` and ``--name``, the newest first."""
     import os
+
+    from click.shell_completion import CompletionItem
 
     from vitalsd.sources import SourceError, list_processes
 

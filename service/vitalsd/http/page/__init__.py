@@ -7,6 +7,7 @@ alone. Trusted Types without a single policy turn every way of making markup fro
 
 import base64
 import hashlib
+from functools import cache
 from importlib.resources import files
 
 from fastapi import APIRouter
@@ -30,23 +31,28 @@ const $ = (id) => document.getElementById(id);
 
 
 def page_routes() -> APIRouter:
-    """``GET /``."""
+    """``GET /``; made when first asked for."""
     routes = APIRouter(route_class=StrictRoute)
-    folder = files(__name__)
-    html, style, *parts = (
-        folder.joinpath(name).read_text(encoding="utf-8") for name in ("index.html", "style.css", *SCRIPTS)
-    )
-    script = SCRIPT.replace("%s", "\n".join(parts))
-    page = html.replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
-    rules = policy(
-        script=script,
-        style=style,
-        more="connect-src 'self'; img-src data:; require-trusted-types-for 'script'; trusted-types 'none'",
-    )
+
+    @cache
+    def document() -> tuple[str, dict[str, str]]:
+        folder = files(__name__)
+        html, style, *parts = (
+            folder.joinpath(name).read_text(encoding="utf-8") for name in ("index.html", "style.css", *SCRIPTS)
+        )
+        script = SCRIPT.replace("%s", "\n".join(parts))
+        rules = policy(
+            script=script,
+            style=style,
+            more="connect-src 'self'; img-src data:; require-trusted-types-for 'script'; trusted-types 'none'",
+        )
+        page = html.replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
+        return page, {"Content-Security-Policy": rules}
 
     @routes.get("/", summary="The live page")
-    async def page_() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": rules})
+    async def page() -> HTMLResponse:
+        content, headers = document()
+        return HTMLResponse(content, headers=headers)
 
     return routes
 
