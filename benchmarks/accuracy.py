@@ -1,55 +1,86 @@
 """
-How far a thread's cpu_percent is from the truth, over HTTP, beside the ticks that psutil reads.
+How far a thread's cpu_percent is from the truth, over HTTP, beside the ticks that psutil reads: a thread of another
+process, and one of the sidecar's own.
 
     python benchmarks/accuracy.py [--windows 50 250 1000] [--rounds 60]
 
 Truth: the thread writes down its own CPU clock at the edges of its bursts, and asks no clock inside
-them; read at the two instants that the answer names. Errors in percentage points of a core. `covered` is the part of
-answers whose error bar holds the truth; `bar` is its median beside the 99th percentile of the error.
+them; between two edges it is taken to use the CPU evenly. Where it was preempted it did not, so the log also bounds
+what it can have used: of the own process, whose clocks are good to a microsecond, answers of which the truth is
+known less well than to 0.1 points are left out. Errors in percentage points of a core. `covered` is the part of
+answers whose error bar holds what can have been; `bar` is its median beside the 99th percentile of the error.
 """
 
 import argparse
 import json
+import math
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import psutil
 
-from sampling import build
-from vitalsd.sampler import sample
-from vitalsd.sources import open_source
+from sampling import HERE, build, build_library
 
 BURST_US, PERIOD_US = 3300, 11000
 """30 % of a core."""
 
+KNOWN_POINTS = 0.1
+"""How well the truth must be known beside the own process's clocks, percentage points to either side."""
+
 Log = list[tuple[int, int]]
 
 
-def cpu_at(log: Log, instant_ns: int) -> float:
-    """CPU time at an instant, between two edges, ns."""
+class Truth(NamedTuple):
+    """CPU time, ns, or CPU, percent: what it was, as far as can be said, and the least and most it can have been."""
+
+    likely: float
+    least: float
+    most: float
+
+
+def cpu_at(log: Log, instant_ns: int) -> Truth:
+    """CPU time at an instant between two edges."""
     after = bisect_right(log, instant_ns, key=lambda edge: edge[0])
     (t0, c0), (t1, c1) = log[after - 1], log[after]
-    return c0 + (c1 - c0) * (instant_ns - t0) / (t1 - t0)
+    likely = c0 + (c1 - c0) * (instant_ns - t0) / (t1 - t0)
+    return Truth(likely, max(c0, c1 - (t1 - instant_ns)), min(c1, c0 + (instant_ns - t0)))
+
+
+def percent_of(log: Log, begin_ns: int, end_ns: int) -> Truth:
+    """CPU of a window."""
+    first, last, share = cpu_at(log, begin_ns), cpu_at(log, end_ns), 100 / (end_ns - begin_ns)
+    return Truth(
+        share * (last.likely - first.likely),
+        share * max(0.0, last.least - first.most),
+        share * (last.most - first.least),
+    )
 
 
 class Duty:
-    """The native program that works in bursts, and its log."""
+    """A program with a thread that works in bursts, and its log. `address` is what it printed first, if it serves."""
 
-    def __init__(self, program: Path) -> None:
+    def __init__(self, command: Sequence[str], state: str, *, serves: bool) -> None:
         self.process = subprocess.Popen(
-            [program, str(BURST_US), str(PERIOD_US)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, str(BURST_US), str(PERIOD_US)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(state),
         )
         assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip() if serves else ""
         self.tid = int(self.process.stdout.readline())
         self.log: Log = []
 
@@ -67,6 +98,34 @@ class Duty:
         return self.log
 
 
+def environment(state: str) -> dict[str, str]:
+    return {"PATH": "/usr/bin:/bin", "HOME": state, "VITALSD_STATE_DIR": state, "VITALSD_RUNTIME_DIR": state}
+
+
+@contextmanager
+def alongside(state: str) -> Iterator[tuple[Duty, str]]:
+    """The thread in a process of its own, and the address of a sidecar that watches it."""
+    target = Duty([str(build(Path(state))["duty"])], state, serves=False)
+    pid = str(target.process.pid)
+    command = [sys.executable, "-m", "vitalsd", "serve", "--pid", pid, "--port", "0", "--record-interval", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(state))
+    assert server.stderr is not None
+    yield target, "http://" + server.stderr.readline().split("http://")[1].split("/")[0]
+    for each in (server, target.process):
+        each.terminate()
+        each.communicate()
+
+
+@contextmanager
+def inside(state: str) -> Iterator[tuple[Duty, str]]:
+    """The thread in a Python program that has a sidecar in it, and the address of that."""
+    command = [sys.executable, str(HERE / "duty_host.py"), str(build_library(Path(state), "duty"))]
+    target = Duty(command, state, serves=True)
+    yield target, target.address
+    target.process.terminate()
+    target.process.communicate()
+
+
 def monotonic_ns(stamp: str) -> int:
     """An instant of the answer on the monotonic clock."""
     moment = datetime.fromisoformat(stamp)
@@ -74,42 +133,45 @@ def monotonic_ns(stamp: str) -> int:
     return unix_ns - (time.time_ns() - time.monotonic_ns())
 
 
-def summary(errors: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(map(abs, errors))
+@dataclass
+class Errors:
+    """Of the answers whose truth is known, in percentage points: ours, that of ticks, and the error bar we gave."""
+
+    ours: list[float] = field(default_factory=list)
+    ticks: list[float] = field(default_factory=list)
+    bars: list[float] = field(default_factory=list)
+    covered: int = 0
+    """Answers whose bar holds the truth."""
+    unknown: int = 0
+    """Answers left out."""
+
+    def of_known(self, count: int) -> float:
+        return round(count / max(1, len(self.ours)), 3)
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(map(abs, values))
     return {"mean": round(statistics.mean(ordered), 3), "p99": round(ordered[(len(ordered) - 1) * 99 // 100], 3)}
 
 
-def over_http(window_ms: int, rounds: int) -> dict[str, object]:
-    """Another process, asked over HTTP, and psutil at the same time."""
-    ours: list[float] = []
-    ticks: list[float] = []
-    bars: list[float] = []
-    with tempfile.TemporaryDirectory() as state:
-        target = Duty(build(Path(state))["duty"])
-        tid = target.tid
-        server = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "vitalsd",
-                "serve",
-                "--pid",
-                str(target.process.pid),
-                "--port",
-                "0",
-                "--record-interval",
-                "0",
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={"PATH": "/usr/bin:/bin", "HOME": state, "VITALSD_STATE_DIR": state, "VITALSD_RUNTIME_DIR": state},
-        )
-        assert server.stderr is not None
-        url = "http://" + server.stderr.readline().split("http://")[1].split("/")[0]
+def errors(
+    start: Callable[[str], AbstractContextManager[tuple[Duty, str]]],
+    window_ms: int,
+    rounds: int,
+    unsure_points: float = math.inf,
+) -> Errors:
+    """
+    What is asked over HTTP beside the truth, and psutil at the same time.
+
+    Args:
+        unsure_points: answers of which the truth is less well known are left out.
+    """
+    found = Errors()
+    with tempfile.TemporaryDirectory() as state, start(state) as (target, url):
         process = psutil.Process(target.process.pid)
 
         def jiffies() -> tuple[int, float]:
-            thread = next(thread for thread in process.threads() if thread.id == tid)
+            thread = next(thread for thread in process.threads() if thread.id == target.tid)
             return time.monotonic_ns(), thread.user_time + thread.system_time
 
         with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
@@ -120,63 +182,43 @@ def over_http(window_ms: int, rounds: int) -> dict[str, object]:
                 after = jiffies()
                 log = target.edges()
                 begin, end = (monotonic_ns(answer["window"][name]) for name in ("started_at", "ended_at"))
-                truth = 100 * (cpu_at(log, end) - cpu_at(log, begin)) / (end - begin)
-                thread = next(thread for thread in answer["threads"] if thread["tid"] == tid)
-                ours.append(thread["cpu_percent"] - truth)
-                bars.append(thread["cpu_percent_error"])
-                span_ns = after[0] - before[0]
-                true_ticks = 100 * (cpu_at(log, after[0]) - cpu_at(log, before[0])) / span_ns
-                ticks.append(100e9 * (after[1] - before[1]) / span_ns - true_ticks)
-        for each in (server, target.process):
-            each.terminate()
-            each.communicate()
-    errors, jiffy_errors = summary(ours), summary(ticks)
+                truth = percent_of(log, begin, end)
+                if truth.most - truth.least > 2 * unsure_points:
+                    found.unknown += 1
+                    continue
+                thread = next(thread for thread in answer["threads"] if thread["tid"] == target.tid)
+                percent, bar = thread["cpu_percent"], thread["cpu_percent_error"]
+                found.ours.append(percent - truth.likely)
+                found.bars.append(bar)
+                found.covered += truth.least - bar <= percent <= truth.most + bar
+                ticks = 100e9 * (after[1] - before[1]) / (after[0] - before[0])
+                found.ticks.append(ticks - percent_of(log, before[0], after[0]).likely)
+    return found
+
+
+def of_another_process(window_ms: int, rounds: int) -> dict[str, object]:
+    found = errors(alongside, window_ms, rounds)
+    ours, ticks = summary(found.ours), summary(found.ticks)
     return {
         "window_ms": window_ms,
-        "ours": errors,
-        "ticks": jiffy_errors,
-        "ticks_to_ours": round(jiffy_errors["mean"] / max(errors["mean"], 0.001), 1),
-        "covered": round(sum(abs(e) <= bar for e, bar in zip(ours, bars, strict=True)) / len(ours), 3),
-        "bar": round(statistics.median(bars), 3),
+        "ours": ours,
+        "ticks": ticks,
+        "ticks_to_ours": round(ticks["mean"] / max(ours["mean"], 0.001), 1),
+        "covered": found.of_known(found.covered),
+        "bar": round(statistics.median(found.bars), 3),
+        "bar_to_p99": round(statistics.median(found.bars) / max(ours["p99"], 0.001), 2),
     }
 
 
-def in_process(window_ms: int, rounds: int) -> dict[str, object]:
-    """A thread of this process, by its own CPU clock."""
-    log: Log = []
-    tids: list[int] = []
-    end = threading.Event()
-
-    def burn() -> None:
-        tids.append(threading.get_native_id())
-        while not end.is_set():
-            until = time.thread_time_ns() + 6_000_000
-            log.append((time.monotonic_ns(), time.thread_time_ns()))
-            while (cpu_ns := time.thread_time_ns()) < until:
-                now = time.monotonic_ns()
-                if now - log[-1][0] > 200_000:
-                    log.append((now, cpu_ns))
-            log.append((time.monotonic_ns(), time.thread_time_ns()))
-            time.sleep(0.014)
-
-    thread = threading.Thread(target=burn)
-    thread.start()
-    source = open_source()
-    errors = []
-    for _ in range(rounds):
-        log[:-1] = []
-        measured = sample(source, round(window_ms * random.uniform(0.9, 1.1)))
-        while log[-1][0] <= measured.last.monotonic_ns:
-            time.sleep(0.03)
-        index = list(measured.last.tids).index(tids[0])
-        begin, last = measured.first.monotonic_ns, measured.last.monotonic_ns
-        if log[0][0] < begin:
-            truth = 100 * (cpu_at(log, last) - cpu_at(log, begin)) / (last - begin)
-            errors.append(100 * measured.thread_cpu_ns[index] / measured.elapsed_ns - truth)
-    end.set()
-    thread.join()
-    source.close()
-    return {"window_ms": window_ms, "own_process": summary(errors)}
+def of_the_own_process(window_ms: int, rounds: int) -> dict[str, object]:
+    found = errors(inside, window_ms, rounds, KNOWN_POINTS)
+    covered = found.of_known(found.covered)
+    return {
+        "window_ms": window_ms,
+        "own_process": summary(found.ours),
+        "own_covered": covered,
+        "left_out": found.unknown,
+    }
 
 
 def main() -> None:
@@ -185,9 +227,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     arguments = parser.parse_args()
     for window_ms in arguments.windows:
-        print(json.dumps(over_http(window_ms, arguments.rounds)), flush=True)
+        print(json.dumps(of_another_process(window_ms, arguments.rounds)), flush=True)
     for window_ms in arguments.windows:
-        print(json.dumps(in_process(window_ms, min(30, arguments.rounds))), flush=True)
+        print(json.dumps(of_the_own_process(window_ms, arguments.rounds)), flush=True)
 
 
 if __name__ == "__main__":

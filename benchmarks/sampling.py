@@ -24,17 +24,28 @@ NATIVE = HERE / "native"
 REST_S = 0.1
 
 
+def compiler() -> list[str]:
+    return ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
+
+
 def build(directory: Path) -> dict[str, Path]:
     """The native programs; the one in Rust only where rustc is."""
-    compiler = ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
     built = {}
     for name in ("target", "floor", "duty"):
         built[name] = directory / name
-        subprocess.run([*compiler, "-O2", "-pthread", "-o", built[name], NATIVE / f"{name}.c"], check=True)
+        subprocess.run([*compiler(), "-O2", "-pthread", "-o", built[name], NATIVE / f"{name}.c"], check=True)
     if shutil.which("rustc"):
         built["naive"] = directory / "naive"
         subprocess.run(["rustc", "-O", "-o", built["naive"], NATIVE / "naive.rs"], check=True)
     return built
+
+
+def build_library(directory: Path, name: str) -> Path:
+    """One of the native programs as a shared library, whose `main` another program can call."""
+    library = directory / f"{name}.so"
+    options = ("-O2", "-pthread", "-shared", "-fPIC")
+    subprocess.run([*compiler(), *options, "-o", library, NATIVE / f"{name}.c"], check=True)
+    return library
 
 
 class Contender:
