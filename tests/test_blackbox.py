@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from lives import IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.blackbox import BlackBox
-from vitalsd.record import Record
+from vitalsd.record import Mark, Record
 from vitalsd.runs import RunDirectory, UnreadableRun, read_run
 from vitalsd.snapshot import Snapshot
 
@@ -62,6 +63,37 @@ def test_marks_and_events_read_back(tmp_path: Path) -> None:
     _, back = read_run(next(tmp_path.glob("*.sqlite")))
     assert list(back.marks) == list(record.marks)
     assert list(back.events) == list(record.events)
+
+
+def test_what_is_dropped_is_missing_and_nothing_after_it_is_wrong(tmp_path: Path) -> None:
+    """A disk that hangs loses what may not wait for it; what is written once it answers again is exact."""
+
+    class Hanging(RunDirectory):
+        answers = threading.Event()
+
+        def make_room(self, spare_bytes: int) -> None:
+            self.answers.wait()
+
+    process, record = Process(), Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
+    box = BlackBox(Hanging(tmp_path), IDENTITY, interval_ns=SECOND_NS // 1000, retention_ns=2**62)
+    for _ in range(40):
+        box.mark(Mark(0, 0, "one that waits too"))
+    taken = []
+    for number in range(60):  # of one segment
+        if number == 45:
+            Hanging.answers.set()
+            box.flush()
+        process.pass_time(SECOND_NS, [1000 + number])
+        taken.append(process.snapshot())
+        segment = record.append(taken[-1])
+        box.append(segment, len(segment) - 1)
+    box.close("over")
+    _, back = read_run(next(tmp_path.glob("*.sqlite")))
+    kept = list(back.snapshots())
+    assert len(kept) == len(taken) - box.dropped
+    assert 15 < box.dropped < 30
+    at = {snapshot.monotonic_ns: snapshot for snapshot in taken}
+    assert all(same(snapshot, at[snapshot.monotonic_ns]) for snapshot in kept)
 
 
 def test_only_its_user_can_read_it(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from edge import Edge, dial, exchange, get, read_reply, whole_app
 from serving import Serving
 from sidecars import eventually, serving
-from vitalsd.http.connection import MAX_CONNECTIONS, REQUEST_S, WRITE_S, Connection, Room
+from vitalsd.http.connection import REQUEST_S, WRITE_S, Connection
 from vitalsd.http.log import Sparing
+from vitalsd.http.room import MAX_CONNECTIONS, Room
 from vitalsd.listeners import bind_tcp
 from vitalsd.sidecar import Listeners, adopt
 
@@ -397,7 +398,10 @@ def test_the_parts_that_are_used_are_there() -> None:
         "self.conn = h11.Connection(",
         "self.access_log = ",
         "self.logger = ",
+        "self.app = config.loaded_app",
+        "app = self.app\n",
         "self.cycle = RequestResponseCycle(",
+        "if self.flow.write_paused and not self.disconnected:\n            await self.flow.drain()",
         "logger=self.logger",
         "access_log=self.access_log",
         "on_response=self.on_response_complete",

@@ -28,7 +28,7 @@ __all__ = ["BlackBox"]
 log = logging.getLogger("vitalsd.blackbox")
 
 MAX_PENDING = 64
-"""Snapshots that wait for a slow disk; beyond that they are dropped and counted."""
+"""Snapshots, marks and events that wait for a slow disk; beyond that they are dropped and counted."""
 MAX_WAIT_S = 0.05
 OPEN_WAIT_S = 1.0
 RETRY_NS = 2_000_000_000
@@ -73,6 +73,10 @@ class BlackBox:
         self._thread_ids: dict[tuple[int, int, str], int] = {}
         self._retry_ns = 0
         self._written: Future[None] | None = None
+        self._gap = False
+        """A snapshot was dropped since the last one that was given to the writer."""
+        self._busy_since_ns: int | None = None
+        """With what the writer was busy at the snapshot before."""
         self._worker = Worker("vitalsd-blackbox")
         wait((self._worker.submit(lambda: self._guard(lambda db: None)),), OPEN_WAIT_S)
 
@@ -81,24 +85,29 @@ class BlackBox:
         Write the snapshot that `segment` has at `position`.
 
         Returns at once if the one before is on disk, else waits for it up to half an interval: so a
-        killed process loses one snapshot at most, and a slow disk delays but never stops the sampler.
+        killed process loses one snapshot at most, and a slow disk delays but never stops the sampler. One that
+        hangs is waited for no more once that is clear.
         """
-        if self._written is not None and not self._written.done():
+        if self._written is not None and not self._written.done() and not self._stuck():
             wait((self._written,), min(MAX_WAIT_S, self._interval_ns / 2e9))
-        if self._worker.pending >= MAX_PENDING:
-            self.dropped += 1
-            return
-        self._written = self._worker.submit(lambda: self._guard(lambda db: self._write(db, segment, position)))
+        anew = self._gap  # of what was dropped, what each thread burnt is missing
+        written = self._submit(lambda db: self._write(db, segment, position, anew))
+        self._gap = written is None
+        self._written = written or self._written
 
     def mark(self, mark: Mark) -> None:
         """Write a mark; returns at once."""
         row = (mark.wall_ns, mark.monotonic_ns, mark.label)
-        self._worker.submit(lambda: self._guard(lambda db: db.execute("INSERT INTO mark VALUES (?,?,?)", row)))
+        self._submit(lambda db: db.execute("INSERT INTO mark VALUES (?,?,?)", row))
 
     def event(self, event: Event) -> None:
         """Write an event; returns at once."""
         row = (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
-        self._worker.submit(lambda: self._guard(lambda db: db.execute("INSERT INTO event VALUES (?,?,?,?)", row)))
+        self._submit(lambda db: db.execute("INSERT INTO event VALUES (?,?,?,?)", row))
+
+    async def hangs(self) -> bool:
+        """Whether the disk does not answer."""
+        return await self._worker.hangs()
 
     def forget(self) -> None:
         """In a forked child: let go of the lock, which else would say that a run whose writer died goes on."""
@@ -115,11 +124,31 @@ class BlackBox:
             crashed: the target died, and as far as anybody can say not of its own will.
         """
         self._worker.submit(lambda: self._close(ended, crashed))
-        self._worker.stop(timeout_s)
+        self._worker.stop(0 if self._worker.overdue else timeout_s)
 
     def flush(self, timeout_s: float = 5.0) -> None:
         """Wait until all that was given so far is committed."""
         self._worker.submit(lambda: None).result(timeout_s)
+
+    def _submit(self, write: Callable[[sqlite3.Connection], object]) -> "Future[None] | None":
+        if self._worker.pending >= MAX_PENDING:
+            self.dropped += 1
+            return None
+        return self._worker.submit(lambda: self._guard(write))
+
+    def _stuck(self) -> bool:
+        """Whether the writer has been at the same write for too long: seen twice, or the whole process was stopped."""
+        before_ns, self._busy_since_ns = self._busy_since_ns, self._worker.busy_since_ns
+        if not self._worker.overdue or before_ns != self._busy_since_ns:
+            return False
+        self._off("the disk does not answer")
+        return True
+
+    def _off(self, why: object) -> None:
+        reason = f"the black box is off: {why}"
+        if self.error is None:
+            log.warning("%s (%s)", reason, self._directory.path)
+        self.error = reason
 
     # On the writer's thread
 
@@ -133,10 +162,7 @@ class BlackBox:
             write(self._db)
             self.error = None
         except (OSError, sqlite3.Error) as error:
-            reason = f"the black box is off: {error}"
-            if self.error is None:
-                log.warning("%s (%s)", reason, self._directory.path)
-            self.error = reason
+            self._off(error)
             self.dropped += 1
             self._segment = None
             self._thread_ids.clear()  # what was added in this transaction is not in the file
@@ -219,9 +245,9 @@ class BlackBox:
             raise
         return db
 
-    def _write(self, db: sqlite3.Connection, segment: Segment, position: int) -> None:
+    def _write(self, db: sqlite3.Connection, segment: Segment, position: int, anew: bool) -> None:
         indexes, burnt = segment.moves[position]
-        begins = segment is not self._segment
+        begins = anew or segment is not self._segment
         if begins:
             db.execute("BEGIN")
             self._segment_id = self._write_segment(db, segment, position)

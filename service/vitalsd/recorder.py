@@ -100,6 +100,10 @@ class Recorder:
             else None,
         }
 
+    async def hangs(self) -> bool:
+        """Whether the disk of the black box does not answer."""
+        return self.blackbox is not None and await self.blackbox.hangs()
+
     def forget(self) -> None:
         """In a forked child: leave the black box to the parent."""
         if self.blackbox is not None:

@@ -95,5 +95,9 @@ class Replay:
         """Nothing is read."""
         return False
 
+    async def record_hangs(self) -> bool:
+        """Nothing is written."""
+        return False
+
     async def close(self) -> None:
         """Nothing is held."""

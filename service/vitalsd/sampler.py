@@ -158,6 +158,10 @@ class Sampler:
         """Whether a read of the target does not return."""
         return await self._worker.hangs()
 
+    async def record_hangs(self) -> bool:
+        """Whether a write of its record does not return."""
+        return self.recorder is not None and await self.recorder.hangs()
+
     def recording_info(self) -> dict[str, Any] | None:
         """State of the recorder as ``/info`` shows it; ``None`` without one."""
         return self.recorder.info() if self.recorder else None

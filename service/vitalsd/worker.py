@@ -59,10 +59,16 @@ class Worker:
         self._calls.put(run)
         return future
 
-    async def hangs(self) -> bool:
-        """Whether the call under way has taken longer than `PATIENCE_NS`."""
+    @property
+    def overdue(self) -> bool:
+        """Whether the call under way has taken longer than `PATIENCE_NS`, be it that the process was stopped."""
         since_ns = self.busy_since_ns
-        if since_ns is None or time.monotonic_ns() - since_ns < PATIENCE_NS:
+        return since_ns is not None and time.monotonic_ns() - since_ns >= PATIENCE_NS
+
+    async def hangs(self) -> bool:
+        """Whether the call under way has taken longer than `PATIENCE_NS`, and not because the process was stopped."""
+        since_ns = self.busy_since_ns
+        if not self.overdue:
             return False
         # The whole process may have been stopped until now: give the thread its turn too.
         await asyncio.sleep(LOOK_S)

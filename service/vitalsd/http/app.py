@@ -14,6 +14,7 @@ from vitalsd.http.live import live_routes
 from vitalsd.http.page import page_routes
 from vitalsd.http.past import past_routes
 from vitalsd.http.report import report_routes
+from vitalsd.http.shelf import Shelf
 from vitalsd.runs import RunDirectory
 from vitalsd.sources import ProcessEntry
 from vitalsd.targets import Targets
@@ -54,6 +55,8 @@ def create_app(
     reader = Worker("vitalsd-reader")
     # A thread of its own: of all processes of the machine one may hang whoever reads its command line.
     lister = Worker("vitalsd-lister")
+    # And another: runs may be on a file system that hangs.
+    shelf = Shelf(runs) if runs else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -61,12 +64,14 @@ def create_app(
         yield
         await targets.close()
         lister.stop(0.1)
-        reader.stop(1)
+        reader.stop(0.1)
+        if shelf is not None:
+            shelf.stop(0.3)  # it leaves a copy of a run behind otherwise
 
     routers = [
-        live_routes(targets, list_processes, reader, lister, thread_metrics=thread_metrics),
-        past_routes(targets, runs, reader),
-        report_routes(targets, runs, reader),
+        live_routes(targets, list_processes, reader, lister, shelf, thread_metrics=thread_metrics),
+        past_routes(targets, shelf, reader),
+        report_routes(targets, shelf, reader),
         page_routes(),
     ]
     routers.append(docs_routes(routers, reader))

@@ -1,5 +1,5 @@
 """
-One client connection: uvicorn's h11 protocol, with deadlines and with room for so many.
+One client connection: uvicorn's h11 protocol, with deadlines and within bounds of memory.
 
 uvicorn never times out a request that does not arrive whole nor an answer that is not read, and its
 limit on concurrency answers 503 to whoever comes while others sit there silent. ASGI middleware runs
@@ -9,23 +9,23 @@ too late to help. What is leaned on inside uvicorn is guarded by a test each in 
 import asyncio
 import http
 import os
-import resource
-import select
 import socket
 import sys
-from itertools import islice
+from contextlib import suppress
 from typing import Any
 
 import h11
 from fastapi import Response
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vitalsd.endpoint import peer_uid
 from vitalsd.http.gate import protected
 from vitalsd.http.log import Sparing
 from vitalsd.http.problem import problem, shown
+from vitalsd.http.room import Delivery, Room
 
-__all__ = ["REQUEST_S", "Connection", "Room"]
+__all__ = ["REQUEST_S", "Connection"]
 
 REQUEST_S = 5.0
 """For a request to arrive whole, head and body, from the connection's start or the answer before it."""
@@ -33,64 +33,21 @@ WRITE_S = 10.0
 """In so long a client takes all that waits for it, or at least ..."""
 WRITE_BYTES = 64 * 1024
 """... so much of it."""
-MAX_CONNECTIONS = 1024
-LOOKED_AT = 64
-"""So many are looked at, those first who have been silent the longest, for one that may have to make way."""
+PIECE_BYTES = 64 * 1024
+"""Of an answer handed over at once: what a slow reader has not taken yet is not copied for it."""
 
 
-class Room:
-    """
-    Connections over one kind of listener: at most so many at once.
-
-    When it is full, the one that has owed its request the longest makes way. So those who stall cost
-    nobody else anything, and only a crowd that is really being served keeps others out.
-
-    Args:
-        limit: of connections.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._present: set[Connection] = set()
-        self._owing: dict[Connection, None] = {}
-
-    @classmethod
-    def fitting(cls) -> "Room":
-        """One that takes no more than a quarter of the descriptors this process may have."""
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        unlimited = soft == resource.RLIM_INFINITY
-        return cls(MAX_CONNECTIONS if unlimited else max(2, min(MAX_CONNECTIONS, soft // 4)))
-
-    def __len__(self) -> int:
-        return len(self._present)
-
-    def enter(self, connection: "Connection") -> bool:
-        """Take it in; ``False`` if there is no room."""
-        if len(self._present) >= self.limit:
-            stalled = next((each for each in islice(self._owing, LOOKED_AT) if not each.has_unread()), None)
-            if stalled is None:
-                return False
-            self.leave(stalled)
-            stalled.transport.abort()
-        self._present.add(connection)
-        return True
-
-    def leave(self, connection: "Connection") -> None:
-        """It is closed. A second call does nothing."""
-        self._present.discard(connection)
-        self._owing.pop(connection, None)
-
-    def owes(self, connection: "Connection", owing: bool) -> None:
-        """Whether it owes a request, or is owed an answer."""
-        if owing and connection in self._present:
-            self._owing.setdefault(connection)
-        else:
-            self._owing.pop(connection, None)
+class Undelivered(Exception):
+    """Raised to the application: its answer does not reach the client, or not whole."""
 
 
 class Connection(H11Protocol):
     """
     One connection of a client who is let in, has 5 s for each request and reads the answers.
+
+    It holds one answer at a time, of which it hands over a piece at a time. A large one that does not fit
+    into the room's outbox becomes a 503. Once it is clear that an answer does not get there the application
+    hears of it, as `Undelivered`, so that nothing is done which should be done only after it.
 
     Over the Unix socket only this user and root are let in, whatever the mode of its file.
 
@@ -108,6 +65,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **kwargs)
         self.access_log = False
         self.logger = log  # type: ignore[assignment]
+        self._application, self.app = self.app, self._answer
         self._tcp, self._unix = tcp, unix
         self._room = tcp
         self._request_timer: asyncio.TimerHandle | None = None
@@ -148,16 +106,11 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._room.leave(self)
+        self.app = self._application  # or we would be a cycle, which waits for the garbage collector
         for timer in (self._request_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-
-    def has_unread(self) -> bool:
-        """Whether something of the client has come that is yet to be read: its request, like as not."""
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
-        return bool(poll.poll(0))
 
     # What uvicorn calls
 
@@ -177,6 +130,68 @@ class Connection(H11Protocol):
 
     def _unsupported_upgrade_warning(self) -> None:
         """Whoever asks for another protocol is answered in this one, as RFC 9110 has it."""
+
+    # Answers
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, as uvicorn calls it."""
+        if self.flow.write_paused:
+            await self.flow.drain()  # who pipelines takes one answer before the next one is made
+            if self.transport.is_closing():
+                return
+        held: Message | None = None
+
+        async def deliver(message: Message) -> None:
+            nonlocal held
+            if message["type"] == "http.response.start":
+                if _length(message) > PIECE_BYTES:
+                    held = message  # until it is known whether there is room for the body
+                    return
+            elif held is not None:
+                start, held = held, None
+                await self._deliver(start, message, scope, receive, send)
+                return
+            elif len(message.get("body", b"")) > PIECE_BYTES:  # an event of a stream
+                await self._in_pieces(message, send)
+                return
+            await send(message)
+
+        with suppress(Undelivered):
+            await self._application(scope, receive, deliver)
+
+    async def _deliver(self, start: Message, message: Message, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send a large answer, or its refusal. Raises `Undelivered`."""
+        delivery = Delivery(self.transport, message["body"], self.loop.time())
+        outbox = self._room.outbox
+        if not outbox.enter(delivery):
+            detail = f"{outbox.limit >> 20} MiB of answers wait already for clients that take them"
+            refusal = problem("unread", detail, headers={"Retry-After": "1"})
+            await send({**start, "status": refusal.status_code, "headers": protected(refusal.raw_headers)})
+            await send({"type": "http.response.body", "body": refusal.body})
+            raise Undelivered
+        try:
+            await send(start)
+            await self._in_pieces(message, send, delivery)
+        except BaseException:
+            # Its length has been announced, so all that can be done for the client is to leave no doubt.
+            self.cycle.disconnected = True
+            self.transport.abort()
+            raise
+        finally:
+            outbox.leave(delivery)
+
+    async def _in_pieces(self, message: Message, send: Send, delivery: Delivery | None = None) -> None:
+        """Raises `Undelivered` if the client of a `delivery` leaves before all of it is handed over."""
+        body = message["body"]
+        last = (len(body) - 1) // PIECE_BYTES * PIECE_BYTES
+        for begin in range(0, last, PIECE_BYTES):
+            await send({**message, "body": body[begin : begin + PIECE_BYTES], "more_body": True})
+            if delivery is None:
+                continue
+            if self.transport.is_closing():
+                raise Undelivered
+            delivery.hand(PIECE_BYTES, self.loop.time())
+        await send({**message, "body": body[last:]})
 
     # Deadlines
 
@@ -225,6 +240,11 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
+
+
+def _length(start: Message) -> int:
+    """What an answer says of its body, bytes; 0 if nothing, as a stream does."""
+    return next((int(value) for name, value in start["headers"] if name == b"content-length"), 0)
 
 
 def _may_come_in(peer: socket.socket) -> bool:

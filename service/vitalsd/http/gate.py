@@ -27,8 +27,6 @@ PAGE = "/"
 MAX_TARGET_BYTES = 2048
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 64
-PIECE_BYTES = 64 * 1024
-"""Of an answer handed over at once: what a slow reader has not taken yet is not copied for it."""
 BAD_TOKENS = 10
 """Wrong tokens that are called wrong in a second; the next ones are only told to come later."""
 
@@ -119,11 +117,6 @@ class Gate:
         async def guarded(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = protected(message.get("headers", ()))
-            elif len(body := message.get("body", b"")) > PIECE_BYTES:
-                pieces = range(0, len(body) - PIECE_BYTES, PIECE_BYTES)
-                for begin in pieces:
-                    await send({**message, "body": body[begin : begin + PIECE_BYTES], "more_body": True})
-                message = {**message, "body": body[pieces[-1] + PIECE_BYTES :]}
             await send(message)
 
         refusal = self._refusal(scope)

@@ -18,6 +18,7 @@ from vitalsd.http.answers import JSON, failed
 from vitalsd.http.exposition import Form, Scrape, expose, negotiate
 from vitalsd.http.problem import problem
 from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
+from vitalsd.http.shelf import Shelf
 from vitalsd.sampler import Busy
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
 from vitalsd.targets import Stream, Target, Targets
@@ -36,6 +37,7 @@ def live_routes(
     list_processes: Callable[[], Iterable[ProcessEntry]],
     reader: Worker,
     lister: Worker,
+    shelf: Shelf | None,
     *,
     thread_metrics: int,
 ) -> APIRouter:
@@ -44,6 +46,7 @@ def live_routes(
 
     Args:
         list_processes: what ``/processes`` lists; called on `lister`.
+        shelf: earlier runs; ``/healthz`` says if they hang.
         thread_metrics: threads that a scraper is shown, see `Scrape`.
     """
     routes = APIRouter(route_class=StrictRoute)
@@ -148,6 +151,10 @@ def live_routes(
     async def healthz(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         if await targets.hangs() or await lister.hangs():
             return problem("hung", f"a read of the kernel has not returned for {PATIENCE_NS / 1e9:g} s")
+        if shelf is not None and await shelf.hangs():
+            return problem("hung", f"the directory of runs: a read has not returned for {PATIENCE_NS / 1e9:g} s")
+        if await targets.default.record_hangs():
+            return problem("hung", f"the directory of runs: a write has not returned for {PATIENCE_NS / 1e9:g} s")
         return JSON({"status": "ok"})
 
     @routes.get("/info", summary="Version, target, platform and own cost")

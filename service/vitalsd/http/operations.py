@@ -152,7 +152,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         models=(bodies.History,),
         example=HISTORY,
         other={"text/csv": CSV},
-        reasons=("not_recording",),
+        reasons=("not_recording", "busy"),
         unavailable=True,
         samples=(
             Sample(
@@ -216,6 +216,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         models=(bodies.Run,),
         listed=True,
         example=[RUN],
+        reasons=("hung",),
         samples=(
             Sample("What crashed", 'curl -s "$URL/runs" | jq -c \'.[] | select(.state == "crashed") | {id, name}\''),
         ),
@@ -226,7 +227,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         models=(bodies.History,),
         example=HISTORY,
         other={"text/csv": CSV},
-        reasons=("no_such_run", "unreadable_run"),
+        reasons=("no_such_run", "unreadable_run", "hung", "busy"),
         samples=(
             Sample(
                 "The end of a run",
@@ -240,7 +241,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         answer="The run.",
         models=(bodies.Reported,),
         example={"id": RUN["id"], "reported": True},
-        reasons=("no_such_run", "unreadable_run"),
+        reasons=("no_such_run", "unreadable_run", "hung"),
         samples=(
             Sample(
                 "This one is dealt with",
@@ -251,15 +252,18 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("get", "/report.zip"): Operation(
         description="runtime-metrics.json, runtime-history.json, marks.json, metadata.json, manifest.json and, if a run"
-        " of the same program crashed and no report told of it yet, previous-run.json.",
+        " of the same program crashed and no report told of it yet, previous-run.json. What could not be had is in"
+        " the `failures` of the manifest.",
         answer="The archive.",
         other={"application/zip": ""},
+        reasons=("busy",),
         samples=(Sample("Under the name it gives itself", 'curl -s -OJ "$URL/report.zip" && ls *.zip | wc -l'),),
     ),
     ("get", "/healthz"): Operation(
         description="Says nothing of the target, and needs no token. A read of the kernel that does not return, of"
-        " whichever process, makes it 503: a thread is lost until it does, other processes are measured as before.",
-        answer="It answers, and no read of the kernel hangs.",
+        " whichever process, makes it 503: a thread is lost until it does, other processes are measured as before."
+        " So does a disk that does not answer: then it is the directory of runs alone that cannot be had.",
+        answer="It answers, and nothing hangs.",
         models=(bodies.Health,),
         example={"status": "ok"},
         reasons=("hung",),
@@ -334,5 +338,7 @@ DETAILS: dict[Reason, str] = {
     "bad_body": "Field required; send a JSON object with label",
     "not_recording": "nothing is being recorded (--record-interval 0)",
     "busy": "8 streams are open already",
+    "hung": "the directory of runs: a read has not returned for 5 s",
+    "unread": "32 MiB of answers wait already for clients that take them",
     "token": "send the token of the runtime file as Authorization: Bearer; `vitalsd endpoints` says where it is",
 }

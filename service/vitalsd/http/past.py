@@ -9,6 +9,8 @@ from vitalsd.history import history
 from vitalsd.http.answers import JSON, failed
 from vitalsd.http.problem import problem
 from vitalsd.http.query import HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, StrictRoute, given, sent
+from vitalsd.http.shelf import Shelf
+from vitalsd.http.turns import Turns
 from vitalsd.record import Mark, Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
 from vitalsd.sampler import NotRecording
@@ -20,11 +22,12 @@ from vitalsd.worker import Worker
 __all__ = ["mark_json", "past_routes", "run_json"]
 
 
-def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> APIRouter:
+def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRouter:
     """
-    The routes over the record of `targets` and over earlier `runs`; files are read on `reader`.
+    The routes over the record of `targets` and over the earlier runs of `shelf`; tables are made on `reader`.
     """
     routes = APIRouter(route_class=StrictRoute)
+    tables, loaded = Turns(), Turns()  # apart: what waits for a disk holds up nothing else
 
     @routes.get("/history", summary="What was recorded: process, busiest threads, marks and events")
     async def recorded(request: Request, query: Annotated[HistoryQuery, given(HistoryQuery)]) -> Response:
@@ -38,7 +41,10 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
             raise NotRecording("nothing is being recorded (--record-interval 0)")
         if query.pid not in (None, record.identity.pid):
             raise NotRecording(f"only process {record.identity.pid} is recorded here; --pid names another target")
-        return await _table(record, query, request, reader)
+        # Whatever else would be in the table by now makes it another one.
+        newest = record, record.last, *(notes[-1] if notes else None for notes in (record.marks, record.events))
+        key = newest, query.seconds, query.top, query.step_ms, _is_csv(request)
+        return await tables.make(lambda: _table(record, query, request, reader), key)
 
     @routes.post("/marks", status_code=201, summary="Put a label on the clock")
     async def set_mark(
@@ -57,24 +63,27 @@ def past_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> 
 
     @routes.get("/runs", summary="Earlier runs on disk, crashed ones first")
     async def list_runs(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        found = await asyncio.wrap_future(reader.submit(runs.runs)) if runs else []
+        found = await shelf.read(RunDirectory.runs) if shelf else []
         return JSON([run_json(run) for run in found])
 
     @routes.get("/runs/{run_id}/history", summary="What an earlier run recorded, up to its end")
     async def run_history(request: Request, query: Annotated[RunHistoryQuery, given(RunHistoryQuery)]) -> Response:
         run_id = request.path_params["run_id"]
 
-        def load() -> Record | None:
-            run = runs.find(run_id) if runs else None
+        def load(runs: RunDirectory) -> Record | None:
+            run = runs.find(run_id)
             return read_run(run.path)[1] if run else None
 
-        try:
-            record = await asyncio.wrap_future(reader.submit(load))
-        except (UnreadableRun, OSError) as error:
-            return problem("unreadable_run", str(error))
-        if record is None:
-            return problem("no_such_run", "no run has this id; GET /runs lists them")
-        return await _table(record, query, request, reader)
+        async def answer() -> Response:
+            try:
+                record = await shelf.read(load) if shelf else None
+            except (UnreadableRun, OSError) as error:
+                return problem("unreadable_run", str(error))
+            if record is None:
+                return problem("no_such_run", "no run has this id; GET /runs lists them")
+            return await _table(record, query, request, reader)
+
+        return await loaded.make(answer)
 
     return routes
 
@@ -83,8 +92,7 @@ async def _table(record: Record, query: RunHistoryQuery, request: Request, reade
     """The last `query.seconds` of `record`, counted from its end."""
     last = record.last
     since_ns = last.monotonic_ns - query.seconds * 1_000_000_000 if last else 0
-    accept = request.headers.get("accept", "")
-    csv = "text/csv" in accept and "application/json" not in accept
+    csv = _is_csv(request)
 
     def render() -> bytes:
         table = history(record, since_ns=since_ns, top=query.top, step_ns=query.step_ms * 1_000_000)
@@ -94,6 +102,11 @@ async def _table(record: Record, query: RunHistoryQuery, request: Request, reade
     if csv:
         return Response(body, media_type="text/csv; charset=utf-8", headers={"Cache-Control": "no-store"})
     return JSON(body)
+
+
+def _is_csv(request: Request) -> bool:
+    accept = request.headers.get("accept", "")
+    return "text/csv" in accept and "application/json" not in accept
 
 
 def mark_json(mark: Mark) -> dict[str, Any]:

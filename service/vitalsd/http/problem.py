@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
 from vitalsd.sampler import Busy, NotRecording
+from vitalsd.worker import Hung
 
 __all__ = ["MEDIA_TYPE", "TITLES", "Reason", "Refused", "install", "nearest", "problem", "shown"]
 
@@ -40,6 +41,7 @@ Reason = Literal[
     "busy",
     "token",
     "full",
+    "unread",
     "stopping",
     "hung",
     "internal",
@@ -66,8 +68,9 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "busy": (429, "Too much at once"),
     "token": (401, "A token is needed"),
     "full": (503, "Too many connections"),
+    "unread": (503, "Too much waits to be read"),
     "stopping": (503, "The sidecar is being stopped"),
-    "hung": (503, "A read of the kernel hangs"),
+    "hung": (503, "A read or a write does not return"),
     "internal": (500, "A bug in vitalsd"),
 }
 
@@ -134,6 +137,10 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
         return problem("busy", str(error), headers={"Retry-After": "1"})
+
+    @app.exception_handler(Hung)
+    async def hung(_: Request, error: Hung) -> Response:
+        return problem("hung", str(error))
 
     @app.exception_handler(NotRecording)
     async def not_recording(_: Request, error: NotRecording) -> Response:

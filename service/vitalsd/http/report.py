@@ -21,13 +21,15 @@ from vitalsd.http.answers import JSON
 from vitalsd.http.past import mark_json, run_json
 from vitalsd.http.problem import problem
 from vitalsd.http.query import NoQuery, ReportQuery, StrictRoute, given
+from vitalsd.http.shelf import Shelf
+from vitalsd.http.turns import Turns
 from vitalsd.record import Record
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
 from vitalsd.targets import Targets
 from vitalsd.wire import encode, unavailable
-from vitalsd.worker import Worker
+from vitalsd.worker import Hung, Worker
 from vitalsd_client.archive import (
     HISTORY,
     MARKS,
@@ -48,9 +50,10 @@ APP = "vitalsd"
 TOP_THREADS = 50
 
 
-def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -> APIRouter:
-    """The routes over `targets` and earlier `runs`; files are read on `reader`."""
+def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRouter:
+    """The routes over `targets` and the earlier runs of `shelf`; the archive is made on `reader`."""
     routes = APIRouter(route_class=StrictRoute)
+    reports = Turns()
 
     async def read(call: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(reader.submit(call))
@@ -58,27 +61,37 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
     @routes.get("/report.zip", summary="A bug report: metrics, history, marks, and the run that crashed before")
     async def report(query: Annotated[ReportQuery, given(ReportQuery)]) -> Response:
         triggered = datetime.now(UTC)
-        members, failures = {}, []
+        members: dict[str, bytes] = {}
+        failures: list[Failure] = []
         identity, metrics, reason = await _metrics(targets, query.window_ms)
         members[METRICS] = metrics
         if reason is not None:
             failures.append(Failure(METRICS, reason))
-        record, crashed = targets.default.record, None
-        if record is None:
-            failures.append(Failure(HISTORY, "nothing is being recorded (--record-interval 0)"))
-        else:
-            members[HISTORY], members[MARKS] = await read(lambda: _recorded(record, query.seconds))
-        if runs is not None and identity is not None:
-            crashed, content, reason = await read(lambda: _crashed(runs, identity.name))
-            if reason is not None:
-                failures.append(Failure(PREVIOUS_RUN, reason))
-            elif crashed is not None:
-                members[PREVIOUS_RUN] = content
-        platform = targets.default.platform
-        bundle = await read(lambda: _bundle(triggered, members, failures, platform))
-        content = await read(bundle.zip)
-        # Once it has been sent. Whether a client that hung up in the middle has it, uvicorn does not tell.
-        sent = None if runs is None or crashed is None else BackgroundTask(read, lambda: _mark(runs, crashed))
+        record, platform = targets.default.record, targets.default.platform
+
+        async def collect() -> tuple[Bundle, bytes, Run | None]:
+            crashed: Run | None = None
+            if record is None:
+                failures.append(Failure(HISTORY, "nothing is being recorded (--record-interval 0)"))
+            else:
+                members[HISTORY], members[MARKS] = await read(lambda: _recorded(record, query.seconds))
+            if shelf is not None and identity is not None:
+                try:
+                    found = await shelf.read(lambda runs: _crashed(runs, identity.name))
+                    if found is not None:
+                        members[PREVIOUS_RUN] = await read(lambda: _previous(*found))
+                        crashed, _ = found
+                except (UnreadableRun, OSError) as error:
+                    reason = f"{type(error).__name__}: the file of a crashed run cannot be read"
+                    failures.append(Failure(PREVIOUS_RUN, reason))
+                except Hung as error:
+                    failures.append(Failure(PREVIOUS_RUN, str(error)))
+            bundle = await read(lambda: _bundle(triggered, members, failures, platform))
+            return bundle, await read(bundle.zip), crashed
+
+        bundle, content, crashed = await reports.make(collect)
+        # Not done if the client leaves while there is much of it to take; whether it has the rest nobody tells.
+        sent = None if shelf is None or crashed is None else BackgroundTask(_tell, shelf, crashed)
         headers = {
             "Content-Disposition": f'attachment; filename="{bundle.stem}.zip"',
             "Cache-Control": "no-store",
@@ -92,14 +105,14 @@ def report_routes(targets: Targets, runs: RunDirectory | None, reader: Worker) -
     async def reported(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         run_id = request.path_params["run_id"]
 
-        def mark() -> Run | None:
-            run = runs.find(run_id) if runs else None
-            if runs is not None and run is not None:
+        def mark(runs: RunDirectory) -> Run | None:
+            run = runs.find(run_id)
+            if run is not None:
                 runs.mark_reported(run)
             return run
 
         try:
-            run = await read(mark)
+            run = await shelf.read(mark) if shelf else None
         except (UnreadableRun, OSError) as error:
             return problem("unreadable_run", str(error))
         if run is None:
@@ -134,23 +147,21 @@ def _recorded(record: Record, seconds: int) -> tuple[bytes, bytes]:
     return table.to_json(), json.dumps([mark_json(mark) for mark in list(record.marks)]).encode()
 
 
-def _crashed(runs: RunDirectory, name: str) -> tuple[Run | None, bytes, str | None]:
-    """The newest run of that program which crashed and is in no report yet."""
+def _crashed(runs: RunDirectory, name: str) -> tuple[Run, Record] | None:
+    """The newest run of that program which crashed and is in no report yet. Raises as `read_run` does."""
     run = next(
         (run for run in runs.runs() if run.state == "crashed" and not run.reported and run.identity.name == name), None
     )
-    if run is None:
-        return None, b"", None
-    try:
-        table = history(read_run(run.path)[1], top=TOP_THREADS)
-        return run, previous_run(run_json(run), table.to_json()), None
-    except (UnreadableRun, OSError) as error:
-        return None, b"", f"{type(error).__name__}: the file of a crashed run cannot be read"
+    return None if run is None else (run, read_run(run.path)[1])
 
 
-def _mark(runs: RunDirectory, run: Run) -> None:
-    with suppress(UnreadableRun, OSError):  # then the next report tells of it again
-        runs.mark_reported(run)
+def _previous(run: Run, record: Record) -> bytes:
+    return previous_run(run_json(run), history(record, top=TOP_THREADS).to_json())
+
+
+async def _tell(shelf: Shelf, run: Run) -> None:
+    with suppress(UnreadableRun, OSError, Hung):  # then the next report tells of it again
+        await shelf.read(lambda runs: runs.mark_reported(run))
 
 
 def _bundle(triggered: datetime, members: dict[str, bytes], failures: list[Failure], platform: str) -> Bundle:

@@ -12,10 +12,11 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from vitalsd.http.connection import Connection, Room
+from vitalsd.http.connection import Connection
 from vitalsd.http.gate import Gate
 from vitalsd.http.hello import Hello
 from vitalsd.http.log import Sparing
+from vitalsd.http.room import Room
 
 __all__ = ["Server"]
 
