@@ -1,10 +1,12 @@
 """Hot-first: what is proved without being read is what reading would have found, always."""
 
+import errno
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from target import Target
-from vitalsd.sources.linux_counters import SchedstatFiles
-from vitalsd.sources.linux_threads import ThreadTable
+from vitalsd.sources.linux_counters import Reading, SchedstatFiles
+from vitalsd.sources.linux_threads import NAMES_EVERY_NS, ThreadTable
 from vitalsd.sources.procfs import parse_run_times
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -25,17 +27,22 @@ class Tree:
     def __init__(self, root: Path, threads: int) -> None:
         self.root = root
         self.run_ns: dict[int, int] = {}
+        self.names: dict[int, str] = {}
         self.exited_ns = 12_345
         for tid in range(1, threads + 1):
             self.born(tid)
 
     def born(self, tid: int) -> None:
-        directory = self.root / str(tid)
-        directory.mkdir()
-        (directory / "stat").write_text(f"{tid} (thread {tid}) S 1 1 1 0 0 0 0 0 0 0 0 0 0 0 20 0 1 0 {tid} 1 1 1\n")
-        (directory / "comm").write_text(f"thread {tid}\n")
+        (self.root / str(tid)).mkdir()
         self.run_ns[tid] = 0
         self.burn(tid, 1000)
+        self.call(tid, f"thread {tid}")
+
+    def call(self, tid: int, name: str) -> None:
+        directory = self.root / str(tid)
+        (directory / "stat").write_text(f"{tid} ({name}) S 1 1 1 0 0 0 0 0 0 0 0 0 0 0 20 0 1 0 {tid} 1 1 1\n")
+        (directory / "comm").write_text(f"{name}\n")
+        self.names[tid] = name
 
     def burn(self, tid: int, ns: int) -> None:
         self.run_ns[tid] += ns
@@ -43,16 +50,47 @@ class Tree:
 
     def exit(self, tid: int) -> None:
         self.exited_ns += self.run_ns.pop(tid) + 1
+        del self.names[tid]
         shutil.rmtree(self.root / str(tid))
 
     def clock(self) -> int:
         return sum(self.run_ns.values()) + self.exited_ns
 
 
+class BoundFiles(SchedstatFiles):
+    """Its files answer no more once their thread is gone, as those of a kernel."""
+
+    def read(self, handles: Sequence[int]) -> list[Reading]:
+        if not all(os.fstat(handle).st_nlink for handle in handles):
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return super().read(handles)
+
+
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["burn", "burn", "burn", "same", "born", "exit", "ghost"]), st.integers(0, 2**32)),
+    st.tuples(
+        st.sampled_from(["burn", "burn", "burn", "same", "born", "exit", "ghost", "rename"]), st.integers(0, 2**32)
+    ),
     max_size=40,
 )
+
+
+def taken(tree: Tree, steps: list[tuple[str, int]], *, few: bool) -> Iterator[None]:
+    """Do the steps to the tree, one by one."""
+    for kind, number in steps:
+        tids = sorted(tree.run_ns)
+        tid = tids[number % (2 if few else len(tids))]
+        if kind == "burn":
+            tree.burn(tid, 1 + number)
+        elif kind == "rename":
+            tree.burn(tid, 1)
+            tree.call(tid, f"name {number}")
+        elif kind == "born":
+            tree.born(max(tids) + 1)
+        elif kind == "exit" and len(tids) > 9:
+            tree.exit(tid)
+        elif kind == "ghost":  # born and gone between two readings: only the clock knows
+            tree.exited_ns += number
+        yield
 
 
 @settings(max_examples=60)
@@ -65,18 +103,8 @@ def test_what_is_proved_is_true(
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000))
     try:
-        for kind, number in steps:
-            tids = sorted(tree.run_ns)
-            tid = tids[number % (2 if few else len(tids))]
-            if kind == "burn":
-                tree.burn(tid, 1 + number)
-            elif kind == "born":
-                tree.born(max(tids) + 1)
-            elif kind == "exit" and len(tids) > 9:
-                tree.exit(tid)
-            elif kind == "ghost":  # born and gone between two readings: only the clock knows
-                tree.exited_ns += number
-            proved = table.read_proved(tree.clock)
+        for _ in taken(tree, steps, few=few):
+            proved = table.read_proved(tree.clock(), tree.clock)
             if proved is None:
                 assert table.read() == [tree.run_ns[tid] for tid in sorted(tree.run_ns)]
                 table.calibrate(tree.clock(), tree.exited_ns)
@@ -86,6 +114,36 @@ def test_what_is_proved_is_true(
     finally:
         table.close()
         os.close(task_fd)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 40), st.lists(STEPS, max_size=20), st.data())
+def test_looking_only_at_what_changed_is_looking_at_all(
+    tmp_path_factory: pytest.TempPathFactory, threads: int, between: list[list[tuple[str, int]]], data: st.DataObject
+) -> None:
+    """
+    However many run, name themselves, come and go between two readings, proved or full: times, their sum and
+    names are those of the files, and no list that was handed out changes afterwards.
+    """
+    tree = Tree(tmp_path_factory.mktemp("task"), threads)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000))
+    handed_out = []
+    try:
+        for number, steps in enumerate(between, 1):
+            deque(taken(tree, steps, few=False), maxlen=0)
+            proved = table.read_proved(tree.clock(), tree.clock) if data.draw(st.booleans()) else None
+            times = proved[0] if proved else table.read()
+            table.calibrate(tree.clock(), tree.exited_ns)
+            handed_out.append((times, list(times)))
+            assert dict(zip(table.tids, times, strict=True)) == tree.run_ns
+            assert table.living_ns == sum(times)
+            assert table.refresh_names(number * NAMES_EVERY_NS)
+            assert dict(zip(table.tids, table.names, strict=True)) == tree.names
+    finally:
+        table.close()
+        os.close(task_fd)
+    assert all(times == as_it_was for times, as_it_was in handed_out)
 
 
 def test_a_few_hot_threads_are_proved_and_many_are_read(tmp_path: Path) -> None:
@@ -98,7 +156,7 @@ def test_a_few_hot_threads_are_proved_and_many_are_read(tmp_path: Path) -> None:
         before = table.proved
         for number in range(count):
             tree.burn(1 + who(number) % 40, 1000)
-            if table.read_proved(tree.clock) is None:
+            if table.read_proved(tree.clock(), tree.clock) is None:
                 table.read()
                 table.calibrate(tree.clock(), tree.exited_ns)
         return table.proved - before
@@ -129,7 +187,7 @@ def test_thousands_of_proved_readings_equal_full_ones(start: Callable[..., Targe
     target.tell("churn_for 3 20")
     deadline = time.monotonic() + 60
     while checked < 1500 and time.monotonic() < deadline:
-        proved = table.read_proved(clock)
+        proved = table.read_proved(clock(), clock)
         if proved is None:
             before = clock()
             living_ns = sum(table.read())

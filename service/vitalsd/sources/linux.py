@@ -20,7 +20,6 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras
 from vitalsd.sources import (
@@ -88,9 +87,11 @@ class LinuxSource:
             stat = self._attach()
             same_namespace = self._in_our_namespace()
             self._clock = self._process_clock() if same_namespace else None
-            with self._translated_errors():
+            try:
                 counter = self._counter(stat, fd_budget, own=same_namespace and self._pid == os.getpid())
                 self._threads = ThreadTable(self._task, counter)
+            except (OSError, Malformed) as error:
+                raise self._translated(error) from None
         except BaseException:
             self.close()
             raise
@@ -120,23 +121,25 @@ class LinuxSource:
             os.close(self._fds.pop())
 
     def snapshot(self, *, extras: bool = False) -> Snapshot:
-        with self._translated_errors():
+        try:
             return self._snapshot(extras)
+        except (OSError, Malformed) as error:
+            raise self._translated(error) from None
 
     def _snapshot(self, extras: bool) -> Snapshot:
         if self._threads is None or not self._fds:
             raise ValueError("the source is closed")
         threads, counter = self._threads, self._counted_by
         begun_ns = time.monotonic_ns()
-        proved = threads.read_proved(self._cpu_ns) if counter.provable and self._clock else None
+        before_ns = self._cpu_ns()
+        proved = threads.read_proved(before_ns, self._cpu_ns) if counter.provable and self._clock else None
         if proved is not None:
             thread_cpu_ns, cpu_ns, exited_ns = proved
             exited_cpu_ns = exited_ns, exited_ns
         else:
-            before_ns = self._cpu_ns()
             thread_cpu_ns = threads.read()
             cpu_ns = self._cpu_ns()
-            living_ns = sum(thread_cpu_ns)
+            living_ns = threads.living_ns
             exited_cpu_ns = (
                 before_ns - living_ns - len(thread_cpu_ns) * counter.cut_ns,
                 cpu_ns - living_ns + self._process_cut_ns,
@@ -317,20 +320,19 @@ class LinuxSource:
             return StatFiles(self._task, fd_budget)
         return SchedstatFiles(self._task, fd_budget)
 
-    @contextmanager
-    def _translated_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (ProcessLookupError, FileNotFoundError):
-            if self._hidden():
-                raise AccessDenied(f"process {self._pid} does not let this user read it any more (hidepid)") from None
-            raise TargetGone(f"target {self._pid} has exited") from None
-        except PermissionError as error:
-            raise AccessDenied(f"process {self._pid}: {error.strerror}: {error.filename}") from None
-        except Malformed as error:
-            raise KernelError(f"process {self._pid}: {error}") from None
-        except OSError as error:
-            raise KernelError(f"process {self._pid}: {error.strerror}") from None
+    def _translated(self, error: OSError | Malformed) -> SourceError:
+        """What went wrong, in our own terms."""
+        match error:
+            case ProcessLookupError() | FileNotFoundError():
+                if self._hidden():
+                    return AccessDenied(f"process {self._pid} does not let this user read it any more (hidepid)")
+                return TargetGone(f"target {self._pid} has exited")
+            case PermissionError():
+                return AccessDenied(f"process {self._pid}: {error.strerror}: {error.filename}")
+            case Malformed():
+                return KernelError(f"process {self._pid}: {error}")
+            case _:
+                return KernelError(f"process {self._pid}: {error.strerror}")
 
     def _hidden(self) -> bool:
         """Whether it lives and /proc now hides it: what was open still answers, and nothing more can be opened."""

@@ -11,7 +11,7 @@ import resource
 import time
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Protocol
+from typing import Any, Protocol
 
 from vitalsd.sources.procfs import parse_run_times, parse_stat
 
@@ -19,6 +19,7 @@ __all__ = [
     "GONE",
     "KERNEL_TICK_NS",
     "USER_TICK_NS",
+    "Reading",
     "SchedstatFiles",
     "StatFiles",
     "ThreadClocks",
@@ -48,6 +49,10 @@ def read_file(path: str, dir_fd: int) -> bytes:
         os.close(fd)
 
 
+Reading = Any
+"""What a `ThreadCounter` read of a thread: compared with the one before, and only looked into if it is another."""
+
+
 class ThreadCounter(Protocol):
     """One way to read the CPU time of threads. A handle is whatever `open` returned."""
 
@@ -69,8 +74,12 @@ class ThreadCounter(Protocol):
         """Whether descriptor `fd` may stay open: none that is among the last few."""
         ...
 
-    def read(self, handles: Sequence[int]) -> list[int]:
-        """CPU time of each, ns. Raises `OSError` with an errno of `GONE` if any of them has exited."""
+    def read(self, handles: Sequence[int]) -> list[Reading]:
+        """One reading of each. Raises `OSError` with an errno of `GONE` if any of them has exited."""
+        ...
+
+    def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
+        """The CPU time in each, ns. Equal readings of a thread: the same time."""
         ...
 
 
@@ -93,8 +102,11 @@ class ThreadClocks:
     def may_keep(self, fd: int) -> bool:
         return False
 
-    def read(self, handles: Sequence[int]) -> list[int]:
+    def read(self, handles: Sequence[int]) -> list[Reading]:
         return list(map(time.clock_gettime_ns, handles))
+
+    def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
+        return list(readings)
 
 
 class _Files:
@@ -156,8 +168,11 @@ class SchedstatFiles(_Files):
     cut_ns = 0
     provable = True
 
-    def read(self, handles: Sequence[int]) -> list[int]:
-        return parse_run_times(self.contents(handles, 64))
+    def read(self, handles: Sequence[int]) -> list[Reading]:
+        return self.contents(handles, 64)
+
+    def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
+        return parse_run_times(readings)
 
 
 class StatFiles(_Files):
@@ -169,6 +184,9 @@ class StatFiles(_Files):
     cut_ns = 2 * USER_TICK_NS
     provable = False
 
-    def read(self, handles: Sequence[int]) -> list[int]:
+    def read(self, handles: Sequence[int]) -> list[Reading]:
         stats = map(parse_stat, self.contents(handles, 1024))
         return [(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS for stat in stats]
+
+    def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
+        return list(readings)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from itertools import compress
 from operator import lt, ne
 
-from vitalsd.sources.linux_counters import GONE, ThreadCounter, read_file
+from vitalsd.sources.linux_counters import GONE, Reading, ThreadCounter, read_file
 from vitalsd.sources.procfs import Stat, decode_name, parse_stat
 
-__all__ = ["FEW_NAMES", "ThreadTable"]
+__all__ = ["FEW_NAMES", "NAMES_EVERY_NS", "ThreadTable"]
 
 FEW_NAMES = 8
 """So many names are read again at every reading, from files that stay open for it, ..."""
@@ -41,10 +41,9 @@ class _Thread:
     birth: int
     name: str
     handle: int
+    reading: Reading
+    """As of the last listing, as is `cpu_ns`."""
     cpu_ns: int
-    """As of the last listing."""
-    named_ns: int
-    """CPU time it had when its name was read."""
     comm: int = -1
     """Descriptor of its ``comm``, while it is held open."""
 
@@ -66,19 +65,24 @@ class ThreadTable:
         self._threads: dict[int, _Thread] = {}
         self._rows: list[_Thread] = []
         self._handles: list[int] = []
+        self._readings: list[Reading] = []
         self._cpu_ns: list[int] = []
-        self._named_ns: list[int] = []
+        self._ran: deque[dict[int, int]] = deque(maxlen=HOT_FOR)
+        """Who ran before each of the last readings, by index: the hot ones."""
+        self._unnamed: set[int] = set()
+        """Who ran since its name was read."""
         self._named_at_ns = 0
         self._comms: deque[_Thread] = deque()
         self._sweep = 0
         self._links_count_threads = False
-        self._hot: dict[int, int] = {}
         self._exited_ns: int | None = None
         self._total_ns = -1
         self._pause = self._paused = 0
         self.tids: tuple[int, ...] = ()
         self.births: tuple[int, ...] = ()
         self.names: tuple[str, ...] = ()
+        self.living_ns = 0
+        """The CPU time of all of them as last read."""
         self.proved = 0
         """Readings that were proved instead of read in full."""
         self._relist()
@@ -91,71 +95,53 @@ class ThreadTable:
         The last thing done is the reading itself, so that a total read next is read at the same time.
         """
         self._exited_ns = None
-        if self._links_count_threads and self._links() == len(self.tids):
-            try:
-                cpu_ns = self._counter.read(self._handles)
-            except OSError as error:
-                if error.errno not in GONE:
-                    raise
-            else:
-                if self._counter.bound or not any(map(lt, cpu_ns, self._cpu_ns)):
-                    if self._counter.provable:
-                        self._warm(cpu_ns)
-                    self._cpu_ns = cpu_ns
-                    return cpu_ns
+        if self._links_count_threads and self._links() == len(self.tids) and self._read_all():
+            return self._cpu_ns
         self._relist()
-        try:
-            self._cpu_ns = self._counter.read(self._handles)
-        except OSError as error:
-            if error.errno not in GONE:
-                raise
+        self._read_all()
         return self._cpu_ns
 
-    def read_proved(self, clock: Callable[[], int]) -> tuple[list[int], int, int] | None:
+    def read_proved(self, total_ns: int, clock: Callable[[], int]) -> tuple[list[int], int, int] | None:
         """
         The CPU time of each thread, ns, read from the hot ones and proved for the others.
 
         Args:
-            clock: CPU time of the process, ns.
+            total_ns: CPU time of the process, read just now.
+            clock: reads it again.
 
         Returns:
             The times, the process's CPU time and that of its exited threads, all of one instant and
             exact; ``None`` if it cannot be proved this time and all must be read.
         """
-        exited_ns = self._exited_ns
-        if exited_ns is None or not self._links_count_threads or self._links() != len(self.tids):
+        exited_ns, count = self._exited_ns, len(self.tids)
+        if exited_ns is None or not self._links_count_threads or self._links() != count:
             return None
-        total_ns = clock()
         if total_ns == self._total_ns:
             self.proved += 1
             return self._cpu_ns, total_ns, exited_ns
-        if self._paused > 0 or len(self._hot) * HOT_PART > len(self.tids):
+        if self._paused > 0 or max(map(len, self._ran), default=0) * HOT_PART > count:
             self._paused -= 1
             return None
-        hot = list(self._hot)
+        hot = list(set().union(*self._ran))
+        if len(hot) * HOT_PART > count:
+            return None
         try:
-            hot_ns = self._counter.read([self._handles[i] for i in hot])
+            readings = self._counter.read([self._handles[i] for i in hot])
         except OSError as error:
             if error.errno not in GONE:
                 raise
             return None
         total_ns = clock()
-        cpu_ns = self._cpu_ns.copy()
-        for i, ns in zip(hot, hot_ns, strict=True):
-            cpu_ns[i] = ns
-        if sum(cpu_ns) + exited_ns != total_ns:
+        before = self._cpu_ns
+        now = dict(zip(hot, self._counter.cpu_ns(readings), strict=True))
+        if self.living_ns + sum(now.values()) - sum([before[i] for i in hot]) + exited_ns != total_ns:
             self._pause = self._paused = min(MAX_PAUSE, 2 * self._pause or 1)
             return None
         self._pause = 0
-        for i, ns in zip(hot, hot_ns, strict=True):
-            left = HOT_FOR if ns != self._cpu_ns[i] else self._hot[i] - 1
-            if left:
-                self._hot[i] = left
-            else:
-                del self._hot[i]
-        self._cpu_ns, self._total_ns = cpu_ns, total_ns
+        self._move(now)
+        self._total_ns = total_ns
         self.proved += 1
-        return cpu_ns, total_ns, exited_ns
+        return self._cpu_ns, total_ns, exited_ns
 
     def calibrate(self, total_ns: int, exited_ns: int) -> None:
         """Tell the exact totals that go with the last `read`: from now on `read_proved` can prove."""
@@ -171,8 +157,7 @@ class ThreadTable:
         Returns:
             False if a handle was found to name another thread than it did: read again.
         """
-        elapsed_ns, count = now_ns - self._named_at_ns, len(self.tids)
-        stale = set(compress(range(count), map(ne, self._cpu_ns, self._named_ns)))
+        elapsed_ns, count, stale = now_ns - self._named_at_ns, len(self.tids), self._unnamed
         if elapsed_ns >= NAMES_EVERY_NS:
             self._named_at_ns = now_ns
             swept = min(count, -(-count * elapsed_ns // SWEEP_NS))
@@ -187,10 +172,10 @@ class ThreadTable:
                 self._relist()
                 return False
             thread = self._rows[i]
-            thread.named_ns = self._named_ns[i] = self._cpu_ns[i]
             if name != thread.name:
                 thread.name = name
                 renamed = True
+        stale.clear()
         if renamed:
             self.names = tuple(thread.name for thread in self._rows)
         return True
@@ -214,14 +199,34 @@ class ThreadTable:
     def _links(self) -> int:
         return os.fstat(self._task_fd).st_nlink - 2
 
-    def _warm(self, cpu_ns: list[int]) -> None:
-        """Keep count of who ran lately."""
-        if len(cpu_ns) != len(self._cpu_ns):
-            self._hot.clear()
-            return
-        self._hot = {i: left - 1 for i, left in self._hot.items() if left > 1}
-        if cpu_ns != self._cpu_ns:
-            self._hot.update(dict.fromkeys(compress(range(len(cpu_ns)), map(ne, cpu_ns, self._cpu_ns)), HOT_FOR))
+    def _read_all(self) -> bool:
+        """Read every thread, and look closer at those whose reading is another; False if any has exited."""
+        try:
+            readings = self._counter.read(self._handles)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return False
+        changed = list(compress(range(len(readings)), map(ne, readings, self._readings)))
+        times = self._counter.cpu_ns([readings[i] for i in changed])
+        before = self._cpu_ns
+        if not self._counter.bound and any(map(lt, times, [before[i] for i in changed])):
+            return False
+        self._readings = readings
+        self._move(dict(zip(changed, times, strict=True)))
+        return True
+
+    def _move(self, now: dict[int, int]) -> None:
+        """Take over the CPU time of those that were looked at; a list that was handed out stays as it is."""
+        before = self._cpu_ns
+        ran = {i: ns for i, ns in now.items() if ns != before[i]}
+        self._ran.append(ran)
+        if ran:
+            self._unnamed.update(ran)
+            cpu_ns = self._cpu_ns = before.copy()
+            for i, ns in ran.items():
+                self.living_ns += ns - cpu_ns[i]
+                cpu_ns[i] = ns
 
     def _name(self, i: int) -> str | None:
         """The name of thread `i`, its old one if it has exited; ``None`` if the tid is another thread's now."""
@@ -291,9 +296,11 @@ class ThreadTable:
         self.births = tuple(thread.birth for thread in threads)
         self.names = tuple(thread.name for thread in threads)
         self._handles = [thread.handle for thread in threads]
+        self._readings = [thread.reading for thread in threads]
         self._cpu_ns = [thread.cpu_ns for thread in threads]
-        self._named_ns = [thread.named_ns for thread in threads]
-        self._hot.clear()
+        self.living_ns = sum(self._cpu_ns)
+        self._ran.clear()
+        self._unnamed.clear()
 
     def _advance(self, tid: int, thread: _Thread) -> bool:
         """
@@ -302,19 +309,20 @@ class ThreadTable:
         One that ran may have renamed itself, or be another that got its number: its stat tells.
         """
         try:
-            (cpu_ns,) = self._counter.read((thread.handle,))
+            (reading,) = self._counter.read((thread.handle,))
         except OSError as error:
             if error.errno not in GONE:
                 raise
             return False
+        (cpu_ns,) = self._counter.cpu_ns((reading,))
         if cpu_ns < thread.cpu_ns:
             return False
         if cpu_ns > thread.cpu_ns:
             stat = self._stat(tid)
             if stat is None or stat.start_ticks != thread.birth:
                 return False
-            thread.name, thread.named_ns = stat.name, cpu_ns
-        thread.cpu_ns = cpu_ns
+            thread.name = stat.name
+        thread.reading, thread.cpu_ns = reading, cpu_ns
         return True
 
     def _open(self, tid: int) -> _Thread | None:
@@ -328,11 +336,11 @@ class ThreadTable:
         try:
             handle = self._counter.open(tid)
             stat = parse_stat(read_file(f"{tid}/stat", self._task_fd))
-            (cpu_ns,) = self._counter.read((handle,))
+            (reading,) = self._counter.read((handle,))
         except OSError as error:
             if handle is not None:
                 self._counter.close(handle)
             if error.errno not in GONE:
                 raise
             return None
-        return _Thread(stat.start_ticks, stat.name, handle, cpu_ns, cpu_ns)
+        return _Thread(stat.start_ticks, stat.name, handle, reading, *self._counter.cpu_ns((reading,)))
