@@ -59,8 +59,8 @@ class Browser:
     """
 
     def __init__(self, *flags: str, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1) -> None:
-        self._profile = tempfile.TemporaryDirectory(prefix="vitalsd-browser-", ignore_cleanup_errors=True)
         executable = program("chromium", "google-chrome", "chromium-browser", package="chromium")
+        self._profile = tempfile.TemporaryDirectory(prefix="vitalsd-browser-", ignore_cleanup_errors=True)
         down_read, down_write = _pipe()
         up_read, up_write = _pipe()
         self._process = subprocess.Popen(
