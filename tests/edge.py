@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.http.app import create_app
+from vitalsd.http.live import STREAM_S
 from vitalsd.sampler import Sampler
 from vitalsd.sidecar import Sidecar, listen
 from vitalsd.sources import list_processes, open_source
@@ -89,9 +90,9 @@ class Counted:
         await self._app(scope, receive, send)
 
 
-def whole_app() -> ASGIApp:
+def whole_app(*, stream_s: float = STREAM_S) -> ASGIApp:
     """The application of ``vitalsd serve`` over this process, which records nothing."""
-    return create_app(Targets(Sampler(open_source), open_source), list_processes)
+    return create_app(Targets(Sampler(open_source), open_source), list_processes, stream_s=stream_s)
 
 
 class Edge:

@@ -53,6 +53,15 @@ def head(where: str, path: str = "/healthz", *lines: str, method: str = "GET") -
 # Deadlines
 
 
+def test_a_stream_ends_after_its_hour(short_path: Path) -> None:
+    """Here of half a second: the answer ends as a whole one does, and its place is free for the next."""
+    with Edge(whole_app(stream_s=0.5), directory=short_path) as running:
+        for _ in range(9):
+            reply = get(running.url, "/stream?interval_ms=100")
+            assert reply.status == 200
+            assert 1 <= reply.body.count(b"data: ") <= 7
+
+
 def test_stalled_clients_are_closed_and_served_ones_are_not(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
     """
     Half a head, a byte at a time, half a body: 408 after 5 s; silent ones are closed without a word. Not reading: 10 s.

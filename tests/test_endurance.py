@@ -93,6 +93,33 @@ def test_what_is_kept_of_a_dead_process_is_bounded(short_path: Path, start: Call
                 assert read_reply(connection).status == 200
 
 
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+def test_tables_that_nobody_reads_are_bounded_as_a_whole(short_path: Path, start: Callable[..., Target]) -> None:
+    """120 clients ask for another table of megabytes each and take none of it; who does read has his whole."""
+    clients, making, waiting = 120, 64 * MIB, 32 * MIB
+    target = start("--idle", "3000")
+    options = ("--pid", str(target.pid), "--record-interval", "0.05", "--no-black-box")
+    with serving(short_path, *options) as (process, ready), ExitStack() as stack:
+        where = ready["socket"]
+
+        def path(top: int) -> str:
+            return f"/history?seconds=15&top={top}"
+
+        eventually(lambda: len(get(where, path(3000)).body) > 3 * MIB, timeout_s=60)
+        asked = 0
+        with growing_at_most(process.pid, waiting + making):
+            for number in range(clients):
+                connection = stack.enter_context(dial(where))
+                connection.sendall(request(where, path(2999 - number)))
+                connection.settimeout(60)
+                asked += connection.recv(12).endswith(b" 200")  # which does not come before all of it has been made
+            read = get(where, path(3000))
+        print(f"{asked} tables like one of {len(read.body) / MIB:.1f} MiB")
+        assert read.status == 200
+        assert asked * len(read.body) > 1.5 * (waiting + making)
+
+
 # A soak
 
 

@@ -10,7 +10,7 @@ from vitalsd.http import problem
 from vitalsd.http.bounds import Bounds
 from vitalsd.http.docs import docs_routes
 from vitalsd.http.exposition import THREAD_METRICS
-from vitalsd.http.live import live_routes
+from vitalsd.http.live import STREAM_S, live_routes
 from vitalsd.http.page import page_routes
 from vitalsd.http.past import past_routes
 from vitalsd.http.report import report_routes
@@ -42,6 +42,7 @@ def create_app(
     *,
     runs: RunDirectory | None = None,
     thread_metrics: int = THREAD_METRICS,
+    stream_s: float = STREAM_S,
 ) -> FastAPI:
     """
     The application over `targets`. It opens the default one when it starts and closes all when it ends.
@@ -51,6 +52,7 @@ def create_app(
         list_processes: what ``/processes`` lists.
         runs: where earlier runs are found.
         thread_metrics: threads that a scraper is shown; 0 for none.
+        stream_s: after so long a stream ends.
     """
     reader = Worker("vitalsd-reader")
     # A thread of its own: of all processes of the machine one may hang whoever reads its command line.
@@ -69,7 +71,7 @@ def create_app(
             shelf.stop(0.3)  # it leaves a copy of a run behind otherwise
 
     routers = [
-        live_routes(targets, list_processes, reader, lister, shelf, thread_metrics=thread_metrics),
+        live_routes(targets, list_processes, reader, lister, shelf, thread_metrics=thread_metrics, stream_s=stream_s),
         past_routes(targets, shelf, reader),
         report_routes(targets, shelf, reader),
         page_routes(),

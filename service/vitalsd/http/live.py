@@ -25,9 +25,11 @@ from vitalsd.targets import Stream, Target, Targets
 from vitalsd.wire import Labels, encode, iso, os_version, unavailable
 from vitalsd.worker import PATIENCE_NS, Hung, Worker
 
-__all__ = ["live_routes"]
+__all__ = ["STREAM_S", "live_routes"]
 
 MAX_STREAMS = 8
+STREAM_S = 3600.0
+"""Then a stream ends, and a forgotten one takes no place for ever; an EventSource begins the next by itself."""
 
 FORMS = "application/json, text/plain (Prometheus, version 0.0.4 or 1.0.0) and application/openmetrics-text"
 
@@ -40,6 +42,7 @@ def live_routes(
     shelf: Shelf | None,
     *,
     thread_metrics: int,
+    stream_s: float = STREAM_S,
 ) -> APIRouter:
     """
     The routes over `targets`.
@@ -48,6 +51,7 @@ def live_routes(
         list_processes: what ``/processes`` lists; called on `lister`.
         shelf: earlier runs; ``/healthz`` says if they hang.
         thread_metrics: threads that a scraper is shown, see `Scrape`.
+        stream_s: after so long a stream ends.
     """
     routes = APIRouter(route_class=StrictRoute)
     streams: set[Stream] = set()
@@ -102,7 +106,7 @@ def live_routes(
         async def events() -> AsyncIterator[bytes]:
             async with kept:
                 try:
-                    number = 0
+                    number, until_s = 0, time.monotonic() + stream_s
                     async for measurement in windows:
                         number += 1
                         body = encode(
@@ -114,6 +118,8 @@ def live_routes(
                             labels=labels,
                         )
                         yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)
+                        if time.monotonic() >= until_s:
+                            break
                 except SourceError as error:
                     yield b"event: unavailable\ndata: %b\n\n" % unavailable(error, targets.default.platform)
                 finally:

@@ -134,7 +134,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/stream"): Operation(
         description="Each event is an answer of `/metrics` on one line. `id` counts the windows, those among them that"
         " a slow reader missed. When the numbers cannot be had any more, a last event `unavailable` says why.",
-        answer="Server-Sent Events, until the client hangs up.",
+        answer="Server-Sent Events, until the client hangs up, for an hour at the most.",
         other={"text/event-stream": f"id: 1\ndata: {STREAMED}\n\n"},
         reasons=("busy",),
         unavailable=True,

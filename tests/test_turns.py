@@ -1,0 +1,96 @@
+"""Large answers are made one at a time."""
+
+import asyncio
+
+import pytest
+
+from vitalsd.http.turns import Turns
+from vitalsd.sampler import Busy
+
+
+class Work:
+    """Something that takes as long as the test wants, and knows how much of it goes on at once."""
+
+    def __init__(self) -> None:
+        self.finish = asyncio.Event()
+        self.begun = self.going_on = self.most = 0
+
+    async def __call__(self) -> bytes:
+        self.begun += 1
+        self.going_on += 1
+        self.most = max(self.most, self.going_on)
+        try:
+            await self.finish.wait()
+            await asyncio.sleep(0)
+        finally:
+            self.going_on -= 1
+        return b"x" * self.begun
+
+
+def test_a_crowd_has_one_answer_made_at_a_time() -> None:
+    """Seventeen different ones are made one after the other; who comes beyond those is told to come again."""
+
+    async def crowd() -> None:
+        turns, work = Turns(16), Work()
+        waiting = [asyncio.create_task(turns.make(work, key)) for key in range(17)]
+        await asyncio.sleep(0.01)
+        assert work.begun == 1
+        with pytest.raises(Busy):
+            await turns.make(work, "one more")
+        work.finish.set()
+        assert len({len(body) for body in await asyncio.gather(*waiting)}) == 17
+        assert work.most == 1
+        assert await turns.make(work, "one more")
+
+    asyncio.run(crowd())
+
+
+def test_a_thousand_who_ask_for_the_same_share_it() -> None:
+    """It is made once, and all have the very same bytes; who asks afterwards has a new one."""
+
+    async def crowd() -> None:
+        turns, work = Turns(1), Work()
+        waiting = [asyncio.create_task(turns.make(work, "the same")) for _ in range(1000)]
+        await asyncio.sleep(0.01)
+        work.finish.set()
+        bodies = await asyncio.gather(*waiting)
+        assert len({id(body) for body in bodies}) == work.begun == 1
+        await turns.make(work, "the same")
+        assert work.begun == 2
+
+    asyncio.run(crowd())
+
+
+def test_what_nobody_keys_is_shared_with_nobody() -> None:
+    """Two who ask without a key have one each."""
+
+    async def two() -> None:
+        turns, work = Turns(), Work()
+        work.finish.set()
+        assert await turns.make(work) is not await turns.make(work)
+        assert work.begun == 2
+
+    asyncio.run(two())
+
+
+def test_who_leaves_stops_nobody_else(recwarn: pytest.WarningsRecorder) -> None:
+    """One of two who share leaves; the other has the answer. A failure reaches both, and leaves the turn free."""
+
+    async def leaving() -> None:
+        turns, work = Turns(), Work()
+        first, second = (asyncio.create_task(turns.make(work, 1)) for _ in range(2))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.sleep(0)
+        work.finish.set()
+        assert await second == b"x"
+
+        async def fail() -> None:
+            raise OSError("no")
+
+        for each in await asyncio.gather(*(turns.make(fail, 2) for _ in range(2)), return_exceptions=True):
+            assert isinstance(each, OSError)
+        assert await turns.make(work, 3)
+
+    asyncio.run(leaving())
+    assert not recwarn.list
