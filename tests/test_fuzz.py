@@ -178,7 +178,7 @@ def exchange_values(dice: random.Random, path: Path) -> None:
         "meta": ["key", "value"],
         "thread": ["tid", "birth", "name"],
         "segment": ["threads", "cpu_ns", "constants"],
-        "frame": ["segment", "scalars", "indexes", "burnt", "code"],
+        "frame": ["segment", "numbers", "moved", "code"],
     }
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         for _ in range(dice.randrange(1, 3)):

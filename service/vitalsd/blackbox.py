@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from vitalsd.record import Event, Mark, Segment
@@ -72,13 +73,15 @@ class BlackBox:
         self._segment_id = 0
         self._thread_ids: dict[tuple[int, int, str], int] = {}
         self._retry_ns = 0
-        self._written: Future[None] | None = None
+        self._given = self._taken = 0
+        """Snapshots that went to the writer, and those it is through with."""
+        self._caught_up: Future[None] | None = None
         self._gap = False
         """A snapshot was dropped since the last one that was given to the writer."""
         self._busy_since_ns: int | None = None
         """With what the writer was busy at the snapshot before."""
         self._worker = Worker("vitalsd-blackbox")
-        wait((self._worker.submit(lambda: self._guard(lambda db: None)),), OPEN_WAIT_S)
+        wait((self._worker.submit(partial(self._guard, lambda db: None)),), OPEN_WAIT_S)
 
     def append(self, segment: Segment, position: int) -> None:
         """
@@ -88,22 +91,23 @@ class BlackBox:
         killed process loses one snapshot at most, and a slow disk delays but never stops the sampler. One that
         hangs is waited for no more once that is clear.
         """
-        if self._written is not None and not self._written.done() and not self._stuck():
-            wait((self._written,), min(MAX_WAIT_S, self._interval_ns / 2e9))
-        anew = self._gap  # of what was dropped, what each thread burnt is missing
-        written = self._submit(lambda db: self._write(db, segment, position, anew))
-        self._gap = written is None
-        self._written = written or self._written
+        if self._given != self._taken and not self._stuck():
+            if self._caught_up is None or self._caught_up.done():
+                self._caught_up = self._worker.submit(lambda: None)
+            wait((self._caught_up,), min(MAX_WAIT_S, self._interval_ns / 2e9))
+        # Of what was dropped, what each thread burnt is missing: then a segment begins.
+        self._gap = not self._post(partial(self._take, segment, position, self._gap))
+        self._given += not self._gap
 
     def mark(self, mark: Mark) -> None:
         """Write a mark; returns at once."""
         row = (mark.wall_ns, mark.monotonic_ns, mark.label)
-        self._submit(lambda db: db.execute("INSERT INTO mark VALUES (?,?,?)", row))
+        self._post(partial(self._guard, lambda db: db.execute("INSERT INTO mark VALUES (?,?,?)", row)))
 
     def event(self, event: Event) -> None:
         """Write an event; returns at once."""
         row = (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
-        self._submit(lambda db: db.execute("INSERT INTO event VALUES (?,?,?,?)", row))
+        self._post(partial(self._guard, lambda db: db.execute("INSERT INTO event VALUES (?,?,?,?)", row)))
 
     async def hangs(self) -> bool:
         """Whether the disk does not answer."""
@@ -130,11 +134,12 @@ class BlackBox:
         """Wait until all that was given so far is committed."""
         self._worker.submit(lambda: None).result(timeout_s)
 
-    def _submit(self, write: Callable[[sqlite3.Connection], object]) -> "Future[None] | None":
+    def _post(self, call: Callable[[], None]) -> bool:
         if self._worker.pending >= MAX_PENDING:
             self.dropped += 1
-            return None
-        return self._worker.submit(lambda: self._guard(write))
+            return False
+        self._worker.post(call)
+        return True
 
     def _stuck(self) -> bool:
         """Whether the writer has been at the same write for too long: seen twice, or the whole process was stopped."""
@@ -152,14 +157,19 @@ class BlackBox:
 
     # On the writer's thread
 
-    def _guard(self, write: Callable[[sqlite3.Connection], object]) -> None:
+    def _take(self, segment: Segment, position: int, anew: bool) -> None:
+        self._guard(self._write, segment, position, anew)
+        self._taken += 1
+
+    def _guard(self, write: Callable[..., object], *what: object) -> None:
+        """Call `write` with the database, which is opened if need be, and `what`."""
         try:
             if self._db is None:
                 if time.monotonic_ns() < self._retry_ns:
                     self.dropped += 1
                     return
                 self._db = self._open_database()
-            write(self._db)
+            write(self._db, *what)
             self.error = None
         except (OSError, sqlite3.Error) as error:
             self._off(error)
@@ -252,15 +262,13 @@ class BlackBox:
             db.execute("BEGIN")
             self._segment_id = self._write_segment(db, segment, position)
             indexes, burnt = array("I"), array("I")
+        numbers = bytearray(segment.row(position))  # for which sqlite3 looks for no adapter, as it does for bytes
+        if indexes is not None:
+            numbers += indexes
+        numbers += burnt
         db.execute(
-            "INSERT INTO frame (segment, scalars, indexes, burnt, code) VALUES (?,?,?,?,?)",
-            (
-                self._segment_id,
-                segment.row(position).tobytes(),
-                None if indexes is None else array("I", indexes).tobytes(),
-                burnt.tobytes() if isinstance(burnt, array) else b"",
-                burnt.typecode if isinstance(burnt, array) else "I",
-            ),
+            "INSERT INTO frame (segment, numbers, moved, code) VALUES (?,?,?,?)",
+            (self._segment_id, numbers, None if indexes is None else len(indexes), burnt.typecode),
         )
         if begins:
             db.commit()

@@ -23,6 +23,8 @@ from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 __all__ = ["MAX_LABEL_LENGTH", "MAX_MARKS", "Event", "EventKind", "Mark", "Record", "Segment"]
 
 SEGMENT_LENGTH = 64
+SEGMENT_BYTES = 1280
+"""Of a segment and its first snapshot, without what is one for each thread."""
 MAX_MARKS = 1000
 MAX_EVENTS = 1000
 MAX_LABEL_LENGTH = 200
@@ -51,7 +53,7 @@ class Event:
     detail: str
 
 
-Moves = tuple[Sequence[int] | None, Sequence[int]]
+Moves = tuple["array[int] | None", "array[int]"]
 """Nanoseconds burnt since the snapshot before: (``None``, one per thread) or (indexes, one each)."""
 
 NOBODY: Moves = (array("I"), array("I"))
@@ -85,7 +87,7 @@ class Segment:
         self.last_cpu_ns: Sequence[int] = self.base_cpu_ns
         self.scalars = array("q")
         self.moves: list[Moves] = []
-        self.size_bytes = 512 + 16 * len(self.base_cpu_ns)
+        self.size_bytes = SEGMENT_BYTES + 16 * len(self.base_cpu_ns)
 
     def __len__(self) -> int:
         return len(self.moves)
@@ -127,7 +129,7 @@ class Segment:
         self.moves.append(moves)
         self.size_bytes += 8 * len(scalars) + 8
         if moves is not NOBODY:
-            self.size_bytes += 56 + sum(getsizeof(part) for part in moves if part is not None)
+            self.size_bytes += 56 + getsizeof(moves[0]) + getsizeof(moves[1])
 
     def row(self, position: int) -> "array[int]":
         """The scalars of one snapshot, in the order of `SCALARS`."""
@@ -190,7 +192,10 @@ def _moves(before: Sequence[int], after: Sequence[int]) -> Moves:
 
 def _compact(burnt: list[int]) -> "array[int]":
     """Four bytes each if they fit: no thread burns 4.3 s in a second."""
-    return array("I" if min(burnt) >= 0 and max(burnt) < 2**32 else "q", burnt)
+    try:
+        return array("I", burnt)
+    except OverflowError:
+        return array("q", burnt)
 
 
 class Record:
@@ -249,7 +254,7 @@ class Record:
             segment = self._segments[-1] if self._segments else None
             if segment is None or not segment.takes(snapshot):
                 shared = segment is not None and segment.head.tids is snapshot.tids
-                segment = Segment(snapshot)
+                segment = Segment(replace(snapshot, extras=None))
                 if not shared:
                     segment.size_bytes += 3 * 8 * len(snapshot.tids) + 2 * 32 * len(snapshot.tids)
                 self._segments.append(segment)

@@ -47,12 +47,17 @@ SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE thread (id INTEGER PRIMARY KEY, tid INTEGER, birth INTEGER, name TEXT);
 CREATE TABLE segment (id INTEGER PRIMARY KEY, threads BLOB, cpu_ns BLOB, constants TEXT);
-CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, scalars BLOB, indexes BLOB, burnt BLOB, code TEXT);
+CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, numbers BLOB, moved INTEGER, code TEXT);
 CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
 CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT);
 """
-"""Blobs are little-endian arrays: thread ids u32, CPU times u64, scalars i64, moves u32 or i64."""
+"""
+Blobs are little-endian arrays: thread ids u32; CPU times u64. The numbers of a frame are its scalars, i64; the indexes
+of the threads that moved, u32, as many as `moved`, or none if that is NULL because every thread did; and how
+much each of them moved, u32 or i64 as `code` says, I or q.
+"""
 
+SCALARS_BYTES = 8 * len(Segment.SCALARS)
 CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image")
 """Of a segment, as JSON."""
 
@@ -192,10 +197,9 @@ def _describe_open(db: sqlite3.Connection, path: Path) -> Run:
     meta = _meta(db)
     count, first, last = db.execute("SELECT count(*), min(id), max(id) FROM frame").fetchone()
     wall = Segment.SCALARS.index("wall_ns")
+    scalars = "SELECT substr(numbers, 1, ?) FROM frame WHERE id=?"
     first_wall_ns, last_wall_ns = (
-        None
-        if frame is None
-        else _array("q", db.execute("SELECT scalars FROM frame WHERE id=?", (frame,)).fetchone()[0])[wall]
+        None if frame is None else _array("q", db.execute(scalars, (SCALARS_BYTES, frame)).fetchone()[0])[wall]
         for frame in (first, last)
     )
     state: State = "clean"
@@ -224,17 +228,16 @@ def _record(db: sqlite3.Connection) -> Record:
         row[0]: _typed(row[1:], (int, int, str)) for row in db.execute("SELECT id, tid, birth, name FROM thread")
     }
     frames = db.execute(
-        "SELECT f.segment, f.scalars, f.indexes, f.burnt, f.code, s.threads, s.cpu_ns, s.constants"
+        "SELECT f.segment, f.numbers, f.moved, f.code, s.threads, s.cpu_ns, s.constants"
         " FROM frame f JOIN segment s ON s.id = f.segment ORDER BY f.id"
     )
     for _, rows in groupby(frames, key=lambda row: row[0]):
         segment: Segment | None = None
-        for _, scalars, indexes, burnt, code, ids, cpu_ns, constants in rows:
-            values = _array("q", scalars)
+        for _, numbers, moved, code, ids, cpu_ns, constants in rows:
+            values, moves = _frame(numbers, moved, code)
             if segment is None:
                 keys = [threads[thread_id] for thread_id in _array("I", ids)]
                 segment = Segment(_head(values, keys, _array("Q", cpu_ns), json.loads(constants)))
-            moves: Moves = None if indexes is None else _array("I", indexes), _array(code, burnt)
             _check(segment, values, moves)
             segment.add(values, moves)
         if segment is not None:
@@ -247,6 +250,13 @@ def _record(db: sqlite3.Connection) -> Record:
             raise ValueError(f"an event {event.kind!r:.80}")
         record.events.append(event)
     return record
+
+
+def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", Moves]:
+    """The scalars and moves of one frame. Raises `ValueError` or `TypeError`."""
+    named = SCALARS_BYTES + 4 * (moved or 0)
+    indexes = None if moved is None else _array("I", numbers[SCALARS_BYTES:named])
+    return _array("q", numbers[:SCALARS_BYTES]), (indexes, _array(code, numbers[named:]))
 
 
 def _check(segment: Segment, scalars: "array[int]", moves: Moves) -> None:

@@ -31,7 +31,7 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._beat: Callable[[], bool] | None = None
         self._interval_ns = 0
         self._due_ns = 0
@@ -44,6 +44,10 @@ class Worker:
     def pending(self) -> int:
         """Calls that wait for their turn."""
         return self._calls.qsize()
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Run `call`, which must not raise, on the thread; nobody waits for it, which is cheaper than a future."""
+        self._calls.put(call)
 
     def submit(self, call: Callable[[], T]) -> "Future[T]":
         """Run `call` on the thread; the future has its result or its exception."""
@@ -107,21 +111,18 @@ class Worker:
 
     def _run(self) -> None:
         while True:
-            call = self._next()
+            try:
+                if self._beat is None:
+                    call = self._calls.get()
+                else:
+                    call = self._calls.get(True, max(0, self._due_ns - time.monotonic_ns()) / 1e9)
+            except queue.Empty:
+                call = self._on_beat
             if call is None:
                 return
             self.busy_since_ns = time.monotonic_ns()
             call()
             self.busy_since_ns = None
-
-    def _next(self) -> Callable[[], None] | None:
-        if self._beat is None:
-            return self._calls.get()
-        wait_ns = self._due_ns - time.monotonic_ns()
-        try:
-            return self._calls.get(wait_ns > 0, max(0, wait_ns) / 1e9)
-        except queue.Empty:
-            return self._on_beat
 
     def _on_beat(self) -> None:
         assert self._beat is not None
