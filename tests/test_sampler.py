@@ -61,6 +61,25 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     assert unseen == []
 
 
+def test_a_busy_event_loop_makes_no_window_longer() -> None:
+    """The second snapshot is taken when it is due, also while the loop is busy with a crowd; it is only told later."""
+
+    async def main() -> None:
+        sampler = Sampler(CountingSource)
+        begun = time.monotonic()
+        window = asyncio.create_task(sampler.window(200))
+        while not sampler.snapshots_taken:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        time.sleep(1.5)
+        m = await window
+        assert time.monotonic() - begun > 1.5
+        assert m.elapsed_ns < 1_000_000_000
+        await sampler.close()
+
+    run(main())
+
+
 def test_a_window_is_as_long_as_asked() -> None:
     """A window never ends early by more than a twentieth, and its figure is the source's rate."""
 

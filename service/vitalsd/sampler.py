@@ -17,7 +17,7 @@ from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 from vitalsd.sources import KernelError, Source, SourceError, TargetGone, platform_name
-from vitalsd.worker import PATIENCE_NS, Hung, Worker
+from vitalsd.worker import PATIENCE_NS, Hung, Worker, seen
 
 __all__ = ["Busy", "NotRecording", "Sampler", "sample"]
 
@@ -181,8 +181,7 @@ class Sampler:
 
     def _finished(self, key: tuple[Snapshot, int, bool], task: asyncio.Task[Measurement]) -> None:
         self._windows.pop(key, None)
-        if not task.cancelled():
-            task.exception()  # looked at, or asyncio logs it when all who asked have left
+        seen(task)
 
     def _slack_ns(self, window_ns: int) -> int:
         """
@@ -195,14 +194,21 @@ class Sampler:
         return max(window_ns // SHARE_PART, min(CROWD_NS, window_ns // 2))
 
     async def _finish(self, first: Snapshot, window_ns: int, slack_ns: int, extras: bool) -> Measurement:
+        """The second snapshot is due on the sampler's thread, whatever the event loop is busy with by then."""
         end_ns = first.monotonic_ns + window_ns
-        await asyncio.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
-        return measure(first, await self._snapshot(end_ns - slack_ns, extras))
+        take = partial(self._take_after, end_ns - slack_ns, extras)
+        closing = asyncio.wrap_future(self._worker.submit(take, end_ns))
+        closing.add_done_callback(seen)
+        try:
+            await asyncio.sleep(max(0, end_ns - time.monotonic_ns()) / 1e9)
+            return measure(first, await self._answered(closing))
+        finally:
+            closing.cancel()
 
     async def _snapshot(self, not_before_ns: int, extras: bool) -> Snapshot:
         """A snapshot not older than `not_before_ns`: the last one, the one under way, or a new one."""
-        last = self._last
-        if last is not None and last.monotonic_ns >= not_before_ns and (last.extras is not None or not extras):
+        last = self._fresh(not_before_ns, extras)
+        if last is not None:
             return last
         pending = self._pending
         if pending is None or extras > pending.extras or not pending.is_after(not_before_ns):
@@ -210,6 +216,12 @@ class Sampler:
             pending.future = asyncio.wrap_future(self._worker.submit(partial(self._take_pending, pending)))
             pending.future.add_done_callback(partial(self._settled, pending))
         return await self._answered(pending.future)
+
+    def _fresh(self, not_before_ns: int, extras: bool) -> Snapshot | None:
+        last = self._last
+        if last is not None and last.monotonic_ns >= not_before_ns and (last.extras is not None or not extras):
+            return last
+        return None
 
     async def _answered(self, future: asyncio.Future[T]) -> T:
         try:
@@ -220,14 +232,12 @@ class Sampler:
 
     def _opened(self, future: asyncio.Future[Identity]) -> None:
         self._opening = None
-        if not future.cancelled():
-            future.exception()  # as in `_settled`
+        seen(future)
 
     def _settled(self, pending: "_Pending", future: asyncio.Future[Snapshot]) -> None:
         if self._pending is pending:
             self._pending = None
-        if not future.cancelled():
-            future.exception()  # retrieved here, so that one nobody waits for any more is not logged as lost
+        seen(future)
 
     # On the sampler's thread
 
@@ -243,6 +253,9 @@ class Sampler:
     def _take_pending(self, pending: "_Pending") -> Snapshot:
         pending.since_ns = time.monotonic_ns()
         return self._take(pending.extras)
+
+    def _take_after(self, not_before_ns: int, extras: bool) -> Snapshot:
+        return self._fresh(not_before_ns, extras) or self._take(extras)
 
     def _take(self, extras: bool) -> Snapshot:
         assert self._source is not None

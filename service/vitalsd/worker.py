@@ -6,9 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
 from typing import TypeVar
 
-__all__ = ["PATIENCE_NS", "Hung", "Worker"]
+__all__ = ["PATIENCE_NS", "Hung", "Worker", "seen"]
 
 T = TypeVar("T")
 
@@ -32,9 +35,9 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._beat: Callable[[], bool] | None = None
-        self._interval_ns = 0
-        self._due_ns = 0
+        self._timed: list[tuple[int, int, Callable[[], object]]] = []
+        """A heap: monotonic time, number, call. Of the thread alone."""
+        self._numbers = count()
         self.busy_since_ns: int | None = None
         """Monotonic time at which the call under way began; ``None`` when idle."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -49,8 +52,8 @@ class Worker:
         """Run `call`, which must not raise, on the thread; nobody waits for it, which is cheaper than a future."""
         self._calls.put(call)
 
-    def submit(self, call: Callable[[], T]) -> "Future[T]":
-        """Run `call` on the thread; the future has its result or its exception."""
+    def submit(self, call: Callable[[], T], at_ns: int | None = None) -> "Future[T]":
+        """Run `call` on the thread, at once or at a monotonic time; the future has its result or its exception."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -60,7 +63,7 @@ class Worker:
                 except BaseException as error:  # noqa: BLE001 - handed to whoever waits, not swallowed
                     future.set_exception(error)
 
-        self._calls.put(run)
+        self._calls.put(run if at_ns is None else partial(self._put_off, at_ns, run))
         return future
 
     @property
@@ -87,7 +90,7 @@ class Worker:
         """
         while not (await asyncio.wait((future,), timeout=LOOK_S))[0]:
             if await self.hangs():
-                future.add_done_callback(_seen)
+                future.add_done_callback(seen)
                 raise Hung
         return future.result()
 
@@ -97,11 +100,16 @@ class Worker:
 
         Beats stay on one grid of time; those that were missed are left out, not made up for.
         """
+        due_ns = time.monotonic_ns()
 
-        def begin() -> None:
-            self._beat, self._interval_ns, self._due_ns = beat, interval_ns, time.monotonic_ns()
+        def again() -> None:
+            nonlocal due_ns
+            if beat():
+                missed = max(0, time.monotonic_ns() - due_ns) // interval_ns
+                due_ns += (1 + missed) * interval_ns
+                self._put_off(due_ns, again)
 
-        self._calls.put(begin)
+        self._calls.put(again)
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread after what it was given before; False if it is still at that after `timeout_s`."""
@@ -110,29 +118,23 @@ class Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        calls, timed = self._calls, self._timed
         while True:
             try:
-                if self._beat is None:
-                    call = self._calls.get()
-                else:
-                    call = self._calls.get(True, max(0, self._due_ns - time.monotonic_ns()) / 1e9)
+                call = calls.get(True, max(0, timed[0][0] - time.monotonic_ns()) / 1e9) if timed else calls.get()
             except queue.Empty:
-                call = self._on_beat
+                call = heappop(timed)[2]
             if call is None:
                 return
             self.busy_since_ns = time.monotonic_ns()
             call()
             self.busy_since_ns = None
 
-    def _on_beat(self) -> None:
-        assert self._beat is not None
-        if not self._beat():
-            self._beat = None
-        missed = max(0, time.monotonic_ns() - self._due_ns) // self._interval_ns
-        self._due_ns += (1 + missed) * self._interval_ns
+    def _put_off(self, at_ns: int, call: Callable[[], object]) -> None:
+        heappush(self._timed, (at_ns, next(self._numbers), call))
 
 
-def _seen(future: asyncio.Future[T]) -> None:
+def seen(future: asyncio.Future[T]) -> None:
     """Look at what nobody waits for any more, or asyncio logs it."""
     if not future.cancelled():
         future.exception()
