@@ -3,10 +3,9 @@
 import gc
 import logging
 from contextlib import closing
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec
 
 import click
 
@@ -293,8 +292,7 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Where:
+class _Where(NamedTuple):
     """Where to listen, as the options say."""
 
     host: str

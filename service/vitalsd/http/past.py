@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 
-from vitalsd.history import history
 from vitalsd.http.answers import JSON, failed
 from vitalsd.http.problem import problem
 from vitalsd.http.query import HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, StrictRoute, given, sent
@@ -95,6 +94,8 @@ async def _table(record: Record, query: RunHistoryQuery, request: Request, reade
     csv = _is_csv(request)
 
     def render() -> bytes:
+        from vitalsd.history import history
+
         table = history(record, since_ns=since_ns, top=query.top, step_ns=query.step_ms * 1_000_000)
         return table.to_csv() if csv else table.to_json()
 

@@ -14,8 +14,7 @@ something done when the answer is out, takes longer than most answers here.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import Depends, Request, Response
@@ -51,11 +50,11 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
-@dataclass(frozen=True, slots=True)
 class Given(Generic[Model]):
     """A dependency: the query of a request, or `Refused`."""
 
-    model: type[Model]
+    def __init__(self, model: type[Model]) -> None:
+        self.model = model
 
     async def __call__(self, request: Request) -> Model:
         parameters: dict[str, str] = {}
@@ -69,7 +68,6 @@ class Given(Generic[Model]):
             raise _bad_parameter(error, tuple(self.model.model_fields)) from None
 
 
-@dataclass(frozen=True, slots=True)
 class Sent(Generic[Model]):
     """
     A dependency: the JSON in the body of a request, or `Refused`.
@@ -77,7 +75,8 @@ class Sent(Generic[Model]):
     The content type has to say so: a page of another site can send what says text/plain without asking first.
     """
 
-    model: type[Model]
+    def __init__(self, model: type[Model]) -> None:
+        self.model = model
 
     async def __call__(self, request: Request) -> Model:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -140,8 +139,7 @@ def _bad_parameter(error: ValidationError, known: tuple[str, ...]) -> Refused:
     return Refused("bad_parameter", f"{message[:1].lower()}{message[1:]}{got}", name)
 
 
-@dataclass(frozen=True, slots=True)
-class Digits:
+class Digits(NamedTuple):
     """An integer from `low` to `high`, written in ASCII digits and nothing else."""
 
     low: int

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from starlette.background import BackgroundTask
 
-from vitalsd.history import history
 from vitalsd.http.answers import JSON
 from vitalsd.http.past import mark_json, run_json
 from vitalsd.http.problem import problem
@@ -141,6 +140,8 @@ async def _metrics(targets: Targets, window_ms: int) -> tuple[Identity | None, b
 
 
 def _recorded(record: Record, seconds: int) -> tuple[bytes, bytes]:
+    from vitalsd.history import history
+
     last = record.last
     since_ns = last.monotonic_ns - seconds * 1_000_000_000 if last else 0
     table = history(record, since_ns=since_ns, top=TOP_THREADS)
@@ -156,6 +157,8 @@ def _crashed(runs: RunDirectory, name: str) -> tuple[Run, Record] | None:
 
 
 def _previous(run: Run, record: Record) -> bytes:
+    from vitalsd.history import history
+
     return previous_run(run_json(run), history(record, top=TOP_THREADS).to_json())
 
 
