@@ -39,6 +39,9 @@ BURST_US, PERIOD_US = 3300, 11000
 KNOWN_POINTS = 0.1
 """How well the truth must be known beside the own process's clocks, percentage points to either side."""
 
+STAMP_NS = 1000
+"""An instant that an answer names is up to so much later: it is cut to the microsecond."""
+
 Log = list[tuple[int, int]]
 
 
@@ -55,7 +58,7 @@ def cpu_at(log: Log, instant_ns: int) -> Truth:
     after = bisect_right(log, instant_ns, key=lambda edge: edge[0])
     (t0, c0), (t1, c1) = log[after - 1], log[after]
     likely = c0 + (c1 - c0) * (instant_ns - t0) / (t1 - t0)
-    return Truth(likely, max(c0, c1 - (t1 - instant_ns)), min(c1, c0 + (instant_ns - t0)))
+    return Truth(likely, max(c0, c1 - (t1 - instant_ns)), min(c1, c0 + (instant_ns + STAMP_NS - t0)))
 
 
 def percent_of(log: Log, begin_ns: int, end_ns: int) -> Truth:

@@ -32,7 +32,7 @@ NOISE = 0.05
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What was measured: the settings of a line."""
-    return tuple(row.get(name) for name in ("threads", "interval_s", "window_ms"))
+    return tuple(row.get(name) for name in ("threads", "busy", "interval_s", "window_ms"))
 
 
 def worse(recorded: Mapping[str, Any], now: Mapping[str, Any], slack: float) -> list[str]:

@@ -149,6 +149,22 @@ def test_full_begins_as_basic() -> None:
     assert list(full["threads"][0])[:3] == list(basic["threads"][0])
 
 
+@given(st.integers(10_000_000, 60_000_000_000), st.integers(0, 10_000_000), st.integers(0, 1000))
+def test_an_error_bar_holds_the_figure_as_it_is_written(elapsed_ns: int, cpu_ns: int, skew_ns: int) -> None:
+    """What was counted lies within the bar around the rounded figure, so that rounding is part of the bar."""
+    first = with_extras(snapshot(SECOND, [(1, 1, 0)], skew_ns=skew_ns))
+    last = with_extras(snapshot(SECOND + elapsed_ns, [(1, 1, cpu_ns)]))
+    measurement = measure(first, last)
+    body = json.loads(encode(measurement, IDENTITY, requested_ms=1000, detail="full"))
+    for told, error_ns in (
+        (body["process"], measurement.cpu_error_ns),
+        (body["threads"][0], measurement.thread_error_ns(0)),
+    ):
+        counted, bar = 100 * cpu_ns / elapsed_ns, 100 * error_ns / elapsed_ns
+        assert abs(told["cpu_percent"] - counted) + bar <= told["cpu_percent_error"] + 1e-9
+        assert told["cpu_percent_error"] <= bar + 0.002
+
+
 def test_figures_of_a_known_window() -> None:
     """Percent of one core over the measured time, KiB, seconds; a newborn reads 0 in the basic answer only."""
     basic = read(full_measurement())

@@ -7,6 +7,7 @@ bidirectional marks in a thread's name reach nobody's terminal unescaped.
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +31,7 @@ MAX_KEPT = 16
 """Different answers kept of one measurement, of no more than `MAX_BYTES` together."""
 
 DECIMALS = 3
-"""Of every percentage: 0.001 % of a second is 10 µs, finer than any clock is read here."""
+"""Of every percentage: 0.001 % of a second is 10 µs."""
 
 
 def os_version() -> str:
@@ -187,6 +188,11 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
     def percent(ns: int | None) -> float | None:
         return None if ns is None else round(ns * 100 / m.elapsed_ns, DECIMALS)
 
+    def bar(ns: int) -> float:
+        # Rounded up, with room for what rounding does to the figure that it is the bar of.
+        unit = float(10**DECIMALS)
+        return math.ceil(ns * 100 * unit / m.elapsed_ns + 0.5) / unit
+
     def kb(size: int | None) -> int | None:
         return None if size is None else size // 1024
 
@@ -205,7 +211,7 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             "uptime_secs": round(last.uptime_ns / 1e9, DECIMALS),
             "user_percent": percent(m.user_ns),
             "system_percent": percent(_rest(m.cpu_ns, m.user_ns)),
-            "cpu_percent_error": percent(m.cpu_error_ns),
+            "cpu_percent_error": bar(m.cpu_error_ns),
             "footprint_kb": kb(extras.footprint_bytes),
             "peak_rss_kb": kb(extras.peak_rss_bytes),
             "swap_kb": kb(extras.swap_bytes),
@@ -226,7 +232,7 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
                 "cpu_percent": percent(m.thread_cpu_ns[i]),
                 "user_percent": percent(user_ns[i]),
                 "system_percent": percent(_rest(m.thread_cpu_ns[i], user_ns[i])),
-                "cpu_percent_error": percent(m.thread_error_ns(i)),
+                "cpu_percent_error": bar(m.thread_error_ns(i)),
                 "cpu_time_ns": last.thread_cpu_ns[i],
                 "state": extras.threads.states[i],
                 "priority": extras.threads.priorities[i],
