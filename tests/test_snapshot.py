@@ -142,3 +142,19 @@ def test_identity_names_a_run_and_not_a_pid() -> None:
 
     assert IDENTITY.start_id == "4242-217667-0b7e5a4e"
     assert replace(IDENTITY, start_key=1).start_id != IDENTITY.start_id
+
+
+@given(st.data())
+def test_a_thread_that_ran_while_it_was_read_is_within_its_error_bar(data: st.DataObject) -> None:
+    """A thread runs or does not: between its reading and its snapshot's instant it may have run all the time."""
+    skew_ns = [data.draw(st.integers(0, 1_000_000)) for _ in range(2)]
+    read_early_ns = [data.draw(st.integers(0, each)) for each in skew_ns]
+    burnt_meanwhile_ns = [data.draw(st.integers(0, each)) for each in read_early_ns]
+    burnt_between_ns = data.draw(st.integers(1, 50_000_000))
+    read_ns = burnt_meanwhile_ns[0] + burnt_between_ns
+    first = snapshot(SECOND, [(1, 1, 0)], skew_ns=skew_ns[0])
+    last = snapshot(SECOND + 60_000_000, [(1, 1, read_ns)], skew_ns=skew_ns[1])
+    m = measure(first, last)
+    true_ns = burnt_between_ns + burnt_meanwhile_ns[1]
+    assert abs(m.thread_cpu_ns[0] - true_ns) <= m.thread_error_ns(0)
+    assert abs(m.cpu_ns - true_ns) <= m.cpu_error_ns

@@ -153,10 +153,10 @@ class Measurement:
 
     def thread_error_ns(self, index: int) -> int:
         """Half-width of the error bar of ``thread_cpu_ns[index]``, ns."""
-        a, b = self.first, self.last
-        ran = self.thread_cpu_ns[index] > 0 or _is_running(b, index)
-        share = self.thread_cpu_ns[index] / self.elapsed_ns
-        return round((a.skew_ns + b.skew_ns) * min(1.0, share)) + b.thread_grain_ns + ran * b.thread_lag_ns
+        last = self.last
+        ran = self.thread_cpu_ns[index] > 0 or _is_running(last, index)
+        # Whatever its share, while it was being read it may have run all the time at one end and never at the other.
+        return last.thread_grain_ns + ran * (last.thread_lag_ns + max(self.first.skew_ns, last.skew_ns))
 
 
 def _is_running(snapshot: Snapshot, index: int) -> bool:
@@ -213,10 +213,11 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     exited_ns = 0 if executed else _exited(first, last, gone_ns, limit=max(0, cpu_ns))
 
     ran = len(deltas) - deltas.count(0)
+    at_once = min(ran, 1 + living_ns // elapsed_ns)
     cpu_error_ns = (
         last.cpu_grain_ns
-        + last.thread_lag_ns * min(ran, 1 + living_ns // elapsed_ns)
-        + round((first.skew_ns + last.skew_ns) * min(1.0, cpu_ns / elapsed_ns))
+        + last.thread_lag_ns * at_once
+        + max(first.skew_ns, last.skew_ns) * max(at_once, 1 if cpu_ns else 0)
     )
     thread_user_ns, user_ns = _split(first, last, matched, born if not executed else (), deltas, cpu_ns)
     return Measurement(
