@@ -129,7 +129,7 @@ def test_uptime_advances(session: Session) -> None:
     middle = session.report()["process"]["uptime_secs"]
     last = session.report()["process"]["uptime_secs"]
     assert 0 < first < middle < last
-    assert 0.4 <= last - first <= time.monotonic() - begun
+    assert 0.4 - 0.001 <= last - first <= time.monotonic() - begun  # each is rounded to the millisecond
     assert abs(time.time() - psutil.Process(session.client.pid).create_time() - last) < 2
 
 
