@@ -1,5 +1,6 @@
 """One client connection: `vitalsd.http.connection`, over real sockets; and what it leans on inside uvicorn."""
 
+import gc
 import inspect
 import json
 import logging
@@ -10,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -493,6 +495,18 @@ def test_the_end_comes_also_while_a_refused_connection_closes(caplog: pytest.Log
             broken = stack.enter_context(dial(running.url))
             broken.sendall(b"\0\r\n\r\n")
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+def test_connections_that_come_at_the_end_are_closed() -> None:
+    """asyncio takes some turns of its loop to make one of what it accepted; the host program keeps none of them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        for _ in range(30):
+            with ExitStack() as stack, Edge(whole_app()) as running:
+                for _ in range(100):
+                    stack.enter_context(dial(running.url)).sendall(b"\0\r\n\r\n")
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 def test_uvicorns_access_log_is_not_written(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,7 +60,7 @@ class Tree:
 class BoundFiles(SchedstatFiles):
     """Its files answer no more once their thread is gone, as those of a kernel."""
 
-    def read(self, handles: Sequence[int]) -> list[Reading]:
+    def read(self, handles: Collection[int]) -> list[Reading]:
         if not all(os.fstat(handle).st_nlink for handle in handles):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         return super().read(handles)

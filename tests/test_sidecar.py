@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,37 @@ def test_keep_alive_requests_do_not_wait_for_an_acknowledgement(short_path: Path
                 spent.append(time.perf_counter() - begun)
             connection.close()
             assert sorted(spent)[25] < 0.01
+
+
+def test_the_date_is_that_of_the_answer(short_path: Path) -> None:
+    """Of every answer, also a second later, though nothing in between has wakened the sidecar."""
+    with serving(short_path, "--record-interval", "0") as (_, ready):
+        connection = http.client.HTTPConnection(ready["url"].removeprefix("http://"))
+        for _ in range(2):
+            begun = int(time.time())
+            connection.request("GET", "/healthz")
+            response = connection.getresponse()
+            response.read()
+            assert begun <= parsedate_to_datetime(response.headers["Date"]).timestamp() <= time.time()
+            time.sleep(1.1)
+        connection.close()
+
+
+def test_a_sidecar_with_nothing_to_do_sleeps(short_path: Path) -> None:
+    """Without a recorder no thread of it wakes until somebody asks."""
+
+    def naps(pid: int) -> int:
+        files = Path(f"/proc/{pid}/task").glob("*/status")
+        return sum(
+            int(line.split()[1]) for file in files for line in file.read_text().splitlines() if "ctxt_sw" in line
+        )
+
+    with serving(short_path, "--record-interval", "0") as (process, ready):
+        assert ask(ready["url"], "/healthz")[0] == 200
+        time.sleep(0.5)
+        before = naps(process.pid)
+        time.sleep(3)
+        assert naps(process.pid) == before
 
 
 def test_a_busy_default_port_is_replaced_and_said(short_path: Path) -> None:

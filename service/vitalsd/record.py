@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, islice
-from operator import add, sub
+from operator import add, is_not, sub
 from sys import getsizeof
 from typing import Literal
 
@@ -181,13 +181,13 @@ class Segment:
 
 
 def _moves(before: Sequence[int], after: Sequence[int]) -> Moves:
-    burnt = list(map(sub, after, before))
-    moved = len(burnt) - burnt.count(0)
-    if moved == 0:
+    # Of a thread that was not read again it is the same object: most need not be looked at.
+    changed = [i for i in compress(range(len(after)), map(is_not, after, before)) if after[i] != before[i]]
+    if not changed:
         return NOBODY
-    if moved > len(burnt) // 2:
-        return None, _compact(burnt)
-    return array("I", compress(range(len(burnt)), burnt)), _compact(list(filter(None, burnt)))
+    if len(changed) > len(after) // 2:
+        return None, _compact(list(map(sub, after, before)))
+    return array("I", changed), _compact([after[i] - before[i] for i in changed])
 
 
 def _compact(burnt: list[int]) -> "array[int]":
@@ -268,7 +268,7 @@ class Record:
 
     def _trim(self, oldest_ns: int) -> None:
         while len(self._segments) > 1 and (
-            self._size_bytes > self.max_bytes or self._segments[1].row(0)[0] <= oldest_ns
+            self._size_bytes > self.max_bytes or self._segments[1].scalars[0] <= oldest_ns
         ):
             self._size_bytes -= self._segments.popleft().size_bytes
 

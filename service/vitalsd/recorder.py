@@ -123,7 +123,7 @@ class Recorder:
         if missed > 0:
             self.missed += missed
             self._note("missed", f"{missed} snapshots are missing before this one", now)
-        if None not in (before.image, now.image) and before.image != now.image:
+        if before.image != now.image and None not in (before.image, now.image):
             self._note("executed", "the target executed another program", now)
         if before.state != now.state and "stopped" in (before.state, now.state):
             stopped = now.state == "stopped"

@@ -1,11 +1,12 @@
 """One thread for calls that may block: kernel reads of one target, or writes to disk."""
 
 import asyncio
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
@@ -19,6 +20,7 @@ PATIENCE_NS = 5_000_000_000
 """A call that has taken so long is taken for one that hangs."""
 LOOK_S = 0.1
 """Between two looks at a call that is waited for."""
+NEVER_NS = 1 << 63
 
 
 class Hung(Exception):
@@ -34,10 +36,20 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._calls: deque[Callable[[], object] | None] = deque()
+        self._bell = threading.Lock()
+        """
+        Free when something was given that the thread has not looked at. Waiting for a lock costs less
+        than for a queue, whose time running out is an exception: a third of a whole idle beat.
+        """
+        self._bell.acquire()
         self._timed: list[tuple[int, int, Callable[[], object]]] = []
         """A heap: monotonic time, number, call. Of the thread alone."""
         self._numbers = count()
+        self._beat: Callable[[], bool]
+        self._interval_ns = 0
+        self._beat_ns = NEVER_NS
+        """When the next beat is due. Not on the heap: to put it there and take it off costs a fifth of an idle beat."""
         self.busy_since_ns: int | None = None
         """Monotonic time at which the call under way began; ``None`` when idle."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -46,11 +58,11 @@ class Worker:
     @property
     def pending(self) -> int:
         """Calls that wait for their turn."""
-        return self._calls.qsize()
+        return len(self._calls)
 
     def post(self, call: Callable[[], object]) -> None:
         """Run `call`, which must not raise, on the thread; nobody waits for it, which is cheaper than a future."""
-        self._calls.put(call)
+        self._give(call)
 
     def submit(self, call: Callable[[], T], at_ns: int | None = None) -> "Future[T]":
         """Run `call` on the thread, at once or at a monotonic time; the future has its result or its exception."""
@@ -63,7 +75,7 @@ class Worker:
                 except BaseException as error:  # noqa: BLE001 - handed to whoever waits, not swallowed
                     future.set_exception(error)
 
-        self._calls.put(run if at_ns is None else partial(self._put_off, at_ns, run))
+        self._give(run if at_ns is None else partial(self._put_off, at_ns, run))
         return future
 
     @property
@@ -96,39 +108,55 @@ class Worker:
 
     def every(self, interval_ns: int, beat: Callable[[], bool]) -> None:
         """
-        Call `beat` on the thread now and at each `interval_ns`, until it returns False.
+        Call `beat` on the thread now and at each `interval_ns`, until it returns False. A second one replaces it.
 
         Beats stay on one grid of time; those that were missed are left out, not made up for.
         """
-        due_ns = time.monotonic_ns()
 
-        def again() -> None:
-            nonlocal due_ns
-            if beat():
-                missed = max(0, time.monotonic_ns() - due_ns) // interval_ns
-                due_ns += (1 + missed) * interval_ns
-                self._put_off(due_ns, again)
+        def begin() -> None:
+            self._beat, self._interval_ns, self._beat_ns = beat, interval_ns, time.monotonic_ns()
 
-        self._calls.put(again)
+        self._give(begin)
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread after what it was given before; False if it is still at that after `timeout_s`."""
-        self._calls.put(None)
+        self._give(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def _give(self, call: Callable[[], object] | None) -> None:
+        self._calls.append(call)
+        with suppress(RuntimeError):  # free already: it rings
+            self._bell.release()
+
     def _run(self) -> None:
-        calls, timed = self._calls, self._timed
+        calls, timed, bell = self._calls, self._timed, self._bell
+        call: Callable[[], object] | None
         while True:
-            try:
-                call = calls.get(True, max(0, timed[0][0] - time.monotonic_ns()) / 1e9) if timed else calls.get()
-            except queue.Empty:
+            now_ns, due_ns = time.monotonic_ns(), self._beat_ns
+            if timed and timed[0][0] < due_ns:
+                due_ns = timed[0][0]
+            if calls:
+                call = calls.popleft()
+            elif due_ns > now_ns:
+                bell.acquire(timeout=-1 if due_ns == NEVER_NS else (due_ns - now_ns) / 1e9)
+                continue
+            elif due_ns == self._beat_ns:
+                call = self._beat_now
+            else:
                 call = heappop(timed)[2]
             if call is None:
                 return
-            self.busy_since_ns = time.monotonic_ns()
+            self.busy_since_ns = now_ns
             call()
             self.busy_since_ns = None
+
+    def _beat_now(self) -> None:
+        if self._beat():
+            late_ns = time.monotonic_ns() - self._beat_ns
+            self._beat_ns += (1 + late_ns // self._interval_ns) * self._interval_ns
+        else:
+            self._beat_ns = NEVER_NS
 
     def _put_off(self, at_ns: int, call: Callable[[], object]) -> None:
         heappush(self._timed, (at_ns, next(self._numbers), call))

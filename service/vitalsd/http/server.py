@@ -5,12 +5,15 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from email.utils import formatdate
+from functools import lru_cache, partial
 from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.server import ServerState
 
 from vitalsd.http.connection import Connection
 from vitalsd.http.gate import Gate
@@ -27,8 +30,27 @@ ACCEPTED_AT_A_TURN = 16
 asyncio takes its backlog for this too. Those who stall are closed some turns after the one they make way
 for has been accepted, and until then both have a descriptor; when none is left asyncio rests for a second.
 """
+TURNS_TO_ACCEPT = 3
+"""Of the event loop, until what asyncio has just accepted is a connection."""
 SETTLE_S = 0.5
 """For the last answers to leave, after the gate has ended what was under way."""
+
+
+class _State(ServerState):
+    """Tells the date when it is asked for: uvicorn wakes each second to have it at hand."""
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"date", _date(int(time.time())))]
+
+    @default_headers.setter
+    def default_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """uvicorn begins with none."""
+
+
+@lru_cache(maxsize=1)
+def _date(unix_s: int) -> bytes:
+    return formatdate(unix_s, usegmt=True).encode()
 
 
 class _Config(uvicorn.Config):
@@ -76,6 +98,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=16384,
             )
         )
+        self.server_state = _State()
 
     def stop(self) -> None:
         """End it; to be called on its event loop."""
@@ -110,11 +133,13 @@ class Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         self._ready()
-        while not await self.on_tick(0):  # renews the Date header
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), 1)
+        await self._stop.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or ():
+            asyncio.get_running_loop().remove_reader(listener.fileno())
+        for _ in range(TURNS_TO_ACCEPT):  # a closed server makes no connection of what it accepted, and closes none
+            await asyncio.sleep(0)
         for server in self.servers:
             server.close()
         for listener in sockets or ():

@@ -199,7 +199,9 @@ class LinuxSource:
             image = leader.image
             if not vm and not leader.flags & PF_KTHREAD:
                 vm, rss, text, image = self._sibling()
-            self._state, self._image = STATES.get(leader.state), (*image, text)
+            self._state, image = STATES.get(leader.state), (*image, text)
+            if image != self._image:  # else the same object: compared at each beat
+                self._image = image
             self._seen, self._looked_ns = (vm, text), now_ns
         return vm, rss
 

@@ -9,7 +9,7 @@ import errno
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import repeat
 from typing import Any, Protocol
 
@@ -74,7 +74,7 @@ class ThreadCounter(Protocol):
         """Whether descriptor `fd` may stay open: none that is among the last few."""
         ...
 
-    def read(self, handles: Sequence[int]) -> list[Reading]:
+    def read(self, handles: Collection[int]) -> list[Reading]:
         """One reading of each. Raises `OSError` with an errno of `GONE` if any of them has exited."""
         ...
 
@@ -102,7 +102,7 @@ class ThreadClocks:
     def may_keep(self, fd: int) -> bool:
         return False
 
-    def read(self, handles: Sequence[int]) -> list[Reading]:
+    def read(self, handles: Collection[int]) -> list[Reading]:
         return list(map(time.clock_gettime_ns, handles))
 
     def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
@@ -150,7 +150,7 @@ class _Files:
         # The kernel gives the lowest free number, so a high one means that few are left.
         return fd < self._highest
 
-    def contents(self, handles: Sequence[int], size: int) -> list[bytes]:
+    def contents(self, handles: Collection[int], size: int) -> list[bytes]:
         if not self._opened_each_time:
             return list(map(os.pread, handles, repeat(size), repeat(0)))
         return [
@@ -168,7 +168,7 @@ class SchedstatFiles(_Files):
     cut_ns = 0
     provable = True
 
-    def read(self, handles: Sequence[int]) -> list[Reading]:
+    def read(self, handles: Collection[int]) -> list[Reading]:
         return self.contents(handles, 64)
 
     def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
@@ -184,7 +184,7 @@ class StatFiles(_Files):
     cut_ns = 2 * USER_TICK_NS
     provable = False
 
-    def read(self, handles: Sequence[int]) -> list[Reading]:
+    def read(self, handles: Collection[int]) -> list[Reading]:
         stats = map(parse_stat, self.contents(handles, 1024))
         return [(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS for stat in stats]
 

@@ -10,10 +10,10 @@ remembered and what exited threads left add up to the clock, every remembered va
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import compress
-from operator import lt, ne
+from operator import ne, sub
 
 from vitalsd.sources.linux_counters import GONE, Reading, ThreadCounter, read_file
 from vitalsd.sources.procfs import Stat, decode_name, parse_stat
@@ -27,7 +27,7 @@ NAMES_EVERY_NS = 1_000_000_000
 SWEEP_NS = 60_000_000_000
 """In this time every name is read once though its thread did not run: another thread may have renamed it."""
 HOT_FOR = 8
-"""A thread counts as hot for so many readings after it ran."""
+"""A thread counts as hot until it has not run for so many readings, or for up to twice as many."""
 HOT_PART = 8
 """With more than 1/8 of the threads hot, reading all of them is as cheap."""
 COMM_BYTES = 64
@@ -67,8 +67,11 @@ class ThreadTable:
         self._handles: list[int] = []
         self._readings: list[Reading] = []
         self._cpu_ns: list[int] = []
-        self._ran: deque[dict[int, int]] = deque(maxlen=HOT_FOR)
-        """Who ran before each of the last readings, by index: the hot ones."""
+        self._hot: dict[int, int] = {}
+        """Who ran lately, by index, and its handle."""
+        self._ran: set[int] = set()
+        """Who ran in the last `_age` readings: the hot ones from `HOT_FOR` on."""
+        self._age = 0
         self._unnamed: set[int] = set()
         """Who ran since its name was read."""
         self._named_at_ns = 0
@@ -119,26 +122,23 @@ class ThreadTable:
         if total_ns == self._total_ns:
             self.proved += 1
             return self._cpu_ns, total_ns, exited_ns
-        if self._paused > 0 or max(map(len, self._ran), default=0) * HOT_PART > count:
+        hot = self._hot
+        if self._paused > 0 or len(hot) * HOT_PART > count:
             self._paused -= 1
             return None
-        hot = list(set().union(*self._ran))
-        if len(hot) * HOT_PART > count:
-            return None
         try:
-            readings = self._counter.read([self._handles[i] for i in hot])
+            readings = self._counter.read(hot.values())
         except OSError as error:
             if error.errno not in GONE:
                 raise
             return None
         total_ns = clock()
-        before = self._cpu_ns
-        now = dict(zip(hot, self._counter.cpu_ns(readings), strict=True))
-        if self.living_ns + sum(now.values()) - sum([before[i] for i in hot]) + exited_ns != total_ns:
+        burnt = list(map(sub, self._counter.cpu_ns(readings), map(self._cpu_ns.__getitem__, hot)))
+        if self.living_ns + sum(burnt) + exited_ns != total_ns:
             self._pause = self._paused = min(MAX_PAUSE, 2 * self._pause or 1)
             return None
         self._pause = 0
-        self._move(now)
+        self._move(hot, burnt)
         self._total_ns = total_ns
         self.proved += 1
         return self._cpu_ns, total_ns, exited_ns
@@ -209,24 +209,32 @@ class ThreadTable:
             return False
         changed = list(compress(range(len(readings)), map(ne, readings, self._readings)))
         times = self._counter.cpu_ns([readings[i] for i in changed])
-        before = self._cpu_ns
-        if not self._counter.bound and any(map(lt, times, [before[i] for i in changed])):
+        burnt = list(map(sub, times, map(self._cpu_ns.__getitem__, changed)))
+        if not self._counter.bound and burnt and min(burnt) < 0:
             return False
         self._readings = readings
-        self._move(dict(zip(changed, times, strict=True)))
+        self._move(changed, burnt)
         return True
 
-    def _move(self, now: dict[int, int]) -> None:
-        """Take over the CPU time of those that were looked at; a list that was handed out stays as it is."""
-        before = self._cpu_ns
-        ran = {i: ns for i, ns in now.items() if ns != before[i]}
-        self._ran.append(ran)
-        if ran:
+    def _move(self, looked_at: Iterable[int], burnt: list[int]) -> None:
+        """Add what those that were looked at burnt; a list that was handed out stays as it is."""
+        if any(burnt):
+            cpu_ns = self._cpu_ns = self._cpu_ns.copy()
+            ran = list(compress(looked_at, burnt))
+            for i, ns in zip(ran, filter(None, burnt), strict=True):
+                cpu_ns[i] += ns
+            self.living_ns += sum(burnt)
+            self._ran.update(ran)
             self._unnamed.update(ran)
-            cpu_ns = self._cpu_ns = before.copy()
-            for i, ns in ran.items():
-                self.living_ns += ns - cpu_ns[i]
-                cpu_ns[i] = ns
+        self._age += 1
+        if self._age == HOT_FOR:
+            self._heat(self._ran)
+            self._ran, self._age = set(), 0
+        elif not self._ran <= self._hot.keys():
+            self._heat(self._ran | self._hot.keys())
+
+    def _heat(self, hot: set[int]) -> None:
+        self._hot = {i: self._handles[i] for i in sorted(hot)}
 
     def _name(self, i: int) -> str | None:
         """The name of thread `i`, its old one if it has exited; ``None`` if the tid is another thread's now."""
@@ -299,7 +307,9 @@ class ThreadTable:
         self._readings = [thread.reading for thread in threads]
         self._cpu_ns = [thread.cpu_ns for thread in threads]
         self.living_ns = sum(self._cpu_ns)
+        self._hot = {}
         self._ran.clear()
+        self._age = 0
         self._unnamed.clear()
 
     def _advance(self, tid: int, thread: _Thread) -> bool:
