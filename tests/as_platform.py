@@ -7,7 +7,6 @@ PLATFORM is ``linux``, or the path of the simulated libSystem, over which everyt
 ``none`` or a key of `DEFECTS`.
 """
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -46,8 +45,8 @@ def ticks(snapshot: Snapshot) -> Snapshot:
         return None if ns is None else ns * UNSCALED[0] // UNSCALED[1]
 
     low, high = snapshot.exited_cpu_ns
-    extras = snapshot.extras and replace(
-        snapshot.extras, user_ns=unscaled(snapshot.extras.user_ns), system_ns=unscaled(snapshot.extras.system_ns)
+    extras = snapshot.extras and snapshot.extras._replace(
+        user_ns=unscaled(snapshot.extras.user_ns), system_ns=unscaled(snapshot.extras.system_ns)
     )
     return replace(
         snapshot, cpu_ns=unscaled(snapshot.cpu_ns), exited_cpu_ns=(unscaled(low), unscaled(high)), extras=extras
@@ -70,8 +69,8 @@ def thread(snapshot: Snapshot) -> Snapshot:
 
     extras = snapshot.extras
     if extras is not None:
-        columns = {field.name: getattr(extras.threads, field.name) for field in dataclasses.fields(extras.threads)}
-        extras = replace(extras, threads=replace(extras.threads, **{k: some(v) for k, v in columns.items()}))
+        columns = {name: some(column) for name, column in extras.threads._asdict().items()}
+        extras = extras._replace(threads=extras.threads._replace(**columns))
     columns = {name: some(getattr(snapshot, name)) for name in ("tids", "births", "thread_cpu_ns", "names")}
     return replace(snapshot, extras=extras, **columns)
 
@@ -109,7 +108,7 @@ class Spoilt:
 
 def planted(platform: Platform, defect: str) -> Platform:
     """The same with a defect of `DEFECTS`."""
-    return replace(platform, open_source=lambda pid: Spoilt(platform.open_source(pid), DEFECTS[defect]))
+    return platform._replace(open_source=lambda pid: Spoilt(platform.open_source(pid), DEFECTS[defect]))
 
 
 def program(library: Path, defect: str = "none") -> tuple[str, ...]:
@@ -133,7 +132,7 @@ def leaking(lib: LibSystem) -> LibSystem:
 def run() -> None:
     where, defect, *arguments = sys.argv[1:]
     platform = this_platform() if where == "linux" else macos(libsystem.load(where))
-    platform = replace(platform, command=(sys.executable, "-P", os.path.abspath(__file__), where, defect))
+    platform = platform._replace(command=(sys.executable, "-P", os.path.abspath(__file__), where, defect))
     main(arguments, obj=platform if defect == "none" else planted(platform, defect), prog_name="vitalsd")
 
 

@@ -138,10 +138,9 @@ def test_warnings_are_said_once() -> None:
 
 def test_identity_names_a_run_and_not_a_pid() -> None:
     """The same pid started at another tick has another start_id."""
-    from dataclasses import replace
 
     assert IDENTITY.start_id == "4242-217667-0b7e5a4e"
-    assert replace(IDENTITY, start_key=1).start_id != IDENTITY.start_id
+    assert IDENTITY._replace(start_key=1).start_id != IDENTITY.start_id
 
 
 @given(st.data())

@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vitalsd.sources.birth import ANY_MACHINE, Births, Undecided, births
 
@@ -118,8 +118,7 @@ class Endpoint:
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(NamedTuple):
     """A runtime file that was found, and whether its sidecar lives."""
 
     path: Path

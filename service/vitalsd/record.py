@@ -12,11 +12,11 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress, islice
 from operator import add, is_not, sub
 from sys import getsizeof
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 
@@ -34,8 +34,7 @@ MAX_WINDOWS = 8
 EventKind = Literal["missed", "suspended", "stopped", "continued", "executed", "exited", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """A label somebody put on the recorder's clock."""
 
     wall_ns: int
@@ -43,8 +42,7 @@ class Mark:
     label: str
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """What made the record differ from an even row of snapshots, in words."""
 
     wall_ns: int

@@ -1,7 +1,6 @@
 """The flight recorder: feeds the record and the black box, and notes what was not even about the row."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitalsd.blackbox import BlackBox
 from vitalsd.record import EventKind, Mark, Record
@@ -12,8 +11,7 @@ from vitalsd.sources import SourceError, TargetGone
 __all__ = ["Recorder", "Recording"]
 
 
-@dataclass(frozen=True, slots=True)
-class Recording:
+class Recording(NamedTuple):
     """How to record: every `interval_s` seconds, `retention_s` back, within `max_bytes` of memory."""
 
     interval_s: float = 1.0

@@ -17,10 +17,9 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import astuple, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from vitalsd.record import Event, EventKind, Mark, Moves, Record, Segment
 from vitalsd.snapshot import Identity, Snapshot
@@ -68,8 +67,7 @@ class UnreadableRun(Exception):
     """The file is not a run of ours, or is damaged; ``str(error)`` says which."""
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """A run found on disk; see `read_run` for what is in it."""
 
     id: str
@@ -182,7 +180,7 @@ def _typed(row: Sequence[Any], kinds: Sequence[type]) -> Any:
 
 def _identity(meta: dict[str, str]) -> Identity:
     identity = Identity(**json.loads(meta["identity"]))
-    _typed(astuple(identity), (str, int, str, str, int, int))
+    _typed(identity, (str, int, str, str, int, int))
     if not 0 <= identity.started_unix_ns < 2**63:
         raise ValueError(f"a start at {identity.started_unix_ns}")
     return identity

@@ -8,6 +8,7 @@ bytes, and cumulative since the process or thread started.
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import sub
+from typing import NamedTuple
 
 __all__ = ["Extras", "Identity", "Measurement", "Snapshot", "ThreadExtras", "measure"]
 
@@ -15,8 +16,7 @@ SUSPEND_GRAIN_NS = 20_000_000
 """The two clocks are read one after the other; a smaller difference between them is that, not sleep."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """
     One run of one process.
 
@@ -37,8 +37,7 @@ class Identity:
         return f"{self.pid}-{self.start_key}-{self.boot_id[:8]}"
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadExtras:
+class ThreadExtras(NamedTuple):
     """Per thread, in the order of `Snapshot.tids`; read only for ``detail=full``."""
 
     user_ns: Sequence[int]
@@ -48,8 +47,7 @@ class ThreadExtras:
     priorities: Sequence[int | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Extras:
+class Extras(NamedTuple):
     """What only ``detail=full`` asks for. ``None``: this platform or permission does not give it."""
 
     threads: ThreadExtras
@@ -118,7 +116,7 @@ class Snapshot:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Measurement:
     """
     What happened between two snapshots of one process. CPU figures in ns over `elapsed_ns`.

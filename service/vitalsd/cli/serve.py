@@ -2,9 +2,11 @@
 
 import gc
 import logging
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec
 
 import click
@@ -56,6 +58,25 @@ def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
             gc.enable()
 
     return starting
+
+
+def _import_service() -> None:
+    """
+    Import what serving takes, at the bottom of a stack: on a thread, which ends with that.
+
+    CPython keeps frames in chunks of 16 KiB, and maps and unmaps one whenever a call crosses the end of
+    the last (push_chunk in Python/pystate.c). As deep as click calls us, the imports of a web framework do
+    so thousands of times, and take a tenth longer.
+    """
+
+    def load() -> None:
+        with suppress(Exception):  # whoever imports it next is told
+            import_module("vitalsd.http.app")
+            import_module("vitalsd.sidecar")
+
+    thread = Thread(target=load, name="vitalsd-import", daemon=True)
+    thread.start()
+    thread.join()
 
 
 @click.command()
@@ -194,22 +215,10 @@ def _serve_target(
 ) -> None:
     import os
 
-    from vitalsd.activation import Notifier
-    from vitalsd.endpoint import Target
-    from vitalsd.recorder import Recording
-    from vitalsd.runs import RunDirectory
-    from vitalsd.sampler import Sampler
-    from vitalsd.sidecar import Companion, end_with, follow
     from vitalsd.sources import NoSuchProcess, Source, SourceError
-    from vitalsd.targets import Targets
 
     if pid is not None and name is not None:
         raise click.UsageError("--pid and --name exclude each other")
-    interval_s, retention_s, black_box = record
-    runs = RunDirectory(runs_path())
-    recording = Recording(interval_s, retention_s, runs=runs if black_box else None)
-    watched: Target | None = None
-    companions: list[Companion] = []
 
     def open_target() -> Source:
         try:
@@ -217,16 +226,32 @@ def _serve_target(
         except NoSuchProcess as error:
             raise NoSuchProcess(f"{error}; waiting for one" if name is not None else str(error)) from None
 
-    def next_run() -> Sampler:
-        return Sampler(open_target, recording=recording, platform=platform.name)
-
+    found = None
     if name is None:
         try:
             with closing(open_target()) as source:
                 found = source.identity()
         except SourceError as error:
             raise Failed(str(error)) from None
-        watched = Target(found.pid, found.start_key)
+
+    _import_service()
+    from vitalsd.activation import Notifier
+    from vitalsd.endpoint import Target
+    from vitalsd.recorder import Recording
+    from vitalsd.runs import RunDirectory
+    from vitalsd.sampler import Sampler
+    from vitalsd.sidecar import Companion, end_with, follow
+    from vitalsd.targets import Targets
+
+    interval_s, retention_s, black_box = record
+    runs = RunDirectory(runs_path())
+    recording = Recording(interval_s, retention_s, runs=runs if black_box else None)
+    watched = Target(found.pid, found.start_key) if found else None
+    companions: list[Companion] = []
+
+    def next_run() -> Sampler:
+        return Sampler(open_target, recording=recording, platform=platform.name)
+
     targets = Targets(next_run(), platform.open_source)
     if name is not None:
         companions.append(follow(targets, next_run, platform.births(), poll=poll))
@@ -282,6 +307,7 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
             record = load(file)
         except (UnreadableRun, OSError) as error:
             raise Failed(str(error)) from None
+        _import_service()
         _serve(
             Targets(Replay(record), nobody),
             list,

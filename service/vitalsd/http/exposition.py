@@ -10,10 +10,9 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from heapq import nlargest
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.wire import printable
@@ -90,8 +89,7 @@ def _specificity(asked: tuple[str, str, str], kind: str, subtype: str, versions:
     return 3 if asked_version in versions else -1
 
 
-@dataclass(frozen=True, slots=True)
-class Scrape:
+class Scrape(NamedTuple):
     """
     What one scrape shows.
 

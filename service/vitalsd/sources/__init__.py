@@ -13,8 +13,7 @@ Errors a source may raise, each with a sentence that reaches the user as it is::
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vitalsd.snapshot import Identity, Snapshot
 
@@ -86,8 +85,7 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessEntry:
+class ProcessEntry(NamedTuple):
     """A process this user may sample, as listed by `list_processes`."""
 
     pid: int

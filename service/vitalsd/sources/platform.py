@@ -1,8 +1,8 @@
 """What one operating system offers, as a value: so that a whole program can be run over another one."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from vitalsd.sources import ProcessEntry, Source, list_processes, open_source, platform_name
 from vitalsd.sources.birth import Births, births
@@ -10,8 +10,7 @@ from vitalsd.sources.birth import Births, births
 __all__ = ["Platform", "this_platform"]
 
 
-@dataclass(frozen=True, slots=True)
-class Platform:
+class Platform(NamedTuple):
     """Who opens, lists and tells apart the processes of a system."""
 
     name: str
