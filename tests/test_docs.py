@@ -42,14 +42,15 @@ def operations(schema: Any) -> Iterator[tuple[str, str, Any]]:
             yield method, path, operation
 
 
-def test_starting_builds_no_schema() -> None:
-    """The application is made without the models of answers, FastAPI's own parameters and what those load."""
+def test_starting_imports_nothing_for_later() -> None:
+    """The application is made without schemas, models of answers, histories, archives and the formats of others."""
     code = (
         "import sys\n"
         "from vitalsd.http.app import create_app\n"
         "create_app(object(), list)\n"
         "print(*[name for name in ('vitalsd.model', 'vitalsd.http.schema', 'vitalsd.http.bodies',"
-        " 'prometheus_client', 'pydantic.v1') if name in sys.modules])"
+        " 'vitalsd.history', 'vitalsd_client.archive', 'prometheus_client', 'opentelemetry.sdk',"
+        " 'pydantic.v1') if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lives import SECOND_NS, Process, lives
 from test_record import record_of
 from vitalsd.history import MAX_CELLS, MAX_ROWS, history, read_history
+from vitalsd.record import Mark
 from vitalsd.snapshot import Snapshot
 
 
@@ -60,6 +61,18 @@ def test_since() -> None:
         snapshots.append(process.snapshot())
     table = history(record_of(snapshots), since_ns=snapshots[-5].monotonic_ns)
     assert table.elapsed_ns == [SECOND_NS] * 5
+
+
+def test_a_label_from_before_the_first_snapshot_is_not_lost() -> None:
+    """Whoever labels a service that is just ready may be ahead of its first snapshot; what is long past is not shown."""
+    process, snapshots = Process(), []
+    for _ in range(4):
+        process.pass_time(SECOND_NS, [1000])
+        snapshots.append(process.snapshot())
+    record, first = record_of(snapshots), snapshots[0]
+    for early_ns, label in ((100 * SECOND_NS, "long ago"), (1000, "early"), (-SECOND_NS, "within")):
+        record.marks.append(Mark(first.wall_ns - early_ns, first.monotonic_ns - early_ns, label))
+    assert [mark.label for mark in history(record).marks] == ["early", "within"]
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -163,7 +163,8 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     columns = _columns(rows, busiest)
     names = {key: name for row in rows for key, name in _names(row.segment).items()} if busiest else {}
     ends, starts = rows[1:], rows[:-1]
-    since_wall_ns = rows[0]["wall_ns"] if rows else 0
+    # A label may be put on the clock before the first snapshot, which follows at once, is taken.
+    noted_ns = rows[0]["monotonic_ns"] - record.interval_ns if rows else 0
     return History(
         record=record,
         wall_ns=[row["wall_ns"] for row in ends],
@@ -174,8 +175,8 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
         thread_count=[len(row.segment.head.tids) for row in ends],
         threads=[ThreadHistory(key[0], names[key], totals[key], columns[key]) for key in busiest],
         truncated=fitting < min(top, len(totals)),
-        marks=[mark for mark in list(record.marks) if mark.wall_ns >= since_wall_ns],
-        events=[event for event in list(record.events) if event.wall_ns >= since_wall_ns],
+        marks=[mark for mark in list(record.marks) if mark.monotonic_ns >= noted_ns],
+        events=[event for event in list(record.events) if event.monotonic_ns >= noted_ns],
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.background import BackgroundTask
@@ -29,19 +29,9 @@ from vitalsd.sources import SourceError
 from vitalsd.targets import Targets
 from vitalsd.wire import encode, unavailable
 from vitalsd.worker import Hung, Worker
-from vitalsd_client.archive import (
-    HISTORY,
-    MARKS,
-    METADATA,
-    METRICS,
-    PREVIOUS_RUN,
-    Bundle,
-    Failure,
-    metadata,
-    new_report_id,
-    previous_run,
-    seal,
-)
+
+if TYPE_CHECKING:
+    from vitalsd_client.archive import Bundle, Failure
 
 __all__ = ["report_routes"]
 
@@ -59,6 +49,8 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIR
 
     @routes.get("/report.zip", summary="A bug report: metrics, history, marks, and the run that crashed before")
     async def report(query: Annotated[ReportQuery, given(ReportQuery)]) -> Response:
+        from vitalsd_client.archive import HISTORY, MARKS, METRICS, PREVIOUS_RUN, Failure
+
         triggered = datetime.now(UTC)
         members: dict[str, bytes] = {}
         failures: list[Failure] = []
@@ -68,7 +60,7 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIR
             failures.append(Failure(METRICS, reason))
         record, platform = targets.default.record, targets.default.platform
 
-        async def collect() -> tuple[Bundle, bytes, Run | None]:
+        async def collect() -> tuple["Bundle", bytes, Run | None]:
             crashed: Run | None = None
             if record is None:
                 failures.append(Failure(HISTORY, "nothing is being recorded (--record-interval 0)"))
@@ -158,6 +150,7 @@ def _crashed(runs: RunDirectory, name: str) -> tuple[Run, Record] | None:
 
 def _previous(run: Run, record: Record) -> bytes:
     from vitalsd.history import history
+    from vitalsd_client.archive import previous_run
 
     return previous_run(run_json(run), history(record, top=TOP_THREADS).to_json())
 
@@ -167,7 +160,9 @@ async def _tell(shelf: Shelf, run: Run) -> None:
         await shelf.read(lambda runs: runs.mark_reported(run))
 
 
-def _bundle(triggered: datetime, members: dict[str, bytes], failures: list[Failure], platform: str) -> Bundle:
+def _bundle(triggered: datetime, members: dict[str, bytes], failures: "list[Failure]", platform: str) -> "Bundle":
+    from vitalsd_client.archive import METADATA, metadata, new_report_id, seal
+
     report_id, submitted = new_report_id(), datetime.now(UTC)
     about = metadata(
         app=APP,
