@@ -4,9 +4,9 @@ What recording costs: CPU of a sidecar that records, beside one that does not, i
     python benchmarks/recorder.py [--seconds 10] [--rounds 3] [--threads 50 1000] [--interval 1.0 0.25]
 
 Sidecars with a recorder and black box, with a recorder alone and with neither watch the same target at
-the same time, and so does the floor: a C program that wakes as often and only reads every thread. Whatever
-the machine does they share. Figures are percent of one core, by the process CPU clock of each; medians of
-the rounds.
+the same time, and so does the floor: a C program that wakes as often and only reads every thread. Beside
+them a Python program wakes as often and does nothing. Whatever the machine does they share. Figures are
+percent of one core, by the process CPU clock of each; medians of the rounds.
 """
 
 import argparse
@@ -25,6 +25,16 @@ from sampling import build
 
 BUSY = ("4", "100", "20000")
 """Threads that work, for so many microseconds at a time, and sleep as many in between."""
+
+EMPTY = """
+import sys, threading, time
+def wake():
+    while True:
+        time.sleep(float(sys.argv[1]))
+threading.Thread(target=wake, daemon=True).start()
+threading.Event().wait()
+"""
+"""A thread that wakes and does nothing, as the recorder's does."""
 
 SIDECARS = {"recorder": (), "without_black_box": ("--no-black-box",), "off": ("--record-interval", "0")}
 
@@ -88,17 +98,21 @@ def compare(
             processes[name], url = run(process), url or address
         floor = [str(programs["floor"]), str(target.pid), str(round(interval_s * 1000))]
         processes["floor"] = run(subprocess.Popen(floor, text=True))
+        processes["empty"] = run(subprocess.Popen([sys.executable, "-c", EMPTY, f"{interval_s}"], text=True))
         time.sleep(3)
         taken = [percents(processes, seconds) for _ in range(rounds)]
         middle = {name: statistics.median(each[name] for each in taken) for name in processes}
         recorder = statistics.median(each["recorder"] - each["off"] for each in taken)
+        in_memory = statistics.median(each["without_black_box"] - each["off"] for each in taken)
         black_box = statistics.median(each["recorder"] - each["without_black_box"] for each in taken)
         return {
             "threads": threads,
             "interval_s": interval_s,
             "recorder_percent": round(recorder, 3),
+            "in_memory_percent": round(in_memory, 3),
             "black_box_percent": round(black_box, 3),
             "idle_sidecar_percent": round(middle["off"], 3),
+            "empty_wake_up_percent": round(middle["empty"], 3),
             "c_floor_percent": round(middle["floor"], 3),
             "recorder_to_floor": round(recorder / middle["floor"], 2),
             "trailing_ms": round(trailing_ms(url), 2),

@@ -64,7 +64,7 @@ def test_since() -> None:
 
 
 def test_a_label_from_before_the_first_snapshot_is_not_lost() -> None:
-    """Whoever labels a service that is just ready may be ahead of its first snapshot; what is long past is not shown."""
+    """Whoever labels a service that is just ready may be ahead of its first snapshot; the long past is not shown."""
     process, snapshots = Process(), []
     for _ in range(4):
         process.pass_time(SECOND_NS, [1000])
