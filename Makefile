@@ -38,7 +38,7 @@ doctor: $(READY) ## examine vitalsd on this machine: make doctor ARGS="--soak 60
 	@$(BIN)/vitalsd doctor $(ARGS)
 
 torture: $(READY) ## run the long tests: kills, faults and loads by the thousand
-	@VITALSD_KILLS=1000 $(BIN)/python -m pytest --timeout 3600 tests/test_blackbox.py -k killed
+	@VITALSD_KILLS=400 $(BIN)/python -m pytest --timeout 3600 tests/test_blackbox.py -k killed
 	@$(BIN)/python -m pytest --timeout 3600 -m torture $(ARGS)
 
 bench: $(READY) ## measure, and write docs/performance.md: make bench ARGS=--quick

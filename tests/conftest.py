@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from target import Target
+from vitalsd.tail import remove_tail
 
 pytest_plugins = ["darwin.fixtures"]
 
@@ -32,6 +33,19 @@ def _short_path() -> Iterator[Path]:
     """A directory whose path leaves room for that of a Unix socket, which pytest's own on macOS does not."""
     with tempfile.TemporaryDirectory(prefix="v", dir="/tmp") as path:
         yield Path(path).resolve()
+        forget_tails(Path(path))
+
+
+def forget_tails(directory: Path) -> None:
+    """Give back the shared memory of the runs below `directory` that were killed or left open."""
+    for link in directory.rglob("*.tail"):
+        remove_tail(link)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_memory_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield
+    forget_tails(tmp_path_factory.getbasetemp())
 
 
 short_path = pytest.fixture(_short_path)

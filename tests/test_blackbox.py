@@ -16,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from lives import IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.blackbox import BlackBox
 from vitalsd.record import Mark, Record
-from vitalsd.runs import RunDirectory, UnreadableRun, read_run
+from vitalsd.runs import Run, RunDirectory, UnreadableRun, delete_run, read_run
 from vitalsd.snapshot import Snapshot
+from vitalsd.tail import SHARED_MEMORY
 
-KILLS = int(os.environ.get("VITALSD_KILLS", "20"))
-"""`make torture` raises it to 1000."""
+KILLS = int(os.environ.get("VITALSD_KILLS", "12"))
+"""Of each kind; `make torture` raises it."""
 
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a directory of shared memory")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which takes root")
 
 
@@ -117,8 +119,10 @@ WRITER = """
     from vitalsd.runs import RunDirectory
     from vitalsd.sources import open_source
 
+    directory, memory, interval_s = sys.argv[1:]
     source = open_source()
-    recorder = Recorder(source.identity(), Recording(interval_s=0.01, runs=RunDirectory(Path(sys.argv[1]))))
+    runs = RunDirectory(Path(directory), memory=Path(memory))
+    recorder = Recorder(source.identity(), Recording(interval_s=float(interval_s), runs=runs))
     recorder.mark("before the crash")
     while True:
         snapshot = source.snapshot()
@@ -128,28 +132,108 @@ WRITER = """
 """
 
 
-def test_killed_at_any_moment_it_loses_at_most_one_interval(tmp_path: Path) -> None:
-    """After SIGKILL at random moments every file opens, no row is torn, and at most the last snapshot is missing."""
+def ends(directory: Path) -> tuple[Run, list[int]]:
+    """The only run of `directory` and the times of its snapshots."""
+    (found,) = RunDirectory(directory).runs()
+    run, record = read_run(found.path)
+    times = [snapshot.monotonic_ns for snapshot in record.snapshots()]
+    assert found.snapshots == run.snapshots == len(times)
+    assert found.last_wall_ns == run.last_wall_ns
+    return found, times
+
+
+@pytest.mark.parametrize(
+    ("memory", "interval_s"),
+    [
+        pytest.param(SHARED_MEMORY, 0.01, id="in memory until a segment ends"),
+        pytest.param(SHARED_MEMORY, 2, id="to disk each fifth time"),
+        pytest.param("/nowhere", 0.01, id="to disk at once"),
+    ],
+)
+def test_killed_at_any_moment_it_loses_at_most_one_interval(tmp_path: Path, memory: str, interval_s: float) -> None:
+    """
+    After SIGKILL at random moments every file opens, no row is torn, and at most the last snapshot is missing;
+    so it is when the next start has written to disk what was in memory.
+    """
     for kill in range(KILLS):
         directory = tmp_path / str(kill)
         with subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(WRITER), str(directory)], stdout=subprocess.PIPE
+            [sys.executable, "-c", textwrap.dedent(WRITER), str(directory), str(memory), f"{interval_s}"],
+            stdout=subprocess.PIPE,
         ) as writer:
             assert writer.stdout is not None
             seen = [int(writer.stdout.readline()) for _ in range(3)]
-            time.sleep((kill * 7919 % 1000) / 1000 * 0.1)
+            time.sleep((kill * 7919 % 1000) / 1000 * 0.5)
             writer.kill()
             seen += [int(line) for line in writer.stdout.read().split(b"\n")[:-1]]
-        (found,) = RunDirectory(directory).runs()
+        found, times = ends(directory)
         assert (found.state, found.ended) == ("crashed", None)
-        _, record = read_run(found.path)
-        times = [snapshot.monotonic_ns for snapshot in record.snapshots()]
         assert times == seen[: len(times)] or times[:-1] == seen
         assert len(times) >= len(seen) - 1
+        _, record = read_run(found.path)
         assert [mark.label for mark in record.marks] == ["before the crash"]
+        RunDirectory(directory).settle()
+        assert not list(directory.glob("*.tail"))
+        assert ends(directory)[1] == times
         with sqlite3.connect(found.path) as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         db.close()
+
+
+@linux_only
+def test_what_is_in_memory_belongs_to_the_run(tmp_path: Path) -> None:
+    """It is read with the run while that is written, moves to disk at its end, and goes when the run goes."""
+    process, snapshots = Process(), []
+    for _ in range(20):
+        process.pass_time(SECOND_NS)
+        snapshots.append(process.snapshot())
+    box, record = write(tmp_path, snapshots[:10])
+    for snapshot in snapshots[10:]:
+        segment = record.append(snapshot)
+        box.append(segment, len(segment) - 1)
+    link = next(tmp_path.glob("*.tail"))
+    target = link.readlink()
+    times = [snapshot.monotonic_ns for snapshot in snapshots]
+    assert ends(tmp_path)[1] == times
+    RunDirectory(tmp_path).settle()  # not of a run that goes on
+    assert target.exists()
+    box.close("over")
+    assert not link.is_symlink()
+    assert not target.exists()
+    assert ends(tmp_path)[1] == times
+
+    box, _ = write(tmp_path, snapshots)
+    target = next(tmp_path.glob("*.tail")).readlink()
+    assert target.exists()
+    delete_run(tmp_path / f"{box.run_id}.sqlite")
+    assert not target.exists()
+
+
+@linux_only
+@root_only
+def test_full_memory_costs_nothing_but_time(tmp_path: Path) -> None:
+    """Where there is no room in memory, each snapshot goes to disk at once, and none is lost."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(memory)], check=True)
+    try:
+        process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 501)})
+        record = Record(IDENTITY, interval_ns=SECOND_NS)
+        runs = RunDirectory(tmp_path / "runs", memory=memory)
+        box = BlackBox(runs, IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62)
+        snapshots = []
+        for _ in range(40):
+            process.pass_time(SECOND_NS, [1_000_000] * 500)
+            snapshots.append(process.snapshot())
+            segment = record.append(snapshots[-1])
+            box.append(segment, len(segment) - 1)
+        box.close("over")
+        assert (box.error, box.dropped) == (None, 0)
+        _, back = read_run(next((tmp_path / "runs").glob("*.sqlite")))
+        assert all(map(same, back.snapshots(), snapshots))
+        assert len(back) == len(snapshots)
+    finally:
+        subprocess.run(["umount", "-l", str(memory)], check=True)
 
 
 def test_a_full_file_forgets_the_oldest(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from target import Target
 from vitalsd.sources.linux_counters import Reading, SchedstatFiles
-from vitalsd.sources.linux_threads import NAMES_EVERY_NS, ThreadTable
+from vitalsd.sources.linux_threads import LOOK_EVERY_NS, ThreadTable
 from vitalsd.sources.procfs import parse_run_times
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -32,10 +32,10 @@ class Tree:
         for tid in range(1, threads + 1):
             self.born(tid)
 
-    def born(self, tid: int) -> None:
+    def born(self, tid: int, ns: int = 1000) -> None:
         (self.root / str(tid)).mkdir()
         self.run_ns[tid] = 0
-        self.burn(tid, 1000)
+        self.burn(tid, ns)
         self.call(tid, f"thread {tid}")
 
     def call(self, tid: int, name: str) -> None:
@@ -138,7 +138,7 @@ def test_looking_only_at_what_changed_is_looking_at_all(
             handed_out.append((times, list(times)))
             assert dict(zip(table.tids, times, strict=True)) == tree.run_ns
             assert table.living_ns == sum(times)
-            assert table.refresh_names(number * NAMES_EVERY_NS)
+            assert table.look_around(number * LOOK_EVERY_NS)
             assert dict(zip(table.tids, table.names, strict=True)) == tree.names
     finally:
         table.close()
@@ -164,6 +164,27 @@ def test_a_few_hot_threads_are_proved_and_many_are_read(tmp_path: Path) -> None:
     assert readings(50, lambda _: 3) >= 47
     assert readings(400, lambda number: number * 7) <= 40
     assert readings(50, lambda _: 5) >= 20
+    table.close()
+    os.close(task_fd)
+
+
+def test_who_has_never_run_is_seen_within_a_second(tmp_path: Path) -> None:
+    """A thread that was created and has not run for a nanosecond is missing for a second at most."""
+    tree = Tree(tmp_path, 40)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000))
+    tree.burn(3, 1000)
+    table.read()
+    table.calibrate(tree.clock(), tree.exited_ns)
+    assert table.look_around(LOOK_EVERY_NS)
+    tree.born(41, 0)
+    tree.burn(3, 1000)
+    assert table.read_proved(tree.clock(), tree.clock) is not None
+    assert table.look_around(2 * LOOK_EVERY_NS - 1)
+    assert not table.look_around(2 * LOOK_EVERY_NS)
+    assert table.read_proved(tree.clock(), tree.clock) is None
+    assert len(table.read()) == 41
+    assert table.look_around(3 * LOOK_EVERY_NS)
     table.close()
     os.close(task_fd)
 

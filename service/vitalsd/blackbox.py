@@ -1,9 +1,10 @@
 """
 The flight recorder on disk, while it is being written; `vitalsd.runs` has the format and reads it back.
 
-Every snapshot is one committed row, written behind the sampler on a thread of its own: in WAL mode
-a commit is a ``write`` without ``fsync``, so a killed process loses nothing that was committed and only
-a power failure may lose the last seconds.
+A snapshot goes to the `vitalsd.tail` of the run, and every few seconds a thread writes what is there to
+disk: in WAL mode a commit is a ``write`` without ``fsync``. So a killed process loses nothing, and only a
+power failure may lose the last seconds. What has no place in the tail, such as the first snapshot of a
+segment, or where there is no shared memory each, is a committed row at once.
 """
 
 import fcntl
@@ -19,9 +20,19 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from vitalsd.record import Event, Mark, Segment
-from vitalsd.runs import APPLICATION_ID, RUN_BYTES, SCHEMA, SCHEMA_VERSION, RunDirectory, delete_run
+from vitalsd.record import NOBODY, Event, Mark, Segment
+from vitalsd.runs import (
+    APPLICATION_ID,
+    RUN_BYTES,
+    SCHEMA,
+    SCHEMA_VERSION,
+    RunDirectory,
+    delete_run,
+    insert_rows,
+    tail_link,
+)
 from vitalsd.snapshot import Identity
+from vitalsd.tail import Row, Tail, remove_tail
 from vitalsd.worker import Worker
 
 __all__ = ["BlackBox"]
@@ -32,6 +43,8 @@ MAX_PENDING = 64
 """Snapshots, marks and events that wait for a slow disk; beyond that they are dropped and counted."""
 MAX_WAIT_S = 0.05
 OPEN_WAIT_S = 1.0
+FOLD_NS = 5_000_000_000
+"""Between two times that the tail is written to disk. The longer the cheaper, for the thread that does it wakes up."""
 RETRY_NS = 2_000_000_000
 """After a failure to open the file."""
 
@@ -69,10 +82,19 @@ class BlackBox:
         self._max_bytes = max_bytes
         self._db: sqlite3.Connection | None = None
         self._lock_fd = -1
+        self._tail: Tail | None = None
+        self._link: Path
         self._segment: Segment | None = None
+        """The one that is on disk, for the rows to come."""
         self._segment_id = 0
         self._thread_ids: dict[tuple[int, int, str], int] = {}
         self._retry_ns = 0
+        self._number = 0
+        """Of the last snapshot, from 1; in the file it is the id of its row."""
+        self._on_disk = 0
+        """The number of the last one that is on disk."""
+        self._fold_after = max(1, FOLD_NS // max(1, interval_ns))
+        self._folding = False
         self._given = self._taken = 0
         """Snapshots that went to the writer, and those it is through with."""
         self._caught_up: Future[None] | None = None
@@ -87,27 +109,31 @@ class BlackBox:
         """
         Write the snapshot that `segment` has at `position`.
 
-        Returns at once if the one before is on disk, else waits for it up to half an interval: so a
-        killed process loses one snapshot at most, and a slow disk delays but never stops the sampler. One that
-        hangs is waited for no more once that is clear.
+        Returns at once, unless the one before is still on its way to the disk: then it waits for it up to half
+        an interval. So a killed process loses one snapshot at most, and a slow disk delays but never stops the
+        sampler. One that hangs is waited for no more once that is clear.
         """
-        if self._given != self._taken and not self._stuck():
+        self._number += 1
+        waits = self._given != self._taken
+        stuck = (waits or self._folding) and self._stuck()
+        if waits and not stuck:
             if self._caught_up is None or self._caught_up.done():
                 self._caught_up = self._worker.submit(lambda: None)
             wait((self._caught_up,), min(MAX_WAIT_S, self._interval_ns / 2e9))
-        # Of what was dropped, what each thread burnt is missing: then a segment begins.
-        self._gap = not self._post(partial(self._take, segment, position, self._gap))
-        self._given += not self._gap
+        if self._given != self._taken or self._gap or not self._keep(segment, position):
+            # Of what was dropped, what each thread burnt is missing: then a segment begins.
+            self._gap = not self._post(partial(self._take, self._number, segment, position, self._gap))
+            self._given += not self._gap
 
     def mark(self, mark: Mark) -> None:
         """Write a mark; returns at once."""
         row = (mark.wall_ns, mark.monotonic_ns, mark.label)
-        self._post(partial(self._guard, lambda db: db.execute("INSERT INTO mark VALUES (?,?,?)", row)))
+        self._post(partial(self._note, "INSERT INTO mark VALUES (?,?,?)", row))
 
     def event(self, event: Event) -> None:
         """Write an event; returns at once."""
         row = (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
-        self._post(partial(self._guard, lambda db: db.execute("INSERT INTO event VALUES (?,?,?,?)", row)))
+        self._post(partial(self._note, "INSERT INTO event VALUES (?,?,?,?)", row))
 
     async def hangs(self) -> bool:
         """Whether the disk does not answer."""
@@ -118,6 +144,8 @@ class BlackBox:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+        if self._tail is not None:
+            self._tail.close()
 
     def close(self, ended: str, *, crashed: bool = False, timeout_s: float = 1.0) -> None:
         """
@@ -131,8 +159,23 @@ class BlackBox:
         self._worker.stop(0 if self._worker.overdue else timeout_s)
 
     def flush(self, timeout_s: float = 5.0) -> None:
-        """Wait until all that was given so far is committed."""
-        self._worker.submit(lambda: None).result(timeout_s)
+        """Wait until all that was given so far is on disk, or cannot be."""
+        self._folding = True
+        self._worker.submit(self._fold).result(timeout_s)
+
+    def _keep(self, segment: Segment, position: int) -> bool:
+        """Put a snapshot into the tail; False if it must go to the disk."""
+        tail = self._tail
+        if tail is None or segment is not self._segment:
+            return False
+        if tail.size_bytes and not self._folding and self._on_disk == self._number - 1:
+            tail.clear()
+        if not tail.append(_row(self._number, self._segment_id, segment, position)):
+            return False
+        if not self._folding and self._number - self._on_disk >= self._fold_after:
+            self._folding = True
+            self._worker.post(self._fold)
+        return True
 
     def _post(self, call: Callable[[], None]) -> bool:
         if self._worker.pending >= MAX_PENDING:
@@ -157,29 +200,39 @@ class BlackBox:
 
     # On the writer's thread
 
-    def _take(self, segment: Segment, position: int, anew: bool) -> None:
-        self._guard(self._write, segment, position, anew)
+    def _take(self, number: int, segment: Segment, position: int, anew: bool) -> None:
+        if not self._guard(self._write, number, segment, position, anew):
+            self.dropped += 1
+            self._segment = None
+            self._thread_ids.clear()  # what was added in this transaction is not in the file
         self._taken += 1
 
-    def _guard(self, write: Callable[..., object], *what: object) -> None:
-        """Call `write` with the database, which is opened if need be, and `what`."""
+    def _note(self, statement: str, row: tuple[object, ...]) -> None:
+        self.dropped += not self._guard(lambda db: db.execute(statement, row))
+
+    def _fold(self) -> None:
+        """Write to disk what is in the tail. What cannot be written stays there."""
+        if self._tail is not None:
+            self._guard(self._write_tail)
+        self._folding = False
+
+    def _guard(self, write: Callable[..., object], *what: object) -> bool:
+        """Call `write` with the database, which is opened if need be, and `what`; False if that failed."""
         try:
             if self._db is None:
                 if time.monotonic_ns() < self._retry_ns:
-                    self.dropped += 1
-                    return
+                    return False
                 self._db = self._open_database()
             write(self._db, *what)
             self.error = None
         except (OSError, sqlite3.Error) as error:
             self._off(error)
-            self.dropped += 1
-            self._segment = None
-            self._thread_ids.clear()  # what was added in this transaction is not in the file
             self._retry_ns = time.monotonic_ns() + RETRY_NS
             if self._db is not None:
                 with suppress(sqlite3.Error):
                     self._db.rollback()
+            return False
+        return True
 
     def _open_database(self) -> sqlite3.Connection:
         directory = self._directory
@@ -188,6 +241,7 @@ class BlackBox:
         if status.st_uid != os.geteuid() or not directory.path.is_dir() or directory.path.is_symlink():
             raise OSError(f"{directory.path} is not a directory of this user")
         os.chmod(directory.path, 0o700)
+        directory.settle()
         directory.make_room(self._max_bytes)
         stem = f"{self._identity.start_id}-{os.getpid()}"
         for number in range(1000):
@@ -217,11 +271,14 @@ class BlackBox:
             raise
         self.run_id = run_id
         self._thread_ids.clear()
+        self._link = tail_link(path)
+        with suppress(OSError):
+            self._tail = Tail(self._link, directory.memory)
         return db
 
     def _create(self, path: Path) -> sqlite3.Connection:
         identity = self._identity
-        # Each statement is a transaction of its own: no BEGIN and COMMIT to prepare and step for a row.
+        # A statement is a transaction of its own: no BEGIN and COMMIT to prepare and step for a row by itself.
         db = sqlite3.connect(path, timeout=1, check_same_thread=False, isolation_level=None)
         try:
             # First: else each statement here, before there is a WAL, waits for the disk three times.
@@ -255,25 +312,31 @@ class BlackBox:
             raise
         return db
 
-    def _write(self, db: sqlite3.Connection, segment: Segment, position: int, anew: bool) -> None:
-        indexes, burnt = segment.moves[position]
+    def _write(self, db: sqlite3.Connection, number: int, segment: Segment, position: int, anew: bool) -> None:
         begins = anew or segment is not self._segment
-        if begins:
+        if begins or self._tail is not None:
             db.execute("BEGIN")
-            self._segment_id = self._write_segment(db, segment, position)
-            indexes, burnt = array("I"), array("I")
-        numbers = bytearray(segment.row(position))  # for which sqlite3 looks for no adapter, as it does for bytes
-        if indexes is not None:
-            numbers += indexes
-        numbers += burnt
-        db.execute(
-            "INSERT INTO frame (segment, numbers, moved, code) VALUES (?,?,?,?)",
-            (self._segment_id, numbers, None if indexes is None else len(indexes), burnt.typecode),
-        )
+            self._insert_tail(db)
         if begins:
-            db.commit()
+            self._segment_id = self._write_segment(db, segment, position)
+        insert_rows(db, (_row(number, self._segment_id, segment, position, first=begins),))
+        db.commit()
+        self._on_disk = number
+        if begins:
             self._segment = segment
             self._trim(db)
+
+    def _write_tail(self, db: sqlite3.Connection) -> None:
+        db.execute("BEGIN")
+        last = self._insert_tail(db)
+        db.commit()
+        self._on_disk = last
+
+    def _insert_tail(self, db: sqlite3.Connection) -> int:
+        """The number of the last row that is now in the file."""
+        rows = [row for row in self._tail.rows() if row.id > self._on_disk] if self._tail is not None else ()
+        insert_rows(db, rows)
+        return rows[-1].id if rows else self._on_disk
 
     def _write_segment(self, db: sqlite3.Connection, segment: Segment, position: int) -> int:
         head = segment.head
@@ -335,10 +398,24 @@ class BlackBox:
             with suppress(sqlite3.Error):
                 meta = [("ended", ended)] + ([("crashed", "1")] if crashed else [])
                 self._db.execute("BEGIN")
+                self._insert_tail(self._db)
                 self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
                 self._db.commit()
+                remove_tail(self._link)
             self._db.close()
             self._db = None
+        if self._tail is not None:
+            self._tail.close()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def _row(number: int, segment_id: int, segment: Segment, position: int, *, first: bool = False) -> Row:
+    """The snapshot that `segment` has at `position`; as the first of a segment, nobody has moved."""
+    indexes, burnt = NOBODY if first else segment.moves[position]
+    numbers = bytearray(segment.row(position))  # for which sqlite3 looks for no adapter, as it does for bytes
+    if indexes is not None:
+        numbers += indexes
+    numbers += burnt
+    return Row(number, segment_id, numbers, None if indexes is None else len(indexes), burnt.typecode)

@@ -117,7 +117,7 @@ class Recorder:
         asleep_ns = now.boottime_ns - before.boottime_ns - elapsed_ns
         if asleep_ns >= SUSPEND_GRAIN_NS:
             self._note("suspended", f"the machine slept {asleep_ns / 1e9:.1f} s", now)
-        missed = round(elapsed_ns / self.interval_ns) - 1
+        missed = (elapsed_ns + self.interval_ns // 2) // self.interval_ns - 1
         if missed > 0:
             self.missed += missed
             self._note("missed", f"{missed} snapshots are missing before this one", now)

@@ -1,9 +1,9 @@
 """
 Runs on disk: the format, the directory with its budget, and reading a dead one back.
 
-One SQLite file per run, named after the identity of the run, never after input. While it is being
-written its ``.lock`` is held with flock(2); the kernel lets go of it when the writer dies, however
-it dies. A run that did not say how it ended has crashed.
+One SQLite file per run, named after the identity of the run, never after input; its last seconds may
+still be in its `vitalsd.tail`. While it is being written its ``.lock`` is held with flock(2); the kernel
+lets go of it when the writer dies, however it dies. A run that did not say how it ended has crashed.
 """
 
 import fcntl
@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from vitalsd.record import Event, EventKind, Mark, Moves, Record, Segment
 from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.tail import SHARED_MEMORY, Row, read_tail, remove_tail
 
 __all__ = [
     "APPLICATION_ID",
@@ -34,7 +35,9 @@ __all__ = [
     "State",
     "UnreadableRun",
     "delete_run",
+    "insert_rows",
     "read_run",
+    "tail_link",
 ]
 
 APPLICATION_ID = 0x76697461  # "vita", in the header of the file for file(1)
@@ -91,11 +94,14 @@ class RunDirectory:
     Args:
         path: made with mode 0700 if it is not there.
         max_bytes: of all runs together; the oldest ones that have ended go first.
+        memory: a directory on tmpfs for what is not on disk yet. Where there is none, each snapshot goes to
+            disk at once, which costs more.
     """
 
-    def __init__(self, path: Path, *, max_bytes: int = ALL_RUNS_BYTES) -> None:
+    def __init__(self, path: Path, *, max_bytes: int = ALL_RUNS_BYTES, memory: Path = SHARED_MEMORY) -> None:
         self.path = path
         self.max_bytes = max_bytes
+        self.memory = memory
 
     def runs(self) -> list[Run]:
         """The runs on disk: crashed ones first, then the newest first; unreadable files are left out."""
@@ -115,6 +121,15 @@ class RunDirectory:
         with _opened(run.path) as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('reported', ?)", (str(time.time_ns()),))
             db.commit()
+
+    def settle(self) -> None:
+        """Write to disk what crashed runs left in shared memory, before the machine ends as well."""
+        for path in self._files():
+            if tail_link(path).is_symlink() and not _is_being_written(path):
+                with suppress(UnreadableRun), _opened(path) as db:
+                    insert_rows(db, _lacking(db, read_tail(tail_link(path))))
+                    db.commit()
+                    remove_tail(tail_link(path))
 
     def make_room(self, spare_bytes: int) -> None:
         """Delete ended runs, oldest first, until `spare_bytes` more fit the budget."""
@@ -136,7 +151,7 @@ class RunDirectory:
 
 def read_run(path: Path) -> tuple[Run, Record]:
     """
-    A run and its record, exact to the last committed snapshot. The file itself is not touched.
+    A run and its record, exact to the last snapshot that was written. The file itself is not touched.
 
     Raises:
         UnreadableRun: it is not a run of ours, or damaged.
@@ -144,10 +159,12 @@ def read_run(path: Path) -> tuple[Run, Record]:
     """
     with tempfile.TemporaryDirectory(prefix="vitalsd-") as scratch:
         copy = Path(scratch) / "run.sqlite"
+        rows = read_tail(tail_link(path))  # first: what has left it when the rest is read is there
         for suffix in ("", "-wal"):
             with suppress(FileNotFoundError) if suffix else nullcontext():
                 shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
         with _opened(copy, path.name) as db:
+            insert_rows(db, _lacking(db, rows))
             return _describe_open(db, path), _record(db)
 
 
@@ -165,6 +182,25 @@ def _opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]
             yield db
     except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise UnreadableRun(f"{name} is damaged: {error}") from None
+
+
+def tail_link(path: Path) -> Path:
+    """Where the `Tail` of the run `path` is linked."""
+    return path.with_suffix(".tail")
+
+
+def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Insert rows of a tail, or what could be one, in the transaction of the caller."""
+    db.executemany("INSERT INTO frame (id, segment, numbers, moved, code) VALUES (?,?,?,?,?)", rows)
+
+
+def _lacking(db: sqlite3.Connection, rows: Sequence[Row]) -> list[Row]:
+    """Those of the rows of a tail that are not on disk."""
+    if not rows:
+        return []
+    (last,) = db.execute("SELECT max(id) FROM frame").fetchone()
+    known = {segment for (segment,) in db.execute("SELECT id FROM segment")}
+    return [row for row in rows if row.id > (last or 0) and row.segment in known]
 
 
 def _meta(db: sqlite3.Connection) -> dict[str, str]:
@@ -187,11 +223,12 @@ def _identity(meta: dict[str, str]) -> Identity:
 
 
 def _describe(path: Path) -> Run:
+    rows = read_tail(tail_link(path))
     with _opened(path) as db:
-        return _describe_open(db, path)
+        return _describe_open(db, path, rows)
 
 
-def _describe_open(db: sqlite3.Connection, path: Path) -> Run:
+def _describe_open(db: sqlite3.Connection, path: Path, rows: Sequence[Row] = ()) -> Run:
     meta = _meta(db)
     count, first, last = db.execute("SELECT count(*), min(id), max(id) FROM frame").fetchone()
     wall = Segment.SCALARS.index("wall_ns")
@@ -200,6 +237,9 @@ def _describe_open(db: sqlite3.Connection, path: Path) -> Run:
         None if frame is None else _array("q", db.execute(scalars, (SCALARS_BYTES, frame)).fetchone()[0])[wall]
         for frame in (first, last)
     )
+    if lacking := _lacking(db, rows):
+        count += len(lacking)
+        last_wall_ns = _array("q", bytes(lacking[-1].numbers[:SCALARS_BYTES]))[wall]
     state: State = "clean"
     if "ended" not in meta:
         state = "running" if _is_being_written(path) else "crashed"
@@ -319,7 +359,7 @@ def _is_being_written(path: Path) -> bool:
 
 def _parts(path: Path) -> list[Path]:
     """The database first: while its lock is there, nobody takes the name."""
-    return [path, Path(f"{path}-wal"), Path(f"{path}-shm"), path.with_suffix(".lock")]
+    return [path, Path(f"{path}-wal"), Path(f"{path}-shm"), tail_link(path), path.with_suffix(".lock")]
 
 
 def _size(path: Path) -> int:
@@ -332,6 +372,7 @@ def _size(path: Path) -> int:
 
 def delete_run(path: Path) -> None:
     """Remove a run and what belongs to it, as far as that can be done."""
+    remove_tail(tail_link(path))
     for part in _parts(path):
         with suppress(OSError):
             part.unlink()

@@ -152,7 +152,7 @@ class LinuxSource:
 
         # Read last: a descriptor that still answers proves that the pid, and its clock, were ours all along.
         vm_pages, rss_pages = self._memory(monotonic_ns, closely=extras)
-        if not threads.refresh_names(monotonic_ns):
+        if not threads.look_around(monotonic_ns):
             return self._snapshot(extras)
 
         warnings: list[str] = []

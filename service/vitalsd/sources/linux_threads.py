@@ -4,7 +4,9 @@ The threads of one Linux process: who is there, what they are called, how long t
 Reading all of them costs a system call each. Most threads of most programs sleep, so `ThreadTable`
 can also read only those that ran lately and *prove* that no other did: the CPU clock of the process is
 the sum of its threads, to the nanosecond, and no thread's time ever shrinks. If what was read, what is
-remembered and what exited threads left add up to the clock, every remembered value is exact.
+remembered and what exited threads left add up to the clock, every remembered value is exact, and nobody
+came or went: neither is done without running. Only who has been created and has not run yet, not for a
+nanosecond, is not seen by that; so once a second the threads are counted as well.
 """
 
 import errno
@@ -18,12 +20,12 @@ from operator import ne, sub
 from vitalsd.sources.linux_counters import GONE, Reading, ThreadCounter, read_file
 from vitalsd.sources.procfs import Stat, decode_name, parse_stat
 
-__all__ = ["FEW_NAMES", "NAMES_EVERY_NS", "ThreadTable"]
+__all__ = ["FEW_NAMES", "LOOK_EVERY_NS", "ThreadTable"]
 
 FEW_NAMES = 8
 """So many names are read again at every reading, from files that stay open for it, ..."""
-NAMES_EVERY_NS = 1_000_000_000
-"""... and more than that at this distance."""
+LOOK_EVERY_NS = 1_000_000_000
+"""... and more than that at this distance. So often the threads are counted, too, however they are read."""
 SWEEP_NS = 60_000_000_000
 """In this time every name is read once though its thread did not run: another thread may have renamed it."""
 HOT_FOR = 8
@@ -74,7 +76,7 @@ class ThreadTable:
         self._age = 0
         self._unnamed: set[int] = set()
         """Who ran since its name was read."""
-        self._named_at_ns = 0
+        self._looked_ns = 0
         self._comms: deque[_Thread] = deque()
         self._sweep = 0
         self._links_count_threads = False
@@ -117,7 +119,7 @@ class ThreadTable:
             exact; ``None`` if it cannot be proved this time and all must be read.
         """
         exited_ns, count = self._exited_ns, len(self.tids)
-        if exited_ns is None or not self._links_count_threads or self._links() != count:
+        if exited_ns is None or not self._links_count_threads:
             return None
         if total_ns == self._total_ns:
             self.proved += 1
@@ -147,7 +149,7 @@ class ThreadTable:
         """Tell the exact totals that go with the last `read`: from now on `read_proved` can prove."""
         self._total_ns, self._exited_ns = total_ns, exited_ns
 
-    def refresh_names(self, now_ns: int) -> bool:
+    def look_around(self, now_ns: int) -> bool:
         """
         Read again the names of the threads that ran since their names were read, and of a few others.
 
@@ -155,11 +157,14 @@ class ThreadTable:
         many threads run.
 
         Returns:
-            False if a handle was found to name another thread than it did: read again.
+            False if there are other threads than those that were read: read again.
         """
-        elapsed_ns, count, stale = now_ns - self._named_at_ns, len(self.tids), self._unnamed
-        if elapsed_ns >= NAMES_EVERY_NS:
-            self._named_at_ns = now_ns
+        elapsed_ns, count, stale = now_ns - self._looked_ns, len(self.tids), self._unnamed
+        if elapsed_ns >= LOOK_EVERY_NS:
+            self._looked_ns = now_ns
+            if self._links_count_threads and self._links() != count:
+                self._exited_ns = None
+                return False
             swept = min(count, -(-count * elapsed_ns // SWEEP_NS))
             stale.update(i % count for i in range(self._sweep, self._sweep + swept))
             self._sweep = (self._sweep + swept) % count
@@ -220,12 +225,12 @@ class ThreadTable:
         """Add what those that were looked at burnt; a list that was handed out stays as it is."""
         if any(burnt):
             cpu_ns = self._cpu_ns = self._cpu_ns.copy()
-            ran = list(compress(looked_at, burnt))
-            for i, ns in zip(ran, filter(None, burnt), strict=True):
-                cpu_ns[i] += ns
+            for i, ns in zip(looked_at, burnt, strict=True):
+                if ns:
+                    cpu_ns[i] += ns
+                    self._ran.add(i)
+                    self._unnamed.add(i)
             self.living_ns += sum(burnt)
-            self._ran.update(ran)
-            self._unnamed.update(ran)
         self._age += 1
         if self._age == HOT_FOR:
             self._heat(self._ran)

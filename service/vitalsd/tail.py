@@ -1,0 +1,141 @@
+"""
+The end of a run until it is written to disk: in memory that belongs to no process.
+
+A write to a file on tmpfs(5) is a copy of memory. No disk can make it wait, so the sampler does it itself, for
+less than it costs to wake a thread for it, and what was written stays when the process is killed. Only the end of
+the machine, or of the container whose ``/dev/shm`` it is, takes with it what was not on disk by then.
+
+A record is its head, the numbers of a frame as `vitalsd.runs` has them, and its id once more. A writer that is
+killed as it appends leaves a record without that, which does not count.
+"""
+
+import os
+import stat
+import tempfile
+from array import array
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["MAX_BYTES", "SHARED_MEMORY", "Row", "Tail", "read_tail", "remove_tail"]
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Linux, shm_overview(7). macOS has no such directory."""
+PREFIX = "vitalsd-"
+MAX_BYTES = 1 << 20
+"""Of one run. The 64 snapshots of a segment take a quarter of it when 1000 threads run all the time."""
+HEAD_BYTES = 5 * 8
+"""Size of the numbers, id, segment, moved (-1 for ``None``) and code, 64 bits each, as the machine has them."""
+END_BYTES = 8
+
+
+class Row(NamedTuple):
+    """One snapshot as the table ``frame`` of a run has it."""
+
+    id: int
+    """From 1, ascending."""
+    segment: int
+    numbers: bytes | bytearray
+    moved: int | None
+    code: str
+
+
+class Tail:
+    """
+    A file in shared memory, and a symbolic link beside the run that leads to it.
+
+    Args:
+        link: where the link goes.
+        memory: a directory on tmpfs.
+
+    Raises:
+        OSError: there is no such memory, no room in it, or something in place of the link.
+    """
+
+    def __init__(self, link: Path, memory: Path) -> None:
+        if not os.path.ismount(memory):  # a plain directory would be on a disk
+            raise NotADirectoryError(f"{memory} is not shared memory")
+        self._fd, name = tempfile.mkstemp(prefix=PREFIX, dir=memory)
+        try:
+            os.symlink(name, link)
+        except OSError:
+            os.close(self._fd)
+            os.unlink(name)
+            raise
+        self.size_bytes = 0
+
+    def append(self, row: Row) -> bool:
+        """Add a row; False if there is no room for it."""
+        row_id, segment, numbers, moved, code = row
+        head = array("q", (len(numbers), row_id, segment, -1 if moved is None else moved, ord(code)))
+        size, begin = HEAD_BYTES + len(numbers) + END_BYTES, self.size_bytes
+        if begin + size > MAX_BYTES:
+            return False
+        try:
+            written = os.pwritev(self._fd, (head, numbers, head[1:2]), begin)
+        except OSError:
+            return False
+        if written < size:
+            os.ftruncate(self._fd, begin)
+            return False
+        self.size_bytes += size
+        return True
+
+    def rows(self) -> list[Row]:
+        """What was appended, for another thread of the writer; not while it is cleared."""
+        return _rows(os.pread(self._fd, self.size_bytes, 0))
+
+    def clear(self) -> None:
+        """Begin anew, for all of it is on disk."""
+        os.ftruncate(self._fd, 0)
+        self.size_bytes = 0
+
+    def close(self) -> None:
+        """Let go of the file; it stays where it is."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_tail(link: Path) -> list[Row]:
+    """The rows behind `link`, be it that somebody is appending; none if there is nothing or it is not of its user."""
+    try:
+        fd = os.open(os.readlink(link), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return []
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.lstat(link).st_uid:
+            return []
+        before, content = b"", os.pread(fd, min(status.st_size, MAX_BYTES), 0)
+        while content != before:  # what is read while it is being written may be half of each
+            before, content = content, os.pread(fd, min(os.fstat(fd).st_size, MAX_BYTES), 0)
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
+    return _rows(content)
+
+
+def remove_tail(link: Path) -> None:
+    """Remove the link and what is behind it, if it is one of ours."""
+    with suppress(OSError):
+        target = os.readlink(link)
+        if os.path.basename(target).startswith(PREFIX):
+            os.unlink(target)
+    with suppress(OSError):
+        link.unlink()
+
+
+def _rows(content: bytes) -> list[Row]:
+    rows: list[Row] = []
+    at, last = 0, 0
+    while at + HEAD_BYTES + END_BYTES <= len(content):
+        size, row_id, segment, moved, code = array("q", content[at : at + HEAD_BYTES])
+        begin = at + HEAD_BYTES
+        end = begin + size
+        if size < 0 or row_id <= last or content[end : end + END_BYTES] != array("q", (row_id,)).tobytes():
+            break
+        rows.append(Row(row_id, segment, content[begin:end], None if moved == -1 else moved, chr(code & 0x7F)))
+        at, last = end + END_BYTES, row_id
+    return rows

@@ -1,0 +1,161 @@
+"""The tail: what was appended is there when its writer is gone, whole or not at all."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitalsd.tail import MAX_BYTES, SHARED_MEMORY, Row, Tail, read_tail, remove_tail
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a directory of shared memory")
+
+ROWS = [
+    Row(1, 1, b"first", None, "I"),
+    Row(2, 1, b"", 0, "q"),
+    Row(7, 3, bytes(range(256)) * 20, 17, "I"),  # over a page
+]
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which takes root")
+
+
+@pytest.fixture
+def tail(tmp_path: Path) -> Iterator[Tail]:
+    tail = Tail(tmp_path / "run.tail", SHARED_MEMORY)
+    yield tail
+    tail.close()
+
+
+def test_what_was_appended_is_read(tail: Tail, tmp_path: Path) -> None:
+    """All rows, in their order, also after the file was let go; nothing is left behind by `remove_tail`."""
+    assert read_tail(tmp_path / "run.tail") == []
+    assert all(map(tail.append, ROWS))
+    assert read_tail(tmp_path / "run.tail") == ROWS
+    tail.close()
+    assert read_tail(tmp_path / "run.tail") == ROWS
+    target = (tmp_path / "run.tail").readlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    remove_tail(tmp_path / "run.tail")
+    assert not target.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cleared_it_holds_what_came_after(tail: Tail, tmp_path: Path) -> None:
+    """What was there before is not read again, be it longer than what came after."""
+    for row in ROWS:
+        tail.append(row)
+    tail.clear()
+    assert read_tail(tmp_path / "run.tail") == []
+    tail.append(Row(8, 3, b"after", None, "I"))
+    assert read_tail(tmp_path / "run.tail") == [Row(8, 3, b"after", None, "I")]
+
+
+def test_wherever_it_is_cut_the_whole_rows_count(tail: Tail, tmp_path: Path) -> None:
+    """A writer killed within a row leaves the rows before it, whether the rest is missing or zeros."""
+    ends = []
+    for row in ROWS:
+        tail.append(row)
+        ends.append(tail.size_bytes)
+    path = (tmp_path / "run.tail").readlink()
+    content = path.read_bytes()
+    for cut in range(0, len(content), 37):
+        whole = ROWS[: sum(end <= cut for end in ends)]
+        for rest in (b"", bytes(len(content) - cut)):
+            path.write_bytes(content[:cut] + rest)
+            assert read_tail(tmp_path / "run.tail") == whole
+
+
+@given(st.binary(max_size=400))
+def test_garbage_is_no_row(tail_of: Callable[[bytes], list[Row]], content: bytes) -> None:
+    """Whatever is in the file, reading it raises nothing."""
+    assert all(row.id > 0 for row in tail_of(content))
+
+
+@pytest.fixture(scope="module")
+def tail_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], list[Row]]:
+    link = tmp_path_factory.mktemp("garbage") / "run.tail"
+    Tail(link, SHARED_MEMORY).close()
+
+    def read(content: bytes) -> list[Row]:
+        link.readlink().write_bytes(content)
+        return read_tail(link)
+
+    return read
+
+
+def test_it_has_a_bound(tail: Tail, tmp_path: Path) -> None:
+    """A row beyond the bound is refused, and those before it stay."""
+    count = 0
+    while tail.append(Row(count + 1, 1, bytes(10_000), None, "I")):
+        count += 1
+    assert MAX_BYTES - 20_000 < count * 10_000 < MAX_BYTES
+    assert len(read_tail(tmp_path / "run.tail")) == count
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """64 KiB of memory."""
+    path = tmp_path / "memory"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@root_only
+def test_full_memory_refuses_and_keeps(tmp_path: Path, memory: Path) -> None:
+    """Without room in memory a row is refused, nothing of it stays, and with room again it goes on."""
+    ballast = memory / "ballast"
+    ballast.write_bytes(bytes(32 << 10))
+    tail, count = Tail(tmp_path / "run.tail", memory), 0
+    while tail.append(Row(count + 1, 1, bytes(5_000), None, "I")):
+        count += 1
+    assert 2 <= count <= 6
+    assert len(read_tail(tmp_path / "run.tail")) == count
+    ballast.unlink()
+    assert tail.append(Row(100, 1, b"again", None, "I"))
+    assert [row.id for row in read_tail(tmp_path / "run.tail")] == [*range(1, count + 1), 100]
+    tail.close()
+
+
+@root_only
+def test_another_users_file_is_not_read(tail: Tail, tmp_path: Path) -> None:
+    """The file behind the link has to be of whom the link is."""
+    tail.append(ROWS[0])
+    os.chown((tmp_path / "run.tail").readlink(), 12345, -1)
+    assert read_tail(tmp_path / "run.tail") == []
+
+
+def test_a_directory_on_a_disk_is_no_memory(tmp_path: Path) -> None:
+    """What is not a mount of its own is refused, and nothing is left there."""
+    (tmp_path / "memory").mkdir()
+    with pytest.raises(NotADirectoryError):
+        Tail(tmp_path / "run.tail", tmp_path / "memory")
+    assert [path.name for path in tmp_path.rglob("*")] == ["memory"]
+
+
+@root_only
+def test_what_is_in_place_of_the_link_stays(tmp_path: Path, memory: Path) -> None:
+    """A file in place of the link is not replaced, nor is memory left behind."""
+    (tmp_path / "run.tail").write_text("mine")
+    with pytest.raises(FileExistsError):
+        Tail(tmp_path / "run.tail", memory)
+    assert (tmp_path / "run.tail").read_text() == "mine"
+    assert list(memory.iterdir()) == []
+
+
+def test_what_is_not_ours_is_neither_read_nor_removed(tmp_path: Path) -> None:
+    """A link to another's file, to a directory, to nothing or to itself: no rows; only the link goes."""
+    other = tmp_path / "precious"
+    other.write_bytes(b"precious")
+    for target in (other, tmp_path, tmp_path / "nothing", tmp_path / "run.tail", Path("/dev/zero")):
+        link = tmp_path / "run.tail"
+        link.symlink_to(target)
+        assert read_tail(link) == []
+        remove_tail(link)
+        assert not link.is_symlink()
+    assert other.read_bytes() == b"precious"
