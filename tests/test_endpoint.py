@@ -1,4 +1,4 @@
-"""The runtime file and its directories: `vitalsd.endpoint`."""
+"""The runtime file and the sockets beside it: `vitalsd.endpoint`, `vitalsd.socket_file`."""
 
 import json
 import os
@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 
 from vitalsd import endpoint as ep
-from vitalsd.endpoint import Endpoint, EndpointError, SocketLock, Target
+from vitalsd.directories import (
+    EndpointError,
+    agent_socket,
+    private_directory,
+    socket_name,
+)
+from vitalsd.endpoint import Endpoint, Target
+from vitalsd.socket_file import SocketLock, answers
 from vitalsd.sources import open_source
 from vitalsd.sources.birth import ANY_MACHINE, LinuxBirths, Undecided, births
 
@@ -64,7 +71,7 @@ def an_endpoint(**changes: Any) -> Endpoint:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return ep.private_directory(tmp_path / "run")
+    return private_directory(tmp_path / "run")
 
 
 def as_nobody(call: Callable[[], object]) -> str:
@@ -339,91 +346,7 @@ def test_damaged_procfs_is_undecided(tmp_path: Path) -> None:
         LinuxBirths(str(tmp_path)).start_key(1)
 
 
-# Directories
-
-
-def test_the_override_stands_alone(tmp_path: Path) -> None:
-    """VITALSD_RUNTIME_DIR and VITALSD_STATE_DIR win over everything."""
-    environ = {"VITALSD_RUNTIME_DIR": str(tmp_path / "r"), "VITALSD_STATE_DIR": str(tmp_path / "s")}
-    environ |= {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)}
-    assert [tmp_path / "r"] == ep.runtime_directories(environ)
-    assert tmp_path / "r" == ep.runtime_directory(environ)
-    assert tmp_path / "s" == ep.state_directory(environ)
-    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o700
-
-
-def test_the_directories_of_a_login(tmp_path: Path) -> None:
-    """On Linux the runtime directory is under XDG_RUNTIME_DIR, else under the home; state is too."""
-    if sys.platform == "darwin":
-        expected = tmp_path / "Library/Application Support/vitalsd"
-        assert expected / "run" == ep.runtime_directories({"HOME": str(tmp_path)})[0]
-        assert expected == ep.state_directory({"HOME": str(tmp_path)})
-        return
-    environ = {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
-    assert tmp_path / "vitalsd" == ep.runtime_directories(environ)[0]
-    assert tmp_path / ".local/state/vitalsd/run" == ep.runtime_directories(environ)[-1]
-    assert tmp_path / "vitalsd" == ep.state_directory(environ)
-    assert tmp_path / ".local/state/vitalsd" == ep.state_directory({"HOME": str(tmp_path)})
-    relative = {"XDG_RUNTIME_DIR": "here", "XDG_STATE_HOME": "here", "HOME": str(tmp_path)}
-    assert tmp_path / ".local/state/vitalsd" == ep.state_directory(relative)
-
-
-def test_another_users_environment_is_not_used(tmp_path: Path) -> None:
-    """Under sudo -E nothing of ours is put into the directories that the environment still names."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can give a directory away")
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    os.chown(theirs, 65534, 65534)
-    environ = {"XDG_RUNTIME_DIR": str(theirs), "HOME": str(theirs)}
-    assert not [path for path in ep.runtime_directories(environ) if path.is_relative_to(theirs)]
-
-
-def test_strange_directories_are_refused(tmp_path: Path) -> None:
-    """A symlink, a file, another user's directory and one that others may write are refused, each in a sentence."""
-    real = ep.private_directory(tmp_path / "real")
-    (tmp_path / "link").symlink_to(real)
-    (tmp_path / "file").touch()
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o777)
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    cases = {
-        "link": "symbolic link",
-        "dangling": "symbolic link",
-        "file": "not a directory",
-        "open": "written by other",
-        "file/x": "cannot use",
-    }
-    if os.geteuid() == 0:
-        (tmp_path / "theirs").mkdir()
-        os.chown(tmp_path / "theirs", 65534, 65534)
-        cases["theirs"] = "belongs to user 65534"
-    for name, reason in cases.items():
-        with pytest.raises(EndpointError, match=reason):
-            ep.private_directory(tmp_path / name)
-
-
-def test_a_readable_directory_of_ours_is_closed(tmp_path: Path) -> None:
-    """A directory of ours that others could only read becomes 0700; missing parents are made private too."""
-    (tmp_path / "mine").mkdir(0o755)
-    old = os.umask(0o777)
-    try:
-        ep.private_directory(tmp_path / "mine")
-        ep.private_directory(tmp_path / "a" / "b")
-    finally:
-        os.umask(old)
-    for name in ("mine", "a", "a/b"):
-        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
-
-
-def test_a_path_too_long_for_a_socket_is_refused_beforehand(tmp_path: Path) -> None:
-    """The limit of sun_path is told in bytes before anything is bound."""
-    with pytest.raises(EndpointError, match="bytes long"):
-        ep.runtime_directory({"VITALSD_RUNTIME_DIR": str(tmp_path / ("ü" * 60))})
-    longest = Path("/" + "x" * (ep.MAX_SOCKET_PATH - 1))
-    ep.check_socket_path(longest)
-    with pytest.raises(EndpointError):
-        ep.check_socket_path(Path(f"{longest}x"))
+# Users
 
 
 def test_two_users_do_not_see_each_others_sidecars(tmp_path: Path) -> None:
@@ -434,7 +357,7 @@ def test_two_users_do_not_see_each_others_sidecars(tmp_path: Path) -> None:
     for parent in tmp_path.parents:
         if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o011)
-    directory = ep.private_directory(tmp_path / "run")
+    directory = private_directory(tmp_path / "run")
     path = ep.publish(an_endpoint(), directory)
     assert as_nobody(lambda: ep.discover(directories=[directory])) == "[]"
     assert "Error" in as_nobody(lambda: ep.read(path))
@@ -450,7 +373,7 @@ def test_two_users_do_not_see_each_others_sidecars(tmp_path: Path) -> None:
 
 @pytest.fixture
 def listening(directory: Path) -> Iterator[tuple[Path, socket.socket]]:
-    path = directory / ep.socket_name(5)
+    path = directory / socket_name(5)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1)
@@ -468,11 +391,11 @@ def test_a_live_socket_is_not_swept_and_a_dead_one_is(listening: tuple[Path, soc
 
 def test_a_socket_whose_owner_has_not_listened_yet_is_not_swept(directory: Path) -> None:
     """Between bind and listen a connect is refused, and only the lock shows that the owner lives."""
-    path = directory / ep.socket_name(6)
+    path = directory / socket_name(6)
     held = SocketLock(path)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
-        assert not ep.answers(path)
+        assert not answers(path)
         assert ep.sweep(directory) == []
     held.release()
     held.release()
@@ -482,9 +405,9 @@ def test_a_socket_whose_owner_has_not_listened_yet_is_not_swept(directory: Path)
 def test_the_agents_socket_is_left_alone(directory: Path) -> None:
     """A sweep never probes the socket of the agent, because a connection would start it."""
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(ep.agent_socket(directory)))
+        listener.bind(str(agent_socket(directory)))
     assert ep.sweep(directory) == []
-    assert ep.agent_socket(directory).exists()
+    assert agent_socket(directory).exists()
 
 
 def test_a_lock_is_held_once(directory: Path) -> None:

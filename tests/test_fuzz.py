@@ -21,7 +21,7 @@ from lives import Process
 from test_abuse import mutated
 from test_blackbox import write
 from vitalsd import endpoint
-from vitalsd.endpoint import EndpointError
+from vitalsd.directories import EndpointError
 from vitalsd.history import history, read_history
 from vitalsd.http.problem import Refused
 from vitalsd.http.query import HistoryQuery, MetricsQuery, ReportQuery, StreamQuery, _bad_parameter

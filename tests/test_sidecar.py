@@ -19,6 +19,7 @@ from sidecars import VITALSD, UnixConnection, ask, environment, eventually, list
 from vitalsd import endpoint
 from vitalsd.listeners import ListenError, PortInUse, UnixListener, bind_tcp, inherited, is_remote
 from vitalsd.sidecar import adopt, listen
+from vitalsd.socket_file import answers
 
 
 def refused(directory: Path, *options: str) -> tuple[int, str]:
@@ -80,7 +81,7 @@ def test_a_dead_socket_is_replaced(short_path: Path) -> None:
         dead.bind(str(path))
     (short_path / "a.sock.lock").touch()
     with UnixListener(path):
-        assert endpoint.answers(path)
+        assert answers(path)
     assert listing(short_path) == []
 
 

@@ -119,15 +119,16 @@ def test_the_token_cannot_be_read(sidecar: tuple[Path, dict[str, Any]], tries: A
 
 
 def test_the_black_box_cannot_be_read(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """What was recorded is on disk for its user alone; so is everything else below the state directory."""
+    """What was recorded is on disk and in memory for its user alone; so is all else below the state directory."""
     path, _ = sidecar
     deadline = time.monotonic() + 10
-    while not (found := [each for each in (path / "state").rglob("*") if each.is_file()]):
+    while not any((path / "state").rglob("*.tail")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    found = [each for each in (path / "state").rglob("*") if each.is_file()]
     assert tries(list=str(path / "state")) == "PermissionError"
     for each in [path / "run", path / "state", *(path / "run").rglob("*"), *(path / "state").rglob("*")]:
-        assert not stat.S_IMODE(each.lstat().st_mode) & 0o077, each
+        assert not stat.S_IMODE(each.stat().st_mode) & 0o077, each
     for directory in (path / "state", *(each for each in (path / "state").rglob("*") if each.is_dir())):
         directory.chmod(0o755)
     for file in found:

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import h11
 
-from vitalsd.endpoint import peer_uid
+from vitalsd.socket_file import peer_uid
 
 __all__ = ["Answer", "Connection", "ExchangeError"]
 

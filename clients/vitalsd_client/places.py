@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from vitalsd import endpoint as endpoints
-from vitalsd.endpoint import Endpoint, EndpointError, Liveness
+from vitalsd.directories import EndpointError, runtime_directories
+from vitalsd.endpoint import Endpoint, Liveness
 from vitalsd_client.exchange import Answer, Connection, ExchangeError
 
 __all__ = ["NoSidecar", "Sidecar", "locate"]
@@ -148,7 +149,7 @@ def _token_for(address: tuple[str, int] | None) -> str | None:
 def _why_none() -> str:
     """What was found instead of a live sidecar."""
     reasons: list[str] = []
-    directories = endpoints.runtime_directories()
+    directories = runtime_directories()
     for directory in directories:
         try:
             entries = sorted(name for name in os.listdir(directory) if name.startswith("sidecar-"))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from vitalsd.endpoint import EndpointError, private_directory
+from vitalsd.directories import EndpointError, private_directory
 from vitalsd_client.archive import sync_directory
 
 __all__ = ["STATES", "Entry", "SpoolError", "State", "States", "first_note"]

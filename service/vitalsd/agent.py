@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from vitalsd.endpoint import agent_socket
+from vitalsd.directories import agent_socket
 
 __all__ = [
     "LABEL",

@@ -1,5 +1,5 @@
 """
-The runtime file by which clients find a sidecar, and the directories it lives in.
+The runtime file by which clients find a sidecar.
 
 A sidecar writes ``sidecar-<pid>.json`` once its listeners accept, and removes it when it ends. A file
 left behind by one that was killed names a pid that may be somebody else's by now, so a reader
@@ -10,61 +10,42 @@ Of the standard library and `vitalsd.sources` alone: clients import this without
 """
 
 import errno
-import fcntl
 import hmac
 import json
 import os
-import pwd
 import re
 import secrets
-import socket
 import stat
-import struct
-import sys
 import time
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from vitalsd.directories import EndpointError, runtime_directories
+from vitalsd.socket_file import SocketLock, answers
 from vitalsd.sources.birth import ANY_MACHINE, Births, Undecided, births
 
 __all__ = [
-    "MAX_SOCKET_PATH",
     "Endpoint",
-    "EndpointError",
     "Liveness",
     "Published",
-    "SocketLock",
     "Target",
-    "agent_socket",
-    "answers",
-    "check_socket_path",
     "discover",
     "liveness",
     "new_token",
     "now",
-    "peer_uid",
-    "private_directory",
     "proof",
     "publish",
     "published",
     "read",
-    "runtime_directories",
-    "runtime_directory",
-    "socket_name",
-    "state_directory",
-    "state_path",
     "sweep",
     "withdraw",
 ]
 
 SCHEMA = 1
 MAX_FILE_BYTES = 16 * 1024
-MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
-"""Bytes of a Unix socket's path; sun_path holds one more, the NUL."""
 ORPHAN_S = 60
 """A temporary file older than this was left by a writer that died; writing one takes milliseconds."""
 
@@ -73,10 +54,6 @@ SOCKET = re.compile(r"metrics-([0-9]{1,10})\.sock", re.ASCII)
 TEMPORARY = re.compile(r"\.sidecar-[0-9]{1,10}\.[0-9a-f]{16}\.tmp", re.ASCII)
 
 Liveness = Literal["alive", "dead", "unknown"]
-
-
-class EndpointError(Exception):
-    """A runtime file or directory cannot be trusted or used; ``str(error)`` says why in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,160 +101,6 @@ class Published(NamedTuple):
     path: Path
     endpoint: Endpoint
     liveness: Liveness
-
-
-# Directories
-
-
-def runtime_directories(environ: Mapping[str, str] | None = None) -> list[Path]:
-    """
-    Where runtime files may be, the preferred place first. Nothing is created or checked.
-
-    ``VITALSD_RUNTIME_DIR`` stands alone. Otherwise a sidecar started in a login session and a client
-    started by cron see different environments, so a client looks in all of these.
-    """
-    environ = os.environ if environ is None else environ
-    if given := environ.get("VITALSD_RUNTIME_DIR"):
-        return [Path(os.path.abspath(given))]
-    found: list[Path] = []
-    if sys.platform == "darwin":
-        found += [home / "Library/Application Support/vitalsd/run" for home in _homes(environ)]
-        # Per user on macOS, and short enough for a socket where the home's path is not.
-        found += [Path(base) / "vitalsd" for base in (environ.get("TMPDIR", ""),) if _private(base)]
-    else:
-        for base in (environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.geteuid()}"):
-            if os.path.isabs(base) and _owned(base):
-                found.append(Path(base) / "vitalsd")
-        found += [home / ".local/state/vitalsd/run" for home in _homes(environ)]
-    return list(dict.fromkeys(found))
-
-
-def runtime_directory(environ: Mapping[str, str] | None = None) -> Path:
-    """
-    The directory for this user's runtime files and sockets, made if need be.
-
-    Raises:
-        EndpointError: none of the candidates can be used.
-    """
-    reasons = []
-    for path in runtime_directories(environ):
-        try:
-            check_socket_path(path / socket_name(2**22))
-            return private_directory(path)
-        except EndpointError as error:
-            reasons.append(str(error))
-    raise EndpointError("; ".join(reasons) or "no home directory of this user; set VITALSD_RUNTIME_DIR")
-
-
-def state_path(environ: Mapping[str, str] | None = None) -> Path:
-    """
-    Where what outlives a reboot is kept. Nothing is created or checked.
-
-    Raises:
-        EndpointError: this user has no home directory.
-    """
-    environ = os.environ if environ is None else environ
-    if given := environ.get("VITALSD_STATE_DIR"):
-        return Path(os.path.abspath(given))
-    if sys.platform != "darwin" and os.path.isabs(base := environ.get("XDG_STATE_HOME", "")) and _owned(base):
-        return Path(base) / "vitalsd"
-    for home in _homes(environ):
-        return home / ("Library/Application Support/vitalsd" if sys.platform == "darwin" else ".local/state/vitalsd")
-    raise EndpointError("no home directory of this user; set VITALSD_STATE_DIR")
-
-
-def state_directory(environ: Mapping[str, str] | None = None) -> Path:
-    """
-    The directory for what outlives a reboot, made if need be.
-
-    Raises:
-        EndpointError: it cannot be made, or others may write it.
-    """
-    return private_directory(state_path(environ))
-
-
-def private_directory(path: Path) -> Path:
-    """
-    Make `path` (mode 0700) or check that it is a directory of ours that nobody else can enter.
-
-    One of ours that others may read is closed to them; one that they may write may hold their
-    files already, and is refused.
-
-    Raises:
-        EndpointError: it is a symlink, not a directory, somebody else's, writable by others, or
-            cannot be made.
-    """
-    try:
-        _make(path)
-        found = os.lstat(path)
-        if stat.S_ISLNK(found.st_mode):
-            raise EndpointError(f"{path} is a symbolic link; a directory of yours is needed")
-        if not stat.S_ISDIR(found.st_mode):
-            raise EndpointError(f"{path} is not a directory")
-        if found.st_uid != os.geteuid():
-            raise EndpointError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}")
-        if found.st_mode & 0o022:
-            raise EndpointError(f"{path} may be written by other users (mode {stat.S_IMODE(found.st_mode):04o})")
-        if found.st_mode & 0o777 != 0o700:
-            os.chmod(path, 0o700)
-    except OSError as error:
-        raise EndpointError(f"cannot use {path}: {error.strerror}") from None
-    return path
-
-
-def _make(path: Path) -> None:
-    if path.is_symlink() or path.exists():
-        return
-    _make(path.parent)
-    with suppress(FileExistsError):
-        path.mkdir(0o700)
-        os.chmod(path, 0o700)  # a strange umask may have taken our own bits away
-
-
-def _owned(path: str) -> bool:
-    """
-    A directory of this user's. Under ``sudo -E`` or ``su`` the environment still names another
-    user's, where ours would be in the way of theirs.
-    """
-    try:
-        return os.stat(path).st_uid == os.geteuid()
-    except OSError:
-        return False
-
-
-def _private(path: str) -> bool:
-    return os.path.isabs(path) and _owned(path) and os.stat(path).st_mode & 0o077 == 0
-
-
-def _homes(environ: Mapping[str, str]) -> Iterator[Path]:
-    named = environ.get("HOME", "")
-    if os.path.isabs(named) and _owned(named):
-        yield Path(named)
-        return
-    with suppress(KeyError):
-        known = pwd.getpwuid(os.geteuid()).pw_dir
-        if _owned(known):
-            yield Path(known)
-
-
-def socket_name(pid: int) -> str:
-    """File name of the Unix socket of the sidecar `pid`."""
-    return f"metrics-{pid}.sock"
-
-
-def agent_socket(directory: Path) -> Path:
-    """
-    The Unix socket that launchd or systemd listens on for the background agent.
-
-    `sweep` does not know the name on purpose: to probe this socket would start the agent.
-    """
-    return directory / "agent.sock"
-
-
-def check_socket_path(path: Path) -> None:
-    """Raises `EndpointError`: `path` does not fit into a socket address."""
-    if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
-        raise EndpointError(f"{path} is {size} bytes long and a socket's path may have {MAX_SOCKET_PATH}")
 
 
 # Writing
@@ -504,81 +327,3 @@ def _remove(path: Path) -> bool:
             os.unlink(path)
             return True
     return False
-
-
-class SocketLock:
-    """
-    The lock of the socket at `path`, held for as long as a sidecar owns that socket.
-
-    A connect alone does not tell a dead socket from one whose owner is between bind and listen. The
-    lock file goes with the lock; the kernel lets go of it when the owner dies.
-
-    Raises:
-        EndpointError: another process holds it.
-        OSError: it cannot be made.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = f"{path}.lock"
-        self._fd = -1
-        while self._fd < 0:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever held it before us may have removed the file that we have open.
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(fd), os.lstat(self._path)):
-                        self._fd = fd
-            except BlockingIOError:
-                raise EndpointError(f"another sidecar is serving on {path}") from None
-            finally:
-                if self._fd < 0:
-                    os.close(fd)
-
-    def release(self) -> None:
-        """Let go of it and remove its file."""
-        if self._fd >= 0:
-            with suppress(OSError):
-                os.unlink(self._path)
-        self.forget()
-
-    def forget(self) -> None:
-        """Close it in a forked child: the parent goes on holding it."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def answers(path: Path) -> bool:
-    """
-    Somebody accepts connections on the socket at `path`, or may do so.
-
-    Only a refusal, or no socket there, is a no; a full backlog or a missing permission is not.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(0.5)
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:
-            return True
-        return True
-
-
-def peer_uid(connected: socket.socket) -> int:
-    """
-    The user at the other end of a Unix socket, as of connect(2) or listen(2) there.
-
-    Linux: struct ucred of SO_PEERCRED (unix(7)): pid, uid, gid. macOS: struct xucred of
-    LOCAL_PEERCRED (bsd/sys/ucred.h): version, uid, groups.
-
-    Raises:
-        OSError: nobody can tell.
-    """
-    if sys.platform == "darwin":
-        sol_local, local_peercred, size = 0, 1, 76
-        _, uid = struct.unpack_from("=II", connected.getsockopt(sol_local, local_peercred, size))
-        return int(uid)
-    _, uid, _ = struct.unpack("=iII", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(uid)

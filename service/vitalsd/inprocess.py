@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 from vitalsd import endpoint as endpoints
+from vitalsd.directories import EndpointError, state_directory
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.recorder import Recording
@@ -229,8 +230,8 @@ def start(
 
 def _run_directory(notes: list[str]) -> RunDirectory | None:
     try:
-        return RunDirectory(endpoints.state_directory() / "runs")
-    except endpoints.EndpointError as error:
+        return RunDirectory(state_directory() / "runs")
+    except EndpointError as error:
         notes.append(f"no black box: {error}")
         return None
 

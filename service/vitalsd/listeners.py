@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from vitalsd.endpoint import EndpointError, SocketLock, answers, check_socket_path, private_directory
+from vitalsd.directories import EndpointError, check_socket_path, private_directory
+from vitalsd.socket_file import SocketLock, answers
 
 __all__ = ["BACKLOG", "DEFAULT_PORT", "ListenError", "PortInUse", "UnixListener", "bind_tcp", "inherited", "is_remote"]
 

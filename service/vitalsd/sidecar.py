@@ -18,8 +18,10 @@ from pathlib import Path
 
 from starlette.types import ASGIApp
 
+from vitalsd import directories
 from vitalsd import endpoint as endpoints
-from vitalsd.endpoint import Endpoint, EndpointError, Target
+from vitalsd.directories import EndpointError
+from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.server import Server
 from vitalsd.listeners import DEFAULT_PORT, ListenError, PortInUse, UnixListener, bind_tcp, is_remote
 from vitalsd.sampler import Sampler
@@ -111,7 +113,7 @@ def listen(
                     raise _unguarded(host)
                 listeners.notes.append(_unencrypted(host))
             listeners.tcp.append(_bind_tcp(host, port, listeners.notes))
-        path = directory / endpoints.socket_name(os.getpid()) if uds is None and directory else uds
+        path = directory / directories.socket_name(os.getpid()) if uds is None and directory else uds
         if path is not None:
             listeners.unix = UnixListener(Path(os.path.abspath(path)))
         if not listeners.sockets:
@@ -338,7 +340,7 @@ def follow(targets: Targets, next_run: Callable[[], Sampler], kernel: Births, *,
 def runtime_directory(notes: list[str]) -> Path | None:
     """The directory for the runtime file; ``None``, and a note, if there can be none."""
     try:
-        return endpoints.runtime_directory()
+        return directories.runtime_directory()
     except EndpointError as error:
         notes.append(f"no Unix socket and no runtime file: {error}")
         return None

@@ -61,7 +61,7 @@ def _agent(kind: str, name: str | None, port: int, options: tuple[str, ...] = ()
     import os
 
     from vitalsd.agent import OVERRIDES, Plan, supervisor
-    from vitalsd.endpoint import EndpointError, runtime_directory, state_directory
+    from vitalsd.directories import EndpointError, runtime_directory, state_directory
 
     try:
         plan = Plan(

@@ -61,7 +61,8 @@ def endpoints(as_json: bool, check: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from vitalsd.endpoint import published, runtime_directories, sweep
+    from vitalsd.directories import runtime_directories
+    from vitalsd.endpoint import published, sweep
 
     found = []
     for directory in runtime_directories():

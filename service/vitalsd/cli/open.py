@@ -33,7 +33,8 @@ def open_page(pid: int | None, no_browser: bool) -> None:
     read and that leads to the page: in the page's own address every user of this machine could read the
     token while the browser starts.
     """
-    from vitalsd.endpoint import EndpointError, discover, runtime_directory
+    from vitalsd.directories import EndpointError, runtime_directory
+    from vitalsd.endpoint import discover
 
     served = [each for each in discover(pid) if each.url and (pid is None or (each.target and each.target.pid == pid))]
     if not served:

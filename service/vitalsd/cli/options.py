@@ -76,7 +76,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def runs_path() -> Path:
-    from vitalsd.endpoint import EndpointError, state_directory
+    from vitalsd.directories import EndpointError, state_directory
 
     try:
         return state_directory() / "runs"

@@ -165,7 +165,7 @@ def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
 
 
 def _spool(url: str | None = None) -> "Spool":
-    from vitalsd.endpoint import EndpointError, state_directory
+    from vitalsd.directories import EndpointError, state_directory
     from vitalsd_client.spool import Spool
     from vitalsd_client.states import SpoolError
 

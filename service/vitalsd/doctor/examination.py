@@ -9,11 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from vitalsd.doctor import calibration, machine, process
-from vitalsd.doctor.finding import Finding
-from vitalsd.doctor.service import sidecar
-from vitalsd.doctor.soak import soak
-from vitalsd.endpoint import (
+from vitalsd.directories import (
     EndpointError,
     check_socket_path,
     private_directory,
@@ -23,6 +19,10 @@ from vitalsd.endpoint import (
     state_directory,
     state_path,
 )
+from vitalsd.doctor import calibration, machine, process
+from vitalsd.doctor.finding import Finding
+from vitalsd.doctor.service import sidecar
+from vitalsd.doctor.soak import soak
 from vitalsd.sources.platform import Platform
 
 __all__ = ["Progress", "examine"]

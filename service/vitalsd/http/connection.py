@@ -19,11 +19,11 @@ from fastapi import Response
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from vitalsd.endpoint import peer_uid
 from vitalsd.http.gate import protected
 from vitalsd.http.log import Sparing
 from vitalsd.http.problem import problem, shown
 from vitalsd.http.room import Delivery, Room
+from vitalsd.socket_file import peer_uid
 
 __all__ = ["REQUEST_S", "Connection"]
 

@@ -1,0 +1,95 @@
+"""
+A Unix socket as a file: which sidecar owns it, whether anybody answers there, and who.
+
+Of the standard library alone: clients import this without the service.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from vitalsd.directories import EndpointError
+
+__all__ = ["SocketLock", "answers", "peer_uid"]
+
+
+class SocketLock:
+    """
+    The lock of the socket at `path`, held for as long as a sidecar owns that socket.
+
+    A connect alone does not tell a dead socket from one whose owner is between bind and listen. The
+    lock file goes with the lock; the kernel lets go of it when the owner dies.
+
+    Raises:
+        EndpointError: another process holds it.
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = f"{path}.lock"
+        self._fd = -1
+        while self._fd < 0:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held it before us may have removed the file that we have open.
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.lstat(self._path)):
+                        self._fd = fd
+            except BlockingIOError:
+                raise EndpointError(f"another sidecar is serving on {path}") from None
+            finally:
+                if self._fd < 0:
+                    os.close(fd)
+
+    def release(self) -> None:
+        """Let go of it and remove its file."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.unlink(self._path)
+        self.forget()
+
+    def forget(self) -> None:
+        """Close it in a forked child: the parent goes on holding it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def answers(path: Path) -> bool:
+    """
+    Somebody accepts connections on the socket at `path`, or may do so.
+
+    Only a refusal, or no socket there, is a no; a full backlog or a missing permission is not.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(0.5)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+        return True
+
+
+def peer_uid(connected: socket.socket) -> int:
+    """
+    The user at the other end of a Unix socket, as of connect(2) or listen(2) there.
+
+    Linux: struct ucred of SO_PEERCRED (unix(7)): pid, uid, gid. macOS: struct xucred of
+    LOCAL_PEERCRED (bsd/sys/ucred.h): version, uid, groups.
+
+    Raises:
+        OSError: nobody can tell.
+    """
+    if sys.platform == "darwin":
+        sol_local, local_peercred, size = 0, 1, 76
+        _, uid = struct.unpack_from("=II", connected.getsockopt(sol_local, local_peercred, size))
+        return int(uid)
+    _, uid, _ = struct.unpack("=iII", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)

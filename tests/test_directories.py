@@ -1,0 +1,102 @@
+"""Where the files of a user are: `vitalsd.directories`."""
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitalsd.directories import (
+    MAX_SOCKET_PATH,
+    EndpointError,
+    check_socket_path,
+    private_directory,
+    runtime_directories,
+    runtime_directory,
+    state_directory,
+)
+
+
+def test_the_override_stands_alone(tmp_path: Path) -> None:
+    """VITALSD_RUNTIME_DIR and VITALSD_STATE_DIR win over everything."""
+    environ = {"VITALSD_RUNTIME_DIR": str(tmp_path / "r"), "VITALSD_STATE_DIR": str(tmp_path / "s")}
+    environ |= {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    assert runtime_directories(environ) == [tmp_path / "r"]
+    assert runtime_directory(environ) == tmp_path / "r"
+    assert state_directory(environ) == tmp_path / "s"
+    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o700
+
+
+def test_the_directories_of_a_login(tmp_path: Path) -> None:
+    """On Linux the runtime directory is under XDG_RUNTIME_DIR, else under the home; state is too."""
+    if sys.platform == "darwin":
+        expected = tmp_path / "Library/Application Support/vitalsd"
+        assert runtime_directories({"HOME": str(tmp_path)})[0] == expected / "run"
+        assert state_directory({"HOME": str(tmp_path)}) == expected
+        return
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    assert runtime_directories(environ)[0] == tmp_path / "vitalsd"
+    assert runtime_directories(environ)[-1] == tmp_path / ".local/state/vitalsd/run"
+    assert state_directory(environ) == tmp_path / "vitalsd"
+    assert state_directory({"HOME": str(tmp_path)}) == tmp_path / ".local/state/vitalsd"
+    relative = {"XDG_RUNTIME_DIR": "here", "XDG_STATE_HOME": "here", "HOME": str(tmp_path)}
+    assert state_directory(relative) == tmp_path / ".local/state/vitalsd"
+
+
+def test_another_users_environment_is_not_used(tmp_path: Path) -> None:
+    """Under sudo -E nothing of ours is put into the directories that the environment still names."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    environ = {"XDG_RUNTIME_DIR": str(theirs), "HOME": str(theirs)}
+    assert not [path for path in runtime_directories(environ) if path.is_relative_to(theirs)]
+
+
+def test_strange_directories_are_refused(tmp_path: Path) -> None:
+    """A symlink, a file, another user's directory and one that others may write are refused, each in a sentence."""
+    real = private_directory(tmp_path / "real")
+    (tmp_path / "link").symlink_to(real)
+    (tmp_path / "file").touch()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    cases = {
+        "link": "symbolic link",
+        "dangling": "symbolic link",
+        "file": "not a directory",
+        "open": "written by other",
+        "file/x": "cannot use",
+    }
+    if os.geteuid() == 0:
+        (tmp_path / "theirs").mkdir()
+        os.chown(tmp_path / "theirs", 65534, 65534)
+        cases["theirs"] = "belongs to user 65534"
+    for name, reason in cases.items():
+        with pytest.raises(EndpointError, match=reason):
+            private_directory(tmp_path / name)
+
+
+def test_a_readable_directory_of_ours_is_closed(tmp_path: Path) -> None:
+    """A directory of ours that others could only read becomes 0700; missing parents are made private too."""
+    (tmp_path / "mine").mkdir(0o755)
+    old = os.umask(0o777)
+    try:
+        private_directory(tmp_path / "mine")
+        private_directory(tmp_path / "a" / "b")
+    finally:
+        os.umask(old)
+    for name in ("mine", "a", "a/b"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
+
+
+def test_a_path_too_long_for_a_socket_is_refused_beforehand(tmp_path: Path) -> None:
+    """The limit of sun_path is told in bytes before anything is bound."""
+    with pytest.raises(EndpointError, match="bytes long"):
+        runtime_directory({"VITALSD_RUNTIME_DIR": str(tmp_path / ("ü" * 60))})
+    longest = Path("/" + "x" * (MAX_SOCKET_PATH - 1))
+    check_socket_path(longest)
+    with pytest.raises(EndpointError):
+        check_socket_path(Path(f"{longest}x"))
