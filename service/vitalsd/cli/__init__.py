@@ -14,7 +14,7 @@ COMMANDS = {
     "doctor": "doctor.doctor",
     "endpoints": "listing.endpoints",
     "open": "open.open_page",
-    "replay": "serve.replay",
+    "replay": "replay.replay",
     "report": "report.report",
     "runs": "listing.runs",
     "sample": "sample.sample",

@@ -1,20 +1,14 @@
-"""``vitalsd serve`` and ``vitalsd replay``: a living process over HTTP, or a dead one."""
+"""``vitalsd serve``: a living process over HTTP."""
 
-import gc
 import logging
-from contextlib import closing, suppress
-from functools import wraps
-from importlib import import_module
-from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec
+from contextlib import closing
+from typing import TYPE_CHECKING
 
 import click
 
 from vitalsd.cli.log import log_format_option, logging_as
 from vitalsd.cli.options import (
     Failed,
-    Refused,
     find_target,
     host_option,
     name_option,
@@ -26,57 +20,15 @@ from vitalsd.cli.options import (
     runs_path,
 )
 from vitalsd.cli.otlp import otlp_options, push_to
+from vitalsd.cli.serving import Where, import_service, serve_until_signal, starts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
     from vitalsd.alongside import ReadyFd
-    from vitalsd.endpoint import Target
-    from vitalsd.runs import RunDirectory
-    from vitalsd.sidecar import Companion, Listeners
-    from vitalsd.sources import ProcessEntry
-    from vitalsd.sources.birth import Births
     from vitalsd.sources.platform import Platform
-    from vitalsd.targets import Targets
 
-__all__ = ["replay", "serve"]
+__all__ = ["serve"]
 
 log = logging.getLogger("vitalsd")
-
-P = ParamSpec("P")
-
-
-def _starts(command: "Callable[P, None]") -> "Callable[P, None]":
-    """Until it is ready, see `sidecar.serve`, a command runs without the collector: what is made until then is kept."""
-
-    @wraps(command)
-    def starting(*args: "P.args", **kwargs: "P.kwargs") -> None:
-        gc.disable()
-        try:
-            command(*args, **kwargs)
-        finally:
-            gc.enable()
-
-    return starting
-
-
-def _import_service() -> None:
-    """
-    Import what serving takes, at the bottom of a stack: on a thread, which ends with that.
-
-    CPython keeps frames in chunks of 16 KiB, and maps and unmaps one whenever a call crosses the end of
-    the last (push_chunk in Python/pystate.c). As deep as click calls us, the imports of a web framework do
-    so thousands of times, and take a tenth longer.
-    """
-
-    def load() -> None:
-        with suppress(Exception):  # whoever imports it next is told
-            import_module("vitalsd.http.app")
-            import_module("vitalsd.sidecar")
-
-    thread = Thread(target=load, name="vitalsd-import", daemon=True)
-    thread.start()
-    thread.join()
 
 
 @click.command()
@@ -137,7 +89,7 @@ def _import_service() -> None:
 )
 @otlp_options
 @log_format_option
-@_starts
+@starts
 @click.pass_context
 def serve(
     context: click.Context,
@@ -190,7 +142,7 @@ def serve(
                 platform_of(context, proc_root),
                 proc_root != "/proc",
                 (record_interval, retention * 60, black_box),
-                _Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
+                Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
                 0.0 if exit_with_target else linger,
                 waiting,
                 max_thread_metrics if thread_metrics else 0,
@@ -207,7 +159,7 @@ def _serve_target(
     platform: "Platform",
     poll: bool,
     record: tuple[float, float, bool],
-    where: "_Where",
+    where: "Where",
     linger_s: float,
     waiting: "ReadyFd",
     thread_metrics: int,
@@ -234,7 +186,7 @@ def _serve_target(
         except SourceError as error:
             raise Failed(str(error)) from None
 
-    _import_service()
+    import_service()
     from vitalsd.activation import Notifier
     from vitalsd.endpoint import Target
     from vitalsd.recorder import Recording
@@ -268,7 +220,7 @@ def _serve_target(
         companions.append(push.companion)
         log.info("pushing to %s every %g s", push.url, otlp[1])
     whom = f"the newest process called {name}" if name else f"process {pid}" if pid else "itself"
-    _serve(
+    serve_until_signal(
         targets,
         platform.list_processes,
         runs,
@@ -280,126 +232,3 @@ def _serve_target(
         thread_metrics=thread_metrics,
         kernel=platform.births(),
     )
-
-
-@click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@host_option
-@port_option
-@log_format_option
-@_starts
-def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
-    """Serve a dead run, from a black box or a bug report, as if it were alive.
-
-    FILE is a .sqlite file (see `vitalsd runs`) or the .zip of a report. /history and
-    /metrics?mode=trailing answer for its end.
-    """
-    from vitalsd.replay import Replay, load
-    from vitalsd.runs import RunDirectory, UnreadableRun
-    from vitalsd.sources import NoSuchProcess, Source
-    from vitalsd.targets import Targets
-
-    def nobody(pid: int) -> Source:
-        raise NoSuchProcess(f"this is a replay of {file.name}; it has no process {pid}")
-
-    with logging_as(log_format):
-        try:
-            record = load(file)
-        except (UnreadableRun, OSError) as error:
-            raise Failed(str(error)) from None
-        _import_service()
-        _serve(
-            Targets(Replay(record), nobody),
-            list,
-            RunDirectory(runs_path()),
-            f"a replay of {file.name}",
-            _Where(host, port),
-            published=False,
-        )
-
-
-class _Where(NamedTuple):
-    """Where to listen, as the options say."""
-
-    host: str
-    port: int | None
-    tcp: bool = True
-    uds: str | None = None
-    token: bool = False
-    allow_remote: bool = False
-
-
-def _serve(
-    targets: "Targets",
-    list_processes: "Callable[[], Iterable[ProcessEntry]]",
-    runs: "RunDirectory",
-    whom: str,
-    where: _Where,
-    *,
-    published: bool = True,
-    watched: "Target | None" = None,
-    companions: "Sequence[Companion]" = (),
-    waiting: "ReadyFd | None" = None,
-    thread_metrics: int = 256,
-    kernel: "Births | None" = None,
-) -> None:
-    """Listen and serve until a signal ends it."""
-    from vitalsd import sidecar
-    from vitalsd.endpoint import new_token
-    from vitalsd.http.app import create_app
-    from vitalsd.sidecar import Sidecar
-
-    notes: list[str] = []
-    directory = sidecar.runtime_directory(notes) if published else None
-    listeners = _listeners(where, directory)
-    service = Sidecar(
-        create_app(targets, list_processes, runs=runs, thread_metrics=thread_metrics),
-        listeners,
-        directory=directory,
-        target=watched,
-        token=new_token() if where.token else None,
-        kernel=kernel,
-    )
-
-    def ready() -> None:
-        for note in (*notes, *service.notes):
-            log.warning("%s", note)
-        places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]
-        log.info("serving %s on %s", whom, " and ".join(filter(None, places)))
-        if waiting is not None:
-            file = service.runtime_file
-            waiting.send(
-                pid=service.endpoint.pid,
-                url=service.endpoint.url,
-                socket=service.endpoint.socket,
-                runtime_file=file and str(file),
-            )
-
-    sidecar.serve(service, ready=ready, companions=companions)
-
-
-def _listeners(where: _Where, directory: Path | None) -> "Listeners":
-    """Those a supervisor handed over, or new ones. Raises `Refused`."""
-    import os
-
-    from vitalsd.activation import activated
-    from vitalsd.listeners import ListenError, PortInUse
-    from vitalsd.sidecar import adopt, listen
-
-    try:
-        given = activated(os.environ)
-        if given:
-            return adopt(given, guarded=where.token, allow_remote=where.allow_remote)
-        return listen(
-            host=where.host,
-            port=where.port,
-            tcp=where.tcp,
-            uds=where.uds,
-            directory=directory,
-            guarded=where.token,
-            allow_remote=where.allow_remote,
-        )
-    except PortInUse as error:
-        raise Refused(f"{error}; choose another with --port, or 0 for a free one") from None
-    except ListenError as error:
-        raise Refused(str(error)) from None

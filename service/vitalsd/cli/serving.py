@@ -1,0 +1,150 @@
+"""What ``vitalsd serve`` and ``vitalsd replay`` share: a quick start, where to listen, serving until a signal."""
+
+import gc
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from importlib import import_module
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec
+
+from vitalsd.cli.options import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from vitalsd.alongside import ReadyFd
+    from vitalsd.endpoint import Target
+    from vitalsd.runs import RunDirectory
+    from vitalsd.sidecar import Companion, Listeners
+    from vitalsd.sources import ProcessEntry
+    from vitalsd.sources.birth import Births
+    from vitalsd.targets import Targets
+
+__all__ = ["Where", "import_service", "serve_until_signal", "starts"]
+
+log = logging.getLogger("vitalsd")
+
+P = ParamSpec("P")
+
+
+def starts(command: Callable[P, None]) -> Callable[P, None]:
+    """Until it is ready, see `sidecar.serve`, a command runs without the collector: what is made until then is kept."""
+
+    @wraps(command)
+    def starting(*args: "P.args", **kwargs: "P.kwargs") -> None:
+        gc.disable()
+        try:
+            command(*args, **kwargs)
+        finally:
+            gc.enable()
+
+    return starting
+
+
+def import_service() -> None:
+    """
+    Import what serving takes, at the bottom of a stack: on a thread, which ends with that.
+
+    CPython keeps frames in chunks of 16 KiB, and maps and unmaps one whenever a call crosses the end of
+    the last (push_chunk in Python/pystate.c). As deep as click calls us, the imports of a web framework do
+    so thousands of times, and take a tenth longer.
+    """
+
+    def load() -> None:
+        with suppress(Exception):  # whoever imports it next is told
+            import_module("vitalsd.http.app")
+            import_module("vitalsd.sidecar")
+
+    thread = Thread(target=load, name="vitalsd-import", daemon=True)
+    thread.start()
+    thread.join()
+
+
+class Where(NamedTuple):
+    """Where to listen, as the options say."""
+
+    host: str
+    port: int | None
+    tcp: bool = True
+    uds: str | None = None
+    token: bool = False
+    allow_remote: bool = False
+
+
+def serve_until_signal(
+    targets: "Targets",
+    list_processes: "Callable[[], Iterable[ProcessEntry]]",
+    runs: "RunDirectory",
+    whom: str,
+    where: Where,
+    *,
+    published: bool = True,
+    watched: "Target | None" = None,
+    companions: "Sequence[Companion]" = (),
+    waiting: "ReadyFd | None" = None,
+    thread_metrics: int = 256,
+    kernel: "Births | None" = None,
+) -> None:
+    """Listen and serve until a signal ends it."""
+    from vitalsd import sidecar
+    from vitalsd.endpoint import new_token
+    from vitalsd.http.app import create_app
+    from vitalsd.sidecar import Sidecar
+
+    notes: list[str] = []
+    directory = sidecar.runtime_directory(notes) if published else None
+    listeners = _listeners(where, directory)
+    service = Sidecar(
+        create_app(targets, list_processes, runs=runs, thread_metrics=thread_metrics),
+        listeners,
+        directory=directory,
+        target=watched,
+        token=new_token() if where.token else None,
+        kernel=kernel,
+    )
+
+    def ready() -> None:
+        for note in (*notes, *service.notes):
+            log.warning("%s", note)
+        places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]
+        log.info("serving %s on %s", whom, " and ".join(filter(None, places)))
+        if waiting is not None:
+            file = service.runtime_file
+            waiting.send(
+                pid=service.endpoint.pid,
+                url=service.endpoint.url,
+                socket=service.endpoint.socket,
+                runtime_file=file and str(file),
+            )
+
+    sidecar.serve(service, ready=ready, companions=companions)
+
+
+def _listeners(where: Where, directory: Path | None) -> "Listeners":
+    """Those a supervisor handed over, or new ones. Raises `Refused`."""
+    import os
+
+    from vitalsd.activation import activated
+    from vitalsd.listeners import ListenError, PortInUse
+    from vitalsd.sidecar import adopt, listen
+
+    try:
+        given = activated(os.environ)
+        if given:
+            return adopt(given, guarded=where.token, allow_remote=where.allow_remote)
+        return listen(
+            host=where.host,
+            port=where.port,
+            tcp=where.tcp,
+            uds=where.uds,
+            directory=directory,
+            guarded=where.token,
+            allow_remote=where.allow_remote,
+        )
+    except PortInUse as error:
+        raise Refused(f"{error}; choose another with --port, or 0 for a free one") from None
+    except ListenError as error:
+        raise Refused(str(error)) from None
