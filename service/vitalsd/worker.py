@@ -1,6 +1,7 @@
 """One thread for calls that may block: kernel reads of one target, or writes to disk."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -13,6 +14,8 @@ from itertools import count
 from typing import TypeVar
 
 __all__ = ["PATIENCE_NS", "Hung", "Worker", "seen"]
+
+log = logging.getLogger("vitalsd.worker")
 
 T = TypeVar("T")
 
@@ -50,6 +53,7 @@ class Worker:
         self._interval_ns = 0
         self._beat_ns = NEVER_NS
         """When the next beat is due. Not on the heap: to put it there and take it off costs a fifth of an idle beat."""
+        self._said = ""
         self.busy_since_ns: int | None = None
         """Monotonic time at which the call under way began; ``None`` when idle."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -61,7 +65,7 @@ class Worker:
         return len(self._calls)
 
     def post(self, call: Callable[[], object]) -> None:
-        """Run `call`, which must not raise, on the thread; nobody waits for it, which is cheaper than a future."""
+        """Run `call` on the thread; nobody waits for it, which is cheaper than a future. What it raises is logged."""
         self._give(call)
 
     def submit(self, call: Callable[[], T], at_ns: int | None = None) -> "Future[T]":
@@ -110,7 +114,8 @@ class Worker:
         """
         Call `beat` on the thread now and at each `interval_ns`, until it returns False. A second one replaces it.
 
-        Beats stay on one grid of time; those that were missed are left out, not made up for.
+        Beats stay on one grid of time; those that were missed are left out, not made up for. One that raises is
+        logged, if it is for another reason than the one before, and the next comes as if it had not.
         """
 
         def begin() -> None:
@@ -148,15 +153,22 @@ class Worker:
             if call is None:
                 return
             self.busy_since_ns = now_ns
-            call()
+            try:
+                call()
+            except Exception as error:  # a bug; whoever else depends on this thread is not to wait for ever
+                if self._said != (said := repr(error)):
+                    self._said = said
+                    log.exception("%s: a call failed", self._thread.name)
             self.busy_since_ns = None
 
     def _beat_now(self) -> None:
-        if self._beat():
+        goes_on = True
+        try:
+            goes_on = self._beat()
+        finally:
             late_ns = time.monotonic_ns() - self._beat_ns
-            self._beat_ns += (1 + late_ns // self._interval_ns) * self._interval_ns
-        else:
-            self._beat_ns = NEVER_NS
+            due_ns = self._beat_ns + (1 + late_ns // self._interval_ns) * self._interval_ns
+            self._beat_ns = due_ns if goes_on else NEVER_NS
 
     def _put_off(self, at_ns: int, call: Callable[[], object]) -> None:
         heappush(self._timed, (at_ns, next(self._numbers), call))

@@ -1,0 +1,48 @@
+"""The thread for calls that may block: what one of them raises is told, and costs nobody else anything."""
+
+import time
+
+import pytest
+
+from vitalsd.worker import Worker
+
+
+def test_what_a_call_raises_is_for_its_caller() -> None:
+    """The future of a call has its exception, and the next call runs."""
+    worker = Worker("w")
+    with pytest.raises(ZeroDivisionError):
+        worker.submit(lambda: 1 // 0).result(5)
+    assert worker.submit(lambda: 7).result(5) == 7
+    assert worker.stop(5)
+
+
+def test_a_bug_in_a_call_nobody_waits_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The thread goes on, and the log has the traceback."""
+    worker = Worker("w")
+    worker.post(lambda: 1 // 0)
+    assert worker.submit(lambda: 7).result(5) == 7
+    assert worker.stop(5)
+    (record,) = caplog.records
+    assert (record.levelname, record.message) == ("ERROR", "w: a call failed")
+    assert "ZeroDivisionError" in str(record.exc_text)
+
+
+def test_a_beat_that_raises_is_followed_by_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    """On the same grid of time, and it is logged once for each reason."""
+    worker, times = Worker("w"), list[float]()
+
+    def beat() -> bool:
+        times.append(time.monotonic())
+        if len(times) <= 5:
+            raise RuntimeError("a bug" if len(times) < 4 else "another")
+        return len(times) < 8
+
+    worker.every(50_000_000, beat)
+    deadline = time.monotonic() + 20
+    while len(times) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert worker.stop(5)
+    assert len(times) == 8
+    assert times[-1] - times[0] >= 0.05 * 7 - 0.025
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["a bug", "another"]
