@@ -25,10 +25,12 @@ DOCS = HERE.parent / "docs"
 SAMPLING = "Sampling another process (Linux)"
 THOUSAND = {"threads": 1000, "busy": 4}
 WORST = {"threads": 1000, "busy": 999}
+ALL_RUN = {"snapshots": 900, "running_percent": 100}
 
 SUITE: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
     SAMPLING: ("sampling.py", (), ("--rounds", "6")),
     "The recorder": ("recorder.py", (), ("--seconds", "4", "--rounds", "1")),
+    "The record in memory": ("memory.py", (), ("--snapshots", "200")),
     "Answering": ("answering.py", (), ("--rounds", "1", "--requests", "50")),
     "Accuracy": ("accuracy.py", (), ("--rounds", "10")),
     "The interpreter lock on macOS (over the simulator)": ("darwin_gil.py", (), ("--rounds", "10")),
@@ -98,6 +100,8 @@ GOALS: Sequence[tuple[str, str, Mapping[str, Any], str, str, float]] = (
         "<=",
         1,
     ),
+    ("15 minutes of 1000 threads that all run, MiB", "The record in memory", ALL_RUN, "product_mib", "<=", 8),
+    ("objects as psutil returns them, of ours", "The record in memory", ALL_RUN, "objects_to_product", ">=", 14),
     ("`response_model`, of ours, 1000 threads", "Answering", {}, "response_model_to_ours", ">=", 5),
     ("ours, of a tiny answer", "Answering", {}, "ours_to_tiny", "<=", 3),
     ("snapshots a request, 200 callers at once", "Answering", {}, "snapshots_per_request", "<=", 0.25),

@@ -1,0 +1,118 @@
+"""
+How much memory a quarter of an hour of many threads takes, beside the ways that come to mind first.
+
+    python benchmarks/memory.py [--threads 1000] [--snapshots 900]
+
+The counters are made up: 4 % of the threads run in each second, then all of them. Each way fills a process of
+its own; the figure is how much its resident memory grew (Linux: /proc/self/statm).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Mapping
+
+from vitalsd.record import Record
+from vitalsd.snapshot import Identity, Snapshot
+
+SECOND_NS = 1_000_000_000
+SHARES = (0.04, 1.0)
+
+pthread = namedtuple("pthread", ("id", "user_time", "system_time"))  # as psutil's threads() returns them
+
+
+def snapshots(threads: int, count: int, share: float) -> Iterator[Snapshot]:
+    """One a second of which `share` of the threads run; ids and names stay the same objects, as a source's do."""
+    tids, births = tuple(range(1, threads + 1)), (7,) * threads
+    names = tuple(f"worker {tid}" for tid in tids)
+    cpu_ns = [0] * threads
+    step = round(1 / share)
+    for number in range(1, count + 1):
+        cpu_ns = cpu_ns.copy()
+        for i in range(number % step, threads, step):
+            cpu_ns[i] += 1_234_567 + i
+        yield Snapshot(
+            monotonic_ns=number * SECOND_NS,
+            boottime_ns=number * SECOND_NS,
+            wall_ns=number * SECOND_NS,
+            uptime_ns=number * SECOND_NS,
+            skew_ns=1000,
+            cpu_ns=sum(cpu_ns),
+            cpu_grain_ns=1,
+            exited_cpu_ns=(0, 0),
+            rss_bytes=1 << 30,
+            vm_bytes=1 << 32,
+            image=1,
+            tids=tids,
+            births=births,
+            names=names,
+            thread_cpu_ns=cpu_ns,
+            thread_grain_ns=1,
+            thread_lag_ns=0,
+            source="made up",
+        )
+
+
+def product(taken: Iterator[Snapshot]) -> object:
+    """The record."""
+    record = Record(Identity("linux", 1, "made up", "0", 0, 0), interval_ns=SECOND_NS)
+    for snapshot in taken:
+        record.append(snapshot)
+    return record
+
+
+def lists(taken: Iterator[Snapshot]) -> object:
+    """A list of numbers for each snapshot."""
+    return list(taken)
+
+
+def objects(taken: Iterator[Snapshot]) -> object:
+    """A dictionary by name of what psutil returns, for each snapshot."""
+    return [
+        {name: pthread(tid, ns / 1e9, 0.0) for tid, name, ns in zip(s.tids, s.names, s.thread_cpu_ns, strict=True)}
+        for s in taken
+    ]
+
+
+WAYS: Mapping[str, Callable[[Iterator[Snapshot]], object]] = {"product": product, "lists": lists, "objects": objects}
+
+
+def rss_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def grown_mib(way: str, threads: int, count: int, share: float) -> float:
+    """In a process of its own, by how much it grows."""
+    before = rss_bytes()
+    kept = WAYS[way](snapshots(threads, count, share))
+    grown = (rss_bytes() - before) / (1 << 20)
+    assert not isinstance(kept, Record) or len(kept) == count  # it has a bound, and would forget
+    return grown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1000)
+    parser.add_argument("--snapshots", type=int, default=900)
+    arguments = parser.parse_args()
+    for share in SHARES:
+        figures = {}
+        for way in WAYS:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                figures[way] = pool.apply(grown_mib, (way, arguments.threads, arguments.snapshots, share))
+        line: dict[str, float] = {
+            "threads": arguments.threads,
+            "snapshots": arguments.snapshots,
+            "running_percent": 100 * share,
+        }
+        line |= {f"{way}_mib": round(mib, 2) for way, mib in figures.items()}
+        line |= {f"{way}_to_product": round(mib / figures["product"], 1) for way, mib in figures.items()}
+        del line["product_to_product"]
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
