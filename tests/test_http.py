@@ -318,7 +318,8 @@ def test_a_target_killed_in_mid_window_is_410(served: Serving, start: Start) -> 
         killer.start()
         answer = served.client.get("/metrics", params={"pid": target.pid, "window_ms": 400})
         killer.join()
-        assert unavailable(answer, 410) == f"target {target.pid} has exited"
+        # For a moment it is a zombie, which is said as well.
+        assert unavailable(answer, 410).startswith(f"target {target.pid} has exited")
 
 
 def test_the_own_target_stays_gone(tmp_path: Path, start: Start) -> None:
