@@ -1,6 +1,7 @@
 """The black box: what was committed survives whatever happens to the writer, and a bad disk stops nothing."""
 
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -207,6 +208,153 @@ def test_what_is_in_memory_belongs_to_the_run(tmp_path: Path) -> None:
     assert target.exists()
     delete_run(tmp_path / f"{box.run_id}.sqlite")
     assert not target.exists()
+
+
+def elsewhere(code: str, path: Path) -> str:
+    """What another process prints that has `runs`, the directory at `path`."""
+    head = "import sys, pathlib; from vitalsd.runs import *; runs = RunDirectory(pathlib.Path(sys.argv[1]));"
+    command = [sys.executable, "-c", head + code, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def go_on(box: BlackBox, record: Record, process: Process, count: int) -> None:
+    """Record so many more snapshots."""
+    for _ in range(count):
+        process.pass_time(SECOND_NS)
+        segment = record.append(process.snapshot())
+        box.append(segment, len(segment) - 1)
+
+
+def test_who_reads_his_own_run_keeps_his_locks(tmp_path: Path) -> None:
+    """After a look at the run by its own process and one by another, all that follows is still in the file."""
+    process = Process()
+    box, record = write(tmp_path, [process.snapshot()])
+    go_on(box, record, process, 5)
+    box.flush()
+    assert len(read_run(tmp_path / f"{box.run_id}.sqlite")[1]) == 6
+    assert elsewhere("print(runs.runs()[0].snapshots)", tmp_path) == "6"
+    go_on(box, record, process, 100)
+    box.flush()
+    for tail in tmp_path.glob("*.tail"):
+        assert tail.exists()
+    assert elsewhere("print(len(read_run(runs.runs()[0].path)[1]))", tmp_path) == "106"
+    box.close("over")
+
+
+@linux_only
+def test_what_others_take_for_dead_goes_on(tmp_path: Path) -> None:
+    """Without its lock a run is settled by the next who starts: it loses its tail, gets another, and is whole."""
+    process = Process()
+    box, record = write(tmp_path, [process.snapshot()])
+    go_on(box, record, process, 20)
+    next(tmp_path.glob("*.lock")).unlink()
+    RunDirectory(tmp_path).settle()
+    assert not list(tmp_path.glob("*.tail"))
+    go_on(box, record, process, 300)
+    assert list(tmp_path.glob("*.tail"))
+    box.close("over")
+    run, times = ends(tmp_path)
+    assert (run.state, len(times), box.dropped) == ("clean", 321, 0)
+
+
+@linux_only
+def test_memory_that_was_removed_is_noticed(tmp_path: Path) -> None:
+    """Shared memory removed while the run goes on, as at the last logout of a user, costs what was in it at most."""
+    process = Process()
+    box, record = write(tmp_path, [process.snapshot()])
+    go_on(box, record, process, 2)
+    next(tmp_path.glob("*.tail")).readlink().unlink()
+    for _ in range(3):
+        go_on(box, record, process, 25)
+        box.flush()
+    go_on(box, record, process, 2)
+    assert len(ends(tmp_path)[1]) == 80
+    assert next(tmp_path.glob("*.tail")).exists()
+    box.close("over")
+
+
+@linux_only
+def test_an_event_takes_along_what_came_before_it(tmp_path: Path) -> None:
+    """The end of the target is on disk with the snapshots before it, though none follows that would take them there."""
+    process = Process()
+    box, record = write(tmp_path, [process.snapshot()])
+    go_on(box, record, process, 3)
+    box.event(record.event("exited", "target 4242 has exited"))
+    deadline = time.monotonic() + 5
+    count = "SELECT count(*) FROM frame"
+    while True:
+        with sqlite3.connect(tmp_path / f"{box.run_id}.sqlite") as db:
+            (on_disk,) = db.execute(count).fetchone()
+        db.close()
+        if on_disk == 4:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    box.close("over")
+
+
+@linux_only
+def test_a_listing_never_goes_back(tmp_path: Path) -> None:
+    """However often rows move to disk meanwhile, none is in neither place when a run is listed."""
+    process, over = Process(), threading.Event()
+    box, record = write(tmp_path, [process.snapshot()])
+
+    def keep_writing() -> None:
+        while not over.is_set():
+            go_on(box, record, process, 1)
+            time.sleep(0.0005)
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    before = 0
+    for _ in range(300):
+        (run,) = RunDirectory(tmp_path).runs()
+        assert run.snapshots >= before
+        before = run.snapshots
+    over.set()
+    writer.join()
+    assert before > 20
+    box.close("over")
+
+
+@linux_only
+def test_no_memory_is_left_of_what_is_gone(tmp_path: Path) -> None:
+    """Nor of a run whose directory was removed under it, nor of one whose file was; another machine's link stays."""
+    gone = tmp_path / "gone"
+    box, _ = write(gone, [Process().snapshot()])
+    target = next(gone.glob("*.tail")).readlink()
+    shutil.rmtree(gone)
+    box.close("over")
+    assert not target.exists()
+
+    box, _ = write(tmp_path, [Process().snapshot()])
+    link = next(tmp_path.glob("*.tail"))
+    target = link.readlink()
+    kept = target.read_bytes()
+    box.close("over")
+    target.write_bytes(kept)
+    link.symlink_to(target)
+    (tmp_path / "other.sqlite").write_bytes((tmp_path / f"{box.run_id}.sqlite").read_bytes())
+    (tmp_path / "other.tail").symlink_to("/dev/shm/vitalsd-of-another-container")
+    (tmp_path / f"{box.run_id}.sqlite").unlink()
+    RunDirectory(tmp_path).settle()
+    assert not target.exists()
+    assert [path.name for path in tmp_path.glob("*.tail")] == ["other.tail"]
+
+
+def test_a_file_that_cannot_be_trimmed_is_still_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What went wrong is said; nothing that is on disk counts as dropped."""
+
+    def full(self: BlackBox, db: sqlite3.Connection) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(BlackBox, "_trim", full)
+    process = Process()
+    box, record = write(tmp_path, [process.snapshot()])
+    go_on(box, record, process, 100)
+    box.close("over")
+    assert box.dropped == 0
+    assert len(ends(tmp_path)[1]) == 101
 
 
 @linux_only

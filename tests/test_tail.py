@@ -127,35 +127,75 @@ def test_another_users_file_is_not_read(tail: Tail, tmp_path: Path) -> None:
     """The file behind the link has to be of whom the link is."""
     tail.append(ROWS[0])
     os.chown((tmp_path / "run.tail").readlink(), 12345, -1)
-    assert read_tail(tmp_path / "run.tail") == []
+    with pytest.raises(PermissionError):
+        read_tail(tmp_path / "run.tail")
 
 
+@root_only
 def test_a_directory_on_a_disk_is_no_memory(tmp_path: Path) -> None:
-    """What is not a mount of its own is refused, and nothing is left there."""
-    (tmp_path / "memory").mkdir()
+    """Only a tmpfs is taken, not just anything that is mounted; and nothing is left there."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
     with pytest.raises(NotADirectoryError):
-        Tail(tmp_path / "run.tail", tmp_path / "memory")
+        Tail(tmp_path / "run.tail", memory)
+    subprocess.run(["mount", "--bind", str(memory), str(memory)], check=True)
+    try:
+        with pytest.raises(NotADirectoryError):
+            Tail(tmp_path / "run.tail", memory)
+    finally:
+        subprocess.run(["umount", "-l", str(memory)], check=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["memory"]
 
 
 @root_only
-def test_what_is_in_place_of_the_link_stays(tmp_path: Path, memory: Path) -> None:
-    """A file in place of the link is not replaced, nor is memory left behind."""
-    (tmp_path / "run.tail").write_text("mine")
+def test_what_is_in_place_of_the_link(tmp_path: Path, memory: Path) -> None:
+    """A tail left by a run that was removed goes, with its memory; a file stays, and no memory is left behind."""
+    link = tmp_path / "run.tail"
+    old = Tail(link, memory)
+    old.append(ROWS[0])
+    old.close()
+    new = Tail(link, memory)
+    assert read_tail(link) == []
+    assert list(memory.iterdir()) == [link.readlink()]
+    new.remove()
+    assert list(memory.iterdir()) == []
+    link.write_text("mine")
     with pytest.raises(FileExistsError):
-        Tail(tmp_path / "run.tail", memory)
-    assert (tmp_path / "run.tail").read_text() == "mine"
+        Tail(link, memory)
+    assert link.read_text() == "mine"
     assert list(memory.iterdir()) == []
 
 
+def test_who_has_lost_its_file_is_told(tail: Tail, tmp_path: Path) -> None:
+    """Removed by somebody, the file goes on as memory of the writer alone, until it is cleared."""
+    assert tail.append(ROWS[0])
+    assert tail.clear()
+    (tmp_path / "run.tail").readlink().unlink()
+    assert tail.append(ROWS[1])
+    assert tail.rows() == [ROWS[1]]
+    assert not tail.clear()
+
+
+def test_closed_it_does_nothing(tail: Tail) -> None:
+    """It takes nothing and holds nothing, and raises nothing."""
+    tail.append(ROWS[0])
+    tail.close()
+    assert (tail.append(ROWS[1]), tail.clear(), tail.rows()) == (False, False, [])
+    tail.remove()
+
+
 def test_what_is_not_ours_is_neither_read_nor_removed(tmp_path: Path) -> None:
-    """A link to another's file, to a directory, to nothing or to itself: no rows; only the link goes."""
+    """A link to a file that is none, to a directory, to nothing or to itself: no rows, and only the link goes."""
     other = tmp_path / "precious"
     other.write_bytes(b"precious")
     for target in (other, tmp_path, tmp_path / "nothing", tmp_path / "run.tail", Path("/dev/zero")):
         link = tmp_path / "run.tail"
         link.symlink_to(target)
-        assert read_tail(link) == []
+        if target == other:
+            assert read_tail(link) == []
+        else:
+            with pytest.raises(OSError):  # noqa: PT011 - of many kinds
+                read_tail(link)
         remove_tail(link)
         assert not link.is_symlink()
     assert other.read_bytes() == b"precious"

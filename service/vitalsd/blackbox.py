@@ -4,7 +4,8 @@ The flight recorder on disk, while it is being written; `vitalsd.runs` has the f
 A snapshot goes to the `vitalsd.tail` of the run, and every few seconds a thread writes what is there to
 disk: in WAL mode a commit is a ``write`` without ``fsync``. So a killed process loses nothing, and only a
 power failure may lose the last seconds. What has no place in the tail, such as the first snapshot of a
-segment, or where there is no shared memory each, is a committed row at once.
+segment, or where there is no shared memory each, is a committed row at once; a kill may come before that, and
+take one snapshot, or what waited for a slow disk.
 """
 
 import fcntl
@@ -32,7 +33,7 @@ from vitalsd.runs import (
     tail_link,
 )
 from vitalsd.snapshot import Identity
-from vitalsd.tail import Row, Tail, remove_tail
+from vitalsd.tail import Row, Tail
 from vitalsd.worker import Worker
 
 __all__ = ["BlackBox"]
@@ -82,8 +83,8 @@ class BlackBox:
         self._max_bytes = max_bytes
         self._db: sqlite3.Connection | None = None
         self._lock_fd = -1
+        self._path: Path
         self._tail: Tail | None = None
-        self._link: Path
         self._segment: Segment | None = None
         """The one that is on disk, for the rows to come."""
         self._segment_id = 0
@@ -126,12 +127,12 @@ class BlackBox:
             self._given += not self._gap
 
     def mark(self, mark: Mark) -> None:
-        """Write a mark; returns at once."""
+        """Write a mark, and what came before it; returns at once."""
         row = (mark.wall_ns, mark.monotonic_ns, mark.label)
         self._post(partial(self._note, "INSERT INTO mark VALUES (?,?,?)", row))
 
     def event(self, event: Event) -> None:
-        """Write an event; returns at once."""
+        """Write an event, and what came before it; returns at once."""
         row = (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
         self._post(partial(self._note, "INSERT INTO event VALUES (?,?,?,?)", row))
 
@@ -144,8 +145,6 @@ class BlackBox:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
-        if self._tail is not None:
-            self._tail.close()
 
     def close(self, ended: str, *, crashed: bool = False, timeout_s: float = 1.0) -> None:
         """
@@ -160,7 +159,6 @@ class BlackBox:
 
     def flush(self, timeout_s: float = 5.0) -> None:
         """Wait until all that was given so far is on disk, or cannot be."""
-        self._folding = True
         self._worker.submit(self._fold).result(timeout_s)
 
     def _keep(self, segment: Segment, position: int) -> bool:
@@ -168,8 +166,10 @@ class BlackBox:
         tail = self._tail
         if tail is None or segment is not self._segment:
             return False
-        if tail.size_bytes and not self._folding and self._on_disk == self._number - 1:
-            tail.clear()
+        if tail.size_bytes and self._on_disk == self._number - 1 and not tail.clear():
+            self._tail = None  # until a segment begins
+            tail.close()
+            return False
         if not tail.append(_row(self._number, self._segment_id, segment, position)):
             return False
         if not self._folding and self._number - self._on_disk >= self._fold_after:
@@ -201,14 +201,18 @@ class BlackBox:
     # On the writer's thread
 
     def _take(self, number: int, segment: Segment, position: int, anew: bool) -> None:
-        if not self._guard(self._write, number, segment, position, anew):
+        begins = anew or segment is not self._segment
+        if not self._guard(self._write, number, segment, position, begins):
             self.dropped += 1
             self._segment = None
             self._thread_ids.clear()  # what was added in this transaction is not in the file
+        elif begins:
+            self._guard(self._trim)
         self._taken += 1
 
     def _note(self, statement: str, row: tuple[object, ...]) -> None:
         self.dropped += not self._guard(lambda db: db.execute(statement, row))
+        self._fold()
 
     def _fold(self) -> None:
         """Write to disk what is in the tail. What cannot be written stays there."""
@@ -271,9 +275,7 @@ class BlackBox:
             raise
         self.run_id = run_id
         self._thread_ids.clear()
-        self._link = tail_link(path)
-        with suppress(OSError):
-            self._tail = Tail(self._link, directory.memory)
+        self._path = path
         return db
 
     def _create(self, path: Path) -> sqlite3.Connection:
@@ -312,8 +314,10 @@ class BlackBox:
             raise
         return db
 
-    def _write(self, db: sqlite3.Connection, number: int, segment: Segment, position: int, anew: bool) -> None:
-        begins = anew or segment is not self._segment
+    def _write(self, db: sqlite3.Connection, number: int, segment: Segment, position: int, begins: bool) -> None:
+        if begins and self._tail is None:
+            with suppress(OSError):
+                self._tail = Tail(tail_link(self._path), self._directory.memory)
         if begins or self._tail is not None:
             db.execute("BEGIN")
             self._insert_tail(db)
@@ -322,9 +326,7 @@ class BlackBox:
         insert_rows(db, (_row(number, self._segment_id, segment, position, first=begins),))
         db.commit()
         self._on_disk = number
-        if begins:
-            self._segment = segment
-            self._trim(db)
+        self._segment = segment
 
     def _write_tail(self, db: sqlite3.Connection) -> None:
         db.execute("BEGIN")
@@ -334,7 +336,8 @@ class BlackBox:
 
     def _insert_tail(self, db: sqlite3.Connection) -> int:
         """The number of the last row that is now in the file."""
-        rows = [row for row in self._tail.rows() if row.id > self._on_disk] if self._tail is not None else ()
+        tail = self._tail
+        rows = [row for row in tail.rows() if row.id > self._on_disk] if tail is not None else ()
         insert_rows(db, rows)
         return rows[-1].id if rows else self._on_disk
 
@@ -401,7 +404,8 @@ class BlackBox:
                 self._insert_tail(self._db)
                 self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
                 self._db.commit()
-                remove_tail(self._link)
+                if self._tail is not None:
+                    self._tail.remove()
             self._db.close()
             self._db = None
         if self._tail is not None:

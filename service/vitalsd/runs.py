@@ -123,13 +123,25 @@ class RunDirectory:
             db.commit()
 
     def settle(self) -> None:
-        """Write to disk what crashed runs left in shared memory, before the machine ends as well."""
-        for path in self._files():
-            if tail_link(path).is_symlink() and not _is_being_written(path):
-                with suppress(UnreadableRun), _opened(path) as db:
-                    insert_rows(db, _lacking(db, read_tail(tail_link(path))))
+        """
+        Write to disk what crashed runs left in shared memory, before the machine ends as well.
+
+        What cannot be read stays: it may be in the memory of another container.
+        """
+        for link in self.path.glob("*.tail"):
+            path = link.with_suffix(".sqlite")
+            if _is_being_written(path):
+                continue
+            if not path.exists():
+                remove_tail(link)
+                continue
+            with suppress(UnreadableRun, OSError):
+                rows, status = read_tail(link), path.stat()
+                with _opened(path) as db:
+                    insert_rows(db, _lacking(db, rows))
                     db.commit()
-                    remove_tail(tail_link(path))
+                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # it is as old as it was
+                remove_tail(link)
 
     def make_room(self, spare_bytes: int) -> None:
         """Delete ended runs, oldest first, until `spare_bytes` more fit the budget."""
@@ -159,10 +171,16 @@ def read_run(path: Path) -> tuple[Run, Record]:
     """
     with tempfile.TemporaryDirectory(prefix="vitalsd-") as scratch:
         copy = Path(scratch) / "run.sqlite"
-        rows = read_tail(tail_link(path))  # first: what has left it when the rest is read is there
-        for suffix in ("", "-wal"):
-            with suppress(FileNotFoundError) if suffix else nullcontext():
-                shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+        rows = _tail(path)  # first: what has left it when the rest is read is there
+        if _is_being_written(path):
+            # Not by hand: to close a file takes the locks of the whole process off it, those of its writer too, and
+            # the next who looks at the run then takes it for his own and deletes the log (close in fcntl_locking(2)).
+            with _opened(path) as live, closing(sqlite3.connect(copy)) as db:
+                live.backup(db)
+        else:
+            for suffix in ("", "-wal"):
+                with suppress(FileNotFoundError) if suffix else nullcontext():
+                    shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
         with _opened(copy, path.name) as db:
             insert_rows(db, _lacking(db, rows))
             return _describe_open(db, path), _record(db)
@@ -190,8 +208,15 @@ def tail_link(path: Path) -> Path:
 
 
 def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    """Insert rows of a tail, or what could be one, in the transaction of the caller."""
-    db.executemany("INSERT INTO frame (id, segment, numbers, moved, code) VALUES (?,?,?,?,?)", rows)
+    """Insert rows, as a tail has them, in the transaction of the caller; those that are there already are left out."""
+    db.executemany("INSERT OR IGNORE INTO frame (id, segment, numbers, moved, code) VALUES (?,?,?,?,?)", rows)
+
+
+def _tail(path: Path) -> list[Row]:
+    try:
+        return read_tail(tail_link(path))
+    except OSError:
+        return []
 
 
 def _lacking(db: sqlite3.Connection, rows: Sequence[Row]) -> list[Row]:
@@ -223,8 +248,9 @@ def _identity(meta: dict[str, str]) -> Identity:
 
 
 def _describe(path: Path) -> Run:
-    rows = read_tail(tail_link(path))
+    rows = _tail(path)
     with _opened(path) as db:
+        db.execute("BEGIN")  # or what is written meanwhile is in none of what is read
         return _describe_open(db, path, rows)
 
 
@@ -349,7 +375,7 @@ def _is_being_written(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

@@ -12,6 +12,7 @@ killed as it appends leaves a record without that, which does not count.
 import os
 import stat
 import tempfile
+import threading
 from array import array
 from contextlib import suppress
 from pathlib import Path
@@ -44,23 +45,30 @@ class Tail:
     """
     A file in shared memory, and a symbolic link beside the run that leads to it.
 
+    One thread appends and clears, another may read `rows` meanwhile. Neither raises: where there is no room, or
+    the file has been removed, they say so.
+
     Args:
-        link: where the link goes.
+        link: where the link goes; one that is there belonged to a run that is no more, and is replaced.
         memory: a directory on tmpfs.
 
     Raises:
-        OSError: there is no such memory, no room in it, or something in place of the link.
+        OSError: there is no such memory, no room in it, or something else in place of the link.
     """
 
     def __init__(self, link: Path, memory: Path) -> None:
-        if not os.path.ismount(memory):  # a plain directory would be on a disk
+        if not _is_tmpfs(memory):
             raise NotADirectoryError(f"{memory} is not shared memory")
-        self._fd, name = tempfile.mkstemp(prefix=PREFIX, dir=memory)
+        if link.is_symlink():
+            remove_tail(link)
+        self._fd, self._path = tempfile.mkstemp(prefix=PREFIX, dir=memory)
+        self._link = link
+        self._lock = threading.Lock()
         try:
-            os.symlink(name, link)
+            os.symlink(self._path, link)
         except OSError:
             os.close(self._fd)
-            os.unlink(name)
+            os.unlink(self._path)
             raise
         self.size_bytes = 0
 
@@ -68,50 +76,59 @@ class Tail:
         """Add a row; False if there is no room for it."""
         row_id, segment, numbers, moved, code = row
         head = array("q", (len(numbers), row_id, segment, -1 if moved is None else moved, ord(code)))
-        size, begin = HEAD_BYTES + len(numbers) + END_BYTES, self.size_bytes
-        if begin + size > MAX_BYTES:
-            return False
-        try:
-            written = os.pwritev(self._fd, (head, numbers, head[1:2]), begin)
-        except OSError:
-            return False
-        if written < size:
-            os.ftruncate(self._fd, begin)
-            return False
-        self.size_bytes += size
-        return True
+        size = HEAD_BYTES + len(numbers) + END_BYTES
+        with self._lock, suppress(OSError):
+            begin = self.size_bytes
+            if begin + size <= MAX_BYTES:
+                if os.pwritev(self._fd, (head, numbers, head[1:2]), begin) == size:
+                    self.size_bytes = begin + size
+                    return True
+                os.ftruncate(self._fd, begin)
+        return False
 
     def rows(self) -> list[Row]:
-        """What was appended, for another thread of the writer; not while it is cleared."""
-        return _rows(os.pread(self._fd, self.size_bytes, 0))
+        """What was appended since it was cleared; nothing once it is closed."""
+        with self._lock:
+            return _rows(os.pread(self._fd, self.size_bytes, 0)) if self._fd >= 0 else []
 
-    def clear(self) -> None:
-        """Begin anew, for all of it is on disk."""
-        os.ftruncate(self._fd, 0)
-        self.size_bytes = 0
+    def clear(self) -> bool:
+        """Begin anew, for all of it is on disk; False if nobody else can find the file any more."""
+        with self._lock, suppress(OSError):
+            os.ftruncate(self._fd, 0)
+            self.size_bytes = 0
+            return os.fstat(self._fd).st_nlink > 0
+        return False
 
     def close(self) -> None:
         """Let go of the file; it stays where it is."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def remove(self) -> None:
+        """Close it, and remove the file and the link."""
+        self.close()
+        for path in (self._path, self._link):
+            with suppress(OSError):
+                os.unlink(path)
 
 
 def read_tail(link: Path) -> list[Row]:
-    """The rows behind `link`, be it that somebody is appending; none if there is nothing or it is not of its user."""
-    try:
-        fd = os.open(os.readlink(link), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return []
+    """
+    The rows behind `link`, be it that somebody is appending.
+
+    Raises:
+        OSError: there is no link, or nothing behind it, or nothing that is of the same user.
+    """
+    fd = os.open(os.readlink(link), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.lstat(link).st_uid:
-            return []
+            raise PermissionError(f"{link} leads to what is not a file of its user")
         before, content = b"", os.pread(fd, min(status.st_size, MAX_BYTES), 0)
         while content != before:  # what is read while it is being written may be half of each
             before, content = content, os.pread(fd, min(os.fstat(fd).st_size, MAX_BYTES), 0)
-    except OSError:
-        return []
     finally:
         os.close(fd)
     return _rows(content)
@@ -125,6 +142,16 @@ def remove_tail(link: Path) -> None:
             os.unlink(target)
     with suppress(OSError):
         link.unlink()
+
+
+def _is_tmpfs(directory: Path) -> bool:
+    """Whether `directory` is where a tmpfs is mounted (proc_pid_mountinfo(5)); any other could be on a disk."""
+    kinds = {}
+    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            mount, _, kind = line.partition(" - ")
+            kinds[mount.split()[4]] = kind.split()[0]
+    return kinds.get(str(directory)) == "tmpfs"
 
 
 def _rows(content: bytes) -> list[Row]:
