@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from lives import IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.blackbox import BlackBox
 from vitalsd.record import Mark, Record
+from vitalsd.run_file import RunFile
 from vitalsd.runs import Run, RunDirectory, UnreadableRun, delete_run, read_run
 from vitalsd.snapshot import Snapshot
 from vitalsd.tail import SHARED_MEMORY
@@ -345,10 +346,10 @@ def test_no_memory_is_left_of_what_is_gone(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_trimmed_is_still_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What went wrong is said; nothing that is on disk counts as dropped."""
 
-    def full(self: BlackBox, db: sqlite3.Connection) -> None:
+    def full(self: RunFile) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(BlackBox, "_trim", full)
+    monkeypatch.setattr(RunFile, "trim", full)
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
     go_on(box, record, process, 100)

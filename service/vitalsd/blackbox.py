@@ -1,37 +1,23 @@
 """
-The flight recorder on disk, while it is being written; `vitalsd.runs` has the format and reads it back.
+The flight recorder on disk, while it is being written: who writes what, when, and what if the disk does not.
 
-A snapshot goes to the `vitalsd.tail` of the run, and every few seconds a thread writes what is there to
-disk: in WAL mode a commit is a ``write`` without ``fsync``. So a killed process loses nothing, and only a
-power failure may lose the last seconds. What has no place in the tail, such as the first snapshot of a
-segment, or where there is no shared memory each, is a committed row at once; a kill may come before that, and
-take one snapshot, or what waited for a slow disk.
+A snapshot goes to the `vitalsd.tail` of the run, and every few seconds a thread moves what is there to the
+`vitalsd.run_file`. So a killed process loses nothing, and only a power failure may lose the last seconds. What has
+no place in the tail, such as the first snapshot of a segment, or where there is no shared memory each, goes to the
+file at once; a kill may come before that, and take one snapshot, or what waited for a slow disk.
 """
 
-import fcntl
-import json
 import logging
-import os
 import sqlite3
 import time
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
-from vitalsd.record import NOBODY, Event, Mark, Segment
-from vitalsd.runs import (
-    APPLICATION_ID,
-    RUN_BYTES,
-    SCHEMA,
-    SCHEMA_VERSION,
-    RunDirectory,
-    delete_run,
-    insert_rows,
-    tail_link,
-)
+from vitalsd.record import Event, Mark, Segment
+from vitalsd.run_file import RunFile, row_of
+from vitalsd.runs import RUN_BYTES, RunDirectory, tail_link
 from vitalsd.snapshot import Identity
 from vitalsd.tail import Row, Tail
 from vitalsd.worker import Worker
@@ -77,23 +63,18 @@ class BlackBox:
         self.dropped = 0
         self.run_id: str | None = None
         self._directory = directory
-        self._identity = identity
         self._interval_ns = interval_ns
-        self._retention_ns = retention_ns
-        self._max_bytes = max_bytes
-        self._db: sqlite3.Connection | None = None
-        self._lock_fd = -1
-        self._path: Path
+        self._open = partial(
+            RunFile, directory, identity, interval_ns=interval_ns, retention_ns=retention_ns, max_bytes=max_bytes
+        )
+        self._file: RunFile | None = None
         self._tail: Tail | None = None
         self._segment: Segment | None = None
         """The one that is on disk, for the rows to come."""
         self._segment_id = 0
-        self._thread_ids: dict[tuple[int, int, str], int] = {}
         self._retry_ns = 0
         self._number = 0
         """Of the last snapshot, from 1; in the file it is the id of its row."""
-        self._on_disk = 0
-        """The number of the last one that is on disk."""
         self._fold_after = max(1, FOLD_NS // max(1, interval_ns))
         self._folding = False
         self._given = self._taken = 0
@@ -104,7 +85,7 @@ class BlackBox:
         self._busy_since_ns: int | None = None
         """With what the writer was busy at the snapshot before."""
         self._worker = Worker("vitalsd-blackbox")
-        wait((self._worker.submit(partial(self._guard, lambda db: None)),), OPEN_WAIT_S)
+        wait((self._worker.submit(partial(self._guard, lambda file: None)),), OPEN_WAIT_S)
 
     def append(self, segment: Segment, position: int) -> None:
         """
@@ -128,13 +109,11 @@ class BlackBox:
 
     def mark(self, mark: Mark) -> None:
         """Write a mark, and what came before it; returns at once."""
-        row = (mark.wall_ns, mark.monotonic_ns, mark.label)
-        self._post(partial(self._note, "INSERT INTO mark VALUES (?,?,?)", row))
+        self._post(partial(self._note, RunFile.mark, mark))
 
     def event(self, event: Event) -> None:
         """Write an event, and what came before it; returns at once."""
-        row = (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
-        self._post(partial(self._note, "INSERT INTO event VALUES (?,?,?,?)", row))
+        self._post(partial(self._note, RunFile.event, event))
 
     async def hangs(self) -> bool:
         """Whether the disk does not answer."""
@@ -142,9 +121,8 @@ class BlackBox:
 
     def forget(self) -> None:
         """In a forked child: let go of the lock, which else would say that a run whose writer died goes on."""
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        if self._file is not None:
+            self._file.forget()
 
     def close(self, ended: str, *, crashed: bool = False, timeout_s: float = 1.0) -> None:
         """
@@ -163,16 +141,16 @@ class BlackBox:
 
     def _keep(self, segment: Segment, position: int) -> bool:
         """Put a snapshot into the tail; False if it must go to the disk."""
-        tail = self._tail
-        if tail is None or segment is not self._segment:
+        tail, file = self._tail, self._file
+        if tail is None or file is None or segment is not self._segment:
             return False
-        if tail.size_bytes and self._on_disk == self._number - 1 and not tail.clear():
+        if tail.size_bytes and file.on_disk == self._number - 1 and not tail.clear():
             self._tail = None  # until a segment begins
             tail.close()
             return False
-        if not tail.append(_row(self._number, self._segment_id, segment, position)):
+        if not tail.append(row_of(self._number, self._segment_id, segment, position)):
             return False
-        if not self._folding and self._number - self._on_disk >= self._fold_after:
+        if not self._folding and self._number - file.on_disk >= self._fold_after:
             self._folding = True
             self._worker.post(self._fold)
         return True
@@ -205,221 +183,59 @@ class BlackBox:
         if not self._guard(self._write, number, segment, position, begins):
             self.dropped += 1
             self._segment = None
-            self._thread_ids.clear()  # what was added in this transaction is not in the file
         elif begins:
-            self._guard(self._trim)
+            self._guard(RunFile.trim)
         self._taken += 1
 
-    def _note(self, statement: str, row: tuple[object, ...]) -> None:
-        self.dropped += not self._guard(lambda db: db.execute(statement, row))
+    def _note(self, write: Callable[..., object], what: Mark | Event) -> None:
+        self.dropped += not self._guard(write, what)
         self._fold()
 
     def _fold(self) -> None:
         """Write to disk what is in the tail. What cannot be written stays there."""
         if self._tail is not None:
-            self._guard(self._write_tail)
+            self._guard(lambda file: file.insert(self._waiting(file)))
         self._folding = False
 
     def _guard(self, write: Callable[..., object], *what: object) -> bool:
-        """Call `write` with the database, which is opened if need be, and `what`; False if that failed."""
+        """Call `write` with the file, which is opened if need be, and `what`; False if that failed."""
         try:
-            if self._db is None:
+            if self._file is None:
                 if time.monotonic_ns() < self._retry_ns:
                     return False
-                self._db = self._open_database()
-            write(self._db, *what)
+                self._file = self._open()
+                self.run_id = self._file.path.stem
+            write(self._file, *what)
             self.error = None
         except (OSError, sqlite3.Error) as error:
             self._off(error)
             self._retry_ns = time.monotonic_ns() + RETRY_NS
-            if self._db is not None:
-                with suppress(sqlite3.Error):
-                    self._db.rollback()
             return False
         return True
 
-    def _open_database(self) -> sqlite3.Connection:
-        directory = self._directory
-        directory.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = os.lstat(directory.path)
-        if status.st_uid != os.geteuid() or not directory.path.is_dir() or directory.path.is_symlink():
-            raise OSError(f"{directory.path} is not a directory of this user")
-        os.chmod(directory.path, 0o700)
-        directory.settle()
-        directory.make_room(self._max_bytes)
-        stem = f"{self._identity.start_id}-{os.getpid()}"
-        for number in range(1000):
-            run_id = f"{stem}-{number}" if number else stem
-            path = directory.path / f"{run_id}.sqlite"
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            lock_fd = os.open(path.with_suffix(".lock"), flags, 0o600)
-            try:
-                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.close(os.open(path, flags | os.O_EXCL, 0o600))
-            except (BlockingIOError, FileExistsError):
-                os.close(lock_fd)
-                continue
-            except OSError:
-                os.close(lock_fd)
-                raise
-            break
-        else:
-            raise OSError(f"{directory.path} has a thousand runs of this process")
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-        self._lock_fd = lock_fd
-        try:
-            db = self._create(path)
-        except (OSError, sqlite3.Error):
-            delete_run(path)
-            raise
-        self.run_id = run_id
-        self._thread_ids.clear()
-        self._path = path
-        return db
-
-    def _create(self, path: Path) -> sqlite3.Connection:
-        identity = self._identity
-        # A statement is a transaction of its own: no BEGIN and COMMIT to prepare and step for a row by itself.
-        db = sqlite3.connect(path, timeout=1, check_same_thread=False, isolation_level=None)
-        try:
-            # First: else each statement here, before there is a WAL, waits for the disk three times.
-            db.execute("PRAGMA synchronous = OFF")
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA wal_autocheckpoint = 256")
-            db.execute("PRAGMA journal_size_limit = 1048576")
-            db.executescript("BEGIN;" + SCHEMA)
-            meta = {
-                "identity": json.dumps(
-                    {
-                        "platform": identity.platform,
-                        "pid": identity.pid,
-                        "name": identity.name,
-                        "boot_id": identity.boot_id,
-                        "start_key": identity.start_key,
-                        "started_unix_ns": identity.started_unix_ns,
-                    }
-                ),
-                "interval_ns": str(self._interval_ns),
-                "retention_ns": str(self._retention_ns),
-                "writer_pid": str(os.getpid()),
-            }
-            db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-            db.commit()
-            db.execute("PRAGMA synchronous = NORMAL")
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _write(self, db: sqlite3.Connection, number: int, segment: Segment, position: int, begins: bool) -> None:
-        if begins and self._tail is None:
-            with suppress(OSError):
-                self._tail = Tail(tail_link(self._path), self._directory.memory)
-        if begins or self._tail is not None:
-            db.execute("BEGIN")
-            self._insert_tail(db)
+    def _write(self, file: RunFile, number: int, segment: Segment, position: int, begins: bool) -> None:
         if begins:
-            self._segment_id = self._write_segment(db, segment, position)
-        insert_rows(db, (_row(number, self._segment_id, segment, position, first=begins),))
-        db.commit()
-        self._on_disk = number
+            if self._tail is None:
+                with suppress(OSError):
+                    self._tail = Tail(tail_link(file.path), self._directory.memory)
+            self._segment_id = file.begin(self._waiting(file), number, segment, position)
+        else:
+            file.insert([*self._waiting(file), row_of(number, self._segment_id, segment, position)])
         self._segment = segment
 
-    def _write_tail(self, db: sqlite3.Connection) -> None:
-        db.execute("BEGIN")
-        last = self._insert_tail(db)
-        db.commit()
-        self._on_disk = last
-
-    def _insert_tail(self, db: sqlite3.Connection) -> int:
-        """The number of the last row that is now in the file."""
+    def _waiting(self, file: RunFile) -> Sequence[Row]:
+        """What is in the tail and not on disk."""
         tail = self._tail
-        rows = [row for row in tail.rows() if row.id > self._on_disk] if tail is not None else ()
-        insert_rows(db, rows)
-        return rows[-1].id if rows else self._on_disk
-
-    def _write_segment(self, db: sqlite3.Connection, segment: Segment, position: int) -> int:
-        head = segment.head
-        ids = array("I")
-        for key in zip(head.tids, head.births, head.names, strict=True):
-            thread_id = self._thread_ids.get(key)
-            if thread_id is None:
-                thread_id = db.execute("INSERT INTO thread (tid, birth, name) VALUES (?,?,?)", key).lastrowid
-                assert thread_id is not None
-                self._thread_ids[key] = thread_id
-            ids.append(thread_id)
-        constants = {
-            "cpu_grain_ns": head.cpu_grain_ns,
-            "thread_grain_ns": head.thread_grain_ns,
-            "thread_lag_ns": head.thread_lag_ns,
-            "source": head.source,
-            "image": repr(head.image),
-        }
-        cpu_ns = array("Q", segment.thread_cpu_ns(position)).tobytes()
-        cursor = db.execute(
-            "INSERT INTO segment (threads, cpu_ns, constants) VALUES (?,?,?)",
-            (ids.tobytes(), cpu_ns, json.dumps(constants)),
-        )
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
-
-    def _trim(self, db: sqlite3.Connection) -> None:
-        """Drop what is older than the retention, and the oldest eighth when the file is full."""
-        (size,) = db.execute(
-            "SELECT (page_count - freelist_count) * page_size"
-            " FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
-        ).fetchone()
-        first, last = db.execute("SELECT min(id), max(id) FROM segment").fetchone()
-        keep = first
-        if size > self._max_bytes * 7 // 8:
-            keep = first + (last - first) // 8 + 1
-        if self._interval_ns:
-            frames = max(2, self._retention_ns // self._interval_ns)
-            row = db.execute("SELECT segment FROM frame ORDER BY id DESC LIMIT 1 OFFSET ?", (frames,)).fetchone()
-            keep = max(keep, row[0]) if row else keep
-        keep = min(keep, last)
-        if keep > first:
-            db.execute("BEGIN")
-            db.execute("DELETE FROM frame WHERE segment < ?", (keep,))
-            db.execute("DELETE FROM segment WHERE id < ?", (keep,))
-            self._forget_threads(db)
-            db.commit()
-
-    def _forget_threads(self, db: sqlite3.Connection) -> None:
-        used: set[int] = set()
-        for (threads,) in db.execute("SELECT threads FROM segment"):
-            used.update(array("I", threads))
-        gone = [(thread_id,) for thread_id in self._thread_ids.values() if thread_id not in used]
-        db.executemany("DELETE FROM thread WHERE id = ?", gone)
-        self._thread_ids = {key: thread_id for key, thread_id in self._thread_ids.items() if thread_id in used}
+        return [row for row in tail.rows() if row.id > file.on_disk] if tail is not None else []
 
     def _close(self, ended: str, crashed: bool) -> None:
-        if self._db is not None:
+        file, tail = self._file, self._tail
+        if file is not None:
             with suppress(sqlite3.Error):
-                meta = [("ended", ended)] + ([("crashed", "1")] if crashed else [])
-                self._db.execute("BEGIN")
-                self._insert_tail(self._db)
-                self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
-                self._db.commit()
-                if self._tail is not None:
-                    self._tail.remove()
-            self._db.close()
-            self._db = None
-        if self._tail is not None:
-            self._tail.close()
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-
-
-def _row(number: int, segment_id: int, segment: Segment, position: int, *, first: bool = False) -> Row:
-    """The snapshot that `segment` has at `position`; as the first of a segment, nobody has moved."""
-    indexes, burnt = NOBODY if first else segment.moves[position]
-    numbers = bytearray(segment.row(position))  # for which sqlite3 looks for no adapter, as it does for bytes
-    if indexes is not None:
-        numbers += indexes
-    numbers += burnt
-    return Row(number, segment_id, numbers, None if indexes is None else len(indexes), burnt.typecode)
+                file.end(self._waiting(file), ended, crashed=crashed)
+                if tail is not None:
+                    tail.remove()
+            file.close()
+            self._file = None
+        if tail is not None:
+            tail.close()

@@ -1,0 +1,262 @@
+"""
+The file of one run, as its writer has it; `vitalsd.runs` has the format and reads it back.
+
+In WAL mode a commit is a ``write`` without ``fsync``: what was committed survives the process, and only a power
+failure may take what the system had not written yet.
+"""
+
+import fcntl
+import json
+import os
+import sqlite3
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from vitalsd.record import NOBODY, Event, Mark, Segment
+from vitalsd.runs import (
+    APPLICATION_ID,
+    SCHEMA,
+    SCHEMA_VERSION,
+    RunDirectory,
+    delete_run,
+    insert_rows,
+)
+from vitalsd.snapshot import Identity
+from vitalsd.tail import Row
+
+__all__ = ["RunFile", "row_of"]
+
+MAX_FILES = 1000
+
+
+class RunFile:
+    """
+    A new file, held by its lock until it is closed. Each method is one transaction: what fails has changed nothing.
+
+    Args:
+        directory: where it goes, which is made if need be, and in which room is made.
+        identity: the process being recorded.
+        interval_ns: intended distance of two snapshots.
+        retention_ns: how far back the file reaches.
+        max_bytes: of the file; the oldest segments go when it is passed.
+
+    Raises:
+        OSError, sqlite3.Error: it cannot be made; from any other method, it cannot be written.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, identity: Identity, *, interval_ns: int, retention_ns: int, max_bytes: int
+    ) -> None:
+        self.on_disk = 0
+        """Id of the last row in it."""
+        self._interval_ns = interval_ns
+        self._retention_ns = retention_ns
+        self._max_bytes = max_bytes
+        self._thread_ids: dict[tuple[int, int, str], int] = {}
+        _prepare(directory.path)
+        directory.settle()
+        directory.make_room(max_bytes)
+        self.path, self._lock_fd = _new_file(directory.path, f"{identity.start_id}-{os.getpid()}")
+        try:
+            self._db = self._create(identity)
+        except (OSError, sqlite3.Error):
+            delete_run(self.path)
+            self.forget()
+            raise
+
+    def begin(self, rows: Sequence[Row], number: int, segment: Segment, position: int) -> int:
+        """
+        Write a segment, and its first row for the snapshot it has at `position`, after `rows` of those before it.
+
+        Returns:
+            The id of the segment.
+        """
+        known = len(self._thread_ids)
+        try:
+            with self._transaction():
+                insert_rows(self._db, rows)
+                segment_id = self._insert_segment(segment, position)
+                insert_rows(self._db, (row_of(number, segment_id, segment, position, first=True),))
+        except BaseException:
+            for key in list(self._thread_ids)[known:]:  # they are not in the file
+                del self._thread_ids[key]
+            raise
+        self.on_disk = number
+        return segment_id
+
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Write rows of segments that are there, by ascending id."""
+        if rows:
+            # One statement is a transaction of its own, without a BEGIN and COMMIT to prepare and step.
+            with self._transaction() if len(rows) > 1 else nullcontext():
+                insert_rows(self._db, rows)
+            self.on_disk = rows[-1].id
+
+    def mark(self, mark: Mark) -> None:
+        """Write a mark."""
+        self._db.execute("INSERT INTO mark VALUES (?,?,?)", (mark.wall_ns, mark.monotonic_ns, mark.label))
+
+    def event(self, event: Event) -> None:
+        """Write an event."""
+        self._db.execute(
+            "INSERT INTO event VALUES (?,?,?,?)", (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
+        )
+
+    def trim(self) -> None:
+        """Drop what is older than the retention, and the oldest eighth when the file is full."""
+        db = self._db
+        (size,) = db.execute(
+            "SELECT (page_count - freelist_count) * page_size"
+            " FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
+        ).fetchone()
+        first, last = db.execute("SELECT min(id), max(id) FROM segment").fetchone()
+        keep = first
+        if size > self._max_bytes * 7 // 8:
+            keep = first + (last - first) // 8 + 1
+        if self._interval_ns:
+            frames = max(2, self._retention_ns // self._interval_ns)
+            row = db.execute("SELECT segment FROM frame ORDER BY id DESC LIMIT 1 OFFSET ?", (frames,)).fetchone()
+            keep = max(keep, row[0]) if row else keep
+        keep = min(keep, last)
+        if keep > first:
+            with self._transaction():
+                db.execute("DELETE FROM frame WHERE segment < ?", (keep,))
+                db.execute("DELETE FROM segment WHERE id < ?", (keep,))
+                used = self._delete_threads()
+            self._thread_ids = {key: thread_id for key, thread_id in self._thread_ids.items() if thread_id in used}
+
+    def end(self, rows: Sequence[Row], ended: str, *, crashed: bool) -> None:
+        """Write the last rows, and how the run ended."""
+        meta = [("ended", ended)] + ([("crashed", "1")] if crashed else [])
+        with self._transaction():
+            insert_rows(self._db, rows)
+            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
+
+    def close(self) -> None:
+        """Let go of the file. Without `end` before it, the run passes for one that crashed."""
+        self._db.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the lock alone: in a forked child, which has no business with the database."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN")
+        try:
+            yield
+            self._db.commit()
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._db.rollback()
+            raise
+
+    def _create(self, identity: Identity) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=1, check_same_thread=False, isolation_level=None)
+        try:
+            # First: else each statement here, before there is a WAL, waits for the disk three times.
+            db.execute("PRAGMA synchronous = OFF")
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA wal_autocheckpoint = 256")
+            db.execute("PRAGMA journal_size_limit = 1048576")
+            db.executescript("BEGIN;" + SCHEMA)
+            meta = {
+                "identity": json.dumps(
+                    {
+                        "platform": identity.platform,
+                        "pid": identity.pid,
+                        "name": identity.name,
+                        "boot_id": identity.boot_id,
+                        "start_key": identity.start_key,
+                        "started_unix_ns": identity.started_unix_ns,
+                    }
+                ),
+                "interval_ns": str(self._interval_ns),
+                "retention_ns": str(self._retention_ns),
+                "writer_pid": str(os.getpid()),
+            }
+            db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+            db.commit()
+            db.execute("PRAGMA synchronous = NORMAL")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _insert_segment(self, segment: Segment, position: int) -> int:
+        head = segment.head
+        ids = array("I")
+        for key in zip(head.tids, head.births, head.names, strict=True):
+            thread_id = self._thread_ids.get(key)
+            if thread_id is None:
+                thread_id = self._db.execute("INSERT INTO thread (tid, birth, name) VALUES (?,?,?)", key).lastrowid
+                assert thread_id is not None
+                self._thread_ids[key] = thread_id
+            ids.append(thread_id)
+        constants = {
+            "cpu_grain_ns": head.cpu_grain_ns,
+            "thread_grain_ns": head.thread_grain_ns,
+            "thread_lag_ns": head.thread_lag_ns,
+            "source": head.source,
+            "image": repr(head.image),
+        }
+        cpu_ns = array("Q", segment.thread_cpu_ns(position)).tobytes()
+        cursor = self._db.execute(
+            "INSERT INTO segment (threads, cpu_ns, constants) VALUES (?,?,?)",
+            (ids.tobytes(), cpu_ns, json.dumps(constants)),
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def _delete_threads(self) -> set[int]:
+        """Delete the threads of which no segment is left. Returns the ids of the others."""
+        used: set[int] = set()
+        for (threads,) in self._db.execute("SELECT threads FROM segment"):
+            used.update(array("I", threads))
+        gone = [(thread_id,) for thread_id in self._thread_ids.values() if thread_id not in used]
+        self._db.executemany("DELETE FROM thread WHERE id = ?", gone)
+        return used
+
+
+def row_of(number: int, segment_id: int, segment: Segment, position: int, *, first: bool = False) -> Row:
+    """The snapshot that `segment` has at `position`; as the first of a segment in the file, nobody has moved."""
+    indexes, burnt = NOBODY if first else segment.moves[position]
+    numbers = bytearray(segment.row(position))  # for which sqlite3 looks for no adapter, as it does for bytes
+    if indexes is not None:
+        numbers += indexes
+    numbers += burnt
+    return Row(number, segment_id, numbers, None if indexes is None else len(indexes), burnt.typecode)
+
+
+def _prepare(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = os.lstat(path)
+    if status.st_uid != os.geteuid() or not path.is_dir() or path.is_symlink():
+        raise OSError(f"{path} is not a directory of this user")
+    os.chmod(path, 0o700)
+
+
+def _new_file(directory: Path, stem: str) -> tuple[Path, int]:
+    """An empty file whose name begins with `stem`, and a descriptor that holds its lock."""
+    for number in range(MAX_FILES):
+        path = directory / f"{stem}-{number}.sqlite" if number else directory / f"{stem}.sqlite"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock_fd = os.open(path.with_suffix(".lock"), flags, 0o600)
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(os.open(path, flags | os.O_EXCL, 0o600))
+        except (BlockingIOError, FileExistsError):
+            os.close(lock_fd)
+        except OSError:
+            os.close(lock_fd)
+            raise
+        else:
+            return path, lock_fd
+    raise OSError(f"{directory} has a thousand runs of this process")
