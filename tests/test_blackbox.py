@@ -1,6 +1,7 @@
 """The black box: what was committed survives whatever happens to the writer, and a bad disk stops nothing."""
 
 import os
+import random
 import shutil
 import sqlite3
 import stat
@@ -9,7 +10,10 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,9 +22,11 @@ from lives import IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.blackbox import BlackBox
 from vitalsd.record import Mark, Record
 from vitalsd.run_file import RunFile
-from vitalsd.runs import Run, RunDirectory, UnreadableRun, delete_run, read_run
+from vitalsd.runs import Run, RunDirectory, UnreadableRun, delete_run, insert_rows, read_run
 from vitalsd.snapshot import Snapshot
-from vitalsd.tail import SHARED_MEMORY
+from vitalsd.tail import SHARED_MEMORY, Tail
+
+T = TypeVar("T")
 
 KILLS = int(os.environ.get("VITALSD_KILLS", "12"))
 """Of each kind; `make torture` raises it."""
@@ -356,6 +362,71 @@ def test_a_file_that_cannot_be_trimmed_is_still_written(tmp_path: Path, monkeypa
     box.close("over")
     assert box.dropped == 0
     assert len(ends(tmp_path)[1]) == 101
+
+
+@linux_only
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_fails_each_snapshot_is_kept_whole_or_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """
+    Writes that fail in the middle, a database that others hold, memory that takes nothing, threads born and ended,
+    readers all the while: what is kept is exact and in order, and what is not was counted as dropped.
+    """
+    chance = random.Random(seed)
+    faulty = True
+
+    def failing(write: Callable[..., T], often: float) -> Callable[..., T]:
+        def attempt(*arguments: object) -> T:
+            if faulty and chance.random() < often:
+                raise sqlite3.OperationalError("database or disk is full")
+            return write(*arguments)
+
+        return attempt
+
+    append = Tail.append
+    monkeypatch.setattr("vitalsd.run_file.insert_rows", failing(insert_rows, 0.1))
+    monkeypatch.setattr(RunFile, "_insert_segment", failing(RunFile._insert_segment, 0.2))
+    monkeypatch.setattr(Tail, "append", lambda tail, row: chance.random() > 0.05 and append(tail, row))
+    monkeypatch.setattr("vitalsd.tail.MAX_BYTES", chance.choice([600, 3000, 1 << 20]))
+    monkeypatch.setattr("vitalsd.blackbox.FOLD_NS", chance.choice([1, 3, 50]) * 5_000_000)
+
+    process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 40)})
+    record = Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
+    box = BlackBox(RunDirectory(tmp_path), IDENTITY, interval_ns=5_000_000, retention_ns=2**62)
+    path = tmp_path / f"{box.run_id}.sqlite"
+    assert box._file is not None
+    box._file._db.execute("PRAGMA busy_timeout = 30")
+    taken: dict[int, Snapshot] = {}
+
+    def check() -> int:
+        kept = list(read_run(path)[1].snapshots())
+        assert all(same(snapshot, taken[snapshot.monotonic_ns]) for snapshot in kept)
+        times = [snapshot.monotonic_ns for snapshot in kept]
+        assert times == sorted(set(times))
+        return len(kept)
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        for number in range(600):
+            if number % 60 == 20:
+                other.execute("BEGIN IMMEDIATE")
+            elif number % 60 == 40:
+                other.execute("ROLLBACK")
+            if chance.random() < 0.05:
+                process.threads[1000 + number, 1] = "newcomer", 0
+                process.end_thread(min(process.threads))
+            process.pass_time(SECOND_NS, [chance.choice([0, 0, 1000, 6 * SECOND_NS]) for _ in process.threads])
+            snapshot = process.snapshot()
+            taken[snapshot.monotonic_ns] = snapshot
+            segment = record.append(snapshot)
+            box.append(segment, len(segment) - 1)
+            if number % 100 == 99:
+                check()
+    faulty = False
+    box.close("over", timeout_s=10)
+    assert check() + box.dropped == len(taken)
+    assert 0 < box.dropped < len(taken) // 2
+    assert read_run(path)[0].state == "clean"
 
 
 @linux_only
