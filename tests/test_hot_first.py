@@ -189,6 +189,25 @@ def test_who_has_never_run_is_seen_within_a_second(tmp_path: Path) -> None:
     os.close(task_fd)
 
 
+def test_newcomers_do_not_keep_names_from_being_read(tmp_path: Path) -> None:
+    """Though each second somebody new is found, a name given by another thread is seen within the minute."""
+    tree = Tree(tmp_path, 40)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000))
+    table.read()
+    assert table.look_around(LOOK_EVERY_NS)
+    tree.call(20, "renamed")
+    for second in range(2, 70):
+        tree.born(100 + second, 0)
+        if not table.look_around(second * LOOK_EVERY_NS):
+            table.read()
+            assert table.look_around(second * LOOK_EVERY_NS)
+    assert table.names[19] == "renamed"
+    assert len(table.tids) == 40 + 68
+    table.close()
+    os.close(task_fd)
+
+
 @linux_only
 @pytest.mark.live
 def test_thousands_of_proved_readings_equal_full_ones(start: Callable[..., Target]) -> None:

@@ -160,11 +160,9 @@ class ThreadTable:
             False if there are other threads than those that were read: read again.
         """
         elapsed_ns, count, stale = now_ns - self._looked_ns, len(self.tids), self._unnamed
-        if elapsed_ns >= LOOK_EVERY_NS:
+        due = elapsed_ns >= LOOK_EVERY_NS
+        if due:
             self._looked_ns = now_ns
-            if self._links_count_threads and self._links() != count:
-                self._exited_ns = None
-                return False
             swept = min(count, -(-count * elapsed_ns // SWEEP_NS))
             stale.update(i % count for i in range(self._sweep, self._sweep + swept))
             self._sweep = (self._sweep + swept) % count
@@ -183,6 +181,9 @@ class ThreadTable:
         stale.clear()
         if renamed:
             self.names = tuple(thread.name for thread in self._rows)
+        if due and self._links_count_threads and self._links() != count:
+            self._exited_ns = None
+            return False
         return True
 
     def stats(self) -> list[Stat | None]:
