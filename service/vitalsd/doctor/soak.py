@@ -15,6 +15,8 @@ from vitalsd.sources.platform import Platform
 __all__ = ["Slope", "slope", "soak"]
 
 BATCH = 50
+CHURNED = 4
+"""Threads that live at once while others are counted: by so many a count may differ that nothing was left behind."""
 SEGMENTS = 20
 STUDENT = 2.101
 """Of 18 degrees of freedom, which 20 points leave to a line: 95 % of slopes are within so many standard errors."""
@@ -98,7 +100,7 @@ def _judged(check: str, what: str, kind: str, points: Sequence[tuple[float, floa
     found = slope(points)
     span = points[-1][0] - points[0][0]
     scale, unit = (1 / 1024, " KiB") if kind == "rss" else (1.0, "")
-    allowed = RSS_BYTES + RSS_BYTES_PER_SNAPSHOT * span if kind == "rss" else 0.5
+    allowed = RSS_BYTES + RSS_BYTES_PER_SNAPSHOT * span if kind == "rss" else CHURNED
     return judged(
         check,
         what,
@@ -118,7 +120,7 @@ def _churn() -> Iterator[list[int]]:
 
     def run() -> None:
         while not over.is_set():
-            threads = [threading.Thread(target=time.sleep, args=(0.0005 * i,), daemon=True) for i in range(4)]
+            threads = [threading.Thread(target=time.sleep, args=(0.0005 * i,), daemon=True) for i in range(CHURNED)]
             for thread in threads:
                 thread.start()
             for thread in threads:
