@@ -355,12 +355,10 @@ def reuse_pids(rounds: int) -> Counter[str]:
                 answered = "whole" if "first" in names else "late"
                 counts[{200: answered, 404: "gone", 410: "gone"}.get(reply.status, str(reply.status))] += 1
                 counts["mixed"] += len(names - {None, "python3", "python"}) > 1
-                asked(ready["socket"], f"/metrics?pid={first}&window_ms=10")  # of the first one, it may say so
                 status, body = asked(ready["socket"], f"/metrics?pid={first}&window_ms=10")
                 counts["new"] += status == 200 and {each["name"] for each in body["threads"]} == {"second"}
             os.kill(second, signal.SIGKILL)
             os.waitpid(second, 0)
-            asked(ready["socket"], f"/metrics?pid={second}&window_ms=10")  # or it is one of 32 for 10 s more
     return counts
 
 

@@ -12,7 +12,7 @@ from snapshots import IDENTITY, snapshot
 from vitalsd.recorder import Recording
 from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, Busy, Sampler, sample
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import NoSuchProcess, Source, TargetGone
+from vitalsd.sources import KernelError, NoSuchProcess, Source, TargetGone
 from vitalsd.targets import Stream, Targets
 
 
@@ -354,6 +354,32 @@ def test_more_targets_than_the_limit_are_refused() -> None:
     run(main())
 
 
+def test_an_idle_target_makes_room() -> None:
+    """At the limit a new target takes the place of that idle for longest, not of one that hangs or is asked for."""
+
+    async def main() -> None:
+        opened = {pid: CountingSource() for pid in range(1, 6)}
+        targets = Targets(Sampler(CountingSource), opened.__getitem__, limit=3)
+        opened[1].may_answer.clear()
+        stuck = asyncio.create_task(ask(targets, 1))
+        while not opened[1].snapshots:
+            await asyncio.sleep(0.005)
+        stuck.cancel()
+        await ask(targets, 2)
+        await ask(targets, 3)
+        await ask(targets, 2)
+        async with targets.target(4):
+            await asyncio.sleep(0.05)
+            assert [pid for pid, source in opened.items() if source.closed] == [3]
+            async with targets.target(2):
+                with pytest.raises(Busy):
+                    await ask(targets, 5)
+        opened[1].may_answer.set()
+        await targets.close()
+
+    run(main())
+
+
 def test_an_idle_target_is_closed_and_a_used_one_is_not() -> None:
     """A target that nobody asked for in a while gives its descriptors back."""
 
@@ -392,6 +418,32 @@ def test_a_pid_that_failed_is_opened_anew() -> None:
         await asyncio.sleep(0.01)
         await ask(targets, 7)
         assert [source.error is None for source in opened] == [False, True]
+        await targets.close()
+        assert all(source.closed for source in opened)
+
+    run(main())
+
+
+def test_a_pid_that_changed_hands_while_idle_is_opened_anew() -> None:
+    """Who asks for a live process is not told that the one before it, of the same pid, has exited."""
+
+    async def main() -> None:
+        opened: list[CountingSource] = []
+
+        def open_source(pid: int) -> Source:
+            opened.append(CountingSource())
+            return opened[-1]
+
+        targets = Targets(Sampler(CountingSource), open_source)
+        await ask(targets, 7)
+        await asyncio.sleep(0.02)  # older than what callers share
+        opened[0].error = TargetGone("target 7 has exited")
+        await asyncio.gather(ask(targets, 7), ask(targets, 7))
+        assert len(opened) == 2
+        opened[1].error = KernelError("no")
+        await asyncio.sleep(0.02)
+        with pytest.raises(KernelError):
+            await ask(targets, 7)
         await targets.close()
         assert all(source.closed for source in opened)
 

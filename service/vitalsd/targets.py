@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from vitalsd.record import Mark, Record
 from vitalsd.sampler import Busy, Sampler
 from vitalsd.snapshot import Identity, Measurement, Snapshot
-from vitalsd.sources import Source, SourceError
+from vitalsd.sources import Source, SourceError, TargetGone
 
 __all__ = ["Stream", "Target", "Targets"]
 
@@ -110,7 +110,7 @@ class Targets:
     Args:
         default: the target of this sidecar; it stays open.
         open_source: opens any other pid; closed again after `idle_s` without a caller.
-        limit: of other targets open at once; beyond it `Busy` is raised.
+        limit: of other targets open at once; beyond it the one idle for longest is closed.
     """
 
     def __init__(
@@ -134,11 +134,12 @@ class Targets:
         The target with this `pid`, or the default one. It stays open as long as the context.
 
         Raises:
-            Busy: too many targets at once.
+            Busy: too many targets are being asked for at once.
         """
         if pid is None or pid == self.default.pid:
             yield self.default
             return
+        await self._forget_if_gone(pid)
         guest = self._enter(pid)
         try:
             yield guest.sampler
@@ -178,10 +179,23 @@ class Targets:
             self._drop(pid)
         await asyncio.gather(self.default.close(), *self._closing)
 
+    async def _forget_if_gone(self, pid: int) -> None:
+        """One that was left idle may have ended since, and its pid be another process by now, not yet asked for."""
+        guest = self._guests.get(pid)
+        if guest is None or guest.users:
+            return
+        try:
+            await guest.sampler.snapshot()
+        except TargetGone:
+            if self._guests.get(pid) is guest and not guest.users:
+                self._drop(pid)
+        except SourceError:
+            pass  # whoever asks meets it
+
     def _enter(self, pid: int) -> _Guest:
         guest = self._guests.get(pid)
         if guest is None:
-            if len(self._guests) >= self._limit:
+            if len(self._guests) >= self._limit and not self._make_room():
                 raise Busy(f"{self._limit} other processes are being sampled already")
             guest = self._guests[pid] = _Guest(Sampler(lambda: self._open_source(pid), name=f"vitalsd-{pid}"))
         if guest.expiry is not None:
@@ -189,6 +203,17 @@ class Targets:
             guest.expiry = None
         guest.users += 1
         return guest
+
+    def _make_room(self) -> bool:
+        """Close the one idle for longest; False if none is. One that hangs keeps its place, as its thread does."""
+        idle = [
+            (guest.expiry.when(), pid)
+            for pid, guest in self._guests.items()
+            if guest.expiry is not None and not guest.sampler.busy
+        ]
+        if idle:
+            self._drop(min(idle)[1])
+        return bool(idle)
 
     def _expire(self, pid: int) -> None:
         guest = self._guests[pid]
