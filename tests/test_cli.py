@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from serving import Serving
+from sidecars import environment, serving
 from target import Target
 from vitalsd.cli import main
 from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
@@ -111,6 +112,23 @@ def test_serve_says_where(short_path: Path) -> None:
             r"vitalsd: serving itself on http://127\.0\.0\.1:\d+/metrics and /\S+\.sock\n", serving.said
         )
         assert serving.get("/healthz") == {"status": "ok"}
+
+
+def test_serve_takes_no_plugin_of_pydantic(short_path: Path) -> None:
+    """One that the environment of the application has is not imported, which could take its time or fail."""
+    code = "open(__file__ + '.was-here', 'w').close()\ndef new_schema_validator(*_, **__): return None, None, None\n"
+    (short_path / "nosy.py").write_text(code, encoding="utf-8")
+    metadata = short_path / "nosy-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: nosy\nVersion: 1\n", encoding="utf-8")
+    (metadata / "entry_points.txt").write_text("[pydantic]\nnosy = nosy\n", encoding="utf-8")
+    env = environment(short_path) | {"PYTHONPATH": str(short_path)}
+    imported = short_path / "nosy.py.was-here"
+    subprocess.run([sys.executable, "-c", "import fastapi"], env=env, check=True, timeout=30)
+    imported.unlink()
+    with serving(short_path, env=env) as (_, ready):
+        assert ready["url"]
+    assert not imported.exists()
 
 
 def test_serve_needs_no_stdin(tmp_path: Path) -> None:

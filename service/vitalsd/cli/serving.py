@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
@@ -51,7 +52,11 @@ def import_service() -> None:
     CPython keeps frames in chunks of 16 KiB, and maps and unmaps one whenever a call crosses the end of
     the last (push_chunk in Python/pystate.c). As deep as click calls us, the imports of a web framework do
     so thousands of times, and take a tenth longer.
+
+    A sidecar takes no part in what the application beside it has pydantic's models do: that would be imported
+    before the first answer, and fail with it.
     """
+    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
 
     def load() -> None:
         with suppress(Exception):  # whoever imports it next is told
@@ -125,8 +130,6 @@ def serve_until_signal(
 
 def _listeners(where: Where, directory: Path | None) -> "Listeners":
     """Those a supervisor handed over, or new ones. Raises `Refused`."""
-    import os
-
     from vitalsd.activation import activated
     from vitalsd.listeners import ListenError, PortInUse
     from vitalsd.sidecar import adopt, listen
