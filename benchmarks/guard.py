@@ -23,6 +23,7 @@ SMALLER_IS_BETTER = {
     "recorder_to_floor",
     "ours_to_tiny",
     "snapshots_per_request",
+    "ours_to_bare_call",
     "ratio",
 }
 LARGER_IS_BETTER = {
@@ -31,6 +32,7 @@ LARGER_IS_BETTER = {
     "objects_to_product",
     "response_model_to_ours",
     "ticks_to_ours",
+    "by_hand_to_ours",
     "covered",
 }
 NOISE = 0.05

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 
 SAMPLING = "Sampling another process (Linux)"
+MACOS = "A snapshot of its own threads on macOS (over the simulator)"
 THOUSAND = {"threads": 1000, "busy": 4}
 WORST = {"threads": 1000, "busy": 999}
 ALL_RUN = {"snapshots": 900, "running_percent": 100}
@@ -33,6 +34,7 @@ SUITE: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "The record in memory": ("memory.py", (), ("--snapshots", "200")),
     "Answering": ("answering.py", (), ("--rounds", "1", "--requests", "50")),
     "Accuracy": ("accuracy.py", (), ("--rounds", "10")),
+    MACOS: ("darwin_snapshot.py", (), ("--rounds", "40")),
     "The interpreter lock on macOS (over the simulator)": ("darwin_gil.py", (), ("--rounds", "10")),
     "Inside a program": ("host.py", (), ("--rounds", "2", "--seconds", "2")),
     "Start and size": ("startup.py", (), ("--rounds", "2")),
@@ -85,12 +87,12 @@ GOALS: Sequence[tuple[str, str, Mapping[str, Any], str, str, float]] = (
         0.15,
     ),
     (
-        "the same with its black box",
+        "its black box beside that",
         "The recorder",
         {"threads": 50, "interval_s": 0.25},
-        "recorder_percent",
-        "<=",
-        0.15,
+        "black_box_percent",
+        "",
+        0,
     ),
     (
         "recorder, 1000 threads at 4 Hz, % of a core",
@@ -121,11 +123,12 @@ GOALS: Sequence[tuple[str, str, Mapping[str, Any], str, str, float]] = (
         )
         for window_ms in (50, 250, 1000)
     ),
+    ("a thread on macOS, in bare ctypes calls (it takes three)", MACOS, {}, "ours_to_bare_call", "<=", 4),
     ("a program with a sidecar inside slows down, %", "Inside a program", {}, "slowdown_percent", "<=", 0.5),
     ("first answer, of a bare FastAPI application", "Start and size", {}, "ratio", "<=", 1.1),
     ("memory above that application, MiB", "Start and size", {}, "rss_difference_mib", "<=", 10),
 )
-"""What was aimed at: words, section, line, figure, direction, limit."""
+"""What was aimed at: words, section, line, figure, direction (none: to be stated), limit."""
 
 
 def verdict(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -134,7 +137,11 @@ def verdict(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for words, title, wanted, name, direction, limit in GOALS:
         for row in map(flat, results[title]):
             value = row.get(name)
-            if value is not None and all(row.get(key) == each for key, each in wanted.items()):
+            if value is None or any(row.get(key) != each for key, each in wanted.items()):
+                continue
+            if not direction:
+                lines.append(f"| {words} | stated | {value:g} | |")
+            else:
                 met = value <= limit if direction == "<=" else value >= limit
                 sign = "≤" if direction == "<=" else "≥"
                 lines.append(f"| {words} | {sign} {limit:g} | {value:g} | {'met' if met else '**not met**'} |")

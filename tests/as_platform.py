@@ -118,14 +118,13 @@ def program(library: Path, defect: str = "none") -> tuple[str, ...]:
 
 def leaking(lib: LibSystem) -> LibSystem:
     """A library that forgets one release in ten."""
-    quick: Any = lib._quick
-    release, calls = quick.mach_port_deallocate, [0]
+    release, calls = lib._release, [0]
 
     def forgetful(task: int, port: int) -> int:
         calls[0] += 1
         return 0 if calls[0] % 10 == 0 else int(release(task, port))
 
-    quick.mach_port_deallocate = forgetful
+    lib._release = forgetful
     return lib
 
 

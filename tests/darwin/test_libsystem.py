@@ -221,16 +221,23 @@ class TestErrors:
 
     def test_a_short_or_forbidden_thread_of_a_process_is_an_error(self, simulator: Simulator) -> None:
         """But one that has ended is an answer."""
-        room = (ctypes.c_uint8 * 112)()
-        address = ctypes.addressof(room)
-        assert simulator.lib.proc_thread_info(os.getpid(), os.getpid(), address)
-        assert not simulator.lib.proc_thread_info(os.getpid(), 2**40, address)
-        simulator.fault("proc_pidinfo", SHORT_REPLY, flavor=PROC_PIDTHREADID64INFO)
+        lib, pid, rows = simulator.lib, os.getpid(), ThreadRows()
+        assert lib.proc_thread_infos(pid, [pid], rows) == [pid]
+        assert lib.proc_thread_infos(pid, [2**40, pid, 2**32 + pid], rows) == [0, pid, 0]
+        simulator.fault("proc_pidinfo", SHORT_REPLY, flavor=PROC_PIDTHREADID64INFO, every=1)
         with pytest.raises(MachError, match="answered 108 bytes of 112"):
-            simulator.lib.proc_thread_info(os.getpid(), os.getpid(), address)
-        simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDTHREADID64INFO)
+            lib.proc_thread_infos(pid, [pid], rows)
+        simulator.clear_faults()
+        simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDTHREADID64INFO, every=1)
         with pytest.raises(PermissionError, match="PROC_PIDTHREADID64INFO"):
-            simulator.lib.proc_thread_info(os.getpid(), os.getpid(), address)
+            lib.proc_thread_infos(pid, [pid], rows)
+
+    def test_a_port_of_any_name_is_passed_whole(self, simulator: Simulator) -> None:
+        """Names have 32 bits, and the upper half of them is not negative."""
+        with simulator.lib.thread_ports() as ports:
+            found = simulator.lib.thread_infos([0xFFFF_FF03, *ports, 0x8000_0000 | ports[0]], ThreadRows())
+        assert (found[0], found[-1]) == (0, 0)
+        assert 0 not in found[1:-1]
 
     def test_an_unknown_code_has_its_number(self, simulator: Simulator) -> None:
         """The library has no words for it."""

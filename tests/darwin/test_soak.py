@@ -95,6 +95,7 @@ def inject(simulator: Simulator) -> None:
     simulator.fault("proc_pidinfo", errno.ESRCH, flavor=PROC_PIDTHREADID64INFO, at=89, every=89)
     simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDTHREADID64INFO, at=1019, every=1019)
     simulator.fault("proc_pidinfo", SHORT_REPLY, flavor=PROC_PIDTASKALLINFO, at=523, every=523)
+    simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDTASKALLINFO, at=547, every=547)
     simulator.fault("proc_pidinfo", errno.EINVAL, flavor=PROC_PIDLISTTHREADIDS, at=541, every=541)
     simulator.fault("proc_pid_rusage", errno.EPERM, at=11, every=11)
 

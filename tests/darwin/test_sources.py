@@ -159,9 +159,10 @@ class TestFailures:
     ) -> None:
         """Another process; the next snapshot is whole again."""
         source = LibprocSource(child.pid, lib=simulator.lib)
-        simulator.fault("proc_pidinfo", code, flavor=flavor)
+        simulator.fault("proc_pidinfo", code, flavor=flavor, every=1)
         with pytest.raises(error, match=re.escape(text)):
             source.snapshot()
+        simulator.clear_faults()
         assert child.pid in source.snapshot().tids
 
     def test_nobody_alive(self, simulator: Simulator) -> None:

@@ -187,12 +187,7 @@ class LibprocSource:
         return sorted(chosen + (active + waiting)[:room])
 
     def _look_up(self, thread_ids: Sequence[int]) -> Living:
-        rows, pid, look_up = self._rows, self._target.pid, self._lib.proc_thread_info
-        rows.reserve(len(thread_ids))
-        found = [
-            tid if look_up(pid, tid, address) else 0 for tid, address in zip(thread_ids, rows.info_at, strict=False)
-        ]
-        return living_threads(found, rows)
+        return living_threads(self._lib.proc_thread_infos(self._target.pid, thread_ids, self._rows), self._rows)
 
     def _image(self) -> tuple[int | str, ...]:
         """Changes at exec. A kernel without the private flavor leaves only the name to tell."""

@@ -196,6 +196,9 @@ class LibSystem:
                         symbol.errcheck = _raise_errno
                     elif function.check == "kern_return":
                         symbol.errcheck = self._raise_code
+            self._thread_info = _as_passed(self._quick, "thread_info")
+            self._release = _as_passed(self._quick, "mach_port_deallocate")
+            self._thread_pidinfo = _as_passed(self._slow, "proc_pidinfo")
             self._task = DATA["mach_task_self_"].in_dll(self._quick, "mach_task_self_")
         except (AttributeError, ValueError) as error:
             raise Unsupported(f"libSystem lacks a symbol: {error}") from None
@@ -241,7 +244,7 @@ class LibSystem:
                 if MACH_PORT_NULL in ports or MACH_PORT_DEAD in ports:
                     ports = [port for port in ports if port not in (MACH_PORT_NULL, MACH_PORT_DEAD)]
                 try:
-                    codes = list(map(self._quick.mach_port_deallocate, repeat(self._task.value), ports))
+                    codes = list(map(self._release, repeat(self._task.value), ports))
                 finally:
                     self._quick.vm_deallocate(self._task.value, address, count.value * ctypes.sizeof(c_uint32))
         for code in codes:
@@ -284,18 +287,6 @@ class LibSystem:
         """Bytes written to `buffer`; as many as it has room for may mean that there is more."""
         number = PROC_PIDLISTFDS if flavor == "PROC_PIDLISTFDS" else PROC_PIDLISTTHREADIDS
         return self._proc_pidinfo(flavor, pid, number, 0, ctypes.addressof(buffer), ctypes.sizeof(buffer))
-
-    def proc_thread_info(self, pid: int, thread_id: int, address: int) -> bool:
-        """Write the `proc_threadinfo` of a thread to `address`; False if it or its process has ended."""
-        size = ctypes.sizeof(proc_threadinfo)
-        got: int = self._slow.proc_pidinfo(pid, PROC_PIDTHREADID64INFO, thread_id, address, size)
-        if got == size:
-            return True
-        if got > 0:
-            raise MachError(f"proc_pidinfo(PROC_PIDTHREADID64INFO) answered {got} bytes of {size}")
-        if ctypes.get_errno() == errno.ESRCH:
-            return False
-        raise _os_error("proc_pidinfo(PROC_PIDTHREADID64INFO)", ctypes.get_errno())
 
     def proc_rusage(self, pid: int, info: rusage_info_v6, flavor: int) -> None:
         """Fill `info` as far as `flavor` (RUSAGE_INFO_V6 or an older one) goes."""
@@ -375,9 +366,9 @@ class LibSystem:
         """
         number = len(ports)
         rows.reserve(number)
-        thread_info = self._quick.thread_info
-        extended = list(map(thread_info, ports, repeat(THREAD_EXTENDED_INFO), rows.info_at, rows.info_count_at))
-        identifier = list(map(thread_info, ports, repeat(THREAD_IDENTIFIER_INFO), rows.id_at, rows.id_count_at))
+        call = self._thread_info
+        extended = list(map(call, ports, repeat(THREAD_EXTENDED_INFO), rows.infos, rows.info_counts))
+        identifier = list(map(call, ports, repeat(THREAD_IDENTIFIER_INFO), rows.ids, rows.id_counts))
         rows.require_counts(number)
         thread_ids = rows.thread_ids(number)
         if any(extended) or any(identifier):
@@ -388,6 +379,37 @@ class LibSystem:
                     elif code != KERN_SUCCESS:
                         raise self.mach_error(f"thread_info({flavor})", code)
         return thread_ids
+
+    def proc_thread_infos(self, pid: int, thread_ids: Sequence[int], rows: "ThreadRows") -> Sequence[int]:
+        """
+        Fill `rows` with the threads `thread_ids` of any process, and return these, 0 for one that has ended.
+
+        Per thread one call. Whoever is not found in it is asked for again, for what errno said is gone by then.
+        """
+        size = ctypes.sizeof(proc_threadinfo)
+        rows.reserve(len(thread_ids))
+        asked = map(c_uint64, thread_ids)
+        got = list(
+            map(self._thread_pidinfo, repeat(pid), repeat(PROC_PIDTHREADID64INFO), asked, rows.infos, repeat(size))
+        )
+        if got.count(size) == len(got):
+            return thread_ids
+        return [
+            tid if bytes_got == size or self._proc_thread_info(pid, tid, address) else 0
+            for tid, bytes_got, address in zip(thread_ids, got, rows.info_at, strict=False)
+        ]
+
+    def _proc_thread_info(self, pid: int, thread_id: int, address: int) -> bool:
+        """Write the `proc_threadinfo` of a thread to `address`; False if it or its process has ended."""
+        size = ctypes.sizeof(proc_threadinfo)
+        got: int = self._slow.proc_pidinfo(pid, PROC_PIDTHREADID64INFO, thread_id, address, size)
+        if got == size:
+            return True
+        if got > 0:
+            raise MachError(f"proc_pidinfo(PROC_PIDTHREADID64INFO) answered {got} bytes of {size}")
+        if ctypes.get_errno() == errno.ESRCH:
+            return False
+        raise _os_error("proc_pidinfo(PROC_PIDTHREADID64INFO)", ctypes.get_errno())
 
 
 class ThreadRows:
@@ -412,9 +434,10 @@ class ThreadRows:
             self._asked = bytes((c_uint32 * room)(*repeat(self._info_count, room)))
             self._asked_ids = bytes((c_uint32 * room)(*repeat(self._id_count, room)))
             self.info_at = _addresses(self._infos)
-            self.id_at = _addresses(self._ids)
-            self.info_count_at = _addresses(self._info_counts)
-            self.id_count_at = _addresses(self._id_counts)
+            self.infos = _references(self._infos)
+            self.info_counts = _references(self._info_counts)
+            self.ids = _references(self._ids)
+            self.id_counts = _references(self._id_counts)
         # The kernel writes the counts back, also to those it answered short.
         ctypes.memmove(self._info_counts, self._asked, 4 * number)
         ctypes.memmove(self._id_counts, self._asked_ids, 4 * number)
@@ -458,9 +481,25 @@ class ThreadRows:
         return column
 
 
+def _as_passed(library: ctypes.CDLL, name: str) -> Any:
+    """
+    A function that is called once a thread: ints of 32 bits, ctypes' own integers and `byref` go on as they are.
+
+    To look each argument over by ``argtypes`` first takes ctypes longer than the call.
+    """
+    function = library[name]
+    function.restype = FUNCTIONS[name].restype
+    return function
+
+
 def _addresses(array: Any) -> list[int]:
     base, step = ctypes.addressof(array), ctypes.sizeof(array._type_)
     return list(range(base, base + step * len(array), step))
+
+
+def _references(array: Any) -> list[Any]:
+    """What `ctypes.byref` makes of each element."""
+    return list(map(ctypes.byref, repeat(array), range(0, ctypes.sizeof(array), ctypes.sizeof(array._type_))))
 
 
 def _os_error(call: str, number: int) -> OSError:
