@@ -6,7 +6,8 @@ ctypes is usually written: a structure and a counter made for each call, thread 
 
 Runs over the simulated libSystem, so on Linux. The goal (docs/macos.md): per thread at most four bare
 calls of the signature of ``thread_info``, that is the three calls a thread needs (two readings and a
-release) and one for all the bookkeeping. What the simulated kernel itself costs is measured by the
+release) and one for all the bookkeeping. A bare call has ``argtypes``; ours do without, which halves
+them. What the simulated kernel itself costs is measured by the
 same loop in C, and subtracted. The rounds of all measurements are interleaved, and the best of each
 counts: on a shared machine everything else is somebody else's time.
 """
