@@ -22,8 +22,9 @@ from lives import IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.blackbox import BlackBox
 from vitalsd.record import Mark, Record
 from vitalsd.run_file import RunFile
-from vitalsd.runs import Run, RunDirectory, UnreadableRun, delete_run, insert_rows, read_run
+from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Snapshot
+from vitalsd.stored_run import Run, UnreadableRun, delete_run, insert_rows, read_run
 from vitalsd.tail import SHARED_MEMORY, Tail
 
 T = TypeVar("T")
@@ -219,7 +220,8 @@ def test_what_is_in_memory_belongs_to_the_run(tmp_path: Path) -> None:
 
 def elsewhere(code: str, path: Path) -> str:
     """What another process prints that has `runs`, the directory at `path`."""
-    head = "import sys, pathlib; from vitalsd.runs import *; runs = RunDirectory(pathlib.Path(sys.argv[1]));"
+    names = "from vitalsd.runs import RunDirectory; from vitalsd.stored_run import read_run"
+    head = f"import sys, pathlib; {names}; runs = RunDirectory(pathlib.Path(sys.argv[1]));"
     command = [sys.executable, "-c", head + code, str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

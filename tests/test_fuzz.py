@@ -25,8 +25,8 @@ from vitalsd.directories import EndpointError
 from vitalsd.history import history, read_history
 from vitalsd.http.problem import Refused
 from vitalsd.http.query import HistoryQuery, MetricsQuery, ReportQuery, StreamQuery, _bad_parameter
-from vitalsd.runs import UnreadableRun, read_run
 from vitalsd.sources.procfs import Malformed, decode_name, parse_run_times, parse_stat, parse_statm, parse_status
+from vitalsd.stored_run import UnreadableRun, read_run
 from vitalsd.wire import encode
 
 DATA = Path(__file__).parent / "data"

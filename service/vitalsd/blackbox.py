@@ -17,8 +17,9 @@ from functools import partial
 
 from vitalsd.record import Event, Mark, Segment
 from vitalsd.run_file import RunFile, row_of
-from vitalsd.runs import RUN_BYTES, RunDirectory, tail_link
+from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity
+from vitalsd.stored_run import tail_link
 from vitalsd.tail import Row, Tail
 from vitalsd.worker import Worker
 
@@ -26,6 +27,7 @@ __all__ = ["BlackBox"]
 
 log = logging.getLogger("vitalsd.blackbox")
 
+RUN_BYTES = 16 << 20
 MAX_PENDING = 64
 """Snapshots, marks and events that wait for a slow disk; beyond that they are dropped and counted."""
 MAX_WAIT_S = 0.05

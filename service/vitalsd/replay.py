@@ -6,10 +6,10 @@ from typing import Any
 
 from vitalsd.history import read_history
 from vitalsd.record import Mark, Record
-from vitalsd.runs import UnreadableRun, read_run
 from vitalsd.sampler import NotRecording
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources import TargetGone
+from vitalsd.stored_run import UnreadableRun, read_run
 from vitalsd.wire import iso
 
 __all__ = ["Replay", "load"]

@@ -1,5 +1,5 @@
 """
-The file of one run, as its writer has it; `vitalsd.runs` has the format and reads it back.
+The file of one run, as its writer has it; `vitalsd.stored_run` has the format and reads it back.
 
 In WAL mode a commit is a ``write`` without ``fsync``: what was committed survives the process, and only a power
 failure may take what the system had not written yet.
@@ -15,15 +15,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from vitalsd.record import NOBODY, Event, Mark, Segment
-from vitalsd.runs import (
+from vitalsd.runs import RunDirectory
+from vitalsd.snapshot import Identity
+from vitalsd.stored_run import (
     APPLICATION_ID,
     SCHEMA,
     SCHEMA_VERSION,
-    RunDirectory,
     delete_run,
     insert_rows,
 )
-from vitalsd.snapshot import Identity
 from vitalsd.tail import Row
 
 __all__ = ["RunFile", "row_of"]

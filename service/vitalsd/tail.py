@@ -5,7 +5,7 @@ A write to a file on tmpfs(5) is a copy of memory. No disk can make it wait, so 
 less than it costs to wake a thread for it, and what was written stays when the process is killed. Only the end of
 the machine, or of the container whose ``/dev/shm`` it is, takes with it what was not on disk by then.
 
-A record is its head, the numbers of a frame as `vitalsd.runs` has them, and its id once more. A writer that is
+A record is its head, the numbers of a frame as `vitalsd.stored_run` has them, and its id once more. A writer that is
 killed as it appends leaves a record without that, which does not count.
 """
 

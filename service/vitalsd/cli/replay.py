@@ -24,8 +24,9 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
     /metrics?mode=trailing answer for its end.
     """
     from vitalsd.replay import Replay, load
-    from vitalsd.runs import RunDirectory, UnreadableRun
+    from vitalsd.runs import RunDirectory
     from vitalsd.sources import NoSuchProcess, Source
+    from vitalsd.stored_run import UnreadableRun
     from vitalsd.targets import Targets
 
     def nobody(pid: int) -> Source:

@@ -18,9 +18,10 @@ from vitalsd.doctor.burner import BurnerProcess
 from vitalsd.doctor.finding import Finding, judged, not_here
 from vitalsd.endpoint import discover
 from vitalsd.model import Measured, parse_runtime_metrics
-from vitalsd.runs import RunDirectory, UnreadableRun, read_run
+from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources.platform import Platform
+from vitalsd.stored_run import UnreadableRun, read_run
 
 __all__ = ["sidecar"]
 

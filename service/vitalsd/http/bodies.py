@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vitalsd.http.problem import Reason
 from vitalsd.model import Platform, Target, Unavailable
 from vitalsd.record import EventKind
-from vitalsd.runs import State
+from vitalsd.stored_run import State
 
 __all__ = ["Health", "Hello", "History", "Info", "Mark", "Problem", "Process", "Reported", "Run"]
 

@@ -11,9 +11,10 @@ from vitalsd.http.query import HistoryQuery, MarkRequest, NoQuery, RunHistoryQue
 from vitalsd.http.shelf import Shelf
 from vitalsd.http.turns import Turns
 from vitalsd.record import Mark, Record
-from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
+from vitalsd.runs import RunDirectory
 from vitalsd.sampler import NotRecording
 from vitalsd.sources import SourceError
+from vitalsd.stored_run import Run, UnreadableRun, read_run
 from vitalsd.targets import Targets
 from vitalsd.wire import iso
 from vitalsd.worker import Worker

@@ -23,9 +23,10 @@ from vitalsd.http.query import NoQuery, ReportQuery, StrictRoute, given
 from vitalsd.http.shelf import Shelf
 from vitalsd.http.turns import Turns
 from vitalsd.record import Record
-from vitalsd.runs import Run, RunDirectory, UnreadableRun, read_run
+from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
+from vitalsd.stored_run import Run, UnreadableRun, read_run
 from vitalsd.targets import Targets
 from vitalsd.wire import encode, unavailable
 from vitalsd.worker import Hung, Worker

@@ -1,0 +1,336 @@
+"""
+One run on disk: the format, the files that belong to it, and reading it back.
+
+A SQLite file, named after the identity of the run, never after input; its last seconds may still be in its
+`vitalsd.tail`. While it is being written its ``.lock`` is held with flock(2); the kernel lets go of it when the
+writer dies, however it dies. A run that did not say how it ended has crashed.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from vitalsd.record import Event, EventKind, Mark, Moves, Record, Segment
+from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.tail import Row, read_tail, remove_tail
+
+__all__ = [
+    "APPLICATION_ID",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "Run",
+    "State",
+    "UnreadableRun",
+    "delete_run",
+    "describe",
+    "disk_bytes",
+    "insert_rows",
+    "is_being_written",
+    "not_on_disk",
+    "opened",
+    "read_run",
+    "tail_link",
+]
+
+APPLICATION_ID = 0x76697461  # "vita", in the header of the file for file(1)
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE thread (id INTEGER PRIMARY KEY, tid INTEGER, birth INTEGER, name TEXT);
+CREATE TABLE segment (id INTEGER PRIMARY KEY, threads BLOB, cpu_ns BLOB, constants TEXT);
+CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, numbers BLOB, moved INTEGER, code TEXT);
+CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
+CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT);
+"""
+"""
+Blobs are little-endian arrays: thread ids u32; CPU times u64. The numbers of a frame are its scalars, i64; the indexes
+of the threads that moved, u32, as many as `moved`, or none if that is NULL because every thread did; and how
+much each of them moved, u32 or i64 as `code` says, I or q.
+"""
+
+SCALARS_BYTES = 8 * len(Segment.SCALARS)
+CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image")
+"""Of a segment, as JSON."""
+
+State = Literal["running", "clean", "crashed"]
+
+
+class UnreadableRun(Exception):
+    """The file is not a run of ours, or is damaged; ``str(error)`` says which."""
+
+
+class Run(NamedTuple):
+    """A run found on disk; see `read_run` for what is in it."""
+
+    id: str
+    path: Path
+    identity: Identity
+    state: State
+    ended: str | None
+    """How it ended, in words; ``None`` while it runs or if nobody could say."""
+    first_wall_ns: int | None
+    last_wall_ns: int | None
+    snapshots: int
+    reported: bool
+    """Has gone into a bug report already."""
+    size_bytes: int
+
+
+def read_run(path: Path) -> tuple[Run, Record]:
+    """
+    A run and its record, exact to the last snapshot that was written. The file itself is not touched.
+
+    Raises:
+        UnreadableRun: it is not a run of ours, or damaged.
+        OSError: it cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="vitalsd-") as scratch:
+        copy = Path(scratch) / "run.sqlite"
+        rows = _tail(path)  # first: what has left it when the rest is read is there
+        if is_being_written(path):
+            # Not by hand: to close a file takes the locks of the whole process off it, those of its writer too, and
+            # the next who looks at the run then takes it for his own and deletes the log (close in fcntl_locking(2)).
+            with opened(path) as live, closing(sqlite3.connect(copy)) as db:
+                live.backup(db)
+        else:
+            for suffix in ("", "-wal"):
+                with suppress(FileNotFoundError) if suffix else nullcontext():
+                    shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+        with opened(copy, path.name) as db:
+            insert_rows(db, not_on_disk(db, rows))
+            return _described(db, path), _record(db)
+
+
+@contextmanager
+def opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]:
+    """
+    The database of a run, for reading and writing; `name` is what an error calls it.
+
+    Raises:
+        UnreadableRun: it is not a run of ours, damaged, or so is what the caller finds in it.
+    """
+    name = name or path.name
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=1)) as db:
+            (application_id,) = db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if application_id != APPLICATION_ID:
+                raise UnreadableRun(f"{name} is not a black box of vitalsd")
+            if version != SCHEMA_VERSION:
+                raise UnreadableRun(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
+            yield db
+    except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        raise UnreadableRun(f"{name} is damaged: {error}") from None
+
+
+def tail_link(path: Path) -> Path:
+    """Where the `Tail` of the run `path` is linked."""
+    return path.with_suffix(".tail")
+
+
+def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Insert rows, as a tail has them, in the transaction of the caller; those that are there already are left out."""
+    db.executemany("INSERT OR IGNORE INTO frame (id, segment, numbers, moved, code) VALUES (?,?,?,?,?)", rows)
+
+
+def _tail(path: Path) -> list[Row]:
+    try:
+        return read_tail(tail_link(path))
+    except OSError:
+        return []
+
+
+def not_on_disk(db: sqlite3.Connection, rows: Sequence[Row]) -> list[Row]:
+    """Those of the rows of a tail that are not on disk."""
+    if not rows:
+        return []
+    (last,) = db.execute("SELECT max(id) FROM frame").fetchone()
+    known = {segment for (segment,) in db.execute("SELECT id FROM segment")}
+    return [row for row in rows if row.id > (last or 0) and row.segment in known]
+
+
+def _meta(db: sqlite3.Connection) -> dict[str, str]:
+    return dict(_typed(row, (str, str)) for row in db.execute("SELECT key, value FROM meta"))
+
+
+def _typed(row: Sequence[Any], kinds: Sequence[type]) -> Any:
+    """`row`, if its values are what we write: a column of SQLite takes any kind. Raises `TypeError`."""
+    if tuple(map(type, row)) != tuple(kinds):
+        raise TypeError(f"{row!r:.80} where there should be {', '.join(kind.__name__ for kind in kinds)}")
+    return row
+
+
+def _identity(meta: dict[str, str]) -> Identity:
+    identity = Identity(**json.loads(meta["identity"]))
+    _typed(identity, (str, int, str, str, int, int))
+    if not 0 <= identity.started_unix_ns < 2**63:
+        raise ValueError(f"a start at {identity.started_unix_ns}")
+    return identity
+
+
+def describe(path: Path) -> Run:
+    """What is told of a run without reading all of it. Raises `UnreadableRun`."""
+    rows = _tail(path)
+    with opened(path) as db:
+        db.execute("BEGIN")  # or what is written meanwhile is in none of what is read
+        return _described(db, path, rows)
+
+
+def _described(db: sqlite3.Connection, path: Path, rows: Sequence[Row] = ()) -> Run:
+    meta = _meta(db)
+    count, first, last = db.execute("SELECT count(*), min(id), max(id) FROM frame").fetchone()
+    wall = Segment.SCALARS.index("wall_ns")
+    scalars = "SELECT substr(numbers, 1, ?) FROM frame WHERE id=?"
+    first_wall_ns, last_wall_ns = (
+        None if frame is None else _array("q", db.execute(scalars, (SCALARS_BYTES, frame)).fetchone()[0])[wall]
+        for frame in (first, last)
+    )
+    if lacking := not_on_disk(db, rows):
+        count += len(lacking)
+        last_wall_ns = _array("q", bytes(lacking[-1].numbers[:SCALARS_BYTES]))[wall]
+    state: State = "clean"
+    if "ended" not in meta:
+        state = "running" if is_being_written(path) else "crashed"
+    elif "crashed" in meta:
+        state = "crashed"
+    return Run(
+        id=path.stem,
+        path=path,
+        identity=_identity(meta),
+        state=state,
+        ended=meta.get("ended"),
+        first_wall_ns=first_wall_ns,
+        last_wall_ns=last_wall_ns,
+        snapshots=count,
+        reported="reported" in meta,
+        size_bytes=disk_bytes(path),
+    )
+
+
+def _record(db: sqlite3.Connection) -> Record:
+    meta = _meta(db)
+    record = Record(_identity(meta), interval_ns=int(meta["interval_ns"]), retention_ns=int(meta["retention_ns"]))
+    threads = {
+        row[0]: _typed(row[1:], (int, int, str)) for row in db.execute("SELECT id, tid, birth, name FROM thread")
+    }
+    frames = db.execute(
+        "SELECT f.segment, f.numbers, f.moved, f.code, s.threads, s.cpu_ns, s.constants"
+        " FROM frame f JOIN segment s ON s.id = f.segment ORDER BY f.id"
+    )
+    for _, rows in groupby(frames, key=lambda row: row[0]):
+        segment: Segment | None = None
+        for _, numbers, moved, code, ids, cpu_ns, constants in rows:
+            values, moves = _frame(numbers, moved, code)
+            if segment is None:
+                keys = [threads[thread_id] for thread_id in _array("I", ids)]
+                segment = Segment(_head(values, keys, _array("Q", cpu_ns), json.loads(constants)))
+            _check(segment, values, moves)
+            segment.add(values, moves)
+        if segment is not None:
+            record.restore(segment)
+    for row in db.execute("SELECT * FROM mark ORDER BY rowid"):
+        record.marks.append(Mark(*_typed(row, (int, int, str))))
+    for row in db.execute("SELECT * FROM event ORDER BY rowid"):
+        event = Event(*_typed(row, (int, int, str, str)))
+        if event.kind not in get_args(EventKind):
+            raise ValueError(f"an event {event.kind!r:.80}")
+        record.events.append(event)
+    return record
+
+
+def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", Moves]:
+    """The scalars and moves of one frame. Raises `ValueError` or `TypeError`."""
+    named = SCALARS_BYTES + 4 * (moved or 0)
+    indexes = None if moved is None else _array("I", numbers[SCALARS_BYTES:named])
+    return _array("q", numbers[:SCALARS_BYTES]), (indexes, _array(code, numbers[named:]))
+
+
+def _check(segment: Segment, scalars: "array[int]", moves: Moves) -> None:
+    """Raises `ValueError` for what cannot be a snapshot of that segment."""
+    indexes, burnt = moves
+    threads = len(segment.base_cpu_ns)
+    if len(scalars) != len(Segment.SCALARS) or len(burnt) != (threads if indexes is None else len(indexes)):
+        raise ValueError("a snapshot of another length")
+    if indexes and max(indexes) >= threads:
+        raise ValueError("a snapshot of more threads than there are")
+
+
+def _head(
+    scalars: "array[int]", keys: list[tuple[int, int, str]], cpu_ns: "array[int]", constants: dict[str, Any]
+) -> Snapshot:
+    row = dict(zip(Segment.SCALARS, scalars, strict=True))
+    if len(cpu_ns) != len(keys):
+        raise ValueError("threads without CPU time")
+    _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str))
+    tids, births, names = zip(*keys, strict=True) if keys else ((), (), ())
+    return Snapshot(
+        monotonic_ns=row["monotonic_ns"],
+        boottime_ns=row["boottime_ns"],
+        wall_ns=row["wall_ns"],
+        uptime_ns=row["uptime_ns"],
+        skew_ns=row["skew_ns"],
+        cpu_ns=row["cpu_ns"],
+        exited_cpu_ns=(row["exited_low_ns"], row["exited_high_ns"]),
+        rss_bytes=row["rss_bytes"],
+        vm_bytes=row["vm_bytes"],
+        tids=tids,
+        births=births,
+        names=names,
+        thread_cpu_ns=cpu_ns,
+        **constants,
+    )
+
+
+def _array(code: str, content: bytes) -> "array[int]":
+    if code not in ("I", "Q", "q"):
+        raise ValueError(f"numbers of a kind {code!r:.80}")
+    values = array(code, content)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a living process holds the lock of this run."""
+    try:
+        fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _parts(path: Path) -> list[Path]:
+    """The database first: while its lock is there, nobody takes the name."""
+    return [path, Path(f"{path}-wal"), Path(f"{path}-shm"), tail_link(path), path.with_suffix(".lock")]
+
+
+def disk_bytes(path: Path) -> int:
+    total = 0
+    for part in _parts(path):
+        with suppress(OSError):
+            total += part.stat().st_size
+    return total
+
+
+def delete_run(path: Path) -> None:
+    """Remove a run and what belongs to it, as far as that can be done."""
+    remove_tail(tail_link(path))
+    for part in _parts(path):
+        with suppress(OSError):
+            part.unlink()
