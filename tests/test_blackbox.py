@@ -251,6 +251,32 @@ def test_who_reads_his_own_run_keeps_his_locks(tmp_path: Path) -> None:
 
 
 @linux_only
+def test_who_reads_a_dead_run_while_others_list_it_has_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing moves the log into the database, and deletes it, between the copies of the two."""
+    taken = [Process().snapshot()]
+    box, record = write(tmp_path, taken)
+    assert box.run_id is not None
+    dead = tmp_path / "dead"
+    shutil.copytree(tmp_path, dead, symlinks=True, ignore=shutil.ignore_patterns("*.lock", "*-shm", "dead"))
+    path = dead / f"{box.run_id}.sqlite"
+    assert Path(f"{path}-wal").stat().st_size > 0
+    copyfile, copied = shutil.copyfile, list[str]()
+
+    def copy_slowly(source: str, target: str) -> None:
+        copyfile(source, target)
+        copied.append(source)
+        if len(copied) == 1:
+            assert len(RunDirectory(dead).runs()) == 1
+            assert not Path(f"{path}-wal").exists()
+
+    monkeypatch.setattr(shutil, "copyfile", copy_slowly)
+    run, back = read_run(path)
+    assert (run.state, len(back)) == ("crashed", len(record))
+    box.close("over")
+
+
 def test_what_others_take_for_dead_goes_on(tmp_path: Path) -> None:
     """Without its lock a run is settled by the next who starts: it loses its tail, gets another, and is whole."""
     process = Process()

@@ -20,6 +20,7 @@ from vitalsd import endpoint
 from vitalsd.listeners import ListenError, PortInUse, bind_tcp
 from vitalsd.runs import RunDirectory
 from vitalsd.sources.birth import births
+from vitalsd.stored_run import read_run
 
 
 def interpreters() -> list[str]:
@@ -140,6 +141,21 @@ def test_a_mark_is_on_the_recorders_clock(sidecar: vitalsd.Sidecar) -> None:
     assert [mark["label"] for mark in ask(str(sidecar.url), "/marks")[1]] == ["F12 pressed"]
     with pytest.raises(ValueError, match="label"):
         sidecar.mark("")
+
+
+def test_a_mark_survives_what_it_announces(short_path: Path) -> None:
+    """The program marks what it is about to do, and is killed by it at once."""
+    for _ in range(5):
+        run("""
+            import os, signal, vitalsd
+            sidecar = vitalsd.start(port=0)
+            sidecar.mark("export started")
+            os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    crashed = RunDirectory(short_path / "state" / "runs").runs()
+    assert len(crashed) == 5
+    for each in crashed:
+        assert [mark.label for mark in read_run(each.path)[1].marks] == ["export started"]
 
 
 def test_a_hundred_cycles_leak_nothing(short_path: Path) -> None:

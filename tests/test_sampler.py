@@ -450,6 +450,76 @@ def test_a_pid_that_changed_hands_while_idle_is_opened_anew() -> None:
     run(main())
 
 
+def test_a_pid_that_changed_hands_while_in_use_is_opened_anew() -> None:
+    """Somebody waits for a long window of the dead one: the next who asks is of the living one all the same."""
+
+    async def main() -> None:
+        opened: list[CountingSource] = []
+
+        def open_source(pid: int) -> Source:
+            opened.append(CountingSource())
+            return opened[-1]
+
+        targets = Targets(Sampler(CountingSource), open_source)
+        waiting = asyncio.create_task(ask(targets, 7, 300))
+        await asyncio.sleep(0.05)
+        opened[0].error = TargetGone("target 7 has exited")
+        await ask(targets, 7)
+        with pytest.raises(TargetGone):
+            await waiting
+        await targets.close()
+        assert [source.closed for source in opened] == [True, True]
+
+    run(main())
+
+
+def test_who_waits_for_a_guest_to_open_keeps_it_open() -> None:
+    """Its first asker left while it opened; the second counts, and a third process does not take its place."""
+
+    async def main() -> None:
+        may_open = threading.Event()
+
+        def open_source(pid: int) -> Source:
+            if pid == 1:
+                may_open.wait(5)
+            return CountingSource()
+
+        targets = Targets(Sampler(CountingSource), open_source, limit=1)
+        first = asyncio.create_task(ask(targets, 1))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        second = asyncio.create_task(ask(targets, 1, 200))
+        await asyncio.sleep(0.05)
+        may_open.set()
+        await asyncio.sleep(0.05)
+        with pytest.raises(Busy):
+            await ask(targets, 2)
+        await second
+        await asyncio.sleep(0.05)
+        await ask(targets, 2)
+        await targets.close()
+
+    run(main())
+
+
+def test_who_is_in_a_window_when_the_sampler_closes_is_told() -> None:
+    """The next process of a name takes the place of one that has exited: no window is left without an answer."""
+
+    async def main() -> None:
+        sampler = Sampler(CountingSource)
+        waiting = asyncio.create_task(sampler.window(5000))
+        await asyncio.sleep(0.05)
+        await sampler.close()
+        with pytest.raises(TargetGone):
+            await waiting
+        for ask_late in (sampler.window(10), sampler.snapshot()):
+            with pytest.raises(TargetGone):
+                await asyncio.wait_for(ask_late, 5)
+        await sampler.close()
+
+    run(main())
+
+
 def test_a_target_that_cannot_be_opened_takes_no_place() -> None:
     """A pid that does not exist is asked for again and again and never fills the list."""
 

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -570,8 +571,14 @@ def test_name_waits_follows_and_says_so(short_path: Path) -> None:
             eventually(watched)
             assert ask(ready["url"], "/info")[1]["target"]["pid"] == target.pid
             assert ask(ready["url"], "/metrics?window_ms=10")[0] == 200
-            target.kill()
-            target.wait()
+            with ThreadPoolExecutor() as pool:
+                waiting = pool.submit(ask, ready["url"], "/metrics?window_ms=5000")
+                time.sleep(0.3)
+                target.kill()
+                target.wait()
+                status, body = waiting.result()
+            assert (status, body["available"]) == (410, False)
+            assert "has exited" in body["reason"]
             eventually(lambda: endpoint.read(Path(ready["runtime_file"])).target is None)
             assert ask(ready["url"], "/metrics?window_ms=10")[0] == 404
     runs = json.loads(

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from vitalsd.worker import Worker
+from vitalsd.worker import Stopped, Worker
 
 
 def test_what_a_call_raises_is_for_its_caller() -> None:
@@ -14,6 +14,14 @@ def test_what_a_call_raises_is_for_its_caller() -> None:
         worker.submit(lambda: 1 // 0).result(5)
     assert worker.submit(lambda: 7).result(5) == 7
     assert worker.stop(5)
+
+
+def test_a_call_after_the_end_is_not_waited_for() -> None:
+    """Its future says so at once."""
+    worker = Worker("w")
+    assert worker.stop(5)
+    with pytest.raises(Stopped):
+        worker.submit(lambda: 7).result(5)
 
 
 def test_a_bug_in_a_call_nobody_waits_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:

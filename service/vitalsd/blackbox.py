@@ -110,8 +110,15 @@ class BlackBox:
             self._given += not self._gap
 
     def mark(self, mark: Mark) -> None:
-        """Write a mark, and what came before it; returns at once."""
-        self._post(partial(self._note, RunFile.mark, mark))
+        """
+        Write a mark, and what came before it; returns when it is written, or the disk has had 50 ms for that.
+
+        Who marks what he is about to do may be killed by it.
+        """
+        if self._worker.pending < 2:  # or it is slow, and has made somebody wait already
+            wait((self._worker.submit(partial(self._note, RunFile.mark, mark)),), MAX_WAIT_S)
+        else:
+            self._post(partial(self._note, RunFile.mark, mark))
 
     def event(self, event: Event) -> None:
         """Write an event, and what came before it; returns at once."""

@@ -82,7 +82,7 @@ class RunDirectory:
 
     def make_room(self, spare_bytes: int) -> None:
         """Delete ended runs, oldest first, until `spare_bytes` more fit the budget."""
-        files = sorted(self._files(), key=lambda path: path.stat().st_mtime_ns)
+        files = sorted(self._files(), key=_modified_ns)
         total = sum(disk_bytes(path) for path in files)
         for surplus, path in enumerate(files, 1 - len(files) + MAX_RUNS):
             if total + spare_bytes <= self.max_bytes and surplus > 0:
@@ -96,3 +96,11 @@ class RunDirectory:
             return [path for path in self.path.glob("*.sqlite") if path.is_file() and not path.is_symlink()]
         except OSError:
             return []
+
+
+def _modified_ns(path: Path) -> int:
+    """When it was last written; 0 if somebody has just deleted it."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

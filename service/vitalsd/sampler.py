@@ -17,7 +17,7 @@ from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 from vitalsd.sources import KernelError, Source, SourceError, TargetGone, platform_name
-from vitalsd.worker import PATIENCE_NS, Hung, Worker, seen
+from vitalsd.worker import PATIENCE_NS, Hung, Stopped, Worker, seen
 
 __all__ = ["Busy", "NotRecording", "Sampler", "sample"]
 
@@ -73,6 +73,7 @@ class Sampler:
         self._recording = recording
         self._worker = Worker(name)
         self._source: Source | None = None
+        self._closing = False
         self._closed = False
         self._identity: Identity | None = None
         self._opening: asyncio.Future[Identity] | None = None
@@ -123,6 +124,8 @@ class Sampler:
         window_ns = window_ms * 1_000_000
         slack_ns = self._slack_ns(window_ns)
         first = await self._snapshot(time.monotonic_ns() - slack_ns, extras)
+        if self._closing:
+            raise self._left()
         key = (first, window_ms, extras)
         task = self._windows.get(key)
         if task is None:
@@ -131,7 +134,12 @@ class Sampler:
             task = asyncio.create_task(self._finish(first, window_ns, slack_ns, extras))
             self._windows[key] = task
             task.add_done_callback(lambda task: self._finished(key, task))
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled() and self._closing:  # it has exited, and the next process of its name is measured
+                raise self._left() from None
+            raise
 
     async def snapshot(self, *, extras: bool = False) -> Snapshot:
         """The counters as they are now, or were a few milliseconds ago. Raises `SourceError`."""
@@ -173,6 +181,9 @@ class Sampler:
 
     async def close(self, timeout_s: float = 1.0) -> None:
         """Release the target and end its record. A kernel call that hangs is left to its daemon thread."""
+        if self._closing:
+            return
+        self._closing = True
         for task in list(self._windows.values()):
             task.cancel()
         # No executor here: at the exit of the interpreter none takes work any more.
@@ -229,6 +240,11 @@ class Sampler:
         except Hung:
             whom = f"process {self.pid}" if self.pid else "the process"
             raise KernelError(f"{whom}: a read has not returned for {PATIENCE_NS / 1e9:g} s") from None
+        except Stopped:
+            raise self._left() from None
+
+    def _left(self) -> TargetGone:
+        return TargetGone(f"target {self.pid} has exited, or is not measured any more")
 
     def _opened(self, future: asyncio.Future[Identity]) -> None:
         self._opening = None
@@ -259,6 +275,8 @@ class Sampler:
 
     def _take(self, extras: bool) -> Snapshot:
         assert self._source is not None
+        if self._closed:
+            raise self._left()
         self.snapshots_taken += 1
         try:
             self._last = self._source.snapshot(extras=extras)

@@ -103,12 +103,28 @@ def read_run(path: Path) -> tuple[Run, Record]:
             with opened(path) as live, closing(sqlite3.connect(copy)) as db:
                 live.backup(db)
         else:
-            for suffix in ("", "-wal"):
-                with suppress(FileNotFoundError) if suffix else nullcontext():
-                    shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+            state = None
+            while state != (state := _state_of_files(path)):  # who lists it meanwhile moves the log into the database
+                for suffix in ("", "-wal"):
+                    Path(f"{copy}{suffix}").unlink(missing_ok=True)
+                    with suppress(FileNotFoundError) if suffix else nullcontext():
+                        shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
         with opened(copy, path.name) as db:
             insert_rows(db, not_on_disk(db, rows))
             return _described(db, path), _record(db)
+
+
+def _state_of_files(path: Path) -> list[tuple[int, int, int] | None]:
+    """What changes when the database of a run or its log is written, made or deleted."""
+    found: list[tuple[int, int, int] | None] = []
+    for file in (path, Path(f"{path}-wal")):
+        try:
+            status = file.stat()
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
 
 
 @contextmanager

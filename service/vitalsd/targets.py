@@ -180,14 +180,16 @@ class Targets:
         await asyncio.gather(self.default.close(), *self._closing)
 
     async def _forget_if_gone(self, pid: int) -> None:
-        """One that was left idle may have ended since, and its pid be another process by now, not yet asked for."""
+        """One that is open may have ended since, and its pid be another process by now, not yet asked for."""
         guest = self._guests.get(pid)
-        if guest is None or guest.users:
+        if guest is None or guest.sampler.pid is None:
             return
         try:
             await guest.sampler.snapshot()
         except TargetGone:
-            if self._guests.get(pid) is guest and not guest.users:
+            if self._guests.get(pid) is guest and guest.users:
+                del self._guests[pid]  # the last of them closes it
+            elif self._guests.get(pid) is guest:
                 self._drop(pid)
         except SourceError:
             pass  # whoever asks meets it
