@@ -257,6 +257,7 @@ def test_systemctl_is_told_and_told_back(short_path: Path, fake: FakeSupervisor)
     agent = Systemd(a_plan(short_path))
     agent.install()
     assert fake.calls() == [
+        ["show", "--property=Version"],
         ["daemon-reload"],
         ["stop", "vitalsd.socket", "vitalsd.service"],
         ["enable", "--now", "vitalsd.socket"],
@@ -281,6 +282,14 @@ def test_systemd_that_refuses_or_is_not_there(short_path: Path, fake: FakeSuperv
     fake.set(bus=False)
     with pytest.raises(AgentError, match="lingering"):
         Systemd(a_plan(short_path)).status()
+    units = short_path / ".config/systemd/user"
+    assert len(list(units.iterdir())) == 2
+    with pytest.raises(AgentError, match="lingering"):
+        Systemd(a_plan(short_path)).uninstall()
+    assert list(units.iterdir()) == []
+    with pytest.raises(AgentError, match="lingering"):
+        Systemd(a_plan(short_path)).install()
+    assert list(units.iterdir()) == []
 
 
 def test_systemd_itself_accepts_the_units(short_path: Path) -> None:

@@ -363,9 +363,10 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    """It is not made: the user named another one."""
+    """It is made; one whose parent is missing too is more likely a mistake."""
+    assert a_bundle().write(tmp_path / "reports").parent == tmp_path / "reports"
     with pytest.raises(FileNotFoundError):
-        a_bundle().write(tmp_path / "nowhere")
+        a_bundle().write(tmp_path / "nowhere" / "at" / "all")
 
 
 @pytest.mark.parametrize("app", ["", ".", "../x", "a/b", "-rf", "a b", "ä", "a\n", "a" * 65, "\0"])
@@ -505,4 +506,7 @@ def test_the_command_writes_a_report(home: Path) -> None:
     assert "no sidecar to ask" in reasons["runtime-metrics.json"]
     for wrong in (["--app", "a/b"], ["--upload", "http://example.com/"], ["--upload", "ftp://127.0.0.1"]):
         assert vitalsd(home, "report", *wrong).returncode == 2
-    assert vitalsd(home, "report", "--out", "/nowhere/at/all").returncode == 1
+    out = vitalsd(home, "report", "--out", "/nowhere/at/all")
+    assert (out.returncode, "report to /nowhere/at/all: No such file" in out.stderr) == (1, True)
+    out = vitalsd(home, "spool", "send", "nosuch")
+    assert (out.returncode, out.stdout, "no report nosuch" in out.stderr) == (1, "", True)

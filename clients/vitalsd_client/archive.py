@@ -103,11 +103,14 @@ class Bundle:
 
     def write(self, directory: str | Path) -> Path:
         """
-        Write the zip into `directory`, whole or not at all, mode 0600; a file that is there is never replaced.
+        Write the zip into `directory`, which is made if it alone is missing; whole or not at all, mode 0600.
+
+        A file that is there is never replaced.
 
         Raises:
             OSError: it could not be written; nothing is left behind.
         """
+        Path(directory).mkdir(exist_ok=True)
         return write_new(Path(directory), self.stem, ".zip", self.zip())
 
 

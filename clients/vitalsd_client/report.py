@@ -198,7 +198,9 @@ class BugReport:
 
     def save(self, directory: str | os.PathLike[str] = ".") -> Path:
         """
-        Write ``<app>-bugreport-YYYY-MM-DDTHH-MM-SSZ.zip`` into `directory`, whole or not at all, mode 0600.
+        Write ``<app>-bugreport-YYYY-MM-DDTHH-MM-SSZ.zip`` into `directory`, which is made if it alone is missing.
+
+        Whole or not at all, mode 0600.
 
         Raises:
             OSError: it could not be written; nothing is left behind, and it can be tried elsewhere.

@@ -311,6 +311,7 @@ class Systemd:
         return found
 
     def install(self) -> None:
+        self._systemctl("show", "--property=Version")  # before anything is written: there may be no systemd to read it
         changed = [_write(path, content) for path, content in self.files().items()]
         self._systemctl("daemon-reload")
         # What follows a process by name has to run before somebody asks.
@@ -325,9 +326,11 @@ class Systemd:
         paths = [self._units / unit for unit in UNITS]
         installed = [path for path in paths if path.exists()]
         if installed:
-            self._systemctl("disable", "--now", *(path.name for path in installed))
-            for path in installed:
-                path.unlink(missing_ok=True)
+            try:
+                self._systemctl("disable", "--now", *(path.name for path in installed))
+            finally:
+                for path in installed:
+                    path.unlink(missing_ok=True)
             self._systemctl("daemon-reload")
         return bool(installed)
 

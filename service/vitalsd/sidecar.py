@@ -34,6 +34,8 @@ __all__ = ["Companion", "Listeners", "Sidecar", "adopt", "end_with", "follow", "
 
 GRACE_S = 1.0
 """Windows under way at SIGTERM may finish for so long. With all the rest the end takes under 3 s."""
+SAME_S = 0.3
+"""A signal so soon after another is the same one: some send it to the process and to its group, as timeout(1) does."""
 SEARCH_S = 1.0
 """Between two looks for a target that has not started yet."""
 
@@ -350,8 +352,8 @@ def serve(sidecar: Sidecar, *, ready: Callable[[], None], companions: Sequence[C
     """
     Serve on this, the main thread, until a signal or a companion ends it.
 
-    SIGTERM, SIGINT and SIGHUP end it cleanly; one of them again ends it at once, by that signal. A
-    signal that was ignored at the start (nohup, a shell's background job) stays ignored.
+    SIGTERM, SIGINT and SIGHUP end it cleanly; one of them again, later than `SAME_S`, ends it at once, by that
+    signal. A signal that was ignored at the start (nohup, a shell's background job) stays ignored.
 
     The process is taken to be ours alone: whatever is there once it is ready, the garbage collector
     leaves alone from then on. To walk all the modules takes it longer than many an answer.
@@ -371,15 +373,17 @@ def serve(sidecar: Sidecar, *, ready: Callable[[], None], companions: Sequence[C
 
 async def _serve(sidecar: Sidecar, ready: Callable[[], None], companions: Sequence[Companion]) -> None:
     loop = asyncio.get_running_loop()
-    stopping = False
+    stopping_s: float | None = None
 
     def stop(number: signal.Signals) -> None:
-        nonlocal stopping
-        if stopping:
+        nonlocal stopping_s
+        if stopping_s is not None:
+            if loop.time() - stopping_s < SAME_S:
+                return
             sidecar.close()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        stopping = True
+        stopping_s = loop.time()
         sidecar.stop()
 
     taken = [

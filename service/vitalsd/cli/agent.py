@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Failed
+from vitalsd.cli.options import Failed, a_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,8 @@ def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":
     kinds = click.Choice(["launchd", "systemd"])
     command = click.option("--supervisor", "kind", type=kinds, default=default, show_default=True)(command)
     command = click.option("--port", type=click.IntRange(1, 65535), default=9779, show_default=True)(command)
-    return click.option("--name", metavar="TARGET", help="Follow your newest process of that name.")(command)
+    follow = "Follow your newest process of that name."
+    return click.option("--name", metavar="TARGET", callback=a_name, help=follow)(command)
 
 
 SET_HERE = ("pid", "name", "host", "port", "no_tcp", "uds", "ready_fd", "exit_with_target")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import platform_of, raise_descriptor_limit
+from vitalsd.cli.options import Number, platform_of, raise_descriptor_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ STYLES = {"pass": "green", "fail": "bold red", "not here": "dim"}
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--soak",
-    type=click.FloatRange(1, 7 * 86400),
+    type=Number(1, 7 * 86400),
     metavar="SECONDS",
     help="Also take snapshots as fast as they come for so long, and watch for leaks.",
 )

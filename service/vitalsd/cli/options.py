@@ -1,6 +1,7 @@
 """What the commands share: options, failures, tables, and where things are."""
 
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Failed",
+    "Number",
     "Refused",
+    "a_name",
     "find_target",
     "host_option",
     "name_option",
@@ -28,11 +31,33 @@ __all__ = [
     "runs_path",
 ]
 
+
+class Number(click.FloatRange):
+    """A number of a range, and nothing else that Python takes for one."""
+
+    def convert(self, value: "Any", param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not isfinite(number):
+            self.fail(f"{value} is not a number to count with.", param, ctx)
+        return number
+
+
+def a_name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option that names a process: an empty one is a variable that was not set."""
+    if value == "":
+        raise click.BadParameter("it is empty")
+    return value
+
+
 pid_option = click.option(
     "--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Target process.", shell_complete=processes
 )
 name_option = click.option(
-    "--name", metavar="NAME", help="Target: your newest process of that name.", shell_complete=processes
+    "--name",
+    metavar="NAME",
+    callback=a_name,
+    help="Target: your newest process of that name.",
+    shell_complete=processes,
 )
 proc_root_option = click.option(
     "--proc-root",

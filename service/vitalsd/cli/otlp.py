@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Refused
+from vitalsd.cli.options import Number, Refused
 
 if TYPE_CHECKING:
     from vitalsd.otlp import Push
@@ -21,7 +21,7 @@ def otlp_options(command: Callable[..., None]) -> Callable[..., None]:
     """``--otlp`` and ``--otlp-interval``."""
     command = click.option(
         "--otlp-interval",
-        type=click.FloatRange(1, 3600),
+        type=Number(1, 3600),
         default=60.0,
         show_default=True,
         metavar="SECONDS",

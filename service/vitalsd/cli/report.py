@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vitalsd.cli.options import Number
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
@@ -54,7 +56,7 @@ def report(
     if pid is None and url is None:
         pid = next((each.target.pid for each in discover() if each.target is not None), None)
     try:
-        outbox = _spool(upload) if upload else None
+        outbox = _spool(upload) if upload is not None else None
         made = BugReport(app, description=message, url=url, pid=pid, direct=direct)
         for file in files:
             made.attach(file.name, file)
@@ -78,7 +80,7 @@ def report(
         if outbox is not None:
             made.submit(outbox)
     except OSError as error:
-        raise click.ClickException(f"cannot write the report: {error.strerror}") from None
+        raise click.ClickException(f"cannot write the report to {out or Path()}: {error.strerror}") from None
     except SpoolError as error:
         raise click.ClickException(f"{error}; keep it with --out DIR") from None
     if not as_json:
@@ -123,7 +125,7 @@ def spool_list(as_json: bool) -> None:
 @spool.command("send")
 @click.argument("report_id", required=False)
 @click.option("--url", metavar="URL", help="For reports that were added without one.")
-@click.option("--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Go on with what fails so long.")
+@click.option("--wait", type=Number(0), default=0.0, metavar="SECONDS", help="Go on with what fails so long.")
 @click.option("--retry-failed", is_flag=True, help="Also those that the server refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def spool_send(report_id: str | None, url: str | None, wait: float, retry_failed: bool, as_json: bool) -> None:
@@ -134,8 +136,11 @@ def spool_send(report_id: str | None, url: str | None, wait: float, retry_failed
 
     kept = _spool(url)
     try:
+        entries = kept.entries()
+        if report_id is not None and all(entry.report_id != report_id for entry in entries):
+            raise click.ClickException(f"no report {report_id}; `vitalsd spool list` shows them")
         if retry_failed:
-            for entry in kept.entries():
+            for entry in entries:
                 if entry.state == "failed" and report_id in (None, entry.report_id):
                     kept.retry(entry.report_id)
         results, sent = _send(kept, report_id, wait_s=wait, quiet=as_json)
@@ -193,7 +198,8 @@ def _send(
     from vitalsd_client.upload import Receipt
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def progress(entry: "Entry", sent: int, total: int) -> None:

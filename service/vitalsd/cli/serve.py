@@ -9,6 +9,7 @@ import click
 from vitalsd.cli.log import log_format_option, logging_as
 from vitalsd.cli.options import (
     Failed,
+    Number,
     find_target,
     host_option,
     name_option,
@@ -39,7 +40,7 @@ log = logging.getLogger("vitalsd")
 @port_option
 @click.option(
     "--record-interval",
-    type=click.FloatRange(0, 3600),
+    type=Number(0, 3600),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
@@ -47,7 +48,7 @@ log = logging.getLogger("vitalsd")
 )
 @click.option(
     "--retention",
-    type=click.FloatRange(1, 1440),
+    type=Number(1, 1440),
     default=15.0,
     show_default=True,
     metavar="MINUTES",
@@ -70,7 +71,7 @@ log = logging.getLogger("vitalsd")
 @click.option("--exit-with-target", is_flag=True, help="With --pid: end when the target does.")
 @click.option(
     "--linger",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=30.0,
     show_default=True,
     metavar="SECONDS",

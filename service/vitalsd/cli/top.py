@@ -4,6 +4,7 @@ import click
 
 from vitalsd.cli.options import (
     Failed,
+    Number,
     Refused,
     find_target,
     name_option,
@@ -22,7 +23,7 @@ __all__ = ["top"]
 @click.option("--url", metavar="URL", help="Ask this sidecar: http://127.0.0.1:9779")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1, 60),
+    type=Number(0.1, 60),
     default=1.0,
     show_default=True,
     metavar="SECONDS",

@@ -155,7 +155,7 @@ class Digits(NamedTuple):
     @staticmethod
     def _check(value: Any) -> Any:
         if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,10}", value, re.ASCII):
-            raise ValueError("must be written in digits only")
+            raise ValueError("must be written in digits only, 10 at the most")
         return value
 
 
