@@ -3,6 +3,8 @@
 import ctypes
 import json
 import os
+import platform
+import re
 import resource
 import shutil
 import statistics
@@ -22,7 +24,16 @@ import pytest
 import target as target_program
 from target import Target, cpu_at, set_name, spin
 from vitalsd.snapshot import Snapshot, measure
-from vitalsd.sources import AccessDenied, NoSuchProcess, Source, TargetGone, Unsupported, list_processes, open_source
+from vitalsd.sources import (
+    AccessDenied,
+    Ending,
+    NoSuchProcess,
+    Source,
+    TargetGone,
+    Unsupported,
+    list_processes,
+    open_source,
+)
 from vitalsd.sources.linux import LinuxSource
 from vitalsd.sources.linux_counters import KERNEL_TICK_NS, USER_TICK_NS
 from vitalsd.sources.linux_threads import FEW_NAMES
@@ -323,6 +334,38 @@ def test_a_reused_tid_in_our_own_process_is_a_new_thread() -> None:
         assert m.thread_cpu_ns[index] >= 50 * MS
         return
     pytest.fail("the kernel never gave the number again")
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [
+        ("exit 0", Ending(True, "exit status 0")),
+        ("exit 3", Ending(False, "exit status 3")),
+        ("kill -SEGV $$", Ending(False, "killed by SIGSEGV")),
+        ("kill -KILL $$", Ending(False, "killed by SIGKILL")),
+        ("kill -TERM $$", Ending(True, "killed by SIGTERM")),
+        ("kill -40 $$", Ending(False, "killed by signal 40")),
+    ],
+)
+def test_how_it_ended_is_told(code: str, ending: Ending, reaped: bool) -> None:
+    """Whether its parent has collected it or not, and whoever its parent is."""
+    victim = subprocess.Popen(["sh", "-c", f"read _; ulimit -c 0; {code}"], stdin=subprocess.PIPE)
+    with opened(victim.pid) as source:
+        source.snapshot()
+        if reaped:
+            victim.communicate(b"\n")
+        else:
+            assert victim.stdin is not None
+            with victim.stdin:
+                victim.stdin.write(b"\n")
+            while Path(f"/proc/{victim.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0] != "Z":
+                time.sleep(0.001)
+        with pytest.raises(TargetGone, match="has exited") as error:
+            source.snapshot()
+    victim.wait()
+    kernel = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
+    assert error.value.ending == (None if reaped and kernel < (6, 15) else ending)
 
 
 @forced_ids
@@ -640,7 +683,7 @@ def test_few_descriptors_give_the_same_numbers(start: Start, budget: int) -> Non
     target = start("--idle", "20", "--spin-first", "10")
     before = descriptors()
     with opened(target.pid, fd_budget=budget) as poor:
-        assert len(descriptors() - before) <= 4 + budget
+        assert len(descriptors() - before) <= 5 + budget
         with opened(target.pid) as rich:
             a, b, c = poor.snapshot(), rich.snapshot(), poor.snapshot()
         assert (a.tids, a.names) == (b.tids, b.names) == (c.tids, c.names)

@@ -3,6 +3,8 @@
 import http.client
 import json
 import os
+import platform
+import re
 import signal
 import socket
 import stat
@@ -559,6 +561,29 @@ def test_a_second_signal_ends_it_at_once(short_path: Path) -> None:
             assert process.wait(5) == -signal.SIGTERM
             assert time.monotonic() - begun < 0.5
         assert listing(short_path / "run") == []
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (6, 15),
+    reason="this kernel tells only the parent how a process ended",
+)
+@pytest.mark.parametrize(
+    ("code", "state", "how"),
+    [
+        ("exit 0", "clean", "exit status 0"),
+        ("exit 1", "crashed", "exit status 1"),
+        ("kill -ABRT $$", "crashed", "killed by SIGABRT"),
+    ],
+)
+def test_a_target_that_ends_well_has_not_crashed(short_path: Path, code: str, state: str, how: str) -> None:
+    """Its run says how it ended, and no report takes one that just ended for a crash."""
+    target = subprocess.Popen(["sh", "-c", f"read _; ulimit -c 0; {code}"], stdin=subprocess.PIPE)
+    options = ("--pid", str(target.pid), "--exit-with-target", "--record-interval", "0.05")
+    with serving(short_path, *options) as (process, _):
+        target.communicate(b"\n")
+        assert process.wait(5) == 0
+    (run,) = RunDirectory(short_path / "state" / "runs").runs()
+    assert (run.state, run.ended) == (state, f"target {target.pid} has exited: {how}")
 
 
 # --name

@@ -46,6 +46,7 @@ class Recorder:
         """Beats that had no snapshot."""
         self.ended: str | None = None
         """Why there will be no more snapshots."""
+        self._crashed = False
         self._failure: str | None = None
 
     def observe(self, snapshot: Snapshot) -> None:
@@ -66,8 +67,10 @@ class Recorder:
             return False
         reason = str(error)
         if isinstance(error, TargetGone):
-            self.ended = reason
-            self._note("exited", reason)
+            ending = error.ending
+            self.ended = reason if ending is None else f"{reason}: {ending.words}"
+            self._crashed = ending is None or not ending.well
+            self._note("exited", self.ended)
             return False
         if reason != self._failure:
             self._failure = reason
@@ -108,9 +111,9 @@ class Recorder:
             self.blackbox.forget()
 
     def close(self) -> None:
-        """End the run: well, unless the target went first."""
+        """End the run: well, unless the target went first, and not well as far as anybody can say."""
         if self.blackbox is not None:
-            self.blackbox.close(self.ended or "the sidecar was stopped", crashed=self.ended is not None)
+            self.blackbox.close(self.ended or "the sidecar was stopped", crashed=self._crashed)
 
     def _compare(self, before: Snapshot, now: Snapshot) -> None:
         elapsed_ns = now.monotonic_ns - before.monotonic_ns

@@ -19,6 +19,7 @@ from vitalsd.snapshot import Identity, Snapshot
 
 __all__ = [
     "AccessDenied",
+    "Ending",
     "KernelError",
     "NoSuchProcess",
     "ProcessEntry",
@@ -44,8 +45,21 @@ class AccessDenied(SourceError):
     """The process exists and this user may not read it."""
 
 
+class Ending(NamedTuple):
+    """How a process ended."""
+
+    well: bool
+    """With status 0, or by a signal that asked it to end, as systemd.service(5) has it under ``Restart=``."""
+    words: str
+
+
 class TargetGone(SourceError):
     """The process has exited since it was opened, or is a zombie."""
+
+    def __init__(self, reason: str, ending: Ending | None = None) -> None:
+        super().__init__(reason)
+        self.ending = ending
+        """``None`` where the kernel tells only the parent."""
 
 
 class Unsupported(SourceError):

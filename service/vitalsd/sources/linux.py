@@ -40,6 +40,7 @@ from vitalsd.sources.linux_counters import (
     ThreadCounter,
     read_file,
 )
+from vitalsd.sources.linux_exit import ending
 from vitalsd.sources.linux_threads import ThreadTable
 from vitalsd.sources.procfs import (
     STATES,
@@ -218,7 +219,7 @@ class LinuxSource:
                 continue
             if vm:
                 return vm, rss, text, stat.image
-        raise TargetGone(f"target {self._pid} has exited; its parent has not yet collected it (zombie)")
+        raise self._gone("; its parent has not yet collected it (zombie)")
 
     def _extras(self, warnings: list[str]) -> Extras:
         assert self._threads is not None
@@ -269,6 +270,7 @@ class LinuxSource:
             self._task = self._keep(os.open("task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir))
             self._leader = self._keep(os.open(f"{self._pid}/stat", os.O_RDONLY, dir_fd=self._task))
             self._statm = self._keep(os.open("statm", os.O_RDONLY, dir_fd=self._dir))
+            self._pidfd = self._exit_descriptor()  # by number: that it is of this process, the reading below proves
             return parse_stat(os.pread(self._leader, 1024, 0))
         except (FileNotFoundError, ProcessLookupError):
             raise self._absent() from None
@@ -278,6 +280,15 @@ class LinuxSource:
             raise KernelError(f"process {self._pid}: {error}") from None
         except OSError as error:
             raise KernelError(f"cannot open {directory}: {error.strerror}") from None
+
+    def _exit_descriptor(self) -> int:
+        """A pidfd, -1 where there is none: it tells how the process ended, see `vitalsd.sources.linux_exit`."""
+        if self._pid == os.getpid() or not self._in_our_namespace():
+            return -1
+        try:
+            return self._keep(os.pidfd_open(self._pid))  # type: ignore[attr-defined, unused-ignore]
+        except OSError:
+            return -1
 
     def _keep(self, fd: int) -> int:
         self._fds.append(fd)
@@ -328,13 +339,16 @@ class LinuxSource:
             case ProcessLookupError() | FileNotFoundError():
                 if self._hidden():
                     return AccessDenied(f"process {self._pid} does not let this user read it any more (hidepid)")
-                return TargetGone(f"target {self._pid} has exited")
+                return self._gone()
             case PermissionError():
                 return AccessDenied(f"process {self._pid}: {error.strerror}: {error.filename}")
             case Malformed():
                 return KernelError(f"process {self._pid}: {error}")
             case _:
                 return KernelError(f"process {self._pid}: {error.strerror}")
+
+    def _gone(self, more: str = "") -> TargetGone:
+        return TargetGone(f"target {self._pid} has exited{more}", ending(self._dir, self._leader, self._pidfd))
 
     def _hidden(self) -> bool:
         """Whether it lives and /proc now hides it: what was open still answers, and nothing more can be opened."""

@@ -1,0 +1,68 @@
+"""How a process of Linux ended that is no child of ours."""
+
+import fcntl
+import os
+import signal
+import struct
+from contextlib import suppress
+
+from vitalsd.sources import Ending
+from vitalsd.sources.procfs import Malformed, parse_stat
+
+__all__ = ["ending"]
+
+PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), linux/pidfd.h
+PIDFD_INFO_EXIT = 1 << 3
+INFO = struct.Struct("=Q52xi")
+"""Of ``struct pidfd_info``: mask, and exit_code."""
+GENTLE = frozenset((signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
+
+
+def ending(process_fd: int, stat_fd: int, pidfd: int) -> Ending | None:
+    """
+    How it ended; ``None`` if the kernel does not tell.
+
+    Until its parent has collected it, ``stat`` has its status for whoever may trace it (proc_pid_stat(5));
+    after that, since Linux 6.15, a pidfd that was opened before.
+
+    Args:
+        process_fd: ``/proc/<pid>``, opened while it lived.
+        stat_fd: the ``stat`` below it.
+        pidfd: of the same process, or -1.
+    """
+    status = _of_zombie(process_fd, stat_fd)
+    if status is None and pidfd >= 0:
+        status = _of_pidfd(pidfd)
+    if status is None:
+        return None
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return Ending(code == 0, f"exit status {code}")
+    with suppress(ValueError):
+        number = signal.Signals(-code)
+        return Ending(number in GENTLE, f"killed by {number.name}")
+    return Ending(False, f"killed by signal {-code}")
+
+
+def _of_zombie(process_fd: int, stat_fd: int) -> int | None:
+    try:
+        content = os.pread(stat_fd, 1024, 0)
+        if parse_stat(content).state not in "ZX":
+            return None
+        os.readlink("exe", dir_fd=process_fd)
+    except FileNotFoundError:  # and not EACCES: to whom it is forbidden, stat shows a status of 0
+        return int(content.rsplit(None, 1)[1])
+    except (OSError, Malformed):
+        pass
+    return None
+
+
+def _of_pidfd(pidfd: int) -> int | None:
+    reply = bytearray(INFO.size)
+    INFO.pack_into(reply, 0, PIDFD_INFO_EXIT, 0)
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, reply)
+    except OSError:  # ENOTTY, and before 6.15 ESRCH: an older kernel
+        return None
+    mask, status = INFO.unpack(reply)
+    return int(status) if mask & PIDFD_INFO_EXIT else None
