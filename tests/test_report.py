@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -381,10 +382,13 @@ def test_a_name_that_is_no_file_name_is_refused(app: str) -> None:
 # The run before
 
 
-def crash_one(home: Path, marks: str) -> None:
-    """A recorded run whose sidecar and target die at once."""
+SLEEPER = "import time; time.sleep(60)"
+
+
+def crash_one(home: Path, marks: str, code: str = SLEEPER) -> None:
+    """A recorded run of a script whose sidecar and target die at once."""
     with (
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as target,
+        subprocess.Popen([sys.executable, "-c", code]) as target,
         serving(home, "--pid", str(target.pid), "--record-interval", "0.05") as (process, ready),
     ):
         with httpx.Client(trust_env=False, base_url=ready["url"]) as client:
@@ -395,26 +399,50 @@ def crash_one(home: Path, marks: str) -> None:
         target.kill()
 
 
+@contextmanager
+def next_run(home: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The script again, and its sidecar: its pid, and what the sidecar said."""
+    with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
+        try:
+            with serving(home, "--record-interval", "0.05", "--pid", str(target.pid)) as (_, ready):
+                yield target.pid, ready
+        finally:
+            target.kill()
+
+
 def test_a_crashed_run_is_told_of_once(home: Path) -> None:
     """The next report of the same program has previous-run.json, and the one after it has not."""
     crash_one(home, "just before")
-    with serving(home, "--record-interval", "0.05", "--pid", str(os.getpid())):
-        report = BugReport("ryll", window_ms=50)
+    with next_run(home) as (pid, _):
+        report = BugReport("ryll", window_ms=50, pid=pid)
         report.preview()
-        told = BugReport("ryll", window_ms=50)
+        told = BugReport("ryll", window_ms=50, pid=pid)
         members = opened(told.save(home))
         previous = json.loads(members["previous-run.json"])
         assert previous["run"]["state"] == "crashed"
         assert [mark["label"] for mark in previous["marks"]] == ["just before"]
-        assert previous["target"]["pid"] != os.getpid()
+        assert previous["target"]["pid"] != pid
         assert "previous-run.json" in report.preview(), "shown, but not given away: it is still to be told"
-        assert "previous-run.json" not in BugReport("ryll", window_ms=50).preview()
+        assert "previous-run.json" not in BugReport("ryll", window_ms=50, pid=pid).preview()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells scripts of one interpreter apart")
+def test_a_crash_of_another_script_is_not_told_of(home: Path) -> None:
+    """Both are called python; what the other one did is none of this one's business."""
+    crash_one(home, "secret", code=f"{SLEEPER}  # another program")
+    with next_run(home) as (pid, ready):
+        assert "previous-run.json" not in BugReport("ryll", window_ms=50, pid=pid).preview()
+        answer = httpx.get(f"{ready['url']}/report.zip", params={"window_ms": 50}, trust_env=False)
+        (home / "curl.zip").write_bytes(answer.content)
+        (home / "curl.zip").chmod(0o600)
+        assert "previous-run.json" not in opened(home / "curl.zip")
+        assert [run["reported"] for run in httpx.get(f"{ready['url']}/runs", trust_env=False).json()] == [False, False]
 
 
 def test_curl_gets_the_same_report(home: Path) -> None:
     """GET /report.zip: the same members, the crashed run once."""
     crash_one(home, "just before")
-    with serving(home, "--record-interval", "0.05", "--pid", str(os.getpid())) as (_, ready):
+    with next_run(home) as (_, ready):
         url = f"{ready['url']}/report.zip"
         with httpx.Client(trust_env=False, timeout=10) as client:
             eventually(lambda: client.get(f"{ready['url']}/info").json()["recorder"]["snapshots"] > 4)

@@ -59,9 +59,16 @@ class Past:
 
     def _previous(self, request: Callable[..., Answer], table: dict[str, Any], members: dict[str, bytes]) -> None:
         """The newest run of the same program that crashed and is in no report yet."""
-        name = table["target"]["name"]
+        target = table["target"]
         runs, _ = _json(request("/runs", last=False), list)
-        crashed = [run for run in runs if run["state"] == "crashed" and not run["reported"] and run["name"] == name]
+        # Two scripts of one interpreter have one name, and are none of each other's business.
+        mine = (run["program"] for run in runs if run["state"] == "running" and run["pid"] == target["pid"])
+        program = (target["name"], next(mine, ""))
+        crashed = [
+            run
+            for run in runs
+            if run["state"] == "crashed" and not run["reported"] and (run["name"], run["program"]) == program
+        ]
         if crashed:
             run_id = str(crashed[0]["id"])
             answer = request(f"/runs/{quote(run_id, safe='')}/history", {"seconds": 86_400, "top": TOP_THREADS})

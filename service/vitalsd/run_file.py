@@ -176,6 +176,7 @@ class RunFile:
                         "boot_id": identity.boot_id,
                         "start_key": identity.start_key,
                         "started_unix_ns": identity.started_unix_ns,
+                        "program": identity.program,
                     }
                 ),
                 "interval_ns": str(self._interval_ns),

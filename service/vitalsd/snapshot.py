@@ -30,6 +30,11 @@ class Identity(NamedTuple):
     boot_id: str
     start_key: int
     started_unix_ns: int
+    program: str = ""
+    """
+    What tells apart programs of one name: of a script that an interpreter runs, a digest of what the command line
+    calls it; else empty. Linux only.
+    """
 
     @property
     def start_id(self) -> str:

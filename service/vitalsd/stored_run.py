@@ -188,7 +188,7 @@ def _typed(row: Sequence[Any], kinds: Sequence[type]) -> Any:
 
 def _identity(meta: dict[str, str]) -> Identity:
     identity = Identity(**json.loads(meta["identity"]))
-    _typed(identity, (str, int, str, str, int, int))
+    _typed(identity, (str, int, str, str, int, int, str))
     if not 0 <= identity.started_unix_ns < 2**63:
         raise ValueError(f"a start at {identity.started_unix_ns}")
     return identity

@@ -156,6 +156,7 @@ class Run(_Body):
     platform: Platform
     pid: Count
     name: str
+    program: str = Field(description="Tells apart scripts of one interpreter, by a digest; else empty.")
     started_at: datetime
     recorded_from: datetime | None
     recorded_to: datetime | None

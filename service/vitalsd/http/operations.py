@@ -97,6 +97,7 @@ RUN = {
     "platform": "linux",
     "pid": 2345,
     "name": "python",
+    "program": "6e7a2b51c0d4f893",
     "started_at": "2026-03-01T09:30:00.120Z",
     "recorded_from": "2026-03-01T09:30:01.000Z",
     "recorded_to": "2026-03-01T09:44:58.004Z",

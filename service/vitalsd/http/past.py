@@ -126,6 +126,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "platform": run.identity.platform,
         "pid": run.identity.pid,
         "name": run.identity.name,
+        "program": run.identity.program,
         "started_at": iso(run.identity.started_unix_ns),
         "recorded_from": None if run.first_wall_ns is None else iso(run.first_wall_ns),
         "recorded_to": None if run.last_wall_ns is None else iso(run.last_wall_ns),

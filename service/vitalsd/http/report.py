@@ -69,7 +69,7 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIR
                 members[HISTORY], members[MARKS] = await read(lambda: _recorded(record, query.seconds))
             if shelf is not None and identity is not None:
                 try:
-                    found = await shelf.read(lambda runs: _crashed(runs, identity.name))
+                    found = await shelf.read(lambda runs: _crashed(runs, identity))
                     if found is not None:
                         members[PREVIOUS_RUN] = await read(lambda: _previous(*found))
                         crashed, _ = found
@@ -141,10 +141,16 @@ def _recorded(record: Record, seconds: int) -> tuple[bytes, bytes]:
     return table.to_json(), json.dumps([mark_json(mark) for mark in list(record.marks)]).encode()
 
 
-def _crashed(runs: RunDirectory, name: str) -> tuple[Run, Record] | None:
+def _crashed(runs: RunDirectory, identity: Identity) -> tuple[Run, Record] | None:
     """The newest run of that program which crashed and is in no report yet. Raises as `read_run` does."""
+    program = (identity.name, identity.program)
     run = next(
-        (run for run in runs.runs() if run.state == "crashed" and not run.reported and run.identity.name == name), None
+        (
+            run
+            for run in runs.runs()
+            if run.state == "crashed" and not run.reported and (run.identity.name, run.identity.program) == program
+        ),
+        None,
     )
     return None if run is None else (run, read_run(run.path)[1])
 

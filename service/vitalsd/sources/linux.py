@@ -16,7 +16,9 @@ Some facts about the kernel on which the design rests (v6.18; each has a test):
 - At exec the calling thread takes over the id and the start time of the leader.
 """
 
+import hashlib
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -56,6 +58,10 @@ from vitalsd.sources.procfs import (
 __all__ = ["LinuxSource", "list_processes"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+INTERPRETERS = re.compile(
+    r"(bash|bun|dash|deno|dotnet|electron|java|julia|lua|mono|node|perl|php|pypy|python|ruby|sh|zsh)[-.0-9]*$"
+)
+"""Of the name of such an executable many programs have their own."""
 PF_KTHREAD = 0x00200000  # linux/sched.h
 LOOK_EVERY_NS = 1_000_000_000
 """The main thread's stat is read that often, and whenever the memory map has changed."""
@@ -110,6 +116,7 @@ class LinuxSource:
             boot_id=_boot_id(root),
             start_key=stat.start_ticks,
             started_unix_ns=time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME) + self._start_ns,
+            program=self._script(),
         )
 
     def identity(self) -> Identity:
@@ -306,6 +313,18 @@ class LinuxSource:
             except (ProcessLookupError, OverflowError):
                 pass
         return NoSuchProcess(f"no process has pid {self._pid}")
+
+    def _script(self) -> str:
+        """A digest of the script, if the program is an interpreter; else, or if that is not told, empty."""
+        try:
+            executable = os.path.basename(os.readlink("exe", dir_fd=self._dir))
+            words = read_file("cmdline", self._dir).split(b"\0")[1:]
+        except OSError:
+            return ""
+        script = next((word for word in words if word and not word.startswith(b"-")), b"")
+        if not script or not INTERPRETERS.match(executable):
+            return ""
+        return hashlib.blake2b(script, digest_size=8).hexdigest()
 
     def _in_our_namespace(self) -> bool:
         try:
