@@ -79,8 +79,9 @@ def test_alongside(env: dict[str, str], short_path: Path) -> None:
 
 def test_can_do_without(env: dict[str, str], short_path: Path) -> None:
     """One sentence says why there is none, and what asks gets that answer too."""
-    said = python("can_do_without.py", env, short_path)
-    assert said == "no metrics: cannot run /nonexistent/vitalsd: No such file or directory\nFalse\n"
+    why, answer = python("can_do_without.py", env, short_path).splitlines()
+    assert why == "no metrics: cannot run /nonexistent/vitalsd: No such file or directory"
+    assert "available=False reason='no sidecar to ask: " in answer
 
 
 def test_a_c_program(env: dict[str, str], short_path: Path) -> None:

@@ -399,3 +399,5 @@ async def _serve(sidecar: Sidecar, ready: Callable[[], None], companions: Sequen
         for number in taken:
             with suppress(ValueError):
                 loop.remove_signal_handler(number)
+            if stopping_s is not None:  # what is left is short, and the same signal once more would spoil it
+                signal.signal(number, signal.SIG_IGN)
