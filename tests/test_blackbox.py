@@ -309,6 +309,23 @@ def test_memory_that_was_removed_is_noticed(tmp_path: Path) -> None:
 
 
 @linux_only
+def test_a_file_that_was_deleted_is_followed_by_another(tmp_path: Path) -> None:
+    """From the next segment on; nothing of the first is left in memory."""
+    process, record = Process(), Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
+    box = BlackBox(RunDirectory(tmp_path / "runs"), IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62)
+    go_on(box, record, process, 70)
+    in_memory = {link.readlink() for link in (tmp_path / "runs").glob("*.tail")}
+    shutil.rmtree(tmp_path / "runs")
+    go_on(box, record, process, 130)
+    box.close("over")
+    assert not any(path.exists() for path in in_memory)
+    run, back = read_run(next((tmp_path / "runs").glob("*.sqlite")))
+    assert (run.state, box.error) == ("clean", None)
+    kept, taken = list(back.snapshots()), list(record.snapshots())
+    assert len(kept) == 200 - 2 * 64
+    assert all(map(same, kept, taken[-len(kept) :]))
+
+
 def test_an_event_takes_along_what_came_before_it(tmp_path: Path) -> None:
     """The end of the target is on disk with the snapshots before it, though none follows that would take them there."""
     process = Process()

@@ -329,6 +329,12 @@ def test_failure_is_told_on_the_ready_fd(short_path: Path) -> None:
         assert ready == {"error": f"no process has pid {2**22 + 1}"}
         assert process.wait(5) == 1
     assert refused(short_path, "--ready-fd", "99")[0] == 2
+    with open(os.devnull, "rb") as unfit:
+        command = [*VITALSD, "serve", "--port", "0", "--ready-fd", "0"]
+        done = subprocess.run(
+            command, stdin=unfit, env=environment(short_path), capture_output=True, text=True, timeout=20
+        )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "Error: --ready-fd 0: it cannot be written to")
 
 
 def test_a_reader_that_has_gone_is_no_reason_to_fail(short_path: Path) -> None:

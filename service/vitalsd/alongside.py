@@ -4,6 +4,8 @@ The sidecar alongside its client: a process of its own that outlives a crash.
 Of the standard library and `vitalsd.endpoint` alone: the client does not load the service.
 """
 
+import errno
+import fcntl
 import json
 import os
 import select
@@ -43,6 +45,8 @@ class ReadyFd:
         self._fd = fd
         if fd is not None:
             os.set_inheritable(fd, False)
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise OSError(errno.EBADF, "it cannot be written to")
 
     def send(self, **answer: Any) -> None:
         """Tell it, once; a reader that has gone away is none of our business."""

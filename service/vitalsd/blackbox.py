@@ -189,6 +189,8 @@ class BlackBox:
 
     def _take(self, number: int, segment: Segment, position: int, anew: bool) -> None:
         begins = anew or segment is not self._segment
+        if begins and self._file is not None and not self._file.path.exists():
+            self._let_go()  # somebody has deleted it: what follows goes to a new one
         if not self._guard(self._write, number, segment, position, begins):
             self.dropped += 1
             self._segment = None
@@ -236,6 +238,14 @@ class BlackBox:
         """What is in the tail and not on disk."""
         tail = self._tail
         return [row for row in tail.rows() if row.id > file.on_disk] if tail is not None else []
+
+    def _let_go(self) -> None:
+        if self._tail is not None:
+            self._tail.remove()
+            self._tail = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _close(self, ended: str, crashed: bool) -> None:
         file, tail = self._file, self._tail
