@@ -146,6 +146,11 @@ class Sampler:
         await self.identity()
         return await self._snapshot(time.monotonic_ns() - SHARE_NS, extras)
 
+    async def confirm(self) -> None:
+        """Read the target as it is now, and not a few milliseconds ago. Raises `SourceError`: it has exited, say."""
+        await self.identity()
+        await self._snapshot(time.monotonic_ns(), False)
+
     def mark(self, label: str) -> Mark:
         """
         Put a label on the recorder's clock; from any thread.

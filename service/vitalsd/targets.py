@@ -185,7 +185,7 @@ class Targets:
         if guest is None or guest.sampler.pid is None:
             return
         try:
-            await guest.sampler.snapshot()
+            await guest.sampler.confirm()
         except TargetGone:
             if self._guests.get(pid) is guest and guest.users:
                 del self._guests[pid]  # the last of them closes it
