@@ -15,8 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.http.app import create_app
 from vitalsd.http.live import STREAM_S
+from vitalsd.listeners import listen
 from vitalsd.sampler import Sampler
-from vitalsd.sidecar import Sidecar, listen
+from vitalsd.sidecar import Sidecar
 from vitalsd.sources import list_processes, open_source
 from vitalsd.targets import Targets
 

@@ -30,8 +30,7 @@ from sidecars import eventually, serving
 from vitalsd.http.connection import REQUEST_S, WRITE_S, Connection
 from vitalsd.http.log import Sparing
 from vitalsd.http.room import MAX_CONNECTIONS, Room
-from vitalsd.listeners import bind_tcp
-from vitalsd.sidecar import Listeners, adopt
+from vitalsd.listeners import Listeners, adopt, bind_tcp
 
 pytestmark = pytest.mark.live
 

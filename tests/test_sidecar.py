@@ -20,9 +20,8 @@ import pytest
 
 from sidecars import VITALSD, UnixConnection, ask, environment, eventually, listing, serving
 from vitalsd import endpoint
-from vitalsd.listeners import ListenError, PortInUse, UnixListener, bind_tcp, inherited, is_remote
+from vitalsd.listeners import ListenError, PortInUse, UnixListener, adopt, bind_tcp, inherited, is_remote, listen
 from vitalsd.runs import RunDirectory
-from vitalsd.sidecar import adopt, listen
 from vitalsd.socket_file import answers
 
 

@@ -62,12 +62,12 @@ class Past:
         target = table["target"]
         runs, _ = _json(request("/runs", last=False), list)
         # Two scripts of one interpreter have one name, and are none of each other's business.
-        mine = (run["program"] for run in runs if run["state"] == "running" and run["pid"] == target["pid"])
+        mine = (run.get("program", "") for run in runs if run["state"] == "running" and run["pid"] == target["pid"])
         program = (target["name"], next(mine, ""))
         crashed = [
             run
             for run in runs
-            if run["state"] == "crashed" and not run["reported"] and (run["name"], run["program"]) == program
+            if run["state"] == "crashed" and not run["reported"] and (run["name"], run.get("program", "")) == program
         ]
         if crashed:
             run_id = str(crashed[0]["id"])

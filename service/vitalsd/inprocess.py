@@ -16,11 +16,12 @@ from vitalsd import endpoint as endpoints
 from vitalsd.directories import EndpointError, state_directory
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.app import create_app
+from vitalsd.listeners import listen
 from vitalsd.recorder import Recording
 from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Sampler
 from vitalsd.sidecar import Sidecar as Service
-from vitalsd.sidecar import listen, runtime_directory
+from vitalsd.sidecar import runtime_directory
 from vitalsd.sources import Source, list_processes, open_source
 from vitalsd.sources.birth import births
 from vitalsd.sources.python_names import PythonNames

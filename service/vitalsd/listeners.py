@@ -10,14 +10,28 @@ import ipaddress
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from vitalsd.directories import EndpointError, check_socket_path, private_directory
+from vitalsd.directories import EndpointError, check_socket_path, private_directory, socket_name
 from vitalsd.socket_file import SocketLock, answers
 
-__all__ = ["BACKLOG", "DEFAULT_PORT", "ListenError", "PortInUse", "UnixListener", "bind_tcp", "inherited", "is_remote"]
+__all__ = [
+    "BACKLOG",
+    "DEFAULT_PORT",
+    "ListenError",
+    "Listeners",
+    "PortInUse",
+    "UnixListener",
+    "adopt",
+    "bind_tcp",
+    "inherited",
+    "is_remote",
+    "listen",
+]
 
 DEFAULT_PORT = 9779
 BACKLOG = 64
@@ -179,3 +193,124 @@ def inherited(fd: int) -> socket.socket:
     if found.family in (socket.AF_INET, socket.AF_INET6):
         return socket.socket(found.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=found.detach())
     return found
+
+
+@dataclass(slots=True)
+class Listeners:
+    """The sockets of one sidecar."""
+
+    tcp: list[socket.socket] = field(default_factory=list)
+    unix: UnixListener | None = None
+    others: list[socket.socket] = field(default_factory=list)
+    """Unix sockets that a supervisor made, and removes."""
+    notes: list[str] = field(default_factory=list)
+    """What is other than was to be expected, in sentences for the user."""
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        return [*self.tcp, *self.others, *([self.unix.socket] if self.unix else [])]
+
+    @property
+    def socket_path(self) -> str | None:
+        if self.unix is not None:
+            return str(self.unix.path)
+        return next((str(name) for each in self.others if (name := each.getsockname())), None)
+
+    @property
+    def address(self) -> tuple[str, int] | tuple[None, None]:
+        """Host and port over TCP."""
+        return self.tcp[0].getsockname()[:2] if self.tcp else (None, None)
+
+    def close(self) -> None:
+        """Close all of them. A second call does nothing."""
+        for each in (*self.tcp, *self.others):
+            each.close()
+        if self.unix is not None:
+            self.unix.close()
+
+    def forget(self) -> None:
+        """Close them in a forked child, and leave the socket's file to the parent."""
+        for each in (*self.tcp, *self.others):
+            each.close()
+        if self.unix is not None:
+            self.unix.forget()
+
+
+def listen(
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    tcp: bool = True,
+    uds: str | Path | None = None,
+    directory: Path | None = None,
+    guarded: bool = False,
+    allow_remote: bool = False,
+) -> Listeners:
+    """
+    Open the listeners of a sidecar.
+
+    Args:
+        host: TCP address.
+        port: ``None`` is 9779, or a free one if that is taken; 0 is a free one.
+        tcp: whether to listen on TCP at all.
+        uds: path of the Unix socket; ``None`` puts it into `directory`.
+        directory: of the runtime files; ``None``: no Unix socket unless `uds` names one.
+        guarded: a token will be asked for.
+        allow_remote: another machine may connect; it needs `guarded` too.
+
+    Raises:
+        PortInUse: the port that was asked for is taken.
+        ListenError: any other reason. Nothing is left open.
+    """
+    listeners = Listeners()
+    try:
+        if tcp:
+            if is_remote(host):
+                if not (guarded and allow_remote):
+                    raise _unguarded(host)
+                listeners.notes.append(_unencrypted(host))
+            listeners.tcp.append(_bind_tcp(host, port, listeners.notes))
+        path = directory / socket_name(os.getpid()) if uds is None and directory else uds
+        if path is not None:
+            listeners.unix = UnixListener(Path(os.path.abspath(path)))
+        if not listeners.sockets:
+            raise ListenError("there is nothing to listen on: no TCP, and no directory for a Unix socket")
+    except ListenError:
+        listeners.close()
+        raise
+    return listeners
+
+
+def adopt(sockets: Sequence[socket.socket], *, guarded: bool, allow_remote: bool) -> Listeners:
+    """
+    The listeners that a supervisor made.
+
+    Raises:
+        ListenError: other machines could reach one of them, and that was not allowed.
+    """
+    unix = [each for each in sockets if each.family == socket.AF_UNIX]
+    tcp = [each for each in sockets if each.family != socket.AF_UNIX]
+    remote = [each.getsockname()[0] for each in tcp if is_remote(each.getsockname()[0])]
+    if remote and not (guarded and allow_remote):
+        for each in sockets:
+            each.close()
+        raise _unguarded(remote[0])
+    return Listeners(tcp=tcp, others=unix, notes=[_unencrypted(host) for host in remote])
+
+
+def _unguarded(host: str) -> ListenError:
+    return ListenError(f"{host} can be reached from other machines; that needs both --auth token and --allow-remote")
+
+
+def _unencrypted(host: str) -> str:
+    return f"{host} can be reached from other machines, and nothing is encrypted"
+
+
+def _bind_tcp(host: str, port: int | None, notes: list[str]) -> socket.socket:
+    if port is not None:
+        return bind_tcp(host, port)
+    try:
+        return bind_tcp(host, DEFAULT_PORT)
+    except PortInUse as error:
+        notes.append(f"{error}; taking a free one")
+        return bind_tcp(host, 0)

@@ -28,7 +28,7 @@ from vitalsd.sources.apple_headers import (
 )
 from vitalsd.sources.darwin import list_processes, open_process
 from vitalsd.sources.libproc import LibprocSource
-from vitalsd.sources.linux import CLOCK_BOOTTIME
+from vitalsd.sources.linux_processes import CLOCK_BOOTTIME
 from vitalsd.sources.mach import MachSource
 from workload import ChildWorkload, OwnWorkload
 

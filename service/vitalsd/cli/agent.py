@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Failed, a_name
+from vitalsd.cli.options import Failed, not_empty
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":
     command = click.option("--supervisor", "kind", type=kinds, default=default, show_default=True)(command)
     command = click.option("--port", type=click.IntRange(1, 65535), default=9779, show_default=True)(command)
     follow = "Follow your newest process of that name."
-    return click.option("--name", metavar="TARGET", callback=a_name, help=follow)(command)
+    return click.option("--name", metavar="TARGET", callback=not_empty, help=follow)(command)
 
 
 SET_HERE = ("pid", "name", "host", "port", "no_tcp", "uds", "ready_fd", "exit_with_target")

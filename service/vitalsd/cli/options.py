@@ -18,10 +18,10 @@ __all__ = [
     "Failed",
     "Number",
     "Refused",
-    "a_name",
     "find_target",
     "host_option",
     "name_option",
+    "not_empty",
     "pid_option",
     "platform_of",
     "port_option",
@@ -42,7 +42,7 @@ class Number(click.FloatRange):
         return number
 
 
-def a_name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+def not_empty(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     """Callback of an option that names a process: an empty one is a variable that was not set."""
     if value == "":
         raise click.BadParameter("it is empty")
@@ -55,7 +55,7 @@ pid_option = click.option(
 name_option = click.option(
     "--name",
     metavar="NAME",
-    callback=a_name,
+    callback=not_empty,
     help="Target: your newest process of that name.",
     shell_complete=processes,
 )

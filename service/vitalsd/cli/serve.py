@@ -121,7 +121,7 @@ def serve(
     /metrics?pid=N. With --name it waits for the process to start, and goes on with the next one
     when it has ended.
 
-    SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one ends it at once.
+    SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one, a moment later, at once.
     """
     import os
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from vitalsd.alongside import ReadyFd
     from vitalsd.endpoint import Target
+    from vitalsd.listeners import Listeners
     from vitalsd.runs import RunDirectory
-    from vitalsd.sidecar import Companion, Listeners
+    from vitalsd.sidecar import Companion
     from vitalsd.sources import ProcessEntry
     from vitalsd.sources.birth import Births
     from vitalsd.targets import Targets
@@ -131,8 +132,7 @@ def serve_until_signal(
 def _listeners(where: Where, directory: Path | None) -> "Listeners":
     """Those a supervisor handed over, or new ones. Raises `Refused`."""
     from vitalsd.activation import activated
-    from vitalsd.listeners import ListenError, PortInUse
-    from vitalsd.sidecar import adopt, listen
+    from vitalsd.listeners import ListenError, PortInUse, adopt, listen
 
     try:
         given = activated(os.environ)

@@ -149,7 +149,7 @@ def list_processes(*, proc_root: str = "/proc") -> Iterator[ProcessEntry]:
         Unsupported: on another platform.
     """
     if sys.platform == "linux":
-        from vitalsd.sources.linux import list_processes as processes
+        from vitalsd.sources.linux_processes import list_processes as processes
 
         return processes(proc_root)
     if sys.platform == "darwin":

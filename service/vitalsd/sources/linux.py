@@ -16,19 +16,15 @@ Some facts about the kernel on which the design rests (v6.18; each has a test):
 - At exec the calling thread takes over the id and the start time of the leader.
 """
 
-import hashlib
 import os
-import re
 import resource
 import time
-from collections.abc import Iterator
 
 from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras
 from vitalsd.sources import (
     AccessDenied,
     KernelError,
     NoSuchProcess,
-    ProcessEntry,
     SourceError,
     TargetGone,
     Unsupported,
@@ -43,29 +39,23 @@ from vitalsd.sources.linux_counters import (
     read_file,
 )
 from vitalsd.sources.linux_exit import ending
+from vitalsd.sources.linux_processes import CLOCK_BOOTTIME, PF_KTHREAD, script_digest
 from vitalsd.sources.linux_threads import ThreadTable
 from vitalsd.sources.procfs import (
     STATES,
     Malformed,
     Stat,
-    decode_name,
     parse_run_times,
     parse_stat,
     parse_statm,
     parse_status,
 )
 
-__all__ = ["LinuxSource", "list_processes"]
+__all__ = ["LinuxSource"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-INTERPRETERS = re.compile(
-    r"(bash|bun|dash|deno|dotnet|electron|java|julia|lua|mono|node|perl|php|pypy|python|ruby|sh|zsh)[-.0-9]*$"
-)
-"""Of the name of such an executable many programs have their own."""
-PF_KTHREAD = 0x00200000  # linux/sched.h
 LOOK_EVERY_NS = 1_000_000_000
 """The main thread's stat is read that often, and whenever the memory map has changed."""
-CLOCK_BOOTTIME = 7  # linux/time.h; the time module has it on Linux only, and types are checked for macOS too
 
 
 class LinuxSource:
@@ -90,9 +80,9 @@ class LinuxSource:
             fd_budget = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self._fds: list[int] = []
         self._threads: ThreadTable | None = None
+        same_namespace = self._in_our_namespace()
         try:
-            stat = self._attach()
-            same_namespace = self._in_our_namespace()
+            stat = self._attach(same_namespace)
             self._clock = self._process_clock() if same_namespace else None
             try:
                 counter = self._counter(stat, fd_budget, own=same_namespace and self._pid == os.getpid())
@@ -116,7 +106,7 @@ class LinuxSource:
             boot_id=_boot_id(root),
             start_key=stat.start_ticks,
             started_unix_ns=time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME) + self._start_ns,
-            program=self._script(),
+            program=script_digest(self._dir),
         )
 
     def identity(self) -> Identity:
@@ -269,7 +259,7 @@ class LinuxSource:
 
     # Attaching
 
-    def _attach(self) -> Stat:
+    def _attach(self, same_namespace: bool) -> Stat:
         """Open what is held for the life of the source, and read the main thread's ``stat``."""
         directory = f"{self._root}/{self._pid}"
         try:
@@ -277,7 +267,8 @@ class LinuxSource:
             self._task = self._keep(os.open("task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir))
             self._leader = self._keep(os.open(f"{self._pid}/stat", os.O_RDONLY, dir_fd=self._task))
             self._statm = self._keep(os.open("statm", os.O_RDONLY, dir_fd=self._dir))
-            self._pidfd = self._exit_descriptor()  # by number: that it is of this process, the reading below proves
+            # By number: that it is of this process, the reading below proves.
+            self._pidfd = self._exit_descriptor() if same_namespace and self._pid != os.getpid() else -1
             return parse_stat(os.pread(self._leader, 1024, 0))
         except (FileNotFoundError, ProcessLookupError):
             raise self._absent() from None
@@ -290,8 +281,6 @@ class LinuxSource:
 
     def _exit_descriptor(self) -> int:
         """A pidfd, -1 where there is none: it tells how the process ended, see `vitalsd.sources.linux_exit`."""
-        if self._pid == os.getpid() or not self._in_our_namespace():
-            return -1
         try:
             return self._keep(os.pidfd_open(self._pid))  # type: ignore[attr-defined, unused-ignore]
         except OSError:
@@ -313,18 +302,6 @@ class LinuxSource:
             except (ProcessLookupError, OverflowError):
                 pass
         return NoSuchProcess(f"no process has pid {self._pid}")
-
-    def _script(self) -> str:
-        """A digest of the script, if the program is an interpreter; else, or if that is not told, empty."""
-        try:
-            executable = os.path.basename(os.readlink("exe", dir_fd=self._dir))
-            words = read_file("cmdline", self._dir).split(b"\0")[1:]
-        except OSError:
-            return ""
-        script = next((word for word in words if word and not word.startswith(b"-")), b"")
-        if not script or not INTERPRETERS.match(executable):
-            return ""
-        return hashlib.blake2b(script, digest_size=8).hexdigest()
 
     def _in_our_namespace(self) -> bool:
         try:
@@ -389,38 +366,3 @@ def _boot_id(root: str) -> str:
             return file.read().strip()
     except OSError:
         return "unknown"
-
-
-def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
-    """Processes this user may sample, by ascending pid; kernel threads are left out."""
-    try:
-        pids = sorted(int(name) for name in os.listdir(root) if name.isdecimal())
-    except OSError as error:
-        raise Unsupported(f"cannot list {root}: {error.strerror}") from None
-    boot_unix_ns = time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME)
-    for pid in pids:
-        try:
-            directory = os.open(f"{root}/{pid}", os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            continue
-        try:
-            stat = parse_stat(read_file("stat", directory))
-            pages = parse_statm(read_file("statm", directory))
-            program = read_file("cmdline", directory).partition(b"\0")[0]
-            uid = os.fstat(directory).st_uid
-        except (OSError, Malformed):
-            continue
-        finally:
-            os.close(directory)
-        if stat.flags & PF_KTHREAD or (stat.state == "Z" and stat.thread_count <= 1):
-            continue
-        yield ProcessEntry(
-            pid=pid,
-            name=stat.name,
-            names=frozenset((stat.name, decode_name(os.path.basename(program)))) - {""},
-            started_unix_ns=boot_unix_ns + stat.start_ticks * USER_TICK_NS,
-            cpu_ns=(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS,
-            rss_bytes=pages[1] * PAGE_BYTES,
-            thread_count=stat.thread_count,
-            uid=uid,
-        )

@@ -1,0 +1,76 @@
+"""Which processes of Linux there are, and which programs they run."""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+
+from vitalsd.sources import ProcessEntry, Unsupported
+from vitalsd.sources.linux_counters import USER_TICK_NS, read_file
+from vitalsd.sources.procfs import Malformed, decode_name, parse_stat, parse_statm
+
+__all__ = ["list_processes", "script_digest"]
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+PF_KTHREAD = 0x00200000  # linux/sched.h
+CLOCK_BOOTTIME = 7  # linux/time.h; the time module has it on Linux only, and types are checked for macOS too
+INTERPRETERS = re.compile(
+    r"(bash|bun|dash|deno|dotnet|electron|java|julia|lua|mono|node|perl|php|pypy|python|ruby|sh|zsh)[-.0-9]*$"
+)
+"""Of the name of such an executable many programs have their own."""
+
+
+def script_digest(process_fd: int) -> str:
+    """
+    What tells apart the programs of one interpreter: a digest of what the command line calls the script.
+
+    Empty for any other program, and if it is not told.
+
+    Args:
+        process_fd: ``/proc/<pid>``.
+    """
+    try:
+        executable = os.path.basename(os.readlink("exe", dir_fd=process_fd))
+        words = read_file("cmdline", process_fd).split(b"\0")[1:]
+    except OSError:
+        return ""
+    script = next((word for word in words if word and not word.startswith(b"-")), b"")
+    if not script or not INTERPRETERS.match(executable):
+        return ""
+    return hashlib.blake2b(script, digest_size=8).hexdigest()
+
+
+def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
+    """Processes this user may sample, by ascending pid; kernel threads are left out."""
+    try:
+        pids = sorted(int(name) for name in os.listdir(root) if name.isdecimal())
+    except OSError as error:
+        raise Unsupported(f"cannot list {root}: {error.strerror}") from None
+    boot_unix_ns = time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME)
+    for pid in pids:
+        try:
+            directory = os.open(f"{root}/{pid}", os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            stat = parse_stat(read_file("stat", directory))
+            pages = parse_statm(read_file("statm", directory))
+            program = read_file("cmdline", directory).partition(b"\0")[0]
+            uid = os.fstat(directory).st_uid
+        except (OSError, Malformed):
+            continue
+        finally:
+            os.close(directory)
+        if stat.flags & PF_KTHREAD or (stat.state == "Z" and stat.thread_count <= 1):
+            continue
+        yield ProcessEntry(
+            pid=pid,
+            name=stat.name,
+            names=frozenset((stat.name, decode_name(os.path.basename(program)))) - {""},
+            started_unix_ns=boot_unix_ns + stat.start_ticks * USER_TICK_NS,
+            cpu_ns=(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS,
+            rss_bytes=pages[1] * PAGE_BYTES,
+            thread_count=stat.thread_count,
+            uid=uid,
+        )
