@@ -29,11 +29,11 @@ WORST = {"threads": 1000, "busy": 999}
 ALL_RUN = {"snapshots": 900, "running_percent": 100}
 
 SUITE: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
-    SAMPLING: ("sampling.py", (), ("--rounds", "6")),
+    SAMPLING: ("sampling.py", (), ("--rounds", "20")),
     "The recorder": ("recorder.py", (), ("--seconds", "4", "--rounds", "1")),
     "The record in memory": ("memory.py", (), ("--snapshots", "200")),
     "Answering": ("answering.py", (), ("--rounds", "1", "--requests", "50")),
-    "Accuracy": ("accuracy.py", (), ("--rounds", "10")),
+    "Accuracy": ("accuracy.py", (), ("--rounds", "25")),
     MACOS: ("darwin_snapshot.py", (), ("--rounds", "40")),
     "The interpreter lock on macOS (over the simulator)": ("darwin_gil.py", (), ("--rounds", "10")),
     "Inside a program": ("host.py", (), ("--rounds", "2", "--seconds", "2")),
