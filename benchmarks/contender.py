@@ -7,6 +7,7 @@ One Python contender of `sampling.py`: for each line on stdin a snapshot of PID,
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -14,11 +15,11 @@ def product(pid: int) -> Callable[[], object]:
     """The snapshot as the recorder takes it."""
     from vitalsd.sources.linux import LinuxSource
 
-    return LinuxSource(pid).snapshot
+    return partial(LinuxSource(pid).snapshot, names=False)
 
 
 def full(pid: int) -> Callable[[], object]:
-    """The same, but every thread is read each time."""
+    """The recorder's, but every thread is read each time."""
     from vitalsd.sources.linux import LinuxSource
 
     source = LinuxSource(pid)
@@ -27,7 +28,7 @@ def full(pid: int) -> Callable[[], object]:
 
     def snapshot() -> object:
         threads._exited_ns = None  # without it nothing can be proved
-        return source.snapshot()
+        return source.snapshot(names=False)
 
     return snapshot
 

@@ -99,8 +99,8 @@ class Spoilt:
     def identity(self) -> Identity:
         return self.source.identity()
 
-    def snapshot(self, *, extras: bool = False) -> Snapshot:
-        return self.defect(self.source.snapshot(extras=extras))
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        return self.defect(self.source.snapshot(extras=extras, names=names))
 
     def close(self) -> None:
         self.source.close()

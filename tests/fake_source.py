@@ -87,7 +87,7 @@ class FakeSource:
     def close(self) -> None:
         self.closed = True
 
-    def snapshot(self, *, extras: bool = False) -> Snapshot:
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
         if self.closed:
             raise ValueError("the source is closed")
         process = self._process

@@ -138,7 +138,7 @@ def test_looking_only_at_what_changed_is_looking_at_all(
             handed_out.append((times, list(times)))
             assert dict(zip(table.tids, times, strict=True)) == tree.run_ns
             assert table.living_ns == sum(times)
-            assert table.look_around(number * LOOK_EVERY_NS)
+            assert table.look_around(number * LOOK_EVERY_NS, names=True)
             assert dict(zip(table.tids, table.names, strict=True)) == tree.names
     finally:
         table.close()
@@ -176,15 +176,15 @@ def test_who_has_never_run_is_seen_within_a_second(tmp_path: Path) -> None:
     tree.burn(3, 1000)
     table.read()
     table.calibrate(tree.clock(), tree.exited_ns)
-    assert table.look_around(LOOK_EVERY_NS)
+    assert table.look_around(LOOK_EVERY_NS, names=True)
     tree.born(41, 0)
     tree.burn(3, 1000)
     assert table.read_proved(tree.clock(), tree.clock) is not None
-    assert table.look_around(2 * LOOK_EVERY_NS - 1)
-    assert not table.look_around(2 * LOOK_EVERY_NS)
+    assert table.look_around(2 * LOOK_EVERY_NS - 1, names=True)
+    assert not table.look_around(2 * LOOK_EVERY_NS, names=True)
     assert table.read_proved(tree.clock(), tree.clock) is None
     assert len(table.read()) == 41
-    assert table.look_around(3 * LOOK_EVERY_NS)
+    assert table.look_around(3 * LOOK_EVERY_NS, names=True)
     table.close()
     os.close(task_fd)
 
@@ -195,13 +195,13 @@ def test_newcomers_do_not_keep_names_from_being_read(tmp_path: Path) -> None:
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000))
     table.read()
-    assert table.look_around(LOOK_EVERY_NS)
+    assert table.look_around(LOOK_EVERY_NS, names=True)
     tree.call(20, "renamed")
     for second in range(2, 70):
         tree.born(100 + second, 0)
-        if not table.look_around(second * LOOK_EVERY_NS):
+        if not table.look_around(second * LOOK_EVERY_NS, names=True):
             table.read()
-            assert table.look_around(second * LOOK_EVERY_NS)
+            assert table.look_around(second * LOOK_EVERY_NS, names=True)
     assert table.names[19] == "renamed"
     assert len(table.tids) == 40 + 68
     table.close()

@@ -36,7 +36,7 @@ from vitalsd.sources import (
 )
 from vitalsd.sources.linux import LinuxSource
 from vitalsd.sources.linux_counters import KERNEL_TICK_NS, USER_TICK_NS
-from vitalsd.sources.linux_threads import FEW_NAMES
+from vitalsd.sources.linux_threads import LOOK_EVERY_NS
 
 pytestmark = [
     pytest.mark.live,
@@ -67,15 +67,6 @@ def name_of(snapshot: Snapshot, tid: int) -> str:
 
 def descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
-
-
-def files(numbers: set[str]) -> list[str]:
-    """What these descriptors are open on; one that is closed by now, such as that of a listing, is left out."""
-    found = []
-    for number in numbers:
-        with suppress(FileNotFoundError):
-            found.append(os.readlink(f"/proc/self/fd/{number}"))
-    return found
 
 
 @contextmanager
@@ -237,6 +228,33 @@ def test_a_process_that_renames_itself(start: Start, name: bytes) -> None:
         assert name_of(source.snapshot(), target.pid) == name.decode("utf-8", "backslashreplace")
     with opened(target.pid) as source:
         assert source.identity().name == name.decode("utf-8", "backslashreplace")
+
+
+def test_a_name_nobody_asked_for_is_a_second_old_at_most(start: Start) -> None:
+    """Snapshots without names read them once a second; the next with names has those of now."""
+    target = start()
+    with opened(target.pid) as source:
+        looked_ns = source.snapshot().monotonic_ns
+        target.ask(f"name {b'first'.hex()}")
+        soon = source.snapshot(names=False)
+        assert name_of(soon, target.pid) != "first" or soon.monotonic_ns - looked_ns >= LOOK_EVERY_NS
+        assert name_of(source.snapshot(), target.pid) == "first"
+        target.ask(f"name {b'second'.hex()}")
+        time.sleep(LOOK_EVERY_NS / 1e9)
+        assert name_of(source.snapshot(names=False), target.pid) == "second"
+
+
+def test_many_names_are_read_once_a_second(start: Start) -> None:
+    """Of more than eight threads that run the names may be a second old, whoever asks."""
+    target = start("--burn", *["20"] * 12)
+    with opened(target.pid) as source:
+        time.sleep(LOOK_EVERY_NS / 1e9)
+        source.snapshot()
+        target.ask(f"name {b'renamed'.hex()}")
+        time.sleep(LOOK_EVERY_NS / 1e9)
+        snapshot = source.snapshot()
+        assert name_of(snapshot, target.pid) == "renamed"
+        assert sorted(set(snapshot.names) - {"renamed"}) == sorted(f"burn-{i}" for i in range(12))
 
 
 def test_a_rename_beside_a_birth_is_not_missed(start: Start) -> None:
@@ -751,24 +769,7 @@ def test_churn_leaves_no_descriptor_behind(start: Start) -> None:
         while len(os.listdir(f"/proc/{target.pid}/task")) > len(target.tids):
             time.sleep(0.001)
         source.snapshot()
-        main_name = f"/proc/{target.pid}/task/{target.pid}/comm"
-        assert set(files(descriptors() - before)) <= {main_name}
-
-
-def test_names_of_those_who_run_stay_open(start: Start) -> None:
-    """At most eight names are held open, and what they say is what the threads are called now."""
-    target = start("--burn", *["20"] * 12)
-    before = descriptors()
-    with opened(target.pid) as source:
-        for _ in range(3):
-            time.sleep(1.1)  # with more than eight who ran, names are read once a second
-            snapshot = source.snapshot()
-        assert sum(path.endswith("/comm") for path in files(descriptors() - before)) == FEW_NAMES
-        target.ask(f"name {b'renamed'.hex()}")
-        time.sleep(1.1)
-        assert name_of(source.snapshot(), target.pid) == "renamed"
-        assert sorted(set(snapshot.names) - {name_of(snapshot, target.pid)}) == sorted(f"burn-{i}" for i in range(12))
-    assert descriptors() == before
+        assert descriptors() == before
 
 
 def test_listed_processes_agree_with_psutil(start: Start) -> None:

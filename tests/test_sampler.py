@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ class CountingSource:
         self.callers.add(threading.get_ident())
         return IDENTITY
 
-    def snapshot(self, *, extras: bool = False) -> Snapshot:
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
         self.callers.add(threading.get_ident())
         self.snapshots += 1
         self.may_answer.wait(20)
@@ -569,13 +570,33 @@ def test_closing_ends_the_threads() -> None:
     assert {thread for thread in threading.enumerate() if thread.name.startswith("vitalsd")} <= before
 
 
+def test_a_window_ends_with_the_names_of_now() -> None:
+    """A snapshot of the recorder, whose names may be a second old, begins a window and does not end one."""
+
+    class Renaming(CountingSource):
+        def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+            taken = super().snapshot(extras=extras, names=names)
+            return replace(taken, names=("now" if names else "before",))
+
+    async def main() -> None:
+        sampler = Sampler(Renaming, recording=Recording(0.011))
+        for _ in range(5):
+            measurement = await sampler.window(200)
+            assert measurement.last.names == ("now",)
+        assert sampler.record is not None
+        assert "before" in {name for taken in sampler.record.snapshots() for name in taken.names}
+        await sampler.close()
+
+    run(main())
+
+
 def test_nothing_is_recorded_of_a_source_that_is_closed() -> None:
     """A beat of the recorder that falls due while the target is being released is left out."""
 
     class SlowToClose(CountingSource):
-        def snapshot(self, *, extras: bool = False) -> Snapshot:
+        def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
             assert not self.closed
-            return super().snapshot(extras=extras)
+            return super().snapshot(extras=extras, names=names)
 
         def close(self) -> None:
             super().close()

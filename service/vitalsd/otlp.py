@@ -287,7 +287,7 @@ class Push:
         read = None
         target = self._targets.default
         with suppress(SourceError):
-            read = await target.identity(), await target.snapshot(extras=True)
+            read = await target.identity(), await target.snapshot()
         return metrics_data(
             read, threads=self._threads, snapshots_taken=target.snapshots_taken, since_ns=self._since_ns
         )

@@ -74,7 +74,7 @@ class Replay:
         """Raises `TargetGone`: there is no coming window."""
         raise TargetGone(f"{self._reason}; ask with mode=trailing or /history")
 
-    async def snapshot(self, *, extras: bool = False) -> Snapshot:
+    async def snapshot(self) -> Snapshot:
         """Raises `TargetGone`: there is no now."""
         raise TargetGone(f"{self._reason}; it has no counters of now")
 

@@ -78,6 +78,8 @@ class Sampler:
         self._identity: Identity | None = None
         self._opening: asyncio.Future[Identity] | None = None
         self._last: Snapshot | None = None
+        self._named = False
+        """Whether the names in it are those of now: the recorder does without."""
         self._pending: _Pending | None = None
         self._windows: dict[tuple[Snapshot, int, bool], asyncio.Task[Measurement]] = {}
         self.recorder: Recorder | None = None
@@ -141,10 +143,10 @@ class Sampler:
                 raise self._left() from None
             raise
 
-    async def snapshot(self, *, extras: bool = False) -> Snapshot:
-        """The counters as they are now, or were a few milliseconds ago. Raises `SourceError`."""
+    async def snapshot(self) -> Snapshot:
+        """The counters, with extras, as they are now or were a few milliseconds ago. Raises `SourceError`."""
         await self.identity()
-        return await self._snapshot(time.monotonic_ns() - SHARE_NS, extras)
+        return await self._snapshot(time.monotonic_ns() - SHARE_NS, extras=True)
 
     async def confirm(self) -> None:
         """Read the target as it is now, and not a few milliseconds ago. Raises `SourceError`: it has exited, say."""
@@ -276,15 +278,17 @@ class Sampler:
         return self._take(pending.extras)
 
     def _take_after(self, not_before_ns: int, extras: bool) -> Snapshot:
-        return self._fresh(not_before_ns, extras) or self._take(extras)
+        """The end of a window, whose names are those of its threads."""
+        last = self._fresh(not_before_ns, extras)
+        return last if last is not None and self._named else self._take(extras)
 
-    def _take(self, extras: bool) -> Snapshot:
+    def _take(self, extras: bool, *, names: bool = True) -> Snapshot:
         assert self._source is not None
         if self._closed:
             raise self._left()
         self.snapshots_taken += 1
         try:
-            self._last = self._source.snapshot(extras=extras)
+            self._last, self._named = self._source.snapshot(extras=extras, names=names), names
         except TargetGone as error:
             # Whoever is told that it is gone may look at once into the record for how it ended.
             if self.recorder is not None:
@@ -299,7 +303,7 @@ class Sampler:
         last = self._last
         fresh = last is not None and time.monotonic_ns() - last.monotonic_ns < SHARE_NS
         try:
-            snapshot = last if last is not None and fresh else self._take(False)
+            snapshot = last if last is not None and fresh else self._take(False, names=False)
         except SourceError as error:
             return self.recorder.failed(error)
         self.recorder.observe(snapshot)

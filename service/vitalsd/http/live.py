@@ -181,7 +181,7 @@ async def _scraped(targets: Targets, pid: int | None, form: Form, threads: int, 
     with suppress(SourceError):
         async with targets.target(pid) as target:
             snapshots, recorder = target.snapshots_taken, target.recording_info()
-            read = await target.identity(), await target.snapshot(extras=True)
+            read = await target.identity(), await target.snapshot()
     scrape = Scrape(read, threads, snapshots, recorder)
     return await asyncio.wrap_future(reader.submit(lambda: expose(scrape, form)))
 

@@ -82,12 +82,14 @@ class Source(Protocol):
         """Which run of which process this reads. Raises `SourceError`."""
         ...
 
-    def snapshot(self, *, extras: bool = False) -> Snapshot:
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
         """
         Read the counters now.
 
         Args:
             extras: also read what only ``detail=full`` shows (dearer: one more file per thread).
+            names: read again what the threads are called. If not, a name may be a second old where it costs
+                a read of its own (Linux), or as in the snapshot before.
 
         Raises:
             SourceError: one of its subclasses; no partial snapshot is ever returned.

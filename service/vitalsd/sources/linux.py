@@ -118,13 +118,13 @@ class LinuxSource:
         while self._fds:
             os.close(self._fds.pop())
 
-    def snapshot(self, *, extras: bool = False) -> Snapshot:
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
         try:
-            return self._snapshot(extras)
+            return self._snapshot(extras, names)
         except (OSError, Malformed) as error:
             raise self._translated(error) from None
 
-    def _snapshot(self, extras: bool) -> Snapshot:
+    def _snapshot(self, extras: bool, names: bool) -> Snapshot:
         if self._threads is None or not self._fds:
             raise ValueError("the source is closed")
         threads, counter = self._threads, self._counted_by
@@ -150,8 +150,8 @@ class LinuxSource:
 
         # Read last: a descriptor that still answers proves that the pid, and its clock, were ours all along.
         vm_pages, rss_pages = self._memory(monotonic_ns, closely=extras)
-        if not threads.look_around(monotonic_ns):
-            return self._snapshot(extras)
+        if not threads.look_around(monotonic_ns, names=names):
+            return self._snapshot(extras, names)
 
         warnings: list[str] = []
         extra = self._extras(warnings) if extras else None

@@ -70,9 +70,6 @@ class ThreadCounter(Protocol):
 
     def open(self, tid: int) -> int: ...
     def close(self, handle: int) -> None: ...
-    def may_keep(self, fd: int) -> bool:
-        """Whether descriptor `fd` may stay open: none that is among the last few."""
-        ...
 
     def read(self, handles: Collection[int]) -> list[Reading]:
         """One reading of each. Raises `OSError` with an errno of `GONE` if any of them has exited."""
@@ -98,9 +95,6 @@ class ThreadClocks:
 
     def close(self, handle: int) -> None:
         pass
-
-    def may_keep(self, fd: int) -> bool:
-        return False
 
     def read(self, handles: Collection[int]) -> list[Reading]:
         return list(map(time.clock_gettime_ns, handles))
@@ -131,7 +125,8 @@ class _Files:
                     raise
                 self._budget = 0
             else:
-                if self.may_keep(handle):
+                # The kernel gives the lowest free number, so a high one means that few are left.
+                if handle < self._highest:
                     self._budget -= 1
                     return handle
                 os.close(handle)
@@ -145,10 +140,6 @@ class _Files:
         else:
             os.close(handle)
             self._budget += 1
-
-    def may_keep(self, fd: int) -> bool:
-        # The kernel gives the lowest free number, so a high one means that few are left.
-        return fd < self._highest
 
     def contents(self, handles: Collection[int], size: int) -> list[bytes]:
         if not self._opened_each_time:

@@ -11,7 +11,6 @@ nanosecond, is not seen by that; so once a second the threads are counted as wel
 
 import errno
 import os
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import compress
@@ -23,7 +22,7 @@ from vitalsd.sources.procfs import Stat, decode_name, parse_stat
 __all__ = ["FEW_NAMES", "LOOK_EVERY_NS", "ThreadTable"]
 
 FEW_NAMES = 8
-"""So many names are read again at every reading, from files that stay open for it, ..."""
+"""So many names are read again whenever somebody wants them, ..."""
 LOOK_EVERY_NS = 1_000_000_000
 """... and more than that at this distance. So often the threads are counted, too, however they are read."""
 SWEEP_NS = 60_000_000_000
@@ -32,8 +31,6 @@ HOT_FOR = 8
 """A thread counts as hot until it has not run for so many readings, or for up to twice as many."""
 HOT_PART = 8
 """With more than 1/8 of the threads hot, reading all of them is as cheap."""
-COMM_BYTES = 64
-"""More than any name: TASK_COMM_LEN is 16, linux/sched.h; kernel threads have up to 64."""
 MAX_PAUSE = 16
 """Readings without an attempt to prove, after one that failed again and again."""
 
@@ -46,8 +43,6 @@ class _Thread:
     reading: Reading
     """As of the last listing, as is `cpu_ns`."""
     cpu_ns: int
-    comm: int = -1
-    """Descriptor of its ``comm``, while it is held open."""
 
 
 class ThreadTable:
@@ -77,7 +72,6 @@ class ThreadTable:
         self._unnamed: set[int] = set()
         """Who ran since its name was read."""
         self._looked_ns = 0
-        self._comms: deque[_Thread] = deque()
         self._sweep = 0
         self._links_count_threads = False
         self._exited_ns: int | None = None
@@ -149,12 +143,12 @@ class ThreadTable:
         """Tell the exact totals that go with the last `read`: from now on `read_proved` can prove."""
         self._total_ns, self._exited_ns = total_ns, exited_ns
 
-    def look_around(self, now_ns: int) -> bool:
+    def look_around(self, now_ns: int, *, names: bool) -> bool:
         """
         Read again the names of the threads that ran since their names were read, and of a few others.
 
-        A thread that names itself has run, so its new name is seen at once, or within a second where
-        many threads run.
+        A thread that names itself has run, so its new name is seen at once. Without `names`, or where many
+        threads run, within a second.
 
         Returns:
             False if there are other threads than those that were read: read again.
@@ -166,7 +160,7 @@ class ThreadTable:
             swept = min(count, -(-count * elapsed_ns // SWEEP_NS))
             stale.update(i % count for i in range(self._sweep, self._sweep + swept))
             self._sweep = (self._sweep + swept) % count
-        elif len(stale) > FEW_NAMES:
+        elif not names or len(stale) > FEW_NAMES:
             return True
         renamed = False
         for i in stale:
@@ -199,7 +193,7 @@ class ThreadTable:
     def close(self) -> None:
         """Release every handle."""
         for thread in self._threads.values():
-            self._release(thread)
+            self._counter.close(thread.handle)
         self._threads.clear()
 
     def _links(self) -> int:
@@ -246,39 +240,13 @@ class ThreadTable:
         """The name of thread `i`, its old one if it has exited; ``None`` if the tid is another thread's now."""
         try:
             if self._counter.bound:
-                return decode_name(self._comm(self._rows[i], self.tids[i])[:-1])
+                return decode_name(read_file(f"{self.tids[i]}/comm", self._task_fd)[:-1])
             stat = parse_stat(read_file(f"{self.tids[i]}/stat", self._task_fd))
         except OSError as error:
             if error.errno not in GONE:
                 raise
             return self.names[i]
         return stat.name if stat.start_ticks == self.births[i] else None
-
-    def _comm(self, thread: _Thread, tid: int) -> bytes:
-        """The ``comm`` of a thread; those read last stay open, for who runs goes on running."""
-        if thread.comm >= 0:
-            return os.pread(thread.comm, COMM_BYTES, 0)
-        comm = os.open(f"{tid}/comm", os.O_RDONLY, dir_fd=self._task_fd)
-        if self._counter.may_keep(comm):
-            if len(self._comms) == FEW_NAMES:
-                self._drop_comm(self._comms[0])
-            thread.comm = comm
-            self._comms.append(thread)
-            return os.pread(comm, COMM_BYTES, 0)
-        try:
-            return os.read(comm, COMM_BYTES)
-        finally:
-            os.close(comm)
-
-    def _drop_comm(self, thread: _Thread) -> None:
-        self._comms.remove(thread)
-        os.close(thread.comm)
-        thread.comm = -1
-
-    def _release(self, thread: _Thread) -> None:
-        self._counter.close(thread.handle)
-        if thread.comm >= 0:
-            self._drop_comm(thread)
 
     def _stat(self, tid: int) -> Stat | None:
         try:
@@ -296,13 +264,13 @@ class ThreadTable:
                 thread = before.pop(tid, None)
                 if thread is None or not self._advance(tid, thread):
                     if thread is not None:
-                        self._release(thread)
+                        self._counter.close(thread.handle)
                     thread = self._open(tid)
                 if thread is not None:
                     self._threads[tid] = thread
         finally:
             for thread in before.values():
-                self._release(thread)
+                self._counter.close(thread.handle)
         if not self._threads:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         threads = self._rows = list(self._threads.values())

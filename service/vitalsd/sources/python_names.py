@@ -36,14 +36,14 @@ class PythonNames:
     def close(self) -> None:
         self._source.close()
 
-    def snapshot(self, *, extras: bool = False) -> Snapshot:
-        taken = self._source.snapshot(extras=extras)
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        taken = self._source.snapshot(extras=extras, names=names)
         known = [(thread.native_id, thread.name) for thread in self._threads()]
         # The recorder takes an unchanged list for unchanged names, and spares itself the comparison.
         if taken.names is not self._given or known != self._known:
-            names = self._named(taken, dict(known))
-            if names != self._names or taken.names is not self._given:
-                self._names = names
+            named = self._named(taken, dict(known))
+            if named != self._names or taken.names is not self._given:
+                self._names = named
             self._given, self._known = taken.names, known
         return replace(taken, names=self._names)
 
