@@ -51,6 +51,24 @@ def test_sample_without_a_target_measures_itself() -> None:
     assert metrics.process.thread_count >= 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["sample --window-ms 10", "runs", "completion bash", "serve --help"])
+def test_a_full_standard_output_is_one_line(command: str, unbuffered: str) -> None:
+    """The reason and status 1; no traceback, and nothing more as the interpreter ends."""
+    with open("/dev/full", "w") as full:
+        out = subprocess.run(
+            [sys.executable, "-m", "vitalsd", *command.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert out.stderr == "vitalsd: cannot write to standard output: No space left on device\n"
+    assert out.returncode == 1
+
+
 def test_sample_of_nobody_says_so() -> None:
     """The answer is the Unavailable variant on stdout, the status 1."""
     out = vitalsd("sample", "--pid", "2147483647", "--window-ms", "10")
@@ -182,6 +200,17 @@ def test_a_taken_port_is_one_clear_line() -> None:
         (["serve", "--host", "example.org"], "example.org"),
         (["serve", "--pid", "0"], "--pid"),
         (["serve", "--pid", "1", "--name", "x"], "exclude each other"),
+        (["sample", "--pid", "1", "--name", "x"], "--pid and --name exclude each other"),
+        (["top", "--url", "http://127.0.0.1:1", "--name", "x"], "--url and --name exclude each other"),
+        (["top", "--url", "http://127.0.0.1:1", "--proc-root", "/x"], "--url and --proc-root exclude each other"),
+        (["serve", "--exit-with-target"], "--exit-with-target does nothing without --pid"),
+        (["serve", "--name", "x", "--linger", "5"], "--linger does nothing without --pid"),
+        (["serve", "--pid", "1", "--linger", "5", "--exit-with-target"], "--exit-with-target and --linger exclude"),
+        (["serve", "--record-interval", "0", "--retention", "5"], "--retention does nothing with --record-interval 0"),
+        (["serve", "--record-interval", "0", "--black-box"], "--black-box does nothing with --record-interval 0"),
+        (["serve", "--no-tcp", "--port", "0"], "--port does nothing with --no-tcp"),
+        (["serve", "--no-thread-metrics", "--max-thread-metrics", "5"], "--max-thread-metrics does nothing with"),
+        (["serve", "--otlp-interval", "5"], "--otlp-interval does nothing without --otlp"),
         (["serve", "--name", ""], "it is empty"),
         (["agent", "print", "--name", ""], "it is empty"),
         (["serve", "--record-interval", "nan"], "nan is not a number to count with"),

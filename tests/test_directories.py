@@ -79,6 +79,14 @@ def test_strange_directories_are_refused(tmp_path: Path) -> None:
             private_directory(tmp_path / name)
 
 
+def test_a_state_directory_that_cannot_be_used_says_how_to_name_another(tmp_path: Path) -> None:
+    """Whatever is in its way below the home directory."""
+    for parent in (".local", "Library"):
+        (tmp_path / parent).touch()
+    with pytest.raises(EndpointError, match=r"cannot use .*; set VITALSD_STATE_DIR to use another"):
+        state_directory({"HOME": str(tmp_path)})
+
+
 def test_a_readable_directory_of_ours_is_closed(tmp_path: Path) -> None:
     """A directory of ours that others could only read becomes 0700; missing parents are made private too."""
     (tmp_path / "mine").mkdir(0o755)

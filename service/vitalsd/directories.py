@@ -98,7 +98,11 @@ def state_directory(environ: Mapping[str, str] | None = None) -> Path:
     Raises:
         EndpointError: it cannot be made, or others may write it.
     """
-    return private_directory(state_path(environ))
+    path = state_path(environ)
+    try:
+        return private_directory(path)
+    except EndpointError as error:
+        raise EndpointError(f"{error}; set VITALSD_STATE_DIR to use another") from None
 
 
 def private_directory(path: Path) -> Path:

@@ -1,8 +1,11 @@
 """The command line. A command is imported when it is asked for, and imports what it needs when it runs."""
 
+import errno
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 import click
 
@@ -24,6 +27,8 @@ COMMANDS = {
 }
 """Where each of them is, below this package."""
 
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
 EPILOG = """\b
 Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted."""
 
@@ -41,7 +46,21 @@ class _Commands(Mapping[str, click.Command]):
         return len(COMMANDS)
 
 
+class _Program(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """What cannot be written to standard output is one line as well."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if error.filename is not None or error.errno not in UNWRITABLE:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries once more
+            click.echo(f"vitalsd: cannot write to standard output: {error.strerror}", err=True)
+            sys.exit(1)
+
+
 @click.group(
+    cls=_Program,
     commands=cast("dict[str, click.Command]", _Commands()),
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -18,9 +18,11 @@ __all__ = [
     "Failed",
     "Number",
     "Refused",
+    "exclude",
     "find_target",
     "host_option",
     "name_option",
+    "needs",
     "not_empty",
     "pid_option",
     "platform_of",
@@ -47,6 +49,27 @@ def not_empty(_: click.Context, __: click.Parameter, value: str | None) -> str |
     if value == "":
         raise click.BadParameter("it is empty")
     return value
+
+
+def needs(context: click.Context, parameter: str, condition: str, *, met: bool) -> None:
+    """Raises `click.UsageError` if an option was given that does nothing unless `condition` is met."""
+    if not met and _was_given(context, parameter):
+        raise click.UsageError(f"{_option(context, parameter)} does nothing {condition}")
+
+
+def exclude(context: click.Context, *parameters: str) -> None:
+    """Raises `click.UsageError` if more than one of these options was given."""
+    given = [_option(context, parameter) for parameter in parameters if _was_given(context, parameter)]
+    if len(given) > 1:
+        raise click.UsageError(f"{given[0]} and {given[1]} exclude each other")
+
+
+def _was_given(context: click.Context, parameter: str) -> bool:
+    return context.get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE
+
+
+def _option(context: click.Context, parameter: str) -> str:
+    return next(each.opts[0] for each in context.command.params if each.name == parameter)
 
 
 pid_option = click.option(
@@ -120,8 +143,6 @@ def find_target(pid: int | None, name: str | None, platform: "Platform") -> int 
     """The pid that ``--pid`` or ``--name`` means. Raises `NoSuchProcess`."""
     if name is None:
         return pid
-    if pid is not None:
-        raise click.UsageError("--pid and --name exclude each other")
     import os
 
     from vitalsd.sources import NoSuchProcess

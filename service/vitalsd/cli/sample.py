@@ -5,6 +5,7 @@ from contextlib import closing
 import click
 
 from vitalsd.cli.options import (
+    exclude,
     find_target,
     name_option,
     pid_option,
@@ -45,6 +46,7 @@ def sample(
     from vitalsd.sources import SourceError
     from vitalsd.wire import encode, unavailable
 
+    exclude(context, "pid", "name")
     raise_descriptor_limit()
     platform = platform_of(context, proc_root)
     try:

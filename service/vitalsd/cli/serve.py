@@ -10,9 +10,11 @@ from vitalsd.cli.log import log_format_option, logging_as
 from vitalsd.cli.options import (
     Failed,
     Number,
+    exclude,
     find_target,
     host_option,
     name_option,
+    needs,
     pid_option,
     platform_of,
     port_option,
@@ -127,6 +129,16 @@ def serve(
 
     from vitalsd.alongside import ReadyFd
 
+    exclude(context, "pid", "name")
+    exclude(context, "exit_with_target", "linger")
+    for parameter in ("exit_with_target", "linger"):
+        needs(context, parameter, "without --pid", met=pid is not None)
+    needs(context, "retention", "with --record-interval 0", met=record_interval > 0)
+    needs(context, "black_box", "with --record-interval 0", met=record_interval > 0 or not black_box)
+    for parameter in ("host", "port", "allow_remote"):
+        needs(context, parameter, "with --no-tcp", met=not no_tcp)
+    needs(context, "max_thread_metrics", "with --no-thread-metrics", met=thread_metrics)
+    needs(context, "otlp_interval", "without --otlp", met=otlp is not None)
     try:
         waiting = ReadyFd(ready_fd)
     except OSError as error:
@@ -169,9 +181,6 @@ def _serve_target(
     import os
 
     from vitalsd.sources import NoSuchProcess, Source, SourceError
-
-    if pid is not None and name is not None:
-        raise click.UsageError("--pid and --name exclude each other")
 
     def open_target() -> Source:
         try:

@@ -6,6 +6,7 @@ from vitalsd.cli.options import (
     Failed,
     Number,
     Refused,
+    exclude,
     find_target,
     name_option,
     pid_option,
@@ -60,10 +61,9 @@ def top(
     from vitalsd_client.exchange import ExchangeError
     from vitalsd_client.places import NoSidecar
 
-    if url is not None and name is not None:
-        raise click.UsageError("--url and --name exclude each other")
-    if pid is not None and name is not None:
-        raise click.UsageError("--pid and --name exclude each other")
+    exclude(context, "url", "name")
+    exclude(context, "pid", "name")
+    exclude(context, "url", "proc_root")
     raise_descriptor_limit()
 
     platform = platform_of(context, proc_root)
