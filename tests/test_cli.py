@@ -237,6 +237,16 @@ def test_serve_of_nobody_is_1() -> None:
     assert (out.returncode, out.stderr) == (1, "vitalsd: no process has pid 2147483647\n")
 
 
+def test_serve_of_a_zombie_is_1(start: Start) -> None:
+    """It can be opened, and has no numbers."""
+    target = start()
+    os.kill(target.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, target.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
+    out = vitalsd("serve", "--port", "0", "--pid", str(target.pid))
+    assert out.returncode == 1
+    assert out.stderr == f"vitalsd: target {target.pid} has exited; its parent has not yet collected it (zombie)\n"
+
+
 def test_help_is_enough_to_get_going() -> None:
     """--help names the commands, an example of each, and the exit statuses."""
     out = vitalsd("--help")

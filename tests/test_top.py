@@ -409,6 +409,24 @@ def test_into_a_pipe_it_is_a_line_a_sample(tmp_path: Path, start: Start) -> None
         assert running.wait(15) == 0
 
 
+def test_fewer_lines_than_asked_for_are_status_1(tmp_path: Path, start: Start) -> None:
+    """A target that ends meanwhile, or has ended already, cannot give the numbers."""
+    target = start()
+    command = [*VITALSD, "top", "--pid", str(target.pid), "--interval", "0.1", "--count"]
+    with subprocess.Popen(
+        [*command, "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(tmp_path)
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.readline()
+        os.kill(target.pid, signal.SIGKILL)  # and leave the zombie
+        assert f"target {target.pid} has exited" in running.stderr.read()
+        assert running.wait(15) == 1
+    out = subprocess.run([*command, "1"], capture_output=True, text=True, timeout=30, env=environment(tmp_path))
+    assert (out.returncode, out.stdout) == (1, "")
+    assert "zombie" in out.stderr
+
+
 def test_with_name_it_goes_on_with_the_next_one(tmp_path: Path, start: Start) -> None:
     """After a restart of the program the view is of the new process, whose counters start anew."""
     name = f"vtop{os.getpid()}"

@@ -193,6 +193,8 @@ def _serve_target(
         try:
             with closing(open_target()) as source:
                 found = source.identity()
+                if pid is not None:
+                    source.snapshot()  # a zombie can be opened
         except SourceError as error:
             raise Failed(str(error)) from None
 

@@ -50,7 +50,8 @@ def top(
     target is asked, if there is one; else the target is sampled directly. With --name the next process of
     that name is shown when this one has ended.
 
-    Full screen on a terminal (? shows the keys, q quits); into a pipe or a file, a line per sample.
+    Full screen on a terminal (? shows the keys, q quits); into a pipe or a file, a line per sample, and
+    exit status 1 if the target ended before there were N.
     """
     import os
     import signal
@@ -95,13 +96,14 @@ def top(
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
         else:
-            plain.lines(
+            whole = plain.lines(
                 feed,
                 count=count,
                 as_json=as_json,
                 say=click.echo,
                 note=lambda text: click.echo(f"vitalsd: {text}", err=True),
             )
+            raise SystemExit(0 if whole else 1)
     except (SourceError, ExchangeError) as error:
         raise Failed(str(error)) from None
     except NoSidecar as error:

@@ -16,12 +16,15 @@ HEAD = f"{'TIME':8}  {'CPU%':>6}  {'RSS_KB':>9}  {'THREADS':>7}  BUSIEST"
 
 def lines(
     feed: Feed, *, count: int | None, as_json: bool, say: Callable[[str], None], note: Callable[[str], None]
-) -> None:
+) -> bool:
     """
     Say a head and then a line per sample, or with `as_json` each answer as it is; marks and events go to `note`.
 
     Args:
         count: end after so many samples; ``None``: when the target does.
+
+    Returns:
+        False if it ended with fewer than that, or with none.
 
     Raises:
         What `Feed.news` raises.
@@ -38,12 +41,13 @@ def lines(
                     say(_line(news))
                 said += 1
                 if said == count:
-                    return
+                    break
             case Note():
                 note(f"{_clock(news.wall_ms)} {news.kind}: {printable(news.text)}")
             case Trouble() | Ended() if news.reason != last:
                 last = news.reason
                 note(printable(last))
+    return said >= (count or 1)
 
 
 def _line(sample: Sample) -> str:
