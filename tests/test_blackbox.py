@@ -1,5 +1,6 @@
 """The black box: what was committed survives whatever happens to the writer, and a bad disk stops nothing."""
 
+import errno
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ from vitalsd.record import Mark, Record
 from vitalsd.run_file import RunFile
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Snapshot
-from vitalsd.stored_run import Run, UnreadableRun, delete_run, insert_rows, read_run
+from vitalsd.stored_run import Run, UnreadableRun, delete_run, insert_rows, is_being_written, read_run
 from vitalsd.tail import SHARED_MEMORY, Tail
 
 T = TypeVar("T")
@@ -105,6 +106,43 @@ def test_what_is_dropped_is_missing_and_nothing_after_it_is_wrong(tmp_path: Path
     assert 15 < box.dropped < 30
     at = {snapshot.monotonic_ns: snapshot for snapshot in taken}
     assert all(same(snapshot, at[snapshot.monotonic_ns]) for snapshot in kept)
+
+
+def test_marks_and_events_are_bounded_on_disk_as_in_memory(tmp_path: Path) -> None:
+    """Who marks each frame of a game does not push the history out of the file; the last thousand are kept."""
+    process = Process()
+    box, record = write(tmp_path, [process.snapshot()])
+    for number in range(3500):
+        box.mark(record.mark(f"frame {number}"))
+        box.event(record.event("failed", f"failure {number}"))
+        if number % 20 == 0:
+            box.flush()
+    box.flush()
+    path = next(tmp_path.glob("*.sqlite"))
+    with closing(sqlite3.connect(path)) as database:
+        for table in ("mark", "event"):
+            assert 1000 <= database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] < 2000
+    box.close("over")
+    _, back = read_run(path)
+    assert (list(back.marks), list(back.events)) == (list(record.marks), list(record.events))
+    assert box.dropped == 0
+
+
+def test_without_a_descriptor_left_no_run_is_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its writer lives cannot be seen then, and who makes room deletes nobody's run by that."""
+    box, _ = write(tmp_path, [Process().snapshot()])
+    path = next(tmp_path.glob("*.sqlite"))
+
+    def scarce(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("vitalsd.stored_run.os.open", scarce)
+    assert is_being_written(path)
+    RunDirectory(tmp_path, max_bytes=1).make_room(1)
+    monkeypatch.undo()
+    assert path.exists()
+    box.close("over")
+    assert not is_being_written(path)
 
 
 def test_only_its_user_can_read_it(tmp_path: Path) -> None:

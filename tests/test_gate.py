@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from edge import Counted, Edge, Reply, exchange, get, whole_app
+from edge import Counted, Edge, Reply, dial, exchange, get, whole_app
 from vitalsd.http.gate import Gate
 from vitalsd.listeners import ListenError
 
@@ -399,6 +400,19 @@ def test_the_token(guarded: Edge, secret: Counted, headers: tuple[str, ...], sta
         assert reason(reply) == "token"
         assert reply.header("www-authenticate") == "Bearer"
         assert len(secret.reached) == before
+
+
+def test_a_reset_is_no_way_around_the_token(guarded: Edge, secret: Counted) -> None:
+    """What was sent on a connection that is gone before it is accepted can be read, but not who sent it: nobody."""
+    body = b'{"label": "x"}'
+    head = f"POST /marks HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    before = list(secret.reached)
+    for _ in range(100):
+        with dial(guarded.url) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+    assert get(guarded.url).status == 200
+    assert secret.reached == [*before, "GET /healthz"]
 
 
 def test_the_token_is_not_taken_from_the_query(guarded: Edge) -> None:

@@ -61,7 +61,7 @@ class BoundFiles(SchedstatFiles):
     """Its files answer no more once their thread is gone, as those of a kernel."""
 
     def read(self, handles: Collection[int]) -> list[Reading]:
-        if not all(os.fstat(handle).st_nlink for handle in handles):
+        if not all(os.fstat(handle).st_nlink for handle in handles if handle >= 0):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         return super().read(handles)
 
@@ -186,6 +186,49 @@ def test_who_has_never_run_is_seen_within_a_second(tmp_path: Path) -> None:
     assert len(table.read()) == 41
     assert table.look_around(3 * LOOK_EVERY_NS, names=True)
     table.close()
+    os.close(task_fd)
+
+
+@pytest.mark.parametrize("reached", range(12))
+def test_out_of_descriptors_nothing_is_read_that_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: int
+) -> None:
+    """A listing that fails on its way leaves no descriptor behind, and the next reading finds who is there."""
+    tree = Tree(tmp_path, 6)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    held = len(os.listdir("/proc/self/fd"))
+    calls = iter(range(100))
+    real = os.open
+
+    def scarce(path: str, flags: int, **options: int) -> int:
+        if next(calls) >= reached:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, flags, **options)
+
+    monkeypatch.setattr("vitalsd.sources.linux_counters.os.open", scarce)
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        ThreadTable(task_fd, BoundFiles(task_fd, 1000))
+    monkeypatch.undo()
+    assert len(os.listdir("/proc/self/fd")) == held
+
+    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000))
+    for tid in (2, 5):
+        tree.exit(tid)
+    for tid in range(1, 13):
+        if tid in tree.run_ns:
+            tree.burn(tid, 10)
+        else:
+            tree.born(tid)
+    calls = iter(range(100))
+    monkeypatch.setattr("vitalsd.sources.linux_counters.os.open", scarce)
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        table.read()
+    monkeypatch.undo()
+    times = table.read()
+    assert dict(zip(table.tids, times, strict=True)) == tree.run_ns
+    assert dict(zip(table.tids, table.names, strict=True)) == tree.names
+    table.close()
+    assert len(os.listdir("/proc/self/fd")) == held
     os.close(task_fd)
 
 

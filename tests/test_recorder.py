@@ -1,8 +1,18 @@
 """The recorder notes what a bare row of snapshots would hide."""
 
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
 from lives import IDENTITY, SECOND_NS, Process
+from vitalsd.record import Mark
 from vitalsd.recorder import Recorder, Recording
+from vitalsd.run_file import RunFile
+from vitalsd.runs import RunDirectory
 from vitalsd.sources import KernelError, TargetGone
+from vitalsd.stored_run import read_run
 
 
 def recorded(*steps: tuple[int, dict[str, object]]) -> list[tuple[str, str]]:
@@ -61,3 +71,35 @@ def test_a_snapshot_shared_with_a_caller_is_recorded_once() -> None:
     recorder.observe(snapshot)
     recorder.observe(snapshot)
     assert len(recorder.record) == 1
+
+
+def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sets a mark waits until it is on disk; whoever else is served meanwhile does not."""
+    runs = RunDirectory(tmp_path)
+    recorder = Recorder(IDENTITY, Recording(runs=runs))
+    fast = RunFile.mark
+
+    def slow(file: RunFile, mark: Mark) -> None:
+        time.sleep(0.02)
+        fast(file, mark)
+
+    async def main() -> int:
+        turns = 0
+
+        async def another() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        served = asyncio.create_task(another())
+        await recorder.mark_async("one")
+        assert [mark.label for mark in read_run(next(tmp_path.glob("*.sqlite")))[1].marks] == ["one"]
+        turns = 0
+        await recorder.mark_async("another")
+        served.cancel()
+        return turns
+
+    monkeypatch.setattr(RunFile, "mark", slow)
+    assert asyncio.run(main()) > 10
+    recorder.close()

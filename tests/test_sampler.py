@@ -11,7 +11,7 @@ import pytest
 
 from snapshots import IDENTITY, snapshot
 from vitalsd.recorder import Recording
-from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, Busy, Sampler, sample
+from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, Busy, NotRecording, Sampler, sample
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import KernelError, NoSuchProcess, Source, TargetGone
 from vitalsd.targets import Stream, Targets
@@ -586,6 +586,25 @@ def test_a_window_ends_with_the_names_of_now() -> None:
         assert sampler.record is not None
         assert "before" in {name for taken in sampler.record.snapshots() for name in taken.names}
         await sampler.close()
+
+    run(main())
+
+
+def test_why_nothing_is_recorded() -> None:
+    """Whoever asks for a record is told whether there is no recorder, or nobody to record as yet."""
+
+    def nobody() -> Source:
+        raise NoSuchProcess("no process of yours is called x; waiting for one")
+
+    async def main() -> None:
+        for recording, reason in ((None, "--record-interval 0"), (Recording(), "nothing has been recorded yet")):
+            sampler = Sampler(nobody, recording=recording)
+            with pytest.raises(NoSuchProcess):
+                await sampler.identity()
+            with pytest.raises(NotRecording, match=reason):
+                await sampler.mark_async("x")
+            assert reason in sampler.why_not_recorded()
+            await sampler.close()
 
     run(main())
 

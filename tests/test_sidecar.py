@@ -588,7 +588,9 @@ def test_a_target_that_ends_well_has_not_crashed(short_path: Path, code: str, st
         target.communicate(b"\n")
         assert process.wait(5) == 0
     (run,) = RunDirectory(short_path / "state" / "runs").runs()
-    assert (run.state, run.ended) == (state, f"target {target.pid} has exited: {how}")
+    assert run.state == state
+    zombie = "; its parent has not yet collected it (zombie)"  # where the sidecar was faster than we are
+    assert (run.ended or "").replace(zombie, "") == f"target {target.pid} has exited: {how}"
 
 
 # --name

@@ -109,16 +109,21 @@ class BlackBox:
             self._gap = not self._post(partial(self._take, self._number, segment, position, self._gap))
             self._given += not self._gap
 
-    def mark(self, mark: Mark) -> None:
-        """
-        Write a mark, and what came before it; returns when it is written, or the disk has had 50 ms for that.
+    @property
+    def is_behind(self) -> bool:
+        """Whether the disk is slow."""
+        return self._worker.pending >= 2
 
-        Who marks what he is about to do may be killed by it.
+    def mark(self, mark: Mark) -> "Future[None] | None":
         """
-        if self._worker.pending < 2:  # or it is slow, and has made somebody wait already
-            wait((self._worker.submit(partial(self._note, RunFile.mark, mark)),), MAX_WAIT_S)
-        else:
-            self._post(partial(self._note, RunFile.mark, mark))
+        Write a mark, and what came before it; returns at once.
+
+        Returns:
+            What is done when it is written; ``None`` if it was dropped.
+        """
+        if self._is_full():
+            return None
+        return self._worker.submit(partial(self._note, RunFile.mark, mark))
 
     def event(self, event: Event) -> None:
         """Write an event, and what came before it; returns at once."""
@@ -165,11 +170,15 @@ class BlackBox:
         return True
 
     def _post(self, call: Callable[[], None]) -> bool:
-        if self._worker.pending >= MAX_PENDING:
-            self.dropped += 1
+        if self._is_full():
             return False
         self._worker.post(call)
         return True
+
+    def _is_full(self) -> bool:
+        full = self._worker.pending >= MAX_PENDING
+        self.dropped += full
+        return full
 
     def _stuck(self) -> bool:
         """Whether the writer has been at the same write for too long: seen twice, or the whole process was stopped."""

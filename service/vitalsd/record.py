@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 
-__all__ = ["MAX_LABEL_LENGTH", "MAX_MARKS", "Event", "EventKind", "Mark", "Record", "Segment"]
+__all__ = ["MAX_EVENTS", "MAX_LABEL_LENGTH", "MAX_MARKS", "Event", "EventKind", "Mark", "Record", "Segment"]
 
 SEGMENT_LENGTH = 64
 SEGMENT_BYTES = 1280

@@ -1,5 +1,7 @@
 """The flight recorder: feeds the record and the black box, and notes what was not even about the row."""
 
+import asyncio
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 from vitalsd.blackbox import BlackBox
@@ -9,6 +11,10 @@ from vitalsd.snapshot import SUSPEND_GRAIN_NS, Identity, Snapshot
 from vitalsd.sources import SourceError, TargetGone
 
 __all__ = ["Recorder", "Recording"]
+
+
+MARK_S = 0.05
+"""So long whoever sets a mark waits for the disk."""
 
 
 class Recording(NamedTuple):
@@ -78,11 +84,28 @@ class Recorder:
         return True
 
     def mark(self, label: str) -> Mark:
-        """Put a label on the clock. Raises `ValueError` as `Record.mark` does."""
-        mark = self.record.mark(label)
-        if self.blackbox is not None:
-            self.blackbox.mark(mark)
+        """
+        Put a label on the clock. Raises `ValueError` as `Record.mark` does.
+
+        Who marks what he is about to do may be killed by it: returns when it is on disk, or the disk has had 50 ms
+        for that, but makes only a few wait for one that is slow.
+        """
+        slow = self.blackbox is not None and self.blackbox.is_behind
+        mark, written = self._mark(label)
+        if written is not None and not slow:
+            wait((written,), MARK_S)
         return mark
+
+    async def mark_async(self, label: str) -> Mark:
+        """The same, for an event loop."""
+        mark, written = self._mark(label)
+        if written is not None:
+            await asyncio.wait((asyncio.wrap_future(written),), timeout=MARK_S)
+        return mark
+
+    def _mark(self, label: str) -> "tuple[Mark, Future[None] | None]":
+        mark = self.record.mark(label)
+        return mark, self.blackbox.mark(mark) if self.blackbox is not None else None
 
     def info(self) -> dict[str, Any]:
         """State of the recorder and of the black box, for ``/info``."""

@@ -78,9 +78,13 @@ class Replay:
         """Raises `TargetGone`: there is no now."""
         raise TargetGone(f"{self._reason}; it has no counters of now")
 
-    def mark(self, label: str) -> Mark:
+    async def mark_async(self, label: str) -> Mark:
         """Raises `NotRecording`."""
         raise NotRecording(f"{self._reason}; it takes no marks")
+
+    def why_not_recorded(self) -> str:
+        """It is."""
+        return ""
 
     def recording_info(self) -> dict[str, Any]:
         """What the record holds."""

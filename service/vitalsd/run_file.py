@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from vitalsd.record import NOBODY, Event, Mark, Segment
+from vitalsd.record import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Segment
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity
 from vitalsd.stored_run import (
@@ -95,14 +95,18 @@ class RunFile:
             self.on_disk = rows[-1].id
 
     def mark(self, mark: Mark) -> None:
-        """Write a mark."""
-        self._db.execute("INSERT INTO mark VALUES (?,?,?)", (mark.wall_ns, mark.monotonic_ns, mark.label))
+        """Write a mark. The oldest of more than `MAX_MARKS` go, some at a time."""
+        number = self._db.execute("INSERT INTO mark VALUES (?,?,?)", mark).lastrowid
+        assert number is not None
+        if number % MAX_MARKS == 0:
+            self._db.execute("DELETE FROM mark WHERE rowid <= ?", (number - MAX_MARKS,))
 
     def event(self, event: Event) -> None:
-        """Write an event."""
-        self._db.execute(
-            "INSERT INTO event VALUES (?,?,?,?)", (event.wall_ns, event.monotonic_ns, event.kind, event.detail)
-        )
+        """Write an event. The oldest of more than `MAX_EVENTS` go, some at a time."""
+        number = self._db.execute("INSERT INTO event VALUES (?,?,?,?)", event).lastrowid
+        assert number is not None
+        if number % MAX_EVENTS == 0:
+            self._db.execute("DELETE FROM event WHERE rowid <= ?", (number - MAX_EVENTS,))
 
     def trim(self) -> None:
         """Drop what is older than the retention, and the oldest eighth when the file is full."""

@@ -161,9 +161,22 @@ class Sampler:
             ValueError: the label is unfit, see `Record.mark`.
             NotRecording: there is no recorder.
         """
+        return self._recorded().mark(label)
+
+    async def mark_async(self, label: str) -> Mark:
+        """The same, for the event loop."""
+        return await self._recorded().mark_async(label)
+
+    def why_not_recorded(self) -> str:
+        """Why there is no record, where there is none."""
+        if self._recording is None or self._recording.interval_s <= 0:
+            return "nothing is being recorded (--record-interval 0)"
+        return "nothing has been recorded yet: there is no process to record, or it cannot be read"
+
+    def _recorded(self) -> Recorder:
         if self.recorder is None:
-            raise NotRecording("nothing is being recorded (--record-interval 0)")
-        return self.recorder.mark(label)
+            raise NotRecording(self.why_not_recorded())
+        return self.recorder
 
     async def responds(self) -> None:
         """Return once the sampler's thread has got through all that was given to it before."""

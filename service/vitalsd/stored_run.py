@@ -6,6 +6,7 @@ A SQLite file, named after the identity of the run, never after input; its last 
 writer dies, however it dies. A run that did not say how it ended has crashed.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -317,11 +318,11 @@ def _array(code: str, content: bytes) -> "array[int]":
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a living process holds the lock of this run."""
+    """Whether a living process holds the lock of this run, or may for all that can be seen."""
     try:
         fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ELOOP)  # without a descriptor left nobody can tell
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -129,22 +129,22 @@ def serve(
 
     from vitalsd.alongside import ReadyFd
 
-    exclude(context, "pid", "name")
-    exclude(context, "exit_with_target", "linger")
-    for parameter in ("exit_with_target", "linger"):
-        needs(context, parameter, "without --pid", met=pid is not None)
-    needs(context, "retention", "with --record-interval 0", met=record_interval > 0)
-    needs(context, "black_box", "with --record-interval 0", met=record_interval > 0 or not black_box)
-    for parameter in ("host", "port", "allow_remote"):
-        needs(context, parameter, "with --no-tcp", met=not no_tcp)
-    needs(context, "max_thread_metrics", "with --no-thread-metrics", met=thread_metrics)
-    needs(context, "otlp_interval", "without --otlp", met=otlp is not None)
     try:
         waiting = ReadyFd(ready_fd)
     except OSError as error:
         raise click.UsageError(f"--ready-fd {ready_fd}: {error.strerror}") from None
     with logging_as(log_format):
         try:
+            exclude(context, "pid", "name")
+            exclude(context, "exit_with_target", "linger")
+            for parameter in ("exit_with_target", "linger"):
+                needs(context, parameter, "without --pid", met=pid is not None)
+            needs(context, "retention", "with --record-interval 0", met=record_interval > 0)
+            needs(context, "black_box", "with --record-interval 0", met=record_interval > 0 or not black_box)
+            for parameter in ("host", "port", "allow_remote"):
+                needs(context, parameter, "with --no-tcp", met=not no_tcp)
+            needs(context, "max_thread_metrics", "with --no-thread-metrics", met=thread_metrics)
+            needs(context, "otlp_interval", "without --otlp", met=otlp is not None)
             if 0 < record_interval < 0.01:
                 raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
             os.umask(0o077)

@@ -83,6 +83,11 @@ class Connection(H11Protocol):
             if not _may_come_in(peer):
                 self._refuse(problem("another_user", "this socket is for the user it belongs to"))
                 return
+        elif self.client is None:
+            # Reset before it was accepted, and what it sent can be read all the same. Without the address of its
+            # peer it would pass for the Unix socket, which needs no token.
+            transport.abort()
+            return
         if self._room.enter(self):
             self._watch()
         else:

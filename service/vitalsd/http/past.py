@@ -38,7 +38,7 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
                 return failed(error, targets.default.platform)
         record = targets.default.record
         if record is None:
-            raise NotRecording("nothing is being recorded (--record-interval 0)")
+            raise NotRecording(targets.default.why_not_recorded())
         if query.pid not in (None, record.identity.pid):
             raise NotRecording(f"only process {record.identity.pid} is recorded here; --pid names another target")
         # Whatever else would be in the table by now makes it another one.
@@ -51,7 +51,7 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
         body: Annotated[MarkRequest, sent(MarkRequest)], query: Annotated[NoQuery, given(NoQuery)]
     ) -> Response:
         try:
-            mark = targets.default.mark(body.label)
+            mark = await targets.default.mark_async(body.label)
         except ValueError as error:
             return problem("bad_body", str(error), parameter="label")
         return JSON(mark_json(mark), 201)

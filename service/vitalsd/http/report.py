@@ -64,7 +64,7 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIR
         async def collect() -> tuple["Bundle", bytes, Run | None]:
             crashed: Run | None = None
             if record is None:
-                failures.append(Failure(HISTORY, "nothing is being recorded (--record-interval 0)"))
+                failures.append(Failure(HISTORY, targets.default.why_not_recorded()))
             else:
                 members[HISTORY], members[MARKS] = await read(lambda: _recorded(record, query.seconds))
             if shelf is not None and identity is not None:

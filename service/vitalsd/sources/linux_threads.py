@@ -84,8 +84,12 @@ class ThreadTable:
         """The CPU time of all of them as last read."""
         self.proved = 0
         """Readings that were proved instead of read in full."""
-        self._relist()
-        self._links_count_threads = self._links() == len(self.tids)
+        try:
+            self._relist()
+            self._links_count_threads = self._links() == len(self.tids)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self) -> list[int]:
         """
@@ -94,7 +98,7 @@ class ThreadTable:
         The last thing done is the reading itself, so that a total read next is read at the same time.
         """
         self._exited_ns = None
-        if self._links_count_threads and self._links() == len(self.tids) and self._read_all():
+        if self._links_count_threads and self._links() == len(self.tids) > 0 and self._read_all():
             return self._cpu_ns
         self._relist()
         self._read_all()
@@ -257,24 +261,35 @@ class ThreadTable:
             return None
 
     def _relist(self) -> None:
-        """List ``task/`` and read thread by thread; one that exits meanwhile is left out."""
-        before, self._threads = self._threads, {}
+        """
+        List ``task/`` and read thread by thread; one that exits meanwhile is left out.
+
+        After an error those are held that had been reached: too few, so that the next `read` lists again.
+        """
+        self._exited_ns = None
+        before, found = self._threads, dict[int, _Thread]()
         try:
             for tid in sorted(map(int, os.listdir(self._task_fd))):
-                thread = before.pop(tid, None)
-                if thread is None or not self._advance(tid, thread):
-                    if thread is not None:
-                        self._counter.close(thread.handle)
+                thread = before.get(tid)
+                if thread is not None and not self._advance(tid, thread):
+                    self._counter.close(before.pop(tid).handle)
+                    thread = None
+                if thread is None:
                     thread = self._open(tid)
                 if thread is not None:
-                    self._threads[tid] = thread
+                    found[tid] = thread
+                    before.pop(tid, None)
         finally:
             for thread in before.values():
                 self._counter.close(thread.handle)
-        if not self._threads:
+            self._hold(found)
+        if not found:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        threads = self._rows = list(self._threads.values())
-        self.tids = tuple(self._threads)
+
+    def _hold(self, found: dict[int, _Thread]) -> None:
+        threads = self._rows = list(found.values())
+        self._threads = found
+        self.tids = tuple(found)
         self.births = tuple(thread.birth for thread in threads)
         self.names = tuple(thread.name for thread in threads)
         self._handles = [thread.handle for thread in threads]
