@@ -212,9 +212,12 @@ def test_links_pipes_and_open_files_are_refused(directory: Path) -> None:
     path = ep.publish(an_endpoint(), directory)
     (directory / "sidecar-2.json").symlink_to(path)
     os.mkfifo(directory / "sidecar-3.json", 0o600)
-    for name, reason in (("sidecar-2.json", "cannot open"), ("sidecar-3.json", "not a regular file")):
+    (directory / "sidecar-5.json").mkdir(0o700)
+    held = len(os.listdir("/dev/fd"))
+    for name, reason in (("2", "cannot open"), ("3", "not a regular file"), ("5", "not a regular file")):
         with pytest.raises(EndpointError, match=reason):
-            ep.read(directory / name)
+            ep.read(directory / f"sidecar-{name}.json")
+    assert len(os.listdir("/dev/fd")) == held
     path.chmod(0o640)
     with pytest.raises(EndpointError, match="open to other users"):
         ep.read(path)

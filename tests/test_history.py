@@ -83,6 +83,27 @@ def test_too_few_snapshots_make_no_row(count: int) -> None:
     assert len(table.to_csv().splitlines()) == 1
 
 
+def test_two_lives_of_one_tid_read_back_as_two() -> None:
+    """Each with its name and what it burnt."""
+    process = Process()
+    snapshots = [process.snapshot()]
+    for birth, name in ((7, "first"), (8, "second")):
+        process.threads[4243, birth] = name, 0
+        snapshots.append(process.snapshot())
+        for _ in range(4):
+            process.pass_time(SECOND_NS, [0, birth * 10_000_000])
+            snapshots.append(process.snapshot())
+        process.end_thread((4243, birth))
+        process.pass_time(SECOND_NS)
+    table = history(record_of(snapshots), top=10)
+    back = history(read_history(table.to_json()), top=10)
+    assert {(each.name, each.total_ns) for each in back.threads if each.tid == 4243} == {
+        ("first", 280_000_000),
+        ("second", 320_000_000),
+    }
+    assert [(each.tid, each.name) for each in back.threads] == [(each.tid, each.name) for each in table.threads]
+
+
 @given(lives(max_steps=40))
 def test_json_reads_back_to_itself(snapshots: list[Snapshot]) -> None:
     """A record rebuilt from the JSON gives the same table, to the digits that the JSON has."""

@@ -1,5 +1,6 @@
 """Looking back over a real socket: trailing windows, history, marks, streams, dead runs, replay."""
 
+import asyncio
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -18,6 +20,7 @@ import pytest
 
 from serving import Serving
 from vitalsd.model import FullMetrics, Measured, parse_runtime_metrics
+from vitalsd.sources import list_processes
 
 BUSY = """
 import threading, time
@@ -208,6 +211,22 @@ def test_at_most_eight_streams(shared: Serving) -> None:
         assert (refused.status_code, refused.json()["reason"]) == (429, "busy")
         for stream in streams:
             stream.close()
+    wait_until(lambda: len(events(shared, 1, interval_ms=10)) == 1)
+
+
+def test_at_most_eight_streams_that_begin_together(shared: Serving) -> None:
+    """Each has its place from the first moment, though its process has yet to be opened."""
+    pids = [entry.pid for entry in islice(list_processes(), 12)]
+
+    async def main() -> list[int]:
+        async with httpx.AsyncClient(base_url=shared.client.base_url, trust_env=False) as client:
+            requests = [client.build_request("GET", "/stream", params={"pid": pid}) for pid in pids]
+            answers = await asyncio.gather(*(client.send(request, stream=True) for request in requests))
+            for answer in answers:
+                await answer.aclose()
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(main()).count(200) <= 8
     wait_until(lambda: len(events(shared, 1, interval_ms=10)) == 1)
 
 

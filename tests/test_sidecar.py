@@ -1,5 +1,6 @@
 """Listeners and the life of ``vitalsd serve``: `vitalsd.listeners`, `vitalsd.sidecar`, `vitalsd.http.gate`."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -18,10 +19,12 @@ from pathlib import Path
 
 import pytest
 
+from edge import dial, whole_app
 from sidecars import VITALSD, UnixConnection, ask, environment, eventually, listing, serving
 from vitalsd import endpoint
 from vitalsd.listeners import ListenError, PortInUse, UnixListener, adopt, bind_tcp, inherited, is_remote, listen
 from vitalsd.runs import RunDirectory
+from vitalsd.sidecar import Sidecar
 from vitalsd.socket_file import answers
 
 
@@ -591,6 +594,19 @@ def test_a_target_that_ends_well_has_not_crashed(short_path: Path, code: str, st
     assert run.state == state
     zombie = "; its parent has not yet collected it (zombie)"  # where the sidecar was faster than we are
     assert (run.ended or "").replace(zombie, "") == f"target {target.pid} has exited: {how}"
+
+
+def test_what_a_companion_raises_is_not_a_clean_end() -> None:
+    """Whoever supervises the sidecar is to start it again; nothing of it is left."""
+
+    async def broken(_: Sidecar) -> None:
+        raise LookupError("a bug in a companion")
+
+    service = Sidecar(whole_app(), listen(port=0))
+    with pytest.raises(LookupError, match="a bug in a companion"):
+        asyncio.run(service.run(lambda: None, [broken]))
+    with pytest.raises(OSError, match="efused"):
+        dial(service.endpoint.url or "")
 
 
 # --name

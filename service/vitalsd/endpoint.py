@@ -190,7 +190,7 @@ def read(path: Path) -> Endpoint:
         raise
     except OSError as error:
         raise EndpointError(f"cannot open {path}: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
+    try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise EndpointError(f"{path} is not a regular file")
@@ -198,7 +198,9 @@ def read(path: Path) -> Endpoint:
             raise EndpointError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}")
         if found.st_mode & 0o077:
             raise EndpointError(f"{path} is open to other users (mode {stat.S_IMODE(found.st_mode):04o})")
-        content = file.read(MAX_FILE_BYTES + 1)
+        content = os.read(fd, MAX_FILE_BYTES + 1)
+    finally:
+        os.close(fd)
     if len(content) > MAX_FILE_BYTES:
         raise EndpointError(f"{path} is larger than {MAX_FILE_BYTES} bytes")
     try:

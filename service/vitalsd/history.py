@@ -161,7 +161,8 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     fitting = MAX_CELLS // max(1, len(rows))
     busiest = sorted(totals, key=lambda key: (-totals[key], key))[: min(top, fitting)]
     columns = _columns(rows, busiest)
-    names = {key: name for row in rows for key, name in _names(row.segment).items()} if busiest else {}
+    segments = dict.fromkeys(row.segment for row in rows) if busiest else ()
+    names = {key: name for segment in segments for key, name in _names(segment).items()}
     ends, starts = rows[1:], rows[:-1]
     # A label may be put on the clock before the first snapshot, which follows at once, is taken.
     noted_ns = rows[0]["monotonic_ns"] - record.interval_ns if rows else 0
@@ -317,7 +318,7 @@ def _snapshots(table: dict[str, Any], started_unix_ns: int) -> Iterator[Snapshot
             alive = now_alive
             tids = tuple(int(threads[i]["tid"]) for i in alive)
             names = tuple(str(threads[i]["name"]) for i in alive)
-            births = (0,) * len(alive)
+            births = tuple(alive)  # a tid may have had several lives, each a thread of the table
         if row >= 0:
             monotonic_ns += elapsed_ns
             cpu_ns += round(table["cpu_percent"][row] * elapsed_ns / 100)

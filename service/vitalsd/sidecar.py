@@ -100,6 +100,7 @@ class Sidecar:
 
         Raises:
             RuntimeError: the application did not start.
+            Exception: whatever a companion raised.
         """
         tasks: list[asyncio.Task[None]] = []
 
@@ -116,8 +117,11 @@ class Sidecar:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             self.close()
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
 
     def stop(self) -> None:
         """Begin the end; to be called on the event loop. A second call does nothing."""

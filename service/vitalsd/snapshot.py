@@ -111,7 +111,7 @@ class Snapshot:
     thread_cpu_ns: Sequence[int]
     names: Sequence[str]
     thread_grain_ns: int
-    """Step of a thread's counter, ns."""
+    """Step of a thread's counter, ns; of one that is the sum of two, of both."""
     thread_lag_ns: int
     """How far behind the counter of a thread that runs right now may be, ns."""
     source: str

@@ -28,7 +28,7 @@ STYLES = {"pass": "green", "fail": "bold red", "not here": "dim"}
 )
 @click.pass_context
 def doctor(context: click.Context, as_json: bool, soak: float | None) -> None:
-    """Examine vitalsd on this machine: what it reads against what is known to be true, in about 15 seconds.
+    """Examine vitalsd on this machine: what it reads against what is known to be true, in about 10 seconds.
 
     Threads burn known parts of a core, memory is taken and given back, threads come and go, and a
     sidecar is started, asked, killed and started again. Each line says what should be and what is;

@@ -54,7 +54,7 @@ def live_routes(
         stream_s: after so long a stream ends.
     """
     routes = APIRouter(route_class=StrictRoute)
-    streams: set[Stream] = set()
+    streams: set[object] = set()
     labels = Labels()
 
     @routes.get("/metrics", summary="CPU, memory and every thread, over a window; cumulative counters for a scraper")
@@ -94,13 +94,16 @@ def live_routes(
         if len(streams) >= MAX_STREAMS:
             raise Busy(f"{MAX_STREAMS} streams are open already")
         async with AsyncExitStack() as stack:
+            place = object()
+            streams.add(place)
+            stack.callback(streams.discard, place)
             try:
                 target = await stack.enter_async_context(targets.target(query.pid))
                 identity = await target.identity()
             except SourceError as error:
                 return failed(error, targets.default.platform)
             windows = Stream(target, query.interval_ms)
-            streams.add(windows)
+            stack.push_async_callback(windows.close)
             kept = stack.pop_all()
 
         async def events() -> AsyncIterator[bytes]:
@@ -122,9 +125,6 @@ def live_routes(
                             break
                 except SourceError as error:
                     yield b"event: unavailable\ndata: %b\n\n" % unavailable(error, targets.default.platform)
-                finally:
-                    streams.discard(windows)
-                    await windows.close()
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 

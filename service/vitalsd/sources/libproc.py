@@ -163,7 +163,8 @@ class LibprocSource:
             return living, len(thread_ids) - len(living.tids)
         chosen = self._choose(thread_ids)
         read = self._look_up(chosen)
-        known = {tid: row for tid, row in self._turns.items() if tid in set(thread_ids)}
+        listed = set(thread_ids)
+        known = {tid: row for tid, row in self._turns.items() if tid in listed}
         active = set()
         for tid in chosen:
             known.pop(tid, None)
@@ -182,10 +183,10 @@ class LibprocSource:
         """New threads, then active ones, then those not read for longest (`_turns` is in that order)."""
         listed = set(thread_ids)
         chosen = [tid for tid in thread_ids if tid not in self._turns]
-        active = sorted(self._active & listed)[: self._walk_limit // 2]
-        waiting = [tid for tid in self._turns if tid in listed and tid not in set(active)]
+        active = dict.fromkeys(sorted(self._active & listed)[: self._walk_limit // 2])
+        waiting = [tid for tid in self._turns if tid in listed and tid not in active]
         room = max(0, self._walk_limit - len(chosen))
-        return sorted(chosen + (active + waiting)[:room])
+        return sorted(chosen + [*active, *waiting][:room])
 
     def _look_up(self, thread_ids: Sequence[int]) -> Living:
         return living_threads(self._lib.proc_thread_infos(self._target.pid, thread_ids, self._rows), self._rows)

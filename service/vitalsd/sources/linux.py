@@ -49,6 +49,7 @@ from vitalsd.sources.procfs import (
     parse_stat,
     parse_statm,
     parse_status,
+    parse_tgid,
 )
 
 __all__ = ["LinuxSource"]
@@ -269,6 +270,9 @@ class LinuxSource:
             self._statm = self._keep(os.open("statm", os.O_RDONLY, dir_fd=self._dir))
             # By number: that it is of this process, the reading below proves.
             self._pidfd = self._exit_descriptor() if same_namespace and self._pid != os.getpid() else -1
+            process = parse_tgid(read_file("status", self._dir))
+            if process not in (self._pid, None):
+                raise NoSuchProcess(f"no process has pid {self._pid}; it is a thread of process {process}")
             return parse_stat(os.pread(self._leader, 1024, 0))
         except (FileNotFoundError, ProcessLookupError):
             raise self._absent() from None

@@ -58,7 +58,7 @@ class ThreadCounter(Protocol):
 
     source: str
     grain_ns: int
-    """Step of the counter."""
+    """Step of the counter; of one that is the sum of two, of both."""
     lag_ns: int
     """How far behind the counter of a running thread may be."""
     cut_ns: int
@@ -170,8 +170,8 @@ class StatFiles(_Files):
     """``stat`` of each thread: user and system time, each cut to a tick of 10 ms."""
 
     source = file = "stat"
-    grain_ns = USER_TICK_NS
-    lag_ns = KERNEL_TICK_NS + USER_TICK_NS
+    grain_ns = 2 * USER_TICK_NS
+    lag_ns = KERNEL_TICK_NS
     cut_ns = 2 * USER_TICK_NS
     provable = False
 

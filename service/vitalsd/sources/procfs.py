@@ -9,7 +9,17 @@ kernel/sched/stats.h.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["STATES", "Malformed", "Stat", "decode_name", "parse_run_times", "parse_stat", "parse_statm", "parse_status"]
+__all__ = [
+    "STATES",
+    "Malformed",
+    "Stat",
+    "decode_name",
+    "parse_run_times",
+    "parse_stat",
+    "parse_statm",
+    "parse_status",
+    "parse_tgid",
+]
 
 STATES = {
     "R": "running",
@@ -129,3 +139,9 @@ def parse_status(content: bytes) -> dict[str, int]:
             except ValueError:
                 raise Malformed("status", line) from None
     return sizes
+
+
+def parse_tgid(content: bytes) -> int | None:
+    """``Tgid`` of ``status``: the process that a thread is of, in the pid namespace of this procfs."""
+    _, found, rest = content.partition(b"\nTgid:\t")
+    return int(rest.partition(b"\n")[0]) if found else None
