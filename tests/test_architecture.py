@@ -29,6 +29,7 @@ FORBIDDEN = {
     "vitalsd.worker": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
     "vitalsd.record": ABOVE,
     "vitalsd.directories": {"vitalsd"},
+    "vitalsd.durable": {"vitalsd"},
     "vitalsd.socket_file": ABOVE | {"vitalsd.wire", "vitalsd.model", "vitalsd.sources", "vitalsd.endpoint"},
     "vitalsd.endpoint": ABOVE | {"vitalsd.wire", "vitalsd.model"},
     "vitalsd.tail": {"vitalsd"},

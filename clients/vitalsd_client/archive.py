@@ -14,11 +14,12 @@ import re
 import secrets
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from vitalsd.durable import draft, sync_directory
 
 __all__ = [
     "HISTORY",
@@ -185,17 +186,8 @@ def write_new(directory: Path, stem: str, suffix: str, content: bytes) -> Path:
         OSError: it could not be written; nothing is left behind.
     """
     temporary = directory / f".{stem}.{secrets.token_hex(8)}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, 0o600)  # whatever the umask left of it
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
+    with draft(temporary, content):
         path = _name(temporary, directory, stem, suffix)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
     sync_directory(directory)
     return path
 
@@ -219,15 +211,3 @@ def _name(temporary: Path, directory: Path, stem: str, suffix: str) -> Path:
             os.rename(temporary, path)
         return path
     raise FileExistsError(errno.EEXIST, "too many reports of the same second", str(directory))
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a rename or link in it survive a power cut."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
-            raise
-    finally:
-        os.close(fd)

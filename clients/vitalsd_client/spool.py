@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vitalsd_client.archive import Bundle, sync_directory
+from vitalsd.durable import sync_directory
+from vitalsd_client.archive import Bundle
 from vitalsd_client.states import STATES, Entry, SpoolError, States, first_note
 from vitalsd_client.upload import ATTEMPT_S, Attempt, Failed, Parcel, Receipt, check_url, send
 

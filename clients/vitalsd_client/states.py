@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from vitalsd.directories import EndpointError, private_directory
-from vitalsd_client.archive import sync_directory
+from vitalsd.durable import draft, sync_directory
 
 __all__ = ["STATES", "Entry", "SpoolError", "State", "States", "first_note"]
 
@@ -142,18 +142,8 @@ class States:
 
     def write(self, state: State, name: str, content: bytes) -> None:
         temporary = self.directory / "new" / f"{name}.{secrets.token_hex(8)}"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                os.fchmod(fd, 0o600)  # whatever the umask left of it
-                file.write(content)
-                file.flush()
-                os.fsync(fd)
+        with draft(temporary, content):
             os.rename(temporary, self.directory / state / name)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
         sync_directory(self.directory / state)
 
     def move(self, report_id: str, suffix: str, old: State, new: State) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from vitalsd.directories import agent_socket
+from vitalsd.durable import draft
 
 __all__ = [
     "LABEL",
@@ -129,17 +130,8 @@ def _write(path: Path, content: bytes) -> bool:
                 return False
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fchmod(fd, 0o644)  # launchd wants no group or world write, whatever the umask
-                os.fsync(fd)
+        with draft(temporary, content, mode=0o644):  # launchd wants no group or world write
             os.rename(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise AgentError(f"cannot write {path}: {error.strerror}") from None
     return True

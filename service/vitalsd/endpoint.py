@@ -9,7 +9,6 @@ decided is left alone.
 Of the standard library and `vitalsd.sources` alone: clients import this without the service.
 """
 
-import errno
 import hmac
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vitalsd.directories import EndpointError, runtime_directories
+from vitalsd.durable import draft, sync_directory
 from vitalsd.socket_file import SocketLock, answers
 from vitalsd.sources.birth import ANY_MACHINE, Births, Undecided, births
 
@@ -136,31 +136,10 @@ def publish(endpoint: Endpoint, directory: Path) -> Path:
     body = {"schema": SCHEMA, "app": "vitalsd", **asdict(endpoint)}
     path = directory / f"sidecar-{endpoint.pid}.json"
     temporary = directory / f".sidecar-{endpoint.pid}.{secrets.token_hex(8)}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, 0o600)  # whatever the umask left of it
-            file.write(json.dumps(body, indent=1).encode() + b"\n")
-            file.flush()
-            os.fsync(fd)
+    with draft(temporary, json.dumps(body, indent=1).encode() + b"\n"):
         os.rename(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_directory(directory)
+    sync_directory(directory)
     return path
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
-            raise
-    finally:
-        os.close(fd)
 
 
 def withdraw(path: Path, endpoint: Endpoint) -> None:

@@ -1,0 +1,46 @@
+"""Files that are there whole or not at all, and stay through a power cut."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["draft", "sync_directory"]
+
+
+@contextmanager
+def draft(path: Path, content: bytes, *, mode: int = 0o600) -> Iterator[None]:
+    """
+    A new file with `content`, on disk, which the context gives its name; what is left of it then is removed.
+
+    Args:
+        path: a name that nobody looks at, in the directory it is meant for.
+        mode: whatever the umask.
+
+    Raises:
+        OSError: it could not be written; nothing is left.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename or link in it survive a power cut. Raises `OSError`."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+            raise
+    finally:
+        os.close(fd)
