@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from typing import Any, TypeVar
 
 from vitalsd.sampler import Busy
+from vitalsd.worker import seen
 
 __all__ = ["Turns"]
 
@@ -53,5 +54,4 @@ class Turns:
 
     def _done(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         self._under_way.pop(key, None)
-        if not task.cancelled():
-            task.exception()  # looked at, or asyncio logs it when all who asked have left
+        seen(task)  # all who asked may have left

@@ -39,7 +39,7 @@ from vitalsd.sources.linux_counters import (
     read_file,
 )
 from vitalsd.sources.linux_exit import ending
-from vitalsd.sources.linux_processes import CLOCK_BOOTTIME, PF_KTHREAD, script_digest
+from vitalsd.sources.linux_processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, script_digest
 from vitalsd.sources.linux_threads import ThreadTable
 from vitalsd.sources.procfs import (
     STATES,
@@ -54,7 +54,6 @@ from vitalsd.sources.procfs import (
 
 __all__ = ["LinuxSource"]
 
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 LOOK_EVERY_NS = 1_000_000_000
 """The main thread's stat is read that often, and whenever the memory map has changed."""
 
