@@ -44,6 +44,9 @@ def client(code: str) -> "subprocess.Popen[str]":
     )
 
 
+CLOSES = "import os, time; os.closerange(3, 1024); time.sleep(60)"
+
+
 def test_it_answers_when_spawn_returns(short_path: Path) -> None:
     """The spawned sidecar measures its client, is another process, and stop ends it with status 0."""
     with vitalsd.spawn(port=0) as sidecar:
@@ -79,6 +82,7 @@ def test_options_reach_the_sidecar(target: "subprocess.Popen[bytes]", short_path
         ({"command": ["/nonexistent"]}, "cannot run /nonexistent"),
         ({"command": ["/bin/sh", "-c", "kill -9 $$"]}, "ended by SIGKILL"),
         ({"command": ["/bin/sh", "-c", "sleep 60"], "timeout_s": 0.2}, "not ready in time"),
+        ({"command": [sys.executable, "-c", CLOSES], "timeout_s": 2.0}, "closed its ready-fd"),
     ],
 )
 def test_a_sidecar_that_does_not_get_ready_is_a_sentence(arguments: dict[str, object], reason: str) -> None:
@@ -95,6 +99,27 @@ def test_an_answer_out_of_contract_is_refused(said: str) -> None:
     script = f"for last; do [ \"$flag\" = --ready-fd ] && fd=$last; flag=$last; done; echo '{said}' >&$fd; sleep 60"
     with pytest.raises(vitalsd.SpawnError, match="this is no sidecar"):
         vitalsd.spawn(command=["/bin/bash", "-c", script, "sh"])
+
+
+def test_a_client_with_many_descriptors_has_one_too() -> None:
+    """Descriptors above 1023, of which select(2) knows nothing, are none the worse."""
+    process = client("""
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        for _ in range(1100):
+            os.dup(0)
+        print(vitalsd.spawn(port=0).stop())
+    """)
+    assert process.communicate(timeout=20) == ("0\n", "")
+
+
+def test_one_that_was_dropped_is_collected() -> None:
+    """A sidecar that nobody kept, and that has ended, is a zombie until the next spawn and no longer."""
+    pid = vitalsd.spawn(port=0).pid
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not alive(pid))
+    with vitalsd.spawn(port=0), pytest.raises(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 def test_the_client_does_not_load_the_service() -> None:

@@ -57,8 +57,9 @@ class ReadyFd:
 
 
 class _Process(subprocess.Popen[bytes]):
-    def __del__(self, *_: Any, **__: Any) -> None:
-        """Nothing: to outlive the one who spawned it is what it is for, and no reason for a warning."""
+    def __del__(self) -> None:
+        """As ever, the next Popen collects it; but that it outlives its keeper is no reason for a warning."""
+        super().__del__(_warn=lambda *_, **__: None)  # type: ignore[call-arg]
 
 
 class Spawned:
@@ -183,14 +184,19 @@ def spawn(
 
 def _answer(process: _Process, reader: int, deadline: float) -> dict[str, Any]:
     """The line that the sidecar writes to its ready-fd."""
+    ready = select.poll()  # select(2) knows no descriptor above 1023
+    ready.register(reader, select.POLLIN)
     content = b""
     while not content.endswith(b"\n"):
         wait_s = deadline - time.monotonic()
-        if wait_s <= 0 or not select.select([reader], [], [], wait_s)[0]:
+        if wait_s <= 0 or not ready.poll(wait_s * 1000):
             raise SpawnError("the sidecar was not ready in time")
         chunk = os.read(reader, 4096)
         if not chunk:
-            status = process.wait(5)
+            try:
+                status = process.wait(deadline - time.monotonic())
+            except subprocess.TimeoutExpired:
+                raise SpawnError("the sidecar closed its ready-fd and did not end") from None
             how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
             raise SpawnError(f"the sidecar ended {how} before it was ready; see: {' '.join(map(str, process.args))}")  # type: ignore[arg-type]
         content += chunk
