@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -20,7 +21,9 @@ import pytest
 
 from serving import Serving
 from vitalsd.model import FullMetrics, Measured, parse_runtime_metrics
+from vitalsd.replay import load
 from vitalsd.sources import list_processes
+from vitalsd.stored_run import UnreadableRun
 
 BUSY = """
 import threading, time
@@ -360,3 +363,36 @@ def test_replay_of_something_else(tmp_path: Path, content: bytes) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("vitalsd: notes.sqlite")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [(zipfile.ZIP_DEFLATED, "invalid block type"), (zipfile.ZIP_LZMA, "compressed as in no report")],
+)
+def test_replay_of_a_damaged_report(tmp_path: Path, method: int, said: str) -> None:
+    """What cannot be unpacked is one line that names the file."""
+    path = tmp_path / "report.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("runtime-history.json", "{}")
+    content = bytearray(path.read_bytes())
+    content[30 + len("runtime-history.json")] = 0xFF  # the first byte after the local header
+    path.write_bytes(content)
+    done = vitalsd(tmp_path, "replay", str(path))
+    assert done.returncode == 1
+    assert "report.zip" in done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_replay_unpacks_no_more_than_the_header_says(tmp_path: Path) -> None:
+    """A member that is larger than it says is refused before it fills the memory."""
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("runtime-history.json", b"\0" * 50_000_000)
+        archive.infolist()[0].file_size = 100
+    tracemalloc.start()
+    with pytest.raises(UnreadableRun, match="bomb"):
+        load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -129,11 +130,13 @@ def test_the_receiver_refuses_what_is_no_report(tmp_path: Path, receiver: str) -
         headers = {"Idempotency-Key": key, "X-Content-SHA256": sha256 or hashlib.sha256(content).hexdigest()}
         return httpx.post(receiver, files={"report": content}, headers=headers, trust_env=False).status_code
 
-    def zipped(**members: bytes) -> bytes:
+    def zipped(method: int = zipfile.ZIP_DEFLATED, sizes: int | None = None, **members: bytes) -> bytes:
         out = io.BytesIO()
-        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(out, "w", method) as archive:
             for name, content in members.items():
                 archive.writestr(name.replace("_json", ".json"), content)
+            for info in archive.infolist():
+                info.file_size = info.file_size if sizes is None else sizes
         return out.getvalue()
 
     manifest = json.dumps({"report_id": "0" * 32, "members": []}).encode()
@@ -141,8 +144,18 @@ def test_the_receiver_refuses_what_is_no_report(tmp_path: Path, receiver: str) -
     assert post(zipped(a=b"")) == 422
     assert post(zipped(a=b"", manifest_json=manifest)) == 422
     assert post(zipped(manifest_json=b"[]")) == 422
-    assert post(zipped(**{"../a": b"", "manifest_json": manifest})) == 422
+    assert post(zipped(zipfile.ZIP_DEFLATED, None, **{"../a": b"", "manifest_json": manifest})) == 422
     assert post(zipped(a=b"\0" * 10_000_000, manifest_json=manifest)) == 422
+    assert post(zipped(zipfile.ZIP_BZIP2, manifest_json=manifest)) == 422
+    damaged = bytearray(zipped(manifest_json=manifest))
+    damaged[30 + len("manifest.json")] = 0xFF  # the first byte after the local header
+    assert post(bytes(damaged)) == 422
+    bomb = zipped(a=b"\0" * 50_000_000, sizes=100)
+    tracemalloc.start()
+    assert post(bomb) == 422
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000, "no more is unpacked than the header says"
     good = a_bundle()
     assert post(good.zip(), "1" * 32) == 422
     assert post(good.zip(), "../../x") == 400

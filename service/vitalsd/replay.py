@@ -1,6 +1,7 @@
 """A dead run as a target: the same API over a black box or a bug report, so that recipes go on working."""
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,14 @@ def load(path: Path) -> Record:
             info = archive.getinfo(HISTORY_MEMBER)
             if info.file_size > MAX_MEMBER_BYTES:
                 raise UnreadableRun(f"{HISTORY_MEMBER} in {path.name} has {info.file_size} bytes")
-            return read_history(archive.read(info))
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UnreadableRun(f"{HISTORY_MEMBER} in {path.name} is compressed as in no report")
+            # Of the other methods, and by ZipFile.read, all there is would be unpacked, whatever the header says.
+            with archive.open(info) as member:
+                return read_history(member.read(info.file_size + 1))
     except KeyError:
         raise UnreadableRun(f"{path.name} has no {HISTORY_MEMBER}: it is no report with a history") from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
         raise UnreadableRun(f"{path.name}: {error}") from None
 
 
