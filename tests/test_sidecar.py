@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import resource
 import signal
 import socket
 import stat
@@ -137,6 +138,28 @@ def test_a_path_that_is_too_long_or_nowhere_is_a_sentence(short_path: Path) -> N
             UnixListener(path)
         with pytest.raises(ListenError, match=reason):
             listen(port=0, uds=path)
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_without_descriptors_it_is_a_sentence(short_path: Path, left: int) -> None:
+    """Whichever of TCP, lock and Unix socket gets none: a ListenError, and neither a socket nor a file is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(left):
+            os.close(taken.pop())
+        with pytest.raises(ListenError, match="Too many open files"):
+            listen(port=0, uds=short_path / "a.sock")
+        taken += [os.dup(0) for _ in range(left)]  # there are as many as before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+    assert listing(short_path) == []
 
 
 @pytest.mark.parametrize(

@@ -77,13 +77,16 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     """
     address = _address(host)
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((str(address), port))
-        listener.listen(BACKLOG)
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((str(address), port))
+            listener.listen(BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
     except OSError as error:
-        listener.close()
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"port {port} on {address} is in use") from None
         raise ListenError(f"cannot listen on {address} port {port}: {error.strerror}") from None
@@ -113,8 +116,8 @@ class UnixListener:
             raise ListenError(str(error)) from None
         except OSError as error:
             raise ListenError(f"cannot listen on {path}: {error.strerror}") from None
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._clear()
             with suppress(OSError):
                 os.fchmod(self.socket.fileno(), 0o600)  # Linux: bind makes it with this mode; macOS refuses
@@ -143,8 +146,8 @@ class UnixListener:
 
     def close(self) -> None:
         """Stop listening and remove the socket file, if it is still ours. A second call does nothing."""
-        self.socket.close()
-        with suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError):  # as far as it was made
+            self.socket.close()
             if os.path.samestat(self._inode, os.lstat(self.path)):
                 os.unlink(self.path)
         self._lock.release()
