@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,13 @@ def test_a_sidecar_that_does_not_get_ready_is_a_sentence(arguments: dict[str, ob
         vitalsd.spawn(port=0, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("timeout_s", [nan, inf, 1e300, -5])
+def test_a_timeout_out_of_range_is_refused(timeout_s: float) -> None:
+    """What nobody can wait for is the caller's error, and nothing is run."""
+    with pytest.raises(ValueError, match="timeout_s is from 0 to 3600"):
+        vitalsd.spawn(command=["/nonexistent"], timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize("said", ["nonsense", "[]", '{"pid": 1}'])

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,10 @@ def test_start_raises_what_is_wrong(short_path: Path) -> None:
         vitalsd.start(auth="maybe")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="record_interval_s"):
         vitalsd.start(record_interval_s=0.001)
+    for number in (nan, inf, 1e300, -5):
+        for name in ("record_interval_s", "retention_s", "timeout_s", "port"):
+            with pytest.raises(ValueError, match=f"{name} is "):
+                vitalsd.start(**{"port": 0, name: number})  # type: ignore[arg-type]
     assert listing(short_path / "run") == []
     assert set(threading.enumerate()) == before
 

@@ -202,6 +202,12 @@ def start(
         raise ValueError(f"auth is 'none' or 'token', not {auth!r}")
     if record_interval_s != 0 and not 0.01 <= record_interval_s <= 3600:
         raise ValueError("record_interval_s is 0 or from 0.01 to 3600")
+    if not 1 <= retention_s <= 86400:
+        raise ValueError("retention_s is from 1 to 86400")
+    if not 0 <= timeout_s <= 3600:
+        raise ValueError("timeout_s is from 0 to 3600")
+    if port is not None and not 0 <= port <= 65535:
+        raise ValueError("port is from 0 to 65535")
 
     def make() -> Sidecar:
         notes: list[str] = []
