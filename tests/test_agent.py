@@ -196,6 +196,28 @@ def test_a_file_that_cannot_be_written_is_a_sentence(short_path: Path, fake: Fak
     (short_path / ".config").touch()
     with pytest.raises(AgentError, match="cannot write"):
         Systemd(a_plan(short_path)).install()
+    (short_path / "Library").touch()
+    with pytest.raises(AgentError, match="vitalsd: Not a directory"):
+        launchd(short_path).install()
+
+
+def test_a_file_that_cannot_be_removed_is_a_sentence(short_path: Path, fake: FakeSupervisor) -> None:
+    """A directory in the place of a file is named, and stays."""
+    units = short_path / ".config/systemd/user"
+    for path in (*launchd(short_path).files(), units / "vitalsd.service"):
+        path.mkdir(parents=True)
+    with pytest.raises(AgentError, match="plist: "):
+        launchd(short_path).uninstall()
+    with pytest.raises(AgentError, match="service: "):
+        Systemd(a_plan(short_path)).uninstall()
+
+
+def test_a_supervisor_that_may_not_be_run_is_a_sentence(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A systemctl without the permission to run it is one that says nothing."""
+    (short_path / "systemctl").touch(0o600)
+    monkeypatch.setenv("PATH", str(short_path))
+    with pytest.raises(AgentError, match="systemctl: Permission denied"):
+        Systemd(a_plan(short_path)).status()
 
 
 # systemd
@@ -280,7 +302,7 @@ def test_systemd_that_refuses_or_is_not_there(short_path: Path, fake: FakeSuperv
     with pytest.raises(AgentError, match="systemctl enable: Failed to enable: recorded"):
         Systemd(a_plan(short_path)).install()
     fake.set(bus=False)
-    with pytest.raises(AgentError, match="lingering"):
+    with pytest.raises(AgentError, match="for this user here"):  # who may have no name
         Systemd(a_plan(short_path)).status()
     units = short_path / ".config/systemd/user"
     assert len(list(units.iterdir())) == 2

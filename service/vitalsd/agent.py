@@ -4,7 +4,6 @@ The background agent: files for launchd or systemd, and the talk with those.
 Both hold the sockets themselves and start the sidecar when somebody connects.
 """
 
-import getpass
 import os
 import plistlib
 import re
@@ -12,8 +11,8 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -103,6 +102,15 @@ class Agent(Protocol):
 def supervisor(kind: Supervisor, plan: Plan) -> Agent:
     """The agent of `plan` under `kind`."""
     return Launchd(plan) if kind == "launchd" else Systemd(plan)
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """What the system refuses is an `AgentError`."""
+    try:
+        yield
+    except OSError as error:
+        raise AgentError(f"{error.filename}: {error.strerror}") from None
 
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
@@ -195,6 +203,7 @@ class Launchd:
             job["KeepAlive"] = {"SuccessfulExit": False}  # implies RunAtLoad
         return {self._path: plistlib.dumps(job)}
 
+    @_in_words()
     def install(self) -> None:
         self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         [(path, content)] = self.files().items()
@@ -215,6 +224,7 @@ class Launchd:
                 raise self._error("bootstrap", status)
             self._sleep(self.PAUSE_S)
 
+    @_in_words()
     def uninstall(self) -> bool:
         service = f"{self._domain()}/{LABEL}"
         loaded = self._loaded(service)
@@ -225,6 +235,7 @@ class Launchd:
         agent_socket(self._plan.runtime).unlink(missing_ok=True)
         return installed or loaded
 
+    @_in_words()
     def status(self) -> Status:
         shown = self._launchctl("print", f"{self._domain()}/{LABEL}")
         pid = re.search(r"^\s*pid = ([0-9]+)$", shown.stdout, re.MULTILINE)
@@ -302,6 +313,7 @@ class Systemd:
             found[self._units / unit] = content
         return found
 
+    @_in_words()
     def install(self) -> None:
         self._systemctl("show", "--property=Version")  # before anything is written: there may be no systemd to read it
         changed = [_write(path, content) for path, content in self.files().items()]
@@ -314,6 +326,7 @@ class Systemd:
         if not any(changed):
             self._systemctl("try-restart", UNITS[1])
 
+    @_in_words()
     def uninstall(self) -> bool:
         paths = [self._units / unit for unit in UNITS]
         installed = [path for path in paths if path.exists()]
@@ -326,6 +339,7 @@ class Systemd:
             self._systemctl("daemon-reload")
         return bool(installed)
 
+    @_in_words()
     def status(self) -> Status:
         shown = self._systemctl("show", "--property=ActiveState,MainPID", *UNITS)
         blocks = [
@@ -344,9 +358,7 @@ class Systemd:
         if done.returncode != 0:
             said = done.stderr.strip().splitlines()
             if "Failed to connect to bus" in done.stderr:
-                raise AgentError(
-                    f"systemd does not run for {getpass.getuser()} here; log in, or enable lingering with loginctl"
-                )
+                raise AgentError("systemd does not run for this user here; log in, or enable lingering with loginctl")
             raise AgentError(f"systemctl {arguments[0]}: {said[0] if said else f'status {done.returncode}'}")
         return done.stdout
 
