@@ -29,7 +29,7 @@ from vitalsd.directories import private_directory
 from vitalsd.endpoint import Endpoint, Target, proof
 from vitalsd.model import FullMetrics, Measured, RuntimeMetrics, Unavailable
 from vitalsd.sources.birth import births
-from vitalsd_client import afetch, fetch
+from vitalsd_client import BugReport, afetch, fetch
 
 ROOT = Path(__file__).parent.parent
 
@@ -165,6 +165,16 @@ def test_a_stopped_sidecar_costs_the_budget_and_no_more(home: Path) -> None:
         assert "sent no answer within" in reason(timed(lambda: fetch(20), 20))
         process.send_signal(signal.SIGCONT)
         assert isinstance(eventually(lambda: isinstance(fetch(20), Measured)), bool)
+
+
+def test_a_stopped_sidecar_does_not_cost_the_answer_of_another(home: Path) -> None:
+    """Of two that watch the same process the one that hangs is passed over, for numbers and for a report."""
+    options = ("--pid", str(os.getpid()), "--record-interval", "0.05")
+    with serving(home, *options), serving(home, *options) as (newest, _):
+        newest.send_signal(signal.SIGSTOP)
+        for mode in ("wait", "trailing", "auto"):
+            assert isinstance(timed(lambda mode=mode: fetch(100, mode=mode), 100), Measured)  # type: ignore[misc]
+        assert "runtime-history.json" in BugReport("ryll", window_ms=100).preview()
 
 
 # No sidecar
@@ -458,7 +468,14 @@ def test_imports_are_light(code: str, absent: str) -> None:
 
 def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
     """No module of the client imports anything of the service but those; `direct` alone has the sources too."""
-    allowed = {"vitalsd", "vitalsd.model", "vitalsd.endpoint", "vitalsd.directories", "vitalsd.socket_file"}
+    allowed = {
+        "vitalsd",
+        "vitalsd.model",
+        "vitalsd.endpoint",
+        "vitalsd.directories",
+        "vitalsd.durable",
+        "vitalsd.socket_file",
+    }
     for file in (ROOT / "clients" / "vitalsd_client").glob("*.py"):
         found: set[str] = set()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

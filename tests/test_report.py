@@ -27,6 +27,7 @@ import httpx
 import pytest
 
 from misbehaving import FAULTS, Misbehaving
+from serving import Serving
 from sidecars import VITALSD, environment, eventually, serving
 from vitalsd.http.app import create_app
 from vitalsd.model import Measured, Unavailable, parse_runtime_metrics
@@ -400,11 +401,11 @@ def crash_one(home: Path, marks: str, code: str = SLEEPER) -> None:
 
 
 @contextmanager
-def next_run(home: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def next_run(home: Path, *options: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The script again, and its sidecar: its pid, and what the sidecar said."""
     with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
         try:
-            with serving(home, "--record-interval", "0.05", "--pid", str(target.pid)) as (_, ready):
+            with serving(home, "--record-interval", "0.05", "--pid", str(target.pid), *options) as (_, ready):
                 yield target.pid, ready
         finally:
             target.kill()
@@ -424,6 +425,27 @@ def test_a_crashed_run_is_told_of_once(home: Path) -> None:
         assert previous["target"]["pid"] != pid
         assert "previous-run.json" in report.preview(), "shown, but not given away: it is still to be told"
         assert "previous-run.json" not in BugReport("ryll", window_ms=50, pid=pid).preview()
+
+
+def test_a_crash_is_told_of_without_a_black_box(home: Path) -> None:
+    """By the program that the sidecar watches, though that is not being recorded on disk this time."""
+    crash_one(home, "just before")
+    with next_run(home, "--no-black-box") as (pid, _):
+        assert "previous-run.json" in BugReport("ryll", window_ms=50, pid=pid).preview()
+
+
+def test_a_replay_tells_of_no_crash(home: Path) -> None:
+    """Who looks at a dead run, and makes a report of it, does not take it from the next report."""
+    crash_one(home, "just before")
+    (run,) = (home / "state" / "runs").glob("*.sqlite")
+    with Serving(home / "state", str(run), command="replay") as replay:
+        answer = replay.client.get("/report.zip", params={"window_ms": 50})
+        assert answer.status_code == 200
+        (home / "replay.zip").write_bytes(answer.content)
+        (home / "replay.zip").chmod(0o600)
+        assert "previous-run.json" not in opened(home / "replay.zip")
+    with next_run(home) as (pid, _):
+        assert "previous-run.json" in BugReport("ryll", window_ms=50, pid=pid).preview()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells scripts of one interpreter apart")

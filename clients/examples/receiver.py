@@ -66,11 +66,12 @@ def check(content: bytes, report_id: str) -> None:
             manifest = json.loads(_unpacked(archive, archive.getinfo("manifest.json")))
             found.pop("manifest.json")
             listed = {each["name"]: (each["size"], each["sha256"]) for each in manifest["members"]}
+            named = manifest["report_id"]
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, EOFError, RuntimeError) as error:
         raise BadReport(f"{type(error).__name__}: {error}") from None
     if listed != found:
         raise BadReport("its members are not those of its manifest")
-    if manifest["report_id"] != report_id:
+    if named != report_id:
         raise BadReport("it is another report than its key says")
 
 

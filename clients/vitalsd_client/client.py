@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from vitalsd.model import Measured, RuntimeMetrics, Unavailable, parse_runtime_metrics
 from vitalsd_client.exchange import Answer, ExchangeError
 from vitalsd_client.patience import Call
-from vitalsd_client.places import NoSidecar, Sidecar, locate
+from vitalsd_client.places import NoSidecar, Sidecar, answering, locate
 from vitalsd_client.privacy import harmless
 
 __all__ = ["BUDGET_S", "Mode", "afetch", "fetch"]
@@ -33,8 +33,6 @@ MARGIN_S = 0.3
 """Of the budget, kept for reading a large answer and for a busy machine."""
 DIRECT_S = 0.25
 """Of the budget, kept for measuring from within when a sidecar hung to the end."""
-MAX_SIDECARS = 3
-"""So many are tried, if the better ones do not answer."""
 COVERED = 0.99
 """A trailing window of at least this part of the one asked for counts as covered."""
 WINDOW_MS = range(10, 60_001)
@@ -165,7 +163,7 @@ class _Question:
         except NoSidecar as error:
             return unavailable(str(error))
         reasons: list[str] = []
-        for sidecar in sidecars[:MAX_SIDECARS]:
+        for sidecar in answering(sidecars, self.deadline, reasons):
             try:
                 return self._sidecar(sidecar)
             except ExchangeError as error:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from vitalsd_client.archive import HISTORY, MARKS, PREVIOUS_RUN, Failure, previous_run
 from vitalsd_client.client import refusal
 from vitalsd_client.exchange import Answer, ExchangeError
-from vitalsd_client.places import NoSidecar, Sidecar, locate
+from vitalsd_client.places import NoSidecar, Sidecar, answering, locate
 from vitalsd_client.privacy import harmless
 
 __all__ = ["Past"]
@@ -40,7 +40,8 @@ class Past:
         """
         members: dict[str, bytes] = {}
         try:
-            self._sidecar = locate(url=self._url, socket=self._socket, pid=self._pid)[0]
+            found = locate(url=self._url, socket=self._socket, pid=self._pid)
+            self._sidecar = next(answering(found, deadline, []))
             if self._sidecar.pid is not None:
                 # Its record is about somebody else, who is none of this report's business.
                 raise NoSidecar("the sidecar that answers watches another process, and has no record of this one")
@@ -49,7 +50,7 @@ class Past:
                 table = _json(request("/history", query, last=False), dict)
                 members[HISTORY] = table[1]
                 members[MARKS] = _json(request("/marks", last=False), list)[1]
-                self._previous(request, table[0], members)
+                self._previous(request, members)
         except (NoSidecar, ExchangeError) as error:
             missing = HISTORY if HISTORY not in members else MARKS if MARKS not in members else PREVIOUS_RUN
             return members, [Failure(missing, harmless(str(error)))]
@@ -57,13 +58,12 @@ class Past:
             return members, [Failure(HISTORY, f"the sidecar's record is not understood: {type(error).__name__}")]
         return members, []
 
-    def _previous(self, request: Callable[..., Answer], table: dict[str, Any], members: dict[str, bytes]) -> None:
+    def _previous(self, request: Callable[..., Answer], members: dict[str, bytes]) -> None:
         """The newest run of the same program that crashed and is in no report yet."""
-        target = table["target"]
+        target = _json(request("/info", last=False), dict)[0]["target"]
         runs, _ = _json(request("/runs", last=False), list)
         # Two scripts of one interpreter have one name, and are none of each other's business.
-        mine = (run.get("program", "") for run in runs if run["state"] == "running" and run["pid"] == target["pid"])
-        program = (target["name"], next(mine, ""))
+        program = (target["name"], target.get("program", ""))
         crashed = [
             run
             for run in runs

@@ -5,7 +5,8 @@ import ipaddress
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,14 @@ from vitalsd.directories import EndpointError, runtime_directories
 from vitalsd.endpoint import Endpoint, Liveness
 from vitalsd_client.exchange import Answer, Connection, ExchangeError
 
-__all__ = ["NoSidecar", "Sidecar", "locate"]
+__all__ = ["NoSidecar", "Sidecar", "answering", "locate"]
 
 CONNECT_S = 0.5
 """For a connection while there is another place to try."""
+LOOK_S = 0.4
+"""For a sign of life while there is another sidecar to ask."""
+MAX_SIDECARS = 3
+"""So many are tried, if the better ones do not answer."""
 MAX_ANSWER_BYTES = 8 << 20
 
 
@@ -78,6 +83,25 @@ class Sidecar:
         """One request on a connection of its own. Raises `ExchangeError`."""
         with self.connected(deadline) as request:
             return request(path, query, **options)
+
+
+def answering(sidecars: Sequence[Sidecar], deadline: float, reasons: list[str]) -> Iterator[Sidecar]:
+    """
+    Those that are worth asking, of the first three: one that hangs is not to cost the time of one that does not.
+
+    Args:
+        deadline: monotonic time, s.
+        reasons: what was wrong with the others is added here.
+    """
+    *better, last = sidecars[:MAX_SIDECARS]
+    for each in better:
+        try:
+            each.get("/healthz", deadline=min(deadline, time.monotonic() + LOOK_S))
+        except ExchangeError as error:
+            reasons.append(str(error))
+        else:
+            yield each
+    yield last
 
 
 def _demand_proof(connection: Connection, token: str, port: int) -> None:

@@ -278,7 +278,7 @@ def listen(
             listeners.unix = UnixListener(Path(os.path.abspath(path)))
         if not listeners.sockets:
             raise ListenError("there is nothing to listen on: no TCP, and no directory for a Unix socket")
-    except ListenError:
+    except BaseException:
         listeners.close()
         raise
     return listeners

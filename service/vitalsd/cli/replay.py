@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from vitalsd.cli.log import log_format_option, logging_as
-from vitalsd.cli.options import Failed, host_option, port_option, runs_path
+from vitalsd.cli.options import Failed, host_option, port_option
 from vitalsd.cli.serving import Where, import_service, serve_until_signal, starts
 
 __all__ = ["replay"]
@@ -24,7 +24,6 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
     /metrics?mode=trailing answer for its end.
     """
     from vitalsd.replay import Replay, load
-    from vitalsd.runs import RunDirectory
     from vitalsd.sources import NoSuchProcess, Source
     from vitalsd.stored_run import UnreadableRun
     from vitalsd.targets import Targets
@@ -41,7 +40,7 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
         serve_until_signal(
             Targets(Replay(record), nobody),
             list,
-            RunDirectory(runs_path()),
+            None,  # nobody's crash is to be told of by a replay, and least of all the one that is replayed
             f"a replay of {file.name}",
             Where(host, port),
             published=False,

@@ -83,7 +83,7 @@ class Where(NamedTuple):
 def serve_until_signal(
     targets: "Targets",
     list_processes: "Callable[[], Iterable[ProcessEntry]]",
-    runs: "RunDirectory",
+    runs: "RunDirectory | None",
     whom: str,
     where: Where,
     *,

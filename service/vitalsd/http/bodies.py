@@ -82,6 +82,15 @@ class OwnCost(_Body):
     snapshots: Count = Field(description="Taken of the target since the start.")
 
 
+PROGRAM = "Tells apart scripts of one interpreter, by a digest; else empty."
+
+
+class Watched(Target):
+    """The target, and what it runs."""
+
+    program: str = Field(description=PROGRAM)
+
+
 class Info(_Body):
     """The service, its target and its own cost."""
 
@@ -91,7 +100,7 @@ class Info(_Body):
     os_version: str
     arch: str
     cpu_count: Count
-    target: Target | Unavailable
+    target: Watched | Unavailable
     capabilities: list[str]
     recorder: Recorder | None = Field(description="null: nothing is recorded.")
     self: OwnCost
@@ -156,7 +165,7 @@ class Run(_Body):
     platform: Platform
     pid: Count
     name: str
-    program: str = Field(description="Tells apart scripts of one interpreter, by a digest; else empty.")
+    program: str = Field(description=PROGRAM)
     started_at: datetime
     recorded_from: datetime | None
     recorded_to: datetime | None

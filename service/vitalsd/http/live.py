@@ -198,6 +198,7 @@ async def _info(target: Target) -> dict[str, Any]:
             "name": identity.name,
             "started_at": iso(identity.started_unix_ns),
             "start_id": identity.start_id,
+            "program": identity.program,
         }
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {

@@ -281,7 +281,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             "os_version": "6.12.0",
             "arch": "x86_64",
             "cpu_count": 8,
-            "target": TARGET,
+            "target": {**TARGET, "program": "6e7a2b51c0d4f893"},
             "capabilities": ["detail=full", "history", "marks", "mode=trailing", "pid", "processes", "runs", "stream"],
             "recorder": {
                 "interval_ms": 1000,
