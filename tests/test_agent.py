@@ -258,6 +258,9 @@ def test_more_options_reach_the_sidecar(short_path: Path) -> None:
         (["--pid", "1"], "--pid is for the supervisor"),
         (["--help"], "options of `vitalsd serve` alone"),
         (["surplus"], "surplus"),
+        (["--record-interval", "0.001"], "--record-interval is 0 or at least 0.01 seconds"),
+        (["--linger", "5"], "--linger does nothing without --pid"),
+        (["--otlp", "foo"], "'foo' is not the URL of a Collector"),
     ],
 )
 def test_options_that_serve_would_not_take_are_refused_at_once(options: list[str], said: str, short_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_options_reach_the_sidecar(target: "subprocess.Popen[bytes]", short_path
     ("arguments", "reason"),
     [
         ({"pid": 2**22 + 1}, "no process has pid 4194305"),
-        ({"options": ["--port", "99999"]}, "ended with status 2 before it was ready"),
+        ({"options": ["--port", "99999"]}, "99999 is not in the range"),
         ({"command": ["/nonexistent"]}, "cannot run /nonexistent"),
         ({"command": ["/bin/sh", "-c", "kill -9 $$"]}, "ended by SIGKILL"),
         ({"command": ["/bin/sh", "-c", "sleep 60"], "timeout_s": 0.2}, "not ready in time"),

@@ -237,6 +237,13 @@ def test_serve_of_nobody_is_1() -> None:
     assert (out.returncode, out.stderr) == (1, "vitalsd: no process has pid 2147483647\n")
 
 
+def test_a_name_is_not_waited_for_where_nothing_can_be_listed(tmp_path: Path) -> None:
+    """What is no procfs has nobody to wait for."""
+    out = vitalsd("serve", "--port", "0", "--name", "x", "--proc-root", str(tmp_path))
+    assert (out.returncode, out.stdout) == (1, "")
+    assert out.stderr == f"vitalsd: {tmp_path} is not a procfs; mount it or name another with --proc-root\n"
+
+
 def test_serve_of_a_zombie_is_1(start: Start) -> None:
     """It can be opened, and has no numbers."""
     target = start()

@@ -41,12 +41,15 @@ SET_HERE = ("pid", "name", "host", "port", "no_tcp", "uds", "ready_fd", "exit_wi
 
 def _serve_options(context: click.Context, parameter: click.Parameter, options: tuple[str, ...]) -> tuple[str, ...]:
     """What follows ``--``, if `vitalsd serve` would take it; better told now than in a log."""
-    from vitalsd.cli.serve import serve
+    from vitalsd.cli.serve import check, serve
 
     try:
         parsed = serve.make_context("serve", list(options))
+        check(parsed)
     except click.exceptions.Exit:
         raise click.BadParameter("options of `vitalsd serve` alone") from None
+    except click.UsageError as error:
+        raise click.BadParameter(error.format_message()) from None
     given = [name for name in SET_HERE if parsed.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if given:
         raise click.BadParameter(f"--{given[0].replace('_', '-')} is for the supervisor, or goes before the --")

@@ -1,8 +1,9 @@
 """``vitalsd serve``: a living process over HTTP."""
 
 import logging
-from contextlib import closing
-from typing import TYPE_CHECKING
+import re
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,12 +30,57 @@ if TYPE_CHECKING:
     from vitalsd.alongside import ReadyFd
     from vitalsd.sources.platform import Platform
 
-__all__ = ["serve"]
+__all__ = ["check", "serve"]
 
 log = logging.getLogger("vitalsd")
 
 
-@click.command()
+class _Serve(click.Command):
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
+        """Tells who waits at ``--ready-fd`` of a mistake that is found before there are any options."""
+        given = list(args)
+        try:
+            return super().make_context(info_name, args, *more, **extra)
+        except click.UsageError as error:
+            if fd := re.search(r"(?:^|\0)--ready-fd[=\0]([0-9]{1,9})(?:$|\0)", "\0".join(given)):
+                from vitalsd.alongside import ReadyFd
+
+                with suppress(OSError):
+                    ReadyFd(int(fd[1])).send(error=error.format_message())
+            raise
+
+
+def check(context: click.Context) -> None:
+    """
+    Whether options of `serve` make sense together.
+
+    Raises:
+        click.UsageError: they do not.
+    """
+    given = context.params
+    exclude(context, "pid", "name")
+    exclude(context, "exit_with_target", "linger")
+    for parameter in ("exit_with_target", "linger"):
+        needs(context, parameter, "without --pid", met=given["pid"] is not None)
+    recorded = given["record_interval"] > 0
+    needs(context, "retention", "with --record-interval 0", met=recorded)
+    needs(context, "black_box", "with --record-interval 0", met=recorded or not given["black_box"])
+    for parameter in ("host", "port", "allow_remote"):
+        needs(context, parameter, "with --no-tcp", met=not given["no_tcp"])
+    needs(context, "max_thread_metrics", "with --no-thread-metrics", met=given["thread_metrics"])
+    needs(context, "otlp_interval", "without --otlp", met=given["otlp"] is not None)
+    if 0 < given["record_interval"] < 0.01:
+        raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
+    if given["otlp"] is not None:
+        from vitalsd.otlp import endpoint_of
+
+        try:
+            endpoint_of(given["otlp"])
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+
+
+@click.command(cls=_Serve)
 @pid_option
 @name_option
 @proc_root_option
@@ -135,18 +181,7 @@ def serve(
         raise click.UsageError(f"--ready-fd {ready_fd}: {error.strerror}") from None
     with logging_as(log_format):
         try:
-            exclude(context, "pid", "name")
-            exclude(context, "exit_with_target", "linger")
-            for parameter in ("exit_with_target", "linger"):
-                needs(context, parameter, "without --pid", met=pid is not None)
-            needs(context, "retention", "with --record-interval 0", met=record_interval > 0)
-            needs(context, "black_box", "with --record-interval 0", met=record_interval > 0 or not black_box)
-            for parameter in ("host", "port", "allow_remote"):
-                needs(context, parameter, "with --no-tcp", met=not no_tcp)
-            needs(context, "max_thread_metrics", "with --no-thread-metrics", met=thread_metrics)
-            needs(context, "otlp_interval", "without --otlp", met=otlp is not None)
-            if 0 < record_interval < 0.01:
-                raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
+            check(context)
             os.umask(0o077)
             raise_descriptor_limit()
             _serve_target(
@@ -189,14 +224,16 @@ def _serve_target(
             raise NoSuchProcess(f"{error}; waiting for one" if name is not None else str(error)) from None
 
     found = None
-    if name is None:
-        try:
+    try:
+        if name is not None:
+            next(iter(platform.list_processes()), None)  # or it would wait for ever where nothing can be listed
+        else:
             with closing(open_target()) as source:
                 found = source.identity()
                 if pid is not None:
                     source.snapshot()  # a zombie can be opened
-        except SourceError as error:
-            raise Failed(str(error)) from None
+    except SourceError as error:
+        raise Failed(str(error)) from None
 
     import_service()
     from vitalsd.activation import Notifier

@@ -47,6 +47,8 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
         pids = sorted(int(name) for name in os.listdir(root) if name.isdecimal())
     except OSError as error:
         raise Unsupported(f"cannot list {root}: {error.strerror}") from None
+    if not pids:
+        raise Unsupported(f"{root} is not a procfs; mount it or name another with --proc-root")
     boot_unix_ns = time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME)
     for pid in pids:
         try:
