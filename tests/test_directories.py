@@ -56,18 +56,21 @@ def test_another_users_environment_is_not_used(tmp_path: Path) -> None:
 
 
 def test_strange_directories_are_refused(tmp_path: Path) -> None:
-    """A symlink, a file, another user's directory and one that others may write are refused, each in a sentence."""
+    """A symlink, a file, another user's directory, one for others and one that they may write: each in a sentence."""
     real = private_directory(tmp_path / "real")
     (tmp_path / "link").symlink_to(real)
     (tmp_path / "file").touch()
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "shared" / "theirs").mkdir(parents=True)
+    (tmp_path / "shared").chmod(0o755)
     cases = {
         "link": "symbolic link",
         "dangling": "symbolic link",
         "file": "not a directory",
         "open": "written by other",
+        "shared": "open to other users.* chmod 700 ",
         "file/x": "cannot use",
     }
     if os.geteuid() == 0:
@@ -77,6 +80,7 @@ def test_strange_directories_are_refused(tmp_path: Path) -> None:
     for name, reason in cases.items():
         with pytest.raises(EndpointError, match=reason):
             private_directory(tmp_path / name)
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o755
 
 
 def test_a_state_directory_that_cannot_be_used_says_how_to_name_another(tmp_path: Path) -> None:

@@ -109,12 +109,12 @@ def private_directory(path: Path) -> Path:
     """
     Make `path` (mode 0700) or check that it is a directory of ours that nobody else can enter.
 
-    One of ours that others may read is closed to them; one that they may write may hold their
-    files already, and is refused.
+    An empty one of ours that others may read is closed to them. One with something in it is refused: it may be
+    there for them; and so is one that they may write, for it may hold their files already.
 
     Raises:
-        EndpointError: it is a symlink, not a directory, somebody else's, writable by others, or
-            cannot be made.
+        EndpointError: it is a symlink, not a directory, somebody else's, writable by others, not empty and
+            open to others, or cannot be made.
     """
     try:
         _make(path)
@@ -127,6 +127,11 @@ def private_directory(path: Path) -> Path:
             raise EndpointError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}")
         if found.st_mode & 0o022:
             raise EndpointError(f"{path} may be written by other users (mode {stat.S_IMODE(found.st_mode):04o})")
+        if found.st_mode & 0o077 and os.listdir(path):
+            raise EndpointError(
+                f"{path} is open to other users, and what is in it may be for them;"
+                f" name a directory that is empty or not there yet, or close it: chmod 700 {path}"
+            )
         if found.st_mode & 0o777 != 0o700:
             os.chmod(path, 0o700)
     except OSError as error:
