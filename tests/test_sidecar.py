@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import socket
 import stat
@@ -15,6 +16,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -617,6 +619,26 @@ def test_a_target_that_ends_well_has_not_crashed(short_path: Path, code: str, st
     assert run.state == state
     zombie = "; its parent has not yet collected it (zombie)"  # where the sidecar was faster than we are
     assert (run.ended or "").replace(zombie, "") == f"target {target.pid} has exited: {how}"
+
+
+def test_a_runtime_file_that_was_removed_is_written_again(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the directory, as whoever cleans temporary files does it; from then on without the socket, which is gone."""
+    monkeypatch.setattr("vitalsd.sidecar.LOOK_S", 0.05)
+    directory = short_path / "run"
+    directory.mkdir(0o700)
+    service = Sidecar(whole_app(), listen(port=0, directory=directory), directory=directory)
+
+    async def cleaned(sidecar: Sidecar) -> None:
+        before = endpoint.read(directory / f"sidecar-{os.getpid()}.json")
+        assert before.socket is not None
+        shutil.rmtree(directory)
+        while not (path := directory / f"sidecar-{os.getpid()}.json").exists():
+            await asyncio.sleep(0.01)
+        assert endpoint.read(path) == replace(before, socket=None)
+        sidecar.stop()
+
+    asyncio.run(asyncio.wait_for(service.run(lambda: None, [cleaned]), 10))
+    assert listing(directory) == []
 
 
 def test_what_a_companion_raises_is_not_a_clean_end() -> None:

@@ -7,6 +7,7 @@ process, which `vitalsd.alongside` starts.
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp
 
 from vitalsd import directories
 from vitalsd import endpoint as endpoints
-from vitalsd.directories import EndpointError
+from vitalsd.directories import EndpointError, private_directory
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.server import Server
 from vitalsd.listeners import Listeners
@@ -31,10 +32,14 @@ from vitalsd.watch import death_of
 
 __all__ = ["Companion", "Sidecar", "end_with", "follow", "runtime_directory", "serve"]
 
+log = logging.getLogger("vitalsd")
+
 GRACE_S = 1.0
 """Windows under way at SIGTERM may finish for so long. With all the rest the end takes under 3 s."""
 SAME_S = 0.3
 """A signal so soon after another is the same one: some send it to the process and to its group, as timeout(1) does."""
+LOOK_S = 60.0
+"""Between two looks whether the runtime file is still there: temporary files are cleaned up on many systems."""
 SEARCH_S = 1.0
 """Between two looks for a target that has not started yet."""
 
@@ -106,7 +111,8 @@ class Sidecar:
 
         def serving() -> None:
             self._publish()
-            tasks.extend(asyncio.create_task(_run(companion, self)) for companion in companions)
+            alongside = (*companions, _stay_findable)
+            tasks.extend(asyncio.create_task(_run(companion, self)) for companion in alongside)
             ready()
 
         self._server = Server(self._app, token=self.endpoint.token, grace_s=self._grace_s, ready=serving)
@@ -156,6 +162,19 @@ class Sidecar:
         except OSError as error:
             self.notes.append(f"no runtime file, clients must be told where this is: {error.strerror}")
 
+    def publish_again(self) -> None:
+        """Write the runtime file if somebody has removed it. A socket that went with it cannot be brought back."""
+        if self._directory is None or self.runtime_file is None or self.runtime_file.exists():
+            return
+        if self.endpoint.socket is not None and not os.path.exists(self.endpoint.socket):
+            self.endpoint = replace(self.endpoint, socket=None)
+        log.warning("%s was removed; it is written again", self.runtime_file)
+        try:
+            self.runtime_file = endpoints.publish(self.endpoint, private_directory(self._directory))
+        except (OSError, EndpointError) as error:
+            log.warning("no runtime file, clients must be told where this is: %s", error)
+            self.runtime_file = None
+
     def _withdraw(self) -> None:
         if self.runtime_file is not None:
             endpoints.withdraw(self.runtime_file, self.endpoint)
@@ -174,6 +193,12 @@ async def _run(companion: Companion, sidecar: Sidecar) -> None:
     except BaseException:
         sidecar.stop()
         raise
+
+
+async def _stay_findable(sidecar: Sidecar) -> None:
+    while True:
+        await asyncio.sleep(LOOK_S)
+        sidecar.publish_again()
 
 
 def end_with(target: Target, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
