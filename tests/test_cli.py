@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from serving import Serving
-from sidecars import environment, serving
+from sidecars import environment, eventually, serving
 from target import Target
 from vitalsd.cli import main
 from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
@@ -67,6 +67,19 @@ def test_a_full_standard_output_is_one_line(command: str, unbuffered: str) -> No
         )
     assert out.stderr == "vitalsd: cannot write to standard output: No space left on device\n"
     assert out.returncode == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_nothing_of_ours_is_where_standard_streams_belong(tmp_path: Path) -> None:
+    """Started with all three closed, as some supervisors do, no socket or file has their numbers."""
+    code = "import os, sys; os.closerange(0, 3); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", code, "-m", "vitalsd", "serve", "--port", "0", "--uds", str(tmp_path / "s")]
+    with subprocess.Popen(command, env=environment(tmp_path)) as process:
+        try:
+            eventually(lambda: (tmp_path / "s").exists())
+            assert {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)} == {"/dev/null"}
+        finally:
+            process.terminate()
 
 
 def test_sample_of_nobody_says_so() -> None:

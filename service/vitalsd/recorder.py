@@ -150,8 +150,10 @@ class Recorder:
         if before.image != now.image and None not in (before.image, now.image):
             self._note("executed", "the target executed another program", now)
         if before.state != now.state and "stopped" in (before.state, now.state):
-            stopped = now.state == "stopped"
-            self._note("stopped" if stopped else "continued", f"the target was {now.state}", now)
+            if now.state == "stopped":
+                self._note("stopped", "the target was stopped", now)
+            else:
+                self._note("continued", "the target goes on", now)
 
     def _note(self, kind: EventKind, detail: str, at: Snapshot | None = None) -> None:
         event = self.record.event(kind, detail, at=at)

@@ -49,6 +49,11 @@ class _Commands(Mapping[str, click.Command]):
 class _Program(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """What cannot be written to standard output is one line as well."""
+        for number in range(3):
+            try:
+                os.fstat(number)
+            except OSError:  # closed: the next file or socket would have the number, and whatever is written there
+                os.open(os.devnull, os.O_RDWR)
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
