@@ -10,11 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from vitalsd.snapshot import measure
-from vitalsd.sources import AccessDenied, TargetGone
+from vitalsd.sources import AccessDenied, Ending, TargetGone
 from vitalsd.sources.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6
 from vitalsd.sources.libproc import LibprocSource
 from vitalsd.sources.libsystem import load
@@ -104,6 +105,36 @@ def test_both_ways_to_our_own_process_agree() -> None:
 def test_a_thread_of_python_has_its_native_id() -> None:
     """``thread_id`` is what threading.get_native_id() says."""
     assert threading.get_native_id() in MachSource().snapshot().tids
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [
+        ("", Ending(True, "exit status 0")),
+        ("sys.exit(3)", Ending(False, "exit status 3")),
+        ("os.kill(os.getpid(), 15)", Ending(True, "killed by SIGTERM")),
+        ("os.kill(os.getpid(), 9)", Ending(False, "killed by SIGKILL")),
+    ],
+)
+def test_how_a_process_ended_is_known(code: str, ending: Ending) -> None:
+    """Of one that is no child: kqueue(2) tells whoever may kill it, whatever sys/event.h says."""
+    program = f"import os, sys; print(os.getpid(), flush=True); sys.stdin.readline(); {code}"
+    script = ["sh", "-c", 'exec 3<&0; "$@" <&3 & wait; sleep 1', "sh", sys.executable, "-c", program]
+    with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        source = LibprocSource(int(parent.stdout.readline()))
+        source.snapshot()
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        with suppress(TargetGone):
+            while True:
+                source.snapshot()
+        for _ in range(2):
+            with pytest.raises(TargetGone) as gone:
+                source.snapshot()
+            assert gone.value.ending == ending
+        source.close()
 
 
 def test_another_users_process_is_denied() -> None:

@@ -11,8 +11,11 @@ Errors a source may raise, each with a sentence that reaches the user as it is::
     └── KernelError      the kernel answered something else
 """
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from vitalsd.snapshot import Identity, Snapshot
@@ -45,12 +48,26 @@ class AccessDenied(SourceError):
     """The process exists and this user may not read it."""
 
 
+GENTLE = frozenset((signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
+
+
 class Ending(NamedTuple):
     """How a process ended."""
 
     well: bool
     """With status 0, or by a signal that asked it to end, as systemd.service(5) has it under ``Restart=``."""
     words: str
+
+    @classmethod
+    def of(cls, status: int) -> "Ending":
+        """What a status of wait(2) says."""
+        code = os.waitstatus_to_exitcode(status)
+        if code >= 0:
+            return cls(code == 0, f"exit status {code}")
+        with suppress(ValueError):
+            number = signal.Signals(-code)
+            return cls(number in GENTLE, f"killed by {number.name}")
+        return cls(False, f"killed by signal {-code}")
 
 
 class TargetGone(SourceError):

@@ -22,8 +22,9 @@ from ctypes import c_uint64
 from operator import add
 
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import KernelError
+from vitalsd.sources import Ending, KernelError, TargetGone
 from vitalsd.sources.apple_headers import proc_taskallinfo, proc_uniqidentifierinfo
+from vitalsd.sources.darwin_exit import ExitNote
 from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
 from vitalsd.sources.xnu import (
     ATTEMPTS,
@@ -70,7 +71,14 @@ class LibprocSource:
         walk_limit: int = WALK_LIMIT,
     ) -> None:
         self._lib = lib or load()
-        self._target = Target(self._lib, pid, os.getpid(), wall_clock)
+        self._exit = ExitNote(pid)
+        try:
+            self._target = Target(self._lib, pid, os.getpid(), wall_clock)
+            self._exit.drop_if_fired()
+        except BaseException:
+            self._exit.close()
+            raise
+        self._ending: Ending | None = None
         self._walk_limit = walk_limit
         self._ids = (c_uint64 * 64)()
         self._rows = ThreadRows()
@@ -85,13 +93,18 @@ class LibprocSource:
 
     def close(self) -> None:
         self._closed = True
+        self._exit.close()
 
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
         # The names come with the times, at no cost of their own.
         if self._closed:
             raise ValueError("the source is closed")
-        with translated_errors(self._target.pid):
-            return self._snapshot(extras)
+        try:
+            with translated_errors(self._target.pid):
+                return self._snapshot(extras)
+        except TargetGone as error:
+            error.ending = self._ending = self._ending or self._exit.ending()
+            raise
 
     def _snapshot(self, extras: bool) -> Snapshot:
         target = self._target

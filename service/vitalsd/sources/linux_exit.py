@@ -2,9 +2,7 @@
 
 import fcntl
 import os
-import signal
 import struct
-from contextlib import suppress
 
 from vitalsd.sources import Ending
 from vitalsd.sources.procfs import Malformed, parse_stat
@@ -15,7 +13,6 @@ PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), l
 PIDFD_INFO_EXIT = 1 << 3
 INFO = struct.Struct("=Q52xi")
 """Of ``struct pidfd_info``: mask, and exit_code."""
-GENTLE = frozenset((signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
 
 
 def ending(process_fd: int, stat_fd: int, pidfd: int) -> Ending | None:
@@ -33,15 +30,7 @@ def ending(process_fd: int, stat_fd: int, pidfd: int) -> Ending | None:
     status = _of_zombie(process_fd, stat_fd)
     if status is None and pidfd >= 0:
         status = _of_pidfd(pidfd)
-    if status is None:
-        return None
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return Ending(code == 0, f"exit status {code}")
-    with suppress(ValueError):
-        number = signal.Signals(-code)
-        return Ending(number in GENTLE, f"killed by {number.name}")
-    return Ending(False, f"killed by signal {-code}")
+    return None if status is None else Ending.of(status)
 
 
 def _of_zombie(process_fd: int, stat_fd: int) -> int | None:

@@ -1,0 +1,57 @@
+"""How a process of macOS ended that is no child of ours."""
+
+import select
+from contextlib import suppress
+
+from vitalsd.sources import Ending
+
+__all__ = ["ExitNote"]
+
+NOTE_EXITSTATUS = 0x04000000  # sys/event.h; the select module has not got it
+PATIENCE_S = 0.1
+"""A process can be gone for libproc a moment before the note of its exit is there."""
+
+
+class ExitNote:
+    """
+    Where the kernel leaves the exit status of a process: an ``EVFILT_PROC`` of a queue, kqueue(2).
+
+    sys/event.h says that the status is for a parent only, but whoever may kill the process is given it
+    (bsd/kern/kern_event.c, filt_procattach, xnu-11417). Where there is none, nothing is known.
+
+    Args:
+        pid: of the process. To be made before it is known which run of it that is.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._queue: select.kqueue | None = None  # type: ignore[name-defined, unused-ignore]
+        with suppress(AttributeError, OSError):  # another system, or the process is gone or another user's
+            queue = select.kqueue()  # type: ignore[attr-defined, unused-ignore]
+            try:
+                flags = select.KQ_NOTE_EXIT | NOTE_EXITSTATUS  # type: ignore[attr-defined, unused-ignore]
+                add = select.KQ_EV_ADD  # type: ignore[attr-defined, unused-ignore]
+                event = select.kevent(pid, select.KQ_FILTER_PROC, add, flags)  # type: ignore[attr-defined, unused-ignore]
+                queue.control([event], 0)
+            except OSError:
+                queue.close()
+                raise
+            self._queue = queue
+
+    def drop_if_fired(self) -> None:
+        """The process that had the pid when this was made has exited since: what is measured is another."""
+        if self._queue is not None and self._queue.control(None, 1, 0):
+            self.close()
+
+    def ending(self) -> Ending | None:
+        """How it ended, if that is known and not yet told; waits a moment for it."""
+        with suppress(OSError):
+            for event in self._queue.control(None, 1, PATIENCE_S) if self._queue is not None else ():
+                if event.fflags & NOTE_EXITSTATUS:
+                    return Ending.of(event.data)
+        return None
+
+    def close(self) -> None:
+        """Give back the queue. A second call does nothing."""
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
