@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import stat
@@ -618,33 +619,56 @@ def test_nothing_is_lost_in_a_thousand(tmp_path: Path) -> None:
 # The command
 
 
+def vitalsd(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*VITALSD, *arguments], capture_output=True, text=True, timeout=40, env=environment(home), cwd=home
+    )
+
+
 def test_the_commands(tmp_path: Path, receiver: str) -> None:
     """report --upload keeps and sends; spool list shows, send goes on, drop forgets; statuses tell."""
 
-    def vitalsd(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [*VITALSD, *arguments], capture_output=True, text=True, timeout=40, env=environment(tmp_path), cwd=tmp_path
-        )
-
     with socket.create_server(("127.0.0.1", 0)) as free:
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}/"
-    assert vitalsd("spool", "list").stdout.startswith("no reports in ")
-    out = vitalsd("report", "--upload", nobody, "--direct")
+    assert vitalsd(tmp_path, "spool", "list").stdout.startswith("no reports in ")
+    out = vitalsd(tmp_path, "report", "--upload", nobody, "--direct")
     assert out.returncode == 1
     assert "1 left in" in out.stderr
     assert list(tmp_path.glob("*.zip")) == []
-    (listed,) = json.loads(vitalsd("spool", "list", "--json").stdout)
+    (listed,) = json.loads(vitalsd(tmp_path, "spool", "list", "--json").stdout)
     assert (listed["state"], listed["attempts"], listed["url"]) == ("pending", 1, nobody)
     report_id = listed["report_id"]
-    assert report_id in vitalsd("spool", "list").stdout
-    assert vitalsd("spool", "send").returncode == 1
-    assert vitalsd("spool", "drop").returncode == 2
-    assert vitalsd("spool", "drop", report_id).returncode == 0
-    assert vitalsd("spool", "drop", report_id).returncode == 1
-    out = vitalsd("report", "--upload", receiver, "--json", "--direct")
+    assert report_id in vitalsd(tmp_path, "spool", "list").stdout
+    assert vitalsd(tmp_path, "spool", "send").returncode == 1
+    assert vitalsd(tmp_path, "spool", "drop").returncode == 2
+    assert vitalsd(tmp_path, "spool", "drop", report_id).returncode == 0
+    assert vitalsd(tmp_path, "spool", "drop", report_id).returncode == 1
+    out = vitalsd(tmp_path, "report", "--upload", receiver, "--json", "--direct")
     assert out.returncode == 0, out.stderr
     told = json.loads(out.stdout)
     assert told["upload"][0]["receipt"].startswith("R-")
     assert stored(tmp_path) == [told["report_id"]]
-    out = vitalsd("spool", "send")
+    out = vitalsd(tmp_path, "spool", "send")
     assert (out.returncode, out.stdout) == (0, "")
+
+
+def test_what_cannot_be_written_is_sent_and_what_cannot_be_spooled_is_written(tmp_path: Path, receiver: str) -> None:
+    """A bad --out does not cost the upload, nor a bad spool the file; both are complained of."""
+    out = vitalsd(tmp_path, "report", "--upload", receiver, "--direct", "--out", "/nowhere/at/all")
+    assert (out.returncode, "sent, receipt R-" in out.stdout) == (1, True)
+    assert "vitalsd: cannot write the report to /nowhere/at/all: No such file or directory\n" in out.stderr
+    assert len(stored(tmp_path)) == 1
+
+    def breaks_the_spool(connection: socket.socket, _: threading.Event) -> None:
+        shutil.rmtree(tmp_path / "state" / "spool" / "new", ignore_errors=True)
+
+    with Misbehaving(breaks_the_spool) as sidecar:
+        upload = ("report", "--upload", receiver, "--url", sidecar.url)
+        for more, folder in (("--out", "saved"), "saved"), ((), "."), (("--out", "/nowhere/at/all"), "."):
+            out = vitalsd(tmp_path, *upload, *more)
+            assert out.returncode == 1
+            assert (tmp_path / out.stdout.strip()).parent == tmp_path / folder
+            assert zipfile.is_zipfile(tmp_path / out.stdout.strip())
+            assert "vitalsd: cannot keep the report in" in out.stderr
+            assert ("the current directory instead" in out.stderr) == (folder == ".")
+    assert len(stored(tmp_path)) == 1

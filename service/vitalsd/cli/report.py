@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from vitalsd_client.report import BugReport
     from vitalsd_client.spool import Spool
     from vitalsd_client.states import Entry
 
@@ -51,7 +52,6 @@ def report(
     from vitalsd.endpoint import discover
     from vitalsd_client.archive import METRICS
     from vitalsd_client.report import BugReport
-    from vitalsd_client.states import SpoolError
 
     if pid is None and url is None:
         pid = next((each.target.pid for each in discover() if each.target is not None), None)
@@ -73,22 +73,19 @@ def report(
         "failures": manifest["failures"],
         "upload": None,
     }
-    failed = metrics.get("available") is False
-    try:
-        if outbox is None or out is not None:
-            result["file"] = str(made.save(out or Path()))
-        if outbox is not None:
-            made.submit(outbox)
-    except OSError as error:
-        raise click.ClickException(f"cannot write the report to {out or Path()}: {error.strerror}") from None
-    except SpoolError as error:
-        raise click.ClickException(f"{error}; keep it with --out DIR") from None
+    written, taken, complaints = _deliver(made, out, outbox)
+    if written is None and not taken:
+        raise click.ClickException("; ".join(complaints))
+    result["file"] = None if written is None else str(written)
+    failed = metrics.get("available") is False or bool(complaints)
     if not as_json:
         for failure in manifest["failures"]:
             click.echo(f"vitalsd: {failure['member']}: {failure['reason']}", err=True)
         if result["file"]:
             click.echo(result["file"])
-    if outbox is not None:
+    for complaint in complaints:
+        click.echo(f"vitalsd: {complaint}", err=True)
+    if outbox is not None and taken:
         result["upload"], sent = _send(outbox, bundle.report_id, quiet=as_json)
         failed = failed or not sent
     if as_json:
@@ -180,6 +177,34 @@ def _spool(url: str | None = None) -> "Spool":
         raise click.UsageError(str(error)) from None
     except (SpoolError, EndpointError) as error:
         raise click.UsageError(str(error)) from None
+
+
+def _deliver(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tuple[Path | None, bool, list[str]]:
+    """The file that was written, whether the spool has it too, and what went wrong: one must not cost the other."""
+    from vitalsd_client.states import SpoolError
+
+    file, taken = None, False
+    complaints: list[str] = []
+
+    def save(directory: Path) -> Path | None:
+        try:
+            return made.save(directory)
+        except OSError as error:
+            complaints.append(f"cannot write the report to {directory}: {error.strerror}")
+            return None
+
+    if outbox is None or out is not None:
+        file = save(out or Path())
+    if outbox is not None:
+        try:
+            made.submit(outbox)
+            taken = True
+        except SpoolError as error:
+            complaints.append(str(error))
+            if file is None:
+                file = save(Path())
+                complaints += [] if file is None else ["it was written to the current directory instead"]
+    return file, taken, complaints
 
 
 def _shown(moment: float) -> str:
