@@ -672,3 +672,25 @@ def test_what_cannot_be_written_is_sent_and_what_cannot_be_spooled_is_written(tm
             assert "vitalsd: cannot keep the report in" in out.stderr
             assert ("the current directory instead" in out.stderr) == (folder == ".")
     assert len(stored(tmp_path)) == 1
+
+
+def test_a_report_that_is_not_sent_has_a_reason(tmp_path: Path) -> None:
+    """Refused before, or the server asked for time: a line each, status 1, and no request."""
+    with Misbehaving(says(answer(b"", status="503 No", extra="Retry-After: 600\r\n"))) as busy:
+        vitalsd(tmp_path, "report", "--upload", busy.url, "--direct")
+        (listed,) = json.loads(vitalsd(tmp_path, "spool", "list", "--json").stdout)
+        until = f"the server asked to wait until {datetime.fromtimestamp(listed['not_before'], UTC):%Y-%m-%d %H:%M:%SZ}"
+        out = vitalsd(tmp_path, "spool", "send")
+        assert (out.returncode, out.stdout) == (1, "")
+        assert out.stderr.startswith(f"{listed['report_id']}: not sent: {until}\n")
+        out = vitalsd(tmp_path, "spool", "send", listed["report_id"], "--json")
+        expected = [{"report_id": listed["report_id"], "sent": False, "reason": until}]
+        assert (out.returncode, json.loads(out.stdout)) == (1, expected)
+        assert len(busy.requests) == 1
+    with Misbehaving(says(answer(b"", status="400 No"))) as server:
+        refused = json.loads(vitalsd(tmp_path, "report", "--upload", server.url, "--direct", "--json").stdout)
+        out = vitalsd(tmp_path, "spool", "send", refused["report_id"])
+        why = f"{refused['report_id']} was refused: the server answered 400; --retry-failed sends it again"
+        assert (out.returncode, out.stdout, out.stderr) == (1, "", f"Error: {why}\n")
+        assert vitalsd(tmp_path, "spool", "send", refused["report_id"], "--retry-failed").returncode == 1
+        assert len(server.requests) == 2

@@ -224,10 +224,7 @@ class Spool:
             time.sleep(min(max(0.05, due_s), max(0.0, deadline - time.monotonic())))
 
     def _is_due(self, entry: Entry, ignore_delays: bool) -> bool:
-        if self._not_before(entry) <= self._clock():
-            return True
-        asked = self._states.note_of("pending", entry.report_id).get("asked", False)
-        return ignore_delays and not asked
+        return self._not_before(entry) <= self._clock() or (ignore_delays and not entry.asked)
 
     def _not_before(self, entry: Entry) -> float:
         return entry.not_before if entry.not_before <= self._clock() + CLOCK_STEP_S else 0.0

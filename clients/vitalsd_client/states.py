@@ -49,6 +49,8 @@ class Entry:
     attempts: int
     not_before: float
     """Unix time, s, of the next attempt; 0: any time."""
+    asked: bool
+    """The server asked for that time."""
     note: str
     """The receipt, or what went wrong the last time."""
 
@@ -114,6 +116,7 @@ class States:
             url=url if isinstance(url, str) else None,
             attempts=int(_number(note.get("attempts"), 0)),
             not_before=_number(note.get("not_before"), 0),
+            asked=note.get("asked") is True,
             note=str(note.get("receipt") or note.get("error") or ""),
         )
 

@@ -136,6 +136,9 @@ def spool_send(report_id: str | None, url: str | None, wait: float, retry_failed
         entries = kept.entries()
         if report_id is not None and all(entry.report_id != report_id for entry in entries):
             raise click.ClickException(f"no report {report_id}; `vitalsd spool list` shows them")
+        for entry in entries:
+            if entry.state == "failed" and entry.report_id == report_id and not retry_failed:
+                raise click.ClickException(f"{report_id} was refused: {entry.note}; --retry-failed sends it again")
         if retry_failed:
             for entry in entries:
                 if entry.state == "failed" and report_id in (None, entry.report_id):
@@ -217,6 +220,8 @@ def _send(
     kept: "Spool", report_id: str | None, *, wait_s: float = 0.0, quiet: bool = False
 ) -> "tuple[list[dict[str, Any]], bool]":
     """Send with a progress bar; what happened, and whether nothing is left to send."""
+    import time
+
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -242,6 +247,13 @@ def _send(
         if not quiet:
             click.echo(f"{outcome.report_id}: {'sent, receipt ' if sent else 'not sent: '}{said}", err=not sent)
     left = [entry for entry in kept.entries() if entry.state == "pending" and report_id in (None, entry.report_id)]
+    tried = {result["report_id"] for result in results}
+    for entry in left:
+        if entry.asked and entry.not_before > time.time() and entry.report_id not in tried:
+            reason = f"the server asked to wait until {_shown(entry.not_before)}"
+            results.append({"report_id": entry.report_id, "sent": False, "reason": reason})
+            if not quiet:
+                click.echo(f"{entry.report_id}: not sent: {reason}", err=True)
     refused = {result["report_id"] for result in results} - {
         result["report_id"] for result in results if result["sent"]
     }
