@@ -283,26 +283,30 @@ def test_nothing_of_user_host_or_environment_gets_in(home: Path) -> None:
 
 
 def test_redact_hooks_see_everything_before_it_is_written(home: Path) -> None:
-    """A hook changes a member, drops one, and loses the one it raises on; preview shows what is left."""
+    """A hook changes a member, drops one, and loses the one it fails on; preview shows what is left."""
 
-    def hook(name: str, content: bytes) -> bytes | None:
+    def hook(name: str, content: bytes) -> Any:
         if name == "metadata.json":
             return content.replace(b"4711", b"****")
         if name.endswith("drop"):
             return None
         if name.endswith("bad"):
             raise ValueError("cannot parse 4711")
+        if name.endswith("text"):
+            return content.decode()
         return content
 
     report = BugReport("ryll", description="card 4711", window_ms=10, redact=[hook, lambda _, content: content])
     report.attach("drop", b"4711")
     report.attach("bad", b"4711")
     report.attach("good", b"good")
+    report.attach("text", b"4711")
     members = opened(report.save(home))
     assert b"4711" not in b"".join(members.values())
     assert b"card ****" in members["metadata.json"]
     assert failures(members)["attachments/01-drop"] == "left out by a redact hook"
     assert failures(members)["attachments/02-bad"] == "left out: a redact hook raised ValueError"
+    assert failures(members)["attachments/04-text"] == "left out: a redact hook returned str"
     assert members["attachments/03-good"] == b"good"
 
 
@@ -378,6 +382,19 @@ def test_a_name_that_is_no_file_name_is_refused(app: str) -> None:
         check_app(app)
     with pytest.raises(ValueError, match="application"):
         BugReport(app)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("window_ms", ["x", None, 9, 60_001, 100.0]), ("history_s", ["x", None, 0, 86_401, float("nan")])],
+)
+def test_a_number_out_of_range_is_refused(name: str, values: list[Any]) -> None:
+    """At once too, by its name; the limits themselves are fine."""
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} is a whole number from 1"):
+            BugReport("ryll", **{name: value})
+    for window_ms, history_s in ((10, 1), (60_000, 86_400)):
+        BugReport("ryll", window_ms=window_ms, history_s=history_s)
 
 
 # The run before

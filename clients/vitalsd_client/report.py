@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from vitalsd.model import Unavailable
 from vitalsd_client.archive import (
@@ -73,18 +73,18 @@ class BugReport:
         app: begins the name of the file; letters, digits, ``.``, ``_`` and ``-``.
         app_version: as the program calls it.
         description: what the user says; may be set until the report is saved.
-        window_ms: window of the metrics.
+        window_ms: window of the metrics, 10 to 60000 ms.
         mode: see `fetch`.
-        history_s: how far back the history goes.
+        history_s: how far back the history goes, 1 to 86400 s.
         url: of a sidecar, instead of looking for one; see `fetch`.
         socket: likewise.
         pid: another process than this one.
         direct: measure this process from within if there is no sidecar.
-        redact: each is given every member before it is shown or written; one that raises loses the member.
+        redact: each is given every member before it is shown or written; one that fails loses the member.
         triggered: when it was asked for; default: now.
 
     Raises:
-        ValueError: `app` cannot be part of a file's name.
+        ValueError: `app` cannot be part of a file's name, or a number is out of range.
     """
 
     def __init__(
@@ -104,6 +104,8 @@ class BugReport:
         triggered: datetime | None = None,
     ) -> None:
         self.app = check_app(app)
+        _check("window_ms", window_ms, 10, 60_000)
+        _check("history_s", history_s, 1, 86_400)
         self.report_id = new_report_id()
         self._app_version = app_version
         self._description = description
@@ -160,7 +162,7 @@ class BugReport:
         """
         if self._collected is not None:
             return
-        deadline = time.monotonic() + min(max(self._window_ms, 0), 60_000) / 1000 + BUDGET_S
+        deadline = time.monotonic() + self._window_ms / 1000 + BUDGET_S
         reading = [(each, _start(partial(_read, each))) for each in self._attachments]
         past = _start(lambda: self._past.read(deadline - 0.2))
         metrics = fetch(
@@ -260,8 +262,15 @@ class BugReport:
                 return Failure(name, f"left out: a redact hook raised {type(error).__name__}")
             if kept is None:
                 return Failure(name, "left out by a redact hook")
+            if not isinstance(kept, bytes):
+                return Failure(name, f"left out: a redact hook returned {type(kept).__name__}")
             content = kept
         return content
+
+
+def _check(name: str, number: Any, least: int, most: int) -> None:
+    if not isinstance(number, int) or not least <= number <= most:
+        raise ValueError(f"{name} is a whole number from {least} to {most}")
 
 
 def _start(work: Callable[[], T]) -> Call[T] | None:
