@@ -355,6 +355,41 @@ def test_the_proxies_of_the_environment_are_not_used(
         assert len(proxy.requests) == 1
 
 
+@pytest.mark.parametrize("proxy", ["", "foo", "user:secret@proxy:3128", "ftp://127.0.0.1/", "http://", "http://h:x"])
+def test_what_is_no_proxy_is_refused_at_once(tmp_path: Path, proxy: str) -> None:
+    """When the spool is made and not when a report is sent; a password stays out of it."""
+    with pytest.raises(ValueError, match="proxy is not the URL of one") as raised:
+        spooling(tmp_path, proxy=proxy)
+    assert "secret" not in str(raised.value)
+
+
+def test_progress_that_raises_does_not_stop_the_sending(
+    tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of no report; it is logged once, and not called again."""
+    spool = spooling(tmp_path, receiver)
+    ids = [spool.add(a_bundle(500_000)) for _ in range(2)]
+    calls: list[int] = []
+
+    def progress(entry: Entry, sent: int, total: int) -> None:
+        calls.append(sent)
+        raise RuntimeError("the window is closed")
+
+    assert all(isinstance(outcome.attempt, Receipt) for outcome in spool.send(progress=progress))
+    assert states(spool) == dict.fromkeys(ids, "done")
+    assert [record.getMessage() for record in caplog.records if record.name == "vitalsd_client"] == [
+        "progress raised RuntimeError and is not called again"
+    ]
+    assert len(calls) == 1
+
+
+def test_a_time_to_wait_is_a_number(tmp_path: Path) -> None:
+    """With nan it would never end."""
+    spool = spooling(tmp_path, "https://example.com/")
+    with pytest.raises(ValueError, match="wait_s"):
+        spool.send(wait_s=float("nan"))
+
+
 # Bounds
 
 

@@ -14,6 +14,7 @@ idempotency key; the server knows it by that. Nothing here runs by itself, least
 
 import hashlib
 import logging
+import math
 import os
 import random
 import time
@@ -26,9 +27,11 @@ from typing import Any, BinaryIO
 from vitalsd.durable import sync_directory
 from vitalsd_client.archive import Bundle
 from vitalsd_client.states import STATES, Entry, SpoolError, States, first_note
-from vitalsd_client.upload import ATTEMPT_S, Attempt, Failed, Parcel, Receipt, check_url, send
+from vitalsd_client.upload import ATTEMPT_S, Attempt, Failed, Parcel, Receipt, check_proxy, check_url, send
 
 __all__ = ["Outcome", "Spool"]
+
+_Progress = Callable[[Entry, int, int], None]
 
 MAX_BYTES = 128 << 20
 MAX_REPORTS = 200
@@ -65,7 +68,7 @@ class Spool:
         jitter: a number from 0 to 1.
 
     Raises:
-        ValueError: a report may not be sent to `url`.
+        ValueError: a report may not be sent to `url`, or `proxy` is not the URL of one.
         SpoolError: the directory cannot be used.
     """
 
@@ -89,7 +92,8 @@ class Spool:
         self._max_bytes, self._max_reports, self._max_age_s = max_bytes, max_reports, max_age_s
         self._attempt_s = attempt_s
         self._delays_s = first_delay_s, longest_delay_s
-        self._proxy, self._clock, self._jitter = proxy, clock, jitter
+        self._proxy = None if proxy is None else check_proxy(proxy)
+        self._clock, self._jitter = clock, jitter
         self._states = States(self.directory)
         self._settled: set[str] = set()
 
@@ -183,7 +187,7 @@ class Spool:
         *,
         wait_s: float = 0.0,
         ignore_delays: bool = False,
-        progress: Callable[[Entry, int, int], None] | None = None,
+        progress: _Progress | None = None,
         report_id: str | None = None,
     ) -> list[Outcome]:
         """
@@ -192,7 +196,8 @@ class Spool:
         Args:
             wait_s: go on for so long with what failed, at the times when it is due again.
             ignore_delays: also send what is not due yet, unless the server asked for time.
-            progress: called with the report, the bytes sent and all of them; on another thread.
+            progress: called with the report, the bytes sent and all of them; on another thread. One that
+                raises is not called again.
             report_id: send only this one.
 
         Returns:
@@ -200,10 +205,14 @@ class Spool:
 
         Raises:
             SpoolError: the directory cannot be written, so it could not be noted what was sent.
+            ValueError: `wait_s` is not a number.
         """
+        if math.isnan(wait_s):
+            raise ValueError("wait_s is not a number")
         for state in STATES:
             if not os.access(self.directory / state, os.W_OK | os.X_OK):
                 raise SpoolError(f"{self.directory / state} cannot be written; nothing was sent")
+        progress = None if progress is None else _until_it_raises(progress)
         deadline = time.monotonic() + wait_s
         outcomes: list[Outcome] = []
         while True:
@@ -229,9 +238,7 @@ class Spool:
     def _not_before(self, entry: Entry) -> float:
         return entry.not_before if entry.not_before <= self._clock() + CLOCK_STEP_S else 0.0
 
-    def _send(
-        self, report_id: str, ignore_delays: bool, progress: Callable[[Entry, int, int], None] | None
-    ) -> Outcome | None:
+    def _send(self, report_id: str, ignore_delays: bool, progress: _Progress | None) -> Outcome | None:
         with self._states.locked(report_id) as file:
             if file is None or report_id in self._settled:
                 return None
@@ -286,6 +293,24 @@ class Spool:
             asked = attempt.retry_after_s > delay_s
             not_before = self._clock() + max(delay_s, attempt.retry_after_s)
             self._states.note(report_id, note | {"error": attempt.reason, "not_before": not_before, "asked": asked})
+
+
+def _until_it_raises(progress: _Progress) -> _Progress:
+    raised = False
+
+    def call(entry: Entry, sent: int, total: int) -> None:
+        nonlocal raised
+        if raised:
+            return
+        try:
+            progress(entry, sent, total)
+        except Exception as error:  # noqa: BLE001 - the program's own function must not stop the sending
+            raised = True
+            logging.getLogger("vitalsd_client").warning(
+                "progress raised %s and is not called again", type(error).__name__
+            )
+
+    return call
 
 
 def _parcel(report_id: str, file: BinaryIO) -> Parcel:

@@ -23,7 +23,7 @@ from vitalsd_client.privacy import harmless
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Attempt", "Failed", "Parcel", "Progress", "Receipt", "check_url", "send"]
+__all__ = ["Attempt", "Failed", "Parcel", "Progress", "Receipt", "check_proxy", "check_url", "send"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of the report sent so far, and all of them."""
@@ -82,6 +82,24 @@ def check_url(url: str) -> str:
     if parts.scheme == "http" and not _is_here(parts.hostname):
         raise ValueError(f"a report goes to another machine over https only, not to {url!r}")
     return url
+
+
+def check_proxy(proxy: str) -> str:
+    """
+    `proxy` if it is the URL of one.
+
+    Raises:
+        ValueError: it is anything else; a password in it is not told.
+    """
+    import httpx  # only for those who have one
+
+    try:
+        host = httpx.Proxy(proxy).url.host
+    except (ValueError, httpx.InvalidURL):
+        host = ""
+    if not host:
+        raise ValueError("proxy is not the URL of one; such looks like http://127.0.0.1:3128")
+    return proxy
 
 
 def _is_here(host: str) -> bool:
