@@ -464,6 +464,8 @@ def test_drop_and_retry(tmp_path: Path) -> None:
             time.sleep(0.01)
         with pytest.raises(SpoolError, match="being sent right now"):
             spool.drop(report_id)
+        with pytest.raises(SpoolError, match="being sent right now"):
+            spool.readdress(report_id)
         assert spool.send() == [], "a second sender leaves it alone"
         sending.join()
         assert spool.drop(report_id)
@@ -729,3 +731,26 @@ def test_a_report_that_is_not_sent_has_a_reason(tmp_path: Path) -> None:
         assert (out.returncode, out.stdout, out.stderr) == (1, "", f"Error: {why}\n")
         assert vitalsd(tmp_path, "spool", "send", refused["report_id"], "--retry-failed").returncode == 1
         assert len(server.requests) == 2
+
+
+def test_a_wrong_url_can_be_corrected(tmp_path: Path, receiver: str) -> None:
+    """By --url with the report's id, refused or waiting; without an id the reports keep theirs, and that is said."""
+    with Misbehaving(says(answer(b"", status="503 No", extra="Retry-After: 600\r\n"))) as busy:
+        vitalsd(tmp_path, "report", "--upload", busy.url, "--direct")
+        (waits,) = json.loads(vitalsd(tmp_path, "spool", "list", "--json").stdout)
+        out = vitalsd(tmp_path, "spool", "send", "--url", receiver)
+        assert (out.returncode, out.stdout) == (1, "")
+        assert out.stderr.startswith("vitalsd: 1 with a URL of their own go there and not to --url; to change that")
+        out = vitalsd(tmp_path, "spool", "send", waits["report_id"], "--url", busy.url)
+        assert "asked to wait" in out.stderr, "the same server is no other one"
+        assert stored(tmp_path) == []
+        out = vitalsd(tmp_path, "spool", "send", waits["report_id"], "--url", receiver)
+        assert (out.returncode, out.stderr) == (0, "")
+        assert stored(tmp_path) == [waits["report_id"]]
+        assert len(busy.requests) == 1
+    with Misbehaving(says(answer(b"", status="404 No"))) as server:
+        typo = json.loads(vitalsd(tmp_path, "report", "--upload", server.url, "--direct", "--json").stdout)
+        out = vitalsd(tmp_path, "spool", "send", typo["report_id"], "--url", receiver, "--retry-failed")
+        assert (out.returncode, out.stderr) == (0, "")
+        assert sorted(stored(tmp_path)) == sorted([waits["report_id"], typo["report_id"]])
+    assert not spooling(tmp_path / "state").readdress(typo["report_id"]), "none is pending"

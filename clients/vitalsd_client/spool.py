@@ -151,6 +151,22 @@ class Spool:
             raise SpoolError(f"cannot move {report_id}: {error.strerror}") from None
         return True
 
+    def readdress(self, report_id: str) -> bool:
+        """
+        Let a pending report go to `url` instead of where it was to go, as if new; False if there is none.
+
+        Raises:
+            SpoolError: it is being sent right now.
+        """
+        entry = self._states.find(report_id)
+        if entry is None or entry.state != "pending":
+            return False
+        with self._states.locked(report_id) as file:
+            if file is None:
+                raise SpoolError(f"{report_id} is being sent right now")
+            self._states.note(report_id, {"url": self.url, "added": entry.added, "attempts": 0})
+        return True
+
     def prune(self, *, keep: str | None = None) -> list[Entry]:
         """
         Drop what is too old or too much, and sweep what dead writers left; return what was dropped.

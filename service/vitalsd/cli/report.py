@@ -121,7 +121,7 @@ def spool_list(as_json: bool) -> None:
 
 @spool.command("send")
 @click.argument("report_id", required=False)
-@click.option("--url", metavar="URL", help="For reports that were added without one.")
+@click.option("--url", metavar="URL", help="For reports without one; with REPORT_ID: instead of its own.")
 @click.option("--wait", type=Number(0), default=0.0, metavar="SECONDS", help="Go on with what fails so long.")
 @click.option("--retry-failed", is_flag=True, help="Also those that the server refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -143,6 +143,8 @@ def spool_send(report_id: str | None, url: str | None, wait: float, retry_failed
             for entry in entries:
                 if entry.state == "failed" and report_id in (None, entry.report_id):
                     kept.retry(entry.report_id)
+        if url is not None:
+            _readdress(kept, url, report_id)
         results, sent = _send(kept, report_id, wait_s=wait, quiet=as_json)
     except SpoolError as error:
         raise click.ClickException(str(error)) from None
@@ -208,6 +210,20 @@ def _deliver(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tup
                 file = save(Path())
                 complaints += [] if file is None else ["it was written to the current directory instead"]
     return file, taken, complaints
+
+
+def _readdress(kept: "Spool", url: str, report_id: str | None) -> None:
+    """Send one report to `url`, wherever it was to go; of all that have another URL only say how."""
+    others = [entry for entry in kept.entries() if entry.state == "pending" and entry.url not in (None, url)]
+    if report_id is None and others:
+        click.echo(
+            f"vitalsd: {len(others)} with a URL of their own go there and not to --url; "
+            "to change that, one at a time: vitalsd spool send REPORT_ID --url URL",
+            err=True,
+        )
+    if report_id is not None and any(entry.report_id == report_id for entry in others):
+        # Only then: what its server asked for is not undone by naming that server again.
+        kept.readdress(report_id)
 
 
 def _shown(moment: float) -> str:
