@@ -573,6 +573,13 @@ def test_the_command_writes_a_report(home: Path) -> None:
     assert "no sidecar to ask" in reasons["runtime-metrics.json"]
     for wrong in (["--app", "a/b"], ["--upload", "http://example.com/"], ["--upload", "ftp://127.0.0.1"]):
         assert vitalsd(home, "report", *wrong).returncode == 2
+    for url in ("ftp://127.0.0.1", "localhost:9779", "http://127.0.0.1:9779/metrics"):
+        out = vitalsd(home, "report", "--url", url, "--out", str(home / "none"))
+        assert (out.returncode, out.stderr) == (
+            2,
+            f"vitalsd: {url!r} is not a sidecar's URL; one looks like http://127.0.0.1:9779\n",
+        )
+    assert not (home / "none").exists()
     out = vitalsd(home, "report", "--out", "/nowhere/at/all")
     assert (out.returncode, "report to /nowhere/at/all: No such file" in out.stderr) == (1, True)
     out = vitalsd(home, "spool", "send", "nosuch")

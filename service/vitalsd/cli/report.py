@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Number
+from vitalsd.cli.options import Number, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,8 +51,14 @@ def report(
 
     from vitalsd.endpoint import discover
     from vitalsd_client.archive import METRICS
+    from vitalsd_client.places import NoSidecar, locate
     from vitalsd_client.report import BugReport
 
+    if url is not None:
+        try:
+            locate(url=url)
+        except NoSidecar as error:
+            raise Refused(str(error)) from None
     if pid is None and url is None:
         pid = next((each.target.pid for each in discover() if each.target is not None), None)
     try:
