@@ -6,8 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,25 @@ def test_a_defect_makes_the_right_line_fail(
     failed = failures(findings)
     assert must_fail <= failed <= must_fail | may_fail, {check: findings[check] for check in failed ^ must_fail}
     assert all(findings[check].next_step for check in failed)
+
+
+def test_a_thread_less_is_not_more_than_expected() -> None:
+    """What was held before is the most; the line of one that ended meanwhile does not contradict itself."""
+    counted = threading.Event()
+    passing = threading.Thread(target=counted.wait)
+    passing.start()
+    before = threading.active_count()
+    here = this_platform()
+
+    def holdings() -> Mapping[str, int]:
+        counted.set()
+        return here.holdings()
+
+    findings = {finding.check: finding for finding in process.leftovers(here._replace(holdings=holdings), 0.5)}
+    passing.join()
+    found = findings["left.threads"]
+    assert (found.verdict, found.expected) == ("pass", f"at most {before}, as before")
+    assert int(found.measured) < before
 
 
 @pytest.mark.skipif(not SIMULATED, reason="the leak is planted in the simulated kernel's library")

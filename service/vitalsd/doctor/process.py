@@ -232,7 +232,7 @@ def leftovers(platform: Platform, quiet_s: float = QUIET_S) -> Iterator[Finding]
         yield judged(
             check,
             what,
-            f"{before[kind]}, as before" + (f", or {ALLOWED[kind]} more" if kind in ALLOWED else ""),
+            f"at most {before[kind]}, as before" + (f", or {ALLOWED[kind]} more" if kind in ALLOWED else ""),
             str(after[kind]),
             kind not in _grown(before, after),
             f"each snapshot leaves something behind: watch it by `vitalsd doctor --soak 60`; {BUG}",
