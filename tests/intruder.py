@@ -39,7 +39,8 @@ def dial(where: str, content: str) -> str:
         connection.connect(where)
     received = b""
     with connection:
-        connection.sendall(content.encode())
+        if content:  # even to send nothing fails once the other end has closed
+            connection.sendall(content.encode())
         while part := connection.recv(65536):
             received += part
     return received.decode("latin-1")
