@@ -14,6 +14,7 @@ something done when the answer is out, takes longer than most answers here.
 """
 
 import re
+from functools import lru_cache
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
@@ -43,22 +44,29 @@ __all__ = [
 ]
 
 
+QUERIES = 32
+"""Of one route, kept as they were parsed."""
+
 Model = TypeVar("Model", bound="_Strict")
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", defer_build=True)
+    model_config = ConfigDict(extra="forbid", defer_build=True, frozen=True)
 
 
 class Given(Generic[Model]):
-    """A dependency: the query of a request, or `Refused`."""
+    """A dependency: the query of a request, or `Refused`. Who asks again asks the same: the last ones are kept."""
 
     def __init__(self, model: type[Model]) -> None:
         self.model = model
+        self._parsed = lru_cache(QUERIES)(self._parse)
 
     async def __call__(self, request: Request) -> Model:
+        return self._parsed(request.scope["query_string"])
+
+    def _parse(self, query_string: bytes) -> Model:
         parameters: dict[str, str] = {}
-        for name, value in parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        for name, value in parse_qsl(query_string.decode("latin-1"), keep_blank_values=True):
             if name in parameters:
                 raise Refused("bad_parameter", "given more than once", name)
             parameters[name] = value
