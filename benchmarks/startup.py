@@ -1,7 +1,7 @@
 """
 Time to the first answer, and size then, beside a bare FastAPI application with one route.
 
-    python benchmarks/startup.py [--rounds 25]
+    python benchmarks/startup.py [--rounds 60]
 
 Both are started in turn and asked over loopback until they answer 200. The ratio is the median of those of neighbours:
 a machine that is shared is slow for some of them and then for both.
@@ -60,7 +60,7 @@ def first_answer(command: list[str], port: int, state: str) -> tuple[float, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=60)
     rounds = parser.parse_args().rounds
     taken: dict[str, list[tuple[float, int]]] = {"vitalsd": [], "bare": []}
     with tempfile.TemporaryDirectory() as state:
