@@ -26,6 +26,9 @@ SAMPLING = "Sampling another process (Linux)"
 MACOS = "A snapshot of its own threads on macOS (over the simulator)"
 THOUSAND = {"threads": 1000, "busy": 4}
 WORST = {"threads": 1000, "busy": 999}
+FEW = {"threads": 100}
+FAST = {"threads": 50, "interval_s": 0.25}
+EMPTY = "empty_wake_up_percent"
 ALL_RUN = {"snapshots": 900, "running_percent": 100}
 
 SUITE: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
@@ -148,6 +151,45 @@ def verdict(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+LOSSES: Sequence[tuple[str, str, Mapping[str, Any], str]] = (
+    (
+        "where every thread runs nothing can be proved and every name is read: cold, of the C floor",
+        SAMPLING,
+        WORST,
+        "cold.product_to_floor",
+    ),
+    (
+        "few threads are mostly fixed cost: 100, cold, all of them read, of the C floor",
+        SAMPLING,
+        FEW,
+        "cold.full_to_floor",
+    ),
+    (
+        "50 threads four times a second, of a C program that does nothing but read them",
+        "The recorder",
+        FAST,
+        "recorder_to_floor",
+    ),
+    ("of that, a thread of Python that wakes as often and does nothing, % of a core", "The recorder", FAST, EMPTY),
+    ("an answer, µs, against an application of three lines on the same parser ...", "Answering", {}, "ours_us"),
+    ("... which is dear itself: h11 alone, µs", "Answering", {}, "h11_us"),
+    ("the last of 200 callers of one window has his answer late by, p99, ms", "Answering", {}, "late_p99_ms"),
+    ("a sidecar is a Python process with a web framework: resident, MiB", "Start and size", {}, "rss_mib"),
+    ("and its first answer, ms", "Start and size", {}, "first_answer_ms"),
+)
+
+
+def losses(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A Markdown table of what something else does better."""
+    lines = ["| | |", "|---|---:|"]
+    for words, title, wanted, name in LOSSES:
+        for row in map(flat, results[title]):
+            if row.get(name) is not None and all(row.get(key) == each for key, each in wanted.items()):
+                lines.append(f"| {words} | {row[name]:g} |")
+                break
+    return "\n".join(lines)
+
+
 def plots(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Mapping[str, tuple[str, str]]:
     """Titles of sections, and the file and content of the plot for each."""
     most = next(row for row in results[SAMPLING] if all(row[key] == each for key, each in THOUSAND.items()))
@@ -196,6 +238,7 @@ def main() -> None:
             (DOCS / "images" / file).write_text(content, encoding="utf-8")
             parts.append(f"![{title}](images/{file})")
         parts.append(tables(rows))
+    parts += ["## Where it loses", "What something else does better, or what one might wish cheaper.", losses(results)]
     parts += ["## Goals", "What was aimed at, and whether this run got there.", verdict(results)]
     (DOCS / "performance.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (DOCS / "performance.json").write_text(json.dumps({"when": head, "results": results}, indent=1) + "\n")
