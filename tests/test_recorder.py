@@ -1,8 +1,10 @@
 """The recorder notes what a bare row of snapshots would hide."""
 
 import asyncio
+import gc
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,21 @@ def test_a_snapshot_shared_with_a_caller_is_recorded_once() -> None:
     recorder.observe(snapshot)
     recorder.observe(snapshot)
     assert len(recorder.record) == 1
+
+
+def test_a_mark_that_comes_too_late_for_the_disk_is_no_error(tmp_path: Path) -> None:
+    """It is on the clock; that its writer has ended is nobody's unseen exception."""
+    recorder = Recorder(IDENTITY, Recording(runs=RunDirectory(tmp_path)))
+    recorder.close()
+    unseen: list[dict[str, Any]] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+        assert (await recorder.mark_async("late")).label == "late"
+        gc.collect()
+
+    asyncio.run(main())
+    assert unseen == []
 
 
 def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

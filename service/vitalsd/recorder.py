@@ -9,6 +9,7 @@ from vitalsd.record import EventKind, Mark, Record
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import SUSPEND_GRAIN_NS, Identity, Snapshot
 from vitalsd.sources import SourceError, TargetGone
+from vitalsd.worker import seen
 
 __all__ = ["Recorder", "Recording"]
 
@@ -100,7 +101,9 @@ class Recorder:
         """The same, for an event loop."""
         mark, written = self._mark(label)
         if written is not None:
-            await asyncio.wait((asyncio.wrap_future(written),), timeout=MARK_S)
+            waited = asyncio.wrap_future(written)
+            waited.add_done_callback(seen)  # the writer may be ending
+            await asyncio.wait((waited,), timeout=MARK_S)
         return mark
 
     def _mark(self, label: str) -> "tuple[Mark, Future[None] | None]":

@@ -4,7 +4,8 @@ Windows over one target: when to take snapshots, and who shares them.
 All kernel reads of one target happen on one thread of its own, so the event loop never blocks, and a
 kernel that hangs on one target holds up no other; whoever asks for that one is told so after 5 s.
 Callers whose windows start or end within a few milliseconds share the snapshots: a thousand of them
-cost about what one costs. The recorder's snapshots are taken on the same thread and shared alike.
+cost about what one costs. The recorder's snapshots are taken on the same thread and shared alike, but end no
+window: their names may be a second old.
 """
 
 import asyncio
