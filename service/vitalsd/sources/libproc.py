@@ -26,19 +26,8 @@ from vitalsd.sources import Ending, KernelError, TargetGone
 from vitalsd.sources.apple_headers import proc_taskallinfo, proc_uniqidentifierinfo
 from vitalsd.sources.darwin_exit import ExitNote
 from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
-from vitalsd.sources.xnu import (
-    ATTEMPTS,
-    QUANTUM_NS,
-    THREAD_GRAIN_NS,
-    Instant,
-    Living,
-    Target,
-    ThreadNames,
-    Totals,
-    living_threads,
-    process_name,
-    translated_errors,
-)
+from vitalsd.sources.xnu import QUANTUM_NS, Instant, Target, Totals, process_name, translated_errors
+from vitalsd.sources.xnu_threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 
 __all__ = ["WALK_LIMIT", "LibprocSource"]
 

@@ -25,18 +25,8 @@ from vitalsd.sources.apple_headers import (
     task_vm_info,
 )
 from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
-from vitalsd.sources.xnu import (
-    ATTEMPTS,
-    QUANTUM_NS,
-    THREAD_GRAIN_NS,
-    Instant,
-    Living,
-    Target,
-    ThreadNames,
-    Totals,
-    living_threads,
-    translated_errors,
-)
+from vitalsd.sources.xnu import QUANTUM_NS, Instant, Target, Totals, translated_errors
+from vitalsd.sources.xnu_threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 
 __all__ = ["MachSource"]
 

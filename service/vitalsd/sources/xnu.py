@@ -1,5 +1,5 @@
 """
-What both macOS sources have in common: who the target is, the scale of kernel ticks, its age, its names.
+What both macOS sources have in common: who the target is, the scale of kernel ticks, its age.
 
 Some facts about the kernel (xnu-11417 and the `docs/macos.md` of this project):
 
@@ -14,7 +14,7 @@ Some facts about the kernel (xnu-11417 and the `docs/macos.md` of this project):
 import errno
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -23,32 +23,23 @@ from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, TargetGone
 from vitalsd.sources.apple_headers import (
     RUSAGE_INFO_V4,
     RUSAGE_INFO_V6,
-    TH_STATE_HALTED,
-    TH_STATE_RUNNING,
-    TH_STATE_STOPPED,
-    TH_STATE_UNINTERRUPTIBLE,
-    TH_STATE_WAITING,
     proc_bsdinfo,
     proc_bsdshortinfo,
     proc_fdinfo,
     proc_taskallinfo,
     rusage_info_v6,
 )
-from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows
+from vitalsd.sources.libsystem import LibSystem, MachError
 from vitalsd.sources.procfs import decode_name
+from vitalsd.sources.xnu_threads import RUN_STATES, Living
 
 __all__ = [
-    "ATTEMPTS",
     "QUANTUM_NS",
-    "THREAD_GRAIN_NS",
     "UNKNOWN_BOOT",
     "Instant",
-    "Living",
     "Target",
-    "ThreadNames",
     "Totals",
     "boot_id",
-    "living_threads",
     "process_name",
     "process_names",
     "start_key",
@@ -58,12 +49,6 @@ __all__ = [
 
 QUANTUM_NS = 10_000_000
 """The time of a thread that runs on another CPU is added at the latest after a quantum (osfmk/kern/sched_prim.c)."""
-
-THREAD_GRAIN_NS = 2_000
-"""User and system time of a thread are each cut to a microsecond."""
-
-ATTEMPTS = 3
-"""Lists of threads to make before believing that nobody on them is alive: an exec replaces them all."""
 
 QOS_CLASSES = (
     "default",
@@ -75,14 +60,6 @@ QOS_CLASSES = (
     "user_interactive",
 )
 """The ``ri_cpu_time_qos_*`` fields of rusage_info_v4 (bsd/sys/resource.h)."""
-
-RUN_STATES = {
-    TH_STATE_RUNNING: "running",
-    TH_STATE_STOPPED: "stopped",
-    TH_STATE_WAITING: "waiting",
-    TH_STATE_UNINTERRUPTIBLE: "uninterruptible",
-    TH_STATE_HALTED: "halted",
-}
 
 SATURATED = 2**31 - 1
 """Event counters of a task stop here (osfmk/kern/task.c)."""
@@ -170,55 +147,6 @@ class Totals(NamedTuple):
     system: int
     living: int
     """The part of threads that the kernel has not yet reaped."""
-
-
-class Living(NamedTuple):
-    """The threads alive, by ascending id; times in ns."""
-
-    tids: Sequence[int]
-    user_ns: Sequence[int]
-    system_ns: Sequence[int]
-    names: Sequence[tuple[bytes]]
-    run_states: Sequence[int]
-    priorities: Sequence[int]
-
-    @property
-    def main_state(self) -> str | None:
-        """State of the oldest thread, in words."""
-        return RUN_STATES.get(self.run_states[0])
-
-
-def living_threads(thread_ids: Sequence[int], rows: ThreadRows) -> Living:
-    """
-    What was read of each thread, without those that have ended.
-
-    Args:
-        thread_ids: in the order of `rows`; 0 for a thread that could no longer be read.
-    """
-    number = len(thread_ids)
-    run_states = rows.run_states(number)
-    living = Living(
-        thread_ids,
-        rows.user_ns(number),
-        rows.system_ns(number),
-        rows.names(number),
-        run_states,
-        rows.priorities(number),
-    )
-    order: Sequence[int] = range(number)
-    if 0 in thread_ids or TH_STATE_HALTED in run_states:
-        order = [i for i in order if thread_ids[i] and run_states[i] != TH_STATE_HALTED]
-    elif sorted(thread_ids) == thread_ids:
-        return living
-    order = sorted(order, key=thread_ids.__getitem__)
-    return Living(
-        [living.tids[i] for i in order],
-        [living.user_ns[i] for i in order],
-        [living.system_ns[i] for i in order],
-        [living.names[i] for i in order],
-        [living.run_states[i] for i in order],
-        [living.priorities[i] for i in order],
-    )
 
 
 class Instant(NamedTuple):
@@ -439,37 +367,3 @@ class Target:
         except OSError as error:
             warnings.append(f"open_fds: {error.strerror}")
             return None
-
-
-class ThreadNames:
-    """
-    Ids and names of the threads of one snapshot after the other.
-
-    `tids`, `births` and `names` stay the same objects while nothing changes.
-    """
-
-    def __init__(self) -> None:
-        self._raw: Sequence[tuple[bytes]] = ()
-        self._decoded: dict[bytes, str] = {}
-        self.tids: tuple[int, ...] = ()
-        self.births: tuple[int, ...] = ()
-        self.names: tuple[str, ...] = ()
-
-    def update(self, tids: Sequence[int], raw_names: Sequence[tuple[bytes]]) -> None:
-        """
-        Take over the threads, by ascending id.
-
-        Args:
-            raw_names: the 64 bytes of ``pth_name`` of each, in a tuple of their own.
-        """
-        if (new := tuple(tids)) != self.tids:
-            self.tids = new
-            if len(new) != len(self.births):
-                self.births = (0,) * len(new)
-        if raw_names != self._raw:
-            self._raw = raw_names
-            known = self._decoded
-            self._decoded = {
-                raw: known.get(raw) or decode_name(raw.partition(b"\0")[0]) for (raw,) in dict.fromkeys(raw_names)
-            }
-            self.names = tuple(self._decoded[raw] for (raw,) in raw_names)

@@ -1,0 +1,113 @@
+"""What both macOS sources make of the threads that they have read: who is alive, in order, and their names."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vitalsd.sources.apple_headers import (
+    TH_STATE_HALTED,
+    TH_STATE_RUNNING,
+    TH_STATE_STOPPED,
+    TH_STATE_UNINTERRUPTIBLE,
+    TH_STATE_WAITING,
+)
+from vitalsd.sources.libsystem import ThreadRows
+from vitalsd.sources.procfs import decode_name
+
+__all__ = ["ATTEMPTS", "RUN_STATES", "THREAD_GRAIN_NS", "Living", "ThreadNames", "living_threads"]
+
+THREAD_GRAIN_NS = 2_000
+"""User and system time of a thread are each cut to a microsecond."""
+
+ATTEMPTS = 3
+"""Lists of threads to make before believing that nobody on them is alive: an exec replaces them all."""
+
+RUN_STATES = {
+    TH_STATE_RUNNING: "running",
+    TH_STATE_STOPPED: "stopped",
+    TH_STATE_WAITING: "waiting",
+    TH_STATE_UNINTERRUPTIBLE: "uninterruptible",
+    TH_STATE_HALTED: "halted",
+}
+
+
+class Living(NamedTuple):
+    """The threads alive, by ascending id; times in ns."""
+
+    tids: Sequence[int]
+    user_ns: Sequence[int]
+    system_ns: Sequence[int]
+    names: Sequence[tuple[bytes]]
+    run_states: Sequence[int]
+    priorities: Sequence[int]
+
+    @property
+    def main_state(self) -> str | None:
+        """State of the oldest thread, in words."""
+        return RUN_STATES.get(self.run_states[0])
+
+
+def living_threads(thread_ids: Sequence[int], rows: ThreadRows) -> Living:
+    """
+    What was read of each thread, without those that have ended.
+
+    Args:
+        thread_ids: in the order of `rows`; 0 for a thread that could no longer be read.
+    """
+    number = len(thread_ids)
+    run_states = rows.run_states(number)
+    living = Living(
+        thread_ids,
+        rows.user_ns(number),
+        rows.system_ns(number),
+        rows.names(number),
+        run_states,
+        rows.priorities(number),
+    )
+    order: Sequence[int] = range(number)
+    if 0 in thread_ids or TH_STATE_HALTED in run_states:
+        order = [i for i in order if thread_ids[i] and run_states[i] != TH_STATE_HALTED]
+    elif sorted(thread_ids) == thread_ids:
+        return living
+    order = sorted(order, key=thread_ids.__getitem__)
+    return Living(
+        [living.tids[i] for i in order],
+        [living.user_ns[i] for i in order],
+        [living.system_ns[i] for i in order],
+        [living.names[i] for i in order],
+        [living.run_states[i] for i in order],
+        [living.priorities[i] for i in order],
+    )
+
+
+class ThreadNames:
+    """
+    Ids and names of the threads of one snapshot after the other.
+
+    `tids`, `births` and `names` stay the same objects while nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._raw: Sequence[tuple[bytes]] = ()
+        self._decoded: dict[bytes, str] = {}
+        self.tids: tuple[int, ...] = ()
+        self.births: tuple[int, ...] = ()
+        self.names: tuple[str, ...] = ()
+
+    def update(self, tids: Sequence[int], raw_names: Sequence[tuple[bytes]]) -> None:
+        """
+        Take over the threads, by ascending id.
+
+        Args:
+            raw_names: the 64 bytes of ``pth_name`` of each, in a tuple of their own.
+        """
+        if (new := tuple(tids)) != self.tids:
+            self.tids = new
+            if len(new) != len(self.births):
+                self.births = (0,) * len(new)
+        if raw_names != self._raw:
+            self._raw = raw_names
+            known = self._decoded
+            self._decoded = {
+                raw: known.get(raw) or decode_name(raw.partition(b"\0")[0]) for (raw,) in dict.fromkeys(raw_names)
+            }
+            self.names = tuple(self._decoded[raw] for (raw,) in raw_names)
