@@ -162,6 +162,30 @@ def test_serve_takes_no_plugin_of_pydantic(short_path: Path) -> None:
     assert not imported.exists()
 
 
+def test_serving_builds_no_models_that_nobody_uses() -> None:
+    """FastAPI's models of OpenAPI wait for whoever uses them, who finds them as ever; models made later do not wait."""
+    document = """
+from fastapi import FastAPI
+from pydantic import BaseModel
+class Item(BaseModel):
+    name: str
+app = FastAPI()
+@app.post("/items/{id}", response_model=Item)
+def make(id: int, item: Item, q: str = "x"): ...
+from fastapi.openapi.models import OpenAPI
+built = OpenAPI.__pydantic_complete__, Item.__pydantic_complete__
+print(built, BaseModel.model_config, app.openapi(), OpenAPI.model_json_schema())
+"""
+    plain, serving = (
+        subprocess.run(
+            [sys.executable, "-c", code + document], stdout=subprocess.PIPE, text=True, check=True, timeout=30
+        ).stdout
+        for code in ("", "from vitalsd.cli.serving import import_service\nimport_service()")
+    )
+    assert plain.startswith("(True, True) {} ")
+    assert serving == plain.replace("(True, True)", "(False, True)", 1)
+
+
 def test_serve_needs_no_stdin(tmp_path: Path) -> None:
     """Started with stdin, stdout and stderr closed, as some supervisors do, it serves all the same."""
     with socket.socket() as probe:
