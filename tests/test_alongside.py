@@ -17,6 +17,7 @@ import vitalsd
 from sidecars import ask, environment, eventually, listing, serving
 from vitalsd import endpoint
 from vitalsd.sources.birth import births
+from vitalsd.stored_run import read_run
 
 
 @pytest.fixture(autouse=True)
@@ -217,11 +218,16 @@ def test_a_target_that_execs_is_still_the_target(short_path: Path) -> None:
         assert target.stdin is not None
         target.stdin.write(b"\n")
         target.stdin.flush()
-        eventually(lambda: ask(ready["url"], "/info")[0] == 200)
+        eventually(lambda: ask(ready["url"], "/info")[1]["target"]["name"] == "sleep")
+        assert ask(ready["url"], "/metrics?window_ms=10&detail=full")[1]["target"]["name"] == "sleep"
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)
         target.kill()
         assert process.wait(5) == 0
+    [file] = short_path.rglob("*.sqlite")
+    run, record = read_run(file)
+    assert (run.identity.name, run.state) == ("sleep", "crashed")
+    assert record.events[0].detail == "the target executed another program: sleep"
 
 
 def test_two_for_one_target_are_both_found(short_path: Path) -> None:

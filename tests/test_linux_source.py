@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 import target as target_program
+from sidecars import eventually
 from target import Target, cpu_at, set_name, spin
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources import (
@@ -481,6 +482,22 @@ def test_exec_in_mid_window(start: Start, command: str) -> None:
     assert len(m.last.tids) == 2
     assert m.cpu_ns >= m.living_ns >= 0
     assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
+
+
+def test_who_executes_is_called_as_what_it_executes() -> None:
+    """The name, and what tells scripts apart, are those of the program that runs; the process stays the same one."""
+    code = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
+    with subprocess.Popen([sys.executable, "-c", code, "a script"], stdin=subprocess.PIPE) as process:
+        try:
+            with opened(process.pid) as source:
+                before, image = source.identity(), source.snapshot().image
+                assert process.stdin is not None
+                process.stdin.close()
+                eventually(lambda: source.snapshot(names=False).image != image)
+                assert before.program
+                assert source.identity() == before._replace(name="sleep", program="")
+        finally:
+            process.kill()
 
 
 def test_a_target_that_executes_again_and_again() -> None:

@@ -52,8 +52,10 @@ def test_stop_and_continue() -> None:
 
 
 def test_exec() -> None:
-    """Another program in the same process is noted."""
-    assert [kind for kind, _ in recorded((SECOND_NS, {"image": 2}))] == ["executed"]
+    """Another program in the same process is noted, and what it is."""
+    assert recorded((SECOND_NS, {"image": 2})) == [
+        ("executed", f"the target executed another program: {IDENTITY.name}")
+    ]
 
 
 def test_the_end_and_failures() -> None:

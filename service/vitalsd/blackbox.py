@@ -65,9 +65,10 @@ class BlackBox:
         self.dropped = 0
         self.run_id: str | None = None
         self._directory = directory
+        self._identity = identity
         self._interval_ns = interval_ns
         self._open = partial(
-            RunFile, directory, identity, interval_ns=interval_ns, retention_ns=retention_ns, max_bytes=max_bytes
+            RunFile, directory, interval_ns=interval_ns, retention_ns=retention_ns, max_bytes=max_bytes
         )
         self._file: RunFile | None = None
         self._tail: Tail | None = None
@@ -128,6 +129,11 @@ class BlackBox:
     def event(self, event: Event) -> None:
         """Write an event, and what came before it; returns at once."""
         self._post(partial(self._note, RunFile.event, event))
+
+    def identify(self, identity: Identity) -> None:
+        """Write who the process is by now; returns at once."""
+        self._identity = identity
+        self._post(partial(self._note, RunFile.identify, identity))
 
     async def hangs(self) -> bool:
         """Whether the disk does not answer."""
@@ -207,7 +213,7 @@ class BlackBox:
             self._guard(RunFile.trim)
         self._taken += 1
 
-    def _note(self, write: Callable[..., object], what: Mark | Event) -> None:
+    def _note(self, write: Callable[..., object], what: Mark | Event | Identity) -> None:
         self.dropped += not self._guard(write, what)
         self._fold()
 
@@ -223,7 +229,7 @@ class BlackBox:
             if self._file is None:
                 if time.monotonic_ns() < self._retry_ns:
                     return False
-                self._file = self._open()
+                self._file = self._open(self._identity)
                 self.run_id = self._file.path.stem
             write(self._file, *what)
             self.error = None

@@ -30,7 +30,7 @@ class Recording(NamedTuple):
 
 class Recorder:
     """
-    One run being recorded. `observe` and `failed` are called on the sampler's thread, `mark` on any.
+    One run being recorded. `identify`, `observe` and `failed` are called on the sampler's thread, `mark` on any.
 
     Args:
         identity: the target.
@@ -55,6 +55,13 @@ class Recorder:
         """Why there will be no more snapshots."""
         self._crashed = False
         self._failure: str | None = None
+
+    def identify(self, identity: Identity) -> None:
+        """Who the target is, by now: it may have executed another program, and be called as that."""
+        if identity != self.record.identity:
+            self.record.identity = identity
+            if self.blackbox is not None:
+                self.blackbox.identify(identity)
 
     def observe(self, snapshot: Snapshot) -> None:
         """Record a snapshot, taken after all others."""
@@ -151,7 +158,7 @@ class Recorder:
             self.missed += missed
             self._note("missed", f"{missed} snapshots are missing before this one", now)
         if before.image != now.image and None not in (before.image, now.image):
-            self._note("executed", "the target executed another program", now)
+            self._note("executed", f"the target executed another program: {self.record.identity.name}", now)
         if before.state != now.state and "stopped" in (before.state, now.state):
             if now.state == "stopped":
                 self._note("stopped", "the target was stopped", now)

@@ -108,6 +108,10 @@ class RunFile:
         if number % MAX_EVENTS == 0:
             self._db.execute("DELETE FROM event WHERE rowid <= ?", (number - MAX_EVENTS,))
 
+    def identify(self, identity: Identity) -> None:
+        """Write who the process is by now."""
+        self._db.execute("UPDATE meta SET value = ? WHERE key = 'identity'", (json.dumps(identity._asdict()),))
+
     def trim(self) -> None:
         """Drop what is older than the retention, and the oldest eighth when the file is full."""
         db = self._db
@@ -172,17 +176,7 @@ class RunFile:
             db.execute("PRAGMA journal_size_limit = 1048576")
             db.executescript("BEGIN;" + SCHEMA)
             meta = {
-                "identity": json.dumps(
-                    {
-                        "platform": identity.platform,
-                        "pid": identity.pid,
-                        "name": identity.name,
-                        "boot_id": identity.boot_id,
-                        "start_key": identity.start_key,
-                        "started_unix_ns": identity.started_unix_ns,
-                        "program": identity.program,
-                    }
-                ),
+                "identity": json.dumps(identity._asdict()),
                 "interval_ns": str(self._interval_ns),
                 "retention_ns": str(self._retention_ns),
                 "writer_pid": str(os.getpid()),

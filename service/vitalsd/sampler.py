@@ -303,11 +303,14 @@ class Sampler:
         self.snapshots_taken += 1
         try:
             self._last, self._named = self._source.snapshot(extras=extras, names=names), names
+            self._identity = self._source.identity()
         except TargetGone as error:
             # Whoever is told that it is gone may look at once into the record for how it ended.
             if self.recorder is not None:
                 self.recorder.failed(error)
             raise
+        if self.recorder is not None:
+            self.recorder.identify(self._identity)
         return self._last
 
     def _beat(self) -> bool:

@@ -21,7 +21,8 @@ class Identity(NamedTuple):
     One run of one process.
 
     ``start_key`` is the kernel's own start time of it (Linux: clock ticks since boot, macOS:
-    microseconds of wall clock at fork), so a reused pid never compares equal.
+    microseconds of wall clock at fork), so a reused pid never compares equal. Only ``name`` and
+    ``program`` may change in its life: at exec.
     """
 
     platform: str

@@ -372,6 +372,7 @@ class TestIdentity:
             last = source.snapshot()
             assert first.image != last.image
             assert last.names == ("cat",)
+            assert source.identity().name == "cat"
             child.stdin.close()
 
     def test_a_kernel_without_identity_versions(self, simulator: Simulator, child: ChildWorkload) -> None:

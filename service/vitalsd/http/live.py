@@ -73,6 +73,7 @@ def live_routes(
                 mode = "wait" if measurement is None else query.mode
                 if measurement is None:
                     measurement = await target.window(query.window_ms, extras=query.detail == "full")
+                    identity = await target.identity()  # by the end it may be called otherwise
         except SourceError as error:
             return failed(error, targets.default.platform)
         return JSON(

@@ -124,6 +124,7 @@ async def _metrics(targets: Targets, window_ms: int) -> tuple[Identity | None, b
         if measurement is None or not covered:
             try:
                 measurement = await target.window(window_ms)
+                identity = await target.identity()  # by the end it may be called otherwise
             except SourceError:
                 if measurement is None:
                     raise

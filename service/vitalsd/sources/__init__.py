@@ -96,7 +96,11 @@ class Source(Protocol):
     """
 
     def identity(self) -> Identity:
-        """Which run of which process this reads. Raises `SourceError`."""
+        """
+        Which run of which process this reads. Raises `SourceError`.
+
+        A process that executes another program stays the same one; it is called as that from the next snapshot on.
+        """
         ...
 
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:

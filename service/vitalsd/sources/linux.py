@@ -200,6 +200,7 @@ class LinuxSource:
             self._state, image = STATES.get(leader.state), (*image, text)
             if image != self._image:  # else the same object: compared at each beat
                 self._image = image
+                self._identity = self._identity._replace(name=leader.name, program=script_digest(self._dir))
             self._seen, self._looked_ns = (vm, text), now_ns
         return vm, rss
 

@@ -218,6 +218,9 @@ class Target:
         self._lib.proc_info(self.pid, self.info)
         if start_key(self.info.pbsd) != self.identity.start_key:
             raise TargetGone(f"target {self.pid} has exited; its pid belongs to another process now")
+        name = process_name(self.info.pbsd)
+        if name != self.identity.name:  # it has executed another program
+            self.identity = self.identity._replace(name=name)
         return self.info
 
     def exited_ns(self, before: Totals, after: Totals, living_ns: int) -> tuple[int, int]:
