@@ -132,13 +132,13 @@ def test_csv_is_a_table_that_hostile_names_cannot_break() -> None:
     record = record_of([process.snapshot()])
     process.pass_time(SECOND_NS, [SECOND_NS // 2])
     record.append(process.snapshot())
-    record.event("missed", "3 snapshots", at=process.snapshot())
+    record.event("executed", "another program: \x1b[31m", at=process.snapshot())
     text = history(record).to_csv().decode()
     head, row = csv.reader(io.StringIO(text))
     assert len(head) == len(row)
     assert head[6] == '1 =cmd|"/c calc"\\n,\\x1b[31m cpu_percent'
     assert row[6] == "50.0"
-    assert row[-1] == "missed: 3 snapshots"
+    assert row[-1] == "executed: another program: \\x1b[31m"
     assert "\x1b" not in text
 
 

@@ -99,7 +99,9 @@ class History:
         cpu = self._percents(self.cpu_ns)
         threads = [self._percents(thread.cpu_ns) for thread in self.threads]
         marks = _by_row(self.wall_ns, [(mark.wall_ns, f"mark: {mark.label}") for mark in self.marks])
-        events = _by_row(self.wall_ns, [(event.wall_ns, f"{event.kind}: {event.detail}") for event in self.events])
+        events = _by_row(
+            self.wall_ns, [(event.wall_ns, f"{event.kind}: {printable(event.detail)}") for event in self.events]
+        )
         for i, wall_ns in enumerate(self.wall_ns):
             writer.writerow(
                 [
