@@ -167,6 +167,15 @@ def test_a_unit_that_listens_everywhere_is_refused(short_path: Path) -> None:
         assert "--allow-remote" in process.stderr.read()
 
 
+@pytest.mark.parametrize("options", [("--port", "0"), ("--uds", "other.sock"), ("--no-tcp",)])
+def test_an_option_about_listening_is_refused(short_path: Path, options: tuple[str, ...]) -> None:
+    """The supervisor has decided where: an option that would do nothing is not taken silently."""
+    with bind_tcp("127.0.0.1", 0) as tcp, activated(short_path, [tcp], *options) as process:
+        assert process.wait(10) == 2
+        assert process.stderr is not None
+        assert f"{options[0]} does nothing" in process.stderr.read()
+
+
 def test_readiness_and_watchdog(short_path: Path) -> None:
     """READY=1 comes when requests are answered, WATCHDOG=1 from then on as long as the sampler works."""
     address = str(short_path / "notify")

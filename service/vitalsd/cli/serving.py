@@ -146,6 +146,9 @@ def _listeners(where: Where, directory: Path | None) -> "Listeners":
     try:
         given = activated(os.environ)
         if given:
+            for option, value in (("--port", where.port), ("--uds", where.uds), ("--no-tcp", not where.tcp or None)):
+                if value is not None:
+                    raise Refused(f"{option} does nothing where a supervisor hands the sockets over; leave it out")
             return adopt(given, guarded=where.token, allow_remote=where.allow_remote)
         return listen(
             host=where.host,
