@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +17,10 @@ pytest_plugins = ["darwin.fixtures"]
 # Two busy cores make any deadline per example a flake.
 settings.register_profile("vitalsd", deadline=None)
 settings.load_profile("vitalsd")
+
+# In the background of a script SIGINT is ignored, and would be by all that is started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
