@@ -23,9 +23,10 @@ from lives import IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.blackbox import BlackBox
 from vitalsd.record import Mark, Record
 from vitalsd.run_file import RunFile
+from vitalsd.run_parts import delete_run, is_being_written
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Snapshot
-from vitalsd.stored_run import Run, UnreadableRun, delete_run, insert_rows, is_being_written, read_run
+from vitalsd.stored_run import Run, UnreadableRun, insert_rows, read_run
 from vitalsd.tail import SHARED_MEMORY, Tail
 
 T = TypeVar("T")
@@ -136,7 +137,7 @@ def test_without_a_descriptor_left_no_run_is_taken_for_dead(tmp_path: Path, monk
     def scarce(*_: object) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("vitalsd.stored_run.os.open", scarce)
+    monkeypatch.setattr("vitalsd.run_parts.os.open", scarce)
     assert is_being_written(path)
     RunDirectory(tmp_path, max_bytes=1).make_room(1)
     monkeypatch.undo()

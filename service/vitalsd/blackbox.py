@@ -17,9 +17,9 @@ from functools import partial
 
 from vitalsd.record import Event, Mark, Segment
 from vitalsd.run_file import RunFile, row_of
+from vitalsd.run_parts import tail_link
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity
-from vitalsd.stored_run import tail_link
 from vitalsd.tail import Row, Tail
 from vitalsd.worker import Worker
 

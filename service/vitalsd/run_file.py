@@ -1,11 +1,10 @@
 """
-The file of one run, as its writer has it; `vitalsd.stored_run` has the format and reads it back.
+The database of one run, as its writer has it; `vitalsd.stored_run` has the format and reads it back.
 
 In WAL mode a commit is a ``write`` without ``fsync``: what was committed survives the process, and only a power
 failure may take what the system had not written yet.
 """
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -15,20 +14,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Segment
+from vitalsd.run_parts import delete_run, new_run
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity
-from vitalsd.stored_run import (
-    APPLICATION_ID,
-    SCHEMA,
-    SCHEMA_VERSION,
-    delete_run,
-    insert_rows,
-)
+from vitalsd.stored_run import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, insert_rows
 from vitalsd.tail import Row
 
 __all__ = ["RunFile", "row_of"]
-
-MAX_FILES = 1000
 
 
 class RunFile:
@@ -58,7 +50,7 @@ class RunFile:
         _prepare(directory.path)
         directory.settle()
         directory.make_room(max_bytes)
-        self.path, self._lock_fd = _new_file(directory.path, f"{identity.start_id}-{os.getpid()}")
+        self.path, self._lock_fd = new_run(directory.path, f"{identity.start_id}-{os.getpid()}")
         try:
             self._db = self._create(identity)
         except (OSError, sqlite3.Error):
@@ -240,22 +232,3 @@ def _prepare(path: Path) -> None:
     if status.st_uid != os.geteuid() or not path.is_dir() or path.is_symlink():
         raise OSError(f"{path} is not a directory of this user")
     os.chmod(path, 0o700)
-
-
-def _new_file(directory: Path, stem: str) -> tuple[Path, int]:
-    """An empty file whose name begins with `stem`, and a descriptor that holds its lock."""
-    for number in range(MAX_FILES):
-        path = directory / f"{stem}-{number}.sqlite" if number else directory / f"{stem}.sqlite"
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock_fd = os.open(path.with_suffix(".lock"), flags, 0o600)
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.close(os.open(path, flags | os.O_EXCL, 0o600))
-        except (BlockingIOError, FileExistsError):
-            os.close(lock_fd)
-        except OSError:
-            os.close(lock_fd)
-            raise
-        else:
-            return path, lock_fd
-    raise OSError(f"{directory} has a thousand runs of this process")

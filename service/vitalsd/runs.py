@@ -5,17 +5,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from vitalsd.stored_run import (
-    Run,
-    UnreadableRun,
-    delete_run,
-    describe,
-    disk_bytes,
-    insert_rows,
-    is_being_written,
-    not_on_disk,
-    opened,
-)
+from vitalsd.run_parts import delete_run, disk_bytes, is_being_written
+from vitalsd.stored_run import Run, UnreadableRun, describe, insert_rows, not_on_disk, opened
 from vitalsd.tail import SHARED_MEMORY, read_tail, remove_tail
 
 __all__ = ["RunDirectory"]

@@ -1,15 +1,11 @@
 """
-One run on disk: the format, the files that belong to it, and reading it back.
+One run on disk: the format, and reading it back.
 
-A SQLite file, named after the identity of the run, never after input; its last seconds may still be in its
-`vitalsd.tail`. While it is being written its ``.lock`` is held with flock(2); the kernel lets go of it when the
-writer dies, however it dies. A run that did not say how it ended has crashed.
+A SQLite file; its last seconds may still be in its `vitalsd.tail`, and `vitalsd.run_parts` has what else belongs to
+it. A run that is not being written any more and did not say how it ended has crashed.
 """
 
-import errno
-import fcntl
 import json
-import os
 import shutil
 import sqlite3
 import sys
@@ -22,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from vitalsd.record import Event, EventKind, Mark, Moves, Record, Segment
+from vitalsd.run_parts import disk_bytes, is_being_written, tail_link
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.tail import Row, read_tail, remove_tail
+from vitalsd.tail import Row, read_tail
 
 __all__ = [
     "APPLICATION_ID",
@@ -32,15 +29,11 @@ __all__ = [
     "Run",
     "State",
     "UnreadableRun",
-    "delete_run",
     "describe",
-    "disk_bytes",
     "insert_rows",
-    "is_being_written",
     "not_on_disk",
     "opened",
     "read_run",
-    "tail_link",
 ]
 
 APPLICATION_ID = 0x76697461  # "vita", in the header of the file for file(1)
@@ -148,11 +141,6 @@ def opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]:
             yield db
     except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise UnreadableRun(f"{name} is damaged: {error}") from None
-
-
-def tail_link(path: Path) -> Path:
-    """Where the `Tail` of the run `path` is linked."""
-    return path.with_suffix(".tail")
 
 
 def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
@@ -315,39 +303,3 @@ def _array(code: str, content: bytes) -> "array[int]":
     if sys.byteorder == "big":
         values.byteswap()
     return values
-
-
-def is_being_written(path: Path) -> bool:
-    """Whether a living process holds the lock of this run, or may for all that can be seen."""
-    try:
-        fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        return error.errno not in (errno.ENOENT, errno.ELOOP)  # without a descriptor left nobody can tell
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-def _parts(path: Path) -> list[Path]:
-    """The database first: while its lock is there, nobody takes the name."""
-    return [path, Path(f"{path}-wal"), Path(f"{path}-shm"), tail_link(path), path.with_suffix(".lock")]
-
-
-def disk_bytes(path: Path) -> int:
-    total = 0
-    for part in _parts(path):
-        with suppress(OSError):
-            total += part.stat().st_size
-    return total
-
-
-def delete_run(path: Path) -> None:
-    """Remove a run and what belongs to it, as far as that can be done."""
-    remove_tail(tail_link(path))
-    for part in _parts(path):
-        with suppress(OSError):
-            part.unlink()
