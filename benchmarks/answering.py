@@ -190,6 +190,7 @@ def main() -> None:
             **{f"{name}_us": round(value) for name, value in medians.items()},
             "response_model_to_ours": round(medians["response_model"] / medians["ours"], 1),
             "ours_to_tiny": round(medians["ours"] / medians["tiny"], 2),
+            "ours_to_h11": round(medians["ours"] / medians["h11"], 2),
             "trailing_per_second_per_core": round(1e6 / medians["ours"]),
             "p99_to_p50": round(times[len(times) * 99 // 100] / times[len(times) // 2], 2),
             "callers": 200,

@@ -21,6 +21,7 @@ SMALLER_IS_BETTER = {
     "warm.product_to_floor",
     "cold.product_to_floor",
     "recorder_to_floor",
+    "ours_to_h11",
     "ours_to_tiny",
     "snapshots_per_request",
     "ours_to_bare_call",
