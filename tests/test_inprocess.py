@@ -118,6 +118,24 @@ def test_start_raises_what_is_wrong(short_path: Path) -> None:
     assert set(threading.enumerate()) == before
 
 
+def test_a_start_that_takes_too_long_leaves_nothing(short_path: Path) -> None:
+    """Wherever it had got to: no thread, no file, no run that passes for crashed; and the next start is a new one."""
+    threads, refused = set(threading.enumerate()), []
+    for timeout_ms in (0, 0, 0, 1, 2, 3, 4, 5, 6, 8):
+        try:
+            vitalsd.start(port=0, timeout_s=timeout_ms / 1000).stop()
+        except TimeoutError as error:
+            refused.append(str(error))
+        eventually(lambda: set(threading.enumerate()) <= threads)
+        with vitalsd.start(port=0) as sidecar:
+            assert ask(sidecar.url or "", "/healthz")[0] == 200
+        assert not sidecar.running
+        assert set(threading.enumerate()) <= threads
+    assert listing(short_path / "run") == []
+    assert {run.state for run in RunDirectory(short_path / "state" / "runs").runs()} == {"clean"}
+    assert refused[:3] == ["the sidecar was not ready within 0 s"] * 3
+
+
 def test_a_token_is_asked_for() -> None:
     """auth="token" demands the token that the endpoint has."""
     with vitalsd.start(port=0, auth="token") as sidecar:

@@ -444,6 +444,36 @@ def test_a_crashed_run_is_told_of_once(home: Path) -> None:
         assert "previous-run.json" not in BugReport("ryll", window_ms=50, pid=pid).preview()
 
 
+def test_a_crash_is_told_of_while_its_sidecar_lingers(home: Path) -> None:
+    """Whoever starts the program again at once need not wait for it; the lingering one does not tell of itself."""
+    with (
+        subprocess.Popen([sys.executable, "-c", SLEEPER]) as target,
+        serving(home, "--pid", str(target.pid), "--record-interval", "0.05") as (_, lingering),
+    ):
+
+        def runs() -> list[dict[str, Any]]:
+            return list(httpx.get(f"{lingering['url']}/runs", trust_env=False).json())
+
+        eventually(lambda: runs()[0]["snapshots"] > 4)
+        assert runs()[0]["state"] == "running"
+        target.kill()
+        run = eventually(lambda: (run := runs()[0])["state"] == "crashed" and run)
+        assert "SIGKILL" in run["ended"]
+        httpx.post(f"{lingering['url']}/marks", json={"label": "after the end"}, trust_env=False)
+        for own in (
+            httpx.get(f"{lingering['url']}/report.zip", params={"window_ms": 50}, trust_env=False).content,
+            BugReport("ryll", window_ms=50, url=lingering["url"]).bundle().zip(),
+        ):
+            (home / "own.zip").write_bytes(own)
+            (home / "own.zip").chmod(0o600)
+            assert "previous-run.json" not in opened(home / "own.zip")
+        with next_run(home) as (pid, _):
+            members = BugReport("ryll", window_ms=50, pid=pid).preview()
+            previous = json.loads(members["previous-run.json"])
+            assert previous["run"]["id"] == run["id"]
+            assert [mark["label"] for mark in previous["marks"]] == ["after the end"]
+
+
 def test_a_crash_is_told_of_without_a_black_box(home: Path) -> None:
     """By the program that the sidecar watches, though that is not being recorded on disk this time."""
     crash_one(home, "just before")

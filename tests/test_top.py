@@ -427,6 +427,24 @@ def test_fewer_lines_than_asked_for_are_status_1(tmp_path: Path, start: Start) -
     assert "zombie" in out.stderr
 
 
+def test_the_last_window_of_a_dead_target_is_no_line(short_path: Path, start: Start) -> None:
+    """A sidecar that lingers has it still; that the target has exited is all that is said."""
+    target = start()
+    with serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as (_, ready):
+        eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["snapshots"] > 4)
+        target.kill()
+        eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["ended"])
+        out = subprocess.run(
+            [*VITALSD, "top", "--count", "1"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env=environment(short_path),
+        )
+    assert (out.returncode, out.stdout) == (1, "")
+    assert f"target {target.pid} has exited: killed by SIGKILL" in out.stderr
+
+
 def test_with_name_it_goes_on_with_the_next_one(tmp_path: Path, start: Start) -> None:
     """After a restart of the program the view is of the new process, whose counters start anew."""
     name = f"vtop{os.getpid()}"

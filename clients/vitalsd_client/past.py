@@ -59,15 +59,17 @@ class Past:
         return members, []
 
     def _previous(self, request: Callable[..., Answer], members: dict[str, bytes]) -> None:
-        """The newest run of the same program that crashed and is in no report yet."""
-        target = _json(request("/info", last=False), dict)[0]["target"]
+        """The newest run of the same program, before this one, that crashed and is in no report yet."""
+        info = _json(request("/info", last=False), dict)[0]
+        target, own = info["target"], ((info.get("recorder") or {}).get("black_box") or {}).get("run")
         runs, _ = _json(request("/runs", last=False), list)
         # Two scripts of one interpreter have one name, and are none of each other's business.
         program = (target["name"], target.get("program", ""))
         crashed = [
             run
             for run in runs
-            if run["state"] == "crashed" and not run["reported"] and (run["name"], run.get("program", "")) == program
+            if run["state"] == "crashed" and not run["reported"] and run["id"] != own
+            if (run["name"], run.get("program", "")) == program
         ]
         if crashed:
             run_id = str(crashed[0]["id"])

@@ -144,14 +144,18 @@ class BlackBox:
         if self._file is not None:
             self._file.forget()
 
-    def close(self, ended: str, *, crashed: bool = False, timeout_s: float = 1.0) -> None:
+    def end(self, ended: str, *, crashed: bool) -> None:
         """
-        Finish the file.
+        Write how the run ended, though marks may follow; returns at once.
 
         Args:
-            ended: how the run ended, in words.
+            ended: in words.
             crashed: the target died, and as far as anybody can say not of its own will.
         """
+        self._post(partial(self._guard, lambda file: file.end(self._waiting(file), ended, crashed=crashed)))
+
+    def close(self, ended: str, *, crashed: bool = False, timeout_s: float = 1.0) -> None:
+        """Write how the run ended, see `end`, and finish the file."""
         self._worker.submit(lambda: self._close(ended, crashed))
         self._worker.stop(0 if self._worker.overdue else timeout_s)
 

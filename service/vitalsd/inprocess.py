@@ -5,7 +5,7 @@ import atexit
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ class Sidecar:
         self._sampler = sampler
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
+        self._stopping = False
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="vitalsd", daemon=True)
 
@@ -90,10 +91,11 @@ class Sidecar:
         atexit.unregister(self.stop)
         if os.getpid() != self._pid:
             return
-        if self._loop is not None and self._thread.is_alive():
+        self._stopping = True
+        if self._loop is not None:
             with suppress(RuntimeError):  # the loop has just been closed
                 self._loop.call_soon_threadsafe(self._service.stop)
-            self._thread.join(STOP_S)
+        self._thread.join(STOP_S)
         self._service.close()
 
     def __enter__(self) -> "Sidecar":
@@ -111,7 +113,10 @@ class Sidecar:
     def _start(self, timeout_s: float) -> None:
         self._thread.start()
         try:
-            self._started.result(timeout_s)
+            wait((self._started,), timeout_s)
+            if not self._started.done():
+                raise TimeoutError(f"the sidecar was not ready within {timeout_s:g} s")
+            self._started.result()
         except BaseException:
             self.stop()
             raise
@@ -122,6 +127,8 @@ class Sidecar:
             # With a factory neither the loop policy nor the current loop of the host is touched.
             with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
                 self._loop = runner.get_loop()
+                if self._stopping:
+                    self._service.stop()
                 runner.run(self._service.run(partial(self._started.set_result, None)))
         except BaseException as error:
             if self._started.done():
@@ -145,8 +152,12 @@ class _Process:
                     os.register_at_fork(after_in_child=self._forked)
                     self._fork_hook = True
                 sidecar = make()
-                self._sidecar = sidecar
-                sidecar._start(timeout_s)
+                self._sidecar = sidecar  # before the start: a child that is forked meanwhile lets go of it
+                try:
+                    sidecar._start(timeout_s)
+                except BaseException:
+                    self._sidecar = None
+                    raise
             return self._sidecar
 
     def _forked(self) -> None:

@@ -85,6 +85,8 @@ class Recorder:
             self.ended = reason if ending is None else f"{reason}: {ending.words}"
             self._crashed = ending is None or not ending.well
             self._note("exited", self.ended)
+            if self.blackbox is not None:
+                self.blackbox.end(self.ended, crashed=self._crashed)
             return False
         if reason != self._failure:
             self._failure = reason
@@ -144,7 +146,7 @@ class Recorder:
             self.blackbox.forget()
 
     def close(self) -> None:
-        """End the run: well, unless the target went first, and not well as far as anybody can say."""
+        """End the run: well, unless the target went first and not well, as far as anybody can say."""
         if self.blackbox is not None:
             self.blackbox.close(self.ended or "the sidecar was stopped", crashed=self._crashed)
 

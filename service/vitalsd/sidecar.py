@@ -93,6 +93,7 @@ class Sidecar:
         self._grace_s = grace_s
         self._kernel = kernel
         self._server: Server | None = None
+        self._stopping = False
         self._pid = os.getpid()
 
     async def run(self, ready: Callable[[], None], companions: Sequence["Companion"] = ()) -> None:
@@ -116,6 +117,8 @@ class Sidecar:
             ready()
 
         self._server = Server(self._app, token=self.endpoint.token, grace_s=self._grace_s, ready=serving)
+        if self._stopping:
+            self._server.stop()  # what has been opened for it is closed on the way
         try:
             await self._server.serve(sockets=self.listeners.sockets)
         except SystemExit:  # uvicorn's way to say it
@@ -131,6 +134,7 @@ class Sidecar:
 
     def stop(self) -> None:
         """Begin the end; to be called on the event loop. A second call does nothing."""
+        self._stopping = True
         self._withdraw()
         if self._server is not None:
             self._server.stop()

@@ -119,12 +119,15 @@ class Remote:
 
     def _news(self, pause: Pause) -> Iterator[News]:
         who = {} if self.sidecar.pid is None else {"pid": self.sidecar.pid}
-        recorded = not who and self._json("/info").get("recorder") is not None
-        if recorded:
+        recorder = None if who else self._json("/info").get("recorder")
+        recorded = recorder is not None
+        if recorder is not None:
             table = self._json("/history", {"seconds": PAST_S, "top": PAST_THREADS})
             yield self._subject(table["target"])
             yield _past(table)
             yield from self._notes(table)
+            if recorder.get("ended"):
+                raise TargetGone(recorder["ended"])
         else:
             yield self._subject(self._json("/metrics", {"window_ms": 10, "detail": "full", **who})["target"])
         window_ms = min(60_000, max(10, round(self._interval_s * 1000)))
