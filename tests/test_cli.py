@@ -132,7 +132,7 @@ def test_name_picks_the_newest(start: Start) -> None:
     out = vitalsd("sample", "--name", "nobody-is-called-so", "--window-ms", "10")
     assert (out.returncode, json.loads(out.stdout)["reason"]) == (
         1,
-        "no process of yours is called nobody-is-called-so",
+        "no process of yours is called nobody-is-called-so; what runs as `python app.py` is called python",
     )
 
 

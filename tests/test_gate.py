@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from edge import Counted, Edge, Reply, dial, exchange, get, whole_app
 from vitalsd.http.gate import Gate
+from vitalsd.http.schema import anywhere
 from vitalsd.listeners import ListenError
 
 TOKEN = "a-token-of-32-characters-or-more-it-is"
@@ -462,6 +463,7 @@ def test_guesses_are_throttled_and_lock_nobody_out() -> None:
         return asked(gate, ("127.0.0.1", 9), *headers)
 
     assert [ask("x") for _ in range(12)] == [401] * 10 + [429] * 2
+    assert "guessing" in anywhere()
     assert ask(TOKEN) == 418
     now[0] = 0.99
     assert ask("x") == 429

@@ -104,6 +104,15 @@ def test_two_lives_of_one_tid_read_back_as_two() -> None:
     assert [(each.tid, each.name) for each in back.threads] == [(each.tid, each.name) for each in table.threads]
 
 
+def test_the_start_of_the_target_reads_back_to_the_millisecond() -> None:
+    """What a replay says is what the report says."""
+    record = record_of([Process().snapshot()])
+    for ms in range(1000):
+        record.identity = record.identity._replace(started_unix_ns=1_764_185_480_000_000_000 + ms * 1_000_000)
+        body = history(record).to_json()
+        assert json.loads(history(read_history(body)).to_json())["target"] == json.loads(body)["target"]
+
+
 @given(lives(max_steps=40))
 def test_json_reads_back_to_itself(snapshots: list[Snapshot]) -> None:
     """A record rebuilt from the JSON gives the same table, to the digits that the JSON has."""

@@ -154,7 +154,7 @@ def test_unusable_directories_cost_no_more_than_they_must(short_path: Path, monk
         assert ask(str(sidecar.url), "/metrics?window_ms=10")[0] == 200
         assert [note.partition(":")[0] for note in sidecar.notes] == [
             "no Unix socket and no runtime file",
-            "no black box",
+            "no black box, and no earlier runs",
         ]
 
 
@@ -164,6 +164,8 @@ def test_a_mark_is_on_the_recorders_clock(sidecar: vitalsd.Sidecar) -> None:
     assert [mark["label"] for mark in ask(str(sidecar.url), "/marks")[1]] == ["F12 pressed"]
     with pytest.raises(ValueError, match="label"):
         sidecar.mark("")
+    with pytest.raises(ValueError, match="a label is text"):
+        sidecar.mark(5)  # type: ignore[arg-type]
 
 
 def test_a_mark_survives_what_it_announces(short_path: Path) -> None:

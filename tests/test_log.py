@@ -91,6 +91,8 @@ def test_names_of_strangers_break_no_line(tmp_path: Path) -> None:
         (["serve", "--port", "0", "--pid", "2147483647"], 1, "no process has pid 2147483647"),
         (["serve", "--host", "0.0.0.0"], 2, "0.0.0.0 can be reached from other machines"),
         (["serve", "--pid", "1", "--name", "x"], 2, "--pid and --name exclude each other"),
+        (["serve", "--port", "99999"], 2, "99999 is not in the range"),
+        (["replay", "pyproject.toml", "--prot", "1"], 2, "--prot"),
         (["replay", "pyproject.toml"], 1, "pyproject.toml"),
     ],
 )

@@ -239,6 +239,15 @@ def test_at_most_eight_streams_that_begin_together(shared: Serving) -> None:
     wait_until(lambda: has_room(shared))
 
 
+def test_no_stream_of_a_target_that_has_exited(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
+    """It is told before there is a head of 200."""
+    with Serving(tmp_path, "--pid", str(busy.pid)) as serving:
+        busy.kill()
+        busy.wait()
+        answer = serving.client.get("/stream")
+        assert (answer.status_code, answer.json()["available"]) == (410, False)
+
+
 def test_a_stream_ends_when_its_target_does(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """The last event says why there are no more, and the connection closes."""
     with Serving(tmp_path, "--pid", str(busy.pid)) as serving:

@@ -507,6 +507,16 @@ def test_a_signal_ends_it_cleanly(short_path: Path, number: signal.Signals) -> N
         assert listing(short_path / "run") == []
 
 
+def test_without_a_state_directory_it_serves_all_the_same(short_path: Path) -> None:
+    """What it then lacks is said once, and an earlier run is not to be had."""
+    env = environment(short_path) | {"VITALSD_STATE_DIR": str(short_path / "file")}
+    (short_path / "file").touch()
+    with serving(short_path, env=env) as (_, ready):
+        assert ask(ready["url"], "/metrics?window_ms=10")[0] == 200
+        assert ask(ready["url"], "/runs") == (200, [])
+        assert ask(ready["url"], "/info")[1]["recorder"]["black_box"] is None
+
+
 def test_nohup_is_respected(short_path: Path) -> None:
     """A SIGHUP that was ignored at the start stays ignored."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -664,7 +674,10 @@ def test_name_waits_follows_and_says_so(short_path: Path) -> None:
     with serving(short_path, "--name", "ryll-test", "--record-interval", "0.1") as (_, ready):
         status, body = ask(ready["url"], "/metrics?window_ms=10")
         assert (status, body["available"]) == (404, False)
-        assert body["reason"] == "no process of yours is called ryll-test; waiting for one"
+        assert body["reason"].startswith("no process of yours is called ryll-test; ")
+        assert body["reason"].endswith("; waiting for one")
+        _, info = ask(ready["url"], "/info")
+        assert info["target"] == body, "what cannot be measured has one shape everywhere"
         assert endpoint.read(Path(ready["runtime_file"])).target is None
         for _ in range(2):
             target = subprocess.Popen([str(program), "60"])

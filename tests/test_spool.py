@@ -711,6 +711,17 @@ def test_what_cannot_be_written_is_sent_and_what_cannot_be_spooled_is_written(tm
     assert len(stored(tmp_path)) == 1
 
 
+def test_without_a_spool_the_report_is_written(tmp_path: Path) -> None:
+    """Where there can be no state directory, what was to be uploaded is a file."""
+    (tmp_path / "state").touch()
+    out = vitalsd(tmp_path, "report", "--upload", "http://127.0.0.1:1/", "--direct")
+    assert out.returncode == 1
+    assert f"vitalsd: {tmp_path / 'state'} is not a directory" in out.stderr
+    assert "vitalsd: it was written to the current directory instead\n" in out.stderr
+    assert zipfile.is_zipfile(tmp_path / out.stdout.strip())
+    assert vitalsd(tmp_path, "spool", "list").returncode == 1
+
+
 def test_a_report_that_is_not_sent_has_a_reason(tmp_path: Path) -> None:
     """Refused before, or the server asked for time: a line each, status 1, and no request."""
     with Misbehaving(says(answer(b"", status="503 No", extra="Retry-After: 600\r\n"))) as busy:
@@ -726,6 +737,8 @@ def test_a_report_that_is_not_sent_has_a_reason(tmp_path: Path) -> None:
         assert len(busy.requests) == 1
     with Misbehaving(says(answer(b"", status="400 No"))) as server:
         refused = json.loads(vitalsd(tmp_path, "report", "--upload", server.url, "--direct", "--json").stdout)
+        out = vitalsd(tmp_path, "spool", "send", "--url", server.url)
+        assert f"to try again: vitalsd spool send {refused['report_id']} --retry-failed [--url URL]" in out.stderr
         out = vitalsd(tmp_path, "spool", "send", refused["report_id"])
         why = f"{refused['report_id']} was refused: the server answered 400; --retry-failed sends it again"
         assert (out.returncode, out.stdout, out.stderr) == (1, "", f"Error: {why}\n")

@@ -40,7 +40,8 @@ def main() -> None:
             print(f"  curl -s '{sidecar.url}/metrics?mode=trailing&window_ms=2000'")
             print(f"  curl -s '{sidecar.url}/history?seconds=60&top=3'")
             print(f"  curl -sN '{sidecar.url}/stream'")
-            print(f"  curl -s --json '{{\"label\": \"F12 pressed\"}}' '{sidecar.url}/marks'")
+            mark = '{"label": "F12 pressed"}'
+            print(f"  curl -s -H 'Content-Type: application/json' -d '{mark}' '{sidecar.url}/marks'")
             print(f"  curl -s '{sidecar.url}/info'")
             if sidecar.socket:
                 print(f"  curl -s --unix-socket '{sidecar.socket}' http://vitalsd/healthz")

@@ -146,10 +146,12 @@ def spawn(
 
     Raises:
         SpawnError: it did not get ready; no process is left behind.
-        ValueError: `timeout_s` is out of range.
+        ValueError: `timeout_s` is out of range, or `command` is empty.
     """
     if not 0 <= timeout_s <= 3600:
         raise ValueError("timeout_s is from 0 to 3600")
+    if command is not None and not command:
+        raise ValueError("command is empty")
     # -P: a vitalsd.py in the client's working directory must not be taken for this one.
     program = [sys.executable, "-P", "-m", "vitalsd"] if command is None else list(command)
     arguments = ["serve", "--pid", str(os.getpid() if pid is None else pid), "--auth", auth]

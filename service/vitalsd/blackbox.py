@@ -179,7 +179,7 @@ class BlackBox:
             self._worker.post(self._fold)
         return True
 
-    def _post(self, call: Callable[[], None]) -> bool:
+    def _post(self, call: Callable[[], object]) -> bool:
         if self._is_full():
             return False
         self._worker.post(call)

@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from vitalsd.record import Event, Mark, Record, Segment
@@ -18,6 +18,8 @@ from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.wire import DECIMALS, iso, printable
 
 __all__ = ["History", "ThreadHistory", "history", "read_history"]
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 MAX_ROWS = 10_000
 """More of them are put together into longer ones."""
@@ -294,7 +296,7 @@ def _identity(table: dict[str, Any]) -> Identity:
         name=str(target["name"]),
         boot_id=boot_id,
         start_key=int(start_key),
-        started_unix_ns=round(datetime.fromisoformat(target["started_at"]).timestamp() * 1e9),
+        started_unix_ns=(datetime.fromisoformat(target["started_at"]) - EPOCH) // timedelta(microseconds=1) * 1000,
     )
 
 

@@ -13,15 +13,13 @@ from types import TracebackType
 from typing import Literal
 
 from vitalsd import endpoint as endpoints
-from vitalsd.directories import EndpointError, state_directory
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.listeners import listen
 from vitalsd.recorder import Recording
-from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Sampler
 from vitalsd.sidecar import Sidecar as Service
-from vitalsd.sidecar import runtime_directory
+from vitalsd.sidecar import run_directory, runtime_directory
 from vitalsd.sources import Source, list_processes, open_source
 from vitalsd.sources.birth import births
 from vitalsd.sources.python_names import PythonNames
@@ -234,7 +232,7 @@ def start(
             allow_remote=allow_remote,
         )
         listeners.notes[:0] = notes
-        runs = _run_directory(listeners.notes)
+        runs = run_directory(listeners.notes)
         recording = Recording(record_interval_s, retention_s, runs=runs if black_box else None)
         sampler = Sampler(_own_source, recording=recording)
         targets = Targets(sampler, open_source)
@@ -244,14 +242,6 @@ def start(
         return Sidecar(service, sampler)
 
     return _process.start(make, timeout_s)
-
-
-def _run_directory(notes: list[str]) -> RunDirectory | None:
-    try:
-        return RunDirectory(state_directory() / "runs")
-    except EndpointError as error:
-        notes.append(f"no black box: {error}")
-        return None
 
 
 def _own_source() -> Source:

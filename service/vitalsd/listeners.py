@@ -302,7 +302,10 @@ def adopt(sockets: Sequence[socket.socket], *, guarded: bool, allow_remote: bool
 
 
 def _unguarded(host: str) -> ListenError:
-    return ListenError(f"{host} can be reached from other machines; that needs both --auth token and --allow-remote")
+    return ListenError(
+        f"{host} can be reached from other machines; that needs both --auth token and --allow-remote"
+        ' (in Python auth="token", allow_remote=True)'
+    )
 
 
 def _unencrypted(host: str) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from heapq import nlargest
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -31,7 +32,16 @@ from vitalsd.worker import Worker
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import Metric, MetricsData
 
-__all__ = ["CREDENTIALS", "DEFAULT_URL", "NotInstalled", "Push", "endpoint_of", "isolate", "metrics_data"]
+__all__ = [
+    "CREDENTIALS",
+    "DEFAULT_URL",
+    "NotInstalled",
+    "Push",
+    "check_installed",
+    "endpoint_of",
+    "isolate",
+    "metrics_data",
+]
 
 DEFAULT_URL = "http://127.0.0.1:4318"
 PATH = "/v1/metrics"
@@ -42,6 +52,7 @@ CREDENTIALS = frozenset(
     f"OTEL_EXPORTER_OTLP_{name}" for name in ("HEADERS", "CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
 )
 """What is taken from the environment, because everybody can read a command line."""
+HOW_TO_INSTALL = "--otlp needs more: pip install 'vitalsd[otlp]'"
 NAMESPACE = uuid.UUID("0b6c1a52-6f0e-5d8e-9d5a-3c0f3f1f7a11")
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -50,6 +61,17 @@ log = logging.getLogger("vitalsd.otlp")
 
 class NotInstalled(Exception):
     """The packages of the extra are missing; ``str(error)`` says how to get them."""
+
+
+def check_installed() -> None:
+    """Look for what sends, without importing it. Raises `NotInstalled`."""
+    for name in ("requests", "opentelemetry.exporter.otlp.proto.http"):
+        try:
+            found = find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise NotInstalled(f"{HOW_TO_INSTALL} (there is no {name})")
 
 
 def endpoint_of(url: str) -> str:
@@ -232,7 +254,7 @@ class Push:
             from opentelemetry.exporter.otlp.proto.http import Compression
             from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
         except ImportError as error:
-            raise NotInstalled(f"--otlp needs more: pip install 'vitalsd[otlp]' ({error})") from None
+            raise NotInstalled(f"{HOW_TO_INSTALL} ({error})") from None
 
         # The failures of the exporter are told by us, and not once per try.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)

@@ -284,6 +284,8 @@ class Record:
         Raises:
             ValueError: the label is empty, longer than `MAX_LABEL_LENGTH` or not printable.
         """
+        if not isinstance(label, str):
+            raise ValueError("a label is text")
         if not 0 < len(label) <= MAX_LABEL_LENGTH:
             raise ValueError(f"a label has 1 to {MAX_LABEL_LENGTH} characters; this has {len(label)}")
         if not label.isprintable():

@@ -24,6 +24,7 @@ from vitalsd.directories import EndpointError, private_directory
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.server import Server
 from vitalsd.listeners import Listeners
+from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Sampler
 from vitalsd.sources import SourceError
 from vitalsd.sources.birth import Births, births
@@ -256,6 +257,15 @@ def runtime_directory(notes: list[str]) -> Path | None:
         return directories.runtime_directory()
     except EndpointError as error:
         notes.append(f"no Unix socket and no runtime file: {error}")
+        return None
+
+
+def run_directory(notes: list[str]) -> RunDirectory | None:
+    """The directory of runs; ``None``, and a note, if there can be none."""
+    try:
+        return RunDirectory(directories.state_directory() / "runs")
+    except EndpointError as error:
+        notes.append(f"no black box, and no earlier runs: {error}")
         return None
 
 

@@ -153,7 +153,7 @@ def find_target(pid: int | None, name: str | None, platform: "Platform") -> int 
         if entry.uid == os.geteuid() and entry.pid != os.getpid() and name in entry.names
     ]
     if not mine:
-        raise NoSuchProcess(f"no process of yours is called {name}")
+        raise NoSuchProcess(f"no process of yours is called {name}; what runs as `python app.py` is called python")
     return max(mine, key=lambda entry: entry.started_unix_ns).pid
 
 

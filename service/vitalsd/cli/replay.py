@@ -6,12 +6,12 @@ import click
 
 from vitalsd.cli.log import log_format_option, logging_as
 from vitalsd.cli.options import Failed, host_option, port_option
-from vitalsd.cli.serving import Where, import_service, serve_until_signal, starts
+from vitalsd.cli.serving import Serving, Where, import_service, serve_until_signal, starts
 
 __all__ = ["replay"]
 
 
-@click.command()
+@click.command(cls=Serving)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @host_option
 @port_option

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Number, Refused
+from vitalsd.cli.options import Failed, Number, Refused, runs_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,7 @@ def report(
     import json
 
     from vitalsd.endpoint import discover
-    from vitalsd_client.archive import METRICS
+    from vitalsd_client.archive import HISTORY, METRICS, PREVIOUS_RUN
     from vitalsd_client.places import NoSidecar, locate
     from vitalsd_client.report import BugReport
 
@@ -61,8 +61,12 @@ def report(
             raise Refused(str(error)) from None
     if pid is None and url is None:
         pid = next((each.target.pid for each in discover() if each.target is not None), None)
+    outbox, complaints = None, []
     try:
-        outbox = _spool(upload) if upload is not None else None
+        try:
+            outbox = _spool(upload) if upload is not None else None
+        except Failed as error:
+            complaints.append(error.message)
         made = BugReport(app, description=message, url=url, pid=pid, direct=direct)
         for file in files:
             made.attach(file.name, file)
@@ -79,7 +83,10 @@ def report(
         "failures": manifest["failures"],
         "upload": None,
     }
-    written, taken, complaints = _deliver(made, out, outbox)
+    written, taken, more = _deliver(made, out, outbox)
+    complaints += more
+    if written is not None and complaints and outbox is None and out is None:
+        complaints.append("it was written to the current directory instead")
     if written is None and not taken:
         raise click.ClickException("; ".join(complaints))
     result["file"] = None if written is None else str(written)
@@ -89,6 +96,11 @@ def report(
             click.echo(f"vitalsd: {failure['member']}: {failure['reason']}", err=True)
         if result["file"]:
             click.echo(result["file"])
+        if not {HISTORY, PREVIOUS_RUN} & set(bundle.members) and (crashed := _crashed_runs()):
+            click.echo(
+                f"vitalsd: crashed runs on disk: {crashed}; `vitalsd runs` lists them, `vitalsd replay` shows one",
+                err=True,
+            )
     for complaint in complaints:
         click.echo(f"vitalsd: {complaint}", err=True)
     if outbox is not None and taken:
@@ -132,7 +144,7 @@ def spool_list(as_json: bool) -> None:
 @click.option("--retry-failed", is_flag=True, help="Also those that the server refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def spool_send(report_id: str | None, url: str | None, wait: float, retry_failed: bool, as_json: bool) -> None:
-    """Send the reports that wait, or the one with REPORT_ID. Status 1 if any is left."""
+    """Send the reports that wait, or the one with REPORT_ID. Status 1 if any of them could not be sent."""
     import json
 
     from vitalsd_client.states import SpoolError
@@ -187,7 +199,17 @@ def _spool(url: str | None = None) -> "Spool":
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except (SpoolError, EndpointError) as error:
-        raise click.UsageError(str(error)) from None
+        raise Failed(str(error)) from None
+
+
+def _crashed_runs() -> int:
+    """Of how many runs that crashed no report tells yet."""
+    from vitalsd.runs import RunDirectory
+
+    try:
+        return sum(run.state == "crashed" and not run.reported for run in RunDirectory(runs_path()).runs())
+    except Failed:
+        return 0
 
 
 def _deliver(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tuple[Path | None, bool, list[str]]:
@@ -281,6 +303,13 @@ def _send(
     }
     if left and not quiet:
         click.echo(f"{len(left)} left in {kept.directory}; try again with: vitalsd spool send", err=True)
+    given_up = [entry for entry in kept.entries() if entry.state == "failed" and report_id in (None, entry.report_id)]
+    if given_up and not quiet:
+        which = given_up[0].report_id if len(given_up) == 1 else "REPORT_ID"
+        how = f"vitalsd spool send {which} --retry-failed [--url URL]"
+        click.echo(
+            f"{len(given_up)} refused by the server, and kept in {kept.directory}; to try again: {how}", err=True
+        )
     return results, not left and not refused
 
 

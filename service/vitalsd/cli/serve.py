@@ -1,9 +1,8 @@
 """``vitalsd serve``: a living process over HTTP."""
 
 import logging
-import re
-from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import closing
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +10,7 @@ from vitalsd.cli.log import log_format_option, logging_as
 from vitalsd.cli.options import (
     Failed,
     Number,
+    Refused,
     exclude,
     find_target,
     host_option,
@@ -21,10 +21,9 @@ from vitalsd.cli.options import (
     port_option,
     proc_root_option,
     raise_descriptor_limit,
-    runs_path,
 )
 from vitalsd.cli.otlp import otlp_options, push_to
-from vitalsd.cli.serving import Where, import_service, serve_until_signal, starts
+from vitalsd.cli.serving import Serving, Where, import_service, serve_until_signal, starts
 
 if TYPE_CHECKING:
     from vitalsd.alongside import ReadyFd
@@ -35,27 +34,13 @@ __all__ = ["check", "serve"]
 log = logging.getLogger("vitalsd")
 
 
-class _Serve(click.Command):
-    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
-        """Tells who waits at ``--ready-fd`` of a mistake that is found before there are any options."""
-        given = list(args)
-        try:
-            return super().make_context(info_name, args, *more, **extra)
-        except click.UsageError as error:
-            if fd := re.search(r"(?:^|\0)--ready-fd[=\0]([0-9]{1,9})(?:$|\0)", "\0".join(given)):
-                from vitalsd.alongside import ReadyFd
-
-                with suppress(OSError):
-                    ReadyFd(int(fd[1])).send(error=error.format_message())
-            raise
-
-
 def check(context: click.Context) -> None:
     """
     Whether options of `serve` make sense together.
 
     Raises:
         click.UsageError: they do not.
+        Refused: what they take is not installed.
     """
     given = context.params
     exclude(context, "pid", "name")
@@ -72,15 +57,18 @@ def check(context: click.Context) -> None:
     if 0 < given["record_interval"] < 0.01:
         raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
     if given["otlp"] is not None:
-        from vitalsd.otlp import endpoint_of
+        from vitalsd.otlp import NotInstalled, check_installed, endpoint_of
 
         try:
             endpoint_of(given["otlp"])
+            check_installed()
         except ValueError as error:
             raise click.UsageError(str(error)) from None
+        except NotInstalled as error:
+            raise Refused(str(error)) from None
 
 
-@click.command(cls=_Serve)
+@click.command(cls=Serving)
 @pid_option
 @name_option
 @proc_root_option
@@ -165,8 +153,8 @@ def serve(
 ) -> None:
     """Serve the metrics of a process on http://127.0.0.1:9779 until Ctrl-C.
 
-    Without --pid or --name it samples itself; any other process of yours can be asked for with
-    /metrics?pid=N. With --name it waits for the process to start, and goes on with the next one
+    Without --pid or --name it samples itself; any other process that you may look at can be asked for
+    with /metrics?pid=N. With --name it waits for the process to start, and goes on with the next one
     when it has ended.
 
     SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one, a moment later, at once.
@@ -239,13 +227,15 @@ def _serve_target(
     from vitalsd.activation import Notifier
     from vitalsd.endpoint import Target
     from vitalsd.recorder import Recording
-    from vitalsd.runs import RunDirectory
     from vitalsd.sampler import Sampler
-    from vitalsd.sidecar import Companion, end_with, follow
+    from vitalsd.sidecar import Companion, end_with, follow, run_directory
     from vitalsd.targets import Targets
 
     interval_s, retention_s, black_box = record
-    runs = RunDirectory(runs_path())
+    notes: list[str] = []
+    runs = run_directory(notes)
+    for note in notes:
+        log.warning("%s", note)
     recording = Recording(interval_s, retention_s, runs=runs if black_box else None)
     watched = Target(found.pid, found.start_key) if found else None
     companions: list[Companion] = []

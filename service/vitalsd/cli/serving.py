@@ -3,14 +3,18 @@
 import gc
 import logging
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
+import click
+
+from vitalsd.cli.log import logging_as
 from vitalsd.cli.options import Refused
 
 if TYPE_CHECKING:
@@ -25,11 +29,29 @@ if TYPE_CHECKING:
     from vitalsd.sources.birth import Births
     from vitalsd.targets import Targets
 
-__all__ = ["Where", "import_service", "serve_until_signal", "starts"]
+__all__ = ["Serving", "Where", "import_service", "serve_until_signal", "starts"]
 
 log = logging.getLogger("vitalsd")
 
 P = ParamSpec("P")
+
+
+class Serving(click.Command):
+    """A command that serves: a mistake that is found before there are any options is told as they say all the same."""
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
+        given = "\0".join(args)
+        try:
+            return super().make_context(info_name, args, *more, **extra)
+        except click.UsageError as error:
+            if fd := re.search(r"(?:^|\0)--ready-fd[=\0]([0-9]{1,9})(?:$|\0)", given):
+                from vitalsd.alongside import ReadyFd
+
+                with suppress(OSError):
+                    ReadyFd(int(fd[1])).send(error=error.format_message())
+            as_json = re.search(r"(?:^|\0)--log-format[=\0]json(?:$|\0)", given)
+            with logging_as("json" if as_json else "text"):
+                raise
 
 
 def starts(command: Callable[P, None]) -> Callable[P, None]:

@@ -178,7 +178,7 @@ class Gate:
                 return None  # also while others guess: they must not be able to lock out who knows it
             now = self._clock()
             if len(self._guesses) == BAD_TOKENS and now - self._guesses[0] < 1:
-                return problem("busy", "too many wrong tokens", headers={"Retry-After": "1"})
+                return problem("guessing", "wait a second", headers={"Retry-After": "1"})
             self._guesses.append(now)
         return problem(
             "token",

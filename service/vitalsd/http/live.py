@@ -101,6 +101,7 @@ def live_routes(
             try:
                 target = await stack.enter_async_context(targets.target(query.pid))
                 identity = await target.identity()
+                await target.snapshot()  # or one that has exited would be told of after the head of a 200
             except SourceError as error:
                 return failed(error, targets.default.platform)
             windows = Stream(target, query.interval_ms)
@@ -192,7 +193,7 @@ async def _info(target: Target) -> dict[str, Any]:
     try:
         identity = await target.identity()
     except SourceError as error:
-        who = {"available": False, "reason": str(error)}
+        who = {"platform": target.platform, "available": False, "reason": str(error)}
     else:
         who = {
             "pid": identity.pid,

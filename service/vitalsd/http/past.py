@@ -40,7 +40,9 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
         if record is None:
             raise NotRecording(targets.default.why_not_recorded())
         if query.pid not in (None, record.identity.pid):
-            raise NotRecording(f"only process {record.identity.pid} is recorded here; --pid names another target")
+            raise NotRecording(
+                f"process {record.identity.pid} is recorded here; to record another: vitalsd serve --pid {query.pid}"
+            )
         # Whatever else would be in the table by now makes it another one.
         newest = record, record.last, *(notes[-1] if notes else None for notes in (record.marks, record.events))
         key = newest, query.seconds, query.top, query.step_ms, _is_csv(request)

@@ -191,7 +191,8 @@ class MetricsQuery(_Strict):
     mode: Annotated[
         Literal["wait", "trailing"],
         Field(
-            description="`wait` measures the coming window; `trailing` answers at once for the one just recorded.",
+            description="`wait` measures the coming window; `trailing` answers at once for the one just recorded,"
+            " which of a target that has exited is its last, and waits where nothing has been recorded.",
             examples=["trailing"],
         ),
     ] = "wait"
@@ -227,7 +228,10 @@ class ReportQuery(_Strict):
 class HistoryQuery(RunHistoryQuery):
     """Parameters of ``GET /history``."""
 
-    pid: OtherPid = None
+    pid: Annotated[
+        Annotated[int, Digits(1, 2**31 - 1)] | None,
+        Field(description="Refused if another process than this is recorded.", examples=[4242]),
+    ] = None
 
 
 class StreamQuery(_Strict):

@@ -172,7 +172,7 @@ def _refusals(operation: Operation, *, open_to_all: bool) -> dict[int, dict[str,
                 },
             }
     for reason in (*operation.reasons, *anywhere()):
-        if reason == "token" and open_to_all:
+        if reason in ("token", "guessing") and open_to_all:
             continue
         status, title = TITLES[reason]
         response = found.setdefault(status, {"description": "", "content": {}})
