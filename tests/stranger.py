@@ -9,10 +9,12 @@ import ctypes
 import json
 import os
 import sys
+from pathlib import Path
 
 from vitalsd.cli import main
 from vitalsd.sources import SourceError
 from vitalsd.sources.linux import LinuxSource
+from vitalsd.sources.procfs import parse_stat
 
 NOBODY = 65534
 CLONE_NEWNS = 0x00020000  # linux/sched.h
@@ -58,6 +60,8 @@ def snapshots(pid: int) -> None:
             answer = {
                 "tids": taken.tids,
                 "rss_bytes": taken.rss_bytes,
+                "image": taken.image,
+                "addresses": len(parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).image),
                 "cpu_ns": taken.cpu_ns,
                 "open_fds": taken.extras.open_fds,
                 "warnings": taken.warnings,

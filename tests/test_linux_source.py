@@ -590,6 +590,21 @@ def test_a_target_that_hides_in_mid_window_is_access_denied(start: Start) -> Non
 
 
 @as_root
+def test_a_target_that_hides_its_memory_has_not_executed_another_program(start: Start) -> None:
+    """As a keyring does, by PR_SET_DUMPABLE; where it shows it again neither."""
+    target = start()
+    target.ask("uid 65534")
+    target.ask("dumpable 1")
+    with closing(Stranger(0, target.pid)) as stranger:
+        taken = [stranger.snapshot()]
+        for dumpable in (0, 1):
+            target.ask(f"dumpable {dumpable}")
+            taken.append(stranger.snapshot())
+    assert [each["addresses"] for each in taken] == [3, 0, 3]
+    assert taken[0]["image"] == taken[1]["image"] == taken[2]["image"]
+
+
+@as_root
 def test_another_users_process_is_readable(start: Start) -> None:
     """Without hidepid anybody may read CPU and memory; what an older kernel forbids is null and said."""
     target = start("--idle", "2", "--spin-first", "20")

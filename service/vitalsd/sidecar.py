@@ -31,7 +31,7 @@ from vitalsd.sources.birth import Births, births
 from vitalsd.targets import Targets
 from vitalsd.watch import death_of
 
-__all__ = ["Companion", "Sidecar", "end_with", "follow", "runtime_directory", "serve"]
+__all__ = ["Companion", "Sidecar", "end_with", "follow", "run_directory", "runtime_directory", "serve"]
 
 log = logging.getLogger("vitalsd")
 

@@ -98,6 +98,7 @@ class LinuxSource:
         self._looked_ns = 0
         self._state: str | None = None
         self._image: tuple[int, ...] = ()
+        self._program: tuple[tuple[int, ...], int] = (), -1
         self._start_ns = stat.start_ticks * USER_TICK_NS
         self._identity = Identity(
             platform="linux",
@@ -197,12 +198,18 @@ class LinuxSource:
             image = leader.image
             if not vm and not leader.flags & PF_KTHREAD:
                 vm, rss, text, image = self._sibling()
-            self._state, image = STATES.get(leader.state), (*image, text)
-            if image != self._image:  # else the same object: compared at each beat
-                self._image = image
+            self._state = STATES.get(leader.state)
+            if self._has_executed(image, text):  # else the same object: compared at each beat
+                self._image = *image, text
                 self._identity = self._identity._replace(name=leader.name, program=script_digest(self._dir))
             self._seen, self._looked_ns = (vm, text), now_ns
         return vm, rss
+
+    def _has_executed(self, addresses: tuple[int, ...], text: int) -> bool:
+        """Whether it is another program now. A process may hide its addresses, and a dying one has none."""
+        known, known_text = self._program
+        self._program = addresses or known, text
+        return text != known_text or bool(addresses and known and addresses != known)
 
     def _sibling(self) -> tuple[int, int, int, tuple[int, ...]]:
         """Pages of address space, resident and text, and the image, told by another thread than the dead main one."""
