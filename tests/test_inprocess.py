@@ -158,6 +158,24 @@ def test_unusable_directories_cost_no_more_than_they_must(short_path: Path, monk
         ]
 
 
+def test_a_host_that_executes_itself_anew_has_not_crashed(short_path: Path) -> None:
+    """As one that has updated itself: its run has ended, and the next report tells of no crash."""
+    run("""
+        import os, sys, time, vitalsd
+        sidecar = vitalsd.start(port=0, record_interval_s=0.02)
+        time.sleep(0.3)
+        if "again" not in sys.argv:
+            code = open("/proc/self/cmdline").read().split("\\0")[-2]
+            os.execv(sys.executable, [sys.executable, "-c", code, "again"])
+        sidecar.stop()
+    """)
+    runs = RunDirectory(short_path / "state" / "runs").runs()
+    assert [(run.state, run.ended) for run in runs] == [
+        ("clean", "the sidecar was stopped"),
+        ("clean", "the process executed another program"),
+    ]
+
+
 def test_a_mark_is_on_the_recorders_clock(sidecar: vitalsd.Sidecar) -> None:
     """mark() puts a label into the record; a label that is unfit is the caller's error."""
     sidecar.mark("F12 pressed")

@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 
+from vitalsd.durable import is_gone
 from vitalsd.record import Event, Mark, Segment
 from vitalsd.run_file import RunFile, row_of
 from vitalsd.run_parts import tail_link
@@ -133,7 +134,7 @@ class BlackBox:
     def identify(self, identity: Identity) -> None:
         """Write who the process is by now; returns at once."""
         self._identity = identity
-        self._post(partial(self._note, RunFile.identify, identity))
+        self._post(self._fold)
 
     async def hangs(self) -> bool:
         """Whether the disk does not answer."""
@@ -152,7 +153,7 @@ class BlackBox:
             ended: in words.
             crashed: the target died, and as far as anybody can say not of its own will.
         """
-        self._post(partial(self._guard, lambda file: file.end(self._waiting(file), ended, crashed=crashed)))
+        self._post(partial(self._end, ended, crashed))
 
     def close(self, ended: str, *, crashed: bool = False, timeout_s: float = 1.0) -> None:
         """Write how the run ended, see `end`, and finish the file."""
@@ -207,9 +208,8 @@ class BlackBox:
     # On the writer's thread
 
     def _take(self, number: int, segment: Segment, position: int, anew: bool) -> None:
+        self._look()
         begins = anew or segment is not self._segment
-        if begins and self._file is not None and not self._file.path.exists():
-            self._let_go()  # somebody has deleted it: what follows goes to a new one
         if not self._guard(self._write, number, segment, position, begins):
             self.dropped += 1
             self._segment = None
@@ -217,12 +217,25 @@ class BlackBox:
             self._guard(RunFile.trim)
         self._taken += 1
 
-    def _note(self, write: Callable[..., object], what: Mark | Event | Identity) -> None:
+    def _note(self, write: Callable[..., object], what: Mark | Event) -> None:
+        self._look()
         self.dropped += not self._guard(write, what)
         self._fold()
 
+    def _end(self, ended: str, crashed: bool) -> None:
+        self._look()
+        self._guard(lambda file: file.end(self._waiting(file), ended, crashed=crashed))
+
+    def _look(self) -> None:
+        """Let go of a file that somebody has deleted: what follows goes to a new one."""
+        if self._file is not None and is_gone(self._file.path):
+            self._let_go()
+
     def _fold(self) -> None:
-        """Write to disk what is in the tail. What cannot be written stays there."""
+        """Write to disk what is in the tail, and who the process is by now. What fails is done the next time."""
+        self._look()
+        if self._file is not None and self._file.identity != self._identity:
+            self._guard(RunFile.identify, self._identity)
         if self._tail is not None:
             self._guard(lambda file: file.insert(self._waiting(file)))
         self._folding = False
@@ -265,11 +278,14 @@ class BlackBox:
         if self._file is not None:
             self._file.close()
             self._file = None
+        self._segment = None
 
     def _close(self, ended: str, crashed: bool) -> None:
         file, tail = self._file, self._tail
         if file is not None:
             with suppress(sqlite3.Error):
+                if file.identity != self._identity:
+                    file.identify(self._identity)
                 file.end(self._waiting(file), ended, crashed=crashed)
                 if tail is not None:
                     tail.remove()

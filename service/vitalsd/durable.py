@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and stay through a power cut."""
+"""Files that are there whole or not at all, stay through a power cut, and may be removed by anybody."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["draft", "sync_directory"]
+__all__ = ["draft", "is_gone", "sync_directory"]
 
 
 @contextmanager
@@ -32,6 +32,15 @@ def draft(path: Path, content: bytes, *, mode: int = 0o600) -> Iterator[None]:
     finally:
         with suppress(OSError):
             os.unlink(path)
+
+
+def is_gone(path: Path) -> bool:
+    """Whether somebody has removed it; not if it only cannot be looked at just now."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR)
+    return False
 
 
 def sync_directory(directory: Path) -> None:

@@ -43,12 +43,14 @@ class RunFile:
     ) -> None:
         self.on_disk = 0
         """Id of the last row in it."""
+        self.identity = identity
+        """As it is in it."""
         self._interval_ns = interval_ns
         self._retention_ns = retention_ns
         self._max_bytes = max_bytes
         self._thread_ids: dict[tuple[int, int, str], int] = {}
         _prepare(directory.path)
-        directory.settle()
+        directory.settle(identity.start_id)
         directory.make_room(max_bytes)
         self.path, self._lock_fd = new_run(directory.path, f"{identity.start_id}-{os.getpid()}")
         try:
@@ -103,6 +105,7 @@ class RunFile:
     def identify(self, identity: Identity) -> None:
         """Write who the process is by now."""
         self._db.execute("UPDATE meta SET value = ? WHERE key = 'identity'", (json.dumps(identity._asdict()),))
+        self.identity = identity
 
     def trim(self) -> None:
         """Drop what is older than the retention, and the oldest eighth when the file is full."""

@@ -50,12 +50,18 @@ class RunDirectory:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('reported', ?)", (str(time.time_ns()),))
             db.commit()
 
-    def settle(self) -> None:
+    def settle(self, own: str | None = None) -> None:
         """
         Write to disk what crashed runs left in shared memory, before the machine ends as well.
 
         What cannot be read stays: it may be in the memory of another container.
+
+        Args:
+            own: `Identity.start_id` of this process if it records itself: it has not crashed, so what it left
+                unfinished, before it executed itself anew, has ended.
         """
+        if own is not None:
+            self._end(f"{own}-{os.getpid()}*.sqlite")
         for link in self.path.glob("*.tail"):
             path = link.with_suffix(".sqlite")
             if is_being_written(path):
@@ -70,6 +76,17 @@ class RunDirectory:
                     db.commit()
                 os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # it is as old as it was
                 remove_tail(link)
+
+    def _end(self, pattern: str) -> None:
+        """End those that nobody writes any more; they went on as another program."""
+        for path in self.path.glob(pattern):
+            with suppress(UnreadableRun, OSError):
+                if not is_being_written(path):
+                    with opened(path) as db:
+                        db.execute(
+                            "INSERT OR IGNORE INTO meta VALUES ('ended', 'the process executed another program')"
+                        )
+                        db.commit()
 
     def make_room(self, spare_bytes: int) -> None:
         """Delete ended runs, oldest first, until `spare_bytes` more fit the budget."""

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from vitalsd import directories
 from vitalsd import endpoint as endpoints
 from vitalsd.directories import EndpointError, private_directory
+from vitalsd.durable import is_gone
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.server import Server
 from vitalsd.listeners import Listeners
@@ -169,7 +170,7 @@ class Sidecar:
 
     def publish_again(self) -> None:
         """Write the runtime file if somebody has removed it. A socket that went with it cannot be brought back."""
-        if self._directory is None or self.runtime_file is None or self.runtime_file.exists():
+        if self._directory is None or self.runtime_file is None or not is_gone(self.runtime_file):
             return
         if self.endpoint.socket is not None and not os.path.exists(self.endpoint.socket):
             self.endpoint = replace(self.endpoint, socket=None)
