@@ -1,5 +1,6 @@
 """The sidecar inside its client: `vitalsd.start`."""
 
+import gc
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import vitalsd
 from sidecars import ask, environment, eventually, listing
 from vitalsd import endpoint
 from vitalsd.listeners import ListenError, PortInUse, bind_tcp
+from vitalsd.record import Record
 from vitalsd.runs import RunDirectory
 from vitalsd.sources.birth import births
 from vitalsd.stored_run import read_run
@@ -202,7 +204,7 @@ def test_a_mark_survives_what_it_announces(short_path: Path) -> None:
 
 
 def test_a_hundred_cycles_leak_nothing(short_path: Path) -> None:
-    """100 starts and stops, with requests: no descriptor, thread, file or socket more than before."""
+    """100 starts and stops, with requests: no descriptor, thread, file, socket or record more than before."""
 
     def cycle(asked: bool = True) -> None:
         with vitalsd.start(port=0) as sidecar:
@@ -210,9 +212,11 @@ def test_a_hundred_cycles_leak_nothing(short_path: Path) -> None:
                 ask(str(sidecar.socket), "/metrics?window_ms=10")
                 ask(str(sidecar.url), "/healthz")
 
-    def held() -> tuple[int, list[str], list[str]]:
+    def held() -> tuple[int, list[str], list[str], int]:
         threads = [thread.name for thread in threading.enumerate()]
-        return len(os.listdir("/dev/fd")), threads, listing(short_path / "run")
+        gc.collect()
+        records = sum(isinstance(each, Record) for each in gc.get_objects())
+        return len(os.listdir("/dev/fd")), threads, listing(short_path / "run"), records
 
     cycle()
     before = held()
@@ -370,6 +374,54 @@ def test_a_forked_child_lets_go_and_the_parent_goes_on(short_path: Path) -> None
         """
     )
     assert (done.stdout, done.returncode, done.stderr) == ("7\n", 0, "")
+
+
+def test_a_fork_waits_for_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SQLite has locked at that moment would stay locked in the child, for whoever uses it there."""
+    writing = threading.Event()
+
+    def slow(*_: object) -> None:
+        writing.set()
+        time.sleep(0.02)
+        writing.clear()
+
+    monkeypatch.setattr("vitalsd.run_file.RunFile.mark", slow)
+    with vitalsd.start(port=0) as sidecar, ThreadPoolExecutor(1) as pool:
+        for _ in range(20):
+            marked = pool.submit(sidecar.mark, "x")
+            assert writing.wait(5)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(writing.is_set())
+            assert os.waitpid(pid, 0)[1] == 0
+            marked.result(5)
+
+
+@pytest.mark.torture
+def test_a_thousand_children_use_sqlite(short_path: Path) -> None:
+    """Forked while marks are being written as fast as can be: none hangs in a database of its own."""
+    done = run("""
+        import os, signal, sqlite3, threading, vitalsd
+        with vitalsd.start(port=0, record_interval_s=0.01) as sidecar:
+            over = threading.Event()
+            def mark():
+                while not over.is_set():
+                    sidecar.mark("x")
+            thread = threading.Thread(target=mark)
+            thread.start()
+            hung = 0
+            for _ in range(4000):
+                pid = os.fork()
+                if pid == 0:
+                    signal.alarm(4)
+                    sqlite3.connect(":memory:").execute("create table a (b)")
+                    os._exit(0)
+                hung += os.waitpid(pid, 0)[1] != 0
+            over.set()
+            thread.join()
+        print(hung)
+    """)
+    assert done.stdout == "0\n"
 
 
 def test_a_pool_of_forked_workers(short_path: Path) -> None:

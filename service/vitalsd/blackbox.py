@@ -140,6 +140,14 @@ class BlackBox:
         """Whether the disk does not answer."""
         return await self._worker.hangs()
 
+    def pause(self, timeout_s: float) -> bool:
+        """Before a fork: let the write under way end and none begin until `resume`; False if it takes longer."""
+        return self._worker.pause(timeout_s)
+
+    def resume(self) -> None:
+        """After a `pause` that was granted; in the child likewise."""
+        self._worker.resume()
+
     def forget(self) -> None:
         """In a forked child: let go of the lock, which else would say that a run whose writer died goes on."""
         if self._file is not None:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 from vitalsd import endpoint as endpoints
+from vitalsd.blackbox import BlackBox
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.listeners import listen
@@ -28,6 +29,8 @@ from vitalsd.targets import Targets
 __all__ = ["Sidecar", "start"]
 
 GRACE_S = 0.5
+FORK_S = 0.05
+"""A fork waits so long for a write to the black box; one that hangs does not hold it up for more."""
 STOP_S = 2.0
 """How long the exit of the host may be held up. A thread that does not end is left behind: it is a daemon."""
 
@@ -95,6 +98,9 @@ class Sidecar:
                 self._loop.call_soon_threadsafe(self._service.stop)
         self._thread.join(STOP_S)
         self._service.close()
+        if not self._thread.is_alive():
+            # FastAPI keeps the functions of thousands of routes, and with them all that ours know.
+            self._sampler.discard()
 
     def __enter__(self) -> "Sidecar":
         return self
@@ -103,6 +109,12 @@ class Sidecar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _pause(self) -> BlackBox | None:
+        """The black box, if there is one and it rests by now."""
+        recorder = self._sampler.recorder
+        box = None if recorder is None else recorder.blackbox
+        return box if box is not None and box.pause(FORK_S) else None
 
     def _forget(self) -> None:
         self._service.forget()
@@ -142,12 +154,15 @@ class _Process:
         self._sidecar: Sidecar | None = None
         self._parents: list[Sidecar] = []
         self._fork_hook = False
+        self._forking = threading.local()
 
     def start(self, make: Callable[[], Sidecar], timeout_s: float) -> Sidecar:
         with self._lock:
             if self._sidecar is None or not self._sidecar.running:
                 if not self._fork_hook:
-                    os.register_at_fork(after_in_child=self._forked)
+                    os.register_at_fork(
+                        before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._forked
+                    )
                     self._fork_hook = True
                 sidecar = make()
                 self._sidecar = sidecar  # before the start: a child that is forked meanwhile lets go of it
@@ -158,7 +173,17 @@ class _Process:
                     raise
             return self._sidecar
 
+    def _before_fork(self) -> None:
+        """What SQLite locks for a write that is under way would stay locked in the child, for all who use SQLite."""
+        self._forking.paused = None if self._sidecar is None else self._sidecar._pause()
+
+    def _after_fork(self) -> None:
+        paused, self._forking.paused = getattr(self._forking, "paused", None), None
+        if paused is not None:
+            paused.resume()
+
     def _forked(self) -> None:
+        self._after_fork()
         self._lock = threading.Lock()  # another thread of the parent may have held it
         sidecar, self._sidecar = self._sidecar, None
         if sidecar is not None:

@@ -200,6 +200,10 @@ class Sampler:
         if self.recorder is not None:
             self.recorder.forget()
 
+    def discard(self) -> None:
+        """Drop what was recorded; to be called after `close`, by who knows that nobody asks any more."""
+        self._source = self._last = self.recorder = None
+
     async def close(self, timeout_s: float = 1.0) -> None:
         """Release the target and end its record. A kernel call that hangs is left to its daemon thread."""
         if self._closing:
