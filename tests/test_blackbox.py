@@ -682,6 +682,26 @@ def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
             continue
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DROP TABLE mark;"
+        "CREATE VIEW mark AS WITH RECURSIVE n(a) AS (SELECT 1 UNION ALL SELECT a FROM n) SELECT a, a, a FROM n",
+        "CREATE TRIGGER busy BEFORE INSERT ON frame BEGIN SELECT 1; END",
+    ],
+)
+def test_a_run_that_is_a_program_is_refused(tmp_path: Path, change: str) -> None:
+    """A view would run when it is read, be it without end, and a trigger when the run is settled."""
+    box, _ = write(tmp_path, [Process().snapshot()])
+    box.close("over")
+    (path,) = tmp_path.glob("*.sqlite")
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(change)
+    with pytest.raises(UnreadableRun, match="other tables than a black box"):
+        read_run(path)
+    assert RunDirectory(tmp_path).runs() == []
+
+
 def check_it_is_off(box: BlackBox, reason: str) -> None:
     assert box.error is not None
     assert reason in box.error

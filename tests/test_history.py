@@ -4,15 +4,16 @@ import csv
 import io
 import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lives import SECOND_NS, Process, lives
+from lives import IDENTITY, SECOND_NS, Process, lives
 from test_record import record_of
 from vitalsd.history import MAX_CELLS, MAX_ROWS, history, read_history
-from vitalsd.record import Mark
+from vitalsd.record import Mark, Record
 from vitalsd.snapshot import Snapshot
 
 
@@ -122,6 +123,59 @@ def test_json_reads_back_to_itself(snapshots: list[Snapshot]) -> None:
         assert again[column] == table[column]
     assert again["cpu_percent"] == pytest.approx(table["cpu_percent"], abs=0.002, rel=1e-4)
     assert sum(len(t["cpu_percent"]) for t in again["threads"]) <= sum(len(t["cpu_percent"]) for t in table["threads"])
+
+
+def test_a_clock_that_is_set_back_moves_no_mark() -> None:
+    """Which row it belongs to is told by the clock that nobody sets; a replay of the table has it there too."""
+    process, snapshots = Process(), []
+    for second in range(10):
+        snapshots.append(process.snapshot())
+        if second > 5:
+            snapshots[-1].wall_ns -= 3600 * SECOND_NS
+        process.pass_time(SECOND_NS, [0])
+    record = record_of(snapshots)
+    at = snapshots[7]
+    record.marks.append(Mark(at.wall_ns - SECOND_NS // 2, at.monotonic_ns - SECOND_NS // 2, "F12"))
+    rows = list(csv.DictReader(io.StringIO(history(record).to_csv().decode())))
+    assert [i for i, row in enumerate(rows) if row["marks"]] == [6]
+
+
+def test_marks_and_events_of_a_table_are_as_old_as_they_were() -> None:
+    """Of its last seconds, those from before them are no part."""
+    process = Process()
+    record = Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
+    for second in range(20):
+        snapshot = process.snapshot()
+        record.append(snapshot)
+        if second % 10 == 5:
+            record.event("missed", f"at {second}", at=snapshot)
+            record.marks.append(Mark(snapshot.wall_ns, snapshot.monotonic_ns, f"at {second}"))
+        process.pass_time(SECOND_NS, [0])
+    back = read_history(history(record).to_json())
+    assert back.last is not None
+    since = history(back, since_ns=back.last.monotonic_ns - 8 * SECOND_NS)
+    assert [mark.label for mark in since.marks] == [event.detail for event in since.events] == ["at 15"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"events": [{"time_ms": 1, "kind": {}, "detail": ""}]},
+        {"events": [{"time_ms": 1, "kind": "surprised", "detail": ""}]},
+        {"time_ms": ["x" * 1000]},
+        {"rss_kb": [[]]},
+        {"cpu_percent": [float("inf")]},
+    ],
+)
+def test_a_damaged_history_is_refused(damage: dict[str, Any]) -> None:
+    """What others may have put into a report that is replayed."""
+    process = Process()
+    record = record_of([process.snapshot()])
+    process.pass_time(SECOND_NS, [0])
+    record.append(process.snapshot())
+    table = json.loads(history(record).to_json())
+    with pytest.raises(ValueError, match="not a history"):
+        read_history(json.dumps(table | damage).encode())
 
 
 @given(

@@ -111,6 +111,18 @@ def test_everything_in_a_spool_is_private(tmp_path: Path, receiver: str) -> None
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e18", "1" + 400 * "0", "NaN", '"soon"'])
+def test_a_damaged_note_blocks_nothing(tmp_path: Path, receiver: str, number: str) -> None:
+    """Numbers that are none: the report is listed, and sent."""
+    spool = spooling(tmp_path, receiver)
+    report_id = spool.add(a_bundle())
+    note = f'{{"url": null, "added": {number}, "attempts": {number}, "not_before": {number}}}'
+    (tmp_path / "spool" / "pending" / f"{report_id}.json").write_text(note)
+    assert only(spool).attempts == 0
+    assert datetime.fromtimestamp(only(spool).added, UTC)
+    assert [outcome.report_id for outcome in spool.send()] == [report_id]
+
+
 def test_a_spool_survives_restarts(tmp_path: Path, receiver: str) -> None:
     """Reports, their URL, and the number of attempts are there for the next process; it needs no URL of its own."""
     with Misbehaving(says(answer(b"", status="500 No"))) as bad:

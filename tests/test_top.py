@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -443,6 +444,22 @@ def test_the_last_window_of_a_dead_target_is_no_line(short_path: Path, start: St
         )
     assert (out.returncode, out.stdout) == (1, "")
     assert f"target {target.pid} has exited: killed by SIGKILL" in out.stderr
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_target_that_executes_is_called_otherwise(short_path: Path, recorded: bool) -> None:
+    """In the head and in the event, be it sampled directly or by a sidecar."""
+    code = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
+    with ExitStack() as stack:
+        target = stack.enter_context(subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE))
+        stack.callback(target.kill)
+        if recorded:
+            stack.enter_context(serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1"))
+        view = stack.enter_context(top("--pid", str(target.pid), directory=short_path))
+        view.until(lambda text: f"python {target.pid}" in text.replace(Path(sys.executable).name, "python"))
+        assert target.stdin is not None
+        target.stdin.close()
+        view.until(lambda text: f"sleep {target.pid}" in text and "another program: sleep" in text)
 
 
 def test_with_name_it_goes_on_with_the_next_one(tmp_path: Path, start: Start) -> None:

@@ -26,6 +26,9 @@ __all__ = ["STATES", "Entry", "SpoolError", "State", "States", "first_note"]
 ORPHAN_S = 3600.0
 """A file in ``new/`` this old was left by a writer that died."""
 
+LATEST_S = 253_402_300_799
+"""The end of the year 9999, Unix time."""
+
 NAME = re.compile(r"([0-9a-f]{32})\.(zip|json)", re.ASCII)
 State = Literal["pending", "done", "failed"]
 STATES: tuple[State, ...] = ("pending", "done", "failed")
@@ -210,4 +213,4 @@ def first_note(url: str | None, added: float) -> bytes:
 
 
 def _number(value: Any, default: float) -> float:
-    return float(value) if isinstance(value, (int, float)) and value == value else default
+    return float(value) if isinstance(value, (int, float)) and 0 <= value <= LATEST_S else default

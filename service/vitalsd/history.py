@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, get_args
 
-from vitalsd.record import Event, Mark, Record, Segment
+from vitalsd.record import Event, EventKind, Mark, Record, Segment
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.wire import DECIMALS, iso, printable
 
@@ -45,6 +45,7 @@ class History:
     """Rows by ascending time. Times in ns, sizes in bytes, CPU in ns per row."""
 
     record: Record
+    monotonic_ns: Sequence[int]
     wall_ns: Sequence[int]
     elapsed_ns: Sequence[int]
     cpu_ns: Sequence[int]
@@ -100,9 +101,9 @@ class History:
         )
         cpu = self._percents(self.cpu_ns)
         threads = [self._percents(thread.cpu_ns) for thread in self.threads]
-        marks = _by_row(self.wall_ns, [(mark.wall_ns, f"mark: {mark.label}") for mark in self.marks])
+        marks = _by_row(self.monotonic_ns, [(mark.monotonic_ns, f"mark: {mark.label}") for mark in self.marks])
         events = _by_row(
-            self.wall_ns, [(event.wall_ns, f"{event.kind}: {printable(event.detail)}") for event in self.events]
+            self.monotonic_ns, [(event.monotonic_ns, f"{event.kind}: {event.detail}") for event in self.events]
         )
         for i, wall_ns in enumerate(self.wall_ns):
             writer.writerow(
@@ -130,8 +131,8 @@ class History:
 def _by_row(rows: Sequence[int], notes: Sequence[tuple[int, str]]) -> list[str]:
     """The notes that fall to each row: the first one that ends after them, or the last of all."""
     cells: list[list[str]] = [[] for _ in rows]
-    for wall_ns, text in notes:
-        row = next((i for i, end_ns in enumerate(rows) if end_ns >= wall_ns), len(rows) - 1)
+    for at_ns, text in notes:
+        row = next((i for i, end_ns in enumerate(rows) if end_ns >= at_ns), len(rows) - 1)
         if rows:
             cells[row].append(printable(text))
     return ["; ".join(cell) for cell in cells]
@@ -172,6 +173,7 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     noted_ns = rows[0]["monotonic_ns"] - record.interval_ns if rows else 0
     return History(
         record=record,
+        monotonic_ns=[row["monotonic_ns"] for row in ends],
         wall_ns=[row["wall_ns"] for row in ends],
         elapsed_ns=[max(1, ns) for ns in _deltas(starts, ends, "monotonic_ns")],
         cpu_ns=_deltas(starts, ends, "cpu_ns"),
@@ -274,17 +276,27 @@ def read_history(body: bytes) -> Record:
         record = Record(
             _identity(table), interval_ns=int(table["interval_ms"]) * 1_000_000, retention_ns=2**62, max_bytes=2**62
         )
+        clocks: list[tuple[int, int]] = []
         for snapshot in _snapshots(table, record.identity.started_unix_ns):
             record.append(snapshot)
+            clocks.append((snapshot.wall_ns, snapshot.monotonic_ns))
         for mark in table["marks"]:
             at_ns = int(mark["time_ms"]) * 1_000_000
-            record.marks.append(Mark(at_ns, at_ns, str(mark["label"])))
+            record.marks.append(Mark(at_ns, _monotonic(at_ns, clocks), str(mark["label"])))
         for event in table["events"]:
-            at_ns = int(event["time_ms"]) * 1_000_000
-            record.events.append(Event(at_ns, at_ns, event["kind"], str(event["detail"])))
+            at_ns, kind = int(event["time_ms"]) * 1_000_000, event["kind"]
+            if kind not in get_args(EventKind):
+                raise ValueError(f"an event {kind!r:.80}")
+            record.events.append(Event(at_ns, _monotonic(at_ns, clocks), kind, str(event["detail"])))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a history of vitalsd: {type(error).__name__}: {error}") from None
     return record
+
+
+def _monotonic(wall_ns: int, clocks: Sequence[tuple[int, int]]) -> int:
+    """What the other clock showed then, by the next time that both are known, or the last."""
+    known_ns, monotonic_ns = next((pair for pair in clocks if pair[0] >= wall_ns), clocks[-1] if clocks else (0, 0))
+    return monotonic_ns + wall_ns - known_ns
 
 
 def _identity(table: dict[str, Any]) -> Identity:
@@ -305,9 +317,11 @@ def _snapshots(table: dict[str, Any], started_unix_ns: int) -> Iterator[Snapshot
     times, elapsed = table["time_ms"], table["elapsed_ms"]
     threads = sorted(table["threads"], key=lambda thread: int(thread["tid"]))
     columns = [thread["cpu_percent"] for thread in threads]
-    for column in (elapsed, table["cpu_percent"], table["rss_kb"], table["vm_size_kb"], *columns):
+    for column in (times, elapsed, table["cpu_percent"], table["rss_kb"], table["vm_size_kb"], *columns):
         if len(column) != len(times):
             raise ValueError("its columns differ in length")
+        if any(isinstance(value, str | list | dict) for value in column):
+            raise ValueError("a column has what is no number")
     cpu_ns, thread_cpu_ns = 0, [0] * len(threads)
     monotonic_ns = 0
     alive: list[int] = []

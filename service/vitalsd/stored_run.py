@@ -52,6 +52,7 @@ of the threads that moved, u32, as many as `moved`, or none if that is NULL beca
 much each of them moved, u32 or i64 as `code` says, I or q.
 """
 
+TABLES = {line.removesuffix(";") for line in SCHEMA.strip().splitlines()}
 SCALARS_BYTES = 8 * len(Segment.SCALARS)
 CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image")
 """Of a segment, as JSON."""
@@ -138,6 +139,9 @@ def opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]:
                 raise UnreadableRun(f"{name} is not a black box of vitalsd")
             if version != SCHEMA_VERSION:
                 raise UnreadableRun(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
+            if {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master")} != TABLES:
+                # A view in place of a table is a program, and may be one that never ends.
+                raise UnreadableRun(f"{name} has other tables than a black box of vitalsd")
             yield db
     except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise UnreadableRun(f"{name} is damaged: {error}") from None

@@ -4,6 +4,8 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import chain
+from math import isfinite
 from typing import Any
 
 from vitalsd.model import Measured, parse_runtime_metrics
@@ -22,6 +24,8 @@ LOOK_AGAIN_S = 2.0
 PAST_S = 300
 PAST_THREADS = 64
 NOTES_S = 10
+LATEST_MS = 253_402_300_799_000
+"""The end of the year 9999, Unix time."""
 PATIENCE_S = 2.0
 """For an answer, beyond the window that may have to be waited for."""
 
@@ -55,10 +59,10 @@ class Direct:
         self._recorder.mark(label)
 
     def news(self, pause: Pause) -> Iterator[News]:
-        identity = self._source.identity()
-        yield Subject(identity.pid, identity.name, identity.start_id, "sampled directly")
         last = self._source.snapshot()
         self._recorder.observe(last)
+        identity = self._source.identity()
+        yield Subject(identity.pid, identity.name, identity.start_id, "sampled directly")
         due = time.monotonic() + self._first_s
         look_again = due + LOOK_AGAIN_S
         while pause(due):
@@ -69,6 +73,9 @@ class Direct:
                 self._recorder.failed(error)
                 yield from self._notes()
                 raise
+            if identity != (identity := self._source.identity()):
+                yield Subject(identity.pid, identity.name, identity.start_id, "sampled directly")
+            self._recorder.identify(identity)
             self._recorder.observe(now)
             yield from self._notes()
             if now.monotonic_ns > last.monotonic_ns:
@@ -114,7 +121,7 @@ class Remote:
     def news(self, pause: Pause) -> Iterator[News]:
         try:
             yield from self._news(pause)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ExchangeError(f"this is no answer of a sidecar: {type(error).__name__}") from None
 
     def _news(self, pause: Pause) -> Iterator[News]:
@@ -151,16 +158,20 @@ class Remote:
             if not pause(due):
                 return
 
-    def _latest(self) -> list[Note]:
-        return self._notes(self._json("/history", {"seconds": NOTES_S, "top": 0}))
+    def _latest(self) -> Iterator[News]:
+        table = self._json("/history", {"seconds": NOTES_S, "top": 0})
+        notes = self._notes(table)
+        if any(note.kind == "executed" for note in notes):
+            yield self._subject(table["target"])
+        yield from notes
 
     def _subject(self, target: dict[str, Any]) -> Subject:
         return Subject(int(target["pid"]), str(target["name"]), str(target["start_id"]), self._via)
 
     def _notes(self, table: dict[str, Any]) -> list[Note]:
         return self._told.fresh(
-            [Note(int(mark["time_ms"]), "mark", str(mark["label"])) for mark in table["marks"]]
-            + [Note(int(event["time_ms"]), str(event["kind"]), str(event["detail"])) for event in table["events"]]
+            [Note(_wall_ms(mark), "mark", str(mark["label"])) for mark in table["marks"]]
+            + [Note(_wall_ms(event), str(event["kind"]), str(event["detail"])) for event in table["events"]]
         )
 
     def _json(self, path: str, query: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -196,11 +207,22 @@ class _Told:
         return fresh
 
 
+def _wall_ms(note: dict[str, Any]) -> int:
+    """When it was, for a clock that can show it. Raises `ValueError`."""
+    wall_ms = int(note["time_ms"])
+    if not 0 <= wall_ms <= LATEST_MS:
+        raise ValueError(f"a time of {wall_ms}")
+    return wall_ms
+
+
 def _past(table: dict[str, Any]) -> Past:
     threads = {
         int(thread["tid"]): tuple(float(each or 0) for each in thread["cpu_percent"]) for thread in table["threads"]
     }
-    return Past(tuple(map(float, table["cpu_percent"])), tuple(map(float, table["rss_kb"])), threads)
+    past = Past(tuple(map(float, table["cpu_percent"])), tuple(map(float, table["rss_kb"])), threads)
+    if not all(map(isfinite, chain(past.cpu_percent, past.rss_kb, *threads.values()))):
+        raise ValueError("what is no number to draw")
+    return past
 
 
 def _sample(body: bytes) -> Sample:
