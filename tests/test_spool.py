@@ -119,7 +119,7 @@ def test_a_damaged_note_blocks_nothing(tmp_path: Path, receiver: str, number: st
     note = f'{{"url": null, "added": {number}, "attempts": {number}, "not_before": {number}}}'
     (tmp_path / "spool" / "pending" / f"{report_id}.json").write_text(note)
     assert only(spool).attempts == 0
-    assert datetime.fromtimestamp(only(spool).added, UTC)
+    assert datetime.fromtimestamp(only(spool).added, UTC).year >= 1970
     assert [outcome.report_id for outcome in spool.send()] == [report_id]
 
 
