@@ -59,7 +59,8 @@ def fetch(
     Args:
         window_ms: window to measure, 10 to 60000 ms.
         mode: ``auto`` takes the window that has just passed if the sidecar's recorder covers it, and
-            otherwise waits for the coming one; ``trailing`` and ``wait`` insist.
+            otherwise waits for the coming one; ``trailing`` and ``wait`` insist. Of a process that has exited the
+            last window is what has just passed, as long as its sidecar lingers; ``wait`` says that it has exited.
         url: of a sidecar, instead of looking for one: ``http://127.0.0.1:9779``. It speaks of its own target.
         socket: path of a sidecar's Unix socket; tried before `url`.
         pid: another process than this one.
