@@ -120,7 +120,7 @@ def test_a_read_that_hangs_fails_that_process_alone(served: Serving, tree: Path,
     assert get(served.url, "/metrics?pid=4343&window_ms=10").status == 200
     assert get(served.url, "/history").status == 200
     assert get(served.url, "/report.zip?window_ms=10").status == 200
-    assert b"event: unavailable" in get(served.url, "/stream?interval_ms=10").body
+    assert b'"available":false' in get(served.url, "/stream?interval_ms=10").body
     blocked.freed()
     assert eventually(lambda: get(served.url, "/metrics?detail=full&window_ms=10").status == 200)
     assert asked(served.url, "/healthz") == (200, {"status": "ok"})
