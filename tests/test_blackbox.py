@@ -428,6 +428,40 @@ def test_a_file_that_was_deleted_in_mid_segment_is_followed_by_another_soon(tmp_
     assert (run.snapshots, [mark.label for mark in back.marks]) == (3, ["after that"])
 
 
+def test_a_file_that_follows_after_the_end_knows_of_it(tmp_path: Path) -> None:
+    """The target has died, its run is deleted, and somebody sets a mark."""
+    box, record = write(tmp_path, [Process().snapshot()])
+    box.end("killed by SIGKILL", crashed=True)
+    box.flush()
+    delete_run(tmp_path / f"{box.run_id}.sqlite")
+    box.mark(record.mark("after that"))
+    box.flush()
+    (path,) = tmp_path.glob("*.sqlite")
+    run, back = read_run(path)
+    assert (run.state, run.ended, len(back.marks)) == ("crashed", "killed by SIGKILL", 1)
+    box.close("killed by SIGKILL", crashed=True)
+
+
+def test_who_records_himself_ends_only_his_own_runs(tmp_path: Path) -> None:
+    """Not those of a sidecar whose pid begins like his, nor any as the sidecar of another process."""
+    own = IDENTITY._replace(pid=os.getpid())
+    stem = f"{own.start_id}-{os.getpid()}"
+    left = {name: tmp_path / f"{name}.sqlite" for name in (stem, f"{stem}-1", f"{stem}7", f"{stem}7-1")}
+    box, _ = write(tmp_path / "first", [Process().snapshot()])
+    box.flush()
+    for path in left.values():
+        shutil.copyfile(tmp_path / "first" / f"{box.run_id}.sqlite", path)
+        shutil.copyfile(f"{tmp_path / 'first' / str(box.run_id)}.sqlite-wal", f"{path}-wal")
+    box.close("over")
+    RunDirectory(tmp_path).settle(stem)
+    assert {name: read_run(path)[0].state for name, path in left.items()} == {
+        stem: "clean",
+        f"{stem}-1": "clean",
+        f"{stem}7": "crashed",
+        f"{stem}7-1": "crashed",
+    }
+
+
 def test_a_directory_that_cannot_be_looked_into_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a moment, as one whose mode was changed or that is on a server: what is open goes on, and nothing is lost."""
     process = Process()

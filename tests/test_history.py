@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lives import IDENTITY, SECOND_NS, Process, lives
 from test_record import record_of
 from vitalsd.history import MAX_CELLS, MAX_ROWS, history, read_history
-from vitalsd.record import Mark, Record
+from vitalsd.record import Event, Mark, Record
 from vitalsd.snapshot import Snapshot
 
 
@@ -125,19 +125,24 @@ def test_json_reads_back_to_itself(snapshots: list[Snapshot]) -> None:
     assert sum(len(t["cpu_percent"]) for t in again["threads"]) <= sum(len(t["cpu_percent"]) for t in table["threads"])
 
 
-def test_a_clock_that_is_set_back_moves_no_mark() -> None:
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_moves_no_mark(hours: int) -> None:
     """Which row it belongs to is told by the clock that nobody sets; a replay of the table has it there too."""
     process, snapshots = Process(), []
     for second in range(10):
         snapshots.append(process.snapshot())
         if second > 5:
-            snapshots[-1].wall_ns -= 3600 * SECOND_NS
+            snapshots[-1].wall_ns += hours * 3600 * SECOND_NS
         process.pass_time(SECOND_NS, [0])
     record = record_of(snapshots)
-    at = snapshots[7]
-    record.marks.append(Mark(at.wall_ns - SECOND_NS // 2, at.monotonic_ns - SECOND_NS // 2, "F12"))
-    rows = list(csv.DictReader(io.StringIO(history(record).to_csv().decode())))
-    assert [i for i, row in enumerate(rows) if row["marks"]] == [6]
+    half_ns = SECOND_NS // 2
+    for at in (snapshots[3], snapshots[7]):
+        record.marks.append(Mark(at.wall_ns - half_ns, at.monotonic_ns - half_ns, "F12"))
+    record.events.append(Event(snapshots[9].wall_ns + half_ns, snapshots[9].monotonic_ns + half_ns, "exited", "it has"))
+    for table in (history(record), history(read_history(history(record).to_json()))):
+        rows = list(csv.DictReader(io.StringIO(table.to_csv().decode())))
+        assert [i for i, row in enumerate(rows) if row["marks"]] == [2, 6]
+        assert [i for i, row in enumerate(rows) if row["events"]] == [8]
 
 
 def test_marks_and_events_of_a_table_are_as_old_as_they_were() -> None:

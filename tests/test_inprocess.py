@@ -22,7 +22,9 @@ from vitalsd import endpoint
 from vitalsd.listeners import ListenError, PortInUse, bind_tcp
 from vitalsd.record import Record
 from vitalsd.runs import RunDirectory
+from vitalsd.snapshot import Snapshot
 from vitalsd.sources.birth import births
+from vitalsd.sources.python_names import PythonNames
 from vitalsd.stored_run import read_run
 
 
@@ -174,7 +176,7 @@ def test_a_host_that_executes_itself_anew_has_not_crashed(short_path: Path) -> N
     runs = RunDirectory(short_path / "state" / "runs").runs()
     assert [(run.state, run.ended) for run in runs] == [
         ("clean", "the sidecar was stopped"),
-        ("clean", "the process executed another program"),
+        ("clean", "the process went on without it"),
     ]
 
 
@@ -395,6 +397,50 @@ def test_a_fork_waits_for_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
                 os._exit(writing.is_set())
             assert os.waitpid(pid, 0)[1] == 0
             marked.result(5)
+
+
+def test_a_fork_in_the_middle_of_a_fork(short_path: Path) -> None:
+    """By a signal handler, as one that starts another worker for one that ended: the black box goes on afterwards."""
+    run("""
+        import os, signal, vitalsd
+        armed = []
+        def fork(*_):
+            if (pid := os.fork()) == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+        def signalled():
+            if armed:
+                armed.clear()
+                signal.raise_signal(signal.SIGUSR1)
+        signal.signal(signal.SIGUSR1, fork)
+        os.register_at_fork(after_in_parent=signalled)  # before ours, so it comes before ours
+        with vitalsd.start(port=0) as sidecar:
+            armed.append(True)
+            fork()
+            sidecar.mark("after it")
+    """)
+    [file] = short_path.rglob("*.sqlite")
+    found, record = read_run(file)
+    assert (found.state, [mark.label for mark in record.marks]) == ("clean", ["after it"])
+
+
+def test_a_stop_while_a_read_takes_long(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left to its thread, which ends the run when it is through; nothing is taken from under it."""
+    sidecar = vitalsd.start(port=0)
+    snapshot, reading = PythonNames.snapshot, threading.Event()
+
+    def slow(self: PythonNames, **more: bool) -> Snapshot:
+        reading.set()
+        time.sleep(2)
+        return snapshot(self, **more)
+
+    monkeypatch.setattr(PythonNames, "snapshot", slow)
+    assert reading.wait(5)
+    sidecar.stop()
+    [file] = short_path.rglob("*.sqlite")
+    assert eventually(lambda: read_run(file)[0].state != "running" and read_run(file)[0].state) == "clean"
+    sidecar.mark("after the end")  # nothing, and no error
+    eventually(lambda: not any(thread.name.startswith("vitalsd-sampler") for thread in threading.enumerate()))
 
 
 @pytest.mark.torture

@@ -71,6 +71,8 @@ class BlackBox:
         self._open = partial(
             RunFile, directory, interval_ns=interval_ns, retention_ns=retention_ns, max_bytes=max_bytes
         )
+        self._ended: tuple[str, bool] | None = None
+        """As `end` has it: of a file that follows one that was deleted since it is known at once."""
         self._file: RunFile | None = None
         self._tail: Tail | None = None
         self._segment: Segment | None = None
@@ -232,6 +234,7 @@ class BlackBox:
 
     def _end(self, ended: str, crashed: bool) -> None:
         self._look()
+        self._ended = ended, crashed
         self._guard(lambda file: file.end(self._waiting(file), ended, crashed=crashed))
 
     def _look(self) -> None:
@@ -256,6 +259,8 @@ class BlackBox:
                     return False
                 self._file = self._open(self._identity)
                 self.run_id = self._file.path.stem
+                if self._ended is not None:
+                    self._file.end((), self._ended[0], crashed=self._ended[1])
             write(self._file, *what)
             self.error = None
         except (OSError, sqlite3.Error) as error:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
-from vitalsd.record import Event, EventKind, Mark, Record, Segment
+from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record, Segment
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.wire import DECIMALS, iso, printable
 
 __all__ = ["History", "ThreadHistory", "history", "read_history"]
 
+MS_NS = 1_000_000
+"""What the JSON tells times to."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 MAX_ROWS = 10_000
@@ -280,23 +282,44 @@ def read_history(body: bytes) -> Record:
         for snapshot in _snapshots(table, record.identity.started_unix_ns):
             record.append(snapshot)
             clocks.append((snapshot.wall_ns, snapshot.monotonic_ns))
-        for mark in table["marks"]:
-            at_ns = int(mark["time_ms"]) * 1_000_000
-            record.marks.append(Mark(at_ns, _monotonic(at_ns, clocks), str(mark["label"])))
-        for event in table["events"]:
-            at_ns, kind = int(event["time_ms"]) * 1_000_000, event["kind"]
-            if kind not in get_args(EventKind):
-                raise ValueError(f"an event {kind!r:.80}")
-            record.events.append(Event(at_ns, _monotonic(at_ns, clocks), kind, str(event["detail"])))
+        for mark, times in _timed(table["marks"][-MAX_MARKS:], clocks):
+            record.marks.append(Mark(*times, str(mark["label"])))
+        for event, times in _timed(table["events"][-MAX_EVENTS:], clocks):
+            if event["kind"] not in get_args(EventKind):
+                raise ValueError(f"an event {event['kind']!r:.80}")
+            record.events.append(Event(*times, event["kind"], str(event["detail"])))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a history of vitalsd: {type(error).__name__}: {error}") from None
     return record
 
 
-def _monotonic(wall_ns: int, clocks: Sequence[tuple[int, int]]) -> int:
-    """What the other clock showed then, by the next time that both are known, or the last."""
-    known_ns, monotonic_ns = next((pair for pair in clocks if pair[0] >= wall_ns), clocks[-1] if clocks else (0, 0))
-    return monotonic_ns + wall_ns - known_ns
+def _timed(
+    notes: Sequence[dict[str, Any]], clocks: Sequence[tuple[int, int]]
+) -> Iterator[tuple[dict[str, Any], tuple[int, int]]]:
+    """Each of `notes`, which are in order, with its time on both of the `clocks` that snapshots were taken by."""
+    at = 0
+    for note in notes:
+        wall_ns = int(note["time_ms"]) * 1_000_000
+        if not clocks:
+            yield note, (wall_ns, wall_ns)
+            continue
+        at = _end_of_row(wall_ns, clocks, at)
+        known_ns, monotonic_ns = clocks[at]
+        earliest_ns = clocks[max(0, at - 1)][1]
+        yield note, (wall_ns, min(monotonic_ns, max(earliest_ns, monotonic_ns + wall_ns - known_ns)))
+
+
+def _end_of_row(wall_ns: int, clocks: Sequence[tuple[int, int]], since: int) -> int:
+    """
+    The snapshot, from `since` on, that ended the row of that time, or else the nearest one.
+
+    The wall clock may have been set meanwhile: its times need not ascend, nor a time be in any row.
+    """
+    for i in range(since, len(clocks)):
+        elapsed_ns = clocks[i][1] - clocks[max(0, i - 1)][1]
+        if clocks[i][0] - elapsed_ns - MS_NS < wall_ns <= clocks[i][0]:
+            return i
+    return min(range(since, len(clocks)), key=lambda i: abs(clocks[i][0] - wall_ns))
 
 
 def _identity(table: dict[str, Any]) -> Identity:

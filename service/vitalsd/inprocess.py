@@ -18,7 +18,7 @@ from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.listeners import listen
 from vitalsd.recorder import Recording
-from vitalsd.sampler import Sampler
+from vitalsd.sampler import NotRecording, Sampler
 from vitalsd.sidecar import Sidecar as Service
 from vitalsd.sidecar import run_directory, runtime_directory
 from vitalsd.sources import Source, list_processes, open_source
@@ -85,7 +85,11 @@ class Sidecar:
             NotRecording: there is no recorder.
         """
         if self.running:
-            self._sampler.mark(label)
+            try:
+                self._sampler.mark(label)
+            except NotRecording:
+                if not self._stopping:
+                    raise
 
     def stop(self) -> None:
         """End it, within 2 s. A second call does nothing, and neither does one in a forked child."""
@@ -98,9 +102,8 @@ class Sidecar:
                 self._loop.call_soon_threadsafe(self._service.stop)
         self._thread.join(STOP_S)
         self._service.close()
-        if not self._thread.is_alive():
-            # FastAPI keeps the functions of thousands of routes, and with them all that ours know.
-            self._sampler.discard()
+        # FastAPI keeps the functions of thousands of routes, and with them all that ours know.
+        self._sampler.discard()
 
     def __enter__(self) -> "Sidecar":
         return self
@@ -110,11 +113,14 @@ class Sidecar:
     ) -> None:
         self.stop()
 
-    def _pause(self) -> BlackBox | None:
-        """The black box, if there is one and it rests by now."""
+    def _pause(self) -> "list[Sampler | BlackBox]":
+        """What rests now until its `resume`; the sampler first, which may be opening the black box."""
+        paused: list[Sampler | BlackBox] = [self._sampler] if self._sampler.pause(FORK_S) else []
         recorder = self._sampler.recorder
         box = None if recorder is None else recorder.blackbox
-        return box if box is not None and box.pause(FORK_S) else None
+        if box is not None and box.pause(FORK_S):
+            paused.append(box)
+        return paused
 
     def _forget(self) -> None:
         self._service.forget()
@@ -175,11 +181,13 @@ class _Process:
 
     def _before_fork(self) -> None:
         """What SQLite locks for a write that is under way would stay locked in the child, for all who use SQLite."""
-        self._forking.paused = None if self._sidecar is None else self._sidecar._pause()
+        forks: list[list[Sampler | BlackBox]] = self._forking.__dict__.setdefault("forks", [])
+        # A signal handler may fork in the middle of a fork: then all rests already.
+        forks.append([] if self._sidecar is None or any(forks) else self._sidecar._pause())
 
     def _after_fork(self) -> None:
-        paused, self._forking.paused = getattr(self._forking, "paused", None), None
-        if paused is not None:
+        forks = self._forking.__dict__.get("forks")
+        for paused in reversed(forks.pop() if forks else []):
             paused.resume()
 
     def _forked(self) -> None:

@@ -50,9 +50,10 @@ class RunFile:
         self._max_bytes = max_bytes
         self._thread_ids: dict[tuple[int, int, str], int] = {}
         _prepare(directory.path)
-        directory.settle(identity.start_id)
+        stem = f"{identity.start_id}-{os.getpid()}"
+        directory.settle(stem if identity.pid == os.getpid() else None)
         directory.make_room(max_bytes)
-        self.path, self._lock_fd = new_run(directory.path, f"{identity.start_id}-{os.getpid()}")
+        self.path, self._lock_fd = new_run(directory.path, stem)
         try:
             self._db = self._create(identity)
         except (OSError, sqlite3.Error):

@@ -5,7 +5,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from vitalsd.run_parts import delete_run, disk_bytes, is_being_written
+from vitalsd.run_parts import delete_run, disk_bytes, is_being_written, is_named
 from vitalsd.stored_run import Run, UnreadableRun, describe, insert_rows, not_on_disk, opened
 from vitalsd.tail import SHARED_MEMORY, read_tail, remove_tail
 
@@ -57,11 +57,11 @@ class RunDirectory:
         What cannot be read stays: it may be in the memory of another container.
 
         Args:
-            own: `Identity.start_id` of this process if it records itself: it has not crashed, so what it left
-                unfinished, before it executed itself anew, has ended.
+            own: how the names of its runs begin, of a process that records itself: it lives, so what it left
+                unfinished, as before it executed itself anew, has ended and not crashed.
         """
         if own is not None:
-            self._end(f"{own}-{os.getpid()}*.sqlite")
+            self._end([path for path in self._files() if is_named(path, own)])
         for link in self.path.glob("*.tail"):
             path = link.with_suffix(".sqlite")
             if is_being_written(path):
@@ -77,15 +77,13 @@ class RunDirectory:
                 os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # it is as old as it was
                 remove_tail(link)
 
-    def _end(self, pattern: str) -> None:
-        """End those that nobody writes any more; they went on as another program."""
-        for path in self.path.glob(pattern):
+    def _end(self, paths: list[Path]) -> None:
+        """End those that nobody writes any more."""
+        for path in paths:
             with suppress(UnreadableRun, OSError):
                 if not is_being_written(path):
                     with opened(path) as db:
-                        db.execute(
-                            "INSERT OR IGNORE INTO meta VALUES ('ended', 'the process executed another program')"
-                        )
+                        db.execute("INSERT OR IGNORE INTO meta VALUES ('ended', 'the process went on without it')")
                         db.commit()
 
     def make_room(self, spare_bytes: int) -> None:

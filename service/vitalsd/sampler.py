@@ -201,8 +201,17 @@ class Sampler:
             self.recorder.forget()
 
     def discard(self) -> None:
-        """Drop what was recorded; to be called after `close`, by who knows that nobody asks any more."""
-        self._source = self._last = self.recorder = None
+        """Drop what was recorded, if its thread has ended after `close`; for who knows that nobody asks any more."""
+        if self._closing and self._worker.stop(0):
+            self._source = self._last = self.recorder = None
+
+    def pause(self, timeout_s: float) -> bool:
+        """Before a fork: let the read under way end and none begin until `resume`; False if it takes longer."""
+        return self._worker.pause(timeout_s)
+
+    def resume(self) -> None:
+        """After a `pause` that was granted; in the child likewise."""
+        self._worker.resume()
 
     async def close(self, timeout_s: float = 1.0) -> None:
         """Release the target and end its record. A kernel call that hangs is left to its daemon thread."""

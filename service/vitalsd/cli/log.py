@@ -76,7 +76,7 @@ def logging_as(form: str) -> Iterator[logging.Logger]:
     except click.ClickException as error:
         if form != "json":
             raise
-        log.error(error.message)
+        log.error(error.format_message())
         raise SystemExit(error.exit_code) from None
     except Exception:
         if form != "json":
