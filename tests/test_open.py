@@ -40,7 +40,7 @@ def test_the_newest_sidecar_is_opened(short_path: Path) -> None:
 
 
 def test_no_command_line_shows_the_token(short_path: Path) -> None:
-    """The browser is given a file of mode 0600 that leads to the page; each call makes it anew."""
+    """The browser is given a file of mode 0600 that leads to the page; each call makes it anew, the end removes it."""
     with serving(short_path, "--auth", "token") as (_, ready):
         token = json.loads(Path(ready["runtime_file"]).read_text(encoding="utf-8"))["token"]
         for _ in range(2):
@@ -52,3 +52,7 @@ def test_no_command_line_shows_the_token(short_path: Path) -> None:
             assert file.stat().st_mode & 0o777 == 0o600
             assert f"{ready['url']}/#token={token}" in file.read_text(encoding="utf-8")
         assert [path.name for path in file.parent.iterdir() if path.name.startswith(".open")] == []
+        with serving(short_path, "--auth", "token"):
+            pass
+        assert file.exists(), "another sidecar's end is no reason"
+    assert not file.exists(), "nobody needs a token that opens nothing"

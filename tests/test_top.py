@@ -435,15 +435,16 @@ def test_the_last_window_of_a_dead_target_is_no_line(short_path: Path, start: St
         eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["snapshots"] > 4)
         target.kill()
         eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["ended"])
-        out = subprocess.run(
-            [*VITALSD, "top", "--count", "1"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            env=environment(short_path),
-        )
-    assert (out.returncode, out.stdout) == (1, "")
-    assert f"target {target.pid} has exited: killed by SIGKILL" in out.stderr
+        for whom in ((), ("--url", ready["url"])):
+            out = subprocess.run(
+                [*VITALSD, "top", *whom, "--count", "1"],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                env=environment(short_path),
+            )
+            assert (out.returncode, out.stdout) == (1, "")
+            assert f"target {target.pid} has exited: killed by SIGKILL" in out.stderr
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -28,6 +28,7 @@ from vitalsd.socket_file import SocketLock, answers
 from vitalsd.sources.birth import ANY_MACHINE, Births, Undecided, births
 
 __all__ = [
+    "PAGE_FILE",
     "Endpoint",
     "Liveness",
     "Published",
@@ -46,6 +47,8 @@ __all__ = [
 
 SCHEMA = 1
 MAX_FILE_BYTES = 16 * 1024
+PAGE_FILE = "open.html"
+"""Leads a browser to the page of the sidecar that was opened last, with its token; see `vitalsd open`."""
 ORPHAN_S = 60
 """A temporary file older than this was left by a writer that died; writing one takes milliseconds."""
 
@@ -143,11 +146,15 @@ def publish(endpoint: Endpoint, directory: Path) -> Path:
 
 
 def withdraw(path: Path, endpoint: Endpoint) -> None:
-    """Remove the runtime file at `path` if it is still that of this very run."""
+    """Remove the runtime file at `path` if it is still that of this very run, and the file that has its token."""
     with suppress(EndpointError, OSError):
         found = read(path)
         if (found.pid, found.start, found.boot_id) == (endpoint.pid, endpoint.start, endpoint.boot_id):
             os.unlink(path)
+    with suppress(OSError):
+        page = path.with_name(PAGE_FILE)
+        if endpoint.token is not None and endpoint.token.encode() in page.read_bytes():
+            os.unlink(page)
 
 
 # Reading

@@ -57,9 +57,11 @@ def _address(endpoint: "Endpoint", directory: "Callable[[], Path]") -> str:
     import os
     from tempfile import NamedTemporaryFile
 
+    from vitalsd.endpoint import PAGE_FILE
+
     if endpoint.token is None:
         return f"{endpoint.url}/"
-    path = directory() / "open.html"  # one for all: the token that it held before was a dead sidecar's, or another's
+    path = directory() / PAGE_FILE  # one for all: the token that it held before was another sidecar's
     with NamedTemporaryFile("w", dir=path.parent, prefix=".open-", delete=False) as file:  # mode 0600
         file.write(REDIRECT.format(url=f"{endpoint.url}/#token={endpoint.token}"))
     os.replace(file.name, path)

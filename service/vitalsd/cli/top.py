@@ -85,7 +85,8 @@ def top(
             first_s=0.25 if full_screen else interval,
             url=url,
             pid=pid,
-            follow=name is not None or url is not None,
+            # A sidecar may follow a name; who wants N lines does not wait for the next process of it.
+            follow=name is not None or (url is not None and count is None),
             sidecars=proc_root == "/proc",
         )
         if full_screen:
