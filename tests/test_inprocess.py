@@ -426,6 +426,7 @@ def test_a_fork_in_the_middle_of_a_fork(short_path: Path) -> None:
 
 def test_a_stop_while_a_read_takes_long(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is left to its thread, which ends the run when it is through; nothing is taken from under it."""
+    before = set(threading.enumerate())
     sidecar = vitalsd.start(port=0)
     snapshot, reading = PythonNames.snapshot, threading.Event()
 
@@ -440,7 +441,7 @@ def test_a_stop_while_a_read_takes_long(short_path: Path, monkeypatch: pytest.Mo
     [file] = short_path.rglob("*.sqlite")
     assert eventually(lambda: read_run(file)[0].state != "running" and read_run(file)[0].state) == "clean"
     sidecar.mark("after the end")  # nothing, and no error
-    eventually(lambda: not any(thread.name.startswith("vitalsd-sampler") for thread in threading.enumerate()))
+    eventually(lambda: set(threading.enumerate()) <= before)
 
 
 @pytest.mark.torture

@@ -490,11 +490,12 @@ def test_who_executes_is_called_as_what_it_executes() -> None:
     with subprocess.Popen([sys.executable, "-c", code, "a script"], stdin=subprocess.PIPE) as process:
         try:
             with opened(process.pid) as source:
-                before, image = source.identity(), source.snapshot().image
+                # Popen returns while it is still inside exec, where it has no command line yet.
+                eventually(lambda: source.snapshot(extras=True) and source.identity().program)
+                image, before = source.snapshot().image, source.identity()
                 assert process.stdin is not None
                 process.stdin.close()
                 eventually(lambda: source.snapshot(names=False).image != image)
-                assert before.program
                 assert source.identity() == before._replace(name="sleep", program="")
         finally:
             process.kill()
@@ -602,6 +603,21 @@ def test_a_target_that_hides_its_memory_has_not_executed_another_program(start: 
             taken.append(stranger.snapshot())
     assert [each["addresses"] for each in taken] == [3, 0, 3]
     assert taken[0]["image"] == taken[1]["image"] == taken[2]["image"]
+
+
+@as_root
+def test_a_target_that_shows_itself_later_is_known_from_then_on(start: Start) -> None:
+    """Which script it is could not be told before, as inside exec; it is still the same program."""
+    target = start()
+    target.ask("uid 65534")
+    target.ask("dumpable 0")
+    with closing(Stranger(0, target.pid)) as stranger:
+        hidden = stranger.snapshot()
+        target.ask("dumpable 1")
+        shown = stranger.snapshot()
+    assert (hidden["addresses"], hidden["program"]) == (0, "")
+    assert shown["program"]
+    assert shown["image"] == hidden["image"]
 
 
 @as_root

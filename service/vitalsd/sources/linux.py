@@ -199,17 +199,24 @@ class LinuxSource:
             if not vm and not leader.flags & PF_KTHREAD:
                 vm, rss, text, image = self._sibling()
             self._state = STATES.get(leader.state)
-            if self._has_executed(image, text):  # else the same object: compared at each beat
-                self._image = *image, text
-                self._identity = self._identity._replace(name=leader.name, program=script_digest(self._dir))
+            self._look_at(image, text, leader.name)
             self._seen, self._looked_ns = (vm, text), now_ns
         return vm, rss
 
-    def _has_executed(self, addresses: tuple[int, ...], text: int) -> bool:
-        """Whether it is another program now. A process may hide its addresses, and a dying one has none."""
+    def _look_at(self, addresses: tuple[int, ...], text: int, name: str) -> None:
+        """
+        Whether it is another program now, and what it is called.
+
+        Without addresses that stays open: a process may hide them, and it has none as it dies, nor inside exec,
+        when its command line is not there yet either.
+        """
         known, known_text = self._program
         self._program = addresses or known, text
-        return text != known_text or bool(addresses and known and addresses != known)
+        executed = text != known_text or bool(addresses and known and addresses != known)
+        if executed:  # else the same object: compared at each beat
+            self._image = *addresses, text
+        if executed or (addresses and not known):
+            self._identity = self._identity._replace(name=name, program=script_digest(self._dir))
 
     def _sibling(self) -> tuple[int, int, int, tuple[int, ...]]:
         """Pages of address space, resident and text, and the image, told by another thread than the dead main one."""
