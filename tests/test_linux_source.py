@@ -491,7 +491,7 @@ def test_who_executes_is_called_as_what_it_executes() -> None:
         try:
             with opened(process.pid) as source:
                 # Popen returns while it is still inside exec, where it has no command line yet.
-                eventually(lambda: source.snapshot(extras=True) and source.identity().program)
+                eventually(lambda: source.snapshot(extras=True).tids and source.identity().program)
                 image, before = source.snapshot().image, source.identity()
                 assert process.stdin is not None
                 process.stdin.close()
