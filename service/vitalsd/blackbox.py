@@ -190,7 +190,7 @@ class BlackBox:
             self._worker.post(self._fold)
         return True
 
-    def _post(self, call: Callable[[], object]) -> bool:
+    def _post(self, call: Callable[[], None]) -> bool:
         if self._is_full():
             return False
         self._worker.post(call)

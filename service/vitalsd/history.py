@@ -10,18 +10,12 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, get_args
+from typing import Any
 
-from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record, Segment
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.record import Event, Mark, Record, Segment
 from vitalsd.wire import DECIMALS, iso, printable
 
-__all__ = ["History", "ThreadHistory", "history", "read_history"]
-
-MS_NS = 1_000_000
-"""What the JSON tells times to."""
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+__all__ = ["History", "ThreadHistory", "history"]
 
 MAX_ROWS = 10_000
 """More of them are put together into longer ones."""
@@ -263,126 +257,3 @@ def _columns(rows: Sequence[_Row], keys: Sequence[ThreadKey]) -> dict[ThreadKey,
                 columns[key][number - 1] = max(0, cpu_ns[i] - reached.get(key, 0))
             reached[key] = cpu_ns[i]
     return columns
-
-
-def read_history(body: bytes) -> Record:
-    """
-    The record that `History.to_json` was made from, as far as the JSON tells: times to the
-    millisecond, percentages to three decimals, only the threads that were shown.
-
-    Raises:
-        ValueError: it is not such JSON.
-    """
-    try:
-        table = json.loads(body)
-        record = Record(
-            _identity(table), interval_ns=int(table["interval_ms"]) * 1_000_000, retention_ns=2**62, max_bytes=2**62
-        )
-        clocks: list[tuple[int, int]] = []
-        for snapshot in _snapshots(table, record.identity.started_unix_ns):
-            record.append(snapshot)
-            clocks.append((snapshot.wall_ns, snapshot.monotonic_ns))
-        for mark, times in _timed(table["marks"][-MAX_MARKS:], clocks):
-            record.marks.append(Mark(*times, str(mark["label"])))
-        for event, times in _timed(table["events"][-MAX_EVENTS:], clocks):
-            if event["kind"] not in get_args(EventKind):
-                raise ValueError(f"an event {event['kind']!r:.80}")
-            record.events.append(Event(*times, event["kind"], str(event["detail"])))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(f"not a history of vitalsd: {type(error).__name__}: {error}") from None
-    return record
-
-
-def _timed(
-    notes: Sequence[dict[str, Any]], clocks: Sequence[tuple[int, int]]
-) -> Iterator[tuple[dict[str, Any], tuple[int, int]]]:
-    """Each of `notes`, which are in order, with its time on both of the `clocks` that snapshots were taken by."""
-    at = 0
-    for note in notes:
-        wall_ns = int(note["time_ms"]) * 1_000_000
-        if not clocks:
-            yield note, (wall_ns, wall_ns)
-            continue
-        at = _end_of_row(wall_ns, clocks, at)
-        known_ns, monotonic_ns = clocks[at]
-        earliest_ns = clocks[max(0, at - 1)][1]
-        yield note, (wall_ns, min(monotonic_ns, max(earliest_ns, monotonic_ns + wall_ns - known_ns)))
-
-
-def _end_of_row(wall_ns: int, clocks: Sequence[tuple[int, int]], since: int) -> int:
-    """
-    The snapshot, from `since` on, that ended the row of that time, or else the nearest one.
-
-    The wall clock may have been set meanwhile: its times need not ascend, nor a time be in any row.
-    """
-    for i in range(since, len(clocks)):
-        elapsed_ns = clocks[i][1] - clocks[max(0, i - 1)][1]
-        if clocks[i][0] - elapsed_ns - MS_NS < wall_ns <= clocks[i][0]:
-            return i
-    return min(range(since, len(clocks)), key=lambda i: abs(clocks[i][0] - wall_ns))
-
-
-def _identity(table: dict[str, Any]) -> Identity:
-    target = table["target"]
-    _, start_key, boot_id = str(target["start_id"]).split("-", 2)
-    return Identity(
-        platform=str(table["platform"]),
-        pid=int(target["pid"]),
-        name=str(target["name"]),
-        boot_id=boot_id,
-        start_key=int(start_key),
-        started_unix_ns=(datetime.fromisoformat(target["started_at"]) - EPOCH) // timedelta(microseconds=1) * 1000,
-    )
-
-
-def _snapshots(table: dict[str, Any], started_unix_ns: int) -> Iterator[Snapshot]:
-    """The snapshots at the ends of the rows, and one at the start of the first; counters begin at 0."""
-    times, elapsed = table["time_ms"], table["elapsed_ms"]
-    threads = sorted(table["threads"], key=lambda thread: int(thread["tid"]))
-    columns = [thread["cpu_percent"] for thread in threads]
-    for column in (times, elapsed, table["cpu_percent"], table["rss_kb"], table["vm_size_kb"], *columns):
-        if len(column) != len(times):
-            raise ValueError("its columns differ in length")
-        if any(isinstance(value, str | list | dict) for value in column):
-            raise ValueError("a column has what is no number")
-    cpu_ns, thread_cpu_ns = 0, [0] * len(threads)
-    monotonic_ns = 0
-    alive: list[int] = []
-    tids: tuple[int, ...] = ()
-    names: tuple[str, ...] = ()
-    births: tuple[int, ...] = ()
-    for row in [-1, *range(len(times))] if times else []:
-        shown = max(0, row)
-        elapsed_ns = round(elapsed[shown] * 1e6)
-        now_alive = [i for i, column in enumerate(columns) if column[shown] is not None]
-        if now_alive != alive or not births:
-            alive = now_alive
-            tids = tuple(int(threads[i]["tid"]) for i in alive)
-            names = tuple(str(threads[i]["name"]) for i in alive)
-            births = tuple(alive)  # a tid may have had several lives, each a thread of the table
-        if row >= 0:
-            monotonic_ns += elapsed_ns
-            cpu_ns += round(table["cpu_percent"][row] * elapsed_ns / 100)
-            for i in alive:
-                thread_cpu_ns[i] += round(columns[i][row] * elapsed_ns / 100)
-        wall_ns = times[shown] * 1_000_000 - (elapsed_ns if row < 0 else 0)
-        yield Snapshot(
-            monotonic_ns=monotonic_ns,
-            boottime_ns=wall_ns,
-            wall_ns=wall_ns,
-            uptime_ns=max(0, wall_ns - started_unix_ns),
-            skew_ns=0,
-            cpu_ns=cpu_ns,
-            cpu_grain_ns=1,
-            exited_cpu_ns=(0, cpu_ns),
-            rss_bytes=table["rss_kb"][shown] * 1024,
-            vm_bytes=table["vm_size_kb"][shown] * 1024,
-            image=None,
-            tids=tids,
-            births=births,
-            thread_cpu_ns=[thread_cpu_ns[i] for i in alive],
-            names=names,
-            thread_grain_ns=1,
-            thread_lag_ns=0,
-            source="report",
-        )

@@ -5,11 +5,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from vitalsd.history import read_history
 from vitalsd.record import Mark, Record
 from vitalsd.sampler import NotRecording
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources import TargetGone
+from vitalsd.stored_history import read_history
 from vitalsd.stored_run import UnreadableRun, read_run
 from vitalsd.wire import iso
 
