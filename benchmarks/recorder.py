@@ -22,6 +22,7 @@ from pathlib import Path
 import httpx
 
 from sampling import build
+from spread import spread
 
 BUSY = ("4", "100", "20000")
 """Threads that work, for so many microseconds at a time, and sleep as many in between."""
@@ -102,14 +103,17 @@ def compare(
         time.sleep(3)
         taken = [percents(processes, seconds) for _ in range(rounds)]
         middle = {name: statistics.median(each[name] for each in taken) for name in processes}
-        recorder = statistics.median(each["recorder"] - each["off"] for each in taken)
-        in_memory = statistics.median(each["without_black_box"] - each["off"] for each in taken)
+        recorders = [each["recorder"] - each["off"] for each in taken]
+        in_memories = [each["without_black_box"] - each["off"] for each in taken]
+        recorder = statistics.median(recorders)
         black_box = statistics.median(each["recorder"] - each["without_black_box"] for each in taken)
         return {
             "threads": threads,
             "interval_s": interval_s,
             "recorder_percent": round(recorder, 3),
-            "in_memory_percent": round(in_memory, 3),
+            "recorder_spread_percent": round(spread(recorders), 3),
+            "in_memory_percent": round(statistics.median(in_memories), 3),
+            "in_memory_spread_percent": round(spread(in_memories), 3),
             "black_box_percent": round(black_box, 3),
             "idle_sidecar_percent": round(middle["off"], 3),
             "empty_wake_up_percent": round(middle["empty"], 3),

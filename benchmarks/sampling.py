@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from spread import spread
+
 HERE = Path(__file__).parent
 NATIVE = HERE / "native"
 REST_S = 0.1
@@ -80,7 +82,7 @@ class Contender:
 def compare(
     programs: dict[str, Path], threads: int, busy: int, rounds: int, *, period_us: int = 20_000
 ) -> dict[str, object]:
-    """Medians in µs of each contender, and the ratios to the floor and to vitalsd."""
+    """Median and spread in µs of each contender, and the ratios of medians to the floor and to vitalsd."""
     target = subprocess.Popen(
         [programs["target"], str(threads), str(busy), "100", str(period_us)], stdout=subprocess.PIPE, text=True
     )
@@ -105,7 +107,10 @@ def compare(
     result: dict[str, object] = {"threads": threads, "busy": busy, "rounds": rounds}
     for heat in ("warm", "cold"):
         medians = {name: statistics.median(contender.taken[heat]) / 1000 for name, contender in contenders.items()}
-        result[heat] = {f"{name}_us": round(value, 1) for name, value in medians.items()} | {
+        spreads = {name: spread(contender.taken[heat]) / 1000 for name, contender in contenders.items()}
+        result[heat] = {
+            **{f"{name}_us": round(value, 1) for name, value in medians.items()},
+            **{f"{name}_spread_us": round(value, 1) for name, value in spreads.items()},
             "full_to_floor": round(medians["full"] / medians["floor"], 2),
             "product_to_floor": round(medians["product"] / medians["floor"], 2),
             "product_to_full": round(medians["product"] / medians["full"], 2),
