@@ -1,7 +1,7 @@
 """
 One Python contender of `sampling.py`: for each line on stdin a snapshot of PID, and the CPU time it took, ns.
 
-    python benchmarks/contender.py full|product|psutil PID
+    python benchmarks/contender.py full|full_with_names|product|psutil PID
 """
 
 import sys
@@ -33,6 +33,23 @@ def full(pid: int) -> Callable[[], object]:
     return snapshot
 
 
+def full_with_names(pid: int) -> Callable[[], object]:
+    """The same with what the recorder adds once a second: names, the main thread's stat, a count of the threads."""
+    from vitalsd.sources.linux import LinuxSource
+    from vitalsd.sources.linux_threads import LOOK_EVERY_NS
+
+    source = LinuxSource(pid)
+    threads = source._threads
+    assert threads is not None
+
+    def snapshot() -> object:
+        threads._exited_ns = None
+        threads._looked_ns = source._looked_ns = time.monotonic_ns() - LOOK_EVERY_NS
+        return source.snapshot(names=False)
+
+    return snapshot
+
+
 def with_psutil(pid: int) -> Callable[[], object]:
     """What one writes with psutil: threads(), and the names that it does not give."""
     import psutil
@@ -53,7 +70,8 @@ def main() -> None:
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    snapshot = {"full": full, "product": product, "psutil": with_psutil}[sys.argv[1]](int(sys.argv[2]))
+    contenders = {"full": full, "full_with_names": full_with_names, "product": product, "psutil": with_psutil}
+    snapshot = contenders[sys.argv[1]](int(sys.argv[2]))
     for _ in sys.stdin:
         begin = time.process_time_ns()
         taken = snapshot()

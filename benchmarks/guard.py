@@ -18,6 +18,7 @@ from suite import DOCS, SUITE, flat, run
 SMALLER_IS_BETTER = {
     "warm.full_to_floor",
     "cold.full_to_floor",
+    "cold.full_with_names_to_floor",
     "warm.product_to_floor",
     "cold.product_to_floor",
     "recorder_to_floor",

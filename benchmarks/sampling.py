@@ -1,12 +1,15 @@
 """
 What a snapshot of another Linux process costs, beside the C floor, psutil and a naive reader in Rust.
 
-    python benchmarks/sampling.py [--threads 100 1000] [--rounds 40] [--busy 4]
+    python benchmarks/sampling.py [--threads 100 1000] [--rounds 20] [--busy 4]
 
-All contenders watch one target and take turns, snapshot by snapshot, pinned to one CPU. Warm is back to
-back; cold is after 100 ms of rest, as in a recorder, when each thread's state is out of cache. Figures
-are medians of CPU time. The last line is the worst case of what the recorder does: every thread runs once a
-second, so that it can hardly ever be proved that most of them did not.
+All contenders watch one target and take turns, some snapshots each, pinned to one CPU. Warm is back to
+back; cold is after 100 ms of rest, as in a recorder, when each thread's state is out of cache. Of those each
+takes four in a row, for a recorder does some things once a second and not at each of its four beats; a snapshot
+that always does them stands as `full_with_names`. Figures are medians of CPU time, ratios the medians of those
+within a round: what else runs on the machine comes and goes, and hits neighbours alike. The last line is the worst
+case of what the recorder does: every thread runs once a second and between any two snapshots, so that it can never
+be proved that most of them did not.
 """
 
 import argparse
@@ -18,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from spread import spread
 
 HERE = Path(__file__).parent
 NATIVE = HERE / "native"
-REST_S = 0.1
+REST_S, COLD, WARM = 0.1, 4, 6
 
 
 def compiler() -> list[str]:
@@ -64,7 +68,7 @@ class Contender:
             bufsize=1,
             preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),  # type: ignore[attr-defined, unused-ignore]
         )
-        self.taken: dict[str, list[int]] = {"warm": [], "cold": []}
+        self.rounds: dict[str, list[list[int]]] = {"warm": [], "cold": []}
         self.snapshot()
 
     def snapshot(self) -> int:
@@ -75,47 +79,71 @@ class Contender:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
+    def take(self, rest_s: float, cold: int) -> None:
+        """One round: the cold snapshots, then the warm ones."""
+        self.rounds["cold"].append([])
+        for _ in range(cold):
+            time.sleep(rest_s)
+            self.rounds["cold"][-1].append(self.snapshot())
+        self.rounds["warm"].append([self.snapshot() for _ in range(WARM)])
+
+    def ratio(self, other: "Contender", heat: str) -> float:
+        """How many times the CPU time of `other`."""
+        rounds = zip(self.rounds[heat], other.rounds[heat], strict=True)
+        return statistics.median(statistics.median(own) / statistics.median(others) for own, others in rounds)
+
     def close(self) -> None:
         self.process.communicate()
 
 
 def compare(
-    programs: dict[str, Path], threads: int, busy: int, rounds: int, *, period_us: int = 20_000
+    programs: Mapping[str, Path],
+    threads: int,
+    busy: int,
+    rounds: int,
+    *,
+    period_us: int = 20_000,
+    rest_s: float = REST_S,
+    cold: int = COLD,
 ) -> dict[str, object]:
-    """Median and spread in µs of each contender, and the ratios of medians to the floor and to vitalsd."""
+    """Median and spread in µs of each contender, and the ratios to the floor and to vitalsd."""
     target = subprocess.Popen(
         [programs["target"], str(threads), str(busy), "100", str(period_us)], stdout=subprocess.PIPE, text=True
     )
     assert target.stdout is not None
     pid = target.stdout.readline().strip()
     python = [sys.executable, str(HERE / "contender.py")]
+    floor = Contender([str(programs["floor"]), pid])
+    full = Contender([*python, "full", pid])
+    with_names = Contender([*python, "full_with_names", pid])
+    product = Contender([*python, "product", pid])
+    psutil = Contender([*python, "psutil", pid])
+    rust = Contender([str(programs["naive"]), pid]) if "naive" in programs else None
     contenders = {
-        "floor": Contender([str(programs["floor"]), pid]),
-        "full": Contender([*python, "full", pid]),
-        "product": Contender([*python, "product", pid]),
-        "psutil": Contender([*python, "psutil", pid]),
+        "floor": floor,
+        "full": full,
+        "full_with_names": with_names,
+        "product": product,
+        "psutil": psutil,
+        **({"rust": rust} if rust else {}),
     }
-    if "naive" in programs:
-        contenders["rust"] = Contender([str(programs["naive"]), pid])
     for _ in range(rounds):
         for contender in contenders.values():
-            time.sleep(REST_S)
-            contender.taken["cold"].append(contender.snapshot())
-            contender.taken["warm"] += [contender.snapshot() for _ in range(3)]
+            contender.take(rest_s, cold)
     target.kill()
     target.wait()
     result: dict[str, object] = {"threads": threads, "busy": busy, "rounds": rounds}
     for heat in ("warm", "cold"):
-        medians = {name: statistics.median(contender.taken[heat]) / 1000 for name, contender in contenders.items()}
-        spreads = {name: spread(contender.taken[heat]) / 1000 for name, contender in contenders.items()}
+        taken = {name: [ns / 1000 for each in one.rounds[heat] for ns in each] for name, one in contenders.items()}
         result[heat] = {
-            **{f"{name}_us": round(value, 1) for name, value in medians.items()},
-            **{f"{name}_spread_us": round(value, 1) for name, value in spreads.items()},
-            "full_to_floor": round(medians["full"] / medians["floor"], 2),
-            "product_to_floor": round(medians["product"] / medians["floor"], 2),
-            "product_to_full": round(medians["product"] / medians["full"], 2),
-            "psutil_to_full": round(medians["psutil"] / medians["full"], 1),
-            "rust_to_full": round(medians["rust"] / medians["full"], 1) if "rust" in medians else None,
+            **{f"{name}_us": round(statistics.median(each), 1) for name, each in taken.items()},
+            **{f"{name}_spread_us": round(spread(each), 1) for name, each in taken.items()},
+            "full_to_floor": round(full.ratio(floor, heat), 2),
+            "full_with_names_to_floor": round(with_names.ratio(floor, heat), 2),
+            "product_to_floor": round(product.ratio(floor, heat), 2),
+            "product_to_full": round(product.ratio(full, heat), 2),
+            "psutil_to_full": round(psutil.ratio(full, heat), 1),
+            "rust_to_full": round(rust.ratio(full, heat), 1) if rust else None,
         }
     for contender in contenders.values():
         contender.close()
@@ -126,14 +154,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--busy", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         programs = build(Path(directory))
         for threads in arguments.threads:
             print(json.dumps(compare(programs, threads, arguments.busy, arguments.rounds)), flush=True)
         most = max(arguments.threads)
-        print(json.dumps(compare(programs, most, most - 1, arguments.rounds, period_us=1_000_000)), flush=True)
+        # With one each, and longer rests, a turn takes more than a second: whoever is next finds that all have run.
+        worst = compare(programs, most, most - 1, arguments.rounds, period_us=1_000_000, rest_s=2 * REST_S, cold=1)
+        print(json.dumps(worst), flush=True)
 
 
 if __name__ == "__main__":
