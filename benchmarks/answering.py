@@ -189,7 +189,7 @@ def main() -> None:
         result = {
             "threads": arguments.threads,
             **{f"{name}_us": round(value) for name, value in medians.items()},
-            **{f"{name}_spread_us": round(spread(values)) for name, values in figures.items()},
+            **{f"{name}_spread_us": spread(values) for name, values in figures.items()},
             "response_model_to_ours": round(medians["response_model"] / medians["ours"], 1),
             "ours_to_tiny": round(medians["ours"] / medians["tiny"], 2),
             "ours_to_h11": round(medians["ours"] / medians["h11"], 2),

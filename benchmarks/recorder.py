@@ -79,7 +79,7 @@ def percents(processes: dict[str, subprocess.Popen[str]], seconds: float) -> dic
 
 def compare(
     programs: dict[str, Path], threads: int, interval_s: float, *, seconds: float, rounds: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """One line of the result."""
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
@@ -111,9 +111,9 @@ def compare(
             "threads": threads,
             "interval_s": interval_s,
             "recorder_percent": round(recorder, 3),
-            "recorder_spread_percent": round(spread(recorders), 3),
+            "recorder_spread_percent": spread(recorders, 3),
             "in_memory_percent": round(statistics.median(in_memories), 3),
-            "in_memory_spread_percent": round(spread(in_memories), 3),
+            "in_memory_spread_percent": spread(in_memories, 3),
             "black_box_percent": round(black_box, 3),
             "idle_sidecar_percent": round(middle["off"], 3),
             "empty_wake_up_percent": round(middle["empty"], 3),

@@ -137,7 +137,7 @@ def compare(
         taken = {name: [ns / 1000 for each in one.rounds[heat] for ns in each] for name, one in contenders.items()}
         result[heat] = {
             **{f"{name}_us": round(statistics.median(each), 1) for name, each in taken.items()},
-            **{f"{name}_spread_us": round(spread(each), 1) for name, each in taken.items()},
+            **{f"{name}_spread_us": spread(each, 1) for name, each in taken.items()},
             "full_to_floor": round(full.ratio(floor, heat), 2),
             "full_with_names_to_floor": round(with_names.ratio(floor, heat), 2),
             "product_to_floor": round(product.ratio(floor, heat), 2),

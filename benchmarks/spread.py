@@ -6,7 +6,13 @@ from collections.abc import Sequence
 __all__ = ["spread"]
 
 
-def spread(values: Sequence[float]) -> float:
-    """From the first quartile to the third: the middle half of the rounds lies within it. In the unit of `values`."""
+def spread(values: Sequence[float], digits: int | None = None) -> float | None:
+    """
+    From the first quartile to the third, rounded: the middle half of the rounds lies within it.
+
+    In the unit of `values`; ``None`` of a single round, which has none.
+    """
+    if len(values) < 2:
+        return None
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return third - first
+    return round(third - first, digits)
