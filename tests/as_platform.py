@@ -22,11 +22,14 @@ from vitalsd.sources.birth_darwin import DarwinBirths
 from vitalsd.sources.libsystem import LibSystem
 from vitalsd.sources.platform import Platform, this_platform
 
-__all__ = ["DEFECTS", "leaking", "macos", "planted", "program"]
+__all__ = ["DEFECTS", "KERNELS", "leaking", "macos", "planted", "program"]
 
 UNSCALED = 24_000_000, 1_000_000_000
 """Ticks of Apple silicon taken for nanoseconds."""
 LOST = ("burn-30", "young-1")
+
+KERNELS = ["native", "simulated"] if sys.platform == "linux" else ["native"]
+"""What a test can run over: the running kernel, and macOS' as it is simulated over Linux."""
 
 
 def macos(lib: LibSystem) -> Platform:

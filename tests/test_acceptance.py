@@ -27,7 +27,6 @@ from workload import ChildWorkload
 
 pytestmark = pytest.mark.live
 
-KERNELS = ["native", "simulated"] if sys.platform == "linux" else ["native"]
 NAMES = ("render", "audio")
 LAG_MS = 45
 """Sampling skew: two ticks of 10 ms on each side, by which other monitors count, and what a sidecar's look costs."""
@@ -58,7 +57,7 @@ class Session:
         return content
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=as_platform.KERNELS)
 def session(request: pytest.FixtureRequest, module_path: Path) -> Iterator[Session]:
     """One session, over the running kernel and over the simulated one."""
     directory = module_path / request.param

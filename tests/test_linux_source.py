@@ -501,6 +501,20 @@ def test_who_executes_is_called_as_what_it_executes() -> None:
             process.kill()
 
 
+def test_a_script_is_known_though_its_interpreter_was_replaced(tmp_path: Path) -> None:
+    """As by an update while it runs: the file that the kernel names is not there any more."""
+    interpreter = tmp_path / "sh"
+    shutil.copy(os.path.realpath("/bin/sh"), interpreter)
+    with subprocess.Popen([interpreter, "-c", "read line", "a script"], stdin=subprocess.PIPE) as process:
+        eventually(lambda: os.readlink(f"/proc/{process.pid}/exe") == str(interpreter))
+        with opened(process.pid) as source:
+            program = source.identity().program
+        interpreter.unlink()
+        with opened(process.pid) as source:
+            assert source.identity().program == program != ""
+        process.kill()
+
+
 def test_a_target_that_executes_again_and_again() -> None:
     """Any snapshot in a storm of exec is an answer; none is an error."""
     code = "import os, sys; os.execv(sys.executable, [sys.executable, '-S', '-E', '-c', sys.argv[1], sys.argv[1]])"

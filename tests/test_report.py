@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 import pytest
 
+import as_platform
 from misbehaving import FAULTS, Misbehaving
 from serving import Serving
 from sidecars import VITALSD, environment, eventually, serving
@@ -403,11 +404,12 @@ def test_a_number_out_of_range_is_refused(name: str, values: list[Any]) -> None:
 SLEEPER = "import time; time.sleep(60)"
 
 
-def crash_one(home: Path, marks: str, code: str = SLEEPER) -> None:
+def crash_one(home: Path, marks: str, code: str = SLEEPER, program: Sequence[str] = VITALSD) -> None:
     """A recorded run of a script whose sidecar and target die at once."""
+    options = ("--record-interval", "0.05")
     with (
         subprocess.Popen([sys.executable, "-c", code]) as target,
-        serving(home, "--pid", str(target.pid), "--record-interval", "0.05") as (process, ready),
+        serving(home, "--pid", str(target.pid), *options, program=program) as (process, ready),
     ):
         with httpx.Client(trust_env=False, base_url=ready["url"]) as client:
             eventually(lambda: client.get("/info").json()["recorder"]["snapshots"] > 4)
@@ -418,11 +420,12 @@ def crash_one(home: Path, marks: str, code: str = SLEEPER) -> None:
 
 
 @contextmanager
-def next_run(home: Path, *options: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def next_run(home: Path, *options: str, program: Sequence[str] = VITALSD) -> Iterator[tuple[int, dict[str, Any]]]:
     """The script again, and its sidecar: its pid, and what the sidecar said."""
     with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
         try:
-            with serving(home, "--record-interval", "0.05", "--pid", str(target.pid), *options) as (_, ready):
+            options = ("--record-interval", "0.05", "--pid", str(target.pid), *options)
+            with serving(home, *options, program=program) as (_, ready):
                 yield target.pid, ready
         finally:
             target.kill()
@@ -495,11 +498,14 @@ def test_a_replay_tells_of_no_crash(home: Path) -> None:
         assert "previous-run.json" in BugReport("ryll", window_ms=50, pid=pid).preview()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells scripts of one interpreter apart")
-def test_a_crash_of_another_script_is_not_told_of(home: Path) -> None:
+@pytest.mark.parametrize("kernel", as_platform.KERNELS)
+def test_a_crash_of_another_script_is_not_told_of(kernel: str, home: Path, request: pytest.FixtureRequest) -> None:
     """Both are called python; what the other one did is none of this one's business."""
-    crash_one(home, "secret", code=f"{SLEEPER}  # another program")
-    with next_run(home) as (pid, ready):
+    program: Sequence[str] = VITALSD
+    if kernel == "simulated":
+        program = as_platform.program(request.getfixturevalue("simulated_libsystem"))
+    crash_one(home, "secret", code=f"{SLEEPER}  # another program", program=program)
+    with next_run(home, program=program) as (pid, ready):
         assert "previous-run.json" not in BugReport("ryll", window_ms=50, pid=pid).preview()
         answer = httpx.get(f"{ready['url']}/report.zip", params={"window_ms": 50}, trust_env=False)
         (home / "curl.zip").write_bytes(answer.content)

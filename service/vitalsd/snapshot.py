@@ -34,7 +34,7 @@ class Identity(NamedTuple):
     program: str = ""
     """
     What tells apart programs of one name: of a script that an interpreter runs, a digest of what the command line
-    calls it; else empty. Linux only.
+    calls it; else empty.
     """
 
     @property

@@ -23,6 +23,7 @@ TARGETS = ("aarch64-macos", "x86_64-macos")
 
 HEADERS = """\
 #include <libproc.h>
+#include <limits.h>
 #include <mach/mach.h>
 #include <mach/mach_time.h>
 #include <mach_debug/ipc_info.h>

@@ -30,6 +30,7 @@ enum {
     KERN_INVALID_RIGHT = 17,
     KERN_TERMINATED = 37,
     MACH_SEND_INVALID_DEST = 0x10000003,
+    ARGUMENTS_MAX = 1024 * 1024,
     SHORT_REPLY = -1,
 };
 #define MACH_PORT_DEAD 0xffffffffu
@@ -1137,6 +1138,57 @@ int gethostuuid(unsigned char *uuid, const struct timespec *wait)
         return -1;
     }
     memset(uuid, 0x5a, 16);
+    return 0;
+}
+
+/* Bytes of the answer, or -errno: argc, the executable's path, its alignment, the words, the environment. */
+static long procargs2(long pid, char *old, size_t room)
+{
+    static char answer[4 + ARGUMENTS_MAX];
+    struct stat_line s;
+    uint32_t uid = 0;
+    char path[64];
+    if (room <= 4 || room - 4 > ARGUMENTS_MAX || find_process(pid, &s, &uid) || !may_read(uid))
+        return -EINVAL;
+    snprintf(path, sizeof path, "/proc/%ld/exe", pid);
+    ssize_t length = readlink(path, answer + 4, 4096);
+    if (length < 0)
+        return -EINVAL;
+    long end = 4 + length;
+    do
+        answer[end++] = 0;
+    while (end % 8 != 4);
+    int32_t words = 0;
+    for (int part = 0; part < 2; part++) {
+        snprintf(path, sizeof path, "/proc/%ld/%s", pid, part ? "environ" : "cmdline");
+        int file = open(path, O_RDONLY | O_CLOEXEC);
+        long begin = end;
+        while (file >= 0 && (length = read(file, answer + end, sizeof answer - end)) > 0)
+            end += length;
+        close(file);
+        for (long i = begin; !part && i < end; i++)
+            words += !answer[i];
+    }
+    memcpy(old, &words, 4);
+    /* Where there is less room than that, the end of it is what is copied. */
+    long copied = (size_t)end < room ? end - 4 : (long)room - 4;
+    memcpy(old + 4, answer + end - copied, copied);
+    return copied + 4;
+}
+
+int sysctl(int *oid, unsigned length, void *old, size_t *size, void *new, size_t new_size)
+{
+    (void)new, (void)new_size;
+    pthread_mutex_lock(&lock);
+    long result = -fault("sysctl", -1);
+    if (!result)
+        result = length == 3 && oid[0] == 1 && oid[1] == 49 ? procargs2(oid[2], old, *size) : -ENOENT;
+    pthread_mutex_unlock(&lock);
+    if (result < 0) {
+        errno = (int)-result;
+        return -1;
+    }
+    *size = result;
     return 0;
 }
 

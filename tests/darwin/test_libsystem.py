@@ -12,6 +12,7 @@ import pytest
 
 from darwin.abi import zig
 from darwin.simulator import SHORT_REPLY, Simulator
+from sidecars import eventually
 from vitalsd.sources import Unsupported
 from vitalsd.sources.apple_headers import (
     MACH_TASK_BASIC_INFO,
@@ -231,6 +232,20 @@ class TestErrors:
         simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDTHREADID64INFO, every=1)
         with pytest.raises(PermissionError, match="PROC_PIDTHREADID64INFO"):
             lib.proc_thread_infos(pid, [pid], rows)
+
+    def test_a_command_line_without_its_environment(self, simulator: Simulator) -> None:
+        """Every word of it, empty ones too, and nothing of what follows; EINVAL whoever may not be read."""
+        words = [b"cat", b"-u", b"", b"two words", "\u00fcml\u00e4ut".encode(), b""]
+        with subprocess.Popen(
+            [*words, "-"], executable="/bin/cat", env={"TOKEN": "secret"}, stdin=subprocess.PIPE
+        ) as child:
+            told = os.path.realpath("/bin/cat"), [*words, b"-"]
+            eventually(lambda: simulator.lib.command_line(child.pid) == told)
+            simulator.caller_euid(os.geteuid() + 12345)
+            with pytest.raises(OSError, match=r"sysctl\(KERN_PROCARGS2\)") as refused:
+                simulator.lib.command_line(child.pid)
+            assert refused.value.errno == errno.EINVAL
+            child.kill()
 
     def test_a_port_of_any_name_is_passed_whole(self, simulator: Simulator) -> None:
         """Names have 32 bits, and the upper half of them is not negative."""

@@ -61,6 +61,13 @@ def test_no_reference_stays_on_a_living_thread() -> None:
         assert lib.send_references(port) == before
 
 
+def test_the_command_line_is_told() -> None:
+    """The words of our own, as the interpreter got them; a framework build has another name for itself."""
+    _, words = load().command_line(os.getpid())
+    assert [os.fsdecode(word) for word in words[1:]] == sys.orig_argv[1:]
+    assert MachSource().identity().program != ""
+
+
 def test_ticks_have_the_scale_of_the_kernel() -> None:
     """``hw.tbfrequency`` and getrusage agree, also in a process translated by Rosetta."""
     source = MachSource()

@@ -465,6 +465,31 @@ class TestProcesses:
         assert number < estimate
         assert call(ctypes.addressof(pids), 4) == 1
 
+    def test_room_that_is_short_gets_the_end_of_the_arguments(self, simulator: Simulator) -> None:
+        """Which is the environment; more room than arguments may take is EINVAL, as is a pid of nobody (§7)."""
+        call, oid = simulator.function("sysctl"), (ctypes.c_int * 3)(1, 49, 0)
+
+        def ask(pid: int, room: int) -> tuple[int, bytes]:
+            oid[2] = pid
+            buffer, size = ctypes.create_string_buffer(room), ctypes.c_size_t(room)
+            ctypes.set_errno(0)
+            code = call(ctypes.addressof(oid), 3, ctypes.addressof(buffer), ctypes.addressof(size), None, 0)
+            return (ctypes.get_errno(), b"") if code else (0, buffer.raw[: size.value])
+
+        with subprocess.Popen(["/bin/cat", "-u"], env={"A": "1", "B": "2"}, stdin=subprocess.PIPE) as child:
+            eventually(lambda: b"/cat" in ask(child.pid, 4 + 1024 * 1024)[1])  # exec is over
+            code, whole = ask(child.pid, 4 + 1024 * 1024)
+            assert code == 0
+            assert whole[:4] == (2).to_bytes(4, sys.byteorder)
+            path = os.path.realpath("/bin/cat").encode()
+            assert whole[4:].startswith(path + b"\0")
+            assert whole.endswith(b"\0/bin/cat\0-u\0A=1\0B=2\0")
+            assert ask(child.pid, 4 + 8) == (0, whole[:4] + b"A=1\0B=2\0")
+            assert ask(child.pid, 5 + 1024 * 1024) == (errno.EINVAL, b"")
+            assert ask(child.pid, 4) == (errno.EINVAL, b"")
+            child.kill()
+        assert ask(2**30, 4096) == (errno.EINVAL, b"")
+
 
 class TestClocks:
     """docs/macos.md, sections 4 and 5."""

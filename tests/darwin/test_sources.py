@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from darwin.simulator import SHORT_REPLY, Simulator
+from sidecars import eventually
 from vitalsd.snapshot import measure
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, Source, TargetGone, Unsupported
 from vitalsd.sources.apple_headers import (
@@ -28,6 +29,7 @@ from vitalsd.sources.apple_headers import (
 )
 from vitalsd.sources.darwin import list_processes, open_process
 from vitalsd.sources.libproc import LibprocSource
+from vitalsd.sources.linux import LinuxSource
 from vitalsd.sources.linux_processes import CLOCK_BOOTTIME
 from vitalsd.sources.mach import MachSource
 from workload import ChildWorkload, OwnWorkload
@@ -45,6 +47,11 @@ def open_own(request: pytest.FixtureRequest, simulator: Simulator) -> Callable[.
     if request.param == "mach":
         return lambda **arguments: MachSource(lib=simulator.lib, **arguments)
     return lambda **arguments: LibprocSource(os.getpid(), lib=simulator.lib, **arguments)
+
+
+def executed(simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+    """Popen returns while it is still inside exec. A Mac's kernel waits for that, Linux does not."""
+    eventually(lambda: simulator.lib.command_line(child.pid)[1][1:])
 
 
 class TestOpening:
@@ -374,6 +381,35 @@ class TestIdentity:
             assert last.names == ("cat",)
             assert source.identity().name == "cat"
             child.stdin.close()
+
+    def test_scripts_of_one_interpreter_are_told_apart(self, simulator: Simulator) -> None:
+        """As Linux tells them, from the process itself and from another one."""
+        pid = os.getpid()
+        own = MachSource(lib=simulator.lib).identity().program
+        assert own == LibprocSource(pid, lib=simulator.lib).identity().program == LinuxSource().identity().program != ""
+        with subprocess.Popen([sys.executable, "-c", "input()", "x"], stdin=subprocess.PIPE) as child:
+            executed(simulator, child)
+            assert LibprocSource(child.pid, lib=simulator.lib).identity().program not in ("", own)
+            child.kill()
+
+    def test_another_script_of_the_same_interpreter(self, simulator: Simulator) -> None:
+        """After exec the name is the same and the script is not; one that was not told at once is asked for again."""
+        code = "import os, sys; sys.stdin.readline(); os.execv(sys.executable, [sys.executable, '-c', 'input()'])"
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
+            assert child.stdin is not None
+            executed(simulator, child)
+            source = LibprocSource(child.pid, lib=simulator.lib)
+            image, before = source.snapshot().image, source.identity()
+            simulator.fault("sysctl", errno.EINVAL)
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            eventually(lambda: source.snapshot().image != image)
+            assert source.identity() == before._replace(program="")
+            source.snapshot()
+            after = source.identity()
+            assert after == before._replace(program=after.program)
+            assert after.program not in ("", before.program)
+            child.kill()
 
     def test_a_kernel_without_identity_versions(self, simulator: Simulator, child: ChildWorkload) -> None:
         """The flavor is private: without it the name has to tell one program from the next."""

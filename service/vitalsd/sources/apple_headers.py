@@ -4,7 +4,7 @@ Structs and constants of Apple's headers, as far as `vitalsd.sources.libsystem` 
 Spelled as in the headers, so that a search finds them there; each public upper-case integer *is*
 such a constant, and the ABI proof compiles every one of them, and every offset, against the headers:
 mach/task_info.h, mach/thread_info.h, mach/message.h, mach/kern_return.h, mach_debug/ipc_info.h,
-sys/proc_info.h, sys/proc.h, sys/resource.h. What is marked *private* is only in
+sys/proc_info.h, sys/proc.h, sys/resource.h, sys/sysctl.h, sys/syslimits.h. What is marked *private* is only in
 bsd/sys/proc_info_private.h of xnu-11417.
 
 task_info.h packs to 4 bytes. Every field here lies where natural alignment puts it all the same;
@@ -46,6 +46,10 @@ PROC_PIDLISTTHREADIDS = 28
 SZOMB = 5
 RUSAGE_INFO_V4 = 4
 RUSAGE_INFO_V6 = 6
+
+CTL_KERN = 1
+KERN_PROCARGS2 = 49
+ARG_MAX = 1024 * 1024
 
 
 class time_value(Structure):

@@ -73,6 +73,8 @@ class LibprocSource:
         self._rows = ThreadRows()
         self._threads = ThreadNames()
         self._unique: proc_uniqidentifierinfo | None = proc_uniqidentifierinfo()
+        self._program: tuple[int | str, ...] = ()
+        """The image whose script is known."""
         self._turns: dict[int, tuple[int, ...]] = {}
         self._active: frozenset[int] = frozenset()
         self._closed = False
@@ -103,6 +105,8 @@ class LibprocSource:
         thread_cpu_ns = list(map(add, living.user_ns, living.system_ns))
         self._threads.update(living.tids, living.names)
         image = self._image()
+        if image != self._program and target.read_script():
+            self._program = image
         ended_ns = time.monotonic_ns()
         task = target.info.ptinfo
         extra = None

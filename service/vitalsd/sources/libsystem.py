@@ -16,16 +16,20 @@ Facts that shape the calls (xnu-11417):
 import ctypes
 import errno
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from itertools import repeat
 from struct import Struct
 from typing import Any, Literal, NamedTuple
 
 from vitalsd.sources import Unsupported
 from vitalsd.sources.apple_headers import (
+    ARG_MAX,
+    CTL_KERN,
     KERN_INVALID_ARGUMENT,
+    KERN_PROCARGS2,
     KERN_SUCCESS,
     KERN_TERMINATED,
     MACH_PORT_DEAD,
@@ -140,6 +144,12 @@ FUNCTIONS = {
     "proc_listallpids": Function("int proc_listallpids(void *, int)", c_int, (c_void_p, c_int), "errno"),
     "gethostuuid": Function(
         "int gethostuuid(unsigned char *, const struct timespec *)", c_int, (c_void_p, c_void_p), "errno"
+    ),
+    "sysctl": Function(
+        "int sysctl(int *, u_int, void *, size_t *, void *, size_t)",
+        c_int,
+        (c_void_p, c_uint32, c_void_p, c_void_p, c_void_p, c_size_t),
+        "errno",
     ),
     "sysctlbyname": Function(
         "int sysctlbyname(const char *, void *, size_t *, void *, size_t)",
@@ -291,6 +301,30 @@ class LibSystem:
     def proc_rusage(self, pid: int, info: rusage_info_v6, flavor: int) -> None:
         """Fill `info` as far as `flavor` (RUSAGE_INFO_V6 or an older one) goes."""
         self._slow.proc_pid_rusage(pid, flavor, ctypes.addressof(info))
+
+    def command_line(self, pid: int) -> tuple[str, list[bytes]]:
+        """
+        Path of the executable, and the words of the command line, the name of the program first.
+
+        What follows them in the answer, the environment, goes no further.
+
+        Raises:
+            OSError: EINVAL for a process that is gone, a zombie or another user's.
+        """
+        oid = (c_int * 3)(CTL_KERN, KERN_PROCARGS2, pid)
+        # Of less room than the answer takes the kernel fills in the end of it, which is the environment.
+        buffer = (c_char * ARG_MAX)()
+        size = c_size_t(ARG_MAX)
+        try:
+            self._slow.sysctl(
+                ctypes.addressof(oid), len(oid), ctypes.addressof(buffer), ctypes.addressof(size), None, 0
+            )
+        except OSError as error:
+            raise _os_error("sysctl(KERN_PROCARGS2)", error.errno or 0) from None
+        answer = ctypes.string_at(buffer, size.value)
+        number = int.from_bytes(answer[:4], sys.byteorder)
+        path, _, padded = answer[4:].partition(b"\0")
+        return os.fsdecode(path), padded.lstrip(b"\0").split(b"\0", number)[:number]
 
     def proc_pids(self) -> list[int]:
         """Every process, zombies and other users' too."""

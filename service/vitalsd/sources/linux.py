@@ -39,7 +39,7 @@ from vitalsd.sources.linux_counters import (
     read_file,
 )
 from vitalsd.sources.linux_exit import ending
-from vitalsd.sources.linux_processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, script_digest
+from vitalsd.sources.linux_processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, running_script
 from vitalsd.sources.linux_threads import ThreadTable
 from vitalsd.sources.procfs import (
     STATES,
@@ -107,7 +107,7 @@ class LinuxSource:
             boot_id=_boot_id(root),
             start_key=stat.start_ticks,
             started_unix_ns=time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME) + self._start_ns,
-            program=script_digest(self._dir),
+            program=running_script(self._dir),
         )
 
     def identity(self) -> Identity:
@@ -216,7 +216,7 @@ class LinuxSource:
         if executed:  # else the same object: compared at each beat
             self._image = *addresses, text
         if executed or (addresses and not known):
-            self._identity = self._identity._replace(name=name, program=script_digest(self._dir))
+            self._identity = self._identity._replace(name=name, program=running_script(self._dir))
 
     def _sibling(self) -> tuple[int, int, int, tuple[int, ...]]:
         """Pages of address space, resident and text, and the image, told by another thread than the dead main one."""

@@ -1,44 +1,34 @@
 """Which processes of Linux there are, and which programs they run."""
 
-import hashlib
 import os
-import re
 import time
 from collections.abc import Iterator
 
 from vitalsd.sources import ProcessEntry, Unsupported
 from vitalsd.sources.linux_counters import USER_TICK_NS, read_file
 from vitalsd.sources.procfs import Malformed, decode_name, parse_stat, parse_statm
+from vitalsd.sources.scripts import script_digest
 
-__all__ = ["list_processes", "script_digest"]
+__all__ = ["list_processes", "running_script"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 PF_KTHREAD = 0x00200000  # linux/sched.h
 CLOCK_BOOTTIME = 7  # linux/time.h; the time module has it on Linux only, and types are checked for macOS too
-INTERPRETERS = re.compile(
-    r"(bash|bun|dash|deno|dotnet|electron|java|julia|lua|mono|node|perl|php|pypy|python|ruby|sh|zsh)[-.0-9]*$"
-)
-"""Of the name of such an executable many programs have their own."""
 
 
-def script_digest(process_fd: int) -> str:
+def running_script(process_fd: int) -> str:
     """
-    What tells apart the programs of one interpreter: a digest of what the command line calls the script.
-
-    Empty for any other program, and if it is not told.
+    The `script_digest` of a process; empty, too, if it is not told.
 
     Args:
         process_fd: ``/proc/<pid>``.
     """
     try:
-        executable = os.path.basename(os.readlink("exe", dir_fd=process_fd))
+        executable = os.readlink("exe", dir_fd=process_fd)
         words = read_file("cmdline", process_fd).split(b"\0")[1:]
     except OSError:
         return ""
-    script = next((word for word in words if word and not word.startswith(b"-")), b"")
-    if not script or not INTERPRETERS.match(executable):
-        return ""
-    return hashlib.blake2b(script, digest_size=8).hexdigest()
+    return script_digest(executable.removesuffix(" (deleted)"), words)
 
 
 def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:

@@ -31,6 +31,7 @@ from vitalsd.sources.apple_headers import (
 )
 from vitalsd.sources.libsystem import LibSystem, MachError
 from vitalsd.sources.procfs import decode_name
+from vitalsd.sources.scripts import script_digest
 from vitalsd.sources.xnu_threads import RUN_STATES, Living
 
 __all__ = [
@@ -188,6 +189,7 @@ class Target:
             boot_id=boot_id(lib),
             start_key=start_key(self.info.pbsd),
             started_unix_ns=start_key(self.info.pbsd) * 1000,
+            program=self._script() or "",
         )
         self._start_abstime: int | None = None
         with translated_errors(pid):
@@ -222,6 +224,12 @@ class Target:
         if name != self.identity.name:  # it has executed another program
             self.identity = self.identity._replace(name=name)
         return self.info
+
+    def read_script(self) -> bool:
+        """Read again, after exec, which script it runs; whether that was told."""
+        script = self._script()
+        self.identity = self.identity._replace(program=script or "")
+        return script is not None
 
     def exited_ns(self, before: Totals, after: Totals, living_ns: int) -> tuple[int, int]:
         """
@@ -299,6 +307,14 @@ class Target:
             except ProcessLookupError:
                 raise self._absent() from None
         return info
+
+    def _script(self) -> str | None:
+        """See `Identity.program`; ``None`` if it is not told."""
+        try:
+            executable, words = self._lib.command_line(self.pid)
+        except OSError:
+            return None
+        return script_digest(executable, words[1:])
 
     def _absent(self) -> NoSuchProcess | TargetGone:
         """Why the calls that want a live process do not find it; this one finds zombies too."""
