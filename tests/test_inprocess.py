@@ -444,20 +444,31 @@ def test_a_stop_while_a_read_takes_long(short_path: Path, monkeypatch: pytest.Mo
     eventually(lambda: set(threading.enumerate()) <= before)
 
 
-@pytest.mark.torture
-def test_a_thousand_children_use_sqlite(short_path: Path) -> None:
-    """Forked while marks are being written as fast as can be: none hangs in a database of its own."""
-    done = run("""
-        import os, signal, sqlite3, threading, vitalsd
-        with vitalsd.start(port=0, record_interval_s=0.01) as sidecar:
+@pytest.mark.parametrize(
+    ("call", "children"),
+    [
+        ("client.get('/runs')", 40),
+        pytest.param("client.get('/runs')", 2000, marks=pytest.mark.torture),
+        pytest.param("sidecar.mark('x')", 4000, marks=pytest.mark.torture),
+    ],
+)
+def test_children_use_sqlite(call: str, children: int, short_path: Path) -> None:
+    """Forked while marks are written, or earlier runs read, as fast as can be: none hangs in a database of its own."""
+    done = run(f"""
+        import os, signal, sqlite3, threading, httpx, vitalsd
+        with (
+            vitalsd.start(port=0, record_interval_s=0.01) as sidecar,
+            httpx.Client(trust_env=False, base_url=sidecar.url) as client,
+        ):
             over = threading.Event()
-            def mark():
+            def call():
                 while not over.is_set():
-                    sidecar.mark("x")
-            thread = threading.Thread(target=mark)
-            thread.start()
+                    {call}
+            threads = [threading.Thread(target=call) for _ in range(4)]
+            for thread in threads:
+                thread.start()
             hung = 0
-            for _ in range(4000):
+            for _ in range({children}):
                 pid = os.fork()
                 if pid == 0:
                     signal.alarm(4)
@@ -465,7 +476,8 @@ def test_a_thousand_children_use_sqlite(short_path: Path) -> None:
                     os._exit(0)
                 hung += os.waitpid(pid, 0)[1] != 0
             over.set()
-            thread.join()
+            for thread in threads:
+                thread.join()
         print(hung)
     """)
     assert done.stdout == "0\n"

@@ -1,6 +1,8 @@
 """The thread for calls that may block: what one of them raises is told, and costs nobody else anything."""
 
+import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -54,3 +56,41 @@ def test_a_beat_that_raises_is_followed_by_the_next(caplog: pytest.LogCaptureFix
     assert len(times) == 8
     assert times[-1] - times[0] >= 0.05 * 7 - 0.025
     assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["a bug", "another"]
+
+
+def test_a_pause_is_granted_however_much_there_is_to_do() -> None:
+    """Between two calls that follow each other without a gap; nothing runs until it is over, and then all of it."""
+    worker, done = Worker("w"), list[int]()
+
+    def call(number: int) -> None:
+        time.sleep(0.02)
+        done.append(number)
+
+    for number in range(60):
+        worker.post(partial(call, number))
+    for _ in range(10):
+        assert worker.pause(0.2)
+        before = len(done)
+        time.sleep(0.03)
+        assert len(done) == before < 60
+        worker.resume()
+        time.sleep(0.002)
+    assert worker.stop(10)
+    assert done == list(range(60))
+
+
+def test_a_call_that_does_not_return_holds_up_no_pause() -> None:
+    """Longer than was allowed; afterwards all is as before."""
+    worker, begun, over = Worker("w"), threading.Event(), threading.Event()
+    worker.post(begun.set)
+    worker.post(over.wait)
+    assert begun.wait(5)
+    time.sleep(0.1)
+    begun_s = time.monotonic()
+    assert not worker.pause(0.05)
+    assert time.monotonic() - begun_s < 2
+    over.set()
+    assert worker.submit(lambda: 7).result(5) == 7
+    assert worker.pause(1)
+    worker.resume()
+    assert worker.stop(5)

@@ -16,6 +16,7 @@ from vitalsd import endpoint as endpoints
 from vitalsd.blackbox import BlackBox
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.app import create_app
+from vitalsd.http.shelf import Shelf
 from vitalsd.listeners import listen
 from vitalsd.recorder import Recording
 from vitalsd.sampler import NotRecording, Sampler
@@ -29,8 +30,8 @@ from vitalsd.targets import Targets
 __all__ = ["Sidecar", "start"]
 
 GRACE_S = 0.5
-FORK_S = 0.05
-"""A fork waits so long for a write to the black box; one that hangs does not hold it up for more."""
+FORK_S = 0.5
+"""A fork waits so long for each who reads or writes; one that hangs does not hold it up for more."""
 STOP_S = 2.0
 """How long the exit of the host may be held up. A thread that does not end is left behind: it is a daemon."""
 
@@ -42,9 +43,10 @@ class Sidecar:
     A context manager that stops it. In a forked child it is closed, and the child may `start` its own.
     """
 
-    def __init__(self, service: Service, sampler: Sampler) -> None:
+    def __init__(self, service: Service, sampler: Sampler, shelf: Shelf | None) -> None:
         self._service = service
         self._sampler = sampler
+        self._shelf = shelf
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._stopping = False
@@ -113,13 +115,13 @@ class Sidecar:
     ) -> None:
         self.stop()
 
-    def _pause(self) -> "list[Sampler | BlackBox]":
+    def _pause(self) -> "list[Sampler | BlackBox | Shelf]":
         """What rests now until its `resume`; the sampler first, which may be opening the black box."""
-        paused: list[Sampler | BlackBox] = [self._sampler] if self._sampler.pause(FORK_S) else []
+        paused: list[Sampler | BlackBox | Shelf] = [self._sampler] if self._sampler.pause(FORK_S) else []
         recorder = self._sampler.recorder
-        box = None if recorder is None else recorder.blackbox
-        if box is not None and box.pause(FORK_S):
-            paused.append(box)
+        for each in (None if recorder is None else recorder.blackbox, self._shelf):
+            if each is not None and each.pause(FORK_S):
+                paused.append(each)
         return paused
 
     def _forget(self) -> None:
@@ -180,8 +182,8 @@ class _Process:
             return self._sidecar
 
     def _before_fork(self) -> None:
-        """What SQLite locks for a write that is under way would stay locked in the child, for all who use SQLite."""
-        forks: list[list[Sampler | BlackBox]] = self._forking.__dict__.setdefault("forks", [])
+        """What SQLite locks for what is under way would stay locked in the child, for all who use SQLite."""
+        forks: list[list[Sampler | BlackBox | Shelf]] = self._forking.__dict__.setdefault("forks", [])
         # A signal handler may fork in the middle of a fork: then all rests already.
         forks.append([] if self._sidecar is None or any(forks) else self._sidecar._pause())
 
@@ -269,10 +271,11 @@ def start(
         recording = Recording(record_interval_s, retention_s, runs=runs if black_box else None)
         sampler = Sampler(_own_source, recording=recording)
         targets = Targets(sampler, open_source)
-        app = create_app(targets, list_processes, runs=runs)
+        shelf = None if runs is None else Shelf(runs)
+        app = create_app(targets, list_processes, shelf=shelf)
         me = Target(os.getpid(), births().start_key(os.getpid()) or 0)
         service = Service(app, listeners, directory=directory, target=me, token=token, grace_s=GRACE_S)
-        return Sidecar(service, sampler)
+        return Sidecar(service, sampler, shelf)
 
     return _process.start(make, timeout_s)
 

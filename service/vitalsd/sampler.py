@@ -18,7 +18,7 @@ from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 from vitalsd.sources import KernelError, Source, SourceError, TargetGone, platform_name
-from vitalsd.worker import PATIENCE_NS, Hung, Stopped, Worker, seen
+from vitalsd.worker import Hung, Stopped, Worker, seen
 
 __all__ = ["Busy", "NotRecording", "Sampler", "sample"]
 
@@ -181,7 +181,7 @@ class Sampler:
 
     async def responds(self) -> None:
         """Return once the sampler's thread has got through all that was given to it before."""
-        await asyncio.wrap_future(self._worker.submit(lambda: None))
+        await self._worker.result(lambda: None)
 
     async def hangs(self) -> bool:
         """Whether a read of the target does not return."""
@@ -273,7 +273,7 @@ class Sampler:
             return await self._worker.answer(future)
         except Hung:
             whom = f"process {self.pid}" if self.pid else "the process"
-            raise KernelError(f"{whom}: a read has not returned for {PATIENCE_NS / 1e9:g} s") from None
+            raise KernelError(str(Hung(f"{whom}: a read"))) from None
         except Stopped:
             raise self._left() from None
 

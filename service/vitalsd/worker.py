@@ -27,7 +27,15 @@ NEVER_NS = 1 << 63
 
 
 class Hung(Exception):
-    """The call under way does not return, and whatever waits behind it does not begin."""
+    """
+    The call under way does not return, and whatever waits behind it does not begin.
+
+    Args:
+        what: is under way, and where.
+    """
+
+    def __init__(self, what: str = "a call") -> None:
+        super().__init__(f"{what} has not returned for {PATIENCE_NS / 1e9:g} s")
 
 
 class Stopped(Exception):
@@ -59,7 +67,9 @@ class Worker:
         """When the next beat is due. Not on the heap: to put it there and take it off costs a fifth of an idle beat."""
         self._said = ""
         self._stopped = False
-        self._resting = threading.Lock()
+        self._calling = threading.Lock()
+        self._gate = threading.Lock()
+        """Passed before each call: who holds it waits for one call, and not for all that are given without a gap."""
         self.busy_since_ns: int | None = None
         """Monotonic time at which the call under way began; ``None`` when idle."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -67,15 +77,21 @@ class Worker:
 
     def pause(self, timeout_s: float) -> bool:
         """
-        Let the call under way end and none begin until `resume`; False if it takes longer.
+        Let the call under way end and none begin until `resume`; False if it takes longer, or hangs.
 
         For who is about to fork: what a call holds at that moment is held in the child for ever.
         """
-        return self._resting.acquire(timeout=timeout_s)
+        if self.overdue or not self._gate.acquire(timeout=timeout_s):
+            return False
+        if self._calling.acquire(timeout=timeout_s):
+            return True
+        self._gate.release()
+        return False
 
     def resume(self) -> None:
         """After a `pause` that was granted; in the child likewise."""
-        self._resting.release()
+        self._calling.release()
+        self._gate.release()
 
     @property
     def pending(self) -> int:
@@ -106,6 +122,26 @@ class Worker:
 
         self._give(run if at_ns is None else partial(self._put_off, at_ns, run))
         return future
+
+    async def result(self, call: Callable[[], T]) -> T:
+        """What `call` returns or raises on the thread, however long it takes."""
+        return await asyncio.wrap_future(self.submit(call))
+
+    async def ask(self, call: Callable[[], T], what: str) -> T:
+        """
+        The same of a call that may block in the kernel, which is `what`.
+
+        Raises:
+            Hung: the thread hangs. What was not begun by then is not done later either.
+        """
+        if await self.hangs():
+            raise Hung(what)
+        future = asyncio.wrap_future(self.submit(call))
+        try:
+            return await self.answer(future)
+        except Hung:
+            future.cancel()
+            raise Hung(what) from None
 
     @property
     def overdue(self) -> bool:
@@ -180,8 +216,12 @@ class Worker:
                 return
             self.busy_since_ns = now_ns
             try:
-                with self._resting:
+                with self._gate:
+                    self._calling.acquire()
+                try:
                     call()
+                finally:
+                    self._calling.release()
             except Exception as error:  # a bug; whoever else depends on this thread is not to wait for ever
                 if self._said != (said := repr(error)):
                     self._said = said

@@ -15,7 +15,6 @@ from vitalsd.http.page import page_routes
 from vitalsd.http.past import past_routes
 from vitalsd.http.report import report_routes
 from vitalsd.http.shelf import Shelf
-from vitalsd.runs import RunDirectory
 from vitalsd.sources import ProcessEntry
 from vitalsd.targets import Targets
 from vitalsd.worker import Worker
@@ -40,7 +39,7 @@ def create_app(
     targets: Targets,
     list_processes: Callable[[], Iterable[ProcessEntry]],
     *,
-    runs: RunDirectory | None = None,
+    shelf: Shelf | None = None,
     thread_metrics: int = THREAD_METRICS,
     stream_s: float = STREAM_S,
 ) -> FastAPI:
@@ -50,15 +49,13 @@ def create_app(
     Args:
         targets: who is measured.
         list_processes: what ``/processes`` lists.
-        runs: where earlier runs are found.
+        shelf: earlier runs; stopped at the end, too.
         thread_metrics: threads that a scraper is shown; 0 for none.
         stream_s: after so long a stream ends.
     """
     reader = Worker("vitalsd-reader")
     # A thread of its own: of all processes of the machine one may hang whoever reads its command line.
     lister = Worker("vitalsd-lister")
-    # And another: runs may be on a file system that hangs.
-    shelf = Shelf(runs) if runs else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

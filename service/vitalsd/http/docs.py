@@ -5,7 +5,6 @@ Both are made when first asked for. The page is markup written here and not a bu
 works offline, under a policy that lets nothing in but its style, and it is small.
 """
 
-import asyncio
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -47,16 +46,13 @@ def docs_routes(routers: Sequence[APIRouter], reader: Worker) -> APIRouter:
         page = html.replace("/*STYLE*/", style).replace("<!--CONTENT-->", content(schema()))
         return page, {"Content-Security-Policy": policy(style=style, more="img-src data:")}
 
-    async def read(call: Callable[[], Any]) -> Any:
-        return await asyncio.wrap_future(reader.submit(call))
-
     @routes.get("/openapi.json", summary="The schema of all routes")
     async def openapi_json(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        return JSON(await read(as_json))
+        return JSON(await reader.result(as_json))
 
     @routes.get("/docs", summary="This reference, as a page")
     async def docs(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        page, headers = await read(as_page)
+        page, headers = await reader.result(as_page)
         return HTMLResponse(page, headers=headers)
 
     return routes

@@ -1,6 +1,5 @@
 """Routes that look at running processes: ``/metrics``, ``/stream``, ``/processes``, ``/info``, ``/healthz``."""
 
-import asyncio
 import os
 import platform
 import resource
@@ -23,7 +22,7 @@ from vitalsd.sampler import Busy
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
 from vitalsd.targets import Stream, Target, Targets
 from vitalsd.wire import Labels, encode, iso, os_version, unavailable
-from vitalsd.worker import PATIENCE_NS, Hung, Worker
+from vitalsd.worker import Hung, Worker
 
 __all__ = ["STREAM_S", "live_routes"]
 
@@ -133,14 +132,11 @@ def live_routes(
     @routes.get("/processes", summary="Processes this user may sample")
     async def processes(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         try:
-            if await lister.hangs():
-                raise Hung
-            entries = await lister.answer(asyncio.wrap_future(lister.submit(lambda: list(list_processes()))))
+            entries = await lister.ask(lambda: list(list_processes()), "the list of processes: a read")
         except SourceError as error:
             return failed(error, targets.default.platform)
-        except Hung:
-            hung = KernelError(f"the list of processes: a read has not returned for {PATIENCE_NS / 1e9:g} s")
-            return failed(hung, targets.default.platform)
+        except Hung as error:
+            return failed(KernelError(str(error)), targets.default.platform)
         return JSON(
             [
                 {
@@ -158,11 +154,11 @@ def live_routes(
     @routes.get("/healthz", summary="Whether the service is alive")
     async def healthz(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         if await targets.hangs() or await lister.hangs():
-            return problem("hung", f"a read of the kernel has not returned for {PATIENCE_NS / 1e9:g} s")
+            return problem("hung", str(Hung("a read of the kernel")))
         if shelf is not None and await shelf.hangs():
-            return problem("hung", f"the directory of runs: a read has not returned for {PATIENCE_NS / 1e9:g} s")
+            return problem("hung", str(Hung("the directory of runs: a read")))
         if await targets.default.record_hangs():
-            return problem("hung", f"the directory of runs: a write has not returned for {PATIENCE_NS / 1e9:g} s")
+            return problem("hung", str(Hung("the directory of runs: a write")))
         return JSON({"status": "ok"})
 
     @routes.get("/info", summary="Version, target, platform and own cost")
@@ -185,7 +181,7 @@ async def _scraped(targets: Targets, pid: int | None, form: Form, threads: int, 
             snapshots, recorder = target.snapshots_taken, target.recording_info()
             read = await target.identity(), await target.snapshot()
     scrape = Scrape(read, threads, snapshots, recorder)
-    return await asyncio.wrap_future(reader.submit(lambda: expose(scrape, form)))
+    return await reader.result(lambda: expose(scrape, form))
 
 
 async def _info(target: Target) -> dict[str, Any]:

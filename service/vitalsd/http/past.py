@@ -1,6 +1,5 @@
 """Routes that look back: ``/history``, ``/marks``, ``/runs`` and ``/runs/{id}/history``."""
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -102,7 +101,7 @@ async def _table(record: Record, query: RunHistoryQuery, request: Request, reade
         table = history(record, since_ns=since_ns, top=query.top, step_ns=query.step_ms * 1_000_000)
         return table.to_csv() if csv else table.to_json()
 
-    body = await asyncio.wrap_future(reader.submit(render))
+    body = await reader.result(render)
     if csv:
         return Response(body, media_type="text/csv; charset=utf-8", headers={"Cache-Control": "no-store"})
     return JSON(body)

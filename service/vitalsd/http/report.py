@@ -5,13 +5,11 @@ The archive itself is built by `vitalsd_client.archive`, which is of the standar
 ends make the same file, and the client still loads nothing of the service.
 """
 
-import asyncio
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Request, Response
 from starlette.background import BackgroundTask
@@ -45,9 +43,6 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIR
     routes = APIRouter(route_class=StrictRoute)
     reports = Turns()
 
-    async def read(call: Callable[[], Any]) -> Any:
-        return await asyncio.wrap_future(reader.submit(call))
-
     @routes.get("/report.zip", summary="A bug report: metrics, history, marks, and the run that crashed before")
     async def report(query: Annotated[ReportQuery, given(ReportQuery)]) -> Response:
         from vitalsd_client.archive import HISTORY, MARKS, METRICS, PREVIOUS_RUN, Failure
@@ -67,20 +62,20 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIR
             if record is None:
                 failures.append(Failure(HISTORY, targets.default.why_not_recorded()))
             else:
-                members[HISTORY], members[MARKS] = await read(lambda: _recorded(record, query.seconds))
+                members[HISTORY], members[MARKS] = await reader.result(lambda: _recorded(record, query.seconds))
             if shelf is not None and identity is not None:
                 try:
                     found = await shelf.read(lambda runs: _crashed(runs, identity, but=own))
                     if found is not None:
-                        members[PREVIOUS_RUN] = await read(lambda: _previous(*found))
+                        members[PREVIOUS_RUN] = await reader.result(lambda: _previous(*found))
                         crashed, _ = found
                 except (UnreadableRun, OSError) as error:
                     reason = f"{type(error).__name__}: the file of a crashed run cannot be read"
                     failures.append(Failure(PREVIOUS_RUN, reason))
                 except Hung as error:
                     failures.append(Failure(PREVIOUS_RUN, str(error)))
-            bundle = await read(lambda: _bundle(triggered, members, failures, platform))
-            return bundle, await read(bundle.zip), crashed
+            bundle = await reader.result(lambda: _bundle(triggered, members, failures, platform))
+            return bundle, await reader.result(bundle.zip), crashed
 
         bundle, content, crashed = await reports.make(collect)
         # Not done if the client leaves while there is much of it to take; whether it has the rest nobody tells.

@@ -1,11 +1,10 @@
 """The directory of runs, read on a thread of its own."""
 
-import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
 from vitalsd.runs import RunDirectory
-from vitalsd.worker import PATIENCE_NS, Hung, Worker
+from vitalsd.worker import Worker
 
 __all__ = ["Shelf"]
 
@@ -34,23 +33,20 @@ class Shelf:
         Raises:
             Hung: the file system hangs. What was not begun by then is not done later either.
         """
-        if await self._worker.hangs():
-            raise _hung()
-        future = asyncio.wrap_future(self._worker.submit(lambda: call(self._runs)))
-        try:
-            return await self._worker.answer(future)
-        except Hung:
-            future.cancel()
-            raise _hung() from None
+        return await self._worker.ask(lambda: call(self._runs), "the directory of runs: a read")
 
     async def hangs(self) -> bool:
         """Whether a call does not return."""
         return await self._worker.hangs()
 
+    def pause(self, timeout_s: float) -> bool:
+        """Before a fork: let the read under way end and none begin until `resume`; False if it takes longer."""
+        return self._worker.pause(timeout_s)
+
+    def resume(self) -> None:
+        """After a `pause` that was granted; in the child likewise."""
+        self._worker.resume()
+
     def stop(self, timeout_s: float) -> None:
         """End the thread, unless that takes longer."""
         self._worker.stop(timeout_s)
-
-
-def _hung() -> Hung:
-    return Hung(f"the directory of runs: a read has not returned for {PATIENCE_NS / 1e9:g} s")
