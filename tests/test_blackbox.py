@@ -1,6 +1,7 @@
 """The black box: what was committed survives whatever happens to the writer, and a bad disk stops nothing."""
 
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from vitalsd.blackbox import BlackBox
 from vitalsd.record import Mark, Record
 from vitalsd.run_file import RunFile
 from vitalsd.run_parts import delete_run, is_being_written
-from vitalsd.runs import RunDirectory
+from vitalsd.runs import MAX_RUNS, RunDirectory
 from vitalsd.snapshot import Snapshot
 from vitalsd.stored_run import Run, UnreadableRun, insert_rows, read_run
 from vitalsd.tail import SHARED_MEMORY, Tail
@@ -669,6 +670,42 @@ def test_all_runs_share_a_budget(tmp_path: Path) -> None:
     assert ended[0] not in left
     assert ended[-1] in left
     live.close("over")
+
+
+@pytest.mark.parametrize("being_written", [0, 5])
+def test_there_are_never_more_runs_than_fit_a_list(being_written: int, tmp_path: Path) -> None:
+    """The oldest ended ones go, also if those that are still being written are older."""
+    box, _ = write(tmp_path, [Process().snapshot()])
+    box.close("over")
+    for number in range(MAX_RUNS + 3):
+        shutil.copy(tmp_path / f"{box.run_id}.sqlite", path := tmp_path / f"{number}.sqlite")
+        os.utime(path, (number, number))
+    with ExitStack() as stack:
+        for number in range(being_written):
+            lock = stack.enter_context((tmp_path / f"{number}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        RunDirectory(tmp_path).make_room(0)
+        left = {path.stem for path in tmp_path.glob("*.sqlite")}
+    assert len(left) == MAX_RUNS - 1
+    assert {str(number) for number in range(being_written)} <= left
+    assert str(MAX_RUNS + 2) in left
+
+
+def test_an_end_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The run will pass for one that crashed, and the log knows why; what is in memory stays for the next start."""
+    process = Process()
+    box, record = write(tmp_path, [process.snapshot()])
+    go_on(box, record, process, 10)
+    box.flush()
+    path = tmp_path / f"{box.run_id}.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        box.close("over", timeout_s=10)
+    assert box.error == "the black box is off: database is locked"
+    assert box.error in caplog.text
+    RunDirectory(tmp_path).settle()
+    run, back = read_run(path)
+    assert (run.state, len(list(back.snapshots()))) == ("crashed", 11)
 
 
 def test_crashed_runs_come_first(tmp_path: Path) -> None:

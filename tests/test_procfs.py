@@ -16,6 +16,7 @@ from vitalsd.sources.procfs import (
     parse_stat,
     parse_statm,
     parse_status,
+    parse_tgid,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -151,11 +152,12 @@ def test_names_are_text_without_surrogates(raw: bytes) -> None:
 
 @pytest.mark.parametrize(
     "parse",
-    [parse_stat, parse_statm, parse_status, lambda content: parse_run_times([content, content])],
-    ids=["stat", "statm", "status", "schedstat"],
+    [parse_stat, parse_statm, parse_status, lambda content: parse_run_times([content, content]), parse_tgid],
+    ids=["stat", "statm", "status", "schedstat", "tgid"],
 )
 @given(
     content=st.binary()
+    | st.binary(max_size=8).map(lambda number: b"Name:\ta\nTgid:\t" + number)
     | st.text("0123456789-+_. ()RSZ\n\tVmkB:e", max_size=400).map(str.encode)
     | st.lists(st.integers().map(str) | st.sampled_from(["7", "(a)", "S", "9" * 5000])).map(
         lambda words: " ".join(words).encode()

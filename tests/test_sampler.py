@@ -97,6 +97,23 @@ def test_a_window_is_as_long_as_asked() -> None:
     run(main())
 
 
+def test_a_snapshot_that_fails_is_not_counted() -> None:
+    """Neither in /info nor for a scraper: none was taken."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        await sampler.snapshot()
+        source.error = KernelError("no")
+        await asyncio.sleep(0.05)
+        with pytest.raises(KernelError):
+            await sampler.snapshot()
+        assert (sampler.snapshots_taken, source.snapshots) == (1, 2)
+        await sampler.close()
+
+    run(main())
+
+
 def test_hundreds_of_windows_share_a_handful_of_snapshots() -> None:
     """300 callers who ask together cause fewer than ten snapshots, and get the same measurement."""
 

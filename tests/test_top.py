@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -339,6 +340,21 @@ def test_it_asks_the_sidecar_and_does_without(tmp_path: Path, start: Start) -> N
             view.until(lambda text: "has exited" in text and "exited: target" in text and rows(text))
         view.press("q")
         assert view.end() == 0
+
+
+@pytest.mark.torture
+def test_a_slow_view_misses_no_mark(tmp_path: Path, start: Start) -> None:
+    """One that is made right after a sample is told with the next one, however long that takes."""
+    target = start("--idle", "1")
+    with serving(tmp_path, "--pid", str(target.pid), "--record-interval", "0.2") as (_, ready):
+        command = [*VITALSD, "top", "--interval", "12", "--count", "2", "--url", ready["url"]]
+        piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, env=environment(tmp_path), **piped) as view:
+            assert view.stdout is not None
+            assert "TIME" in view.stdout.readline()
+            assert view.stdout.readline()
+            httpx.post(f"{ready['url']}/marks", json={"label": "look here"}, trust_env=False).raise_for_status()
+            assert "mark: look here" in view.stdout.read()
 
 
 def test_a_sidecar_by_its_url_restarts(tmp_path: Path, start: Start) -> None:

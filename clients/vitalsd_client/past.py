@@ -52,11 +52,13 @@ class Past:
                 members[MARKS] = _json(request("/marks", last=False), list)[1]
                 self._previous(request, members)
         except (NoSidecar, ExchangeError) as error:
-            missing = HISTORY if HISTORY not in members else MARKS if MARKS not in members else PREVIOUS_RUN
-            return members, [Failure(missing, harmless(str(error)))]
+            reason = harmless(str(error))
         except Exception as error:  # noqa: BLE001 - a strange answer must not sink the report
-            return members, [Failure(HISTORY, f"the sidecar's record is not understood: {type(error).__name__}")]
-        return members, []
+            reason = f"the sidecar's record is not understood: {type(error).__name__}"
+        else:
+            return members, []
+        missing = next((name for name in (HISTORY, MARKS) if name not in members), PREVIOUS_RUN)
+        return members, [Failure(missing, reason)]
 
     def _previous(self, request: Callable[..., Answer], members: dict[str, bytes]) -> None:
         """The newest run of the same program, before this one, that crashed and is in no report yet."""

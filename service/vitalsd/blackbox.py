@@ -296,12 +296,10 @@ class BlackBox:
     def _close(self, ended: str, crashed: bool) -> None:
         file, tail = self._file, self._tail
         if file is not None:
-            with suppress(sqlite3.Error):
-                if file.identity != self._identity:
-                    file.identify(self._identity)
-                file.end(self._waiting(file), ended, crashed=crashed)
-                if tail is not None:
-                    tail.remove()
+            if file.identity != self._identity:
+                self._guard(RunFile.identify, self._identity)
+            if self._guard(lambda file: file.end(self._waiting(file), ended, crashed=crashed)) and tail is not None:
+                tail.remove()
             file.close()
             self._file = None
         if tail is not None:

@@ -87,14 +87,14 @@ class RunDirectory:
                         db.commit()
 
     def make_room(self, spare_bytes: int) -> None:
-        """Delete ended runs, oldest first, until `spare_bytes` more fit the budget."""
+        """Delete ended runs, oldest first, until there is room for one more, of `spare_bytes`."""
         files = sorted(self._files(), key=_modified_ns)
-        total = sum(disk_bytes(path) for path in files)
-        for surplus, path in enumerate(files, 1 - len(files) + MAX_RUNS):
-            if total + spare_bytes <= self.max_bytes and surplus > 0:
+        total, count = sum(map(disk_bytes, files)), len(files)
+        for path in files:
+            if total + spare_bytes <= self.max_bytes and count < MAX_RUNS:
                 return
             if not is_being_written(path):
-                total -= disk_bytes(path)
+                total, count = total - disk_bytes(path), count - 1
                 delete_run(path)
 
     def _files(self) -> list[Path]:

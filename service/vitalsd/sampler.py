@@ -313,9 +313,9 @@ class Sampler:
         assert self._source is not None
         if self._closed:
             raise self._left()
-        self.snapshots_taken += 1
         try:
             self._last, self._named = self._source.snapshot(extras=extras, names=names), names
+            self.snapshots_taken += 1
             self._identity = self._source.identity()
         except TargetGone as error:
             # Whoever is told that it is gone may look at once into the record for how it ended.

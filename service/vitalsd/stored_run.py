@@ -8,7 +8,6 @@ it. A run that is not being written any more and did not say how it ended has cr
 import json
 import shutil
 import sqlite3
-import sys
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -47,9 +46,9 @@ CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
 CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT);
 """
 """
-Blobs are little-endian arrays: thread ids u32; CPU times u64. The numbers of a frame are its scalars, i64; the indexes
-of the threads that moved, u32, as many as `moved`, or none if that is NULL because every thread did; and how
-much each of them moved, u32 or i64 as `code` says, I or q.
+Blobs are arrays as the machine has them: thread ids u32; CPU times u64. The numbers of a frame are its scalars, i64;
+the indexes of the threads that moved, u32, as many as `moved`, or none if that is NULL because every thread did;
+and how much each of them moved, u32 or i64 as `code` says, I or q.
 """
 
 TABLES = {line.removesuffix(";") for line in SCHEMA.strip().splitlines()}
@@ -303,7 +302,4 @@ def _head(
 def _array(code: str, content: bytes) -> "array[int]":
     if code not in ("I", "Q", "q"):
         raise ValueError(f"numbers of a kind {code!r:.80}")
-    values = array(code, content)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values
+    return array(code, content)

@@ -144,4 +144,7 @@ def parse_status(content: bytes) -> dict[str, int]:
 def parse_tgid(content: bytes) -> int | None:
     """``Tgid`` of ``status``: the process that a thread is of, in the pid namespace of this procfs."""
     _, found, rest = content.partition(b"\nTgid:\t")
-    return int(rest.partition(b"\n")[0]) if found else None
+    try:
+        return int(rest.partition(b"\n")[0]) if found else None
+    except ValueError:
+        raise Malformed("status", content) from None

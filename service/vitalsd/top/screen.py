@@ -5,7 +5,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from rich.console import Console
 
@@ -64,13 +64,12 @@ def show(feed: Feed) -> int:
         marker.submit(tell)
 
     view.mark = mark
-    with _keyboard() as keyboard:
-        terminal = Terminal(keyboard, sys.stdout.fileno(), console)
+    with _keyboard() as keyboard, closing(Terminal(keyboard, sys.stdout.fileno(), console)) as terminal:
         threading.Thread(target=read, name="vitalsd-feed", daemon=True).start()
-        # What is wrong from the start belongs on the ordinary screen.
-        first.wait()
-        _take(told, view)
         try:
+            # What is wrong from the start belongs on the ordinary screen.
+            first.wait()
+            _take(told, view)
             with terminal.taken():
                 _run(view, glyphs, terminal, told)
         except Hangup as hangup:

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain
-from math import isfinite
+from math import ceil, isfinite
 from typing import Any
 
 from vitalsd.model import Measured, parse_runtime_metrics
@@ -24,6 +24,7 @@ LOOK_AGAIN_S = 2.0
 PAST_S = 300
 PAST_THREADS = 64
 NOTES_S = 10
+"""How much further back than its last look it looks for marks and events: they may be told late."""
 LATEST_MS = 253_402_300_799_000
 """The end of the year 9999, Unix time."""
 PATIENCE_S = 2.0
@@ -145,21 +146,21 @@ class Remote:
             now_s = sample.metrics.process.uptime_secs
             if now_s < uptime_s:
                 return  # another process: the sidecar has gone on to the next one of that name
-            if now_s > uptime_s:
-                yield sample
             if recorded:
                 yield from self._latest()
-                # No news: the recorder is slower than we are, or it has stopped.
-                if now_s == uptime_s and (ended := (self._json("/info")["recorder"] or {}).get("ended")):
-                    yield from self._latest()
-                    raise TargetGone(ended)
+            if now_s > uptime_s:
+                yield sample
+            # No news: the recorder is slower than we are, or it has stopped.
+            elif recorded and (ended := (self._json("/info")["recorder"] or {}).get("ended")):
+                yield from self._latest()
+                raise TargetGone(ended)
             uptime_s = now_s
             due = max(due + self._interval_s, time.monotonic())
             if not pause(due):
                 return
 
     def _latest(self) -> Iterator[News]:
-        table = self._json("/history", {"seconds": NOTES_S, "top": 0})
+        table = self._json("/history", {"seconds": ceil(self._interval_s) + NOTES_S, "top": 0})
         notes = self._notes(table)
         if any(note.kind == "executed" for note in notes):
             yield self._subject(table["target"])

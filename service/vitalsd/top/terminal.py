@@ -99,7 +99,7 @@ def _sequence_end(typed: str) -> int:
 
 class Terminal:
     """
-    The terminal in use; a context manager.
+    The terminal in use, between `taken` and its end.
 
     Args:
         keyboard: descriptor of the terminal that keys come from; ``None`` if there is none.
@@ -142,8 +142,11 @@ class Terminal:
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self._reader.close()
-            self._writer.close()
+
+    def close(self) -> None:
+        """Release what it holds; `wake` may still be called."""
+        self._reader.close()
+        self._writer.close()
 
     def wake(self) -> None:
         """Let `wait` return; from any thread."""
