@@ -146,6 +146,25 @@ def test_a_clock_that_is_set_moves_no_mark(hours: int) -> None:
         assert [i for i, row in enumerate(rows) if row["events"]] == [8]
 
 
+def test_a_table_read_back_invents_nothing() -> None:
+    """A step of the wall clock is no sleep, and what threads burnt that are not shown is the process's alone."""
+    process, snapshots = Process(), []
+    process.threads[4243, 7] = "ends", 0
+    for second in range(10):
+        snapshots.append(process.snapshot())
+        if second == 5:
+            process.end_thread((4243, 7))
+        if second > 5:
+            snapshots[-1].wall_ns += 3600 * SECOND_NS
+        process.pass_time(SECOND_NS, [100_000_000] * len(process.threads))
+    back = read_history(history(record_of(snapshots), top=1).to_json())
+    m = back.window(8000)
+    assert m is not None
+    assert (m.suspended_ns, m.exited_ns) == (0, 0)
+    assert m.cpu_ns == m.living_ns + m.unattributed_ns
+    assert not any("slept" in warning for warning in m.warnings)
+
+
 def test_marks_and_events_of_a_table_are_as_old_as_they_were() -> None:
     """Of its last seconds, those from before them are no part."""
     process = Process()

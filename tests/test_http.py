@@ -106,7 +106,7 @@ def test_metrics_of_another_process(served: Serving, start: Start) -> None:
         name: tid for name, tid in target.tids.items() if name != "main"
     }
     assert full.process.thread_count == 5
-    assert max(full.threads, key=lambda thread: thread.cpu_percent).name == "burn-0"
+    assert max(full.threads, key=lambda thread: thread.cpu_percent or 0).name == "burn-0"
     books = full.accounting
     assert books.process_percent == pytest.approx(
         books.living_percent + books.exited_percent + books.unattributed_percent, abs=0.002

@@ -367,6 +367,8 @@ def test_replay(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
         assert again["time_ms"] == table["time_ms"]
         assert again["cpu_percent"] == pytest.approx(table["cpu_percent"], abs=0.01)
         assert serving.get("/metrics", mode="trailing", window_ms=500)["process"]["rss_kb"] == table["rss_kb"][-1]
+        full = serving.get("/metrics", mode="trailing", window_ms=500, detail="full")
+        assert full["host"] == {"cpu_count": None, "os": full["platform"], "os_version": None, "arch": None}
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\3\4 not really"])

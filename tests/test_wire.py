@@ -187,6 +187,19 @@ def test_figures_of_a_known_window() -> None:
     }
 
 
+def test_what_nobody_knows_is_null() -> None:
+    """What the threads did before the target executed another program, and the machine that a replay comes from."""
+    first = with_extras(snapshot(SECOND, [(1, 1, 5)], image=("a",)))
+    executed = measure(first, with_extras(snapshot(2 * SECOND, [(1, 1, 7)], image=("b",))))
+    (thread,) = read(executed, detail="full")["threads"]
+    nulls = ("cpu_percent", "user_percent", "system_percent", "cpu_percent_error")
+    assert (thread["cpu_time_ns"], *map(thread.get, nulls)) == (7, None, None, None, None)
+    assert read(executed)["threads"][0]["cpu_percent"] == 0.0
+    replayed = read(executed, detail="full", replayed=True)
+    assert replayed["host"] == {"cpu_count": None, "os": "linux", "os_version": None, "arch": None}
+    assert isinstance(parse_runtime_metrics(json.dumps(replayed).encode()), FullMetrics)
+
+
 @given(pairs(), details, sorts, limits)
 def test_every_answer_reads_back_through_the_model(
     pair: tuple[Snapshot, Snapshot], detail: Detail, sort: Sort, limit: int | None
@@ -229,7 +242,7 @@ def test_sort_and_limit_choose_from_the_same_threads(
     everything = read(m, detail="full")["threads"]
     keys: dict[str, Callable[[Any], Any]] = {
         "tid": lambda t: t["tid"],
-        "cpu": lambda t: -t["cpu_percent"],
+        "cpu": lambda t: -(t["cpu_percent"] or 0),
         "name": lambda t: t["name"],
     }
     key = keys[sort]

@@ -133,11 +133,15 @@ class FullProcess(ProcessMetrics):
 
 
 class FullThread(ThreadMetrics):
-    """``detail=full``: more of a thread. ``cpu_percent`` covers a thread born in the window too."""
+    """
+    ``detail=full``: more of a thread. ``cpu_percent`` covers a thread born in the window too; where the target executed
+    another program in it, it is null, for what the threads did before that is not told apart.
+    """
 
+    cpu_percent: Percent | None  # type: ignore[assignment]
     user_percent: Percent | None
     system_percent: Percent | None
-    cpu_percent_error: Percent
+    cpu_percent_error: Percent | None
     cpu_time_ns: Count = Field(description="CPU time since the thread started, ns.")
     state: str | None = Field(description="running, sleeping, waiting, stopped, dead, ... as the kernel says.")
     priority: int | None
@@ -164,12 +168,12 @@ class Resolution(_Wire):
 
 
 class Host(_Wire):
-    """The machine, without anything that names it."""
+    """The machine, without anything that names it; of a replay only ``os`` is known."""
 
-    cpu_count: Count
+    cpu_count: Count | None
     os: str
-    os_version: str
-    arch: str
+    os_version: str | None
+    arch: str | None
 
 
 class FullMetrics(Measured):

@@ -58,6 +58,7 @@ class Replay:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.snapshots_taken = 0
+        self.replayed = True
         last = record.last
         self._reason = "this is a replay" + (f" of a run that was last seen at {iso(last.wall_ns)}" if last else "")
 

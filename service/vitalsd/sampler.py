@@ -85,6 +85,7 @@ class Sampler:
         self._windows: dict[tuple[Snapshot, int, bool], asyncio.Task[Measurement]] = {}
         self.recorder: Recorder | None = None
         self.snapshots_taken = 0
+        self.replayed = False
 
     @property
     def platform(self) -> str:

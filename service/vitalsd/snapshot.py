@@ -143,9 +143,11 @@ class Measurement:
     """May be negative: the readings of one snapshot are not simultaneous."""
     cpu_error_ns: int
     thread_cpu_ns: Sequence[int]
-    """Per thread of `last`, >= 0; for one born inside the window, its whole life."""
+    """Per thread of `last`, >= 0; for one born inside the window, its whole life. Unknown, and all 0, if `executed`."""
     born: frozenset[int]
     """Indexes of the threads that were not there at `first`."""
+    executed: bool
+    """The process executed another program in between: what its threads of now did before is not told apart."""
     thread_user_ns: Sequence[int | None] | None
     """The user-mode part of `thread_cpu_ns`; ``None`` where the split is unknown."""
     user_ns: int | None
@@ -204,7 +206,8 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     if deltas and min(deltas) < 0:
         backwards = sum(d < 0 for d in deltas)
         deltas = [max(0, d) for d in deltas]
-    for b in born if not executed else ():
+    known = () if executed else born
+    for b in known:
         deltas[b] = last.thread_cpu_ns[b]
 
     cpu_ns = last.cpu_ns - first.cpu_ns
@@ -214,7 +217,7 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     if backwards:
         warnings.append(f"{backwards} CPU counters went backwards and count as 0")
     living_ns = sum(deltas)
-    exited_ns = 0 if executed else _exited(first, last, gone_ns, limit=max(0, cpu_ns))
+    exited_ns = 0 if executed else _exited(first, last, gone_ns, limit=cpu_ns)
 
     ran = len(deltas) - deltas.count(0)
     at_once = min(ran, 1 + living_ns // elapsed_ns)
@@ -223,7 +226,7 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         + last.thread_lag_ns * at_once
         + max(first.skew_ns, last.skew_ns) * max(at_once, 1 if cpu_ns else 0)
     )
-    thread_user_ns, user_ns = _split(first, last, matched, born if not executed else (), deltas, cpu_ns)
+    thread_user_ns, user_ns = _split(first, last, matched, known, deltas, cpu_ns)
     return Measurement(
         first=first,
         last=last,
@@ -236,6 +239,7 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         cpu_error_ns=cpu_error_ns,
         thread_cpu_ns=deltas,
         born=frozenset(born),
+        executed=executed,
         thread_user_ns=thread_user_ns,
         user_ns=user_ns,
         p_core_ns=_grown(first, last, lambda extras: extras.p_core_ns),

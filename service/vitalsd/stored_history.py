@@ -118,13 +118,13 @@ def _snapshots(table: dict[str, Any], started_unix_ns: int) -> Iterator[Snapshot
         wall_ns = times[shown] * 1_000_000 - (elapsed_ns if row < 0 else 0)
         yield Snapshot(
             monotonic_ns=monotonic_ns,
-            boottime_ns=wall_ns,
+            boottime_ns=monotonic_ns,  # a step of the wall clock is no sleep; of that the events tell
             wall_ns=wall_ns,
             uptime_ns=max(0, wall_ns - started_unix_ns),
             skew_ns=0,
             cpu_ns=cpu_ns,
             cpu_grain_ns=1,
-            exited_cpu_ns=(0, cpu_ns),
+            exited_cpu_ns=(0, 0),  # which threads ended is not all told: what they burnt stays unattributed
             rss_bytes=table["rss_kb"][shown] * 1024,
             vm_bytes=table["vm_size_kb"][shown] * 1024,
             image=None,

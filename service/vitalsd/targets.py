@@ -24,6 +24,8 @@ class Target(Protocol):
     """A process that is measured: live (`Sampler`) or read back from a dead run (`vitalsd.replay`)."""
 
     snapshots_taken: int
+    replayed: bool
+    """Whether it may be of another machine, of which nothing but the platform is known."""
 
     @property
     def platform(self) -> str: ...

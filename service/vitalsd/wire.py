@@ -100,6 +100,7 @@ def encode(
     limit: int | None = None,
     labels: Labels | None = None,
     warnings: tuple[str, ...] = (),
+    replayed: bool = False,
 ) -> bytes:
     """
     The answer of ``GET /metrics``. All who share a measurement and ask alike share the bytes.
@@ -110,8 +111,9 @@ def encode(
         limit: at most so many threads, after sorting.
         labels: keeps what is the same in the next answer.
         warnings: more than those of the measurement, for ``detail=full``.
+        replayed: it may be of another machine than this one.
     """
-    key = (requested_ms, mode, detail, sort, limit, warnings)
+    key = (requested_ms, mode, detail, sort, limit, warnings, replayed)
     body = measurement.encoded.get(key)
     if body is None:
         order = _order(measurement, sort, limit)
@@ -122,6 +124,8 @@ def encode(
             if detail == "basic":
                 return _basic(measurement, identity, shown, constant, cut=cut)
             full = _full(measurement, identity, shown, requested_ms, mode)
+            if replayed:
+                full["host"] |= {"cpu_count": None, "os_version": None, "arch": None}
             full["warnings"] += warnings
             if cut:
                 full["warnings"].append(f"only the busiest {len(shown)} of {len(order)} threads are shown")
@@ -229,10 +233,10 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             {
                 "tid": last.tids[i],
                 "name": last.names[i],
-                "cpu_percent": percent(m.thread_cpu_ns[i]),
+                "cpu_percent": percent(None if m.executed else m.thread_cpu_ns[i]),
                 "user_percent": percent(user_ns[i]),
                 "system_percent": percent(_rest(m.thread_cpu_ns[i], user_ns[i])),
-                "cpu_percent_error": bar(m.thread_error_ns(i)),
+                "cpu_percent_error": None if m.executed else bar(m.thread_error_ns(i)),
                 "cpu_time_ns": last.thread_cpu_ns[i],
                 "state": extras.threads.states[i],
                 "priority": extras.threads.priorities[i],
@@ -268,7 +272,7 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             "source": last.source,
         },
         "host": {
-            "cpu_count": os.cpu_count() or 1,
+            "cpu_count": os.cpu_count(),
             "os": identity.platform,
             "os_version": os_version(),
             "arch": platform.machine(),

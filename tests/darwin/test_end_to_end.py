@@ -71,6 +71,8 @@ def test_metrics_of_our_own_process(simulator: Simulator, threads: OwnWorkload) 
         assert metrics.target.pid == os.getpid()
         (thread,) = (thread for thread in metrics.threads if thread.tid == tid)
         assert thread.name == "render"
+        assert thread.cpu_percent is not None
+        assert thread.cpu_percent_error is not None
         true_percent = used_ns / metrics.window.measured_ms / 1e4
         assert true_percent - thread.cpu_percent_error - 0.5 <= thread.cpu_percent
         assert thread.cpu_percent <= true_percent + thread.cpu_percent_error + 2

@@ -99,7 +99,7 @@ class Info(_Body):
     platform: Platform
     os_version: str
     arch: str
-    cpu_count: Count
+    cpu_count: Count | None
     target: Watched | Unavailable
     capabilities: list[str]
     recorder: Recorder | None = Field(description="null: nothing is recorded.")

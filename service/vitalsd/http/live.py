@@ -86,6 +86,7 @@ def live_routes(
                 limit=query.limit,
                 labels=labels,
                 warnings=_recording_warnings(target) if query.detail == "full" else (),
+                replayed=target.replayed,
             )
         )
 
@@ -205,7 +206,7 @@ async def _info(target: Target) -> dict[str, Any]:
         "platform": target.platform,
         "os_version": os_version(),
         "arch": platform.machine(),
-        "cpu_count": os.cpu_count() or 1,
+        "cpu_count": os.cpu_count(),
         "target": who,
         "capabilities": ["detail=full", "history", "marks", "mode=trailing", "pid", "processes", "runs", "stream"],
         "recorder": target.recording_info(),
