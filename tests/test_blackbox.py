@@ -443,24 +443,25 @@ def test_a_file_that_follows_after_the_end_knows_of_it(tmp_path: Path) -> None:
     box.close("killed by SIGKILL", crashed=True)
 
 
-def test_who_records_himself_ends_only_his_own_runs(tmp_path: Path) -> None:
-    """Not those of a sidecar whose pid begins like his, nor any as the sidecar of another process."""
-    own = IDENTITY._replace(pid=os.getpid())
-    stem = f"{own.start_id}-{os.getpid()}"
-    left = {name: tmp_path / f"{name}.sqlite" for name in (stem, f"{stem}-1", f"{stem}7", f"{stem}7-1")}
+def test_what_was_recorded_of_a_living_process_has_ended_and_not_crashed(tmp_path: Path) -> None:
+    """By whomever, and nothing of a process whose identity begins like its own."""
+    living, other = IDENTITY.start_id, IDENTITY._replace(boot_id=f"{IDENTITY.boot_id[:7]}0").start_id
+    states = {
+        f"{living}-7": "clean",
+        f"{living}-7-1": "clean",
+        f"{living}-77": "clean",
+        f"{living}7-7": "crashed",
+        f"{other}-7": "crashed",
+    }
+    left = {name: tmp_path / f"{name}.sqlite" for name in states}
     box, _ = write(tmp_path / "first", [Process().snapshot()])
     box.flush()
     for path in left.values():
         shutil.copyfile(tmp_path / "first" / f"{box.run_id}.sqlite", path)
         shutil.copyfile(f"{tmp_path / 'first' / str(box.run_id)}.sqlite-wal", f"{path}-wal")
     box.close("over")
-    RunDirectory(tmp_path).settle(stem)
-    assert {name: read_run(path)[0].state for name, path in left.items()} == {
-        stem: "clean",
-        f"{stem}-1": "clean",
-        f"{stem}7": "crashed",
-        f"{stem}7-1": "crashed",
-    }
+    RunDirectory(tmp_path).settle(living)
+    assert {name: read_run(path)[0].state for name, path in left.items()} == states
 
 
 def test_a_directory_that_cannot_be_looked_into_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,14 +719,16 @@ def test_crashed_runs_come_first(tmp_path: Path) -> None:
 
 
 def test_a_reported_run_says_so(tmp_path: Path) -> None:
-    """A run that has gone into a report is marked."""
-    box, _ = write(tmp_path, [Process().snapshot()])
-    box.close("killed", crashed=True)
+    """A run that has gone into a report is marked, and so is what another sidecar recorded of the same process."""
+    for _ in range(2):
+        box, _ = write(tmp_path, [Process().snapshot()])
+        box.close("killed", crashed=True)
     directory = RunDirectory(tmp_path)
-    (run,) = directory.runs()
+    run, other = directory.runs()
     assert not run.reported
+    assert not other.reported
     directory.mark_reported(run)
-    assert directory.runs()[0].reported
+    assert [run.reported for run in directory.runs()] == [True, True]
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"SQLite format 3\0" + bytes(200), b"PK\3\4"])

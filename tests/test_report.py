@@ -419,6 +419,17 @@ def crash_one(home: Path, marks: str, code: str = SLEEPER, program: Sequence[str
         target.kill()
 
 
+def get_json(url: str, path: str) -> Any:
+    answer = httpx.get(f"{url}{path}", trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def recorded(url: str) -> None:
+    """Wait until there is something in its record."""
+    eventually(lambda: get_json(url, "/info")["recorder"]["snapshots"] > 4)
+
+
 @contextmanager
 def next_run(home: Path, *options: str, program: Sequence[str] = VITALSD) -> Iterator[tuple[int, dict[str, Any]]]:
     """The script again, and its sidecar: its pid, and what the sidecar said."""
@@ -475,6 +486,46 @@ def test_a_crash_is_told_of_while_its_sidecar_lingers(home: Path) -> None:
             previous = json.loads(members["previous-run.json"])
             assert previous["run"]["id"] == run["id"]
             assert [mark["label"] for mark in previous["marks"]] == ["after the end"]
+
+
+def test_a_sidecar_that_was_killed_is_no_crash_of_its_target(home: Path) -> None:
+    """It goes on, with another sidecar; where it does not, the run says that nobody saw how it ended."""
+    with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
+        try:
+            options = ("--pid", str(target.pid), "--record-interval", "0.05")
+            for black_box in ("--no-black-box", "--black-box"):
+                with serving(home, *options) as (process, ready):
+                    recorded(ready["url"])
+                    process.kill()
+                with serving(home, *options, black_box) as (process, ready):
+                    assert "previous-run.json" not in BugReport("ryll", window_ms=50, pid=target.pid).preview()
+                    runs = get_json(ready["url"], "/runs")
+                    process.kill()
+            ended = {run["ended"] for run in runs if run["state"] != "running"}
+            assert ended == {"the process went on without it"}
+        finally:
+            target.kill()
+    with next_run(home) as (pid, ready):
+        (crashed,) = (run for run in get_json(ready["url"], "/runs") if run["state"] == "crashed")
+        assert "nobody saw how it ended" in crashed["ended"]
+        assert "previous-run.json" in BugReport("ryll", window_ms=50, pid=pid).preview()
+
+
+def test_one_crash_that_two_sidecars_saw_is_told_of_once(home: Path) -> None:
+    """As by one inside a launcher and the agent."""
+    with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
+        options = ("--pid", str(target.pid), "--record-interval", "0.05", "--linger", "0")
+        with serving(home, *options) as (_, one), serving(home, *options) as (_, other):
+            for ready in (one, other):
+                recorded(ready["url"])
+            target.kill()
+    with next_run(home) as (pid, _):
+        told = []
+        for _ in range(3):
+            report = BugReport("ryll", window_ms=50, pid=pid)
+            told.append("previous-run.json" in report.preview())
+            report.save(home)
+        assert told == [True, False, False]
 
 
 def test_a_crash_is_told_of_without_a_black_box(home: Path) -> None:

@@ -61,16 +61,16 @@ class Past:
         return members, [Failure(missing, reason)]
 
     def _previous(self, request: Callable[..., Answer], members: dict[str, bytes]) -> None:
-        """The newest run of the same program, before this one, that crashed and is in no report yet."""
-        info = _json(request("/info", last=False), dict)[0]
-        target, own = info["target"], ((info.get("recorder") or {}).get("black_box") or {}).get("run")
+        """The newest run of the same program, but of an earlier process, that crashed and is in no report yet."""
+        target = _json(request("/info", last=False), dict)[0]["target"]
         runs, _ = _json(request("/runs", last=False), list)
         # Two scripts of one interpreter have one name, and are none of each other's business.
         program = (target["name"], target.get("program", ""))
         crashed = [
             run
             for run in runs
-            if run["state"] == "crashed" and not run["reported"] and run["id"] != own
+            if run["state"] == "crashed" and not run["reported"]
+            if not str(run["id"]).startswith(f"{target['start_id']}-")
             if (run["name"], run.get("program", "")) == program
         ]
         if crashed:

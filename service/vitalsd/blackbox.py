@@ -257,7 +257,7 @@ class BlackBox:
             if self._file is None:
                 if time.monotonic_ns() < self._retry_ns:
                     return False
-                self._file = self._open(self._identity)
+                self._file = self._open(self._identity, lives=self._ended is None)
                 self.run_id = self._file.path.stem
                 if self._ended is not None:
                     self._file.end((), self._ended[0], crashed=self._ended[1])

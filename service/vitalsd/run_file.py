@@ -30,6 +30,7 @@ class RunFile:
     Args:
         directory: where it goes, which is made if need be, and in which room is made.
         identity: the process being recorded.
+        lives: whether it does.
         interval_ns: intended distance of two snapshots.
         retention_ns: how far back the file reaches.
         max_bytes: of the file; the oldest segments go when it is passed.
@@ -39,7 +40,14 @@ class RunFile:
     """
 
     def __init__(
-        self, directory: RunDirectory, identity: Identity, *, interval_ns: int, retention_ns: int, max_bytes: int
+        self,
+        directory: RunDirectory,
+        identity: Identity,
+        *,
+        lives: bool,
+        interval_ns: int,
+        retention_ns: int,
+        max_bytes: int,
     ) -> None:
         self.on_disk = 0
         """Id of the last row in it."""
@@ -50,10 +58,9 @@ class RunFile:
         self._max_bytes = max_bytes
         self._thread_ids: dict[tuple[int, int, str], int] = {}
         _prepare(directory.path)
-        stem = f"{identity.start_id}-{os.getpid()}"
-        directory.settle(stem if identity.pid == os.getpid() else None)
+        directory.settle(identity.start_id if lives else None)
         directory.make_room(max_bytes)
-        self.path, self._lock_fd = new_run(directory.path, stem)
+        self.path, self._lock_fd = new_run(directory.path, f"{identity.start_id}-{os.getpid()}")
         try:
             self._db = self._create(identity)
         except (OSError, sqlite3.Error):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vitalsd.tail import remove_tail
 
-__all__ = ["delete_run", "disk_bytes", "is_being_written", "is_named", "new_run", "tail_link"]
+__all__ = ["delete_run", "disk_bytes", "is_being_written", "is_of", "new_run", "tail_link"]
 
 MAX_FILES = 1000
 
@@ -37,10 +37,9 @@ def new_run(directory: Path, stem: str) -> tuple[Path, int]:
     raise OSError(f"{directory} has a thousand runs of this process")
 
 
-def is_named(path: Path, stem: str) -> bool:
-    """Whether `new_run` gave it that name, or that name with a number."""
-    name, dash, number = path.stem.rpartition("-")
-    return path.stem == stem or (name == stem and bool(dash) and number.isdecimal())
+def is_of(path: Path, start_id: str) -> bool:
+    """Whether it is of the process with that `Identity.start_id`; with ``-`` and a pid added, recorded by that one."""
+    return f"{path.stem}-".startswith(f"{start_id}-")
 
 
 def tail_link(path: Path) -> Path:

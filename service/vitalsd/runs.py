@@ -5,7 +5,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from vitalsd.run_parts import delete_run, disk_bytes, is_being_written, is_named
+from vitalsd.run_parts import delete_run, disk_bytes, is_being_written, is_of
 from vitalsd.stored_run import Run, UnreadableRun, describe, insert_rows, not_on_disk, opened
 from vitalsd.tail import SHARED_MEMORY, read_tail, remove_tail
 
@@ -45,23 +45,34 @@ class RunDirectory:
         return next((run for run in self.runs() if run.id == run_id), None)
 
     def mark_reported(self, run: Run) -> None:
-        """Note that a run has gone into a report. Raises `UnreadableRun`."""
-        with opened(run.path) as db:
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('reported', ?)", (str(time.time_ns()),))
-            db.commit()
+        """
+        Note that a run has gone into a report, with whatever else was recorded of the same process.
 
-    def settle(self, own: str | None = None) -> None:
+        Raises:
+            UnreadableRun: this one cannot be written.
+        """
+        self._note(run.path, "reported", str(time.time_ns()))
+        for path in self._files():
+            if path != run.path and is_of(path, run.identity.start_id):
+                with suppress(UnreadableRun, OSError):
+                    if not is_being_written(path):
+                        self._note(path, "reported", str(time.time_ns()))
+
+    def settle(self, living: str | None = None) -> None:
         """
         Write to disk what crashed runs left in shared memory, before the machine ends as well.
 
         What cannot be read stays: it may be in the memory of another container.
 
         Args:
-            own: how the names of its runs begin, of a process that records itself: it lives, so what it left
-                unfinished, as before it executed itself anew, has ended and not crashed.
+            living: `Identity.start_id` of a process that lives: what was recorded of it and is unfinished, as by a
+                sidecar that was killed, or before it executed itself anew, has ended and not crashed.
         """
-        if own is not None:
-            self._end([path for path in self._files() if is_named(path, own)])
+        if living is not None:
+            for path in self._files():
+                with suppress(UnreadableRun, OSError):
+                    if is_of(path, living) and not is_being_written(path):
+                        self._note(path, "ended", "the process went on without it")
         for link in self.path.glob("*.tail"):
             path = link.with_suffix(".sqlite")
             if is_being_written(path):
@@ -77,15 +88,6 @@ class RunDirectory:
                 os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # it is as old as it was
                 remove_tail(link)
 
-    def _end(self, paths: list[Path]) -> None:
-        """End those that nobody writes any more."""
-        for path in paths:
-            with suppress(UnreadableRun, OSError):
-                if not is_being_written(path):
-                    with opened(path) as db:
-                        db.execute("INSERT OR IGNORE INTO meta VALUES ('ended', 'the process went on without it')")
-                        db.commit()
-
     def make_room(self, spare_bytes: int) -> None:
         """Delete ended runs, oldest first, until there is room for one more, of `spare_bytes`."""
         files = sorted(self._files(), key=_modified_ns)
@@ -96,6 +98,12 @@ class RunDirectory:
             if not is_being_written(path):
                 total, count = total - disk_bytes(path), count - 1
                 delete_run(path)
+
+    def _note(self, path: Path, key: str, value: str) -> None:
+        """What has been noted already stays as it is."""
+        with opened(path) as db:
+            db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
+            db.commit()
 
     def _files(self) -> list[Path]:
         try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from vitalsd.record import Event, EventKind, Mark, Moves, Record, Segment
-from vitalsd.run_parts import disk_bytes, is_being_written, tail_link
+from vitalsd.run_parts import disk_bytes, is_being_written, is_of, tail_link
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.tail import Row, read_tail
 
@@ -207,16 +207,19 @@ def _described(db: sqlite3.Connection, path: Path, rows: Sequence[Row] = ()) -> 
         count += len(lacking)
         last_wall_ns = _array("q", bytes(lacking[-1].numbers[:SCALARS_BYTES]))[wall]
     state: State = "clean"
-    if "ended" not in meta:
+    identity, ended = _identity(meta), meta.get("ended")
+    if ended is None:
         state = "running" if is_being_written(path) else "crashed"
+        if state == "crashed" and not is_of(path, f"{identity.start_id}-{identity.pid}"):
+            ended = "its sidecar was gone before it, or with it: nobody saw how it ended"
     elif "crashed" in meta:
         state = "crashed"
     return Run(
         id=path.stem,
         path=path,
-        identity=_identity(meta),
+        identity=identity,
         state=state,
-        ended=meta.get("ended"),
+        ended=ended,
         first_wall_ns=first_wall_ns,
         last_wall_ns=last_wall_ns,
         snapshots=count,

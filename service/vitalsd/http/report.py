@@ -55,7 +55,6 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIR
         if reason is not None:
             failures.append(Failure(METRICS, reason))
         record, platform = targets.default.record, targets.default.platform
-        own = ((targets.default.recording_info() or {}).get("black_box") or {}).get("run")
 
         async def collect() -> tuple["Bundle", bytes, Run | None]:
             crashed: Run | None = None
@@ -65,7 +64,7 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIR
                 members[HISTORY], members[MARKS] = await reader.result(lambda: _recorded(record, query.seconds))
             if shelf is not None and identity is not None:
                 try:
-                    found = await shelf.read(lambda runs: _crashed(runs, identity, but=own))
+                    found = await shelf.read(lambda runs: _crashed(runs, identity))
                     if found is not None:
                         members[PREVIOUS_RUN] = await reader.result(lambda: _previous(*found))
                         crashed, _ = found
@@ -138,16 +137,18 @@ def _recorded(record: Record, seconds: int) -> tuple[bytes, bytes]:
     return table.to_json(), json.dumps([mark_json(mark) for mark in list(record.marks)]).encode()
 
 
-def _crashed(runs: RunDirectory, identity: Identity, *, but: str | None) -> tuple[Run, Record] | None:
+def _crashed(runs: RunDirectory, identity: Identity) -> tuple[Run, Record] | None:
     """
-    The newest run of that program which crashed and is in no report yet, `but` this one. Raises as `read_run` does.
+    The newest run of that program, but of an earlier process, which crashed and is in no report yet.
+
+    Raises as `read_run` does.
     """
     program = (identity.name, identity.program)
     run = next(
         (
             run
             for run in runs.runs()
-            if run.state == "crashed" and not run.reported and run.id != but
+            if run.state == "crashed" and not run.reported and run.identity.start_id != identity.start_id
             if (run.identity.name, run.identity.program) == program
         ),
         None,
