@@ -16,6 +16,7 @@ import pytest
 import vitalsd
 from sidecars import ask, environment, eventually, listing, serving
 from vitalsd import endpoint
+from vitalsd.runs import RunDirectory
 from vitalsd.sources.birth import births
 from vitalsd.stored_run import read_run
 
@@ -44,6 +45,21 @@ def client(code: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     )
+
+
+@pytest.mark.parametrize("how", ["pthread_sigmask(signal.SIG_BLOCK, numbers)", "signal(numbers[0], signal.SIG_IGN)"])
+def test_a_sidecar_of_who_takes_signals_otherwise_is_stopped(how: str) -> None:
+    """As with signalfd or sigwait: what the client blocks or ignores ends the sidecar all the same, and well."""
+    with client(f"""
+        import signal
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        signal.{how}
+        sidecar = vitalsd.spawn(port=0)
+        time.sleep(0.5)
+        print(sidecar.stop())
+    """) as program:
+        assert program.communicate(timeout=20)[0] == "0\n"
+    assert [run.state for run in RunDirectory(Path(os.environ["VITALSD_STATE_DIR"]) / "runs").runs()] == ["clean"]
 
 
 CLOSES = "import os, time; os.closerange(3, 1024); time.sleep(60)"

@@ -237,6 +237,13 @@ def test_a_dead_sidecar_makes_way_for_the_next_one(home: Path) -> None:
         assert "refused" in reason(found)
 
 
+def test_a_path_is_a_path(home: Path) -> None:
+    """Of the socket, as text or as an object."""
+    with Misbehaving(says(answer(METRICS)), home / "b.sock"):
+        assert isinstance(fetch(10, socket=home / "b.sock"), Measured)
+        assert isinstance(fetch(10, socket=str(home / "b.sock")), Measured)
+
+
 @pytest.mark.parametrize("window_ms", [9, 60_001, 0, -1, 10**12, "x", None, float("nan"), True])
 def test_a_strange_window_is_a_reason(home: Path, window_ms: Any) -> None:
     """Not even a wrong argument raises."""

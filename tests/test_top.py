@@ -35,6 +35,7 @@ pytestmark = pytest.mark.live
 
 Start = Callable[..., Target]
 
+KEYS = {signal.SIGINT: "\x03", signal.SIGQUIT: "\x1c"}
 VITALSD = (sys.executable, "-m", "vitalsd")
 ALT_ON, ALT_OFF, CURSOR_ON = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b[?25h"
 HOSTILE = "\x1b]0;p\x07\u202e<b>"
@@ -200,18 +201,21 @@ def test_names_are_harmless(tmp_path: Path, start: Start) -> None:
     assert all(line.isprintable() for line in out.stdout.splitlines())
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGHUP, -1)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGQUIT, -3), (signal.SIGTERM, -15), (signal.SIGHUP, -1)],
+)
 def test_signals_leave_the_terminal_as_it_was(
     tmp_path: Path, start: Start, number: signal.Signals, status: int
 ) -> None:
-    """Ctrl-C, SIGTERM and SIGHUP end it with the status shells expect; modes, screen and cursor are given back."""
+    """Each ends it with the status shells expect; modes, screen and cursor are given back."""
     target = start()
     with top("--pid", str(target.pid), directory=tmp_path) as view:
         before = view.modes()
         view.until(lambda text: rows(text))
         assert view.modes() != before
-        if number == signal.SIGINT:
-            view.press("\x03")
+        if number in KEYS:
+            view.press(KEYS[number])
         else:
             view.send(number)
         assert view.end() == status

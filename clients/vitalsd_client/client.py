@@ -8,6 +8,7 @@ has the time that remains.
 
 import asyncio
 import json
+import os
 import sys
 import time
 from contextlib import suppress
@@ -46,7 +47,7 @@ def fetch(
     mode: Mode = "auto",
     *,
     url: str | None = None,
-    socket: str | None = None,
+    socket: str | os.PathLike[str] | None = None,
     pid: int | None = None,
     detail: Detail = "basic",
     direct: bool = False,
@@ -80,7 +81,7 @@ async def afetch(
     mode: Mode = "auto",
     *,
     url: str | None = None,
-    socket: str | None = None,
+    socket: str | os.PathLike[str] | None = None,
     pid: int | None = None,
     detail: Detail = "basic",
     direct: bool = False,
@@ -116,7 +117,7 @@ class _Question:
     window_ms: Any
     mode: Mode
     url: str | None
-    socket: str | None
+    socket: str | os.PathLike[str] | None
     pid: int | None
     detail: Detail
     direct: bool

@@ -1,6 +1,7 @@
 """What the sidecar remembers, for a report: the history, the marks, and the run that crashed before."""
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -24,7 +25,9 @@ class Past:
         seconds: how far back.
     """
 
-    def __init__(self, seconds: int, *, url: str | None, socket: str | None, pid: int | None) -> None:
+    def __init__(
+        self, seconds: int, *, url: str | None, socket: str | os.PathLike[str] | None, pid: int | None
+    ) -> None:
         self._seconds = min(max(seconds, 1), 86_400)
         self._url, self._socket, self._pid = url, socket, pid
         self._sidecar: Sidecar | None = None

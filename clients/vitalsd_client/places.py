@@ -117,7 +117,9 @@ def _demand_proof(connection: Connection, token: str, port: int) -> None:
         )
 
 
-def locate(*, url: str | None = None, socket: str | None = None, pid: int | None = None) -> list[Sidecar]:
+def locate(
+    *, url: str | None = None, socket: str | os.PathLike[str] | None = None, pid: int | None = None
+) -> list[Sidecar]:
     """
     The sidecars to ask, the best first: the one that was given, else those that are found alive.
 
@@ -131,7 +133,8 @@ def locate(*, url: str | None = None, socket: str | None = None, pid: int | None
     """
     if url is not None or socket is not None:
         address = None if url is None else _address(url)
-        return [Sidecar(socket=socket, address=address, token=_token_for(address), pid=pid)]
+        path = None if socket is None else os.fspath(socket)
+        return [Sidecar(socket=path, address=address, token=_token_for(address), pid=pid)]
     wanted = os.getpid() if pid is None else pid
     found = endpoints.discover(wanted)
     if not found:

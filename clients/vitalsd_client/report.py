@@ -97,7 +97,7 @@ class BugReport:
         mode: Mode = "auto",
         history_s: int = 300,
         url: str | None = None,
-        socket: str | None = None,
+        socket: str | os.PathLike[str] | None = None,
         pid: int | None = None,
         direct: bool = False,
         redact: Sequence[Redact] = (),

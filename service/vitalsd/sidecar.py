@@ -275,7 +275,8 @@ def serve(sidecar: Sidecar, *, ready: Callable[[], None], companions: Sequence[C
     Serve on this, the main thread, until a signal or a companion ends it.
 
     SIGTERM, SIGINT and SIGHUP end it cleanly; one of them again, later than `SAME_S`, ends it at once, by that
-    signal. A signal that was ignored at the start (nohup, a shell's background job) stays ignored.
+    signal. SIGINT or SIGHUP that was ignored at the start (nohup, a shell's background job) stays ignored. What a
+    parent blocks or ignores that takes its signals otherwise is not ours: who stops a sidecar sends SIGTERM.
 
     The process is taken to be ours alone: whatever is there once it is ready, the garbage collector
     leaves alone from then on. To walk all the modules takes it longer than many an answer.
@@ -308,13 +309,12 @@ async def _serve(sidecar: Sidecar, ready: Callable[[], None], companions: Sequen
         stopping_s = loop.time()
         sidecar.stop()
 
-    taken = [
-        number
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN
+    taken = [signal.SIGTERM] + [
+        number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN
     ]
     for number in taken:
         loop.add_signal_handler(number, stop, number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
     try:
         await sidecar.run(ready, companions)
     finally:

@@ -37,7 +37,8 @@ OFFERED: tuple[tuple[Form, str, str, frozenset[str]], ...] = (
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 RANGE = re.compile(rf"\s*({TOKEN})/({TOKEN})\s*((?:;[^;]*)*)", re.ASCII)
-QUALITY = re.compile(r"(?:0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)", re.ASCII)
+QUALITY = re.compile(r"0?\.[0-9]+|0\.?|1(?:\.0*)?", re.ASCII)
+"""More than RFC 9110 allows: the HTTP client of Java 8 says ``q=.2``."""
 
 
 def negotiate(accept: str) -> Form | None:
@@ -59,7 +60,7 @@ def negotiate(accept: str) -> Form | None:
 
 
 def _range(part: str) -> tuple[tuple[str, str, str], float] | None:
-    """Type, subtype and version of one media range, and its quality; ``None`` if it is not one."""
+    """Type, subtype and version of one media range, and its quality, 1 if that is none; ``None`` if it is not one."""
     found = RANGE.fullmatch(part)
     if found is None:
         return None
@@ -68,7 +69,7 @@ def _range(part: str) -> tuple[tuple[str, str, str], float] | None:
         name, _, value = parameter.partition("=")
         parameters[name.strip().lower()] = value.strip().strip('"')
     given = parameters.get("q", "1")
-    quality = float(given) if QUALITY.fullmatch(given) else 0.0
+    quality = float(given) if QUALITY.fullmatch(given) else 1.0
     return (found[1].lower(), found[2].lower(), parameters.get("version", "")), quality
 
 

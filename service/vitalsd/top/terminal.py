@@ -23,7 +23,7 @@ __all__ = ["Hangup", "Terminal", "keys"]
 
 ESCAPE_S = 0.05
 """After this a lone ESC is the key and not the begin of a sequence."""
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 CONTROL = {
     "\r": "enter",
     "\n": "enter",
