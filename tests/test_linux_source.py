@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -506,7 +507,8 @@ def test_a_script_is_known_though_its_interpreter_was_replaced(tmp_path: Path) -
     interpreter = tmp_path / "sh"
     shutil.copy(os.path.realpath("/bin/sh"), interpreter)
     with subprocess.Popen([interpreter, "-c", "read line", "a script"], stdin=subprocess.PIPE) as process:
-        eventually(lambda: os.readlink(f"/proc/{process.pid}/exe") == str(interpreter))
+        # Popen returns while it is still inside exec, where it has no command line yet.
+        eventually(lambda: b"a script" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
         with opened(process.pid) as source:
             program = source.identity().program
         interpreter.unlink()
@@ -761,6 +763,33 @@ def test_another_pid_namespace_is_read_without_our_clocks() -> None:
         inside.wait()
         assert inside.stdout is not None
         inside.stdout.close()
+
+
+@as_root
+def test_the_proc_of_another_pid_namespace_is_not_taken_for_ours() -> None:
+    """As in a sandbox that mounts none of its own: this process is read as itself, and no pid is guessed at."""
+    code = """
+        import os, sys, threading, time
+        from vitalsd.sources import SourceError
+        from vitalsd.sources.linux import LinuxSource
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        source = LinuxSource()
+        print(os.getpid(), source.identity().name, len(source.snapshot().tids), source.snapshot().cpu_ns < 60 * 10**9)
+        try:
+            LinuxSource(1)
+        except SourceError as error:
+            print(type(error).__name__, error)
+    """
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    own, other = done.stdout.splitlines()
+    assert own.split()[0] == "1"
+    assert own.split()[-2:] == ["2", "True"]
+    assert other.startswith("Unsupported /proc is of another pid namespace")
 
 
 # Descriptors

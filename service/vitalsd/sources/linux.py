@@ -65,7 +65,8 @@ class LinuxSource:
     Args:
         pid: target; ``None`` is this process.
         root: where procfs is mounted. One of another pid namespace (a container's ``/host/proc``) is
-            read without CPU clocks, because those take pids of our own namespace.
+            read without CPU clocks, because those take pids of our own namespace. ``/proc`` itself has to be of our
+            own: or whoever says a pid means another process by it.
         fd_budget: descriptors that may be kept open for threads of another process; the rest are
             opened at each read, three times dearer. Default: half of the soft limit.
 
@@ -74,13 +75,19 @@ class LinuxSource:
     """
 
     def __init__(self, pid: int | None = None, *, root: str = "/proc", fd_budget: int | None = None) -> None:
-        self._pid = os.getpid() if pid is None else pid
         self._root = root
+        own = self._own_pid()
+        same_namespace = own == os.getpid()
+        self._pid = pid if pid is not None else own or os.getpid()
+        if pid is not None and own and not same_namespace and root == "/proc":
+            raise Unsupported(
+                "/proc is of another pid namespace, where this number is another process's; mount a procfs of our own"
+                " there (unshare --mount-proc), or name that one by another path with --proc-root"
+            )
         if fd_budget is None:
             fd_budget = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self._fds: list[int] = []
         self._threads: ThreadTable | None = None
-        same_namespace = self._in_our_namespace()
         try:
             stat = self._attach(same_namespace)
             self._clock = self._process_clock() if same_namespace else None
@@ -321,11 +328,12 @@ class LinuxSource:
                 pass
         return NoSuchProcess(f"no process has pid {self._pid}")
 
-    def _in_our_namespace(self) -> bool:
+    def _own_pid(self) -> int:
+        """That of this process in the procfs, which may be of another pid namespace; 0 if it is not in there."""
         try:
-            return os.readlink(f"{self._root}/self") == str(os.getpid())
-        except OSError:
-            return False
+            return int(os.readlink(f"{self._root}/self"))
+        except (OSError, ValueError):
+            return 0
 
     def _process_clock(self) -> int | None:
         clock_id = (~self._pid << 3) | 2  # CPUCLOCK_SCHED of a process, linux/posix-timers_types.h
