@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -843,6 +843,33 @@ def test_a_full_disk_is_said_and_healed(tmp_path: Path, caplog: pytest.LogCaptur
         assert same(last, record.last)
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@root_only
+@pytest.mark.parametrize("disk", ["full", "read-only"])
+def test_a_crashed_run_is_found_on_a_disk_that_takes_nothing(disk: str, tmp_path: Path) -> None:
+    """Which may be why it crashed. It is listed and read, though SQLite can make no files of its own beside it."""
+    box, _ = write(tmp_path / "first", [Process().snapshot()])
+    box.flush()
+    (runs := tmp_path / "runs").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(runs)], check=True)
+    try:
+        for suffix in (".sqlite", ".sqlite-wal"):
+            shutil.copyfile(tmp_path / "first" / f"{box.run_id}{suffix}", runs / f"{box.run_id}{suffix}")
+        (runs / f"{box.run_id}.lock").touch()
+        if disk == "full":
+            with suppress(OSError), (runs / "ballast").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", str(runs)], check=True)
+        directory = RunDirectory(runs)
+        assert [(run.id, run.state, run.snapshots) for run in directory.runs()] == [(box.run_id, "crashed", 1)]
+        with pytest.raises(UnreadableRun, match="cannot be opened"):
+            directory.mark_reported(directory.runs()[0])
+    finally:
+        subprocess.run(["umount", "-l", str(runs)], check=True)
+        box.close("over")
 
 
 @root_only

@@ -50,7 +50,7 @@ def tail_link(path: Path) -> Path:
 def is_being_written(path: Path) -> bool:
     """Whether a living process holds the lock of this run, or may for all that can be seen."""
     try:
-        fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path.with_suffix(".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         return error.errno not in (errno.ENOENT, errno.ELOOP)  # without a descriptor left nobody can tell
     try:

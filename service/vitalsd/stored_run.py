@@ -63,6 +63,10 @@ class UnreadableRun(Exception):
     """The file is not a run of ours, or is damaged; ``str(error)`` says which."""
 
 
+class _Stuck(UnreadableRun):
+    """It cannot be opened where it is: the disk is full or read-only, and SQLite needs files of its own beside it."""
+
+
 class Run(NamedTuple):
     """A run found on disk; see `read_run` for what is in it."""
 
@@ -88,6 +92,13 @@ def read_run(path: Path) -> tuple[Run, Record]:
         UnreadableRun: it is not a run of ours, or damaged.
         OSError: it cannot be read.
     """
+    with _copied(path) as db:
+        return _described(db, path), _record(db)
+
+
+@contextmanager
+def _copied(path: Path) -> Iterator[sqlite3.Connection]:
+    """A copy of the database of a run, with what is in its tail. Raises as `read_run` does."""
     with tempfile.TemporaryDirectory(prefix="vitalsd-") as scratch:
         copy = Path(scratch) / "run.sqlite"
         rows = _tail(path)  # first: what has left it when the rest is read is there
@@ -105,7 +116,7 @@ def read_run(path: Path) -> tuple[Run, Record]:
                         shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
         with opened(copy, path.name) as db:
             insert_rows(db, not_on_disk(db, rows))
-            return _described(db, path), _record(db)
+            yield db
 
 
 def _state_of_files(path: Path) -> list[tuple[int, int, int] | None]:
@@ -142,6 +153,8 @@ def opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]:
                 # A view in place of a table is a program, and may be one that never ends.
                 raise UnreadableRun(f"{name} has other tables than a black box of vitalsd")
             yield db
+    except sqlite3.OperationalError as error:
+        raise _Stuck(f"{name} cannot be opened: {error}") from None
     except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise UnreadableRun(f"{name} is damaged: {error}") from None
 
@@ -189,9 +202,13 @@ def _identity(meta: dict[str, str]) -> Identity:
 def describe(path: Path) -> Run:
     """What is told of a run without reading all of it. Raises `UnreadableRun`."""
     rows = _tail(path)
-    with opened(path) as db:
-        db.execute("BEGIN")  # or what is written meanwhile is in none of what is read
-        return _described(db, path, rows)
+    try:
+        with opened(path) as db:
+            db.execute("BEGIN")  # or what is written meanwhile is in none of what is read
+            return _described(db, path, rows)
+    except _Stuck:
+        with _copied(path) as db:
+            return _described(db, path)
 
 
 def _described(db: sqlite3.Connection, path: Path, rows: Sequence[Row] = ()) -> Run:
