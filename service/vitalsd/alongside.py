@@ -209,10 +209,8 @@ def _answer(process: _Process, reader: int, deadline: float) -> dict[str, Any]:
             raise SpawnError("the sidecar said more than it should")
     try:
         answer: dict[str, Any] = json.loads(content)
-        reason = answer.get("error")
-        {key: answer[key] for key in ("url", "socket", "runtime_file")} if reason is None else None
+        if (reason := answer.get("error")) is not None:
+            raise SpawnError(str(reason))
+        return {key: answer[key] for key in ("url", "socket", "runtime_file")}
     except (ValueError, AttributeError, KeyError):
         raise SpawnError(f"this is no sidecar, it said {content[:80]!r}") from None
-    if reason is not None:
-        raise SpawnError(str(reason))
-    return answer

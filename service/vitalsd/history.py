@@ -8,6 +8,7 @@ covers the time since the row before it; the first row of a record has no such t
 import csv
 import io
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,10 +128,8 @@ class History:
 def _by_row(rows: Sequence[int], notes: Sequence[tuple[int, str]]) -> list[str]:
     """The notes that fall to each row: the first one that ends after them, or the last of all."""
     cells: list[list[str]] = [[] for _ in rows]
-    for at_ns, text in notes:
-        row = next((i for i, end_ns in enumerate(rows) if end_ns >= at_ns), len(rows) - 1)
-        if rows:
-            cells[row].append(printable(text))
+    for at_ns, text in notes if rows else ():
+        cells[min(bisect_left(rows, at_ns), len(rows) - 1)].append(printable(text))
     return ["; ".join(cell) for cell in cells]
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import compress, islice
 from operator import add, is_not, sub
 from sys import getsizeof
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 
@@ -76,6 +76,13 @@ class Segment:
         "rss_bytes",
         "vm_bytes",
     )
+
+    @classmethod
+    def numbers(cls, scalars: Sequence[int]) -> dict[str, Any]:
+        """The fields of a `Snapshot` that are in `SCALARS`."""
+        fields: dict[str, Any] = dict(zip(cls.SCALARS, scalars, strict=True))
+        fields["exited_cpu_ns"] = fields.pop("exited_low_ns"), fields.pop("exited_high_ns")
+        return fields
 
     __slots__ = ("base_cpu_ns", "head", "last_cpu_ns", "moves", "scalars", "size_bytes")
 
@@ -154,28 +161,9 @@ class Segment:
         return next(islice(self.walk(), position, None))
 
     def snapshot(self, position: int) -> Snapshot:
-        """One snapshot as it was, but for its extras, which are not recorded."""
-        row, head = self.row(position), self.head
-        return Snapshot(
-            monotonic_ns=row[0],
-            boottime_ns=row[1],
-            wall_ns=row[2],
-            uptime_ns=row[3],
-            skew_ns=row[4],
-            cpu_ns=row[5],
-            exited_cpu_ns=(row[6], row[7]),
-            rss_bytes=row[8],
-            vm_bytes=row[9],
-            cpu_grain_ns=head.cpu_grain_ns,
-            image=head.image,
-            tids=head.tids,
-            births=head.births,
-            thread_cpu_ns=self.thread_cpu_ns(position),
-            names=head.names,
-            thread_grain_ns=head.thread_grain_ns,
-            thread_lag_ns=head.thread_lag_ns,
-            source=head.source,
-        )
+        """One snapshot as it was, but for its extras, state and warnings, which are not recorded."""
+        numbers, burnt = self.numbers(self.row(position)), self.thread_cpu_ns(position)
+        return replace(self.head, **numbers, thread_cpu_ns=burnt, extras=None, state=None, warnings=())
 
 
 def _moves(before: Sequence[int], after: Sequence[int]) -> Moves:

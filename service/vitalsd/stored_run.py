@@ -296,27 +296,12 @@ def _check(segment: Segment, scalars: "array[int]", moves: Moves) -> None:
 def _head(
     scalars: "array[int]", keys: list[tuple[int, int, str]], cpu_ns: "array[int]", constants: dict[str, Any]
 ) -> Snapshot:
-    row = dict(zip(Segment.SCALARS, scalars, strict=True))
     if len(cpu_ns) != len(keys):
         raise ValueError("threads without CPU time")
     _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str))
     tids, births, names = zip(*keys, strict=True) if keys else ((), (), ())
-    return Snapshot(
-        monotonic_ns=row["monotonic_ns"],
-        boottime_ns=row["boottime_ns"],
-        wall_ns=row["wall_ns"],
-        uptime_ns=row["uptime_ns"],
-        skew_ns=row["skew_ns"],
-        cpu_ns=row["cpu_ns"],
-        exited_cpu_ns=(row["exited_low_ns"], row["exited_high_ns"]),
-        rss_bytes=row["rss_bytes"],
-        vm_bytes=row["vm_bytes"],
-        tids=tids,
-        births=births,
-        names=names,
-        thread_cpu_ns=cpu_ns,
-        **constants,
-    )
+    numbers = Segment.numbers(scalars)
+    return Snapshot(**numbers, tids=tids, births=births, names=names, thread_cpu_ns=cpu_ns, **constants)
 
 
 def _array(code: str, content: bytes) -> "array[int]":

@@ -1,9 +1,8 @@
 """What every request must keep to: a bounded body, declared or not."""
 
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vitalsd.http.problem import problem
+from vitalsd.http.problem import Refused, problem
 
 __all__ = ["Bounds"]
 
@@ -22,10 +21,10 @@ class Bounds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        too_large = f"a body here has at most {self.max_body_bytes} bytes"
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not declared.isdigit() or int(declared[:20]) > self.max_body_bytes:
-            detail = f"a body here has at most {self.max_body_bytes} bytes"
-            await problem("body_too_large", detail)(scope, receive, send)
+            await problem("body_too_large", too_large)(scope, receive, send)
             return
         received = 0
 
@@ -34,7 +33,7 @@ class Bounds:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_body_bytes:
-                raise HTTPException(413)
+                raise Refused("body_too_large", too_large)
             return message
 
         await self.app(scope, counted, send)

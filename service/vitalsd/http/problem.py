@@ -126,8 +126,6 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             methods = {method for route in served if route.path_regex.match(path) for method in route.methods or ()}
             allowed = ", ".join(sorted(methods))
             return problem("method_not_allowed", f"use {allowed}", headers={"Allow": allowed})
-        if error.status_code == 413:
-            return problem("body_too_large", "a body here has at most 4 KiB")
         path = request.scope["path"]
         there = f"{nearest(path, paths)}there are: {', '.join(paths)}"
         return problem("no_such_route", f"{shown(path)} is not served here; {there}")

@@ -14,7 +14,6 @@ Facts that shape the calls (xnu-11417):
 """
 
 import ctypes
-import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -435,15 +434,14 @@ class LibSystem:
 
     def _proc_thread_info(self, pid: int, thread_id: int, address: int) -> bool:
         """Write the `proc_threadinfo` of a thread to `address`; False if it or its process has ended."""
-        size = ctypes.sizeof(proc_threadinfo)
-        got: int = self._slow.proc_pidinfo(pid, PROC_PIDTHREADID64INFO, thread_id, address, size)
-        if got == size:
-            return True
-        if got > 0:
-            raise MachError(f"proc_pidinfo(PROC_PIDTHREADID64INFO) answered {got} bytes of {size}")
-        if ctypes.get_errno() == errno.ESRCH:
+        name, size = "PROC_PIDTHREADID64INFO", ctypes.sizeof(proc_threadinfo)
+        try:
+            got = self._proc_pidinfo(name, pid, PROC_PIDTHREADID64INFO, thread_id, address, size)
+        except ProcessLookupError:
             return False
-        raise _os_error("proc_pidinfo(PROC_PIDTHREADID64INFO)", ctypes.get_errno())
+        if got < size:
+            raise MachError(f"proc_pidinfo({name}) answered {got} bytes of {size}")
+        return True
 
 
 class ThreadRows:
