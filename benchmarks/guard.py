@@ -3,8 +3,8 @@ Has it become slower? Runs the suite in its quick form and compares ratios with 
 
     python benchmarks/guard.py [--slack 1.6]
 
-Only ratios between contenders of one interleaved run are compared, and a goal that is met stays met: a
-machine that is twice as slow changes neither. Exit status 1, and the lines that are worse, if any is.
+Only ratios between contenders of one interleaved run are compared: a machine that is twice as slow does not
+change them. Exit status 1, and the lines that are worse, if any is.
 """
 
 import argparse

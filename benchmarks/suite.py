@@ -151,12 +151,14 @@ GOALS: Sequence[tuple[str, str, Mapping[str, Any], str, str, float]] = (
 
 
 def verdict(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """A Markdown table of the goals; the latter half of a line says what came of it."""
+    """A Markdown table of the goals, and what came of them. Raises `KeyError`: a figure is not there any more."""
     lines = ["| | goal | measured | |", "|---|---:|---:|---|"]
     for words, title, wanted, name, direction, limit in GOALS:
-        for row in map(flat, results[title]):
-            value = row.get(name)
-            if value is None or any(row.get(key) != each for key, each in wanted.items()):
+        rows = [row for row in map(flat, results[title]) if wanted.items() <= row.items() and name in row]
+        if not rows:
+            raise KeyError(f"{title}: no {name} with {dict(wanted)}")
+        for value in (row[name] for row in rows):
+            if value is None:  # there is no Rust here
                 continue
             if not direction:
                 lines.append(f"| {words} | stated | {value:g} | |")

@@ -1,7 +1,7 @@
 """
 The sidecar alongside its client: a process of its own that outlives a crash.
 
-Of the standard library and `vitalsd.endpoint` alone: the client does not load the service.
+Of the standard library alone: the client does not load the service.
 """
 
 import errno
