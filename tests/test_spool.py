@@ -753,7 +753,7 @@ def test_a_report_that_is_not_sent_has_a_reason(tmp_path: Path) -> None:
         assert f"to try again: vitalsd spool send {refused['report_id']} --retry-failed [--url URL]" in out.stderr
         out = vitalsd(tmp_path, "spool", "send", refused["report_id"])
         why = f"{refused['report_id']} was refused: the server answered 400; --retry-failed sends it again"
-        assert (out.returncode, out.stdout, out.stderr) == (1, "", f"Error: {why}\n")
+        assert (out.returncode, out.stdout, out.stderr) == (1, "", f"vitalsd: {why}\n")
         assert vitalsd(tmp_path, "spool", "send", refused["report_id"], "--retry-failed").returncode == 1
         assert len(server.requests) == 2
 

@@ -88,7 +88,7 @@ def report(
     if written is not None and complaints and outbox is None and out is None:
         complaints.append("it was written to the current directory instead")
     if written is None and not taken:
-        raise click.ClickException("; ".join(complaints))
+        raise Failed("; ".join(complaints))
     result["file"] = None if written is None else str(written)
     failed = metrics.get("available") is False or bool(complaints)
     if not as_json:
@@ -153,10 +153,10 @@ def spool_send(report_id: str | None, url: str | None, wait: float, retry_failed
     try:
         entries = kept.entries()
         if report_id is not None and all(entry.report_id != report_id for entry in entries):
-            raise click.ClickException(f"no report {report_id}; `vitalsd spool list` shows them")
+            raise Failed(f"no report {report_id}; `vitalsd spool list` shows them")
         for entry in entries:
             if entry.state == "failed" and entry.report_id == report_id and not retry_failed:
-                raise click.ClickException(f"{report_id} was refused: {entry.note}; --retry-failed sends it again")
+                raise Failed(f"{report_id} was refused: {entry.note}; --retry-failed sends it again")
         if retry_failed:
             for entry in entries:
                 if entry.state == "failed" and report_id in (None, entry.report_id):
@@ -165,7 +165,7 @@ def spool_send(report_id: str | None, url: str | None, wait: float, retry_failed
             _readdress(kept, url, report_id)
         results, sent = _send(kept, report_id, wait_s=wait, quiet=as_json)
     except SpoolError as error:
-        raise click.ClickException(str(error)) from None
+        raise Failed(str(error)) from None
     if as_json:
         click.echo(json.dumps(results, indent=2))
     raise SystemExit(0 if sent else 1)
@@ -184,9 +184,9 @@ def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
     try:
         for report_id in [entry.report_id for entry in kept.entries()] if everything else report_ids:
             if not kept.drop(report_id):
-                raise click.ClickException(f"no report {report_id}; `vitalsd spool list` shows them")
+                raise Failed(f"no report {report_id}; `vitalsd spool list` shows them")
     except SpoolError as error:
-        raise click.ClickException(str(error)) from None
+        raise Failed(str(error)) from None
 
 
 def _spool(url: str | None = None) -> "Spool":
