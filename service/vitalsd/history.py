@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitalsd.record import Event, Mark, Record, Segment
-from vitalsd.wire import DECIMALS, iso, printable
+from vitalsd.wire import DECIMALS, iso, printable, target_json
 
 __all__ = ["History", "ThreadHistory", "history"]
 
@@ -61,12 +61,7 @@ class History:
         body: dict[str, Any] = {
             "schema": 1,
             "platform": identity.platform,
-            "target": {
-                "pid": identity.pid,
-                "name": identity.name,
-                "started_at": iso(identity.started_unix_ns),
-                "start_id": identity.start_id,
-            },
+            "target": target_json(identity),
             "interval_ms": self.record.interval_ns // 1_000_000,
             "time_ms": [ns // 1_000_000 for ns in self.wall_ns],
             "elapsed_ms": [round(ns / 1e6, DECIMALS) for ns in self.elapsed_ns],

@@ -19,7 +19,18 @@ from typing import Any, Literal
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
 from vitalsd.sources import SourceError
 
-__all__ = ["Detail", "Labels", "Sort", "encode", "iso", "os_version", "printable", "unavailable"]
+__all__ = [
+    "Detail",
+    "Labels",
+    "Sort",
+    "encode",
+    "iso",
+    "os_version",
+    "printable",
+    "target_json",
+    "unavailable",
+    "unavailable_json",
+]
 
 Detail = Literal["basic", "full"]
 Sort = Literal["tid", "cpu", "name"]
@@ -56,9 +67,23 @@ def printable(text: str) -> str:
 
 
 def unavailable(error: SourceError | str, platform: str) -> bytes:
+    """The `Unavailable` variant, as bytes."""
+    return json.dumps(unavailable_json(error, platform), separators=(",", ":")).encode()
+
+
+def unavailable_json(error: SourceError | str, platform: str) -> dict[str, Any]:
     """The `Unavailable` variant: the one place where a source's error becomes an answer."""
-    body = {"platform": platform, "available": False, "reason": str(error)}
-    return json.dumps(body, separators=(",", ":")).encode()
+    return {"platform": platform, "available": False, "reason": str(error)}
+
+
+def target_json(identity: Identity) -> dict[str, Any]:
+    """Which run of which process, as every answer that speaks of one has it."""
+    return {
+        "pid": identity.pid,
+        "name": identity.name,
+        "started_at": iso(identity.started_unix_ns),
+        "start_id": identity.start_id,
+    }
 
 
 class Labels:
@@ -246,12 +271,7 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
         ],
         "platform": identity.platform,
         "schema": 1,
-        "target": {
-            "pid": identity.pid,
-            "name": identity.name,
-            "started_at": iso(identity.started_unix_ns),
-            "start_id": identity.start_id,
-        },
+        "target": target_json(identity),
         "window": {
             "requested_ms": requested_ms,
             "measured_ms": round(m.elapsed_ns / 1e6, DECIMALS),

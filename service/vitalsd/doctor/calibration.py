@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from vitalsd.doctor.burner import Burner, BurnerProcess, BurnerThreads, Log, bounds_ns
-from vitalsd.doctor.finding import Finding, between, judged, not_here
+from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
 from vitalsd.snapshot import Measurement, Snapshot, measure
 from vitalsd.sources import Source
 from vitalsd.sources.platform import Platform
@@ -103,7 +103,7 @@ def _threads(
         try:
             index = measured.last.tids.index(burner.tids[name])
         except ValueError:
-            yield judged(check, what, between(low, high, "%"), "the thread is not listed", False, _BUG)
+            yield judged(check, what, between(low, high, "%"), "the thread is not listed", False, BUG)
             continue
         read = measured.thread_cpu_ns[index] * percent
         error = measured.thread_error_ns(index) * percent
@@ -113,7 +113,7 @@ def _threads(
             f"{between(low, high, '%')} by its own clock",
             f"{read:.1f} % ± {error:.1f}",
             low - error - ALLOWANCE_PERCENT <= read <= high + error + ALLOWANCE_PERCENT,
-            _BUG,
+            BUG,
         )
 
 
@@ -127,7 +127,7 @@ def _total(place: str, what: str, measured: Measurement, spent: tuple[int, int])
         f"{between(low, high, 'ms', 0)} ± {slack:.0f}",
         f"{read:.0f} ms",
         low - slack <= read <= high + slack,
-        "the process total leaves out threads or counts in another unit; " + _BUG,
+        "the process total leaves out threads or counts in another unit; " + BUG,
     )
 
 
@@ -147,8 +147,5 @@ def _ticks(place: str, what: str, measured: Measurement, spent: tuple[int, int])
         f"{grown / true_ns:.3f}{oddities}",
         0.7 <= grown / true_ns <= 1.4,
         "user and system time count in another unit than ns (0.024 is 24 MHz taken for 1 GHz); on macOS compare"
-        " `sysctl hw.tbfrequency`; " + _BUG,
+        " `sysctl hw.tbfrequency`; " + BUG,
     )
-
-
-_BUG = "report it with the output of `vitalsd doctor --json`"

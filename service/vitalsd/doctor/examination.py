@@ -20,7 +20,7 @@ from vitalsd.directories import (
     state_path,
 )
 from vitalsd.doctor import calibration, machine, process
-from vitalsd.doctor.finding import Finding
+from vitalsd.doctor.finding import BUG, Finding
 from vitalsd.doctor.service import sidecar
 from vitalsd.doctor.soak import soak
 from vitalsd.sources.platform import Platform
@@ -80,7 +80,7 @@ def _broken(what: str, error: Exception) -> Finding:
         "can be examined",
         f"{type(error).__name__}: {error}",
         "fail",
-        "more descriptors, memory or room on disk? If not, report it with the output of `vitalsd doctor --json`",
+        f"more descriptors, memory or room on disk? If not, {BUG}",
     )
 
 

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Finding", "Verdict", "between", "judged", "not_here"]
+__all__ = ["BUG", "Finding", "Verdict", "between", "judged", "not_here"]
+
+BUG = "report it with the output of `vitalsd doctor --json`"
+"""The next step where nothing that the user can do is known."""
 
 Verdict = Literal["pass", "fail", "not here"]
 

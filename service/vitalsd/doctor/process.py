@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 
 from vitalsd.doctor.burner import BurnerProcess, name_this_thread, touched
-from vitalsd.doctor.finding import Finding, between, judged, not_here
+from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source
 from vitalsd.sources.platform import Platform
@@ -26,7 +26,6 @@ SNAPSHOTS = 200
 QUIET_S = 5.0
 ALLOWED = {"ports": 4, "references": 4}
 """What the libraries of macOS may come to hold by themselves; a release forgotten in one snapshot of 50 is more."""
-BUG = "report it with the output of `vitalsd doctor --json`"
 
 
 def memory(platform: Platform) -> Iterator[Finding]:

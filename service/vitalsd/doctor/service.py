@@ -15,7 +15,7 @@ import httpx
 
 from vitalsd.alongside import Spawned, SpawnError, spawn
 from vitalsd.doctor.burner import BurnerProcess
-from vitalsd.doctor.finding import Finding, judged, not_here
+from vitalsd.doctor.finding import BUG, Finding, judged, not_here
 from vitalsd.endpoint import discover
 from vitalsd.model import Measured, parse_runtime_metrics
 from vitalsd.runs import RunDirectory
@@ -35,7 +35,6 @@ WAKEUPS_PER_S = 20
 LATE_MS = 500
 END_S = 3.0
 START_S = 30.0
-BUG = "report it with the output of `vitalsd doctor --json`"
 
 
 def sidecar(platform: Platform, places: tuple[Path, Path] | None) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 from vitalsd.doctor.burner import BurnerProcess
-from vitalsd.doctor.finding import Finding, judged, not_here
+from vitalsd.doctor.finding import BUG, Finding, judged, not_here
 from vitalsd.doctor.process import held
 from vitalsd.sources.platform import Platform
 
@@ -108,7 +108,7 @@ def _judged(check: str, what: str, kind: str, points: Sequence[tuple[float, floa
         f"{found.per_unit * 1000 * scale:+.2f} ± {found.margin * 1000 * scale:.2f}{unit} per 1000,"
         f" {points[0][1] * scale:.0f} -> {points[-1][1] * scale:.0f}{unit}, {born} threads came and went",
         (found.per_unit - found.margin) * span <= allowed,
-        "each snapshot leaves something behind; report it with the output of `vitalsd doctor --json`",
+        f"each snapshot leaves something behind; {BUG}",
     )
 
 

@@ -21,7 +21,7 @@ from vitalsd.http.shelf import Shelf
 from vitalsd.sampler import Busy
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
 from vitalsd.targets import Stream, Target, Targets
-from vitalsd.wire import Labels, encode, iso, os_version, unavailable
+from vitalsd.wire import Labels, encode, iso, os_version, target_json, unavailable, unavailable_json
 from vitalsd.worker import Hung, Worker
 
 __all__ = ["STREAM_S", "live_routes"]
@@ -186,19 +186,12 @@ async def _scraped(targets: Targets, pid: int | None, form: Form, threads: int, 
 
 
 async def _info(target: Target) -> dict[str, Any]:
-    who: dict[str, Any]
     try:
         identity = await target.identity()
     except SourceError as error:
-        who = {"platform": target.platform, "available": False, "reason": str(error)}
+        who = unavailable_json(error, target.platform)
     else:
-        who = {
-            "pid": identity.pid,
-            "name": identity.name,
-            "started_at": iso(identity.started_unix_ns),
-            "start_id": identity.start_id,
-            "program": identity.program,
-        }
+        who = {**target_json(identity), "program": identity.program}
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "version": version("vitalsd"),
