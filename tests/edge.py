@@ -17,7 +17,7 @@ from vitalsd.http.app import create_app
 from vitalsd.http.live import STREAM_S
 from vitalsd.listeners import listen
 from vitalsd.sampler import Sampler
-from vitalsd.sidecar import Sidecar
+from vitalsd.sidecar import Service
 from vitalsd.sources import list_processes, open_source
 from vitalsd.targets import Targets
 
@@ -109,7 +109,7 @@ class Edge:
         adopted: Callable[[], Any] | None = None,
     ) -> None:
         listeners = adopted() if adopted else listen(host=host, port=0, uds=directory and directory / "a.sock")
-        self._sidecar = Sidecar(app, listeners, token=token, grace_s=0.1)
+        self._sidecar = Service(app, listeners, token=token, grace_s=0.1)
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

@@ -27,7 +27,7 @@ from sidecars import VITALSD, UnixConnection, ask, environment, eventually, list
 from vitalsd import endpoint
 from vitalsd.listeners import ListenError, PortInUse, UnixListener, adopt, bind_tcp, inherited, is_remote, listen
 from vitalsd.runs import RunDirectory
-from vitalsd.sidecar import Sidecar
+from vitalsd.sidecar import Service
 from vitalsd.socket_file import answers
 
 
@@ -636,9 +636,9 @@ def test_a_runtime_file_that_was_removed_is_written_again(short_path: Path, monk
     monkeypatch.setattr("vitalsd.sidecar.LOOK_S", 0.05)
     directory = short_path / "run"
     directory.mkdir(0o700)
-    service = Sidecar(whole_app(), listen(port=0, directory=directory), directory=directory)
+    service = Service(whole_app(), listen(port=0, directory=directory), directory=directory)
 
-    async def cleaned(sidecar: Sidecar) -> None:
+    async def cleaned(sidecar: Service) -> None:
         before = endpoint.read(directory / f"sidecar-{os.getpid()}.json")
         assert before.socket is not None
         shutil.rmtree(directory)
@@ -654,10 +654,10 @@ def test_a_runtime_file_that_was_removed_is_written_again(short_path: Path, monk
 def test_what_a_companion_raises_is_not_a_clean_end() -> None:
     """Whoever supervises the sidecar is to start it again; nothing of it is left."""
 
-    async def broken(_: Sidecar) -> None:
+    async def broken(_: Service) -> None:
         raise LookupError("a bug in a companion")
 
-    service = Sidecar(whole_app(), listen(port=0))
+    service = Service(whole_app(), listen(port=0))
     with pytest.raises(LookupError, match="a bug in a companion"):
         asyncio.run(service.run(lambda: None, [broken]))
     with pytest.raises(OSError, match="efused"):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vitalsd.listeners import ListenError, inherited
 
 if TYPE_CHECKING:
-    from vitalsd.sidecar import Sidecar
+    from vitalsd.sidecar import Service
 
 __all__ = ["LAUNCHD_SOCKETS", "Notifier", "activated", "launchd_sockets", "systemd_sockets"]
 
@@ -122,7 +122,7 @@ class Notifier:
             channel.connect(address)
             channel.send(message.encode())
 
-    async def companion(self, _: "Sidecar") -> None:
+    async def companion(self, _: "Service") -> None:
         """
         Say that the service is ready, and go on feeding the watchdog, three times per period.
 

@@ -20,8 +20,7 @@ from vitalsd.http.shelf import Shelf
 from vitalsd.listeners import listen
 from vitalsd.recorder import Recording
 from vitalsd.sampler import NotRecording, Sampler
-from vitalsd.sidecar import Sidecar as Service
-from vitalsd.sidecar import run_directory, runtime_directory
+from vitalsd.sidecar import Service, run_directory, runtime_directory
 from vitalsd.sources import Source, list_processes, open_source
 from vitalsd.sources.birth import births
 from vitalsd.sources.python_names import PythonNames

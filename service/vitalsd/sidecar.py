@@ -32,7 +32,7 @@ from vitalsd.sources.birth import Births, births
 from vitalsd.targets import Targets
 from vitalsd.watch import death_of
 
-__all__ = ["Companion", "Sidecar", "end_with", "follow", "run_directory", "runtime_directory", "serve"]
+__all__ = ["Companion", "Service", "end_with", "follow", "run_directory", "runtime_directory", "serve"]
 
 log = logging.getLogger("vitalsd")
 
@@ -46,7 +46,7 @@ SEARCH_S = 1.0
 """Between two looks for a target that has not started yet."""
 
 
-class Sidecar:
+class Service:
     """
     An application being served on listeners, and its runtime file.
 
@@ -187,11 +187,11 @@ class Sidecar:
             self.runtime_file = None
 
 
-Companion = Callable[[Sidecar], Awaitable[None]]
+Companion = Callable[[Service], Awaitable[None]]
 """What goes on alongside the serving; what it raises ends the sidecar."""
 
 
-async def _run(companion: Companion, sidecar: Sidecar) -> None:
+async def _run(companion: Companion, sidecar: Service) -> None:
     try:
         await companion(sidecar)
     except asyncio.CancelledError:
@@ -201,7 +201,7 @@ async def _run(companion: Companion, sidecar: Sidecar) -> None:
         raise
 
 
-async def _stay_findable(sidecar: Sidecar) -> None:
+async def _stay_findable(sidecar: Service) -> None:
     while True:
         await asyncio.sleep(LOOK_S)
         sidecar.publish_again()
@@ -217,7 +217,7 @@ def end_with(target: Target, kernel: Births, *, linger_s: float, poll: bool = Fa
         poll: see `death_of`.
     """
 
-    async def companion(sidecar: Sidecar) -> None:
+    async def companion(sidecar: Service) -> None:
         await death_of(target.pid, target.start, kernel, poll=poll)
         await asyncio.sleep(linger_s)
         sidecar.stop()
@@ -237,7 +237,7 @@ def follow(targets: Targets, next_run: Callable[[], Sampler], kernel: Births, *,
         poll: see `death_of`.
     """
 
-    async def companion(sidecar: Sidecar) -> None:
+    async def companion(sidecar: Service) -> None:
         while True:
             try:
                 found = await targets.default.identity()
@@ -270,7 +270,7 @@ def run_directory(notes: list[str]) -> RunDirectory | None:
         return None
 
 
-def serve(sidecar: Sidecar, *, ready: Callable[[], None], companions: Sequence[Companion] = ()) -> None:
+def serve(sidecar: Service, *, ready: Callable[[], None], companions: Sequence[Companion] = ()) -> None:
     """
     Serve on this, the main thread, until a signal or a companion ends it.
 
@@ -294,7 +294,7 @@ def serve(sidecar: Sidecar, *, ready: Callable[[], None], companions: Sequence[C
         sidecar.close()
 
 
-async def _serve(sidecar: Sidecar, ready: Callable[[], None], companions: Sequence[Companion]) -> None:
+async def _serve(sidecar: Service, ready: Callable[[], None], companions: Sequence[Companion]) -> None:
     loop = asyncio.get_running_loop()
     stopping_s: float | None = None
 

@@ -176,13 +176,16 @@ def serve(
                 pid,
                 name,
                 platform_of(context, proc_root),
-                proc_root != "/proc",
-                (record_interval, retention * 60, black_box),
                 Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
-                0.0 if exit_with_target else linger,
                 waiting,
-                max_thread_metrics if thread_metrics else 0,
-                None if otlp is None else (otlp, otlp_interval),
+                poll=proc_root != "/proc",
+                interval_s=record_interval,
+                retention_s=retention * 60,
+                black_box=black_box,
+                linger_s=0.0 if exit_with_target else linger,
+                thread_metrics=max_thread_metrics if thread_metrics else 0,
+                otlp_url=otlp,
+                otlp_interval_s=otlp_interval,
             )
         except click.ClickException as error:
             waiting.send(error=error.message)
@@ -193,13 +196,17 @@ def _serve_target(
     pid: int | None,
     name: str | None,
     platform: "Platform",
-    poll: bool,
-    record: tuple[float, float, bool],
     where: "Where",
-    linger_s: float,
     waiting: "ReadyFd",
+    *,
+    poll: bool,
+    interval_s: float,
+    retention_s: float,
+    black_box: bool,
+    linger_s: float,
     thread_metrics: int,
-    otlp: tuple[str, float] | None,
+    otlp_url: str | None,
+    otlp_interval_s: float,
 ) -> None:
     import os
 
@@ -231,7 +238,6 @@ def _serve_target(
     from vitalsd.sidecar import Companion, end_with, follow, run_directory
     from vitalsd.targets import Targets
 
-    interval_s, retention_s, black_box = record
     notes: list[str] = []
     runs = run_directory(notes)
     for note in notes:
@@ -254,10 +260,10 @@ def _serve_target(
             await targets.default.responds()
 
     companions.append(Notifier(os.environ, alive).companion)
-    if otlp is not None:
-        push = push_to(*otlp, thread_metrics, targets)
+    if otlp_url is not None:
+        push = push_to(otlp_url, otlp_interval_s, thread_metrics, targets)
         companions.append(push.companion)
-        log.info("pushing to %s every %g s", push.url, otlp[1])
+        log.info("pushing to %s every %g s", push.url, otlp_interval_s)
     whom = f"the newest process called {name}" if name else f"process {pid}" if pid else "itself"
     serve_until_signal(
         targets,

@@ -130,12 +130,12 @@ def serve_until_signal(
     from vitalsd.endpoint import new_token
     from vitalsd.http.app import create_app
     from vitalsd.http.shelf import Shelf
-    from vitalsd.sidecar import Sidecar
+    from vitalsd.sidecar import Service
 
     notes: list[str] = []
     directory = sidecar.runtime_directory(notes) if published else None
     listeners = _listeners(where, directory)
-    service = Sidecar(
+    service = Service(
         create_app(targets, list_processes, shelf=Shelf(runs) if runs else None, thread_metrics=thread_metrics),
         listeners,
         directory=directory,

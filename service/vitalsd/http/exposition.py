@@ -162,7 +162,7 @@ class Scrape(NamedTuple):
             usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         )
         yield _counter("vitalsd_snapshots", "Snapshots taken of the target.", self.snapshots_taken)
-        if self.recorder is not None and "size_bytes" in self.recorder:
+        if self.recorder is not None:
             yield _counter("vitalsd_recorder_missed", "Snapshots the recorder missed.", self.recorder["missed"])
             yield _gauge("vitalsd_recorder_size_bytes", "Memory of the record in bytes.", self.recorder["size_bytes"])
             yield _gauge("vitalsd_recorder_snapshots", "Snapshots in the record.", self.recorder["snapshots"])

@@ -179,7 +179,7 @@ async def _scraped(targets: Targets, pid: int | None, form: Form, threads: int, 
     read, snapshots, recorder = None, 0, None
     with suppress(SourceError):
         async with targets.target(pid) as target:
-            snapshots, recorder = target.snapshots_taken, target.recording_info()
+            snapshots, recorder = target.snapshots_taken, None if target.replayed else target.recording_info()
             read = await target.identity(), await target.snapshot()
     scrape = Scrape(read, threads, snapshots, recorder)
     return await reader.result(lambda: expose(scrape, form))
