@@ -19,6 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -705,6 +706,40 @@ def test_name_waits_follows_and_says_so(short_path: Path) -> None:
         ).stdout
     )
     assert [run["state"] for run in runs] == ["crashed", "crashed"]
+
+
+def target_of(ready: dict[str, Any]) -> int | None:
+    """Who is watched, by the runtime file."""
+    target = endpoint.read(Path(ready["runtime_file"])).target
+    return None if target is None else target.pid
+
+
+def test_a_name_is_followed_to_the_next_process_that_has_it(short_path: Path) -> None:
+    """A launcher that executes the program stays the target, by its new name, until it is started again."""
+    program = short_path / "ryll-test"
+    program.symlink_to(sys.executable)
+    code = "import os, sys; sys.stdin.readline(); os.execv('/bin/sleep', ['sleep', '60'])"
+
+    def launcher() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([str(program), "-c", code], stdin=subprocess.PIPE)
+
+    with serving(short_path, "--name", "ryll-test", "--record-interval", "0.1") as (_, ready), ExitStack() as stack:
+
+        def watched() -> tuple[int, str] | None:
+            target = ask(ready["url"], "/info")[1]["target"]
+            return (target["pid"], target["name"]) if "pid" in target else None
+
+        first = stack.enter_context(launcher())
+        stack.callback(first.kill)
+        eventually(lambda: watched() == (first.pid, "ryll-test"))
+        assert first.stdin is not None
+        first.stdin.write(b"\n")
+        first.stdin.flush()
+        eventually(lambda: watched() == (first.pid, "sleep"))
+        second = stack.enter_context(launcher())
+        stack.callback(second.kill)
+        eventually(lambda: watched() == (second.pid, "ryll-test"), 15)
+        eventually(lambda: target_of(ready) == second.pid)
 
 
 # The environment

@@ -29,6 +29,7 @@ from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Sampler
 from vitalsd.sources import SourceError
 from vitalsd.sources.birth import Births, births
+from vitalsd.targets import Target as Measured
 from vitalsd.targets import Targets
 from vitalsd.watch import death_of
 
@@ -42,6 +43,8 @@ SAME_S = 0.3
 """A signal so soon after another is the same one: some send it to the process and to its group, as timeout(1) does."""
 LOOK_S = 60.0
 """Between two looks whether the runtime file is still there: temporary files are cleaned up on many systems."""
+RENAMED_S = 5.0
+"""Between two looks whether a target that executed another program has made way for another process."""
 SEARCH_S = 1.0
 """Between two looks for a target that has not started yet."""
 
@@ -225,14 +228,24 @@ def end_with(target: Target, kernel: Births, *, linger_s: float, poll: bool = Fa
     return companion
 
 
-def follow(targets: Targets, next_run: Callable[[], Sampler], kernel: Births, *, poll: bool = False) -> Companion:
+def follow(
+    targets: Targets,
+    next_run: Callable[[], Sampler],
+    newest: Callable[[], Awaitable[int | None]],
+    kernel: Births,
+    *,
+    poll: bool = False,
+) -> Companion:
     """
     Keep the default target on the newest process of one name, through its restarts.
+
+    One that executes another program stays the target until there is another process of the name.
 
     Args:
         targets: whose default is a sampler from `next_run`.
         next_run: a sampler that, when it opens, looks for the process, and raises as long as there
             is none. Each one measures and records one run.
+        newest: the pid that it would open now; ``None`` for none.
         kernel: tells whether it lives.
         poll: see `death_of`.
     """
@@ -245,11 +258,28 @@ def follow(targets: Targets, next_run: Callable[[], Sampler], kernel: Births, *,
                 await asyncio.sleep(SEARCH_S)
                 continue
             sidecar.retarget(Target(found.pid, found.start_key))
-            await death_of(found.pid, found.start_key, kernel, poll=poll)
+            dead = asyncio.create_task(death_of(found.pid, found.start_key, kernel, poll=poll))
+            replaced = asyncio.create_task(_replaced(targets.default, found.name, newest))
+            try:
+                (over, *_), _ = await asyncio.wait((dead, replaced), return_when=asyncio.FIRST_COMPLETED)
+                over.result()
+            finally:
+                dead.cancel()
+                replaced.cancel()
             targets.retarget(next_run())
             sidecar.retarget(None)
 
     return companion
+
+
+async def _replaced(target: Measured, name: str, newest: Callable[[], Awaitable[int | None]]) -> None:
+    """Return once `target` is not called `name` any more and another process is the newest one."""
+    while True:
+        await asyncio.sleep(RENAMED_S)
+        with suppress(SourceError):
+            now = await target.identity()
+            if now.name != name and await newest() not in (None, now.pid):
+                return
 
 
 def runtime_directory(notes: list[str]) -> Path | None:

@@ -1,7 +1,7 @@
 """``vitalsd serve``: a living process over HTTP."""
 
 import logging
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -237,6 +237,7 @@ def _serve_target(
     from vitalsd.sampler import Sampler
     from vitalsd.sidecar import Companion, end_with, follow, run_directory
     from vitalsd.targets import Targets
+    from vitalsd.worker import Hung, Worker
 
     notes: list[str] = []
     runs = run_directory(notes)
@@ -251,7 +252,14 @@ def _serve_target(
 
     targets = Targets(next_run(), platform.open_source)
     if name is not None:
-        companions.append(follow(targets, next_run, platform.births(), poll=poll))
+        finder = Worker("vitalsd-finder")
+
+        async def newest() -> int | None:
+            with suppress(SourceError, Hung):
+                return await finder.ask(lambda: find_target(None, name, platform), "the list of processes: a read")
+            return None
+
+        companions.append(follow(targets, next_run, newest, platform.births(), poll=poll))
     elif pid is not None and watched is not None:
         companions.append(end_with(watched, platform.births(), linger_s=linger_s, poll=poll))
 
