@@ -266,15 +266,16 @@ def test_the_page_recovers_from_a_restart(page: Browser, start: Any, tmp_path: P
         first.process.kill()
         first.process.wait()
     page.eventually("document.querySelector('#status').dataset.kind === 'wait'")
-    with Serving(tmp_path, "--pid", str(one.pid), "--port", port):
+    with Serving(tmp_path, "--pid", str(one.pid), "--port", port, "--record-interval", "0.1"):
         page.eventually(LIVE, seconds=20)
         assert page.run("document.querySelector('#count').textContent") == "3"
+        one.kill()
     page.eventually("document.querySelector('#status').dataset.kind === 'wait'")
     with Serving(tmp_path, "--pid", str(two.pid), "--port", port) as third:
         page.eventually(f"{LIVE} && document.querySelector('#count').textContent === '6'", seconds=20)
         assert f"pid {two.pid} " in page.run("document.querySelector('#target').textContent")
         page.eventually(f"{NAMES}.length === 6")  # none of the other run
-        # The sidecar that was killed left a run behind, which can be looked at; and then what is now.
+        # What crashed left a run behind, which can be looked at; and then what is now.
         shown(page, third.url)
         page.eventually("document.querySelectorAll('#run option').length >= 2")
         pick = "(() => { const run = document.querySelector('#run');"
