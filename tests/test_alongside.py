@@ -199,6 +199,7 @@ def test_signals_of_a_terminal_do_not_reach_it() -> None:
     finally:
         os.kill(pid, signal.SIGTERM)
         process.communicate()
+        eventually(lambda: not alive(pid))  # before its directories go
 
 
 @pytest.mark.parametrize("reaped", [True, False])

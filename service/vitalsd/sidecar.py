@@ -27,6 +27,7 @@ from vitalsd.http.server import Server
 from vitalsd.listeners import Listeners
 from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Sampler
+from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
 from vitalsd.sources.birth import Births, births
 from vitalsd.targets import Target as Measured
@@ -231,7 +232,7 @@ def end_with(target: Target, kernel: Births, *, linger_s: float, poll: bool = Fa
 def follow(
     targets: Targets,
     next_run: Callable[[], Sampler],
-    newest: Callable[[], Awaitable[int | None]],
+    has_successor: Callable[[Identity], Awaitable[bool]],
     kernel: Births,
     *,
     poll: bool = False,
@@ -245,7 +246,7 @@ def follow(
         targets: whose default is a sampler from `next_run`.
         next_run: a sampler that, when it opens, looks for the process, and raises as long as there
             is none. Each one measures and records one run.
-        newest: the pid that it would open now; ``None`` for none.
+        has_successor: whether what is measured is not called so any more, and `next_run` would open another process.
         kernel: tells whether it lives.
         poll: see `death_of`.
     """
@@ -259,7 +260,7 @@ def follow(
                 continue
             sidecar.retarget(Target(found.pid, found.start_key))
             dead = asyncio.create_task(death_of(found.pid, found.start_key, kernel, poll=poll))
-            replaced = asyncio.create_task(_replaced(targets.default, found.name, newest))
+            replaced = asyncio.create_task(_replaced(targets.default, has_successor))
             try:
                 (over, *_), _ = await asyncio.wait((dead, replaced), return_when=asyncio.FIRST_COMPLETED)
                 over.result()
@@ -272,13 +273,12 @@ def follow(
     return companion
 
 
-async def _replaced(target: Measured, name: str, newest: Callable[[], Awaitable[int | None]]) -> None:
-    """Return once `target` is not called `name` any more and another process is the newest one."""
+async def _replaced(target: Measured, has_successor: Callable[[Identity], Awaitable[bool]]) -> None:
+    """Return once `target` has made way for another process."""
     while True:
         await asyncio.sleep(RENAMED_S)
         with suppress(SourceError):
-            now = await target.identity()
-            if now.name != name and await newest() not in (None, now.pid):
+            if await has_successor(await target.identity()):
                 return
 
 

@@ -210,13 +210,19 @@ def _serve_target(
 ) -> None:
     import os
 
+    from vitalsd.snapshot import Identity
     from vitalsd.sources import NoSuchProcess, Source, SourceError
 
+    called = ""
+
     def open_target() -> Source:
+        nonlocal called
         try:
-            return platform.open_source(find_target(pid, name, platform))
+            source = platform.open_source(find_target(pid, name, platform))
         except NoSuchProcess as error:
             raise NoSuchProcess(f"{error}; waiting for one" if name is not None else str(error)) from None
+        called = source.identity().name
+        return source
 
     found = None
     try:
@@ -254,12 +260,17 @@ def _serve_target(
     if name is not None:
         finder = Worker("vitalsd-finder")
 
-        async def newest() -> int | None:
-            with suppress(SourceError, Hung):
-                return await finder.ask(lambda: find_target(None, name, platform), "the list of processes: a read")
-            return None
+        async def has_successor(now: Identity) -> bool:
+            # All processes are looked at only if that one has executed another program since it was opened.
+            if now.name != called:
+                with suppress(SourceError, Hung):
+                    newest = await finder.ask(
+                        lambda: find_target(None, name, platform), "the list of processes: a read"
+                    )
+                    return newest != now.pid
+            return False
 
-        companions.append(follow(targets, next_run, newest, platform.births(), poll=poll))
+        companions.append(follow(targets, next_run, has_successor, platform.births(), poll=poll))
     elif pid is not None and watched is not None:
         companions.append(end_with(watched, platform.births(), linger_s=linger_s, poll=poll))
 
