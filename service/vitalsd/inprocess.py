@@ -33,6 +33,8 @@ FORK_S = 0.5
 """A fork waits so long for each who reads or writes; one that hangs does not hold it up for more."""
 STOP_S = 2.0
 """How long the exit of the host may be held up. A thread that does not end is left behind: it is a daemon."""
+Pausable = Sampler | BlackBox | Shelf
+"""Who is in SQLite or the kernel on a thread of its own, and rests while the host forks."""
 
 
 class Sidecar:
@@ -114,9 +116,9 @@ class Sidecar:
     ) -> None:
         self.stop()
 
-    def _pause(self) -> "list[Sampler | BlackBox | Shelf]":
+    def _pause(self) -> "list[Pausable]":
         """What rests now until its `resume`; the sampler first, which may be opening the black box."""
-        paused: list[Sampler | BlackBox | Shelf] = [self._sampler] if self._sampler.pause(FORK_S) else []
+        paused: list[Pausable] = [self._sampler] if self._sampler.pause(FORK_S) else []
         recorder = self._sampler.recorder
         for each in (None if recorder is None else recorder.blackbox, self._shelf):
             if each is not None and each.pause(FORK_S):
@@ -182,7 +184,7 @@ class _Process:
 
     def _before_fork(self) -> None:
         """What SQLite locks for what is under way would stay locked in the child, for all who use SQLite."""
-        forks: list[list[Sampler | BlackBox | Shelf]] = self._forking.__dict__.setdefault("forks", [])
+        forks: list[list[Pausable]] = self._forking.__dict__.setdefault("forks", [])
         # A signal handler may fork in the middle of a fork: then all rests already.
         forks.append([] if self._sidecar is None or any(forks) else self._sidecar._pause())
 

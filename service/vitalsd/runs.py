@@ -51,12 +51,12 @@ class RunDirectory:
         Raises:
             UnreadableRun: this one cannot be written.
         """
-        self._note(run.path, "reported", str(time.time_ns()))
+        now = str(time.time_ns())
+        self._note(run.path, "reported", now)
         for path in self._files():
-            if path != run.path and is_of(path, run.identity.start_id):
-                with suppress(UnreadableRun, OSError):
-                    if not is_being_written(path):
-                        self._note(path, "reported", str(time.time_ns()))
+            with suppress(UnreadableRun, OSError):
+                if is_of(path, run.identity.start_id) and not is_being_written(path):
+                    self._note(path, "reported", now)
 
     def settle(self, living: str | None = None) -> None:
         """

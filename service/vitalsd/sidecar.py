@@ -305,8 +305,8 @@ def serve(sidecar: Service, *, ready: Callable[[], None], companions: Sequence[C
     Serve on this, the main thread, until a signal or a companion ends it.
 
     SIGTERM, SIGINT and SIGHUP end it cleanly; one of them again, later than `SAME_S`, ends it at once, by that
-    signal. SIGINT or SIGHUP that was ignored at the start (nohup, a shell's background job) stays ignored. What a
-    parent blocks or ignores that takes its signals otherwise is not ours: who stops a sidecar sends SIGTERM.
+    signal. SIGINT or SIGHUP that was ignored at the start (nohup, a shell's background job) stays ignored. SIGTERM
+    is taken in any case, and none of them stays blocked, as a parent may leave them that uses signalfd.
 
     The process is taken to be ours alone: whatever is there once it is ready, the garbage collector
     leaves alone from then on. To walk all the modules takes it longer than many an answer.
