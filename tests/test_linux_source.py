@@ -39,6 +39,7 @@ from vitalsd.sources import (
 from vitalsd.sources.linux import LinuxSource
 from vitalsd.sources.linux_counters import KERNEL_TICK_NS, USER_TICK_NS
 from vitalsd.sources.linux_threads import LOOK_EVERY_NS
+from vitalsd.sources.programs import ProgramDigest
 
 pytestmark = [
     pytest.mark.live,
@@ -47,6 +48,7 @@ pytestmark = [
 
 Start = Callable[..., Target]
 MS = 1_000_000
+KEY = b"k" * 32
 LAST_PID = "/proc/sys/kernel/ns_last_pid"
 CAPTURE = Path(__file__).parent / "data" / "proc"
 STRANGER = Path(__file__).with_name("stranger.py")
@@ -490,14 +492,16 @@ def test_who_executes_is_called_as_what_it_executes() -> None:
     code = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
     with subprocess.Popen([sys.executable, "-c", code, "a script"], stdin=subprocess.PIPE) as process:
         try:
-            with opened(process.pid) as source:
+            with opened(process.pid, program_of=ProgramDigest(KEY)) as source:
                 # Popen returns while it is still inside exec, where it has no command line yet.
                 eventually(lambda: source.snapshot(extras=True).tids and source.identity().program)
                 image, before = source.snapshot().image, source.identity()
                 assert process.stdin is not None
                 process.stdin.close()
                 eventually(lambda: source.snapshot(names=False).image != image)
-                assert source.identity() == before._replace(name="sleep", program="")
+                after = source.identity()
+                assert after == before._replace(name="sleep", program=after.program)
+                assert after.program not in ("", before.program)
         finally:
             process.kill()
 
@@ -509,10 +513,10 @@ def test_a_script_is_known_though_its_interpreter_was_replaced(tmp_path: Path) -
     with subprocess.Popen([interpreter, "-c", "read line", "a script"], stdin=subprocess.PIPE) as process:
         # Popen returns while it is still inside exec, where it has no command line yet.
         eventually(lambda: b"a script" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
-        with opened(process.pid) as source:
+        with opened(process.pid, program_of=ProgramDigest(KEY)) as source:
             program = source.identity().program
         interpreter.unlink()
-        with opened(process.pid) as source:
+        with opened(process.pid, program_of=ProgramDigest(KEY)) as source:
             assert source.identity().program == program != ""
         process.kill()
 

@@ -33,8 +33,7 @@ class Identity(NamedTuple):
     started_unix_ns: int
     program: str = ""
     """
-    What tells apart programs of one name: of a script that an interpreter runs, a digest of what the command line
-    calls it; else empty.
+    Keyed digest of the executed file and of what it was told to run, see `vitalsd.sources.programs`; empty: unknown.
     """
 
     @property

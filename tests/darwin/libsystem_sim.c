@@ -32,6 +32,8 @@ enum {
     MACH_SEND_INVALID_DEST = 0x10000003,
     ARGUMENTS_MAX = 1024 * 1024,
     SHORT_REPLY = -1,
+    NO_PATH = -2, /* PROC_PIDVNODEPATHINFO answers an empty path */
+    PATH_ROOM = 1024,
 };
 #define MACH_PORT_DEAD 0xffffffffu
 #define TASK_SELF 0x103u
@@ -880,6 +882,56 @@ static void bsd_info(long pid, struct stat_line *s, uint32_t uid, struct proc_bs
     snprintf(b->name, sizeof b->name, "%.31s", s->comm);
 }
 
+struct vnode_info_path {
+    uint32_t dev;
+    uint16_t mode, nlink;
+    uint64_t ino;
+    uint32_t uid, gid;
+    int64_t times[8], size, blocks;
+    int32_t block_size;
+    uint32_t flags, generation, rdev;
+    int64_t spare[2];
+    int32_t type, pad, fsid[2];
+    char path[PATH_ROOM];
+};
+
+/* Fill in path and attributes; return 0 or an errno [3]. */
+static long current_directory(long pid, struct vnode_info_path *directory)
+{
+    static uint64_t *ids;
+    static long room;
+    char link[64], target[4097];
+    struct stat st;
+    ssize_t length = -1;
+    snprintf(link, sizeof link, "/proc/%ld/task", pid);
+    long n = list_numbers(link, &ids, &room), error = ESRCH;
+    /* Linux: a main thread that has ended has no directory any more, its siblings have; on XNU the process has it. */
+    for (long i = 0; i < n && length < 0; i++) {
+        thread_path(link, sizeof link, pid, ids[i], "cwd");
+        length = readlink(link, target, sizeof target - 1);
+        if (length < 0 && errno == EACCES)
+            error = EPERM;
+    }
+    if (length < 0 || stat(link, &st))
+        return error;
+    target[length] = 0;
+    /* Linux marks a directory that was removed; XNU still has its name in the cache. */
+    char *mark = length > 10 ? target + length - 10 : target;
+    if (st.st_nlink == 0 && !strcmp(mark, " (deleted)"))
+        *mark = 0;
+    /* XNU writes the names from the last one to the first, until one does not fit. */
+    char *tail = target;
+    while (tail && strlen(tail) >= PATH_ROOM)
+        tail = strchr(tail + 1, '/');
+    *directory = (struct vnode_info_path){
+        .dev = (uint32_t)st.st_dev, .mode = (uint16_t)st.st_mode, .nlink = (uint16_t)st.st_nlink, .ino = st.st_ino,
+        .uid = st.st_uid, .gid = st.st_gid, .size = st.st_size, .blocks = st.st_blocks,
+        .block_size = (int32_t)st.st_blksize, .type = 2,
+    };
+    snprintf(directory->path, sizeof directory->path, "%s", tail ? tail : "");
+    return 0;
+}
+
 static long find_process(long pid, struct stat_line *s, uint32_t *uid)
 {
     char path[64];
@@ -971,6 +1023,16 @@ static long pidinfo(long pid, int flavor, uint64_t arg, void *buffer, long size)
         memcpy(buffer, &unique, sizeof unique);
         return sizeof unique;
     }
+    if (flavor == 9) { /* PROC_PIDVNODEPATHINFO */
+        struct { struct vnode_info_path current, root; } directories = {0};
+        if (size < (long)sizeof directories)
+            return -ENOMEM;
+        long error = current_directory(pid, &directories.current);
+        if (error)
+            return -error;
+        memcpy(buffer, &directories, sizeof directories);
+        return sizeof directories;
+    }
     if (flavor == 28) { /* PROC_PIDLISTTHREADIDS: at most 10 more than there were before the lock */
         if (size < 8)
             return -ENOMEM;
@@ -1040,6 +1102,8 @@ int proc_pidinfo(int pid, int flavor, uint64_t arg, void *buffer, int size)
         result = pidinfo(pid, flavor, arg, buffer, size);
         if (injected == SHORT_REPLY && result > 4)
             result -= 4;
+        if (injected == NO_PATH && flavor == 9 && result > 0)
+            memset(((struct vnode_info_path *)buffer)->path, 0, PATH_ROOM);
     }
     pthread_mutex_unlock(&lock);
     if (result < 0) {

@@ -61,6 +61,25 @@ class TestProof:
         assert compiled.returncode != 0
         assert "THREAD_EXTENDED_INFO is 6" in compiled.stderr
 
+    def test_proof_of_a_nested_struct_with_a_shorter_path_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
+        """Plant a wrong size inside: the inner struct and the offsets of the outer one do not compile."""
+
+        class shorter(ctypes.Structure):
+            _fields_ = (
+                ("vip_vi", apple_headers.vnode_info),
+                ("vip_path", ctypes.c_char * (apple_headers.MAXPATHLEN - 8)),
+            )
+
+        class outer(ctypes.Structure):
+            _fields_ = (("pvi_cdir", shorter), ("pvi_rdir", shorter))
+
+        compiled = abi.compile_claims(
+            claims(structs={"vnode_info_path": shorter, "proc_vnodepathinfo": outer}), target, tmp_path, cache
+        )
+        assert compiled.returncode != 0
+        assert "sizeof(((struct vnode_info_path *)0)->vip_path) is 1016" in compiled.stderr
+        assert "offsetof(struct proc_vnodepathinfo, pvi_rdir) is 1168" in compiled.stderr
+
     def test_a_wrong_private_offset_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """Structs that are not in the SDK are held to the definition retyped from the reference."""
 
@@ -103,5 +122,5 @@ class TestProof:
 def test_the_proof_finds_every_struct_and_constant() -> None:
     """Whatever the headers module defines is claimed."""
     found = {*abi.structs(apple_headers), *abi.constants(apple_headers)}
-    imported = {"Structure", "c_char", "c_int32", "c_uint32", "c_uint64", "c_uint8"}
+    imported = {"Structure", "c_char", "c_int32", "c_int64", "c_uint16", "c_uint32", "c_uint64", "c_uint8"}
     assert {name for name in vars(apple_headers) if not name.startswith("_")} == found | imported

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,9 +16,11 @@ from darwin.simulator import Simulator
 from vitalsd.http.app import create_app
 from vitalsd.model import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.record import Record
-from vitalsd.replay import Replay
+from vitalsd.recording.replay import Replay
+from vitalsd.recording.replay_file import RecordedRun, ReplayFile
 from vitalsd.sampler import Sampler
 from vitalsd.sources.darwin import list_processes, open_process
+from vitalsd.stored_run import Run
 from vitalsd.targets import Targets
 from workload import ChildWorkload, OwnWorkload, Workload
 
@@ -151,6 +154,11 @@ def test_a_refusal_names_the_platform_that_was_asked(simulator: Simulator, path:
     serve(simulator, scenario)
 
 
+def replay_file(record: Record) -> ReplayFile:
+    run = Run("1-2-3", Path("run.sqlite"), record.identity, "crashed", None, None, None, len(record), False, 0)
+    return ReplayFile("run.sqlite", RecordedRun(run, record), (), None, None)
+
+
 def test_a_replay_names_the_platform_of_its_run(simulator: Simulator) -> None:
     """A run of a Mac that is looked at elsewhere is still one of a Mac."""
     source = open_process(lib=simulator.lib)
@@ -158,7 +166,7 @@ def test_a_replay_names_the_platform_of_its_run(simulator: Simulator) -> None:
     record.append(source.snapshot())
 
     async def run() -> None:
-        targets = Targets(Replay(record), lambda pid: open_process(pid, lib=simulator.lib))
+        targets = Targets(Replay(replay_file(record)), lambda pid: open_process(pid, lib=simulator.lib))
         transport = httpx.ASGITransport(create_app(targets, list))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             answer = await client.get("/metrics")

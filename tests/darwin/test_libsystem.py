@@ -18,6 +18,7 @@ from vitalsd.sources.apple_headers import (
     MACH_TASK_BASIC_INFO,
     PROC_PIDTASKALLINFO,
     PROC_PIDTHREADID64INFO,
+    PROC_PIDVNODEPATHINFO,
     TASK_ABSOLUTETIME_INFO,
     THREAD_EXTENDED_INFO,
     THREAD_IDENTIFIER_INFO,
@@ -31,6 +32,8 @@ from workload import OwnWorkload
 
 KERN_FAILURE = 5
 KERN_RESOURCE_SHORTAGE = 6
+NO_PATH = -2
+"""As the code of a fault: PROC_PIDVNODEPATHINFO succeeds with an empty path."""
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +249,67 @@ class TestErrors:
                 simulator.lib.command_line(child.pid)
             assert refused.value.errno == errno.EINVAL
             child.kill()
+
+    def test_working_directory_of_our_own_process_is_that_of_getcwd(
+        self, simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Read it at each call, and decode a byte that is not UTF-8 as Python decodes file names."""
+        assert simulator.lib.working_directory(os.getpid()) == os.getcwd()
+        directory = tmp_path / os.fsdecode(b"\xfc ml\xc3\xa4ut")
+        directory.mkdir()
+        monkeypatch.chdir(directory)
+        assert simulator.lib.working_directory(os.getpid()) == os.getcwd() == str(directory.resolve())
+
+    def test_working_directory_of_a_child_is_the_one_it_changed_to(self, simulator: Simulator, tmp_path: Path) -> None:
+        """Read it as of the call, not of the start; ESRCH for the zombie and after its parent has collected it."""
+        lib = simulator.lib
+        started, changed = tmp_path.resolve() / "started", tmp_path.resolve() / "changed"
+        started.mkdir()
+        changed.mkdir()
+        code = "import os, sys; input(); os.chdir(sys.argv[1]); print(flush=True); input()"
+        with subprocess.Popen(
+            [sys.executable, "-c", code, changed], cwd=started, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            assert lib.working_directory(child.pid) == str(started)
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            child.stdout.readline()
+            assert lib.working_directory(child.pid) == str(changed)
+            child.kill()
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
+            with pytest.raises(ProcessLookupError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed"):
+                lib.working_directory(child.pid)
+        with pytest.raises(ProcessLookupError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed"):
+            lib.working_directory(child.pid)
+
+    def test_working_directory_of_another_users_process_is_eperm(self, simulator: Simulator) -> None:
+        """Refuse each caller but the user of the process and root."""
+        simulator.caller_euid(os.geteuid() + 12345)
+        with pytest.raises(PermissionError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed"):
+            simulator.lib.working_directory(os.getpid())
+        simulator.caller_euid(0)
+        assert simulator.lib.working_directory(os.getpid()) == os.getcwd()
+
+    def test_working_directory_without_a_path_is_enoent(self, simulator: Simulator) -> None:
+        """Reject the empty path with which the kernel reports success if it has no name for the directory."""
+        simulator.fault("proc_pidinfo", NO_PATH, flavor=PROC_PIDVNODEPATHINFO)
+        with pytest.raises(FileNotFoundError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed: No such file"):
+            simulator.lib.working_directory(os.getpid())
+
+    def test_working_directory_of_a_call_that_fails_raises_its_error(self, simulator: Simulator) -> None:
+        """Raise each errno as `OSError`, that of a file system too; a reply shorter than the struct is `MachError`."""
+        for code in (errno.ESRCH, errno.EPERM, errno.EACCES, errno.EIO):
+            simulator.fault("proc_pidinfo", code, flavor=PROC_PIDVNODEPATHINFO)
+            with pytest.raises(OSError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed") as failed:
+                simulator.lib.working_directory(os.getpid())
+            assert failed.value.errno == code
+        simulator.fault("proc_pidinfo", SHORT_REPLY, flavor=PROC_PIDVNODEPATHINFO)
+        short = "proc_pidinfo(PROC_PIDVNODEPATHINFO) answered 2348 bytes of 2352"
+        with pytest.raises(MachError, match=re.escape(short)):
+            simulator.lib.working_directory(os.getpid())
+        assert simulator.lib.working_directory(os.getpid()) == os.getcwd()
 
     def test_a_port_of_any_name_is_passed_whole(self, simulator: Simulator) -> None:
         """Names have 32 bits, and the upper half of them is not negative."""

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from vitalsd.sources.apple_headers import mach_task_basic_info, proc_taskallinfo
 from vitalsd.sources.libproc import LibprocSource
 from vitalsd.sources.libsystem import load
 from vitalsd.sources.mach import MachSource
+from vitalsd.sources.programs import ProgramDigest
 
 pytestmark = pytest.mark.mac
 
@@ -65,7 +67,25 @@ def test_the_command_line_is_told() -> None:
     """The words of our own, as the interpreter got them; a framework build has another name for itself."""
     _, words = load().command_line(os.getpid())
     assert [os.fsdecode(word) for word in words[1:]] == sys.orig_argv[1:]
-    assert MachSource().identity().program != ""
+    assert MachSource(program_of=ProgramDigest(b"k" * 32)).identity().program != ""
+
+
+def test_working_directory_of_a_child_is_the_one_it_changed_to(tmp_path: Path) -> None:
+    """Compare files and not names: the kernel resolves links, and ``os.getcwd`` may name another of two paths."""
+    lib = load()
+    assert os.path.samefile(lib.working_directory(os.getpid()), os.curdir)
+    code = "import os, sys; os.chdir(sys.argv[1]); print(flush=True); sys.stdin.readline()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        directory = lib.working_directory(child.pid)
+        child.kill()
+    assert os.path.isabs(directory)
+    assert os.path.samefile(directory, tmp_path)
+    with pytest.raises(ProcessLookupError):
+        lib.working_directory(child.pid)
 
 
 def test_ticks_have_the_scale_of_the_kernel() -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +28,7 @@ from vitalsd.sources.apple_headers import (
     PROC_PIDT_SHORTBSDINFO,
     PROC_PIDTASKALLINFO,
     PROC_PIDTHREADID64INFO,
+    PROC_PIDVNODEPATHINFO,
     RUSAGE_INFO_V4,
     RUSAGE_INFO_V6,
     SZOMB,
@@ -38,6 +40,7 @@ from vitalsd.sources.apple_headers import (
     proc_bsdshortinfo,
     proc_taskallinfo,
     proc_threadinfo,
+    proc_vnodepathinfo,
     rusage_info_v4,
     rusage_info_v6,
     task_absolutetime_info,
@@ -440,6 +443,69 @@ class TestProcesses:
             call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, ids)
         assert 7 << 32 not in ids
         assert call_pidinfo(simulator, os.getpid(), PROC_PIDTHREADID64INFO, 7 << 32, info) == (0, errno.ESRCH)
+
+    def test_vnodepathinfo_of_a_process_that_may_be_read_is_its_directory(
+        self, simulator: Simulator, child: subprocess.Popen[bytes]
+    ) -> None:
+        """Fill in path and attributes; less room is ENOMEM, another user's process EPERM, a zombie ESRCH (§3)."""
+        info = proc_vnodepathinfo()
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info, 2351) == (0, errno.ENOMEM)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
+        here = os.stat(".")
+        assert os.fsdecode(info.pvi_cdir.vip_path) == os.getcwd()
+        assert info.pvi_cdir.vip_vi.vi_stat.vst_ino == here.st_ino
+        assert info.pvi_cdir.vip_vi.vi_stat.vst_mode == here.st_mode
+        assert not any(bytes(info.pvi_rdir))
+        simulator.caller_euid(os.geteuid() + 12345)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (0, errno.EPERM)
+        simulator.caller_euid(0)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 1, info) == (0, errno.ESRCH)
+
+    def test_vnodepathinfo_of_a_long_path_is_its_end(self, simulator: Simulator, tmp_path: Path) -> None:
+        """Answer 1023 bytes whole; of a path of 1024 bytes leave out the first name, and report success (§3)."""
+        info = proc_vnodepathinfo()
+        fits = tmp_path.resolve()
+        while len(os.fsencode(fits)) < 1023:
+            left = 1022 - len(os.fsencode(fits))
+            fits /= "x" * (left if left <= 200 else 100)
+        exceeds = fits.with_name(fits.name + "x")
+        for directory in (fits, exceeds):
+            directory.mkdir(parents=True)
+            with subprocess.Popen(["/bin/cat"], cwd=directory, stdin=subprocess.PIPE) as child:
+                assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
+                told = os.fsdecode(info.pvi_cdir.vip_path)
+                child.kill()
+            assert told == (str(directory) if directory == fits else "/" + "/".join(directory.parts[2:]))
+
+    def test_vnodepathinfo_of_a_removed_directory_is_its_last_path(self, simulator: Simulator, tmp_path: Path) -> None:
+        """Use the name in the kernel's cache, which removing the directory leaves there (§3)."""
+        info, directory = proc_vnodepathinfo(), tmp_path.resolve() / "removed"
+        directory.mkdir()
+        with subprocess.Popen(["/bin/cat"], cwd=directory, stdin=subprocess.PIPE) as child:
+            directory.rmdir()
+            assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
+            assert os.fsdecode(info.pvi_cdir.vip_path) == str(directory)
+            child.kill()
+
+    def test_vnodepathinfo_of_a_process_without_its_main_thread_is_its_directory(
+        self, simulator: Simulator, tmp_path: Path
+    ) -> None:
+        """Answer as long as one thread lives; the directory belongs to the process (§3)."""
+        code = (
+            "import ctypes, os, threading\n"
+            "threading.Thread(target=os.read, args=(0, 1)).start()\n"
+            "ctypes.CDLL(None).pthread_exit(None)\n"
+        )
+        info = proc_vnodepathinfo()
+        with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE) as child:
+            status = Path(f"/proc/{child.pid}/task/{child.pid}/stat")
+            eventually(lambda: status.read_text().rpartition(")")[2].split()[0] == "Z")
+            assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info)[0] == 2352
+            assert os.fsdecode(info.pvi_cdir.vip_path) == str(tmp_path.resolve())
+            child.kill()
 
     def test_rusage_writes_its_whole_flavor(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
         """296 bytes of V4 and 464 of V6, whatever room there is; a newer flavor than known is EINVAL (§3)."""

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,7 +33,10 @@ from vitalsd.sources.libproc import LibprocSource
 from vitalsd.sources.linux import LinuxSource
 from vitalsd.sources.linux_processes import CLOCK_BOOTTIME
 from vitalsd.sources.mach import MachSource
+from vitalsd.sources.programs import program_digest
 from workload import ChildWorkload, OwnWorkload
+
+PROGRAM_OF = partial(program_digest, b"k" * 32)
 
 assert sys.platform != "darwin" or not TYPE_CHECKING
 
@@ -385,11 +389,15 @@ class TestIdentity:
     def test_scripts_of_one_interpreter_are_told_apart(self, simulator: Simulator) -> None:
         """As Linux tells them, from the process itself and from another one."""
         pid = os.getpid()
-        own = MachSource(lib=simulator.lib).identity().program
-        assert own == LibprocSource(pid, lib=simulator.lib).identity().program == LinuxSource().identity().program != ""
+        own = MachSource(lib=simulator.lib, program_of=PROGRAM_OF).identity().program
+        assert own == LibprocSource(pid, lib=simulator.lib, program_of=PROGRAM_OF).identity().program
+        assert own == LinuxSource(program_of=PROGRAM_OF).identity().program != ""
         with subprocess.Popen([sys.executable, "-c", "input()", "x"], stdin=subprocess.PIPE) as child:
             executed(simulator, child)
-            assert LibprocSource(child.pid, lib=simulator.lib).identity().program not in ("", own)
+            assert LibprocSource(child.pid, lib=simulator.lib, program_of=PROGRAM_OF).identity().program not in (
+                "",
+                own,
+            )
             child.kill()
 
     def test_another_script_of_the_same_interpreter(self, simulator: Simulator) -> None:
@@ -398,7 +406,7 @@ class TestIdentity:
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
             assert child.stdin is not None
             executed(simulator, child)
-            source = LibprocSource(child.pid, lib=simulator.lib)
+            source = LibprocSource(child.pid, lib=simulator.lib, program_of=PROGRAM_OF)
             image, before = source.snapshot().image, source.identity()
             simulator.fault("sysctl", errno.EINVAL)
             child.stdin.write(b"\n")

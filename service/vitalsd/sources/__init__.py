@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.sources.programs import ProgramOf, no_program
 
 __all__ = [
     "AccessDenied",
@@ -142,13 +143,14 @@ def platform_name() -> str:
     return "macos" if sys.platform == "darwin" else sys.platform
 
 
-def open_source(pid: int | None = None, *, proc_root: str = "/proc") -> Source:
+def open_source(pid: int | None = None, *, proc_root: str = "/proc", program_of: ProgramOf = no_program) -> Source:
     """
     Open the source for `pid` (default: this process) on this platform.
 
     Args:
         pid: target process id.
         proc_root: Linux only: where procfs is mounted, e.g. ``/host/proc`` in a container.
+        program_of: makes `Identity.program` of what the process executes; by default it stays empty.
 
     Raises:
         SourceError: `NoSuchProcess`, `AccessDenied`, or `Unsupported` on another platform.
@@ -156,11 +158,11 @@ def open_source(pid: int | None = None, *, proc_root: str = "/proc") -> Source:
     if sys.platform == "linux":
         from vitalsd.sources.linux import LinuxSource
 
-        return LinuxSource(pid, root=proc_root)
+        return LinuxSource(pid, root=proc_root, program_of=program_of)
     if sys.platform == "darwin":
         from vitalsd.sources.darwin import open_process
 
-        return open_process(pid)
+        return open_process(pid, program_of=program_of)
     raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")
 
 

@@ -4,14 +4,14 @@ Structs and constants of Apple's headers, as far as `vitalsd.sources.libsystem` 
 Spelled as in the headers, so that a search finds them there; each public upper-case integer *is*
 such a constant, and the ABI proof compiles every one of them, and every offset, against the headers:
 mach/task_info.h, mach/thread_info.h, mach/message.h, mach/kern_return.h, mach_debug/ipc_info.h,
-sys/proc_info.h, sys/proc.h, sys/resource.h, sys/sysctl.h, sys/syslimits.h. What is marked *private* is only in
-bsd/sys/proc_info_private.h of xnu-11417.
+sys/mount.h, sys/param.h, sys/proc_info.h, sys/proc.h, sys/resource.h, sys/sysctl.h, sys/syslimits.h. What is marked
+*private* is only in bsd/sys/proc_info_private.h of xnu-11417.
 
 task_info.h packs to 4 bytes. Every field here lies where natural alignment puts it all the same;
 `task_vm_info` ends before the first for which that is not so.
 """
 
-from ctypes import Structure, c_char, c_int32, c_uint8, c_uint32, c_uint64
+from ctypes import Structure, c_char, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 
 KERN_SUCCESS = 0
 KERN_INVALID_ARGUMENT = 4
@@ -37,6 +37,7 @@ TH_STATE_HALTED = 5
 
 PROC_PIDLISTFDS = 1
 PROC_PIDTASKALLINFO = 2
+PROC_PIDVNODEPATHINFO = 9
 PROC_PIDT_SHORTBSDINFO = 13
 PROC_PIDTHREADID64INFO = 15
 PROC_PIDUNIQIDENTIFIERINFO = 17
@@ -50,6 +51,7 @@ RUSAGE_INFO_V6 = 6
 CTL_KERN = 1
 KERN_PROCARGS2 = 49
 ARG_MAX = 1024 * 1024
+MAXPATHLEN = 1024
 
 
 class time_value(Structure):
@@ -259,6 +261,58 @@ class proc_uniqidentifierinfo(Structure):
         ("p_reserve2", c_uint64),
         ("p_reserve3", c_uint64),
     )
+
+
+class fsid(Structure):
+    """Hold the number of a mounted file system."""
+
+    _fields_ = (("val", c_int32 * 2),)
+
+
+class vinfo_stat(Structure):
+    """Hold what ``stat(2)`` reports: ``vst_size`` in bytes, ``vst_blocks`` in units of 512 bytes, times in s and ns."""
+
+    _fields_ = (
+        ("vst_dev", c_uint32),
+        ("vst_mode", c_uint16),
+        ("vst_nlink", c_uint16),
+        ("vst_ino", c_uint64),
+        ("vst_uid", c_uint32),
+        ("vst_gid", c_uint32),
+        ("vst_atime", c_int64),
+        ("vst_atimensec", c_int64),
+        ("vst_mtime", c_int64),
+        ("vst_mtimensec", c_int64),
+        ("vst_ctime", c_int64),
+        ("vst_ctimensec", c_int64),
+        ("vst_birthtime", c_int64),
+        ("vst_birthtimensec", c_int64),
+        ("vst_size", c_int64),
+        ("vst_blocks", c_int64),
+        ("vst_blksize", c_int32),
+        ("vst_flags", c_uint32),
+        ("vst_gen", c_uint32),
+        ("vst_rdev", c_uint32),
+        ("vst_qspare", c_int64 * 2),
+    )
+
+
+class vnode_info(Structure):
+    """Hold the attributes of a file; ``vi_type`` is 2 for a directory."""
+
+    _fields_ = (("vi_stat", vinfo_stat), ("vi_type", c_int32), ("vi_pad", c_int32), ("vi_fsid", fsid))
+
+
+class vnode_info_path(Structure):
+    """Hold attributes and path; ``vip_path`` ends with a NUL. A path that does not fit lacks its first names."""
+
+    _fields_ = (("vip_vi", vnode_info), ("vip_path", c_char * MAXPATHLEN))
+
+
+class proc_vnodepathinfo(Structure):
+    """Hold the current directory, ``pvi_cdir``, and the root, ``pvi_rdir``: zeros unless ``chroot(2)`` changed it."""
+
+    _fields_ = (("pvi_cdir", vnode_info_path), ("pvi_rdir", vnode_info_path))
 
 
 class rusage_info_v4(Structure):

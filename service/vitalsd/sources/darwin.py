@@ -10,13 +10,18 @@ from vitalsd.sources.apple_headers import MACH_PORT_DEAD, MACH_PORT_NULL, SZOMB,
 from vitalsd.sources.libproc import LibprocSource
 from vitalsd.sources.libsystem import LibSystem, MachError, load
 from vitalsd.sources.mach import MachSource
+from vitalsd.sources.programs import ProgramOf, no_program
 from vitalsd.sources.xnu import process_name, process_names, start_key, tick_frequency, translated_errors
 
 __all__ = ["holdings", "list_processes", "open_process"]
 
 
 def open_process(
-    pid: int | None = None, *, lib: LibSystem | None = None, wall_clock: Callable[[], int] = time.time_ns
+    pid: int | None = None,
+    *,
+    lib: LibSystem | None = None,
+    wall_clock: Callable[[], int] = time.time_ns,
+    program_of: ProgramOf = no_program,
 ) -> Source:
     """
     Open the source for `pid`: Mach for this process (``None``), libproc for another.
@@ -24,13 +29,14 @@ def open_process(
     Args:
         lib: libSystem; by default that of the system is loaded.
         wall_clock: Unix time, ns.
+        program_of: makes `Identity.program` of what the process executes.
 
     Raises:
         SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone` (a zombie), `Unsupported`, `KernelError`.
     """
     if pid is None or pid == os.getpid():
-        return MachSource(lib=lib, wall_clock=wall_clock)
-    return LibprocSource(pid, lib=lib, wall_clock=wall_clock)
+        return MachSource(lib=lib, wall_clock=wall_clock, program_of=program_of)
+    return LibprocSource(pid, lib=lib, wall_clock=wall_clock, program_of=program_of)
 
 
 def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:

@@ -26,6 +26,7 @@ from vitalsd.sources import Ending, KernelError, TargetGone
 from vitalsd.sources.apple_headers import proc_taskallinfo, proc_uniqidentifierinfo
 from vitalsd.sources.darwin_exit import ExitNote
 from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
+from vitalsd.sources.programs import ProgramOf, no_program
 from vitalsd.sources.xnu import QUANTUM_NS, Instant, Target, Totals, process_name, translated_errors
 from vitalsd.sources.xnu_threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 
@@ -46,6 +47,8 @@ class LibprocSource:
         walk_limit: threads to look up per snapshot at most, new ones apart; above it the threads that
             ran lately and those not read for longest take their turns, and the others show their
             last reading.
+        program_of: makes `Identity.program` of what the process executes; called when the source is opened and after
+            each exec.
 
     Raises:
         SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone` (a zombie), `Unsupported`, `KernelError`.
@@ -58,11 +61,12 @@ class LibprocSource:
         lib: LibSystem | None = None,
         wall_clock: Callable[[], int] = time.time_ns,
         walk_limit: int = WALK_LIMIT,
+        program_of: ProgramOf = no_program,
     ) -> None:
         self._lib = lib or load()
         self._exit = ExitNote(pid)
         try:
-            self._target = Target(self._lib, pid, os.getpid(), wall_clock)
+            self._target = Target(self._lib, pid, os.getpid(), wall_clock, program_of)
             self._exit.drop_if_fired()
         except BaseException:
             self._exit.close()
@@ -74,7 +78,7 @@ class LibprocSource:
         self._threads = ThreadNames()
         self._unique: proc_uniqidentifierinfo | None = proc_uniqidentifierinfo()
         self._program: tuple[int | str, ...] = ()
-        """The image whose script is known."""
+        """The image whose `Identity.program` has been determined."""
         self._turns: dict[int, tuple[int, ...]] = {}
         self._active: frozenset[int] = frozenset()
         self._closed = False
@@ -105,7 +109,7 @@ class LibprocSource:
         thread_cpu_ns = list(map(add, living.user_ns, living.system_ns))
         self._threads.update(living.tids, living.names)
         image = self._image()
-        if image != self._program and target.read_script():
+        if image != self._program and target.read_program():
             self._program = image
         ended_ns = time.monotonic_ns()
         task = target.info.ptinfo

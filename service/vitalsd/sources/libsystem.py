@@ -14,6 +14,7 @@ Facts that shape the calls (xnu-11417):
 """
 
 import ctypes
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ from vitalsd.sources.apple_headers import (
     PROC_PIDTASKALLINFO,
     PROC_PIDTHREADID64INFO,
     PROC_PIDUNIQIDENTIFIERINFO,
+    PROC_PIDVNODEPATHINFO,
     TASK_ABSOLUTETIME_INFO,
     TASK_EVENTS_INFO,
     TASK_VM_INFO,
@@ -55,6 +57,7 @@ from vitalsd.sources.apple_headers import (
     proc_taskallinfo,
     proc_threadinfo,
     proc_uniqidentifierinfo,
+    proc_vnodepathinfo,
     rusage_info_v6,
     task_absolutetime_info,
     task_events_info,
@@ -171,6 +174,7 @@ _PROC_FLAVORS: dict[type[Structure], tuple[str, int]] = {
     proc_taskallinfo: ("PROC_PIDTASKALLINFO", PROC_PIDTASKALLINFO),
     proc_bsdshortinfo: ("PROC_PIDT_SHORTBSDINFO", PROC_PIDT_SHORTBSDINFO),
     proc_uniqidentifierinfo: ("PROC_PIDUNIQIDENTIFIERINFO", PROC_PIDUNIQIDENTIFIERINFO),
+    proc_vnodepathinfo: ("PROC_PIDVNODEPATHINFO", PROC_PIDVNODEPATHINFO),
 }
 
 
@@ -324,6 +328,26 @@ class LibSystem:
         number = int.from_bytes(answer[:4], sys.byteorder)
         path, _, padded = answer[4:].partition(b"\0")
         return os.fsdecode(path), padded.lstrip(b"\0").split(b"\0", number)[:number]
+
+    def working_directory(self, pid: int) -> str:
+        """
+        Return the absolute path of the current directory of process `pid`.
+
+        Source: ``pvi_cdir`` of PROC_PIDVNODEPATHINFO. The kernel puts the path together from the names in its cache and
+        leaves out the first names of one that is longer than 1023 bytes, which the reply does not show. The kernel also
+        reads the attributes of the directory, so the call can wait for a file server.
+
+        Raises:
+            OSError: ESRCH for a process that is gone or a zombie; EPERM for another user's; ENOENT if the kernel has
+                no path of the directory; any other errno of the file system or of a security policy.
+            MachError: the reply is shorter than the struct.
+        """
+        info = proc_vnodepathinfo()
+        self.proc_info(pid, info)
+        path = os.fsdecode(info.pvi_cdir.vip_path)
+        if not path:
+            raise _os_error("proc_pidinfo(PROC_PIDVNODEPATHINFO)", errno.ENOENT)
+        return path
 
     def proc_pids(self) -> list[int]:
         """Every process, zombies and other users' too."""

@@ -39,7 +39,7 @@ from vitalsd.sources.linux_counters import (
     read_file,
 )
 from vitalsd.sources.linux_exit import ending
-from vitalsd.sources.linux_processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, running_script
+from vitalsd.sources.linux_processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, running_command
 from vitalsd.sources.linux_threads import ThreadTable
 from vitalsd.sources.procfs import (
     STATES,
@@ -51,6 +51,7 @@ from vitalsd.sources.procfs import (
     parse_status,
     parse_tgid,
 )
+from vitalsd.sources.programs import ProgramOf, no_program
 
 __all__ = ["LinuxSource"]
 
@@ -69,13 +70,22 @@ class LinuxSource:
             own: or whoever says a pid means another process by it.
         fd_budget: descriptors that may be kept open for threads of another process; the rest are
             opened at each read, three times dearer. Default: half of the soft limit.
+        program_of: makes `Identity.program`; called when the source is opened and after each exec.
 
     Raises:
         SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone`, `Unsupported` or `KernelError`.
     """
 
-    def __init__(self, pid: int | None = None, *, root: str = "/proc", fd_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        pid: int | None = None,
+        *,
+        root: str = "/proc",
+        fd_budget: int | None = None,
+        program_of: ProgramOf = no_program,
+    ) -> None:
         self._root = root
+        self._program_of = program_of
         own = self._own_pid()
         same_namespace = own == os.getpid()
         self._pid = pid if pid is not None else own or os.getpid()
@@ -114,7 +124,7 @@ class LinuxSource:
             boot_id=_boot_id(root),
             start_key=stat.start_ticks,
             started_unix_ns=time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME) + self._start_ns,
-            program=running_script(self._dir),
+            program=self._running_program(),
         )
 
     def identity(self) -> Identity:
@@ -223,7 +233,13 @@ class LinuxSource:
         if executed:  # else the same object: compared at each beat
             self._image = *addresses, text
         if executed or (addresses and not known):
-            self._identity = self._identity._replace(name=name, program=running_script(self._dir))
+            self._identity = self._identity._replace(name=name, program=self._running_program())
+
+    def _running_program(self) -> str:
+        if self._program_of is no_program:
+            return ""
+        command = running_command(self._dir)
+        return self._program_of(command) if command is not None else ""
 
     def _sibling(self) -> tuple[int, int, int, tuple[int, ...]]:
         """Pages of address space, resident and text, and the image, told by another thread than the dead main one."""

@@ -7,28 +7,35 @@ from collections.abc import Iterator
 from vitalsd.sources import ProcessEntry, Unsupported
 from vitalsd.sources.linux_counters import USER_TICK_NS, read_file
 from vitalsd.sources.procfs import Malformed, decode_name, parse_stat, parse_statm
-from vitalsd.sources.scripts import script_digest
+from vitalsd.sources.programs import Command
 
-__all__ = ["list_processes", "running_script"]
+__all__ = ["list_processes", "running_command"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 PF_KTHREAD = 0x00200000  # linux/sched.h
 CLOCK_BOOTTIME = 7  # linux/time.h; the time module has it on Linux only, and types are checked for macOS too
 
 
-def running_script(process_fd: int) -> str:
+def running_command(process_fd: int) -> Command | None:
     """
-    The `script_digest` of a process; empty, too, if it is not told.
+    Return what a process executes; ``None`` if this user may not read it.
 
     Args:
         process_fd: ``/proc/<pid>``.
     """
     try:
-        executable = os.readlink("exe", dir_fd=process_fd)
-        words = read_file("cmdline", process_fd).split(b"\0")[1:]
+        executable = os.readlink("exe", dir_fd=process_fd).removesuffix(" (deleted)")
+        directory = os.readlink("cwd", dir_fd=process_fd)
+        words = _read_whole("cmdline", process_fd).removesuffix(b"\0").split(b"\0")[1:]
     except OSError:
-        return ""
-    return script_digest(executable.removesuffix(" (deleted)"), words)
+        return None
+    return Command(executable, words, directory)
+
+
+def _read_whole(name: str, process_fd: int) -> bytes:
+    """Read a file of any length: a command line may have megabytes."""
+    with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=process_fd), "rb") as file:
+        return file.read()
 
 
 def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:

@@ -25,6 +25,7 @@ from vitalsd.sources.apple_headers import (
     task_vm_info,
 )
 from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
+from vitalsd.sources.programs import ProgramOf, no_program
 from vitalsd.sources.xnu import QUANTUM_NS, Instant, Target, Totals, translated_errors
 from vitalsd.sources.xnu_threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 
@@ -38,15 +39,22 @@ class MachSource:
     Args:
         lib: libSystem; by default that of the system is loaded.
         wall_clock: Unix time, ns.
+        program_of: makes `Identity.program` of what the process executes.
 
     Raises:
         SourceError: `Unsupported` or `KernelError`.
     """
 
-    def __init__(self, *, lib: LibSystem | None = None, wall_clock: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        *,
+        lib: LibSystem | None = None,
+        wall_clock: Callable[[], int] = time.time_ns,
+        program_of: ProgramOf = no_program,
+    ) -> None:
         self._lib = lib or load()
         self._pid = os.getpid()
-        self._target = Target(self._lib, self._pid, self._pid, wall_clock)
+        self._target = Target(self._lib, self._pid, self._pid, wall_clock, program_of)
         self._basic = mach_task_basic_info()
         self._times = task_absolutetime_info()
         self._events = task_events_info()

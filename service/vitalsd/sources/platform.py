@@ -2,12 +2,19 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from vitalsd.sources import ProcessEntry, Source, list_processes, open_source, platform_name
 from vitalsd.sources.birth import Births, births
+from vitalsd.sources.programs import ProgramOf, no_program
 
-__all__ = ["Platform", "this_platform"]
+__all__ = ["OpenSource", "Platform", "this_platform"]
+
+
+class OpenSource(Protocol):
+    """Open the source of one process; see `vitalsd.sources.open_source`."""
+
+    def __call__(self, pid: int | None = None, *, program_of: ProgramOf = no_program) -> Source: ...
 
 
 class Platform(NamedTuple):
@@ -15,7 +22,7 @@ class Platform(NamedTuple):
 
     name: str
     """As in answers: ``"linux"`` or ``"macos"``."""
-    open_source: Callable[[int | None], Source]
+    open_source: OpenSource
     """For a pid, or ``None`` for this process. Raises `SourceError`."""
     list_processes: Callable[[], Iterable[ProcessEntry]]
     births: Callable[[], Births]

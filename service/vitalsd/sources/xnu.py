@@ -12,6 +12,7 @@ Some facts about the kernel (xnu-11417 and the `docs/macos.md` of this project):
 """
 
 import errno
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from vitalsd.sources.apple_headers import (
 )
 from vitalsd.sources.libsystem import LibSystem, MachError
 from vitalsd.sources.procfs import decode_name
-from vitalsd.sources.scripts import script_digest
+from vitalsd.sources.programs import Command, ProgramOf, no_program
 from vitalsd.sources.xnu_threads import RUN_STATES, Living
 
 __all__ = [
@@ -165,13 +166,17 @@ class Target:
 
     Args:
         wall_clock: Unix time, ns.
+        program_of: makes `Identity.program` of what the process executes.
 
     Raises:
         SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone` (a zombie), `Unsupported`, `KernelError`.
     """
 
-    def __init__(self, lib: LibSystem, pid: int, own_pid: int, wall_clock: Callable[[], int]) -> None:
+    def __init__(
+        self, lib: LibSystem, pid: int, own_pid: int, wall_clock: Callable[[], int], program_of: ProgramOf = no_program
+    ) -> None:
         self._lib = lib
+        self._program_of = program_of
         self._wall_clock = wall_clock
         self.pid = pid
         self.info = self._attach()
@@ -189,7 +194,7 @@ class Target:
             boot_id=boot_id(lib),
             start_key=start_key(self.info.pbsd),
             started_unix_ns=start_key(self.info.pbsd) * 1000,
-            program=self._script() or "",
+            program=self._program() or "",
         )
         self._start_abstime: int | None = None
         with translated_errors(pid):
@@ -225,11 +230,11 @@ class Target:
             self.identity = self.identity._replace(name=name)
         return self.info
 
-    def read_script(self) -> bool:
-        """Read again, after exec, which script it runs; whether that was told."""
-        script = self._script()
-        self.identity = self.identity._replace(program=script or "")
-        return script is not None
+    def read_program(self) -> bool:
+        """Determine `Identity.program` again, after exec; return whether the kernel told what was executed."""
+        program = self._program()
+        self.identity = self.identity._replace(program=program or "")
+        return program is not None
 
     def exited_ns(self, before: Totals, after: Totals, living_ns: int) -> tuple[int, int]:
         """
@@ -308,13 +313,19 @@ class Target:
                 raise self._absent() from None
         return info
 
-    def _script(self) -> str | None:
-        """See `Identity.program`; ``None`` if it is not told."""
+    def _program(self) -> str | None:
+        """Return `Identity.program`; ``None`` if the kernel does not tell what was executed."""
+        if self._program_of is no_program:
+            return ""
         try:
             executable, words = self._lib.command_line(self.pid)
         except OSError:
             return None
-        return script_digest(executable, words[1:])
+        try:
+            directory = self._lib.working_directory(self.pid)
+        except (OSError, MachError):
+            directory = ""
+        return self._program_of(Command(os.path.join(directory, executable), words[1:], directory))
 
     def _absent(self) -> NoSuchProcess | TargetGone:
         """Why the calls that want a live process do not find it; this one finds zombies too."""

@@ -1,0 +1,1 @@
+"""Files by which the programs of one user find each other."""

@@ -1,0 +1,295 @@
+"""
+Identify the program that a process runs, without storing a path.
+
+Two processes run one program if the kernel executed the same file for both and told it to run the same thing: the
+script of an interpreter, the class of a Java machine, the files named on the command line. `program_digest` turns that
+into a keyed digest, which can be compared on this machine and reveals no path.
+
+Source of the option tables: the manual pages python(1), node(1), java(1), perlrun(1), ruby(1), php(1), lua(1),
+julia(1), bash(1) and zsh(1).
+"""
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+__all__ = ["Command", "ProgramDigest", "ProgramOf", "main_script", "no_program", "program_digest"]
+
+INTERPRETERS = re.compile(
+    r"(bash|bun|dash|deno|dotnet|electron|java|julia|ksh|lua|luajit|mono|node|nodejs|perl|php|pypy|python|Rscript|ruby"
+    r"|sh|tclsh|wish|zsh)[-.0-9]*$",
+    re.IGNORECASE,  # The executable of a framework build on macOS is named "Python".
+)
+"""Executables that run other programs; ``python3.11`` and ``perl5.36`` match too."""
+
+PYTHON = re.compile(r"(python|pypy)[-.0-9]*$", re.IGNORECASE)
+JAVA = re.compile(r"java[-.0-9]*$", re.IGNORECASE)
+
+PYTHON_VALUES = "XWQ"
+"""Letters of Python that take a value, in the same word or as the next one."""
+JAVA_PATHS = ("-cp", "-classpath", "--class-path", "-p", "--module-path")
+JAVA_VALUES = (
+    *("--add-modules", "--add-exports", "--add-opens", "--add-reads", "--limit-modules"),
+    *("--patch-module", "--upgrade-module-path", "--enable-native-access", "--source"),
+)
+VALUES: dict[str, tuple[str, ...]] = {
+    "bash": ("-o", "+o", "-O", "+O", "--rcfile", "--init-file"),
+    "sh": ("-o", "+o"),
+    "dash": ("-o", "+o"),
+    "ksh": ("-o", "+o"),
+    "zsh": ("-o", "+o"),
+    "bun": ("-r", "--preload", "--cwd", "-c", "--config"),
+    "julia": ("-L", "--load", "-J", "--sysimage", "-p", "--procs", "-t", "--threads", "-H", "--home", "-C"),
+    "lua": ("-l",),
+    "luajit": ("-l", "-j"),
+    "node": (
+        *("-r", "--require", "--import", "--loader", "--experimental-loader", "-C", "--conditions", "--title"),
+        *("--env-file", "--input-type", "--inspect-port", "--icu-data-dir", "--openssl-config", "--diagnostic-dir"),
+    ),
+    "perl": ("-I",),
+    "php": ("-d", "-c", "-z"),
+    "ruby": ("-I", "-r", "-C", "-E", "--encoding", "--external-encoding", "--internal-encoding"),
+}
+"""By interpreter: options whose value is the next word."""
+CODE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "bash": ("-c",),
+    "sh": ("-c",),
+    "dash": ("-c",),
+    "ksh": ("-c",),
+    "zsh": ("-c",),
+    "bun": ("-e", "--eval", "-p", "--print"),
+    "deno": ("eval",),
+    "julia": ("-e", "-E", "--eval", "--print"),
+    "lua": ("-e",),
+    "luajit": ("-e",),
+    "node": ("-e", "--eval", "-p", "--print", "-pe"),
+    "perl": ("-e", "-E"),
+    "php": ("-r",),
+    "rscript": ("-e",),
+    "ruby": ("-e",),
+}
+"""By interpreter: options that are followed by the code itself."""
+ALIASES = {"nodejs": "node", "electron": "node"}
+SUBCOMMANDS = ("run", "exec")
+"""Of ``deno run``, ``bun run`` and ``dotnet exec``: no file of that name is meant."""
+
+
+class Command(NamedTuple):
+    """What the kernel was told to execute."""
+
+    executable: str
+    """Absolute path of the file that runs."""
+    words: Sequence[bytes]
+    """The command line without the name of the program."""
+    directory: str
+    """The working directory, against which relative names are resolved; empty: unknown."""
+
+
+ProgramOf = Callable[[Command], str]
+"""Return the `Identity.program` of a command; empty if it cannot be determined."""
+
+
+def no_program(_: Command) -> str:
+    """Return the empty string: the caller does not compare programs, so nothing is read and hashed for it."""
+    return ""
+
+
+class ProgramDigest:
+    """
+    A `ProgramOf` with the key of this user.
+
+    Args:
+        key: see `vitalsd.discovery.program_key`; ``None``: there is none, so no program can be determined.
+        script: absolute path of what the target runs, if the client itself said so. It is used for the command that
+            is seen first; a target that executes another program is identified by its command line from then on.
+    """
+
+    def __init__(self, key: bytes | None, script: str | None = None) -> None:
+        self._key = key
+        self._script = script
+        self._first: Command | None = None
+
+    def __call__(self, command: Command) -> str:
+        """Return the digest of `command`."""
+        if self._key is None:
+            return ""
+        self._first = self._first or command
+        told = [os.path.realpath(self._script)] if self._script and command == self._first else None
+        return program_digest(self._key, command, told)
+
+
+def program_digest(key: bytes, command: Command, told: Sequence[str] | None = None) -> str:
+    """
+    Return 16 hexadecimal digits that are equal for two processes of one program.
+
+    Args:
+        key: up to 64 bytes; without it, a digest could be searched for among likely paths.
+        command: what was executed.
+        told: what it was told to run, if that is known better than from the command line.
+
+    Returns:
+        The digest; empty if the program cannot be determined: the executable is unknown, the script of an interpreter
+        cannot be found, or a relative name has no known directory.
+    """
+    if not os.path.isabs(command.executable):
+        return ""
+    if told is None:
+        told = _told(command)
+    if told is None:
+        return ""
+    parts = [os.fsencode(os.path.realpath(command.executable)), *map(os.fsencode, told)]
+    counted = b"".join(b"%d:%b" % (len(part), part) for part in parts)  # no two lists have one encoding
+    return hashlib.blake2b(counted, key=key, digest_size=8, person=b"vitalsd program").hexdigest()
+
+
+def main_script(main: ModuleType | None = None) -> str | None:
+    """
+    Return the absolute path of the script of this process; ``None`` for code from an option, or a frozen application.
+
+    Args:
+        main: default: ``sys.modules["__main__"]``.
+    """
+    main = main or sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if not isinstance(file, str) or not file or hasattr(sys, "frozen") or hasattr(main, "__compiled__"):
+        return None
+    path = os.path.realpath(file)
+    folder = os.path.dirname(path)
+    return folder if os.path.isfile(folder) else path  # the second name of PROGRAM.pyz/__main__.py
+
+
+def _told(command: Command) -> list[str] | None:
+    """Return what the executable was told to run, as resolved paths or code; ``None`` if that cannot be determined."""
+    name = os.path.basename(command.executable)
+    words = [os.fsdecode(word) for word in command.words]
+    if not INTERPRETERS.match(name):
+        if words and not command.directory:
+            return None  # a relative name could be that of any file
+        return [path for word in words if (path := _file(word, command.directory))]
+    if PYTHON.match(name):
+        return _told_python(words, command.directory)
+    if JAVA.match(name):
+        return _told_java(words, command.directory)
+    return _told_other(re.sub(r"[-.0-9]*$", "", name.lower()), words, command.directory)
+
+
+def _told_python(words: Sequence[str], directory: str) -> list[str] | None:
+    searched = True  # the working directory, for -m
+    remaining = iter(words)
+    for word in remaining:
+        if word == "--check-hash-based-pycs":
+            next(remaining, None)
+        elif not word.startswith("-"):
+            return _listed(_script(word, directory, ("__main__.py",)))
+        elif word.startswith("--") or word == "-":
+            if word in ("-", "--"):
+                return None
+        else:
+            for at, letter in enumerate(word[1:], 1):
+                value = word[at + 1 :]
+                if letter in PYTHON_VALUES:
+                    if not value:
+                        next(remaining, None)
+                    break
+                if letter == "c":
+                    return ["-c", value or next(remaining, "")]
+                if letter == "m":
+                    return _listed(_module(value or next(remaining, ""), directory)) if searched else None
+                searched = searched and letter not in "PI"
+    return None
+
+
+def _module(name: str, directory: str) -> str | None:
+    """Return the file of a module beside the working directory; an installed one cannot be found from outside."""
+    if not directory or not re.fullmatch(r"\w+(\.\w+)*", name):
+        return None
+    stem = os.path.join(directory, *name.split("."))
+    for candidate in (os.path.join(stem, "__main__.py"), f"{stem}.py"):
+        if os.path.isfile(candidate):
+            return os.path.realpath(candidate)
+    return None
+
+
+def _told_java(words: Sequence[str], directory: str) -> list[str] | None:
+    entries: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        option, assigned, value = word.partition("=")
+        if word == "-jar":
+            return _listed(_script(next(remaining, ""), directory))
+        if option in JAVA_PATHS:
+            entries += (value if assigned else next(remaining, "")).split(os.pathsep)
+        elif word in JAVA_VALUES:
+            next(remaining, None)
+        elif option in ("-m", "--module"):
+            return [*_classpath(entries, directory), value if assigned else next(remaining, "")]
+        elif not word.startswith(("-", "@")):
+            if source := _file(word, directory):
+                return [source]
+            if not directory and not all(map(os.path.isabs, entries or ["."])):
+                return None
+            return [*_classpath(entries or ["."], directory), word]
+    return None
+
+
+def _classpath(entries: Sequence[str], directory: str) -> list[str]:
+    return [os.path.realpath(os.path.join(directory, entry)) for entry in entries]
+
+
+def _told_other(name: str, words: Sequence[str], directory: str) -> list[str] | None:
+    """Return the first word that names a file or a directory, or the code."""
+    name = ALIASES.get(name, name)
+    values, codes = VALUES.get(name, ()), CODE_OPTIONS.get(name, ())
+    remaining = iter(words)
+    for word in remaining:
+        if word in codes or _ends_in_code(name, word):
+            return ["-c", next(remaining, "")]
+        if word in values:
+            next(remaining, None)
+        elif word.startswith(("-", "+")) or word in SUBCOMMANDS:
+            continue
+        elif found := _script(word, directory, ("index.js", "main.js"), (".js", ".mjs", ".cjs")):
+            return [found]
+    return None
+
+
+def _ends_in_code(name: str, word: str) -> bool:
+    """Return whether a group of letters, as in ``sh -ec CODE`` or ``perl -we CODE``, is followed by code."""
+    letters = {"perl": "eE", "ruby": "e"}.get(name, "c" if name.endswith("sh") else "")
+    return bool(letters) and re.fullmatch(rf"-[A-Za-z]*[{letters}]", word) is not None
+
+
+def _script(word: str, directory: str, inside: Sequence[str] = (), suffixes: Sequence[str] = ()) -> str | None:
+    """
+    Return the resolved path of a script.
+
+    Args:
+        word: as the command line names it.
+        directory: working directory.
+        inside: files that stand for a directory.
+        suffixes: of names that may be given without.
+    """
+    path = os.path.join(directory, word)
+    if not word or not os.path.isabs(path):
+        return None
+    path = os.path.realpath(path)
+    for candidate in (path, *(path + suffix for suffix in suffixes)):
+        if os.path.isfile(candidate):
+            return candidate
+    if os.path.isdir(path):
+        return next((file for name in inside if os.path.isfile(file := os.path.join(path, name))), path)
+    return None
+
+
+def _file(word: str, directory: str) -> str | None:
+    """Return the resolved path of a regular file; ``None`` if `word` does not name one."""
+    path = os.path.join(directory, word)
+    return os.path.realpath(path) if word and os.path.isabs(path) and os.path.isfile(path) else None
+
+
+def _listed(path: str | None) -> list[str] | None:
+    return None if path is None else [path]
