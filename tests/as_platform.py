@@ -17,16 +17,19 @@ from typing import Any
 
 from vitalsd.cli import main
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import Source, darwin, libsystem
+from vitalsd.sources import Source, TargetGone, darwin, libsystem
 from vitalsd.sources.birth_darwin import DarwinBirths
 from vitalsd.sources.libsystem import LibSystem
 from vitalsd.sources.platform import Platform, this_platform
+from vitalsd.sources.programs import ProgramOf, no_program
 
-__all__ = ["DEFECTS", "KERNELS", "leaking", "macos", "planted", "program"]
+__all__ = ["DEFECTS", "KERNELS", "UNTOLD", "leaking", "macos", "planted", "program"]
 
 UNSCALED = 24_000_000, 1_000_000_000
 """Ticks of Apple silicon taken for nanoseconds."""
 LOST = ("burn-30", "young-1")
+UNTOLD = "untold"
+"""In place of a defect: a kernel that does not tell how a process ended."""
 
 KERNELS = ["native", "simulated"] if sys.platform == "linux" else ["native"]
 """What a test can run over: the running kernel, and macOS' as it is simulated over Linux."""
@@ -109,12 +112,38 @@ class Spoilt:
         self.source.close()
 
 
+@dataclass
+class Untold:
+    """A source on Linux before 6.15, which shows the exit status of a process to its parent alone."""
+
+    source: Source
+
+    def identity(self) -> Identity:
+        return self.source.identity()
+
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        try:
+            return self.source.snapshot(extras=extras, names=names)
+        except TargetGone as error:
+            raise TargetGone(str(error)) from None
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def _open_spoilt(
+    platform: Platform, defect: str, pid: int | None = None, *, program_of: ProgramOf = no_program
+) -> Source:
+    source = platform.open_source(pid, program_of=program_of)
+    return Untold(source) if defect == UNTOLD else Spoilt(source, DEFECTS[defect])
+
+
 def planted(platform: Platform, defect: str) -> Platform:
     """The same with a defect of `DEFECTS`."""
-    return platform._replace(open_source=lambda pid: Spoilt(platform.open_source(pid), DEFECTS[defect]))
+    return platform._replace(open_source=partial(_open_spoilt, platform, defect))
 
 
-def program(library: Path, defect: str = "none") -> tuple[str, ...]:
+def program(library: Path | str, defect: str = "none") -> tuple[str, ...]:
     """How to run ``vitalsd`` as on macOS."""
     return (sys.executable, "-P", os.path.abspath(__file__), str(library), defect)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import as_platform
 import vitalsd
 from sidecars import ask, environment, eventually, listing, serving
 from vitalsd import endpoint
@@ -33,6 +34,33 @@ def target() -> Iterator["subprocess.Popen[bytes]"]:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         yield process
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        ("pass", "clean"),
+        ("sys.exit(3)", "clean"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashed"),
+        ("os._exit(0)", "crashed"),
+        ("child = os.fork()\nif child == 0: sys.exit()\nos.wait(); os.kill(os.getpid(), signal.SIGKILL)", "crashed"),
+        ("os.closerange(3, 99)\nfiles = [open(f'victim{number}', 'w') for number in range(60)]", "crashed"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of macOS tells how a process ended")
+def test_exit_of_a_client_is_no_crash_where_the_kernel_does_not_tell(short_path: Path, end: str, state: str) -> None:
+    """On Linux before 6.15 the exit of the interpreter is noted; a crash, or a forked child's exit, is not."""
+    command = as_platform.program("linux", as_platform.UNTOLD)
+    code = (
+        "import os, signal, sys, time, vitalsd\n"
+        f"vitalsd.spawn(port=0, command={list(command)!r}, options=['--record-interval', '0.05', '--linger', '0'])\n"
+        f"time.sleep(0.3)\n{end}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment(short_path), cwd=short_path, timeout=30)
+    runs = RunDirectory(short_path / "state" / "runs")
+    eventually(lambda: [run.state for run in runs.runs()] == [state])
+    eventually(lambda: listing(short_path / "run") == [])
+    assert [path.read_text() for path in short_path.glob("victim*") if path.stat().st_size] == []
 
 
 def alive(pid: int) -> bool:

@@ -39,7 +39,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which takes root")
 
 
-def write(directory: Path, snapshots: list[Snapshot], **bounds: int) -> tuple[BlackBox, Record]:
+def write(directory: Path, snapshots: list[Snapshot], **bounds: Any) -> tuple[BlackBox, Record]:
     """Record `snapshots` to disk and wait until they are there."""
     record = Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
     box = BlackBox(RunDirectory(directory), IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, **bounds)

@@ -24,6 +24,7 @@ from vitalsd.doctor.soak import SEGMENTS, slope, soak
 from vitalsd.sources import Source
 from vitalsd.sources.libsystem import load
 from vitalsd.sources.platform import Platform, this_platform
+from vitalsd.sources.programs import ProgramOf, no_program
 
 pytestmark = pytest.mark.live
 
@@ -249,7 +250,7 @@ def test_what_breaks_a_check_is_a_line() -> None:
     """A source that raises what it may not is a finding; the rest is examined all the same."""
     from vitalsd.doctor.examination import examine
 
-    def broken(pid: int | None) -> Source:
+    def broken(pid: int | None = None, *, program_of: ProgramOf = no_program) -> Source:
         raise ZeroDivisionError("planted")
 
     here = this_platform()

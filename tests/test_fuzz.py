@@ -101,7 +101,8 @@ def test_runtime_files(tmp_path: Path, size: int, told: Counter[str]) -> None:
     dice, path = random.Random("runtime"), tmp_path / "sidecar-1.json"
     original = json.dumps(
         {
-            **{"app": "vitalsd", "schema": endpoint.SCHEMA, "version": "1", "pid": 1, "start": 1, "boot_id": "x"},
+            **{"service": "vitalsd", "schema": endpoint.SCHEMA, "app": "viewer", "app_version": None},
+            **{"version": "1", "pid": 1, "start": 1, "boot_id": "x"},
             **{"realm": "r", "uid": 0, "target": {"pid": 2, "start": 3}, "socket": "/s", "host": "127.0.0.1"},
             **{"port": 9779, "token": "t", "started_at": "2026-01-01T00:00:00Z"},
         }

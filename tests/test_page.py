@@ -15,7 +15,7 @@ import pytest
 
 from browser import Browser
 from serving import Serving
-from sidecars import environment, serving
+from sidecars import environment, eventually, serving
 from target import Target
 
 LIVE = "document.querySelector('#status').textContent === 'live'"
@@ -250,11 +250,37 @@ def test_a_report_is_downloaded_and_replayed(page: Browser, served: Serving, tmp
         page.eventually("document.querySelector('#status').textContent === 'replay'")
         page.eventually(f"{NAMES}.includes('burn-0')")
         assert page.run("document.querySelector('#up').textContent") == "Recorded"
-        assert "this is a replay" in page.run("document.querySelector('#banner').textContent")
+        assert "was running when the report was made" in page.run("document.querySelector('#banner').textContent")
         assert page.run("document.querySelector('#pause').disabled && document.querySelector('#mark').disabled")
         assert "before the report" in page.run("document.querySelector('#notes').textContent")
         page.click("#curl")
         page.eventually(f"{SAID}.includes('/history?seconds=')")
+
+
+def test_a_report_of_the_page_contains_the_run_that_is_selected(page: Browser, tmp_path: Path) -> None:
+    """ "Download report" with an earlier run chosen: that run is in it; with none chosen, what belongs there."""
+    with Target("--idle", "2") as first, Serving(tmp_path, "--pid", str(first.pid), "--app", "editor") as serving:
+        eventually(lambda: serving.get("/info")["recorder"]["snapshots"] > 2, 10)
+        serving.client.post("/marks", json={"label": "of the other run"})
+        first.kill()
+        eventually(lambda: serving.get("/info")["recorder"]["ended"], 10)
+        serving.stop()
+    with Target("--burn", "5") as second, Serving(tmp_path, "--pid", str(second.pid), "--app", "viewer") as serving:
+        shown(page, serving.url)
+        page.eventually("document.querySelectorAll('#run option').length === 2")
+        for number, expected in ((0, False), (1, True)):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            downloads_to(page, folder)
+            pick = "(() => { const run = document.querySelector('#run'); run.selectedIndex = %d;"
+            page.run(f"{pick} run.dispatchEvent(new Event('change')); }})()" % number)
+            page.listen(0.3)
+            page.click("#report")
+            with zipfile.ZipFile(downloaded(page, folder)) as archive:
+                assert ("previous-run.json" in archive.namelist()) == expected
+                if expected:
+                    assert b"of the other run" in archive.read("previous-run.json")
+        eventually(lambda: [run["reported"] for run in serving.get("/runs") if run["state"] == "crashed"] == [True])
 
 
 def test_the_page_recovers_from_a_restart(page: Browser, start: Any, tmp_path: Path) -> None:
@@ -282,7 +308,7 @@ def test_the_page_recovers_from_a_restart(page: Browser, start: Any, tmp_path: P
         pick += " run.selectedIndex = %d; run.dispatchEvent(new Event('change')); })()"
         page.run(pick % 1)
         page.eventually("document.querySelector('#status').textContent === 'earlier run'")
-        assert "did not end well" in page.run("document.querySelector('#banner').textContent")
+        assert "crashed" in page.run("document.querySelector('#banner').textContent")
         page.eventually(f"{NAMES}.length === 3")
         assert page.run("document.querySelector('#up').textContent") == "Recorded"
         page.run(pick % 0)

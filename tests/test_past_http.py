@@ -21,7 +21,7 @@ import pytest
 
 from serving import Serving
 from vitalsd.model import FullMetrics, Measured, parse_runtime_metrics
-from vitalsd.replay import load
+from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.sources import list_processes
 from vitalsd.stored_run import UnreadableRun
 
@@ -409,7 +409,7 @@ def test_replay_unpacks_no_more_than_the_header_says(tmp_path: Path) -> None:
         archive.infolist()[0].file_size = 100
     tracemalloc.start()
     with pytest.raises(UnreadableRun, match="bomb"):
-        load(path)
+        read_replay_file(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000

@@ -30,8 +30,8 @@ import pytest
 from misbehaving import Behaviour, Misbehaving, answer, drips, floods, hangs, resets, says
 from receivers import receiving, receiving_badly
 from sidecars import VITALSD, environment
+from vitalsd.contract.report_archive import new_report_id, seal
 from vitalsd_client import Bundle, Spool, SpoolError
-from vitalsd_client.archive import new_report_id, seal
 from vitalsd_client.states import Entry
 from vitalsd_client.upload import Failed, Receipt, check_url, retry_after_s
 
@@ -550,7 +550,7 @@ if os.geteuid() == 0:
     from stranger import become_nobody
     become_nobody(keep_reading_files=True)
 os.umask(0o077)
-from vitalsd_client.archive import Bundle, seal
+from vitalsd.contract.report_archive import Bundle, seal
 from vitalsd_client import Spool, SpoolError
 from datetime import datetime, UTC
 directory, url = sys.argv[1:]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from snapshots import IDENTITY, SECOND, pairs, snapshot, with_extras
+from vitalsd.contract.host import Host
 from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 from vitalsd.snapshot import Extras, Measurement, Snapshot, measure
 from vitalsd.sources import AccessDenied, TargetGone
@@ -195,8 +196,10 @@ def test_what_nobody_knows_is_null() -> None:
     nulls = ("cpu_percent", "user_percent", "system_percent", "cpu_percent_error")
     assert (thread["cpu_time_ns"], *map(thread.get, nulls)) == (7, None, None, None, None)
     assert read(executed)["threads"][0]["cpu_percent"] == 0.0
-    replayed = read(executed, detail="full", replayed=True)
+    replayed = read(executed, detail="full", host=Host())
     assert replayed["host"] == {"cpu_count": None, "os": "linux", "os_version": None, "arch": None}
+    recorded = read(executed, detail="full", host=Host(version="14.5", arch="arm64", cpu_count=10))
+    assert recorded["host"] == {"cpu_count": 10, "os": "linux", "os_version": "14.5", "arch": "arm64"}
     assert isinstance(parse_runtime_metrics(json.dumps(replayed).encode()), FullMetrics)
 
 

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.model import Measured, RuntimeMetrics, Unavailable, parse_runtime_metrics
-from vitalsd_client.exchange import Answer, ExchangeError
 from vitalsd_client.patience import Call
 from vitalsd_client.places import NoSidecar, Sidecar, answering, locate
 from vitalsd_client.privacy import harmless
@@ -66,7 +66,7 @@ def fetch(
         socket: path of a sidecar's Unix socket; tried before `url`.
         pid: another process than this one.
         detail: ``full`` is `FullMetrics`.
-        direct: measure this process from within if no sidecar answers. It takes the window.
+        direct: measure the process without a sidecar if none answers. It takes the window.
     """
     question = _Question(window_ms, mode, url, socket, pid, detail, direct)
     try:
@@ -136,7 +136,7 @@ class _Question:
         try:
             if not isinstance(self.window_ms, int) or self.window_ms not in WINDOW_MS:
                 return unavailable(f"window_ms must be 10 to 60000, not {self.window_ms!r}")
-            if self.direct and self.pid is None:
+            if self.direct and self.url is None and self.socket is None:
                 return self._or_direct()
             return self._sidecars()
         except Exception as error:  # noqa: BLE001 - the caller is in trouble already, and gets no exception on top
@@ -146,7 +146,7 @@ class _Question:
         from vitalsd_client.direct import Own, OwnError
 
         try:
-            own = Own(self.detail)
+            own = Own(self.detail, self.pid)
         except OwnError as error:
             answer = self._sidecars()
             return answer if not isinstance(answer, Unavailable) else unavailable(f"{answer.reason}; {error}")

@@ -1,4 +1,4 @@
-"""Measuring this process from within, for want of a sidecar. Loads the sources, and so only on demand."""
+"""Measure a process without a sidecar. Loads the sources, so it is imported on demand."""
 
 import time
 from types import TracebackType
@@ -13,24 +13,25 @@ __all__ = ["Own", "OwnError"]
 
 
 class OwnError(Exception):
-    """This process cannot be measured from within; ``str(error)`` says why."""
+    """The process cannot be measured directly; ``str(error)`` says why."""
 
 
 class Own:
     """
-    This process, from now on: while a sidecar is being asked the window runs already.
+    One process, from now on: while a sidecar is being asked the window runs already.
 
     Args:
         detail: ``full`` reads more.
+        pid: ``None``: this process.
 
     Raises:
         OwnError: it cannot be read.
     """
 
-    def __init__(self, detail: Literal["basic", "full"]) -> None:
+    def __init__(self, detail: Literal["basic", "full"], pid: int | None = None) -> None:
         self._detail = detail
         try:
-            self._source = open_source()
+            self._source = open_source(pid)
         except SourceError as error:
             raise OwnError(f"nor can it be measured directly: {error}") from None
         try:

@@ -15,8 +15,8 @@ from urllib.parse import urlencode, urlsplit
 
 from vitalsd import endpoint as endpoints
 from vitalsd.directories import EndpointError, runtime_directories
+from vitalsd.discovery.http_connection import Answer, Connection, ExchangeError
 from vitalsd.endpoint import Endpoint, Liveness
-from vitalsd_client.exchange import Answer, Connection, ExchangeError
 
 __all__ = ["NoSidecar", "Sidecar", "answering", "locate"]
 

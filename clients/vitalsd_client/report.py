@@ -1,8 +1,8 @@
 """
-A bug report of the program that calls: what the sidecar knows, what the user says, what the program adds.
+Make a bug report of the calling program: what the sidecar knows, what the user says, what the program adds.
 
-Three moments: `BugReport.collect` at the key press, within the window and two seconds; `BugReport.preview`
-before the user agrees; `BugReport.save` after that, of exactly the bytes that were shown.
+Three moments: `BugReport.collect` when the user asks for a report, within the window and two seconds;
+`BugReport.preview` before the user agrees; `BugReport.save` or `submit` after that, of the very bytes that were shown.
 """
 
 import errno
@@ -11,31 +11,21 @@ import re
 import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from vitalsd.contract.application import check_app, check_app_version
+from vitalsd.contract.report_archive import HISTORY, METRICS, PREVIOUS_RUN, Bundle, Failure
 from vitalsd.model import Unavailable
-from vitalsd_client.archive import (
-    HISTORY,
-    METADATA,
-    METRICS,
-    PREVIOUS_RUN,
-    Bundle,
-    Failure,
-    check_app,
-    metadata,
-    new_report_id,
-    seal,
-)
-from vitalsd_client.client import BUDGET_S, Mode, fetch
-from vitalsd_client.past import Past
+from vitalsd.report.builder import Collected, Heading, Redact, build
+from vitalsd_client.client import BUDGET_S, Mode, fetch, unavailable
 from vitalsd_client.patience import Call
+from vitalsd_client.recorded_data import RecordedData
 
-__all__ = ["BugReport", "Content", "Outbox", "Redact"]
+__all__ = ["BugReport", "Content", "Outbox"]
 
 MAX_ATTACHMENTS = 50
 ATTACHMENT_BYTES = 5 << 20
@@ -45,8 +35,8 @@ T = TypeVar("T")
 
 Content = bytes | str | os.PathLike[str] | Callable[[], bytes | str]
 """Bytes, text, the file at a `pathlib.Path`, or a function that returns bytes or text."""
-Redact = Callable[[str, bytes], bytes | None]
-"""Given a member's name and content, what of it may go out; ``None``: nothing."""
+
+NOT_RUNNING = "no sidecar to ask: none of yours watches a running process of this application"
 
 
 class Outbox(Protocol):
@@ -60,18 +50,23 @@ class _Attachment:
     member: str
     content: Content
     limit: int
+    tail: bool = False
+    """Of a file over the limit: take the end of it."""
 
 
 class BugReport:
     """
-    One report. Nothing of it is written anywhere before `save`.
+    One report. Nothing of it is written anywhere before `save` or `submit`.
 
     Environment, command lines, user and host names and paths under the home directory never enter by
     themselves. What the program attaches, names its threads, or the user writes, is theirs: see `redact`.
 
+    Without a sidecar that can be asked, the run that crashed before is read from disk.
+
     Args:
-        app: begins the name of the file; letters, digits, ``.``, ``_`` and ``-``.
-        app_version: as the program calls it.
+        app: application id: the report contains the crashed run that was recorded with it, and the name of the file
+            begins with it. 1 to 64 of ``A-Z a-z 0-9 . _ -``. ``None``: that of the sidecar.
+        app_version: as the program calls it; ``None``: that of the sidecar.
         description: what the user says; may be set until the report is saved.
         window_ms: window of the metrics, 10 to 60000 ms.
         mode: see `fetch`.
@@ -79,19 +74,23 @@ class BugReport:
         url: of a sidecar, instead of looking for one; see `fetch`.
         socket: likewise.
         pid: another process than this one.
-        direct: measure this process from within if there is no sidecar.
-        redact: each is given every member before it is shown or written; one that fails loses the member.
+        direct: measure the process without a sidecar if none can be asked.
+        redact: a function, or several, given every member before it is shown or written; one that fails loses the
+            member.
         triggered: when it was asked for; default: now.
+        run_id: include this earlier run, whether it is in a report already or not.
+        running: False: no process of the application runs, as for a launcher that reports the crash of its client;
+            no sidecar is asked.
 
     Raises:
-        ValueError: `app` cannot be part of a file's name, or a number is out of range.
+        ValueError: `app` or `app_version` cannot be one, or a number is out of range.
     """
 
     def __init__(
         self,
-        app: str,
+        app: str | None,
         *,
-        app_version: str = "",
+        app_version: str | None = None,
         description: str = "",
         window_ms: int = 2000,
         mode: Mode = "auto",
@@ -100,59 +99,96 @@ class BugReport:
         socket: str | os.PathLike[str] | None = None,
         pid: int | None = None,
         direct: bool = False,
-        redact: Sequence[Redact] = (),
+        redact: Redact | Sequence[Redact] = (),
         triggered: datetime | None = None,
+        run_id: str | None = None,
+        running: bool = True,
     ) -> None:
-        self.app = check_app(app)
         _check("window_ms", window_ms, 10, 60_000)
         _check("history_s", history_s, 1, 86_400)
-        self.report_id = new_report_id()
-        self._app_version = app_version
-        self._description = description
-        self._window_ms, self._mode = window_ms, mode
-        self._past = Past(history_s, url=url, socket=socket, pid=pid)
-        self._url, self._socket, self._pid, self._direct = url, socket, pid, direct
-        self._redact = tuple(redact)
-        self._triggered = triggered or datetime.now(UTC)
+        self._heading = Heading(
+            None if app is None else check_app(app),
+            None if app_version is None else check_app_version(app_version),
+            description,
+            triggered or datetime.now(UTC),
+        )
+        self._window_ms = window_ms
+        self._fetch = partial(fetch, window_ms, mode, url=url, socket=socket, pid=pid, direct=direct)
+        self._running = running
+        self._recorded = RecordedData(app, history_s, url=url, socket=socket, pid=pid, run_id=run_id, running=running)
+        self._redact: Sequence[Redact] = (redact,) if callable(redact) else tuple(redact)
         self._attachments: list[_Attachment] = []
-        self._collected: dict[str, bytes] | None = None
-        self._failures: list[Failure] = []
-        self._platform = ""
+        self._collected: Collected | None = None
         self._sealed: Bundle | None = None
-        self._previous_run: str | None = None
+        self._counted = False
+
+    @property
+    def report_id(self) -> str:
+        """128 random bits, hexadecimal: names the report in a spool and at the receiver."""
+        return self._heading.report_id
 
     @property
     def description(self) -> str:
         """What the user says. Setting it after a preview makes a new preview due."""
-        return self._description
+        return self._heading.description
 
     @description.setter
     def description(self, text: str) -> None:
-        self._description = text
+        self._heading = replace(self._heading, description=text)
         self._sealed = None
 
     def attach(self, name: str, content: Content, *, limit: int = ATTACHMENT_BYTES) -> None:
         """
         Add a member ``attachments/<number>-<name>`` when the report is collected.
 
-        It cannot sink the report: what is too large, cannot be read, raises or does not return in time is
-        left out, and the manifest says so.
+        What is too large, cannot be read, raises or does not return in time is left out, and the manifest says so; the
+        report is made all the same.
 
         Args:
             name: characters other than ``A-Z a-z 0-9 . _ -`` become ``_``.
-            content: see `Content`.
+            content: see `Content`; for files there is `attach_file` too.
             limit: bytes.
+
+        Raises:
+            ValueError: it comes after `collect`, is one too many, or the text is the path of a file.
+        """
+        if isinstance(content, str) and _names_file(content):
+            raise ValueError(
+                f"the content of {name!r:.80} is text, and that text is the path of a file;"
+                " to attach the file, call attach_file(path)"
+            )
+        self._add(name, content, limit)
+
+    def attach_file(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        limit: int = ATTACHMENT_BYTES,
+        tail: bool = False,
+    ) -> None:
+        """
+        Add the content of a file when the report is collected; see `attach`.
+
+        Args:
+            path: of the file, which is opened when the report is collected.
+            name: default: the name of the file, without its directory.
+            limit: bytes.
+            tail: of a larger file, take the last `limit` bytes, as for a log, instead of leaving it out.
 
         Raises:
             ValueError: it comes after `collect`, or is one too many.
         """
+        self._add(os.path.basename(os.fspath(path)) if name is None else name, Path(path), limit, tail=tail)
+
+    def _add(self, name: str, content: Content, limit: int, *, tail: bool = False) -> None:
         if self._collected is not None:
             raise ValueError("the report has been collected; attach before that")
         if len(self._attachments) >= MAX_ATTACHMENTS:
             raise ValueError(f"a report has at most {MAX_ATTACHMENTS} attachments")
         safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80].lstrip(".") or "attachment"
         member = f"attachments/{len(self._attachments) + 1:02}-{safe}"
-        self._attachments.append(_Attachment(member, content, limit))
+        self._attachments.append(_Attachment(member, content, limit, tail))
 
     def collect(self) -> None:
         """
@@ -164,38 +200,45 @@ class BugReport:
             return
         deadline = time.monotonic() + self._window_ms / 1000 + BUDGET_S
         reading = [(each, _start(partial(_read, each))) for each in self._attachments]
-        past = _start(lambda: self._past.read(deadline - 0.2))
-        metrics = fetch(
-            self._window_ms, self._mode, url=self._url, socket=self._socket, pid=self._pid, direct=self._direct
-        )
-        self._platform = metrics.platform
-        members = {METRICS: metrics.model_dump_json(by_alias=True, exclude_unset=True).encode()}
-        failures = [Failure(METRICS, metrics.reason)] if isinstance(metrics, Unavailable) else []
+        recorded = Collected(platform="")
+        past = _start(lambda: self._recorded.collect(recorded, deadline - 0.2))
+        metrics = self._fetch() if self._running else unavailable(NOT_RUNNING)
+        found = Collected(metrics.platform)
+        found.members[METRICS] = metrics.model_dump_json(by_alias=True, exclude_unset=True).encode()
+        if isinstance(metrics, Unavailable):
+            found.failures.append(Failure(METRICS, metrics.reason))
         if past is not None and past.wait(deadline - time.monotonic()):
-            found, missing = past.result()
-            members |= found
-            failures += missing
+            found.members |= recorded.members
+            found.failures += recorded.failures
+            found.application, found.host = recorded.application, recorded.host
+            found.target, found.run_id = recorded.target, recorded.run_id
         else:
-            failures.append(Failure(HISTORY, "the sidecar's record did not come in time"))
+            found.failures.append(Failure(HISTORY, "what was recorded did not come in time"))
         room = ALL_ATTACHMENTS_BYTES
         for attachment, call in reading:
             content = _outcome(attachment, call, deadline, room)
             if isinstance(content, Failure):
-                failures.append(content)
+                found.failures.append(content)
             else:
-                members[attachment.member] = content
+                found.members[attachment.member] = content
                 room -= len(content)
-        self._collected, self._failures = members, failures
+        self._collected = found
 
     def preview(self) -> Mapping[str, bytes]:
         """The members as they will be written, redacted, to the byte. Collects first if need be."""
         return self.bundle().members
 
+    @property
+    def failures(self) -> Sequence[Failure]:
+        """The members that are missing, and why. Collects first if need be."""
+        return self.bundle().failures
+
     def bundle(self) -> Bundle:
         """The sealed report, for `Spool.add`. Collects first if need be; the same object until something changes."""
         if self._sealed is None:
             self.collect()
-            self._sealed = self._seal(datetime.now(UTC))
+            assert self._collected is not None
+            self._sealed = build(self._heading, self._collected, self._redact, created=datetime.now(UTC))
         return self._sealed
 
     def save(self, directory: str | os.PathLike[str] = ".") -> Path:
@@ -223,49 +266,16 @@ class BugReport:
         return report_id
 
     def _delivered(self) -> None:
-        """It is in safe hands: a crashed run that it tells of is not to be told of again."""
-        run, self._previous_run = self._previous_run, None
-        if run is not None:
-            deadline = time.monotonic() + 1
-            call = _start(lambda: self._past.mark_reported(run, deadline))
-            if call is not None:
-                call.wait(1)
-
-    def _seal(self, submitted: datetime) -> Bundle:
+        """Note that the crashed run in it is reported, now that the report is on disk: the next one leaves it out."""
         assert self._collected is not None
-        about = metadata(
-            app=self.app,
-            app_version=self._app_version,
-            vitalsd_version=version("vitalsd"),
-            report_id=self.report_id,
-            triggered=self._triggered,
-            submitted=submitted,
-            description=self._description,
-            platform=self._platform,
-        )
-        members: dict[str, bytes] = {}
-        failures = list(self._failures)
-        for name, content in {METADATA: about, **self._collected}.items():
-            kept = self._redacted(name, content)
-            if isinstance(kept, Failure):
-                failures.append(kept)
-            else:
-                members[name] = kept
-        self._previous_run = self._past.run_id if PREVIOUS_RUN in members else None
-        return seal(self.app, self.report_id, submitted, members, failures)
-
-    def _redacted(self, name: str, content: bytes) -> bytes | Failure:
-        for redact in self._redact:
-            try:
-                kept = redact(name, content)
-            except Exception as error:  # noqa: BLE001 - what a hook could not look through does not go out
-                return Failure(name, f"left out: a redact hook raised {type(error).__name__}")
-            if kept is None:
-                return Failure(name, "left out by a redact hook")
-            if not isinstance(kept, bytes):
-                return Failure(name, f"left out: a redact hook returned {type(kept).__name__}")
-            content = kept
-        return content
+        run_id = self._collected.run_id
+        if run_id is None or self._counted or PREVIOUS_RUN not in self.bundle().members:
+            return
+        self._counted = True
+        deadline = time.monotonic() + 1
+        call = _start(lambda: self._recorded.mark_reported(run_id, deadline))
+        if call is not None:
+            call.wait(1)
 
 
 def _check(name: str, number: Any, least: int, most: int) -> None:
@@ -308,7 +318,7 @@ def _read(attachment: _Attachment) -> bytes:
     if callable(content):
         content = content()
     if isinstance(content, os.PathLike):
-        content = _read_file(Path(content), attachment.limit)
+        content = _read_file(Path(content), attachment.limit, tail=attachment.tail)
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     if not isinstance(content, bytes):
@@ -318,12 +328,23 @@ def _read(attachment: _Attachment) -> bytes:
     return content
 
 
-def _read_file(path: Path, limit: int) -> bytes:
+def _names_file(text: str) -> bool:
+    """Return whether `text` is the path of a file: a program that passes one means the file."""
+    try:
+        return 0 < len(text) < 4096 and "\n" not in text and os.path.isfile(text)
+    except ValueError:  # a NUL
+        return False
+
+
+def _read_file(path: Path, limit: int, *, tail: bool) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NONBLOCK: a FIFO without a writer
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
+        if tail:
+            file.seek(max(0, found.st_size - limit))
+            return file.read(limit)
         if found.st_size > limit:
             raise _TooLarge(f"it has {found.st_size} bytes, and the limit is {limit}")
         return file.read(limit + 1)

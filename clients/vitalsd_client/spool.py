@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vitalsd.contract.report_archive import Bundle
 from vitalsd.durable import sync_directory
-from vitalsd_client.archive import Bundle
 from vitalsd_client.states import STATES, Entry, SpoolError, States, first_note
 from vitalsd_client.upload import ATTEMPT_S, Attempt, Failed, Parcel, Receipt, check_proxy, check_url, send
 

@@ -1,12 +1,14 @@
 """
 The sidecar alongside its client: a process of its own that outlives a crash.
 
-Of the standard library alone: the client does not load the service.
+The client does not load the service for it.
 """
 
+import atexit
 import errno
 import fcntl
 import json
+import logging
 import os
 import select
 import signal
@@ -15,13 +17,26 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-__all__ = ["ReadyFd", "SpawnError", "Spawned", "spawn"]
+from vitalsd import endpoint as runtime_file
+from vitalsd.contract.application import Application
+from vitalsd.contract.labels import clean_label
+from vitalsd.directories import EndpointError
+from vitalsd.sources.programs import main_script
+
+__all__ = ["ExitNote", "ReadyFd", "SpawnError", "Spawned", "spawn"]
+
+log = logging.getLogger("vitalsd")
 
 MAX_ANSWER_BYTES = 65536
+EXIT_NOTE = b"exit"
+MARK_S = 0.25
+"""For a mark to be recorded: the thread that sets it may be that of a user interface."""
 
 
 class SpawnError(RuntimeError):
@@ -56,6 +71,43 @@ class ReadyFd:
                 pipe.write(json.dumps(answer).encode() + b"\n")
 
 
+class ExitNote:
+    """
+    The sidecar's end of a pipe on which the client notes that it exits by itself.
+
+    Linux before 6.15 shows the exit status of a process to its parent alone, so without this note each normal exit of a
+    client would pass for a crash. A client that crashes writes nothing.
+
+    Args:
+        fd: ``None``: the client gives no notes.
+
+    Raises:
+        OSError: `fd` is not open.
+    """
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+        if fd is not None:
+            os.set_inheritable(fd, False)
+            os.set_blocking(fd, False)
+
+    def received(self) -> bool:
+        """Return whether the client has written its note."""
+        if self._fd is None:
+            return False
+        with suppress(OSError):
+            return os.read(self._fd, len(EXIT_NOTE)) == EXIT_NOTE
+        return False
+
+
+def _note_exit(fd: int, pipe: tuple[int, int], pid: int) -> None:
+    """Write the note at the exit of the interpreter; in a forked child, or if `fd` is another file now, do nothing."""
+    with suppress(OSError):
+        found = os.fstat(fd)
+        if os.getpid() == pid and (found.st_dev, found.st_ino) == pipe:
+            os.write(fd, EXIT_NOTE)
+
+
 class _Process(subprocess.Popen[bytes]):
     def __del__(self) -> None:
         """As ever, the next Popen collects it; but that it outlives its keeper is no reason for a warning."""
@@ -88,6 +140,45 @@ class Spawned:
         """Whether the process is there."""
         return self._process.poll() is None
 
+    def mark(self, label: str) -> bool:
+        """
+        Put a label on the recorder's clock; from any thread. It never raises, and returns within 0.25 s.
+
+        Args:
+            label: text; what a label cannot have is replaced, see `clean_label`.
+
+        Returns:
+            Whether the sidecar recorded it; if not, the logger ``vitalsd`` has the reason.
+        """
+        cleaned = clean_label(label)
+        if cleaned is None:
+            return False
+        reason = self._post("/marks", {"label": cleaned}) if self.running else "its sidecar has ended"
+        if reason is not None:
+            log.warning("the mark %r was not recorded: %s", cleaned, reason)
+        return reason is None
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> str | None:
+        """Send JSON; return why it was not accepted, ``None`` if it was."""
+        from vitalsd.discovery.http_connection import Connection, ExchangeError
+
+        headers = {"Content-Type": "application/json"}
+        try:
+            if self.socket is not None:
+                place: str | tuple[str, int] = self.socket
+            else:
+                parts = urlsplit(self.url or "")
+                place = parts.hostname or "", parts.port or 0
+                # No proof is asked for: the process that has the port is a child of this one, and it runs.
+                if self.runtime_file is not None and (token := runtime_file.read(self.runtime_file).token):
+                    headers["Authorization"] = f"Bearer {token}"
+            with Connection(place, time.monotonic() + MARK_S) as connection:
+                content = json.dumps(body).encode()
+                answer = connection.request(path, method="POST", headers=headers, body=content, max_bytes=4096)
+        except (ExchangeError, EndpointError, OSError) as error:
+            return str(error)
+        return None if answer.status < 300 else f"the sidecar answered {answer.status}"
+
     def stop(self, timeout_s: float = 5.0) -> int:
         """
         End it by SIGTERM and, after `timeout_s`, by SIGKILL. A second call does nothing.
@@ -119,6 +210,8 @@ def spawn(
     tcp: bool = True,
     uds: str | Path | None = None,
     auth: Literal["none", "token"] = "none",
+    app: str | None = None,
+    app_version: str | None = None,
     options: Sequence[str] = (),
     command: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
@@ -138,6 +231,9 @@ def spawn(
         tcp: whether to listen on TCP at all.
         uds: path of the Unix socket; default: in the runtime directory.
         auth: ``"token"`` demands the token of the runtime file over TCP.
+        app: application id, 1 to 64 of ``A-Z a-z 0-9 . _ -``: reports with this id find the runs of this program, from
+            wherever and however it is started. Without it, the file of the main module decides.
+        app_version: up to 64 printable characters.
         options: more options of ``vitalsd serve``.
         command: how ``vitalsd`` is run; default: by this Python. To be given where `sys.executable`
             is no Python, as in a frozen application.
@@ -146,12 +242,13 @@ def spawn(
 
     Raises:
         SpawnError: it did not get ready; no process is left behind.
-        ValueError: `timeout_s` is out of range, or `command` is empty.
+        ValueError: `timeout_s` is out of range, `command` is empty, or `app` or `app_version` cannot be one.
     """
     if not 0 <= timeout_s <= 3600:
         raise ValueError("timeout_s is from 0 to 3600")
     if command is not None and not command:
         raise ValueError("command is empty")
+    application = Application.checked(app, app_version)
     # -P: a vitalsd.py in the client's working directory must not be taken for this one.
     program = [sys.executable, "-P", "-m", "vitalsd"] if command is None else list(command)
     arguments = ["serve", "--pid", str(os.getpid() if pid is None else pid), "--auth", auth]
@@ -159,8 +256,15 @@ def spawn(
     arguments += ["--port", str(port)] if port is not None else []
     arguments += [] if tcp else ["--no-tcp"]
     arguments += ["--uds", str(uds)] if uds is not None else []
+    arguments += ["--app", application.app] if application.app is not None else []
+    arguments += ["--app-version", application.app_version] if application.app_version is not None else []
+    own = pid is None or pid == os.getpid()
+    if own and (script := main_script()) is not None:
+        arguments += ["--target-script", script]
 
     reader, writer = os.pipe()
+    note_reader, note_writer = os.pipe() if own else (-1, -1)
+    arguments += ["--exit-note-fd", str(note_reader)] if own else []
     try:
         try:
             process = _Process(
@@ -168,7 +272,7 @@ def spawn(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(writer,),
+                pass_fds=(writer, note_reader) if own else (writer,),
                 start_new_session=True,
                 env=env,
             )
@@ -176,15 +280,23 @@ def spawn(
             raise SpawnError(f"cannot run {program[0]}: {error.strerror}") from None
         finally:
             os.close(writer)
+        import_module("vitalsd.discovery.http_connection")  # for `Spawned.mark`, while the sidecar starts
         try:
-            return Spawned(process, _answer(process, reader, time.monotonic() + timeout_s))
+            spawned = Spawned(process, _answer(process, reader, time.monotonic() + timeout_s))
         except BaseException:
             with suppress(ProcessLookupError):
                 process.kill()
             process.wait()
             raise
+        if own:
+            pipe = os.fstat(note_writer)
+            atexit.register(_note_exit, note_writer, (pipe.st_dev, pipe.st_ino), os.getpid())
+            note_writer = -1  # it stays open until this process ends
+        return spawned
     finally:
-        os.close(reader)
+        for fd in (reader, note_reader, note_writer):
+            if fd >= 0:
+                os.close(fd)
 
 
 def _answer(process: _Process, reader: int, deadline: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 
+from vitalsd.contract.application import Application
 from vitalsd.durable import is_gone
 from vitalsd.record import Event, Mark, Segment
 from vitalsd.run_file import RunFile, row_of
@@ -51,6 +52,7 @@ class BlackBox:
         interval_ns: intended distance of two snapshots.
         retention_ns: how far back the file reaches.
         max_bytes: of this run; the oldest segments go when it is passed.
+        application: what the client says it is.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class BlackBox:
         interval_ns: int,
         retention_ns: int,
         max_bytes: int = RUN_BYTES,
+        application: Application = Application(),
     ) -> None:
         self.error: str | None = None
         self.dropped = 0
@@ -69,7 +72,12 @@ class BlackBox:
         self._identity = identity
         self._interval_ns = interval_ns
         self._open = partial(
-            RunFile, directory, interval_ns=interval_ns, retention_ns=retention_ns, max_bytes=max_bytes
+            RunFile,
+            directory,
+            interval_ns=interval_ns,
+            retention_ns=retention_ns,
+            max_bytes=max_bytes,
+            application=application,
         )
         self._ended: tuple[str, bool] | None = None
         """As `end` has it: of a file that follows one that was deleted since it is known at once."""

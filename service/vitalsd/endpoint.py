@@ -45,7 +45,8 @@ __all__ = [
     "withdraw",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
+SERVICE = "vitalsd"
 MAX_FILE_BYTES = 16 * 1024
 PAGE_FILE = "open.html"
 """Leads a browser to the page of the sidecar that was opened last, with its token; see `vitalsd open`."""
@@ -88,6 +89,9 @@ class Endpoint:
     """To be sent as ``Authorization: Bearer`` over TCP; ``None``: none is asked for."""
     started_at: str
     """ISO 8601, UTC, microseconds: sorts as text."""
+    app: str | None = None
+    """The application id that the client passed."""
+    app_version: str | None = None
 
     @property
     def url(self) -> str | None:
@@ -136,7 +140,7 @@ def publish(endpoint: Endpoint, directory: Path) -> Path:
     Raises:
         OSError: it could not be written; an older file of the same pid is as it was.
     """
-    body = {"schema": SCHEMA, "app": "vitalsd", **asdict(endpoint)}
+    body = {"schema": SCHEMA, "service": SERVICE, **asdict(endpoint)}
     path = directory / f"sidecar-{endpoint.pid}.json"
     temporary = directory / f".sidecar-{endpoint.pid}.{secrets.token_hex(8)}.tmp"
     with draft(temporary, json.dumps(body, indent=1).encode() + b"\n"):
@@ -196,8 +200,8 @@ def read(path: Path) -> Endpoint:
 
 
 def _parse(body: Any) -> Endpoint:
-    if body["app"] != "vitalsd" or body["schema"] != SCHEMA:
-        raise ValueError(f"app {body['app']!r}, schema {body['schema']!r}")
+    if body["service"] != SERVICE or body["schema"] != SCHEMA:
+        raise ValueError(f"service {body['service']!r}, schema {body['schema']!r}")
 
     def typed(key: str, kind: type, *, optional: bool = False, within: Any = body) -> Any:
         value = within[key]
@@ -219,6 +223,8 @@ def _parse(body: Any) -> Endpoint:
         port=typed("port", int, optional=True),
         token=typed("token", str, optional=True),
         started_at=typed("started_at", str),
+        app=typed("app", str, optional=True),
+        app_version=typed("app_version", str, optional=True),
     )
 
 

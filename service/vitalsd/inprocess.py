@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from typing import Literal
 
 from vitalsd import endpoint as endpoints
 from vitalsd.blackbox import BlackBox
+from vitalsd.contract.application import Application
+from vitalsd.contract.labels import clean_label
+from vitalsd.discovery.program_key import program_key
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.http.shelf import Shelf
@@ -23,10 +27,13 @@ from vitalsd.sampler import NotRecording, Sampler
 from vitalsd.sidecar import Service, run_directory, runtime_directory
 from vitalsd.sources import Source, list_processes, open_source
 from vitalsd.sources.birth import births
+from vitalsd.sources.programs import ProgramDigest, main_script
 from vitalsd.sources.python_names import PythonNames
 from vitalsd.targets import Targets
 
 __all__ = ["Sidecar", "start"]
+
+log = logging.getLogger("vitalsd")
 
 GRACE_S = 0.5
 FORK_S = 0.5
@@ -79,20 +86,26 @@ class Sidecar:
         """Whether it answers, in this process."""
         return os.getpid() == self._pid and self._thread.is_alive()
 
-    def mark(self, label: str) -> None:
+    def mark(self, label: str) -> bool:
         """
-        Put a label on the recorder's clock; from any thread.
+        Put a label on the recorder's clock; from any thread. It never raises.
 
-        Raises:
-            ValueError: the label is unfit, see `Record.mark`.
-            NotRecording: there is no recorder.
+        Args:
+            label: text; what a label cannot have is replaced, see `clean_label`.
+
+        Returns:
+            Whether it was recorded; if not, the logger ``vitalsd`` has the reason.
         """
-        if self.running:
-            try:
-                self._sampler.mark(label)
-            except NotRecording:
-                if not self._stopping:
-                    raise
+        cleaned = clean_label(label)
+        if cleaned is None or not self.running:
+            return False
+        try:
+            self._sampler.mark(cleaned)
+        except NotRecording as error:
+            if not self._stopping:
+                log.warning("the mark %r was not recorded: %s", cleaned, error)
+            return False
+        return True
 
     def stop(self) -> None:
         """End it, within 2 s. A second call does nothing, and neither does one in a forked child."""
@@ -217,6 +230,8 @@ def start(
     record_interval_s: float = 1.0,
     retention_s: float = 900.0,
     black_box: bool = True,
+    app: str | None = None,
+    app_version: str | None = None,
     timeout_s: float = 10.0,
 ) -> Sidecar:
     """
@@ -236,6 +251,9 @@ def start(
         record_interval_s: time between two recorded snapshots; 0 records nothing.
         retention_s: how far back the recorder reaches.
         black_box: keep the record on disk, to survive a crash.
+        app: application id, 1 to 64 of ``A-Z a-z 0-9 . _ -``: reports with this id find the runs of this program, from
+            wherever and however it is started. Without it, the file of the main module decides.
+        app_version: up to 64 printable characters.
         timeout_s: for the start as a whole.
 
     Raises:
@@ -253,6 +271,7 @@ def start(
         raise ValueError("timeout_s is from 0 to 3600")
     if port is not None and not 0 <= port <= 65535:
         raise ValueError("port is from 0 to 65535")
+    application = Application.checked(app, app_version)
 
     def make() -> Sidecar:
         notes: list[str] = []
@@ -269,17 +288,25 @@ def start(
         )
         listeners.notes[:0] = notes
         runs = run_directory(listeners.notes)
-        recording = Recording(record_interval_s, retention_s, runs=runs if black_box else None)
+        recording = Recording(record_interval_s, retention_s, runs=runs if black_box else None, application=application)
         sampler = Sampler(_own_source, recording=recording)
         targets = Targets(sampler, open_source)
         shelf = None if runs is None else Shelf(runs)
-        app = create_app(targets, list_processes, shelf=shelf)
+        asgi = create_app(targets, list_processes, shelf=shelf, application=application)
         me = Target(os.getpid(), births().start_key(os.getpid()) or 0)
-        service = Service(app, listeners, directory=directory, target=me, token=token, grace_s=GRACE_S)
+        service = Service(
+            asgi,
+            listeners,
+            directory=directory,
+            target=me,
+            token=token,
+            grace_s=GRACE_S,
+            application=application,
+        )
         return Sidecar(service, sampler, shelf)
 
     return _process.start(make, timeout_s)
 
 
 def _own_source() -> Source:
-    return PythonNames(open_source())
+    return PythonNames(open_source(program_of=ProgramDigest(program_key(), main_script())))

@@ -18,16 +18,16 @@ from operator import add, is_not, sub
 from sys import getsizeof
 from typing import Any, Literal, NamedTuple
 
+from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 
-__all__ = ["MAX_EVENTS", "MAX_LABEL_LENGTH", "MAX_MARKS", "Event", "EventKind", "Mark", "Record", "Segment"]
+__all__ = ["MAX_EVENTS", "MAX_MARKS", "Event", "EventKind", "Mark", "Record", "Segment"]
 
 SEGMENT_LENGTH = 64
 SEGMENT_BYTES = 1280
 """Of a segment and its first snapshot, without what is one for each thread."""
 MAX_MARKS = 1000
 MAX_EVENTS = 1000
-MAX_LABEL_LENGTH = 200
 MAX_WINDOWS = 8
 """Kept for who asks alike; they hold answers of megabytes, and of a process that has exited they stay for ever."""
 

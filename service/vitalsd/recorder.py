@@ -1,10 +1,12 @@
 """The flight recorder: feeds the record and the black box, and notes what was not even about the row."""
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vitalsd.blackbox import BlackBox
+from vitalsd.contract.application import Application
 from vitalsd.record import EventKind, Mark, Record
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import SUSPEND_GRAIN_NS, Identity, Snapshot
@@ -26,6 +28,10 @@ class Recording(NamedTuple):
     max_bytes: int = 32 << 20
     runs: RunDirectory | None = None
     """Where the black box goes; ``None`` for none."""
+    application: Application = Application()
+    """What the client says it is; stored in the black box."""
+    exits_itself: Callable[[], bool] = bool
+    """Whether the target has noted that it exits by itself; asked where the kernel does not tell how it ended."""
 
 
 class Recorder:
@@ -45,7 +51,13 @@ class Recorder:
             identity, interval_ns=interval_ns, retention_ns=retention_ns, max_bytes=recording.max_bytes
         )
         self.blackbox = (
-            BlackBox(recording.runs, identity, interval_ns=interval_ns, retention_ns=retention_ns)
+            BlackBox(
+                recording.runs,
+                identity,
+                interval_ns=interval_ns,
+                retention_ns=retention_ns,
+                application=recording.application,
+            )
             if recording.runs
             else None
         )
@@ -53,8 +65,14 @@ class Recorder:
         """Beats that had no snapshot."""
         self.ended: str | None = None
         """Why there will be no more snapshots."""
+        self._exits_itself = recording.exits_itself
         self._crashed = False
         self._failure: str | None = None
+
+    @property
+    def state(self) -> Literal["running", "clean", "crashed"]:
+        """Whether the target is recorded still, and if not, how it ended."""
+        return "running" if self.ended is None else "crashed" if self._crashed else "clean"
 
     def identify(self, identity: Identity) -> None:
         """Who the target is, by now: it may have executed another program, and be called as that."""
@@ -82,8 +100,10 @@ class Recorder:
         reason = str(error)
         if isinstance(error, TargetGone):
             ending = error.ending
-            self.ended = reason if ending is None else f"{reason}: {ending.words}"
-            self._crashed = ending is None or not ending.well
+            if ending is not None:
+                reason = f"target {self.record.identity.pid} has exited: {ending.words}"
+            self.ended = reason
+            self._crashed = not (self._exits_itself() if ending is None else ending.well)
             self._note("exited", self.ended)
             if self.blackbox is not None:
                 self.blackbox.end(self.ended, crashed=self._crashed)
@@ -131,6 +151,7 @@ class Recorder:
             "missed": self.missed,
             "marks": len(record.marks),
             "ended": self.ended,
+            "state": self.state,
             "black_box": {"run": blackbox.run_id, "error": blackbox.error, "dropped": blackbox.dropped}
             if blackbox
             else None,

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from vitalsd.contract.application import Application
+from vitalsd.contract.host import Host
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Segment
 from vitalsd.run_parts import delete_run, new_run
 from vitalsd.runs import RunDirectory
@@ -34,6 +36,7 @@ class RunFile:
         interval_ns: intended distance of two snapshots.
         retention_ns: how far back the file reaches.
         max_bytes: of the file; the oldest segments go when it is passed.
+        application: what the client says it is.
 
     Raises:
         OSError, sqlite3.Error: it cannot be made; from any other method, it cannot be written.
@@ -48,7 +51,9 @@ class RunFile:
         interval_ns: int,
         retention_ns: int,
         max_bytes: int,
+        application: Application = Application(),
     ) -> None:
+        self._application = application
         self.on_disk = 0
         """Id of the last row in it."""
         self.identity = identity
@@ -183,7 +188,9 @@ class RunFile:
                 "interval_ns": str(self._interval_ns),
                 "retention_ns": str(self._retention_ns),
                 "writer_pid": str(os.getpid()),
+                "host": json.dumps(Host.this()._asdict()),
             }
+            meta |= {key: value for key, value in self._application._asdict().items() if value is not None}
             db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
             db.commit()
             db.execute("PRAGMA synchronous = NORMAL")

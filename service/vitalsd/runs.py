@@ -4,15 +4,30 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from vitalsd.run_parts import delete_run, disk_bytes, is_being_written, is_of
 from vitalsd.stored_run import Run, UnreadableRun, describe, insert_rows, not_on_disk, opened
 from vitalsd.tail import SHARED_MEMORY, read_tail, remove_tail
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "Scan"]
 
 ALL_RUNS_BYTES = 64 << 20
 MAX_RUNS = 100
+"""Kept in the directory of a sidecar; more of them were put there by other programs."""
+MAX_LISTED = 500
+"""Runs that are read for a list; each takes up to 1 ms."""
+
+
+class Scan(NamedTuple):
+    """What `RunDirectory.scan` found."""
+
+    runs: list[Run]
+    """Crashed ones first, then the newest first."""
+    unreadable: dict[str, str]
+    """By file name: why it is not among `runs`."""
+    older: int
+    """Files that were not looked at, because there are more than `MAX_LISTED`."""
 
 
 class RunDirectory:
@@ -32,17 +47,37 @@ class RunDirectory:
         self.memory = memory
 
     def runs(self) -> list[Run]:
-        """The runs on disk: crashed ones first, then the newest first; unreadable files are left out."""
-        runs = []
-        for path in self._files():
-            with suppress(UnreadableRun, OSError):
+        """Return the runs on disk: crashed ones first, then the newest first; see `scan` for what it leaves out."""
+        return self.scan().runs
+
+    def scan(self) -> "Scan":
+        """Read the directory: the newest `MAX_LISTED` runs, and why a file is not among them."""
+        runs: list[Run] = []
+        unreadable: dict[str, str] = {}
+        files = sorted(self._files(), key=_modified_ns, reverse=True)
+        for path in files[:MAX_LISTED]:
+            try:
                 runs.append(describe(path))
+            except UnreadableRun as error:
+                unreadable[path.name] = str(error)
+            except OSError as error:
+                unreadable[path.name] = f"{path.name} cannot be read: {error.strerror}"
         order = {"crashed": 0, "running": 1, "clean": 2}
-        return sorted(runs, key=lambda run: (order[run.state], -(run.last_wall_ns or 0)))
+        runs.sort(key=lambda run: (order[run.state], -(run.last_wall_ns or 0)))
+        return Scan(runs, unreadable, max(0, len(files) - MAX_LISTED))
 
     def find(self, run_id: str) -> Run | None:
-        """The run called so. Looked up in the listing: an id never becomes a path."""
-        return next((run for run in self.runs() if run.id == run_id), None)
+        """
+        Return the run with this id; ``None`` if there is none.
+
+        The id is compared with the names of files and never becomes a path.
+
+        Raises:
+            UnreadableRun: the file of that run cannot be read.
+            OSError: likewise.
+        """
+        path = next((path for path in self._files() if path.stem == run_id), None)
+        return None if path is None else describe(path)
 
     def mark_reported(self, run: Run) -> None:
         """

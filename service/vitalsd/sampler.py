@@ -12,13 +12,16 @@ import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 from vitalsd.sources import KernelError, Source, SourceError, TargetGone, platform_name
 from vitalsd.worker import Hung, Stopped, Worker, seen
+
+if TYPE_CHECKING:
+    from vitalsd.recording.replay import Replay
 
 __all__ = ["Busy", "NotRecording", "Sampler", "sample"]
 
@@ -85,7 +88,7 @@ class Sampler:
         self._windows: dict[tuple[Snapshot, int, bool], asyncio.Task[Measurement]] = {}
         self.recorder: Recorder | None = None
         self.snapshots_taken = 0
-        self.replayed = False
+        self.replay: Replay | None = None
 
     @property
     def platform(self) -> str:

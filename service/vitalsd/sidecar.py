@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from vitalsd import directories
 from vitalsd import endpoint as endpoints
+from vitalsd.contract.application import Application
 from vitalsd.directories import EndpointError, private_directory
 from vitalsd.durable import is_gone
 from vitalsd.endpoint import Endpoint, Target
@@ -62,6 +63,7 @@ class Service:
         token: to be asked for over TCP; ``None`` for none.
         grace_s: see `Server`.
         kernel: tells which run of this process the runtime file speaks of.
+        application: what the client says it is, for the runtime file.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Service:
         token: str | None = None,
         grace_s: float = GRACE_S,
         kernel: Births | None = None,
+        application: Application = Application(),
     ) -> None:
         kernel = kernel or births()
         host, port = listeners.address
@@ -91,6 +94,8 @@ class Service:
             port=port,
             token=token,
             started_at=endpoints.now(),
+            app=application.app,
+            app_version=application.app_version,
         )
         self.runtime_file: Path | None = None
         self.notes = listeners.notes

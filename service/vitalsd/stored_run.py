@@ -16,10 +16,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from vitalsd.contract.application import Application
+from vitalsd.contract.host import Host
 from vitalsd.record import Event, EventKind, Mark, Moves, Record, Segment
 from vitalsd.run_parts import disk_bytes, is_being_written, is_of, tail_link
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.tail import Row, read_tail
+from vitalsd.wire import iso
 
 __all__ = [
     "APPLICATION_ID",
@@ -82,6 +85,31 @@ class Run(NamedTuple):
     reported: bool
     """Has gone into a bug report already."""
     size_bytes: int
+    application: Application = Application()
+    """What the client said it is."""
+    host: Host = Host()
+    """The machine it was recorded on."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as ``GET /runs`` and ``vitalsd runs --json`` list it."""
+        return {
+            "id": self.id,
+            "state": self.state,
+            "ended": self.ended,
+            "reported": self.reported,
+            "app": self.application.app,
+            "app_version": self.application.app_version,
+            "platform": self.identity.platform,
+            "host": self.host._asdict(),
+            "pid": self.identity.pid,
+            "name": self.identity.name,
+            "program": self.identity.program,
+            "started_at": iso(self.identity.started_unix_ns),
+            "recorded_from": None if self.first_wall_ns is None else iso(self.first_wall_ns),
+            "recorded_to": None if self.last_wall_ns is None else iso(self.last_wall_ns),
+            "snapshots": self.snapshots,
+            "size_bytes": self.size_bytes,
+        }
 
 
 def read_run(path: Path) -> tuple[Run, Record]:
@@ -242,6 +270,8 @@ def _described(db: sqlite3.Connection, path: Path, rows: Sequence[Row] = ()) -> 
         snapshots=count,
         reported="reported" in meta,
         size_bytes=disk_bytes(path),
+        application=Application.checked(meta.get("app"), meta.get("app_version")),
+        host=Host.read(json.loads(meta.get("host", "{}"))),
     )
 
 

@@ -7,12 +7,15 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vitalsd.record import Mark, Record
 from vitalsd.sampler import Busy, Sampler
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources import Source, SourceError, TargetGone
+
+if TYPE_CHECKING:
+    from vitalsd.recording.replay import Replay
 
 __all__ = ["Stream", "Target", "Targets"]
 
@@ -21,11 +24,11 @@ STREAM_QUEUE = 16
 
 
 class Target(Protocol):
-    """A process that is measured: live (`Sampler`) or read back from a dead run (`vitalsd.replay`)."""
+    """A process that is measured: live (`Sampler`) or read back from a file (`vitalsd.recording.replay`)."""
 
     snapshots_taken: int
-    replayed: bool
-    """Whether it may be of another machine, of which nothing but the platform is known."""
+    replay: "Replay | None"
+    """The file that is replayed, perhaps of another machine; ``None``: a process of this machine."""
 
     @property
     def platform(self) -> str: ...

@@ -16,6 +16,7 @@ from json.encoder import encode_basestring_ascii as quote
 from operator import add
 from typing import Any, Literal
 
+from vitalsd.contract.host import Host
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
 from vitalsd.sources import SourceError
 
@@ -125,7 +126,7 @@ def encode(
     limit: int | None = None,
     labels: Labels | None = None,
     warnings: tuple[str, ...] = (),
-    replayed: bool = False,
+    host: Host | None = None,
 ) -> bytes:
     """
     The answer of ``GET /metrics``. All who share a measurement and ask alike share the bytes.
@@ -136,9 +137,9 @@ def encode(
         limit: at most so many threads, after sorting.
         labels: keeps what is the same in the next answer.
         warnings: more than those of the measurement, for ``detail=full``.
-        replayed: it may be of another machine than this one.
+        host: the machine that was recorded; ``None``: this one.
     """
-    key = (requested_ms, mode, detail, sort, limit, warnings, replayed)
+    key = (requested_ms, mode, detail, sort, limit, warnings, host)
     body = measurement.encoded.get(key)
     if body is None:
         order = _order(measurement, sort, limit)
@@ -149,8 +150,8 @@ def encode(
             if detail == "basic":
                 return _basic(measurement, identity, shown, constant, cut=cut)
             full = _full(measurement, identity, shown, requested_ms, mode)
-            if replayed:
-                full["host"] |= {"cpu_count": None, "os_version": None, "arch": None}
+            if host is not None:
+                full["host"] |= {"cpu_count": host.cpu_count, "os_version": host.version, "arch": host.arch}
             full["warnings"] += warnings
             if cut:
                 full["warnings"].append(f"only the busiest {len(shown)} of {len(order)} threads are shown")

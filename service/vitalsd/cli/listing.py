@@ -23,23 +23,35 @@ def runs(as_json: bool) -> None:
     """List the runs on disk: crashed ones first, then the newest first."""
     import json
 
-    from vitalsd.http.past import run_json
     from vitalsd.runs import RunDirectory
+    from vitalsd.wire import printable
 
     path = runs_path()
-    found = RunDirectory(path).runs()
+    found, unreadable, older = RunDirectory(path).scan()
+    for reason in unreadable.values():
+        click.echo(f"vitalsd: {printable(reason)}", err=True)
+    if older:
+        click.echo(f"vitalsd: {older} older runs in {path} are not listed", err=True)
     if as_json:
-        click.echo(json.dumps([run_json(run) for run in found], indent=2))
+        click.echo(json.dumps([run.to_json() for run in found], indent=2))
         return
     if not found:
         click.echo(f"no runs in {path}")
         return
     rows = [
-        [run.state, run.identity.name, str(run.identity.pid), _last_seen(run.last_wall_ns), run.ended or "", run.id]
+        [
+            run.state + (", reported" if run.reported else ""),
+            run.application.app or "-",
+            run.identity.name,
+            str(run.identity.pid),
+            _last_seen(run.last_wall_ns),
+            run.ended or "",
+            run.id,
+        ]
         for run in found
     ]
-    print_table(["STATE", "NAME", "PID", "LAST SEEN", "ENDED", "ID"], rows)
-    click.echo(f"\nreplay one with: vitalsd replay {path}/ID.sqlite")
+    print_table(["STATE", "APP", "NAME", "PID", "LAST SEEN", "ENDED", "ID"], rows)
+    click.echo(f"\nshow one:            vitalsd replay {path}/ID.sqlite\nmake a report of one: vitalsd report --run ID")
 
 
 def _last_seen(wall_ns: int | None) -> str:
@@ -97,7 +109,7 @@ def _illness(endpoint: "Endpoint") -> str | None:
     """What is wrong with a sidecar that is asked for its health; ``None`` if nothing is."""
     import time
 
-    from vitalsd_client.exchange import ExchangeError
+    from vitalsd.discovery.http_connection import ExchangeError
     from vitalsd_client.places import locate
 
     (sidecar,) = locate(socket=endpoint.socket, url=None if endpoint.socket else endpoint.url)

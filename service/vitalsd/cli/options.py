@@ -12,12 +12,16 @@ from vitalsd.cli.completion import processes
 if TYPE_CHECKING:
     from typing import IO, Any
 
+    from vitalsd.contract.application import Application
     from vitalsd.sources.platform import Platform
 
 __all__ = [
     "Failed",
     "Number",
     "Refused",
+    "app_option",
+    "app_version_option",
+    "application_of",
     "exclude",
     "find_target",
     "host_option",
@@ -82,6 +86,22 @@ name_option = click.option(
     help="Target: your newest process of that name.",
     shell_complete=processes,
 )
+app_option = click.option(
+    "--app", metavar="ID", help="Application id, under which reports find the runs of this program."
+)
+app_version_option = click.option("--app-version", metavar="VERSION", help="Version of the application.")
+
+
+def application_of(app: str | None, app_version: str | None) -> "Application":
+    """Return the application of ``--app`` and ``--app-version``. Raises `click.UsageError`."""
+    from vitalsd.contract.application import Application
+
+    try:
+        return Application.checked(app, app_version)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
 proc_root_option = click.option(
     "--proc-root",
     default="/proc",

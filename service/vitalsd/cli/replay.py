@@ -1,4 +1,4 @@
-"""``vitalsd replay``: a dead process over HTTP."""
+"""``vitalsd replay``: a recorded process over HTTP."""
 
 from pathlib import Path
 
@@ -18,29 +18,33 @@ __all__ = ["replay"]
 @log_format_option
 @starts
 def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
-    """Serve a dead run, from a black box or a bug report, as if it were alive.
+    """Show a bug report, or the record of a run that has ended, on the page and through the API.
 
-    FILE is a .sqlite file (see `vitalsd runs`) or the .zip of a report. /history and
-    /metrics?mode=trailing answer for its end.
+    FILE is the .zip of a report, its previous-run.json or runtime-history.json, or a .sqlite file of
+    `vitalsd runs`. A report opens at the run that crashed, if there is one; the others are in /runs.
     """
-    from vitalsd.replay import Replay, load
+    from vitalsd.recording.replay import Replay
+    from vitalsd.recording.replay_file import read_replay_file
     from vitalsd.sources import NoSuchProcess, Source
     from vitalsd.stored_run import UnreadableRun
     from vitalsd.targets import Targets
+    from vitalsd.wire import printable
 
-    def nobody(pid: int) -> Source:
+    def no_process(pid: int) -> Source:
         raise NoSuchProcess(f"this is a replay of {file.name}; it has no process {pid}")
 
     with logging_as(log_format):
         try:
-            record = load(file)
-        except (UnreadableRun, OSError) as error:
-            raise Failed(str(error)) from None
+            replayed = Replay(read_replay_file(file))
+        except UnreadableRun as error:
+            raise Failed(printable(str(error))) from None
+        except OSError as error:
+            raise Failed(printable(f"cannot read {file}: {error.strerror}")) from None
         import_service()
         serve_until_signal(
-            Targets(Replay(record), nobody),
+            Targets(replayed, no_process),
             list,
-            None,  # nobody's crash is to be told of by a replay, and least of all the one that is replayed
+            None,  # The runs of this machine are not those of the report.
             f"a replay of {file.name}",
             Where(host, port),
             published=False,

@@ -6,17 +6,34 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Failed, Number, Refused, runs_path
+from vitalsd.cli.options import (
+    Failed,
+    Number,
+    Refused,
+    app_option,
+    app_version_option,
+    application_of,
+    runs_path,
+)
+from vitalsd.contract.report_archive import MANIFEST, PREVIOUS_RUN
+from vitalsd.wire import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from vitalsd.contract.report_archive import Bundle
+    from vitalsd_client.places import Sidecar
     from vitalsd_client.report import BugReport
     from vitalsd_client.spool import Spool
     from vitalsd_client.states import Entry
 
 __all__ = ["report", "spool"]
+
+SHOWN_RUNS = 10
+REPLAY_S = 5.0
+"""For the answer of a sidecar that replays a file."""
+MAX_REPORT_BYTES = 64 << 20
 
 
 @click.command()
@@ -26,9 +43,12 @@ __all__ = ["report", "spool"]
 @click.option("--upload", metavar="URL", help="Send it there, by way of the spool; see `vitalsd spool`.")
 @click.option("--attach", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Add a file.")
 @click.option("--message", default="", metavar="TEXT", help="What is wrong, in your words.")
-@click.option("--app", default="vitalsd", show_default=True, metavar="NAME", help="Begins the name of the zip.")
+@app_option
+@app_version_option
 @click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Process.  [that of your newest sidecar]")
 @click.option("--url", metavar="URL", help="Ask this sidecar: http://127.0.0.1:9779")
+@click.option("--run", "run_id", metavar="ID", help="Include this earlier run; `vitalsd runs` lists them.")
+@click.option("--preview", is_flag=True, help="Show what would be in the report; nothing is written.")
 @click.option("--direct", is_flag=True, help="Without a sidecar, measure vitalsd itself: to try it out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def report(
@@ -36,79 +56,202 @@ def report(
     upload: str | None,
     files: tuple[Path, ...],
     message: str,
-    app: str,
+    app: str | None,
+    app_version: str | None,
     pid: int | None,
     url: str | None,
+    run_id: str | None,
+    preview: bool,
     direct: bool,
     as_json: bool,
 ) -> None:
     """Make a bug report: metrics, history, marks and the run that crashed before, in one zip.
 
-    It is written even if no sidecar answers, and then says why. With --upload it goes into the spool and
-    from there to URL; what cannot be sent now stays there for `vitalsd spool send`.
+    It is written even if nothing is running; then it contains the newest crashed run of the application
+    that no report contains yet. What is missing is listed on stderr and in manifest.json. With --upload it
+    goes into the spool and from there to URL; what cannot be sent now stays there for `vitalsd spool send`.
+
+    Status 0: the report is written. 1: it could not be written or sent. 2: wrong usage.
     """
     import json
 
-    from vitalsd.endpoint import discover
-    from vitalsd_client.archive import HISTORY, METRICS, PREVIOUS_RUN
     from vitalsd_client.places import NoSidecar, locate
     from vitalsd_client.report import BugReport
 
+    application_of(app, app_version)
     if url is not None:
         try:
-            locate(url=url)
+            (sidecar,) = locate(url=url)
         except NoSidecar as error:
             raise Refused(str(error)) from None
-    if pid is None and url is None:
-        pid = next((each.target.pid for each in discover() if each.target is not None), None)
+        if (replayed := _replayed(sidecar)) is not None:
+            _save_original(sidecar, replayed, out, added=bool(message or files or app or app_version or run_id))
+            return
+    running = direct or pid is not None or url is not None
+    if not running:
+        pid = _running_target(app)
+        running = pid is not None
+    elif pid is not None and url is None:
+        direct = True  # as `vitalsd sample --pid` does
     outbox, complaints = None, []
     try:
         try:
             outbox = _spool(upload) if upload is not None else None
         except Failed as error:
             complaints.append(error.message)
-        made = BugReport(app, description=message, url=url, pid=pid, direct=direct)
+        made = BugReport(
+            app,
+            app_version=app_version,
+            description=message,
+            url=url,
+            pid=pid,
+            direct=direct,
+            run_id=run_id,
+            running=running,
+        )
         for file in files:
-            made.attach(file.name, file)
+            made.attach_file(file)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     with _waiting("asking the sidecar", quiet=as_json):
         bundle = made.bundle()
-    metrics = json.loads(bundle.members.get(METRICS, b"{}"))
-    manifest = json.loads(bundle.members["manifest.json"])
-    result = {
-        "report_id": bundle.report_id,
-        "file": None,
-        "members": manifest["members"],
-        "failures": manifest["failures"],
-        "upload": None,
-    }
+    manifest = json.loads(bundle.members[MANIFEST])
+    if run_id is not None and (reason := _no_such_run(manifest)):
+        raise Refused(reason)
+    if preview:
+        _preview(bundle, manifest, as_json=as_json)
+        return
     written, taken, more = _deliver(made, out, outbox)
     complaints += more
     if written is not None and complaints and outbox is None and out is None:
         complaints.append("it was written to the current directory instead")
     if written is None and not taken:
         raise Failed("; ".join(complaints))
-    result["file"] = None if written is None else str(written)
-    failed = metrics.get("available") is False or bool(complaints)
     if not as_json:
-        for failure in manifest["failures"]:
-            click.echo(f"vitalsd: {failure['member']}: {failure['reason']}", err=True)
-        if result["file"]:
-            click.echo(result["file"])
-        if not {HISTORY, PREVIOUS_RUN} & set(bundle.members) and (crashed := _crashed_runs()):
-            click.echo(
-                f"vitalsd: crashed runs on disk: {crashed}; `vitalsd runs` lists them, `vitalsd replay` shows one",
-                err=True,
-            )
+        _say_what_is_missing(manifest)
+        if written:
+            click.echo(str(written))
+        if PREVIOUS_RUN not in bundle.members:
+            _list_crashed_runs()
     for complaint in complaints:
-        click.echo(f"vitalsd: {complaint}", err=True)
+        click.echo(f"vitalsd: {printable(complaint)}", err=True)
+    result = {
+        "report_id": bundle.report_id,
+        "file": None if written is None else str(written),
+        "members": manifest["members"],
+        "failures": manifest["failures"],
+        "upload": None,
+    }
+    failed = bool(complaints)
     if outbox is not None and taken:
         result["upload"], sent = _send(outbox, bundle.report_id, quiet=as_json)
         failed = failed or not sent
     if as_json:
         click.echo(json.dumps(result, indent=2))
     raise SystemExit(1 if failed else 0)
+
+
+def _replayed(sidecar: "Sidecar") -> str | None:
+    """Return the name of the file that a sidecar replays; ``None``: it watches a process, or does not answer."""
+    import json
+    import time
+
+    from vitalsd.discovery.http_connection import ExchangeError
+
+    try:
+        info = json.loads(sidecar.get("/info", deadline=time.monotonic() + REPLAY_S).body)
+        return None if info.get("replay") is None else str(info["replay"]["file"])
+    except (ExchangeError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _save_original(sidecar: "Sidecar", name: str, out: Path | None, *, added: bool) -> None:
+    """Write the report that is replayed, as it is: a new one would describe the machine of its reader."""
+    import time
+
+    from vitalsd.contract.report_archive import write_new
+    from vitalsd.discovery.http_connection import ExchangeError
+
+    if added:
+        raise Refused(
+            f"{printable(name)} is replayed there, and a replay hands out the original report: leave out"
+            " --message, --attach, --app, --app-version and --run"
+        )
+    try:
+        answer = sidecar.get("/report.zip", deadline=time.monotonic() + REPLAY_S, max_bytes=MAX_REPORT_BYTES)
+    except ExchangeError as error:
+        raise Failed(str(error)) from None
+    if answer.content_type != "application/zip":
+        raise Failed(f"{printable(name)} is replayed there, which is not a report; nothing was written")
+    directory = out or Path()
+    try:
+        directory.mkdir(exist_ok=True)
+        stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in name.removesuffix(".zip")).lstrip(".")
+        click.echo(str(write_new(directory, stem or "report", ".zip", answer.body)))
+    except OSError as error:
+        raise Failed(f"cannot write the report to {directory}: {error.strerror}") from None
+
+
+def _running_target(app: str | None) -> int | None:
+    """Return the target of the newest sidecar of the application; of another one nothing belongs into the report."""
+    from vitalsd.endpoint import discover
+
+    found = [each for each in discover() if each.target is not None]
+    fitting = [each for each in found if app is not None and each.app == app]
+    fitting += [each for each in found if app is None or each.app is None]
+    return next((each.target.pid for each in fitting if each.target is not None), None)
+
+
+def _no_such_run(manifest: "dict[str, Any]") -> str | None:
+    reasons = [each["reason"] for each in manifest["failures"] if each["member"] == PREVIOUS_RUN]
+    return next((reason for reason in reasons if "with the id" in reason or "has the id" in reason), None)
+
+
+def _preview(bundle: "Bundle", manifest: "dict[str, Any]", *, as_json: bool) -> None:
+    """Print every member as it would be written; bytes that are no text by their number."""
+    import json
+
+    texts: dict[str, str | None] = {}
+    for name, content in bundle.members.items():
+        try:
+            texts[name] = content.decode()
+        except UnicodeDecodeError:
+            texts[name] = None
+    if as_json:
+        members = [{"name": name, "size": len(bundle.members[name]), "text": text} for name, text in texts.items()]
+        click.echo(json.dumps({"members": members, "failures": manifest["failures"]}, indent=2))
+        return
+    for name, text in texts.items():
+        click.echo(f"--- {name}: {len(bundle.members[name])} bytes")
+        if text is None:
+            click.echo("(no text)")
+        else:
+            click.echo("\n".join(map(printable, text.rstrip("\n").split("\n"))))
+    _say_what_is_missing(manifest)
+
+
+def _say_what_is_missing(manifest: "dict[str, Any]") -> None:
+    for failure in manifest["failures"]:
+        click.echo(f"vitalsd: {failure['member']}: {printable(failure['reason'])}", err=True)
+
+
+def _list_crashed_runs() -> None:
+    """Say which crashed runs are on disk that no report contains, of whatever application."""
+    from vitalsd.runs import RunDirectory
+
+    try:
+        runs = [run for run in RunDirectory(runs_path()).runs() if run.state == "crashed" and not run.reported]
+    except Failed:
+        return
+    if not runs:
+        return
+    click.echo("vitalsd: crashed runs on disk that no report contains; include one with --run ID:", err=True)
+    for run in runs[:SHOWN_RUNS]:
+        app = run.application.app or "no application id"
+        seen = "" if run.last_wall_ns is None else f", last seen {_shown(run.last_wall_ns / 1e9)}"
+        click.echo(printable(f"  {run.id}  {app}, {run.identity.name}{seen}, {run.ended or 'end not seen'}"), err=True)
+    if len(runs) > SHOWN_RUNS:
+        click.echo(f"  and {len(runs) - SHOWN_RUNS} more; `vitalsd runs` lists them", err=True)
 
 
 @click.group()
@@ -200,16 +343,6 @@ def _spool(url: str | None = None) -> "Spool":
         raise click.UsageError(str(error)) from None
     except (SpoolError, EndpointError) as error:
         raise Failed(str(error)) from None
-
-
-def _crashed_runs() -> int:
-    """Of how many runs that crashed no report tells yet."""
-    from vitalsd.runs import RunDirectory
-
-    try:
-        return sum(run.state == "crashed" and not run.reported for run in RunDirectory(runs_path()).runs())
-    except Failed:
-        return 0
 
 
 def _deliver(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tuple[Path | None, bool, list[str]]:

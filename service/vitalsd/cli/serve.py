@@ -11,6 +11,9 @@ from vitalsd.cli.options import (
     Failed,
     Number,
     Refused,
+    app_option,
+    app_version_option,
+    application_of,
     exclude,
     find_target,
     host_option,
@@ -26,7 +29,8 @@ from vitalsd.cli.otlp import otlp_options, push_to
 from vitalsd.cli.serving import Serving, Where, import_service, serve_until_signal, starts
 
 if TYPE_CHECKING:
-    from vitalsd.alongside import ReadyFd
+    from vitalsd.alongside import ExitNote, ReadyFd
+    from vitalsd.contract.application import Application
     from vitalsd.sources.platform import Platform
 
 __all__ = ["check", "serve"]
@@ -71,6 +75,10 @@ def check(context: click.Context) -> None:
 @click.command(cls=Serving)
 @pid_option
 @name_option
+@app_option
+@app_version_option
+@click.option("--exit-note-fd", type=click.IntRange(0), hidden=True, help="Of spawn(), see ExitNote.")
+@click.option("--target-script", hidden=True, help="What the target runs, from spawn(), which knows.")
 @proc_root_option
 @host_option
 @port_option
@@ -132,6 +140,10 @@ def serve(
     context: click.Context,
     pid: int | None,
     name: str | None,
+    app: str | None,
+    app_version: str | None,
+    exit_note_fd: int | None,
+    target_script: str | None,
     proc_root: str,
     host: str,
     port: int | None,
@@ -161,10 +173,11 @@ def serve(
     """
     import os
 
-    from vitalsd.alongside import ReadyFd
+    from vitalsd.alongside import ExitNote, ReadyFd
 
     try:
         waiting = ReadyFd(ready_fd)
+        exit_note = ExitNote(exit_note_fd)
     except OSError as error:
         raise click.UsageError(f"--ready-fd {ready_fd}: {error.strerror}") from None
     with logging_as(log_format):
@@ -178,6 +191,9 @@ def serve(
                 platform_of(context, proc_root),
                 Where(host, port, tcp=not no_tcp, uds=uds, token=auth == "token", allow_remote=allow_remote),
                 waiting,
+                application=application_of(app, app_version),
+                target_script=target_script,
+                exit_note=exit_note,
                 poll=proc_root != "/proc",
                 interval_s=record_interval,
                 retention_s=retention * 60,
@@ -199,6 +215,9 @@ def _serve_target(
     where: "Where",
     waiting: "ReadyFd",
     *,
+    application: "Application",
+    target_script: str | None,
+    exit_note: "ExitNote",
     poll: bool,
     interval_s: float,
     retention_s: float,
@@ -210,15 +229,18 @@ def _serve_target(
 ) -> None:
     import os
 
+    from vitalsd.discovery.program_key import program_key
     from vitalsd.snapshot import Identity
     from vitalsd.sources import NoSuchProcess, Source, SourceError
+    from vitalsd.sources.programs import ProgramDigest
 
     called = ""
+    program_of = ProgramDigest(program_key(), target_script)
 
     def open_target() -> Source:
         nonlocal called
         try:
-            source = platform.open_source(find_target(pid, name, platform))
+            source = platform.open_source(find_target(pid, name, platform), program_of=program_of)
         except NoSuchProcess as error:
             raise NoSuchProcess(f"{error}; waiting for one" if name is not None else str(error)) from None
         called = source.identity().name
@@ -249,7 +271,13 @@ def _serve_target(
     runs = run_directory(notes)
     for note in notes:
         log.warning("%s", note)
-    recording = Recording(interval_s, retention_s, runs=runs if black_box else None)
+    recording = Recording(
+        interval_s,
+        retention_s,
+        runs=runs if black_box else None,
+        application=application,
+        exits_itself=exit_note.received,
+    )
     watched = Target(found.pid, found.start_key) if found else None
     companions: list[Companion] = []
 
@@ -295,4 +323,5 @@ def _serve_target(
         waiting=waiting,
         thread_metrics=thread_metrics,
         kernel=platform.births(),
+        application=application,
     )

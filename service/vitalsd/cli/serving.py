@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from vitalsd.alongside import ReadyFd
+    from vitalsd.contract.application import Application
     from vitalsd.endpoint import Target
     from vitalsd.listeners import Listeners
     from vitalsd.runs import RunDirectory
@@ -124,24 +125,34 @@ def serve_until_signal(
     waiting: "ReadyFd | None" = None,
     thread_metrics: int = 256,
     kernel: "Births | None" = None,
+    application: "Application | None" = None,
 ) -> None:
     """Listen and serve until a signal ends it."""
     from vitalsd import sidecar
+    from vitalsd.contract.application import Application
     from vitalsd.endpoint import new_token
     from vitalsd.http.app import create_app
     from vitalsd.http.shelf import Shelf
     from vitalsd.sidecar import Service
 
+    application = application or Application()
     notes: list[str] = []
     directory = sidecar.runtime_directory(notes) if published else None
     listeners = _listeners(where, directory)
     service = Service(
-        create_app(targets, list_processes, shelf=Shelf(runs) if runs else None, thread_metrics=thread_metrics),
+        create_app(
+            targets,
+            list_processes,
+            shelf=Shelf(runs) if runs else None,
+            thread_metrics=thread_metrics,
+            application=application,
+        ),
         listeners,
         directory=directory,
         target=watched,
         token=new_token() if where.token else None,
         kernel=kernel,
+        application=application,
     )
 
     def ready() -> None:

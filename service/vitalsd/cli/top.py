@@ -56,10 +56,10 @@ def top(
     import os
     import signal
 
+    from vitalsd.discovery.http_connection import ExchangeError
     from vitalsd.sources import SourceError
     from vitalsd.top import plain, screen
     from vitalsd.top.feed import Feed
-    from vitalsd_client.exchange import ExchangeError
     from vitalsd_client.places import NoSidecar
 
     exclude(context, "url", "name")

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
+from vitalsd.contract.application import Application
 from vitalsd.http import problem
 from vitalsd.http.bounds import Bounds
 from vitalsd.http.docs import docs_routes
@@ -13,7 +14,7 @@ from vitalsd.http.exposition import THREAD_METRICS
 from vitalsd.http.live import STREAM_S, live_routes
 from vitalsd.http.page import page_routes
 from vitalsd.http.past import past_routes
-from vitalsd.http.report import report_routes
+from vitalsd.http.report import REPORT_PATH, report_routes
 from vitalsd.http.shelf import Shelf
 from vitalsd.sources import ProcessEntry
 from vitalsd.targets import Targets
@@ -22,6 +23,8 @@ from vitalsd.worker import Worker
 __all__ = ["create_app"]
 
 MAX_BODY_BYTES = 4096
+MAX_REPORT_BODY_BYTES = 16 * 1024
+"""Of ``POST /report.zip``, which has the user's message in it."""
 NO_TELEMETRY: TelemetryConfig = {
     "tracing": False,
     "metrics": False,
@@ -42,6 +45,7 @@ def create_app(
     shelf: Shelf | None = None,
     thread_metrics: int = THREAD_METRICS,
     stream_s: float = STREAM_S,
+    application: Application = Application(),
 ) -> FastAPI:
     """
     The application over `targets`. It opens the default one when it starts and closes all when it ends.
@@ -52,6 +56,7 @@ def create_app(
         shelf: earlier runs; stopped at the end, too.
         thread_metrics: threads that a scraper is shown; 0 for none.
         stream_s: after so long a stream ends.
+        application: what the client says it is.
     """
     reader = Worker("vitalsd-reader")
     # A thread of its own: of all processes of the machine one may hang whoever reads its command line.
@@ -68,9 +73,18 @@ def create_app(
             shelf.stop(0.3)  # it leaves a copy of a run behind otherwise
 
     routers = [
-        live_routes(targets, list_processes, reader, lister, shelf, thread_metrics=thread_metrics, stream_s=stream_s),
+        live_routes(
+            targets,
+            list_processes,
+            reader,
+            lister,
+            shelf,
+            thread_metrics=thread_metrics,
+            stream_s=stream_s,
+            application=application,
+        ),
         past_routes(targets, shelf, reader),
-        report_routes(targets, shelf, reader),
+        report_routes(targets, shelf, reader, application),
         page_routes(),
     ]
     routers.append(docs_routes(routers, reader))
@@ -82,6 +96,6 @@ def create_app(
         lifespan=lifespan,
         telemetry=NO_TELEMETRY,
     )
-    app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES)
+    app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES, larger={REPORT_PATH: MAX_REPORT_BODY_BYTES})
     problem.install(app, routes)
     return app

@@ -66,11 +66,23 @@ class Recorder(_Body):
     snapshots: Count = Field(description="Held now.")
     marks: Count = Field(description="Held now.")
     ended: str | None = Field(description="Why there will be no more snapshots; null while there will.")
+    state: State = Field(description="running, or how the target ended.")
     retention_secs: Count | None = Field(None, description="Kept so long, s.")
     max_bytes: Count | None = Field(None, description="Memory it may use, bytes.")
     size_bytes: Count | None = Field(None, description="Memory it uses, bytes.")
     missed: Count | None = Field(None, description="Snapshots that could not be taken in time.")
     black_box: BlackBox | None = Field(None, description="null: kept in memory only.")
+
+
+class HostFacts(_Body):
+    """The machine that was recorded; null where it is not known."""
+
+    system: str | None = Field(description="Name of the kernel.")
+    release: str | None = Field(description="Release of the kernel.")
+    version: str | None = Field(description="Version of macOS; on Linux the release of the kernel.")
+    arch: str | None
+    cpu_count: Count | None
+    utc_offset_minutes: int | None = Field(description="Local time less UTC when it was recorded, minutes.")
 
 
 class OwnCost(_Body):
@@ -82,7 +94,8 @@ class OwnCost(_Body):
     snapshots: Count = Field(description="Taken of the target since the start.")
 
 
-PROGRAM = "Tells apart scripts of one interpreter, by a digest; else empty."
+PROGRAM = "Keyed digest of the executed file and of what it was told to run; empty: not known."
+APP = "Application id that the client passed; null: none."
 
 
 class Watched(Target):
@@ -97,10 +110,14 @@ class Info(_Body):
     version: str
     python: str
     platform: Platform
-    os_version: str
-    arch: str
+    os_version: str | None = Field(description="Of the recorded machine.")
+    arch: str | None
     cpu_count: Count | None
+    utc_offset_minutes: int | None = Field(description="Local time less UTC of the recorded machine, minutes.")
+    app: str | None = Field(description=APP)
+    app_version: str | None
     target: Watched | Unavailable
+    replay: "Replayed | None" = Field(description="The file that is replayed; null: a process is measured.")
     capabilities: list[str]
     recorder: Recorder | None = Field(description="null: nothing is recorded.")
     self: OwnCost
@@ -162,7 +179,10 @@ class Run(_Body):
     state: State = Field(description="crashed: it did not end well, and its last seconds are in it.")
     ended: str | None = Field(description="How it ended; null while it runs, or if nobody could say.")
     reported: bool = Field(description="Has gone into a bug report already.")
+    app: str | None = Field(description=APP)
+    app_version: str | None
     platform: Platform
+    host: HostFacts
     pid: Count
     name: str
     program: str = Field(description=PROGRAM)
@@ -171,6 +191,46 @@ class Run(_Body):
     recorded_to: datetime | None
     snapshots: Count
     size_bytes: Count
+
+
+class ReportMember(_Body):
+    """A file in a report."""
+
+    name: str
+    size: Count = Field(description="Bytes, unpacked.")
+
+
+class ReportFailure(_Body):
+    """A file that is not in a report."""
+
+    member: str
+    reason: str
+
+
+class ReportCard(_Body):
+    """What a replayed report says about itself; null where it says nothing."""
+
+    app: str | None
+    app_version: str | None
+    description: str | None = Field(description="What the user said.")
+    platform: str | None
+    host: HostFacts
+    triggered_at: str | None
+    submitted_at: str | None
+    vitalsd_version: str | None
+    members: list[ReportMember]
+    failures: list[ReportFailure]
+
+
+class Replayed(_Body):
+    """A file that is replayed."""
+
+    file: str
+    run: Run = Field(description="The run that `/history` shows: the crashed one if there is one.")
+    report: ReportCard | None = Field(description="null: the file is not a report.")
+
+
+Info.model_rebuild()
 
 
 class Reported(_Body):

@@ -1,5 +1,7 @@
 """What every request must keep to: a bounded body, declared or not."""
 
+from collections.abc import Mapping
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vitalsd.http.problem import Refused, problem
@@ -9,21 +11,27 @@ __all__ = ["Bounds"]
 
 class Bounds:
     """
-    Refuses a body of more than `max_body_bytes`, by its declared length before anything is read, else
-    as soon as that much has arrived.
+    Refuse a body that is too large, by its declared length before it is read, else as soon as that much has arrived.
+
+    Args:
+        app: the application.
+        max_body_bytes: of a body.
+        larger: by path: bytes of a body there.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, larger: Mapping[str, int]) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        too_large = f"a body here has at most {self.max_body_bytes} bytes"
+        limit = self.larger.get(scope["path"], self.max_body_bytes)
+        too_large = f"a body here has at most {limit} bytes"
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if not declared.isdigit() or int(declared[:20]) > self.max_body_bytes:
+        if not declared.isdigit() or int(declared[:20]) > limit:
             await problem("body_too_large", too_large)(scope, receive, send)
             return
         received = 0
@@ -32,7 +40,7 @@ class Bounds:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_body_bytes:
+            if received > limit:
                 raise Refused("body_too_large", too_large)
             return message
 

@@ -11,7 +11,8 @@ import http
 import os
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing, suppress
 from typing import Any
 
 import h11
@@ -23,6 +24,7 @@ from vitalsd.http.gate import protected
 from vitalsd.http.log import Sparing
 from vitalsd.http.problem import problem, shown
 from vitalsd.http.room import Delivery, Room
+from vitalsd.http.taken import TAKEN, closed_after_reading
 from vitalsd.socket_file import peer_uid
 
 __all__ = ["REQUEST_S", "Connection"]
@@ -35,6 +37,9 @@ WRITE_BYTES = 64 * 1024
 """... so much of it."""
 PIECE_BYTES = 64 * 1024
 """Of an answer handed over at once: what a slow reader has not taken yet is not copied for it."""
+
+MAX_CLOSING = 32
+"""Connections of one kind whose clients may still take an answer that counts; those beyond are closed at once."""
 
 
 class Undelivered(Exception):
@@ -71,6 +76,8 @@ class Connection(H11Protocol):
         self._request_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._unsent = 0
+        self._lost: asyncio.Future[bool] | None = None
+        """Once the connection is lost: whether the kernel had taken everything by then."""
 
     # What asyncio calls
 
@@ -110,6 +117,8 @@ class Connection(H11Protocol):
             self._write_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(exc is None and not self.flow.write_paused)
         self._room.leave(self)
         self.app = self._application  # or we would be a cycle, which waits for the garbage collector
         for timer in (self._request_timer, self._write_timer):
@@ -145,10 +154,15 @@ class Connection(H11Protocol):
             if self.transport.is_closing():
                 return
         held: Message | None = None
+        taken: list[Callable[[], Awaitable[None]]] = []
+        scope["extensions"] = {**scope.get("extensions", {}), TAKEN: taken.append}
 
         async def deliver(message: Message) -> None:
             nonlocal held
             if message["type"] == "http.response.start":
+                if taken:
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+                    self._after_delivery(taken)
                 if _length(message) > PIECE_BYTES:
                     held = message  # until it is known whether there is room for the body
                     return
@@ -163,6 +177,29 @@ class Connection(H11Protocol):
 
         with suppress(Undelivered):
             await self._application(scope, receive, deliver)
+
+    def _after_delivery(self, taken: Sequence[Callable[[], Awaitable[None]]]) -> None:
+        """Make the calls that were registered for this answer once the client has taken it."""
+        room, cycle, lost = self._room, self.cycle, self.loop.create_future()
+        if room.closing >= MAX_CLOSING:
+            return
+        # uvicorn closes the transport after the answer; with this descriptor the connection stays.
+        connection = self.transport.get_extra_info("socket").dup()
+        self._lost = lost
+        room.closing += 1
+
+        async def wait() -> None:
+            try:
+                with closing(connection):
+                    if await lost and cycle.response_complete and await closed_after_reading(connection):
+                        for call in taken:
+                            await call()
+            finally:
+                room.closing -= 1
+
+        task = self.loop.create_task(wait())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def _deliver(self, start: Message, message: Message, scope: Scope, receive: Receive, send: Send) -> None:
         """Send a large answer, or its refusal. Raises `Undelivered`."""

@@ -100,7 +100,7 @@ def _operation(name: str, operation: dict[str, Any], schema: dict[str, Any]) -> 
     parameters = _table("Parameters", ("Name", "Type", "Meaning"), rows) if rows else ""
     body = operation.get("requestBody")
     if body:
-        parameters += _shape("Body", body["content"]["application/json"]["schema"], level=3)
+        parameters += _shape("Body", body["content"]["application/json"]["schema"], f"{_anchor(name)}-body")
     answers = "".join(
         f"<tr><th scope=row>{status}</th><td>{_prose(text)}</td><td>{_content(content)}</td></tr>"
         for status, text, content in answers_of(operation, schema["x-anywhere"])
@@ -142,7 +142,7 @@ def _type(schema: dict[str, Any]) -> str:
     return type_text(schema, link, lambda text: f"<code>{escape(text)}</code>")
 
 
-def _shape(name: str, shape: dict[str, Any], level: int = 3) -> str:
+def _shape(name: str, shape: dict[str, Any], anchor: str | None = None) -> str:
     required = shape.get("required", ())
     rows = "".join(
         f"<tr><th scope=row><code>{escape(field)}</code></th><td>{_type(each)}</td>"
@@ -150,7 +150,7 @@ def _shape(name: str, shape: dict[str, Any], level: int = 3) -> str:
         for field, each in shape.get("properties", {}).items()
     )
     about = f"<p>{_prose(shape['description'].replace('``', '`'))}</p>" if "description" in shape else ""
-    head = f'<h{level} id="{name}">{escape(name)}</h{level}>'
+    head = f'<h3 id="{anchor or name}">{escape(name)}</h3>'
     return f"{head}{about}{_table('', ('Field', 'Type', 'Meaning'), rows).replace('<h3></h3>', '')}"
 
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
+from vitalsd.contract.application import Application
+from vitalsd.contract.host import Host
 from vitalsd.http.answers import JSON, failed
 from vitalsd.http.exposition import Form, Scrape, expose, negotiate
 from vitalsd.http.problem import problem
@@ -21,7 +23,7 @@ from vitalsd.http.shelf import Shelf
 from vitalsd.sampler import Busy
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
 from vitalsd.targets import Stream, Target, Targets
-from vitalsd.wire import Labels, encode, iso, os_version, target_json, unavailable, unavailable_json
+from vitalsd.wire import Labels, encode, iso, target_json, unavailable, unavailable_json
 from vitalsd.worker import Hung, Worker
 
 __all__ = ["STREAM_S", "live_routes"]
@@ -42,6 +44,7 @@ def live_routes(
     *,
     thread_metrics: int,
     stream_s: float = STREAM_S,
+    application: Application = Application(),
 ) -> APIRouter:
     """
     The routes over `targets`.
@@ -51,6 +54,7 @@ def live_routes(
         shelf: earlier runs; ``/healthz`` says if they hang.
         thread_metrics: threads that a scraper is shown, see `Scrape`.
         stream_s: after so long a stream ends.
+        application: what the client says it is.
     """
     routes = APIRouter(route_class=StrictRoute)
     streams: set[object] = set()
@@ -86,7 +90,7 @@ def live_routes(
                 limit=query.limit,
                 labels=labels,
                 warnings=_recording_warnings(target) if query.detail == "full" else (),
-                replayed=target.replayed,
+                host=target.replay.host if target.replay else None,
             )
         )
 
@@ -164,7 +168,7 @@ def live_routes(
 
     @routes.get("/info", summary="Version, target, platform and own cost")
     async def info(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        return JSON(await _info(targets.default))
+        return JSON(await _info(targets.default, application))
 
     return routes
 
@@ -179,13 +183,13 @@ async def _scraped(targets: Targets, pid: int | None, form: Form, threads: int, 
     read, snapshots, recorder = None, 0, None
     with suppress(SourceError):
         async with targets.target(pid) as target:
-            snapshots, recorder = target.snapshots_taken, None if target.replayed else target.recording_info()
+            snapshots, recorder = target.snapshots_taken, None if target.replay else target.recording_info()
             read = await target.identity(), await target.snapshot()
     scrape = Scrape(read, threads, snapshots, recorder)
     return await reader.result(lambda: expose(scrape, form))
 
 
-async def _info(target: Target) -> dict[str, Any]:
+async def _info(target: Target, application: Application) -> dict[str, Any]:
     try:
         identity = await target.identity()
     except SourceError as error:
@@ -193,14 +197,19 @@ async def _info(target: Target) -> dict[str, Any]:
     else:
         who = {**target_json(identity), "program": identity.program}
     usage = resource.getrusage(resource.RUSAGE_SELF)
+    replay = target.replay
+    host = Host.this() if replay is None else replay.host
     return {
         "version": version("vitalsd"),
         "python": platform.python_version(),
         "platform": target.platform,
-        "os_version": os_version(),
-        "arch": platform.machine(),
-        "cpu_count": os.cpu_count(),
+        "os_version": host.version,
+        "arch": host.arch,
+        "cpu_count": host.cpu_count,
+        "utc_offset_minutes": host.utc_offset_minutes,
+        **(application if replay is None else replay.application)._asdict(),
         "target": who,
+        "replay": None if replay is None else replay.to_json(),
         "capabilities": ["detail=full", "history", "marks", "mode=trailing", "pid", "processes", "runs", "stream"],
         "recorder": target.recording_info(),
         "self": {

@@ -94,7 +94,17 @@ RUN = {
     "state": "crashed",
     "ended": None,
     "reported": False,
+    "app": "viewer",
+    "app_version": "3.1",
     "platform": "linux",
+    "host": {
+        "system": "Linux",
+        "release": "6.12.0",
+        "version": "6.12.0",
+        "arch": "x86_64",
+        "cpu_count": 8,
+        "utc_offset_minutes": 60,
+    },
     "pid": 2345,
     "name": "python",
     "program": "6e7a2b51c0d4f893",
@@ -212,7 +222,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         ),
     ),
     ("get", "/runs"): Operation(
-        description="Each run of a target is one file on disk. What crashed is first.",
+        description="Each run of a target is one file on disk. What crashed is first. In a replay: the other runs of"
+        " the file.",
         answer="The runs, crashed ones first, then the newest first.",
         models=(bodies.Run,),
         listed=True,
@@ -238,7 +249,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         ),
     ),
     ("post", "/runs/{run_id}/reported"): Operation(
-        description="Whoever put a crashed run into a report says so here. There is no body.",
+        description="For a client that put a crashed run into a report of its own. There is no body.",
         answer="The run.",
         models=(bodies.Reported,),
         example={"id": RUN["id"], "reported": True},
@@ -251,14 +262,29 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             ),
         ),
     ),
-    ("get", "/report.zip"): Operation(
+    ("post", "/report.zip"): Operation(
         description="runtime-metrics.json, runtime-history.json, marks.json, metadata.json, manifest.json and, if a run"
-        " of the same program crashed and no report told of it yet, previous-run.json. What could not be had is in"
-        " the `failures` of the manifest.",
+        " of this application crashed and no report contains it yet, previous-run.json. What is missing is in"
+        " the `failures` of the manifest. The crashed run counts as reported once the client has read the last byte"
+        " and closed the connection. The body is JSON, of at most 16 KiB; `{}` will do.",
         answer="The archive.",
         other={"application/zip": ""},
-        reasons=("busy",),
-        samples=(Sample("Under the name it gives itself", 'curl -s -OJ "$URL/report.zip" && ls *.zip | wc -l'),),
+        reasons=("bad_body", "busy", "no_report"),
+        samples=(
+            Sample(
+                "Under the name it gives itself",
+                "curl -s -OJ \"$URL/report.zip\" -H 'Content-Type: application/json'"
+                ' -d \'{"app": "viewer", "message": "it stutters"}\' && ls *.zip | wc -l',
+            ),
+        ),
+    ),
+    ("get", "/report.zip"): Operation(
+        description="The same archive to look at, without a message. Nothing counts as reported. In a replay of a"
+        " report: the replayed file itself.",
+        answer="The archive.",
+        other={"application/zip": ""},
+        reasons=("busy", "no_report"),
+        samples=(Sample("Its members", 'curl -s "$URL/report.zip" -o r.zip && python3 -m zipfile -l r.zip | wc -l'),),
     ),
     ("get", "/healthz"): Operation(
         description="Says nothing of the target, and needs no token. A read of the kernel that does not return, of"
@@ -281,6 +307,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             "os_version": "6.12.0",
             "arch": "x86_64",
             "cpu_count": 8,
+            "utc_offset_minutes": 60,
+            "app": "viewer",
+            "app_version": "3.1",
+            "replay": None,
             "target": {**TARGET, "program": "6e7a2b51c0d4f893"},
             "capabilities": ["detail=full", "history", "marks", "mode=trailing", "pid", "processes", "runs", "stream"],
             "recorder": {
@@ -292,6 +322,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 "missed": 0,
                 "marks": 1,
                 "ended": None,
+                "state": "running",
                 "black_box": {"run": "2345-142313-9bfa3fdd-2300", "error": None, "dropped": 0},
             },
             "self": {"pid": 2300, "cpu_secs": 1.52, "peak_rss_kb": 49600, "snapshots": 300},

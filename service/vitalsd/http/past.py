@@ -13,12 +13,12 @@ from vitalsd.record import Mark, Record
 from vitalsd.runs import RunDirectory
 from vitalsd.sampler import NotRecording
 from vitalsd.sources import SourceError
-from vitalsd.stored_run import Run, UnreadableRun, read_run
+from vitalsd.stored_run import UnreadableRun, read_run
 from vitalsd.targets import Targets
 from vitalsd.wire import iso
 from vitalsd.worker import Worker
 
-__all__ = ["mark_json", "past_routes", "run_json"]
+__all__ = ["mark_json", "past_routes"]
 
 
 def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRouter:
@@ -64,8 +64,10 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
 
     @routes.get("/runs", summary="Earlier runs on disk, crashed ones first")
     async def list_runs(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
+        if (replay := targets.default.replay) is not None:
+            return JSON([each.run.to_json() for each in replay.file.others])
         found = await shelf.read(RunDirectory.runs) if shelf else []
-        return JSON([run_json(run) for run in found])
+        return JSON([run.to_json() for run in found])
 
     @routes.get("/runs/{run_id}/history", summary="What an earlier run recorded, up to its end")
     async def run_history(request: Request, query: Annotated[RunHistoryQuery, given(RunHistoryQuery)]) -> Response:
@@ -77,7 +79,11 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
 
         async def answer() -> Response:
             try:
-                record = await shelf.read(load) if shelf else None
+                if (replay := targets.default.replay) is not None:
+                    replayed = replay.find(run_id)
+                    record = replayed.record if replayed else None
+                else:
+                    record = await shelf.read(load) if shelf else None
             except (UnreadableRun, OSError) as error:
                 return problem("unreadable_run", str(error))
             if record is None:
@@ -115,22 +121,3 @@ def _is_csv(request: Request) -> bool:
 def mark_json(mark: Mark) -> dict[str, Any]:
     """A mark as ``GET /marks`` lists it."""
     return {"time": iso(mark.wall_ns), "time_ms": mark.wall_ns // 1_000_000, "label": mark.label}
-
-
-def run_json(run: Run) -> dict[str, Any]:
-    """A run as ``GET /runs`` and ``vitalsd runs --json`` list it."""
-    return {
-        "id": run.id,
-        "state": run.state,
-        "ended": run.ended,
-        "reported": run.reported,
-        "platform": run.identity.platform,
-        "pid": run.identity.pid,
-        "name": run.identity.name,
-        "program": run.identity.program,
-        "started_at": iso(run.identity.started_unix_ns),
-        "recorded_from": None if run.first_wall_ns is None else iso(run.first_wall_ns),
-        "recorded_to": None if run.last_wall_ns is None else iso(run.last_wall_ns),
-        "snapshots": run.snapshots,
-        "size_bytes": run.size_bytes,
-    }

@@ -24,8 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJson
 from pydantic_core import CoreSchema, core_schema
 from starlette.routing import request_response
 
+from vitalsd.contract.application import APP, APP_VERSION
+from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.http.problem import Refused, nearest, shown
-from vitalsd.record import MAX_LABEL_LENGTH
 from vitalsd.wire import Detail, Sort
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "MetricsQuery",
     "NoQuery",
     "ReportQuery",
+    "ReportRequest",
     "RunHistoryQuery",
     "Sent",
     "StreamQuery",
@@ -217,12 +219,16 @@ class RunHistoryQuery(_Strict):
 
 
 class ReportQuery(_Strict):
-    """Parameters of ``GET /report.zip``."""
+    """Parameters of ``/report.zip``."""
 
     window_ms: WindowMs = 2000
     seconds: Annotated[
         int, Digits(1, 86_400), Field(description="How far back the history goes, s.", examples=[60])
     ] = 300
+    run: Annotated[
+        Annotated[str, Field(min_length=1, max_length=128)] | None,
+        Field(description="Include this earlier run, as `/runs` lists it.", examples=["2345-142313-9bfa3fdd-2300"]),
+    ] = None
 
 
 class HistoryQuery(RunHistoryQuery):
@@ -252,3 +258,20 @@ class MarkRequest(_Strict):
         str,
         Field(min_length=1, max_length=MAX_LABEL_LENGTH, description="One line of text.", examples=["F12 pressed"]),
     ]
+
+
+class ReportRequest(_Strict):
+    """The body of ``POST /report.zip``."""
+
+    model_config = ConfigDict(strict=True)
+
+    app: Annotated[
+        str | None,
+        Field(
+            pattern=f"^{APP.pattern}$", description="Application id; default: that of the sidecar.", examples=["viewer"]
+        ),
+    ] = None
+    app_version: Annotated[
+        str | None, Field(pattern=f"^{APP_VERSION.pattern}$", description="Its version.", examples=["3.1"])
+    ] = None
+    message: Annotated[str, Field(description="What the user says.", examples=["it stutters"])] = ""

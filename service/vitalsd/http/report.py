@@ -1,105 +1,86 @@
 """
-``GET /report.zip``: the bug report of `vitalsd_client`, for whoever has only curl.
+``/report.zip``: the bug report of `vitalsd.report.builder` for clients that have only HTTP.
 
-The archive itself is built by `vitalsd_client.archive`, which is of the standard library alone: so both
-ends make the same file, and the client still loads nothing of the service.
+What makes reports is imported when one is asked for, and not while the sidecar starts.
 """
 
 import json
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Request, Response
-from starlette.background import BackgroundTask
 
+from vitalsd.contract.application import Application
 from vitalsd.http.answers import JSON
-from vitalsd.http.past import mark_json, run_json
+from vitalsd.http.past import mark_json
 from vitalsd.http.problem import problem
-from vitalsd.http.query import NoQuery, ReportQuery, StrictRoute, given
+from vitalsd.http.query import NoQuery, ReportQuery, ReportRequest, StrictRoute, given, sent
 from vitalsd.http.shelf import Shelf
+from vitalsd.http.taken import TAKEN
 from vitalsd.http.turns import Turns
 from vitalsd.record import Record
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
-from vitalsd.stored_run import Run, UnreadableRun, read_run
+from vitalsd.stored_run import Run, UnreadableRun
 from vitalsd.targets import Targets
 from vitalsd.wire import encode, unavailable
 from vitalsd.worker import Hung, Worker
 
 if TYPE_CHECKING:
-    from vitalsd_client.archive import Bundle, Failure
+    from vitalsd.report.builder import Collected
 
-__all__ = ["report_routes"]
+__all__ = ["REPORT_PATH", "report_routes"]
 
-APP = "vitalsd"
-TOP_THREADS = 50
+REPORT_PATH = "/report.zip"
 
 
-def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRouter:
-    """The routes over `targets` and the earlier runs of `shelf`; the archive is made on `reader`."""
+def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker, application: Application) -> APIRouter:
+    """Return the routes over `targets` and the earlier runs of `shelf`; the archive is made on `reader`."""
     routes = APIRouter(route_class=StrictRoute)
     reports = Turns()
 
-    @routes.get("/report.zip", summary="A bug report: metrics, history, marks, and the run that crashed before")
-    async def report(query: Annotated[ReportQuery, given(ReportQuery)]) -> Response:
-        from vitalsd_client.archive import HISTORY, MARKS, METRICS, PREVIOUS_RUN, Failure
+    async def report(request: Request, query: ReportQuery, said: ReportRequest, *, counts: bool) -> Response:
+        from vitalsd.report.builder import Collected, Heading, build
 
-        triggered = datetime.now(UTC)
-        members: dict[str, bytes] = {}
-        failures: list[Failure] = []
-        identity, metrics, reason = await _metrics(targets, query.window_ms)
-        members[METRICS] = metrics
-        if reason is not None:
-            failures.append(Failure(METRICS, reason))
-        record, platform = targets.default.record, targets.default.platform
+        heading = Heading(said.app, said.app_version, said.message)
+        if (replay := targets.default.replay) is not None:
+            if replay.file.content is None:
+                return problem("no_report", f"{replay.file.name} is not a report, so there is no report to download")
+            return _zip(replay.file.content, replay.file.name)
+        collected = Collected(platform=targets.default.platform, application=application)
+        identity = await _metrics(targets, query.window_ms, collected)
 
-        async def collect() -> tuple["Bundle", bytes, Run | None]:
-            crashed: Run | None = None
-            if record is None:
-                failures.append(Failure(HISTORY, targets.default.why_not_recorded()))
-            else:
-                members[HISTORY], members[MARKS] = await reader.result(lambda: _recorded(record, query.seconds))
-            if shelf is not None and identity is not None:
-                try:
-                    found = await shelf.read(lambda runs: _crashed(runs, identity))
-                    if found is not None:
-                        members[PREVIOUS_RUN] = await reader.result(lambda: _previous(*found))
-                        crashed, _ = found
-                except (UnreadableRun, OSError) as error:
-                    reason = f"{type(error).__name__}: the file of a crashed run cannot be read"
-                    failures.append(Failure(PREVIOUS_RUN, reason))
-                except Hung as error:
-                    failures.append(Failure(PREVIOUS_RUN, str(error)))
-            bundle = await reader.result(lambda: _bundle(triggered, members, failures, platform))
-            return bundle, await reader.result(bundle.zip), crashed
+        async def make() -> tuple[str, bytes]:
+            await _past(targets, shelf, reader, query, said.app, identity, collected)
+            bundle = await reader.result(lambda: build(heading, collected, created=datetime.now(UTC)))
+            return f"{bundle.stem}.zip", await reader.result(bundle.zip)
 
-        bundle, content, crashed = await reports.make(collect)
-        # Not done if the client leaves while there is much of it to take; whether it has the rest nobody tells.
-        sent = None if shelf is None or crashed is None else BackgroundTask(_tell, shelf, crashed)
-        headers = {
-            "Content-Disposition": f'attachment; filename="{bundle.stem}.zip"',
-            "Cache-Control": "no-store",
-        }
-        return Response(content, media_type="application/zip", headers=headers, background=sent)
+        name, content = await reports.make(make)
+        run_id, on_taken = collected.run_id, request.scope.get("extensions", {}).get(TAKEN)
+        if counts and shelf is not None and run_id is not None and on_taken is not None:
+            on_taken(_marking(shelf, run_id))
+        return _zip(content, name)
 
-    @routes.post(
-        "/runs/{run_id}/reported",
-        summary="Note that a run is in a bug report, so that no other one tells of it again",
-    )
+    @routes.get(REPORT_PATH, summary="A bug report to look at: it does not count as reported")
+    async def preview(request: Request, query: Annotated[ReportQuery, given(ReportQuery)]) -> Response:
+        return await report(request, query, ReportRequest(), counts=False)
+
+    @routes.post(REPORT_PATH, summary="Make a bug report: metrics, history, marks, and the run that crashed before")
+    async def make(
+        request: Request,
+        query: Annotated[ReportQuery, given(ReportQuery)],
+        body: Annotated[ReportRequest, sent(ReportRequest)],
+    ) -> Response:
+        return await report(request, query, body, counts=True)
+
+    @routes.post("/runs/{run_id}/reported", summary="Note that a run is in a report")
     async def reported(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         run_id = request.path_params["run_id"]
-
-        def mark(runs: RunDirectory) -> Run | None:
-            run = runs.find(run_id)
-            if run is not None:
-                runs.mark_reported(run)
-            return run
-
         try:
-            run = await shelf.read(mark) if shelf else None
+            run = await shelf.read(lambda runs: _mark(runs, run_id)) if shelf else None
         except (UnreadableRun, OSError) as error:
             return problem("unreadable_run", str(error))
         if run is None:
@@ -109,8 +90,16 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIR
     return routes
 
 
-async def _metrics(targets: Targets, window_ms: int) -> tuple[Identity | None, bytes, str | None]:
-    """Trailing if the recorder covers the window, else the coming one; or why there is none."""
+def _zip(content: bytes, name: str) -> Response:
+    plain = "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "_" for c in name)
+    headers = {"Content-Disposition": f'attachment; filename="{plain}"', "Cache-Control": "no-store"}
+    return Response(content, media_type="application/zip", headers=headers)
+
+
+async def _metrics(targets: Targets, window_ms: int, collected: "Collected") -> Identity | None:
+    """Collect the trailing window if the recorder covers it, else the coming one, or why there is none."""
+    from vitalsd.contract.report_archive import METRICS, Failure
+
     target, identity = targets.default, None
     try:
         identity = await target.identity()
@@ -119,67 +108,77 @@ async def _metrics(targets: Targets, window_ms: int) -> tuple[Identity | None, b
         if measurement is None or not covered:
             try:
                 measurement = await target.window(window_ms)
-                identity = await target.identity()  # by the end it may be called otherwise
+                identity = await target.identity()  # It may have executed another program meanwhile.
             except SourceError:
                 if measurement is None:
                     raise
-        return identity, encode(measurement, identity, requested_ms=window_ms), None
+        collected.members[METRICS] = encode(measurement, identity, requested_ms=window_ms)
     except SourceError as error:
-        return identity, unavailable(error, target.platform), str(error)
+        collected.members[METRICS] = unavailable(error, target.platform)
+        collected.failures.append(Failure(METRICS, str(error)))
+    return identity
 
 
-def _recorded(record: Record, seconds: int) -> tuple[bytes, bytes]:
+async def _past(
+    targets: Targets,
+    shelf: Shelf | None,
+    reader: Worker,
+    query: ReportQuery,
+    app: str | None,
+    identity: Identity | None,
+    collected: "Collected",
+) -> None:
+    """Collect history, marks and the crashed run."""
+    from vitalsd.contract.report_archive import HISTORY, PREVIOUS_RUN, Failure
+    from vitalsd.report.previous_run import Found, Subject, find, member
+
+    record = targets.default.record
+    if record is None:
+        collected.failures.append(Failure(HISTORY, targets.default.why_not_recorded()))
+    else:
+        collected.members |= await reader.result(lambda: _recorded(record, query.seconds))
+        info = targets.default.recording_info() or {}
+        collected.target = {key: info.get(key) for key in ("state", "ended")}
+    if shelf is None:
+        return
+    target_app = collected.application.app
+    if identity is None:  # The sidecar waits for its target: no process is running.
+        subject = Subject(app or target_app)
+    else:
+        subject = Subject(app, identity.start_id, identity.name, identity.program, target_app)
+    try:
+        found = await shelf.read(lambda runs: find(runs, subject, query.run))
+    except Hung as error:
+        found = Found(failure=Failure(PREVIOUS_RUN, str(error)))
+    if found.failure is not None:
+        collected.failures.append(found.failure)
+    if (run := found.run) is not None and (previous := found.record) is not None:
+        collected.members[PREVIOUS_RUN] = await reader.result(lambda: member(run, previous))
+        collected.run_id = run.id
+
+
+def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
+    from vitalsd.contract.report_archive import HISTORY, MARKS
     from vitalsd.history import history
+    from vitalsd.report.previous_run import TOP_THREADS
 
     last = record.last
     since_ns = last.monotonic_ns - seconds * 1_000_000_000 if last else 0
     table = history(record, since_ns=since_ns, top=TOP_THREADS)
-    return table.to_json(), json.dumps([mark_json(mark) for mark in list(record.marks)]).encode()
+    marks = json.dumps([mark_json(mark) for mark in list(record.marks)]).encode()
+    return {HISTORY: table.to_json(), MARKS: marks}
 
 
-def _crashed(runs: RunDirectory, identity: Identity) -> tuple[Run, Record] | None:
-    """
-    The newest run of that program, but of an earlier process, which crashed and is in no report yet.
+def _marking(shelf: Shelf, run_id: str) -> Callable[[], Awaitable[None]]:
+    async def mark() -> None:
+        with suppress(UnreadableRun, OSError, Hung):  # Then the next report contains the run again.
+            await shelf.read(lambda runs: _mark(runs, run_id))
 
-    Raises as `read_run` does.
-    """
-    program = (identity.name, identity.program)
-    run = next(
-        (
-            run
-            for run in runs.runs()
-            if run.state == "crashed" and not run.reported and run.identity.start_id != identity.start_id
-            if (run.identity.name, run.identity.program) == program
-        ),
-        None,
-    )
-    return None if run is None else (run, read_run(run.path)[1])
+    return mark
 
 
-def _previous(run: Run, record: Record) -> bytes:
-    from vitalsd.history import history
-    from vitalsd_client.archive import previous_run
-
-    return previous_run(run_json(run), history(record, top=TOP_THREADS).to_json())
-
-
-async def _tell(shelf: Shelf, run: Run) -> None:
-    with suppress(UnreadableRun, OSError, Hung):  # then the next report tells of it again
-        await shelf.read(lambda runs: runs.mark_reported(run))
-
-
-def _bundle(triggered: datetime, members: dict[str, bytes], failures: "list[Failure]", platform: str) -> "Bundle":
-    from vitalsd_client.archive import METADATA, metadata, new_report_id, seal
-
-    report_id, submitted = new_report_id(), datetime.now(UTC)
-    about = metadata(
-        app=APP,
-        app_version=version("vitalsd"),
-        vitalsd_version=version("vitalsd"),
-        report_id=report_id,
-        triggered=triggered,
-        submitted=submitted,
-        description="",
-        platform=platform,
-    )
-    return seal(APP, report_id, submitted, {METADATA: about, **members}, failures)
+def _mark(runs: RunDirectory, run_id: str) -> Run | None:
+    run = runs.find(run_id)
+    if run is not None:
+        runs.mark_reported(run)
+    return run

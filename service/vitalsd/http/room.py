@@ -40,6 +40,8 @@ class Room:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.outbox = Outbox(OUTBOX_BYTES)
+        self.closing = 0
+        """Connections that are kept until their client has closed its half."""
         self._present: set[Guest] = set()
         self._owing: dict[Guest, None] = {}
 

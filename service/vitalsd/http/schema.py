@@ -33,6 +33,8 @@ NONCE: dict[str, Any] = {
     "schema": {"type": "string", "pattern": "^[0-9A-Za-z_-]{16,128}$"},
     "example": "0123456789abcdef",
 }
+KEYWORDS = ("type", "minimum", "maximum", "minLength", "maxLength", "enum", "pattern")
+"""Of a query parameter, what the schema says besides its description."""
 RUN_ID: dict[str, Any] = {
     "name": "run_id",
     "in": "path",
@@ -122,7 +124,7 @@ def _parameters(route: APIRoute | None, path: str) -> list[dict[str, Any]]:
     query = _depended(route, Given)
     for name, schema in (query.model_json_schema()["properties"] if query else {}).items():
         of = schema["anyOf"][0] if "anyOf" in schema else schema
-        kept = {key: of[key] for key in ("type", "minimum", "maximum", "enum", "pattern") if key in of}
+        kept = {key: of[key] for key in KEYWORDS if key in of}
         if schema.get("default") is not None:
             kept["default"] = schema["default"]
         found.append(

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 
+from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources import Source, SourceError, TargetGone
 from vitalsd.top.news import Ended, News, Subject, Trouble
 from vitalsd.top.sessions import Direct, Remote
-from vitalsd_client.exchange import ExchangeError
 from vitalsd_client.places import NoSidecar, Sidecar, locate
 
 __all__ = ["Feed"]
@@ -60,6 +60,8 @@ class Feed:
         self._stopped = threading.Event()
         self._session: Remote | Direct | None = None
         self._subject: Subject | None = None
+        self._over: str | None = None
+        """`Subject.start_id` of the process that was last seen to end."""
         self._shunned: tuple[Sidecar, float] | None = None
 
     def stop(self) -> None:
@@ -89,12 +91,15 @@ class Feed:
         Raises:
             SourceError, NoSidecar, ExchangeError: there is nothing to tell from the start.
         """
+        reason = ""
         while not self._stopped.is_set():
             self._session = None
             try:
                 with closing(self._open()) as self._session:
                     for each in self._session.news(self._pause):
                         if isinstance(each, Subject):
+                            if each.start_id == self._over:
+                                raise TargetGone(reason)  # Its sidecar lingers; it has been shown.
                             if self._is_another(each):
                                 raise TargetGone(f"process {each.pid} has exited; its pid is another process now")
                             self._subject = each
@@ -102,9 +107,10 @@ class Feed:
             except TargetGone as error:
                 if self._subject is None:
                     raise
-                self._session = None
-                yield Ended(str(error))
-                if not self.follow:
+                final = self._session is not None and self._session.final
+                self._session, self._over, reason = None, self._subject.start_id, str(error)
+                yield Ended(reason)
+                if final or not self.follow:
                     return
             except (SourceError, NoSidecar, ExchangeError) as error:
                 if isinstance(self._session, Remote) and self._url is None:

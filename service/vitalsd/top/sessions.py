@@ -4,17 +4,18 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from math import ceil, isfinite
 from typing import Any
 
+from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.model import Measured, parse_runtime_metrics
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source, SourceError, TargetGone
 from vitalsd.top.news import News, Note, Past, Sample, Subject
 from vitalsd.wire import encode
-from vitalsd_client.exchange import ExchangeError
 from vitalsd_client.places import Sidecar
 
 __all__ = ["Direct", "Pause", "Remote"]
@@ -23,6 +24,10 @@ LOOK_AGAIN_S = 2.0
 """While sampling directly: between two looks for a sidecar of the same target."""
 PAST_S = 300
 PAST_THREADS = 64
+ALL_S = 86_400
+"""As far back as any record reaches, s."""
+TREND = 240
+"""Rows of a replayed record; no terminal is much wider."""
 NOTES_S = 10
 """How much further back than its last look it looks for marks and events: they may be told late."""
 LATEST_MS = 253_402_300_799_000
@@ -52,6 +57,8 @@ class Direct:
         self._relieved = relieved
         self._recorder = Recorder(source.identity(), Recording(interval_s, retention_s=PAST_S, max_bytes=4 << 20))
         self._told = _Told()
+        self.final = False
+        """Whether no other process can follow the one that ended."""
 
     def close(self) -> None:
         self._source.close()
@@ -111,6 +118,8 @@ class Remote:
         self._via = via
         self._interval_s = interval_s
         self._told = _Told()
+        self.final = False
+        """Whether no other process can follow the one that ended: a file is replayed."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -127,15 +136,19 @@ class Remote:
 
     def _news(self, pause: Pause) -> Iterator[News]:
         who = {} if self.sidecar.pid is None else {"pid": self.sidecar.pid}
-        recorder = None if who else self._json("/info").get("recorder")
+        info = {} if who else self._json("/info")
+        recorder, self.final = info.get("recorder"), info.get("replay") is not None
         recorded = recorder is not None
         if recorder is not None:
-            table = self._json("/history", {"seconds": PAST_S, "top": PAST_THREADS})
+            ended = recorder.get("ended")
+            table = self._json("/history", _whole(recorder) if self.final else {"seconds": PAST_S, "top": PAST_THREADS})
             yield self._subject(table["target"])
             yield _past(table)
             yield from self._notes(table)
-            if recorder.get("ended"):
-                raise TargetGone(recorder["ended"])
+            if self.final:
+                yield from self._last_window(table)
+            if ended:
+                raise TargetGone(ended)
         else:
             yield self._subject(self._json("/metrics", {"window_ms": 10, "detail": "full", **who})["target"])
         window_ms = min(60_000, max(10, round(self._interval_s * 1000)))
@@ -158,6 +171,13 @@ class Remote:
             due = max(due + self._interval_s, time.monotonic())
             if not pause(due):
                 return
+
+    def _last_window(self, table: dict[str, Any]) -> Iterator[Sample]:
+        """Yield the last window of a replayed record, with the time at which it was taken."""
+        if table["time_ms"]:
+            window_ms = min(60_000, max(10, int(table["interval_ms"])))
+            sample = _sample(self._ask("/metrics", {"window_ms": window_ms, "mode": "trailing"}))
+            yield replace(sample, wall_ms=_wall_ms({"time_ms": table["time_ms"][-1]}))
 
     def _latest(self) -> Iterator[News]:
         table = self._json("/history", {"seconds": ceil(self._interval_s) + NOTES_S, "top": 0})
@@ -214,6 +234,12 @@ def _wall_ms(note: dict[str, Any]) -> int:
     if not 0 <= wall_ms <= LATEST_MS:
         raise ValueError(f"a time of {wall_ms}")
     return wall_ms
+
+
+def _whole(recorder: dict[str, Any]) -> dict[str, int]:
+    """Return the query for all of a replayed record, in no more rows than a terminal is wide."""
+    step_ms = int(recorder["snapshots"]) * int(recorder["interval_ms"]) // TREND
+    return {"seconds": ALL_S, "top": PAST_THREADS, "step_ms": min(step_ms, 3_600_000)}
 
 
 def _past(table: dict[str, Any]) -> Past:

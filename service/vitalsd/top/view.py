@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.model import Measured, ThreadMetrics
-from vitalsd.record import MAX_LABEL_LENGTH
 from vitalsd.top.news import Ended, News, Note, Past, Sample, Subject, Trouble
 from vitalsd.wire import printable
 

@@ -11,6 +11,60 @@ function banner(text) {
   $("banner").textContent = clean(text);
 }
 
+// The clock of the page and, for a report from elsewhere, UTC.
+function moment(text) {
+  const time = new Date(text);
+  if (Number.isNaN(time.getTime())) return "";
+  return `${time.toLocaleString([], { dateStyle: "medium", timeStyle: "medium" })} (${time.toISOString().slice(0, 19)}Z)`;
+}
+
+function utcOffset(minutes) {
+  const sign = minutes < 0 ? "\u2212" : "+", value = Math.abs(minutes), two = (number) => String(number).padStart(2, "0");
+  return `UTC${sign}${two(Math.floor(value / 60))}:${two(value % 60)}`;
+}
+
+function systemOf(host, platform) {
+  const system = platform === "macos" && host.version ? `macOS ${host.version}` : [host.system, host.release].filter(Boolean).join(" ");
+  return [system, host.arch, host.cpu_count && `${host.cpu_count} CPUs`].filter(Boolean).join(", ");
+}
+
+// What a replayed report says about itself.
+function card(replay) {
+  const { report, run } = replay;
+  $("card").hidden = false;
+  $("card-title").textContent = `Replay of ${clean(replay.file)}`;
+  $("card-text").textContent = cleanLines(report && report.description ? report.description : "");
+  const host = run.host.system ? run.host : report ? report.host : run.host;
+  const app = report && report.app ? [report.app, report.app_version] : [run.app, run.app_version];
+  const facts = [
+    ["Application", app.filter(Boolean).map(clean).join(" ")],
+    ["System", clean(systemOf(host, run.platform))],
+    ["Time zone", host.utc_offset_minutes === null ? "" : utcOffset(host.utc_offset_minutes)],
+    ["Requested", report ? moment(report.triggered_at) : ""],
+    ["Contains", report ? report.members.map((each) => `${clean(each.name)} (${fileSize(each.size)})`).join(", ") : ""],
+    ...(report ? report.failures : []).map((each) => ["Missing", `${clean(each.member)}: ${clean(each.reason)}`]),
+  ];
+  $("card-facts").replaceChildren(...facts.filter(([, value]) => value).flatMap(([name, value]) => {
+    const term = document.createElement("dt"), text = document.createElement("dd");
+    term.textContent = name;
+    text.textContent = value;
+    return [term, text];
+  }));
+}
+
+// Text of several lines, each of them cleaned.
+function cleanLines(text) {
+  return text.split("\n").map(clean).join("\n");
+}
+
+// How a run ended, in a sentence for the banner.
+function outcome(run) {
+  const app = run.app ? [run.app, run.app_version].filter(Boolean).join(" ") : run.name;
+  const how = { crashed: "crashed", running: "was running when the report was made", clean: "ended" }[run.state];
+  const last = run.recorded_to ? ` Last recorded at ${moment(run.recorded_to)}.` : "";
+  return `${app} ${how}${run.ended ? `: ${run.ended}` : ""}.${last}`;
+}
+
 function show(target, platform) {
   const name = target.name ? clean(target.name) : "no target";
   $("name").textContent = name;
@@ -41,6 +95,8 @@ function size(kb) {
   if (kb < 10485760) return `${(kb / 1024).toFixed(kb < 102400 ? 1 : 0)} MiB`;
   return `${(kb / 1048576).toFixed(1)} GiB`;
 }
+
+const fileSize = (bytes) => (bytes < 10240 ? `${bytes} bytes` : size(bytes / 1024));
 
 function duration(seconds) {
   const s = Math.floor(seconds);
@@ -232,11 +288,17 @@ $("curl").addEventListener("click", async () => {
     say(command);
   }
 });
-$("report").addEventListener("click", async (event) => {
-  if (!token) return; // a link cannot send the token
-  event.preventDefault();
-  const answer = await ask("/report.zip");
-  if (!answer.ok) return say(`No report: ${answer.status}`);
+$("report").addEventListener("click", async () => {
+  const replayed = view.info && isReplay(view.info);
+  const path = view.run && !replayed ? `/report.zip?run=${encodeURIComponent(view.run)}` : "/report.zip";
+  const made = { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" };
+  let answer;
+  try {
+    answer = await ask(path, replayed ? {} : made);
+  } catch {
+    return say("No report: the sidecar does not answer.");
+  }
+  if (!answer.ok) return say(`No report: ${(await answer.json()).detail}`);
   const link = document.createElement("a");
   link.href = URL.createObjectURL(await answer.blob());
   link.download = /filename="([^"]+)"/.exec(answer.headers.get("content-disposition"))[1];
@@ -330,4 +392,3 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 
 live();
 look();
-listRuns();

@@ -8,7 +8,7 @@ const samples = { n: 0, time: new Float64Array(CAPACITY), cpu: new Float32Array(
   rss: new Float64Array(CAPACITY), count: new Float64Array(CAPACITY) };
 const threads = new Map(); // tid -> {tid, name, cpu: Float32Array, last: n, colour}
 const view = { window: 300000, chosen: false, paused: false, end: 0, pin: null, hover: null, sort: "cpu", ascending: false,
-  filter: "", all: false, run: "", info: null, startId: "", notes: [], uptime: null };
+  filter: "", all: false, run: "", over: false, info: null, startId: "", notes: [], uptime: null };
 
 const slotOf = (number) => number % CAPACITY;
 const oldest = () => Math.max(0, samples.n - CAPACITY);
@@ -104,10 +104,18 @@ function weigh(r, focus) {
     thread.peak = peak;
     const now = cpu[focus % CAPACITY];
     thread.now = now;
+    thread.idle = idleTime(cpu, r, focus);
     const before = focus > r.first ? cpu[(focus - 1) % CAPACITY] : now;
     // Two samples together, so that threads that take turns do not swap places every second.
     thread.rank = Number.isNaN(now) ? -1 : now + (before > 0 ? before : 0) / 2;
   }
+}
+
+// How long before the focus a thread last ran, ms; 0 if it runs there or never did in the time shown.
+function idleTime(cpu, r, focus) {
+  let i = focus;
+  while (i >= r.first && cpu[i % CAPACITY] < IDLE) i--;
+  return i < r.first || i === focus || Number.isNaN(cpu[i % CAPACITY]) ? 0 : samples.time[slotOf(focus)] - samples.time[slotOf(i)];
 }
 
 function nearest(time, r) {

@@ -55,6 +55,7 @@ async function json(path) {
 
 let reading = null; // aborts the stream
 let heard = null; // when its last event came; null without a stream
+let listed = false; // whether /runs has been asked for
 let generation = 0; // of what is being looked at; an older one ends by itself
 
 async function live() {
@@ -67,10 +68,13 @@ async function live() {
       const info = await json("/info");
       if (mine !== generation) return;
       identify(info);
+      if (!listed) listRuns(); // only now is it known whether this is a replay
+      listed = true;
       const past = info.recorder && (await json(`/history?seconds=${reach(info)}&top=${HISTORY_THREADS}&step_ms=${step(info)}`));
       if (mine !== generation) return;
       if (past) ingest(past);
       const over = info.recorder && info.recorder.ended;
+      view.over = Boolean(over || info.target.available === false);
       if (over || info.target.available === false) {
         ended(info, over);
         if (isReplay(info)) return;
@@ -111,15 +115,17 @@ document.addEventListener("visibilitychange", () => {
   if (document.hidden) hiding = setTimeout(() => reading && reading.abort(), 20000);
 });
 
-const isReplay = (info) => Boolean(info.recorder && info.recorder.ended && info.recorder.max_bytes === undefined);
+const isReplay = (info) => Boolean(info.replay);
 
 function ended(info, over) {
   const replay = isReplay(info);
   status(replay ? "past" : "gone", replay ? "replay" : over ? "target has ended" : "no target");
-  banner(over || info.target.reason);
+  banner(replay ? outcome(info.replay.run) : over || info.target.reason);
   if (replay) {
     if (!view.chosen) choose(0);
-    $("run-label").hidden = true;
+    card(info.replay);
+    $("report").hidden = !info.replay.report;
+    $("run-first").textContent = runName(info.replay.run);
   }
   $("mark").disabled = $("pause").disabled = true;
   draw();
@@ -217,16 +223,22 @@ async function listRuns() {
   } catch {
     return; // live() says what is the matter
   }
-  runs = runs.filter((run) => run.state !== "running" && run.snapshots > 1).slice(0, 30);
-  if (!runs.length || (view.info && isReplay(view.info))) return; // a replay is of one run, perhaps of another machine
+  const replayed = view.info && isReplay(view.info);
+  runs = runs.filter((run) => (replayed || run.state !== "running") && run.snapshots > 1).slice(0, 30);
+  if (!runs.length) return;
   $("run").append(...runs.map((run) => {
     const option = document.createElement("option");
     option.value = run.id;
-    option.textContent = `${run.state === "crashed" ? "crashed" : "ended"} \u00b7 ${clean(run.name)} \u00b7 ${new Date(run.recorded_to).toLocaleString()}`;
+    option.textContent = runName(run);
     return option;
   }));
   $("run-label").hidden = false;
   $("run").addEventListener("change", () => openRun($("run").value, runs));
+}
+
+function runName(run) {
+  const state = { crashed: "crashed", running: "when the report was made", clean: "ended" }[run.state];
+  return `${state} \u00b7 ${clean(run.app || run.name)} \u00b7 ${new Date(run.recorded_to).toLocaleString()}`;
 }
 
 async function openRun(id, runs) {
@@ -251,8 +263,9 @@ async function openRun(id, runs) {
     if (mine === generation) status("gone", error.message);
     return;
   }
-  status("past", "earlier run");
-  banner(`${run.state === "crashed" ? "This run did not end well" : "This run has ended"}${run.ended ? `: ${run.ended}` : ""}.`);
+  status("past", view.info && isReplay(view.info) ? "replay" : "earlier run");
+  banner(outcome(run));
+  view.over = true;
   $("mark").disabled = $("pause").disabled = true;
   choose(0);
 }

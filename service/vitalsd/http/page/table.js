@@ -57,7 +57,8 @@ function table(r, focus) {
     set(line.label, thread.label);
     if (line.label.title !== thread.label) line.label.title = thread.label;
     set(line.tid, String(thread.tid));
-    set(line.figure, gone ? "ended" : percent(thread.now));
+    const since = idle && view.over && thread.idle >= 1000 ? ` ${duration(thread.idle / 1000)}` : "";
+    set(line.figure, gone ? "ended" : `${percent(thread.now)}${since}`);
     set(line.average, thread.mean < IDLE ? "\u2013" : `${thread.mean.toFixed(1)} %`);
     set(line.peak, thread.peak < IDLE ? "\u2013" : `${thread.peak.toFixed(1)} %`);
     const kind = gone ? "gone" : idle ? "idle" : "";

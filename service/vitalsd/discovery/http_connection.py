@@ -1,9 +1,9 @@
 """
-HTTP on one connection to a sidecar, under one deadline.
+Send HTTP requests to a sidecar on one connection, under one deadline.
 
-Not httpx: it has no total deadline (one byte per read keeps it for ever), takes proxies and
-certificates from the environment, and does not tell who is at the other end of a Unix socket. h11
-does the parsing, so what is left is a socket whose every operation gets the time that remains.
+httpx is not used: it has no deadline for a whole request, takes proxies and certificates from the environment, and does
+not report the user at the other end of a Unix socket. h11 parses the answers; every operation of the socket gets the
+time that remains.
 """
 
 import errno

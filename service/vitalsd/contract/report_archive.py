@@ -1,8 +1,7 @@
 """
-The bug report as a file: its members, the manifest over them, the zip, and getting it onto the disk.
+Write a bug report as a file: its members, the manifest over them, the zip.
 
-Of the standard library alone, because both ends build reports: this package in the client's process,
-and the sidecar for ``GET /report.zip``.
+Needs the standard library alone, because a client builds reports in its own process.
 """
 
 import errno
@@ -10,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import secrets
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vitalsd.contract.host import Host
 from vitalsd.durable import draft, sync_directory
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "PREVIOUS_RUN",
     "Bundle",
     "Failure",
-    "check_app",
     "metadata",
     "new_report_id",
     "previous_run",
@@ -47,15 +45,9 @@ PREVIOUS_RUN = "previous-run.json"
 MANIFEST = "manifest.json"
 SCHEMA = 1
 
-APP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+UNNAMED = "vitalsd"
+"""Begins the file name of a report that names no application."""
 MAX_SAME_SECOND = 1000
-
-
-def check_app(app: str) -> str:
-    """`app` if it can be part of a file's name. Raises `ValueError`."""
-    if not APP.fullmatch(app):
-        raise ValueError(f"an application is called by 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter: {app!r}")
-    return app
 
 
 def new_report_id() -> str:
@@ -81,15 +73,18 @@ class Bundle:
     """A sealed report: exactly these bytes are written and sent."""
 
     report_id: str
-    app: str
+    app: str | None
+    """Application id; ``None``: the report names no application."""
     created: datetime
     members: Mapping[str, bytes]
     """By name, `MANIFEST` last."""
+    failures: Sequence[Failure] = ()
+    """What is missing, and why; the manifest lists it too."""
 
     @property
     def stem(self) -> str:
         """Name of its file, without ``.zip``."""
-        return f"{self.app}-bugreport-{self.created.astimezone(UTC):%Y-%m-%dT%H-%M-%SZ}"
+        return f"{self.app or UNNAMED}-bugreport-{self.created.astimezone(UTC):%Y-%m-%dT%H-%M-%SZ}"
 
     def zip(self) -> bytes:
         """The archive. The same bundle gives the same bytes."""
@@ -116,7 +111,7 @@ class Bundle:
 
 
 def seal(
-    app: str, report_id: str, created: datetime, members: Mapping[str, bytes], failures: Sequence[Failure]
+    app: str | None, report_id: str, created: datetime, members: Mapping[str, bytes], failures: Sequence[Failure]
 ) -> Bundle:
     """Add the manifest: size and SHA-256 of each member, and what is missing."""
     manifest = {
@@ -130,22 +125,29 @@ def seal(
         ],
         "failures": [{"member": failure.member, "reason": failure.reason} for failure in failures],
     }
-    return Bundle(report_id, app, created, {**members, MANIFEST: _json(manifest)})
+    return Bundle(report_id, app, created, {**members, MANIFEST: _json(manifest)}, tuple(failures))
 
 
 def metadata(
     *,
-    app: str,
-    app_version: str,
+    app: str | None,
+    app_version: str | None,
     vitalsd_version: str,
     report_id: str,
     triggered: datetime,
     submitted: datetime,
     description: str,
     platform: str,
+    host: Host,
+    target: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The content of `METADATA`: who reports what about which system; nothing that names user or host."""
-    system = os.uname()  # its nodename stays out
+    """
+    Return the content of `METADATA`: the application, the system and the moment; no user or host name.
+
+    Args:
+        host: the machine that was recorded.
+        target: how the recorded process is: ``{"state": "running" | "clean" | "crashed", "ended": sentence or None}``.
+    """
     return _json(
         {
             "schema": SCHEMA,
@@ -153,7 +155,10 @@ def metadata(
             "app": {"name": app, "version": app_version},
             "vitalsd": {"version": vitalsd_version},
             "platform": platform,
-            "os": {"name": system.sysname, "release": system.release, "arch": system.machine},
+            "os": {"name": host.system, "release": host.release, "version": host.version, "arch": host.arch},
+            "cpu_count": host.cpu_count,
+            "utc_offset_minutes": host.utc_offset_minutes,
+            "target": None if target is None else dict(target),
             "triggered_at": timestamp(triggered),
             "submitted_at": timestamp(submitted),
             "description": description,

@@ -1,0 +1,56 @@
+"""Put labels on the clock of the sidecar that records this process."""
+
+import json
+import logging
+import os
+import time
+
+from vitalsd.contract.labels import clean_label
+from vitalsd.discovery.http_connection import ExchangeError
+from vitalsd_client.client import refusal
+from vitalsd_client.places import NoSidecar, locate
+
+__all__ = ["mark"]
+
+log = logging.getLogger("vitalsd_client")
+
+MARK_S = 0.25
+"""For a mark to be recorded: the thread that sets it may be that of a user interface."""
+
+
+def mark(
+    label: str, *, url: str | None = None, socket: str | os.PathLike[str] | None = None, pid: int | None = None
+) -> bool:
+    """
+    Put a label on the clock of the sidecar that records this process. It never raises, and returns within 0.25 s.
+
+    Args:
+        label: text; what a label cannot have is replaced, see `vitalsd.contract.labels.clean_label`.
+        url: of a sidecar, instead of looking for one.
+        socket: path of a sidecar's Unix socket; tried before `url`.
+        pid: another process than this one.
+
+    Returns:
+        Whether it was recorded; if not, the logger ``vitalsd_client`` has the reason.
+    """
+    cleaned = clean_label(label)
+    if cleaned is None:
+        return False
+    deadline = time.monotonic() + MARK_S
+    try:
+        sidecar = locate(url=url, socket=socket, pid=pid)[0]
+        if sidecar.pid is not None and url is None and socket is None:
+            raise NoSidecar("no sidecar records this process")
+        answer = sidecar.get(
+            "/marks",
+            method="POST",
+            headers={"Content-Type": "application/json"},
+            body=json.dumps({"label": cleaned}).encode(),
+            deadline=deadline,
+        )
+        reason = None if answer.status == 201 else refusal(answer)
+    except (NoSidecar, ExchangeError, OSError) as error:
+        reason = str(error)
+    if reason is not None:
+        log.warning("the mark %r was not recorded: %s", cleaned, reason)
+    return reason is None

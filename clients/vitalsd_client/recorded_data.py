@@ -1,0 +1,188 @@
+"""Collect what was recorded, for a report: from the sidecar, or, where none can be asked, from the disk."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+from urllib.parse import quote
+
+from vitalsd.contract.application import Application
+from vitalsd.contract.host import Host
+from vitalsd.contract.report_archive import HISTORY, MARKS, PREVIOUS_RUN, Failure, previous_run
+from vitalsd.discovery.http_connection import Answer, ExchangeError
+from vitalsd.report.builder import Collected
+from vitalsd.report.previous_run import TOP_THREADS, Subject, choose, find, is_alive, member
+from vitalsd_client.client import refusal
+from vitalsd_client.places import NoSidecar, Sidecar, answering, locate
+from vitalsd_client.privacy import harmless
+
+__all__ = ["RecordedData", "own_subject", "run_directory"]
+
+DISK_S = 0.5
+"""Of the time there is, kept for the disk where a sidecar hangs."""
+ALL_S = 86_400
+"""As far back as any record reaches, s."""
+
+
+class RecordedData:
+    """
+    The record of one process.
+
+    Args:
+        app: application id of the report.
+        seconds: how far back its history goes.
+        url: of a sidecar, instead of looking for one.
+        socket: likewise.
+        pid: another process than this one.
+        run_id: include this earlier run, whichever would be chosen.
+        running: False: no process of the application runs, and no sidecar is asked.
+    """
+
+    def __init__(
+        self,
+        app: str | None,
+        seconds: int,
+        *,
+        url: str | None,
+        socket: str | os.PathLike[str] | None,
+        pid: int | None,
+        run_id: str | None,
+        running: bool,
+    ) -> None:
+        self._app = app
+        self._seconds = seconds
+        self._url, self._socket, self._pid = url, socket, pid
+        self._run_id = run_id
+        self._running = running
+        self._sidecar: Sidecar | None = None
+        """The one that knows the crashed run; ``None``: it was read from disk."""
+
+    def collect(self, into: Collected, deadline: float) -> None:
+        """
+        Add members and failures; never raises.
+
+        Args:
+            into: what is added to.
+            deadline: monotonic time, s.
+        """
+        reason, asked = "no process of the application is running", False
+        if self._running:
+            reason, asked = self._ask(into, deadline - DISK_S)
+        if reason:
+            into.failures += [Failure(name, reason) for name in (HISTORY, MARKS) if name not in into.members][:1]
+        if not asked:
+            self._read_disk(into)
+
+    def mark_reported(self, run_id: str, deadline: float) -> None:
+        """Note that the run is in a report. If that fails, the next report contains it again."""
+        if self._sidecar is not None:
+            with suppress(ExchangeError):
+                path = f"/runs/{quote(run_id, safe='')}/reported"
+                if self._sidecar.get(path, method="POST", deadline=deadline).status == 200:
+                    return
+        directory = run_directory()
+        if directory is not None and (run := directory.find(run_id)) is not None:
+            directory.mark_reported(run)
+
+    def _ask(self, into: Collected, deadline: float) -> tuple[str, bool]:
+        """Return why a member is missing, and whether the sidecar was asked for the crashed run."""
+        asked = False
+        try:
+            found = locate(url=self._url, socket=self._socket, pid=self._pid)
+            sidecar = next(answering(found, deadline, []))
+            if sidecar.pid is not None:
+                # Its record is of another process, which this report is not about.
+                raise NoSidecar("the sidecar that answers watches another process, and has no record of this one")
+            with sidecar.connected(deadline) as request:
+                info = _json(request("/info", last=False), dict)[0]
+                into.application = Application.checked(info.get("app"), info.get("app_version"))
+                if (replay := info.get("replay")) is not None:
+                    into.host = Host.read(replay["run"]["host"])
+                if (recorder := info.get("recorder")) is not None:
+                    into.target = {"state": recorder.get("state"), "ended": recorder.get("ended")}
+                query = {"seconds": self._seconds, "top": TOP_THREADS}
+                into.members[HISTORY] = _json(request("/history", query, last=False), dict)[1]
+                into.members[MARKS] = _json(request("/marks", last=False), list)[1]
+                asked = True
+                self._sidecar = sidecar
+                self._ask_for_run(request, info, into)
+        except (NoSidecar, ExchangeError) as error:
+            return harmless(str(error)), asked
+        except Exception as error:  # noqa: BLE001 - a strange answer must not cost the report
+            return f"the sidecar's record is not understood: {type(error).__name__}", asked
+        return "", asked
+
+    def _ask_for_run(self, request: Callable[..., Answer], info: Mapping[str, Any], into: Collected) -> None:
+        runs, _ = _json(request("/runs", last=False), list)
+        if self._run_id is None:
+            choice = choose(runs, Subject.of(self._app, info["target"], into.application.app), is_alive())
+            run = choice.run
+            if choice.reason is not None:
+                into.failures.append(Failure(PREVIOUS_RUN, choice.reason))
+        else:
+            run = next((each for each in runs if each.get("id") == self._run_id), None)
+            if run is None:
+                into.failures.append(Failure(PREVIOUS_RUN, f"the sidecar has no run with the id {self._run_id!r:.80}"))
+        if run is not None:
+            run_id = str(run["id"])
+            answer = request(f"/runs/{quote(run_id, safe='')}/history", {"seconds": ALL_S, "top": TOP_THREADS})
+            into.members[PREVIOUS_RUN] = previous_run(run, _json(answer, dict)[1])
+            into.run_id = run_id
+
+    def _read_disk(self, into: Collected) -> None:
+        directory = run_directory()
+        if directory is None:
+            return
+        subject = own_subject(self._app, self._pid) if self._running else Subject(self._app)
+        found = find(directory, subject, self._run_id)
+        if found.failure is not None:
+            into.failures.append(Failure(PREVIOUS_RUN, harmless(found.failure.reason)))
+        if found.run is not None and found.record is not None:
+            into.members[PREVIOUS_RUN] = member(found.run, found.record)
+            into.run_id = found.run.id
+            if not self._running:
+                into.application = found.run.application
+
+
+def run_directory() -> Any:
+    """Return the `RunDirectory` of this user; ``None``: there is none, or other users may write it."""
+    from vitalsd.directories import EndpointError, state_path
+    from vitalsd.runs import RunDirectory
+
+    try:
+        path = state_path() / "runs"
+        if not path.is_dir() or os.stat(path).st_uid != os.geteuid():
+            return None
+    except (EndpointError, OSError):
+        return None
+    return RunDirectory(path)
+
+
+def own_subject(app: str | None, pid: int | None) -> Subject:
+    """Return what a report of a process without a sidecar is about: of this process, or of `pid`."""
+    from vitalsd.discovery.program_key import program_key
+    from vitalsd.sources import SourceError, open_source
+    from vitalsd.sources.programs import ProgramDigest, main_script
+
+    own = pid is None or pid == os.getpid()
+    try:
+        source = open_source(pid, program_of=ProgramDigest(program_key(), main_script() if own else None))
+    except SourceError:
+        return Subject(app, start_id=str(pid or os.getpid()))
+    identity = source.identity()
+    source.close()
+    return Subject(app, identity.start_id, identity.name, identity.program)
+
+
+def _json(answer: Answer, kind: type) -> tuple[Any, bytes]:
+    """Return the parsed body and its bytes. Raises `ExchangeError`."""
+    if answer.status != 200:
+        raise ExchangeError(refusal(answer))
+    try:
+        body = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, kind):
+        raise ExchangeError("the sidecar's answer is not JSON of the kind that was asked for")
+    return body, answer.body

@@ -1,0 +1,62 @@
+"""The machine that was recorded, as far as a report or a run tells: no user, host or network name."""
+
+import os
+import platform
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+
+__all__ = ["Host"]
+
+MAX_TEXT = 64
+
+
+class Host(NamedTuple):
+    """Facts about one machine; each is ``None`` where it is not known."""
+
+    system: str | None = None
+    """Name of the kernel: ``Linux`` or ``Darwin``."""
+    release: str | None = None
+    """Release of the kernel."""
+    version: str | None = None
+    """Version of macOS as its vendor names it; on Linux the release of the kernel."""
+    arch: str | None = None
+    cpu_count: int | None = None
+    utc_offset_minutes: int | None = None
+    """Local time less UTC, minutes, when the record was made."""
+
+    @classmethod
+    def this(cls) -> "Host":
+        """Return the facts about this machine, now."""
+        kernel = os.uname()  # its nodename stays out
+        offset = datetime.now().astimezone().utcoffset()
+        return cls(
+            system=kernel.sysname,
+            release=kernel.release,
+            version=platform.mac_ver()[0] or kernel.release,
+            arch=kernel.machine,
+            cpu_count=os.cpu_count(),
+            utc_offset_minutes=None if offset is None else round(offset.total_seconds() / 60),
+        )
+
+    @classmethod
+    def read(cls, found: object) -> "Host":
+        """Return the facts in JSON from a file; what has another type than it should have is ``None``."""
+        facts: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+
+        def text(key: str) -> str | None:
+            value = facts.get(key)
+            return value[:MAX_TEXT] if isinstance(value, str) else None
+
+        def number(key: str, least: int, most: int) -> int | None:
+            value = facts.get(key)
+            return value if type(value) is int and least <= value <= most else None
+
+        return cls(
+            system=text("system"),
+            release=text("release"),
+            version=text("version"),
+            arch=text("arch"),
+            cpu_count=number("cpu_count", 1, 1 << 20),
+            utc_offset_minutes=number("utc_offset_minutes", -24 * 60, 24 * 60),
+        )

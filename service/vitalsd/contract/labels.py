@@ -1,0 +1,30 @@
+"""The label of a mark, as clients give it."""
+
+import logging
+
+__all__ = ["MAX_LABEL_LENGTH", "clean_label"]
+
+MAX_LABEL_LENGTH = 200
+"""Characters."""
+
+log = logging.getLogger("vitalsd")
+
+
+def clean_label(label: object) -> str | None:
+    """
+    Return a label that can be recorded, made from what a program passed; never raises.
+
+    A mark is an instrument: a program is not to fail over its text. Each run of white space, such as a line break,
+    becomes one space, characters that do not print become ``?``, and the 200th character of longer text ``…``.
+
+    Returns:
+        The label; ``None``, and a warning in the log, for what is not text or is empty.
+    """
+    if not isinstance(label, str):
+        log.warning("a mark was not recorded: a label is text, not %s", type(label).__name__)
+        return None
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(label.split()))
+    if not text:
+        log.warning("a mark was not recorded: its label is empty")
+        return None
+    return text if len(text) <= MAX_LABEL_LENGTH else f"{text[: MAX_LABEL_LENGTH - 1]}…"

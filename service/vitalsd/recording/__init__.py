@@ -1,0 +1,1 @@
+"""Records of processes: in memory, on disk, and read back."""

@@ -1,0 +1,108 @@
+"""Serve a recorded run as a target: the same API over a run or a bug report, so that the same commands work."""
+
+from typing import Any
+
+from vitalsd.contract.application import Application
+from vitalsd.contract.host import Host
+from vitalsd.record import Mark, Record
+from vitalsd.recording.replay_file import RecordedRun, ReplayFile
+from vitalsd.sampler import NotRecording
+from vitalsd.snapshot import Identity, Measurement, Snapshot
+from vitalsd.sources import TargetGone
+from vitalsd.wire import iso
+
+__all__ = ["Replay"]
+
+
+class Replay:
+    """
+    A `vitalsd.targets.Target` that has ended: its past is complete, and nothing is measured.
+
+    Args:
+        file: as read by `read_replay_file`.
+    """
+
+    def __init__(self, file: ReplayFile) -> None:
+        self.file = file
+        self.record: Record = file.opened.record
+        self.snapshots_taken = 0
+        self.replay: Replay | None = self
+        run = file.opened.run
+        how = {"crashed": "crashed", "running": "was running", "clean": "ended"}[run.state]
+        ended = f": {run.ended}" if run.ended else ""
+        last = f"; last recorded at {iso(run.last_wall_ns)}" if run.last_wall_ns is not None else ""
+        self._reason = f"this is a replay of {file.name}: {run.identity.name} {how}{ended}{last}"
+
+    @property
+    def platform(self) -> str:
+        """The platform of the run."""
+        return self.record.identity.platform
+
+    @property
+    def application(self) -> Application:
+        """The application that was recorded."""
+        return self.file.opened.run.application
+
+    @property
+    def host(self) -> Host:
+        """The machine that was recorded."""
+        return self.file.opened.run.host
+
+    @property
+    def pid(self) -> int | None:
+        """None: the pid of a recorded process may be that of another process now."""
+        return None
+
+    def find(self, run_id: str) -> RecordedRun | None:
+        """Return the run with this id; ``None``: the file has none."""
+        return next((each for each in (self.file.opened, *self.file.others) if each.run.id == run_id), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``GET /info`` shows of the file."""
+        card = self.file.card
+        return {
+            "file": self.file.name,
+            "run": self.file.opened.run.to_json(),
+            "report": None if card is None else card.to_json(),
+        }
+
+    async def identity(self) -> Identity:
+        """Return the process that was recorded."""
+        return self.record.identity
+
+    async def window(self, window_ms: int, *, extras: bool = False) -> Measurement:
+        """Raise `TargetGone`: there is no coming window."""
+        raise TargetGone(f"{self._reason}; ask with mode=trailing or /history")
+
+    async def snapshot(self) -> Snapshot:
+        """Raise `TargetGone`: nothing is measured now."""
+        raise TargetGone(f"{self._reason}; it has no current counters")
+
+    async def mark_async(self, label: str) -> Mark:
+        """Raise `NotRecording`."""
+        raise NotRecording(f"{self._reason}; it takes no marks")
+
+    def why_not_recorded(self) -> str:
+        """Return an empty string: there is a record."""
+        return ""
+
+    def recording_info(self) -> dict[str, Any]:
+        """Return the state of the record as ``GET /info`` shows it."""
+        return {
+            "interval_ms": self.record.interval_ns // 1_000_000,
+            "snapshots": len(self.record),
+            "marks": len(self.record.marks),
+            "ended": self._reason,
+            "state": self.file.opened.run.state,
+        }
+
+    async def hangs(self) -> bool:
+        """Return False: nothing is read."""
+        return False
+
+    async def record_hangs(self) -> bool:
+        """Return False: nothing is written."""
+        return False
+
+    async def close(self) -> None:
+        """Do nothing: nothing is held."""

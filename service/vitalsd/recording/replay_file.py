@@ -1,0 +1,244 @@
+"""
+Read the file that ``vitalsd replay`` serves: a bug report, a member of one, or a run.
+
+The file may come from another machine and another user. Nothing in it is believed but its own numbers and texts, and
+whatever does not fit is an `UnreadableRun` with one sentence.
+"""
+
+import io
+import json
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from vitalsd.contract.application import Application
+from vitalsd.contract.host import Host
+from vitalsd.contract.report_archive import HISTORY, MANIFEST, METADATA, METRICS, PREVIOUS_RUN
+from vitalsd.record import Record
+from vitalsd.stored_history import read_history
+from vitalsd.stored_run import Run, State, UnreadableRun, read_run
+
+__all__ = ["Card", "RecordedRun", "ReplayFile", "read_replay_file"]
+
+MAX_REPORT_BYTES = 64 << 20
+"""Of a report; its attachments are limited to half of that."""
+MAX_MEMBER_BYTES = 64 << 20
+"""Of one member, unpacked."""
+MAX_ENTRIES = 200
+"""Members and failures that the card lists."""
+MAX_TEXT = 10_000
+"""Characters of a description."""
+SQLITE_MAGIC = b"SQLite format 3\0"
+
+
+class RecordedRun(NamedTuple):
+    """One run in the file."""
+
+    run: Run
+    record: Record
+
+
+class Card(NamedTuple):
+    """What a report says about itself; each field is ``None`` where it says nothing."""
+
+    app: str | None
+    app_version: str | None
+    description: str | None
+    platform: str | None
+    host: Host
+    triggered_at: str | None
+    submitted_at: str | None
+    vitalsd_version: str | None
+    members: Sequence[tuple[str, int]]
+    """Name and size in bytes."""
+    failures: Sequence[tuple[str, str]]
+    """Name of a member that is missing, and why."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as ``GET /info`` shows it."""
+        return {
+            **self._asdict(),
+            "host": self.host._asdict(),
+            "members": [{"name": name, "size": size} for name, size in self.members],
+            "failures": [{"member": member, "reason": reason} for member, reason in self.failures],
+        }
+
+
+class ReplayFile(NamedTuple):
+    """What the file holds."""
+
+    name: str
+    opened: RecordedRun
+    """The crashed run if there is one, else the run that the report was made in."""
+    others: Sequence[RecordedRun]
+    card: Card | None
+    """``None``: the file is not a report."""
+    content: bytes | None
+    """The report as it is; ``None``: the file is not a report."""
+
+
+def read_replay_file(path: Path) -> ReplayFile:
+    """
+    Read a report (``.zip``), its ``previous-run.json`` or ``runtime-history.json``, or a run (``.sqlite``).
+
+    Raises:
+        UnreadableRun: the file is none of them, or damaged; ``str(error)`` names the file and the reason.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableRun(f"{path.name} is not a regular file")
+        magic = file.read(len(SQLITE_MAGIC))
+        if magic == SQLITE_MAGIC:
+            return ReplayFile(path.name, RecordedRun(*read_run(path)), (), None, None)
+        if status.st_size > MAX_REPORT_BYTES:
+            raise UnreadableRun(f"{path.name} has {status.st_size} bytes; a report has at most {MAX_REPORT_BYTES}")
+        content = magic + file.read(status.st_size)
+    if content.startswith(b"PK"):
+        return _read_report(path, content)
+    if content.lstrip()[:1] == b"{":
+        return ReplayFile(path.name, _read_member(path.name, content, Host(), {}), (), None, None)
+    raise UnreadableRun(f"{path.name} is not a bug report (no zip archive), not a run and not a member of a report")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # A FIFO would wait for a writer.
+
+
+def _read_report(path: Path, content: bytes) -> ReplayFile:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            infos = archive.infolist()
+            names = [info.filename for info in infos]
+            for name in (METADATA, MANIFEST, HISTORY, PREVIOUS_RUN):
+                if names.count(name) > 1:
+                    raise UnreadableRun(
+                        f"{path.name} has {names.count(name)} members named {name}; a report has one."
+                        " Unpack it and replay one of the files"
+                    )
+            if not {METADATA, MANIFEST, METRICS, HISTORY, PREVIOUS_RUN} & set(names):
+                raise UnreadableRun(f"{path.name} is not a bug report: it has no {METADATA}")
+            about = _object(archive, path, METADATA)
+            card = _card(about, _object(archive, path, MANIFEST), infos)
+            runs = [
+                _read_member(path.name, _unpacked(archive, path, name), card.host, about if name == HISTORY else {})
+                for name in (HISTORY, PREVIOUS_RUN)
+                if name in names
+            ]
+    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise UnreadableRun(f"{path.name}: {error}") from None
+    if not runs:
+        raise UnreadableRun(
+            f"{path.name} has neither {HISTORY} nor {PREVIOUS_RUN}: nothing was recorded, so there is nothing to replay"
+        )
+    crashed = [each for each in runs if each.run.state == "crashed"]
+    opened = max(crashed or runs[:1], key=lambda each: each.run.last_wall_ns or 0)
+    return ReplayFile(path.name, opened, [each for each in runs if each is not opened], card, content)
+
+
+def _unpacked(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:
+    info = archive.getinfo(name)
+    if info.file_size > MAX_MEMBER_BYTES:
+        raise UnreadableRun(f"{name} in {path.name} has {info.file_size} bytes; it may have {MAX_MEMBER_BYTES}")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # By the other methods, and by ZipFile.read, everything is unpacked, whatever size the header states.
+        raise UnreadableRun(f"{name} in {path.name} is compressed as in no report")
+    with archive.open(info) as member:
+        return member.read(info.file_size + 1)
+
+
+def _object(archive: zipfile.ZipFile, path: Path, name: str) -> Mapping[str, Any]:
+    """Return a member that describes the report; empty if it is missing or, after a redact hook, not a JSON object."""
+    try:
+        found = json.loads(_unpacked(archive, path, name))
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _card(about: Mapping[str, Any], manifest: Mapping[str, Any], infos: Sequence[zipfile.ZipInfo]) -> Card:
+    app, system, vitalsd = (_mapping(about.get(key)) for key in ("app", "os", "vitalsd"))
+    failures = manifest.get("failures")
+    return Card(
+        app=_text(app.get("name")),
+        app_version=_text(app.get("version")),
+        description=_text(about.get("description")),
+        platform=_text(about.get("platform")),
+        host=Host.read(
+            {**system, "system": system.get("name")}
+            | {key: about.get(key) for key in ("cpu_count", "utc_offset_minutes")}
+        ),
+        triggered_at=_text(about.get("triggered_at")),
+        submitted_at=_text(about.get("submitted_at")),
+        vitalsd_version=_text(vitalsd.get("version")),
+        members=[(info.filename[:MAX_TEXT], info.file_size) for info in infos[:MAX_ENTRIES]],
+        failures=[
+            (_text(each.get("member")) or "", _text(each.get("reason")) or "")
+            for each in (failures if isinstance(failures, list) else [])[:MAX_ENTRIES]
+            if isinstance(each, dict)
+        ],
+    )
+
+
+def _read_member(file: str, body: bytes, host: Host, about: Mapping[str, Any]) -> RecordedRun:
+    """
+    Read ``previous-run.json``, which has the description of its run, or ``runtime-history.json``, which has none.
+
+    Args:
+        host: the machine that made the report.
+        about: the metadata of the report, for the history of the process that ran meanwhile.
+    """
+    try:
+        record = read_history(body)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableRun(f"{file}: {error}") from None
+    described = _mapping(json.loads(body).get("run"))
+    target, app = _mapping(about.get("target")), _mapping(about.get("app"))
+    previous = bool(described)
+    state = (described if previous else target).get("state")
+    first = next(record.snapshots(), None)
+    identity = record.identity._replace(program=_text(described.get("program")) or "")
+    record.identity = identity
+    return RecordedRun(
+        Run(
+            id=_text(described.get("id")) or identity.start_id,
+            path=Path(file),
+            identity=identity,
+            state=_state(state, "crashed" if previous else "running"),
+            ended=_text((described if previous else target).get("ended")),
+            first_wall_ns=first.wall_ns if first else None,
+            last_wall_ns=record.last.wall_ns if record.last else None,
+            snapshots=len(record),
+            reported=False,
+            size_bytes=len(body),
+            application=_application(described.get("app"), described.get("app_version"))
+            if previous
+            else _application(app.get("name"), app.get("version")),
+            host=Host.read(described.get("host")) if previous and described.get("host") else host,
+        ),
+        record,
+    )
+
+
+def _state(found: Any, default: State) -> State:
+    return next((state for state in get_args(State) if state == found), default)
+
+
+def _application(app: Any, app_version: Any) -> Application:
+    try:
+        return Application.checked(app, app_version)
+    except ValueError:
+        return Application()
+
+
+def _mapping(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def _text(found: Any) -> str | None:
+    return found[:MAX_TEXT] if isinstance(found, str) and found else None

@@ -1,0 +1,1 @@
+"""Bug reports: which crashed run belongs to one, and how its members become an archive."""

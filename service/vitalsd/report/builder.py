@@ -1,0 +1,102 @@
+"""
+Build a bug report from its members: the one place, for a client, the command and a sidecar.
+
+The members are collected first, by whichever program can ask for them. Here they are redacted, described and sealed, so
+it runs in the program that holds the redact hooks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from vitalsd.contract.application import Application
+from vitalsd.contract.host import Host
+from vitalsd.contract.report_archive import METADATA, Bundle, Failure, metadata, new_report_id, seal
+
+__all__ = ["Collected", "Heading", "Redact", "build"]
+
+Redact = Callable[[str, bytes], bytes | None]
+"""Given a member's name and content, return what of it may leave the program; ``None``: nothing."""
+
+
+@dataclass(slots=True)
+class Collected:
+    """The members of a report before redaction."""
+
+    platform: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    application: Application = Application()
+    """What the sidecar was told about the application, or what the run on disk says."""
+    host: Host | None = None
+    """The recorded machine, if it is not this one: a file is replayed."""
+    target: Mapping[str, Any] | None = None
+    """State of the recorded process: ``{"state": …, "ended": …}``; ``None``: not known."""
+    run_id: str | None = None
+    """The crashed run among the members."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """What the client says about a report."""
+
+    app: str | None
+    """Application id; ``None``: that of `Collected.application`."""
+    app_version: str | None = None
+    description: str = ""
+    triggered: datetime = field(default_factory=lambda: datetime.now(UTC))
+    report_id: str = field(default_factory=new_report_id)
+
+
+def build(heading: Heading, collected: Collected, redact: Sequence[Redact] = (), *, created: datetime) -> Bundle:
+    """
+    Return the sealed report.
+
+    Args:
+        heading: what the client says.
+        collected: the members; not changed.
+        redact: each hook is given every member; a member that a hook fails on is left out.
+        created: when the report is submitted.
+    """
+    known = collected.application
+    app = heading.app or known.app
+    app_version = (
+        heading.app_version if heading.app_version is not None else known.app_version if app == known.app else None
+    )
+    about = metadata(
+        app=app,
+        app_version=app_version,
+        vitalsd_version=version("vitalsd"),
+        report_id=heading.report_id,
+        triggered=heading.triggered,
+        submitted=created,
+        description=heading.description,
+        platform=collected.platform,
+        host=collected.host or Host.this(),
+        target=collected.target,
+    )
+    members: dict[str, bytes] = {}
+    failures = list(collected.failures)
+    for name, content in {METADATA: about, **collected.members}.items():
+        kept = _redacted(name, content, redact)
+        if isinstance(kept, Failure):
+            failures.append(kept)
+        else:
+            members[name] = kept
+    return seal(app, heading.report_id, created, members, failures)
+
+
+def _redacted(name: str, content: bytes, redact: Sequence[Redact]) -> bytes | Failure:
+    for hook in redact:
+        try:
+            kept = hook(name, content)
+        except Exception as error:  # noqa: BLE001 - what a hook could not look through does not leave the program
+            return Failure(name, f"left out: a redact hook raised {type(error).__name__}")
+        if kept is None:
+            return Failure(name, "left out by a redact hook")
+        if not isinstance(kept, bytes):
+            return Failure(name, f"left out: a redact hook returned {type(kept).__name__}")
+        content = kept
+    return content

@@ -1,0 +1,180 @@
+"""
+Decide which crashed run belongs to a report.
+
+A run with an application id belongs to reports with this id and to no other. Without ids the program decides, see
+`vitalsd.sources.programs`. In doubt the run is left out, and `Choice.reason` says so and names the run.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from vitalsd.contract.report_archive import PREVIOUS_RUN, Failure, previous_run
+from vitalsd.history import history
+from vitalsd.record import Record
+from vitalsd.runs import RunDirectory
+from vitalsd.sources.birth import Births, Undecided, births
+from vitalsd.stored_run import Run, UnreadableRun, read_run
+
+__all__ = ["TOP_THREADS", "Choice", "Found", "Listing", "Subject", "choose", "find", "is_alive", "member"]
+
+TOP_THREADS = 50
+"""Threads of a run that a report shows: the busiest."""
+NAMED_RUNS = 5
+"""Runs that a sentence names."""
+
+Listing = Mapping[str, Any]
+"""A run as ``GET /runs`` lists it."""
+
+
+class Subject(NamedTuple):
+    """What a report is about."""
+
+    app: str | None = None
+    """The application id that the report was given."""
+    start_id: str | None = None
+    """`Identity.start_id` of the process that runs now; ``None``: nothing is running."""
+    name: str = ""
+    program: str = ""
+    target_app: str | None = None
+    """The application id with which the sidecar of that process was started."""
+
+    @classmethod
+    def of(cls, app: str | None, target: Mapping[str, Any], target_app: str | None) -> "Subject":
+        """Return the subject for a target as ``GET /info`` shows it. Raises `KeyError`: it is `Unavailable`."""
+        return cls(app, str(target["start_id"]), str(target["name"]), str(target.get("program", "")), target_app)
+
+
+class Choice(NamedTuple):
+    """The run that belongs to a report, if any."""
+
+    run: Listing | None = None
+    left_out: Sequence[Listing] = ()
+    """Crashed runs that no report contains yet and that may belong to this one."""
+    reason: str | None = None
+    """Why they were left out, and what to do."""
+
+
+def choose(listings: Sequence[Listing], subject: Subject, alive: Callable[[Listing], bool]) -> Choice:
+    """
+    Return the newest crashed run of `subject` that no report contains yet.
+
+    Args:
+        listings: runs in any order.
+        subject: what the report is about.
+        alive: whether the process of a run still lives; its recording ended before it did, so it has not crashed.
+    """
+    crashed = [
+        run
+        for run in sorted(listings, key=lambda run: str(run.get("recorded_to") or ""), reverse=True)
+        if run["state"] == "crashed" and not run["reported"]
+        if subject.start_id is None or not f"{run['id']}-".startswith(f"{subject.start_id}-")
+        if not alive(run)
+    ]
+    wanted = subject.app or subject.target_app
+    if wanted is not None:
+        for run in crashed:
+            if run.get("app") == wanted:
+                return Choice(run)
+    anonymous = [run for run in crashed if run.get("app") is None]
+    if subject.start_id is None:
+        programs = {run.get("program") for run in anonymous}
+        if len(programs) == 1 and "" not in programs:
+            return Choice(anonymous[0])
+        return Choice(left_out=anonymous, reason=_several(anonymous))
+    same = [run for run in anonymous if subject.program and run.get("program") == subject.program]
+    if same and subject.target_app is None:
+        return Choice(same[0])
+    doubtful = [run for run in anonymous if run in same or run.get("name") == subject.name]
+    return Choice(left_out=doubtful, reason=_doubt(doubtful, subject))
+
+
+def is_alive(kernel: Births | None = None) -> Callable[[Listing], bool]:
+    """Return a function that tells whether the process of a run lives on this machine, for `choose`."""
+    kernel = kernel or births()
+    try:
+        boot = kernel.boot_id()[:8]
+    except Undecided:
+        return lambda _: False
+
+    def alive(run: Listing) -> bool:
+        try:
+            pid = int(run["pid"])
+            start = kernel.start_key(pid)
+        except (Undecided, KeyError, TypeError, ValueError, OSError):
+            return False
+        return start is not None and f"{run['id']}-".startswith(f"{pid}-{start}-{boot}-")
+
+    return alive
+
+
+class Found(NamedTuple):
+    """The run for a report, read from disk, or why there is none."""
+
+    run: Run | None = None
+    record: Record | None = None
+    choice: Choice = Choice()
+    failure: Failure | None = None
+
+
+def find(directory: RunDirectory, subject: Subject, run_id: str | None, kernel: Births | None = None) -> Found:
+    """
+    Find and read the run that belongs to a report; never raises for what is on disk.
+
+    Args:
+        directory: the runs of this user.
+        subject: what the report is about.
+        run_id: this run, whatever `choose` would say; ``None``: `choose`.
+        kernel: tells which processes live.
+    """
+    choice = Choice()
+    try:
+        if run_id is not None:
+            run = directory.find(run_id)
+            if run is None:
+                return Found(
+                    failure=Failure(PREVIOUS_RUN, f"no run has the id {run_id!r:.80}; `vitalsd runs` lists them")
+                )
+        else:
+            runs = {run.id: run for run in directory.runs()}
+            choice = choose([run.to_json() for run in runs.values()], subject, is_alive(kernel))
+            if choice.run is None:
+                failure = None if choice.reason is None else Failure(PREVIOUS_RUN, choice.reason)
+                return Found(choice=choice, failure=failure)
+            run = runs[choice.run["id"]]
+        return Found(run, read_run(run.path)[1], choice)
+    except UnreadableRun as error:
+        return Found(choice=choice, failure=Failure(PREVIOUS_RUN, f"the file of the run cannot be read: {error}"))
+    except OSError as error:
+        reason = f"the file of the run cannot be read: {error.strerror or type(error).__name__}"
+        return Found(choice=choice, failure=Failure(PREVIOUS_RUN, reason))
+
+
+def member(run: Run, record: Record) -> bytes:
+    """Return the content of ``previous-run.json``."""
+    return previous_run(run.to_json(), history(record, top=TOP_THREADS).to_json())
+
+
+def _doubt(runs: Sequence[Listing], subject: Subject) -> str | None:
+    if not runs:
+        return None
+    if subject.target_app is not None:
+        why = "recorded without an application id, while this process has one"
+    elif not subject.program or any(not run.get("program") for run in runs):
+        why = "recorded without an application id, and what the processes run is not known"
+    else:
+        why = "recorded without an application id, from another program file or with other arguments"
+    which = "a crashed run" if len(runs) == 1 else f"{len(runs)} crashed runs"
+    return f"{which} of the same process name may belong here but was left out: {why}; {_remedy(runs)}"
+
+
+def _several(runs: Sequence[Listing]) -> str | None:
+    if not runs:
+        return None
+    which = "1 crashed run has" if len(runs) == 1 else f"{len(runs)} crashed runs have"
+    return f"{which} no application id and may be of different programs, so none was included; {_remedy(runs)}"
+
+
+def _remedy(runs: Sequence[Listing]) -> str:
+    ids = ", ".join(str(run["id"]) for run in runs[:NAMED_RUNS])
+    more = f" and {len(runs) - NAMED_RUNS} more, see `vitalsd runs`" if len(runs) > NAMED_RUNS else ""
+    return f"to include one: vitalsd report --run ID, with the ID {ids}{more}"
