@@ -1,4 +1,4 @@
-"""Asking a sidecar: `vitalsd_client.client`, `places` and `exchange`, against real and misbehaving ones."""
+"""Ask a sidecar: `vitalsd_client.client`, `places` and `marks`, against real and misbehaving ones."""
 
 import ast
 import asyncio
@@ -20,8 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+import vitalsd
 from misbehaving import FAULTS, METRICS, Misbehaving, answer, says
 from sidecars import ask, eventually, serving
 from vitalsd import endpoint as endpoints
@@ -29,7 +31,7 @@ from vitalsd.directories import private_directory
 from vitalsd.endpoint import Endpoint, Target, proof
 from vitalsd.model import FullMetrics, Measured, RuntimeMetrics, Unavailable
 from vitalsd.sources.birth import births
-from vitalsd_client import BugReport, afetch, fetch
+from vitalsd_client import BugReport, afetch, fetch, mark
 
 ROOT = Path(__file__).parent.parent
 
@@ -507,6 +509,37 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
                 found.add(node.module)
         ours = {name for name in found if name.split(".")[0] == "vitalsd"}
         assert ours <= allowed | more.get(file.name, set()), file.name
+
+
+def test_mark_is_recorded_by_the_sidecar_of_this_process(home: Path) -> None:
+    """By `vitalsd_client.mark` and on what `spawn` returns; it says whether, and never raises."""
+    assert not mark("without a sidecar")
+    with vitalsd.spawn(port=0) as spawned, vitalsd.spawn(port=0, auth="token") as other:
+        assert mark("by itself")
+        assert spawned.mark("by the object\nthat spawn returned")
+        spawned.socket = None
+        assert spawned.mark("over TCP")
+        other.socket = None
+        assert other.mark("with a token")
+        labels = [each["label"] for each in json.loads(httpx.get(f"{spawned.url}/marks", trust_env=False).content)]
+        assert set(labels) >= {"by the object that spawn returned", "over TCP"}
+        for wrong in ("", "  \n", None, 5, b"x"):
+            assert not mark(wrong)  # type: ignore[arg-type]
+            assert not spawned.mark(wrong)  # type: ignore[arg-type]
+        assert not mark("x", url="no url")
+    assert not spawned.mark("after its end")
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_mark_of_a_sidecar_that_does_not_answer_costs_a_quarter_of_a_second(home: Path, how: str) -> None:
+    """The thread that marks may be that of a user interface."""
+    with vitalsd.spawn(port=0) as spawned:
+        os.kill(spawned.pid, signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+        for put in (spawned.mark, mark):
+            begun = time.monotonic()
+            assert not put("unheard")
+            assert time.monotonic() - begun < 2, "0.25 s, and what a busy machine takes"
+        os.kill(spawned.pid, signal.SIGCONT)
 
 
 def test_all_is_what_can_be_had() -> None:

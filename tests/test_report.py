@@ -222,6 +222,25 @@ def test_what_cannot_be_attached_does_not_sink_the_report(home: Path) -> None:
     assert members["attachments/10-fine"] == b"fine"
 
 
+def test_attach_refuses_text_that_is_the_path_of_a_file(home: Path) -> None:
+    """A program that passes a path means the file: `attach_file`, with its end if it is too large."""
+    log = home / "app.log"
+    log.write_text("first line\nlast line\n")
+    report = BugReport("ryll", window_ms=10)
+    with pytest.raises(ValueError, match=r"call attach_file\(path\)"):
+        report.attach("app.log", str(log))
+    report.attach("note", f"it is in {log}")
+    report.attach("lines", f"{log}\n")
+    report.attach("odd", "nul\0")
+    report.attach_file(log)
+    report.attach_file(str(log), name="end.log", limit=10, tail=True)
+    report.attach_file(log, limit=10)
+    members = report.preview()
+    assert members["attachments/04-app.log"] == log.read_bytes()
+    assert members["attachments/05-end.log"] == b"last line\n"
+    assert [each.member for each in report.failures if "attachments" in each.member] == ["attachments/06-app.log"]
+
+
 def test_a_hung_sidecar_delays_a_report_by_the_budget_and_no_more(home: Path) -> None:
     """Whatever hangs, the report is there within the window and 2 s."""
     with Misbehaving(FAULTS["endless drip"][0]) as server:
@@ -310,6 +329,16 @@ def test_redact_hooks_see_everything_before_it_is_written(home: Path) -> None:
     assert failures(members)["attachments/02-bad"] == "left out: a redact hook raised ValueError"
     assert failures(members)["attachments/04-text"] == "left out: a redact hook returned str"
     assert members["attachments/03-good"] == b"good"
+
+
+def test_one_function_may_redact(home: Path) -> None:
+    """It need not be in a list."""
+
+    def hook(_: str, content: bytes) -> bytes:
+        return content.replace(b"4711", b"*")
+
+    report = BugReport("ryll", description="card 4711", window_ms=10, redact=hook)
+    assert b"card *" in report.preview()["metadata.json"]
 
 
 def test_the_preview_is_what_is_written(home: Path) -> None:
@@ -429,6 +458,13 @@ def get_json(url: str, path: str) -> Any:
 def recorded(url: str) -> None:
     """Wait until there is something in its record."""
     eventually(lambda: get_json(url, "/info")["recorder"]["snapshots"] > 4)
+
+
+@pytest.fixture(scope="module")
+def idle(module_path: Path) -> Iterator[str]:
+    """The URL of a sidecar that watches itself."""
+    with serving(module_path) as (_, ready):
+        yield ready["url"]
 
 
 @contextmanager
@@ -589,6 +625,35 @@ def test_a_report_by_post_has_the_same_members_and_the_crashed_run_once(home: Pa
                 assert client.get(url, params=bad).status_code == 422
                 assert client.post(url, params=bad, json={}).status_code == 422
             assert client.post(f"{ready['url']}/runs/nope/reported").json()["reason"] == "no_such_run"
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "reason"),
+    [
+        (b"{}", {"Content-Type": "text/plain"}, 422, "bad_body"),
+        (b"", {}, 422, "bad_body"),
+        (b"[]", {}, 422, "bad_body"),
+        (b'{"app": "a/b"}', {}, 422, "bad_body"),
+        (b'{"app": "' + b"x" * 65 + b'"}', {}, 422, "bad_body"),
+        (b'{"app_version": "a\\nb"}', {}, 422, "bad_body"),
+        (b'{"message": 7}', {}, 422, "bad_body"),
+        (b'{"mesage": "x"}', {}, 422, "bad_body"),
+        (b'{"message": "' + b"x" * (16 * 1024) + b'"}', {}, 413, "body_too_large"),
+        (b"{}", {"Origin": "http://example.org"}, 403, "cross_site"),
+        (b"{}", {"Sec-Fetch-Site": "cross-site"}, 403, "cross_site"),
+        (b'{"message": "' + b"x" * (16 * 1024 - 20) + b'"}', {}, 200, None),
+        (b'{"message": "two\\nlines"}', {}, 200, None),
+    ],
+)
+def test_post_of_a_report_is_guarded_as_marks_are(
+    idle: str, content: bytes, headers: dict[str, str], status: int, reason: str | None
+) -> None:
+    """JSON alone, of 16 KiB, from no other site; what is wrong is a problem that says so."""
+    headers = {"Content-Type": "application/json"} | headers
+    answer = httpx.post(f"{idle}/report.zip?window_ms=10", content=content, headers=headers, trust_env=False)
+    assert answer.status_code == status
+    if reason is not None:
+        assert answer.json()["reason"] == reason
 
 
 # Mac and Linux

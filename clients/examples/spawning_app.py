@@ -1,5 +1,5 @@
 """
-An application that spawns its sidecar, and crashes: the sidecar is still there to tell.
+An application that spawns its sidecar and crashes. The sidecar answers for 30 s more, and its record is on disk.
 
     python clients/examples/spawning_app.py
 """
@@ -12,9 +12,10 @@ import vitalsd
 
 
 def main() -> None:
-    sidecar = vitalsd.spawn(port=0)
+    sidecar = vitalsd.spawn(port=0, app="spawning-app", app_version="1.0")
     print(f"sidecar {sidecar.pid} watches process {os.getpid()}: curl -s '{sidecar.url}/metrics?window_ms=100'")
-    print(f"after the crash, for 30 s: curl -s '{sidecar.url}/history?seconds=60'", flush=True)
+    print(f"after the crash, for 30 s: curl -s '{sidecar.url}/history?seconds=60'")
+    print("at any time: vitalsd report --app spawning-app", flush=True)
     end = time.monotonic() + 1
     while time.monotonic() < end:
         pass
