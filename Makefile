@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	&& { command -v $$p; break; }; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 ARGS ?=
 
@@ -14,27 +15,34 @@ ARGS ?=
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY) ## make the virtual environment (all other targets do so by themselves)
+setup: $(INSTALLED) ## install vitalsd into .venv (all other targets do so by themselves)
 
-$(READY): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "vitalsd needs Python 3.11 or newer, and no python3 on PATH is; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@echo "setting up $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
 		|| { echo "pip could not install what vitalsd needs: is a package index reachable?" >&2; exit 1; }
 	@touch $@
 
-run: $(READY) ## serve the metrics of a process: make run ARGS="--pid 4242"
+# What only tests, checks and benchmarks need.
+$(READY): $(INSTALLED)
+	@echo "installing the development tools"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+		|| { echo "pip could not install the development tools: is a package index reachable?" >&2; exit 1; }
+	@touch $@
+
+run: $(INSTALLED) ## serve the metrics of a process: make run ARGS="--pid 4242"
 	@exec $(BIN)/vitalsd serve $(ARGS)
 
-demo: $(READY) ## run an app with busy threads, and show what to curl
+demo: $(INSTALLED) ## run an app with busy threads, and show what to curl
 	@exec $(BIN)/python clients/examples/threaded_app.py $(ARGS)
 
 test: $(READY) ## run the tests, two files at a time: make test ARGS="-k trailing", ARGS="-n 0 -s"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-doctor: $(READY) ## examine vitalsd on this machine: make doctor ARGS="--soak 60"
+doctor: $(INSTALLED) ## examine vitalsd on this machine: make doctor ARGS="--soak 60"
 	@$(BIN)/vitalsd doctor $(ARGS)
 
 torture: $(READY) ## run the long tests: kills, faults and loads by the thousand

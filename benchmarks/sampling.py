@@ -36,12 +36,12 @@ def compiler() -> list[str]:
 
 
 def build(directory: Path) -> dict[str, Path]:
-    """The native programs; the one in Rust only where rustc is."""
+    """Build the native programs; the one in Rust only where rustc works: rustup's needs a toolchain."""
     built = {}
     for name in ("target", "floor", "duty"):
         built[name] = directory / name
         subprocess.run([*compiler(), "-O2", "-pthread", "-o", built[name], NATIVE / f"{name}.c"], check=True)
-    if shutil.which("rustc"):
+    if shutil.which("rustc") and subprocess.run(["rustc", "--version"], capture_output=True).returncode == 0:
         built["naive"] = directory / "naive"
         subprocess.run(["rustc", "-O", "-o", built["naive"], NATIVE / "naive.rs"], check=True)
     return built

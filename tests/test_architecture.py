@@ -15,6 +15,7 @@ import pytest
 
 import vitalsd
 import vitalsd_client
+from sidecars import environment
 
 ROOT = Path(__file__).parent.parent
 SERVICE = ROOT / "service" / "vitalsd"
@@ -127,6 +128,20 @@ def test_help_loads_no_server() -> None:
     code = "import sys, vitalsd.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"fastapi", "uvicorn", "starlette", "pydantic", "httpx"} & set(out.stdout.split())
+
+
+@pytest.mark.parametrize("command", [["runs"], ["endpoints"], ["report", "--help"], ["spool", "list"]])
+def test_a_command_that_reads_the_disk_loads_no_server(command: list[str], short_path: Path) -> None:
+    """It answers in the time of an interpreter's start, and not of a web framework's."""
+    code = (
+        "import sys; from vitalsd.cli import main\n"
+        "try: main(sys.argv[1:], prog_name='vitalsd')\n"
+        "except SystemExit: print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, *command], env=environment(short_path), capture_output=True, text=True, check=True
+    )
+    assert not {"fastapi", "uvicorn", "starlette"} & set(out.stdout.split())
 
 
 def test_importing_has_no_effect() -> None:

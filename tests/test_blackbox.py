@@ -771,9 +771,39 @@ def test_a_run_that_is_a_program_is_refused(tmp_path: Path, change: str) -> None
     (path,) = tmp_path.glob("*.sqlite")
     with closing(sqlite3.connect(path)) as db:
         db.executescript(change)
-    with pytest.raises(UnreadableRun, match="other tables than a black box"):
+    with pytest.raises(UnreadableRun, match="other tables than a run"):
         read_run(path)
     assert RunDirectory(tmp_path).runs() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("DROP TABLE mark; CREATE TABLE  mark  (wall_ns, monotonic_ns INT, label TEXT NOT NULL)", None),
+        ("DROP TABLE mark; CREATE TABLE mark (wall_ns INT, label TEXT)", "other columns in mark"),
+        ("ALTER TABLE mark ADD COLUMN more TEXT", "other columns in mark"),
+        ("DROP TABLE mark; CREATE TABLE mark (wall_ns, monotonic_ns, label CHECK (length(label) < 9))", "computes"),
+        ("CREATE TABLE more (x)", "other tables"),
+        ("DROP TABLE mark", "other tables"),
+        ("CREATE INDEX more ON frame (segment)", "other tables"),
+    ],
+)
+def test_run_with_a_table_declared_otherwise_is_read_if_it_has_the_columns(
+    tmp_path: Path, change: str, reason: str | None
+) -> None:
+    """The text of a declaration does not matter; what cannot be read is listed with the reason, not left out."""
+    box, _ = write(tmp_path, [Process().snapshot()])
+    box.close("over")
+    (path,) = tmp_path.glob("*.sqlite")
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(change)
+    found = RunDirectory(tmp_path).scan()
+    if reason is None:
+        assert len(found.runs) == 1
+        assert read_run(path)[0].id == found.runs[0].id
+    else:
+        assert found.runs == []
+        assert reason in found.unreadable[path.name]
 
 
 def check_it_is_off(box: BlackBox, reason: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
+from threading import Lock
 
 from vitalsd.contract.application import Application
 from vitalsd.durable import is_gone
@@ -67,6 +68,9 @@ class BlackBox:
     ) -> None:
         self.error: str | None = None
         self.dropped = 0
+        """Snapshots, marks and events that did not get to disk."""
+        self._counting = Lock()
+        """Held while `dropped` changes: sampler, event loop and writer do that."""
         self.run_id: str | None = None
         self._directory = directory
         self._identity = identity
@@ -206,8 +210,13 @@ class BlackBox:
 
     def _is_full(self) -> bool:
         full = self._worker.pending >= MAX_PENDING
-        self.dropped += full
+        if full:
+            self._drop()
         return full
+
+    def _drop(self) -> None:
+        with self._counting:
+            self.dropped += 1
 
     def _stuck(self) -> bool:
         """Whether the writer has been at the same write for too long: seen twice, or the whole process was stopped."""
@@ -229,7 +238,7 @@ class BlackBox:
         self._look()
         begins = anew or segment is not self._segment
         if not self._guard(self._write, number, segment, position, begins):
-            self.dropped += 1
+            self._drop()
             self._segment = None
         elif begins:
             self._guard(RunFile.trim)
@@ -237,7 +246,8 @@ class BlackBox:
 
     def _note(self, write: Callable[..., object], what: Mark | Event) -> None:
         self._look()
-        self.dropped += not self._guard(write, what)
+        if not self._guard(write, what):
+            self._drop()
         self._fold()
 
     def _end(self, ended: str, crashed: bool) -> None:

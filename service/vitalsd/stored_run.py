@@ -54,10 +54,17 @@ the indexes of the threads that moved, u32, as many as `moved`, or none if that 
 and how much each of them moved, u32 or i64 as `code` says, I or q.
 """
 
-TABLES = {line.removesuffix(";") for line in SCHEMA.strip().splitlines()}
+COLUMNS: dict[str, list[str]] = {
+    line.split()[2]: [column.split()[0] for column in line.partition("(")[2].rpartition(")")[0].split(", ")]
+    for line in SCHEMA.strip().splitlines()
+}
+"""By table of `SCHEMA`."""
 SCALARS_BYTES = 8 * len(Segment.SCALARS)
 CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image")
 """Of a segment, as JSON."""
+
+PROGRAMS = ("VIRTUAL", "CHECK", "DEFAULT", "GENERATED", "COLLATE")
+"""Words of a table's declaration that make SQLite run code."""
 
 State = Literal["running", "clean", "crashed"]
 
@@ -177,14 +184,30 @@ def opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]:
                 raise UnreadableRun(f"{name} is not a black box of vitalsd")
             if version != SCHEMA_VERSION:
                 raise UnreadableRun(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
-            if {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master")} != TABLES:
-                # A view in place of a table is a program, and may be one that never ends.
-                raise UnreadableRun(f"{name} has other tables than a black box of vitalsd")
+            _check_tables(db, name)
             yield db
     except sqlite3.OperationalError as error:
         raise _Stuck(f"{name} cannot be opened: {error}") from None
     except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise UnreadableRun(f"{name} is damaged: {error}") from None
+
+
+def _check_tables(db: sqlite3.Connection, name: str) -> None:
+    """
+    Raise `UnreadableRun` unless the tables are those of `SCHEMA` with their columns, and nothing else.
+
+    A view or a trigger is a program, and may be one that never ends. The text of the statements is not compared: it may
+    be written otherwise by another version.
+    """
+    kinds = {(kind, table): sql for kind, table, sql in db.execute("SELECT type, name, sql FROM sqlite_master")}
+    if {table for _, table in kinds} != set(COLUMNS) or {kind for kind, _ in kinds} != {"table"}:
+        raise UnreadableRun(f"{name} has other tables than a run of vitalsd")
+    for table, columns in COLUMNS.items():
+        if any(word in str(kinds["table", table]).upper() for word in PROGRAMS):
+            raise UnreadableRun(f"{name} has a table that computes")
+        found = [(column, hidden) for _, column, _, _, _, _, hidden in db.execute(f"PRAGMA table_xinfo({table})")]
+        if found != [(column, 0) for column in columns]:
+            raise UnreadableRun(f"{name} has other columns in {table} than a run of vitalsd")
 
 
 def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:

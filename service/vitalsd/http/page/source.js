@@ -131,13 +131,20 @@ function ended(info, over) {
   draw();
 }
 
+// How far back the record goes, s.
 function reach(info) {
-  return isReplay(info) ? 86400 : 900;
+  return isReplay(info) ? 86400 : Math.max(900, info.recorder ? info.recorder.retention_secs : 0);
+}
+
+// Between two samples, so that as many as are kept reach that far, ms.
+function spacing(info) {
+  if (isReplay(info)) return Math.floor((info.recorder.snapshots * info.recorder.interval_ms) / CAPACITY);
+  return Math.ceil((reach(info) * 1000) / CAPACITY);
 }
 
 // Just under a second, so that snapshots a second apart are not taken two by two.
 function step(info) {
-  return isReplay(info) ? Math.floor((info.recorder.snapshots * info.recorder.interval_ms) / CAPACITY) : 950;
+  return isReplay(info) ? spacing(info) : Math.max(950, spacing(info));
 }
 
 async function follow(mine) {
@@ -171,6 +178,8 @@ async function follow(mine) {
 function take(answer) {
   if (answer.available === false) return;
   const { process } = answer;
+  // Of a long record the samples are kept further apart; the newest one is always there.
+  if (samples.n > 1 && Date.now() + skew - samples.time[slotOf(samples.n - 2)] < spacing(view.info)) samples.n -= 1;
   add(Date.now() + skew, process.cpu_percent, process.rss_kb, answer.threads.length, (put) => {
     for (const thread of answer.threads) put(thread.tid, thread.name, thread.cpu_percent);
   });
