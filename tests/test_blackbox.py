@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from lives import IDENTITY, SECOND_NS, Process, lives, same
+from sidecars import environment
 from vitalsd.blackbox import BlackBox
 from vitalsd.record import Mark, Record
 from vitalsd.run_file import RunFile
@@ -928,3 +929,27 @@ def test_a_slow_disk_drops_and_counts(tmp_path: Path) -> None:
     blocker.close()
     assert box.dropped > 0
     box.close("over")
+
+
+def test_python_without_sqlite_records_in_memory_and_says_so(short_path: Path) -> None:
+    """`start` and its routes work; the black box is off with the reason, and a report has everything but runs."""
+    code = (
+        "import json, sys, time, urllib.request\n"
+        "sys.modules['_sqlite3'] = None\n"
+        "import vitalsd\n"
+        "from vitalsd_client import BugReport, last_crash\n"
+        "sidecar = vitalsd.start(port=0, record_interval_s=0.05)\n"
+        "def get(path): return json.loads(urllib.request.urlopen(sidecar.url + path).read())\n"
+        "while get('/info')['recorder']['snapshots'] < 4: time.sleep(0.02)\n"
+        "assert 'built without SQLite' in get('/info')['recorder']['black_box']['error']\n"
+        "assert get('/runs') == [] and get('/history')['time_ms']\n"
+        "assert last_crash('viewer') is None\n"
+        "print(*BugReport('viewer', window_ms=50).preview())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(short_path), capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        *("metadata.json", "runtime-metrics.json", "runtime-history.json", "marks.json", "manifest.json")
+    ]

@@ -6,6 +6,9 @@ if TYPE_CHECKING:
     from vitalsd.alongside import Spawned, SpawnError, spawn
     from vitalsd.inprocess import Sidecar, start
 
+__version__ = "0.1.0"
+"""A constant: where a program is vendored or frozen there may be no metadata of the distribution to read it from."""
+
 __all__ = ["Sidecar", "SpawnError", "Spawned", "spawn", "start"]
 
 

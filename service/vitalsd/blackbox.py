@@ -8,7 +8,6 @@ file at once; a kill may come before that, and take one snapshot, or what waited
 """
 
 import logging
-import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -19,6 +18,7 @@ from threading import Lock
 from vitalsd.contract.application import Application
 from vitalsd.durable import is_gone
 from vitalsd.record import Event, Mark, Segment
+from vitalsd.recording.sqlite import sqlite3
 from vitalsd.run_file import RunFile, row_of
 from vitalsd.run_parts import tail_link
 from vitalsd.runs import RunDirectory

@@ -18,11 +18,11 @@ import uuid
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from heapq import nlargest
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from vitalsd import __version__
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import SourceError
 from vitalsd.targets import Targets
@@ -136,7 +136,7 @@ def metrics_data(
         metrics += _process(points, snapshot)
         metrics += _threads(points, snapshot, threads)
         attributes = _resource(identity)
-    scope = ScopeMetrics(InstrumentationScope("vitalsd", version("vitalsd")), metrics, "")
+    scope = ScopeMetrics(InstrumentationScope("vitalsd", __version__), metrics, "")
     return MetricsData([ResourceMetrics(Resource(_host() | attributes), [scope], "")])
 
 

@@ -7,7 +7,6 @@ failure may take what the system had not written yet.
 
 import json
 import os
-import sqlite3
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Segment
+from vitalsd.recording.sqlite import sqlite3
 from vitalsd.run_parts import delete_run, new_run
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity

@@ -61,7 +61,7 @@ class RunDirectory:
             except UnreadableRun as error:
                 unreadable[path.name] = str(error)
             except OSError as error:
-                unreadable[path.name] = f"{path.name} cannot be read: {error.strerror}"
+                unreadable[path.name] = f"{path.name} cannot be read: {error.strerror or error}"
         order = {"crashed": 0, "running": 1, "clean": 2}
         runs.sort(key=lambda run: (order[run.state], -(run.last_wall_ns or 0)))
         return Scan(runs, unreadable, max(0, len(files) - MAX_LISTED))

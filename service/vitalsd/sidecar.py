@@ -13,12 +13,11 @@ import signal
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 from starlette.types import ASGIApp
 
-from vitalsd import directories
+from vitalsd import __version__, directories
 from vitalsd import endpoint as endpoints
 from vitalsd.contract.application import Application
 from vitalsd.directories import EndpointError, private_directory
@@ -82,7 +81,7 @@ class Service:
         host, port = listeners.address
         self.listeners = listeners
         self.endpoint = Endpoint(
-            version=version("vitalsd"),
+            version=__version__,
             pid=os.getpid(),
             start=kernel.start_key(os.getpid()) or 0,
             boot_id=kernel.boot_id(),

@@ -7,7 +7,6 @@ it. A run that is not being written any more and did not say how it ended has cr
 
 import json
 import shutil
-import sqlite3
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.record import Event, EventKind, Mark, Moves, Record, Segment
+from vitalsd.recording.sqlite import sqlite3
 from vitalsd.run_parts import disk_bytes, is_being_written, is_of, tail_link
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.tail import Row, read_tail

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import click
 
+from vitalsd import __version__
+
 __all__ = ["main"]
 
 COMMANDS = {
@@ -70,7 +72,7 @@ class _Program(click.Group):
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(package_name="vitalsd", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
     """What is this process doing? CPU, memory and every thread, on Linux and macOS.
 

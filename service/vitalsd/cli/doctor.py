@@ -51,8 +51,8 @@ def _examine(context: click.Context, as_json: bool, soak_s: float | None) -> boo
     import time
     from contextlib import closing
     from dataclasses import asdict
-    from importlib.metadata import version
 
+    from vitalsd import __version__
     from vitalsd.doctor.examination import examine
 
     raise_descriptor_limit()
@@ -72,7 +72,7 @@ def _examine(context: click.Context, as_json: bool, soak_s: float | None) -> boo
     passed = sum(finding.verdict == "pass" for finding in found)
     if as_json:
         report = {
-            "version": version("vitalsd"),
+            "version": __version__,
             "platform": platform.name,
             "healthy": not failed,
             "seconds": round(time.monotonic() - begun, 1),

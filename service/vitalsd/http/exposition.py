@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Iterator
 from heapq import nlargest
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from vitalsd import __version__
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.wire import printable
 
@@ -152,9 +152,7 @@ class Scrape(NamedTuple):
 
     def _ourselves(self) -> "Iterator[Metric]":
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        yield _info(
-            "vitalsd_build", "This service.", {"version": version("vitalsd"), "python": platform.python_version()}
-        )
+        yield _info("vitalsd_build", "This service.", {"version": __version__, "python": platform.python_version()})
         yield _counter("vitalsd_cpu_seconds", "CPU time of this service in seconds.", time.process_time())
         yield _gauge(
             "vitalsd_peak_resident_memory_bytes",

@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, suppress
-from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
+from vitalsd import __version__
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.http.answers import JSON, failed
@@ -200,7 +200,7 @@ async def _info(target: Target, application: Application) -> dict[str, Any]:
     replay = target.replay
     host = Host.this() if replay is None else replay.host
     return {
-        "version": version("vitalsd"),
+        "version": __version__,
         "python": platform.python_version(),
         "platform": target.platform,
         "os_version": host.version,

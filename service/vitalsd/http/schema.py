@@ -6,13 +6,13 @@ here when somebody asks, and not while the service starts.
 """
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from vitalsd import __version__
 from vitalsd.http import bodies
 from vitalsd.http.answers import STATUS
 from vitalsd.http.gate import OPEN_PATHS
@@ -82,7 +82,7 @@ def openapi(routes: Sequence[APIRoute]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "vitalsd",
-            "version": version("vitalsd"),
+            "version": __version__,
             "summary": "What one process is doing: CPU, memory and every thread.",
             "description": "Times are in ms, sizes in KiB, CPU in percent of one core, as the names say."
             " Parameters are read strictly: digits only, each once, no unknown names.",

@@ -8,9 +8,9 @@ it runs in the program that holds the redact hooks.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
+from vitalsd import __version__
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.contract.report_archive import METADATA, Bundle, Failure, metadata, new_report_id, seal
@@ -68,7 +68,7 @@ def build(heading: Heading, collected: Collected, redact: Sequence[Redact] = (),
     about = metadata(
         app=app,
         app_version=app_version,
-        vitalsd_version=version("vitalsd"),
+        vitalsd_version=__version__,
         report_id=heading.report_id,
         triggered=heading.triggered,
         submitted=created,
