@@ -1,5 +1,7 @@
 """Reports on their way: `vitalsd_client.spool`, `states` and `upload`, to the example receiver and to bad servers."""
 
+import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -16,6 +18,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -32,7 +35,8 @@ from receivers import receiving, receiving_badly
 from sidecars import VITALSD, environment
 from vitalsd.contract.report_archive import new_report_id, seal
 from vitalsd_client import Bundle, Spool, SpoolError
-from vitalsd_client.states import Entry
+from vitalsd_client import spool as spools
+from vitalsd_client.states import Entry, States
 from vitalsd_client.upload import Failed, Receipt, check_url, retry_after_s
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -395,6 +399,48 @@ def test_progress_that_raises_does_not_stop_the_sending(
     assert len(calls) == 1
 
 
+def test_send_logs_no_request_of_its_own(tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture) -> None:
+    """
+    Write no line of httpx into the log of the host program, which would name the URL.
+
+    The lines of another user of httpx stay, on other threads, in the progress function and afterwards.
+    """
+    caplog.set_level(logging.INFO)
+    ends, threads = threading.Event(), []
+
+    def ask(count: int = 1) -> None:
+        with httpx.Client(trust_env=False) as client:
+            for _ in range(count):
+                client.get(receiver)
+
+    def asks_all_the_time() -> None:
+        while not ends.is_set():
+            ask()
+            threads.append(threading.get_ident())
+
+    spool = spooling(tmp_path, receiver)
+    ids = [spool.add(a_bundle()) for _ in range(5)]
+    asking = threading.Thread(target=asks_all_the_time)
+    asking.start()
+    asked_here = 0
+
+    def progress(entry: Entry, sent: int, total: int) -> None:
+        nonlocal asked_here
+        ask()
+        asked_here += 1
+
+    spool.send(progress=progress)
+    ends.set()
+    asking.join()
+    ask()
+    assert states(spool) == dict.fromkeys(ids, "done")
+    lines = [record for record in caplog.records if record.name.partition(".")[0] in ("httpx", "httpcore")]
+    assert asked_here >= 5
+    assert len(lines) == len(threads) + asked_here + 1
+    assert all("GET" in line.getMessage() for line in lines)
+    assert logging.getLogger("httpx").filters == []
+
+
 def test_a_time_to_wait_is_a_number(tmp_path: Path) -> None:
     """With nan it would never end."""
     spool = spooling(tmp_path, "https://example.com/")
@@ -406,9 +452,9 @@ def test_a_time_to_wait_is_a_number(tmp_path: Path) -> None:
 
 
 def test_the_oldest_make_room(tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture) -> None:
-    """By number, by bytes and by age; receipts go first, and what was never sent goes with a warning."""
+    """By number and by bytes; receipts go first, and what was never sent goes with a warning."""
     now = [1000.0]
-    spool = spooling(tmp_path, receiver, max_reports=3, max_bytes=9000, max_age_s=100, clock=lambda: now[0])
+    spool = spooling(tmp_path, receiver, max_reports=3, max_bytes=9000, clock=lambda: now[0])
     sent = spool.add(a_bundle())
     spool.send()
     ids = []
@@ -421,16 +467,168 @@ def test_the_oldest_make_room(tmp_path: Path, receiver: str, caplog: pytest.LogC
         now[0] += 1
         ids.append(spool.add(a_bundle()))
         assert list(states(spool)) == ids[1:]
-        assert "dropped the pending report" in caplog.text
+        assert caplog.messages == [f"dropped the pending report {ids[0]}: the spool is full"]
         now[0] += 1
         large = spool.add(a_bundle(6000))
         assert list(states(spool)) == [ids[3], large]
         with pytest.raises(SpoolError, match="the spool holds 9000"):
             spool.add(a_bundle(10_000))
         assert list(states(spool)) == [ids[3], large]
-        now[0] += 101
-        assert {entry.report_id for entry in spool.prune()} == {ids[3], large}
-        assert "too old" in caplog.text
+
+
+DAY_S = 86_400.0
+YEAR_S = 365 * DAY_S
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """Run a server that has no time now, on every attempt; give its URL."""
+    with Misbehaving(says(answer(b"", status="503 No"))) as server:
+        yield server.url
+
+
+def test_spool_report_tried_and_too_old_is_dropped(
+    tmp_path: Path, refusing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Drop a report 30 days after its first attempt, pending or refused, and say so; a receipt goes without a word."""
+    now = [1.7e9]
+
+    def spool(url: str | None = None) -> Spool:
+        return spooling(tmp_path, url, clock=lambda: now[0])
+
+    with Misbehaving(says(answer(b"", status="400 No"))) as server:
+        failed = spool(server.url).add(a_bundle())
+        spool().send()
+    pending = spool(refusing).add(a_bundle())
+    spool().send()
+    with receiving(tmp_path / "store") as url:
+        spool().send(report_id=spool(url).add(a_bundle()))
+    assert sorted(states(spool()).values()) == ["done", "failed", "pending"]
+    for _ in range(4):
+        now[0] += 7 * DAY_S
+        spool().send(ignore_delays=True)
+        assert spool().prune() == []
+    now[0] += 3 * DAY_S
+    caplog.clear()
+    assert len(spool().prune()) == 3
+    assert sorted(caplog.messages) == [
+        f"dropped the failed report {failed}: it is too old",
+        f"dropped the pending report {pending}: it is too old",
+    ]
+    assert states(spool()) == {}
+
+
+@pytest.mark.parametrize("step_s", [3 * YEAR_S, -3 * YEAR_S, 56 * YEAR_S, 31 * DAY_S], ids=str)
+def test_spool_clock_set_before_the_first_attempt_keeps_the_report(
+    tmp_path: Path, receiver: str, step_s: float
+) -> None:
+    """Keep a report that was never tried, whatever the clock was when it was added, and send it."""
+    now = [1.7e9]
+
+    def spool() -> Spool:
+        return spooling(tmp_path, receiver, clock=lambda: now[0])
+
+    first = spool().add(a_bundle())
+    now[0] += step_s
+    second = spool().add(a_bundle())
+    assert states(spool()) == {first: "pending", second: "pending"}
+    now[0] += 400 * DAY_S
+    assert spool().prune() == [], "nor does waiting alone make it too old"
+    assert len(spool().send()) == 2
+    assert set(states(spool()).values()) == {"done"}
+
+
+@pytest.mark.parametrize("step_s", [3 * YEAR_S, -3 * YEAR_S, 56 * YEAR_S, 31 * DAY_S, 400_000 * YEAR_S, 1e300], ids=str)
+@pytest.mark.parametrize("status", ["503 No", "400 No"])
+def test_spool_clock_set_after_an_attempt_keeps_the_report(
+    tmp_path: Path, receiver: str, step_s: float, status: str
+) -> None:
+    """Keep a report that was tried or refused at a wrong clock, for days, and when the clock goes wrong again."""
+    now = [1.7e9]
+
+    def spool() -> Spool:
+        return spooling(tmp_path, clock=lambda: now[0])
+
+    with Misbehaving(says(answer(b"", status=status))) as server:
+        report_id = spooling(tmp_path, server.url, clock=lambda: now[0]).add(a_bundle())
+        for _ in range(4):
+            for step in step_s, -step_s:
+                spool().send(ignore_delays=True)
+                now[0] += step
+                assert spool().prune() == []
+                now[0] += DAY_S
+                spool().add(a_bundle())
+    assert states(spool())[report_id] == ("failed" if status == "400 No" else "pending")
+    assert datetime.fromtimestamp(only_of(spool(), report_id).added, UTC).year >= 1970
+    if status == "503 No":
+        spooling(tmp_path, receiver, clock=lambda: now[0]).readdress(report_id)
+        (outcome,) = spooling(tmp_path, receiver).send(report_id=report_id)
+        assert isinstance(outcome.attempt, Receipt)
+
+
+def only_of(spool: Spool, report_id: str) -> Entry:
+    (entry,) = (entry for entry in spool.entries() if entry.report_id == report_id)
+    return entry
+
+
+@pytest.mark.parametrize("now", [-1e9, 0.0, 1e15, 1e300, float("inf"), float("nan")], ids=str)
+def test_spool_clock_impossible_sends(tmp_path: Path, receiver: str, now: float) -> None:
+    """Add, list, send and prune at a clock before 1970 and beyond the year 9999."""
+    spool = spooling(tmp_path, receiver, clock=lambda: now)
+    report_id = spool.add(a_bundle())
+    assert datetime.fromtimestamp(only(spool).added, UTC).year >= 1970
+    assert len(spool.send()) == 1
+    spool.add(a_bundle())
+    assert spool.prune() == []
+    assert states(spooling(tmp_path))[report_id] == "done"
+
+
+def test_spool_file_times_impossible_lists(tmp_path: Path) -> None:
+    """List a report without a note whose file is older than 1970 or newer than the year 9999, as a date that is one."""
+    spool = spooling(tmp_path, "https://example.com/")
+    report_id = spool.add(a_bundle())
+    (tmp_path / "spool" / "pending" / f"{report_id}.json").unlink()
+    for seconds in -1e6, 2.0**40:
+        os.utime(tmp_path / "spool" / "pending" / f"{report_id}.zip", (seconds, seconds))
+        assert 1970 <= datetime.fromtimestamp(only(spool).added, UTC).year <= 9999
+
+
+def test_spool_clock_file_damaged_or_lost_keeps_the_report(tmp_path: Path, refusing: str) -> None:
+    """Go on with the clock as it is when the file with its steps is no such file, or is gone."""
+    now = [1.7e9]
+
+    def spool() -> Spool:
+        return spooling(tmp_path, refusing, clock=lambda: now[0])
+
+    report_id = spool().add(a_bundle())
+    spool().send()
+    file = tmp_path / "spool" / "clock"
+    for damaged in "", "[]", '{"used": null}', '{"used": NaN, "steps": 0}', '{"used": 1e999, "steps": 1}', "[" * 9999:
+        file.write_text(damaged)
+        now[0] += DAY_S
+        spool().send()
+        assert spool().prune() == []
+        file.unlink()
+    os.mkfifo(file)
+    assert spool().prune() == []
+    file.unlink()
+    now[0] -= 3 * YEAR_S
+    spool().send(ignore_delays=True)
+    now[0] += 3 * YEAR_S
+    assert spool().prune() == []
+    assert states(spool()) == {report_id: "pending"}
+
+
+def test_sweep_clock_set_spares_a_file_being_written(tmp_path: Path) -> None:
+    """Leave what a writer has begun before the clock was set; remove it when it was old by then."""
+    now = time.time() - 3 * YEAR_S
+    spooling(tmp_path, clock=lambda: now).prune()
+    for name, age_s in ("begun", 1.0), ("left", 2 * 3600.0):
+        path = tmp_path / "spool" / "new" / name
+        path.touch()
+        os.utime(path, (now - age_s, now - age_s))
+    spooling(tmp_path).prune()
+    assert [path.name for path in (tmp_path / "spool" / "new").iterdir()] == ["begun"]
 
 
 def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
@@ -481,6 +679,141 @@ def test_drop_and_retry(tmp_path: Path) -> None:
         assert spool.send() == [], "a second sender leaves it alone"
         sending.join()
         assert spool.drop(report_id)
+
+
+NO_LOCKS = ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EINVAL"]
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """Have flock(2) fail, as on NFS without lockd and on some file systems in user space."""
+
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("name", NO_LOCKS)
+def test_spool_without_locks_works(tmp_path: Path, receiver: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Add, send, retry, readdress and drop reports; nothing is left that was not there with locks."""
+    without_locks(monkeypatch, getattr(errno, name))
+    with Misbehaving(says(answer(b"", status="400 No"))) as server:
+        spool = spooling(tmp_path, server.url)
+        failed = spool.add(a_bundle())
+        assert len(spool.send()) == 1
+        assert states(spool) == {failed: "failed"}
+        assert spool.retry(failed)
+        assert spooling(tmp_path, receiver).readdress(failed)
+    assert len(spooling(tmp_path, receiver).send()) == 1
+    assert stored(tmp_path) == [failed]
+    dropped = spool.add(a_bundle())
+    assert spool.drop(dropped)
+    assert not spool.drop(dropped)
+    assert states(spool) == {failed: "done"}
+    files = [path.relative_to(tmp_path / "spool") for path in (tmp_path / "spool").rglob("*") if path.is_file()]
+    # The note of a refused report that was made pending again is swept later, as with locks.
+    assert sorted(map(str, files)) == ["clock", f"done/{failed}.json", f"failed/{failed}.json"]
+
+
+def test_send_without_locks_sends_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a report to the thread that is sending it, from the same spool or another object of it; drop says so."""
+    without_locks(monkeypatch, errno.ENOLCK)
+    with Misbehaving(hangs()) as server:
+        spool, same = (spooling(tmp_path, server.url, attempt_s=1.0) for _ in range(2))
+        report_id = spool.add(a_bundle())
+        sending = threading.Thread(target=spool.send)
+        sending.start()
+        while not server.requests:
+            time.sleep(0.01)
+        assert spool.send() == []
+        assert same.send() == []
+        for refused in same.drop, same.readdress:
+            with pytest.raises(SpoolError, match="being sent right now"):
+                refused(report_id)
+        sending.join()
+        assert len(server.requests) == 1
+        assert same.drop(report_id)
+
+
+def test_locked_forked_child_inherits_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a child use a report again: the thread that has it in the parent is not there to give it back."""
+    without_locks(monkeypatch, errno.ENOLCK)
+    report_id = spooling(tmp_path, "https://example.com/").add(a_bundle())
+    held = States(tmp_path / "spool")
+    with held.locked(report_id) as file, warnings.catch_warnings():
+        assert file is not None
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork in a process with threads; the child uses none
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with held.locked(report_id) as mine:
+                    status = 0 if mine is not None else 2
+            finally:
+                os._exit(status)
+        with held.locked(report_id) as again:
+            assert again is None
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_send_lock_held_as_nfs_says_it_leaves_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take EACCES and EAGAIN for the lock of another process, and any other error for a reason."""
+    spool = spooling(tmp_path, "https://example.com/")
+    report_id = spool.add(a_bundle())
+    for error in errno.EACCES, errno.EAGAIN:
+        without_locks(monkeypatch, error)
+        assert spool.send() == []
+        with pytest.raises(SpoolError, match="being sent right now"):
+            spool.drop(report_id)
+    without_locks(monkeypatch, errno.EIO)
+    for call in spool.send, lambda: spool.drop(report_id), lambda: spool.readdress(report_id):
+        with pytest.raises(
+            SpoolError, match=r"cannot lock .*\.zip: Input/output error; keep the spool on a file system"
+        ):
+            call()
+    assert states(spool) == {report_id: "pending"}
+
+
+def test_send_locks_a_file_open_for_writing(tmp_path: Path, receiver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open the report so that NFS grants an exclusive lock, and for reading where it cannot be written."""
+    modes = []
+
+    def flock(fd: int, operation: int) -> None:
+        modes.append(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    spool = spooling(tmp_path, receiver)
+    ids = [spool.add(a_bundle()) for _ in range(2)]
+    spool.send(report_id=ids[0])
+    original = os.open
+
+    def read_only(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_RDWR and str(path).endswith(".zip"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return original(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", read_only)
+    spool.send(report_id=ids[1])
+    assert modes == [os.O_RDWR, os.O_RDONLY]
+    assert states(spool) == dict.fromkeys(ids, "done")
+
+
+def test_send_report_unreadable_has_a_reason(tmp_path: Path, receiver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a report that cannot be read now, and send the others."""
+    spool = spooling(tmp_path, receiver)
+    bad, good = spool.add(a_bundle()), spool.add(a_bundle())
+    original = spools._parcel
+
+    def parcel(report_id: str, file: Any) -> Any:
+        if report_id == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(report_id, file)
+
+    monkeypatch.setattr(spools, "_parcel", parcel)
+    attempts = {outcome.report_id: outcome.attempt for outcome in spool.send()}
+    assert attempts[bad] == Failed("the report cannot be read: Input/output error", final=False)
+    assert isinstance(attempts[good], Receipt)
+    assert states(spool) == {bad: "pending", good: "done"}
 
 
 # Bad disks

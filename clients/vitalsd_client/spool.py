@@ -5,11 +5,16 @@ Reports that wait to be sent: files that move between directories by rename(2), 
     pending/   <id>.zip waits for its upload; <id>.json has its URL, its attempts and when to try again
     done/      <id>.json is the receipt of the server; the report itself is gone
     failed/    <id>.zip was refused for good; kept for a person to look at, until it is too old
+    clock      when the spool was last used, and by how much the clock was set since it was made
 
 A sender holds flock(2) on the report itself, and then makes sure that it still is in ``pending/``: two
 processes never send one report at the same time, and none sends it again once it is done. A sender
 that is killed between the server's receipt and the rename sends it once more, with the same
-idempotency key; the server knows it by that. Nothing here runs by itself, least of all at exit.
+idempotency key; the server knows it by that. Where the file system has no locks, as NFS without lockd,
+this holds for the threads of one process alone; a report that two processes send has the same key, too.
+Nothing here runs by itself, least of all at exit.
+
+A report ages from its first attempt on. A clock that is set by months makes none older: see `States.use`.
 """
 
 import hashlib
@@ -26,8 +31,18 @@ from typing import Any, BinaryIO
 
 from vitalsd.contract.report_archive import Bundle
 from vitalsd.durable import sync_directory
-from vitalsd_client.states import STATES, Entry, SpoolError, States, first_note
-from vitalsd_client.upload import ATTEMPT_S, Attempt, Failed, Parcel, Receipt, check_proxy, check_url, send
+from vitalsd_client.states import STATES, Entry, SpoolError, States, Use, first_note
+from vitalsd_client.upload import (
+    ATTEMPT_S,
+    Attempt,
+    Failed,
+    Parcel,
+    Receipt,
+    check_proxy,
+    check_url,
+    read_ca_file,
+    send,
+)
 
 __all__ = ["Outcome", "Spool"]
 
@@ -39,6 +54,9 @@ MAX_AGE_S = 30 * 86_400.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 900.0
 CLOCK_STEP_S = 86_400.0
 """A time to try again further away than any delay that is ever asked for is a clock that was wrong."""
+PART_OF_AGE = 1 / 3
+"""The clock moving by more than this part of max_age_s between two uses, and by more than CLOCK_STEP_S, is no age: one
+step of the clock alone never makes a report too old. A program that is started weekly still ages its reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +76,23 @@ class Spool:
         url: where reports go: https, or http on this machine. ``None``: only to look, and to send what
             was added with a URL.
         max_bytes: of all reports together; the oldest go first.
-        max_reports: likewise.
-        max_age_s: likewise.
+        max_reports: of all states together; the oldest go first.
+        max_age_s: since the first attempt, s. A report that was never tried does not get too old. What the clock moves
+            between two uses of the spool by more than a third of this, and more than a day, does not count: it is a
+            step of the clock, or a long pause.
         attempt_s: for one attempt as a whole, s.
         first_delay_s: before the second attempt at most; doubled for each one after.
         longest_delay_s: bound of that.
         proxy: of the network; those of the environment are not used.
+        ca_file: file in PEM form with certificates of authorities to trust besides those of the system; read once, now.
+            The system's are, on Linux, the files of OpenSSL or those that SSL_CERT_FILE and SSL_CERT_DIR name; on
+            macOS, the keychains.
         clock: Unix time, s.
         jitter: a number from 0 to 1.
 
     Raises:
-        ValueError: a report may not be sent to `url`, or `proxy` is not the URL of one.
+        ValueError: a report may not be sent to `url`, `proxy` is not the URL of one, or `ca_file` cannot be read or
+            has no certificate.
         SpoolError: the directory cannot be used.
     """
 
@@ -84,6 +108,7 @@ class Spool:
         first_delay_s: float = FIRST_DELAY_S,
         longest_delay_s: float = LONGEST_DELAY_S,
         proxy: str | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -93,6 +118,7 @@ class Spool:
         self._attempt_s = attempt_s
         self._delays_s = first_delay_s, longest_delay_s
         self._proxy = None if proxy is None else check_proxy(proxy)
+        self._authorities = None if ca_file is None else read_ca_file(ca_file)
         self._clock, self._jitter = clock, jitter
         self._states = States(self.directory)
         self._settled: set[str] = set()
@@ -126,7 +152,7 @@ class Spool:
         return report_id
 
     def entries(self) -> list[Entry]:
-        """All reports: pending ones, then done, then failed; in each the oldest first."""
+        """Return all reports: pending ones, then done, then failed; in each the oldest first. Raises `SpoolError`."""
         return self._states.all()
 
     def drop(self, report_id: str) -> bool:
@@ -174,13 +200,15 @@ class Spool:
         Args:
             keep: the id of a report that stays in any case.
         """
-        self._states.sweep()
+        use = self._use()
+        self._states.sweep(use.before)
         rank = {"done": 0, "failed": 1, "pending": 2}
         entries = sorted(self.entries(), key=lambda entry: (rank[entry.state], entry.added))
         count, size = len(entries), sum(entry.size for entry in entries)
         dropped = []
         for entry in entries:
-            too_old = entry.added < self._clock() - self._max_age_s
+            tried = self._states.tried(entry)
+            too_old = tried is not None and use.age_clock - tried > self._max_age_s
             too_much = size > self._max_bytes and entry.size > 0
             if entry.report_id == keep or not (too_old or too_much or count > self._max_reports):
                 continue
@@ -188,13 +216,17 @@ class Spool:
                 if self._states.remove(entry):
                     count, size = count - 1, size - entry.size
                     dropped.append(entry)
-        for entry in dropped:
-            if entry.state != "done":
-                why = "full" if entry.added >= self._clock() - self._max_age_s else "the report too old"
-                logging.getLogger("vitalsd_client").warning(
-                    "dropped the %s report %s: the spool is %s", entry.state, entry.report_id, why
-                )
+                    if entry.state != "done":
+                        logging.getLogger("vitalsd_client").warning(
+                            "dropped the %s report %s: %s",
+                            entry.state,
+                            entry.report_id,
+                            "it is too old" if too_old else "the spool is full",
+                        )
         return dropped
+
+    def _use(self) -> Use:
+        return self._states.use(self._clock(), max(CLOCK_STEP_S, self._max_age_s * PART_OF_AGE))
 
     # Sending
 
@@ -228,6 +260,7 @@ class Spool:
         for state in STATES:
             if not os.access(self.directory / state, os.W_OK | os.X_OK):
                 raise SpoolError(f"{self.directory / state} cannot be written; nothing was sent")
+        self._use()
         progress = None if progress is None else _until_it_raises(progress)
         deadline = time.monotonic() + wait_s
         outcomes: list[Outcome] = []
@@ -249,7 +282,8 @@ class Spool:
             time.sleep(min(max(0.05, due_s), max(0.0, deadline - time.monotonic())))
 
     def _is_due(self, entry: Entry, ignore_delays: bool) -> bool:
-        return self._not_before(entry) <= self._clock() or (ignore_delays and not entry.asked)
+        # A clock before 1970 must not keep back what has no time to wait for.
+        return self._not_before(entry) <= max(0.0, self._clock()) or (ignore_delays and not entry.asked)
 
     def _not_before(self, entry: Entry) -> float:
         return entry.not_before if entry.not_before <= self._clock() + CLOCK_STEP_S else 0.0
@@ -258,10 +292,16 @@ class Spool:
         with self._states.locked(report_id) as file:
             if file is None or report_id in self._settled:
                 return None
-            if self._states.path("done", report_id, "json").exists():
-                os.unlink(self._states.path("pending", report_id, "zip"))  # whoever sent it died just before this
-                return None
-            entry = self._states.entry("pending", report_id)
+            try:
+                if self._states.path("done", report_id, "json").exists():
+                    # The process that sent it ended before it had removed the report.
+                    os.unlink(self._states.path("pending", report_id, "zip"))
+                    return None
+                entry = self._states.entry("pending", report_id)
+            except FileNotFoundError:
+                return None  # another process has moved it on
+            except OSError as error:
+                raise SpoolError(f"cannot send {report_id} from {self.directory}: {error.strerror}") from None
             if not self._is_due(entry, ignore_delays):
                 return None  # another process has tried it since we looked
             url = entry.url or self.url
@@ -271,13 +311,7 @@ class Spool:
                 check_url(url)
             except ValueError as error:
                 return Outcome(report_id, Failed(str(error), final=False))
-            attempt = send(
-                url,
-                _parcel(report_id, file),
-                attempt_s=self._attempt_s,
-                proxy=self._proxy,
-                progress=None if progress is None else lambda sent, total: progress(entry, sent, total),
-            )
+            attempt = self._attempt(url, entry, file, progress)
             try:
                 self._settle(entry, attempt)
             except OSError as error:
@@ -287,10 +321,32 @@ class Spool:
                 self._settled |= {report_id} if isinstance(attempt, Receipt) else set()
             return Outcome(report_id, attempt)
 
+    def _attempt(self, url: str, entry: Entry, file: BinaryIO, progress: _Progress | None) -> Attempt:
+        try:
+            parcel = _parcel(entry.report_id, file)
+        except OSError as error:
+            return Failed(f"the report cannot be read: {error.strerror}", final=False)
+        return send(
+            url,
+            parcel,
+            attempt_s=self._attempt_s,
+            proxy=self._proxy,
+            authorities=self._authorities,
+            progress=None if progress is None else lambda sent, total: progress(entry, sent, total),
+        )
+
     def _settle(self, entry: Entry, attempt: Attempt) -> None:
         """Write down how it ended, while the lock is held."""
         report_id, attempts = entry.report_id, entry.attempts + 1
-        note: dict[str, Any] = {"url": entry.url or self.url, "added": entry.added, "attempts": attempts}
+        now = self._use().age_clock
+        tried = self._states.tried(entry)
+        note: dict[str, Any] = {
+            "url": entry.url or self.url,
+            "added": entry.added,
+            "attempts": attempts,
+            # Later than now: the file with the steps of the clock was lost.
+            "tried": now if tried is None else min(tried, now),
+        }
         if isinstance(attempt, Receipt):
             # Even on a full disk the rename takes it out of the way of other senders.
             note |= {"receipt": attempt.number, "sent": self._clock()}

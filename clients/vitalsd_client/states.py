@@ -1,9 +1,10 @@
 """
-The spool on disk: which report is in which state, what is known of it, and who is sending it.
+The spool on disk: which report is in which state, what is known of it, and which process is sending it.
 
 A state is a directory, a report a file in it, and a change of state rename(2). See `vitalsd_client.spool`.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -13,21 +14,37 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeGuard
 
 from vitalsd.directories import EndpointError, private_directory
 from vitalsd.durable import draft, sync_directory
 
-__all__ = ["STATES", "Entry", "SpoolError", "State", "States", "first_note"]
+__all__ = ["STATES", "Entry", "SpoolError", "State", "States", "Use", "first_note"]
 
 ORPHAN_S = 3600.0
 """A file in ``new/`` this old was left by a writer that died."""
 
 LATEST_S = 253_402_300_799
 """The end of the year 9999, Unix time."""
+
+FAR_S = 1e15
+"""Beyond this, some 30 million years, a clock counts as this. So every sum of clocks is a number that JSON has."""
+
+CLOCK = "clock"
+"""Name of the file with the last use of the spool and the steps of the clock."""
+
+USE_S = 60.0
+"""A use so soon after the last one is not written down: each time costs two syncs of the disk."""
+
+NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF))
+"""What flock(2) says where the file system has no locks, as NFS without lockd and some of FUSE."""
+
+_claims: dict[tuple[int, int, int], object] = {}
+"""The reports that a thread of this process has now, by pid, device and inode: where there are no locks, nothing else
+keeps two threads from sending one report. A forked child has another pid, so it inherits no claim."""
 
 NAME = re.compile(r"([0-9a-f]{32})\.(zip|json)", re.ASCII)
 State = Literal["pending", "done", "failed"]
@@ -58,6 +75,16 @@ class Entry:
     """The receipt, or what went wrong the last time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One use of the spool."""
+
+    before: float
+    """Unix time, s, of the use before; of this one if there was none."""
+    age_clock: float
+    """Clock for ages, s: Unix time without the steps that were seen since the spool was made."""
+
+
 class States:
     """
     The directories of one spool.
@@ -72,6 +99,7 @@ class States:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._unwritten: dict[str, dict[str, Any]] = {}
+        self._last_use: tuple[float, float] | None = None
         try:
             private_directory(directory)
             for name in ("new", *STATES):
@@ -97,12 +125,12 @@ class States:
         return found
 
     def all(self) -> list[Entry]:
-        """Pending ones, then done, then failed; in each the oldest first."""
+        """Return pending reports, then done, then failed; in each the oldest first. Raises `SpoolError`."""
         found = [entry for state in STATES for entry in self.entries(state)]
         return sorted(found, key=lambda entry: (STATES.index(entry.state), entry.added, entry.report_id))
 
     def find(self, report_id: str) -> Entry | None:
-        """Looked up in the listing: an id never becomes a path."""
+        """Look a report up in the listing: an id never becomes a path. Raises `SpoolError`."""
         return next((entry for entry in self.all() if entry.report_id == report_id), None)
 
     def entry(self, state: State, report_id: str) -> Entry:
@@ -115,7 +143,7 @@ class States:
             report_id=report_id,
             state=state,
             size=0 if state == "done" else found.st_size,
-            added=_number(note.get("added"), found.st_mtime),
+            added=_number(note.get("added"), min(max(0.0, found.st_mtime), LATEST_S)),
             url=url if isinstance(url, str) else None,
             attempts=int(_number(note.get("attempts"), 0)),
             not_before=_number(note.get("not_before"), 0),
@@ -124,7 +152,7 @@ class States:
         )
 
     def note_of(self, state: State, report_id: str) -> dict[str, Any]:
-        """What is known of a report besides itself. A damaged note costs a delay, never the report."""
+        """Read what is known of a report besides itself. A damaged note costs a delay, never the report."""
         if report_id in self._unwritten:
             return self._unwritten[report_id]
         with suppress(OSError, ValueError, RecursionError):
@@ -137,6 +165,44 @@ class States:
                 return note
         return {}
 
+    def tried(self, entry: Entry) -> float | None:
+        """Return the time of the first attempt, s, by `Use.age_clock`; ``None``: there was none."""
+        tried = self.note_of(entry.state, entry.report_id).get("tried")
+        return float(tried) if _is_number(tried) else None
+
+    def use(self, now: float, longest_s: float) -> Use:
+        """
+        Note a use of the spool, and return what the clock did since the one before.
+
+        What it moved back, or forward by more than `longest_s`, is a step of the clock, or a long time without a use;
+        neither makes a report older.
+
+        Args:
+            now: Unix time, s.
+            longest_s: the longest time between two uses that counts as age, s.
+        """
+        now = min(max(-FAR_S, now), FAR_S)
+        known = self._clock() or self._last_use
+        last, steps = known or (now, 0.0)
+        moved = now - last
+        if not 0.0 <= moved <= longest_s:
+            steps += moved
+        if known is None or not 0.0 <= moved < USE_S:
+            self._last_use = now, steps
+            with suppress(OSError):  # then this object knows it, and the next one compares with an earlier use
+                self._put(self.directory, CLOCK, json.dumps({"used": now, "steps": steps}).encode())
+        return Use(last, now - steps)
+
+    def _clock(self) -> tuple[float, float] | None:
+        with suppress(OSError, ValueError, RecursionError, AttributeError):
+            fd = os.open(self.directory / CLOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(fd, "rb") as file:
+                found = json.loads(file.read(4096))
+            used, steps = found.get("used"), found.get("steps")
+            if _is_number(used) and _is_number(steps):
+                return float(used), float(steps)
+        return None
+
     def note(self, report_id: str, note: dict[str, Any]) -> None:
         """Write it down, or on a full disk at least remember it."""
         try:
@@ -147,10 +213,14 @@ class States:
             logging.getLogger("vitalsd_client").warning("cannot write into the spool: %s", error.strerror)
 
     def write(self, state: State, name: str, content: bytes) -> None:
+        """Write a file into the directory of a state, whole or not at all. Raises `OSError`."""
+        self._put(self.directory / state, name, content)
+
+    def _put(self, directory: Path, name: str, content: bytes) -> None:
         temporary = self.directory / "new" / f"{name}.{secrets.token_hex(8)}"
         with draft(temporary, content):
-            os.rename(temporary, self.directory / state / name)
-        sync_directory(self.directory / state)
+            os.rename(temporary, directory / name)
+        sync_directory(directory)
 
     def move(self, report_id: str, suffix: str, old: State, new: State) -> None:
         with suppress(FileNotFoundError):
@@ -159,21 +229,31 @@ class States:
 
     @contextmanager
     def locked(self, report_id: str, state: State = "pending") -> Iterator[BinaryIO | None]:
-        """The report, opened and locked; ``None`` if another process has it, or it is there no longer."""
+        """
+        Give the report, opened and locked; ``None`` if another sender has it, or it is there no longer.
+
+        On a file system without locks it keeps out the other threads of this process alone.
+
+        Raises:
+            SpoolError: the lock cannot be asked for.
+        """
         path = self.path(state, report_id, "zip")
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            found = os.lstat(path)
         except OSError:
             yield None
             return
-        with os.fdopen(fd, "rb") as file:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever held the lock before us may have moved it on.
-                mine = os.path.samestat(os.fstat(fd), os.lstat(path))
-            except (BlockingIOError, FileNotFoundError):
-                mine = False
-            yield file if mine else None
+        # Claimed before it is opened: on NFS the process has the lock, and loses it when any thread closes the file.
+        key, claim = (os.getpid(), found.st_dev, found.st_ino), object()
+        if _claims.setdefault(key, claim) is not claim:
+            yield None
+            return
+        try:
+            file = _opened(path)
+            with nullcontext() if file is None else file:
+                yield file if file is not None and _lock(file, path) else None
+        finally:
+            del _claims[key]
 
     def remove(self, entry: Entry) -> bool:
         report_id = entry.report_id
@@ -195,9 +275,15 @@ class States:
         except OSError as error:
             raise SpoolError(f"cannot remove {report_id}: {error.strerror}") from None
 
-    def sweep(self) -> None:
-        """Remove what writers left that died: unfinished files, and notes whose report never came."""
-        old = time.time() - ORPHAN_S
+    def sweep(self, before: float) -> None:
+        """
+        Remove what dead writers left: unfinished files, and notes whose report never came.
+
+        Args:
+            before: Unix time, s, of the last use but this one. By then the file was old already: one that a
+                writer has begun just before the clock was set is not.
+        """
+        old = min(time.time(), before) - ORPHAN_S
         for folder in ("new", "pending", "failed"):
             with suppress(OSError):
                 for name in os.listdir(self.directory / folder):
@@ -210,6 +296,36 @@ class States:
 
 def first_note(url: str | None, added: float) -> bytes:
     return json.dumps({"url": url, "added": added, "attempts": 0}).encode()
+
+
+def _opened(path: Path) -> BinaryIO | None:
+    """Return the open file, or ``None`` if it cannot be opened. To lock it, NFS wants it open for writing."""
+    for mode in os.O_RDWR, os.O_RDONLY:
+        with suppress(OSError):
+            return os.fdopen(os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    return None
+
+
+def _lock(file: BinaryIO, path: Path) -> bool:
+    """Return whether the file is locked now, or cannot be, and still is at `path`. Raises `SpoolError`."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # EACCES: what fcntl(2) may say, which NFS makes of it
+            return False
+        if error.errno not in NO_LOCKS:
+            raise SpoolError(
+                f"cannot lock {path}: {error.strerror}; keep the spool on a file system with flock(2)"
+            ) from None
+    try:
+        # The process that held the lock before may have moved the file on.
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except OSError:
+        return False
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and abs(value) <= 2 * FAR_S
 
 
 def _number(value: Any, default: float) -> float:

@@ -49,15 +49,25 @@ UNNAMED = "vitalsd"
 """Begins the file name of a report that names no application."""
 MAX_SAME_SECOND = 1000
 
+ZIP_DATES = (1980, 1, 1, 0, 0, 0), (2107, 12, 31, 23, 59, 58)
+"""First and last moment that a ZIP can say: 7 bits for the year, and 5 for every other second."""
+
 
 def new_report_id() -> str:
-    """128 random bits: names the report, its file in a spool, and its upload."""
+    """Make 128 random bits, hexadecimal: they name the report, its file in a spool, and its upload."""
     return secrets.token_hex(16)
 
 
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except (OverflowError, ValueError, OSError):  # within a day of the years 1 and 9999
+        return moment.replace(tzinfo=UTC)
+
+
 def timestamp(moment: datetime) -> str:
-    """ISO 8601 in UTC with milliseconds."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """Write a moment as ISO 8601 in UTC with milliseconds."""
+    return _in_utc(moment).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +93,22 @@ class Bundle:
 
     @property
     def stem(self) -> str:
-        """Name of its file, without ``.zip``."""
-        return f"{self.app or UNNAMED}-bugreport-{self.created.astimezone(UTC):%Y-%m-%dT%H-%M-%SZ}"
+        """Return the name of its file, without ``.zip``."""
+        return f"{self.app or UNNAMED}-bugreport-{_in_utc(self.created):%Y-%m-%dT%H-%M-%SZ}"
 
     def zip(self) -> bytes:
-        """The archive. The same bundle gives the same bytes."""
+        """
+        Return the archive. The same bundle gives the same bytes.
+
+        The date of the members is that of the report, or the nearest one that a ZIP can say: a wrong clock must not
+        cost the report.
+        """
+        first, last = ZIP_DATES
+        date = min(max(_in_utc(self.created).timetuple()[:6], first), last)
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
             for name, content in self.members.items():
-                info = zipfile.ZipInfo(name, self.created.astimezone(UTC).timetuple()[:6])
+                info = zipfile.ZipInfo(name, date)
                 info.compress_type = zipfile.ZIP_DEFLATED
                 info.external_attr = 0o600 << 16
                 archive.writestr(info, content)
@@ -168,7 +185,7 @@ def metadata(
 
 def previous_run(listing: Mapping[str, Any], history: bytes) -> bytes:
     """
-    The content of `PREVIOUS_RUN`: the history of a dead run, and under ``run`` what is known of it.
+    Return the content of `PREVIOUS_RUN`: the history of a dead run, and under ``run`` what is known of it.
 
     Raises:
         ValueError: `history` is not a JSON object.
@@ -185,7 +202,7 @@ def _json(body: Any) -> bytes:
 
 def write_new(directory: Path, stem: str, suffix: str, content: bytes) -> Path:
     """
-    A new file ``<stem><suffix>``, or ``<stem>-2<suffix>`` and so on; atomic, durable, mode 0600.
+    Write a new file ``<stem><suffix>``, or ``<stem>-2<suffix>`` and so on; atomic, durable, mode 0600.
 
     Raises:
         OSError: it could not be written; nothing is left behind.
