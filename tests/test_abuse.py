@@ -154,7 +154,7 @@ HEADERS = [
     *("Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site", "Sec-Fetch-Site: none", "Sec-Fetch-Site: x"),
 ]
 BODIES = [b"", b"{", b"[]", b"null", b'{"label":1}', b'{"label":""}', b'{"label":"x","more":1}', b"x" * 5000]
-METHODS = ["PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "BREW", "get", "M-SEARCH", "HEAD"]
+METHODS = ["PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "BREW", "get", "M-SEARCH", "PROPFIND"]
 
 
 def wrong_request(dice: random.Random, host: str) -> tuple[str, str, list[str], bytes]:

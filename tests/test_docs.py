@@ -58,13 +58,19 @@ def test_starting_imports_nothing_for_later() -> None:
 
 
 def test_every_route_is_described(served: Serving, schema: Any) -> None:
-    """What the service says it serves, and the schema, are the same list; each has a summary, units and refusals."""
+    """
+    What the service says it serves, and the schema, are the same list; each has a summary, units and refusals.
+
+    HEAD is not listed for each route: the description of the API says that it goes with GET.
+    """
     refusal = served.client.get("/nowhere").json()
     listed = set(refusal["detail"].partition("there are: ")[2].split(", "))
     assert listed == set(schema["paths"]) - {"/hello"}
     for path in listed:
         allowed = served.client.request("BREW", path.replace("{run_id}", "x")).headers["allow"]
-        assert set(allowed.split(", ")) == {method.upper() for method in schema["paths"][path]}
+        described = {method.upper() for method in schema["paths"][path]}
+        assert set(allowed.split(", ")) == described | ({"HEAD"} if "GET" in described else set())
+    assert "Each route that has GET answers HEAD" in schema["info"]["description"]
     ids = [operation["operationId"] for _, _, operation in operations(schema)]
     assert len(set(ids)) == len(ids)
     for _, path, operation in operations(schema):
@@ -185,7 +191,26 @@ def test_a_mark_is_json(served: Serving, content_type: str | None) -> None:
     assert served.get("/marks") == before
 
 
-# docs/
+# README, docs/
+
+
+def test_commands_to_copy_name_the_address(schema: Any) -> None:
+    """No URL says localhost, which may be ::1 first, where no sidecar listens."""
+    root = DOCS.parent
+    files = [root / "README.md", *DOCS.glob("*.md"), *(root / "clients" / "examples").glob("*.[ps][yh]")]
+    texts = {file.name: file.read_text(encoding="utf-8") for file in files}
+    help_text = subprocess.run([sys.executable, "-m", "vitalsd", "--help"], capture_output=True, text=True, check=True)
+    texts |= {"--help": help_text.stdout, "/openapi.json": json.dumps(schema)}
+    assert "127.0.0.1:9779" in texts["--help"]
+    assert [name for name, text in texts.items() if re.search(r"\blocalhost[:/]|//localhost", text)] == []
+
+
+def test_the_first_curl_of_the_readme_asks_no_proxy() -> None:
+    """It works where http_proxy is set, and the page says why."""
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    first = next(line for line in text.splitlines() if "curl " in line)
+    assert "--noproxy '*'" in first
+    assert "http_proxy" in text
 
 
 def test_the_files_are_as_made() -> None:

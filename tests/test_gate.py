@@ -127,6 +127,14 @@ def test_a_host_that_is_wrong(edge: Edge, counted: Counted, form: str) -> None:
     assert len(counted.reached) == before
 
 
+def test_refusal_of_a_forwarder_on_another_port_says_to_use_the_same_port_number(edge: Edge) -> None:
+    """The address that the client may ask for is in the same sentence."""
+    number = port(edge)
+    reply = get(edge.url, host=f"localhost:{int(number) % 65535 + 1}")
+    detail = json.loads(reply.body)["detail"]
+    assert detail.endswith(f"use 127.0.0.1:{number}, and forward it by the same port number")
+
+
 @pytest.mark.parametrize("form", UNIX_RIGHT)
 def test_a_host_that_is_right_on_the_unix_socket(edge: Edge, form: str) -> None:
     """There the name is of no consequence to the way taken, so those that programs write are known by heart."""
@@ -362,6 +370,32 @@ def test_every_answer_keeps_browsers_from_making_other_use_of_it(edge: Edge, whi
     assert ("script-src" in policy) == (which == "page")
     assert "server" not in names
     assert not [name for name in names if name.startswith("access-control") or name == "set-cookie"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "host", "path", "status"),
+    [
+        ((), None, "/healthz", 200),
+        ((), "evil.test", "/healthz", 421),
+        ((), "", "/healthz", 400),
+        (("Sec-Fetch-Site: cross-site",), None, "/", 403),
+        (("Origin: http://evil.test",), None, "/metrics", 403),
+        ((), None, "/?" + "a" * 2050, 414),
+        (("X: " + "1" * 17_000,), None, "/healthz", 431),
+        ((), None, "/ /", 400),
+    ],
+)
+def test_head_passes_the_gate_where_get_does(
+    edge: Edge, counted: Counted, headers: tuple[str, ...], host: str | None, path: str, status: int
+) -> None:
+    """The same status and headers as for GET, no body, and nothing behind the gate runs for what is refused."""
+    before = len(counted.reached)
+    head, full = (get(edge.url, path, *headers, host=host, method=method) for method in ("HEAD", "GET"))
+    assert (head.status, full.status, head.body) == (status, status, b"")
+    assert [name for name, _ in head.headers] == [name for name, _ in full.headers]
+    differing = {name for name, _ in {*head.headers} ^ {*full.headers}}
+    assert differing <= {"date", "content-length"}  # a refusal of what is no HTTP quotes the line with the method
+    assert len(counted.reached) - before == (2 if status == 200 else 0)
 
 
 # The token

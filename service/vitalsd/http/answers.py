@@ -1,14 +1,15 @@
-"""What the routes share: JSON bytes nobody caches, and the statuses of the contract."""
+"""What the routes share: JSON bytes nobody caches, answers to HEAD, and the statuses of the contract."""
 
 import json
 from typing import Any
 
+from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 from vitalsd.wire import unavailable
 
-__all__ = ["JSON", "STATUS", "failed"]
+__all__ = ["JSON", "STATUS", "bare", "failed"]
 
 STATUS: dict[type[SourceError], int] = {
     AccessDenied: 403,
@@ -27,6 +28,17 @@ class JSON(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return content if isinstance(content, bytes) else json.dumps(content, separators=(",", ":")).encode()
+
+
+def bare(content_type: str = JSON.media_type) -> Response:
+    """
+    Return the answer to HEAD where GET would measure, read a file or build a report.
+
+    It has the headers of GET except Content-Length: the body is not made, so its length is not known.
+    """
+    response = Response(headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+    del response.headers["Content-Length"]
+    return response
 
 
 def failed(error: SourceError, platform: str) -> JSON:

@@ -59,18 +59,24 @@ def create_app(
         application: what the client says it is.
     """
     reader = Worker("vitalsd-reader")
-    # A thread of its own: of all processes of the machine one may hang whoever reads its command line.
-    lister = Worker("vitalsd-lister")
+    try:
+        # A thread of its own: a read of one process of the machine may hang.
+        lister = Worker("vitalsd-lister")
+    except RuntimeError:
+        reader.stop(0)
+        raise
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await targets.start()
-        yield
-        await targets.close()
-        lister.stop(0.1)
-        reader.stop(0.1)
-        if shelf is not None:
-            shelf.stop(0.3)  # it leaves a copy of a run behind otherwise
+        try:
+            await targets.start()
+            yield
+        finally:  # of a start that failed as well
+            await targets.close()
+            lister.stop(0.1)
+            reader.stop(0.1)
+            if shelf is not None:
+                shelf.stop(0.3)  # it leaves a copy of a run behind otherwise
 
     routers = [
         live_routes(
@@ -97,5 +103,6 @@ def create_app(
         telemetry=NO_TELEMETRY,
     )
     app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES, larger={REPORT_PATH: MAX_REPORT_BODY_BYTES})
+    app.state.workers = (reader, lister)
     problem.install(app, routes)
     return app

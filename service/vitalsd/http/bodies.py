@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vitalsd.http.problem import Reason
-from vitalsd.model import Platform, Target, Unavailable
+from vitalsd.model import Platform, ProcessMetrics, Target, Unavailable
 from vitalsd.record import EventKind
 from vitalsd.stored_run import State
 
@@ -207,6 +207,14 @@ class ReportFailure(_Body):
     reason: str
 
 
+class ReportMetrics(_Body):
+    """The window that was measured when the report was requested."""
+
+    sample_window_ms: Count
+    process: ProcessMetrics
+    threads: Count = Field(description="How many.")
+
+
 class ReportCard(_Body):
     """What a replayed report says about itself; null where it says nothing."""
 
@@ -220,6 +228,7 @@ class ReportCard(_Body):
     vitalsd_version: str | None
     members: list[ReportMember]
     failures: list[ReportFailure]
+    metrics: ReportMetrics | None = Field(description="null: it has none.")
 
 
 class Replayed(_Body):
@@ -234,10 +243,10 @@ Info.model_rebuild()
 
 
 class Reported(_Body):
-    """The run that is in a report now."""
+    """Whether the run counts as reported now: a run that has not crashed does not."""
 
     id: str
-    reported: Literal[True]
+    reported: bool
 
 
 class Hello(_Body):

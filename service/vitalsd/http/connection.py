@@ -184,7 +184,10 @@ class Connection(H11Protocol):
         if room.closing >= MAX_CLOSING:
             return
         # uvicorn closes the transport after the answer; with this descriptor the connection stays.
-        connection = self.transport.get_extra_info("socket").dup()
+        try:
+            connection = self.transport.get_extra_info("socket").dup()
+        except OSError:  # The client has closed its side, and with it uvicorn the connection.
+            return
         self._lost = lost
         room.closing += 1
 
@@ -275,7 +278,10 @@ class Connection(H11Protocol):
                 ],
                 reason=http.HTTPStatus(refusal.status_code).phrase.encode(),
             )
-            for event in (head, h11.Data(data=bytes(refusal.body)), h11.EndOfMessage()):
+            # A request that is not whole yet is in the state IDLE, and `scope` is that of the one before.
+            answers_head = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
+            body = b"" if answers_head else bytes(refusal.body)
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None and not self.cycle.response_complete:  # type: ignore[redundant-expr]
             # The application may still be waiting for the body: to it the client is gone.

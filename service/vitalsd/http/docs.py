@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 
 from vitalsd.http.answers import JSON
 from vitalsd.http.page import policy
-from vitalsd.http.query import NoQuery, StrictRoute, given
+from vitalsd.http.query import READING, NoQuery, StrictRoute, given
 from vitalsd.worker import Worker
 
 __all__ = ["answers_of", "docs_routes", "example_of", "refusals", "type_text"]
@@ -46,11 +46,11 @@ def docs_routes(routers: Sequence[APIRouter], reader: Worker) -> APIRouter:
         page = html.replace("/*STYLE*/", style).replace("<!--CONTENT-->", content(schema()))
         return page, {"Content-Security-Policy": policy(style=style, more="img-src data:")}
 
-    @routes.get("/openapi.json", summary="The schema of all routes")
+    @routes.api_route("/openapi.json", methods=READING, summary="The schema of all routes")
     async def openapi_json(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         return JSON(await reader.result(as_json))
 
-    @routes.get("/docs", summary="This reference, as a page")
+    @routes.api_route("/docs", methods=READING, summary="This reference, as a page")
     async def docs(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         page, headers = await reader.result(as_page)
         return HTMLResponse(page, headers=headers)

@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import nlargest
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from vitalsd.wire import printable
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-__all__ = ["OFFERED", "THREAD_METRICS", "Form", "Scrape", "expose", "negotiate"]
+__all__ = ["OFFERED", "THREAD_METRICS", "Form", "Scrape", "content_type_of", "expose", "negotiate"]
 
 Form = Literal["json", "text/plain;version=0.0.4", "text/plain;version=1.0.0", "application/openmetrics-text"]
 
@@ -167,15 +167,21 @@ class Scrape(NamedTuple):
 
 
 def expose(scrape: Scrape, form: Form) -> tuple[bytes, str]:
-    """
-    The text of a scrape and its content type.
+    """Return the text of a scrape and its content type."""
+    encode, content_type = _encoder(form)
+    return encode(scrape), content_type
 
-    prometheus-client is loaded here and not before: most sidecars are never scraped.
-    """
+
+def content_type_of(form: Form) -> str:
+    """Return the content type that `expose` gives to `form`."""
+    return _encoder(form)[1]
+
+
+def _encoder(form: Form) -> tuple[Callable[[Any], bytes], str]:
+    """Return what encodes `form`. It loads prometheus-client, which a sidecar that is not scraped does without."""
     from prometheus_client.exposition import choose_encoder
 
-    encode, content_type = choose_encoder("application/openmetrics-text;version=1.0.0" if "open" in form else form)
-    return encode(scrape), content_type
+    return choose_encoder("application/openmetrics-text;version=1.0.0" if "open" in form else form)
 
 
 def _gauge(name: str, text: str, value: float) -> "Metric":

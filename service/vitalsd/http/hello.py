@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vitalsd.endpoint import proof
 from vitalsd.http.answers import JSON
 from vitalsd.http.problem import problem
+from vitalsd.http.query import READING
 
 __all__ = ["Hello"]
 
@@ -36,8 +37,9 @@ class Hello:
 
     @staticmethod
     def _answer(token: str, scope: Scope) -> Response:
-        if scope["method"] != "GET":
-            return problem("method_not_allowed", "use GET", headers={"Allow": "GET"})
+        if scope["method"] not in READING:
+            allowed = ", ".join(READING)
+            return problem("method_not_allowed", f"use {allowed}", headers={"Allow": allowed})
         pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if [name for name, _ in pairs] != ["nonce"] or not NONCE.fullmatch(pairs[0][1]):
             return problem(

@@ -15,10 +15,10 @@ from fastapi.responses import StreamingResponse
 from vitalsd import __version__
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
-from vitalsd.http.answers import JSON, failed
-from vitalsd.http.exposition import Form, Scrape, expose, negotiate
+from vitalsd.http.answers import JSON, bare, failed
+from vitalsd.http.exposition import Form, Scrape, content_type_of, expose, negotiate
 from vitalsd.http.problem import problem
-from vitalsd.http.query import MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
+from vitalsd.http.query import READING, MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
 from vitalsd.http.shelf import Shelf
 from vitalsd.sampler import Busy
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
@@ -32,6 +32,9 @@ MAX_STREAMS = 8
 STREAM_S = 3600.0
 """Then a stream ends, and a forgotten one takes no place for ever; an EventSource begins the next by itself."""
 
+EVENTS = "text/event-stream; charset=utf-8"
+UNBUFFERED = {"X-Accel-Buffering": "no"}
+"""Otherwise nginx, and proxies that follow it, keep the events of a stream until a buffer is full."""
 FORMS = "application/json, text/plain (Prometheus, version 0.0.4 or 1.0.0) and application/openmetrics-text"
 
 
@@ -60,11 +63,17 @@ def live_routes(
     streams: set[object] = set()
     labels = Labels()
 
-    @routes.get("/metrics", summary="CPU, memory and every thread, over a window; cumulative counters for a scraper")
+    @routes.api_route(
+        "/metrics",
+        methods=READING,
+        summary="CPU, memory and every thread, over a window; cumulative counters for a scraper",
+    )
     async def metrics(request: Request, query: Annotated[MetricsQuery, given(MetricsQuery)]) -> Response:
         form = negotiate(request.headers.get("accept", ""))
         if form is None:
             return problem("not_acceptable", f"there are {FORMS}; /stream has text/event-stream")
+        if request.method == "HEAD":
+            return bare() if form == "json" else bare(await reader.result(lambda: content_type_of(form)))
         if form != "json":
             body, content_type = await _scraped(targets, query.pid, form, thread_metrics, reader)
             return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
@@ -94,10 +103,14 @@ def live_routes(
             )
         )
 
-    @routes.get("/stream", summary="Server-Sent Events, one answer of /metrics each")
-    async def stream(query: Annotated[StreamQuery, given(StreamQuery)]) -> Response:
+    @routes.api_route("/stream", methods=READING, summary="Server-Sent Events, one answer of /metrics each")
+    async def stream(request: Request, query: Annotated[StreamQuery, given(StreamQuery)]) -> Response:
         if len(streams) >= MAX_STREAMS:
             raise Busy(f"{MAX_STREAMS} streams are open already")
+        if request.method == "HEAD":
+            head = bare(EVENTS)
+            head.headers.update(UNBUFFERED)
+            return head
         async with AsyncExitStack() as stack:
             place = object()
             streams.add(place)
@@ -132,10 +145,13 @@ def live_routes(
                 except SourceError as error:
                     yield b"event: unavailable\ndata: %b\n\n" % unavailable(error, targets.default.platform)
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        headers = {"Content-Type": EVENTS, "Cache-Control": "no-store", **UNBUFFERED}
+        return StreamingResponse(events(), headers=headers)
 
-    @routes.get("/processes", summary="Processes this user may sample")
-    async def processes(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
+    @routes.api_route("/processes", methods=READING, summary="Processes this user may sample")
+    async def processes(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
+        if request.method == "HEAD":
+            return bare()
         try:
             entries = await lister.ask(lambda: list(list_processes()), "the list of processes: a read")
         except SourceError as error:
@@ -156,7 +172,7 @@ def live_routes(
             ]
         )
 
-    @routes.get("/healthz", summary="Whether the service is alive")
+    @routes.api_route("/healthz", methods=READING, summary="Whether the service is alive")
     async def healthz(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         if await targets.hangs() or await lister.hangs():
             return problem("hung", str(Hung("a read of the kernel")))
@@ -166,7 +182,7 @@ def live_routes(
             return problem("hung", str(Hung("the directory of runs: a write")))
         return JSON({"status": "ok"})
 
-    @routes.get("/info", summary="Version, target, platform and own cost")
+    @routes.api_route("/info", methods=READING, summary="Version, target, platform and own cost")
     async def info(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         return JSON(await _info(targets.default, application))
 

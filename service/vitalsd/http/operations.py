@@ -269,7 +269,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         " and closed the connection. The body is JSON, of at most 16 KiB; `{}` will do.",
         answer="The archive.",
         other={"application/zip": ""},
-        reasons=("bad_body", "busy", "no_report"),
+        reasons=("bad_body", "busy", "no_report", "no_such_run"),
         samples=(
             Sample(
                 "Under the name it gives itself",
@@ -283,7 +283,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         " report: the replayed file itself.",
         answer="The archive.",
         other={"application/zip": ""},
-        reasons=("busy", "no_report"),
+        reasons=("busy", "no_report", "no_such_run"),
         samples=(Sample("Its members", 'curl -s "$URL/report.zip" -o r.zip && python3 -m zipfile -l r.zip | wc -l'),),
     ),
     ("get", "/healthz"): Operation(
@@ -327,7 +327,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             },
             "self": {"pid": 2300, "cpu_secs": 1.52, "peak_rss_kb": 49600, "snapshots": 300},
         },
-        samples=(Sample("Who is watched, and for how much", 'curl -s "$URL/info" | jq "{target, self}"'),),
+        samples=(Sample("The target, and the cost of the sidecar", 'curl -s "$URL/info" | jq "{target, self}"'),),
     ),
     ("get", "/hello"): Operation(
         summary="Prove that this is the sidecar of the runtime file",

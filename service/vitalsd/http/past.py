@@ -4,9 +4,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 
-from vitalsd.http.answers import JSON, failed
+from vitalsd.http.answers import JSON, bare, failed
 from vitalsd.http.problem import problem
-from vitalsd.http.query import HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, StrictRoute, given, sent
+from vitalsd.http.query import READING, HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, StrictRoute, given, sent
 from vitalsd.http.shelf import Shelf
 from vitalsd.http.turns import Turns
 from vitalsd.record import Mark, Record
@@ -18,7 +18,10 @@ from vitalsd.targets import Targets
 from vitalsd.wire import iso
 from vitalsd.worker import Worker
 
-__all__ = ["mark_json", "past_routes"]
+__all__ = ["NO_SUCH_RUN", "mark_json", "past_routes"]
+
+CSV = "text/csv; charset=utf-8"
+NO_SUCH_RUN = "no run has this id; GET /runs lists them"
 
 
 def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRouter:
@@ -28,7 +31,9 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
     routes = APIRouter(route_class=StrictRoute)
     tables, loaded = Turns(), Turns()  # apart: what waits for a disk holds up nothing else
 
-    @routes.get("/history", summary="What was recorded: process, busiest threads, marks and events")
+    @routes.api_route(
+        "/history", methods=READING, summary="What was recorded: process, busiest threads, marks and events"
+    )
     async def recorded(request: Request, query: Annotated[HistoryQuery, given(HistoryQuery)]) -> Response:
         try:
             await targets.default.identity()
@@ -42,6 +47,8 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
             raise NotRecording(
                 f"process {record.identity.pid} is recorded here; to record another: vitalsd serve --pid {query.pid}"
             )
+        if request.method == "HEAD":
+            return _bare_table(request)
         # Whatever else would be in the table by now makes it another one.
         newest = record, record.last, *(notes[-1] if notes else None for notes in (record.marks, record.events))
         key = newest, query.seconds, query.top, query.step_ms, _is_csv(request)
@@ -57,21 +64,27 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
             return problem("bad_body", str(error), parameter="label")
         return JSON(mark_json(mark), 201)
 
-    @routes.get("/marks", summary="The labels on the clock, oldest first")
+    @routes.api_route("/marks", methods=READING, summary="The labels on the clock, oldest first")
     async def get_marks(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         record = targets.default.record
-        return JSON([mark_json(mark) for mark in list(record.marks)] if record else [])
+        return JSON([mark_json(mark) for mark in list(record.marks)] if record is not None else [])
 
-    @routes.get("/runs", summary="Earlier runs on disk, crashed ones first")
-    async def list_runs(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
+    @routes.api_route("/runs", methods=READING, summary="Earlier runs on disk, crashed ones first")
+    async def list_runs(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
+        if request.method == "HEAD":
+            return bare()
         if (replay := targets.default.replay) is not None:
             return JSON([each.run.to_json() for each in replay.file.others])
         found = await shelf.read(RunDirectory.runs) if shelf else []
         return JSON([run.to_json() for run in found])
 
-    @routes.get("/runs/{run_id}/history", summary="What an earlier run recorded, up to its end")
+    @routes.api_route("/runs/{run_id}/history", methods=READING, summary="What an earlier run recorded, up to its end")
     async def run_history(request: Request, query: Annotated[RunHistoryQuery, given(RunHistoryQuery)]) -> Response:
         run_id = request.path_params["run_id"]
+        if request.method == "HEAD":
+            replay = targets.default.replay
+            there = replay.find(run_id) if replay is not None else shelf is not None and await shelf.has(run_id)
+            return _bare_table(request) if there else problem("no_such_run", NO_SUCH_RUN)
 
         def load(runs: RunDirectory) -> Record | None:
             run = runs.find(run_id)
@@ -87,7 +100,7 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
             except (UnreadableRun, OSError) as error:
                 return problem("unreadable_run", str(error))
             if record is None:
-                return problem("no_such_run", "no run has this id; GET /runs lists them")
+                return problem("no_such_run", NO_SUCH_RUN)
             return await _table(record, query, request, reader)
 
         return await loaded.make(answer)
@@ -109,8 +122,12 @@ async def _table(record: Record, query: RunHistoryQuery, request: Request, reade
 
     body = await reader.result(render)
     if csv:
-        return Response(body, media_type="text/csv; charset=utf-8", headers={"Cache-Control": "no-store"})
+        return Response(body, headers={"Content-Type": CSV, "Cache-Control": "no-store"})
     return JSON(body)
+
+
+def _bare_table(request: Request) -> Response:
+    return bare(CSV) if _is_csv(request) else bare()
 
 
 def _is_csv(request: Request) -> bool:

@@ -30,6 +30,7 @@ from vitalsd.http.problem import Refused, nearest, shown
 from vitalsd.wire import Detail, Sort
 
 __all__ = [
+    "READING",
     "Given",
     "HistoryQuery",
     "MarkRequest",
@@ -46,6 +47,13 @@ __all__ = [
 ]
 
 
+READING = ["GET", "HEAD"]
+"""
+Methods of a route that changes nothing. The server leaves the body out of an answer to HEAD (RFC 9110 section 9.3.2).
+
+A function that would measure, read a file or build something asks for the method when the request is checked, and
+returns `vitalsd.http.answers.bare` for HEAD.
+"""
 QUERIES = 32
 """Of one route, kept as they were parsed."""
 
@@ -97,7 +105,12 @@ class Sent(Generic[Model]):
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             fields = ", ".join(self.model.model_fields)
-            raise Refused("bad_body", f"{first['msg']}; send a JSON object with {fields}", where or None) from None
+            message = {
+                "extra_forbidden": f"the field {shown(where)} is not known",
+                "string_pattern_mismatch": f"{where} has characters that it may not have, or too many",
+                "missing": f"the field {where} is missing",
+            }.get(first["type"], first["msg"])
+            raise Refused("bad_body", f"{message}; send a JSON object with {fields}", where or None) from None
 
 
 def given(model: type[Model]) -> Any:

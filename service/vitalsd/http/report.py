@@ -5,18 +5,19 @@ What makes reports is imported when one is asked for, and not while the sidecar 
 """
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Request, Response
 
 from vitalsd.contract.application import Application
-from vitalsd.http.answers import JSON
-from vitalsd.http.past import mark_json
+from vitalsd.http.answers import JSON, bare
+from vitalsd.http.past import NO_SUCH_RUN, mark_json
 from vitalsd.http.problem import problem
-from vitalsd.http.query import NoQuery, ReportQuery, ReportRequest, StrictRoute, given, sent
+from vitalsd.http.query import READING, NoQuery, ReportQuery, ReportRequest, StrictRoute, given, sent
 from vitalsd.http.shelf import Shelf
 from vitalsd.http.taken import TAKEN
 from vitalsd.http.turns import Turns
@@ -50,6 +51,10 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker, applica
             if replay.file.content is None:
                 return problem("no_report", f"{replay.file.name} is not a report, so there is no report to download")
             return _zip(replay.file.content, replay.file.name)
+        if query.run is not None and not (shelf is not None and await shelf.has(query.run)):
+            return problem("no_such_run", NO_SUCH_RUN, parameter="run")
+        if request.method == "HEAD":
+            return bare("application/zip")
         collected = Collected(platform=targets.default.platform, application=application)
         identity = await _metrics(targets, query.window_ms, collected)
 
@@ -59,12 +64,12 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker, applica
             return f"{bundle.stem}.zip", await reader.result(bundle.zip)
 
         name, content = await reports.make(make)
-        run_id, on_taken = collected.run_id, request.scope.get("extensions", {}).get(TAKEN)
-        if counts and shelf is not None and run_id is not None and on_taken is not None:
-            on_taken(_marking(shelf, run_id))
+        run_ids, on_taken = list(collected.runs), request.scope.get("extensions", {}).get(TAKEN)
+        if counts and shelf is not None and run_ids and on_taken is not None:
+            on_taken(_marking(shelf, run_ids))
         return _zip(content, name)
 
-    @routes.get(REPORT_PATH, summary="A bug report to look at: it does not count as reported")
+    @routes.api_route(REPORT_PATH, methods=READING, summary="A bug report to look at: it does not count as reported")
     async def preview(request: Request, query: Annotated[ReportQuery, given(ReportQuery)]) -> Response:
         return await report(request, query, ReportRequest(), counts=False)
 
@@ -84,8 +89,8 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker, applica
         except (UnreadableRun, OSError) as error:
             return problem("unreadable_run", str(error))
         if run is None:
-            return problem("no_such_run", "no run has this id; GET /runs lists them")
-        return JSON({"id": run.id, "reported": True})
+            return problem("no_such_run", NO_SUCH_RUN)
+        return JSON({"id": run.id, "reported": run.state == "crashed"})
 
     return routes
 
@@ -139,11 +144,13 @@ async def _past(
         collected.members |= await reader.result(lambda: _recorded(record, query.seconds))
         info = targets.default.recording_info() or {}
         collected.target = {key: info.get(key) for key in ("state", "ended")}
+        if info.get("state") == "crashed" and (own := (info.get("black_box") or {}).get("run")):
+            collected.runs[own] = HISTORY
     if shelf is None:
         return
     target_app = collected.application.app
-    if identity is None:  # The sidecar waits for its target: no process is running.
-        subject = Subject(app or target_app)
+    if identity is None:  # The sidecar waits for its target, or cannot read it.
+        subject = Subject(app, name=targets.name or "", target_app=target_app)
     else:
         subject = Subject(app, identity.start_id, identity.name, identity.program, target_app)
     try:
@@ -154,7 +161,7 @@ async def _past(
         collected.failures.append(found.failure)
     if (run := found.run) is not None and (previous := found.record) is not None:
         collected.members[PREVIOUS_RUN] = await reader.result(lambda: member(run, previous))
-        collected.run_id = run.id
+        collected.runs[run.id] = PREVIOUS_RUN
 
 
 def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
@@ -169,10 +176,11 @@ def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
     return {HISTORY: table.to_json(), MARKS: marks}
 
 
-def _marking(shelf: Shelf, run_id: str) -> Callable[[], Awaitable[None]]:
+def _marking(shelf: Shelf, run_ids: Sequence[str]) -> Callable[[], Awaitable[None]]:
     async def mark() -> None:
-        with suppress(UnreadableRun, OSError, Hung):  # Then the next report contains the run again.
-            await shelf.read(lambda runs: _mark(runs, run_id))
+        for run_id in run_ids:
+            with suppress(UnreadableRun, OSError, Hung):  # Then the next report contains the run again.
+                await shelf.read(partial(_mark, run_id=run_id))
 
     return mark
 

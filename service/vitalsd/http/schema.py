@@ -85,7 +85,10 @@ def openapi(routes: Sequence[APIRoute]) -> dict[str, Any]:
             "version": __version__,
             "summary": "What one process is doing: CPU, memory and every thread.",
             "description": "Times are in ms, sizes in KiB, CPU in percent of one core, as the names say."
-            " Parameters are read strictly: digits only, each once, no unknown names.",
+            " Parameters are read strictly: digits only, each once, no unknown names."
+            " Each route that has GET answers HEAD, with the same checks of the request and the same headers, of which"
+            " Content-Length and Content-Disposition may be missing. For HEAD nothing is measured and no run is read:"
+            " 200 does not say that the target can be measured.",
         },
         "paths": paths,
         "components": {

@@ -1,4 +1,4 @@
-"""uvicorn, made to live in anybody's process: no signals, no logging, no loop policy, a prompt end."""
+"""uvicorn, made to live in anybody's process: no signals, no lines in its log, no loop policy, a prompt end."""
 
 import asyncio
 import contextlib
@@ -6,13 +6,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from email.utils import formatdate
 from functools import lru_cache, partial
 from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import ServerState
 
 from vitalsd.http.connection import Connection
@@ -56,6 +57,22 @@ def _date(unix_s: int) -> bytes:
 class _Config(uvicorn.Config):
     def configure_logging(self) -> None:
         """uvicorn's would change the levels and handlers of the host program."""
+
+    def load(self) -> None:
+        super().load()
+        self.loaded_app = self.app  # uvicorn's would log each message, if the host logs from level 5 on
+
+
+class _Lifespan(LifespanOn):
+    """
+    Log to `log` alone what fails at the start and at the end.
+
+    uvicorn's logs each step to ``uvicorn.error``, a logger that the host may have for a server of its own.
+    """
+
+    def __init__(self, config: uvicorn.Config, log: Sparing) -> None:
+        super().__init__(config)
+        self.logger = log  # type: ignore[assignment]
 
 
 class Server(uvicorn.Server):
@@ -118,12 +135,21 @@ class Server(uvicorn.Server):
                 os.dup2(null, connection.transport.get_extra_info("socket").fileno(), inheritable=False)
         os.close(null)
 
-    # What uvicorn calls
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """
+        Serve until `stop`.
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """uvicorn's would take over SIGINT and SIGTERM and raise them again at the end."""
-        yield
+        uvicorn's would take over SIGINT and SIGTERM and raise them again at the end, and would log to
+        ``uvicorn.error`` that the process of the host starts and ends.
+        """
+        self.config.load()
+        self.lifespan = _Lifespan(self.config, self._log)
+        await self.startup(sockets)
+        if not self.should_exit:
+            await self.main_loop()
+        await self.shutdown(sockets)
+
+    # What `serve` calls
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(self._log.loop_failed)

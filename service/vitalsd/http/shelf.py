@@ -1,6 +1,7 @@
 """The directory of runs, read on a thread of its own."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from vitalsd.runs import RunDirectory
@@ -34,6 +35,21 @@ class Shelf:
             Hung: the file system hangs. What was not begun by then is not done later either.
         """
         return await self._worker.ask(lambda: call(self._runs), "the directory of runs: a read")
+
+    async def has(self, run_id: str) -> bool:
+        """
+        Return whether there is a run with this id, by the name of its file, which is not read.
+
+        Raises:
+            Hung: the file system hangs.
+        """
+
+        def found(runs: RunDirectory) -> bool:
+            with suppress(OSError):
+                return any(path.stem == run_id for path in runs.path.glob("*.sqlite"))
+            return False
+
+        return await self.read(found)
 
     async def hangs(self) -> bool:
         """Whether a call does not return."""

@@ -13,7 +13,7 @@ from importlib.resources import files
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-from vitalsd.http.query import StrictRoute
+from vitalsd.http.query import READING, StrictRoute
 
 __all__ = ["page_routes", "policy"]
 
@@ -49,7 +49,7 @@ def page_routes() -> APIRouter:
         page = html.replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
         return page, {"Content-Security-Policy": rules}
 
-    @routes.get("/", summary="The live page")
+    @routes.api_route("/", methods=READING, summary="The live page")
     async def page() -> HTMLResponse:
         content, headers = document()
         return HTMLResponse(content, headers=headers)
