@@ -17,7 +17,7 @@ import pytest
 from sidecars import eventually
 from vitalsd.discovery.program_key import program_key
 from vitalsd.sources import open_source
-from vitalsd.sources.programs import Command, ProgramDigest, main_script, program_digest
+from vitalsd.sources.programs import Command, ProgramDigest, main_script, may_be_versions, program_digest
 
 KEY = b"k" * 32
 PYTHON = "/usr/bin/python3.11"
@@ -80,8 +80,10 @@ def test_program_digest_of_one_program_started_differently_is_equal(
     assert len(found) == 1
     (own,) = found
     assert own != ""
-    assert len(own) == 16
-    assert digest(executable, lines[0].replace("DIR", str(game)), game) not in ("", own)
+    assert len(own) == 32
+    elsewhere = digest(executable, lines[0].replace("DIR", str(game)), game)
+    assert elsewhere not in ("", own)
+    assert may_be_versions(own, elsewhere), "as an update into another folder is"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,13 @@ def test_program_digest_of_one_program_started_differently_is_equal(
         ("/bin/sh", "-c 1", "-ec 2"),
         ("/opt/viewer", "app.js", "main.py"),
         ("/opt/viewer", "", "main.py"),
+        ("/opt/viewer", "--file=app.js", "--file=main.py"),
+        ("/opt/player", "pkg", "."),
+        ("/usr/bin/runner", "run main.py", "run app.py"),
+        ("/usr/bin/python3.13t", "-m main", "-m app"),
+        ("/usr/bin/perl", "-MBank -e run", "-MGame -e run"),
+        ("/bin/bash", "-cl 1", "-cl 2"),
+        (NODE, "--report-dir app.jar app.js", "--report-dir app.jar main.py"),
     ],
 )
 def test_program_digest_of_two_programs_differs(
@@ -130,6 +139,11 @@ def test_program_digest_of_two_programs_differs(
         (NODE, "--inspect", "DIR"),
         ("/bin/bash", "", "DIR"),
         ("/opt/viewer", "app.js", ""),
+        ("/usr/bin/runner", "run gone.py", "DIR"),
+        ("/usr/bin/perl", "gone.pl main.py", "DIR"),
+        ("/bin/bash", "gone.sh main.py", "DIR"),
+        (NODE, "--report-dir pkg gone.js", "DIR"),
+        (PYTHON, "a/" * 100_000, "DIR"),
     ],
 )
 def test_program_digest_in_doubt_is_empty(
@@ -137,6 +151,46 @@ def test_program_digest_in_doubt_is_empty(
 ) -> None:
     """An interpreter without a script that can be found, and relative names without a directory, are not guessed."""
     assert digest(executable, line, directory.replace("DIR", str(folders[0]))) == ""
+
+
+def test_program_digest_of_an_executable_with_several_programs_differs_by_the_name_it_is_called(tmp_path: Path) -> None:
+    """As of busybox. A full path to it is the same as its name; an interpreter may be called by any name."""
+    box = tmp_path / "box"
+    box.touch()
+    by_name = {
+        name: program_digest(KEY, Command(str(box), [], "/", name))
+        for name in (b"", b"box", b"/x/box", b"httpd", b"/usr/sbin/httpd", b"crond")
+    }
+    assert by_name[b""] == by_name[b"box"] == by_name[b"/x/box"]
+    assert by_name[b"httpd"] == by_name[b"/usr/sbin/httpd"]
+    assert len(set(by_name.values())) == 3
+    assert digest(PYTHON, "-c 1", "/") == program_digest(KEY, Command(PYTHON, [b"-c", b"1"], "/", b"py"))
+
+
+@pytest.mark.live
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs root for a mount namespace of Linux")
+def test_program_of_another_mount_namespace_is_unknown(tmp_path: Path) -> None:
+    """There, another file may have the same path."""
+    shell = shutil.which("sh") or ""
+    (tmp_path / "app").mkdir()
+    program = str(shutil.copy(shell, tmp_path / "app" / "client"))
+    speak = ["-c", "echo ready; read line"]
+    script = 'mount -t tmpfs none app && cp "$0" app/client && exec "$PWD/app/client" "$@"'
+    with (
+        running(["unshare", "--mount", "sh", "-c", script, shell, *speak], tmp_path) as elsewhere,
+        running([program, *speak], tmp_path) as own,
+    ):
+        assert elsewhere == ""
+        assert own != ""
+
+
+def test_may_be_versions_compares_names_without_directories(folders: tuple[Path, Path]) -> None:
+    """Of an interpreter the script too, of a viewer not its document; an unknown program may be any."""
+    bank, _ = folders
+    assert not may_be_versions(digest(PYTHON, "main.py", bank), digest(PYTHON, "app.py", bank))
+    assert not may_be_versions(digest("/a/client", "", bank), digest("/a/classic", "", bank))
+    assert may_be_versions(digest("/a-1.0/viewer", "app.js", bank), digest("/a-1.1/viewer", "main.py", bank))
+    assert may_be_versions(digest(PYTHON, "main.py", bank), "")
 
 
 def test_program_digest_needs_the_key(folders: tuple[Path, Path]) -> None:

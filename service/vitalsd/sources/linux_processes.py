@@ -18,18 +18,22 @@ CLOCK_BOOTTIME = 7  # linux/time.h; the time module has it on Linux only, and ty
 
 def running_command(process_fd: int) -> Command | None:
     """
-    Return what a process executes; ``None`` if this user may not read it.
+    Return what a process executes; ``None`` if this user may not read it, or sees another file by the same path.
 
     Args:
         process_fd: ``/proc/<pid>``.
     """
     try:
-        executable = os.readlink("exe", dir_fd=process_fd).removesuffix(" (deleted)")
+        executable = os.readlink("exe", dir_fd=process_fd)
+        deleted = executable.endswith(" (deleted)")
+        executable = executable.removesuffix(" (deleted)")
         directory = os.readlink("cwd", dir_fd=process_fd)
-        words = _read_whole("cmdline", process_fd).removesuffix(b"\0").split(b"\0")[1:]
+        name, *words = _read_whole("cmdline", process_fd).removesuffix(b"\0").split(b"\0")
+        if not deleted and not os.path.samestat(os.stat("exe", dir_fd=process_fd), os.stat(executable)):
+            return None  # It runs in another mount namespace.
     except OSError:
         return None
-    return Command(executable, words, directory)
+    return Command(executable, words, directory, name)
 
 
 def _read_whole(name: str, process_fd: int) -> bytes:

@@ -17,17 +17,32 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-__all__ = ["Command", "ProgramDigest", "ProgramOf", "main_script", "no_program", "program_digest"]
+__all__ = [
+    "Command",
+    "ProgramDigest",
+    "ProgramOf",
+    "main_script",
+    "may_be_versions",
+    "no_program",
+    "program_digest",
+]
+
+VERSION = r"([-.0-9]*|[-.0-9]*[0-9][a-z])$"
+"""As in ``python3.11``, ``python3.13t`` and ``perl5.36``."""
 
 INTERPRETERS = re.compile(
     r"(bash|bun|dash|deno|dotnet|electron|java|julia|ksh|lua|luajit|mono|node|nodejs|perl|php|pypy|python|Rscript|ruby"
-    r"|sh|tclsh|wish|zsh)[-.0-9]*$",
+    rf"|sh|tclsh|wish|zsh){VERSION}",
     re.IGNORECASE,  # The executable of a framework build on macOS is named "Python".
 )
-"""Executables that run other programs; ``python3.11`` and ``perl5.36`` match too."""
+"""Executables that run other programs."""
 
-PYTHON = re.compile(r"(python|pypy)[-.0-9]*$", re.IGNORECASE)
-JAVA = re.compile(r"java[-.0-9]*$", re.IGNORECASE)
+PYTHON = re.compile(rf"(python|pypy){VERSION}", re.IGNORECASE)
+JAVA = re.compile(rf"java{VERSION}", re.IGNORECASE)
+SCRIPT = re.compile(r".*\.(bat|cjs|dll|exe|jar|jl|js|lua|love|mjs|php|pl|py|pyw|pyz|r|rb|sh|tcl|ts)$", re.IGNORECASE)
+"""Names of programs, on the command line of an executable that is not known as an interpreter."""
+MAX_PATH = 4096
+"""Bytes of a path (PATH_MAX in limits.h)."""
 
 PYTHON_VALUES = "XWQ"
 """Letters of Python that take a value, in the same word or as the next one."""
@@ -74,6 +89,8 @@ CODE_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """By interpreter: options that are followed by the code itself."""
 ALIASES = {"nodejs": "node", "electron": "node"}
+INSIDE = ("package.json", "index.js", "main.js")
+"""Files that make a directory one that Node.js runs."""
 SUBCOMMANDS = ("run", "exec")
 """Of ``deno run``, ``bun run`` and ``dotnet exec``: no file of that name is meant."""
 
@@ -87,6 +104,8 @@ class Command(NamedTuple):
     """The command line without the name of the program."""
     directory: str
     """The working directory, against which relative names are resolved; empty: unknown."""
+    name: bytes = b""
+    """The first word of the command line, by which an executable with several programs in it chooses one."""
 
 
 ProgramOf = Callable[[Command], str]
@@ -124,7 +143,9 @@ class ProgramDigest:
 
 def program_digest(key: bytes, command: Command, told: Sequence[str] | None = None) -> str:
     """
-    Return 16 hexadecimal digits that are equal for two processes of one program.
+    Return 32 hexadecimal digits that are equal for two processes of one program.
+
+    The last 16 are of the names without their directories: two programs with the same may be two versions of one.
 
     Args:
         key: up to 64 bytes; without it, a digest could be searched for among likely paths.
@@ -141,9 +162,25 @@ def program_digest(key: bytes, command: Command, told: Sequence[str] | None = No
         told = _told(command)
     if told is None:
         return ""
-    parts = [os.fsencode(os.path.realpath(command.executable)), *map(os.fsencode, told)]
-    counted = b"".join(b"%d:%b" % (len(part), part) for part in parts)  # no two lists have one encoding
+    executable = os.path.realpath(command.executable)
+    scripted = INTERPRETERS.match(os.path.basename(executable)) is not None
+    called = os.path.basename(os.fsdecode(command.name))
+    if called and not scripted and called != os.path.basename(executable):
+        told = [called, *told]
+    # What a viewer is opened with is not part of its name; the script of an interpreter is.
+    names = [os.path.basename(executable), *(map(os.path.basename, told) if scripted else ())]
+    return _digest(key, [executable, *told]) + _digest(key, names)
+
+
+def _digest(key: bytes, parts: Sequence[str]) -> str:
+    encoded = map(os.fsencode, parts)
+    counted = b"".join(b"%d:%b" % (len(part), part) for part in encoded)  # no two lists have one encoding
     return hashlib.blake2b(counted, key=key, digest_size=8, person=b"vitalsd program").hexdigest()
+
+
+def may_be_versions(one: str, other: str) -> bool:
+    """Return whether two digests may be of two versions of one program; an unknown one may be of any."""
+    return not one or not other or one[16:] == other[16:]
 
 
 def main_script(main: ModuleType | None = None) -> str | None:
@@ -169,12 +206,25 @@ def _told(command: Command) -> list[str] | None:
     if not INTERPRETERS.match(name):
         if words and not command.directory:
             return None  # a relative name could be that of any file
-        return [path for word in words if (path := _file(word, command.directory))]
+        return _named(words, command.directory)
     if PYTHON.match(name):
         return _told_python(words, command.directory)
     if JAVA.match(name):
         return _told_java(words, command.directory)
-    return _told_other(re.sub(r"[-.0-9]*$", "", name.lower()), words, command.directory)
+    return _told_other(re.sub(VERSION, "", name.lower()), words, command.directory)
+
+
+def _named(words: Sequence[str], directory: str) -> list[str] | None:
+    """Return the files and directories that words name, also as ``--option=PATH``; ``None``: a program is not found."""
+    found = []
+    for word in words:
+        option, assigned, value = word.partition("=")
+        path = _existing(word, directory) or (assigned and option.startswith("-") and _existing(value, directory))
+        if path:
+            found.append(path)
+        elif SCRIPT.match(word) and not word.startswith("-"):
+            return None  # The process has left the directory in which it was started.
+    return found
 
 
 def _told_python(words: Sequence[str], directory: str) -> list[str] | None:
@@ -241,26 +291,34 @@ def _classpath(entries: Sequence[str], directory: str) -> list[str]:
 
 
 def _told_other(name: str, words: Sequence[str], directory: str) -> list[str] | None:
-    """Return the first word that names a file or a directory, or the code."""
+    """Return the script, or all words if code is among them."""
     name = ALIASES.get(name, name)
     values, codes = VALUES.get(name, ()), CODE_OPTIONS.get(name, ())
+    found: list[str] = []
+    may_be_value = False
     remaining = iter(words)
     for word in remaining:
-        if word in codes or _ends_in_code(name, word):
-            return ["-c", next(remaining, "")]
+        if word in codes or _has_code(name, word):
+            return ["-c", *words]
         if word in values:
             next(remaining, None)
-        elif word.startswith(("-", "+")) or word in SUBCOMMANDS:
-            continue
-        elif found := _script(word, directory, ("index.js", "main.js"), (".js", ".mjs", ".cjs")):
-            return [found]
-    return None
+        elif word.startswith(("-", "+")):
+            may_be_value = word.startswith("--") and "=" not in word  # that of an option which is not listed above
+        elif word not in SUBCOMMANDS:
+            script = _script(word, directory, INSIDE, (".js", ".mjs", ".cjs"))
+            if script is None:
+                return found or None
+            found.append(script)
+            if not may_be_value:
+                return found
+            may_be_value = False
+    return found or None
 
 
-def _ends_in_code(name: str, word: str) -> bool:
-    """Return whether a group of letters, as in ``sh -ec CODE`` or ``perl -we CODE``, is followed by code."""
-    letters = {"perl": "eE", "ruby": "e"}.get(name, "c" if name.endswith("sh") else "")
-    return bool(letters) and re.fullmatch(rf"-[A-Za-z]*[{letters}]", word) is not None
+def _has_code(name: str, word: str) -> bool:
+    """Return whether a group of letters, as in ``sh -ec CODE`` or ``perl -we CODE``, says that code follows."""
+    letters = {"perl": "[eE]", "ruby": "e"}.get(name, "c[A-Za-z]*" if name.endswith("sh") else "")
+    return bool(letters) and re.fullmatch(f"-[A-Za-z]*{letters}", word) is not None
 
 
 def _script(word: str, directory: str, inside: Sequence[str] = (), suffixes: Sequence[str] = ()) -> str | None:
@@ -274,21 +332,28 @@ def _script(word: str, directory: str, inside: Sequence[str] = (), suffixes: Seq
         suffixes: of names that may be given without.
     """
     path = os.path.join(directory, word)
-    if not word or not os.path.isabs(path):
+    if not word or len(path) > MAX_PATH or not os.path.isabs(path):
         return None
     path = os.path.realpath(path)
     for candidate in (path, *(path + suffix for suffix in suffixes)):
         if os.path.isfile(candidate):
             return candidate
     if os.path.isdir(path):
-        return next((file for name in inside if os.path.isfile(file := os.path.join(path, name))), path)
+        return next((file for name in inside if os.path.isfile(file := os.path.join(path, name))), None)
     return None
 
 
 def _file(word: str, directory: str) -> str | None:
     """Return the resolved path of a regular file; ``None`` if `word` does not name one."""
+    path = _existing(word, directory)
+    return path if path is not None and os.path.isfile(path) else None
+
+
+def _existing(word: str, directory: str) -> str | None:
+    """Return the resolved path of what `word` names; ``None``: nothing that exists."""
     path = os.path.join(directory, word)
-    return os.path.realpath(path) if word and os.path.isabs(path) and os.path.isfile(path) else None
+    named = word and len(path) <= MAX_PATH and os.path.isabs(path) and os.path.exists(path)
+    return os.path.realpath(path) if named else None
 
 
 def _listed(path: str | None) -> list[str] | None:

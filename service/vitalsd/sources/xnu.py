@@ -325,7 +325,9 @@ class Target:
             directory = self._lib.working_directory(self.pid)
         except (OSError, MachError):
             directory = ""
-        return self._program_of(Command(os.path.join(directory, executable), words[1:], directory))
+        return self._program_of(
+            Command(os.path.join(directory, executable), words[1:], directory, words[0] if words else b"")
+        )
 
     def _absent(self) -> NoSuchProcess | TargetGone:
         """Why the calls that want a live process do not find it; this one finds zombies too."""
