@@ -252,6 +252,8 @@ def test_a_report_is_downloaded_and_replayed(page: Browser, served: Serving, tmp
         assert page.run("document.querySelector('#up').textContent") == "Recorded"
         assert "was running when the report was made" in page.run("document.querySelector('#banner').textContent")
         assert page.run("document.querySelector('#pause').disabled && document.querySelector('#mark').disabled")
+        assert "over 2." in page.run("document.querySelector('#card').innerText")
+        assert page.run("document.querySelector('#mark-button').disabled")
         assert "before the report" in page.run("document.querySelector('#notes').textContent")
         page.click("#curl")
         page.eventually(f"{SAID}.includes('/history?seconds=')")

@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,7 @@ def twice(report: Path, name: str) -> bytes:
 def test_replay_of_another_file_is_one_sentence(report: Path, tmp_path: Path) -> None:
     """Not a report, no record in it, two members of one name, cut, not JSON: status 1, one line, no traceback."""
     whole = report.read_bytes()
+    crashed = member(report, "previous-run.json")
     cases = {
         "letter.zip": (archive(letter_txt=b"dear"), "is not a bug report"),
         "bare.zip": (archive(metadata_json=b"{}"), "nothing to replay"),
@@ -239,6 +242,14 @@ def test_replay_of_another_file_is_one_sentence(report: Path, tmp_path: Path) ->
         "deep.json": (b'{"a":' + b"[" * 100_000, "other"),
         "photo.png": (b"\x89PNG\r\n\x1a\n", "is not a bug report (no zip archive)"),
         "empty": (b"", "is not a bug report"),
+        "large.json": (b'{"a": [' + b"[]," * (6 << 20) + b"[]]}", "a history has at most"),
+        "rows.json": (json.dumps(crashed | {"time_ms": [0] * 20_000}).encode(), "20000 rows"),
+        "year.json": (json.dumps(crashed | {"marks": [{"time_ms": 10**18, "label": "x"}]}).encode(), "a time of"),
+        "boot.json": (
+            json.dumps(crashed | {"target": crashed["target"] | {"start_id": "1-2-;x"}}).encode(),
+            "start_id",
+        ),
+        "many.zip": (archive(**{f"{number}_x": b"" for number in range(20_001)}), "more than 20000 files"),
     }
     for name, (content, sentence) in cases.items():
         path = tmp_path / name
@@ -253,10 +264,44 @@ def test_replay_of_another_file_is_one_sentence(report: Path, tmp_path: Path) ->
         read_replay_file(tmp_path / "pipe")
 
 
+def test_replay_of_many_marks_outside_all_rows_is_served(report: Path, tmp_path: Path) -> None:
+    """Each gets the time of a row near it, without a search through all rows."""
+    crashed = member(report, "previous-run.json")
+    last = crashed["time_ms"][-1]
+    crashed["marks"] = [{"time_ms": last + 10_000 + number, "label": str(number)} for number in range(1000)]
+    path = tmp_path / "marks.json"
+    path.write_text(json.dumps(crashed))
+    record = read_replay_file(path).opened.record
+    assert record.last is not None
+    assert {mark.monotonic_ns for mark in record.marks} == {record.last.monotonic_ns}
+
+
+def test_replay_of_a_run_that_returns_to_a_segment_is_refused(state: Path, tmp_path: Path) -> None:
+    """A hostile file would have one segment copied for each snapshot."""
+    (run,) = RunDirectory(state / "state" / "runs").runs()
+    path = tmp_path / "run.sqlite"
+    with closing(sqlite3.connect(run.path)) as db, closing(sqlite3.connect(path)) as copy:
+        db.backup(copy)
+        first, last = copy.execute("SELECT min(id), max(id) FROM frame").fetchone()
+        columns = "segment, numbers, moved, code"
+        newest = "(SELECT max(id) FROM segment)"
+        copy.execute(f"INSERT INTO segment SELECT id + 1, threads, cpu_ns, constants FROM segment WHERE id = {newest}")
+        copy.execute(
+            "INSERT INTO frame SELECT ? + 1, segment + 1, numbers, moved, code FROM frame WHERE id = ?", (last, last)
+        )
+        copy.execute(
+            f"INSERT INTO frame (id, {columns}) SELECT ? + 2, {columns} FROM frame WHERE id = ?", (last, first)
+        )
+        copy.commit()
+    with pytest.raises(UnreadableRun, match="after those of"):
+        read_replay_file(path)
+
+
 def test_replay_of_a_report_with_strange_texts_is_served(report: Path, state: Path) -> None:
     """Other types than they should be are left out; the rest is shown, and text is text."""
     crashed = member(report, "previous-run.json")
-    crashed["run"] |= {"app": "no/such id", "state": 7, "ended": ["x"], "host": {"cpu_count": -1, "arch": 5}, "id": 3}
+    crashed["run"] |= {"app": 5, "app_version": 3.1, "state": 7, "ended": ["x"], "host": {"cpu_count": -1, "arch": 5}}
+    crashed["run"]["id"] = "5'; touch x; '"
     members = {
         "metadata.json": json.dumps({"app": 5, "os": [], "description": "<script>\x1b[31m\u202e", "cpu_count": "many"}),
         "manifest.json": json.dumps({"failures": [1, {"member": 2}, {"member": "a", "reason": "b"}]}),
@@ -268,4 +313,5 @@ def test_replay_of_a_report_with_strange_texts_is_served(report: Path, state: Pa
         assert info["replay"]["report"]["failures"][-1] == {"member": "a", "reason": "b"}
         assert (info["app"], info["cpu_count"], info["arch"]) == (None, None, None)
         assert info["replay"]["run"]["state"] == "crashed"
+        assert info["replay"]["run"]["id"] == "-".join(crashed["target"]["start_id"].split("-")[:2])
         assert replay.get("/runs")

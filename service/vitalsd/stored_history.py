@@ -1,30 +1,35 @@
 """The JSON of a `vitalsd.history` read back, as a report has it: a record, as far as the table tells."""
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
+from vitalsd.history import MAX_ROWS
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot
 
 __all__ = ["read_history"]
 
+CLOCK_STEPS = 8
+"""So often may the wall clock have been set back over one moment; a mark beyond that gets the time of a row near it."""
 MS_NS = 1_000_000
 """What the JSON tells times to."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def read_history(body: bytes) -> Record:
+def read_history(body: bytes | Mapping[str, Any]) -> Record:
     """
-    The record that `History.to_json` was made from, as far as the JSON tells: times to the
+    Return the record that `History.to_json` was made from, as far as the JSON tells: times to the
     millisecond, percentages to three decimals, only the threads that were shown.
 
     Raises:
         ValueError: it is not such JSON.
     """
     try:
-        table = json.loads(body)
+        table = json.loads(body) if isinstance(body, bytes) else body
         record = Record(
             _identity(table), interval_ns=int(table["interval_ms"]) * 1_000_000, retention_ns=2**62, max_bytes=2**62
         )
@@ -46,35 +51,51 @@ def read_history(body: bytes) -> Record:
 def _timed(
     notes: Sequence[dict[str, Any]], clocks: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[dict[str, Any], tuple[int, int]]]:
-    """Each of `notes`, which are in order, with its time on both of the `clocks` that snapshots were taken by."""
+    """Yield each of `notes`, which are in order, with its time on both of the `clocks` that snapshots were taken by."""
+    rows = _Rows(clocks)
     at = 0
     for note in notes:
         wall_ns = int(note["time_ms"]) * 1_000_000
+        if not -(2**63) <= wall_ns < 2**63:
+            raise ValueError(f"a time of {note['time_ms']!r:.80} ms")
         if not clocks:
             yield note, (wall_ns, wall_ns)
             continue
-        at = _end_of_row(wall_ns, clocks, at)
+        at = rows.end_of(wall_ns, at)
         known_ns, monotonic_ns = clocks[at]
         earliest_ns = clocks[max(0, at - 1)][1]
         yield note, (wall_ns, min(monotonic_ns, max(earliest_ns, monotonic_ns + wall_ns - known_ns)))
 
 
-def _end_of_row(wall_ns: int, clocks: Sequence[tuple[int, int]], since: int) -> int:
+class _Rows:
     """
-    The snapshot, from `since` on, that ended the row of that time, or else the nearest one.
+    The rows of a table by wall clock, which may have been set meanwhile: its times need not ascend.
 
-    The wall clock may have been set meanwhile: its times need not ascend, nor a time be in any row.
+    Args:
+        clocks: wall and monotonic time of the snapshot at the end of each row, ns.
     """
-    for i in range(since, len(clocks)):
-        elapsed_ns = clocks[i][1] - clocks[max(0, i - 1)][1]
-        if clocks[i][0] - elapsed_ns - MS_NS < wall_ns <= clocks[i][0]:
-            return i
-    return min(range(since, len(clocks)), key=lambda i: abs(clocks[i][0] - wall_ns))
+
+    def __init__(self, clocks: Sequence[tuple[int, int]]) -> None:
+        self._clocks = clocks
+        self._order = sorted(range(len(clocks)), key=lambda i: clocks[i][0])
+        self._walls = [clocks[i][0] for i in self._order]
+
+    def end_of(self, wall_ns: int, since: int) -> int:
+        """Return the snapshot, from `since` on, that ended the row of that time, or else the nearest one."""
+        at = bisect_left(self._walls, wall_ns)
+        near = [i for i in self._order[max(0, at - CLOCK_STEPS) : at + CLOCK_STEPS] if i >= since]
+        for i in sorted(near):
+            elapsed_ns = self._clocks[i][1] - self._clocks[max(0, i - 1)][1]
+            if self._clocks[i][0] - elapsed_ns - MS_NS < wall_ns <= self._clocks[i][0]:
+                return i
+        return min(near, key=lambda i: abs(self._clocks[i][0] - wall_ns), default=len(self._clocks) - 1)
 
 
-def _identity(table: dict[str, Any]) -> Identity:
+def _identity(table: Mapping[str, Any]) -> Identity:
     target = table["target"]
     _, start_key, boot_id = str(target["start_id"]).split("-", 2)
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", boot_id):
+        raise ValueError(f"a start_id {target['start_id']!r:.80}")
     return Identity(
         platform=str(table["platform"]),
         pid=int(target["pid"]),
@@ -85,9 +106,11 @@ def _identity(table: dict[str, Any]) -> Identity:
     )
 
 
-def _snapshots(table: dict[str, Any], started_unix_ns: int) -> Iterator[Snapshot]:
+def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snapshot]:
     """The snapshots at the ends of the rows, and one at the start of the first; counters begin at 0."""
     times, elapsed = table["time_ms"], table["elapsed_ms"]
+    if len(times) > MAX_ROWS + 1:
+        raise ValueError(f"{len(times)} rows; a history has at most {MAX_ROWS}")
     threads = sorted(table["threads"], key=lambda thread: int(thread["tid"]))
     columns = [thread["cpu_percent"] for thread in threads]
     for column in (times, elapsed, table["cpu_percent"], table["rss_kb"], table["vm_size_kb"], *columns):

@@ -28,6 +28,7 @@ __all__ = [
     "APPLICATION_ID",
     "SCHEMA",
     "SCHEMA_VERSION",
+    "UNKNOWN_END",
     "Run",
     "State",
     "UnreadableRun",
@@ -75,6 +76,9 @@ class UnreadableRun(Exception):
 
 class _Stuck(UnreadableRun):
     """It cannot be opened where it is: the disk is full or read-only, and SQLite needs files of its own beside it."""
+
+
+UNKNOWN_END = "the sidecar ended before the process or with it; how the process ended is not known"
 
 
 class Run(NamedTuple):
@@ -279,7 +283,7 @@ def _described(db: sqlite3.Connection, path: Path, rows: Sequence[Row] = ()) -> 
     if ended is None:
         state = "running" if is_being_written(path) else "crashed"
         if state == "crashed" and not is_of(path, f"{identity.start_id}-{identity.pid}"):
-            ended = "its sidecar was gone before it, or with it: nobody saw how it ended"
+            ended = UNKNOWN_END
     elif "crashed" in meta:
         state = "crashed"
     return Run(
@@ -308,7 +312,11 @@ def _record(db: sqlite3.Connection) -> Record:
         "SELECT f.segment, f.numbers, f.moved, f.code, s.threads, s.cpu_ns, s.constants"
         " FROM frame f JOIN segment s ON s.id = f.segment ORDER BY f.id"
     )
-    for _, rows in groupby(frames, key=lambda row: row[0]):
+    newest = 0
+    for segment_id, rows in groupby(frames, key=lambda row: row[0]):
+        if segment_id <= newest:  # A hostile file would make thousands of copies of one segment.
+            raise ValueError(f"snapshots of segment {segment_id!r:.20} after those of {newest}")
+        newest = segment_id
         segment: Segment | None = None
         for _, numbers, moved, code, ids, cpu_ns, constants in rows:
             values, moves = _frame(numbers, moved, code)

@@ -78,6 +78,10 @@ class Replay:
         """Raise `TargetGone`: nothing is measured now."""
         raise TargetGone(f"{self._reason}; it has no current counters")
 
+    async def confirm(self) -> None:
+        """Raise `TargetGone`."""
+        raise TargetGone(self._reason)
+
     async def mark_async(self, label: str) -> Mark:
         """Raise `NotRecording`."""
         raise NotRecording(f"{self._reason}; it takes no marks")

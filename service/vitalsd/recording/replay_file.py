@@ -8,6 +8,7 @@ whatever does not fit is an `UnreadableRun` with one sentence.
 import io
 import json
 import os
+import re
 import stat
 import zipfile
 import zlib
@@ -15,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from vitalsd.blackbox import RUN_BYTES
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.contract.report_archive import HISTORY, MANIFEST, METADATA, METRICS, PREVIOUS_RUN
+from vitalsd.model import Measured, parse_runtime_metrics
 from vitalsd.record import Record
 from vitalsd.stored_history import read_history
 from vitalsd.stored_run import Run, State, UnreadableRun, read_run
@@ -26,8 +29,15 @@ __all__ = ["Card", "RecordedRun", "ReplayFile", "read_replay_file"]
 
 MAX_REPORT_BYTES = 64 << 20
 """Of a report; its attachments are limited to half of that."""
-MAX_MEMBER_BYTES = 64 << 20
-"""Of one member, unpacked."""
+MAX_MEMBER_BYTES = 16 << 20
+"""Of one member that is read, unpacked. A history has at most 8 MiB."""
+MAX_RUN_BYTES = 2 * RUN_BYTES
+"""Of the file of a run."""
+MAX_FILES = 20_000
+"""In the zip, with the attachments."""
+CENTRAL_HEADER = b"PK\1\2"
+"""Before each file in the directory of a zip (APPNOTE.TXT of PKWARE, section 4.3.12)."""
+RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 MAX_ENTRIES = 200
 """Members and failures that the card lists."""
 MAX_TEXT = 10_000
@@ -57,6 +67,8 @@ class Card(NamedTuple):
     """Name and size in bytes."""
     failures: Sequence[tuple[str, str]]
     """Name of a member that is missing, and why."""
+    metrics: Measured | None
+    """The window that was measured when the report was requested."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as ``GET /info`` shows it."""
@@ -65,6 +77,12 @@ class Card(NamedTuple):
             "host": self.host._asdict(),
             "members": [{"name": name, "size": size} for name, size in self.members],
             "failures": [{"member": member, "reason": reason} for member, reason in self.failures],
+            "metrics": self.metrics
+            and {
+                "sample_window_ms": self.metrics.sample_window_ms,
+                "process": self.metrics.process.model_dump(),
+                "threads": len(self.metrics.threads),
+            },
         }
 
 
@@ -95,6 +113,8 @@ def read_replay_file(path: Path) -> ReplayFile:
             raise UnreadableRun(f"{path.name} is not a regular file")
         magic = file.read(len(SQLITE_MAGIC))
         if magic == SQLITE_MAGIC:
+            if status.st_size > MAX_RUN_BYTES:
+                raise UnreadableRun(f"{path.name} has {status.st_size} bytes; a run has at most {MAX_RUN_BYTES}")
             return ReplayFile(path.name, RecordedRun(*read_run(path)), (), None, None)
         if status.st_size > MAX_REPORT_BYTES:
             raise UnreadableRun(f"{path.name} has {status.st_size} bytes; a report has at most {MAX_REPORT_BYTES}")
@@ -111,6 +131,8 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _read_report(path: Path, content: bytes) -> ReplayFile:
+    if content.count(CENTRAL_HEADER) > MAX_FILES:  # Python would make an object for each.
+        raise UnreadableRun(f"{path.name} has more than {MAX_FILES} files; a report has a few")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             infos = archive.infolist()
@@ -124,13 +146,15 @@ def _read_report(path: Path, content: bytes) -> ReplayFile:
             if not {METADATA, MANIFEST, METRICS, HISTORY, PREVIOUS_RUN} & set(names):
                 raise UnreadableRun(f"{path.name} is not a bug report: it has no {METADATA}")
             about = _object(archive, path, METADATA)
-            card = _card(about, _object(archive, path, MANIFEST), infos)
+            card = _card(about, _object(archive, path, MANIFEST), infos, _metrics(archive, path))
             runs = [
                 _read_member(path.name, _unpacked(archive, path, name), card.host, about if name == HISTORY else {})
                 for name in (HISTORY, PREVIOUS_RUN)
                 if name in names
             ]
-    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except zipfile.BadZipFile as error:
+        raise UnreadableRun(f"{path.name} is damaged or incomplete: {error}") from None
+    except (zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         raise UnreadableRun(f"{path.name}: {error}") from None
     if not runs:
         raise UnreadableRun(
@@ -161,7 +185,17 @@ def _object(archive: zipfile.ZipFile, path: Path, name: str) -> Mapping[str, Any
     return found if isinstance(found, dict) else {}
 
 
-def _card(about: Mapping[str, Any], manifest: Mapping[str, Any], infos: Sequence[zipfile.ZipInfo]) -> Card:
+def _metrics(archive: zipfile.ZipFile, path: Path) -> Measured | None:
+    try:
+        found = parse_runtime_metrics(_unpacked(archive, path, METRICS))
+    except (KeyError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, Measured) else None
+
+
+def _card(
+    about: Mapping[str, Any], manifest: Mapping[str, Any], infos: Sequence[zipfile.ZipInfo], metrics: Measured | None
+) -> Card:
     app, system, vitalsd = (_mapping(about.get(key)) for key in ("app", "os", "vitalsd"))
     failures = manifest.get("failures")
     return Card(
@@ -182,6 +216,7 @@ def _card(about: Mapping[str, Any], manifest: Mapping[str, Any], infos: Sequence
             for each in (failures if isinstance(failures, list) else [])[:MAX_ENTRIES]
             if isinstance(each, dict)
         ],
+        metrics=metrics,
     )
 
 
@@ -194,19 +229,23 @@ def _read_member(file: str, body: bytes, host: Host, about: Mapping[str, Any]) -
         about: the metadata of the report, for the history of the process that ran meanwhile.
     """
     try:
-        record = read_history(body)
+        if len(body) > MAX_MEMBER_BYTES:
+            raise ValueError(f"{len(body)} bytes, and a history has at most {MAX_MEMBER_BYTES}")
+        table = json.loads(body)
+        record = read_history(table)
     except (ValueError, RecursionError) as error:
         raise UnreadableRun(f"{file}: {error}") from None
-    described = _mapping(json.loads(body).get("run"))
+    described = _mapping(table.get("run"))
     target, app = _mapping(about.get("target")), _mapping(about.get("app"))
     previous = bool(described)
     state = (described if previous else target).get("state")
     first = next(record.snapshots(), None)
+    run_id = _text(described.get("id")) or record.identity.start_id
     identity = record.identity._replace(program=_text(described.get("program")) or "")
     record.identity = identity
     return RecordedRun(
         Run(
-            id=_text(described.get("id")) or identity.start_id,
+            id=run_id if RUN_ID.fullmatch(run_id) else f"{identity.pid}-{identity.start_key}",
             path=Path(file),
             identity=identity,
             state=_state(state, "crashed" if previous else "running"),
@@ -231,7 +270,7 @@ def _state(found: Any, default: State) -> State:
 
 def _application(app: Any, app_version: Any) -> Application:
     try:
-        return Application.checked(app, app_version)
+        return Application.checked(_text(app), _text(app_version))
     except ValueError:
         return Application()
 

@@ -14,7 +14,7 @@ function banner(text) {
 // The clock of the page and, for a report from elsewhere, UTC.
 function moment(text) {
   const time = new Date(text);
-  if (Number.isNaN(time.getTime())) return "";
+  if (!text || Number.isNaN(time.getTime())) return "";
   return `${time.toLocaleString([], { dateStyle: "medium", timeStyle: "medium" })} (${time.toISOString().slice(0, 19)}Z)`;
 }
 
@@ -26,6 +26,11 @@ function utcOffset(minutes) {
 function systemOf(host, platform) {
   const system = platform === "macos" && host.version ? `macOS ${host.version}` : [host.system, host.release].filter(Boolean).join(" ");
   return [system, host.arch, host.cpu_count && `${host.cpu_count} CPUs`].filter(Boolean).join(", ");
+}
+
+// The window that was measured when the report was requested.
+function atRequest({ process, threads, sample_window_ms }) {
+  return `CPU ${process.cpu_percent.toFixed(1)} %, ${size(process.rss_kb)}, ${threads} threads, over ${(sample_window_ms / 1000).toFixed(1)} s`;
 }
 
 // What a replayed report says about itself.
@@ -41,6 +46,7 @@ function card(replay) {
     ["System", clean(systemOf(host, run.platform))],
     ["Time zone", host.utc_offset_minutes === null ? "" : utcOffset(host.utc_offset_minutes)],
     ["Requested", report ? moment(report.triggered_at) : ""],
+    ["At the request", report && report.metrics ? atRequest(report.metrics) : ""],
     ["Contains", report ? report.members.map((each) => `${clean(each.name)} (${fileSize(each.size)})`).join(", ") : ""],
     ...(report ? report.failures : []).map((each) => ["Missing", `${clean(each.member)}: ${clean(each.reason)}`]),
   ];
@@ -62,7 +68,8 @@ function outcome(run) {
   const app = run.app ? [run.app, run.app_version].filter(Boolean).join(" ") : run.name;
   const how = { crashed: "crashed", running: "was running when the report was made", clean: "ended" }[run.state];
   const last = run.recorded_to ? ` Last recorded at ${moment(run.recorded_to)}.` : "";
-  return `${app} ${how}${run.ended ? `: ${run.ended}` : ""}.${last}`;
+  const ended = (run.ended || "").replace(`target ${run.pid} has exited: `, "");
+  return `${app} ${how}${ended ? `: ${ended}` : ""}.${last}`;
 }
 
 function show(target, platform) {
@@ -274,8 +281,8 @@ for (const button of document.querySelectorAll("[data-window]"))
 $("pause").addEventListener("click", () => hold(!view.paused));
 function curlCommand() {
   const over = view.info && view.info.recorder && view.info.recorder.ended;
-  const path = view.run ? `/runs/${view.run}/history` : over ? `/history?seconds=${reach(view.info)}` : "/metrics?window_ms=1000&sort=cpu&limit=20";
-  const command = `curl -s '${location.origin}${path}'`;
+  const path = view.run ? `/runs/${encodeURIComponent(view.run)}/history` : over ? `/history?seconds=${reach(view.info)}` : "/metrics?window_ms=1000&sort=cpu&limit=20";
+  const command = `curl -s '${`${location.origin}${path}`.replaceAll("'", "%27")}'`;
   // On standard input: whatever stands in a command line, every user of the machine can read.
   return token ? `printf 'Authorization: Bearer %s' "$VITALSD_TOKEN" | ${command} -H @-` : command;
 }

@@ -81,7 +81,7 @@ async function live() {
         await pause(2000);
         continue;
       }
-      $("mark").disabled = !info.recorder;
+      $("mark").disabled = $("mark-button").disabled = !info.recorder;
       $("pause").disabled = false;
       banner("");
       wait = 500;
@@ -127,7 +127,7 @@ function ended(info, over) {
     $("report").hidden = !info.replay.report;
     $("run-first").textContent = runName(info.replay.run);
   }
-  $("mark").disabled = $("pause").disabled = true;
+  $("mark").disabled = $("mark-button").disabled = $("pause").disabled = true;
   draw();
 }
 
@@ -275,6 +275,6 @@ async function openRun(id, runs) {
   status("past", view.info && isReplay(view.info) ? "replay" : "earlier run");
   banner(outcome(run));
   view.over = true;
-  $("mark").disabled = $("pause").disabled = true;
+  $("mark").disabled = $("mark-button").disabled = $("pause").disabled = true;
   choose(0);
 }
