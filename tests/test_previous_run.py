@@ -24,7 +24,7 @@ from sidecars import VITALSD, ask, environment, eventually, serving
 from vitalsd.endpoint import discover
 from vitalsd.report.previous_run import Choice, Subject, choose
 from vitalsd.runs import MAX_LISTED, RunDirectory
-from vitalsd.stored_run import Run
+from vitalsd.stored_run import UNKNOWN_END, Run
 from vitalsd_client import BugReport, last_crash
 
 pytestmark = pytest.mark.live
@@ -177,17 +177,20 @@ def test_report_with_nothing_running_contains_the_crashed_run(home: Path) -> Non
 
 
 def test_report_lists_on_stderr_what_is_missing(home: Path) -> None:
-    """Each member with its reason, and the crashed runs that no report contains, with how to include one."""
+    """Each member with its reason, and crashed runs that no report contains; with --app none of another application."""
     crash(home, ["sleep", "60"], "--app", "viewer")
-    done = subprocess.run(
-        [*VITALSD, "report", "--app", "editor"], env=environment(home), capture_output=True, text=True, cwd=home
-    )
-    assert done.returncode == 0
-    assert Path(home, done.stdout.strip()).exists()
-    assert "vitalsd: runtime-metrics.json: no sidecar to ask" in done.stderr
-    assert "include one with --run ID:" in done.stderr
-    assert f"  {runs(home)[0].id}  viewer, sleep" in done.stderr
-    assert "viewer" not in "".join(path.read_text("latin-1") for path in home.glob("editor*.zip"))
+    for options, listed in (((), True), (("--app", "editor"), False)):
+        done = subprocess.run(
+            [*VITALSD, "report", *options], env=environment(home), capture_output=True, text=True, cwd=home
+        )
+        assert done.returncode == 0
+        assert Path(home, done.stdout.strip()).exists()
+        assert "vitalsd: runtime-metrics.json: no sidecar to ask" in done.stderr
+        assert ("include one with --run ID:" in done.stderr) == listed
+        assert (f"  {runs(home)[0].id}  viewer, sleep" in done.stderr) == listed
+    for path in home.glob("*.zip"):
+        with zipfile.ZipFile(path) as archive:
+            assert b"viewer" not in b"".join(map(archive.read, archive.namelist()))
 
 
 def test_bug_report_of_a_client_without_a_sidecar_contains_its_crashed_run(home: Path) -> None:
@@ -249,7 +252,7 @@ def test_report_of_a_pid_without_a_sidecar_has_its_metrics(home: Path) -> None:
 
 
 def test_report_leaves_out_the_crash_of_a_program_with_the_same_15_bytes_of_name(home: Path) -> None:
-    """Two executables: the kernel names both acme-desktop-cl. The run is left out and named; it is not reported."""
+    """Two executables: the kernel names both acme-desktop-cl. The run is left out, and stays unreported."""
     sleep = shutil.which("sleep")
     assert sleep is not None
     for name in ("acme-desktop-client", "acme-desktop-classic"):
@@ -259,7 +262,7 @@ def test_report_leaves_out_the_crash_of_a_program_with_the_same_15_bytes_of_name
         members, said = report(home, "--app", "second", "--pid", str(target.pid))
         assert "previous-run.json" not in members
         (run,) = (run for run in runs(home) if run.state == "crashed")
-        assert run.id in reasons(said)["previous-run.json"]
+        assert "previous-run.json" not in reasons(said), "it is surely another program"
         answer = httpx.post(f"{ready['url']}/report.zip", json={"app": "second"}, trust_env=False)
         assert b"previous-run.json" not in answer.content[:-2000]
         assert not run.reported
@@ -466,6 +469,123 @@ def test_crash_is_not_reported_if_the_client_dies_with_the_answer_unread(home: P
         eventually(lambda: [run.reported for run in runs(home) if run.state == "crashed"] == [True])
 
 
+def test_report_made_while_the_sidecar_lingers_counts_the_crash_that_it_contains(home: Path) -> None:
+    """The history is that of the crash, so neither the next report nor the next start has it again."""
+    with subprocess.Popen(["sleep", "60"]) as target:
+        options = ("--pid", str(target.pid), "--record-interval", "0.05", "--app", "viewer")
+        with serving(home, *options) as (_, ready):
+            eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["snapshots"] > 4)
+            target.kill()
+            target.wait()
+            crashed(home)
+            members, _ = report(home, "--app", "viewer")
+            assert json.loads(members["metadata.json"])["target"]["state"] == "crashed"
+            assert [run.reported for run in runs(home)] == [True]
+            assert last_crash("viewer") is None
+
+
+def test_report_of_a_running_run_does_not_take_its_later_crash(home: Path) -> None:
+    """A run that is asked for while it runs is in the report; it counts once it has crashed."""
+    with recorded(home, ["sleep", "60"], "--app", "viewer") as (target, ready):
+        (run,) = runs(home)
+        members, _ = report(home, "--app", "viewer", "--run", run.id)
+        assert "previous-run.json" in members
+        answer = httpx.post(f"{ready['url']}/runs/{run.id}/reported", json={}, trust_env=False)
+        assert answer.json() == {"id": run.id, "reported": False}
+        target.kill()
+        target.wait()
+        (run,) = crashed(home)
+        assert not run.reported
+    members, _ = report(home, "--app", "viewer")
+    assert "previous-run.json" in members
+
+
+def test_report_with_an_id_leaves_out_sidecars_without_one(home: Path) -> None:
+    """The data of another application may not be reported; stderr says how to report on that process."""
+    crash(home, ["sleep", "60"], "--app", "viewer")
+    with recorded(home, ["sleep", "61"]) as (target, ready):
+        httpx.post(f"{ready['url']}/marks", json={"label": "private"}, trust_env=False)
+        done = subprocess.run(
+            [*VITALSD, "report", "--app", "viewer", "--out", str(home / "out")],
+            env=environment(home),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0
+        assert f"the processes {target.pid} have no application id" in done.stderr
+        with zipfile.ZipFile(done.stdout.strip()) as archive:
+            assert "previous-run.json" in archive.namelist()
+            assert all(b"private" not in archive.read(name) for name in archive.namelist())
+
+
+def test_last_crash_of_a_client_that_adopts_an_id_is_in_its_report(home: Path) -> None:
+    """The crash before the update has no id; after the report it is not found again."""
+    text = (
+        "import os, sys, time, vitalsd\nvitalsd.spawn(port=0, options=['--linger', '0'])\ntime.sleep(0.3)\nos.abort()\n"
+    )
+    program = script(home, text=text)
+    subprocess.run([sys.executable, str(program)], env=environment(home), cwd=home, timeout=30)
+    crashed(home)
+    program.write_text(
+        "import sys, vitalsd\nfrom vitalsd_client import BugReport, last_crash\n"
+        "found = last_crash(app='viewer')\n"
+        "with vitalsd.spawn(port=0, app='viewer'):\n"
+        "    report = BugReport('viewer', window_ms=50)\n"
+        "    report.save('out')\n"
+        "print(found is not None, 'previous-run.json' in report.preview(), last_crash(app='viewer'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment(home), cwd=home, capture_output=True, text=True, timeout=30
+    )
+    assert done.stdout == "True True None\n", done.stderr
+
+
+@pytest.mark.parametrize("damage", ["another", "damaged", "none"])
+def test_report_of_a_run_that_cannot_be_read_is_refused(home: Path, damage: str) -> None:
+    """A run that was asked for with --run: nothing is written, and the reason is one line."""
+    if damage != "none":
+        crash(home, ["sleep", "60"], "--app", "viewer")
+    (home / "state" / "runs").mkdir(parents=True, exist_ok=True)
+    name = next((run.id for run in runs(home)), "1-2-3")
+    if damage == "damaged":
+        (home / "state" / "runs" / f"{name}.sqlite").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    done = subprocess.run(
+        [*VITALSD, "report", "--run", name if damage != "another" else "1-2-3", "--out", str(home / "out")],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert not (home / "out").exists()
+
+
+def test_crash_is_known_as_soon_as_the_process_is_gone(home: Path) -> None:
+    """To a wrapper that reports at once, and to a client that starts again at once; not at the next snapshot."""
+    with subprocess.Popen(["sleep", "60"]) as target:
+        options = ("--pid", str(target.pid), "--record-interval", "600", "--app", "viewer")
+        with serving(home, *options) as (_, ready):
+            eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["snapshots"] > 0)
+            target.kill()
+            target.wait()
+            found = last_crash("viewer")
+            assert found is not None
+            assert found.ended == "killed by SIGKILL"
+            members, _ = report(home, "--app", "viewer")
+            assert json.loads(members["metadata.json"])["target"]["state"] == "crashed"
+
+
+@pytest.mark.parametrize("mode", ["in_process", "alongside"])
+@pytest.mark.parametrize(("end", "state"), [("1 / 0", "crashed"), ("sys.exit()", "clean"), ("pass", "clean")])
+def test_exception_that_is_not_caught_is_a_crash(home: Path, mode: str, end: str, state: str) -> None:
+    """As the kernel sees it by the exit status, and within the process by what the interpreter reports."""
+    make = "start(port=0, " if mode == "in_process" else "spawn(port=0, options=['--linger', '0'], "
+    code = f"import sys, time, vitalsd\nvitalsd.{make}app='viewer')\ntime.sleep(0.3)\n{end}\n"
+    subprocess.run([sys.executable, "-c", code], env=environment(home), capture_output=True, timeout=30)
+    eventually(lambda: [run.state for run in runs(home)] == [state], 10)
+    if state == "crashed" and mode == "in_process":
+        assert runs(home)[0].ended == "an exception that was not caught ended the program"
+
+
 # At the start of a client
 
 
@@ -589,8 +709,12 @@ def test_report_among_thousands_of_runs_has_the_newest(home: Path) -> None:
 # The choice by itself
 
 
+P, Q, P2 = f"{'1' * 16}{'a' * 16}", f"{'2' * 16}{'b' * 16}", f"{'3' * 16}{'a' * 16}"
+"""Digests of three programs, of which the first and the last may be two versions of one."""
+
+
 def listing(run_id: str, **other: Any) -> Found:
-    plain = {"state": "crashed", "reported": False, "app": None, "name": "app", "program": "p", "recorded_to": run_id}
+    plain = {"state": "crashed", "reported": False, "app": None, "name": "app", "program": P, "recorded_to": run_id}
     return {"id": run_id, **plain, **other}
 
 
@@ -609,45 +733,68 @@ def test_choose_takes_the_newest_run_with_the_id() -> None:
         listing("7-8-9-1", app="viewer"),
         listing("9", app="viewer", pid=9),
     ]
-    subject = Subject("viewer", "7-8-9", "app", "p")
+    subject = Subject("viewer", "7-8-9", "app", P)
     assert chosen(runs, subject, lambda run: "pid" in run).run == runs[1]
-    assert chosen(runs, Subject(None, "7-8-9", "app", "p", "editor")).run == runs[4]
-    assert chosen(runs, Subject("other", "7-8-9", "app", "p")).run is None
-    assert chosen(runs, Subject(None, "7-8-9", "app", "p")).run is None, "a run with an id is of reports with it alone"
+    assert chosen(runs, Subject(None, "7-8-9", "app", P, "editor")).run == runs[4]
+    assert chosen(runs, Subject("other", "7-8-9", "app", P)).run is None
+    assert chosen(runs, Subject(None, "7-8-9", "app", P)).run is None, "a run with an id is of reports with it alone"
 
 
 def test_choose_prefers_the_id_to_the_program() -> None:
-    """And falls back to the program of runs without an id, unless the process has one itself."""
-    runs = [listing("1", app="viewer", program="q"), listing("2"), listing("3", program="q", name="b")]
-    assert chosen(runs, Subject("viewer", "0", "app", "p")).run == runs[0]
-    assert chosen(runs[1:], Subject("viewer", "0", "app", "p")).run == runs[1]
-    assert chosen(runs[1:], Subject("viewer", "0", "app", "q")).run == runs[2]
-    left = chosen(runs[1:], Subject("viewer", "0", "app", "p", "viewer"))
-    assert (left.run, list(left.left_out)) == (None, [runs[1]])
-    assert "2" in str(left.reason)
+    """And falls back to the program of runs without an id, unless another application has run the same program."""
+    runs = [listing("1", app="viewer", program=Q), listing("2"), listing("3", program=Q, name="b")]
+    assert chosen(runs, Subject("viewer", "0", "app", P)).run == runs[0]
+    assert chosen(runs[1:], Subject("viewer", "0", "app", P)).run == runs[1]
+    assert chosen(runs[1:], Subject("viewer", "0", "app", Q)).run == runs[2]
+    adopted = chosen(runs[1:], Subject("viewer", "0", "app", P, "viewer"))
+    assert adopted.run == runs[1], "the client has begun to pass an id; it is the same program"
+    shared = chosen([*runs[1:], listing("4", app="editor", state="clean")], Subject("viewer", "0", "app", P, "viewer"))
+    assert (shared.run, list(shared.left_out)) == (None, [runs[1]])
+    assert "another application has run the same program" in str(shared.reason)
+
+
+def test_choose_for_a_sidecar_that_waits_takes_no_run_of_another_name() -> None:
+    """Nor one without an id if the sidecar has one."""
+    runs = [listing("1", name="bank")]
+    assert chosen(runs, Subject(name="game")).run is None
+    assert chosen(runs, Subject(name="bank")).run == runs[0]
+    left = chosen(runs, Subject(target_app="viewer"))
+    assert (left.run, list(left.left_out)) == (None, runs)
+
+
+def test_choose_leaves_out_a_run_whose_process_ended_well_by_another_record() -> None:
+    """One of two sidecars was killed; the other saw a normal end. A crash that was seen remains one."""
+    lost = listing("7-8-9-1", app="viewer", ended=UNKNOWN_END)
+    well = listing("7-8-9-2", app="viewer", state="clean", ended="exit status 0", recorded_to="7-9")
+    assert chosen([lost, well], Subject("viewer")).run is None
+    assert chosen([lost], Subject("viewer")).run == lost
+    seen = listing("7-8-9-3", app="viewer", ended="killed by SIGSEGV")
+    went_on = listing("7-8-9-1", app="viewer", state="clean", ended="the process went on without it")
+    assert chosen([seen, went_on], Subject("viewer")).run == seen
 
 
 def test_choose_in_doubt_leaves_out_and_names_the_run() -> None:
-    """An unknown program is no program; of the same name it may be, of another it is not."""
-    runs = [listing("1", program=""), listing("2", program="q"), listing("3", program="q", name="b")]
-    for program in ("", "p"):
-        left = chosen(runs, Subject("viewer", "0", "app", program))
-        assert left.run is None
-        assert [run["id"] for run in left.left_out] == ["2", "1"]
-        assert "vitalsd report --run ID" in str(left.reason)
-    other = chosen(runs[2:], Subject("viewer", "0", "app", "p"))
+    """An unknown program of the same name may be this one, and so may another version; another program is not."""
+    runs = [listing("1", program=""), listing("2", program=Q), listing("3", program=P2, name="b")]
+    left = chosen(runs, Subject("viewer", "0", "app", P))
+    assert left.run is None
+    assert [run["id"] for run in left.left_out] == ["3", "1"]
+    assert "vitalsd report --run ID" in str(left.reason)
+    unknown = chosen(runs, Subject("viewer", "0", "app", ""))
+    assert [run["id"] for run in unknown.left_out] == ["2", "1"]
+    other = chosen(runs[1:2], Subject("viewer", "0", "app", P))
     assert (other.run, list(other.left_out), other.reason) == (None, [], None)
 
 
 def test_choose_with_nothing_running_needs_one_program() -> None:
     """Of runs without an id; an unknown program may be any."""
-    one = [listing("1"), listing("2"), listing("3", app="editor", program="q")]
+    one = [listing("1"), listing("2"), listing("3", app="editor", program=Q)]
     assert chosen(one, Subject("viewer")).run == one[1]
     assert chosen(one, Subject()).run == one[1]
-    for other in (listing("4", program="q"), listing("4", program="")):
+    for other in (listing("4", program=Q), listing("4", program="")):
         left = chosen([*one, other], Subject("viewer"))
         assert left.run is None
         assert [run["id"] for run in left.left_out] == ["4", "2", "1"]
     assert chosen([listing("1", program="")], Subject("viewer")).run is None
-    many = chosen([listing(str(number), program=str(number)) for number in range(10, 30)], Subject("viewer"))
+    many = chosen([listing(str(number), program=f"{number:032}") for number in range(10, 30)], Subject("viewer"))
     assert "15 more" in str(many.reason)

@@ -229,6 +229,8 @@ def test_attach_refuses_text_that_is_the_path_of_a_file(home: Path) -> None:
     report = BugReport("ryll", window_ms=10)
     with pytest.raises(ValueError, match=r"call attach_file\(path\)"):
         report.attach("app.log", str(log))
+    with log.open() as file, pytest.raises(ValueError, match=r"not TextIOWrapper; to attach a file"):
+        report.attach("app.log", file)  # type: ignore[arg-type]
     report.attach("note", f"it is in {log}")
     report.attach("lines", f"{log}\n")
     report.attach("odd", "nul\0")
@@ -526,7 +528,7 @@ def test_a_crash_is_told_of_while_its_sidecar_lingers(home: Path) -> None:
 
 
 def test_a_sidecar_that_was_killed_is_no_crash_of_its_target(home: Path) -> None:
-    """It goes on, with another sidecar; where it does not, the run says that nobody saw how it ended."""
+    """It goes on, with another sidecar; where it does not, the run says that its end is not known."""
     with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
         try:
             options = ("--pid", str(target.pid), "--record-interval", "0.05")
@@ -544,7 +546,7 @@ def test_a_sidecar_that_was_killed_is_no_crash_of_its_target(home: Path) -> None
             target.kill()
     with next_run(home) as (pid, ready):
         (crashed,) = (run for run in get_json(ready["url"], "/runs") if run["state"] == "crashed")
-        assert "nobody saw how it ended" in crashed["ended"]
+        assert "how the process ended is not known" in crashed["ended"]
         assert "previous-run.json" in BugReport("ryll", window_ms=50, pid=pid).preview()
 
 
@@ -625,6 +627,8 @@ def test_a_report_by_post_has_the_same_members_and_the_crashed_run_once(home: Pa
                 assert client.get(url, params=bad).status_code == 422
                 assert client.post(url, params=bad, json={}).status_code == 422
             assert client.post(f"{ready['url']}/runs/nope/reported").json()["reason"] == "no_such_run"
+            none = client.post(url, params={"run": "nope"}, json={})
+            assert (none.status_code, none.json()["reason"]) == (404, "no_such_run")
 
 
 @pytest.mark.parametrize(
@@ -713,7 +717,7 @@ def test_reports_of_a_mac_and_of_linux_differ_in_platform_alone(request: pytest.
 def test_the_command_writes_a_report(home: Path) -> None:
     """The path on stdout, what is missing on stderr; status 0 once the report is written."""
     (home / "notes.txt").write_text("notes")
-    with serving(home, "--pid", str(os.getpid()), "--record-interval", "0.05"):
+    with serving(home, "--pid", str(os.getpid()), "--record-interval", "0.05", "--app", "ryll"):
         out = vitalsd(home, "report", "--message", "slow", "--attach", "notes.txt", "--app", "ryll")
         assert (out.returncode, out.stderr) == (0, "")
         members = opened(home / out.stdout.strip())

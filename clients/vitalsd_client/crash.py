@@ -11,7 +11,7 @@ from typing import Any
 from vitalsd.contract.application import Application, check_app
 from vitalsd.report.previous_run import Subject, choose, find, is_alive, member
 from vitalsd.runs import RunDirectory
-from vitalsd.stored_run import Run, UnreadableRun
+from vitalsd.stored_run import Run, UnreadableRun, read_run
 from vitalsd_client.patience import Call
 from vitalsd_client.recorded_data import own_subject, run_directory
 
@@ -40,20 +40,28 @@ class Crash:
     """How it ended, for a sentence, as in ``killed by SIGSEGV``; ``None``: its sidecar ended at the same time."""
     snapshots: int
     """Recorded."""
-    _member: bytes = field(repr=False)
+    _run: Run = field(repr=False)
     _directory: RunDirectory = field(repr=False)
     _subject: Subject = field(repr=False)
     _last_wall_ns: int = field(repr=False)
 
     @cached_property
     def history(self) -> Mapping[str, Any]:
-        """What was recorded, as ``/runs/{id}/history`` shows it: CPU, memory, threads, marks and events."""
-        table: dict[str, Any] = json.loads(self._member)
+        """
+        What was recorded, as ``/runs/{id}/history`` shows it: CPU, memory, threads, marks and events.
+
+        It is read from disk at the first use, which takes up to a second for a run of hours.
+
+        Raises:
+            UnreadableRun: the file is damaged.
+            OSError: it cannot be read, or is no longer there.
+        """
+        table: dict[str, Any] = json.loads(member(self._run, read_run(self._run.path)[1]))
         return table
 
     @property
     def marks(self) -> list[str]:
-        """The labels of its marks, oldest first."""
+        """The labels of its marks, oldest first; raises what `history` raises."""
         return [mark["label"] for mark in self.history["marks"]]
 
     def dismiss(self) -> bool:
@@ -108,15 +116,15 @@ def _read(app: str | None) -> Crash | None:
     if directory is None:
         return None
     subject = own_subject(app, None)
-    found = find(directory, subject, None)
-    if found.run is None or found.record is None:
+    found = find(directory, subject, None, read=False)
+    if found.run is None:
         if found.failure is not None:
-            log.warning("the last crash is not known: %s", found.failure.reason)
+            log.info("%s", found.failure.reason)
         return None
-    return _crash(found.run, member(found.run, found.record), directory, subject)
+    return _crash(found.run, directory, subject)
 
 
-def _crash(run: Run, content: bytes, directory: RunDirectory, subject: Subject) -> Crash:
+def _crash(run: Run, directory: RunDirectory, subject: Subject) -> Crash:
     def moment(unix_ns: int) -> datetime:
         return datetime.fromtimestamp(unix_ns / 1e9, UTC)
 
@@ -129,7 +137,7 @@ def _crash(run: Run, content: bytes, directory: RunDirectory, subject: Subject) 
         last_seen=None if run.last_wall_ns is None else moment(run.last_wall_ns),
         ended=run.ended and run.ended.removeprefix(f"target {run.identity.pid} has exited: "),
         snapshots=run.snapshots,
-        _member=content,
+        _run=run,
         _directory=directory,
         _subject=subject,
         _last_wall_ns=run.last_wall_ns or 0,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
@@ -74,16 +74,20 @@ class RecordedData:
         if not asked:
             self._read_disk(into)
 
-    def mark_reported(self, run_id: str, deadline: float) -> None:
-        """Note that the run is in a report. If that fails, the next report contains it again."""
+    def mark_reported(self, run_ids: Sequence[str], deadline: float) -> None:
+        """Note that the runs are in a report. If that fails, the next report contains them again."""
+        for run_id in run_ids:
+            if not self._marked_by_sidecar(run_id, deadline):
+                directory = run_directory()
+                if directory is not None and (run := directory.find(run_id)) is not None:
+                    directory.mark_reported(run)
+
+    def _marked_by_sidecar(self, run_id: str, deadline: float) -> bool:
         if self._sidecar is not None:
             with suppress(ExchangeError):
                 path = f"/runs/{quote(run_id, safe='')}/reported"
-                if self._sidecar.get(path, method="POST", deadline=deadline).status == 200:
-                    return
-        directory = run_directory()
-        if directory is not None and (run := directory.find(run_id)) is not None:
-            directory.mark_reported(run)
+                return self._sidecar.get(path, method="POST", deadline=deadline).status == 200
+        return False
 
     def _ask(self, into: Collected, deadline: float) -> tuple[str, bool]:
         """Return why a member is missing, and whether the sidecar was asked for the crashed run."""
@@ -101,6 +105,9 @@ class RecordedData:
                     into.host = Host.read(replay["run"]["host"])
                 if (recorder := info.get("recorder")) is not None:
                     into.target = {"state": recorder.get("state"), "ended": recorder.get("ended")}
+                    own = (recorder.get("black_box") or {}).get("run")
+                    if recorder.get("state") == "crashed" and own:
+                        into.runs[str(own)] = HISTORY
                 query = {"seconds": self._seconds, "top": TOP_THREADS}
                 into.members[HISTORY] = _json(request("/history", query, last=False), dict)[1]
                 into.members[MARKS] = _json(request("/marks", last=False), list)[1]
@@ -128,11 +135,14 @@ class RecordedData:
             run_id = str(run["id"])
             answer = request(f"/runs/{quote(run_id, safe='')}/history", {"seconds": ALL_S, "top": TOP_THREADS})
             into.members[PREVIOUS_RUN] = previous_run(run, _json(answer, dict)[1])
-            into.run_id = run_id
+            into.runs[run_id] = PREVIOUS_RUN
 
     def _read_disk(self, into: Collected) -> None:
         directory = run_directory()
         if directory is None:
+            if self._run_id is not None or _is_foreign():
+                reason = "this user has no directory of runs" if not _is_foreign() else "it belongs to another user"
+                into.failures.append(Failure(PREVIOUS_RUN, f"the directory of runs cannot be read: {reason}"))
             return
         subject = own_subject(self._app, self._pid) if self._running else Subject(self._app)
         found = find(directory, subject, self._run_id)
@@ -140,7 +150,7 @@ class RecordedData:
             into.failures.append(Failure(PREVIOUS_RUN, harmless(found.failure.reason)))
         if found.run is not None and found.record is not None:
             into.members[PREVIOUS_RUN] = member(found.run, found.record)
-            into.run_id = found.run.id
+            into.runs[found.run.id] = PREVIOUS_RUN
             if not self._running:
                 into.application = found.run.application
 
@@ -157,6 +167,14 @@ def run_directory() -> Any:
     except (EndpointError, OSError):
         return None
     return RunDirectory(path)
+
+
+def _is_foreign() -> bool:
+    from vitalsd.directories import EndpointError, state_path
+
+    with suppress(EndpointError, OSError):
+        return os.stat(state_path() / "runs").st_uid != os.geteuid()
+    return False
 
 
 def own_subject(app: str | None, pid: int | None) -> Subject:

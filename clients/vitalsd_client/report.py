@@ -6,11 +6,14 @@ Three moments: `BugReport.collect` when the user asks for a report, within the w
 """
 
 import errno
+import json
 import os
 import re
 import stat
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -18,9 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vitalsd.contract.application import check_app, check_app_version
-from vitalsd.contract.report_archive import HISTORY, METRICS, PREVIOUS_RUN, Bundle, Failure
+from vitalsd.contract.report_archive import HISTORY, METRICS, Bundle, Failure
 from vitalsd.model import Unavailable
 from vitalsd.report.builder import Collected, Heading, Redact, build
+from vitalsd.sources.python_names import names_by_id
 from vitalsd_client.client import BUDGET_S, Mode, fetch, unavailable
 from vitalsd_client.patience import Call
 from vitalsd_client.recorded_data import RecordedData
@@ -115,6 +119,7 @@ class BugReport:
         self._window_ms = window_ms
         self._fetch = partial(fetch, window_ms, mode, url=url, socket=socket, pid=pid, direct=direct)
         self._running = running
+        self._own = pid is None and url is None and socket is None
         self._recorded = RecordedData(app, history_s, url=url, socket=socket, pid=pid, run_id=run_id, running=running)
         self._redact: Sequence[Redact] = (redact,) if callable(redact) else tuple(redact)
         self._attachments: list[_Attachment] = []
@@ -150,8 +155,14 @@ class BugReport:
             limit: bytes.
 
         Raises:
-            ValueError: it comes after `collect`, is one too many, or the text is the path of a file.
+            ValueError: it comes after `collect`, is one too many, is not a `Content`, or is text that is the path of
+                a file.
         """
+        if not (isinstance(content, (bytes, str, os.PathLike)) or callable(content)):
+            raise ValueError(
+                f"the content of {name!r:.80} is bytes, text, a path or a function that returns bytes or text, not"
+                f" {type(content).__name__}; to attach a file, call attach_file(path)"
+            )
         if isinstance(content, str) and _names_file(content):
             raise ValueError(
                 f"the content of {name!r:.80} is text, and that text is the path of a file;"
@@ -211,7 +222,7 @@ class BugReport:
             found.members |= recorded.members
             found.failures += recorded.failures
             found.application, found.host = recorded.application, recorded.host
-            found.target, found.run_id = recorded.target, recorded.run_id
+            found.target, found.runs = recorded.target, recorded.runs
         else:
             found.failures.append(Failure(HISTORY, "what was recorded did not come in time"))
         room = ALL_ATTACHMENTS_BYTES
@@ -222,6 +233,8 @@ class BugReport:
             else:
                 found.members[attachment.member] = content
                 room -= len(content)
+        if self._own:
+            _name_threads(found.members)
         self._collected = found
 
     def preview(self) -> Mapping[str, bytes]:
@@ -266,16 +279,34 @@ class BugReport:
         return report_id
 
     def _delivered(self) -> None:
-        """Note that the crashed run in it is reported, now that the report is on disk: the next one leaves it out."""
+        """Note that the crashed runs in it are reported, now that it is on disk: the next one leaves them out."""
         assert self._collected is not None
-        run_id = self._collected.run_id
-        if run_id is None or self._counted or PREVIOUS_RUN not in self.bundle().members:
+        members = self.bundle().members
+        run_ids = [run_id for run_id, member in self._collected.runs.items() if member in members]
+        if not run_ids or self._counted:
             return
         self._counted = True
         deadline = time.monotonic() + 1
-        call = _start(lambda: self._recorded.mark_reported(run_id, deadline))
+        call = _start(lambda: self._recorded.mark_reported(run_ids, deadline))
         if call is not None:
             call.wait(1)
+
+
+def _name_threads(members: dict[str, bytes]) -> None:
+    """
+    Put Python's names of this process's threads into the members where the kernel has none.
+
+    Platform limit: that is so on macOS before Python 3.14; on Linux `publish_names` gives them to the kernel.
+    """
+    if sys.platform != "darwin" or sys.version_info >= (3, 14):
+        return
+    known = names_by_id()
+    for member in (METRICS, HISTORY):
+        with suppress(KeyError, ValueError, TypeError):
+            body = json.loads(members[member])
+            for thread in body["threads"]:
+                thread["name"] = thread["name"] or known.get(thread["tid"], "")
+            members[member] = json.dumps(body, separators=(",", ":")).encode()
 
 
 def _check(name: str, number: Any, least: int, most: int) -> None:

@@ -68,6 +68,7 @@ class Recorder:
         self._exits_itself = recording.exits_itself
         self._crashed = False
         self._failure: str | None = None
+        self._last_words: str | None = None
 
     @property
     def state(self) -> Literal["running", "clean", "crashed"]:
@@ -112,6 +113,10 @@ class Recorder:
             self._failure = reason
             self._note("failed", reason)
         return True
+
+    def crashed(self, ended: str) -> None:
+        """Note that the target ends by a crash, though it runs still."""
+        self._last_words = ended
 
     def mark(self, label: str) -> Mark:
         """
@@ -169,7 +174,8 @@ class Recorder:
     def close(self) -> None:
         """End the run: well, unless the target went first and not well, as far as anybody can say."""
         if self.blackbox is not None:
-            self.blackbox.close(self.ended or "the sidecar was stopped", crashed=self._crashed)
+            crashed = self._crashed or self._last_words is not None
+            self.blackbox.close(self.ended or self._last_words or "the sidecar was stopped", crashed=crashed)
 
     def _compare(self, before: Snapshot, now: Snapshot) -> None:
         elapsed_ns = now.monotonic_ns - before.monotonic_ns

@@ -55,7 +55,7 @@ def is_being_written(path: Path) -> bool:
         return error.errno not in (errno.ENOENT, errno.ELOOP)  # without a descriptor left nobody can tell
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:  # It is held, or the file system cannot say.
         return True
     finally:
         os.close(fd)

@@ -79,19 +79,27 @@ class RunDirectory:
         path = next((path for path in self._files() if path.stem == run_id), None)
         return None if path is None else describe(path)
 
-    def mark_reported(self, run: Run) -> None:
+    def mark_reported(self, run: Run) -> bool:
         """
-        Note that a run has gone into a report, with whatever else was recorded of the same process.
+        Note that a crashed run has gone into a report, with whatever else was recorded of the same process.
+
+        Nothing is noted of a run that has not crashed: it may crash yet, and that crash is in no report.
+
+        Returns:
+            Whether it was noted.
 
         Raises:
             UnreadableRun: this one cannot be written.
         """
+        if run.state != "crashed":
+            return False
         now = str(time.time_ns())
         self._note(run.path, "reported", now)
         for path in self._files():
             with suppress(UnreadableRun, OSError):
                 if is_of(path, run.identity.start_id) and not is_being_written(path):
                     self._note(path, "reported", now)
+        return True
 
     def settle(self, living: str | None = None) -> None:
         """
@@ -142,7 +150,9 @@ class RunDirectory:
 
     def _files(self) -> list[Path]:
         try:
-            return [path for path in self.path.glob("*.sqlite") if path.is_file() and not path.is_symlink()]
+            files = [path for path in self.path.glob("*.sqlite") if path.is_file() and not path.is_symlink()]
+            # SQLite would follow a link to a device, and read it without end.
+            return [path for path in files if not os.path.islink(f"{path}-wal")]
         except OSError:
             return []
 

@@ -172,6 +172,11 @@ class Sampler:
         """The same, for the event loop."""
         return await self._recorded().mark_async(label)
 
+    def crashed(self, ended: str) -> None:
+        """Note that the target, which is this process, ends by a crash; from any thread."""
+        if self.recorder is not None:
+            self.recorder.crashed(ended)
+
     def why_not_recorded(self) -> str:
         """Why there is no record, where there is none."""
         if self._recording is None or self._recording.interval_s <= 0:
@@ -203,6 +208,10 @@ class Sampler:
         """In a forked child: leave target and record to the parent."""
         if self.recorder is not None:
             self.recorder.forget()
+
+    def abandon(self) -> None:
+        """End the thread of a sampler that was never used."""
+        self._worker.stop(0)
 
     def discard(self) -> None:
         """Drop what was recorded, if its thread has ended after `close`; for who knows that nobody asks any more."""

@@ -39,6 +39,7 @@ class Target(Protocol):
     async def identity(self) -> Identity: ...
     async def window(self, window_ms: int, *, extras: bool = False) -> Measurement: ...
     async def snapshot(self) -> Snapshot: ...
+    async def confirm(self) -> None: ...
     async def mark_async(self, label: str) -> Mark: ...
     def why_not_recorded(self) -> str: ...
     def recording_info(self) -> dict[str, Any] | None: ...
@@ -117,6 +118,7 @@ class Targets:
         default: the target of this sidecar; it stays open.
         open_source: opens any other pid; closed again after `idle_s` without a caller.
         limit: of other targets open at once; beyond it the one idle for longest is closed.
+        name: of the process for which the default target waits if there is none; ``None``: it waits for none.
     """
 
     def __init__(
@@ -126,8 +128,10 @@ class Targets:
         *,
         idle_s: float = 10,
         limit: int = 32,
+        name: str | None = None,
     ) -> None:
         self.default = default
+        self.name = name
         self._open_source = open_source
         self._idle_s = idle_s
         self._limit = limit

@@ -35,12 +35,20 @@ REPLAY_S = 5.0
 """For the answer of a sidecar that replays a file."""
 MAX_REPORT_BYTES = 64 << 20
 
+ca_file_option = click.option(
+    "--ca-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Trust these authorities (PEM) too for the upload.",
+)
+
 
 @click.command()
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write the zip there.  [.]"
 )
 @click.option("--upload", metavar="URL", help="Send it there, by way of the spool; see `vitalsd spool`.")
+@ca_file_option
 @click.option("--attach", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Add a file.")
 @click.option("--message", default="", metavar="TEXT", help="What is wrong, in your words.")
 @app_option
@@ -54,6 +62,7 @@ MAX_REPORT_BYTES = 64 << 20
 def report(
     out: Path | None,
     upload: str | None,
+    ca_file: Path | None,
     files: tuple[Path, ...],
     message: str,
     app: str | None,
@@ -79,13 +88,16 @@ def report(
     from vitalsd_client.report import BugReport
 
     application_of(app, app_version)
+    if ca_file is not None and upload is None:
+        raise click.UsageError("--ca-file does nothing without --upload")
     if url is not None:
         try:
             (sidecar,) = locate(url=url)
         except NoSidecar as error:
             raise Refused(str(error)) from None
         if (replayed := _replayed(sidecar)) is not None:
-            _save_original(sidecar, replayed, out, added=bool(message or files or app or app_version or run_id))
+            added = message or files or app or app_version or run_id or upload or preview or as_json
+            _save_original(sidecar, replayed, out, added=bool(added))
             return
     running = direct or pid is not None or url is not None
     if not running:
@@ -96,7 +108,7 @@ def report(
     outbox, complaints = None, []
     try:
         try:
-            outbox = _spool(upload) if upload is not None else None
+            outbox = _spool(upload, ca_file) if upload is not None else None
         except Failed as error:
             complaints.append(error.message)
         made = BugReport(
@@ -116,7 +128,7 @@ def report(
     with _waiting("asking the sidecar", quiet=as_json):
         bundle = made.bundle()
     manifest = json.loads(bundle.members[MANIFEST])
-    if run_id is not None and (reason := _no_such_run(manifest)):
+    if run_id is not None and (reason := _missing_run(manifest)):
         raise Refused(reason)
     if preview:
         _preview(bundle, manifest, as_json=as_json)
@@ -132,7 +144,7 @@ def report(
         if written:
             click.echo(str(written))
         if PREVIOUS_RUN not in bundle.members:
-            _list_crashed_runs()
+            _list_crashed_runs(app)
     for complaint in complaints:
         click.echo(f"vitalsd: {printable(complaint)}", err=True)
     result = {
@@ -175,7 +187,7 @@ def _save_original(sidecar: "Sidecar", name: str, out: Path | None, *, added: bo
     if added:
         raise Refused(
             f"{printable(name)} is replayed there, and a replay hands out the original report: leave out"
-            " --message, --attach, --app, --app-version and --run"
+            " all options but --url and --out"
         )
     try:
         answer = sidecar.get("/report.zip", deadline=time.monotonic() + REPLAY_S, max_bytes=MAX_REPORT_BYTES)
@@ -193,18 +205,26 @@ def _save_original(sidecar: "Sidecar", name: str, out: Path | None, *, added: bo
 
 
 def _running_target(app: str | None) -> int | None:
-    """Return the target of the newest sidecar of the application; of another one nothing belongs into the report."""
+    """Return the target of the newest sidecar, if `app` is given that of this application."""
     from vitalsd.endpoint import discover
 
-    found = [each for each in discover() if each.target is not None]
-    fitting = [each for each in found if app is not None and each.app == app]
-    fitting += [each for each in found if app is None or each.app is None]
-    return next((each.target.pid for each in fitting if each.target is not None), None)
+    found = [(each.app, each.target.pid) for each in discover() if each.target is not None]
+    fitting = [pid for its_app, pid in found if app in (None, its_app)]
+    if fitting:
+        return fitting[0]
+    if anonymous := [pid for its_app, pid in found if its_app is None]:
+        pids = ", ".join(map(str, anonymous[:SHOWN_RUNS]))
+        click.echo(
+            f"vitalsd: no sidecar of {app} is running; those of the processes {pids} have no application id and are"
+            " left out; to make the report of one of them: --pid N",
+            err=True,
+        )
+    return None
 
 
-def _no_such_run(manifest: "dict[str, Any]") -> str | None:
-    reasons = [each["reason"] for each in manifest["failures"] if each["member"] == PREVIOUS_RUN]
-    return next((reason for reason in reasons if "with the id" in reason or "has the id" in reason), None)
+def _missing_run(manifest: "dict[str, Any]") -> str | None:
+    """Return why ``previous-run.json`` is missing; ``None`` if a redact hook took it out."""
+    return next((each["reason"] for each in manifest["failures"] if each["member"] == PREVIOUS_RUN), None)
 
 
 def _preview(bundle: "Bundle", manifest: "dict[str, Any]", *, as_json: bool) -> None:
@@ -235,14 +255,17 @@ def _say_what_is_missing(manifest: "dict[str, Any]") -> None:
         click.echo(f"vitalsd: {failure['member']}: {printable(failure['reason'])}", err=True)
 
 
-def _list_crashed_runs() -> None:
-    """Say which crashed runs are on disk that no report contains, of whatever application."""
+def _list_crashed_runs(app: str | None) -> None:
+    """Say which crashed runs are on disk that no report contains; with `app`, none of another application."""
+    from vitalsd.report.previous_run import is_alive
     from vitalsd.runs import RunDirectory
 
     try:
         runs = [run for run in RunDirectory(runs_path()).runs() if run.state == "crashed" and not run.reported]
     except Failed:
         return
+    alive = is_alive()
+    runs = [run for run in runs if (app is None or run.application.app in (None, app)) and not alive(run.to_json())]
     if not runs:
         return
     click.echo("vitalsd: crashed runs on disk that no report contains; include one with --run ID:", err=True)
@@ -283,16 +306,19 @@ def spool_list(as_json: bool) -> None:
 @spool.command("send")
 @click.argument("report_id", required=False)
 @click.option("--url", metavar="URL", help="For reports without one; with REPORT_ID: instead of its own.")
+@ca_file_option
 @click.option("--wait", type=Number(0), default=0.0, metavar="SECONDS", help="Go on with what fails so long.")
 @click.option("--retry-failed", is_flag=True, help="Also those that the server refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def spool_send(report_id: str | None, url: str | None, wait: float, retry_failed: bool, as_json: bool) -> None:
+def spool_send(
+    report_id: str | None, url: str | None, ca_file: Path | None, wait: float, retry_failed: bool, as_json: bool
+) -> None:
     """Send the reports that wait, or the one with REPORT_ID. Status 1 if any of them could not be sent."""
     import json
 
     from vitalsd_client.states import SpoolError
 
-    kept = _spool(url)
+    kept = _spool(url, ca_file)
     try:
         entries = kept.entries()
         if report_id is not None and all(entry.report_id != report_id for entry in entries):
@@ -332,13 +358,13 @@ def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
         raise Failed(str(error)) from None
 
 
-def _spool(url: str | None = None) -> "Spool":
+def _spool(url: str | None = None, ca_file: Path | None = None) -> "Spool":
     from vitalsd.directories import EndpointError, state_directory
     from vitalsd_client.spool import Spool
     from vitalsd_client.states import SpoolError
 
     try:
-        return Spool(state_directory() / "spool", url)
+        return Spool(state_directory() / "spool", url, ca_file=ca_file)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except (SpoolError, EndpointError) as error:

@@ -173,8 +173,9 @@ def serve(
     """
     import os
 
-    from vitalsd.alongside import ExitNote, ReadyFd
+    from vitalsd.alongside import ExitNote, ReadyFd, taken_for_sidecar
 
+    spawned = taken_for_sidecar()
     try:
         waiting = ReadyFd(ready_fd)
         exit_note = ExitNote(exit_note_fd)
@@ -194,6 +195,7 @@ def serve(
                 application=application_of(app, app_version),
                 target_script=target_script,
                 exit_note=exit_note,
+                spawned=spawned,
                 poll=proc_root != "/proc",
                 interval_s=record_interval,
                 retention_s=retention * 60,
@@ -218,6 +220,7 @@ def _serve_target(
     application: "Application",
     target_script: str | None,
     exit_note: "ExitNote",
+    spawned: bool,
     poll: bool,
     interval_s: float,
     retention_s: float,
@@ -284,7 +287,7 @@ def _serve_target(
     def next_run() -> Sampler:
         return Sampler(open_target, recording=recording, platform=platform.name)
 
-    targets = Targets(next_run(), platform.open_source)
+    targets = Targets(next_run(), platform.open_source, name=name)
     if name is not None:
         finder = Worker("vitalsd-finder")
 
@@ -300,7 +303,7 @@ def _serve_target(
 
         companions.append(follow(targets, next_run, has_successor, platform.births(), poll=poll))
     elif pid is not None and watched is not None:
-        companions.append(end_with(watched, platform.births(), linger_s=linger_s, poll=poll))
+        companions.append(end_with(watched, targets, platform.births(), linger_s=linger_s, poll=poll))
 
     async def alive() -> None:
         if isinstance(targets.default, Sampler):
@@ -324,4 +327,5 @@ def _serve_target(
         thread_metrics=thread_metrics,
         kernel=platform.births(),
         application=application,
+        spawned=spawned,
     )

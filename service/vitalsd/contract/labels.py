@@ -23,6 +23,7 @@ def clean_label(label: object) -> str | None:
     if not isinstance(label, str):
         log.warning("a mark was not recorded: a label is text, not %s", type(label).__name__)
         return None
+    label = label[: MAX_LABEL_LENGTH * 16]  # A label of megabytes would hold up its thread.
     text = "".join(c if c.isprintable() else "?" for c in " ".join(label.split()))
     if not text:
         log.warning("a mark was not recorded: its label is empty")

@@ -34,8 +34,8 @@ class Collected:
     """The recorded machine, if it is not this one: a file is replayed."""
     target: Mapping[str, Any] | None = None
     """State of the recorded process: ``{"state": …, "ended": …}``; ``None``: not known."""
-    run_id: str | None = None
-    """The crashed run among the members."""
+    runs: dict[str, str] = field(default_factory=dict)
+    """By id of a crashed run: the member that contains it. It may be an earlier run, or that of the target itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def _redacted(name: str, content: bytes, redact: Sequence[Redact]) -> bytes | Fa
     for hook in redact:
         try:
             kept = hook(name, content)
-        except Exception as error:  # noqa: BLE001 - what a hook could not look through does not leave the program
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - what a hook could not read does not leave the program
             return Failure(name, f"left out: a redact hook raised {type(error).__name__}")
         if kept is None:
             return Failure(name, "left out by a redact hook")

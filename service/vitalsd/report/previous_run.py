@@ -5,7 +5,8 @@ A run with an application id belongs to reports with this id and to no other. Wi
 `vitalsd.sources.programs`. In doubt the run is left out, and `Choice.reason` says so and names the run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vitalsd.contract.report_archive import PREVIOUS_RUN, Failure, previous_run
@@ -13,12 +14,15 @@ from vitalsd.history import history
 from vitalsd.record import Record
 from vitalsd.runs import RunDirectory
 from vitalsd.sources.birth import Births, Undecided, births
-from vitalsd.stored_run import Run, UnreadableRun, read_run
+from vitalsd.sources.programs import may_be_versions
+from vitalsd.stored_run import UNKNOWN_END, Run, UnreadableRun, read_run
 
 __all__ = ["TOP_THREADS", "Choice", "Found", "Listing", "Subject", "choose", "find", "is_alive", "member"]
 
 TOP_THREADS = 50
 """Threads of a run that a report shows: the busiest."""
+SETTLE_S = 0.5
+"""A sidecar notes the exit of its target within milliseconds; on a busy machine this long is waited for it."""
 NAMED_RUNS = 5
 """Runs that a sentence names."""
 
@@ -34,6 +38,7 @@ class Subject(NamedTuple):
     start_id: str | None = None
     """`Identity.start_id` of the process that runs now; ``None``: nothing is running."""
     name: str = ""
+    """Of its process, as the kernel has it, or the name for which the sidecar waits; empty: any."""
     program: str = ""
     target_app: str | None = None
     """The application id with which the sidecar of that process was started."""
@@ -68,7 +73,7 @@ def choose(listings: Sequence[Listing], subject: Subject, alive: Callable[[Listi
         for run in sorted(listings, key=lambda run: str(run.get("recorded_to") or ""), reverse=True)
         if run["state"] == "crashed" and not run["reported"]
         if subject.start_id is None or not f"{run['id']}-".startswith(f"{subject.start_id}-")
-        if not alive(run)
+        if not alive(run) and not _ended_well(run, listings)
     ]
     wanted = subject.app or subject.target_app
     if wanted is not None:
@@ -77,15 +82,51 @@ def choose(listings: Sequence[Listing], subject: Subject, alive: Callable[[Listi
                 return Choice(run)
     anonymous = [run for run in crashed if run.get("app") is None]
     if subject.start_id is None:
+        if subject.name:
+            anonymous = [run for run in anonymous if subject.name.startswith(str(run.get("name")))]
+        if subject.target_app is not None:
+            return Choice(left_out=anonymous, reason=_doubt(anonymous, "while the sidecar has one"))
         programs = {run.get("program") for run in anonymous}
         if len(programs) == 1 and "" not in programs:
             return Choice(anonymous[0])
         return Choice(left_out=anonymous, reason=_several(anonymous))
     same = [run for run in anonymous if subject.program and run.get("program") == subject.program]
-    if same and subject.target_app is None:
+    if same and (wanted is None or not _shared(subject.program, wanted, listings)):
         return Choice(same[0])
-    doubtful = [run for run in anonymous if run in same or run.get("name") == subject.name]
-    return Choice(left_out=doubtful, reason=_doubt(doubtful, subject))
+    doubtful = [run for run in anonymous if _may_belong(run, subject)]
+    if same:
+        why = "and another application has run the same program"
+    elif not subject.program or any(not run.get("program") for run in doubtful):
+        why = "and what the processes run is not known"
+    else:
+        why = "from another program file or with other arguments"
+    return Choice(left_out=doubtful, reason=_doubt(doubtful, why))
+
+
+def _ended_well(run: Listing, listings: Sequence[Listing]) -> bool:
+    """Return whether another sidecar saw the normal end of a process whose end is not known from `run`."""
+    if run.get("ended") not in (None, UNKNOWN_END):
+        return False
+    process = run["id"].split("-")[:3]
+    return any(
+        each["state"] == "clean"
+        and each["id"].split("-")[:3] == process
+        and str(each.get("recorded_to") or "") >= str(run.get("recorded_to") or "")
+        for each in listings
+    )
+
+
+def _shared(program: str, app: str, listings: Sequence[Listing]) -> bool:
+    """Return whether a program has run under another application id than `app`."""
+    return any(run.get("program") == program and run.get("app") not in (None, app) for run in listings)
+
+
+def _may_belong(run: Listing, subject: Subject) -> bool:
+    """Return whether a run without an id may be of the subject: another version of its program, or an unknown one."""
+    program = str(run.get("program") or "")
+    if not program or not subject.program:
+        return run.get("name") == subject.name
+    return may_be_versions(program, subject.program)
 
 
 def is_alive(kernel: Births | None = None) -> Callable[[Listing], bool]:
@@ -116,7 +157,14 @@ class Found(NamedTuple):
     failure: Failure | None = None
 
 
-def find(directory: RunDirectory, subject: Subject, run_id: str | None, kernel: Births | None = None) -> Found:
+def find(
+    directory: RunDirectory,
+    subject: Subject,
+    run_id: str | None,
+    *,
+    read: bool = True,
+    kernel: Births | None = None,
+) -> Found:
     """
     Find and read the run that belongs to a report; never raises for what is on disk.
 
@@ -124,6 +172,7 @@ def find(directory: RunDirectory, subject: Subject, run_id: str | None, kernel: 
         directory: the runs of this user.
         subject: what the report is about.
         run_id: this run, whatever `choose` would say; ``None``: `choose`.
+        read: False: leave `Found.record` out, which takes longer than the choice.
         kernel: tells which processes live.
     """
     choice = Choice()
@@ -135,13 +184,16 @@ def find(directory: RunDirectory, subject: Subject, run_id: str | None, kernel: 
                     failure=Failure(PREVIOUS_RUN, f"no run has the id {run_id!r:.80}; `vitalsd runs` lists them")
                 )
         else:
-            runs = {run.id: run for run in directory.runs()}
-            choice = choose([run.to_json() for run in runs.values()], subject, is_alive(kernel))
+            alive = is_alive(kernel)
+            found, unreadable = _settled(directory, alive)
+            runs = {run.id: run for run in found}
+            choice = choose([run.to_json() for run in runs.values()], subject, alive)
             if choice.run is None:
-                failure = None if choice.reason is None else Failure(PREVIOUS_RUN, choice.reason)
+                reason = choice.reason or _unread(unreadable)
+                failure = None if reason is None else Failure(PREVIOUS_RUN, reason)
                 return Found(choice=choice, failure=failure)
             run = runs[choice.run["id"]]
-        return Found(run, read_run(run.path)[1], choice)
+        return Found(run, read_run(run.path)[1] if read else None, choice)
     except UnreadableRun as error:
         return Found(choice=choice, failure=Failure(PREVIOUS_RUN, f"the file of the run cannot be read: {error}"))
     except OSError as error:
@@ -149,22 +201,39 @@ def find(directory: RunDirectory, subject: Subject, run_id: str | None, kernel: 
         return Found(choice=choice, failure=Failure(PREVIOUS_RUN, reason))
 
 
+def _settled(directory: RunDirectory, alive: Callable[[Listing], bool]) -> tuple[list[Run], Collection[str]]:
+    """
+    Return the runs, and the names of files that cannot be read.
+
+    Of a run whose process has just died, wait until its sidecar has written how it ended.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        runs, unreadable, _ = directory.scan()
+        dying = any(run.state == "running" and not alive(run.to_json()) for run in runs)
+        if not dying or time.monotonic() >= deadline:
+            return runs, unreadable
+        time.sleep(0.05)
+
+
+def _unread(files: Collection[str]) -> str | None:
+    if not files:
+        return None
+    which = "the file of an earlier run" if len(files) == 1 else f"the files of {len(files)} earlier runs"
+    return f"{which} cannot be read; `vitalsd runs` names the reason"
+
+
 def member(run: Run, record: Record) -> bytes:
     """Return the content of ``previous-run.json``."""
     return previous_run(run.to_json(), history(record, top=TOP_THREADS).to_json())
 
 
-def _doubt(runs: Sequence[Listing], subject: Subject) -> str | None:
+def _doubt(runs: Sequence[Listing], why: str) -> str | None:
     if not runs:
         return None
-    if subject.target_app is not None:
-        why = "recorded without an application id, while this process has one"
-    elif not subject.program or any(not run.get("program") for run in runs):
-        why = "recorded without an application id, and what the processes run is not known"
-    else:
-        why = "recorded without an application id, from another program file or with other arguments"
     which = "a crashed run" if len(runs) == 1 else f"{len(runs)} crashed runs"
-    return f"{which} of the same process name may belong here but was left out: {why}; {_remedy(runs)}"
+    reason = f"recorded without an application id, {why}"
+    return f"{which} may be of this application but was left out: {reason}; {_remedy(runs)}"
 
 
 def _several(runs: Sequence[Listing]) -> str | None:
