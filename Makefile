@@ -7,10 +7,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+HOSTS_VENV ?= .venv-hosts
+HOSTS := $(HOSTS_VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test check format clean torture bench doctor reference images
+.PHONY: help setup run demo test test-hosts check format clean torture bench doctor reference images
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
 		|| { echo "pip could not install what vitalsd needs: is a package index reachable?" >&2; exit 1; }
 	@touch $@
+	@echo "ready: $(BIN)/vitalsd"
 
 # What only tests, checks and benchmarks need.
 $(READY): $(INSTALLED)
@@ -41,6 +44,18 @@ demo: $(INSTALLED) ## run an app with busy threads, and show what to curl
 
 test: $(READY) ## run the tests, two files at a time: make test ARGS="-k trailing", ARGS="-n 0 -s"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# PyInstaller, Qt and others, too heavy for every contributor.
+$(HOSTS): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "vitalsd needs Python 3.11 or newer, and no python3 on PATH is; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "setting up $(HOSTS_VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv --clear $(HOSTS_VENV)
+	@$(HOSTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hosts]' \
+		|| { echo "pip could not install the tools of make test-hosts: is a package index reachable?" >&2; exit 1; }
+	@touch $@
+
+test-hosts: $(HOSTS) ## test real hosts: frozen applications, Qt, eventlet, strange homes; ARGS as for test
+	@$(HOSTS_VENV)/bin/python -m pytest -n 2 --dist loadfile --timeout 600 --session-timeout 1200 $(ARGS) tests/hosts
 
 doctor: $(INSTALLED) ## examine vitalsd on this machine: make doctor ARGS="--soak 60"
 	@$(BIN)/vitalsd doctor $(ARGS)
@@ -69,5 +84,5 @@ format: $(READY) ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(HOSTS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

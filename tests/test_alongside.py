@@ -93,6 +93,17 @@ def test_a_sidecar_of_who_takes_signals_otherwise_is_stopped(how: str) -> None:
 CLOSES = "import os, time; os.closerange(3, 1024); time.sleep(60)"
 
 
+def test_stop_of_sidecars_leaves_no_descriptor() -> None:
+    """Neither the pipe of the exit note nor its handler; the next one works."""
+    with client("""
+        before = os.listdir("/dev/fd")
+        for _ in range(3):
+            vitalsd.spawn(port=0).stop()
+        print(len(os.listdir("/dev/fd")) - len(before))
+    """) as program:
+        assert program.communicate(timeout=30)[0] == "0\n"
+
+
 def test_it_answers_when_spawn_returns(short_path: Path) -> None:
     """The spawned sidecar measures its client, is another process, and stop ends it with status 0."""
     with vitalsd.spawn(port=0) as sidecar:

@@ -302,6 +302,20 @@ def test_help_is_enough_to_get_going() -> None:
     assert re.fullmatch(r"vitalsd \d+\.\d+\.\d+\n", vitalsd("--version").stdout)
 
 
+@pytest.mark.parametrize("command", ["sample --window-ms 10", "runs", "endpoints", "--help", "--version"])
+def test_closed_standard_output_is_status_1_with_the_reason(tmp_path: Path, command: str) -> None:
+    """As with a full disk, the answer is lost; with status 0 a script would go on without it."""
+    out = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m vitalsd {command} >&-', sys.executable],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=30,
+        env=environment(tmp_path),
+    )
+    assert out.stderr == "vitalsd: cannot write to standard output: Bad file descriptor\n"
+    assert out.returncode == 1
+
+
 def test_a_reader_that_leaves_early() -> None:
     """Into a closed pipe, `sample` ends without a traceback."""
     out = subprocess.run(

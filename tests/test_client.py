@@ -491,8 +491,11 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
         "vitalsd.contract.labels",
         "vitalsd.contract.report_archive",
         "vitalsd.discovery.http_connection",
+        "vitalsd.discovery.own_sidecars",
         "vitalsd.discovery.program_key",
         "vitalsd.report.builder",
+        "vitalsd.sources.python_names",
+        "vitalsd.worker",
         "vitalsd.report.previous_run",
     }
     more = {

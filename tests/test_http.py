@@ -78,6 +78,14 @@ def read_all(connection: socket.socket) -> bytes:
 # Answers
 
 
+def test_stream_asks_proxies_not_to_buffer_it(served: Serving) -> None:
+    """With the header of nginx, in the answers to GET and to HEAD."""
+    query = {"interval_ms": 100}
+    with served.client.stream("GET", "/stream", params=query) as answer:
+        assert answer.headers["x-accel-buffering"] == "no"
+    assert served.client.head("/stream", params=query).headers["x-accel-buffering"] == "no"
+
+
 def test_metrics_of_the_service_itself(served: Serving) -> None:
     """Without a target the answer is about the service: its threads, its memory, over the measured time."""
     answer = served.client.get("/metrics", params={"window_ms": 100})

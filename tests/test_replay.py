@@ -278,7 +278,7 @@ def test_replay_of_many_marks_outside_all_rows_is_served(report: Path, tmp_path:
 
 def test_replay_of_a_run_that_returns_to_a_segment_is_refused(state: Path, tmp_path: Path) -> None:
     """A hostile file would have one segment copied for each snapshot."""
-    (run,) = RunDirectory(state / "state" / "runs").runs()
+    run = RunDirectory(state / "state" / "runs").runs()[0]
     path = tmp_path / "run.sqlite"
     with closing(sqlite3.connect(run.path)) as db, closing(sqlite3.connect(path)) as copy:
         db.backup(copy)

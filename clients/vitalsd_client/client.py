@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.model import Measured, RuntimeMetrics, Unavailable, parse_runtime_metrics
+from vitalsd.sources.python_names import publish_names
 from vitalsd_client.patience import Call
 from vitalsd_client.places import NoSidecar, Sidecar, answering, locate
 from vitalsd_client.privacy import harmless
@@ -124,6 +125,8 @@ class _Question:
     deadline: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.pid is None:
+            publish_names()
         window_ms = self.window_ms if isinstance(self.window_ms, int) else 0
         self.deadline = time.monotonic() + min(max(window_ms, 0), WINDOW_MS[-1]) / 1000 + BUDGET_S - MARGIN_S
 

@@ -7,6 +7,7 @@ import time
 
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.http_connection import ExchangeError
+from vitalsd.sources.python_names import publish_names
 from vitalsd_client.client import refusal
 from vitalsd_client.places import NoSidecar, locate
 
@@ -36,6 +37,8 @@ def mark(
     cleaned = clean_label(label)
     if cleaned is None:
         return False
+    if pid is None:
+        publish_names()
     deadline = time.monotonic() + MARK_S
     try:
         sidecar = locate(url=url, socket=socket, pid=pid)[0]

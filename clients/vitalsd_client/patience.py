@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from vitalsd.worker import start_thread
+
 __all__ = ["Call"]
 
 T = TypeVar("T")
@@ -30,7 +32,7 @@ class Call(Generic[T]):
         self._over = threading.Event()
         self._value: list[T] = []
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="vitalsd-client", daemon=True).start()
+        start_thread(threading.Thread(target=self._run, name="vitalsd-client", daemon=True))
 
     def wait(self, seconds: float) -> bool:
         """Whether it is over, after at most so long."""

@@ -16,6 +16,7 @@ from urllib.parse import urlencode, urlsplit
 from vitalsd import endpoint as endpoints
 from vitalsd.directories import EndpointError, runtime_directories
 from vitalsd.discovery.http_connection import Answer, Connection, ExchangeError
+from vitalsd.discovery.own_sidecars import own_sidecars
 from vitalsd.endpoint import Endpoint, Liveness
 
 __all__ = ["NoSidecar", "Sidecar", "answering", "locate"]
@@ -137,12 +138,24 @@ def locate(
         return [Sidecar(socket=path, address=address, token=_token_for(address), pid=pid)]
     wanted = os.getpid() if pid is None else pid
     found = endpoints.discover(wanted)
-    if not found:
-        raise NoSidecar(_why_none())
     watching = [each for each in found if each.target is not None and each.target.pid == wanted]
-    # Another's sidecar can be asked too, if it is in our pid namespace, which `discover` has made sure.
-    return [_sidecar(each, None) for each in watching] + [
-        _sidecar(each, wanted) for each in found if each not in watching
+    # The sidecar of another process can be asked too, if it is in this pid namespace, which `discover` has made sure.
+    sidecars = [_sidecar(each, None) for each in watching]
+    sidecars += [each for each in _of_this_process(wanted) if each not in sidecars]
+    sidecars += [_sidecar(each, wanted) for each in found if each not in watching]
+    if not sidecars:
+        raise NoSidecar(_why_none())
+    return sidecars
+
+
+def _of_this_process(pid: int) -> list[Sidecar]:
+    """Return those that this process has started to watch itself, which may have no runtime file."""
+    if pid != os.getpid():
+        return []
+    return [
+        Sidecar(own.socket, None if own.host is None or own.port is None else (own.host, own.port), own.token)
+        for own in own_sidecars()
+        if own.socket is not None or own.port is not None
     ]
 
 

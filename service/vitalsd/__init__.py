@@ -4,20 +4,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitalsd.alongside import Spawned, SpawnError, spawn
-    from vitalsd.inprocess import Sidecar, start
+    from vitalsd.frozen import freeze_support
+    from vitalsd.inprocess import Sidecar, StartError, start
+    from vitalsd.listeners import ListenError, PortInUse
 
 __version__ = "0.1.0"
 """A constant: where a program is vendored or frozen there may be no metadata of the distribution to read it from."""
 
-__all__ = ["Sidecar", "SpawnError", "Spawned", "spawn", "start"]
+__all__ = [
+    "ListenError",
+    "PortInUse",
+    "Sidecar",
+    "SpawnError",
+    "Spawned",
+    "StartError",
+    "freeze_support",
+    "spawn",
+    "start",
+]
 
 
 def __getattr__(name: str) -> Any:
     # A host that only spawns, or a client that only reads runtime files, does not pay for a web framework.
-    if name in ("Sidecar", "start"):
+    if name in ("ListenError", "PortInUse"):
+        from vitalsd import listeners
+
+        return getattr(listeners, name)
+    if name in ("Sidecar", "StartError", "start"):
         from vitalsd import inprocess
 
         return getattr(inprocess, name)
+    if name == "freeze_support":
+        from vitalsd import frozen
+
+        return frozen.freeze_support
     if name in ("SpawnError", "Spawned", "spawn"):
         from vitalsd import alongside
 

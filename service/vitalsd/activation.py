@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from vitalsd.frozen import is_one_file
 from vitalsd.listeners import ListenError, inherited
 
 if TYPE_CHECKING:
@@ -48,11 +49,16 @@ def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     """
     meant_for, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
     environ.pop("LISTEN_FDNAMES", None)
-    if not (meant_for.isascii() and meant_for.isdigit() and int(meant_for) == os.getpid()):
+    if not _is_meant(meant_for):
         return []
     if not (count.isascii() and count.isdigit()):
         raise ListenError(f"LISTEN_FDS is {count[:20]!r}, not a number")
     return [inherited(fd) for fd in range(FIRST_FD, FIRST_FD + int(count))]
+
+
+def _is_meant(pid: str) -> bool:
+    """Return whether systemd gave `pid` to this process, or to the launcher of this one-file application."""
+    return pid in (str(os.getpid()), *([str(os.getppid())] if is_one_file() else []))
 
 
 def launchd_sockets(lib: Any) -> list[socket.socket]:
@@ -111,7 +117,7 @@ class Notifier:
         self._address = environ.pop("NOTIFY_SOCKET", "")
         usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", str(os.getpid()))
         # systemd restarts the service when it has heard nothing for so long; None: it does not listen.
-        self._watchdog_s = int(usec) / 1e6 if usec.isdecimal() and pid == str(os.getpid()) else None
+        self._watchdog_s = int(usec) / 1e6 if usec.isdecimal() and _is_meant(pid) else None
 
     def send(self, message: str) -> None:
         """Tell systemd `message`; without systemd, or if it does not take it, nothing happens."""

@@ -9,7 +9,6 @@ import plistlib
 import re
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from typing import Literal, Protocol
 
 from vitalsd.directories import agent_socket
 from vitalsd.durable import draft
+from vitalsd.frozen import NotRunnableError, is_one_file, own_command, restore_libraries
 
 __all__ = [
     "LABEL",
@@ -58,15 +58,22 @@ class Plan:
     port: int = 9779
     options: Sequence[str] = ()
     """More of `vitalsd serve`."""
-    python: str = sys.executable
+    program: Sequence[str] = ()
+    """How vitalsd is run; empty: see `own_command`."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of the agent, besides what a login gives it."""
 
     @property
     def command(self) -> list[str]:
-        """Absolute, because neither supervisor looks at PATH; -P keeps the working directory out of it."""
+        """
+        The command with its arguments; absolute, because neither supervisor looks at PATH.
+
+        Raises:
+            NotRunnableError: this program cannot be run as vitalsd.
+        """
         target = ["--name", self.name] if self.name is not None else []
-        return [os.path.abspath(self.python), "-P", "-m", "vitalsd", "serve", *target, *self.options]
+        program = list(self.program) or own_command()
+        return [os.path.abspath(program[0]), *program[1:], "serve", *target, *self.options]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ class Agent(Protocol):
     """The agent under one supervisor."""
 
     def files(self) -> dict[Path, bytes]:
-        """What `install` writes."""
+        """What `install` writes. Raises `AgentError`."""
         ...
 
     def install(self) -> None:
@@ -106,16 +113,20 @@ def supervisor(kind: Supervisor, plan: Plan) -> Agent:
 
 @contextmanager
 def _in_words() -> Iterator[None]:
-    """What the system refuses is an `AgentError`."""
+    """What the system refuses is an `AgentError`, as is a program that cannot be run as vitalsd."""
     try:
         yield
+    except NotRunnableError as error:
+        raise AgentError(str(error)) from None
     except OSError as error:
         raise AgentError(f"{error.filename}: {error.strerror}") from None
 
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    environ = dict(os.environ)
+    restore_libraries(environ)
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, env=environ)
     except FileNotFoundError:
         raise AgentError(f"there is no {command[0]} on this system") from None
     except subprocess.TimeoutExpired:
@@ -190,6 +201,7 @@ class Launchd:
         self._path = plan.home / "Library/LaunchAgents" / f"{LABEL}.plist"
         self._log = plan.home / "Library/Logs/vitalsd/agent.log"
 
+    @_in_words()
     def files(self) -> dict[Path, bytes]:
         plan = self._plan
         job = plistlib.loads(_template("launchd", f"{LABEL}.plist"))
@@ -289,6 +301,7 @@ class Systemd:
         self._run = run
         self._units = plan.home / ".config/systemd/user" if units is None else units
 
+    @_in_words()
     def files(self) -> dict[Path, bytes]:
         plan = self._plan
         values = {
@@ -305,7 +318,12 @@ class Systemd:
             for mark, value in values.items():
                 content = content.replace(mark, os.fsencode(value))
             if unit.endswith(".service"):
-                lines = "".join(f"Environment={_quoted(f'{k}={v}')}\n" for k, v in plan.environment.items())
+                environment = dict(plan.environment)
+                if is_one_file():
+                    # Its launcher is the main process and unpacks it, not to /tmp; the child of that says READY=1.
+                    environment["TMPDIR"] = str(plan.state)
+                    content = content.replace(b"Type=notify\n", b"Type=notify\nNotifyAccess=all\n")
+                lines = "".join(f"Environment={_quoted(f'{k}={v}')}\n" for k, v in environment.items())
                 content = content.replace(b"[Service]\n", b"[Service]\n" + os.fsencode(lines))
                 if any(option.partition("=")[0] == "--otlp" for option in plan.options):
                     # A network of its own has no Collector in it; still nothing but this machine is reached.

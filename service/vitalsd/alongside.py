@@ -10,31 +10,38 @@ import fcntl
 import json
 import logging
 import os
-import select
+import posix
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from vitalsd import endpoint as runtime_file
 from vitalsd.contract.application import Application
 from vitalsd.contract.labels import clean_label
 from vitalsd.directories import EndpointError
+from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
+from vitalsd.frozen import NotRunnableError, child_environment, is_one_file, own_command, with_own_files, with_own_path
 from vitalsd.sources.programs import main_script
+from vitalsd.sources.python_names import publish_names
 
-__all__ = ["ExitNote", "ReadyFd", "SpawnError", "Spawned", "spawn"]
+__all__ = ["ExitNote", "ReadyFd", "SpawnError", "Spawned", "died_of_exception", "spawn", "taken_for_sidecar"]
 
 log = logging.getLogger("vitalsd")
 
 MAX_ANSWER_BYTES = 65536
 EXIT_NOTE = b"exit"
+MARKER = "VITALSD_SPAWNED"
+"""Variable in the environment of a sidecar that `spawn` started: the number of its ready-fd."""
 MARK_S = 0.25
 """For a mark to be recorded: the thread that sets it may be that of a user interface."""
 
@@ -100,18 +107,55 @@ class ExitNote:
         return False
 
 
-def _note_exit(fd: int, pipe: tuple[int, int], pid: int) -> None:
-    """Write the note at the exit of the interpreter; in a forked child, or if `fd` is another file now, do nothing."""
-    with suppress(OSError):
-        found = os.fstat(fd)
-        if os.getpid() == pid and (found.st_dev, found.st_ino) == pipe:
-            os.write(fd, EXIT_NOTE)
+class _ExitNoteWriter:
+    """
+    The client's end of that pipe: the note is written at the exit of the interpreter.
+
+    Args:
+        fd: it is kept open until `close`, or until this process ends.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._file = os.fstat(fd)
+        self._owner = os.getpid()
+        atexit.register(self._write)
+
+    def close(self) -> None:
+        """Close the pipe; nothing is written. A second call does nothing."""
+        atexit.unregister(self._write)
+        if self._is_ours():
+            os.close(self._fd)
+        self._owner = -1
+
+    def _is_ours(self) -> bool:
+        """Return False in a forked child, or if the descriptor is another file now."""
+        try:
+            return os.getpid() == self._owner and os.path.samestat(os.fstat(self._fd), self._file)
+        except OSError:
+            return False
+
+    def _write(self) -> None:
+        if not died_of_exception() and self._is_ours():
+            with suppress(OSError):
+                posix.write(self._fd, EXIT_NOTE)  # that of os waits for ever under eventlet, if the sidecar has ended
+
+
+def died_of_exception() -> bool:
+    """Return whether this interpreter exits because of an exception that no code caught; SystemExit is none."""
+    return getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1")
 
 
 class _Process(subprocess.Popen[bytes]):
     def __del__(self) -> None:
         """As ever, the next Popen collects it; but that it outlives its keeper is no reason for a warning."""
         super().__del__(_warn=lambda *_, **__: None)  # type: ignore[call-arg]
+
+    def kill_all(self) -> None:
+        """Send SIGKILL to its process group: a one-file application is a launcher and the child that it waits for."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
 
 class Spawned:
@@ -123,17 +167,23 @@ class Spawned:
 
     def __init__(self, process: _Process, ready: Mapping[str, Any]) -> None:
         self._process = process
+        self.pid: int = ready["pid"]
+        """The sidecar's own process id; that of a one-file application is not that of its launcher."""
         self.url: str | None = ready["url"]
         """Base URL over TCP; ``None`` without TCP."""
         self.socket: str | None = ready["socket"]
         """Path of the Unix socket; ``None`` if there is none."""
         self.runtime_file: Path | None = ready["runtime_file"] and Path(ready["runtime_file"])
         """Where the token is, if there is one."""
-
-    @property
-    def pid(self) -> int:
-        """The sidecar's own process id."""
-        return self._process.pid
+        token = None
+        if self.runtime_file is not None:
+            with suppress(EndpointError, OSError):
+                token = runtime_file.read(self.runtime_file).token
+        self._owner = os.getpid()
+        self._own_target = False
+        """Whether it watches this process."""
+        self._exit_note: _ExitNoteWriter | None = None
+        self._own = OwnSidecar.at(self.socket, self.url, token)
 
     @property
     def running(self) -> bool:
@@ -153,7 +203,10 @@ class Spawned:
         cleaned = clean_label(label)
         if cleaned is None:
             return False
-        reason = self._post("/marks", {"label": cleaned}) if self.running else "its sidecar has ended"
+        if self._own_target:
+            publish_names()
+        ended = self._process.poll() is not None if self._owner == os.getpid() else False  # or it is no child
+        reason = "its sidecar has ended" if ended else self._post("/marks", {"label": cleaned})
         if reason is not None:
             log.warning("the mark %r was not recorded: %s", cleaned, reason)
         return reason is None
@@ -186,12 +239,19 @@ class Spawned:
         Returns:
             Its exit status; negative: the signal.
         """
-        self._process.terminate()
+        withdraw(self._own)
+        if self.running:
+            # Of a one-file application not to the launcher, which may be removing the unpacked files already.
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._process.kill_all()
             return self._process.wait()
+        finally:
+            if self._exit_note is not None:
+                self._exit_note.close()
 
     def __enter__(self) -> "Spawned":
         return self
@@ -221,8 +281,9 @@ def spawn(
     Start a sidecar for a process in a process of its own; return once it answers.
 
     It has a session of its own, so neither the signals of a terminal nor those of the client's
-    process group reach it, and its standard streams are /dev/null. When the target has exited it
-    goes on for 30 s (``--linger`` in `options`), so that what led up to it can be fetched, and then ends.
+    process group reach it, its standard streams are /dev/null, and its working directory is ``/``. When the
+    target has exited it goes on for 30 s (``--linger`` in `options`), so that what led up to it can be fetched, and
+    then ends.
 
     Args:
         pid: target; default: this process.
@@ -235,9 +296,10 @@ def spawn(
             wherever and however it is started. Without it, the file of the main module decides.
         app_version: up to 64 printable characters.
         options: more options of ``vitalsd serve``.
-        command: how ``vitalsd`` is run; default: by this Python. To be given where `sys.executable`
-            is no Python, as in a frozen application.
-        env: its environment; default: that of this process.
+        command: how ``vitalsd`` is run; default: by this Python, or by a frozen application itself if that has called
+            `vitalsd.freeze_support`.
+        env: its environment; default: that of this process, without the variables of a service manager, and for another
+            `command` without the library paths of a frozen application.
         timeout_s: to get ready.
 
     Raises:
@@ -249,21 +311,34 @@ def spawn(
     if command is not None and not command:
         raise ValueError("command is empty")
     application = Application.checked(app, app_version)
-    # -P: a vitalsd.py in the client's working directory must not be taken for this one.
-    program = [sys.executable, "-P", "-m", "vitalsd"] if command is None else list(command)
+    _refuse_second_generation()
+    try:
+        program = own_command() if command is None else list(command)
+    except NotRunnableError as error:
+        raise SpawnError(str(error)) from None
+    child = child_environment(os.environ, own=command is None) if env is None else dict(env)
+    if command is None:
+        with_own_files(child)
+        program = with_own_path(program, child)
+    if os.sep in program[0]:
+        program[0] = os.path.abspath(program[0])
     arguments = ["serve", "--pid", str(os.getpid() if pid is None else pid), "--auth", auth]
     arguments += ["--exit-with-target"] if exit_with_target else []
     arguments += ["--port", str(port)] if port is not None else []
     arguments += [] if tcp else ["--no-tcp"]
-    arguments += ["--uds", str(uds)] if uds is not None else []
+    arguments += ["--uds", os.path.abspath(uds)] if uds is not None else []
     arguments += ["--app", application.app] if application.app is not None else []
     arguments += ["--app-version", application.app_version] if application.app_version is not None else []
     own = pid is None or pid == os.getpid()
     if own and (script := main_script()) is not None:
         arguments += ["--target-script", script]
 
-    reader, writer = os.pipe()
-    note_reader, note_writer = os.pipe() if own else (-1, -1)
+    if own:
+        publish_names()  # first: the sidecar reads names at once, and those of sleeping threads again much later
+    reader, writer = _pipe()
+    note_reader, note_writer = _pipe() if own else (-1, -1)
+    child[MARKER] = str(writer)
+    log_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
     arguments += ["--exit-note-fd", str(note_reader)] if own else []
     try:
         try:
@@ -271,10 +346,11 @@ def spawn(
                 [*program, *arguments, "--ready-fd", str(writer), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=log_file,
                 pass_fds=(writer, note_reader) if own else (writer,),
                 start_new_session=True,
-                env=env,
+                cwd="/",  # or a volume of the client could not be unmounted
+                env=child,
             )
         except OSError as error:
             raise SpawnError(f"cannot run {program[0]}: {error.strerror}") from None
@@ -282,40 +358,82 @@ def spawn(
             os.close(writer)
         import_module("vitalsd.discovery.http_connection")  # for `Spawned.mark`, while the sidecar starts
         try:
-            spawned = Spawned(process, _answer(process, reader, time.monotonic() + timeout_s))
+            ready = _answer(process, reader, log_file, time.monotonic() + timeout_s)
+            if not (command is None and is_one_file()):
+                ready["pid"] = process.pid  # what another command says may be of another pid namespace
+            spawned = Spawned(process, ready)
         except BaseException:
-            with suppress(ProcessLookupError):
-                process.kill()
+            process.kill_all()
             process.wait()
             raise
         if own:
-            pipe = os.fstat(note_writer)
-            atexit.register(_note_exit, note_writer, (pipe.st_dev, pipe.st_ino), os.getpid())
-            note_writer = -1  # it stays open until this process ends
+            spawned._own_target = True
+            announce(spawned._own)
+            spawned._exit_note = _ExitNoteWriter(note_writer)
+            note_writer = -1
         return spawned
     finally:
+        log_file.close()
         for fd in (reader, note_reader, note_writer):
             if fd >= 0:
                 os.close(fd)
 
 
-def _answer(process: _Process, reader: int, deadline: float) -> dict[str, Any]:
-    """The line that the sidecar writes to its ready-fd."""
-    ready = select.poll()  # select(2) knows no descriptor above 1023
-    ready.register(reader, select.POLLIN)
-    content = b""
+def _refuse_second_generation() -> None:
+    """
+    Raise `SpawnError` if this process was to be a sidecar, and is the application once more.
+
+    That is so where `sys.executable` is the application though nothing says that it is frozen. The first process, which
+    waits for its sidecar, is given the reason.
+    """
+    marker = os.environ.pop(MARKER, None)
+    if marker is None:
+        return
+    reason = (
+        f"to run {sys.executable} as a sidecar starts the application again, so it is no Python interpreter: call"
+        ' vitalsd.freeze_support() first in its main module, or pass command=["/path/to/vitalsd"]'
+    )
+    with suppress(OSError, ValueError):
+        if stat.S_ISFIFO(os.fstat(int(marker)).st_mode):
+            ReadyFd(int(marker)).send(error=reason)
+    raise SpawnError(reason)
+
+
+def taken_for_sidecar() -> bool:
+    """Return whether `spawn` started this process, and forget it, so that no process started from here believes it."""
+    return os.environ.pop(MARKER, None) is not None
+
+
+def _pipe() -> tuple[int, int]:
+    """Return a pipe whose ends are above 2: in a client that closed those, the streams of the sidecar go there."""
+    ends = os.pipe()
+    if min(ends) > 2:
+        return ends
+    try:
+        reader, writer = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in ends)
+        return reader, writer
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+def _answer(process: _Process, reader: int, log_file: IO[bytes], deadline: float) -> dict[str, Any]:
+    """Return the line that the sidecar writes to its ready-fd."""
+    # Not poll(2), which eventlet removes from select, nor select(2), which knows no descriptor above 1023. The read
+    # of eventlet's os waits without an end.
+    os.set_blocking(reader, False)
+    content, pause_s = b"", 0.001
     while not content.endswith(b"\n"):
-        wait_s = deadline - time.monotonic()
-        if wait_s <= 0 or not ready.poll(wait_s * 1000):
-            raise SpawnError("the sidecar was not ready in time")
-        chunk = os.read(reader, 4096)
+        try:
+            chunk = posix.read(reader, 4096)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise SpawnError(f"the sidecar was not ready in time{_last_line(log_file)}") from None
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, 0.01)
+            continue
         if not chunk:
-            try:
-                status = process.wait(deadline - time.monotonic())
-            except subprocess.TimeoutExpired:
-                raise SpawnError("the sidecar closed its ready-fd and did not end") from None
-            how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-            raise SpawnError(f"the sidecar ended {how} before it was ready; see: {' '.join(map(str, process.args))}")  # type: ignore[arg-type]
+            raise SpawnError(_early_end(process, deadline) + _last_line(log_file))
         content += chunk
         if len(content) > MAX_ANSWER_BYTES:
             raise SpawnError("the sidecar said more than it should")
@@ -323,6 +441,24 @@ def _answer(process: _Process, reader: int, deadline: float) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(content)
         if (reason := answer.get("error")) is not None:
             raise SpawnError(str(reason))
-        return {key: answer[key] for key in ("url", "socket", "runtime_file")}
+        return {key: answer[key] for key in ("pid", "url", "socket", "runtime_file")}
     except (ValueError, AttributeError, KeyError):
         raise SpawnError(f"this is no sidecar, it said {content[:80]!r}") from None
+
+
+def _early_end(process: _Process, deadline: float) -> str:
+    try:
+        status = process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return "the sidecar closed its ready-fd and did not end"
+    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+    return f"the sidecar ended {how} before it was ready"
+
+
+def _last_line(log_file: IO[bytes]) -> str:
+    """Return the last line that the sidecar wrote to its standard error, for a sentence."""
+    size = log_file.seek(0, os.SEEK_END)
+    log_file.seek(max(0, size - MAX_ANSWER_BYTES))
+    lines = log_file.read().decode("utf-8", "replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f": {''.join(c if c.isprintable() else '?' for c in last)[:400]}" if last else ""

@@ -59,15 +59,27 @@ def runtime_directories(environ: Mapping[str, str] | None = None) -> list[Path]:
 
 def runtime_directory(environ: Mapping[str, str] | None = None) -> Path:
     """
-    The directory for this user's runtime files and sockets, made if need be.
+    Return the directory for this user's runtime files and sockets, made if need be.
+
+    One whose path leaves no room for a socket is taken if there is no other.
 
     Raises:
         EndpointError: none of the candidates can be used.
     """
     reasons = []
+    too_long: list[Path] = []
     for path in runtime_directories(environ):
         try:
             check_socket_path(path / socket_name(2**22))
+        except EndpointError:
+            too_long.append(path)
+            continue
+        try:
+            return private_directory(path)
+        except EndpointError as error:
+            reasons.append(str(error))
+    for path in too_long:  # A runtime file fits there, if no socket does.
+        try:
             return private_directory(path)
         except EndpointError as error:
             reasons.append(str(error))

@@ -5,18 +5,20 @@ import atexit
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from vitalsd import endpoint as endpoints
+from vitalsd.alongside import died_of_exception
 from vitalsd.blackbox import BlackBox
 from vitalsd.contract.application import Application
 from vitalsd.contract.labels import clean_label
+from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
 from vitalsd.discovery.program_key import program_key
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.http.app import create_app
@@ -26,12 +28,13 @@ from vitalsd.recorder import Recording
 from vitalsd.sampler import NotRecording, Sampler
 from vitalsd.sidecar import Service, run_directory, runtime_directory
 from vitalsd.sources import Source, list_processes, open_source
-from vitalsd.sources.birth import births
+from vitalsd.sources.birth import Undecided, births
 from vitalsd.sources.programs import ProgramDigest, main_script
 from vitalsd.sources.python_names import PythonNames
 from vitalsd.targets import Targets
+from vitalsd.worker import Worker, start_thread
 
-__all__ = ["Sidecar", "start"]
+__all__ = ["Sidecar", "StartError", "start"]
 
 log = logging.getLogger("vitalsd")
 
@@ -44,6 +47,10 @@ Pausable = Sampler | BlackBox | Shelf
 """Who is in SQLite or the kernel on a thread of its own, and rests while the host forks."""
 
 
+class StartError(RuntimeError):
+    """The sidecar could not be started, and nothing of it is left; ``str(error)`` says why."""
+
+
 class Sidecar:
     """
     A sidecar running in this process; made by `start`.
@@ -51,10 +58,12 @@ class Sidecar:
     A context manager that stops it. In a forked child it is closed, and the child may `start` its own.
     """
 
-    def __init__(self, service: Service, sampler: Sampler, shelf: Shelf | None) -> None:
+    def __init__(self, service: Service, sampler: Sampler, shelf: Shelf | None, workers: Sequence[Worker]) -> None:
         self._service = service
         self._sampler = sampler
         self._shelf = shelf
+        self._workers = workers
+        self._own = OwnSidecar.at(service.endpoint.socket, service.endpoint.url, service.endpoint.token)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._stopping = False
@@ -109,14 +118,16 @@ class Sidecar:
 
     def stop(self) -> None:
         """End it, within 2 s. A second call does nothing, and neither does one in a forked child."""
-        atexit.unregister(self.stop)
+        atexit.unregister(self._exit)
+        withdraw(self._own)
         if os.getpid() != self._pid:
             return
         self._stopping = True
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop has just been closed
                 self._loop.call_soon_threadsafe(self._service.stop)
-        self._thread.join(STOP_S)
+        if self._thread.ident is not None:
+            self._thread.join(STOP_S)
         self._service.close()
         # FastAPI keeps the functions of thousands of routes, and with them all that ours know.
         self._sampler.discard()
@@ -142,8 +153,18 @@ class Sidecar:
         self._service.forget()
         self._sampler.forget()
 
+    def _exit(self) -> None:
+        """End it with the interpreter: an exception that the program did not catch is a crash of it."""
+        if died_of_exception() and self.running:
+            self._sampler.crashed("an exception that was not caught ended the program")
+        self.stop()
+
     def _start(self, timeout_s: float) -> None:
-        self._thread.start()
+        try:
+            start_thread(self._thread)
+        except RuntimeError:
+            self._abandon()
+            raise
         try:
             wait((self._started,), timeout_s)
             if not self._started.done():
@@ -152,7 +173,17 @@ class Sidecar:
         except BaseException:
             self.stop()
             raise
-        atexit.register(self.stop)
+        atexit.register(self._exit)
+        announce(self._own)
+
+    def _abandon(self) -> None:
+        """Release what was opened for a sidecar whose event loop never ran."""
+        self._service.close()
+        self._sampler.abandon()
+        for worker in self._workers:
+            worker.stop(0)
+        if self._shelf is not None:
+            self._shelf.stop(0)
 
     def _run(self) -> None:
         try:
@@ -186,10 +217,13 @@ class _Process:
                         before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._forked
                     )
                     self._fork_hook = True
-                sidecar = make()
-                self._sidecar = sidecar  # before the start: a child that is forked meanwhile lets go of it
                 try:
+                    sidecar = make()
+                    self._sidecar = sidecar  # before the start: a child that is forked meanwhile lets go of it
                     sidecar._start(timeout_s)
+                except (RuntimeError, Undecided) as error:
+                    self._sidecar = None
+                    raise StartError(f"the sidecar could not be started: {error}") from error
                 except BaseException:
                     self._sidecar = None
                     raise
@@ -258,6 +292,7 @@ def start(
 
     Raises:
         ListenError: it cannot be listened there, or `port` is taken.
+        StartError: the system gives no more threads, or does not tell what this process is.
         TimeoutError: it was not ready in time.
         ValueError: an argument is out of range.
     """
@@ -274,8 +309,14 @@ def start(
     application = Application.checked(app, app_version)
 
     def make() -> Sidecar:
+        with ExitStack() as undo:
+            return _opened(undo)
+
+    def _opened(undo: ExitStack) -> Sidecar:
+        _fill_standard_descriptors()
         notes: list[str] = []
         directory = runtime_directory(notes)
+        me = Target(os.getpid(), births().start_key(os.getpid()) or 0)
         token = endpoints.new_token() if auth == "token" else None
         listeners = listen(
             host=host,
@@ -286,14 +327,20 @@ def start(
             guarded=token is not None,
             allow_remote=allow_remote,
         )
+        undo.callback(listeners.close)
         listeners.notes[:0] = notes
         runs = run_directory(listeners.notes)
         recording = Recording(record_interval_s, retention_s, runs=runs if black_box else None, application=application)
         sampler = Sampler(_own_source, recording=recording)
+        undo.callback(sampler.abandon)
         targets = Targets(sampler, open_source)
         shelf = None if runs is None else Shelf(runs)
+        if shelf is not None:
+            undo.callback(shelf.stop, 0)
         asgi = create_app(targets, list_processes, shelf=shelf, application=application)
-        me = Target(os.getpid(), births().start_key(os.getpid()) or 0)
+        workers: Sequence[Worker] = asgi.state.workers
+        for worker in workers:
+            undo.callback(worker.stop, 0)
         service = Service(
             asgi,
             listeners,
@@ -303,9 +350,23 @@ def start(
             grace_s=GRACE_S,
             application=application,
         )
-        return Sidecar(service, sampler, shelf)
+        undo.pop_all()
+        return Sidecar(service, sampler, shelf, workers)
 
     return _process.start(make, timeout_s)
+
+
+def _fill_standard_descriptors() -> None:
+    """
+    Open /dev/null for those of the descriptors 0 to 2 that the host has closed.
+
+    Otherwise a listener or a lock of the sidecar would have the number, and a ``printf`` of the host would go there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _own_source() -> Source:

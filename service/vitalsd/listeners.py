@@ -16,8 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from vitalsd.directories import EndpointError, check_socket_path, private_directory, socket_name
-from vitalsd.socket_file import SocketLock, answers
+from vitalsd.directories import (
+    EndpointError,
+    check_socket_path,
+    private_directory,
+    runtime_directories,
+    socket_name,
+)
+from vitalsd.socket_file import SocketLock, answers, direct_socket
 
 __all__ = [
     "BACKLOG",
@@ -78,7 +84,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     address = _address(host)
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     try:
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener = direct_socket(family, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((str(address), port))
@@ -117,7 +123,7 @@ class UnixListener:
         except OSError as error:
             raise ListenError(f"cannot listen on {path}: {error.strerror}") from None
         try:
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket = direct_socket(socket.AF_UNIX)
             self._clear()
             with suppress(OSError):
                 os.fchmod(self.socket.fileno(), 0o600)  # Linux: bind makes it with this mode; macOS refuses
@@ -273,9 +279,10 @@ def listen(
                     raise _unguarded(host)
                 listeners.notes.append(_unencrypted(host))
             listeners.tcp.append(_bind_tcp(host, port, listeners.notes))
-        path = directory / socket_name(os.getpid()) if uds is None and directory else uds
-        if path is not None:
-            listeners.unix = UnixListener(Path(os.path.abspath(path)))
+        if uds is not None:
+            listeners.unix = UnixListener(Path(os.path.abspath(uds)))
+        elif directory is not None:
+            listeners.unix = _default_unix(directory, listeners.notes if tcp else None)
         if not listeners.sockets:
             raise ListenError("there is nothing to listen on: no TCP, and no directory for a Unix socket")
     except BaseException:
@@ -310,6 +317,32 @@ def _unguarded(host: str) -> ListenError:
 
 def _unencrypted(host: str) -> str:
     return f"{host} can be reached from other machines, and nothing is encrypted"
+
+
+def _default_unix(directory: Path, notes: list[str] | None) -> UnixListener | None:
+    """
+    Open the Unix socket in `directory`, or else in another runtime directory of this user.
+
+    A home may be on a file system that makes no sockets (SMB, vboxsf, some FUSE), or have too long a path.
+
+    Args:
+        notes: the reason is added here if there can be none; ``None``: that is an error.
+
+    Raises:
+        ListenError: there can be none, and there is no other listener.
+    """
+    reasons: list[str] = []
+    for candidate in dict.fromkeys((directory, *runtime_directories())):
+        try:
+            if candidate != directory:
+                private_directory(candidate)
+            return UnixListener(candidate / socket_name(os.getpid()))
+        except (ListenError, EndpointError) as error:
+            reasons.append(str(error))
+    if notes is None:
+        raise ListenError("; ".join(reasons))
+    notes.append(f"no Unix socket: {'; '.join(reasons)}")
+    return None
 
 
 def _bind_tcp(host: str, port: int | None, notes: list[str]) -> socket.socket:

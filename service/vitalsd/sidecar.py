@@ -215,11 +215,13 @@ async def _stay_findable(sidecar: Service) -> None:
         sidecar.publish_again()
 
 
-def end_with(target: Target, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
+def end_with(target: Target, targets: Targets, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
     """
-    End the sidecar `linger_s` seconds after its target has exited, so that none is left for ever.
+    Record the exit of the target at once, and end the sidecar `linger_s` seconds later.
 
     Args:
+        target: the process.
+        targets: whose default measures it.
         kernel: tells whether it lives.
         linger_s: until then the last minutes of the target can still be asked for.
         poll: see `death_of`.
@@ -227,6 +229,8 @@ def end_with(target: Target, kernel: Births, *, linger_s: float, poll: bool = Fa
 
     async def companion(sidecar: Service) -> None:
         await death_of(target.pid, target.start, kernel, poll=poll)
+        with suppress(SourceError):  # TargetGone, which the recorder notes: a client that starts again asks for it now
+            await targets.default.confirm()
         await asyncio.sleep(linger_s)
         sidecar.stop()
 

@@ -1,9 +1,11 @@
 """
-A Unix socket as a file: which sidecar owns it, whether anybody answers there, and who.
+A Unix socket as a file: which sidecar owns it, whether anybody answers there, and who. And how sockets are made.
 
 Of the standard library alone: clients import this without the service.
 """
 
+import _socket
+import errno
 import fcntl
 import os
 import socket
@@ -11,10 +13,22 @@ import struct
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vitalsd.directories import EndpointError
 
-__all__ = ["SocketLock", "answers", "peer_uid"]
+__all__ = ["SocketLock", "answers", "direct_socket", "peer_uid"]
+
+if TYPE_CHECKING:
+    _Standard = socket.socket
+else:
+    # A host may have replaced that name before; eventlet makes a copy of the class, so it is the first one.
+    _Standard = next(each for each in _socket.socket.__subclasses__() if each.__module__ == "socket")
+
+OF_GREENLETS = ("gevent", "eventlet")
+"""Packages whose sockets let other greenlets run while one waits."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""Of flock(2) where the file system has no locks, such as NFS without its daemon."""
 
 
 class SocketLock:
@@ -42,6 +56,10 @@ class SocketLock:
                         self._fd = fd
             except BlockingIOError:
                 raise EndpointError(f"another sidecar is serving on {path}") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                self._fd = fd  # A file system without locks: whether a connection is accepted must do.
             finally:
                 if self._fd < 0:
                     os.close(fd)
@@ -66,7 +84,7 @@ def answers(path: Path) -> bool:
 
     Only a refusal, or no socket there, is a no; a full backlog or a missing permission is not.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with direct_socket(socket.AF_UNIX) as probe:
         probe.settimeout(0.5)
         try:
             probe.connect(str(path))
@@ -75,6 +93,34 @@ def answers(path: Path) -> bool:
         except OSError:
             return True
         return True
+
+
+def direct_socket(family: int, proto: int = 0) -> socket.socket:
+    """
+    Return a stream socket that connects to where it is told, whatever the host program has put in its place.
+
+    A host replaces ``socket.socket``, by that of PySocks for instance, so that all of its connections go through a
+    proxy; there is none on the way to a sidecar. What gevent and eventlet put there is used: a greenlet that waited
+    otherwise would hold up the sidecar in the same thread.
+
+    Raises:
+        OSError: there are no descriptors left, or the family is not known.
+    """
+    kinds = getattr(socket.socket, "__mro__", ())
+    kind = next((each for each in kinds if each.__module__.partition(".")[0] in OF_GREENLETS), _Direct)
+    made: socket.socket = kind(family, socket.SOCK_STREAM, proto)
+    return made
+
+
+class _Direct(_Standard):
+    """A socket whose accepted connections are of the standard library as well: its own takes ``socket.socket``."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return a connection that does not block only if the listener does not, and the address of its client."""
+        fd, address = self._accept()  # type: ignore[attr-defined]
+        connection = _Standard(self.family, self.type, self.proto, fileno=fd)
+        connection.setblocking(self.gettimeout() != 0)
+        return connection, address
 
 
 def peer_uid(connected: socket.socket) -> int:

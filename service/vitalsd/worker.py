@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import threading
 import time
 from collections import deque
@@ -13,7 +14,7 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import TypeVar
 
-__all__ = ["PATIENCE_NS", "Hung", "Stopped", "Worker", "seen"]
+__all__ = ["PATIENCE_NS", "Hung", "Stopped", "Worker", "seen", "start_thread"]
 
 log = logging.getLogger("vitalsd.worker")
 
@@ -24,6 +25,30 @@ PATIENCE_NS = 5_000_000_000
 LOOK_S = 0.1
 """Between two looks at a call that is waited for."""
 NEVER_NS = 1 << 63
+
+
+FATAL_SIGNALS = {
+    *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT, signal.SIGSYS)
+}
+"""Sent to the thread that caused them: blocked there, they would bypass the crash handler of the host program."""
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """
+    Start a thread that takes no signals of the host program.
+
+    A host that collects signals by sigwait(3) or signalfd(2) blocks them in its own threads. One that is not blocked in
+    ours would be delivered there, and most of them end the process. The mask is set around the start, so that threads
+    which a library starts from ours inherit it.
+
+    Raises:
+        RuntimeError: the system gives no more threads.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FATAL_SIGNALS)
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Hung(Exception):
@@ -73,7 +98,7 @@ class Worker:
         self.busy_since_ns: int | None = None
         """Monotonic time at which the call under way began; ``None`` when idle."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        start_thread(self._thread)
 
     def pause(self, timeout_s: float) -> bool:
         """

@@ -10,6 +10,7 @@ from typing import Any, cast
 import click
 
 from vitalsd import __version__
+from vitalsd.frozen import runs_as_vitalsd
 
 __all__ = ["main"]
 
@@ -28,8 +29,10 @@ COMMANDS = {
     "top": "top.top",
 }
 """Where each of them is, below this package."""
+HIDDEN = {"burn": "doctor.burn"}
+"""Of the doctor alone: in a frozen application there is no ``python -m`` to run it with."""
 
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 EPILOG = """\b
 Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted."""
@@ -37,7 +40,7 @@ Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted
 
 class _Commands(Mapping[str, click.Command]):
     def __getitem__(self, name: str) -> click.Command:
-        module, attribute = COMMANDS[name].split(".")
+        module, attribute = (COMMANDS.get(name) or HIDDEN[name]).split(".")
         command: click.Command = getattr(import_module(f"vitalsd.cli.{module}"), attribute)
         return command
 
@@ -51,11 +54,14 @@ class _Commands(Mapping[str, click.Command]):
 class _Program(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """What cannot be written to standard output is one line as well."""
+        runs_as_vitalsd()
         for number in range(3):
             try:
                 os.fstat(number)
             except OSError:  # closed: the next file or socket would have the number, and whatever is written there
-                os.open(os.devnull, os.O_RDWR)
+                os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
+                if number == 1:  # Python has no stream for it, and an answer would be lost with status 0
+                    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for the whole run
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
@@ -80,6 +86,6 @@ def main() -> None:
     vitalsd sample --pid 4242          one answer, no server
     vitalsd top --pid 4242             look on, live
     vitalsd serve --pid 4242           serve it on http://127.0.0.1:9779
-    curl -s localhost:9779/metrics     ask the server
+    curl -s 127.0.0.1:9779/metrics     ask the server
     vitalsd doctor                     is it right on this machine?
     """

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Number, platform_of, raise_descriptor_limit
+from vitalsd.cli.options import Failed, Number, platform_of, raise_descriptor_limit
+from vitalsd.frozen import NotRunnableError, own_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from vitalsd.doctor.examination import Progress
     from vitalsd.doctor.finding import Finding
 
-__all__ = ["doctor"]
+__all__ = ["burn", "doctor"]
 
 STYLES = {"pass": "green", "fail": "bold red", "not here": "dim"}
 
@@ -41,6 +42,8 @@ def doctor(context: click.Context, as_json: bool, soak: float | None) -> None:
     except KeyboardInterrupt:
         click.echo("vitalsd: interrupted", err=True)
         raise SystemExit(130) from None
+    except NotRunnableError as error:
+        raise Failed(str(error)) from None
     raise SystemExit(0 if healthy else 1)
 
 
@@ -57,6 +60,7 @@ def _examine(context: click.Context, as_json: bool, soak_s: float | None) -> boo
 
     raise_descriptor_limit()
     platform = platform_of(context)
+    own_command()  # before anything is examined: without it most of the checks cannot be made
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     begun = time.monotonic()
@@ -82,6 +86,15 @@ def _examine(context: click.Context, as_json: bool, soak_s: float | None) -> boo
     else:
         click.echo(f"\n{passed} passed, {failed} failed, {len(found) - passed - failed} not here")
     return not failed
+
+
+@click.command(hidden=True)
+@click.argument("duties", nargs=-1, type=click.IntRange(0, 100))
+def burn(duties: tuple[int, ...]) -> None:
+    """Burn so many percent of a core each, for the doctor, who says when on standard input."""
+    from vitalsd.doctor.burner import burn_for_doctor
+
+    burn_for_doctor(duties)
 
 
 def _end(number: int, frame: object) -> None:

@@ -33,6 +33,8 @@ def open_page(pid: int | None, no_browser: bool) -> None:
     read and that leads to the page: in the page's own address every user of this machine could read the
     token while the browser starts.
     """
+    import os
+
     from vitalsd.directories import EndpointError, runtime_directory
     from vitalsd.endpoint import discover
 
@@ -48,6 +50,9 @@ def open_page(pid: int | None, no_browser: bool) -> None:
     if not no_browser:
         import webbrowser
 
+        from vitalsd.frozen import restore_libraries
+
+        restore_libraries(os.environ)
         if not webbrowser.open(address):
             raise Failed("no browser could be started; open this address in one")
 

@@ -126,8 +126,14 @@ def serve_until_signal(
     thread_metrics: int = 256,
     kernel: "Births | None" = None,
     application: "Application | None" = None,
+    spawned: bool = False,
 ) -> None:
-    """Listen and serve until a signal ends it."""
+    """
+    Listen and serve until a signal ends it.
+
+    Args:
+        spawned: `spawn` reads standard error until the sidecar is ready, and not after that.
+    """
     from vitalsd import sidecar
     from vitalsd.contract.application import Application
     from vitalsd.endpoint import new_token
@@ -158,7 +164,8 @@ def serve_until_signal(
     def ready() -> None:
         for note in (*notes, *service.notes):
             log.warning("%s", note)
-        places = [f"{service.endpoint.url}/metrics" if service.endpoint.url else None, service.endpoint.socket]
+        page = "/metrics" if published else "/"  # of a replay the page is what its reader wants
+        places = [f"{service.endpoint.url}{page}" if service.endpoint.url else None, service.endpoint.socket]
         log.info("serving %s on %s", whom, " and ".join(filter(None, places)))
         if waiting is not None:
             file = service.runtime_file
@@ -168,6 +175,10 @@ def serve_until_signal(
                 socket=service.endpoint.socket,
                 runtime_file=file and str(file),
             )
+        if spawned:
+            null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            os.dup2(null, 2)
+            os.close(null)
 
     sidecar.serve(service, ready=ready, companions=companions)
 

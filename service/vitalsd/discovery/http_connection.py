@@ -17,7 +17,7 @@ from types import TracebackType
 
 import h11
 
-from vitalsd.socket_file import peer_uid
+from vitalsd.socket_file import direct_socket, peer_uid
 
 __all__ = ["Answer", "Connection", "ExchangeError"]
 
@@ -59,12 +59,12 @@ class Connection:
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         if isinstance(place, str):
             self.place, self._host = place, "localhost"
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._socket = direct_socket(socket.AF_UNIX)
         else:
             address, port = place
             v6 = ":" in address
             self.place = self._host = f"[{address}]:{port}" if v6 else f"{address}:{port}"
-            self._socket = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_STREAM)
+            self._socket = direct_socket(socket.AF_INET6 if v6 else socket.AF_INET)
         try:
             self._connect(place, min(deadline, self._begun + connect_s))
             if isinstance(place, str):

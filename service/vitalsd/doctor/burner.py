@@ -5,8 +5,8 @@ The record is the truth that readings are judged by, and not the part that was a
 machine a thread gets what is left. A CPU clock never goes back, so the last entry before an instant
 and the first one after it are bounds of what the thread had burnt then, however it was scheduled.
 
-``python -m vitalsd.doctor.burner`` burns in a process of its own: it obeys words on standard input,
-answers each with a line of JSON, and ends when standard input does.
+`BurnerProcess` burns in a process of its own, ``vitalsd burn``: it obeys words on standard input, answers each with a
+line of JSON, and ends when standard input does.
 """
 
 import contextlib
@@ -23,7 +23,18 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-__all__ = ["Burner", "BurnerProcess", "BurnerThreads", "Log", "bounds_ns", "name_this_thread", "touched"]
+from vitalsd.frozen import own_command, with_own_path
+
+__all__ = [
+    "Burner",
+    "BurnerProcess",
+    "BurnerThreads",
+    "Log",
+    "bounds_ns",
+    "burn_for_doctor",
+    "name_this_thread",
+    "touched",
+]
 
 PERIOD_S = 0.02
 PIECE = bytes(1 << 20)
@@ -157,18 +168,22 @@ class BurnerProcess:
 
     Raises:
         OSError: no process can be started, or it does not answer.
+        NotRunnableError: this program cannot be run as vitalsd.
     """
 
     def __init__(self, duties: Sequence[int]) -> None:
         self.begun_ns = time.monotonic_ns()
-        # -P: a vitalsd.py in the working directory must not be taken for this one.
+        # Not `child_environment`: it ends before this process, whose files it can use in a one-file application.
+        environ = dict(os.environ)
+        program = with_own_path(own_command(), environ)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vitalsd.doctor.burner", *map(str, duties)],
+            [*program, "burn", *map(str, duties)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             # Ctrl-C is for the doctor, who then ends it.
             start_new_session=True,
+            env=environ,
         )
         self.started_ns = time.monotonic_ns()
         """The process was born between `begun_ns` and this, by the monotonic clock."""
@@ -220,10 +235,16 @@ def touched(size: int) -> mmap.mmap:
     return memory
 
 
-def main() -> None:
+def burn_for_doctor(duties: Sequence[int]) -> None:
+    """
+    Obey a `BurnerProcess` of another process until standard input ends.
+
+    Args:
+        duties: percent of a core, one thread each.
+    """
     held: mmap.mmap | None = None
     own: Log = []
-    with BurnerThreads([int(percent) for percent in sys.argv[1:]]) as burner:
+    with BurnerThreads(duties) as burner:
         print(json.dumps(burner.tids), flush=True)
         for line in sys.stdin:
             before = time.monotonic_ns()
@@ -237,7 +258,3 @@ def main() -> None:
                         held.close()
                     held = touched(int(size)) if int(size) else None
             print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -167,7 +167,9 @@ class Gate:
         if scope["client"] is None:
             return "http://localhost/ on this socket"
         hosts = self._loopback_hosts(*scope["server"])
-        return hosts[0] if hosts else "the address of this machine"
+        if not hosts:
+            return "the address of this machine"
+        return f"{hosts[0]}, and forward it by the same port number"
 
     def _without_token(self, given: list[bytes], scope: Scope) -> Response | None:
         if self._token is None or scope["client"] is None or scope["path"] in OPEN_PATHS:

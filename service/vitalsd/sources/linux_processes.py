@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from vitalsd.sources import ProcessEntry, Unsupported
 from vitalsd.sources.linux_counters import USER_TICK_NS, read_file
@@ -29,8 +30,10 @@ def running_command(process_fd: int) -> Command | None:
         executable = executable.removesuffix(" (deleted)")
         directory = os.readlink("cwd", dir_fd=process_fd)
         name, *words = _read_whole("cmdline", process_fd).removesuffix(b"\0").split(b"\0")
-        if not deleted and not os.path.samestat(os.stat("exe", dir_fd=process_fd), os.stat(executable)):
-            return None  # It runs in another mount namespace.
+        if not deleted:
+            with suppress(PermissionError):  # A folder on the way may be closed to this user.
+                if not os.path.samestat(os.stat("exe", dir_fd=process_fd), os.stat(executable)):
+                    return None  # It runs in another mount namespace.
     except OSError:
         return None
     return Command(executable, words, directory, name)

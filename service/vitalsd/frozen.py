@@ -1,0 +1,194 @@
+"""
+Run vitalsd again from this program: by its Python, or by itself if it is frozen.
+
+The executable of a frozen application (PyInstaller, cx_Freeze, Nuitka) is the application. To run it with ``-m
+vitalsd`` starts the application again, which starts itself again. So a frozen application calls `freeze_support`
+first, as it would call that of `multiprocessing`, and is then its own sidecar.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+
+__all__ = [
+    "NotRunnableError",
+    "child_environment",
+    "freeze_support",
+    "is_frozen",
+    "is_one_file",
+    "own_command",
+    "restore_libraries",
+    "runs_as_vitalsd",
+    "with_own_files",
+    "with_own_path",
+]
+
+FLAG = "--vitalsd-sidecar"
+"""The first argument of a frozen application that is to be vitalsd."""
+
+BOOTSTRAP = (
+    "import os, sys; path = os.environ.pop('VITALSD_SYS_PATH').split(os.pathsep);"
+    " sys.path[:] = dict.fromkeys([*path, *sys.path]); from vitalsd.cli import main; main(prog_name='vitalsd')"
+)
+
+LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FRAMEWORK_PATH", "DYLD_INSERT_LIBRARIES", "LD_PRELOAD")
+"""Variables by which a frozen application finds its own libraries; another program must not load those."""
+OF_THE_SERVICE = (
+    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
+    *("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID"),
+)
+"""Variables by which systemd speaks with the client alone; a sidecar that answered would speak for the client."""
+
+
+class NotRunnableError(RuntimeError):
+    """vitalsd cannot be run from this program; ``str(error)`` says why and what to do."""
+
+
+class _Application:
+    """What is one per process."""
+
+    supported = False
+    """Whether the application has called `freeze_support`."""
+    is_vitalsd = False
+    """Whether the arguments of this program are commands of vitalsd."""
+
+
+def freeze_support() -> None:
+    """
+    Let a frozen application be its own sidecar; to be called before anything else in its main module.
+
+    ``spawn()``, ``vitalsd doctor`` and ``vitalsd agent install`` run a frozen application again. In that second process
+    this function runs vitalsd and does not return. In the application itself, and in one that is not frozen, it returns
+    at once.
+    """
+    _Application.supported = True
+    if sys.argv[1:2] == [FLAG]:
+        del sys.argv[1]
+        from vitalsd.cli import main
+
+        main(prog_name="vitalsd")
+        sys.exit()
+
+
+def runs_as_vitalsd() -> None:
+    """Note that the arguments of this program are commands of vitalsd; its command line calls this."""
+    _Application.is_vitalsd = True
+
+
+def is_frozen() -> bool:
+    """Return whether the executable is the application and not a Python interpreter."""
+    main = sys.modules.get("__main__")
+    return bool(getattr(sys, "frozen", False)) or hasattr(main, "__compiled__")
+
+
+def is_one_file() -> bool:
+    """
+    Return whether this is a one-file application of PyInstaller.
+
+    Its launcher unpacks the files and then runs the application in a child process.
+    """
+    return is_frozen() and os.path.basename(getattr(sys, "_MEIPASS", "")).startswith("_MEI")
+
+
+def own_command() -> list[str]:
+    """
+    Return how another process runs ``vitalsd``.
+
+    Raises:
+        NotRunnableError: the executable is unknown, or a frozen application that has not called `freeze_support`.
+    """
+    executable = sys.executable
+    if is_frozen():
+        executable = executable or sys.argv[0]
+        if _Application.supported:
+            return [os.path.abspath(executable), FLAG]
+        if _Application.is_vitalsd:
+            return [os.path.abspath(executable)]
+        raise NotRunnableError(
+            "this application is frozen, and running its executable would start the application again: call"
+            ' vitalsd.freeze_support() first in its main module, or pass command=["/path/to/vitalsd"]'
+        )
+    if not executable:
+        raise NotRunnableError(
+            "sys.executable is empty, so there is no Python to run the sidecar with: pass"
+            ' command=["/path/to/python", "-P", "-m", "vitalsd"]'
+        )
+    # -P: a vitalsd.py in the working directory must not be taken for this one.
+    return [executable, "-P", "-m", "vitalsd"]
+
+
+def child_environment(environ: Mapping[str, str], *, own: bool) -> dict[str, str]:
+    """
+    Return the environment for a sidecar.
+
+    Args:
+        environ: of this process.
+        own: the sidecar is run by `own_command`; else by another program, which has libraries of its own.
+    """
+    child = {name: value for name, value in environ.items() if name not in OF_THE_SERVICE and name != "PYTHONINSPECT"}
+    for name in ("VITALSD_RUNTIME_DIR", "VITALSD_STATE_DIR"):
+        if child.get(name):
+            child[name] = os.path.abspath(child[name])  # The sidecar has another working directory.
+    if own:
+        with_own_files(child)
+    else:
+        restore_libraries(child)
+    return child
+
+
+def with_own_files(child: MutableMapping[str, str]) -> None:
+    """
+    Have a frozen application that is its own sidecar unpack its files once more.
+
+    A one-file application would share the directory that it has unpacked, which goes when it ends.
+
+    Args:
+        child: environment of the sidecar.
+    """
+    if is_frozen():
+        child["PYINSTALLER_RESET_ENVIRONMENT"] = "1"
+
+
+def restore_libraries(environ: MutableMapping[str, str]) -> None:
+    """
+    Put back the library paths of before a frozen application was started, for a program that is another one.
+
+    PyInstaller keeps them as NAME_ORIG, also in the environment of an interpreter that a frozen application started.
+    """
+    for name in LIBRARY_PATHS:
+        before = environ.pop(f"{name}_ORIG", None)
+        if before is not None:
+            environ[name] = before
+        elif is_frozen():
+            environ.pop(name, None)
+
+
+def with_own_path(command: Sequence[str], child: MutableMapping[str, str]) -> list[str]:
+    """
+    Return `command` so that it finds vitalsd where this process did: vendored, or in a PEX or shiv archive.
+
+    Directories are in the order of `sys.path`, or older packages of the interpreter would be taken for those of the
+    archive. The directory of the client's script is left out, and so is the working directory: their modules must not
+    be taken for those of vitalsd.
+
+    Args:
+        command: as `own_command` has it.
+        child: environment of the sidecar; the directories are added to it.
+    """
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if list(command[1:]) != ["-P", "-m", "vitalsd"] or here in _site_packages():
+        return list(command)
+    script = os.path.dirname(os.path.abspath(sys.argv[0])) if sys.argv and sys.argv[0] else ""
+    found = [os.path.abspath(path) for path in sys.path if path]
+    kept = [path for path in found if path == here or path not in (script, os.getcwd())]
+    child["VITALSD_SYS_PATH"] = os.pathsep.join(dict.fromkeys([*kept, here]))
+    return [command[0], "-P", "-c", BOOTSTRAP]
+
+
+def _site_packages() -> set[str]:
+    """Return the directories in which every interpreter looks for packages."""
+    import site
+    import sysconfig
+
+    paths = sysconfig.get_paths()
+    return {paths["purelib"], paths["platlib"], *site.getsitepackages()}
