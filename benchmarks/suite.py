@@ -40,6 +40,7 @@ SUITE: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
     MACOS: ("darwin_snapshot.py", (), ("--rounds", "40")),
     "The interpreter lock on macOS (over the simulator)": ("darwin_gil.py", (), ("--rounds", "10")),
     "Inside a program": ("host.py", (), ("--rounds", "2", "--seconds", "2")),
+    "In a program with a user interface": ("gui.py", (), ("--rounds", "2")),
     "Start and size": ("startup.py", (), ("--rounds", "2")),
 }
 

@@ -7,7 +7,6 @@ has the time that remains.
 """
 
 import asyncio
-import json
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.model import Measured, RuntimeMetrics, Unavailable, parse_runtime_metrics
 from vitalsd.sources.python_names import publish_names
 from vitalsd_client.patience import Call
-from vitalsd_client.places import NoSidecar, Sidecar, answering, locate
+from vitalsd_client.places import NoSidecar, Sidecar, answering, locate, refusal
 from vitalsd_client.privacy import harmless
 
 __all__ = ["BUDGET_S", "Mode", "afetch", "fetch"]
@@ -215,14 +214,6 @@ def _read(answer: Answer) -> RuntimeMetrics:
                 return found.model_copy(update={"reason": harmless(found.reason)})
             return found
     raise ExchangeError(refusal(answer))
-
-
-def refusal(answer: Answer) -> str:
-    """What an answer says that is not the one hoped for."""
-    detail = ""
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
-        detail = f": {json.loads(answer.body)['detail']}"
-    return f"the sidecar answered {answer.status}{detail or ', which says nothing about metrics'}"
 
 
 def _first(error: ValidationError) -> str:

@@ -8,8 +8,7 @@ import time
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources.python_names import publish_names
-from vitalsd_client.client import refusal
-from vitalsd_client.places import NoSidecar, locate
+from vitalsd_client.places import NoSidecar, locate, refusal
 
 __all__ = ["mark"]
 

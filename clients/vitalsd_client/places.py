@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vitalsd.discovery.http_connection import Answer, Connection, ExchangeError
 from vitalsd.discovery.own_sidecars import own_sidecars
 from vitalsd.endpoint import Endpoint, Liveness
 
-__all__ = ["NoSidecar", "Sidecar", "answering", "locate"]
+__all__ = ["NoSidecar", "Sidecar", "answering", "locate", "refusal"]
 
 CONNECT_S = 0.5
 """For a connection while there is another place to try."""
@@ -222,3 +222,11 @@ def _why_not(path: Path, state: Liveness | None) -> str | None:
     except (EndpointError, OSError) as error:
         return str(error)
     return None
+
+
+def refusal(answer: Answer) -> str:
+    """Return what an answer says that is not the one hoped for, for a sentence."""
+    detail = ""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        detail = f": {json.loads(answer.body)['detail']}"
+    return f"the sidecar answered {answer.status}{detail or ', which says nothing about metrics'}"
