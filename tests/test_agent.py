@@ -2,6 +2,8 @@
 
 import os
 import plistlib
+import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from host_programs import bare_environment, site_packages_without
 from sidecars import VITALSD
 from supervisors import FakeSupervisor
 from tools import program
@@ -90,6 +93,70 @@ def test_an_independent_reader_agrees(short_path: Path) -> None:
         command = [program("plistutil", package="libplist-utils"), "-i", "-", "-f", "bin"]
         binary = subprocess.run(command, input=content, capture_output=True, check=True).stdout
         assert plistlib.loads(binary) == plistlib.loads(content)
+
+
+# The program
+
+
+@pytest.mark.parametrize("kind", ["launchd", "systemd"])
+def test_agent_of_a_vendored_copy_starts(kind: str, short_path: Path) -> None:
+    """Its file has the path on which vitalsd was found: with that alone the program in it runs."""
+    base = str(getattr(sys, "_base_executable", sys.executable))
+    if sys.prefix == sys.base_prefix:
+        pytest.skip("needs a virtual environment, whose interpreter has no vitalsd by itself")
+    copy = short_path / 'a $b %n "c"'
+    copy.mkdir()
+    for package in ("service/vitalsd", "clients/vitalsd_client", "systemd", "launchd"):
+        shutil.copytree(Path(__file__).parent.parent / package, copy / Path(package).name)
+        if package.endswith("d") and "/" not in package:
+            shutil.move(copy / package, copy / "vitalsd" / package)
+    packages = site_packages_without(short_path / "packages", "vitalsd")
+    env = bare_environment(short_path) | {"PYTHONPATH": f"{copy}:{packages}"}
+    command = [base, "-P", "-m", "vitalsd", "agent", "print", "--supervisor", kind]
+    printed = subprocess.run(command, env=env, cwd=short_path, capture_output=True, timeout=60)
+    assert printed.returncode == 0, printed.stderr
+    if kind == "launchd":
+        job = plistlib.loads(printed.stdout.strip())
+        run, variables = job["ProgramArguments"], job["EnvironmentVariables"]
+    else:
+        lines = printed.stdout.decode().replace("%%", "%").splitlines()
+        [line] = [line.removeprefix("ExecStart=") for line in lines if line.startswith("ExecStart=")]
+        run = shlex.split(line.replace("$$", "$"))
+        assigned = [line.removeprefix("Environment=") for line in lines if line.startswith("Environment=")]
+        variables = dict(shlex.split(each)[0].split("=", 1) for each in assigned)
+    assert run[-1] == "serve"
+    login = bare_environment(short_path) | variables
+    ran = subprocess.run([*run[:-1], "--version"], env=login, cwd="/", capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "vitalsd" in ran.stdout
+
+
+@pytest.mark.parametrize("kind", ["launchd", "systemd"])
+@pytest.mark.parametrize("wrong", ["missing", "plain", "directory", "bare-name-of-nothing"])
+def test_agent_whose_program_cannot_be_run_is_refused_with_what_to_do(
+    kind: str, wrong: str, short_path: Path, fake: FakeSupervisor
+) -> None:
+    """Status 1 and one sentence, and nothing is written: the supervisor would say it in its log alone."""
+    (short_path / "plain").touch(0o644)
+    (short_path / "directory").mkdir()
+    executable = wrong if wrong.startswith("bare") else str(short_path / wrong)
+    code = f"import sys; sys.executable = {executable!r}; from vitalsd.cli import main; main(prog_name='vitalsd')"
+    env = os.environ | {"HOME": str(short_path), "VITALSD_RUNTIME_DIR": str(short_path / "run")}
+    command = [sys.executable, "-c", code, "agent", "install", "--supervisor", kind]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"vitalsd: {executable} is not a program that can be run, so the agent would not start: run"
+        " `/path/to/python -m vitalsd agent install` with a Python in which vitalsd is installed\n"
+    )
+    assert not list(short_path.rglob("*.plist"))
+    assert not list(short_path.rglob("vitalsd.service"))
+
+
+def test_agent_whose_program_is_a_bare_name_is_found_by_path(short_path: Path, fake: FakeSupervisor) -> None:
+    """It has the absolute path, and not one in the working directory."""
+    [content] = launchd(short_path, program=("launchctl", "vitalsd")).files().values()
+    assert plistlib.loads(content)["ProgramArguments"] == [shutil.which("launchctl"), "vitalsd", "serve"]
 
 
 # launchctl

@@ -542,7 +542,36 @@ def test_mark_of_a_sidecar_that_does_not_answer_costs_a_quarter_of_a_second(home
             begun = time.monotonic()
             assert not put("unheard")
             assert time.monotonic() - begun < 2, "0.25 s, and what a busy machine takes"
-        os.kill(spawned.pid, signal.SIGCONT)
+        if how == "stopped":
+            os.kill(spawned.pid, signal.SIGCONT)
+
+
+def test_fetch_after_the_sidecar_was_killed_asks_no_other_that_has_its_port(home: Path) -> None:
+    """The numbers and the record of another process are not those of this one."""
+    with vitalsd.spawn(port=0) as killed, subprocess.Popen(["sleep", "60"]) as other:
+        port = int((killed.url or "").rpartition(":")[2])
+        os.kill(killed.pid, signal.SIGKILL)
+        eventually(lambda: not killed.running)
+        with vitalsd.spawn(other.pid, port=port) as foreign:
+            assert foreign.url == killed.url
+            found = fetch(window_ms=50)
+            assert isinstance(found, Measured)
+            assert os.getpid() in [thread.tid for thread in found.threads]
+            assert not mark("of this process")
+            assert ask(foreign.url or "", "/marks")[1] == []
+        other.kill()
+
+
+def test_fetch_of_a_spawned_sidecar_with_a_token_needs_no_runtime_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ready-fd, which no other process reads, brings the token."""
+    monkeypatch.setenv("VITALSD_RUNTIME_DIR", "/proc/nowhere")
+    with vitalsd.spawn(port=0, auth="token") as spawned:
+        assert (spawned.socket, spawned.runtime_file) == (None, None)
+        assert isinstance(fetch(window_ms=50), Measured)
+        assert mark("one")
+        assert spawned.mark("two")
 
 
 def test_all_is_what_can_be_had() -> None:

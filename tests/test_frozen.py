@@ -29,7 +29,8 @@ def test_command_that_needs_a_python_that_is_unknown_says_so_in_a_line(
     done = subprocess.run([sys.executable, "-c", code, *command], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("vitalsd: sys.executable is empty, so there is no Python to run the sidecar with: ")
+    assert line.startswith("vitalsd: sys.executable is empty, so there is no Python to run the ")
+    assert ("pass command=" in line) == (command == ["doctor"]), "the remedy is one for this command"
     assert not (short_path / ".config").exists()
 
 
@@ -64,3 +65,77 @@ def test_hooks_are_found_without_loading_pyinstaller() -> None:
     code = "import sys, vitalsd.pyinstaller_hooks as hooks; hooks.get_hook_dirs(); print('PyInstaller' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+APPLICATION = """
+import os, sys, threading
+counter = os.open(sys.argv[1], os.O_APPEND | os.O_CREAT | os.O_RDWR)
+os.write(counter, b"x")
+if os.fstat(counter).st_size > 8:
+    os._exit(1)  # the guard of this test
+os.close(counter)
+sys.executable = sys.argv[2]
+import vitalsd
+def spawn():
+    try:
+        vitalsd.spawn(port=0, timeout_s=10)
+    except vitalsd.SpawnError as error:
+        print(error, flush=True)
+if sys.argv[3] == "twice":
+    spawn()
+    spawn()
+else:
+    threads = [threading.Thread(target=spawn) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+@pytest.mark.parametrize("how", ["twice", "threads"])
+def test_spawn_of_an_application_that_is_its_own_executable_starts_one_copy_for_each_call(
+    short_path: Path, how: str
+) -> None:
+    """A copy starts none, however often and from whichever thread it calls `spawn`; nothing says frozen."""
+    (short_path / "app.py").write_text(APPLICATION)
+    wrapper = short_path / "app"
+    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{short_path}/app.py" "{short_path}/copies" "$0" {how}\n')
+    wrapper.chmod(0o755)
+    done = subprocess.run([str(wrapper)], env=environment(short_path), capture_output=True, text=True, timeout=60)
+    assert (short_path / "copies").read_text() == "xxx"
+    assert done.stdout.count("starts the application again") == 2, done.stdout
+
+
+@pytest.mark.parametrize("value", ["1", "x", f"{2**22 + 5}:1:1", f"{2**22 + 5}:999:5"])
+def test_spawn_with_a_marker_that_spawn_did_not_set_works(short_path: Path, value: str) -> None:
+    """A variable set by accident is no refusal, and nothing is written to the client's own pipes."""
+    code = "import vitalsd; vitalsd.spawn(port=0).stop(); print('done')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(short_path) | {"VITALSD_SPAWNED": value},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_spawn_in_a_removed_working_directory_works(short_path: Path) -> None:
+    """Also for a vendored copy in a folder with a colon in its path."""
+    vendored = short_path / "a:b"
+    vendored.mkdir()
+    (vendored / "vitalsd").symlink_to(Path(__file__).parent.parent / "service" / "vitalsd")
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); os.mkdir(sys.argv[2]); os.chdir(sys.argv[2])\n"
+        "os.rmdir(sys.argv[2])\n"
+        "import vitalsd; vitalsd.spawn(port=0).stop(); print('done')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(vendored), str(short_path / "gone")],
+        env=environment(short_path),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.stdout == "done\n", done.stderr

@@ -40,6 +40,7 @@ def test_threads_of_vitalsd_block_all_signals_that_a_host_may_collect(short_path
             bits = int(line.split()[1], 16)
             return sorted(number for number in range(1, 65) if bits >> number - 1 & 1)
 
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGSEGV, signal.SIGUSR2})
         before = mask(os.getpid())
         sidecar = vitalsd.start(port=0)
         ask(sidecar.url, "/runs")
@@ -219,6 +220,45 @@ def test_start_that_fails_at_any_thread_leaves_nothing_and_the_next_one_works(sh
         "the sidecar could not be started: can't start new thread",
         "the sidecar could not be started: the application did not start; the log says why",
     ]
+
+
+@linux_only
+def test_start_short_of_descriptors_is_a_start_error_and_leaves_nothing(short_path: Path) -> None:
+    """However many there are before it fails: no thread, no descriptor, no file and nothing on standard error."""
+    host = """
+        import gc, os, resource, threading, vitalsd
+        from pathlib import Path
+        from sidecars import ask, eventually, listing
+        directory = Path(os.environ["VITALSD_RUNTIME_DIR"])
+
+        def held():
+            threads = sorted(thread.name for thread in threading.enumerate())
+            return threads, len(os.listdir("/proc/self/fd")), listing(directory)
+
+        vitalsd.start(port=0).stop()
+        before, (_, most), said = held(), resource.getrlimit(resource.RLIMIT_NOFILE), []
+        while True:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] - 1 + len(said), most))
+            try:
+                sidecar = vitalsd.start(port=0)
+                break
+            except (vitalsd.StartError, vitalsd.ListenError) as error:
+                said.append(f"{type(error).__name__}: {error}")
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+            gc.collect()
+            eventually(lambda: held() == before)
+        sidecar.stop()
+        with vitalsd.start(port=0) as sidecar:
+            assert ask(sidecar.url, "/metrics?window_ms=10")[0] == 200
+        eventually(lambda: held() == before)
+        print(*said, sep="\\n")
+        """
+    done = run_host(host, environment(short_path), directory=short_path)
+    said = done.stdout.splitlines()
+    assert "StartError: the sidecar could not be started: Too many open files" in said
+    assert all("Too many open files" in line for line in said)
+    assert "Traceback" not in done.stderr
 
 
 @root_only

@@ -182,8 +182,28 @@ def test_upload_ssl_cert_file_missing_is_no_crash(
 ) -> None:
     """Trust less, and an own authority still."""
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere.pem"))
-    assert NOT_TRUSTED.fullmatch(refused(spooling(tmp_path, receiver)))
+    assert "SSL_CERT_FILE" in refused(spooling(tmp_path, receiver))
     assert isinstance(sent(spooling(tmp_path, receiver, ca_file=ours)), Receipt)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("variable", "value", "fault"),
+    [
+        ("SSL_CERT_FILE", "nowhere.pem", "which cannot be read: No such file or directory"),
+        ("SSL_CERT_FILE", "junk.pem", "which has no certificate in PEM form, or a damaged one"),
+        ("SSL_CERT_FILE", "", "which is not a file"),
+        ("SSL_CERT_DIR", "nowhere", "where no file has a name that OpenSSL looks at"),
+    ],
+)
+def test_upload_variable_of_openssl_wrong_refused_with_its_name(
+    tmp_path: Path, receiver: str, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, fault: str
+) -> None:
+    """Say what OpenSSL ignores silently: the variable, its value and what is wrong with it."""
+    (tmp_path / "junk.pem").write_text("-----BEGIN CERTIFICATE-----\njunk\n-----END CERTIFICATE-----\n")
+    monkeypatch.setenv(variable, str(tmp_path / value))
+    reason = refused(spooling(tmp_path, receiver))
+    assert f"; {variable} is {str(tmp_path / value)!r}, {fault}); correct the variable, or unset it" in reason
 
 
 @linux

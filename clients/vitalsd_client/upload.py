@@ -386,9 +386,8 @@ def _store_elsewhere() -> str | None:
     looked = ssl.get_default_verify_paths()
     if looked.cafile is not None:
         return None
-    with suppress(OSError):
-        if looked.capath is not None and any(map(HASHED.fullmatch, os.listdir(looked.capath))):
-            return None
+    if looked.capath is not None and _has_certificates(looked.capath):
+        return None
     return next(filter(os.path.isfile, STORES), None)
 
 
@@ -407,10 +406,42 @@ def _distrust(error: BaseException) -> str | None:
         return f"the server's certificate is not valid now ({why}); check the clock of this machine and the certificate"
     if code in WRONG_HOST:
         return f"the server's certificate is for another host ({why}); check the URL and the certificate"
+    fault = _fault_of_environment()
+    if fault is not None:
+        why += f"; {fault}"
+        return f"the server's certificate is not trusted ({why}); correct the variable, or unset it"
     return (
         f"the server's certificate is not trusted ({why}); install the certificate of its authority on this machine, or"
         " name a file with it by ca_file, on the command line by --ca-file"
     )
+
+
+def _fault_of_environment() -> str | None:
+    """Return what is wrong with SSL_CERT_FILE or SSL_CERT_DIR, which OpenSSL does not say; ``None``: nothing is."""
+    import ssl
+
+    if sys.platform == "darwin":  # the keychains are asked, and no variable
+        return None
+    file, directories = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if file is not None:
+        try:
+            if not os.path.isfile(file):
+                os.stat(file)
+                return f"SSL_CERT_FILE is {file!r}, which is not a file"
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=file)
+        except ssl.SSLError:
+            return f"SSL_CERT_FILE is {file!r}, which has no certificate in PEM form, or a damaged one"
+        except OSError as error:
+            return f"SSL_CERT_FILE is {file!r}, which cannot be read: {error.strerror}"
+    if directories is not None and not any(map(_has_certificates, directories.split(os.pathsep))):
+        return f"SSL_CERT_DIR is {directories!r}, where no file has a name that OpenSSL looks at"
+    return None
+
+
+def _has_certificates(directory: str) -> bool:
+    with suppress(OSError):
+        return any(map(HASHED.fullmatch, os.listdir(directory)))
+    return False
 
 
 class _Counted:

@@ -8,6 +8,7 @@ import os
 import plistlib
 import re
 import secrets
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Literal, Protocol
 
 from vitalsd.directories import agent_socket
 from vitalsd.durable import draft
-from vitalsd.frozen import NotRunnableError, is_one_file, own_command, restore_libraries
+from vitalsd.frozen import NotRunnableError, is_frozen, is_one_file, own_command, restore_libraries, with_own_path
 
 __all__ = [
     "LABEL",
@@ -63,17 +64,28 @@ class Plan:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of the agent, besides what a login gives it."""
 
-    @property
-    def command(self) -> list[str]:
+    def start(self) -> tuple[list[str], dict[str, str]]:
         """
-        The command with its arguments; absolute, because neither supervisor looks at PATH.
+        Return the command with its arguments, and the environment besides what a login gives.
+
+        The command is absolute, because neither supervisor looks at PATH. A copy of vitalsd that was found by
+        PYTHONPATH is not found by what the supervisor runs, so the environment says where it is.
 
         Raises:
-            NotRunnableError: this program cannot be run as vitalsd.
+            AgentError: this program cannot be run as vitalsd.
         """
+        environment = dict(self.environment)
+        try:
+            program = list(self.program) or own_command()
+        except NotRunnableError:
+            raise AgentError(_not_runnable()) from None
+        program[0] = _executable(program[0])
+        path: dict[str, str] = {}
+        with_path = with_own_path(program, path)
+        if not self.program and with_path != program and not _finds_vitalsd(program[0]):
+            program, environment = with_path, environment | path
         target = ["--name", self.name] if self.name is not None else []
-        program = list(self.program) or own_command()
-        return [os.path.abspath(program[0]), *program[1:], "serve", *target, *self.options]
+        return [*program, "serve", *target, *self.options], environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +123,54 @@ def supervisor(kind: Supervisor, plan: Plan) -> Agent:
     return Launchd(plan) if kind == "launchd" else Systemd(plan)
 
 
+REMEDY = "run `/path/to/python -m vitalsd agent install` with a Python in which vitalsd is installed"
+
+
+def _not_runnable() -> str:
+    """Return why `own_command` has none; its own words are for a program that calls `spawn`."""
+    if is_frozen():
+        return (
+            "this application is frozen, and to run its executable would start the application again: call"
+            f" vitalsd.freeze_support() first in its main module, or {REMEDY}"
+        )
+    return f"sys.executable is empty, so there is no Python to run the agent with: {REMEDY}"
+
+
+def _executable(program: str) -> str:
+    """
+    Return the absolute path of `program`.
+
+    Raises:
+        AgentError: it cannot be run; the supervisor would say so in its log alone.
+    """
+    path = os.path.abspath(program) if os.path.dirname(program) else shutil.which(program)
+    if path is None or not (os.path.isfile(path) and os.access(path, os.X_OK)):
+        raise AgentError(f"{path or program} is not a program that can be run, so the agent would not start: {REMEDY}")
+    return os.path.abspath(path)
+
+
+def _finds_vitalsd(python: str) -> bool:
+    """
+    Return whether `python` finds this vitalsd by itself, as in an editable installation or that of a user.
+
+    The agent outlives the shell that installs it, so as little as possible of that one's path goes into its files.
+    """
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    restore_libraries(environ)
+    command = [python, "-P", "-c", "import os, vitalsd; print(os.path.realpath(vitalsd.__file__))"]
+    here = os.path.realpath(os.path.join(os.path.dirname(__file__), "__init__.py"))
+    try:
+        found = subprocess.run(command, capture_output=True, timeout=60, env=environ, cwd="/")
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return os.fsdecode(found.stdout).rstrip("\n") == here
+
+
 @contextmanager
 def _in_words() -> Iterator[None]:
-    """What the system refuses is an `AgentError`, as is a program that cannot be run as vitalsd."""
+    """What the system refuses is an `AgentError`."""
     try:
         yield
-    except NotRunnableError as error:
-        raise AgentError(str(error)) from None
     except OSError as error:
         raise AgentError(f"{error.filename}: {error.strerror}") from None
 
@@ -205,12 +258,12 @@ class Launchd:
     def files(self) -> dict[Path, bytes]:
         plan = self._plan
         job = plistlib.loads(_template("launchd", f"{LABEL}.plist"))
-        job["ProgramArguments"] = plan.command
+        job["ProgramArguments"], environment = plan.start()
         job["Sockets"]["http"]["SockServiceName"] = str(plan.port)
         job["Sockets"]["unix"]["SockPathName"] = str(agent_socket(plan.runtime))
         job["StandardOutPath"] = job["StandardErrorPath"] = str(self._log)
-        if plan.environment:
-            job["EnvironmentVariables"] = dict(plan.environment)
+        if environment:
+            job["EnvironmentVariables"] = environment
         if plan.name is not None:
             job["KeepAlive"] = {"SuccessfulExit": False}  # implies RunAtLoad
         return {self._path: plistlib.dumps(job)}
@@ -304,8 +357,9 @@ class Systemd:
     @_in_words()
     def files(self) -> dict[Path, bytes]:
         plan = self._plan
+        command, environment = plan.start()
         values = {
-            b"@PROGRAM@": " ".join(map(_quoted, plan.command)),
+            b"@PROGRAM@": " ".join(_quoted(each).replace("$", "$$") for each in command),
             b"@PORT@": str(plan.port),
             b"@SOCKET@": _escaped(str(agent_socket(plan.runtime))),
             b"@RUNTIME@": _quoted(str(plan.runtime)),
@@ -318,7 +372,6 @@ class Systemd:
             for mark, value in values.items():
                 content = content.replace(mark, os.fsencode(value))
             if unit.endswith(".service"):
-                environment = dict(plan.environment)
                 if is_one_file():
                     # Its launcher is the main process and unpacks it, not to /tmp; the child of that says READY=1.
                     environment["TMPDIR"] = str(plan.state)
@@ -389,6 +442,6 @@ def _escaped(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """One word of a command line or list in a unit file; systemd.syntax(7), systemd.service(5)."""
+    """Return one word of a list in a unit file, systemd.syntax(7); a dollar is special in a command line alone."""
     escaped = _escaped(text).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped.replace("$", "$$")}"'
+    return f'"{escaped}"'

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import posix
+import re
 import signal
 import stat
 import subprocess
@@ -18,19 +19,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import import_module
+from io import FileIO
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
-from vitalsd import endpoint as runtime_file
 from vitalsd.contract.application import Application
 from vitalsd.contract.labels import clean_label
-from vitalsd.directories import EndpointError
-from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
-from vitalsd.frozen import NotRunnableError, child_environment, is_one_file, own_command, with_own_files, with_own_path
+from vitalsd.discovery.own_sidecars import OwnSidecar, announce, own_sidecars, withdraw
+from vitalsd.frozen import (
+    NotRunnableError,
+    absolute,
+    child_environment,
+    is_one_file,
+    own_command,
+    with_own_files,
+    with_own_path,
+)
 from vitalsd.sources.programs import main_script
 from vitalsd.sources.python_names import publish_names
 
@@ -41,7 +50,10 @@ log = logging.getLogger("vitalsd")
 MAX_ANSWER_BYTES = 65536
 EXIT_NOTE = b"exit"
 MARKER = "VITALSD_SPAWNED"
-"""Variable in the environment of a sidecar that `spawn` started: the number of its ready-fd."""
+"""
+Variable in the environment of a sidecar that `spawn` started: the pid of its client, the number and the inode of its
+ready-fd.
+"""
 MARK_S = 0.25
 """For a mark to be recorded: the thread that sets it may be that of a user interface."""
 
@@ -54,7 +66,7 @@ class ReadyFd:
     """
     The sidecar's end of the agreement: one line of JSON on a descriptor, which is then closed.
 
-    ``{"pid": ..., "url": ..., "socket": ..., "runtime_file": ...}`` or ``{"error": "a sentence"}``.
+    ``{"pid": ..., "url": ..., "socket": ..., "runtime_file": ..., "token": ...}`` or ``{"error": "a sentence"}``.
 
     Args:
         fd: ``None``: nobody waits.
@@ -175,20 +187,33 @@ class Spawned:
         """Path of the Unix socket; ``None`` if there is none."""
         self.runtime_file: Path | None = ready["runtime_file"] and Path(ready["runtime_file"])
         """Where the token is, if there is one."""
-        token = None
-        if self.runtime_file is not None:
-            with suppress(EndpointError, OSError):
-                token = runtime_file.read(self.runtime_file).token
+        self._token: str | None = ready.get("token")
         self._owner = os.getpid()
         self._own_target = False
         """Whether it watches this process."""
         self._exit_note: _ExitNoteWriter | None = None
-        self._own = OwnSidecar.at(self.socket, self.url, token)
+        self._own = OwnSidecar.at(self.socket, self.url, self._token, lambda: self.running)
 
     @property
     def running(self) -> bool:
         """Whether the process is there."""
-        return self._process.poll() is None
+        if self._owner != os.getpid():  # In a forked child it is no child.
+            with suppress(PermissionError):
+                try:
+                    os.kill(self.pid, 0)
+                except ProcessLookupError:
+                    return False
+            return True
+        if self._process.poll() is None:
+            return True
+        self._release()
+        return False
+
+    def _release(self) -> None:
+        """Forget a sidecar that has ended. A second call does nothing."""
+        withdraw(self._own)
+        if self._exit_note is not None:
+            self._exit_note.close()
 
     def mark(self, label: str) -> bool:
         """
@@ -205,8 +230,7 @@ class Spawned:
             return False
         if self._own_target:
             publish_names()
-        ended = self._process.poll() is not None if self._owner == os.getpid() else False  # or it is no child
-        reason = "its sidecar has ended" if ended else self._post("/marks", {"label": cleaned})
+        reason = self._post("/marks", {"label": cleaned}) if self.running else "its sidecar has ended"
         if reason is not None:
             log.warning("the mark %r was not recorded: %s", cleaned, reason)
         return reason is None
@@ -223,12 +247,12 @@ class Spawned:
                 parts = urlsplit(self.url or "")
                 place = parts.hostname or "", parts.port or 0
                 # No proof is asked for: the process that has the port is a child of this one, and it runs.
-                if self.runtime_file is not None and (token := runtime_file.read(self.runtime_file).token):
-                    headers["Authorization"] = f"Bearer {token}"
+                if self._token is not None:
+                    headers["Authorization"] = f"Bearer {self._token}"
             with Connection(place, time.monotonic() + MARK_S) as connection:
                 content = json.dumps(body).encode()
                 answer = connection.request(path, method="POST", headers=headers, body=content, max_bytes=4096)
-        except (ExchangeError, EndpointError, OSError) as error:
+        except (ExchangeError, OSError) as error:
             return str(error)
         return None if answer.status < 300 else f"the sidecar answered {answer.status}"
 
@@ -239,7 +263,6 @@ class Spawned:
         Returns:
             Its exit status; negative: the signal.
         """
-        withdraw(self._own)
         if self.running:
             # Of a one-file application not to the launcher, which may be removing the unpacked files already.
             with suppress(ProcessLookupError):
@@ -250,8 +273,7 @@ class Spawned:
             self._process.kill_all()
             return self._process.wait()
         finally:
-            if self._exit_note is not None:
-                self._exit_note.close()
+            self._release()
 
     def __enter__(self) -> "Spawned":
         return self
@@ -312,6 +334,7 @@ def spawn(
         raise ValueError("command is empty")
     application = Application.checked(app, app_version)
     _refuse_second_generation()
+    own_sidecars()  # Those that have ended are collected.
     try:
         program = own_command() if command is None else list(command)
     except NotRunnableError as error:
@@ -321,12 +344,12 @@ def spawn(
         with_own_files(child)
         program = with_own_path(program, child)
     if os.sep in program[0]:
-        program[0] = os.path.abspath(program[0])
+        program[0] = absolute(program[0])
     arguments = ["serve", "--pid", str(os.getpid() if pid is None else pid), "--auth", auth]
     arguments += ["--exit-with-target"] if exit_with_target else []
     arguments += ["--port", str(port)] if port is not None else []
     arguments += [] if tcp else ["--no-tcp"]
-    arguments += ["--uds", os.path.abspath(uds)] if uds is not None else []
+    arguments += ["--uds", absolute(os.fspath(uds))] if uds is not None else []
     arguments += ["--app", application.app] if application.app is not None else []
     arguments += ["--app-version", application.app_version] if application.app_version is not None else []
     own = pid is None or pid == os.getpid()
@@ -335,30 +358,29 @@ def spawn(
 
     if own:
         publish_names()  # first: the sidecar reads names at once, and those of sleeping threads again much later
-    reader, writer = _pipe()
-    note_reader, note_writer = _pipe() if own else (-1, -1)
-    child[MARKER] = str(writer)
-    log_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-    arguments += ["--exit-note-fd", str(note_reader)] if own else []
-    try:
+    with ExitStack() as opened:
         try:
+            reader, writer = (opened.enter_context(end) for end in _pipe())
+            note_reader, note_writer = (opened.enter_context(end) for end in _pipe())
+            log_file = opened.enter_context(_log_file())
+            child[MARKER] = f"{os.getpid()}:{writer.fileno()}:{os.fstat(writer.fileno()).st_ino}"
+            arguments += ["--exit-note-fd", str(note_reader.fileno())] if own else []
             process = _Process(
-                [*program, *arguments, "--ready-fd", str(writer), *options],
+                [*program, *arguments, "--ready-fd", str(writer.fileno()), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log_file,
-                pass_fds=(writer, note_reader) if own else (writer,),
+                pass_fds=(writer.fileno(), note_reader.fileno()) if own else (writer.fileno(),),
                 start_new_session=True,
                 cwd="/",  # or a volume of the client could not be unmounted
                 env=child,
             )
         except OSError as error:
-            raise SpawnError(f"cannot run {program[0]}: {error.strerror}") from None
-        finally:
-            os.close(writer)
+            raise SpawnError(f"cannot run {program[0]}: {error.strerror or error}") from None
+        writer.close()
         import_module("vitalsd.discovery.http_connection")  # for `Spawned.mark`, while the sidecar starts
         try:
-            ready = _answer(process, reader, log_file, time.monotonic() + timeout_s)
+            ready = _answer(process, reader.fileno(), log_file, time.monotonic() + timeout_s)
             if not (command is None and is_one_file()):
                 ready["pid"] = process.pid  # what another command says may be of another pid namespace
             spawned = Spawned(process, ready)
@@ -368,15 +390,20 @@ def spawn(
             raise
         if own:
             spawned._own_target = True
+            spawned._exit_note = _ExitNoteWriter(fcntl.fcntl(note_writer, fcntl.F_DUPFD_CLOEXEC, 3))
             announce(spawned._own)
-            spawned._exit_note = _ExitNoteWriter(note_writer)
-            note_writer = -1
         return spawned
-    finally:
-        log_file.close()
-        for fd in (reader, note_reader, note_writer):
-            if fd >= 0:
-                os.close(fd)
+
+
+class _SecondGeneration:
+    """What is one per process."""
+
+    reason: str | None = None
+    """Why this process may start no sidecar."""
+    known = False
+    """Whether the variable in the environment has been judged."""
+    lock = Lock()
+    """It is held in a process that is the application once more, and in no other."""
 
 
 def _refuse_second_generation() -> None:
@@ -384,37 +411,91 @@ def _refuse_second_generation() -> None:
     Raise `SpawnError` if this process was to be a sidecar, and is the application once more.
 
     That is so where `sys.executable` is the application though nothing says that it is frozen. The first process, which
-    waits for its sidecar, is given the reason.
+    waits for its sidecar, is given the reason. Each later call is refused too, and so are processes that this one
+    starts while the first one lives.
     """
-    marker = os.environ.pop(MARKER, None)
-    if marker is None:
-        return
+    if not _SecondGeneration.known and (marker := _marker()) is not None:
+        with _SecondGeneration.lock:
+            if not _SecondGeneration.known:
+                _SecondGeneration.reason, _SecondGeneration.known = _why_refused(marker), True
+    if _SecondGeneration.reason is not None:
+        raise SpawnError(_SecondGeneration.reason)
+
+
+def _why_refused(marker: tuple[int, int, int]) -> str | None:
+    """Return the reason, and give it to the process that waits for it; ``None``: that one has ended long ago."""
+    waits = _is_ready_fd(marker)
+    if not waits and not _lives(marker[0]):
+        return None
     reason = (
         f"to run {sys.executable} as a sidecar starts the application again, so it is no Python interpreter: call"
         ' vitalsd.freeze_support() first in its main module, or pass command=["/path/to/vitalsd"]'
     )
-    with suppress(OSError, ValueError):
-        if stat.S_ISFIFO(os.fstat(int(marker)).st_mode):
-            ReadyFd(int(marker)).send(error=reason)
-    raise SpawnError(reason)
+    if waits:
+        with suppress(OSError):
+            ReadyFd(marker[1]).send(error=reason)
+    return reason
 
 
-def taken_for_sidecar() -> bool:
-    """Return whether `spawn` started this process, and forget it, so that no process started from here believes it."""
-    return os.environ.pop(MARKER, None) is not None
+def taken_for_sidecar(fd: int | None) -> bool:
+    """
+    Return whether `spawn` started this process, and forget it, so that no process started from here believes it.
+
+    Args:
+        fd: the ready-fd.
+    """
+    marker = _marker()
+    os.environ.pop(MARKER, None)
+    return marker is not None and marker[1] == fd and _is_ready_fd(marker)
 
 
-def _pipe() -> tuple[int, int]:
-    """Return a pipe whose ends are above 2: in a client that closed those, the streams of the sidecar go there."""
-    ends = os.pipe()
-    if min(ends) > 2:
-        return ends
+def _marker() -> tuple[int, int, int] | None:
+    """Return pid, descriptor and inode; ``None`` if there are none, or `spawn` did not write them."""
+    found = re.fullmatch(r"(\d{1,10}):(\d{1,9}):(\d{1,20})", os.environ.get(MARKER, ""))
+    return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
+
+
+def _is_ready_fd(marker: tuple[int, int, int]) -> bool:
+    """Return whether the pipe to the client is open here."""
+    _, fd, inode = marker
     try:
-        reader, writer = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in ends)
-        return reader, writer
-    finally:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return fd > 2 and stat.S_ISFIFO(status.st_mode) and status.st_ino == inode
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return pid != os.getpid()
+
+
+def _log_file() -> IO[bytes]:
+    """Return a file for the standard error of the sidecar; on Linux in memory, for `/tmp` may be read-only."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            return open(os.memfd_create("vitalsd-stderr"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def _pipe() -> tuple[FileIO, FileIO]:
+    """Return a pipe whose ends are above 2: in a client that closed those, the streams of the sidecar go there."""
+    ends = list(os.pipe())
+    try:
+        for at, end in enumerate(ends):
+            if end <= 2:
+                ends[at] = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3)
+                os.close(end)
+    except OSError:
         for end in ends:
             os.close(end)
+        raise
+    return open(ends[0], "rb", buffering=0), open(ends[1], "wb", buffering=0)
 
 
 def _answer(process: _Process, reader: int, log_file: IO[bytes], deadline: float) -> dict[str, Any]:
@@ -441,7 +522,7 @@ def _answer(process: _Process, reader: int, log_file: IO[bytes], deadline: float
         answer: dict[str, Any] = json.loads(content)
         if (reason := answer.get("error")) is not None:
             raise SpawnError(str(reason))
-        return {key: answer[key] for key in ("pid", "url", "socket", "runtime_file")}
+        return {key: answer[key] for key in ("pid", "url", "socket", "runtime_file")} | {"token": answer.get("token")}
     except (ValueError, AttributeError, KeyError):
         raise SpawnError(f"this is no sidecar, it said {content[:80]!r}") from None
 

@@ -6,12 +6,14 @@ vitalsd`` starts the application again, which starts itself again. So a frozen a
 first, as it would call that of `multiprocessing`, and is then its own sidecar.
 """
 
+import json
 import os
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 
 __all__ = [
     "NotRunnableError",
+    "absolute",
     "child_environment",
     "freeze_support",
     "is_frozen",
@@ -27,11 +29,11 @@ FLAG = "--vitalsd-sidecar"
 """The first argument of a frozen application that is to be vitalsd."""
 
 BOOTSTRAP = (
-    "import os, sys; path = os.environ.pop('VITALSD_SYS_PATH').split(os.pathsep);"
+    "import json, os, sys; path = json.loads(os.environ.pop('VITALSD_SYS_PATH'));"
     " sys.path[:] = dict.fromkeys([*path, *sys.path]); from vitalsd.cli import main; main(prog_name='vitalsd')"
 )
 
-LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FRAMEWORK_PATH", "DYLD_INSERT_LIBRARIES", "LD_PRELOAD")
+LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FRAMEWORK_PATH")
 """Variables by which a frozen application finds its own libraries; another program must not load those."""
 OF_THE_SERVICE = (
     *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
@@ -58,8 +60,7 @@ def freeze_support() -> None:
     Let a frozen application be its own sidecar; to be called before anything else in its main module.
 
     ``spawn()``, ``vitalsd doctor`` and ``vitalsd agent install`` run a frozen application again. In that second process
-    this function runs vitalsd and does not return. In the application itself, and in one that is not frozen, it returns
-    at once.
+    this function runs vitalsd and does not return. In the application itself it returns at once.
     """
     _Application.supported = True
     if sys.argv[1:2] == [FLAG]:
@@ -101,9 +102,9 @@ def own_command() -> list[str]:
     if is_frozen():
         executable = executable or sys.argv[0]
         if _Application.supported:
-            return [os.path.abspath(executable), FLAG]
+            return [absolute(executable), FLAG]
         if _Application.is_vitalsd:
-            return [os.path.abspath(executable)]
+            return [absolute(executable)]
         raise NotRunnableError(
             "this application is frozen, and running its executable would start the application again: call"
             ' vitalsd.freeze_support() first in its main module, or pass command=["/path/to/vitalsd"]'
@@ -128,7 +129,7 @@ def child_environment(environ: Mapping[str, str], *, own: bool) -> dict[str, str
     child = {name: value for name, value in environ.items() if name not in OF_THE_SERVICE and name != "PYTHONINSPECT"}
     for name in ("VITALSD_RUNTIME_DIR", "VITALSD_STATE_DIR"):
         if child.get(name):
-            child[name] = os.path.abspath(child[name])  # The sidecar has another working directory.
+            child[name] = absolute(child[name])  # The sidecar has another working directory.
     if own:
         with_own_files(child)
     else:
@@ -155,6 +156,8 @@ def restore_libraries(environ: MutableMapping[str, str]) -> None:
 
     PyInstaller keeps them as NAME_ORIG, also in the environment of an interpreter that a frozen application started.
     """
+    if not is_frozen() and not any(name.startswith("_PYI_") for name in environ):
+        return
     for name in LIBRARY_PATHS:
         before = environ.pop(f"{name}_ORIG", None)
         if before is not None:
@@ -175,14 +178,22 @@ def with_own_path(command: Sequence[str], child: MutableMapping[str, str]) -> li
         command: as `own_command` has it.
         child: environment of the sidecar; the directories are added to it.
     """
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    here = os.path.dirname(os.path.dirname(absolute(__file__)))
     if list(command[1:]) != ["-P", "-m", "vitalsd"] or here in _site_packages():
         return list(command)
-    script = os.path.dirname(os.path.abspath(sys.argv[0])) if sys.argv and sys.argv[0] else ""
-    found = [os.path.abspath(path) for path in sys.path if path]
-    kept = [path for path in found if path == here or path not in (script, os.getcwd())]
-    child["VITALSD_SYS_PATH"] = os.pathsep.join(dict.fromkeys([*kept, here]))
+    script = os.path.dirname(absolute(sys.argv[0])) if sys.argv and sys.argv[0] else ""
+    found = [absolute(path) for path in sys.path if path]
+    kept = [path for path in found if path == here or path not in (script, absolute("."))]
+    child["VITALSD_SYS_PATH"] = json.dumps(list(dict.fromkeys([*kept, here])))  # A path may contain a colon.
     return [command[0], "-P", "-c", BOOTSTRAP]
+
+
+def absolute(path: str) -> str:
+    """Return an absolute path; `path` itself if it is relative and the working directory has been removed."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        return path
 
 
 def _site_packages() -> set[str]:

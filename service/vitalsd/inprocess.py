@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import logging
 import os
+import selectors
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -63,7 +64,9 @@ class Sidecar:
         self._sampler = sampler
         self._shelf = shelf
         self._workers = workers
-        self._own = OwnSidecar.at(service.endpoint.socket, service.endpoint.url, service.endpoint.token)
+        self._own = OwnSidecar.at(
+            service.endpoint.socket, service.endpoint.url, service.endpoint.token, lambda: self.running
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._stopping = False
@@ -162,23 +165,21 @@ class Sidecar:
     def _start(self, timeout_s: float) -> None:
         try:
             start_thread(self._thread)
-        except RuntimeError:
-            self._abandon()
-            raise
-        try:
             wait((self._started,), timeout_s)
             if not self._started.done():
                 raise TimeoutError(f"the sidecar was not ready within {timeout_s:g} s")
             self._started.result()
         except BaseException:
             self.stop()
+            # A thread that still runs closes the record of its sampler itself, for which it needs a worker.
+            if not self._thread.is_alive():
+                self._abandon()
             raise
         atexit.register(self._exit)
         announce(self._own)
 
     def _abandon(self) -> None:
-        """Release what was opened for a sidecar whose event loop never ran."""
-        self._service.close()
+        """End the workers of a sidecar whose event loop never ran; those of one whose loop has ended have ended."""
         self._sampler.abandon()
         for worker in self._workers:
             worker.stop(0)
@@ -188,7 +189,7 @@ class Sidecar:
     def _run(self) -> None:
         try:
             # With a factory neither the loop policy nor the current loop of the host is touched.
-            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            with asyncio.Runner(loop_factory=_EventLoop) as runner:
                 self._loop = runner.get_loop()
                 if self._stopping:
                     self._service.stop()
@@ -197,6 +198,29 @@ class Sidecar:
             if self._started.done():
                 raise
             self._started.set_exception(error)
+
+
+class _EventLoop(asyncio.SelectorEventLoop):
+    """
+    An event loop that leaves nothing if it cannot be made, for want of descriptors.
+
+    Python closes such a one when it is collected, and prints that it lacks an attribute.
+    """
+
+    _made = False
+
+    def __init__(self) -> None:
+        selector = selectors.DefaultSelector()
+        try:
+            super().__init__(selector)
+        except BaseException:
+            selector.close()
+            raise
+        self._made = True
+
+    def __del__(self) -> None:
+        if self._made:
+            super().__del__()
 
 
 class _Process:
@@ -221,9 +245,13 @@ class _Process:
                     sidecar = make()
                     self._sidecar = sidecar  # before the start: a child that is forked meanwhile lets go of it
                     sidecar._start(timeout_s)
-                except (RuntimeError, Undecided) as error:
+                except TimeoutError:  # is an OSError
                     self._sidecar = None
-                    raise StartError(f"the sidecar could not be started: {error}") from error
+                    raise
+                except (RuntimeError, Undecided, OSError) as error:
+                    self._sidecar = None
+                    why = error.strerror if isinstance(error, OSError) and error.filename is None else None
+                    raise StartError(f"the sidecar could not be started: {why or error}") from error
                 except BaseException:
                     self._sidecar = None
                     raise
@@ -292,7 +320,7 @@ def start(
 
     Raises:
         ListenError: it cannot be listened there, or `port` is taken.
-        StartError: the system gives no more threads, or does not tell what this process is.
+        StartError: the system gives no more threads or descriptors, or does not tell what this process is.
         TimeoutError: it was not ready in time.
         ValueError: an argument is out of range.
     """

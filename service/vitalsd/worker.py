@@ -39,12 +39,12 @@ def start_thread(thread: threading.Thread) -> None:
 
     A host that collects signals by sigwait(3) or signalfd(2) blocks them in its own threads. One that is not blocked in
     ours would be delivered there, and most of them end the process. The mask is set around the start, so that threads
-    which a library starts from ours inherit it.
+    which a library starts from ours inherit it. What the host itself blocks of `FATAL_SIGNALS` is open in ours.
 
     Raises:
         RuntimeError: the system gives no more threads.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FATAL_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - FATAL_SIGNALS)
     try:
         thread.start()
     finally:

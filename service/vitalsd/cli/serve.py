@@ -175,7 +175,7 @@ def serve(
 
     from vitalsd.alongside import ExitNote, ReadyFd, taken_for_sidecar
 
-    spawned = taken_for_sidecar()
+    spawned = taken_for_sidecar(ready_fd)
     try:
         waiting = ReadyFd(ready_fd)
         exit_note = ExitNote(exit_note_fd)

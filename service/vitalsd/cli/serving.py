@@ -174,6 +174,7 @@ def serve_until_signal(
                 url=service.endpoint.url,
                 socket=service.endpoint.socket,
                 runtime_file=file and str(file),
+                **({} if service.endpoint.token is None else {"token": service.endpoint.token}),
             )
         if spawned:
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -6,7 +6,7 @@ read-only, or whose path is too long.
 """
 
 import os
-import threading
+from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -20,38 +20,45 @@ class OwnSidecar(NamedTuple):
     host: str | None
     port: int | None
     token: str | None
+    alive: Callable[[], bool]
+    """Return whether it still runs: another sidecar may have its port since."""
 
     @classmethod
-    def at(cls, socket: str | None, url: str | None, token: str | None) -> "OwnSidecar":
+    def at(cls, socket: str | None, url: str | None, token: str | None, alive: Callable[[], bool]) -> "OwnSidecar":
         """Return the one with this socket and base URL."""
         parts = urlsplit(url or "")
-        return cls(socket, parts.hostname, parts.port, token)
+        return cls(socket, parts.hostname, parts.port, token, alive)
 
 
 class _Registry:
-    """What is one per process: in a forked child it is empty, for the sidecars stay the parent's."""
+    """
+    What is one per process.
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.found: list[tuple[int, OwnSidecar]] = []
+    A tuple that is replaced needs no lock: a lock that another thread holds at a fork would stay held in the child. The
+    sidecars of a process are not those of its forked child.
+    """
 
-
-_registry = _Registry()
+    found: tuple[tuple[int, OwnSidecar], ...] = ()
 
 
 def announce(sidecar: OwnSidecar) -> None:
     """Add a sidecar that watches this process and answers."""
-    with _registry.lock:
-        _registry.found.append((os.getpid(), sidecar))
+    _Registry.found = (*_Registry.found, (os.getpid(), sidecar))
 
 
 def withdraw(sidecar: OwnSidecar) -> None:
     """Remove a sidecar that has ended. A second call does nothing."""
-    with _registry.lock:
-        _registry.found = [each for each in _registry.found if each != (os.getpid(), sidecar)]
+    _Registry.found = tuple(each for each in _Registry.found if each[1] is not sidecar)
 
 
 def own_sidecars() -> list[OwnSidecar]:
-    """Return the sidecars of this process, the newest first."""
-    with _registry.lock:
-        return [sidecar for pid, sidecar in reversed(_registry.found) if pid == os.getpid()]
+    """Return the sidecars of this process that run, the newest first; those that have ended are removed."""
+    found = []
+    for pid, sidecar in reversed(_Registry.found):
+        if pid != os.getpid():
+            continue
+        if sidecar.alive():
+            found.append(sidecar)
+        else:
+            withdraw(sidecar)
+    return found

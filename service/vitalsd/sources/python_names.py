@@ -9,11 +9,14 @@ from dataclasses import replace
 
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import Source
+from vitalsd.sources.procfs import decode_name
 
-__all__ = ["PythonNames", "names_by_id", "publish_names"]
+__all__ = ["Inherited", "PythonNames", "names_by_id", "publish_names"]
 
 COMM_BYTES = 15
 """Of a thread's name, as Linux keeps it."""
+MAX_INHERITED = 4096
+"""Names that are remembered: a program may name each of a million threads anew."""
 
 
 class PythonNames:
@@ -21,8 +24,8 @@ class PythonNames:
     A source of this process whose unnamed threads are called as Python calls them.
 
     Before 3.14 Python names its threads for itself alone. On Linux such a thread goes by the name of
-    the thread that made it, in the end that of the main thread; on macOS it has none. A thread that
-    somebody did name keeps that name.
+    the thread that made it: that of the main thread, or one that `publish_names` gave; on macOS it has none. A thread
+    that was named otherwise keeps that name.
 
     Args:
         source: of this process.
@@ -45,7 +48,11 @@ class PythonNames:
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
         taken = self._source.snapshot(extras=extras, names=names)
         # Of a thread that eventlet or gevent made there is no id of the kernel.
-        known = [(getattr(thread, "native_id", None), thread.name) for thread in self._threads()]
+        known = [
+            (getattr(thread, "native_id", None), _name(thread))
+            for thread in self._threads()
+            if _is_named_by_python(thread)
+        ]
         # The recorder takes an unchanged list for unchanged names, and spares itself the comparison.
         if taken.names is not self._given or known != self._known:
             named = self._named(taken, dict(known))
@@ -56,9 +63,11 @@ class PythonNames:
 
     def _named(self, taken: Snapshot, known: dict[int | None, str]) -> Sequence[str]:
         main = getattr(threading.main_thread(), "native_id", None) or os.getpid()
-        inherited = {"", *(name for tid, name in zip(taken.tids, taken.names, strict=True) if tid == main)}
+        for tid, name in zip(taken.tids, taken.names, strict=True):
+            if tid == main:
+                _inherited.add(name)
         return [
-            known.get(tid, name) if name in inherited and tid != main else name
+            known[tid] if tid in known and tid != main and name in _inherited else name
             for tid, name in zip(taken.tids, taken.names, strict=True)
         ]
 
@@ -67,17 +76,20 @@ def publish_names() -> None:
     """
     Give the kernel the names of the threads that Python knows, so that a sidecar beside this process sees them.
 
-    Python does that itself since 3.14. On Linux such a thread has the name of the main thread until then; a thread that
-    was named otherwise keeps its name. macOS lets a thread name itself alone, so nothing is done there.
+    Python does that itself since 3.14. On Linux such a thread has the name of the thread that made it until then; a
+    thread that was named otherwise keeps its name. macOS lets a thread name itself alone, so nothing is done there.
     """
     if sys.platform != "linux" or sys.version_info >= (3, 14):
         return
-    inherited = _comm(os.getpid())
+    _inherited.add(_comm(os.getpid()))
     for tid, name in names_by_id().items():
-        with suppress(OSError):
-            if inherited is not None and _comm(tid) == inherited:
-                with open(f"/proc/self/task/{tid}/comm", "wb") as file:
-                    file.write(_cut(name))
+        given, present = _cut(name), _comm(tid)
+        if not given or present is None or present not in _inherited:
+            continue
+        if present != decode_name(given):
+            with suppress(OSError), open(f"/proc/self/task/{tid}/comm", "wb") as file:
+                file.write(given)
+        _inherited.add(decode_name(given))  # also that of before: the names of living threads are the newest ones
 
 
 def names_by_id() -> dict[int, str]:
@@ -85,18 +97,81 @@ def names_by_id() -> dict[int, str]:
     main = threading.main_thread()
     # A thread that eventlet or gevent made is a greenlet, with the id of the main thread or none.
     others = (None, os.getpid(), getattr(main, "native_id", None))
-    threads = [thread for thread in threading.enumerate() if thread is not main and thread.name]
-    return {tid: thread.name for thread in threads if (tid := getattr(thread, "native_id", None)) not in others}
+    threads = [thread for thread in threading.enumerate() if thread is not main and _is_named_by_python(thread)]
+    names = [(getattr(thread, "native_id", None), _name(thread)) for thread in threads]
+    return {tid: name for tid, name in names if tid not in others and name}
 
 
-def _comm(tid: int) -> bytes | None:
+class Inherited:
+    """
+    The names that a thread of this process may have from another one, and not for itself.
+
+    Args:
+        limit: so many are remembered; those that were added longest ago go first.
+    """
+
+    def __init__(self, limit: int = MAX_INHERITED) -> None:
+        self._limit = limit
+        self._names: dict[str, None] = {}
+        self._of_exec: frozenset[str] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        if self._of_exec is None:  # only now: importing has no effect
+            self._of_exec = _names_of_exec() if sys.platform == "linux" else frozenset(("",))
+        return name in self._of_exec or name in self._names
+
+    def add(self, name: str | None) -> None:
+        """Remember a name that threads may have from now on; of the main thread, or of one that was named by us."""
+        if name is None:
+            return
+        self._names.pop(name, None)
+        self._names[name] = None
+        while len(self._names) > self._limit:
+            # Another thread may do the same: then there is one less to drop.
+            with suppress(StopIteration, RuntimeError):
+                self._names.pop(next(iter(self._names)), None)
+
+
+_inherited = Inherited()
+
+
+def _names_of_exec() -> frozenset[str]:
+    """
+    Return the names that the kernel may have given the process as it began.
+
+    That is the file which was executed, be it a script or a link; later the main thread may have another name.
+    """
+    paths: list[object] = [sys.executable, *sys.orig_argv[:1], *sys.argv[:1]]
+    with suppress(OSError):
+        paths.append(os.readlink("/proc/self/exe"))
+    names = (os.fsencode(os.path.basename(path)) for path in paths if isinstance(path, str))
+    return frozenset(("", *(decode_name(name[:COMM_BYTES]) for name in names)))
+
+
+def _is_named_by_python(thread: threading.Thread) -> bool:
+    """Return whether `threading` started it: another one is called Dummy-1 there, which says less than the kernel."""
+    return not isinstance(thread, threading._DummyThread)
+
+
+def _name(thread: threading.Thread) -> str:
+    """Return the name of a thread as UTF-8 can have it; "" of one whose class makes something else than text of it."""
+    try:
+        name: object = thread.name
+    except Exception:  # noqa: BLE001 - a property of the host's class; a mark or a fetch must not fail of it
+        return ""
+    # A surrogate could neither be recorded nor sent.
+    return name.encode("utf-8", "replace").decode() if isinstance(name, str) else ""
+
+
+def _comm(tid: int) -> str | None:
     try:
         with open(f"/proc/self/task/{tid}/comm", "rb") as file:
-            return file.read()
+            return decode_name(file.read().removesuffix(b"\n"))
     except OSError:
         return None
 
 
 def _cut(name: str) -> bytes:
-    """Return as much of a name as Linux keeps, in whole characters."""
-    return name.encode("utf-8", "replace")[:COMM_BYTES].decode("utf-8", "ignore").encode()
+    """Return as much of a name as Linux keeps, in whole characters and up to a NUL."""
+    kept = name.encode()[:COMM_BYTES].decode("utf-8", "ignore").encode()
+    return kept.partition(b"\0")[0]
