@@ -66,7 +66,8 @@ class ReadyFd:
     """
     The sidecar's end of the agreement: one line of JSON on a descriptor, which is then closed.
 
-    ``{"pid": ..., "url": ..., "socket": ..., "runtime_file": ..., "token": ...}`` or ``{"error": "a sentence"}``.
+    ``{"pid": ..., "url": ..., "socket": ..., "runtime_file": ...}`` or ``{"error": "a sentence"}``; for
+    `spawn` also the token.
 
     Args:
         fd: ``None``: nobody waits.

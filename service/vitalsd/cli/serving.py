@@ -174,7 +174,8 @@ def serve_until_signal(
                 url=service.endpoint.url,
                 socket=service.endpoint.socket,
                 runtime_file=file and str(file),
-                **({} if service.endpoint.token is None else {"token": service.endpoint.token}),
+                # To `spawn` alone: another program may print or store the line.
+                **({"token": service.endpoint.token} if spawned and service.endpoint.token is not None else {}),
             )
         if spawned:
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
