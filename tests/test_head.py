@@ -22,7 +22,7 @@ from vitalsd.runs import RunDirectory
 pytestmark = pytest.mark.live
 
 QUICK = {"/metrics": "?window_ms=10", "/report.zip": "?window_ms=10", "/hello": "?nonce=0123456789abcdef"}
-"""What GET needs to answer at once, or to answer at all."""
+"""Query parameters with which GET answers at once."""
 MISSING = frozenset(("content-length", "content-disposition", "transfer-encoding"))
 """Headers of GET that an answer to HEAD without a body to count may lack, or have instead of them."""
 

@@ -32,7 +32,7 @@ class RecordedData:
         app: application id of the report.
         seconds: how far back its history goes.
         url: of a sidecar, instead of looking for one.
-        socket: likewise.
+        socket: path of its Unix socket, instead of looking for one.
         pid: another process than this one.
         run_id: include this earlier run, whichever would be chosen.
         running: False: no process of the application runs, and no sidecar is asked.

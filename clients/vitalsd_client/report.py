@@ -76,7 +76,7 @@ class BugReport:
         mode: see `fetch`.
         history_s: how far back the history goes, 1 to 86400 s.
         url: of a sidecar, instead of looking for one; see `fetch`.
-        socket: likewise.
+        socket: path of its Unix socket, instead of looking for one.
         pid: another process than this one.
         direct: measure the process without a sidecar if none can be asked.
         redact: a function, or several, given every member before it is shown or written; one that fails loses the

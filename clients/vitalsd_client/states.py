@@ -277,7 +277,7 @@ class States:
 
     def sweep(self, before: float) -> None:
         """
-        Remove what dead writers left: unfinished files, and notes whose report never came.
+        Remove unfinished files of writers that have ended, and notes without a report.
 
         Args:
             before: Unix time, s, of the last use but this one. By then the file was old already: one that a

@@ -59,7 +59,7 @@ MARK_S = 0.25
 
 
 class SpawnError(RuntimeError):
-    """The sidecar did not get ready; ``str(error)`` says why in a sentence."""
+    """Report that the sidecar did not get ready; ``str(error)`` is the reason, one sentence."""
 
 
 class ReadyFd:
@@ -70,7 +70,7 @@ class ReadyFd:
     `spawn` also the token.
 
     Args:
-        fd: ``None``: nobody waits.
+        fd: ``None``: no process reads an answer.
 
     Raises:
         OSError: `fd` is not open.
@@ -84,7 +84,7 @@ class ReadyFd:
                 raise OSError(errno.EBADF, "it cannot be written to")
 
     def send(self, **answer: Any) -> None:
-        """Tell it, once; a reader that has gone away is none of our business."""
+        """Write the answer once; a reader that has closed the pipe is ignored."""
         fd, self._fd = self._fd, None
         if fd is not None:
             with suppress(BrokenPipeError), os.fdopen(fd, "wb") as pipe:
@@ -161,7 +161,7 @@ def died_of_exception() -> bool:
 
 class _Process(subprocess.Popen[bytes]):
     def __del__(self) -> None:
-        """As ever, the next Popen collects it; but that it outlives its keeper is no reason for a warning."""
+        """Suppress the ResourceWarning: a sidecar may outlive this object, and the next Popen reaps it."""
         super().__del__(_warn=lambda *_, **__: None)  # type: ignore[call-arg]
 
     def kill_all(self) -> None:
@@ -485,7 +485,7 @@ def _log_file() -> IO[bytes]:
 
 
 def _pipe() -> tuple[FileIO, FileIO]:
-    """Return a pipe whose ends are above 2: in a client that closed those, the streams of the sidecar go there."""
+    """Return a pipe with both ends above 2: `subprocess` gives 0 to 2 of a sidecar to its standard streams."""
     ends = list(os.pipe())
     try:
         for at, end in enumerate(ends):

@@ -61,7 +61,7 @@ def runtime_directory(environ: Mapping[str, str] | None = None) -> Path:
     """
     Return the directory for this user's runtime files and sockets, made if need be.
 
-    One whose path leaves no room for a socket is taken if there is no other.
+    A directory with a path too long for a socket is used only if there is no other.
 
     Raises:
         EndpointError: none of the candidates can be used.

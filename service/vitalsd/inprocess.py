@@ -179,7 +179,7 @@ class Sidecar:
         announce(self._own)
 
     def _abandon(self) -> None:
-        """End the workers of a sidecar whose event loop never ran; those of one whose loop has ended have ended."""
+        """End the workers of a sidecar if its event loop never ran; an event loop ends them itself."""
         self._sampler.abandon()
         for worker in self._workers:
             worker.stop(0)

@@ -74,7 +74,7 @@ class RunDirectory:
 
         Raises:
             UnreadableRun: the file of that run cannot be read.
-            OSError: likewise.
+            OSError: the file of that run cannot be read.
         """
         path = next((path for path in self._files() if path.stem == run_id), None)
         return None if path is None else describe(path)

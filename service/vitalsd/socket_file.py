@@ -1,5 +1,5 @@
 """
-A Unix socket as a file: which sidecar owns it, whether anybody answers there, and who. And how sockets are made.
+Create sockets, and examine the file of a Unix socket: which sidecar owns it, and which process answers there.
 
 Of the standard library alone: clients import this without the service.
 """
@@ -26,7 +26,7 @@ else:
     _Standard = next(each for each in _socket.socket.__subclasses__() if each.__module__ == "socket")
 
 OF_GREENLETS = ("gevent", "eventlet")
-"""Packages whose sockets let other greenlets run while one waits."""
+"""Packages that replace `socket.socket` so that other greenlets run while one waits."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 """Of flock(2) where the file system has no locks, such as NFS without its daemon."""
 

@@ -1,4 +1,4 @@
-"""Homes on a real file system without sockets, and machines whose clock is wrong by decades."""
+"""Homes on a real file system without sockets, and system clocks that are wrong by decades."""
 
 import glob
 import json

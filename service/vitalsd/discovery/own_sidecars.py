@@ -2,7 +2,7 @@
 The sidecars that this process has started, inside itself or beside it.
 
 A client finds them here even where no runtime file can be written: in a container without a home, with a home that is
-read-only, or whose path is too long.
+read-only, or has a path that is too long.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the routes share: JSON bytes nobody caches, answers to HEAD, and the statuses of the contract."""
+"""Build the responses that routes share: uncached JSON, answers to HEAD, and the status of each error."""
 
 import json
 from typing import Any

@@ -39,7 +39,7 @@ PIECE_BYTES = 64 * 1024
 """Of an answer handed over at once: what a slow reader has not taken yet is not copied for it."""
 
 MAX_CLOSING = 32
-"""Connections of one kind whose clients may still take an answer that counts; those beyond are closed at once."""
+"""Connections of one kind kept open until the client has read its answer; further ones are closed at once."""
 
 
 class Undelivered(Exception):

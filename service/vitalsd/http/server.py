@@ -1,4 +1,4 @@
-"""uvicorn, made to live in anybody's process: no signals, no lines in its log, no loop policy, a prompt end."""
+"""Run uvicorn inside a host process: no signal handlers, no log lines, no loop policy, a bounded shutdown."""
 
 import asyncio
 import contextlib

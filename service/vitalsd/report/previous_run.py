@@ -104,7 +104,7 @@ def choose(listings: Sequence[Listing], subject: Subject, alive: Callable[[Listi
 
 
 def _ended_well(run: Listing, listings: Sequence[Listing]) -> bool:
-    """Return whether another sidecar saw the normal end of a process whose end is not known from `run`."""
+    """Return whether another sidecar recorded a normal end of the process, and `run` has no end."""
     if run.get("ended") not in (None, UNKNOWN_END):
         return False
     process = run["id"].split("-")[:3]
@@ -205,7 +205,7 @@ def _settled(directory: RunDirectory, alive: Callable[[Listing], bool]) -> tuple
     """
     Return the runs, and the names of files that cannot be read.
 
-    Of a run whose process has just died, wait until its sidecar has written how it ended.
+    If the process of a run has just ended, wait until its sidecar has written how it ended.
     """
     deadline = time.monotonic() + SETTLE_S
     while True:

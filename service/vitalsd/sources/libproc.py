@@ -78,7 +78,7 @@ class LibprocSource:
         self._threads = ThreadNames()
         self._unique: proc_uniqidentifierinfo | None = proc_uniqidentifierinfo()
         self._program: tuple[int | str, ...] = ()
-        """The image whose `Identity.program` has been determined."""
+        """The image for which `Identity.program` was determined."""
         self._turns: dict[int, tuple[int, ...]] = {}
         self._active: frozenset[int] = frozenset()
         self._closed = False

@@ -69,7 +69,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "php": ("-d", "-c", "-z"),
     "ruby": ("-I", "-r", "-C", "-E", "--encoding", "--external-encoding", "--internal-encoding"),
 }
-"""By interpreter: options whose value is the next word."""
+"""By interpreter: options that take the next word as their value."""
 CODE_OPTIONS: dict[str, tuple[str, ...]] = {
     "bash": ("-c",),
     "sh": ("-c",),

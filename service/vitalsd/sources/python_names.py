@@ -154,7 +154,7 @@ def _is_named_by_python(thread: threading.Thread) -> bool:
 
 
 def _name(thread: threading.Thread) -> str:
-    """Return the name of a thread as UTF-8 can have it; "" of one whose class makes something else than text of it."""
+    """Return the name of a thread in valid UTF-8; "" if the name is not text."""
     try:
         name: object = thread.name
     except Exception:  # noqa: BLE001 - a property of the host's class; a mark or a fetch must not fail of it
