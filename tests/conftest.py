@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,9 +43,16 @@ def _short_path() -> Iterator[Path]:
 
 
 def forget_tails(directory: Path) -> None:
-    """Give back the shared memory of the runs below `directory` that were killed or left open."""
-    for link in directory.rglob("*.tail"):
-        remove_tail(link)
+    """
+    Release the shared memory of the runs below `directory` that were killed or left open.
+
+    A launcher of PyInstaller may still remove its folder below `directory`: `os.walk` passes over what has gone, and
+    `rglob` raises.
+    """
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if name.endswith(".tail"):
+                remove_tail(Path(folder, name))
 
 
 @pytest.fixture(scope="session", autouse=True)
