@@ -1,15 +1,24 @@
 """
-Another user of this machine who tries to get in: one attempt per line of JSON, one line back. Started by root.
+Act as another user of this machine: one attempt per line of JSON, one line back. Started by root.
 
 ``{"dial": URL or path, "send": text}`` · ``{"read": path}`` · ``{"list": path}`` · ``{"squat": port}``, which
-answers twice: once it listens, and with what it was sent.
+answers twice: once it listens, and with what it was sent · ``{"leave": URL, "send": text, "reset": bool, "times": N}``,
+which sends and closes without reading · ``{"flood": URL, "requests": [texts], "seconds": S}``, which sends each request
+again and again on a connection of its own and answers with the number of answers by status.
+
+``intruder.py [UID]``: the user id, by default that of nobody.
 """
 
 import encodings.idna  # noqa: F401 - what is loaded late could not be read any more
+import http.client
 import json
 import os
 import socket
+import struct
 import sys
+import threading
+import time
+from collections import Counter
 from typing import Any
 
 NOBODY = 65534
@@ -24,6 +33,10 @@ def attempt(what: dict[str, Any]) -> Any:
                 return file.read(100).decode("latin-1")
         if "list" in what:
             return os.listdir(what["list"])
+        if "leave" in what:
+            return leave(what["leave"], what["send"], what["reset"], what["times"])
+        if "flood" in what:
+            return flood(what["flood"], what["requests"], what["seconds"])
         return squat(what["squat"])
     except OSError as error:
         return type(error).__name__
@@ -44,6 +57,48 @@ def dial(where: str, content: str) -> str:
         while part := connection.recv(65536):
             received += part
     return received.decode("latin-1")
+
+
+def connect(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").rsplit(":", 1)
+    return socket.create_connection((host.strip("[]"), int(port)), 10)
+
+
+def leave(url: str, content: str, reset: bool, times: int) -> str:
+    for _ in range(times):
+        connection = connect(url)
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(content.encode())
+        connection.close()
+    return "left"
+
+
+def flood(url: str, requests: list[str], seconds: float) -> dict[str, int]:
+    """Each request is complete and keeps its connection; one that the sidecar closes is opened again."""
+    statuses: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+
+    def send(content: bytes) -> None:
+        while time.monotonic() < end:
+            try:
+                with connect(url) as connection:
+                    connection.settimeout(1)
+                    while time.monotonic() < end:
+                        connection.sendall(content)
+                        answer = http.client.HTTPResponse(connection)
+                        answer.begin()
+                        statuses[str(answer.status)] += 1
+                        answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                statuses[type(error).__name__] += 1
+
+    threads = [threading.Thread(target=send, args=(each.encode(),)) for each in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return dict(statuses)
 
 
 def squat(port: int) -> str:
@@ -69,8 +124,9 @@ def squat(port: int) -> str:
 
 
 if __name__ == "__main__":
+    user = int(sys.argv[1]) if len(sys.argv) > 1 else NOBODY
     os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+    os.setgid(user)
+    os.setuid(user)
     for line in sys.stdin:
         print(json.dumps(attempt(json.loads(line))), flush=True)

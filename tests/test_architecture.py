@@ -28,6 +28,7 @@ FORBIDDEN = {
     "vitalsd.snapshot": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
     "vitalsd.sources": ABOVE | {"vitalsd.wire", "vitalsd.model"},
     "vitalsd.wire": ABOVE,
+    "vitalsd.admission": {"vitalsd"},
     "vitalsd.worker": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
     "vitalsd.record": ABOVE,
     "vitalsd.directories": {"vitalsd"},

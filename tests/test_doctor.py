@@ -255,7 +255,7 @@ def test_what_breaks_a_check_is_a_line() -> None:
 
     here = this_platform()
     findings = {}
-    spoilt = Platform(here.name, broken, here.list_processes, here.births, here.holdings, ("/nonexistent",))
+    spoilt = Platform(here.name, broken, here.list_processes, here.births, here.holdings, command=("/nonexistent",))
     for finding in examine(spoilt):
         findings[finding.check] = finding
     assert "planted" in findings["broken.memory"].measured

@@ -251,7 +251,11 @@ def test_where_it_arrived_says_which_host_is_right(server: tuple[str, int], host
     [
         ((), 200),
         (("Sec-Fetch-Site: same-origin",), 200),
-        (("Sec-Fetch-Site: none", "Sec-Fetch-Mode: navigate"), 200),
+        (("Sec-Fetch-Site: none", "Sec-Fetch-Mode: navigate"), 403),
+        (("Sec-Purpose: prefetch",), 403),
+        (("Purpose: prefetch",), 403),
+        (("Sec-Purpose: prefetch;prerender", "Sec-Fetch-Site: none", "Sec-Fetch-Mode: navigate"), 403),
+        (("Sec-Purpose: prefetch", "Sec-Fetch-Site: same-origin"), 403),
         (("Sec-Fetch-Site: none",), 403),
         (("Sec-Fetch-Site: none", "Sec-Fetch-Mode: cors"), 403),
         (("Sec-Fetch-Site: none", "Sec-Fetch-Mode: no-cors"), 403),
@@ -281,8 +285,10 @@ def test_where_it_arrived_says_which_host_is_right(server: tuple[str, int], host
     ],
     ids=lambda value: ascii(value),
 )
-def test_what_a_browser_says_of_who_asks(edge: Edge, counted: Counted, headers: tuple[str, ...], status: int) -> None:
-    """Our own page and a typed address pass; a page of any other origin, this machine's too, does not."""
+def test_request_of_a_browser_for_data_passes_for_our_own_page_alone(
+    edge: Edge, counted: Counted, headers: tuple[str, ...], status: int
+) -> None:
+    """A page of any other origin, a typed address and a prefetch do not get as far as a handler."""
     before = len(counted.reached)
     host = edge.url.removeprefix("http://")
     lines = [line.replace("{H}", host).replace("{P}", port(edge)) for line in headers]
@@ -314,6 +320,20 @@ def test_what_leads_to_the_page(path: str, dest: bytes, mode: bytes, guarded: bo
         asked(gate, ("127.0.0.1", 9779), host, site, (b"sec-fetch-dest", dest), (b"sec-fetch-mode", mode), path=path)
         == status
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/", 418), ("/docs", 418), ("/metrics", 403), ("/report.zip", 403), ("/openapi.json", 403), ("/docs/", 403)],
+)
+@pytest.mark.parametrize("token", [None, "secret"])
+def test_typed_address_leads_to_pages_without_data_only(path: str, status: int, token: str | None) -> None:
+    """A typed address of another site that redirects looks the same to the sidecar."""
+    typed = (b"host", b"127.0.0.1:9779"), (b"sec-fetch-site", b"none"), (b"sec-fetch-mode", b"navigate")
+    gate, server = Gate(teapot, token=token), ("127.0.0.1", 9779)
+    assert asked(gate, server, *typed, path=path) == status
+    for purpose in (b"purpose", b"sec-purpose"):
+        assert asked(gate, server, *typed, (purpose, b"prefetch"), path=path) == 403
 
 
 @pytest.mark.parametrize("origin", ["http://evil.test", "null", "http://{H}"])

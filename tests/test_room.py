@@ -157,7 +157,7 @@ def outboxes(edge: Edge) -> tuple[Outbox, Outbox]:
     """Of TCP and of the Unix socket."""
     server = edge._sidecar._server
     assert server is not None
-    rooms: dict[str, Room] = cast("Any", server.config.http).keywords
+    rooms: dict[str, Room] = cast("Any", server.config.http).keywords["rooms"]
     return rooms["tcp"].outbox, rooms["unix"].outbox
 
 

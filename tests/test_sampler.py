@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from snapshots import IDENTITY, snapshot
+from vitalsd.admission import OWNER, Busy, Peer
 from vitalsd.recorder import Recording
-from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, Busy, NotRecording, Sampler, sample
+from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, NotRecording, Sampler, sample
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import KernelError, NoSuchProcess, Source, TargetGone
 from vitalsd.targets import Stream, Targets
@@ -350,9 +351,74 @@ def test_who_is_told_of_the_end_finds_it_in_the_record() -> None:
     run(main())
 
 
-def ask(targets: Targets, pid: int, window_ms: int = 10) -> Coroutine[Any, Any, None]:
+def test_window_without_a_caller_is_dropped() -> None:
+    """Its place is free at once, and its second snapshot is not taken."""
+
+    async def main() -> None:
+        source = CountingSource()
+        sampler = Sampler(lambda: source)
+        for _ in range(3):
+            asking = [asyncio.ensure_future(sampler.window(60_000 - i)) for i in range(MAX_WINDOWS)]
+            while len(sampler._windows) < MAX_WINDOWS:
+                await asyncio.sleep(0.005)
+            for each in asking:
+                each.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+            assert (len(sampler._windows), len(sampler._shares)) == (0, 0)
+        await sampler.window(10)
+        await sampler.close()
+
+    run(main())
+
+
+def test_window_of_two_callers_survives_one_that_leaves() -> None:
+    """The other caller gets the measurement of the shared window."""
+
+    async def main() -> None:
+        sampler = Sampler(CountingSource)
+        await sampler.window(10)
+        first, second = (asyncio.ensure_future(sampler.window(200)) for _ in range(2))
+        while not sampler._windows:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert len(sampler._windows) == 1
+        first.cancel()
+        assert (await second).elapsed_ns >= 190_000_000
+        assert len(sampler._shares) == 0
+        await sampler.close()
+
+    run(main())
+
+
+def test_windows_of_one_kind_of_client_leave_the_places_of_the_others() -> None:
+    """With 64 windows of TCP, and 32 of one other user, the Unix socket and another user still have theirs."""
+
+    async def main() -> None:
+        sampler = Sampler(CountingSource)
+        crowd = [(Peer("tcp"), MAX_WINDOWS), (Peer("other", 1002), MAX_WINDOWS // 2)]
+        asking = [
+            asyncio.ensure_future(sampler.window(5000 + 100 * number + i, peer=peer))
+            for number, (peer, share) in enumerate(crowd)
+            for i in range(share)
+        ]
+        while len(sampler._windows) < MAX_WINDOWS * 3 // 2:
+            await asyncio.sleep(0.005)
+        for peer, _ in crowd:
+            with pytest.raises(Busy):
+                await sampler.window(20, peer=peer)
+        for peer in (OWNER, Peer("other", 1003)):
+            await sampler.window(20, peer=peer)
+        for each in asking:
+            each.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await sampler.close()
+
+    run(main())
+
+
+def ask(targets: Targets, pid: int, window_ms: int = 10, peer: Peer = OWNER) -> Coroutine[Any, Any, None]:
     async def asked() -> None:
-        async with targets.target(pid) as sampler:
+        async with targets.target(pid, peer) as sampler:
             await sampler.window(window_ms)
 
     return asked()
@@ -372,8 +438,8 @@ def test_more_targets_than_the_limit_are_refused() -> None:
     run(main())
 
 
-def test_an_idle_target_makes_room() -> None:
-    """At the limit a new target takes the place of that idle for longest, not of one that hangs or is asked for."""
+def test_target_beyond_the_limit_evicts_the_one_idle_for_longest() -> None:
+    """A target that hangs or is in use is not closed for a new one."""
 
     async def main() -> None:
         opened = {pid: CountingSource() for pid in range(1, 6)}
@@ -389,10 +455,35 @@ def test_an_idle_target_makes_room() -> None:
         async with targets.target(4):
             await asyncio.sleep(0.05)
             assert [pid for pid, source in opened.items() if source.closed] == [3]
-            async with targets.target(2):
+            async with targets.target(2), targets.target(5):
                 with pytest.raises(Busy):
-                    await ask(targets, 5)
+                    await ask(targets, 3)
+                async with targets.target(2, Peer("tcp")):
+                    pass
         opened[1].may_answer.set()
+        await targets.close()
+
+
+def test_target_is_refused_while_reads_of_as_many_as_the_limit_hang() -> None:
+    """Each of them keeps a thread, in use or not."""
+
+    async def main() -> None:
+        opened = {pid: CountingSource() for pid in range(1, 4)}
+        targets = Targets(Sampler(CountingSource), opened.__getitem__, limit=2)
+        for pid in (1, 2):
+            opened[pid].may_answer.clear()
+            stuck = asyncio.create_task(ask(targets, pid))
+            while not opened[pid].snapshots:
+                await asyncio.sleep(0.005)
+            stuck.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(Busy, match="reads of 2 other processes hang"):
+            await ask(targets, 3, peer=Peer("tcp"))
+        for source in opened.values():
+            source.may_answer.set()
+        while any(guest.sampler.busy for guest in targets._guests.values()):
+            await asyncio.sleep(0.005)
+        await ask(targets, 3)
         await targets.close()
 
     run(main())

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from vitalsd.admission import OWNER, Busy, Peer
 from vitalsd.http.turns import Turns
-from vitalsd.sampler import Busy
 
 
 class Work:
@@ -56,6 +56,72 @@ def test_a_thousand_who_ask_for_the_same_share_it() -> None:
         bodies = await asyncio.gather(*waiting)
         assert len({id(body) for body in bodies}) == work.begun == 1
         await turns.make(work, "the same")
+        assert work.begun == 2
+
+    asyncio.run(crowd())
+
+
+def test_turn_goes_to_each_kind_of_client_in_order() -> None:
+    """An answer for the Unix socket waits for one answer of TCP and not for sixteen."""
+
+    async def crowd() -> None:
+        turns, go = Turns(), asyncio.Event()
+        made: list[str] = []
+
+        async def make(name: str, peer: Peer) -> None:
+            async def work() -> None:
+                await go.wait()
+                made.append(name)
+
+            await turns.make(work, peer=peer)
+
+        async with asyncio.TaskGroup() as group:
+            for i in range(16):
+                group.create_task(make(f"tcp {i}", Peer("tcp")))
+            await asyncio.sleep(0)
+            group.create_task(make("unix", OWNER))
+            group.create_task(make("other", Peer("other", 1002)))
+            await asyncio.sleep(0.01)
+            go.set()
+        assert made[:5] == ["tcp 0", "tcp 1", "unix", "other", "tcp 2"]
+        assert made[-1] == "tcp 15"
+
+    asyncio.run(crowd())
+
+
+def test_answers_of_one_kind_of_client_take_no_place_of_another() -> None:
+    """With 17 answers of TCP under way, TCP is refused and the Unix socket is not."""
+
+    async def crowd() -> None:
+        turns, work = Turns(16), Work()
+        waiting = [asyncio.create_task(turns.make(work, key, Peer("tcp"))) for key in range(17)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Busy):
+            await turns.make(work, "one more", Peer("tcp"))
+        waiting.append(asyncio.create_task(turns.make(work, "one more", OWNER)))
+        await asyncio.sleep(0.01)
+        work.finish.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(crowd())
+
+
+def test_answer_for_which_no_client_waits_is_not_begun() -> None:
+    """Its place is free at once, and a request with the same key gets an answer of its own."""
+
+    async def crowd() -> None:
+        turns, work = Turns(16), Work()
+        first = asyncio.create_task(turns.make(work, "first"))
+        leaving = [asyncio.create_task(turns.make(work, key)) for key in range(16)]
+        await asyncio.sleep(0.01)
+        for each in leaving:
+            each.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        again = asyncio.create_task(turns.make(work, 0))
+        await asyncio.sleep(0.01)
+        work.finish.set()
+        await first
+        await again
         assert work.begun == 2
 
     asyncio.run(crowd())

@@ -20,7 +20,7 @@ from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.model import Measured, RuntimeMetrics, Unavailable, parse_runtime_metrics
 from vitalsd.sources.python_names import publish_names
 from vitalsd_client.patience import Call
-from vitalsd_client.places import NoSidecar, Sidecar, answering, locate, refusal
+from vitalsd_client.places import ANSWER_S, NoSidecar, Sidecar, answering, locate, refusal
 from vitalsd_client.privacy import harmless
 
 __all__ = ["BUDGET_S", "Mode", "afetch", "fetch"]
@@ -199,7 +199,8 @@ class _Question:
         if sidecar.pid is not None:
             query["pid"] = sidecar.pid
         deadline = self.deadline - (DIRECT_S if self.direct else 0)
-        return _read(sidecar.get("/metrics", query, deadline=deadline))
+        needs_s = ANSWER_S + (self.window_ms / 1000 if mode == "wait" else 0)
+        return _read(sidecar.get("/metrics", query, deadline=deadline, needs_s=needs_s))
 
 
 def _read(answer: Answer) -> RuntimeMetrics:

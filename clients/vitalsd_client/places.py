@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ LOOK_S = 0.4
 MAX_SIDECARS = 3
 """So many are tried, if the better ones do not answer."""
 MAX_ANSWER_BYTES = 8 << 20
+ANSWER_S = 0.2
+"""An answer that is made at once needs this long."""
+TRY_AGAIN = (429, 503)
+"""Statuses of a sidecar that has too much to do at the moment."""
 
 
 class NoSidecar(Exception):
@@ -49,22 +53,42 @@ class Sidecar:
         """
         Connect, let the other end prove itself, and yield a function that makes one request.
 
+        The function sends a request again, after the pause that the sidecar asks for by ``Retry-After``, as long as the
+        deadline leaves `needs_s` seconds for the answer after the pause.
+
         Raises:
             ExchangeError: nobody there, not ours, or no proof.
         """
-        connection = self._connect(deadline)
-        with connection:
-            headers: dict[str, str] = {}
-            if self.token is not None and connection.place != self.socket:
-                _demand_proof(connection, self.token, self.address[1] if self.address else 0)
-                headers["Authorization"] = f"Bearer {self.token}"
+        with ExitStack() as stack:
+            connection, headers = self._proven(stack, deadline)
 
-            def request(path: str, query: Mapping[str, Any] | None = None, **options: Any) -> Answer:
+            def request(
+                path: str, query: Mapping[str, Any] | None = None, *, needs_s: float = ANSWER_S, **options: Any
+            ) -> Answer:
+                nonlocal connection, headers
                 target = f"{path}?{urlencode(query)}" if query else path
-                options = {"max_bytes": MAX_ANSWER_BYTES, **options, "headers": headers | options.get("headers", {})}
-                return connection.request(target, **options)
+                given = options.pop("headers", {})
+                options = {"max_bytes": MAX_ANSWER_BYTES, **options}
+                while True:
+                    if not connection.is_reusable:
+                        connection, headers = self._proven(stack, deadline)
+                    answer = connection.request(target, **options, headers=headers | given)
+                    pause_s = answer.retry_after_s
+                    if answer.status not in TRY_AGAIN or pause_s is None:
+                        return answer
+                    if time.monotonic() + pause_s + needs_s > deadline:
+                        return answer
+                    time.sleep(pause_s)
 
             yield request
+
+    def _proven(self, stack: ExitStack, deadline: float) -> tuple[Connection, dict[str, str]]:
+        """Connect until `stack` ends; return the connection, and the headers of a request on it."""
+        connection = stack.enter_context(self._connect(deadline))
+        if self.token is None or connection.place == self.socket:
+            return connection, {}
+        _demand_proof(connection, self.token, self.address[1] if self.address else 0)
+        return connection, {"Authorization": f"Bearer {self.token}"}
 
     def _connect(self, deadline: float) -> Connection:
         if self.socket is None:
@@ -107,7 +131,7 @@ def answering(sidecars: Sequence[Sidecar], deadline: float, reasons: list[str]) 
 
 def _demand_proof(connection: Connection, token: str, port: int) -> None:
     nonce = secrets.token_urlsafe(24)
-    answer = connection.request(f"/hello?nonce={nonce}", max_bytes=4096, last=False)
+    answer = connection.request(f"/hello?nonce={nonce}", max_bytes=4096)
     try:
         given = str(json.loads(answer.body)["proof"])
     except (ValueError, KeyError, TypeError, RecursionError):

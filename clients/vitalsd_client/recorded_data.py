@@ -69,7 +69,8 @@ class RecordedData:
         if self._running:
             reason, asked = self._ask(into, deadline - DISK_S)
         if reason:
-            into.failures += [Failure(name, reason) for name in (HISTORY, MARKS) if name not in into.members][:1]
+            missing = [name for name in (HISTORY, MARKS, PREVIOUS_RUN) if name not in into.members]
+            into.failures += [Failure(name, reason) for name in missing][:1]
         if not asked:
             self._read_disk(into)
 
@@ -98,7 +99,7 @@ class RecordedData:
                 # Its record is of another process, which this report is not about.
                 raise NoSidecar("the sidecar that answers watches another process, and has no record of this one")
             with sidecar.connected(deadline) as request:
-                info = _json(request("/info", last=False), dict)[0]
+                info = _json(request("/info"), dict)[0]
                 into.application = Application.checked(info.get("app"), info.get("app_version"))
                 if (replay := info.get("replay")) is not None:
                     into.host = Host.read(replay["run"]["host"])
@@ -108,8 +109,8 @@ class RecordedData:
                     if recorder.get("state") == "crashed" and own:
                         into.runs[str(own)] = HISTORY
                 query = {"seconds": self._seconds, "top": TOP_THREADS}
-                into.members[HISTORY] = _json(request("/history", query, last=False), dict)[1]
-                into.members[MARKS] = _json(request("/marks", last=False), list)[1]
+                into.members[HISTORY] = _json(request("/history", query), dict)[1]
+                into.members[MARKS] = _json(request("/marks"), list)[1]
                 asked = True
                 self._sidecar = sidecar
                 self._ask_for_run(request, info, into)
@@ -120,7 +121,7 @@ class RecordedData:
         return "", asked
 
     def _ask_for_run(self, request: Callable[..., Answer], info: Mapping[str, Any], into: Collected) -> None:
-        runs, _ = _json(request("/runs", last=False), list)
+        runs, _ = _json(request("/runs"), list)
         if self._run_id is None:
             choice = choose(runs, Subject.of(self._app, info["target"], into.application.app), is_alive())
             run = choice.run

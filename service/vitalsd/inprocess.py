@@ -28,7 +28,7 @@ from vitalsd.listeners import listen
 from vitalsd.recorder import Recording
 from vitalsd.sampler import NotRecording, Sampler
 from vitalsd.sidecar import Service, run_directory, runtime_directory
-from vitalsd.sources import Source, list_processes, open_source
+from vitalsd.sources import Source, hides_processes, list_processes, open_source
 from vitalsd.sources.birth import Undecided, births
 from vitalsd.sources.programs import ProgramDigest, main_script
 from vitalsd.sources.python_names import PythonNames
@@ -365,7 +365,9 @@ def start(
         shelf = None if runs is None else Shelf(runs)
         if shelf is not None:
             undo.callback(shelf.stop, 0)
-        asgi = create_app(targets, list_processes, shelf=shelf, application=application)
+        asgi = create_app(
+            targets, list_processes, shelf=shelf, application=application, hides_processes=hides_processes
+        )
         workers: Sequence[Worker] = asgi.state.workers
         for worker in workers:
             undo.callback(worker.stop, 0)

@@ -10,10 +10,13 @@ window: their names may be a second old.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vitalsd.admission import OWNER, Busy, Peer, Shares
 from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
@@ -23,7 +26,7 @@ from vitalsd.worker import Hung, Stopped, Worker, seen
 if TYPE_CHECKING:
     from vitalsd.recording.replay import Replay
 
-__all__ = ["Busy", "NotRecording", "Sampler", "sample"]
+__all__ = ["MAX_WINDOWS", "NotRecording", "Sampler", "sample"]
 
 SHARE_NS = 10_000_000
 """A snapshot this young serves another window too ..."""
@@ -34,12 +37,8 @@ CROWD = 8
 CROWD_NS = 5_000_000
 """... one this young, or as young as half the window."""
 MAX_WINDOWS = 64
-"""Of one target at once, that began or end apart from each other. Who asks for the same ones costs none."""
+"""Of one target at once and for one kind of client; see `Shares`. Clients that share a window use one each."""
 T = TypeVar("T")
-
-
-class Busy(Exception):
-    """More is under way than the limits allow; try again later."""
 
 
 class NotRecording(Exception):
@@ -85,7 +84,8 @@ class Sampler:
         self._named = False
         """Whether the names in it are those of now: the recorder does without."""
         self._pending: _Pending | None = None
-        self._windows: dict[tuple[Snapshot, int, bool], asyncio.Task[Measurement]] = {}
+        self._windows: dict[_Key, _Window] = {}
+        self._shares = Shares(MAX_WINDOWS)
         self.recorder: Recorder | None = None
         self.snapshots_taken = 0
         self.replay: Replay | None = None
@@ -119,13 +119,20 @@ class Sampler:
             self._identity = await self._answered(self._opening)
         return self._identity
 
-    async def window(self, window_ms: int, *, extras: bool = False) -> Measurement:
+    async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement:
         """
         Measure the coming `window_ms` milliseconds.
 
+        A window ends early once no caller waits for it.
+
+        Args:
+            window_ms: length of the window.
+            extras: also read what only ``detail=full`` shows.
+            peer: the client that waits; it has a limited number of windows.
+
         Raises:
             SourceError: the target cannot be read, exited inside the window, or a read of it hangs.
-            Busy: too many windows that have nothing in common are open.
+            Busy: `peer` waits for too many windows that have nothing in common.
         """
         await self.identity()
         window_ns = window_ms * 1_000_000
@@ -134,19 +141,21 @@ class Sampler:
         if self._closing:
             raise self._left()
         key = (first, window_ms, extras)
-        task = self._windows.get(key)
-        if task is None:
-            if len(self._windows) >= MAX_WINDOWS:
-                raise Busy(f"{MAX_WINDOWS} different windows of this process are open already")
-            task = asyncio.create_task(self._finish(first, window_ns, slack_ns, extras))
-            self._windows[key] = task
-            task.add_done_callback(lambda task: self._finished(key, task))
+        window = self._windows.get(key)
+        if (window is None or not window.waiting[peer]) and not self._shares.take(peer):
+            raise Busy(f"{MAX_WINDOWS} different windows of this process are open already")
+        if window is None:
+            window = self._windows[key] = _Window(asyncio.create_task(self._finish(first, window_ns, slack_ns, extras)))
+            window.task.add_done_callback(partial(self._finished, key, window))
+        window.waiting[peer] += 1
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(window.task)
         except asyncio.CancelledError:
-            if task.cancelled() and self._closing:  # it has exited, and the next process of its name is measured
+            if window.task.cancelled() and self._closing:  # it has exited, and the next of its name is measured
                 raise self._left() from None
             raise
+        finally:
+            self._leave(key, window, peer)
 
     async def snapshot(self) -> Snapshot:
         """The counters, with extras, as they are now or were a few milliseconds ago. Raises `SourceError`."""
@@ -231,15 +240,27 @@ class Sampler:
         if self._closing:
             return
         self._closing = True
-        for task in list(self._windows.values()):
-            task.cancel()
+        for window in list(self._windows.values()):
+            window.task.cancel()
         # No executor here: at the exit of the interpreter none takes work any more.
         await asyncio.wait({asyncio.wrap_future(self._worker.submit(self._close))}, timeout=timeout_s)
         self._worker.stop(0.1)
 
-    def _finished(self, key: tuple[Snapshot, int, bool], task: asyncio.Task[Measurement]) -> None:
-        self._windows.pop(key, None)
+    def _finished(self, key: "_Key", window: "_Window", task: asyncio.Task[Measurement]) -> None:
+        if self._windows.get(key) is window:
+            del self._windows[key]
         seen(task)
+
+    def _leave(self, key: "_Key", window: "_Window", peer: Peer) -> None:
+        """Take one caller out of a window, and end a window that has no caller left."""
+        window.waiting[peer] -= 1
+        if not window.waiting[peer]:
+            del window.waiting[peer]
+            self._shares.release(peer)
+        if not window.waiting and not window.task.done():
+            if self._windows.get(key) is window:
+                del self._windows[key]
+            window.task.cancel()
 
     def _slack_ns(self, window_ns: int) -> int:
         """
@@ -362,6 +383,18 @@ class Sampler:
         self._closed = True
         if self._source is not None:
             self._source.close()
+
+
+_Key = tuple[Snapshot, int, bool]
+"""Of a window: its first snapshot, its length in ms, and whether it has extras."""
+
+
+@dataclass(slots=True, eq=False)
+class _Window:
+    """A window under way, and how many callers of each peer wait for it."""
+
+    task: asyncio.Task[Measurement]
+    waiting: Counter[Peer] = field(default_factory=Counter)
 
 
 class _Pending:

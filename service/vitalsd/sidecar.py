@@ -122,6 +122,7 @@ class Service:
 
         def serving() -> None:
             self._publish()
+            self._note_unknown_users()
             alongside = (*companions, _stay_findable)
             tasks.extend(asyncio.create_task(_run(companion, self)) for companion in alongside)
             ready()
@@ -175,6 +176,17 @@ class Service:
             self.runtime_file = endpoints.publish(self.endpoint, self._directory)
         except OSError as error:
             self.notes.append(f"no runtime file, clients must be told where this is: {error.strerror}")
+
+    def _note_unknown_users(self) -> None:
+        """Say so if other users of this machine cannot be told from the owner."""
+        host, port = self.listeners.address
+        if self._server is None or host is None or port is None or self.endpoint.token is not None:
+            return
+        if (why := self._server.why_users_are_unknown((host, port))) is not None:
+            self.notes.append(
+                f"the users of TCP connections cannot be determined, because {why}: other users of this machine can use"
+                ' every route over TCP; --auth token (in Python auth="token") keeps them out'
+            )
 
     def publish_again(self) -> None:
         """Write the runtime file if somebody has removed it. A socket that went with it cannot be brought back."""

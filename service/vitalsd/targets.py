@@ -3,14 +3,15 @@ Every process that is being asked for: one `Sampler` each, and streams of window
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vitalsd.admission import OWNER, Busy, Peer, Shares
 from vitalsd.record import Mark, Record
-from vitalsd.sampler import Busy, Sampler
+from vitalsd.sampler import Sampler
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources import Source, SourceError, TargetGone
 
@@ -37,7 +38,7 @@ class Target(Protocol):
     @property
     def record(self) -> Record | None: ...
     async def identity(self) -> Identity: ...
-    async def window(self, window_ms: int, *, extras: bool = False) -> Measurement: ...
+    async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement: ...
     async def snapshot(self) -> Snapshot: ...
     async def confirm(self) -> None: ...
     async def mark_async(self, label: str) -> Mark: ...
@@ -56,8 +57,9 @@ class Stream:
     It ends with the `SourceError` that says why there is no more.
     """
 
-    def __init__(self, target: Target, interval_ms: int) -> None:
+    def __init__(self, target: Target, interval_ms: int, peer: Peer = OWNER) -> None:
         self._target = target
+        self._peer = peer
         self._interval_ms = interval_ms
         self._waiting: deque[Measurement] = deque(maxlen=STREAM_QUEUE)
         self._news = asyncio.Event()
@@ -89,7 +91,7 @@ class Stream:
         try:
             while True:
                 try:
-                    measurement = await self._target.window(self._interval_ms)
+                    measurement = await self._target.window(self._interval_ms, peer=self._peer)
                 except Busy:  # whoever was let in stays, and misses one
                     self.dropped += 1
                     await asyncio.sleep(self._interval_ms / 1000)
@@ -106,7 +108,8 @@ class Stream:
 @dataclass(slots=True, eq=False)
 class _Guest:
     sampler: Sampler
-    users: int = 0
+    users: Counter[Peer] = field(default_factory=Counter)
+    """Callers by peer."""
     expiry: asyncio.TimerHandle | None = None
 
 
@@ -117,7 +120,8 @@ class Targets:
     Args:
         default: the target of this sidecar; it stays open.
         open_source: opens any other pid; closed again after `idle_s` without a caller.
-        limit: of other targets open at once; beyond it the one idle for longest is closed.
+        limit: of other targets in use at once by one kind of client, see `Shares`. If so many are open, the target that
+            has been idle for the longest is closed.
         name: of the process for which the default target waits if there is none; ``None``: it waits for none.
     """
 
@@ -135,22 +139,23 @@ class Targets:
         self._open_source = open_source
         self._idle_s = idle_s
         self._limit = limit
+        self._shares = Shares(limit)
         self._guests: dict[int, _Guest] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def target(self, pid: int | None) -> AsyncIterator[Target]:
+    async def target(self, pid: int | None, peer: Peer = OWNER) -> AsyncIterator[Target]:
         """
         The target with this `pid`, or the default one. It stays open as long as the context.
 
         Raises:
-            Busy: too many targets are being asked for at once.
+            Busy: `peer` uses too many other targets at once, or reads of too many hang.
         """
         if pid is None or pid == self.default.pid:
             yield self.default
             return
         await self._forget_if_gone(pid)
-        guest = self._enter(pid)
+        guest = self._enter(pid, peer)
         try:
             yield guest.sampler
         except SourceError:
@@ -160,10 +165,13 @@ class Targets:
                 del self._guests[pid]
             raise
         finally:
-            guest.users -= 1
-            if guest.users == 0 and self._guests.get(pid) is guest:
+            guest.users[peer] -= 1
+            if not guest.users[peer]:
+                del guest.users[peer]
+                self._shares.release(peer)
+            if not guest.users and self._guests.get(pid) is guest:
                 guest.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
-            elif guest.users == 0:
+            elif not guest.users:
                 self._release(guest)
 
     async def hangs(self) -> bool:
@@ -204,28 +212,38 @@ class Targets:
         except SourceError:
             pass  # whoever asks meets it
 
-    def _enter(self, pid: int) -> _Guest:
+    def _enter(self, pid: int, peer: Peer) -> _Guest:
         guest = self._guests.get(pid)
-        if guest is None:
-            if len(self._guests) >= self._limit and not self._make_room():
-                raise Busy(f"{self._limit} other processes are being sampled already")
-            guest = self._guests[pid] = _Guest(Sampler(lambda: self._open_source(pid), name=f"vitalsd-{pid}"))
+        joins = guest is None or not guest.users[peer]
+        if joins and not self._shares.take(peer):
+            raise Busy(f"{self._limit} other processes are being sampled already")
+        try:
+            if guest is None:
+                self._make_room()
+                guest = self._guests[pid] = _Guest(Sampler(lambda: self._open_source(pid), name=f"vitalsd-{pid}"))
+        except BaseException:
+            self._shares.release(peer)
+            raise
         if guest.expiry is not None:
             guest.expiry.cancel()
             guest.expiry = None
-        guest.users += 1
+        guest.users[peer] += 1
         return guest
 
-    def _make_room(self) -> bool:
-        """Close the one idle for longest; False if none is. One that hangs keeps its place, as its thread does."""
-        idle = [
-            (guest.expiry.when(), pid)
-            for pid, guest in self._guests.items()
-            if guest.expiry is not None and not guest.sampler.busy
-        ]
-        if idle:
-            self._drop(min(idle)[1])
-        return bool(idle)
+    def _make_room(self) -> None:
+        """
+        If there are `limit` targets, close the one that has been idle for the longest.
+
+        A target of which a read hangs is not closed, because its thread stays. Raises `Busy` if there are `limit` such.
+        """
+        if len(self._guests) < self._limit:
+            return
+        idle = [(guest.expiry.when(), pid) for pid, guest in self._guests.items() if guest.expiry is not None]
+        able = [each for each in idle if not self._guests[each[1]].sampler.busy]
+        if able:
+            self._drop(min(able)[1])
+        elif len(idle) >= self._limit:
+            raise Busy(f"reads of {len(idle)} other processes hang")
 
     def _expire(self, pid: int) -> None:
         guest = self._guests[pid]

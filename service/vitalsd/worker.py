@@ -1,6 +1,7 @@
 """One thread for calls that may block: kernel reads of one target, or writes to disk."""
 
 import asyncio
+import heapq
 import logging
 import signal
 import threading
@@ -10,9 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from heapq import heappop, heappush
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 __all__ = ["PATIENCE_NS", "Hung", "Stopped", "Worker", "seen", "start_thread"]
 
@@ -25,6 +25,8 @@ PATIENCE_NS = 5_000_000_000
 LOOK_S = 0.1
 """Between two looks at a call that is waited for."""
 NEVER_NS = 1 << 63
+MOST_TIMED = 256
+"""With this many calls on the heap, those that were cancelled are removed from it."""
 
 
 FATAL_SIGNALS = {
@@ -83,8 +85,9 @@ class Worker:
         than for a queue, whose time running out is an exception: a third of a whole idle beat.
         """
         self._bell.acquire()
-        self._timed: list[tuple[int, int, Callable[[], object]]] = []
-        """A heap: monotonic time, number, call. Of the thread alone."""
+        self._timed: list[tuple[int, int, Future[Any], Callable[[], object]]] = []
+        """A heap: monotonic time, number, future, call. Of the thread alone."""
+        self._most_timed = MOST_TIMED
         self._numbers = count()
         self._beat: Callable[[], bool]
         self._interval_ns = 0
@@ -145,7 +148,7 @@ class Worker:
                 except BaseException as error:  # noqa: BLE001 - handed to whoever waits, not swallowed
                     future.set_exception(error)
 
-        self._give(run if at_ns is None else partial(self._put_off, at_ns, run))
+        self._give(run if at_ns is None else partial(self._put_off, at_ns, future, run))
         return future
 
     async def result(self, call: Callable[[], T]) -> T:
@@ -236,7 +239,7 @@ class Worker:
             elif due_ns == self._beat_ns:
                 call = self._beat_now
             else:
-                call = heappop(timed)[2]
+                call = heapq.heappop(timed)[3]
             if call is None:
                 return
             self.busy_since_ns = now_ns
@@ -262,8 +265,13 @@ class Worker:
             due_ns = self._beat_ns + (1 + late_ns // self._interval_ns) * self._interval_ns
             self._beat_ns = due_ns if goes_on else NEVER_NS
 
-    def _put_off(self, at_ns: int, call: Callable[[], object]) -> None:
-        heappush(self._timed, (at_ns, next(self._numbers), call))
+    def _put_off(self, at_ns: int, future: "Future[Any]", call: Callable[[], object]) -> None:
+        timed = self._timed
+        if len(timed) >= self._most_timed:
+            timed[:] = [each for each in timed if not each[2].cancelled()]
+            heapq.heapify(timed)
+            self._most_timed = max(MOST_TIMED, 2 * len(timed))  # so that removal costs a constant time per call
+        heapq.heappush(timed, (at_ns, next(self._numbers), future, call))
 
 
 def seen(future: asyncio.Future[T]) -> None:

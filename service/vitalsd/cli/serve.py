@@ -328,4 +328,5 @@ def _serve_target(
         kernel=platform.births(),
         application=application,
         spawned=spawned,
+        hides_processes=platform.hides_processes,
     )

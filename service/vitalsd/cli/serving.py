@@ -127,11 +127,13 @@ def serve_until_signal(
     kernel: "Births | None" = None,
     application: "Application | None" = None,
     spawned: bool = False,
+    hides_processes: "Callable[[], bool]" = lambda: False,
 ) -> None:
     """
     Listen and serve until a signal ends it.
 
     Args:
+        hides_processes: whether the kernel hides processes from other users.
         spawned: `spawn` reads standard error until the sidecar is ready, and not after that.
     """
     from vitalsd import sidecar
@@ -152,6 +154,7 @@ def serve_until_signal(
             shelf=Shelf(runs) if runs else None,
             thread_metrics=thread_metrics,
             application=application,
+            hides_processes=hides_processes,
         ),
         listeners,
         directory=directory,

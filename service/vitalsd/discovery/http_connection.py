@@ -8,6 +8,7 @@ time that remains.
 
 import errno
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ MAX_HEAD_BYTES = 16 * 1024
 MAX_INTERIM = 8
 """``100 Continue`` and the like before the answer; more is somebody playing for time."""
 READ_BYTES = 65536
+RETRY_AFTER = re.compile(rb"[0-9]{1,5}")
 
 
 class ExchangeError(Exception):
@@ -38,6 +40,8 @@ class Answer:
     status: int
     content_type: str
     body: bytes
+    retry_after_s: int | None = None
+    """Whole seconds of the header ``Retry-After``; None: there is none, or it is a date."""
 
 
 class Connection:
@@ -107,21 +111,17 @@ class Connection:
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
         max_bytes: int,
-        last: bool = True,
     ) -> Answer:
         """
         Send one request and read its whole answer. Redirects are answers like any other.
 
         Args:
             max_bytes: of the answer's body; one byte more is an error.
-            last: no other request follows on this connection.
 
         Raises:
             ExchangeError: there was no complete, well-formed answer in time.
         """
         fields = {"Host": self._host, "Accept": "application/json", **(headers or {})}
-        if last:
-            fields["Connection"] = "close"
         if method != "GET":
             fields["Content-Length"] = str(len(body))
         with self._failures():
@@ -129,9 +129,14 @@ class Connection:
             data = self._http.send(h11.Data(data=body)) if body else None
             self._send((head or b"") + (data or b"") + (self._http.send(h11.EndOfMessage()) or b""))
             answer = self._receive(max_bytes)
-            if not last:
+            if self.is_reusable:
                 self._http.start_next_cycle()
             return answer
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether another request may follow on this connection."""
+        return {self._http.our_state, self._http.their_state} <= {h11.IDLE, h11.DONE}
 
     def _receive(self, max_bytes: int) -> Answer:
         head: h11.Response | None = None
@@ -156,8 +161,10 @@ class Connection:
                 if len(body) > max_bytes:
                     raise ExchangeError(f"{self.place} sent more than {max_bytes} bytes")
             elif isinstance(event, h11.EndOfMessage) and head is not None:
-                found = dict(head.headers).get(b"content-type", b"")
-                return Answer(head.status_code, found.decode("latin-1").partition(";")[0].strip(), bytes(body))
+                headers = dict(head.headers)
+                found = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip()
+                after = RETRY_AFTER.fullmatch(headers.get(b"retry-after", b""))
+                return Answer(head.status_code, found, bytes(body), int(after[0]) if after else None)
             else:
                 raise ExchangeError(f"{self.place} answered out of turn")
 

@@ -46,6 +46,7 @@ def create_app(
     thread_metrics: int = THREAD_METRICS,
     stream_s: float = STREAM_S,
     application: Application = Application(),
+    hides_processes: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """
     The application over `targets`. It opens the default one when it starts and closes all when it ends.
@@ -57,6 +58,7 @@ def create_app(
         thread_metrics: threads that a scraper is shown; 0 for none.
         stream_s: after so long a stream ends.
         application: what the client says it is.
+        hides_processes: whether the kernel hides processes from other users.
     """
     reader = Worker("vitalsd-reader")
     try:
@@ -88,6 +90,7 @@ def create_app(
             thread_metrics=thread_metrics,
             stream_s=stream_s,
             application=application,
+            hides_processes=hides_processes,
         ),
         past_routes(targets, shelf, reader),
         report_routes(targets, shelf, reader, application),

@@ -11,8 +11,8 @@ import http
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import h11
@@ -20,9 +20,12 @@ from fastapi import Response
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from vitalsd.admission import OWNER, Peer
 from vitalsd.http.gate import protected
 from vitalsd.http.log import Sparing
+from vitalsd.http.peer import PEER, PeerUsers, is_open
 from vitalsd.http.problem import problem, shown
+from vitalsd.http.query import READING
 from vitalsd.http.room import Delivery, Room
 from vitalsd.http.taken import TAKEN, closed_after_reading
 from vitalsd.socket_file import peer_uid
@@ -61,18 +64,24 @@ class Connection(H11Protocol):
     the host as well.
 
     Args:
-        tcp: room for connections over TCP.
-        unix: and for those over the Unix socket, counted apart.
+        rooms: by `Peer.kind`, the room that counts its connections.
+        users: determines the users at the other end of TCP connections.
         log: where a bug in the application is said.
     """
 
-    def __init__(self, *args: Any, tcp: Room, unix: Room, log: Sparing, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rooms: Mapping[str, Room], users: PeerUsers, log: Sparing, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.access_log = False
         self.logger = log  # type: ignore[assignment]
         self._application, self.app = self.app, self._answer
-        self._tcp, self._unix = tcp, unix
-        self._room = tcp
+        self._rooms, self._users = rooms, users
+        self._room = rooms["other"]
+        self._peer = Peer("other")
+        self._undetermined: socket.socket | None = None
+        """The connection, if the kernel knows no socket at its other end."""
+        self._reading: asyncio.Task[Any] | None = None
+        """The task that answers a request which changes nothing."""
+        self._left = False
         self._request_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._unsent = 0
@@ -86,7 +95,7 @@ class Connection(H11Protocol):
         transport.set_write_buffer_limits(high=0)  # whatever the kernel does not take at once is waited for
         peer: socket.socket = transport.get_extra_info("socket")
         if peer.family == socket.AF_UNIX:
-            self._room = self._unix
+            self._peer, self._room = OWNER, self._rooms["unix"]
             if not _may_come_in(peer):
                 self._refuse(problem("another_user", "this socket is for the user it belongs to"))
                 return
@@ -95,7 +104,12 @@ class Connection(H11Protocol):
             # peer it would pass for the Unix socket, which needs no token.
             transport.abort()
             return
-        if self._room.enter(self):
+        else:
+            found = self._users.peer(self.client, peer.getsockname()[:2])
+            if found is None:
+                found, self._undetermined = Peer("tcp"), peer
+            self._peer, self._room = found, self._rooms[found.kind]
+        if self._room.enter(self, self._peer):
             self._watch()
         else:
             detail = f"{self._room.limit} connections are being served already"
@@ -120,6 +134,9 @@ class Connection(H11Protocol):
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(exc is None and not self.flow.write_paused)
         self._room.leave(self)
+        if self._reading is not None and not self.cycle.response_complete:
+            self._left = True
+            self._reading.cancel()
         self.app = self._application  # or we would be a cycle, which waits for the garbage collector
         for timer in (self._request_timer, self._write_timer):
             if timer is not None:
@@ -156,6 +173,10 @@ class Connection(H11Protocol):
         held: Message | None = None
         taken: list[Callable[[], Awaitable[None]]] = []
         scope["extensions"] = {**scope.get("extensions", {}), TAKEN: taken.append}
+        if self._undetermined is not None and not is_open(self._undetermined):
+            # A client may close its end before the kernel is asked, and what it sent can be read all the same.
+            self._peer = Peer("other")
+        scope[PEER] = self._peer
 
         async def deliver(message: Message) -> None:
             nonlocal held
@@ -175,8 +196,17 @@ class Connection(H11Protocol):
                 return
             await send(message)
 
-        with suppress(Undelivered):
+        if scope["method"] in READING:
+            self._reading = asyncio.current_task()
+        try:
             await self._application(scope, receive, deliver)
+        except Undelivered:
+            pass
+        except asyncio.CancelledError:
+            if not self._left:
+                raise
+        finally:
+            self._reading = None
 
     def _after_delivery(self, taken: Sequence[Callable[[], Awaitable[None]]]) -> None:
         """Make the calls that were registered for this answer once the client has taken it."""

@@ -99,12 +99,14 @@ class Scrape(NamedTuple):
         threads: at most so many with series of their own: those with the most CPU time; 0 for none.
         snapshots_taken: of this target, by this service.
         recorder: as in ``/info``; ``None`` without one.
+        private: also show what the kernel shows to the user of the target alone.
     """
 
     target: tuple[Identity, Snapshot] | None
     threads: int
     snapshots_taken: int
     recorder: dict[str, Any] | None
+    private: bool = True
 
     def collect(self) -> "Iterator[Metric]":
         """The families, as prometheus-client's encoders ask for them."""
@@ -125,7 +127,7 @@ class Scrape(NamedTuple):
             "process_start_time_seconds", "Start of the target in Unix time, seconds.", identity.started_unix_ns / 1e9
         )
         yield _gauge("process_threads", "Threads of the target.", len(snapshot.tids))
-        if snapshot.extras is not None and snapshot.extras.open_fds is not None:
+        if self.private and snapshot.extras is not None and snapshot.extras.open_fds is not None:
             yield _gauge("process_open_fds", "Open file descriptors of the target.", snapshot.extras.open_fds)
         yield _info("vitalsd_target", "The target.", {"pid": str(identity.pid), "name": printable(identity.name)})
         yield from self._threads(snapshot)

@@ -14,15 +14,26 @@ from typing import Any
 from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vitalsd.admission import Peer
+from vitalsd.http.peer import PEER, peer_of
 from vitalsd.http.problem import problem, shown
+from vitalsd.http.query import READING
 
 __all__ = ["OPEN_PATHS", "Gate", "protected"]
 
 OPEN_PATHS = frozenset(("/", "/docs", "/healthz", "/hello"))
 """Say nothing but that the service is alive, what its own code holds, and that it knows the token."""
 
+PAGES = frozenset(("/", "/docs"))
+"""Where an address that was typed leads to: they hold no data."""
 PAGE = "/"
 """Where a file of `vitalsd open` leads to, with the token; to the browser that is another site."""
+
+VISIBLE_PATHS = frozenset(("/", "/docs", "/healthz", "/metrics"))
+"""
+What another user of this machine may read over TCP without a token: what ps(1) and top(1) show, and pages without data.
+``/metrics`` refuses the parameters that ask for more.
+"""
 
 MAX_TARGET_BYTES = 2048
 MAX_HEAD_BYTES = 16 * 1024
@@ -57,6 +68,8 @@ TELLING = frozenset(
         b"authorization",
         b"origin",
         b"access-control-request-method",
+        b"purpose",
+        b"sec-purpose",
         b"sec-fetch-site",
         b"sec-fetch-mode",
         b"sec-fetch-dest",
@@ -145,7 +158,7 @@ class Gate:
             return problem("misdirected", f"this is not {shown(host)}; use {self._right_host(scope)}")
         if said and (refusal := _cross_site(said, scope, host, guarded=self._token is not None)):
             return refusal
-        return self._without_token(said.get(b"authorization", []), scope)
+        return self._without_token(said.get(b"authorization", []), scope) or _other_user(scope)
 
     def _is_ours(self, host: str, scope: Scope) -> bool:
         if scope["client"] is None:
@@ -177,6 +190,7 @@ class Gate:
         if given:
             scheme, _, token = given[0].partition(b" ")
             if len(given) == 1 and scheme.lower() == b"bearer" and hmac.compare_digest(token, self._token):
+                scope[PEER] = Peer("tcp")  # The token gives the access of the owner to every user that knows it.
                 return None  # also while others guess: they must not be able to lock out who knows it
             now = self._clock()
             if len(self._guesses) == BAD_TOKENS and now - self._guesses[0] < 1:
@@ -222,14 +236,17 @@ def _cross_site(said: dict[bytes, list[bytes]], scope: Scope, host: str, *, guar
     """
     A refusal of what a page of another origin made the browser send, by the `TELLING` headers it `said`.
 
-    Another port of this machine is another origin too, hence no ``same-site``. ``none`` is the user's
-    own doing, an address that was typed or a bookmark; an extension's fetch says so as well. Where
-    everything else is `guarded` by a token, the page, which holds no data, may be led to from elsewhere.
+    Another port of this machine is another origin too, hence no ``same-site``. ``none`` is the user's own doing, an
+    address that was typed or a bookmark, but also a typed address of another site that redirects, and a prefetch that
+    another site asks for by speculation rules. So it leads to `PAGES` only, and a prefetch nowhere. Where everything
+    else is `guarded` by a token, a page of another site may link to the page, which holds no data.
     """
+    if b"sec-purpose" in said or b"purpose" in said:
+        return problem("cross_site", "a browser fetches this in advance, perhaps for another site; open it instead")
     sites = said.get(b"sec-fetch-site", [])
     if sites not in ([], [b"same-origin"]):
         navigates = said.get(b"sec-fetch-mode") == [b"navigate"]
-        typed = sites == [b"none"] and navigates
+        typed = sites == [b"none"] and navigates and scope["path"] in PAGES
         led = (
             guarded
             and navigates
@@ -239,13 +256,28 @@ def _cross_site(said: dict[bytes, list[bytes]], scope: Scope, host: str, *, guar
         )
         if not typed and not led:
             return problem(
-                "cross_site", "a page of another site asks; type the address instead of following a link to it"
+                "cross_site",
+                "a browser gets only / and /docs by an address that was typed, and nothing by a link of another site;"
+                f" open http://{shown(host)}/, or use curl",
             )
     if said.get(b"origin", []) not in ([], [f"http://{host}".encode("latin-1")]):
         return problem("cross_site", f"a page of another site asks; only http://{shown(host)} may")
     if scope["method"] == "OPTIONS" and b"access-control-request-method" in said:
         return problem("cross_site", "no other site is ever let in")
     return None
+
+
+def _other_user(scope: Scope) -> Response | None:
+    """Return a refusal if another user asks for more than what ps(1) and top(1) show to it."""
+    peer = peer_of(scope)
+    if peer.is_owner or (scope["method"] in READING and scope["path"] in VISIBLE_PATHS):
+        return None
+    user = "a user that is not known" if peer.uid is None else f"user {peer.uid}"
+    return problem(
+        "another_user",
+        f"{user} may only read {', '.join(sorted(VISIBLE_PATHS))} here;"
+        " the owner of the sidecar gives more access with --auth token and the token",
+    )
 
 
 def _loopback_hosts(address: str, port: int) -> tuple[str, ...]:

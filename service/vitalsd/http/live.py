@@ -13,14 +13,16 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from vitalsd import __version__
+from vitalsd.admission import Busy, Peer, Shares
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.http.answers import JSON, bare, failed
-from vitalsd.http.exposition import Form, Scrape, content_type_of, expose, negotiate
+from vitalsd.http.exposition import Scrape, content_type_of, expose, negotiate
+from vitalsd.http.peer import peer_of
 from vitalsd.http.problem import problem
 from vitalsd.http.query import READING, MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
 from vitalsd.http.shelf import Shelf
-from vitalsd.sampler import Busy
+from vitalsd.http.turns import Turns
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
 from vitalsd.targets import Stream, Target, Targets
 from vitalsd.wire import Labels, encode, iso, target_json, unavailable, unavailable_json
@@ -48,19 +50,22 @@ def live_routes(
     thread_metrics: int,
     stream_s: float = STREAM_S,
     application: Application = Application(),
+    hides_processes: Callable[[], bool] = lambda: False,
 ) -> APIRouter:
     """
     The routes over `targets`.
 
     Args:
         list_processes: what ``/processes`` lists; called on `lister`.
+        hides_processes: whether the kernel hides processes from other users.
         shelf: earlier runs; ``/healthz`` says if they hang.
         thread_metrics: threads that a scraper is shown, see `Scrape`.
         stream_s: after so long a stream ends.
         application: what the client says it is.
     """
     routes = APIRouter(route_class=StrictRoute)
-    streams: set[object] = set()
+    streams = Shares(MAX_STREAMS)
+    scrapes, listings = Turns(), Turns()
     labels = Labels()
 
     @routes.api_route(
@@ -72,19 +77,23 @@ def live_routes(
         form = negotiate(request.headers.get("accept", ""))
         if form is None:
             return problem("not_acceptable", f"there are {FORMS}; /stream has text/event-stream")
+        peer = peer_of(request.scope)
+        if not peer.is_owner and (refusal := _private(query, targets, hides_processes)):
+            return refusal
         if request.method == "HEAD":
             return bare() if form == "json" else bare(await reader.result(lambda: content_type_of(form)))
         if form != "json":
-            body, content_type = await _scraped(targets, query.pid, form, thread_metrics, reader)
+            scrape = await _scrape(targets, query.pid, thread_metrics, peer)
+            body, content_type = await scrapes.make(lambda: reader.result(lambda: expose(scrape, form)), peer=peer)
             return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
         try:
-            async with targets.target(query.pid) as target:
+            async with targets.target(query.pid, peer) as target:
                 identity = await target.identity()
                 record = target.record if query.mode == "trailing" else None
                 measurement = record.window(query.window_ms) if record else None
                 mode = "wait" if measurement is None else query.mode
                 if measurement is None:
-                    measurement = await target.window(query.window_ms, extras=query.detail == "full")
+                    measurement = await target.window(query.window_ms, extras=query.detail == "full", peer=peer)
                     identity = await target.identity()  # by the end it may be called otherwise
         except SourceError as error:
             return failed(error, targets.default.platform)
@@ -105,23 +114,22 @@ def live_routes(
 
     @routes.api_route("/stream", methods=READING, summary="Server-Sent Events, one answer of /metrics each")
     async def stream(request: Request, query: Annotated[StreamQuery, given(StreamQuery)]) -> Response:
-        if len(streams) >= MAX_STREAMS:
+        peer = peer_of(request.scope)
+        if not streams.take(peer):
             raise Busy(f"{MAX_STREAMS} streams are open already")
-        if request.method == "HEAD":
-            head = bare(EVENTS)
-            head.headers.update(UNBUFFERED)
-            return head
         async with AsyncExitStack() as stack:
-            place = object()
-            streams.add(place)
-            stack.callback(streams.discard, place)
+            stack.callback(streams.release, peer)
+            if request.method == "HEAD":
+                head = bare(EVENTS)
+                head.headers.update(UNBUFFERED)
+                return head
             try:
-                target = await stack.enter_async_context(targets.target(query.pid))
+                target = await stack.enter_async_context(targets.target(query.pid, peer))
                 identity = await target.identity()
                 await target.snapshot()  # or one that has exited would be told of after the head of a 200
             except SourceError as error:
                 return failed(error, targets.default.platform)
-            windows = Stream(target, query.interval_ms)
+            windows = Stream(target, query.interval_ms, peer)
             stack.push_async_callback(windows.close)
             kept = stack.pop_all()
 
@@ -153,7 +161,10 @@ def live_routes(
         if request.method == "HEAD":
             return bare()
         try:
-            entries = await lister.ask(lambda: list(list_processes()), "the list of processes: a read")
+            entries = await listings.make(
+                lambda: lister.ask(lambda: list(list_processes()), "the list of processes: a read"),
+                peer=peer_of(request.scope),
+            )
         except SourceError as error:
             return failed(error, targets.default.platform)
         except Hung as error:
@@ -195,14 +206,24 @@ def _recording_warnings(target: Target) -> tuple[str, ...]:
     return (black_box["error"],) if black_box and black_box["error"] else ()
 
 
-async def _scraped(targets: Targets, pid: int | None, form: Form, threads: int, reader: Worker) -> tuple[bytes, str]:
+def _private(query: MetricsQuery, targets: Targets, hides_processes: Callable[[], bool]) -> Response | None:
+    """Return a refusal if `query` asks for more than ps(1) and top(1) show to another user of the machine."""
+    if targets.default.replay is not None:
+        return problem("another_user", "a recorded run is for the user that replays it")
+    if query.detail != "basic" or query.mode != "wait":
+        return problem("another_user", "detail=full and mode=trailing are for the owner of the sidecar")
+    if hides_processes():
+        return problem("another_user", "/proc is mounted with hidepid here: processes are hidden from other users")
+    return None
+
+
+async def _scrape(targets: Targets, pid: int | None, threads: int, peer: Peer) -> Scrape:
     read, snapshots, recorder = None, 0, None
     with suppress(SourceError):
-        async with targets.target(pid) as target:
+        async with targets.target(pid, peer) as target:
             snapshots, recorder = target.snapshots_taken, None if target.replay else target.recording_info()
             read = await target.identity(), await target.snapshot()
-    scrape = Scrape(read, threads, snapshots, recorder)
-    return await reader.result(lambda: expose(scrape, form))
+    return Scrape(read, threads, snapshots, recorder, private=peer.is_owner)
 
 
 async def _info(target: Target, application: Application) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 
 from vitalsd.http.answers import JSON, bare, failed
+from vitalsd.http.peer import peer_of
 from vitalsd.http.problem import problem
 from vitalsd.http.query import READING, HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, StrictRoute, given, sent
 from vitalsd.http.shelf import Shelf
@@ -30,6 +31,7 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
     """
     routes = APIRouter(route_class=StrictRoute)
     tables, loaded = Turns(), Turns()  # apart: what waits for a disk holds up nothing else
+    listings = 0
 
     @routes.api_route(
         "/history", methods=READING, summary="What was recorded: process, busiest threads, marks and events"
@@ -52,7 +54,7 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
         # Whatever else would be in the table by now makes it another one.
         newest = record, record.last, *(notes[-1] if notes else None for notes in (record.marks, record.events))
         key = newest, query.seconds, query.top, query.step_ms, _is_csv(request)
-        return await tables.make(lambda: _table(record, query, request, reader), key)
+        return await tables.make(lambda: _table(record, query, request, reader), key, peer_of(request.scope))
 
     @routes.post("/marks", status_code=201, summary="Put a label on the clock")
     async def set_mark(
@@ -75,15 +77,26 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
             return bare()
         if (replay := targets.default.replay) is not None:
             return JSON([each.run.to_json() for each in replay.file.others])
-        found = await shelf.read(RunDirectory.runs) if shelf else []
-        return JSON([run.to_json() for run in found])
+        if shelf is None:
+            return JSON([])
+
+        async def listing() -> Response:
+            nonlocal listings
+            listings += 1  # A later request does not share what was read before it.
+            return JSON([run.to_json() for run in await shelf.read(RunDirectory.runs)])
+
+        return await loaded.make(listing, ("runs", listings), peer_of(request.scope))
 
     @routes.api_route("/runs/{run_id}/history", methods=READING, summary="What an earlier run recorded, up to its end")
     async def run_history(request: Request, query: Annotated[RunHistoryQuery, given(RunHistoryQuery)]) -> Response:
         run_id = request.path_params["run_id"]
+        peer = peer_of(request.scope)
         if request.method == "HEAD":
             replay = targets.default.replay
-            there = replay.find(run_id) if replay is not None else shelf is not None and await shelf.has(run_id)
+            if replay is not None:
+                there = replay.find(run_id) is not None
+            else:
+                there = shelf is not None and await loaded.make(lambda: shelf.has(run_id), peer=peer)
             return _bare_table(request) if there else problem("no_such_run", NO_SUCH_RUN)
 
         def load(runs: RunDirectory) -> Record | None:
@@ -103,7 +116,7 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
                 return problem("no_such_run", NO_SUCH_RUN)
             return await _table(record, query, request, reader)
 
-        return await loaded.make(answer)
+        return await loaded.make(answer, peer=peer)
 
     return routes
 

@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
-from vitalsd.sampler import Busy, NotRecording
+from vitalsd.admission import Busy
+from vitalsd.sampler import NotRecording
 from vitalsd.worker import Hung
 
 __all__ = ["MEDIA_TYPE", "TITLES", "Reason", "Refused", "install", "nearest", "problem", "shown"]

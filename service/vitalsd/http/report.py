@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Request, Response
 
+from vitalsd.admission import Peer
 from vitalsd.contract.application import Application
 from vitalsd.http.answers import JSON, bare
 from vitalsd.http.past import NO_SUCH_RUN, mark_json
+from vitalsd.http.peer import peer_of
 from vitalsd.http.problem import problem
 from vitalsd.http.query import READING, NoQuery, ReportQuery, ReportRequest, StrictRoute, given, sent
 from vitalsd.http.shelf import Shelf
@@ -51,19 +53,22 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker, applica
             if replay.file.content is None:
                 return problem("no_report", f"{replay.file.name} is not a report, so there is no report to download")
             return _zip(replay.file.content, replay.file.name)
-        if query.run is not None and not (shelf is not None and await shelf.has(query.run)):
-            return problem("no_such_run", NO_SUCH_RUN, parameter="run")
+        peer = peer_of(request.scope)
+        if (run_id := query.run) is not None:
+            there = shelf is not None and await reports.make(lambda: shelf.has(run_id), peer=peer)
+            if not there:
+                return problem("no_such_run", NO_SUCH_RUN, parameter="run")
         if request.method == "HEAD":
             return bare("application/zip")
         collected = Collected(platform=targets.default.platform, application=application)
-        identity = await _metrics(targets, query.window_ms, collected)
+        identity = await _metrics(targets, query.window_ms, collected, peer)
 
         async def make() -> tuple[str, bytes]:
             await _past(targets, shelf, reader, query, said.app, identity, collected)
             bundle = await reader.result(lambda: build(heading, collected, created=datetime.now(UTC)))
             return f"{bundle.stem}.zip", await reader.result(bundle.zip)
 
-        name, content = await reports.make(make)
+        name, content = await reports.make(make, peer=peer)
         run_ids, on_taken = list(collected.runs), request.scope.get("extensions", {}).get(TAKEN)
         if counts and shelf is not None and run_ids and on_taken is not None:
             on_taken(_marking(shelf, run_ids))
@@ -84,8 +89,12 @@ def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker, applica
     @routes.post("/runs/{run_id}/reported", summary="Note that a run is in a report")
     async def reported(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         run_id = request.path_params["run_id"]
+
+        async def mark() -> Run | None:
+            return await shelf.read(lambda runs: _mark(runs, run_id)) if shelf else None
+
         try:
-            run = await shelf.read(lambda runs: _mark(runs, run_id)) if shelf else None
+            run = await reports.make(mark, peer=peer_of(request.scope))
         except (UnreadableRun, OSError) as error:
             return problem("unreadable_run", str(error))
         if run is None:
@@ -101,7 +110,7 @@ def _zip(content: bytes, name: str) -> Response:
     return Response(content, media_type="application/zip", headers=headers)
 
 
-async def _metrics(targets: Targets, window_ms: int, collected: "Collected") -> Identity | None:
+async def _metrics(targets: Targets, window_ms: int, collected: "Collected", peer: Peer) -> Identity | None:
     """Collect the trailing window if the recorder covers it, else the coming one, or why there is none."""
     from vitalsd.contract.report_archive import METRICS, Failure
 
@@ -112,7 +121,7 @@ async def _metrics(targets: Targets, window_ms: int, collected: "Collected") -> 
         covered = measurement is not None and measurement.elapsed_ns >= window_ms * 990_000
         if measurement is None or not covered:
             try:
-                measurement = await target.window(window_ms)
+                measurement = await target.window(window_ms, peer=peer)
                 identity = await target.identity()  # It may have executed another program meanwhile.
             except SourceError:
                 if measurement is None:

@@ -8,6 +8,8 @@ from itertools import islice
 from math import inf
 from typing import Protocol
 
+from vitalsd.admission import OWNER, Peer, Shares
+
 __all__ = ["MAX_CONNECTIONS", "OUTBOX_BYTES", "Delivery", "Outbox", "Room"]
 
 MAX_CONNECTIONS = 1024
@@ -34,20 +36,21 @@ class Room:
     nobody else anything, and only a crowd that is really being served keeps others out.
 
     Args:
-        limit: of connections.
+        limit: of connections; see `Shares`.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._shares = Shares(limit)
         self.outbox = Outbox(OUTBOX_BYTES)
         self.closing = 0
         """Connections that are kept until their client has closed its half."""
-        self._present: set[Guest] = set()
+        self._present: dict[Guest, Peer] = {}
         self._owing: dict[Guest, None] = {}
 
     @classmethod
     def fitting(cls) -> "Room":
-        """One that takes no more than a quarter of the descriptors this process may have."""
+        """Return a room that takes no more than a quarter of the descriptors that this process may have."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         unlimited = soft == resource.RLIM_INFINITY
         return cls(MAX_CONNECTIONS if unlimited else max(2, min(MAX_CONNECTIONS, soft // 4)))
@@ -55,21 +58,26 @@ class Room:
     def __len__(self) -> int:
         return len(self._present)
 
-    def enter(self, connection: Guest) -> bool:
-        """Take it in; ``False`` if there is no room."""
-        if len(self._present) >= self.limit:
-            stalled = next((each for each in islice(self._owing, LOOKED_AT) if not _has_unread(each)), None)
+    def enter(self, connection: Guest, peer: Peer = OWNER) -> bool:
+        """Admit the connection of `peer`; return False if there is no room for it."""
+        while not self._shares.take(peer):
+            # A user that has its whole share must not evict the connections of another user.
+            own_only = self._shares.exhausted(peer)
+            owing = (each for each in self._owing if not own_only or self._present[each] == peer)
+            stalled = next((each for each in islice(owing, LOOKED_AT) if not _has_unread(each)), None)
             if stalled is None:
                 return False
             self.leave(stalled)
             stalled.transport.abort()
-        self._present.add(connection)
+        self._present[connection] = peer
         return True
 
     def leave(self, connection: Guest) -> None:
         """It is closed. A second call does nothing."""
-        self._present.discard(connection)
         self._owing.pop(connection, None)
+        peer = self._present.pop(connection, None)
+        if peer is not None:
+            self._shares.release(peer)
 
     def owes(self, connection: Guest, owing: bool) -> None:
         """Whether it owes a request, or is owed an answer."""

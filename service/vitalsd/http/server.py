@@ -20,12 +20,18 @@ from vitalsd.http.connection import Connection
 from vitalsd.http.gate import Gate
 from vitalsd.http.hello import Hello
 from vitalsd.http.log import Sparing
+from vitalsd.http.peer import PeerUsers
 from vitalsd.http.room import Room
 
 __all__ = ["Server"]
 
 QUEUE = 1024
 """Connections the kernel completes ahead of us; with few, callers who come at once would dial again after a second."""
+OTHER_CONNECTIONS = 32
+"""
+Of other users, half of it of one. A scraper has one or two. The requests of many more would delay those of the owner,
+because one event loop answers them all.
+"""
 ACCEPTED_AT_A_TURN = 16
 """
 asyncio takes its backlog for this too. Those who stall are closed some turns after the one they make way
@@ -96,7 +102,9 @@ class Server(uvicorn.Server):
         self._grace_s = grace_s
         self._stop = asyncio.Event()
         # On h11: httptools takes two Host headers and 5 MB of head.
-        protocol = partial(Connection, tcp=Room.fitting(), unix=Room.fitting(), log=self._log)
+        self._users = PeerUsers()
+        rooms = {"unix": Room.fitting(), "tcp": Room.fitting(), "other": Room(OTHER_CONNECTIONS)}
+        protocol = partial(Connection, rooms=rooms, users=self._users, log=self._log)
         super().__init__(
             _Config(
                 self._gate,
@@ -117,6 +125,10 @@ class Server(uvicorn.Server):
         )
         self.server_state = _State()
 
+    def why_users_are_unknown(self, address: tuple[str, int]) -> str | None:
+        """Return why the user of a connection to the listener at `address` cannot be determined; None if it can."""
+        return self._users.why_not(address)
+
     def stop(self) -> None:
         """End it; to be called on its event loop."""
         self.should_exit = True
@@ -133,6 +145,7 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             with contextlib.suppress(OSError, AttributeError):
                 os.dup2(null, connection.transport.get_extra_info("socket").fileno(), inheritable=False)
+        self._users.forget(null)
         os.close(null)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -142,12 +155,15 @@ class Server(uvicorn.Server):
         uvicorn's would take over SIGINT and SIGTERM and raise them again at the end, and would log to
         ``uvicorn.error`` that the process of the host starts and ends.
         """
-        self.config.load()
-        self.lifespan = _Lifespan(self.config, self._log)
-        await self.startup(sockets)
-        if not self.should_exit:
-            await self.main_loop()
-        await self.shutdown(sockets)
+        try:
+            self.config.load()
+            self.lifespan = _Lifespan(self.config, self._log)
+            await self.startup(sockets)
+            if not self.should_exit:
+                await self.main_loop()
+            await self.shutdown(sockets)
+        finally:
+            self._users.close()
 
     # What `serve` calls
 

@@ -1,10 +1,13 @@
-"""Large answers are made one at a time, and whoever waits for one holds nothing of it yet."""
+"""Make large answers one at a time, in a fair order, so that a crowd of requests costs the memory of one answer."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
 
-from vitalsd.sampler import Busy
+from vitalsd.admission import OWNER, Busy, Peer, Shares
 from vitalsd.worker import seen
 
 __all__ = ["Turns"]
@@ -12,46 +15,105 @@ __all__ = ["Turns"]
 T = TypeVar("T")
 
 MAX_WAITING = 16
-"""A large table takes more than a second: who comes later would wait longer than anybody does."""
+"""Of one kind of client. A large table takes more than a second: later requests would wait longer than clients do."""
+
+
+@dataclass(slots=True, eq=False)
+class _Order(Generic[T]):
+    """An answer that is asked for."""
+
+    task: asyncio.Task[T] = field(init=False)
+    waiting: int = 0
+    """Requests that wait for it."""
+    begun: bool = False
 
 
 class Turns:
     """
-    One after the other, from the sources of an answer to its bytes: a crowd costs the memory of one.
+    Make answers one after the other, from the sources of an answer to its bytes.
+
+    Kinds of client take turns: one that asks for many answers delays another one by a single answer.
 
     Args:
-        limit: answers that may wait for their turn.
+        limit: answers that one kind of client may wait for, besides the one being made; see `Shares`.
     """
 
     def __init__(self, limit: int = MAX_WAITING) -> None:
-        self._limit = limit
-        self._turn = asyncio.Lock()
-        self._under_way: dict[Hashable, asyncio.Task[Any]] = {}
+        self._shares = Shares(limit + 1)
+        self._orders: dict[Hashable, _Order[Any]] = {}
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}
+        """By kind of client, the kind whose turn it is first."""
+        self._taken = False
 
-    async def make(self, work: Callable[[], Awaitable[T]], key: Hashable = None) -> T:
+    async def make(self, work: Callable[[], Awaitable[T]], key: Hashable = None, peer: Peer = OWNER) -> T:
         """
-        What `work` returns or raises, once it is its turn.
+        Return what `work` returns, or raise what it raises, once it is its turn.
+
+        An answer for which no client waits any more is not begun.
 
         Args:
-            key: all who ask for the same before it is made share it; ``None`` for nobody.
+            key: requests of one kind of client with the same key share one answer; None: no sharing.
+            peer: the client that asks.
 
         Raises:
-            Busy: too many wait already.
+            Busy: the client waits for too many answers already.
         """
-        key = object() if key is None else key
-        task: asyncio.Task[T] | None = self._under_way.get(key)
-        if task is None:
-            if len(self._under_way) > self._limit:
-                raise Busy(f"{self._limit} large answers are being waited for already")
-            task = asyncio.create_task(self._in_turn(work))
-            self._under_way[key] = task
-            task.add_done_callback(lambda task: self._done(key, task))
-        return await asyncio.shield(task)
+        key = object() if key is None else (peer.kind, key)
+        order: _Order[T] | None = self._orders.get(key)
+        if order is None:
+            if not self._shares.take(peer):
+                raise Busy(f"{self._shares.limit - 1} large answers are being waited for already")
+            order = self._orders[key] = _Order()
+            order.task = asyncio.create_task(self._in_turn(work, order, peer))
+            order.task.add_done_callback(partial(self._done, key, order, peer))
+        order.waiting += 1
+        try:
+            return await asyncio.shield(order.task)
+        finally:
+            order.waiting -= 1
+            if not order.waiting and not order.begun:
+                self._forget(key, order)
+                order.task.cancel()
 
-    async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> T:
-        async with self._turn:
+    async def _in_turn(self, work: Callable[[], Awaitable[T]], order: _Order[T], peer: Peer) -> T:
+        await self._begin(peer.kind)
+        try:
+            order.begun = True
             return await work()
+        finally:
+            self._end()
 
-    def _done(self, key: Hashable, task: asyncio.Task[Any]) -> None:
-        self._under_way.pop(key, None)
-        seen(task)  # all who asked may have left
+    def _done(self, key: Hashable, order: _Order[T], peer: Peer, task: asyncio.Task[T]) -> None:
+        self._forget(key, order)
+        self._shares.release(peer)
+        seen(task)  # every client may have left
+
+    def _forget(self, key: Hashable, order: _Order[T]) -> None:
+        if self._orders.get(key) is order:
+            del self._orders[key]
+
+    async def _begin(self, kind: str) -> None:
+        if not self._taken:
+            self._taken = True
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(kind, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._end()
+            raise
+
+    def _end(self) -> None:
+        """Give the turn to the next kind of client that waits."""
+        while self._queues:
+            kind, queue = next(iter(self._queues.items()))
+            turn = queue.popleft()
+            del self._queues[kind]
+            if queue:
+                self._queues[kind] = queue
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._taken = False

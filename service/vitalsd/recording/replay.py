@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vitalsd.admission import OWNER, Peer
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.record import Mark, Record
@@ -70,7 +71,7 @@ class Replay:
         """Return the process that was recorded."""
         return self.record.identity
 
-    async def window(self, window_ms: int, *, extras: bool = False) -> Measurement:
+    async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement:
         """Raise `TargetGone`: there is no coming window."""
         raise TargetGone(f"{self._reason}; ask with mode=trailing or /history")
 

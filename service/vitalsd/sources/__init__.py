@@ -31,6 +31,7 @@ __all__ = [
     "SourceError",
     "TargetGone",
     "Unsupported",
+    "hides_processes",
     "list_processes",
     "open_source",
     "platform_name",
@@ -164,6 +165,19 @@ def open_source(pid: int | None = None, *, proc_root: str = "/proc", program_of:
 
         return open_process(pid, program_of=program_of)
     raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")
+
+
+def hides_processes(*, proc_root: str = "/proc") -> bool:
+    """
+    Return whether the kernel hides processes from other users.
+
+    Platform limit: Linux; on macOS, where other users see all processes with ps(1), False.
+    """
+    if sys.platform != "linux":
+        return False
+    from vitalsd.sources.linux_processes import hides_processes
+
+    return hides_processes(proc_root)
 
 
 def list_processes(*, proc_root: str = "/proc") -> Iterator[ProcessEntry]:

@@ -10,7 +10,7 @@ from vitalsd.sources.linux_counters import USER_TICK_NS, read_file
 from vitalsd.sources.procfs import Malformed, decode_name, parse_stat, parse_statm
 from vitalsd.sources.programs import Command
 
-__all__ = ["list_processes", "running_command"]
+__all__ = ["hides_processes", "list_processes", "running_command"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 PF_KTHREAD = 0x00200000  # linux/sched.h
@@ -37,6 +37,28 @@ def running_command(process_fd: int) -> Command | None:
     except OSError:
         return None
     return Command(executable, words, directory, name)
+
+
+def hides_processes(root: str = "/proc") -> bool:
+    """
+    Return whether the procfs at `root` hides processes from other users (hidepid in proc(5)).
+
+    It is an option of the mount that this process sees. If the mounts cannot be read, the answer is True.
+    """
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            mounts = file.read().splitlines()
+    except OSError:
+        return True
+    place = os.fsencode(os.path.realpath(root))
+    hides = False
+    for line in mounts:
+        mount, _, system = line.partition(b" - ")
+        # The kernel writes blanks of a path as \040; such a path is not compared, and counts as not hidden.
+        if mount.split()[4] == place:
+            option = next((each for each in system.split()[-1].split(b",") if each.startswith(b"hidepid=")), b"")
+            hides = option not in (b"", b"hidepid=0", b"hidepid=off")  # The last mount at a place is the visible one.
+    return hides
 
 
 def _read_whole(name: str, process_fd: int) -> bytes:

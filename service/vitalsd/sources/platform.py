@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from vitalsd.sources import ProcessEntry, Source, list_processes, open_source, platform_name
+from vitalsd.sources import ProcessEntry, Source, hides_processes, list_processes, open_source, platform_name
 from vitalsd.sources.birth import Births, births
 from vitalsd.sources.programs import ProgramOf, no_program
 
@@ -28,6 +28,8 @@ class Platform(NamedTuple):
     births: Callable[[], Births]
     holdings: Callable[[], Mapping[str, int]]
     """What this process holds in the kernel besides descriptors, counted: on macOS ports and references on them."""
+    hides_processes: Callable[[], bool] = lambda: False
+    """Whether the kernel hides processes from other users."""
     command: Sequence[str] | None = None
     """How another process runs ``vitalsd`` over this platform; ``None``: as always."""
 
@@ -45,6 +47,7 @@ def this_platform(proc_root: str = "/proc") -> Platform:
         list_processes=partial(list_processes, proc_root=proc_root),
         births=births,
         holdings=_holdings,
+        hides_processes=partial(hides_processes, proc_root=proc_root),
     )
 
 

@@ -1,0 +1,159 @@
+"""
+Determine the user at the other end of a TCP connection within this machine.
+
+Linux: sock_diag(7) reports the owner of the socket with a given pair of addresses, in microseconds (struct
+inet_diag_req_v2 and inet_diag_msg in linux/inet_diag.h). The owner is that of the socket's inode, in the user namespace
+of this process. Platform limit: XNU does not report it, and neither does Linux for a socket in another network
+namespace. Such a peer counts as the owner of the sidecar; ``--auth token`` protects from it.
+"""
+
+import _socket
+import errno
+import os
+import socket
+import struct
+import sys
+from ipaddress import ip_address
+
+from starlette.types import Scope
+
+from vitalsd.admission import OWNER, Peer
+
+__all__ = ["PEER", "PeerUsers", "is_open", "peer_of"]
+
+PEER = "vitalsd.peer"
+"""Key of an ASGI scope: the `Peer` of the connection."""
+
+NETLINK_SOCK_DIAG = 4  # linux/netlink.h
+SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
+NLM_F_REQUEST = 1
+NLMSG_ERROR = 2
+HEADER = struct.Struct("=IHHII")
+"""struct nlmsghdr: length, type, flags, sequence, port."""
+REQUEST = struct.Struct("=BBBxI")
+"""struct inet_diag_req_v2 up to its `id`: family, protocol, extensions, states."""
+PORTS = struct.Struct("!HH16s16s")
+ANY_INTERFACE_AND_COOKIE = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
+UID_AND_INODE = struct.Struct("=II")
+UID_AT = HEADER.size + 4 + 48 + 12
+"""Behind struct inet_diag_msg's four bytes, its `id` of 48 bytes, and expires, rqueue and wqueue."""
+REPLY_BYTES = 4096
+TCP_ESTABLISHED = 1  # include/net/tcp_states.h; the first byte of struct tcp_info (linux/tcp.h)
+
+Address = tuple[str, int]
+
+
+def peer_of(scope: Scope) -> Peer:
+    """Return the peer of a request; `OWNER` if the request did not come over a socket."""
+    found: Peer = scope.get(PEER, OWNER)
+    return found
+
+
+class PeerUsers:
+    """Determine the users at the other end of TCP connections; ask the kernel over one netlink socket."""
+
+    def __init__(self) -> None:
+        self._netlink: _socket.socket | None = None
+        self._number = 0
+        if sys.platform == "linux":
+            try:
+                # A host program may have replaced `socket.socket`.
+                self._netlink = _socket.socket(
+                    socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG
+                )
+            except OSError:
+                self._netlink = None
+
+    def forget(self, null: int) -> None:
+        """In a forked child, replace the netlink socket, which the parent uses, by the descriptor of /dev/null."""
+        if self._netlink is not None:
+            os.dup2(null, self._netlink.fileno(), inheritable=False)
+
+    def close(self) -> None:
+        """Close the netlink socket. A second call does nothing; later peers are not determined."""
+        if self._netlink is not None:
+            self._netlink.close()
+            self._netlink = None
+
+    def why_not(self, listener: Address) -> str | None:
+        """
+        Return why the users of connections to `listener` cannot be determined; None if they can.
+
+        On macOS they never can, which is documented: there it returns None.
+
+        Args:
+            listener: address and port of a listening socket of this process. The kernel is asked for it as a test.
+        """
+        if sys.platform != "linux":
+            return None
+        if self._netlink is None:
+            return "this process cannot open a netlink socket"
+        anywhere = "::" if ":" in listener[0] else "0.0.0.0"
+        return None if self._owner(listener, (anywhere, 0)) else "the kernel does not answer sock_diag requests"
+
+    def peer(self, client: Address, server: Address) -> Peer | None:
+        """
+        Return the peer of an accepted TCP connection; None if the kernel does not know a socket at the other end.
+
+        Args:
+            client: address and port of the other end.
+            server: address and port of this end.
+        """
+        owner = self._owner(client, server)
+        if owner is None:
+            return None
+        uid, inode = owner
+        # A socket without an inode has been closed by its process, and the kernel reports 0 as its owner.
+        if not inode:
+            return Peer("other")
+        return Peer("tcp") if uid in (0, os.geteuid()) else Peer("other", uid)
+
+    def _owner(self, local: Address, remote: Address) -> tuple[int, int] | None:
+        """Return user id and inode of the socket with these addresses; None: there is none, or no answer."""
+        if self._netlink is None:
+            return None
+        source, destination = _packed(local[0]), _packed(remote[0])
+        family = socket.AF_INET if len(source) == 4 else socket.AF_INET6
+        body = b"".join(
+            (
+                REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF),
+                PORTS.pack(local[1], remote[1], source, destination),
+                ANY_INTERFACE_AND_COOKIE,
+            )
+        )
+        self._number = self._number % 0xFFFFFFFF + 1
+        header = HEADER.pack(HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, self._number, 0)
+        try:
+            self._netlink.send(header + body)
+            while True:
+                # The kernel has put its answer into the socket when send returns.
+                reply = self._netlink.recv(REPLY_BYTES)
+                _, kind, _, number, _ = HEADER.unpack_from(reply)
+                if number == self._number:
+                    break
+        except (OSError, struct.error):
+            return None
+        if kind != SOCK_DIAG_BY_FAMILY or len(reply) < UID_AT + UID_AND_INODE.size:
+            return None
+        uid, inode = UID_AND_INODE.unpack_from(reply, UID_AT)
+        return uid, inode
+
+
+def is_open(connection: socket.socket) -> bool:
+    """
+    Return whether the other end of an accepted connection has neither closed nor reset it.
+
+    Platform limit: Linux; elsewhere always True.
+    """
+    if sys.platform != "linux":
+        return True
+    try:
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
+    except OSError as error:
+        return error.errno not in (errno.EBADF, errno.ENOTCONN)
+
+
+def _packed(address: str) -> bytes:
+    """Return the bytes of an address; an IPv4 address in IPv6 form as IPv4, because its socket at the other end is."""
+    found = ip_address(address.partition("%")[0])
+    return (getattr(found, "ipv4_mapped", None) or found).packed

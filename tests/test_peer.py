@@ -1,0 +1,109 @@
+"""The user at the other end of a TCP connection, as the running kernel reports it."""
+
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from vitalsd.admission import Peer
+from vitalsd.http.peer import PeerUsers, is_open
+
+pytestmark = [pytest.mark.live, pytest.mark.skipif(sys.platform != "linux", reason="XNU does not report the user")]
+
+LOOPBACKS = ["127.0.0.1", "::1", "::ffff:127.0.0.1"]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be another user")
+
+
+@pytest.fixture
+def users() -> Iterator[PeerUsers]:
+    users = PeerUsers()
+    yield users
+    users.close()
+
+
+def accepted(listener: socket.socket) -> tuple[socket.socket, tuple[str, int], tuple[str, int]]:
+    connection, address = listener.accept()
+    return connection, address[:2], connection.getsockname()[:2]
+
+
+def listening(address: str) -> socket.socket:
+    """A listener that is reached at `address`; the mapped one over a socket for both families."""
+    if ":" not in address:
+        return socket.create_server((address, 0))
+    try:
+        listener = socket.socket(socket.AF_INET6)
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(("::", 0))
+        listener.listen()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    return listener
+
+
+@pytest.mark.parametrize("address", LOOPBACKS)
+def test_peer_of_a_connection_from_this_process_is_the_owner(users: PeerUsers, address: str) -> None:
+    """Over IPv4, IPv6, and IPv4 into a socket of both families."""
+    with listening(address) as listener, socket.create_connection((address, listener.getsockname()[1])):
+        connection, client, server = accepted(listener)
+        with connection:
+            assert users.peer(client, server) == Peer("tcp")
+            assert is_open(connection)
+        assert users.why_not(listener.getsockname()[:2]) is None
+
+
+@needs_root
+@pytest.mark.parametrize("address", LOOPBACKS)
+def test_peer_of_a_connection_from_another_user_has_its_uid(users: PeerUsers, address: str) -> None:
+    """As long as the other user keeps its end open."""
+    dial = (
+        "import encodings.idna, os, socket, sys; os.setgroups([]); os.setgid(65501); os.setuid(65501);"
+        " c = socket.create_connection((sys.argv[1], int(sys.argv[2]))); sys.stdin.read()"
+    )
+    with listening(address) as listener:
+        command = [sys.executable, "-c", dial, address, str(listener.getsockname()[1])]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            connection, client, server = accepted(listener)
+            with connection:
+                assert users.peer(client, server) == Peer("other", 65501)
+            assert process.stdin is not None
+            process.stdin.close()
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_peer_that_closed_at_once_is_not_the_owner(users: PeerUsers, reset: bool) -> None:
+    """The kernel reports root for a socket without a process, and no socket at all after a reset."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dialled = socket.create_connection(listener.getsockname())
+        if reset:
+            dialled.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        dialled.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        dialled.close()
+        connection, _ = listener.accept()
+        with connection:
+            found = users.peer(dialled_address(connection, reset), listener.getsockname())
+            assert found in (None, Peer("other"))
+            assert not is_open(connection)
+
+
+def dialled_address(connection: socket.socket, reset: bool) -> tuple[str, int]:
+    """A connection that was reset has no address of its peer any more."""
+    return ("127.0.0.1", 1) if reset else connection.getpeername()
+
+
+def test_peer_of_an_address_without_a_socket_is_not_determined(users: PeerUsers) -> None:
+    """A socket in another network namespace looks the same."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert users.peer(("127.0.0.1", 1), listener.getsockname()) is None
+
+
+def test_peer_without_a_netlink_socket_is_not_determined() -> None:
+    """The sidecar says so at its start."""
+    users = PeerUsers()
+    users.close()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert users.peer(("127.0.0.1", 1), listener.getsockname()) is None
+        assert users.why_not(listener.getsockname()) == "this process cannot open a netlink socket"
