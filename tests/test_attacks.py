@@ -30,7 +30,7 @@ PAGE = (
 
 class Attacker:
     """
-    A web server that has one page, at every path.
+    A web server that has one page, at every path but /redirect?URL, which redirects there.
 
     Args:
         address: where it listens; port 0 takes a free one.
@@ -59,13 +59,20 @@ class Attacker:
                 if not part:
                     return
                 head += part
-            if self._relay_to is None or b" /attack " in head:
+            if head.startswith(b"GET /redirect?"):
+                to = head.split()[1].partition(b"?")[2]
+                connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n" % to)
+            elif self._relay_to is None or b" /attack " in head:
                 connection.sendall(PAGE)
-                return
-            with socket.create_connection(("127.0.0.1", self._relay_to), 20) as sidecar:
-                sidecar.sendall(head.replace(b"keep-alive", b"close", 1))
-                while part := sidecar.recv(65536):
-                    connection.sendall(part)
+            else:
+                self._relay(head, connection)
+
+    def _relay(self, head: bytes, connection: socket.socket) -> None:
+        assert self._relay_to is not None
+        with socket.create_connection(("127.0.0.1", self._relay_to), 20) as sidecar:
+            sidecar.sendall(head.replace(b"keep-alive", b"close", 1))
+            while part := sidecar.recv(65536):
+                connection.sendall(part)
 
     def __enter__(self) -> "Attacker":
         return self
@@ -124,6 +131,13 @@ const element = (tag, attributes) => new Promise((done) => {
   Object.assign(made, attributes);
   document.body.append(made);
 });
+const speculate = (kind, url) => {
+  const rules = document.createElement('script');
+  rules.type = 'speculationrules';
+  rules.textContent = JSON.stringify({[kind]: [{source: 'list', urls: [url], eagerness: 'immediate'}]});
+  document.body.append(rules);
+  return Promise.resolve('sent');
+};
 const said = (answer) => `${answer.type} ${answer.status}`;
 """
 
@@ -183,6 +197,23 @@ SHAPES = {
         " made.onopen = () => done('read'); made.onerror = () => done('failed') })",
         "failed",
     ),
+    "preload": ("element('link', {rel: 'preload', as: 'fetch', crossOrigin: '', href: T + '/metrics'})", "failed"),
+    "module preload": ("element('link', {rel: 'modulepreload', href: T + '/metrics'})", "failed"),
+    "prefetch": ("element('link', {rel: 'prefetch', href: T + '/report.zip'})", "failed"),
+    "speculation, prefetch": ("speculate('prefetch', T + '/report.zip?window_ms=10')", "sent"),
+    "speculation, prerender": ("speculate('prerender', T + '/metrics?window_ms=10')", "sent"),
+    "ping": (
+        "(() => { const link = document.createElement('a'); Object.assign(link, {href: '#', ping: T + '/marks'});"
+        " document.body.append(link); link.click(); return Promise.resolve('sent') })()",
+        "sent",
+    ),
+    "audio": ("element('audio', {preload: 'auto', src: T + '/stream'})", "failed"),
+    "background": (
+        "(() => { document.body.style.background = `url(${T}/metrics)`; return Promise.resolve('sent') })()",
+        "sent",
+    ),
+    "font": ("new FontFace('f', `url(${T}/metrics)`).load().then(() => 'loaded')", "failed"),
+    "redirected image": ("element('img', {src: '/redirect?' + T + '/report.zip'})", "failed"),
     "worker": (
         "new Promise((done) => {"
         " const made = new Worker(URL.createObjectURL(new Blob([`importScripts('${T}/metrics')`])));"
@@ -223,6 +254,22 @@ def test_a_page_of_another_origin_reaches_nothing(
             arrives(edge, before)
         assert counted.reached == [], name
     assert learnt == {name: most for name, (_, most) in SHAPES.items()}
+
+
+@pytest.mark.parametrize("path", ["/report.zip", "/metrics?window_ms=60000", "/stream", "/openapi.json"])
+def test_typed_address_of_another_site_that_redirects_reaches_nothing(
+    browser: Browser, edge: Edge, counted: Counted, attacker: Attacker, path: str
+) -> None:
+    """To the sidecar it looks like an address of its own that was typed, and only pages without data have those."""
+    counted.reached.clear()
+    before = edge.answered
+    browser.open(f"http://evil.test:{attacker.port}/redirect?{edge.url}{path}")
+    arrives(edge, before)
+    assert counted.reached == []
+    before = edge.answered
+    browser.open(f"http://evil.test:{attacker.port}/redirect?{edge.url}/docs")
+    arrives(edge, before)
+    assert counted.reached == ["GET /docs"]
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics?window_ms=60000", "/report.zip", "/stream", "/openapi.json"])
