@@ -243,6 +243,29 @@ def test_where_it_arrived_says_which_host_is_right(server: tuple[str, int], host
     assert asked(Gate(teapot), server, (b"host", host.encode())) == status
 
 
+@pytest.mark.parametrize(
+    ("target", "status", "why"),
+    [
+        ("http://{H}/healthz", 200, None),
+        ("HTTP://{H}/healthz?", 200, None),
+        ("http://{H}", 200, None),
+        ("http://{H}/nowhere", 404, "no_such_route"),
+        ("http://evil.test/healthz", 400, "bad_request"),
+        ("http://127.0.0.1/healthz", 400, "bad_request"),
+        ("http:///healthz", 400, "bad_request"),
+        ("http://user@{H}/healthz", 400, "bad_request"),
+        ("https://{H}/healthz", 404, "no_such_route"),
+    ],
+)
+def test_absolute_target_is_served_if_it_names_the_server_of_the_host_header(
+    edge: Edge, target: str, status: int, why: str | None
+) -> None:
+    """Clients that take the sidecar for a proxy send one."""
+    reply = get(edge.url, target.replace("{H}", edge.url.removeprefix("http://")))
+    assert reply.status == status
+    assert why is None or reason(reply) == why
+
+
 # Browsers
 
 

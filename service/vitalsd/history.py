@@ -7,12 +7,13 @@ covers the time since the row before it; the first row of a record has no such t
 
 import csv
 import io
-import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vitalsd.contract.encoding import to_json
+from vitalsd.interpreter_lock import LockRelease
 from vitalsd.record import Event, Mark, Record, Segment
 from vitalsd.wire import DECIMALS, iso, printable, target_json
 
@@ -70,8 +71,8 @@ class History:
             "vm_size_kb": [size // 1024 for size in self.vm_bytes],
             "thread_count": list(self.thread_count),
             "threads": [
-                {"tid": thread.tid, "name": thread.name, "cpu_percent": self._percents(thread.cpu_ns)}
-                for thread in self.threads
+                {"tid": thread.tid, "name": thread.name, "cpu_percent": percents}
+                for thread, percents in zip(self.threads, self._threads(), strict=True)
             ],
             "marks": [{"time_ms": mark.wall_ns // 1_000_000, "label": mark.label} for mark in self.marks],
             "events": [
@@ -81,7 +82,7 @@ class History:
         }
         if self.truncated:
             body["truncated"] = True
-        return json.dumps(body, separators=(",", ":")).encode()
+        return to_json(body)
 
     def to_csv(self) -> bytes:
         """One line per row, one column per thread, UTF-8; marks and events in the last columns."""
@@ -92,7 +93,7 @@ class History:
             ["time", "elapsed_ms", "cpu_percent", "rss_kb", "vm_size_kb", "thread_count", *names, "marks", "events"]
         )
         cpu = self._percents(self.cpu_ns)
-        threads = [self._percents(thread.cpu_ns) for thread in self.threads]
+        threads = list(self._threads())
         marks = _by_row(self.monotonic_ns, [(mark.monotonic_ns, f"mark: {mark.label}") for mark in self.marks])
         events = _by_row(
             self.monotonic_ns, [(event.monotonic_ns, f"{event.kind}: {event.detail}") for event in self.events]
@@ -112,6 +113,13 @@ class History:
                 ]
             )
         return out.getvalue().encode()
+
+    def _threads(self) -> Iterator[list[float | None]]:
+        """Yield the percentages of each thread."""
+        release = LockRelease()
+        for thread in self.threads:
+            yield self._percents(thread.cpu_ns)
+            release()
 
     def _percents(self, cpu_ns: Sequence[int | None]) -> list[float | None]:
         return [
@@ -152,10 +160,11 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     if len(rows) > MAX_ROWS + 1:
         step_ns = (rows[-1]["monotonic_ns"] - rows[0]["monotonic_ns"]) // MAX_ROWS + 1
         rows = _rows(record.segments(), since_ns, step_ns)
-    totals = _totals(rows)
+    release = LockRelease()
+    totals = _totals(rows, release)
     fitting = MAX_CELLS // max(1, len(rows))
     busiest = sorted(totals, key=lambda key: (-totals[key], key))[: min(top, fitting)]
-    columns = _columns(rows, busiest)
+    columns = _columns(rows, busiest, release)
     segments = dict.fromkeys(row.segment for row in rows) if busiest else ()
     names = {key: name for segment in segments for key, name in _names(segment).items()}
     ends, starts = rows[1:], rows[:-1]
@@ -203,17 +212,18 @@ def _names(segment: Segment) -> dict[ThreadKey, str]:
     return dict(zip(_keys(segment), segment.head.names, strict=True))
 
 
-def _walk(rows: Sequence[_Row]) -> Iterator[tuple[int, Segment, list[int]]]:
+def _walk(rows: Sequence[_Row], release: LockRelease) -> Iterator[tuple[int, Segment, list[int]]]:
     """(row number, segment, CPU time of its threads) for each row; the list is good until the next one."""
     at = {(id(row.segment), row.position): number for number, row in enumerate(rows)}
     for segment in dict.fromkeys(row.segment for row in rows):
         for position, cpu_ns in enumerate(segment.walk()):
+            release()
             number = at.get((id(segment), position))
             if number is not None:
                 yield number, segment, cpu_ns
 
 
-def _totals(rows: Sequence[_Row]) -> dict[ThreadKey, int]:
+def _totals(rows: Sequence[_Row], release: LockRelease) -> dict[ThreadKey, int]:
     """CPU time that each thread burnt from the first row's start to the last one's end, ns."""
     totals: dict[ThreadKey, int] = {}
     reached: dict[ThreadKey, int] = {}
@@ -226,7 +236,7 @@ def _totals(rows: Sequence[_Row]) -> dict[ThreadKey, int]:
                 totals[key] = totals.get(key, 0) + max(0, ns - reached.get(key, 0))
                 reached[key] = ns
 
-    for number, row_segment, row_cpu_ns in _walk(rows):
+    for number, row_segment, row_cpu_ns in _walk(rows, release):
         if number == 0:
             reached = dict(zip(_keys(row_segment), row_cpu_ns, strict=True))
         if row_segment is not segment:
@@ -236,13 +246,15 @@ def _totals(rows: Sequence[_Row]) -> dict[ThreadKey, int]:
     return totals
 
 
-def _columns(rows: Sequence[_Row], keys: Sequence[ThreadKey]) -> dict[ThreadKey, list[int | None]]:
+def _columns(
+    rows: Sequence[_Row], keys: Sequence[ThreadKey], release: LockRelease
+) -> dict[ThreadKey, list[int | None]]:
     """What each of `keys` burnt in each row, ns; a thread born in a row with its whole life."""
     columns: dict[ThreadKey, list[int | None]] = {key: [None] * (len(rows) - 1) for key in keys}
     reached: dict[ThreadKey, int] = {}
     segment: Segment | None = None
     indexes: dict[ThreadKey, int] = {}
-    for number, row_segment, cpu_ns in _walk(rows):
+    for number, row_segment, cpu_ns in _walk(rows, release):
         if row_segment is not segment:
             segment = row_segment
             indexes = {key: i for i, key in enumerate(_keys(segment)) if key in columns}

@@ -16,6 +16,7 @@ from json.encoder import encode_basestring_ascii as quote
 from operator import add
 from typing import Any, Literal
 
+from vitalsd.contract.encoding import to_json
 from vitalsd.contract.host import Host
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
 from vitalsd.sources import SourceError
@@ -155,7 +156,7 @@ def encode(
             full["warnings"] += warnings
             if cut:
                 full["warnings"].append(f"only the busiest {len(shown)} of {len(order)} threads are shown")
-            return json.dumps(full, separators=(",", ":")).encode()
+            return to_json(full)
 
         body = _fitting(measurement, order, render)
         kept = measurement.encoded

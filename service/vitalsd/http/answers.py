@@ -1,11 +1,11 @@
 """Build the responses that routes share: uncached JSON, answers to HEAD, and the status of each error."""
 
-import json
 from typing import Any
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
+from vitalsd.contract.encoding import to_json
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 from vitalsd.wire import unavailable
 
@@ -27,7 +27,7 @@ class JSON(JSONResponse):
         super().__init__(content, status_code, {"Cache-Control": "no-store"})
 
     def render(self, content: Any) -> bytes:
-        return content if isinstance(content, bytes) else json.dumps(content, separators=(",", ":")).encode()
+        return content if isinstance(content, bytes) else to_json(content)
 
 
 def bare(content_type: str = JSON.media_type) -> Response:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping
 from functools import lru_cache
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -76,6 +77,7 @@ TELLING = frozenset(
     )
 )
 """Headers of a request that tell who asks."""
+ABSOLUTE = re.compile(rb"http://([^/?#]*)", re.IGNORECASE)
 ADDRESSES = 16
 """Of this machine, remembered with what ``Host`` may be there."""
 
@@ -132,7 +134,8 @@ class Gate:
                 message["headers"] = protected(message.get("headers", ()))
             await send(message)
 
-        refusal = self._refusal(scope)
+        authority = _made_relative(scope)
+        refusal = self._refusal(scope, authority)
         if refusal is not None:
             await refusal(scope, receive, guarded)
         else:
@@ -140,7 +143,7 @@ class Gate:
 
     # Admission: what is cheap to see comes first
 
-    def _refusal(self, scope: Scope) -> Response | None:
+    def _refusal(self, scope: Scope, authority: str | None) -> Response | None:
         headers: Headers = scope["headers"]
         if len(scope["raw_path"]) + len(scope["query_string"]) >= MAX_TARGET_BYTES:
             return problem("target_too_long", f"path and query have at most {MAX_TARGET_BYTES} bytes")
@@ -154,6 +157,8 @@ class Gate:
         if len(hosts) != 1 or not hosts[0]:
             return problem("no_host", "send one Host header")
         host = hosts[0].decode("latin-1").lower()
+        if authority not in (None, host):
+            return problem("bad_request", "the address of the request and its Host header name different servers")
         if not self._is_ours(host, scope):
             return problem("misdirected", f"this is not {shown(host)}; use {self._right_host(scope)}")
         if said and (refusal := _cross_site(said, scope, host, guarded=self._token is not None)):
@@ -265,6 +270,22 @@ def _cross_site(said: dict[bytes, list[bytes]], scope: Scope, host: str, *, guar
     if scope["method"] == "OPTIONS" and b"access-control-request-method" in said:
         return problem("cross_site", "no other site is ever let in")
     return None
+
+
+def _made_relative(scope: Scope) -> str | None:
+    """
+    Turn an absolute request target, as clients of a proxy send it, into a path (RFC 9112 section 3.2.2).
+
+    Returns:
+        The host and port in the target; None: it was a path already.
+    """
+    raw_path: bytes = scope["raw_path"]
+    found = ABSOLUTE.match(raw_path)
+    if found is None:
+        return None
+    scope["raw_path"] = raw_path[found.end() :] or b"/"
+    scope["path"] = unquote(scope["raw_path"].decode("ascii"))
+    return found[1].decode("ascii").lower()
 
 
 def _other_user(scope: Scope) -> Response | None:
