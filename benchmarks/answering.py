@@ -5,7 +5,8 @@ What an answer costs: CPU of the server per request, by process clock, all varia
 
 `ours` is GET /metrics?mode=trailing of a sidecar; `response_model` is the same numbers through pydantic
 objects, as FastAPI's tutorial has it; `tiny` is /healthz of the same sidecar; `h11` is an ASGI application of
-three lines on the same server and parser: what no application can go below. One client keeps the server busy
+three lines on the same server and parser: what no application can go below; `peer` is what a new connection costs
+before its first request, to ask the kernel which user opened it. One client keeps the server busy
 over one connection. Then 200 callers, each on a connection of its own, ask at once for a window of half a second, and
 again as soon as they are answered: `overshoot` is how much longer than asked the windows were that they got,
 `late` how long after the end of its window each answer was there whole.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from sampling import build
 from spread import spread
+from vitalsd.http.peer import PeerUsers
 
 REFERENCE = """
 import sys, uvicorn
@@ -104,6 +106,21 @@ def ask(client: Client, path: str, pid: int, requests: int) -> tuple[float, list
     return (cpu_ns(pid) - before) / requests / 1000, took
 
 
+def peer_us(lookups: int) -> float:
+    """CPU of one look for the user at the other end of a new connection, µs."""
+    users = PeerUsers()
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        accepted, client = listener.accept()
+        with accepted:
+            server = accepted.getsockname()
+            before = time.thread_time_ns()
+            for _ in range(lookups):
+                users.peer(client, server)
+            took_ns = time.thread_time_ns() - before
+    users.close()
+    return took_ns / lookups / 1000
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -166,7 +183,7 @@ def main() -> None:
             for name, words in sources.items()
         }
         time.sleep(5)
-        figures: dict[str, list[float]] = {"ours": [], "tiny": [], "response_model": [], "h11": []}
+        figures: dict[str, list[float]] = {"ours": [], "peer": [], "tiny": [], "response_model": [], "h11": []}
         times: list[float] = []
         client = Client(port)
         clients = {name: Client(each) for name, each in ports.items()}
@@ -174,6 +191,7 @@ def main() -> None:
             cost, took = ask(client, "/metrics?mode=trailing&window_ms=2000", ours.pid, arguments.requests)
             figures["ours"].append(cost)
             times += took
+            figures["peer"].append(peer_us(arguments.requests))
             figures["tiny"].append(ask(client, "/healthz", ours.pid, arguments.requests)[0])
             for name, other in clients.items():
                 count = arguments.requests // (4 if name == "response_model" else 1)
@@ -192,6 +210,7 @@ def main() -> None:
             **{f"{name}_spread_us": spread(values) for name, values in figures.items()},
             "response_model_to_ours": round(medians["response_model"] / medians["ours"], 1),
             "ours_to_tiny": round(medians["ours"] / medians["tiny"], 2),
+            "peer_to_ours": round(medians["peer"] / medians["ours"], 3),
             "ours_to_h11": round(medians["ours"] / medians["h11"], 2),
             "trailing_per_second_per_core": round(1e6 / medians["ours"]),
             "p99_to_p50": round(times[len(times) * 99 // 100] / times[len(times) // 2], 2),

@@ -378,9 +378,6 @@ class Systemd:
                     content = content.replace(b"Type=notify\n", b"Type=notify\nNotifyAccess=all\n")
                 lines = "".join(f"Environment={_quoted(f'{k}={v}')}\n" for k, v in environment.items())
                 content = content.replace(b"[Service]\n", b"[Service]\n" + os.fsencode(lines))
-                if any(option.partition("=")[0] == "--otlp" for option in plan.options):
-                    # A network of its own has no Collector in it; still nothing but this machine is reached.
-                    content = content.replace(b"PrivateNetwork=yes\n", b"")
             found[self._units / unit] = content
         return found
 

@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 import sys
-from ipaddress import ip_address
 
 from starlette.types import Scope
 
@@ -38,6 +37,8 @@ UID_AND_INODE = struct.Struct("=II")
 UID_AT = HEADER.size + 4 + 48 + 12
 """Behind struct inet_diag_msg's four bytes, its `id` of 48 bytes, and expires, rqueue and wqueue."""
 REPLY_BYTES = 4096
+MAPPED = bytes(10) + b"\xff\xff"
+"""Before an IPv4 address in IPv6 form (RFC 4291 section 2.5.5.2)."""
 TCP_ESTABLISHED = 1  # include/net/tcp_states.h; the first byte of struct tcp_info (linux/tcp.h)
 
 Address = tuple[str, int]
@@ -155,5 +156,7 @@ def is_open(connection: socket.socket) -> bool:
 
 def _packed(address: str) -> bytes:
     """Return the bytes of an address; an IPv4 address in IPv6 form as IPv4, because its socket at the other end is."""
-    found = ip_address(address.partition("%")[0])
-    return (getattr(found, "ipv4_mapped", None) or found).packed
+    if ":" not in address:
+        return socket.inet_pton(socket.AF_INET, address)
+    packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
+    return packed[len(MAPPED) :] if packed.startswith(MAPPED) else packed
