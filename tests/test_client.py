@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import hmac
+import itertools
 import json
 import os
 import pwd
@@ -24,7 +25,7 @@ import httpx
 import pytest
 
 import vitalsd
-from misbehaving import FAULTS, METRICS, Misbehaving, answer, says
+from misbehaving import FAULTS, METRICS, Behaviour, Misbehaving, answer, says
 from sidecars import ask, eventually, serving
 from vitalsd import endpoint as endpoints
 from vitalsd.directories import private_directory
@@ -32,6 +33,7 @@ from vitalsd.endpoint import Endpoint, Target, proof
 from vitalsd.model import FullMetrics, Measured, RuntimeMetrics, Unavailable
 from vitalsd.sources.birth import births
 from vitalsd_client import BugReport, afetch, fetch, mark
+from vitalsd_client.client import BUDGET_S
 
 ROOT = Path(__file__).parent.parent
 
@@ -239,6 +241,49 @@ def test_a_dead_sidecar_makes_way_for_the_next_one(home: Path) -> None:
         found = fetch(10)
         assert "gone.sock" in reason(found)
         assert "refused" in reason(found)
+
+
+def refuses(times: int, status: str, extra: str = "Retry-After: 1\r\n") -> Behaviour:
+    """Refuses so many requests, then answers."""
+    left = itertools.repeat(None, times)
+
+    def behave(connection: socket.socket, _: threading.Event) -> None:
+        refused = next(left, True) is None
+        body = b'{"detail": "16 large answers are being waited for already"}'
+        connection.sendall(
+            answer(body, status=status, kind="application/problem+json", extra=extra) if refused else answer(METRICS)
+        )
+
+    return behave
+
+
+@pytest.mark.parametrize("status", ["429 Busy", "503 Full"])
+@pytest.mark.parametrize("connection", ["", "Connection: close\r\n"])
+def test_fetch_waits_as_long_as_retry_after_asks(home: Path, status: str, connection: str) -> None:
+    """A sidecar that is busy for a moment costs a second and not the answer."""
+    with Misbehaving(refuses(1, status, f"Retry-After: 1\r\n{connection}")) as server:
+        begun = time.monotonic()
+        assert isinstance(fetch(10, "trailing", url=server.url), Measured)
+        assert time.monotonic() - begun >= 1
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        refuses(100, "429 Busy"),
+        refuses(100, "429 Busy", "Retry-After: 3600\r\n"),
+        refuses(100, "429 Busy", "Retry-After: Wed, 21 Oct 2026 07:28:00 GMT\r\n"),
+        refuses(100, "503 Full", ""),
+    ],
+)
+def test_fetch_of_a_sidecar_that_stays_busy_is_unavailable_within_the_budget(home: Path, behaviour: Behaviour) -> None:
+    """The reason is that of the sidecar."""
+    with Misbehaving(behaviour) as server:
+        begun = time.monotonic()
+        answered = fetch(10, "wait", url=server.url)
+        assert isinstance(answered, Unavailable)
+        assert "being waited for" in answered.reason
+        assert time.monotonic() - begun < 0.01 + BUDGET_S
 
 
 def test_a_path_is_a_path(home: Path) -> None:

@@ -413,3 +413,29 @@ def test_replay_unpacks_no_more_than_the_header_says(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000
+
+
+def test_get_of_any_route_changes_no_file_and_no_mark(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
+    """A run that crashed, with its log and its tail, is as it was, and counts as not reported."""
+    with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as crashed:
+        crashed.client.post("/marks", json={"label": "F12"}).raise_for_status()
+        wait_until(lambda: snapshots(crashed) > 5)
+        crashed.stop(signal.SIGKILL)
+    with Serving(tmp_path, "--record-interval", "0") as serving:
+        before = content_of(tmp_path / "runs")
+        [run] = serving.get("/runs")
+        assert {Path(name).suffix for name in before} >= {".sqlite", ".sqlite-wal", ".tail"}
+        paths = serving.get("/openapi.json")["paths"]
+        for path in [path for path, methods in paths.items() if "get" in methods]:
+            for query in ("", f"?run={run['id']}", "?seconds=5", "?window_ms=20&detail=full", "?mode=trailing"):
+                for method in ("GET", "HEAD"):
+                    with serving.client.stream(method, path.replace("{run_id}", run["id"]) + query) as answer:
+                        assert answer.status_code < 500
+        assert content_of(tmp_path / "runs") == before
+        assert serving.get("/runs") == [run]
+        assert run["reported"] is False
+
+
+def content_of(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """The time of the last change and the content of each file."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()}

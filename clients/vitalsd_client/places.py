@@ -79,6 +79,7 @@ class Sidecar:
                     if time.monotonic() + pause_s + needs_s > deadline:
                         return answer
                     time.sleep(pause_s)
+                    connection, headers = self._proven(stack, deadline)
 
             yield request
 
