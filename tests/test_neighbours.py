@@ -28,8 +28,8 @@ pytestmark = [
 OTHER = 65501
 VISIBLE = ["/metrics?window_ms=10", "/metrics?window_ms=10&sort=cpu&limit=1", "/healthz", "/", "/docs"]
 HIDDEN = [
-    *("/metrics?window_ms=10&detail=full", "/metrics?window_ms=10&mode=trailing", "/stream", "/processes", "/info"),
-    *("/history", "/marks", "/runs", "/runs/{run}/history", "/report.zip", "/report.zip?run={run}", "/openapi.json"),
+    *("/metrics?window_ms=10&detail=full", "/stream", "/processes", "/info", "/history"),
+    *("/marks", "/runs", "/runs/{run}/history", "/report.zip", "/report.zip?run={run}", "/openapi.json"),
 ]
 WRITES = ["/marks", "/report.zip", "/runs/{run}/reported"]
 MEMBERS = {"runtime-metrics.json", "runtime-history.json", "marks.json", "previous-run.json"}
@@ -151,6 +151,16 @@ def test_another_user_over_tcp_sees_what_ps_and_top_show_and_changes_nothing(
     assert json.loads(send(sidecar["socket"], "GET", "/marks").body) == []
     [crashed] = [each for each in runs(sidecar) if each["state"] == "crashed"]
     assert not crashed["reported"]
+
+
+def test_trailing_window_for_another_user_is_the_coming_one(sidecar: dict[str, Any], tries: Neighbour) -> None:
+    """What was recorded before is for the owner, and a client of another user works all the same."""
+    content = request(sidecar, "/metrics?window_ms=400&mode=trailing", head="Connection: close\r\n")
+    begun = time.monotonic()
+    status, body = status_and_body(tries(dial=sidecar["url"], send=content))
+    assert status == 200
+    assert json.loads(body)["sample_window_ms"] >= 400
+    assert time.monotonic() - begun >= 0.4
 
 
 def test_root_over_tcp_has_every_route_of_the_owner(home: Path) -> None:

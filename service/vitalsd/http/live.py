@@ -89,7 +89,8 @@ def live_routes(
         try:
             async with targets.target(query.pid, peer) as target:
                 identity = await target.identity()
-                record = target.record if query.mode == "trailing" else None
+                # The record is the past, which is for the owner: another user waits for the coming window.
+                record = target.record if query.mode == "trailing" and peer.is_owner else None
                 measurement = record.window(query.window_ms) if record else None
                 mode = "wait" if measurement is None else query.mode
                 if measurement is None:
@@ -210,8 +211,8 @@ def _private(query: MetricsQuery, targets: Targets, hides_processes: Callable[[]
     """Return a refusal if `query` asks for more than ps(1) and top(1) show to another user of the machine."""
     if targets.default.replay is not None:
         return problem("another_user", "a recorded run is for the user that replays it")
-    if query.detail != "basic" or query.mode != "wait":
-        return problem("another_user", "detail=full and mode=trailing are for the owner of the sidecar")
+    if query.detail != "basic":
+        return problem("another_user", "detail=full is for the owner of the sidecar")
     if hides_processes():
         return problem("another_user", "/proc is mounted with hidepid here: processes are hidden from other users")
     return None
