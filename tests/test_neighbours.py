@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from edge import Reply, exchange
+from edge import Reply, dial, exchange
 from sidecars import eventually, serving
 from target import Target
 from vitalsd_client import BugReport, Measured, fetch
@@ -257,6 +257,37 @@ class Replayed:
 
 
 # What it takes from the owner
+
+
+def test_windows_and_processes_of_clients_that_leave_are_free_at_once(home: Path) -> None:
+    """64 windows of a minute, and as many other processes as there may be, left by the owner over TCP."""
+    with Target() as target, serving(home, "--record-interval", "0") as (_, ready), Neighbour(0) as root:
+        for i in range(64):
+            root(leave=ready["url"], send=request(ready, f"/metrics?window_ms={60_000 - i}"), reset=False, times=1)
+            content = request(ready, f"/metrics?window_ms={60_000 - i}&pid={target.pid}")
+            root(leave=ready["url"], send=content, reset=i % 2 == 0, times=1)
+        for query in ("window_ms=50", f"window_ms=51&pid={target.pid}"):
+            assert send(ready["url"], "GET", f"/metrics?{query}").status == 200
+
+
+def test_streams_of_clients_that_leave_at_once_take_no_place(home: Path, tries: Neighbour) -> None:
+    """Whenever the client leaves, before the first event or after it."""
+    with serving(home, "--record-interval", "0.1") as (_, ready):
+        content = request(ready, "/stream?interval_ms=10")
+        with Neighbour(0) as root:
+            for reset in (False, True):
+                root(leave=ready["url"], send=content, reset=reset, times=200)
+
+        def free() -> bool:
+            streams = [dial(ready["url"]) for _ in range(8)]
+            for each in streams:
+                each.sendall(content.encode())
+            heads = [each.recv(20) for each in streams]
+            for each in streams:
+                each.close()
+            return all(head.startswith(b"HTTP/1.1 200 ") for head in heads)
+
+        eventually(free)
 
 
 def tables_of(ready: dict[str, Any]) -> list[str]:

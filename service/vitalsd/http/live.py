@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from vitalsd import __version__
 from vitalsd.admission import Busy, Peer, Shares
@@ -135,27 +136,25 @@ def live_routes(
             kept = stack.pop_all()
 
         async def events() -> AsyncIterator[bytes]:
-            async with kept:
-                try:
-                    number, until_s = 0, time.monotonic() + stream_s
-                    async for measurement in windows:
-                        number += 1
-                        body = encode(
-                            measurement,
-                            identity,
-                            requested_ms=query.interval_ms,
-                            sort=query.sort,
-                            limit=query.limit,
-                            labels=labels,
-                        )
-                        yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)
-                        if time.monotonic() >= until_s:
-                            break
-                except SourceError as error:
-                    yield b"event: unavailable\ndata: %b\n\n" % unavailable(error, targets.default.platform)
+            try:
+                number, until_s = 0, time.monotonic() + stream_s
+                async for measurement in windows:
+                    number += 1
+                    body = encode(
+                        measurement,
+                        identity,
+                        requested_ms=query.interval_ms,
+                        sort=query.sort,
+                        limit=query.limit,
+                        labels=labels,
+                    )
+                    yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)
+                    if time.monotonic() >= until_s:
+                        break
+            except SourceError as error:
+                yield b"event: unavailable\ndata: %b\n\n" % unavailable(error, targets.default.platform)
 
-        headers = {"Content-Type": EVENTS, "Cache-Control": "no-store", **UNBUFFERED}
-        return StreamingResponse(events(), headers=headers)
+        return _Events(events(), kept)
 
     @routes.api_route("/processes", methods=READING, summary="Processes this user may sample")
     async def processes(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
@@ -199,6 +198,24 @@ def live_routes(
         return JSON(await _info(targets.default, application))
 
     return routes
+
+
+class _Events(StreamingResponse):
+    """
+    Server-Sent Events, and what they need, which is released at the end.
+
+    Args:
+        events: the bytes of the events.
+        needed: closed when the last event was sent or the client has left, even if that was before the first event.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], needed: AsyncExitStack) -> None:
+        super().__init__(events, headers={"Content-Type": EVENTS, "Cache-Control": "no-store", **UNBUFFERED})
+        self._needed = needed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._needed:
+            await super().__call__(scope, receive, send)
 
 
 def _recording_warnings(target: Target) -> tuple[str, ...]:
