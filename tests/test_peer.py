@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from edge import Edge, get, whole_app
 from vitalsd.admission import Peer
 from vitalsd.http.peer import PeerUsers, is_open
 
@@ -100,8 +101,18 @@ def test_peer_of_an_address_without_a_socket_is_not_determined(users: PeerUsers)
         assert users.peer(("127.0.0.1", 1), listener.getsockname()) is None
 
 
+def test_sidecar_that_cannot_determine_users_says_so_and_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has no such netlink protocol; the note says what to do. With a token there is nothing to say."""
+    monkeypatch.setattr("vitalsd.http.peer.NETLINK_SOCK_DIAG", 31)
+    for token in (None, "a" * 43):
+        with Edge(whole_app(), token=token) as edge:
+            assert get(edge.url, "/metrics?window_ms=10").status == (200 if token is None else 401)
+            notes = " ".join(edge._sidecar.notes)
+            assert ("--auth token" in notes) == (token is None)
+
+
 def test_peer_without_a_netlink_socket_is_not_determined() -> None:
-    """The sidecar says so at its start."""
+    """As after the end of the sidecar."""
     users = PeerUsers()
     users.close()
     with socket.create_server(("127.0.0.1", 0)) as listener:
