@@ -13,6 +13,7 @@ from vitalsd.report.previous_run import Subject, choose, find, is_alive, member
 from vitalsd.runs import RunDirectory
 from vitalsd.stored_run import Run, UnreadableRun, read_run
 from vitalsd_client.patience import Call
+from vitalsd_client.privacy import harmless
 from vitalsd_client.recorded_data import own_subject, run_directory
 
 __all__ = ["Crash", "last_crash"]
@@ -79,7 +80,7 @@ class Crash:
             while (run := choose([run.to_json() for run in runs.values()], self._subject, alive).run) is not None:
                 self._directory.mark_reported(runs.pop(run["id"]))
         except (UnreadableRun, OSError) as error:
-            log.warning("the crashed run %s could not be dismissed: %s", self.run_id, error)
+            log.warning("the crashed run %s could not be dismissed: %s", self.run_id, harmless(str(error)))
             return False
         return True
 
@@ -107,7 +108,7 @@ def last_crash(app: str | None = None) -> Crash | None:
             return None
         return call.result()
     except Exception as error:  # noqa: BLE001 - a client must start whatever is on the disk
-        log.warning("the last crash is not known: %s: %s", type(error).__name__, error)
+        log.warning("the last crash is not known: %s: %s", type(error).__name__, harmless(str(error)))
         return None
 
 
@@ -119,7 +120,7 @@ def _read(app: str | None) -> Crash | None:
     found = find(directory, subject, None, read=False)
     if found.run is None:
         if found.failure is not None:
-            log.info("%s", found.failure.reason)
+            log.info("%s", harmless(found.failure.reason))
         return None
     return _crash(found.run, directory, subject)
 

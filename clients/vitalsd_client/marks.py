@@ -9,6 +9,7 @@ from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources.python_names import publish_names
 from vitalsd_client.places import NoSidecar, locate, refusal
+from vitalsd_client.privacy import harmless
 
 __all__ = ["mark"]
 
@@ -54,5 +55,5 @@ def mark(
     except (NoSidecar, ExchangeError, OSError) as error:
         reason = str(error)
     if reason is not None:
-        log.warning("the mark %r was not recorded: %s", cleaned, reason)
+        log.warning("the mark %r was not recorded: %s", cleaned, harmless(reason))
     return reason is None

@@ -109,12 +109,16 @@ def check_url(url: str) -> str:
     Raises:
         ValueError: it is anything else.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url!r} is not an http or https URL")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{url!r} is not an http or https URL; one looks like https://reports.example.com/reports")
     if parts.username is not None:
         raise ValueError("a password in a URL ends up in logs; let the server accept reports without one")
-    if parts.scheme == "http" and not _is_here(parts.hostname):
+    if parts.scheme == "http" and not _is_here(parts.hostname or ""):
         raise ValueError(f"a report goes to another machine over https only, not to {url!r}")
     return url
 

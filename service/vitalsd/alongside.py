@@ -522,7 +522,7 @@ def _answer(process: _Process, reader: int, log_file: IO[bytes], deadline: float
     try:
         answer: dict[str, Any] = json.loads(content)
         if (reason := answer.get("error")) is not None:
-            raise SpawnError(str(reason))
+            raise SpawnError(_one_line(str(reason)))
         return {key: answer[key] for key in ("pid", "url", "socket", "runtime_file")} | {"token": answer.get("token")}
     except (ValueError, AttributeError, KeyError):
         raise SpawnError(f"this is no sidecar, it said {content[:80]!r}") from None
@@ -543,4 +543,11 @@ def _last_line(log_file: IO[bytes]) -> str:
     log_file.seek(max(0, size - MAX_ANSWER_BYTES))
     lines = log_file.read().decode("utf-8", "replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f": {''.join(c if c.isprintable() else '?' for c in last)[:400]}" if last else ""
+    return f": {_one_line(last, 400)}" if last else ""
+
+
+def _one_line(text: str, *limit: int) -> str:
+    """See `vitalsd.wire.one_line`, which is imported only for an error."""
+    from vitalsd.wire import one_line
+
+    return one_line(text, *limit)

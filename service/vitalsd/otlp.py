@@ -81,12 +81,13 @@ def endpoint_of(url: str) -> str:
     Raises:
         ValueError: it is no such URL.
     """
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        usable = usable and not (parts.query or parts.fragment or parts.username is not None)
     except ValueError:
         usable = False
-    if not usable or parts.query or parts.fragment or parts.username is not None:
+    if not usable:
         raise ValueError(f"{url!r} is not the URL of a Collector; one looks like {DEFAULT_URL}")
     return url if parts.path.endswith(PATH) else url.rstrip("/") + PATH
 

@@ -27,8 +27,10 @@ __all__ = [
     "Sort",
     "encode",
     "iso",
+    "one_line",
     "os_version",
     "printable",
+    "shortened",
     "target_json",
     "unavailable",
     "unavailable_json",
@@ -40,6 +42,8 @@ Sort = Literal["tid", "cpu", "name"]
 MAX_THREADS = 20_000
 MAX_BYTES = 8 << 20
 """Of one answer. What does not fit is left out, the idlest threads first, and the answer says so."""
+MAX_LINE = 1000
+"""Characters of an error message or of a line of a log."""
 MAX_KEPT = 16
 """Different answers kept of one measurement, of no more than `MAX_BYTES` together."""
 
@@ -66,6 +70,23 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def one_line(text: str, limit: int = MAX_LINE) -> str:
+    """Return `text` cut by `shortened` and escaped by `printable`, for an error message or a line of a log."""
+    return printable(shortened(text, limit))
+
+
+def shortened(text: str, limit: int = MAX_LINE) -> str:
+    """
+    Return `text`, or, of more than `limit` characters, its beginning and its end.
+
+    A message begins with what failed and ends with the remedy.
+    """
+    if len(text) <= limit:
+        return text
+    head, tail = text[: 2 * limit // 3], text[-(limit // 3) :]
+    return f"{head} [{len(text) - len(head) - len(tail)} characters left out] {tail}"
 
 
 def unavailable(error: SourceError | str, platform: str) -> bytes:

@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, cast
 
@@ -64,12 +65,44 @@ class _Program(click.Group):
                     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for the whole run
         try:
             return super().main(*args, **kwargs)
-        except OSError as error:
-            if error.filename is not None or error.errno not in UNWRITABLE:
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries once more
-            click.echo(f"vitalsd: cannot write to standard output: {error.strerror}", err=True)
+        except Exception as error:  # noqa: BLE001 - printed here, because Python would print its text as it is
+            if isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries once more
+                click.echo(f"vitalsd: cannot write to standard output: {error.strerror}", err=True)
+            else:
+                _print_traceback()
             sys.exit(1)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the options that precede the command. Raises `click.UsageError`, whose text is escaped and cut."""
+        with _escaped():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Raises `click.ClickException`, whose text is escaped and cut."""
+        with _escaped():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _escaped() -> Iterator[None]:
+    """Escape and cut the text of an error of click, which quotes arguments as they are."""
+    try:
+        yield
+    except click.ClickException as error:
+        from vitalsd.wire import one_line
+
+        error.message = one_line(error.message)  # type: ignore[misc]  # click declares it final
+        raise
+
+
+def _print_traceback() -> None:
+    import traceback
+
+    from vitalsd.wire import one_line
+
+    for line in traceback.format_exc().splitlines():
+        click.echo(one_line(line), err=True)
 
 
 @click.group(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Failed, Number, platform_of, raise_descriptor_limit
+from vitalsd.cli.options import Failed, Number, complain, platform_of, raise_descriptor_limit
 from vitalsd.frozen import NotRunnableError, own_command
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def doctor(context: click.Context, as_json: bool, soak: float | None) -> None:
     try:
         healthy = _examine(context, as_json, soak)
     except KeyboardInterrupt:
-        click.echo("vitalsd: interrupted", err=True)
+        complain("interrupted")
         raise SystemExit(130) from None
     except NotRunnableError as error:
         raise Failed(str(error)) from None

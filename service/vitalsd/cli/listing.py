@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import print_table, runs_path
+from vitalsd.cli.options import complain, print_table, runs_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,14 +24,13 @@ def runs(as_json: bool) -> None:
     import json
 
     from vitalsd.runs import RunDirectory
-    from vitalsd.wire import printable
 
     path = runs_path()
     found, unreadable, older = RunDirectory(path).scan()
     for reason in unreadable.values():
-        click.echo(f"vitalsd: {printable(reason)}", err=True)
+        complain(reason)
     if older:
-        click.echo(f"vitalsd: {older} older runs in {path} are not listed", err=True)
+        complain(f"{older} older runs in {path} are not listed")
     if as_json:
         click.echo(json.dumps([run.to_json() for run in found], indent=2))
         return
@@ -100,7 +99,7 @@ def endpoints(as_json: bool, check: bool) -> None:
     else:
         _show(found)
         for path, reason in ill.items():
-            click.echo(f"vitalsd: {path.name}: {reason}", err=True)
+            complain(f"{path.name}: {reason}")
     if check and (ill or not found):
         raise SystemExit(1)
 

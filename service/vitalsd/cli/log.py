@@ -28,11 +28,11 @@ class _Text(logging.Formatter):
     """``vitalsd: a sentence``, and after a bug its traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        from vitalsd.wire import printable
+        from vitalsd.wire import one_line
 
-        lines = [f"vitalsd: {printable(record.getMessage())}"]
+        lines = [f"vitalsd: {one_line(record.getMessage())}"]
         if record.exc_info:
-            lines += map(printable, self.formatException(record.exc_info).splitlines())
+            lines += map(one_line, self.formatException(record.exc_info).splitlines())
         return "\n".join(lines)
 
 
@@ -40,16 +40,16 @@ class _Json(logging.Formatter):
     """One object a line, in ASCII: what a stranger has named breaks neither the line nor a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        from vitalsd.wire import iso
+        from vitalsd.wire import iso, shortened
 
         entry = {
             "time": iso(round(record.created * 1e9)),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": shortened(record.getMessage()),
         }
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+            entry["exception"] = "\n".join(map(shortened, self.formatException(record.exc_info).splitlines()))
         return json.dumps(entry)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "app_option",
     "app_version_option",
     "application_of",
+    "complain",
     "exclude",
     "find_target",
     "host_option",
@@ -122,8 +123,15 @@ port_option = click.option(
 )
 
 
+def complain(text: str) -> None:
+    """Print one line on stderr; what others wrote is shown escaped and cut."""
+    from vitalsd.wire import one_line
+
+    click.echo(f"vitalsd: {one_line(text)}", err=True)
+
+
 class Failed(click.ClickException):
-    """It cannot be done: one line and exit status 1."""
+    """It cannot be done: one line, which the program escapes and cuts, and exit status 1."""
 
     def show(self, file: "IO[Any] | None" = None) -> None:
         click.echo(f"vitalsd: {self.message}", err=True)
@@ -136,8 +144,10 @@ class Refused(Failed):
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """Aligned columns; what a stranger named is shown escaped."""
-    shown = [head, *([cell if cell.isprintable() else ascii(cell)[1:-1] for cell in row] for row in rows)]
+    """Print aligned columns; what others wrote is shown escaped and cut."""
+    from vitalsd.wire import one_line
+
+    shown = [head, *(list(map(one_line, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

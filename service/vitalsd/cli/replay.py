@@ -28,7 +28,6 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
     from vitalsd.sources import NoSuchProcess, Source
     from vitalsd.stored_run import UnreadableRun
     from vitalsd.targets import Targets
-    from vitalsd.wire import printable
 
     def no_process(pid: int) -> Source:
         raise NoSuchProcess(f"this is a replay of {file.name}; it has no process {pid}")
@@ -37,9 +36,9 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
         try:
             replayed = Replay(read_replay_file(file))
         except UnreadableRun as error:
-            raise Failed(printable(str(error))) from None
+            raise Failed(str(error)) from None
         except OSError as error:
-            raise Failed(printable(f"cannot read {file}: {error.strerror}")) from None
+            raise Failed(f"cannot read {file}: {error.strerror}") from None
         import_service()
         serve_until_signal(
             Targets(replayed, no_process),

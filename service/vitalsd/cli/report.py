@@ -13,10 +13,11 @@ from vitalsd.cli.options import (
     app_option,
     app_version_option,
     application_of,
+    complain,
     runs_path,
 )
 from vitalsd.contract.report_archive import MANIFEST, PREVIOUS_RUN
-from vitalsd.wire import printable
+from vitalsd.wire import one_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,7 +147,7 @@ def report(
         if PREVIOUS_RUN not in bundle.members:
             _list_crashed_runs(app)
     for complaint in complaints:
-        click.echo(f"vitalsd: {printable(complaint)}", err=True)
+        complain(complaint)
     result = {
         "report_id": bundle.report_id,
         "file": None if written is None else str(written),
@@ -186,7 +187,7 @@ def _save_original(sidecar: "Sidecar", name: str, out: Path | None, *, added: bo
 
     if added:
         raise Refused(
-            f"{printable(name)} is replayed there, and a replay hands out the original report: leave out"
+            f"{name} is replayed there, and a replay hands out the original report: leave out"
             " all options but --url and --out"
         )
     try:
@@ -194,7 +195,7 @@ def _save_original(sidecar: "Sidecar", name: str, out: Path | None, *, added: bo
     except ExchangeError as error:
         raise Failed(str(error)) from None
     if answer.content_type != "application/zip":
-        raise Failed(f"{printable(name)} is replayed there, which is not a report; nothing was written")
+        raise Failed(f"{name} is replayed there, which is not a report; nothing was written")
     directory = out or Path()
     try:
         directory.mkdir(exist_ok=True)
@@ -214,10 +215,9 @@ def _running_target(app: str | None) -> int | None:
         return fitting[0]
     if anonymous := [pid for its_app, pid in found if its_app is None]:
         pids = ", ".join(map(str, anonymous[:SHOWN_RUNS]))
-        click.echo(
-            f"vitalsd: no sidecar of {app} is running; those of the processes {pids} have no application id and are"
-            " left out; to make the report of one of them: --pid N",
-            err=True,
+        complain(
+            f"no sidecar of {app} is running; those of the processes {pids} have no application id and are"
+            " left out; to make the report of one of them: --pid N"
         )
     return None
 
@@ -252,7 +252,7 @@ def _preview(bundle: "Bundle", manifest: "dict[str, Any]", *, as_json: bool) -> 
 
 def _say_what_is_missing(manifest: "dict[str, Any]") -> None:
     for failure in manifest["failures"]:
-        click.echo(f"vitalsd: {failure['member']}: {printable(failure['reason'])}", err=True)
+        complain(f"{failure['member']}: {failure['reason']}")
 
 
 def _list_crashed_runs(app: str | None) -> None:
@@ -268,11 +268,11 @@ def _list_crashed_runs(app: str | None) -> None:
     runs = [run for run in runs if (app is None or run.application.app in (None, app)) and not alive(run.to_json())]
     if not runs:
         return
-    click.echo("vitalsd: crashed runs on disk that no report contains; include one with --run ID:", err=True)
+    complain("crashed runs on disk that no report contains; include one with --run ID:")
     for run in runs[:SHOWN_RUNS]:
         app = run.application.app or "no application id"
         seen = "" if run.last_wall_ns is None else f", last seen {_shown(run.last_wall_ns / 1e9)}"
-        click.echo(printable(f"  {run.id}  {app}, {run.identity.name}{seen}, {run.ended or 'end not seen'}"), err=True)
+        click.echo(one_line(f"  {run.id}  {app}, {run.identity.name}{seen}, {run.ended or 'end not seen'}"), err=True)
     if len(runs) > SHOWN_RUNS:
         click.echo(f"  and {len(runs) - SHOWN_RUNS} more; `vitalsd runs` lists them", err=True)
 
@@ -300,7 +300,7 @@ def spool_list(as_json: bool) -> None:
     for entry in entries:
         size = f"{entry.size:>9} B" if entry.size else " " * 11
         line = f"{entry.report_id}  {entry.state:7}  {_shown(entry.added)}  {size}  {entry.url or '-'}  {entry.note}"
-        click.echo("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line).rstrip())
+        click.echo(one_line(line).rstrip())
 
 
 @spool.command("send")
@@ -403,10 +403,9 @@ def _readdress(kept: "Spool", url: str, report_id: str | None) -> None:
     """Send one report to `url`, wherever it was to go; of all that have another URL only say how."""
     others = [entry for entry in kept.entries() if entry.state == "pending" and entry.url not in (None, url)]
     if report_id is None and others:
-        click.echo(
-            f"vitalsd: {len(others)} with a URL of their own go there and not to --url; "
-            "to change that, one at a time: vitalsd spool send REPORT_ID --url URL",
-            err=True,
+        complain(
+            f"{len(others)} with a URL of their own go there and not to --url; "
+            "to change that, one at a time: vitalsd spool send REPORT_ID --url URL"
         )
     if report_id is not None and any(entry.report_id == report_id for entry in others):
         # Only then: what its server asked for is not undone by naming that server again.
@@ -448,7 +447,8 @@ def _send(
         said = attempt.number if isinstance(attempt, Receipt) else attempt.reason
         results.append({"report_id": outcome.report_id, "sent": sent, "receipt" if sent else "reason": said})
         if not quiet:
-            click.echo(f"{outcome.report_id}: {'sent, receipt ' if sent else 'not sent: '}{said}", err=not sent)
+            line = f"{outcome.report_id}: {'sent, receipt ' if sent else 'not sent: '}{said}"
+            click.echo(one_line(line), err=not sent)
     left = [entry for entry in kept.entries() if entry.state == "pending" and report_id in (None, entry.report_id)]
     tried = {result["report_id"] for result in results}
     for entry in left:

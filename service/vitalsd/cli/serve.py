@@ -206,7 +206,9 @@ def serve(
                 otlp_interval_s=otlp_interval,
             )
         except click.ClickException as error:
-            waiting.send(error=error.message)
+            from vitalsd.wire import one_line
+
+            waiting.send(error=one_line(error.message))
             raise
 
 

@@ -47,9 +47,10 @@ class Serving(click.Command):
         except click.UsageError as error:
             if fd := re.search(r"(?:^|\0)--ready-fd[=\0]([0-9]{1,9})(?:$|\0)", given):
                 from vitalsd.alongside import ReadyFd
+                from vitalsd.wire import one_line
 
                 with suppress(OSError):
-                    ReadyFd(int(fd[1])).send(error=error.format_message())
+                    ReadyFd(int(fd[1])).send(error=one_line(error.format_message()))
             as_json = re.search(r"(?:^|\0)--log-format[=\0]json(?:$|\0)", given)
             with logging_as("json" if as_json else "text"):
                 raise

@@ -6,6 +6,7 @@ from vitalsd.cli.options import (
     Failed,
     Number,
     Refused,
+    complain,
     exclude,
     find_target,
     name_option,
@@ -102,7 +103,7 @@ def top(
                 count=count,
                 as_json=as_json,
                 say=click.echo,
-                note=lambda text: click.echo(f"vitalsd: {text}", err=True),
+                note=complain,
             )
             raise SystemExit(0 if whole else 1)
     except (SourceError, ExchangeError) as error:

@@ -19,6 +19,7 @@ from types import TracebackType
 import h11
 
 from vitalsd.socket_file import direct_socket, peer_uid
+from vitalsd.wire import one_line
 
 __all__ = ["Answer", "Connection", "ExchangeError"]
 
@@ -30,7 +31,15 @@ RETRY_AFTER = re.compile(rb"[0-9]{1,5}")
 
 
 class ExchangeError(Exception):
-    """There is no answer; ``str(error)`` says what happened instead."""
+    """
+    Report that there is no answer; ``str(error)`` says what happened instead.
+
+    Args:
+        reason: may quote what the other end sent; it is escaped and cut.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(one_line(reason))
 
 
 @dataclass(frozen=True, slots=True)

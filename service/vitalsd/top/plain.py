@@ -1,5 +1,6 @@
 """The view where there is no screen: a line for each sample, for pipes, files and logs."""
 
+import json
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -18,7 +19,8 @@ def lines(
     feed: Feed, *, count: int | None, as_json: bool, say: Callable[[str], None], note: Callable[[str], None]
 ) -> bool:
     """
-    Say a head and then a line per sample, or with `as_json` each answer as it is; marks and events go to `note`.
+    Say a head and then a line per sample, or with `as_json` each answer as it is; marks and events go to `note`,
+    which escapes and cuts them.
 
     Args:
         count: end after so many samples; ``None``: when the target does.
@@ -34,7 +36,7 @@ def lines(
         match news:
             case Sample():
                 if as_json:
-                    say(news.body.decode())
+                    say(_ascii(news.body))
                 else:
                     if said == 0:
                         say(HEAD)
@@ -43,11 +45,17 @@ def lines(
                 if said == count:
                     break
             case Note():
-                note(f"{_clock(news.wall_ms)} {news.kind}: {printable(news.text)}")
+                note(f"{_clock(news.wall_ms)} {news.kind}: {news.text}")
             case Trouble() | Ended() if news.reason != last:
                 last = news.reason
-                note(printable(last))
+                note(last)
     return said >= (count or 1)
+
+
+def _ascii(body: bytes) -> str:
+    """Return an answer as one line of ASCII: that of another server may have line ends and C1 controls."""
+    text = body.decode()
+    return text if text.isascii() and text.isprintable() else json.dumps(json.loads(text))
 
 
 def _line(sample: Sample) -> str:

@@ -15,7 +15,7 @@ from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source, SourceError, TargetGone
 from vitalsd.top.news import News, Note, Past, Sample, Subject
-from vitalsd.wire import encode
+from vitalsd.wire import encode, one_line
 from vitalsd_client.places import Sidecar
 
 __all__ = ["Direct", "Pause", "Remote"]
@@ -148,7 +148,7 @@ class Remote:
             if self.final:
                 yield from self._last_window(table)
             if ended:
-                raise TargetGone(ended)
+                raise TargetGone(one_line(str(ended)))
         else:
             yield self._subject(self._json("/metrics", {"window_ms": 10, "detail": "full", **who})["target"])
         window_ms = min(60_000, max(10, round(self._interval_s * 1000)))
@@ -166,7 +166,7 @@ class Remote:
             # No news: the recorder is slower than we are, or it has stopped.
             elif recorded and (ended := (self._json("/info")["recorder"] or {}).get("ended")):
                 yield from self._latest()
-                raise TargetGone(ended)
+                raise TargetGone(one_line(str(ended)))
             uptime_s = now_s
             due = max(due + self._interval_s, time.monotonic())
             if not pause(due):
@@ -212,7 +212,7 @@ class Remote:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             reason = f"{path} was answered with status {answer.status}"
         if answer.status == 410:
-            raise TargetGone(reason)
+            raise TargetGone(one_line(reason))
         raise ExchangeError(reason)
 
 
