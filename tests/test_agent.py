@@ -55,12 +55,10 @@ def test_the_property_list_says_what_it_should(short_path: Path) -> None:
     assert path.stem == job["Label"] == LABEL
     assert job["ProgramArguments"] == [sys.executable, "-P", "-m", "vitalsd", "serve"]
     assert job["Sockets"] == {
-        "http": {
-            "SockFamily": "IPv4",
-            "SockNodeName": "127.0.0.1",
-            "SockServiceName": "9779",
-            "SockType": "stream",
-        },
+        "http": [
+            {"SockFamily": family, "SockNodeName": address, "SockServiceName": "9779", "SockType": "stream"}
+            for family, address in (("IPv4", "127.0.0.1"), ("IPv6", "::1"))
+        ],
         "unix": {
             "SockPathMode": 0o600,
             "SockPathName": str(short_path / "run" / "agent.sock"),
@@ -81,7 +79,7 @@ def test_with_a_name_it_runs_from_the_login_on(short_path: Path) -> None:
     job = plistlib.loads(content)
     assert job["ProgramArguments"][-2:] == ["--name", name]
     assert job["KeepAlive"] == {"SuccessfulExit": False}
-    assert job["Sockets"]["http"]["SockServiceName"] == "1234"
+    assert [each["SockServiceName"] for each in job["Sockets"]["http"]] == ["1234", "1234"]
     assert job["EnvironmentVariables"] == {"VITALSD_STATE_DIR": "/s & t"}
 
 

@@ -883,7 +883,7 @@ def test_listed_processes_agree_with_psutil(start: Start) -> None:
     assert list(entries) == sorted(entries)
     oracle = psutil.Process(target.pid)
     entry = entries[target.pid]
-    assert (entry.thread_count, entry.uid) == (5, os.geteuid())
+    assert (entry.thread_count, set(entry.uids)) == (5, {os.geteuid()})
     assert entry.started_unix_ns / 1e9 == pytest.approx(oracle.create_time(), abs=1.1)
     assert entry.rss_bytes == pytest.approx(oracle.memory_info().rss, rel=0.02)
     for pid, entry in entries.items():

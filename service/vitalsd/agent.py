@@ -259,7 +259,8 @@ class Launchd:
         plan = self._plan
         job = plistlib.loads(_template("launchd", f"{LABEL}.plist"))
         job["ProgramArguments"], environment = plan.start()
-        job["Sockets"]["http"]["SockServiceName"] = str(plan.port)
+        for each in job["Sockets"]["http"]:
+            each["SockServiceName"] = str(plan.port)
         job["Sockets"]["unix"]["SockPathName"] = str(agent_socket(plan.runtime))
         job["StandardOutPath"] = job["StandardErrorPath"] = str(self._log)
         if environment:

@@ -23,13 +23,14 @@ from vitalsd.directories import (
     runtime_directories,
     socket_name,
 )
-from vitalsd.socket_file import SocketLock, answers, direct_socket
+from vitalsd.socket_file import ELSEWHERE, SocketLock, answers, direct_socket
 
 __all__ = [
     "BACKLOG",
     "DEFAULT_PORT",
     "ListenError",
     "Listeners",
+    "NoAddress",
     "PortInUse",
     "UnixListener",
     "adopt",
@@ -40,6 +41,9 @@ __all__ = [
 ]
 
 DEFAULT_PORT = 9779
+LOOPBACK, LOOPBACK_6 = "127.0.0.1", "::1"
+PAIR_TRIES = 8
+"""Free ports of 127.0.0.1 that are tried until one is free on ::1 too."""
 BACKLOG = 64
 """Kept small: without free descriptors asyncio retries the whole backlog at once, a traceback each."""
 
@@ -50,6 +54,10 @@ class ListenError(Exception):
 
 class PortInUse(ListenError):
     """Somebody else listens on the port."""
+
+
+class NoAddress(ListenError):
+    """The machine has no such address: IPv6 is off, for example."""
 
 
 def is_remote(host: str) -> bool:
@@ -64,10 +72,9 @@ def is_remote(host: str) -> bool:
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     try:
-        # One family: a client that tried both would get two answers.
-        return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        return ipaddress.ip_address(LOOPBACK if host == "localhost" else host)
     except ValueError:
-        raise ListenError(f"{host} is not an IP address; give one such as 127.0.0.1") from None
+        raise ListenError(f"{host} is not an IP address; give one such as {LOOPBACK}") from None
 
 
 def bind_tcp(host: str, port: int) -> socket.socket:
@@ -79,6 +86,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
 
     Raises:
         PortInUse: the port is taken.
+        NoAddress: this machine has no such address.
         ListenError: any other refusal.
     """
     address = _address(host)
@@ -95,6 +103,8 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"port {port} on {address} is in use") from None
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise NoAddress(f"this machine has no address {address}: {error.strerror}") from None
         raise ListenError(f"cannot listen on {address} port {port}: {error.strerror}") from None
     return listener
 
@@ -139,15 +149,19 @@ class UnixListener:
             raise
 
     def _clear(self) -> None:
-        """Make way for the socket, if what is there is one whose owner is dead."""
+        """Make way for the socket, if what is there is one of this user that no process has open."""
         try:
             found = os.lstat(self.path)
         except FileNotFoundError:
             return
+        if found.st_uid != os.geteuid():
+            raise ListenError(
+                f"{self.path} exists and belongs to user {found.st_uid}; it is left alone: remove it, or {ELSEWHERE}"
+            )
         if not stat.S_ISSOCK(found.st_mode):
-            raise ListenError(f"{self.path} exists and is not a socket; it is left alone")
+            raise ListenError(f"{self.path} exists and is not a socket; it is left alone: move it away, or {ELSEWHERE}")
         if answers(self.path):
-            raise ListenError(f"{self.path} is in use by another process")
+            raise ListenError(f"{self.path} is in use by another process of yours; end it, or {ELSEWHERE}")
         os.unlink(self.path)
 
     def close(self) -> None:
@@ -227,8 +241,9 @@ class Listeners:
 
     @property
     def address(self) -> tuple[str, int] | tuple[None, None]:
-        """Host and port over TCP."""
-        return self.tcp[0].getsockname()[:2] if self.tcp else (None, None)
+        """Host and port over TCP, of IPv4 if it listens there; ``None`` for both without TCP."""
+        first = min(self.tcp, key=lambda each: each.family != socket.AF_INET, default=None)
+        return (None, None) if first is None else first.getsockname()[:2]
 
     def close(self) -> None:
         """Close all of them. A second call does nothing."""
@@ -259,7 +274,7 @@ def listen(
     Open the listeners of a sidecar.
 
     Args:
-        host: TCP address.
+        host: TCP address; with 127.0.0.1 the same port of ::1 is held too, where it can be had.
         port: ``None`` is 9779, or a free one if that is taken; 0 is a free one.
         tcp: whether to listen on TCP at all.
         uds: path of the Unix socket; ``None`` puts it into `directory`.
@@ -278,7 +293,7 @@ def listen(
                 if not (guarded and allow_remote):
                     raise _unguarded(host)
                 listeners.notes.append(_unencrypted(host))
-            listeners.tcp.append(_bind_tcp(host, port, listeners.notes))
+            listeners.tcp += _bind_tcp(host, port, listeners.notes)
         if uds is not None:
             listeners.unix = UnixListener(Path(os.path.abspath(uds)))
         elif directory is not None:
@@ -345,11 +360,55 @@ def _default_unix(directory: Path, notes: list[str] | None) -> UnixListener | No
     return None
 
 
-def _bind_tcp(host: str, port: int | None, notes: list[str]) -> socket.socket:
+def _bind_tcp(host: str, port: int | None, notes: list[str]) -> list[socket.socket]:
     if port is not None:
-        return bind_tcp(host, port)
+        return _bind(host, port, notes)
     try:
-        return bind_tcp(host, DEFAULT_PORT)
+        return _bind(host, DEFAULT_PORT, notes)
     except PortInUse as error:
         notes.append(f"{error}; taking a free one")
-        return bind_tcp(host, 0)
+        return _bind(host, 0, notes)
+
+
+def _bind(host: str, port: int, notes: list[str]) -> list[socket.socket]:
+    """
+    Bind `host`, and with 127.0.0.1 also ::1.
+
+    Clients that look up ``localhost`` may try ::1 first. If another user listened there, that user would get their
+    requests, with the token that some of them send. A port that is free on 127.0.0.1 alone is used all the same: it
+    is the address that documents and the runtime file name.
+    """
+    if _address(host) != _address(LOOPBACK):
+        return [bind_tcp(host, port)]
+    passed_over: list[socket.socket] = []
+    """Open until the end, so that the kernel gives another port at the next try."""
+    try:
+        for _ in range(PAIR_TRIES if port == 0 else 1):
+            try:
+                listener = bind_tcp(host, port)
+            except PortInUse:
+                if not passed_over:
+                    raise
+                break
+            number = listener.getsockname()[1]
+            try:
+                return [listener, bind_tcp(LOOPBACK_6, number)]
+            except NoAddress:
+                return [listener]
+            except PortInUse:
+                reason = "is held by another process"
+                passed_over.append(listener)
+            except ListenError as error:
+                reason = f"cannot be held ({error})"
+                passed_over.append(listener)
+                break
+        listener = passed_over.pop()
+        number = listener.getsockname()[1]
+        notes.append(
+            f"[{LOOPBACK_6}]:{number} {reason}, so http://localhost:{number} may lead to another program;"
+            f" use http://{LOOPBACK}:{number}"
+        )
+        return [listener]
+    finally:
+        for each in passed_over:
+            each.close()

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import struct
 import sys
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitalsd.directories import EndpointError
 
-__all__ = ["SocketLock", "answers", "direct_socket", "peer_uid"]
+__all__ = ["ELSEWHERE", "SocketLock", "answers", "direct_socket", "peer_uid"]
 
 if TYPE_CHECKING:
     _Standard = socket.socket
@@ -27,6 +28,8 @@ else:
 
 OF_GREENLETS = ("gevent", "eventlet")
 """Packages that replace `socket.socket` so that other greenlets run while one waits."""
+ELSEWHERE = "name another socket with --uds (in Python uds=)"
+"""What a user can do where another file or process is in the way."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 """Of flock(2) where the file system has no locks, such as NFS without its daemon."""
 
@@ -39,7 +42,7 @@ class SocketLock:
     lock file goes with the lock; the kernel lets go of it when the owner dies.
 
     Raises:
-        EndpointError: another process holds it.
+        EndpointError: another process holds it, or what is at its path is not a file of this user.
         OSError: it cannot be made.
     """
 
@@ -47,15 +50,20 @@ class SocketLock:
         self._path = f"{path}.lock"
         self._fd = -1
         while self._fd < 0:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
             try:
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+            except OSError:
+                self._check_owner(path)
+                raise
+            try:
+                self._check_owner(path)
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Whoever held it before us may have removed the file that we have open.
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(fd), os.lstat(self._path)):
                         self._fd = fd
             except BlockingIOError:
-                raise EndpointError(f"another sidecar is serving on {path}") from None
+                raise EndpointError(f"another sidecar is serving on {path}; stop it, or {ELSEWHERE}") from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
@@ -63,6 +71,24 @@ class SocketLock:
             finally:
                 if self._fd < 0:
                     os.close(fd)
+
+    def _check_owner(self, path: Path) -> None:
+        """Raise `EndpointError` if what is there is not a regular file of this user: others could keep us waiting."""
+        try:
+            found = os.lstat(self._path)
+        except OSError:
+            return
+        what = (
+            f"belongs to user {found.st_uid}"
+            if found.st_uid != os.geteuid()
+            else "is not a regular file"
+            if not stat.S_ISREG(found.st_mode)
+            else None
+        )
+        if what is not None:
+            raise EndpointError(
+                f"{self._path} {what}, so the lock of {path} cannot be taken; remove it, or {ELSEWHERE}"
+            )
 
     def release(self) -> None:
         """Let go of it and remove its file."""

@@ -612,7 +612,7 @@ class TestProcessList:
         assert entry.cpu_ns >= used_ns - 10_000_000
         assert entry.rss_bytes > 0
         assert entry.thread_count == 2
-        assert entry.uid == os.geteuid()
+        assert entry.uids == {os.geteuid()}
 
     def test_other_users_and_zombies_are_left_out(self, simulator: Simulator, child: ChildWorkload) -> None:
         """They cannot be sampled; the list goes on."""

@@ -37,7 +37,7 @@ def processes(context: click.Context, parameter: click.Parameter, incomplete: st
     from vitalsd.sources import SourceError, list_processes
 
     try:
-        mine = [entry for entry in list_processes() if entry.uid == os.geteuid() and entry.pid != os.getpid()]
+        mine = [entry for entry in list_processes() if entry.is_of(os.geteuid()) and entry.pid != os.getpid()]
     except SourceError:
         return []
     mine.sort(key=lambda entry: entry.started_unix_ns, reverse=True)

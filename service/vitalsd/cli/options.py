@@ -180,7 +180,7 @@ def find_target(pid: int | None, name: str | None, platform: "Platform") -> int 
     mine = [
         entry
         for entry in platform.list_processes()
-        if entry.uid == os.geteuid() and entry.pid != os.getpid() and name in entry.names
+        if entry.is_of(os.geteuid()) and entry.pid != os.getpid() and name in entry.names
     ]
     if not mine:
         raise NoSuchProcess(f"no process of yours is called {name}; what runs as `python app.py` is called python")

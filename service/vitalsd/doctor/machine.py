@@ -46,7 +46,7 @@ def permission(platform: Platform) -> Iterator[Finding]:
                 counted_by = opened.snapshot().source
             listed = list(platform.list_processes())
             good = any(entry.pid == other.pid for entry in listed)
-        mine = sum(entry.uid == os.geteuid() for entry in listed)
+        mine = sum(entry.is_of(os.geteuid()) for entry in listed)
         measured = f"{counted_by}; {len(listed)} processes, {mine} of this user"
         measured += "" if good else ", and not the one just started"
     except SourceError as error:

@@ -135,8 +135,13 @@ class ProcessEntry(NamedTuple):
     cpu_ns: int
     rss_bytes: int
     thread_count: int
-    uid: int
-    """Effective user id, by which ``--name`` keeps to one user's processes."""
+    uids: frozenset[int]
+    """Real, effective and saved user id, and that for file access on Linux: a set-user-ID program has several.
+    Empty if the system does not tell."""
+
+    def is_of(self, uid: int) -> bool:
+        """Return whether all its user ids are `uid`, so that no other user has started it."""
+        return self.uids == {uid}
 
 
 def platform_name() -> str:

@@ -67,7 +67,7 @@ def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
             cpu_ns=(info.ptinfo.pti_total_user + info.ptinfo.pti_total_system) * 1_000_000_000 // frequency,
             rss_bytes=info.ptinfo.pti_resident_size,
             thread_count=info.ptinfo.pti_threadnum,
-            uid=info.pbsd.pbi_uid,
+            uids=frozenset((info.pbsd.pbi_uid, info.pbsd.pbi_ruid, info.pbsd.pbi_svuid)),
         )
 
 

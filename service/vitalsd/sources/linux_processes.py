@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from vitalsd.sources import ProcessEntry, Unsupported
 from vitalsd.sources.linux_counters import USER_TICK_NS, read_file
-from vitalsd.sources.procfs import Malformed, decode_name, parse_stat, parse_statm
+from vitalsd.sources.procfs import Malformed, decode_name, parse_stat, parse_statm, parse_uids
 from vitalsd.sources.programs import Command
 
 __all__ = ["hides_processes", "list_processes", "running_command"]
@@ -85,7 +85,7 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
             stat = parse_stat(read_file("stat", directory))
             pages = parse_statm(read_file("statm", directory))
             program = read_file("cmdline", directory).partition(b"\0")[0]
-            uid = os.fstat(directory).st_uid
+            uids = parse_uids(read_file("status", directory))
         except (OSError, Malformed):
             continue
         finally:
@@ -100,5 +100,5 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
             cpu_ns=(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS,
             rss_bytes=pages[1] * PAGE_BYTES,
             thread_count=stat.thread_count,
-            uid=uid,
+            uids=uids,
         )

@@ -6,6 +6,7 @@ on content that no kernel writes. Formats: proc(5); fs/proc/array.c, fs/proc/tas
 kernel/sched/stats.h.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ __all__ = [
     "parse_statm",
     "parse_status",
     "parse_tgid",
+    "parse_uids",
 ]
 
 STATES = {
@@ -126,6 +128,12 @@ def parse_run_times(contents: Sequence[bytes]) -> list[int]:
     if times and min(times) < 0:
         raise Malformed("schedstat", b" ".join(fields))
     return times
+
+
+def parse_uids(content: bytes) -> frozenset[int]:
+    """Return the real, effective, saved and file system user id of ``status``; empty if it does not have them."""
+    found = re.search(rb"^Uid:((?:\t[0-9]{1,10}){4})$", content, re.MULTILINE)
+    return frozenset() if found is None else frozenset(map(int, found[1].split()))
 
 
 def parse_status(content: bytes) -> dict[str, int]:
