@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,8 +20,10 @@ import pytest
 from click.testing import CliRunner
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
+from misbehaving import Behaviour, Misbehaving, answer, floods, says
 from sidecars import ask, environment, eventually
 from target import Target
+from test_upload_tls import Authority
 from vitalsd.cli import main
 from vitalsd.otlp import CREDENTIALS, endpoint_of, isolate
 
@@ -84,6 +87,10 @@ class Collector:
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
+
+    def wrap(self, context: ssl.SSLContext) -> None:
+        """Speak TLS from the next connection on."""
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
 
     def close(self) -> None:
         self._server.shutdown()
@@ -275,6 +282,87 @@ def test_a_collector_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None
                 assert time.monotonic() - begun < 5
 
 
+def peak_kb(pid: int) -> int:
+    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+BOMB = gzip.compress(gzip.compress(bytes(256 << 20)))  # 256 MiB in 1 KiB, and once more
+HOSTILE_ANSWERS: dict[str, Behaviour] = {
+    "endless": floods(b"HTTP/1.1 200 OK\r\n\r\n", bytes(1 << 20)),
+    "endless error": floods(b"HTTP/1.1 400 No\r\n\r\n", bytes(1 << 20)),
+    "compressed": says(
+        b"HTTP/1.1 400 No\r\nContent-Encoding: gzip, gzip\r\nContent-Length: %d\r\n\r\n%b" % (len(BOMB), BOMB)
+    ),
+    "compressed though empty": says(
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip, gzip\r\nContent-Length: 0\r\n\r\n%b" % BOMB
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM")
+@pytest.mark.parametrize("case", HOSTILE_ANSWERS)
+def test_answer_of_a_hostile_collector_takes_no_memory(tmp_path: Path, case: str) -> None:
+    """Of an answer the status is used alone: its body is neither read nor unpacked."""
+    with (
+        Misbehaving(HOSTILE_ANSWERS[case]) as server,
+        Service(tmp_path, "--otlp", server.url, "--otlp-interval", "1") as service,
+    ):
+        eventually(lambda: len(server.requests) >= 3, 30)
+        assert ask(service.url, "/healthz")[0] == 200
+        assert peak_kb(service.process.pid) < 150_000
+    assert b"accept-encoding: identity\r\n" in server.requests[0].lower()
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Go", "308 Go", "304 Not Modified", "503 No"])
+def test_collector_that_redirects_or_fails_is_reported_once(tmp_path: Path, status: str) -> None:
+    """A redirect is not followed, and is a failure like any other: nothing has arrived."""
+    elsewhere = Collector()
+    reply = answer(b"", status=status, extra=f"Location: {elsewhere.url}/v1/metrics\r\n")
+    try:
+        with (
+            Misbehaving(says(reply)) as server,
+            Service(tmp_path, "--otlp", server.url, "--otlp-interval", "1") as service,
+        ):
+            (line,) = eventually(lambda: service.lines("takes no metrics"), 30)
+            assert f"it answers {status[:3]}" in line
+            assert ("redirects are not followed" in line) == (status[0] == "3")
+    finally:
+        elsewhere.close()
+    assert elsewhere.pushes == []
+
+
+def test_cookies_and_phrases_of_a_collector_are_not_kept(tmp_path: Path) -> None:
+    """A Collector that sets a cookie with each answer gets none back; its reason phrase is escaped and cut."""
+    reply = answer(b"", status="400 \x1b[31m" + "A" * 50_000, extra="Set-Cookie: a=" + "b" * 4000 + "; Path=/\r\n")
+    with (
+        Misbehaving(says(reply)) as server,
+        Service(tmp_path, "--otlp", server.url, "--otlp-interval", "1") as service,
+    ):
+        eventually(lambda: len(server.requests) >= 3, 30)
+        (line,) = service.lines("takes no metrics")
+    assert len(line) < 1000
+    assert "\x1b" not in line
+    assert not any(b"cookie" in request.lower() for request in server.requests)
+
+
+def test_keys_of_a_connection_to_a_collector_are_not_logged(tmp_path: Path, collector: Collector) -> None:
+    """SSLKEYLOGFILE of the environment is ignored, and named as ignored."""
+    keys = tmp_path / "keys"
+    authority = Authority(tmp_path / "authority")
+    certificate, key = authority.server("collector", "IP:127.0.0.1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    collector.wrap(context)
+    env = {"SSLKEYLOGFILE": str(keys), "OTEL_EXPORTER_OTLP_CERTIFICATE": str(authority.file)}
+    with Service(tmp_path, "--otlp", f"https://127.0.0.1:{collector.port}", **env) as service:
+        eventually(lambda: collector.pushes, 20)
+        (note,) = service.lines("ignored")
+        assert "SSLKEYLOGFILE" in note
+    assert not keys.exists()
+
+
 def test_the_environment_changes_nothing_but_credentials(tmp_path: Path, collector: Collector) -> None:
     """Of the OTEL_ variables only headers and certificates count; the others are named and ignored; so are proxies."""
     env = {
@@ -367,7 +455,8 @@ def test_where_metrics_go(url: str, endpoint: str) -> None:
 def test_what_is_taken_out_of_the_environment() -> None:
     """Every OTEL_ variable but those that hold credentials, and no other."""
     environ = {"PATH": "/bin", "OTEL_SERVICE_NAME": "x", "OTEL_ANYTHING": "y", **dict.fromkeys(CREDENTIALS, "z")}
-    assert isolate(environ) == ["OTEL_ANYTHING", "OTEL_SERVICE_NAME"]
+    environ["SSLKEYLOGFILE"] = "/keys"
+    assert isolate(environ) == ["OTEL_ANYTHING", "OTEL_SERVICE_NAME", "SSLKEYLOGFILE"]
     assert environ == {"PATH": "/bin", **dict.fromkeys(CREDENTIALS, "z")}
 
 

@@ -10,6 +10,7 @@ resource for ever, and keep every thread that ever was.
 """
 
 import asyncio
+import io
 import logging
 import platform
 import sys
@@ -18,6 +19,7 @@ import uuid
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from heapq import nlargest
+from http.cookiejar import DefaultCookiePolicy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -26,7 +28,7 @@ from vitalsd import __version__
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import SourceError
 from vitalsd.targets import Targets
-from vitalsd.wire import iso, os_version, printable
+from vitalsd.wire import iso, one_line, os_version, printable
 from vitalsd.worker import Worker
 
 if TYPE_CHECKING:
@@ -96,12 +98,15 @@ def isolate(environ: MutableMapping[str, str]) -> list[str]:
     """
     Take out of the environment whatever would change what is sent, where to or how, but for `CREDENTIALS`.
 
-    For a process that is ours alone: the SDK reads a good deal of its environment, some of it at import.
+    For a process that is ours alone: the SDK reads a good deal of its environment, some of it at import. To the file
+    that SSLKEYLOGFILE names, urllib3 would write the keys of the connection.
 
     Returns:
         The names that were taken out.
     """
-    ignored = sorted(name for name in environ if name.startswith("OTEL_") and name not in CREDENTIALS)
+    ignored = sorted(
+        name for name in environ if (name.startswith("OTEL_") and name not in CREDENTIALS) or name == "SSLKEYLOGFILE"
+    )
     for name in ignored:
         del environ[name]
     return ignored
@@ -268,19 +273,32 @@ class Push:
         failures = self._failures
 
         class Session(requests.Session):
-            """Takes neither proxies nor passwords from the environment, and remembers why it failed."""
+            """
+            Takes neither proxies nor passwords from the environment, and remembers why it failed.
+
+            It reads the head of an answer alone: a body may have no end, or be a compressed one of any size.
+            """
 
             def request(self, *arguments: Any, **options: Any) -> requests.Response:
                 try:
-                    answer = super().request(*arguments, **options)
+                    answer = super().request(*arguments, **options | {"stream": True, "allow_redirects": False})
                 except requests.RequestException as error:
                     failures.reason = _root(error)
                     raise
-                failures.reason = f"it answers {answer.status_code} {printable(answer.reason or '')}".rstrip()
-                return answer
+                with answer:
+                    if answer.headers.get("Content-Length") == "0":
+                        answer.content  # noqa: B018 - read to its end, so that the connection is used again
+                    head = requests.Response()
+                    head.status_code, head.reason, head.url = answer.status_code, answer.reason, answer.url
+                    head.headers = answer.headers
+                    head.raw = io.BytesIO()
+                failures.answered(head.status_code, head.reason or "")
+                return head
 
         session = Session()
         session.trust_env = False
+        session.headers["Accept-Encoding"] = "identity"
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self._exporter = OTLPMetricExporter(
             endpoint=url,
             timeout=min(TIMEOUT_S, interval_s),
@@ -318,7 +336,10 @@ class Push:
     def _send(self, data: "MetricsData") -> None:
         from opentelemetry.sdk.metrics.export import MetricExportResult
 
-        self._failures.note(self._exporter.export(data) is MetricExportResult.SUCCESS)
+        self._failures.accepted = True
+        exported = self._exporter.export(data) is MetricExportResult.SUCCESS
+        # The exporter takes a redirect, which it does not follow, for a success.
+        self._failures.note(exported and self._failures.accepted)
 
 
 class _Failures:
@@ -326,10 +347,19 @@ class _Failures:
 
     def __init__(self, url: str) -> None:
         self.reason = "it cannot be sent"
+        self.accepted = True
+        """Whether the last answer was not a redirect."""
         self._url = url
         self._count = 0
         self._said_at = float("-inf")
         self._said = False
+
+    def answered(self, status: int, reason: str) -> None:
+        """Remember what the Collector answers: a status and a reason phrase, which is escaped and cut."""
+        self.accepted = not 300 <= status < 400
+        self.reason = f"it answers {status} {one_line(reason, 100)}".rstrip()
+        if not self.accepted:
+            self.reason += ", and redirects are not followed; give the URL that it leads to"
 
     def note(self, well: bool) -> None:
         if well:
