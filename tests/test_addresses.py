@@ -178,10 +178,13 @@ def test_forked_child_and_stopped_sidecar_leave_both_ports_free(short_path: Path
         sidecar = vitalsd.start(port=0)
         port = sidecar.endpoint.port
         reader, writer = os.pipe()
+        forked, in_child = os.pipe()
         if os.fork() == 0:
             os.close(writer)
+            os.write(in_child, b"x")
             os.read(reader, 1)
             os._exit(0)
+        os.read(forked, 1)
         sidecar.stop()
         bind_tcp("127.0.0.1", port).close(); bind_tcp("::1", port).close()
         os.close(writer)
@@ -201,6 +204,22 @@ def test_adopted_listeners_are_published_by_their_ipv4_address() -> None:
     given = [bind_tcp("::1", 0), bind_tcp("127.0.0.1", 0)]
     with closing(adopt(given, guarded=False, allow_remote=False)) as listeners:
         assert listeners.address == given[1].getsockname()
+
+
+@needs_root
+@needs_ipv6
+def test_other_user_is_known_on_both_addresses(short_path: Path) -> None:
+    """Over [::1] another user gets what he gets over 127.0.0.1, and no more."""
+    code = (
+        "for host in ('127.0.0.1', '::1'):\n"
+        "    for path in ('/healthz', '/info', '/runs', '/marks'):\n"
+        "        connection = http.client.HTTPConnection(host, PORT, timeout=10)\n"
+        "        connection.request('GET', path)\n"
+        "        print(connection.getresponse().status)\n"
+    )
+    with serving(short_path) as (_, ready):
+        output = as_other_user(code.replace("PORT", ready["url"].rpartition(":")[2])).split()
+    assert output == ["200", "403", "403", "403"] * 2
 
 
 # Names of programs
@@ -257,12 +276,13 @@ def test_every_process_of_ours_lists_its_user_ids() -> None:
 # Sockets and locks
 
 
-def as_other_user(code: str) -> None:
-    subprocess.run(
-        [sys.executable, "-c", f"import os, socket; os.setgroups([]); os.setresgid(65501, 65501, 65501);"
-         f" os.setresuid(65501, 65501, 65501)\n{code}"],
-        check=True,
-    )  # fmt: skip
+def as_other_user(code: str) -> str:
+    """Run Python as another user, and return what it prints."""
+    head = "import os, socket; os.setgroups([]); os.setresgid(65501, 65501, 65501); os.setresuid(65501, 65501, 65501)\n"
+    # Modules are imported before the user changes, who may not be able to read them.
+    return subprocess.run(
+        [sys.executable, "-c", f"import encodings.idna, http.client\n{head}{code}"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 SQUATTED: dict[str, tuple[str, str]] = {
