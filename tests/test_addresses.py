@@ -280,9 +280,8 @@ def as_other_user(code: str) -> str:
     """Run Python as another user, and return what it prints."""
     head = "import os, socket; os.setgroups([]); os.setresgid(65501, 65501, 65501); os.setresuid(65501, 65501, 65501)\n"
     # Modules are imported before the user changes, who may not be able to read them.
-    return subprocess.run(
-        [sys.executable, "-c", f"import encodings.idna, http.client\n{head}{code}"], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+    command = [sys.executable, "-c", f"import encodings.idna, http.client\n{head}{code}"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 SQUATTED: dict[str, tuple[str, str]] = {

@@ -15,6 +15,7 @@ import pytest
 import vitalsd
 from host_programs import ROOT, bare_environment, run_host, site_packages_without
 from sidecars import environment
+from vitalsd.worker import NoThread
 
 pytestmark = pytest.mark.live
 
@@ -217,8 +218,8 @@ def test_start_that_fails_at_any_thread_leaves_nothing_and_the_next_one_works(sh
     assert int(failed) >= 3
     # A thread that the server's application begins is missed there, and the traceback is in the log.
     assert said == [
-        "the sidecar could not be started: can't start new thread",
         "the sidecar could not be started: the application did not start; the log says why",
+        f"the sidecar could not be started: {NoThread()}",
     ]
 
 

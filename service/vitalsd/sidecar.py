@@ -33,8 +33,9 @@ from vitalsd.sources.birth import Births, births
 from vitalsd.targets import Target as Measured
 from vitalsd.targets import Targets
 from vitalsd.watch import death_of
+from vitalsd.worker import NoThread
 
-__all__ = ["Companion", "Service", "end_with", "follow", "run_directory", "runtime_directory", "serve"]
+__all__ = ["Companion", "NotStarted", "Service", "end_with", "follow", "run_directory", "runtime_directory", "serve"]
 
 log = logging.getLogger("vitalsd")
 
@@ -48,6 +49,10 @@ RENAMED_S = 5.0
 """Between two looks whether a target that executed another program has made way for another process."""
 SEARCH_S = 1.0
 """Between two looks for a target that has not started yet."""
+
+
+class NotStarted(RuntimeError):
+    """The web application failed at its start; the log has the reason."""
 
 
 class Service:
@@ -115,7 +120,7 @@ class Service:
             companions: what goes on alongside; cancelled at the end.
 
         Raises:
-            RuntimeError: the application did not start.
+            NotStarted: the application did not start.
             Exception: whatever a companion raised.
         """
         tasks: list[asyncio.Task[None]] = []
@@ -133,7 +138,7 @@ class Service:
         try:
             await self._server.serve(sockets=self.listeners.sockets)
         except SystemExit:  # uvicorn's way to say it
-            raise RuntimeError("the application did not start; the log says why") from None
+            raise NotStarted("the application did not start; the log says why") from None
         finally:
             for task in tasks:
                 task.cancel()
@@ -275,7 +280,7 @@ def follow(
         while True:
             try:
                 found = await targets.default.identity()
-            except SourceError:
+            except (SourceError, NoThread):
                 await asyncio.sleep(SEARCH_S)
                 continue
             sidecar.retarget(Target(found.pid, found.start_key))
@@ -287,10 +292,19 @@ def follow(
             finally:
                 dead.cancel()
                 replaced.cancel()
-            targets.retarget(next_run())
+            targets.retarget(await _made(next_run))
             sidecar.retarget(None)
 
     return companion
+
+
+async def _made(next_run: Callable[[], Sampler]) -> Sampler:
+    """Return what `next_run` makes, as soon as the system gives the thread that it needs."""
+    while True:
+        try:
+            return next_run()
+        except NoThread:
+            await asyncio.sleep(SEARCH_S)
 
 
 async def _replaced(target: Measured, has_successor: Callable[[Identity], Awaitable[bool]]) -> None:

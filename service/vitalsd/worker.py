@@ -14,7 +14,7 @@ from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
-__all__ = ["PATIENCE_NS", "Hung", "Stopped", "Worker", "seen", "start_thread"]
+__all__ = ["PATIENCE_NS", "Hung", "NoThread", "Stopped", "Worker", "seen", "start_thread"]
 
 log = logging.getLogger("vitalsd.worker")
 
@@ -35,6 +35,13 @@ FATAL_SIGNALS = {
 """Sent to the thread that caused them: blocked there, they would bypass the crash handler of the host program."""
 
 
+class NoThread(RuntimeError):
+    """The system gives no more threads; ``str(error)`` names the limits."""
+
+    def __init__(self) -> None:
+        super().__init__("the system gives no more threads; raise its limit (ulimit -u, pids.max, TasksMax)")
+
+
 def start_thread(thread: threading.Thread) -> None:
     """
     Start a thread that takes no signals of the host program.
@@ -44,11 +51,13 @@ def start_thread(thread: threading.Thread) -> None:
     which a library starts from ours inherit it. What the host itself blocks of `FATAL_SIGNALS` is open in ours.
 
     Raises:
-        RuntimeError: the system gives no more threads.
+        NoThread: the system gives no more threads.
     """
     before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - FATAL_SIGNALS)
     try:
         thread.start()
+    except RuntimeError as error:
+        raise NoThread from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -35,6 +35,9 @@ HIDDEN = {"burn": "doctor.burn"}
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
+NO_THREAD = "can't start new thread"
+"""Text of the RuntimeError of `threading.Thread.start`."""
+
 EPILOG = """\b
 Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted."""
 
@@ -66,7 +69,11 @@ class _Program(click.Group):
         try:
             return super().main(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - printed here, because Python would print its text as it is
-            if isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
+            from vitalsd.worker import NoThread
+
+            if isinstance(error, NoThread) or str(error) == NO_THREAD:  # that of a library
+                click.echo(f"vitalsd: {NoThread()}", err=True)
+            elif isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries once more
                 click.echo(f"vitalsd: cannot write to standard output: {error.strerror}", err=True)
             else:

@@ -174,6 +174,8 @@ def serve(
     import os
 
     from vitalsd.alongside import ExitNote, ReadyFd, taken_for_sidecar
+    from vitalsd.wire import one_line
+    from vitalsd.worker import NoThread
 
     spawned = taken_for_sidecar(ready_fd)
     try:
@@ -205,11 +207,10 @@ def serve(
                 otlp_url=otlp,
                 otlp_interval_s=otlp_interval,
             )
-        except click.ClickException as error:
-            from vitalsd.wire import one_line
-
-            waiting.send(error=one_line(error.message))
-            raise
+        except (click.ClickException, NoThread) as error:
+            failure = Failed(str(error)) if isinstance(error, NoThread) else error
+            waiting.send(error=one_line(failure.message))
+            raise failure from None
 
 
 def _serve_target(

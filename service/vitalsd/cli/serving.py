@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 import click
 
 from vitalsd.cli.log import logging_as
-from vitalsd.cli.options import Refused
+from vitalsd.cli.options import Failed, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -98,8 +98,12 @@ def import_service() -> None:
                 del BaseModel.model_config["defer_build"]
 
     thread = Thread(target=load, name="vitalsd-import", daemon=True)
-    thread.start()
-    thread.join()
+    try:
+        thread.start()
+    except RuntimeError:  # no thread can be had
+        load()
+    else:
+        thread.join()
 
 
 class Where(NamedTuple):
@@ -148,15 +152,20 @@ def serve_until_signal(
     notes: list[str] = []
     directory = sidecar.runtime_directory(notes) if published else None
     listeners = _listeners(where, directory)
-    service = Service(
-        create_app(
+    try:
+        app = create_app(
             targets,
             list_processes,
             shelf=Shelf(runs) if runs else None,
             thread_metrics=thread_metrics,
             application=application,
             hides_processes=hides_processes,
-        ),
+        )
+    except BaseException:
+        listeners.close()
+        raise
+    service = Service(
+        app,
         listeners,
         directory=directory,
         target=watched,
@@ -186,7 +195,10 @@ def serve_until_signal(
             os.dup2(null, 2)
             os.close(null)
 
-    sidecar.serve(service, ready=ready, companions=companions)
+    try:
+        sidecar.serve(service, ready=ready, companions=companions)
+    except sidecar.NotStarted as error:
+        raise Failed(str(error)) from None
 
 
 def _listeners(where: Where, directory: Path | None) -> "Listeners":

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from vitalsd.admission import Busy
 from vitalsd.sampler import NotRecording
-from vitalsd.worker import Hung
+from vitalsd.worker import Hung, NoThread
 
 __all__ = ["MEDIA_TYPE", "TITLES", "Reason", "Refused", "install", "nearest", "problem", "shown"]
 
@@ -47,6 +47,7 @@ Reason = Literal[
     "unread",
     "stopping",
     "hung",
+    "no_thread",
     "internal",
 ]
 
@@ -76,6 +77,7 @@ TITLES: dict[Reason, tuple[int, str]] = {
     "unread": (503, "Too much waits to be read"),
     "stopping": (503, "The sidecar is being stopped"),
     "hung": (503, "A read or a write does not return"),
+    "no_thread": (503, "The system gives no more threads"),
     "internal": (500, "A bug in vitalsd"),
 }
 
@@ -144,6 +146,10 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     @app.exception_handler(Hung)
     async def hung(_: Request, error: Hung) -> Response:
         return problem("hung", str(error))
+
+    @app.exception_handler(NoThread)
+    async def no_thread(_: Request, error: NoThread) -> Response:
+        return problem("no_thread", str(error), headers={"Retry-After": "1"})
 
     @app.exception_handler(NotRecording)
     async def not_recording(_: Request, error: NotRecording) -> Response:

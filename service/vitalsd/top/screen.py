@@ -14,7 +14,7 @@ from vitalsd.top.news import News
 from vitalsd.top.picture import ASCII, BLOCKS, Glyphs, Picture
 from vitalsd.top.terminal import Hangup, Terminal
 from vitalsd.top.view import View
-from vitalsd.worker import Worker
+from vitalsd.worker import Worker, start_thread
 
 __all__ = ["fits", "show"]
 
@@ -65,7 +65,7 @@ def show(feed: Feed) -> int:
 
     view.mark = mark
     with _keyboard() as keyboard, closing(Terminal(keyboard, sys.stdout.fileno(), console)) as terminal:
-        threading.Thread(target=read, name="vitalsd-feed", daemon=True).start()
+        start_thread(threading.Thread(target=read, name="vitalsd-feed", daemon=True))
         try:
             # What is wrong from the start belongs on the ordinary screen.
             first.wait()
