@@ -95,7 +95,7 @@ def test_a_c_program(env: dict[str, str], short_path: Path) -> None:
         short_path,
     )
     ready = json.loads(run([str(program)], env, short_path))
-    assert sorted(ready) == ["pid", "runtime_file", "socket", "url"]
+    assert sorted(ready) == ["notes", "pid", "runtime_file", "socket", "url"]
     eventually(lambda: listing(short_path / "run") == [])
 
 

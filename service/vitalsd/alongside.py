@@ -66,7 +66,7 @@ class ReadyFd:
     """
     The sidecar's end of the agreement: one line of JSON on a descriptor, which is then closed.
 
-    ``{"pid": ..., "url": ..., "socket": ..., "runtime_file": ...}`` or ``{"error": "a sentence"}``; for
+    ``{"pid": ..., "url": ..., "socket": ..., "runtime_file": ..., "notes": [...]}`` or ``{"error": "a sentence"}``; for
     `spawn` also the token.
 
     Args:
@@ -188,6 +188,8 @@ class Spawned:
         """Path of the Unix socket; ``None`` if there is none."""
         self.runtime_file: Path | None = ready["runtime_file"] and Path(ready["runtime_file"])
         """Where the token is, if there is one."""
+        self.notes: tuple[str, ...] = ready["notes"]
+        """What is other than was to be expected, such as a port that was taken, in sentences."""
         self._token: str | None = ready.get("token")
         self._owner = os.getpid()
         self._own_target = False
@@ -523,8 +525,10 @@ def _answer(process: _Process, reader: int, log_file: IO[bytes], deadline: float
         answer: dict[str, Any] = json.loads(content)
         if (reason := answer.get("error")) is not None:
             raise SpawnError(_one_line(str(reason)))
-        return {key: answer[key] for key in ("pid", "url", "socket", "runtime_file")} | {"token": answer.get("token")}
-    except (ValueError, AttributeError, KeyError):
+        ready = {key: answer[key] for key in ("pid", "url", "socket", "runtime_file")}
+        notes = tuple(_one_line(str(note)) for note in answer.get("notes") or ())
+        return ready | {"notes": notes, "token": answer.get("token")}
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise SpawnError(f"this is no sidecar, it said {content[:80]!r}") from None
 
 

@@ -176,11 +176,22 @@ class Service:
     def _publish(self) -> None:
         if self._directory is None:
             return
-        try:
-            endpoints.sweep(self._directory, self._kernel)
-            self.runtime_file = endpoints.publish(self.endpoint, self._directory)
-        except OSError as error:
-            self.notes.append(f"no runtime file, clients must be told where this is: {error.strerror}")
+        reasons: list[str] = []
+        # The preferred directory may be read-only or out of inodes; clients look into the others as well.
+        for directory in dict.fromkeys((self._directory, *directories.runtime_directories())):
+            try:
+                if directory != self._directory:
+                    private_directory(directory)
+                endpoints.sweep(directory, self._kernel)
+                self.runtime_file = endpoints.publish(self.endpoint, directory)
+            except OSError as error:
+                reasons.append(f"cannot write to {directory}: {error.strerror}")
+            except EndpointError as error:
+                reasons.append(str(error))
+            else:
+                self._directory = directory
+                return
+        self.notes.append(f"no runtime file, so clients need the address of this sidecar: {'; '.join(reasons)}")
 
     def _note_unknown_users(self) -> None:
         """Say so if other users of this machine cannot be told from the owner."""

@@ -147,6 +147,7 @@ def serve_until_signal(
     from vitalsd.http.app import create_app
     from vitalsd.http.shelf import Shelf
     from vitalsd.sidecar import Service
+    from vitalsd.wire import one_line
 
     application = application or Application()
     notes: list[str] = []
@@ -175,7 +176,8 @@ def serve_until_signal(
     )
 
     def ready() -> None:
-        for note in (*notes, *service.notes):
+        all_notes = (*notes, *service.notes)
+        for note in all_notes:
             log.warning("%s", note)
         page = "/metrics" if published else "/"  # of a replay the page is what its reader wants
         places = [f"{service.endpoint.url}{page}" if service.endpoint.url else None, service.endpoint.socket]
@@ -187,6 +189,7 @@ def serve_until_signal(
                 url=service.endpoint.url,
                 socket=service.endpoint.socket,
                 runtime_file=file and str(file),
+                notes=[one_line(note) for note in all_notes],
                 # To `spawn` alone: another program may print or store the line.
                 **({"token": service.endpoint.token} if spawned and service.endpoint.token is not None else {}),
             )
