@@ -230,6 +230,25 @@ def test_csv_is_a_table_that_hostile_names_cannot_break() -> None:
     assert "\x1b" not in text
 
 
+FORMULAS = [f"{lead}{sign}1+2" for lead in (";", "a;", "a,", "\t", "a\t", "\r", '";', "';", "") for sign in "=+-@"]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_has_no_cell_that_begins_a_formula_whichever_separator_a_reader_takes(text: str, delimiter: str) -> None:
+    """Names, labels, kinds and details of events: spreadsheets of many locales separate cells by `;`."""
+    process = Process(threads={(1, 1): (text, 0), (2, 1): ("plain", 0)})
+    record = record_of([process.snapshot()])
+    process.pass_time(SECOND_NS, [SECOND_NS // 2, 0])
+    record.append(process.snapshot())
+    last = process.snapshot()
+    record.events.append(Event(last.wall_ns, last.monotonic_ns, text, text))  # type: ignore[arg-type] # of a replay
+    record.marks.append(Mark(last.wall_ns, last.monotonic_ns, text))
+    for line in csv.reader(io.StringIO(history(record).to_csv().decode()), delimiter=delimiter):
+        for cell in line:
+            assert not cell.lstrip(' \t\r\n"').startswith(("=", "+", "-", "@")), (cell, line)
+
+
 def test_more_rows_than_an_answer_has_are_put_together() -> None:
     """A long record comes in longer rows, at most 10 000, and no CPU time is lost by it."""
     process = Process()

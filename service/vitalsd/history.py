@@ -24,6 +24,9 @@ MAX_ROWS = 10_000
 MAX_CELLS = 1_000_000
 """Rows times threads, some 8 MiB of JSON; the idlest threads are left out."""
 
+FORMULA = ("=", "+", "-", "@")
+"""Characters with which a formula begins. A tab and CR, which some spreadsheets skip, are escaped in any case."""
+
 ThreadKey = tuple[int, int]
 """tid and birth."""
 
@@ -88,7 +91,7 @@ class History:
         """One line per row, one column per thread, UTF-8; marks and events in the last columns."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        names = [f"{thread.tid} {printable(thread.name)} cpu_percent" for thread in self.threads]
+        names = [_cell(f"{thread.tid} {thread.name} cpu_percent") for thread in self.threads]
         writer.writerow(
             ["time", "elapsed_ms", "cpu_percent", "rss_kb", "vm_size_kb", "thread_count", *names, "marks", "events"]
         )
@@ -132,8 +135,19 @@ def _by_row(rows: Sequence[int], notes: Sequence[tuple[int, str]]) -> list[str]:
     """The notes that fall to each row: the first one that ends after them, or the last of all."""
     cells: list[list[str]] = [[] for _ in rows]
     for at_ns, text in notes if rows else ():
-        cells[min(bisect_left(rows, at_ns), len(rows) - 1)].append(printable(text))
+        cells[min(bisect_left(rows, at_ns), len(rows) - 1)].append(_cell(text))
     return ["; ".join(cell) for cell in cells]
+
+
+def _cell(text: str) -> str:
+    """
+    Return `text` for a cell of CSV, so that no spreadsheet takes a part of it for a formula.
+
+    Where ``;`` or a tab separates cells, as in many locales, quotes in the middle of a line protect nothing: these two
+    are escaped.
+    """
+    shown = printable(text).replace(";", "\\x3b")
+    return f"'{shown}" if shown.startswith(FORMULA) else shown
 
 
 @dataclass(frozen=True, slots=True)
