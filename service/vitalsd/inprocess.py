@@ -5,7 +5,9 @@ import atexit
 import logging
 import os
 import selectors
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, suppress
@@ -39,17 +41,73 @@ __all__ = ["Sidecar", "StartError", "start"]
 
 log = logging.getLogger("vitalsd")
 
+IMPORTLIB = "<frozen importlib._bootstrap>"
+"""File name of the frames of an import."""
 GRACE_S = 0.5
 FORK_S = 0.5
 """A fork waits so long for each who reads or writes; one that hangs does not hold it up for more."""
+IMPORT_S = 5.0
+"""A fork waits so long for a thread of the sidecar that imports: the lock of that import would stay in the child."""
 STOP_S = 2.0
 """How long the exit of the host may be held up. A thread that does not end is left behind: it is a daemon."""
-Pausable = Sampler | BlackBox | Shelf
-"""Who is in SQLite or the kernel on a thread of its own, and rests while the host forks."""
 
 
 class StartError(RuntimeError):
     """The sidecar could not be started, and nothing of it is left; ``str(error)`` says why."""
+
+
+class _PausableLoop:
+    """
+    The event loop of a sidecar, which rests while the host forks.
+
+    Args:
+        loop: runs on another thread.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._resting = threading.Lock()
+        """Held until `resume`. Not an Event, which has a lock of its own that could be held in the child for ever."""
+
+    def pause(self, timeout_s: float) -> bool:
+        """Let the callback under way end and none begin until `resume`; False if it takes longer."""
+        rests, resting = threading.Event(), threading.Lock()
+        resting.acquire()
+
+        def rest() -> None:
+            rests.set()
+            resting.acquire()
+
+        try:
+            self._loop.call_soon_threadsafe(rest)
+        except RuntimeError:  # it is closed
+            return False
+        if rests.wait(timeout_s):
+            self._resting = resting
+            return True
+        resting.release()
+        return False
+
+    def resume(self) -> None:
+        """After a `pause` that was granted; in the child as well."""
+        self._resting.release()
+
+
+Pausable = Sampler | BlackBox | Shelf | Worker | _PausableLoop
+"""What is in SQLite, the kernel or an import on a thread of its own, and rests while the host forks."""
+
+
+def _imports() -> bool:
+    """Return whether another thread of the sidecar is importing a module now."""
+    frames = sys._current_frames()
+    for thread in threading.enumerate():
+        if thread.name.startswith("vitalsd") and thread is not threading.current_thread():
+            frame = frames.get(thread.ident or 0)
+            while frame is not None:
+                if frame.f_code.co_filename == IMPORTLIB:
+                    return True
+                frame = frame.f_back
+    return False
 
 
 class Sidecar:
@@ -144,12 +202,31 @@ class Sidecar:
         self.stop()
 
     def _pause(self) -> "list[Pausable]":
-        """What rests now until its `resume`; the sampler first, which may be opening the black box."""
-        paused: list[Pausable] = [self._sampler] if self._sampler.pause(FORK_S) else []
+        """
+        Return what rests now until its `resume`.
+
+        First the event loop, which gives calls to the others; then the sampler, which may be opening the black box.
+        """
+        paused: list[Pausable] = []
+        deadline = time.monotonic() + IMPORT_S
+
+        def pause(each: Pausable | None) -> None:
+            while each is not None:
+                if each.pause(FORK_S):
+                    paused.append(each)
+                    return
+                if time.monotonic() >= deadline or not _imports():
+                    return
+
+        if self._loop is not None and threading.current_thread() is not self._thread:
+            pause(_PausableLoop(self._loop))
+        pause(self._sampler)
         recorder = self._sampler.recorder
-        for each in (None if recorder is None else recorder.blackbox, self._shelf):
-            if each is not None and each.pause(FORK_S):
-                paused.append(each)
+        pause(None if recorder is None else recorder.blackbox)
+        for each in (self._shelf, *self._workers):
+            pause(each)
+        while _imports() and time.monotonic() < deadline:  # a thread of the client, which does not rest
+            time.sleep(0.001)
         return paused
 
     def _forget(self) -> None:
