@@ -5,6 +5,7 @@ import logging
 import os
 import pty
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from misbehaving import Misbehaving, answer, says
 from sidecars import VITALSD, environment
 from vitalsd.alongside import SpawnError, spawn
 from vitalsd.wire import MAX_LINE, one_line
+from vitalsd_client import BugReport, fetch
 
 pytestmark = pytest.mark.live
 
@@ -279,6 +281,45 @@ def test_mark_that_a_hostile_server_refuses_logs_plain_text(caplog: pytest.LogCa
         assert mark("label", url=server.url) is False
     (record,) = caplog.records
     assert is_harmless(record.getMessage())
+
+
+def answers_by_path(answers: dict[bytes, object]) -> Misbehaving:
+    """A server whose answers are JSON by the beginning of the path."""
+
+    def behave(connection: socket.socket, _: threading.Event) -> None:
+        path = server.requests[-1].split(b" ")[1]
+        found = next((body for start, body in answers.items() if path.startswith(start)), None)
+        status = "404 No" if found is None else "200 OK"
+        connection.sendall(answer(json.dumps(found).encode(), status=status))
+
+    server = Misbehaving(behave)
+    return server
+
+
+def test_platform_of_a_hostile_server_is_bounded_plain_text() -> None:
+    """`platform` is any text that a server writes; a client may show it or name a file by it."""
+    body = {"platform": LONG, "available": False, "reason": LONG}
+    with answers_by_path({b"/metrics": body}) as server:
+        found = fetch(10, url=server.url)
+    assert len(found.platform) <= 32
+    assert is_harmless(found.platform)
+
+
+@pytest.mark.parametrize("state", [LONG, "crashed", {"a": 1}, 7])
+def test_report_with_a_hostile_server_has_bounded_metadata(state: object) -> None:
+    """State, end and run of the recorded process, and the platform, are the server's words in metadata.json."""
+    info = {
+        "target": {"pid": 1, "name": LONG, "start_id": LONG},
+        "recorder": {"state": state, "ended": LONG, "black_box": {"run": LONG}},
+    }
+    metrics = {"platform": LONG, "available": False, "reason": LONG}
+    answers = {b"/info": info, b"/metrics": metrics, b"/history": {}, b"/marks": [], b"/runs": [{"id": LONG}]}
+    with answers_by_path(answers) as server:
+        report = BugReport(None, url=server.url, window_ms=10, history_s=1)
+        metadata = json.loads(report.preview()["metadata.json"])
+    assert metadata["target"] is None or metadata["target"]["state"] in (None, "crashed")
+    assert len(json.dumps(metadata)) < 4000
+    assert all(is_harmless(failure.reason) for failure in report.failures)
 
 
 def test_one_line_cuts_the_middle() -> None:

@@ -39,6 +39,8 @@ COVERED = 0.99
 WINDOW_MS = range(10, 60_001)
 MEASURED_STATUS = (200, 403, 404, 410, 501, 503)
 """With these a sidecar sends a `RuntimeMetrics`, or else a problem."""
+MAX_PLATFORM = 32
+"""Characters of the name of a platform: Python's names of systems are shorter."""
 HUNG = "looking for a sidecar did not end in time: the machine or a file system hangs"
 
 
@@ -211,8 +213,9 @@ def _read(answer: Answer) -> RuntimeMetrics:
             raise ExchangeError(f"the sidecar's answer is not a RuntimeMetrics: {_first(error)}") from None
         if answer.status == 200 or isinstance(found, Unavailable):
             if isinstance(found, Unavailable):
-                # A reason from there may quote its paths.
-                return found.model_copy(update={"reason": harmless(found.reason)})
+                # A reason from there may quote its paths; the platform is text that any server may have written.
+                platform = harmless(found.platform, MAX_PLATFORM)
+                return found.model_copy(update={"reason": harmless(found.reason), "platform": platform})
             return found
     raise ExchangeError(refusal(answer))
 

@@ -20,6 +20,10 @@ __all__ = ["RecordedData", "own_subject", "run_directory"]
 
 DISK_S = 0.5
 """Of the time there is, kept for the disk where a sidecar hangs."""
+STATES = ("running", "clean", "crashed")
+MAX_REASON = 1000
+"""Characters of the reason why runs were left out, which names them and the remedy."""
+MAX_RUN_ID = 128
 ALL_S = 86_400
 """As far back as any record reaches, s."""
 
@@ -104,10 +108,14 @@ class RecordedData:
                 if (replay := info.get("replay")) is not None:
                     into.host = Host.read(replay["run"]["host"])
                 if (recorder := info.get("recorder")) is not None:
-                    into.target = {"state": recorder.get("state"), "ended": recorder.get("ended")}
+                    state, ended = recorder.get("state"), recorder.get("ended")
+                    into.target = {
+                        "state": state if state in STATES else None,
+                        "ended": None if ended is None else harmless(str(ended)),
+                    }
                     own = (recorder.get("black_box") or {}).get("run")
-                    if recorder.get("state") == "crashed" and own:
-                        into.runs[str(own)] = HISTORY
+                    if state == "crashed" and own:
+                        into.runs[_run_id(own)] = HISTORY
                 query = {"seconds": self._seconds, "top": TOP_THREADS}
                 into.members[HISTORY] = _json(request("/history", query), dict)[1]
                 into.members[MARKS] = _json(request("/marks"), list)[1]
@@ -126,13 +134,13 @@ class RecordedData:
             choice = choose(runs, Subject.of(self._app, info["target"], into.application.app), is_alive())
             run = choice.run
             if choice.reason is not None:
-                into.failures.append(Failure(PREVIOUS_RUN, choice.reason))
+                into.failures.append(Failure(PREVIOUS_RUN, harmless(choice.reason, MAX_REASON)))
         else:
             run = next((each for each in runs if each.get("id") == self._run_id), None)
             if run is None:
                 into.failures.append(Failure(PREVIOUS_RUN, f"the sidecar has no run with the id {self._run_id!r:.80}"))
         if run is not None:
-            run_id = str(run["id"])
+            run_id = _run_id(run["id"])
             answer = request(f"/runs/{quote(run_id, safe='')}/history", {"seconds": ALL_S, "top": TOP_THREADS})
             into.members[PREVIOUS_RUN] = previous_run(run, _json(answer, dict)[1])
             into.runs[run_id] = PREVIOUS_RUN
@@ -191,6 +199,13 @@ def own_subject(app: str | None, pid: int | None) -> Subject:
     identity = source.identity()
     source.close()
     return Subject(app, identity.start_id, identity.name, identity.program)
+
+
+def _run_id(found: object) -> str:
+    """Return the id of a run that a sidecar names. Raises `ValueError`: it is none."""
+    if not isinstance(found, str) or len(found) > MAX_RUN_ID:
+        raise ValueError("not the id of a run")
+    return found
 
 
 def _json(answer: Answer, kind: type) -> tuple[Any, bytes]:

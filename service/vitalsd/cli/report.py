@@ -199,7 +199,7 @@ def _save_original(sidecar: "Sidecar", name: str, out: Path | None, *, added: bo
     directory = out or Path()
     try:
         directory.mkdir(exist_ok=True)
-        stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in name.removesuffix(".zip")).lstrip(".")
+        stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in name.removesuffix(".zip"))[:80].lstrip(".")
         click.echo(str(write_new(directory, stem or "report", ".zip", answer.body)))
     except OSError as error:
         raise Failed(f"cannot write the report to {directory}: {error.strerror}") from None
