@@ -26,9 +26,19 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, File, Header, HTTPException, UploadFile
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_UPLOAD_BYTES = 64 << 20
+MAX_FORM_BYTES = 64 << 10
+"""What the form adds to the report: boundaries and names."""
+MAX_DISCARDED_BYTES = 256 << 20
+"""Of an upload that is too large, so much is read and thrown away: a client that is still sending reads no answer."""
 MAX_MEMBER_BYTES = 50 << 20
+MAX_MEMBERS_BYTES = 128 << 20
+"""Of all members together, unpacked."""
+TOO_LARGE = f"the report is too large: send at most {MAX_UPLOAD_BYTES >> 20} MiB"
 MAX_RATIO = 100
 MAX_MEMBERS = 200
 KEY = re.compile(r"[0-9a-f]{32}", re.ASCII)
@@ -54,11 +64,15 @@ def check(content: bytes, report_id: str) -> None:
             if len(members) > MAX_MEMBERS:
                 raise BadReport(f"{len(members)} members")
             found: dict[str, tuple[int, str]] = {}
+            room = MAX_MEMBERS_BYTES
             for info in members:
                 if not MEMBER.fullmatch(info.filename) or info.filename in found:
                     raise BadReport("a member has a bad name")
                 if info.file_size > min(MAX_MEMBER_BYTES, MAX_RATIO * max(info.compress_size, 1024)):
                     raise BadReport(f"{info.filename} unpacks to {info.file_size} bytes")
+                room -= info.file_size
+                if room < 0:
+                    raise BadReport(f"its members unpack to more than {MAX_MEMBERS_BYTES} bytes")
                 if info.compress_type not in METHODS:
                     raise BadReport(f"{info.filename} is compressed by method {info.compress_type}")
                 body = _unpacked(archive, info)
@@ -103,10 +117,54 @@ def store(directory: Path, report_id: str, content: bytes) -> tuple[str, str]:
     return f"R-{report_id[:12]}", hashlib.sha256(kept.read_bytes()).hexdigest()
 
 
+class BodyLimit:
+    """
+    Middleware: answers 413 to a body that is too large, before any of it is written to a temporary file.
+
+    Args:
+        app: the application.
+        limit: bytes of a body.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        read = 0
+
+        async def bounded() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._limit:
+                await _discard(receive, message, read)
+                raise HTTPException(413, TOO_LARGE)
+            return message
+
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._limit:
+            await _discard(receive, None, 0)
+            await JSONResponse({"detail": TOO_LARGE}, 413)(scope, receive, send)
+        else:
+            await self._app(scope, bounded, send)
+
+
+async def _discard(receive: Receive, message: Message | None, read: int) -> None:
+    """Read the rest of a body, as far as it is bounded, and keep none of it."""
+    while read < MAX_DISCARDED_BYTES and (message is None or message.get("more_body", False)):
+        message = await receive()
+        read += len(message.get("body", b""))
+
+
 def create_app(directory: Path) -> FastAPI:
     """The application; reports go into `directory`."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     app = FastAPI(title="Receiver of bug reports", docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, limit=MAX_UPLOAD_BYTES + MAX_FORM_BYTES)
 
     @app.post("/reports", status_code=201)
     def receive(
@@ -118,7 +176,7 @@ def create_app(directory: Path) -> FastAPI:
             raise HTTPException(400, "Idempotency-Key must be 32 hexadecimal digits")
         content = report.file.read(MAX_UPLOAD_BYTES + 1)
         if len(content) > MAX_UPLOAD_BYTES:
-            raise HTTPException(413, "the report is too large")
+            raise HTTPException(413, TOO_LARGE)
         if hashlib.sha256(content).hexdigest() != x_content_sha256:
             raise HTTPException(408, "the report was damaged on its way; send it again")
         try:
