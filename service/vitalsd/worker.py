@@ -14,7 +14,7 @@ from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
-__all__ = ["PATIENCE_NS", "Hung", "NoThread", "Stopped", "Worker", "seen", "start_thread"]
+__all__ = ["PATIENCE_NS", "REFUSED", "Hung", "NoThread", "Stopped", "Worker", "seen", "start_thread"]
 
 log = logging.getLogger("vitalsd.worker")
 
@@ -29,6 +29,8 @@ MOST_TIMED = 256
 """With this many calls on the heap, those that were cancelled are removed from it."""
 
 
+REFUSED = "can't start new thread"
+"""Text of the RuntimeError of `threading.Thread.start` where the system gives no thread."""
 FATAL_SIGNALS = {
     *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT, signal.SIGSYS)
 }
@@ -52,11 +54,14 @@ def start_thread(thread: threading.Thread) -> None:
 
     Raises:
         NoThread: the system gives no more threads.
+        RuntimeError: the interpreter ends.
     """
     before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - FATAL_SIGNALS)
     try:
         thread.start()
     except RuntimeError as error:
+        if str(error) != REFUSED:  # at the end of the interpreter, for example
+            raise
         raise NoThread from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -35,9 +35,6 @@ HIDDEN = {"burn": "doctor.burn"}
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
-NO_THREAD = "can't start new thread"
-"""Text of the RuntimeError of `threading.Thread.start`."""
-
 EPILOG = """\b
 Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted."""
 
@@ -69,9 +66,9 @@ class _Program(click.Group):
         try:
             return super().main(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - printed here, because Python would print its text as it is
-            from vitalsd.worker import NoThread
+            from vitalsd.worker import REFUSED, NoThread
 
-            if isinstance(error, NoThread) or str(error) == NO_THREAD:  # that of a library
+            if isinstance(error, NoThread) or str(error) == REFUSED:  # of a thread that a library starts
                 click.echo(f"vitalsd: {NoThread()}", err=True)
             elif isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries once more

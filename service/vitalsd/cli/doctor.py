@@ -109,6 +109,8 @@ def _progress(*, quiet: bool) -> "Iterator[tuple[Progress, Callable[[Finding], N
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.text import Text
 
+    from vitalsd.wire import one_line
+
     out = Console(highlight=False, soft_wrap=True)
     # Where the lines and the progress go to one terminal, one of them draws both.
     console = out if out.is_terminal and not quiet else Console(stderr=True)
@@ -130,11 +132,11 @@ def _progress(*, quiet: bool) -> "Iterator[tuple[Progress, Callable[[Finding], N
                 return
             line = Text()
             line.append(f"{finding.verdict:8}", STYLES[finding.verdict])
-            line.append(f"  {finding.what:42}  {finding.measured}")
+            line.append(f"  {finding.what:42}  {one_line(finding.measured)}")
             if finding.verdict != "not here":
-                line.append(f"   (expected: {finding.expected})", style="dim")
+                line.append(f"   (expected: {one_line(finding.expected)})", style="dim")
             out.print(line)
             if finding.next_step:
-                out.print(Text(f"          {finding.next_step}", style="yellow"))
+                out.print(Text(f"          {one_line(finding.next_step)}", style="yellow"))
 
         yield progress, show
