@@ -1,8 +1,10 @@
 """The tail: what was appended is there when its writer is gone, whole or not at all."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitalsd.tail import MAX_BYTES, SHARED_MEMORY, Row, Tail, read_tail, remove_tail
+from lives import Process
+from test_blackbox import write
+from vitalsd.tail import MAX_BYTES, ORPHAN_S, SHARED_MEMORY, Row, Tail, read_tail, remove_tail, sweep_tails
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a directory of shared memory")
 
@@ -62,8 +66,9 @@ def test_wherever_it_is_cut_the_whole_rows_count(tail: Tail, tmp_path: Path) -> 
         ends.append(tail.size_bytes)
     path = (tmp_path / "run.tail").readlink()
     content = path.read_bytes()
-    for cut in range(0, len(content), 37):
-        whole = ROWS[: sum(end <= cut for end in ends)]
+    begin = len(content) - tail.size_bytes
+    for cut in range(begin, len(content), 37):
+        whole = ROWS[: sum(begin + end <= cut for end in ends)]
         for rest in (b"", bytes(len(content) - cut)):
             path.write_bytes(content[:cut] + rest)
             assert read_tail(tmp_path / "run.tail") == whole
@@ -79,9 +84,10 @@ def test_garbage_is_no_row(tail_of: Callable[[bytes], list[Row]], content: bytes
 def tail_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], list[Row]]:
     link = tmp_path_factory.mktemp("garbage") / "run.tail"
     Tail(link, SHARED_MEMORY).close()
+    mark = link.readlink().read_bytes()
 
     def read(content: bytes) -> list[Row]:
-        link.readlink().write_bytes(content)
+        link.readlink().write_bytes(mark + content)
         return read_tail(link)
 
     return read
@@ -186,16 +192,92 @@ def test_closed_it_does_nothing(tail: Tail) -> None:
 
 def test_what_is_not_ours_is_neither_read_nor_removed(tmp_path: Path) -> None:
     """A link to a file that is none, to a directory, to nothing or to itself: no rows, and only the link goes."""
-    other = tmp_path / "precious"
+    other = tmp_path / "vitalsd-precious"  # named as the files of tails were
     other.write_bytes(b"precious")
     for target in (other, tmp_path, tmp_path / "nothing", tmp_path / "run.tail", Path("/dev/zero")):
         link = tmp_path / "run.tail"
         link.symlink_to(target)
-        if target == other:
-            assert read_tail(link) == []
-        else:
-            with pytest.raises(OSError):  # noqa: PT011 - of many kinds
-                read_tail(link)
+        with pytest.raises(OSError):  # noqa: PT011 - of many kinds
+            read_tail(link)
         remove_tail(link)
         assert not link.is_symlink()
     assert other.read_bytes() == b"precious"
+
+
+# What is left when a state directory was removed
+
+
+def aged(link: Path, seconds: float) -> Path:
+    """The tail behind a link, last written so long ago."""
+    target = link.readlink()
+    moment = time.time() - seconds
+    os.utime(target, (moment, moment))
+    return target
+
+
+@root_only
+def test_sweep_tails_removes_the_tail_of_a_dead_writer_whose_run_is_gone(tmp_path: Path, memory: Path) -> None:
+    """The link went with the directory; a tail whose run is there, whose writer lives, or that is young stays."""
+    kept, orphan, living, young = (tmp_path / f"{name}.tail" for name in ("kept", "orphan", "living", "young"))
+    for link in (kept, orphan, young):
+        tail = Tail(link, memory)
+        assert tail.append(ROWS[0])
+        tail.close()
+    writer = Tail(living, memory)
+    targets = [aged(link, 0 if link == young else 2 * ORPHAN_S) for link in (kept, orphan, living, young)]
+    for link in (orphan, living, young):
+        link.unlink()
+    sweep_tails(memory)
+    assert [path.exists() for path in targets] == [True, False, True, True]
+    writer.close()
+    sweep_tails(memory)
+    assert [path.exists() for path in targets] == [True, False, False, True]
+    assert read_tail(kept) == [ROWS[0]]
+
+
+@root_only
+def test_sweep_tails_leaves_what_is_not_of_this_user_or_namespace(tmp_path: Path, memory: Path) -> None:
+    """Files of other programs and users, links and FIFOs, and the tail of a container, whose run is not seen here."""
+    (memory / "vitalsd-notes123").write_text("notes")
+    (memory / "vitalsd-notes").write_text("notes")
+    (memory / "vitalsd-link0000").symlink_to(tmp_path)
+    os.mkfifo(memory / "vitalsd-fifo0000")
+    theirs = tmp_path / "theirs.tail"
+    Tail(theirs, memory).close()
+    os.chown(theirs.readlink(), 65501, 65501)
+    aged(theirs, 2 * ORPHAN_S)
+    theirs.unlink()
+    code = (
+        "import sys, pathlib; from vitalsd.tail import Tail\n"
+        "Tail(pathlib.Path(sys.argv[1]) / 'inside.tail', pathlib.Path(sys.argv[2])).close()\n"
+    )
+    command = ["unshare", "-m", sys.executable, "-c", code, str(tmp_path), str(memory)]
+    subprocess.run(command, check=True, timeout=60)
+    aged(tmp_path / "inside.tail", 2 * ORPHAN_S)
+    (tmp_path / "inside.tail").unlink()
+    for path in memory.iterdir():
+        os.utime(path, (1, 1), follow_symlinks=False)
+    before = sorted(memory.iterdir())
+    assert len(before) == 6
+    sweep_tails(memory)
+    assert sorted(memory.iterdir()) == before
+
+
+def test_sweep_tails_of_a_removed_state_directory_at_the_next_start(tmp_path: Path) -> None:
+    """A writer is killed and its directory removed; the next sidecar removes what is left in shared memory."""
+    code = (
+        "import os, sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
+        "from lives import Process; from test_blackbox import write\n"
+        "process = Process(); box, record = write(pathlib.Path(sys.argv[1]), [process.snapshot()])\n"
+        "process.pass_time(10**9); segment = record.append(process.snapshot()); box.append(segment, 1)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "runs"), str(Path(__file__).parent)])
+    assert killed.returncode == -9
+    (link,) = (tmp_path / "runs").glob("*.tail")
+    target = aged(link, 2 * ORPHAN_S)
+    shutil.rmtree(tmp_path / "runs")
+    assert target.exists()
+    box, _ = write(tmp_path / "runs", [Process().snapshot()])
+    box.close("over")
+    assert not target.exists()

@@ -5,24 +5,41 @@ A write to a file on tmpfs(5) is a copy of memory. No disk can make it wait, so 
 less than it costs to wake a thread for it, and what was written stays when the process is killed. Only the end of
 the machine, or of the container whose ``/dev/shm`` it is, takes with it what was not on disk by then.
 
+The file begins with a magic number, the mount namespace of its writer, and the path of the link: so what is left over
+can be told from files of other programs, and from the tail of a run in a container that shares the memory. The writer
+holds it with flock(2).
+
 A record is its head, the numbers of a frame as `vitalsd.stored_run` has them, and its id once more. A writer that is
 killed as it appends leaves a record without that, which does not count.
 """
 
+import errno
+import fcntl
 import os
+import re
 import stat
 import tempfile
 import threading
+import time
 from array import array
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["MAX_BYTES", "SHARED_MEMORY", "Row", "Tail", "read_tail", "remove_tail"]
+__all__ = ["MAX_BYTES", "SHARED_MEMORY", "Row", "Tail", "read_tail", "remove_tail", "sweep_tails"]
 
 SHARED_MEMORY = Path("/dev/shm")
 """Linux, shm_overview(7). macOS has no such directory."""
 PREFIX = "vitalsd-"
+NAME = re.compile(rf"{PREFIX}[a-z0-9_]{{8}}", re.ASCII)
+"""As `tempfile.mkstemp` makes it."""
+MAGIC = 0x6C696174_61746976
+"""Of a tail: ``vitatail`` on a little-endian machine."""
+MARK_BYTES = 3 * 8
+"""Size of the numbers before the path of the link: magic number, mount namespace, length of the path."""
+MAX_PATH_BYTES = 4096
+ORPHAN_S = 3600.0
+"""A tail this old whose run is gone and that no process holds is removed."""
 MAX_BYTES = 1 << 20
 """Of one run. The 64 snapshots of a segment take a quarter of it when 1000 threads run all the time."""
 HEAD_BYTES = 5 * 8
@@ -65,11 +82,17 @@ class Tail:
         self._link = link
         self._lock = threading.Lock()
         try:
+            with suppress(OSError):  # Without locks there, it is never taken for a leftover.
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mark = _mark(link)
+            if os.write(self._fd, mark) != len(mark):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
             os.symlink(self._path, link)
         except OSError:
             os.close(self._fd)
             os.unlink(self._path)
             raise
+        self._begin = len(mark)
         self.size_bytes = 0
 
     def append(self, row: Row) -> bool:
@@ -80,21 +103,21 @@ class Tail:
         with self._lock, suppress(OSError):
             begin = self.size_bytes
             if begin + size <= MAX_BYTES:
-                if os.pwritev(self._fd, (head, numbers, head[1:2]), begin) == size:
+                if os.pwritev(self._fd, (head, numbers, head[1:2]), self._begin + begin) == size:
                     self.size_bytes = begin + size
                     return True
-                os.ftruncate(self._fd, begin)
+                os.ftruncate(self._fd, self._begin + begin)
         return False
 
     def rows(self) -> list[Row]:
         """What was appended since it was cleared; nothing once it is closed."""
         with self._lock:
-            return _rows(os.pread(self._fd, self.size_bytes, 0)) if self._fd >= 0 else []
+            return _rows(os.pread(self._fd, self.size_bytes, self._begin)) if self._fd >= 0 else []
 
     def clear(self) -> bool:
         """Begin anew, for all of it is on disk; False if nobody else can find the file any more."""
         with self._lock, suppress(OSError):
-            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, self._begin)
             self.size_bytes = 0
             return os.fstat(self._fd).st_nlink > 0
         return False
@@ -116,32 +139,97 @@ class Tail:
 
 def read_tail(link: Path) -> list[Row]:
     """
-    The rows behind `link`, be it that somebody is appending.
+    The rows behind `link`, also while they are being appended.
 
     Raises:
-        OSError: there is no link, or nothing behind it, or nothing that is of the same user.
+        OSError: there is no link, or nothing behind it, or no tail of the same user.
     """
-    fd = os.open(os.readlink(link), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd, begin, _ = _opened(Path(os.readlink(link)), os.lstat(link).st_uid)
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.lstat(link).st_uid:
-            raise PermissionError(f"{link} leads to what is not a file of its user")
-        before, content = b"", os.pread(fd, min(status.st_size, MAX_BYTES), 0)
-        while content != before:  # what is read while it is being written may be half of each
-            before, content = content, os.pread(fd, min(os.fstat(fd).st_size, MAX_BYTES), 0)
+        before, content = b"", os.pread(fd, MAX_BYTES, begin)
+        while content != before:  # What is read while it is being written may be half of each.
+            before, content = content, os.pread(fd, MAX_BYTES, begin)
     finally:
         os.close(fd)
     return _rows(content)
 
 
 def remove_tail(link: Path) -> None:
-    """Remove the link and what is behind it, if it is one of ours."""
+    """Remove the link and the tail behind it; a file there that is none stays."""
     with suppress(OSError):
-        target = os.readlink(link)
-        if os.path.basename(target).startswith(PREFIX):
-            os.unlink(target)
+        target = Path(os.readlink(link))
+        os.close(_opened(target, os.geteuid())[0])
+        target.unlink()
     with suppress(OSError):
-        link.unlink()
+        if link.is_symlink():
+            link.unlink()
+
+
+def sweep_tails(memory: Path) -> None:
+    """
+    Remove the tails of this user in `memory` whose run was removed and whose writer is dead.
+
+    A tail of another mount namespace stays: its run may be there, in a container.
+    """
+    with suppress(OSError):
+        for name in os.listdir(memory):
+            path = memory / name
+            if NAME.fullmatch(name):
+                with suppress(OSError):
+                    _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    fd, _, mark = _opened(path, os.geteuid())
+    try:
+        if time.time() - os.fstat(fd).st_mtime < ORPHAN_S:
+            return
+        link = Path(os.fsdecode(mark[MARK_BYTES:]))
+        if mark != _mark(link) or not _namespace() or os.path.lexists(link):
+            return
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        os.close(fd)
+
+
+def _opened(path: Path, uid: int) -> tuple[int, int, bytes]:
+    """
+    Open a tail of the user `uid` for reading.
+
+    Returns:
+        The descriptor, where the rows begin, and what is before them.
+
+    Raises:
+        OSError: it cannot be opened, or is none.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != uid or status.st_nlink > 1:
+            raise PermissionError(errno.EPERM, "it is not a tail of this user", str(path))
+        mark = os.pread(fd, MARK_BYTES + MAX_PATH_BYTES, 0)
+        magic, _, length = array("q", mark[:MARK_BYTES].ljust(MARK_BYTES, b"\0"))
+        if magic != MAGIC or not 0 <= length <= len(mark) - MARK_BYTES:
+            raise PermissionError(errno.EPERM, "it is not a tail of vitalsd", str(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, MARK_BYTES + length, mark[: MARK_BYTES + length]
+
+
+def _mark(link: Path) -> bytes:
+    """What a tail begins with."""
+    path = os.fsencode(os.path.abspath(link))
+    return array("q", (MAGIC, _namespace(), len(path))).tobytes() + path
+
+
+def _namespace() -> int:
+    """The mount namespace of this process (namespaces(7)); 0 if it cannot be read."""
+    try:
+        return os.stat("/proc/self/ns/mnt").st_ino
+    except OSError:
+        return 0
 
 
 def _is_tmpfs(directory: Path) -> bool:
