@@ -24,11 +24,12 @@ from lives import IDENTITY, SECOND_NS, Process, lives, same
 from sidecars import environment
 from vitalsd.blackbox import BlackBox
 from vitalsd.record import Mark, Record
+from vitalsd.run_database import insert_rows
 from vitalsd.run_file import RunFile
 from vitalsd.run_parts import delete_run, is_being_written
 from vitalsd.runs import MAX_RUNS, RunDirectory
 from vitalsd.snapshot import Snapshot
-from vitalsd.stored_run import Run, UnreadableRun, insert_rows, read_run
+from vitalsd.stored_run import Run, UnreadableRun, read_run
 from vitalsd.tail import SHARED_MEMORY, Tail
 
 T = TypeVar("T")
@@ -680,17 +681,17 @@ def test_there_are_never_more_runs_than_fit_a_list(being_written: int, tmp_path:
     box, _ = write(tmp_path, [Process().snapshot()])
     box.close("over")
     for number in range(MAX_RUNS + 3):
-        shutil.copy(tmp_path / f"{box.run_id}.sqlite", path := tmp_path / f"{number}.sqlite")
+        shutil.copy(tmp_path / f"{box.run_id}.sqlite", path := tmp_path / f"1-2-boot-{number}.sqlite")
         os.utime(path, (number, number))
     with ExitStack() as stack:
         for number in range(being_written):
-            lock = stack.enter_context((tmp_path / f"{number}.lock").open("w"))
+            lock = stack.enter_context((tmp_path / f"1-2-boot-{number}.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         RunDirectory(tmp_path).make_room(0)
         left = {path.stem for path in tmp_path.glob("*.sqlite")}
     assert len(left) == MAX_RUNS - 1
-    assert {str(number) for number in range(being_written)} <= left
-    assert str(MAX_RUNS + 2) in left
+    assert {f"1-2-boot-{number}" for number in range(being_written)} <= left
+    assert f"1-2-boot-{MAX_RUNS + 2}" in left
 
 
 def test_an_end_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -826,7 +827,7 @@ def test_a_planted_symlink_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "elsewhere")
     box, _ = write(tmp_path / "runs", [Process().snapshot()])
-    check_it_is_off(box, "not a directory of this user")
+    check_it_is_off(box, "is a symbolic link")
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
@@ -834,7 +835,7 @@ def test_a_file_in_place_of_the_directory_is_said(tmp_path: Path) -> None:
     """A file where the directory should be turns the black box off."""
     (tmp_path / "runs").write_text("hello")
     box, _ = write(tmp_path / "runs", [Process().snapshot()])
-    check_it_is_off(box, "exists")
+    check_it_is_off(box, "is not a directory; set VITALSD_STATE_DIR")
 
 
 @root_only

@@ -152,12 +152,12 @@ def test_a_black_box_that_cannot_be_opened_delays_nothing(tmp_path: Path, patien
     runs = tmp_path / "runs"
     runs.mkdir(mode=0o700)
     for number in range(101):  # one more than are kept
-        (runs / f"{number}.sqlite").touch()
-        (runs / f"{number}.lock").touch()
-        os.utime(runs / f"{number}.sqlite", (number, number))
+        (runs / f"1-2-boot-{number}.sqlite").touch()
+        (runs / f"1-2-boot-{number}.lock").touch()
+        os.utime(runs / f"1-2-boot-{number}.sqlite", (number, number))
     with ExitStack() as stack:
         disk = stack.enter_context(ExitStack())
-        disk.enter_context(leased(runs / "0.lock"))
+        disk.enter_context(leased(runs / "1-2-boot-0.lock"))
         begun = time.monotonic()
         served = stack.enter_context(Serving(tmp_path, "--record-interval", "0.1", python=python(patience_s)))
         assert time.monotonic() - begun < 10
@@ -182,7 +182,7 @@ def test_a_black_box_that_cannot_be_opened_delays_nothing(tmp_path: Path, patien
             eventually(lambda: recorder()["black_box"]["run"])
             eventually(lambda: recorder()["black_box"]["error"] is None)
             eventually(lambda: get(served.url, "/healthz").status == 200)
-            assert not (runs / "0.sqlite").exists()
+            assert not (runs / "1-2-boot-0.sqlite").exists()
         begun = time.monotonic()
         assert served.stop() == 0
         print(f"ended in {time.monotonic() - begun:.2f} s")

@@ -278,9 +278,9 @@ def test_head_of_a_run_does_not_read_its_file(tmp_path: Path) -> None:
     with Serving(tmp_path, "--record-interval", "0") as running:
         runs = RunDirectory(tmp_path / "runs")
         runs.path.mkdir(mode=0o700, exist_ok=True)
-        (runs.path / "damaged.sqlite").write_bytes(b"no database")
-        assert get(running.url, "/runs/damaged/history").status == 503
-        assert get(running.url, "/runs/damaged/history", method="HEAD").status == 200
+        (runs.path / "1-2-boot-3.sqlite").write_bytes(b"no database")
+        assert get(running.url, "/runs/1-2-boot-3/history").status == 503
+        assert get(running.url, "/runs/1-2-boot-3/history", method="HEAD").status == 200
         assert get(running.url, "/runs/other/history", method="HEAD").status == 404
 
 

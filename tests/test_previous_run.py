@@ -546,11 +546,11 @@ def test_report_of_a_run_that_cannot_be_read_is_refused(home: Path, damage: str)
     if damage != "none":
         crash(home, ["sleep", "60"], "--app", "viewer")
     (home / "state" / "runs").mkdir(parents=True, exist_ok=True)
-    name = next((run.id for run in runs(home)), "1-2-3")
+    name = next((run.id for run in runs(home)), "1-2-boot-3")
     if damage == "damaged":
         (home / "state" / "runs" / f"{name}.sqlite").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
     done = subprocess.run(
-        [*VITALSD, "report", "--run", name if damage != "another" else "1-2-3", "--out", str(home / "out")],
+        [*VITALSD, "report", "--run", name if damage != "another" else "1-2-boot-3", "--out", str(home / "out")],
         env=environment(home),
         capture_output=True,
         text=True,
@@ -667,12 +667,22 @@ def test_report_with_a_run_id_that_is_none_is_refused(home: Path) -> None:
 
 
 def test_report_with_a_run_directory_that_cannot_be_trusted_is_written(home: Path) -> None:
-    """Of another user, or not a directory at all: without the run, and no traceback."""
+    """Of another user, a link, open to others, or not a directory at all: without the run, and no traceback."""
     (home / "state").mkdir(mode=0o700)
     (home / "state" / "runs").write_text("in the way")
     assert "previous-run.json" not in report(home, "--app", "viewer")[0]
     (home / "state" / "runs").unlink()
     crash(home, ["sleep", "60"], "--app", "viewer")
+    directory = home / "state" / "runs"
+    directory.chmod(0o770)
+    assert last_crash("viewer") is None
+    assert "previous-run.json" not in report(home, "--app", "viewer")[0]
+    directory.chmod(0o700)
+    directory.rename(home / "elsewhere")
+    directory.symlink_to(home / "elsewhere")
+    assert last_crash("viewer") is None
+    directory.unlink()
+    (home / "elsewhere").rename(directory)
     if os.geteuid() == 0:
         os.chown(home / "state" / "runs", 65534, 65534)
         assert "previous-run.json" not in report(home, "--app", "viewer")[0]
@@ -696,7 +706,7 @@ def test_report_among_thousands_of_runs_has_the_newest(home: Path) -> None:
     content = run.path.read_bytes()
     old = time.time() - 86_400
     for number in range(3000):
-        path = run.path.with_name(f"{number}-1-0.sqlite")
+        path = run.path.with_name(f"{number}-1-boot-1.sqlite")
         path.write_bytes(content)
         os.utime(path, (old, old))
     members, _ = report(home, "--app", "viewer")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -148,8 +149,11 @@ class RecordedData:
     def _read_disk(self, into: Collected) -> None:
         directory = run_directory()
         if directory is None:
-            if self._run_id is not None or _is_foreign():
-                reason = "this user has no directory of runs" if not _is_foreign() else "it belongs to another user"
+            refused = _is_there()
+            if self._run_id is not None or refused:
+                reason = "this user has no directory of runs"
+                if refused:
+                    reason = "it is no directory of this user, or other users may write it"
                 into.failures.append(Failure(PREVIOUS_RUN, f"the directory of runs cannot be read: {reason}"))
             return
         subject = own_subject(self._app, self._pid) if self._running else Subject(self._app)
@@ -170,18 +174,19 @@ def run_directory() -> Any:
 
     try:
         path = state_path() / "runs"
-        if not path.is_dir() or os.stat(path).st_uid != os.geteuid():
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
             return None
     except (EndpointError, OSError):
         return None
     return RunDirectory(path)
 
 
-def _is_foreign() -> bool:
+def _is_there() -> bool:
     from vitalsd.directories import EndpointError, state_path
 
     with suppress(EndpointError, OSError):
-        return os.stat(state_path() / "runs").st_uid != os.geteuid()
+        return os.path.lexists(state_path() / "runs")
     return False
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
+from vitalsd.directories import EndpointError, private_directory
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Segment
 from vitalsd.recording.sqlite import sqlite3
-from vitalsd.run_parts import delete_run, new_run
+from vitalsd.run_database import SCHEMA, SCHEMA_VERSION, insert_rows
+from vitalsd.run_parts import APPLICATION_ID, delete_run, new_run
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity
-from vitalsd.stored_run import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, insert_rows
 from vitalsd.tail import Row
 
 __all__ = ["RunFile", "row_of"]
@@ -177,6 +178,8 @@ class RunFile:
         try:
             # First: else each statement here, before there is a WAL, waits for the disk three times.
             db.execute("PRAGMA synchronous = OFF")
+            # Or each would leave a rollback journal if this process were killed; a run that has one is refused.
+            db.execute("PRAGMA journal_mode = MEMORY")
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             db.execute("PRAGMA journal_mode = WAL")
@@ -245,8 +248,8 @@ def row_of(number: int, segment_id: int, segment: Segment, position: int, *, fir
 
 
 def _prepare(path: Path) -> None:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = os.lstat(path)
-    if status.st_uid != os.geteuid() or not path.is_dir() or path.is_symlink():
-        raise OSError(f"{path} is not a directory of this user")
-    os.chmod(path, 0o700)
+    """Make the directory of runs, or check it. Raises `OSError`."""
+    try:
+        private_directory(path)
+    except EndpointError as error:
+        raise OSError(f"{error}; set VITALSD_STATE_DIR to use another") from None

@@ -2,39 +2,79 @@
 What belongs to one run on disk: its database with SQLite's own two files, its lock, and the link to its tail.
 
 All are named after the identity of the run, never after input. While it is being written the ``.lock`` is held with
-flock(2); the kernel lets go of it when the writer dies, however it dies.
+flock(2); the kernel releases it when the writer dies, however it dies. A file is changed or deleted only if
+`check_own_run` establishes that vitalsd wrote it.
 """
 
 import errno
 import fcntl
 import os
+import re
+import stat
 from contextlib import suppress
 from pathlib import Path
 
 from vitalsd.tail import remove_tail
 
-__all__ = ["delete_run", "disk_bytes", "is_being_written", "is_of", "new_run", "tail_link"]
+__all__ = [
+    "APPLICATION_ID",
+    "ForeignRun",
+    "check_own_run",
+    "delete_run",
+    "disk_bytes",
+    "has_run_name",
+    "is_being_written",
+    "is_of",
+    "is_own_run",
+    "is_own_writer",
+    "new_run",
+    "open_regular",
+    "tail_link",
+]
 
 MAX_FILES = 1000
+APPLICATION_ID = 0x76697461  # "vita", in the header of the file for file(1)
+RUN_NAME = re.compile(r"[0-9]{1,20}-[0-9]{1,20}-[0-9A-Za-z]{1,8}-([0-9]{1,20})(-[0-9]{1,4})?\.sqlite", re.ASCII)
+"""`Identity.start_id`, the pid of the writer, and a number if that name was taken."""
+HEADER_BYTES = 100
+"""Of a database file (fileformat2.html of SQLite, section 1.3)."""
+MAGIC = b"SQLite format 3\0"
+
+
+class ForeignRun(Exception):
+    """vitalsd did not write the file, so it neither changes nor deletes it; ``str(error)`` is the reason."""
 
 
 def new_run(directory: Path, stem: str) -> tuple[Path, int]:
     """An empty file whose name begins with `stem`, and a descriptor that holds its lock."""
     for number in range(MAX_FILES):
         path = directory / f"{stem}-{number}.sqlite" if number else directory / f"{stem}.sqlite"
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock_fd = os.open(path.with_suffix(".lock"), flags, 0o600)
+        if any(os.path.lexists(part) for part in _sqlite_parts(path)):
+            continue  # SQLite would take a log or a journal that lies there for that of the new file.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.close(os.open(path, flags | os.O_EXCL, 0o600))
+            lock_fd = os.open(path.with_suffix(".lock"), flags, 0o600)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a directory, a socket
+                continue
+            raise
+        try:
+            if stat.S_ISREG(os.fstat(lock_fd).st_mode):
+                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.close(os.open(path, flags | os.O_EXCL, 0o600))
+                return path, lock_fd
         except (BlockingIOError, FileExistsError):
-            os.close(lock_fd)
+            pass
         except OSError:
             os.close(lock_fd)
             raise
-        else:
-            return path, lock_fd
+        os.close(lock_fd)
     raise OSError(f"{directory} has a thousand runs of this process")
+
+
+def has_run_name(path: Path) -> bool:
+    """Whether the file is named as `new_run` names it."""
+    return RUN_NAME.fullmatch(path.name) is not None
 
 
 def is_of(path: Path, start_id: str) -> bool:
@@ -42,17 +82,49 @@ def is_of(path: Path, start_id: str) -> bool:
     return f"{path.stem}-".startswith(f"{start_id}-")
 
 
+def is_own_writer(path: Path) -> bool:
+    """Whether the name says that this process writes the run."""
+    match = RUN_NAME.fullmatch(path.name)
+    return match is not None and match[1] == str(os.getpid())
+
+
 def tail_link(path: Path) -> Path:
     """Where the `Tail` of the run `path` is linked."""
     return path.with_suffix(".tail")
 
 
-def is_being_written(path: Path) -> bool:
-    """Whether a living process holds the lock of this run, or may for all that can be seen."""
+def open_regular(path: Path) -> int:
+    """
+    Return a descriptor of the regular file `path`, for reading.
+
+    A FIFO is never waited for. A file server's lease on the file is (fcntl(2)).
+
+    Raises:
+        OSError: it cannot be opened, or it is a symbolic link or no regular file.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(path.with_suffix(".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        return error.errno not in (errno.ENOENT, errno.ELOOP)  # without a descriptor left nobody can tell
+        fd = os.open(path, flags | os.O_NONBLOCK)
+    except BlockingIOError:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise
+        fd = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return fd
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a living process holds the lock of this run, or may hold it for all that can be seen."""
+    lock = path.with_suffix(".lock")
+    try:
+        fd = open_regular(lock)
+    except OSError:
+        try:
+            return stat.S_ISREG(os.lstat(lock).st_mode)  # No descriptor or no permission: it may be held.
+        except OSError as error:
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:  # It is held, or the file system cannot say.
@@ -60,6 +132,58 @@ def is_being_written(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def check_own_run(path: Path, *, empty: bool = False) -> None:
+    """
+    Raise `ForeignRun` unless vitalsd wrote the run `path`, and `OSError` if the file cannot be read.
+
+    It is a regular file of this user with one name, which is one that `new_run` gives; its header has the application
+    id and the log of SQLite's WAL mode; so has SQLite no rollback journal to apply, which could delete any file; and
+    what lies beside it is no link either.
+
+    Args:
+        empty: also accept an empty file: its writer died before it wrote the header.
+    """
+    if not has_run_name(path):
+        raise ForeignRun(f"{path.name} does not have the name of a run")
+    for part in (path, *_sqlite_parts(path)):
+        try:
+            found = os.lstat(part)
+        except FileNotFoundError:
+            if part == path:
+                raise
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            raise ForeignRun(f"{part.name} is not a regular file")
+        if found.st_uid != os.geteuid():
+            raise ForeignRun(f"{part.name} belongs to user {found.st_uid}")
+        if found.st_nlink != 1:
+            raise ForeignRun(f"{part.name} has {found.st_nlink} names (hard links), so other programs use it")
+    if os.path.lexists(f"{path}-journal"):
+        raise ForeignRun(f"{path.name} has a rollback journal, {path.name}-journal, which vitalsd never makes")
+    fd = open_regular(path)
+    try:
+        header = os.pread(fd, HEADER_BYTES, 0)
+    finally:
+        os.close(fd)
+    if header or not empty:
+        if not header.startswith(MAGIC) or header[68:72] != APPLICATION_ID.to_bytes(4, "big"):
+            raise ForeignRun(f"{path.name} is not a black box of vitalsd")
+        if header[18:20] != b"\2\2":
+            raise ForeignRun(f"{path.name} is not in WAL mode, so another program has changed it")
+
+
+def is_own_run(path: Path) -> bool:
+    """Whether vitalsd wrote the run, so that it may be deleted to make room."""
+    with suppress(ForeignRun, OSError):
+        check_own_run(path, empty=True)
+        return True
+    return False
+
+
+def _sqlite_parts(path: Path) -> list[Path]:
+    return [Path(f"{path}-wal"), Path(f"{path}-shm"), Path(f"{path}-journal")]
 
 
 def _parts(path: Path) -> list[Path]:
@@ -77,7 +201,7 @@ def disk_bytes(path: Path) -> int:
 
 
 def delete_run(path: Path) -> None:
-    """Remove a run and what belongs to it, as far as that can be done."""
+    """Remove a run that `is_own_run`, and what belongs to it, as far as that can be done."""
     remove_tail(tail_link(path))
     for part in _parts(path):
         with suppress(OSError):

@@ -6,9 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vitalsd.run_parts import delete_run, disk_bytes, is_being_written, is_of
-from vitalsd.stored_run import Run, UnreadableRun, describe, insert_rows, not_on_disk, opened
-from vitalsd.tail import SHARED_MEMORY, read_tail, remove_tail
+from vitalsd.run_database import Tables, insert_rows, not_on_disk, writable
+from vitalsd.run_parts import delete_run, disk_bytes, has_run_name, is_being_written, is_of, is_own_run, tail_link
+from vitalsd.stored_run import Run, UnreadableRun, describe
+from vitalsd.tail import SHARED_MEMORY, read_tail, remove_tail, sweep_tails
 
 __all__ = ["RunDirectory", "Scan"]
 
@@ -34,6 +35,9 @@ class RunDirectory:
     """
     All runs of this user, in one directory with a budget.
 
+    Listing and reading writes nothing. A file is changed or deleted only if vitalsd wrote it, see
+    `vitalsd.run_parts.check_own_run`; what else lies in the directory stays as it is and is not read.
+
     Args:
         path: made with mode 0700 if it is not there.
         max_bytes: of all runs together; the oldest ones that have ended go first.
@@ -56,6 +60,9 @@ class RunDirectory:
         unreadable: dict[str, str] = {}
         files = sorted(self._files(), key=_modified_ns, reverse=True)
         for path in files[:MAX_LISTED]:
+            if not has_run_name(path):
+                unreadable[path.name] = f"{path.name} does not have the name of a run, so it is left alone"
+                continue
             try:
                 runs.append(describe(path))
             except UnreadableRun as error:
@@ -76,7 +83,7 @@ class RunDirectory:
             UnreadableRun: the file of that run cannot be read.
             OSError: the file of that run cannot be read.
         """
-        path = next((path for path in self._files() if path.stem == run_id), None)
+        path = next((path for path in self._files() if path.stem == run_id and has_run_name(path)), None)
         return None if path is None else describe(path)
 
     def mark_reported(self, run: Run) -> bool:
@@ -116,24 +123,35 @@ class RunDirectory:
                 with suppress(UnreadableRun, OSError):
                     if is_of(path, living) and not is_being_written(path):
                         self._note(path, "ended", "the process went on without it")
+        for path in self._files():
+            with suppress(UnreadableRun, OSError):
+                if has_run_name(path) and not is_being_written(path):
+                    self._settle(path)
         for link in self.path.glob("*.tail"):
             path = link.with_suffix(".sqlite")
-            if is_being_written(path):
-                continue
-            if not path.exists():
+            if has_run_name(path) and not os.path.lexists(path) and not is_being_written(path):
                 remove_tail(link)
-                continue
-            with suppress(UnreadableRun, OSError):
-                rows, status = read_tail(link), path.stat()
-                with opened(path) as db:
-                    insert_rows(db, not_on_disk(db, rows))
-                    db.commit()
-                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # it is as old as it was
-                remove_tail(link)
+        sweep_tails(self.memory)
+
+    def _settle(self, path: Path) -> None:
+        """Move what is in the tail and in the log of a run that ended to its file, which keeps its time."""
+        link, log = tail_link(path), Path(f"{path}-wal")
+        try:
+            rows = read_tail(link)
+        except OSError:
+            rows = None
+        if rows or (log.exists() and log.stat().st_size):
+            status = path.stat()
+            with writable(path) as db:
+                insert_rows(db, not_on_disk(Tables(db, disk_bytes(path)), rows or ()))
+                db.commit()
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        if rows is not None:
+            remove_tail(link)
 
     def make_room(self, spare_bytes: int) -> None:
-        """Delete ended runs, oldest first, until there is room for one more, of `spare_bytes`."""
-        files = sorted(self._files(), key=_modified_ns)
+        """Delete ended runs that vitalsd wrote, oldest first, until there is room for one more, of `spare_bytes`."""
+        files = sorted(filter(is_own_run, self._files()), key=_modified_ns)
         total, count = sum(map(disk_bytes, files)), len(files)
         for path in files:
             if total + spare_bytes <= self.max_bytes and count < MAX_RUNS:
@@ -144,21 +162,19 @@ class RunDirectory:
 
     def _note(self, path: Path, key: str, value: str) -> None:
         """What has been noted already stays as it is."""
-        with opened(path) as db:
+        with writable(path) as db:
             db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
             db.commit()
 
     def _files(self) -> list[Path]:
         try:
-            files = [path for path in self.path.glob("*.sqlite") if path.is_file() and not path.is_symlink()]
-            # SQLite would follow a link to a device, and read it without end.
-            return [path for path in files if not os.path.islink(f"{path}-wal")]
+            return [path for path in self.path.glob("*.sqlite") if path.is_file() and not path.is_symlink()]
         except OSError:
             return []
 
 
 def _modified_ns(path: Path) -> int:
-    """When it was last written; 0 if somebody has just deleted it."""
+    """When it was last written; 0 if it has just been deleted."""
     try:
         return path.stat().st_mtime_ns
     except OSError:

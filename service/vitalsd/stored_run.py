@@ -1,82 +1,42 @@
 """
-One run on disk: the format, and reading it back.
+Read a run back from disk.
 
 A SQLite file; its last seconds may still be in its `vitalsd.tail`, and `vitalsd.run_parts` has what else belongs to
 it. A run that is not being written any more and did not say how it ended has crashed.
 """
 
 import json
-import shutil
-import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
-from vitalsd.record import Event, EventKind, Mark, Moves, Record, Segment
-from vitalsd.recording.sqlite import sqlite3
+from vitalsd.contract.labels import MAX_LABEL_LENGTH
+from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Moves, Record, Segment
+from vitalsd.run_database import Tables, not_on_disk, readable
+from vitalsd.run_image import UnreadableRun
 from vitalsd.run_parts import disk_bytes, is_being_written, is_of, tail_link
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.tail import Row, read_tail
 from vitalsd.wire import iso
 
-__all__ = [
-    "APPLICATION_ID",
-    "SCHEMA",
-    "SCHEMA_VERSION",
-    "UNKNOWN_END",
-    "Run",
-    "State",
-    "UnreadableRun",
-    "describe",
-    "insert_rows",
-    "not_on_disk",
-    "opened",
-    "read_run",
-]
+__all__ = ["UNKNOWN_END", "Run", "State", "UnreadableRun", "describe", "read_run"]
 
-APPLICATION_ID = 0x76697461  # "vita", in the header of the file for file(1)
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE thread (id INTEGER PRIMARY KEY, tid INTEGER, birth INTEGER, name TEXT);
-CREATE TABLE segment (id INTEGER PRIMARY KEY, threads BLOB, cpu_ns BLOB, constants TEXT);
-CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, numbers BLOB, moved INTEGER, code TEXT);
-CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
-CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT);
-"""
-"""
-Blobs are arrays as the machine has them: thread ids u32; CPU times u64. The numbers of a frame are its scalars, i64;
-the indexes of the threads that moved, u32, as many as `moved`, or none if that is NULL because every thread did;
-and how much each of them moved, u32 or i64 as `code` says, I or q.
-"""
-
-COLUMNS: dict[str, list[str]] = {
-    line.split()[2]: [column.split()[0] for column in line.partition("(")[2].rpartition(")")[0].split(", ")]
-    for line in SCHEMA.strip().splitlines()
-}
-"""By table of `SCHEMA`."""
 SCALARS_BYTES = 8 * len(Segment.SCALARS)
 CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image")
 """Of a segment, as JSON."""
-
-PROGRAMS = ("VIRTUAL", "CHECK", "DEFAULT", "GENERATED", "COLLATE")
-"""Words of a table's declaration that make SQLite run code."""
+MAX_TEXT = 16_384
+"""Characters of a value in ``meta``, the constants of a segment or the detail of an event."""
+MAX_META = 100
+"""Values in ``meta``; a run has 10."""
+THREAD_BYTES = 32
+"""Of the file for each thread that it may have; in a run it takes 35 bytes, with its place in a segment."""
+LARGEST = 2**63 - 1
 
 State = Literal["running", "clean", "crashed"]
-
-
-class UnreadableRun(Exception):
-    """The file is not a run of ours, or is damaged; ``str(error)`` says which."""
-
-
-class _Stuck(UnreadableRun):
-    """It cannot be opened where it is: the disk is full or read-only, and SQLite needs files of its own beside it."""
-
 
 UNKNOWN_END = "the sidecar ended before the process or with it; how the process ended is not known"
 
@@ -125,98 +85,22 @@ class Run(NamedTuple):
 
 def read_run(path: Path) -> tuple[Run, Record]:
     """
-    A run and its record, exact to the last snapshot that was written. The file itself is not touched.
+    A run and its record, exact to the last snapshot that was written. Nothing on disk is changed.
 
     Raises:
         UnreadableRun: it is not a run of ours, or damaged.
         OSError: it cannot be read.
     """
-    with _copied(path) as db:
-        return _described(db, path), _record(db)
+    rows = _tail(path)  # First: what is moved from it meanwhile is in the database.
+    with readable(path) as tables:
+        return _described(tables, path, rows), _record(tables, rows)
 
 
-@contextmanager
-def _copied(path: Path) -> Iterator[sqlite3.Connection]:
-    """A copy of the database of a run, with what is in its tail. Raises as `read_run` does."""
-    with tempfile.TemporaryDirectory(prefix="vitalsd-") as scratch:
-        copy = Path(scratch) / "run.sqlite"
-        rows = _tail(path)  # first: what has left it when the rest is read is there
-        if is_being_written(path):
-            # Not by hand: to close a file takes the locks of the whole process off it, those of its writer too, and
-            # the next who looks at the run then takes it for his own and deletes the log (close in fcntl_locking(2)).
-            with opened(path) as live, closing(sqlite3.connect(copy)) as db:
-                live.backup(db)
-        else:
-            state = None
-            while state != (state := _state_of_files(path)):  # who lists it meanwhile moves the log into the database
-                for suffix in ("", "-wal"):
-                    Path(f"{copy}{suffix}").unlink(missing_ok=True)
-                    with suppress(FileNotFoundError) if suffix else nullcontext():
-                        shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
-        with opened(copy, path.name) as db:
-            insert_rows(db, not_on_disk(db, rows))
-            yield db
-
-
-def _state_of_files(path: Path) -> list[tuple[int, int, int] | None]:
-    """What changes when the database of a run or its log is written, made or deleted."""
-    found: list[tuple[int, int, int] | None] = []
-    for file in (path, Path(f"{path}-wal")):
-        try:
-            status = file.stat()
-        except FileNotFoundError:
-            found.append(None)
-        else:
-            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
-    return found
-
-
-@contextmanager
-def opened(path: Path, name: str | None = None) -> Iterator[sqlite3.Connection]:
-    """
-    The database of a run, for reading and writing; `name` is what an error calls it.
-
-    Raises:
-        UnreadableRun: it is not a run of ours, damaged, or so is what the caller finds in it.
-    """
-    name = name or path.name
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=1)) as db:
-            (application_id,) = db.execute("PRAGMA application_id").fetchone()
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if application_id != APPLICATION_ID:
-                raise UnreadableRun(f"{name} is not a black box of vitalsd")
-            if version != SCHEMA_VERSION:
-                raise UnreadableRun(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
-            _check_tables(db, name)
-            yield db
-    except sqlite3.OperationalError as error:
-        raise _Stuck(f"{name} cannot be opened: {error}") from None
-    except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
-        raise UnreadableRun(f"{name} is damaged: {error}") from None
-
-
-def _check_tables(db: sqlite3.Connection, name: str) -> None:
-    """
-    Raise `UnreadableRun` unless the tables are those of `SCHEMA` with their columns, and nothing else.
-
-    A view or a trigger is a program, and may be one that never ends. The text of the statements is not compared: it may
-    be written otherwise by another version.
-    """
-    kinds = {(kind, table): sql for kind, table, sql in db.execute("SELECT type, name, sql FROM sqlite_master")}
-    if {table for _, table in kinds} != set(COLUMNS) or {kind for kind, _ in kinds} != {"table"}:
-        raise UnreadableRun(f"{name} has other tables than a run of vitalsd")
-    for table, columns in COLUMNS.items():
-        if any(word in str(kinds["table", table]).upper() for word in PROGRAMS):
-            raise UnreadableRun(f"{name} has a table that computes")
-        found = [(column, hidden) for _, column, _, _, _, _, hidden in db.execute(f"PRAGMA table_xinfo({table})")]
-        if found != [(column, 0) for column in columns]:
-            raise UnreadableRun(f"{name} has other columns in {table} than a run of vitalsd")
-
-
-def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    """Insert rows, as a tail has them, in the transaction of the caller; those that are there already are left out."""
-    db.executemany("INSERT OR IGNORE INTO frame (id, segment, numbers, moved, code) VALUES (?,?,?,?,?)", rows)
+def describe(path: Path) -> Run:
+    """What is told of a run without reading all of it. Nothing on disk is changed. Raises as `read_run` does."""
+    rows = _tail(path)
+    with readable(path) as tables:
+        return _described(tables, path, rows)
 
 
 def _tail(path: Path) -> list[Row]:
@@ -226,17 +110,15 @@ def _tail(path: Path) -> list[Row]:
         return []
 
 
-def not_on_disk(db: sqlite3.Connection, rows: Sequence[Row]) -> list[Row]:
-    """Those of the rows of a tail that are not on disk."""
-    if not rows:
-        return []
-    (last,) = db.execute("SELECT max(id) FROM frame").fetchone()
-    known = {segment for (segment,) in db.execute("SELECT id FROM segment")}
-    return [row for row in rows if row.id > (last or 0) and row.segment in known]
+def _meta(tables: Tables) -> dict[str, str]:
+    found = dict(_typed(row, (str, str)) for row in tables.rows("SELECT key, value FROM meta LIMIT ?", MAX_META))
+    return {key: _text(value) for key, value in found.items()}
 
 
-def _meta(db: sqlite3.Connection) -> dict[str, str]:
-    return dict(_typed(row, (str, str)) for row in db.execute("SELECT key, value FROM meta"))
+def _text(value: str) -> str:
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"a text of {len(value)} characters; a run has at most {MAX_TEXT}")
+    return value
 
 
 def _typed(row: Sequence[Any], kinds: Sequence[type]) -> Any:
@@ -246,36 +128,29 @@ def _typed(row: Sequence[Any], kinds: Sequence[type]) -> Any:
     return row
 
 
+def _check_sizes(*numbers: int) -> None:
+    if not all(0 <= number <= LARGEST for number in numbers):
+        raise ValueError("a number that is negative or too large")
+
+
 def _identity(meta: dict[str, str]) -> Identity:
     identity = Identity(**json.loads(meta["identity"]))
     _typed(identity, (str, int, str, str, int, int, str))
-    if not 0 <= identity.started_unix_ns < 2**63:
-        raise ValueError(f"a start at {identity.started_unix_ns}")
+    _check_sizes(identity.pid, identity.start_key, identity.started_unix_ns)
     return identity
 
 
-def describe(path: Path) -> Run:
-    """What is told of a run without reading all of it. Raises `UnreadableRun`."""
-    rows = _tail(path)
-    try:
-        with opened(path) as db:
-            db.execute("BEGIN")  # or what is written meanwhile is in none of what is read
-            return _described(db, path, rows)
-    except _Stuck:
-        with _copied(path) as db:
-            return _described(db, path)
-
-
-def _described(db: sqlite3.Connection, path: Path, rows: Sequence[Row] = ()) -> Run:
-    meta = _meta(db)
-    count, first, last = db.execute("SELECT count(*), min(id), max(id) FROM frame").fetchone()
+def _described(tables: Tables, path: Path, rows: Sequence[Row]) -> Run:
+    meta = _meta(tables)
+    # Not count(*): SQLite executes that in one instruction, which nothing bounds.
+    (count,) = tables.row("SELECT count(rowid) FROM frame")
     wall = Segment.SCALARS.index("wall_ns")
-    scalars = "SELECT substr(numbers, 1, ?) FROM frame WHERE id=?"
+    scalars = "SELECT substr(numbers, 1, ?) FROM frame WHERE rowid = (SELECT {}(rowid) FROM frame)"
     first_wall_ns, last_wall_ns = (
-        None if frame is None else _array("q", db.execute(scalars, (SCALARS_BYTES, frame)).fetchone()[0])[wall]
-        for frame in (first, last)
+        None if row is None else _array("q", row[0])[wall]
+        for row in (tables.row(scalars.format(which), SCALARS_BYTES) for which in ("min", "max"))
     )
-    if lacking := not_on_disk(db, rows):
+    if lacking := not_on_disk(tables, rows):
         count += len(lacking)
         last_wall_ns = _array("q", bytes(lacking[-1].numbers[:SCALARS_BYTES]))[wall]
     state: State = "clean"
@@ -302,39 +177,59 @@ def _described(db: sqlite3.Connection, path: Path, rows: Sequence[Row] = ()) -> 
     )
 
 
-def _record(db: sqlite3.Connection) -> Record:
-    meta = _meta(db)
-    record = Record(_identity(meta), interval_ns=int(meta["interval_ns"]), retention_ns=int(meta["retention_ns"]))
-    threads = {
-        row[0]: _typed(row[1:], (int, int, str)) for row in db.execute("SELECT id, tid, birth, name FROM thread")
-    }
-    frames = db.execute(
-        "SELECT f.segment, f.numbers, f.moved, f.code, s.threads, s.cpu_ns, s.constants"
-        " FROM frame f JOIN segment s ON s.id = f.segment ORDER BY f.id"
-    )
+def _record(tables: Tables, rows: Sequence[Row]) -> Record:
+    meta = _meta(tables)
+    interval_ns, retention_ns = int(meta["interval_ns"]), int(meta["retention_ns"])
+    _check_sizes(interval_ns, retention_ns)
+    record = Record(_identity(meta), interval_ns=interval_ns, retention_ns=retention_ns)
+    threads: dict[int, tuple[int, int, str]] = {}
+    for thread_id, *thread in tables.rows("SELECT rowid, tid, birth, name FROM thread"):
+        threads[thread_id] = tuple(_typed(thread, (int, int, str)))
+        if len(threads) * THREAD_BYTES > tables.size_bytes:
+            raise ValueError("it has more threads than fit into it")
+    lacking = not_on_disk(tables, rows)
+    # The key of every table here is its rowid: SQLite sorts nothing, and refuses a table that has none.
+    frames = tables.rows("SELECT rowid, segment, numbers, moved, code FROM frame ORDER BY rowid")
     newest = 0
-    for segment_id, rows in groupby(frames, key=lambda row: row[0]):
+    for segment_id, group in groupby(chain(frames, lacking), key=lambda row: row[1]):
         if segment_id <= newest:  # A hostile file would make thousands of copies of one segment.
             raise ValueError(f"snapshots of segment {segment_id!r:.20} after those of {newest}")
         newest = segment_id
-        segment: Segment | None = None
-        for _, numbers, moved, code, ids, cpu_ns, constants in rows:
-            values, moves = _frame(numbers, moved, code)
-            if segment is None:
-                keys = [threads[thread_id] for thread_id in _array("I", ids)]
-                segment = Segment(_head(values, keys, _array("Q", cpu_ns), json.loads(constants)))
-            _check(segment, values, moves)
-            segment.add(values, moves)
-        if segment is not None:
-            record.restore(segment)
-    for row in db.execute("SELECT * FROM mark ORDER BY rowid"):
-        record.marks.append(Mark(*_typed(row, (int, int, str))))
-    for row in db.execute("SELECT * FROM event ORDER BY rowid"):
+        row = tables.row("SELECT threads, cpu_ns, constants FROM segment WHERE rowid = ?", segment_id)
+        if row is not None:
+            record.restore(_segment(row, group, threads))
+    for row in _newest(tables, "wall_ns, monotonic_ns, label FROM mark", MAX_MARKS):
+        mark = Mark(*_typed(row, (int, int, str)))
+        if len(mark.label) > MAX_LABEL_LENGTH:
+            raise ValueError(f"a label of {len(mark.label)} characters; it has at most {MAX_LABEL_LENGTH}")
+        record.marks.append(mark)
+    for row in _newest(tables, "wall_ns, monotonic_ns, kind, detail FROM event", MAX_EVENTS):
         event = Event(*_typed(row, (int, int, str, str)))
         if event.kind not in get_args(EventKind):
             raise ValueError(f"an event {event.kind!r:.80}")
-        record.events.append(event)
+        record.events.append(event._replace(detail=_text(event.detail)))
     return record
+
+
+def _newest(tables: Tables, columns: str, count: int) -> list[Any]:
+    return list(tables.rows(f"SELECT {columns} ORDER BY rowid DESC LIMIT ?", count))[::-1]
+
+
+def _segment(
+    row: Sequence[Any], frames: Iterable[Sequence[Any]], threads: Mapping[int, tuple[int, int, str]]
+) -> Segment:
+    """The segment in `row` with the snapshots of `frames`."""
+    ids, cpu_ns, constants = row
+    segment: Segment | None = None
+    for _, _, numbers, moved, code in frames:
+        values, moves = _frame(numbers, moved, code)
+        if segment is None:
+            keys = [threads[thread_id] for thread_id in _array("I", ids)]
+            segment = Segment(_head(values, keys, _array("Q", cpu_ns), json.loads(_text(constants))))
+        _check(segment, values, moves)
+        segment.add(values, moves)
+    assert segment is not None
+    return segment
 
 
 def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", Moves]:
@@ -360,6 +255,7 @@ def _head(
     if len(cpu_ns) != len(keys):
         raise ValueError("threads without CPU time")
     _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str))
+    _check_sizes(*(constants[name] for name in CONSTANTS[:3]))
     tids, births, names = zip(*keys, strict=True) if keys else ((), (), ())
     numbers = Segment.numbers(scalars)
     return Snapshot(**numbers, tids=tids, births=births, names=names, thread_cpu_ns=cpu_ns, **constants)

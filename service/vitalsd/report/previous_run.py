@@ -7,11 +7,13 @@ A run with an application id belongs to reports with this id and to no other. Wi
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitalsd.contract.report_archive import PREVIOUS_RUN, Failure, previous_run
 from vitalsd.history import history
 from vitalsd.record import Record
+from vitalsd.run_parts import has_run_name
 from vitalsd.runs import RunDirectory
 from vitalsd.sources.birth import Births, Undecided, births
 from vitalsd.sources.programs import may_be_versions
@@ -203,7 +205,7 @@ def find(
 
 def _settled(directory: RunDirectory, alive: Callable[[Listing], bool]) -> tuple[list[Run], Collection[str]]:
     """
-    Return the runs, and the names of files that cannot be read.
+    Return the runs, and the names of those that cannot be read.
 
     If the process of a run has just ended, wait until its sidecar has written how it ended.
     """
@@ -212,7 +214,7 @@ def _settled(directory: RunDirectory, alive: Callable[[Listing], bool]) -> tuple
         runs, unreadable, _ = directory.scan()
         dying = any(run.state == "running" and not alive(run.to_json()) for run in runs)
         if not dying or time.monotonic() >= deadline:
-            return runs, unreadable
+            return runs, [name for name in unreadable if has_run_name(Path(name))]
         time.sleep(0.05)
 
 

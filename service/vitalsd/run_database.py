@@ -1,0 +1,245 @@
+"""
+The tables of a run, and SQLite with bounds around it.
+
+A run may come from another user or machine. What is read is a copy in memory, or the file of this very process opened
+read-only; how many instructions SQLite executes, and how much content comes out of it, are bounded by the size of the
+file. A page tree may be a graph in which 10 pages hold 10^13 rows, and a value may be a chain of pages without end.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+from vitalsd.recording.sqlite import sqlite3
+from vitalsd.run_image import UnreadableRun, read_image
+from vitalsd.run_parts import (
+    APPLICATION_ID,
+    HEADER_BYTES,
+    MAGIC,
+    ForeignRun,
+    check_own_run,
+    disk_bytes,
+    is_being_written,
+    is_own_writer,
+)
+from vitalsd.tail import Row
+
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "Tables", "insert_rows", "not_on_disk", "readable", "writable"]
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE thread (id INTEGER PRIMARY KEY, tid INTEGER, birth INTEGER, name TEXT);
+CREATE TABLE segment (id INTEGER PRIMARY KEY, threads BLOB, cpu_ns BLOB, constants TEXT);
+CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, numbers BLOB, moved INTEGER, code TEXT);
+CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
+CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT);
+"""
+"""
+Blobs are arrays as the machine has them: thread ids u32; CPU times u64. The numbers of a frame are its scalars, i64;
+the indexes of the threads that moved, u32, as many as `moved`, or none if that is NULL because every thread did;
+and how much each of them moved, u32 or i64 as `code` says, I or q.
+"""
+
+COLUMNS: dict[str, list[str]] = {
+    line.split()[2]: [column.split()[0] for column in line.partition("(")[2].rpartition(")")[0].split(", ")]
+    for line in SCHEMA.strip().splitlines()
+}
+"""By table of `SCHEMA`."""
+
+PROGRAMS = ("VIRTUAL", "CHECK", "DEFAULT", "GENERATED", "COLLATE")
+"""Words of a table's declaration that make SQLite run code."""
+
+MAX_SQL = 10_000
+"""Characters of a statement, those of the schema included."""
+STEPS = 1000
+"""Instructions of SQLite's virtual machine between two looks at how many are left."""
+FREE_STEPS = 200_000
+"""Instructions that every run may take, however small."""
+STEP_BYTES = 2
+"""One more instruction for so many bytes. All tables of a real run together take one for 4 bytes at most."""
+ROW_BYTES = 16
+"""What a row takes at least in a real run."""
+FREE_BYTES = 1 << 16
+
+
+class Tables:
+    """
+    The tables of one run, for reading.
+
+    Args:
+        db: the connection.
+        size_bytes: of the database. No more than that comes out of it, with `ROW_BYTES` for each row, in all calls
+            together.
+    """
+
+    def __init__(self, db: sqlite3.Connection, size_bytes: int) -> None:
+        self._db = db
+        self.size_bytes = size_bytes
+        self._left = FREE_BYTES + size_bytes
+
+    def rows(self, sql: str, *values: Any) -> Iterator[Any]:
+        """
+        Yield the rows that a statement finds.
+
+        Raises:
+            ValueError: it finds more than the file has bytes.
+        """
+        for row in self._db.execute(sql, values):
+            self._left -= ROW_BYTES + sum(len(value) for value in row if isinstance(value, (bytes, str)))
+            if self._left < 0:
+                raise ValueError(f"its tables hold more than its {self.size_bytes} bytes")
+            yield row
+
+    def row(self, sql: str, *values: Any) -> Any:
+        """Return the first row that a statement finds; ``None``: it finds none. Raises as `rows` does."""
+        return next(self.rows(sql, *values), None)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[Tables]:
+    """
+    Give the tables of a run as of one moment; neither the file nor what is beside it is written.
+
+    Raises:
+        UnreadableRun: it is not a run of ours, is damaged, or so is what the caller finds in it.
+        OSError: it cannot be read.
+    """
+    with _explained(path.name):
+        if is_own_writer(path) and is_being_written(path):
+            check_own_run(path)
+            # Read-only, SQLite applies no journal and moves no log.
+            with closing(sqlite3.connect(f"{_uri(path)}?mode=ro", uri=True, timeout=1)) as db:
+                size = disk_bytes(path)
+                _restrict(db, size)
+                _check_tables(db, path.name)
+                db.execute("BEGIN")  # One state for all statements, whatever is written meanwhile.
+                yield Tables(db, size)
+        else:
+            image = read_image(path)
+            size = len(image)
+            _check_header(image, path.name)
+            with _in_memory(image) as db:
+                _restrict(db, size)
+                _check_tables(db, path.name)
+                yield Tables(db, size)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[sqlite3.Connection]:
+    """
+    Give the database of a run that vitalsd wrote, for writing. What is in its log moves to the file afterwards.
+
+    Raises:
+        UnreadableRun: vitalsd did not write it, or it is damaged, or cannot be written now.
+        OSError: it cannot be read.
+    """
+    with _explained(path.name):
+        check_own_run(path)
+        with readable(path):  # Whatever a log would put into the file has been looked at before.
+            pass
+        with closing(sqlite3.connect(f"{_uri(path)}?mode=rw", uri=True, timeout=1)) as db:
+            _restrict(db, disk_bytes(path))
+            _check_tables(db, path.name)
+            yield db
+
+
+def _uri(path: Path) -> str:
+    return path.absolute().as_uri()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Raise what goes wrong with the database of a run as `UnreadableRun`."""
+    try:
+        yield
+    except ForeignRun as error:
+        raise UnreadableRun(str(error)) from None
+    except sqlite3.OperationalError as error:
+        if str(error) == "interrupted":
+            raise UnreadableRun(f"{name} is damaged: it has more rows than fit into a file of its size") from None
+        raise UnreadableRun(f"{name} cannot be opened: {error!s:.200}") from None
+    except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        raise UnreadableRun(f"{name} is damaged: {error!s:.200}") from None
+
+
+@contextmanager
+def _in_memory(image: bytearray) -> Iterator[sqlite3.Connection]:
+    """A database with the content `image`, which is emptied."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        if hasattr(db, "deserialize"):
+            db.deserialize(image)
+            image.clear()
+            yield db
+            return
+    # SQLite before 3.36 has sqlite3_deserialize() only if it was built with it.
+    with tempfile.TemporaryDirectory(prefix="vitalsd-") as scratch:
+        copy = Path(scratch) / "run.sqlite"
+        copy.write_bytes(image)
+        image.clear()
+        with closing(sqlite3.connect(f"{_uri(copy)}?mode=ro&immutable=1", uri=True)) as db:
+            yield db
+
+
+def _restrict(db: sqlite3.Connection, size_bytes: int) -> None:
+    """Bound what a connection to a database of `size_bytes` may execute, and how long a value may be."""
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(MAX_SQL, size_bytes))
+    db.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, MAX_SQL)
+    looks = (FREE_STEPS + size_bytes // STEP_BYTES) // STEPS
+    # Without a line of Python: an exception of a signal handler, such as KeyboardInterrupt, would get lost in it.
+    db.set_progress_handler(partial(next, repeat(0, looks), 1), STEPS)
+    db.execute("PRAGMA temp_store = MEMORY")
+
+
+def _check_header(image: bytearray, name: str) -> None:
+    """Raise `UnreadableRun` unless the header is that of a run, in the format that this version reads."""
+    if len(image) < HEADER_BYTES or not image.startswith(MAGIC):
+        raise UnreadableRun(f"{name} is not a black box of vitalsd: it is no SQLite database")
+    if int.from_bytes(image[68:72], "big") != APPLICATION_ID:
+        raise UnreadableRun(f"{name} is not a black box of vitalsd")
+    if image[56:60] != b"\0\0\0\1":
+        raise UnreadableRun(f"{name} has texts that are not UTF-8, as another program writes them")
+    if (version := int.from_bytes(image[60:64], "big")) != SCHEMA_VERSION:
+        raise UnreadableRun(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
+
+
+def _check_tables(db: sqlite3.Connection, name: str) -> None:
+    """
+    Raise `UnreadableRun` unless the tables are those of `SCHEMA` with their columns, and nothing else.
+
+    A view or a trigger is a program, and may be one that never ends. The text of the statements is not compared: it may
+    be written otherwise by another version.
+    """
+    kinds = {
+        (kind, table): sql for kind, table, sql in db.execute("SELECT type, name, sql FROM sqlite_master LIMIT 99")
+    }
+    if {table for _, table in kinds} != set(COLUMNS) or {kind for kind, _ in kinds} != {"table"}:
+        raise UnreadableRun(f"{name} has other tables than a run of vitalsd")
+    for table, columns in COLUMNS.items():
+        if any(word in str(kinds["table", table]).upper() for word in PROGRAMS):
+            raise UnreadableRun(f"{name} has a table that computes")
+        declared = [(column, hidden) for _, column, _, _, _, _, hidden in db.execute(f"PRAGMA table_xinfo({table})")]
+        if declared != [(column, 0) for column in columns]:
+            raise UnreadableRun(f"{name} has other columns in {table} than a run of vitalsd")
+
+
+def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Insert rows, as a tail has them, in the transaction of the caller; those that are there already are left out."""
+    db.executemany("INSERT OR IGNORE INTO frame (id, segment, numbers, moved, code) VALUES (?,?,?,?,?)", rows)
+
+
+def not_on_disk(tables: Tables, rows: Sequence[Row]) -> list[Row]:
+    """Those of the rows of a tail that are not on disk."""
+    if not rows:
+        return []
+    (last,) = tables.row("SELECT max(rowid) FROM frame")
+    known = {
+        segment
+        for segment in {row.segment for row in rows}
+        if tables.row("SELECT 1 FROM segment WHERE rowid = ?", segment)
+    }
+    return [row for row in rows if row.id > (last or 0) and row.segment in known]
