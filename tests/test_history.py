@@ -15,7 +15,7 @@ from test_record import record_of
 from vitalsd.history import MAX_CELLS, MAX_ROWS, history
 from vitalsd.record import Event, Mark, Record
 from vitalsd.snapshot import Snapshot
-from vitalsd.stored_history import read_history
+from vitalsd.stored_history import parse_json, read_history
 
 
 @given(lives())
@@ -278,3 +278,76 @@ def test_more_threads_than_an_answer_has_are_left_out_and_it_says_so() -> None:
     assert len(body) < 10 << 20
     assert json.loads(body)["truncated"] is True
     assert "truncated" not in json.loads(history(record, top=50).to_json())
+
+
+def test_parse_json_of_many_small_values_is_refused() -> None:
+    """A value takes up to 250 bytes once it is parsed: 24 MiB of brackets would be 600."""
+    for value in (b"[],", b"{},", b"0,"):
+        with pytest.raises(ValueError, match="more values than a history"):
+            parse_json(b"[" + value * 2_000_000 + b"0]")
+
+
+def test_parse_json_of_the_largest_history_is_read() -> None:
+    """A million numbers, and 1000 marks of nothing but brackets and commas."""
+    cells = ",".join(["100.123"] * 10_000)
+    threads = ",".join(f'{{"tid":{tid},"name":"a,b[c]","cpu_percent":[{cells}]}}' for tid in range(100))
+    marks = ",".join(f'{{"time_ms":1,"label":"{"[,{" * 66}"}}' for _ in range(1000))
+    assert len(parse_json(f'{{"threads":[{threads}],"marks":[{marks}]}}'.encode())["threads"]) == 100
+
+
+def test_read_history_of_more_cells_than_a_history_is_refused() -> None:
+    """Threads that come and go in each row would take 100 times the memory of their JSON."""
+    body = json.loads(history(record_of([Process().snapshot() for _ in range(1)])).to_json())
+    rows = 9000
+    columns = {name: [1] * rows for name in ("time_ms", "elapsed_ms", "cpu_percent", "rss_kb", "vm_size_kb")}
+    threads = [
+        {"tid": tid, "name": "x", "cpu_percent": [1 if (tid + row) % 2 else None for row in range(rows)]}
+        for tid in range(1, 121)
+    ]
+    with pytest.raises(ValueError, match="120 threads in 9000 rows"):
+        read_history(body | columns | {"threads": threads})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"interval_ms": 10**4000},
+        {"interval_ms": -1},
+        {"marks": [{"time_ms": 10**40, "label": "A"}]},
+        {"events": [{"time_ms": -(10**40), "kind": "missed", "detail": "A"}]},
+        {"target": {"pid": 10**40, "name": "x", "start_id": "1-2-a", "started_at": "2026-01-01T00:00:00Z"}},
+        {"target": {"pid": 1, "name": "x", "start_id": f"1-{10**40}-a", "started_at": "2026-01-01T00:00:00Z"}},
+        {"threads": [{"tid": 10**40, "name": "x", "cpu_percent": [0]}]},
+    ],
+)
+def test_read_history_of_a_number_out_of_range_is_refused(change: dict[str, Any]) -> None:
+    """No such number gets into an answer, where it would be an error."""
+    process = Process()
+    first = process.snapshot()
+    process.pass_time(SECOND_NS)
+    body = json.loads(history(record_of([first, process.snapshot()])).to_json())
+    read_history(body)
+    with pytest.raises(ValueError, match="not a history of vitalsd"):
+        read_history(body | change)
+
+
+def test_read_history_cuts_texts_to_what_a_recorder_writes() -> None:
+    """A redact hook may make a label longer; the rest of the record is not lost for that."""
+    process = Process()
+    first = process.snapshot()
+    process.pass_time(SECOND_NS)
+    body = json.loads(history(record_of([first, process.snapshot()])).to_json())
+    body |= {"marks": [{"time_ms": 1, "label": "x" * 10**6}]}
+    body |= {"events": [{"time_ms": 1, "kind": "missed", "detail": "x" * 10**6}]}
+    record = read_history(body)
+    assert len(record.marks[0].label) == 200
+    assert len(record.events[0].detail) == 16_384
+
+
+def test_read_history_of_many_notes_before_many_equal_rows_ends() -> None:
+    """10 000 rows at one time and 2000 notes before them: each note is looked up, not searched for."""
+    body = json.loads(history(record_of([Process().snapshot()])).to_json())
+    columns = {name: [0] * 10_000 for name in ("time_ms", "elapsed_ms", "cpu_percent", "rss_kb", "vm_size_kb")}
+    notes = [{"time_ms": -5, "label": "x", "kind": "missed", "detail": "x"}] * 1000
+    record = read_history(body | columns | {"threads": [], "marks": notes, "events": notes})
+    assert (len(record.marks), len(record.events)) == (1000, 1000)

@@ -7,17 +7,47 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
-from vitalsd.history import MAX_ROWS
+from vitalsd.contract.labels import MAX_LABEL_LENGTH
+from vitalsd.history import MAX_CELLS, MAX_ROWS
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot
 
-__all__ = ["read_history"]
+__all__ = ["check_json", "parse_json", "read_history"]
 
 CLOCK_STEPS = 8
 """So often may the wall clock have been set back over one moment; a mark beyond that gets the time of a row near it."""
 MS_NS = 1_000_000
 """What the JSON tells times to."""
+MAX_VALUES = MAX_CELLS + 10 * MAX_ROWS + 500_000
+"""Commas in the JSON of a history: between its numbers, between threads and notes, and in names and labels."""
+MAX_CONTAINERS = 300_000
+"""Opening brackets in it: of threads and notes, and in labels."""
+MAX_DETAIL = 16_384
+"""Characters of the detail of an event; what is beyond is cut."""
+LARGEST = 2**63 - 1
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def check_json(body: bytes) -> None:
+    """
+    Raise `ValueError` unless `body` has at most as many values as a history.
+
+    Parsed, a value takes up to 250 bytes, a hundred times what it takes here.
+    """
+    if body.count(b",") > MAX_VALUES or body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise ValueError(f"it has more values than a history, which has at most {MAX_CELLS} numbers")
+
+
+def parse_json(body: bytes) -> Any:
+    """
+    Parse a member of a report.
+
+    Raises:
+        ValueError: it is not JSON, or has more values than a history.
+        RecursionError: it is nested too deeply.
+    """
+    check_json(body)
+    return json.loads(body)
 
 
 def read_history(body: bytes | Mapping[str, Any]) -> Record:
@@ -29,23 +59,30 @@ def read_history(body: bytes | Mapping[str, Any]) -> Record:
         ValueError: it is not such JSON.
     """
     try:
-        table = json.loads(body) if isinstance(body, bytes) else body
-        record = Record(
-            _identity(table), interval_ns=int(table["interval_ms"]) * 1_000_000, retention_ns=2**62, max_bytes=2**62
-        )
+        table = parse_json(body) if isinstance(body, bytes) else body
+        interval_ns = _whole(table["interval_ms"]) * MS_NS
+        record = Record(_identity(table), interval_ns=interval_ns, retention_ns=2**62, max_bytes=2**62)
         clocks: list[tuple[int, int]] = []
         for snapshot in _snapshots(table, record.identity.started_unix_ns):
             record.append(snapshot)
             clocks.append((snapshot.wall_ns, snapshot.monotonic_ns))
         for mark, times in _timed(table["marks"][-MAX_MARKS:], clocks):
-            record.marks.append(Mark(*times, str(mark["label"])))
+            record.marks.append(Mark(*times, str(mark["label"])[:MAX_LABEL_LENGTH]))
         for event, times in _timed(table["events"][-MAX_EVENTS:], clocks):
             if event["kind"] not in get_args(EventKind):
                 raise ValueError(f"an event {event['kind']!r:.80}")
-            record.events.append(Event(*times, event["kind"], str(event["detail"])))
+            record.events.append(Event(*times, event["kind"], str(event["detail"])[:MAX_DETAIL]))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a history of vitalsd: {type(error).__name__}: {error}") from None
     return record
+
+
+def _whole(value: Any, most: int = LARGEST // MS_NS) -> int:
+    """A number that is not negative and at most `most`. Raises `ValueError`."""
+    number = int(value)
+    if not 0 <= number <= most:
+        raise ValueError("a number that is negative or too large")
+    return number
 
 
 def _timed(
@@ -98,10 +135,10 @@ def _identity(table: Mapping[str, Any]) -> Identity:
         raise ValueError(f"a start_id {target['start_id']!r:.80}")
     return Identity(
         platform=str(table["platform"]),
-        pid=int(target["pid"]),
+        pid=_whole(target["pid"]),
         name=str(target["name"]),
         boot_id=boot_id,
-        start_key=int(start_key),
+        start_key=_whole(start_key, LARGEST),
         started_unix_ns=(datetime.fromisoformat(target["started_at"]) - EPOCH) // timedelta(microseconds=1) * 1000,
     )
 
@@ -111,7 +148,9 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
     times, elapsed = table["time_ms"], table["elapsed_ms"]
     if len(times) > MAX_ROWS + 1:
         raise ValueError(f"{len(times)} rows; a history has at most {MAX_ROWS}")
-    threads = sorted(table["threads"], key=lambda thread: int(thread["tid"]))
+    threads = sorted(table["threads"], key=lambda thread: _whole(thread["tid"]))
+    if len(threads) * len(times) > MAX_CELLS:
+        raise ValueError(f"{len(threads)} threads in {len(times)} rows; a history has at most {MAX_CELLS} numbers")
     columns = [thread["cpu_percent"] for thread in threads]
     for column in (times, elapsed, table["cpu_percent"], table["rss_kb"], table["vm_size_kb"], *columns):
         if len(column) != len(times):
@@ -130,7 +169,7 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
         now_alive = [i for i, column in enumerate(columns) if column[shown] is not None]
         if now_alive != alive or not births:
             alive = now_alive
-            tids = tuple(int(threads[i]["tid"]) for i in alive)
+            tids = tuple(_whole(threads[i]["tid"]) for i in alive)
             names = tuple(str(threads[i]["name"]) for i in alive)
             births = tuple(alive)  # a tid may have had several lives, each a thread of the table
         if row >= 0:

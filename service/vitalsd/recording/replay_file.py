@@ -5,24 +5,23 @@ The file may come from another machine and another user. Nothing in it is believ
 whatever does not fit is an `UnreadableRun` with one sentence.
 """
 
+import errno
 import io
-import json
 import os
 import re
-import stat
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from vitalsd.blackbox import RUN_BYTES
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.contract.report_archive import HISTORY, MANIFEST, METADATA, METRICS, PREVIOUS_RUN
 from vitalsd.model import Measured, parse_runtime_metrics
 from vitalsd.record import Record
-from vitalsd.stored_history import read_history
+from vitalsd.run_parts import MAGIC, open_regular
+from vitalsd.stored_history import check_json, parse_json, read_history
 from vitalsd.stored_run import Run, State, UnreadableRun, read_run
 
 __all__ = ["Card", "RecordedRun", "ReplayFile", "read_replay_file"]
@@ -31,8 +30,6 @@ MAX_REPORT_BYTES = 64 << 20
 """Of a report; its attachments are limited to half of that."""
 MAX_MEMBER_BYTES = 16 << 20
 """Of one member that is read, unpacked. A history has at most 8 MiB."""
-MAX_RUN_BYTES = 2 * RUN_BYTES
-"""Of the file of a run."""
 MAX_FILES = 20_000
 """In the zip, with the attachments."""
 CENTRAL_HEADER = b"PK\1\2"
@@ -42,7 +39,6 @@ MAX_ENTRIES = 200
 """Members and failures that the card lists."""
 MAX_TEXT = 10_000
 """Characters of a description."""
-SQLITE_MAGIC = b"SQLite format 3\0"
 
 
 class RecordedRun(NamedTuple):
@@ -107,27 +103,25 @@ def read_replay_file(path: Path) -> ReplayFile:
         UnreadableRun: the file is none of them, or damaged; ``str(error)`` names the file and the reason.
         OSError: it cannot be read.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableRun(f"{path.name} is not a regular file")
-        magic = file.read(len(SQLITE_MAGIC))
-        if magic == SQLITE_MAGIC:
-            if status.st_size > MAX_RUN_BYTES:
-                raise UnreadableRun(f"{path.name} has {status.st_size} bytes; a run has at most {MAX_RUN_BYTES}")
-            return ReplayFile(path.name, RecordedRun(*read_run(path)), (), None, None)
-        if status.st_size > MAX_REPORT_BYTES:
-            raise UnreadableRun(f"{path.name} has {status.st_size} bytes; a report has at most {MAX_REPORT_BYTES}")
-        content = magic + file.read(status.st_size)
+    file_path = path.resolve(strict=True)  # A link is followed for the file that the user names, and for no other.
+    try:
+        fd = open_regular(file_path)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise UnreadableRun(f"{path.name} is not a regular file") from None
+        raise
+    with os.fdopen(fd, "rb") as file:
+        magic, size = file.read(len(MAGIC)), os.fstat(fd).st_size
+        if magic == MAGIC:
+            return ReplayFile(path.name, RecordedRun(*read_run(file_path)), (), None, None)
+        if size > MAX_REPORT_BYTES:
+            raise UnreadableRun(f"{path.name} has {size} bytes; a report has at most {MAX_REPORT_BYTES}")
+        content = magic + file.read(size)
     if content.startswith(b"PK"):
         return _read_report(path, content)
     if content.lstrip()[:1] == b"{":
         return ReplayFile(path.name, _read_member(path.name, content, Host(), {}), (), None, None)
     raise UnreadableRun(f"{path.name} is not a bug report (no zip archive), not a run and not a member of a report")
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # A FIFO would wait for a writer.
 
 
 def _read_report(path: Path, content: bytes) -> ReplayFile:
@@ -179,7 +173,7 @@ def _unpacked(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:
 def _object(archive: zipfile.ZipFile, path: Path, name: str) -> Mapping[str, Any]:
     """Return a member that describes the report; empty if it is missing or, after a redact hook, not a JSON object."""
     try:
-        found = json.loads(_unpacked(archive, path, name))
+        found = parse_json(_unpacked(archive, path, name))
     except (KeyError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -187,7 +181,9 @@ def _object(archive: zipfile.ZipFile, path: Path, name: str) -> Mapping[str, Any
 
 def _metrics(archive: zipfile.ZipFile, path: Path) -> Measured | None:
     try:
-        found = parse_runtime_metrics(_unpacked(archive, path, METRICS))
+        body = _unpacked(archive, path, METRICS)
+        check_json(body)
+        found = parse_runtime_metrics(body)
     except (KeyError, ValueError, RecursionError):
         return None
     return found if isinstance(found, Measured) else None
@@ -231,7 +227,7 @@ def _read_member(file: str, body: bytes, host: Host, about: Mapping[str, Any]) -
     try:
         if len(body) > MAX_MEMBER_BYTES:
             raise ValueError(f"{len(body)} bytes, and a history has at most {MAX_MEMBER_BYTES}")
-        table = json.loads(body)
+        table = parse_json(body)
         record = read_history(table)
     except (ValueError, RecursionError) as error:
         raise UnreadableRun(f"{file}: {error}") from None
