@@ -623,26 +623,29 @@ def test_sweep_clock_set_spares_a_file_being_written(tmp_path: Path) -> None:
     """Leave what a writer has begun before the clock was set; remove it when it was old by then."""
     now = time.time() - 3 * YEAR_S
     spooling(tmp_path, clock=lambda: now).prune()
-    for name, age_s in ("begun", 1.0), ("left", 2 * 3600.0):
+    begun, left = (f"{digit * 32}.zip.{digit * 16}" for digit in "12")
+    for name, age_s in (begun, 1.0), (left, 2 * 3600.0):
         path = tmp_path / "spool" / "new" / name
         path.touch()
         os.utime(path, (now - age_s, now - age_s))
     spooling(tmp_path).prune()
-    assert [path.name for path in (tmp_path / "spool" / "new").iterdir()] == ["begun"]
+    assert [path.name for path in (tmp_path / "spool" / "new").iterdir()] == [begun]
 
 
 def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
     """Unfinished files and notes without a report, once they are old; what others put there is no report."""
     spool = spooling(tmp_path, "https://example.com/")
     folder = tmp_path / "spool"
-    for name in ("new/x.zip.1", f"pending/{'1' * 32}.json"):
-        (folder / name).touch()
+    left = [folder / "new" / f"{'1' * 32}.zip.{'1' * 16}", folder / "new" / f"clock.{'1' * 16}"]
+    left.append(folder / "pending" / f"{'1' * 32}.json")
+    for path in left:
+        path.write_text('{"url": null, "added": 1.0, "attempts": 0}')
     spool.prune()
-    assert len(list(folder.rglob("*.*"))) == 2
-    for name in ("new/x.zip.1", f"pending/{'1' * 32}.json"):
-        os.utime(folder / name, (1, 1))
+    assert all(path.exists() for path in left)
+    for path in left:
+        os.utime(path, (1, 1))
     spool.prune()
-    assert list(folder.rglob("*.*")) == []
+    assert not any(path.exists() for path in left)
     os.mkfifo(folder / "pending" / f"{'2' * 32}.zip")
     (folder / "pending" / f"{'3' * 32}.zip").symlink_to("/etc/passwd")
     (folder / "pending" / "passwd.zip").write_text("x")
@@ -835,6 +838,68 @@ def test_strange_directories_are_refused(tmp_path: Path) -> None:
     for name, expected in cases.items():
         with pytest.raises(SpoolError, match=expected):
             Spool(tmp_path / name)
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used by an older vitalsd"])
+def test_spool_in_a_maildir_is_refused_and_its_mail_stays(tmp_path: Path, used: bool) -> None:
+    """Its ``new/`` is not ours: the error names the directory and what to do."""
+    mailbox = tmp_path / "Maildir"
+    for name in ("cur", "new", "tmp", *(("pending", "done", "failed") if used else ())):
+        (mailbox / name).mkdir(mode=0o700, parents=True)
+    mailbox.chmod(0o700)
+    mail = mailbox / "new" / "1700000000.M1P2.host"
+    mail.write_text("Subject: hello")
+    os.utime(mail, (1, 1))
+    with pytest.raises(SpoolError, match=r"Maildir is a Maildir.*name a directory that is empty"):
+        Spool(mailbox).prune()
+    assert mail.read_text() == "Subject: hello"
+
+
+def test_spool_where_another_program_has_a_queue_is_refused(tmp_path: Path) -> None:
+    """It has a ``new/`` with files, and is no spool; the same names without files are."""
+    queue = tmp_path / "queue"
+    (queue / "new").mkdir(mode=0o700, parents=True)
+    queue.chmod(0o700)
+    Spool(queue)
+    shutil.rmtree(queue / "done")
+    (queue / "new" / "job-1").write_text("work")
+    os.utime(queue / "new" / "job-1", (1, 1))
+    with pytest.raises(SpoolError, match="new has files of another program"):
+        Spool(queue).prune()
+    assert (queue / "new" / "job-1").exists()
+
+
+def test_spool_removes_and_sends_no_file_of_another_program(tmp_path: Path, receiver: str) -> None:
+    """However old, and if it is named by 32 hexadecimal digits: what vitalsd wrote is known by its content."""
+    spool = spooling(tmp_path, receiver, max_bytes=1 << 20, max_reports=1, max_age_s=1.0)
+    report_id = spool.add(a_bundle())
+    folder = tmp_path / "spool"
+    digest = "d41d8cd98f00b204e9800998ecf8427e"
+    foreign = {
+        "new/notes.txt": b"notes",
+        f"new/{digest}.zip": b"PK\3\4",
+        "pending/backup.json": b"{}",
+        f"pending/{'1' * 32}.json": b'{"key": 1}',
+        f"pending/{digest}.zip": bytes(2 << 20),
+        f"failed/{'2' * 32}.zip": zipped(digest),
+        f"done/{digest}.json": b"[1, 2]",
+        "README": b"about",
+    }
+    for name, content in foreign.items():
+        (folder / name).write_bytes(content)
+        os.utime(folder / name, (1, 1))
+    assert set(states(spool)) == {report_id}
+    assert [outcome.report_id for outcome in spool.send()] == [report_id]
+    spool.prune()
+    assert {name: (folder / name).read_bytes() for name in foreign} == foreign
+
+
+def zipped(report_id: str) -> bytes:
+    """A zip whose manifest has this id."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("manifest.json", json.dumps({"report_id": report_id}))
+    return out.getvalue()
 
 
 def with_file_limit(size: int, call: Callable[[], object]) -> object:

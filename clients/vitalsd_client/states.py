@@ -13,12 +13,15 @@ import re
 import secrets
 import stat
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeGuard
 
+from vitalsd.contract.report_archive import MANIFEST
 from vitalsd.directories import EndpointError, private_directory
 from vitalsd.durable import draft, sync_directory
 
@@ -47,6 +50,10 @@ _claims: dict[tuple[int, int, int], object] = {}
 keeps two threads from sending one report. A forked child has another pid, so it inherits no claim."""
 
 NAME = re.compile(r"([0-9a-f]{32})\.(zip|json)", re.ASCII)
+DRAFT = re.compile(rf"({NAME.pattern}|{CLOCK})\.[0-9a-f]{{16}}", re.ASCII)
+"""Name of a file in ``new/``: that which it gets when it is whole, and 64 random bits."""
+MAILDIR = frozenset(("cur", "new", "tmp"))
+MAX_MANIFEST_BYTES = 1 << 20
 State = Literal["pending", "done", "failed"]
 STATES: tuple[State, ...] = ("pending", "done", "failed")
 
@@ -90,7 +97,8 @@ class States:
     The directories of one spool.
 
     Args:
-        directory: made with mode 0700 if it is not there; one that others can write is refused.
+        directory: made with mode 0700 if it is not there. One that others can write is refused, and so is one that
+            another program keeps its files in. Files that are not reports of vitalsd are neither sent nor removed.
 
     Raises:
         SpoolError: it cannot be used.
@@ -102,10 +110,13 @@ class States:
         self._last_use: tuple[float, float] | None = None
         try:
             private_directory(directory)
+            _check_kind(directory)
             for name in ("new", *STATES):
                 private_directory(directory / name)
         except EndpointError as error:
             raise SpoolError(str(error)) from None
+        except OSError as error:
+            raise SpoolError(f"cannot look into {directory}: {error.strerror}") from None
 
     def path(self, state: State, report_id: str, suffix: str) -> Path:
         return self.directory / state / f"{report_id}.{suffix}"
@@ -121,7 +132,8 @@ class States:
             match = NAME.fullmatch(name)
             if match is not None and match[2] == suffix:
                 with suppress(OSError):  # another process has just moved it on
-                    found.append(self.entry(state, match[1]))
+                    if self._is_report(state, match[1]):
+                        found.append(self.entry(state, match[1]))
         return found
 
     def all(self) -> list[Entry]:
@@ -164,6 +176,29 @@ class States:
             if isinstance(note, dict):
                 return note
         return {}
+
+    def _is_report(self, state: State, report_id: str) -> bool:
+        """
+        Return whether vitalsd wrote the file: its note says when it was added, or its manifest has this id.
+
+        Another program may name its files by 32 hexadecimal digits, too.
+        """
+        if self._is_noted(state, report_id):
+            return True
+        if state != "done":
+            with suppress(
+                OSError, ValueError, KeyError, RecursionError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile
+            ):
+                fd = os.open(
+                    self.path(state, report_id, "zip"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                )
+                with os.fdopen(fd, "rb") as file, zipfile.ZipFile(file) as archive, archive.open(MANIFEST) as member:
+                    manifest = json.loads(member.read(MAX_MANIFEST_BYTES))
+                return isinstance(manifest, dict) and manifest.get("report_id") == report_id
+        return False
+
+    def _is_noted(self, state: State, report_id: str) -> bool:
+        return not {"added", "receipt"}.isdisjoint(self.note_of(state, report_id))
 
     def tried(self, entry: Entry) -> float | None:
         """Return the time of the first attempt, s, by `Use.age_clock`; ``None``: there was none."""
@@ -277,21 +312,45 @@ class States:
 
     def sweep(self, before: float) -> None:
         """
-        Remove unfinished files of writers that have ended, and notes without a report.
+        Remove unfinished files of writers that have ended, and notes without a report; no files of other programs.
 
         Args:
             before: Unix time, s, of the last use but this one. By then the file was old already: one that a
                 writer has begun just before the clock was set is not.
         """
         old = min(time.time(), before) - ORPHAN_S
-        for folder in ("new", "pending", "failed"):
+        with suppress(OSError):
+            for name in os.listdir(self.directory / "new"):
+                if DRAFT.fullmatch(name):
+                    _remove_old(self.directory / "new" / name, old)
+        for state in ("pending", "failed"):
             with suppress(OSError):
-                for name in os.listdir(self.directory / folder):
-                    path = self.directory / folder / name
-                    orphan = folder == "new" or (path.suffix == ".json" and not path.with_suffix(".zip").exists())
-                    with suppress(OSError):
-                        if orphan and os.lstat(path).st_mtime < old:
-                            os.unlink(path)
+                for name in os.listdir(self.directory / state):
+                    match = NAME.fullmatch(name)
+                    if match is None or match[2] != "json" or self.path(state, match[1], "zip").exists():
+                        continue
+                    if self._is_noted(state, match[1]):
+                        _remove_old(self.directory / state / name, old)
+
+
+def _check_kind(directory: Path) -> None:
+    """Raise `SpoolError` if another program keeps its files in `directory`, as far as the names of directories tell."""
+    remedy = "name a directory that is empty or not there yet"
+    if set(os.listdir(directory)) >= MAILDIR:
+        raise SpoolError(f"{directory} is a Maildir, which is a mailbox and not a spool; {remedy}")
+    folders = [path for name in ("new", *STATES) if (path := directory / name).is_dir()]
+    if len(folders) <= len(STATES):  # A spool has all of them.
+        files = [path for folder in folders for path in folder.iterdir()]
+        if files and not any(NAME.fullmatch(path.name) or DRAFT.fullmatch(path.name) for path in files):
+            raise SpoolError(f"{files[0].parent} has files of another program: {directory} is no spool; {remedy}")
+
+
+def _remove_old(path: Path, old: float) -> None:
+    """Remove a regular file of this user that is older than `old`, Unix time in s."""
+    with suppress(OSError):
+        found = os.lstat(path)
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_mtime < old:
+            os.unlink(path)
 
 
 def first_note(url: str | None, added: float) -> bytes:
