@@ -264,8 +264,8 @@ def test_what_breaks_a_check_is_a_line() -> None:
 
 
 def test_what_a_killed_one_left_is_cleared_away(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Directories of doctors that are dead go at the next start; those of others stay."""
-    from vitalsd.doctor.examination import examine
+    """Directories of doctors that are dead go at the next start; those of others stay, however they are named."""
+    from vitalsd.doctor.examination import MARKER, examine
 
     with subprocess.Popen(["true"]) as gone:
         pass
@@ -273,13 +273,16 @@ def test_what_a_killed_one_left_is_cleared_away(short_path: Path, monkeypatch: p
         monkeypatch.setenv(f"VITALSD_{'RUNTIME' if name == 'run' else 'STATE'}_DIR", str(short_path / name))
         for inside in (f"doctor-{gone.pid}/x", f"doctor-{os.getppid()}/x", "doctors"):
             (short_path / name / inside).mkdir(parents=True)
+        (short_path / name / f"doctor-{gone.pid}" / MARKER).touch()
+        (short_path / name / "doctor-999999999" / "patients").mkdir(parents=True)
         (short_path / name).chmod(0o700)
     findings = examine(this_platform())
     next(findings)
     during = [listing(short_path / name) for name in ("run", "state")]
     findings.close()
-    assert during == [sorted(["doctors", f"doctor-{os.getpid()}", f"doctor-{os.getppid()}"])] * 2
-    assert listing(short_path / "run") == listing(short_path / "state") == [f"doctor-{os.getppid()}", "doctors"]
+    stay = ["doctors", f"doctor-{os.getppid()}", "doctor-999999999"]
+    assert during == [sorted([*stay, f"doctor-{os.getpid()}"])] * 2
+    assert listing(short_path / "run") == listing(short_path / "state") == sorted(stay)
 
 
 # Where it is not as it should be

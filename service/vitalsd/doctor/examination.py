@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,8 @@ Progress = Callable[[str, float | None], None]
 """Told what is being looked at, and how much of that is done, if that is known."""
 
 OURS = re.compile(r"doctor-([0-9]{1,10})", re.ASCII)
+MARKER = ".made-by-vitalsd-doctor"
+"""File in such a directory: without it the directory is not removed."""
 
 
 def examine(
@@ -123,12 +126,22 @@ def _places() -> Iterator[tuple[Path, Path] | None]:
 def _place(parent: Path) -> Path:
     """A directory of ours in `parent`; those of doctors that were killed go."""
     for path in parent.iterdir():
-        if (found := OURS.fullmatch(path.name)) and not _lives(int(found[1])):
+        if (found := OURS.fullmatch(path.name)) and not _lives(int(found[1])) and _is_ours(path):
             shutil.rmtree(path, ignore_errors=True)
     place = parent / f"doctor-{os.getpid()}"
     check_socket_path(place / socket_name(2**22))
     place.mkdir(0o700)
+    (place / MARKER).touch(0o600)
     return private_directory(place)
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether a doctor made the directory."""
+    try:
+        found = place.lstat(), (place / MARKER).lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found[0].st_mode) and {each.st_uid for each in found} == {os.geteuid()}
 
 
 def _lives(pid: int) -> bool:
