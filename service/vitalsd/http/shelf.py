@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
+from vitalsd.run_parts import has_run_name
 from vitalsd.runs import RunDirectory
 from vitalsd.worker import Worker
 
@@ -46,7 +47,7 @@ class Shelf:
 
         def found(runs: RunDirectory) -> bool:
             with suppress(OSError):
-                return any(path.stem == run_id for path in runs.path.glob("*.sqlite"))
+                return any(path.stem == run_id and has_run_name(path) for path in runs.path.glob("*.sqlite"))
             return False
 
         return await self.read(found)
