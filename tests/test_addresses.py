@@ -355,7 +355,7 @@ def test_own_files_and_processes_in_the_way_are_named_with_a_remedy(short_path: 
 
 
 def test_squatted_default_socket_is_a_note(short_path: Path) -> None:
-    """The default path of a pid that another process took is a note with its reason; TCP goes on."""
+    """The default path of a pid that another process took is a note with its reason; TCP is served."""
     program = textwrap.dedent(
         """
         import os, pathlib, vitalsd

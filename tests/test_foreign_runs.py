@@ -127,7 +127,7 @@ def test_mark_reported_of_a_run_with_a_planted_journal_is_refused(run: Path, tmp
 
 @pytest.mark.skipif(sys.platform != "linux", reason="watches the directory with inotify(7)")
 def test_writer_of_a_run_never_has_a_journal(tmp_path: Path) -> None:
-    """So none is left wherever the writer is killed; nor has one who marks the run or settles it."""
+    """So none is left wherever the writer is killed, and marking or settling a run makes none."""
     libc = ctypes.CDLL(None, use_errno=True)
     tmp_path.chmod(0o700)
     in_create = 0x100
@@ -242,7 +242,7 @@ def test_settle_moves_the_log_of_a_crashed_run_into_its_file(logged: Path) -> No
 
 @pytest.mark.parametrize("table", ["frame", "thread"])
 def test_run_whose_page_tree_has_no_end_is_refused(run: Path, table: str) -> None:
-    """10^13 rows in 70 KiB: one sentence in a replay, and the listing goes on."""
+    """10^13 rows in 70 KiB: one sentence in a replay, and the listing has the other runs."""
     make_endless(run, table)
     with pytest.raises(UnreadableRun, match=r"more rows than fit|hold more than|more threads than fit"):
         read_run(run)

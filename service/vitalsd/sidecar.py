@@ -194,7 +194,7 @@ class Service:
         self.notes.append(f"no runtime file, so clients need the address of this sidecar: {'; '.join(reasons)}")
 
     def _note_unknown_users(self) -> None:
-        """Say so if other users of this machine cannot be told from the owner."""
+        """Note that other users of this machine cannot be distinguished from the owner, if so."""
         host, port = self.listeners.address
         if self._server is None or host is None or port is None or self.endpoint.token is not None:
             return

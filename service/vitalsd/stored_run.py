@@ -97,7 +97,11 @@ def read_run(path: Path) -> tuple[Run, Record]:
 
 
 def describe(path: Path) -> Run:
-    """What is told of a run without reading all of it. Nothing on disk is changed. Raises as `read_run` does."""
+    """
+    Return what a listing shows of a run, without reading all of it.
+
+    Nothing on disk is changed. Raises as `read_run` does.
+    """
     rows = _tail(path)
     with readable(path) as tables:
         return _described(tables, path, rows)

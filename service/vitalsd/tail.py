@@ -6,8 +6,8 @@ less than it costs to wake a thread for it, and what was written stays when the 
 the machine, or of the container whose ``/dev/shm`` it is, takes with it what was not on disk by then.
 
 The file begins with a magic number, the mount namespace of its writer, and the path of the link: so what is left over
-can be told from files of other programs, and from the tail of a run in a container that shares the memory. The writer
-holds it with flock(2).
+can be distinguished from files of other programs, and from the tail of a run in a container that shares the memory. The
+writer holds it with flock(2).
 
 A record is its head, the numbers of a frame as `vitalsd.stored_run` has them, and its id once more. A writer that is
 killed as it appends leaves a record without that, which does not count.
