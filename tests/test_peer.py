@@ -74,6 +74,47 @@ def test_peer_of_a_connection_from_another_user_has_its_uid(users: PeerUsers, ad
             process.stdin.close()
 
 
+@needs_root
+@pytest.mark.parametrize("address", LOOPBACKS)
+@pytest.mark.parametrize("first", [True, False])
+def test_peer_that_binds_its_socket_to_an_interface_is_not_the_owner(
+    users: PeerUsers, address: str, first: bool
+) -> None:
+    """Any user may do so (Linux 5.7), and the kernel then finds the socket only by that interface."""
+    # Before the connection it leaves only the loopback interface, after it any.
+    names = [name for _, name in socket.if_nameindex() if (name == "lo") == first]
+    if not names:
+        pytest.skip("there is only the loopback interface here")
+    bind = f"c.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, {names[0]!r}.encode())"
+    connect = "c.connect((sys.argv[1], int(sys.argv[2])))"
+    code = "\n".join(
+        (
+            "import encodings.idna, os, socket, sys",
+            "os.setgroups([]); os.setgid(65501); os.setuid(65501)",
+            "c = socket.socket(socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET)",
+            *((bind, connect) if first else (connect, bind)),
+            "print('bound', flush=True); sys.stdin.read()",
+        )
+    )
+    with listening(address) as listener:
+        command = [sys.executable, "-c", code, address, str(listener.getsockname()[1])]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            if process.stdout.readline() != b"bound\n":
+                pytest.skip("this kernel lets only root bind a socket to an interface")
+            connection, client, server = accepted(listener)
+            with connection:
+                assert users.peer(client, server) == Peer("other", 65501 if first else None)
+            process.stdin.close()
+
+
+def test_peer_of_a_listener_at_the_address_of_the_client_is_not_determined(users: PeerUsers) -> None:
+    """The kernel reports a listener where there is no such connection; its user is not the peer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert users.peer(listener.getsockname(), ("127.0.0.1", 1)) is None
+
+
 @pytest.mark.parametrize("reset", [False, True])
 def test_peer_that_closed_at_once_is_not_the_owner(users: PeerUsers, reset: bool) -> None:
     """The kernel reports root for a socket without a process, and no socket at all after a reset."""
@@ -96,7 +137,7 @@ def dialled_address(connection: socket.socket, reset: bool) -> tuple[str, int]:
 
 
 def test_peer_of_an_address_without_a_socket_is_not_determined(users: PeerUsers) -> None:
-    """A socket in another network namespace looks the same."""
+    """A listener in another network namespace looks the same."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert users.peer(("127.0.0.1", 1), listener.getsockname()) is None
 

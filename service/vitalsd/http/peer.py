@@ -3,7 +3,7 @@ Determine the user at the other end of a TCP connection within this machine.
 
 Linux: sock_diag(7) reports the owner of the socket with a given pair of addresses, in microseconds (struct
 inet_diag_req_v2 and inet_diag_msg in linux/inet_diag.h). The owner is that of the socket's inode, in the user namespace
-of this process. Platform limit: XNU does not report it, and neither does Linux for a socket in another network
+of this process. Platform limit: XNU does not report it, and neither does Linux for a listener in another network
 namespace. Such a peer counts as the owner of the sidecar; ``--auth token`` protects from it.
 """
 
@@ -32,7 +32,14 @@ HEADER = struct.Struct("=IHHII")
 REQUEST = struct.Struct("=BBBxI")
 """struct inet_diag_req_v2 up to its `id`: family, protocol, extensions, states."""
 PORTS = struct.Struct("!HH16s16s")
-ANY_INTERFACE_AND_COOKIE = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
+LOOPBACK_AND_ANY_COOKIE = struct.pack("=III", 1, 0xFFFFFFFF, 0xFFFFFFFF)
+"""
+LOOPBACK_IFINDEX of include/net/flow.h: all traffic within a machine passes that interface. The kernel finds sockets
+that are bound to it (SO_BINDTODEVICE, socket(7)) and those that are bound to none.
+"""
+REMOTE_PORT = struct.Struct("!H")
+REMOTE_PORT_AT = HEADER.size + 4 + 2
+"""In the `id` of struct inet_diag_msg, behind the local port."""
 UID_AND_INODE = struct.Struct("=II")
 UID_AT = HEADER.size + 4 + 48 + 12
 """Behind struct inet_diag_msg's four bytes, its `id` of 48 bytes, and expires, rqueue and wqueue."""
@@ -94,7 +101,10 @@ class PeerUsers:
 
     def peer(self, client: Address, server: Address) -> Peer | None:
         """
-        Return the peer of an accepted TCP connection; None if the kernel does not know a socket at the other end.
+        Return the peer of an accepted TCP connection; None if the kernel knows a socket at neither end.
+
+        If it knows this end alone, the client has bound its socket to a network interface, which hides it from the
+        request, has its address translated, or has closed its end: any user can do that, so it is not the owner.
 
         Args:
             client: address and port of the other end.
@@ -102,7 +112,7 @@ class PeerUsers:
         """
         owner = self._owner(client, server)
         if owner is None:
-            return None
+            return None if self._owner(server, client) is None else Peer("other")
         uid, inode = owner
         # A socket without an inode has been closed by its process, and the kernel reports 0 as its owner.
         if not inode:
@@ -119,7 +129,7 @@ class PeerUsers:
             (
                 REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF),
                 PORTS.pack(local[1], remote[1], source, destination),
-                ANY_INTERFACE_AND_COOKIE,
+                LOOPBACK_AND_ANY_COOKIE,
             )
         )
         self._number = self._number % 0xFFFFFFFF + 1
@@ -136,6 +146,8 @@ class PeerUsers:
             return None
         if kind != SOCK_DIAG_BY_FAMILY or len(reply) < UID_AT + UID_AND_INODE.size:
             return None
+        if REMOTE_PORT.unpack_from(reply, REMOTE_PORT_AT)[0] != remote[1]:
+            return None  # Without such a connection, the kernel reports a listener at the local address.
         uid, inode = UID_AND_INODE.unpack_from(reply, UID_AT)
         return uid, inode
 
