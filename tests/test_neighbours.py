@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,6 +180,33 @@ def test_root_over_tcp_has_every_route_of_the_owner(home: Path) -> None:
         assert send(ready["url"], "GET", "/info").status == 200
         assert owner(dial=ready["url"], send=content).startswith("HTTP/1.1 200 ")
         assert other(dial=ready["url"], send=content).startswith("HTTP/1.1 403 ")
+
+
+def test_another_user_sees_the_names_of_threads_that_top_shows(home: Path, tries: Neighbour) -> None:
+    """Before 3.14 Python tells the kernel no names; a sidecar in the same process knows them all the same."""
+    name = "opening /home/vic/divorce-papers.docx"
+    code = f"""
+        import sys, threading, vitalsd
+        threading.Thread(target=sys.stdin.read, name={name!r}).start()
+        with vitalsd.start(port=0) as sidecar:
+            print(sidecar.url, flush=True)
+            threading.enumerate()[1].join()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        threads = json.loads(send(url, "GET", "/metrics?window_ms=10").body)["threads"]
+        [tid] = [str(each["tid"]) for each in threads if each["name"] == name]
+        shown = Path(f"/proc/{process.pid}/task/{tid}/comm").read_text().strip()
+        for path, head in (("/metrics?window_ms=10", ""), ("/metrics", SCRAPE)):
+            text = tries(dial=url, send=request({"url": url}, path, head=f"{head}Connection: close\r\n"))
+            assert status_and_body(text)[0] == 200
+            assert name not in text
+            assert tid in text
+            assert shown in text
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("reset", [False, True])

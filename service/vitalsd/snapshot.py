@@ -6,7 +6,7 @@ bytes, and cumulative since the process or thread started.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import sub
 from typing import NamedTuple
 
@@ -110,6 +110,8 @@ class Snapshot:
     """Start of each thread in the kernel's own unit; with the tid it names a thread for ever."""
     thread_cpu_ns: Sequence[int]
     names: Sequence[str]
+    kernel_names: Sequence[str] | None = None
+    """The names that ps(1) and top(1) show, where `names` has those that only the process itself knows."""
     thread_grain_ns: int
     """Step of a thread's counter, ns; of one that is the sum of two, of both."""
     thread_lag_ns: int
@@ -119,6 +121,10 @@ class Snapshot:
 
     extras: Extras | None = None
     warnings: tuple[str, ...] = ()
+
+    def public(self) -> "Snapshot":
+        """Return it with the names that every user of the machine can read."""
+        return self if self.kernel_names is None else replace(self, names=self.kernel_names, kernel_names=None)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -155,6 +161,11 @@ class Measurement:
     warnings: tuple[str, ...]
     encoded: dict[Hashable, bytes] = field(default_factory=dict)
     """Renderings of this measurement, so that all who share a window share them too."""
+
+    def public(self) -> "Measurement":
+        """Return it with the names that every user of the machine can read."""
+        last = self.last.public()
+        return self if last is self.last else replace(self, last=last, encoded={})
 
     def thread_error_ns(self, index: int) -> int:
         """Half-width of the error bar of ``thread_cpu_ns[index]``, ns."""

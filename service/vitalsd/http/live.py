@@ -101,7 +101,7 @@ def live_routes(
             return failed(error, targets.default.platform)
         return JSON(
             encode(
-                measurement,
+                measurement if peer.is_owner else measurement.public(),
                 identity,
                 requested_ms=query.window_ms,
                 mode=mode,
@@ -240,7 +240,8 @@ async def _scrape(targets: Targets, pid: int | None, threads: int, peer: Peer) -
     with suppress(SourceError):
         async with targets.target(pid, peer) as target:
             snapshots, recorder = target.snapshots_taken, None if target.replay else target.recording_info()
-            read = await target.identity(), await target.snapshot()
+            identity, snapshot = await target.identity(), await target.snapshot()
+            read = identity, snapshot if peer.is_owner else snapshot.public()
     return Scrape(read, threads, snapshots, recorder, private=peer.is_owner)
 
 

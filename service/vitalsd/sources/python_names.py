@@ -59,7 +59,7 @@ class PythonNames:
             if named != self._names or taken.names is not self._given:
                 self._names = named
             self._given, self._known = taken.names, known
-        return replace(taken, names=self._names)
+        return replace(taken, names=self._names, kernel_names=taken.names)
 
     def _named(self, taken: Snapshot, known: dict[int | None, str]) -> Sequence[str]:
         main = getattr(threading.main_thread(), "native_id", None) or os.getpid()
