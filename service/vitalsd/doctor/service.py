@@ -42,13 +42,14 @@ def sidecar(platform: Platform, places: tuple[Path, Path] | None) -> Iterator[Fi
     Everything about one sidecar whose target burns.
 
     Args:
-        places: empty private directories for its runtime files and its state; ``None``: there is no
-            place for them.
+        places: private directories for its runtime files and its state, in which no other sidecar has any; ``None``:
+            there is no place for them.
     """
     if places is None:
         yield not_here("service", "sidecar", "no place for its files: see the directories above")
         return
     run, state = places
+    present = frozenset(os.listdir(run))
     env = {**os.environ, "VITALSD_RUNTIME_DIR": str(run), "VITALSD_STATE_DIR": str(state)}
     with BurnerProcess((0, 30)) as burner:
 
@@ -74,7 +75,7 @@ def sidecar(platform: Platform, places: tuple[Path, Path] | None) -> Iterator[Fi
             service.stop()
         yield _black_box(state / "runs", burner)
         with start() as service:
-            yield _end(service, run)
+            yield _end(service, run, present)
 
 
 def _by_hand(pid: int) -> str:
@@ -235,12 +236,17 @@ def _black_box(path: Path, burner: BurnerProcess) -> Finding:
     )
 
 
-def _end(service: Spawned, run: Path) -> Finding:
-    """Started in the place of the killed one, whose files it clears away, and ended by SIGTERM."""
+def _end(service: Spawned, run: Path, present: frozenset[str]) -> Finding:
+    """
+    Started in the place of the killed one, whose files it clears away, and ended by SIGTERM.
+
+    Args:
+        present: names in `run` before the first sidecar.
+    """
     begun = time.monotonic()
     status = service.stop(2 * END_S)
     took_s = time.monotonic() - begun
-    left = sorted(os.listdir(run))
+    left = sorted(set(os.listdir(run)) - present)
     return judged(
         "end",
         "end by SIGTERM, and what is left",
