@@ -182,6 +182,19 @@ def test_root_over_tcp_has_every_route_of_the_owner(home: Path) -> None:
         assert other(dial=ready["url"], send=content).startswith("HTTP/1.1 403 ")
 
 
+def test_another_user_with_the_token_gets_the_proof_and_every_route(home: Path, tries: Neighbour) -> None:
+    """A client asks for the proof before it sends the token."""
+    with Target() as target, serving(home, "--pid", str(target.pid), "--auth", "token") as (_, ready):
+        token = json.loads(Path(ready["runtime_file"]).read_text())["token"]
+        for path, head, status in (
+            ("/hello?nonce=0123456789abcdef", "", 200),
+            ("/marks", "", 401),
+            ("/marks", f"Authorization: Bearer {token}\r\n", 200),
+        ):
+            text = tries(dial=ready["url"], send=request(ready, path, head=f"{head}Connection: close\r\n"))
+            assert status_and_body(text)[0] == status
+
+
 def test_another_user_sees_the_names_of_threads_that_top_shows(home: Path, tries: Neighbour) -> None:
     """Before 3.14 Python tells the kernel no names; a sidecar in the same process knows them all the same."""
     name = "opening /home/vic/divorce-papers.docx"

@@ -15,6 +15,7 @@ from vitalsd.http.peer import PeerUsers, is_open
 
 pytestmark = [pytest.mark.live, pytest.mark.skipif(sys.platform != "linux", reason="XNU does not report the user")]
 
+SO_BINDTODEVICE = 25  # asm-generic/socket.h; the module has no such name on macOS
 LOOPBACKS = ["127.0.0.1", "::1", "::ffff:127.0.0.1"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be another user")
 
@@ -85,7 +86,7 @@ def test_peer_that_binds_its_socket_to_an_interface_is_not_the_owner(
     names = [name for _, name in socket.if_nameindex() if (name == "lo") == first]
     if not names:
         pytest.skip("there is only the loopback interface here")
-    bind = f"c.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, {names[0]!r}.encode())"
+    bind = f"c.setsockopt(socket.SOL_SOCKET, {SO_BINDTODEVICE}, {names[0]!r}.encode())"
     connect = "c.connect((sys.argv[1], int(sys.argv[2])))"
     code = "\n".join(
         (
@@ -107,6 +108,25 @@ def test_peer_that_binds_its_socket_to_an_interface_is_not_the_owner(
             with connection:
                 assert users.peer(client, server) == Peer("other", 65501 if first else None)
             process.stdin.close()
+
+
+def test_peer_that_the_kernel_does_not_know_at_another_address_is_not_determined(users: PeerUsers) -> None:
+    """It may be another machine. This one binds its socket to an interface, so that the kernel does not find it."""
+    others = [name for _, name in socket.if_nameindex() if name != "lo"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError as error:
+            pytest.skip(f"no other address here: {error}")
+        address = probe.getsockname()[0]
+    with socket.create_server((address, 0)) as listener, socket.create_connection(listener.getsockname()) as dialled:
+        try:
+            dialled.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, others[0].encode())
+        except PermissionError:
+            pytest.skip("this kernel lets only root bind a socket to an interface")
+        connection, client, server = accepted(listener)
+        with connection:
+            assert users.peer(client, server) is None
 
 
 def test_peer_of_a_listener_at_the_address_of_the_client_is_not_determined(users: PeerUsers) -> None:

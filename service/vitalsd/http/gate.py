@@ -163,7 +163,9 @@ class Gate:
             return problem("misdirected", f"this is not {shown(host)}; use {self._right_host(scope)}")
         if said and (refusal := _cross_site(said, scope, host, guarded=self._token is not None)):
             return refusal
-        return self._without_token(said.get(b"authorization", []), scope) or _other_user(scope)
+        if self._token is None:
+            return _other_user(scope)
+        return self._without_token(self._token, said.get(b"authorization", []), scope)
 
     def _is_ours(self, host: str, scope: Scope) -> bool:
         if scope["client"] is None:
@@ -189,12 +191,12 @@ class Gate:
             return "the address of this machine"
         return f"{hosts[0]}, and forward it by the same port number"
 
-    def _without_token(self, given: list[bytes], scope: Scope) -> Response | None:
-        if self._token is None or scope["client"] is None or scope["path"] in OPEN_PATHS:
+    def _without_token(self, right: bytes, given: list[bytes], scope: Scope) -> Response | None:
+        if scope["client"] is None or scope["path"] in OPEN_PATHS:
             return None
         if given:
             scheme, _, token = given[0].partition(b" ")
-            if len(given) == 1 and scheme.lower() == b"bearer" and hmac.compare_digest(token, self._token):
+            if len(given) == 1 and scheme.lower() == b"bearer" and hmac.compare_digest(token, right):
                 scope[PEER] = Peer("tcp")  # The token gives the access of the owner to every user that knows it.
                 return None  # also while others guess: they must not be able to lock out who knows it
             now = self._clock()

@@ -9,6 +9,7 @@ namespace. Such a peer counts as the owner of the sidecar; ``--auth token`` prot
 
 import _socket
 import errno
+import ipaddress
 import os
 import socket
 import struct
@@ -101,10 +102,11 @@ class PeerUsers:
 
     def peer(self, client: Address, server: Address) -> Peer | None:
         """
-        Return the peer of an accepted TCP connection; None if the kernel knows a socket at neither end.
+        Return the peer of an accepted TCP connection; None if it cannot be determined.
 
-        If it knows this end alone, the client has bound its socket to a network interface, which hides it from the
-        request, has its address translated, or has closed its end: any user can do that, so it is not the owner.
+        A client on loopback is of this machine. If the kernel knows this end alone, the client has bound
+        its socket to an interface, which hides it from the request, has its address translated, or has closed its end.
+        Any user can do that, so it is not the owner.
 
         Args:
             client: address and port of the other end.
@@ -112,7 +114,8 @@ class PeerUsers:
         """
         owner = self._owner(client, server)
         if owner is None:
-            return None if self._owner(server, client) is None else Peer("other")
+            is_answering = _is_loopback(server[0]) and self._owner(server, client) is not None
+            return Peer("other") if is_answering else None
         uid, inode = owner
         # A socket without an inode has been closed by its process, and the kernel reports 0 as its owner.
         if not inode:
@@ -164,6 +167,10 @@ def is_open(connection: socket.socket) -> bool:
         return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
     except OSError as error:
         return error.errno not in (errno.EBADF, errno.ENOTCONN)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(_packed(address)).is_loopback
 
 
 def _packed(address: str) -> bytes:
