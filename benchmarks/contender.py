@@ -34,9 +34,8 @@ def full(pid: int) -> Callable[[], object]:
 
 
 def full_with_names(pid: int) -> Callable[[], object]:
-    """The same with what the recorder adds once a second: names, the main thread's stat, a count of the threads."""
+    """The same with what the recorder adds now and then: all names, the main thread's stat, a count of the threads."""
     from vitalsd.sources.linux import LinuxSource
-    from vitalsd.sources.linux_threads import LOOK_EVERY_NS
 
     source = LinuxSource(pid)
     threads = source._threads
@@ -44,7 +43,8 @@ def full_with_names(pid: int) -> Callable[[], object]:
 
     def snapshot() -> object:
         threads._exited_ns = None
-        threads._looked_ns = source._looked_ns = time.monotonic_ns() - LOOK_EVERY_NS
+        threads._renamed = True
+        threads._looked_ns = threads._named_ns = source._looked_ns = 0
         return source.snapshot(names=False)
 
     return snapshot

@@ -108,6 +108,9 @@ class Spoilt:
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
         return self.defect(self.source.snapshot(extras=extras, names=names))
 
+    def restart(self) -> None:
+        self.source.restart()
+
     def close(self) -> None:
         self.source.close()
 
@@ -126,6 +129,9 @@ class Untold:
             return self.source.snapshot(extras=extras, names=names)
         except TargetGone as error:
             raise TargetGone(str(error)) from None
+
+    def restart(self) -> None:
+        self.source.restart()
 
     def close(self) -> None:
         self.source.close()

@@ -37,6 +37,7 @@ class FakeProcess:
         self.newest_tid += 1
         tid = self.newest_tid
         self.threads[tid] = FakeThread(name, self.now_ns)
+        self.threads[self.pid].cpu_ns += 20_000  # as the thread that makes it
         return tid
 
     def rename_thread(self, tid: int, name: str) -> None:
@@ -80,9 +81,13 @@ class FakeSource:
             started_unix_ns=1_700_000_000 * SECOND_NS,
         )
         self.closed = False
+        self.restarts = 0
 
     def identity(self) -> Identity:
         return self._identity
+
+    def restart(self) -> None:
+        self.restarts += 1
 
     def close(self) -> None:
         self.closed = True

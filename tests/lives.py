@@ -27,6 +27,8 @@ class Process:
     """(tid, birth) -> (name, CPU ns)"""
     monotonic_ns: int = 100 * SECOND_NS
     asleep_ns: int = 0
+    set_ns: int = 0
+    """By which the wall clock was set."""
     exited_ns: int = 0
     rss_bytes: int = 1 << 20
     image: int = 1
@@ -57,7 +59,7 @@ class Process:
         return Snapshot(
             monotonic_ns=self.monotonic_ns,
             boottime_ns=self.monotonic_ns + self.asleep_ns,
-            wall_ns=1_700_000_500 * SECOND_NS + self.monotonic_ns + self.asleep_ns,
+            wall_ns=1_700_000_500 * SECOND_NS + self.monotonic_ns + self.asleep_ns + self.set_ns,
             uptime_ns=self.monotonic_ns,
             skew_ns=1000,
             cpu_ns=living_ns + self.exited_ns,

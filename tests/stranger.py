@@ -62,6 +62,7 @@ def snapshots(pid: int) -> None:
                 "tids": taken.tids,
                 "rss_bytes": taken.rss_bytes,
                 "image": taken.image,
+                "state": taken.state,
                 "program": source.identity().program,
                 "addresses": len(parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).image),
                 "cpu_ns": taken.cpu_ns,

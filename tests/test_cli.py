@@ -132,7 +132,8 @@ def test_name_picks_the_newest(start: Start) -> None:
     out = vitalsd("sample", "--name", "nobody-is-called-so", "--window-ms", "10")
     assert (out.returncode, json.loads(out.stdout)["reason"]) == (
         1,
-        "no process of yours is called nobody-is-called-so; what runs as `python app.py` is called python",
+        "no process of yours is called nobody-is-called-so; a process is called as its main thread (on Linux its"
+        " first 15 bytes), its program or its #! script; what runs as `python app.py` is called python",
     )
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ from vitalsd.directories import (
 from vitalsd.endpoint import Endpoint, Target
 from vitalsd.socket_file import SocketLock, answers
 from vitalsd.sources import open_source
-from vitalsd.sources.birth import ANY_MACHINE, LinuxBirths, Undecided, births
+from vitalsd.sources.birth import ANY_MACHINE, UNKNOWN_BOOT, LinuxBirths, Undecided, births
 
 
 class Kernel:
     """A kernel that knows the given processes and no others."""
 
-    def __init__(self, starts: dict[int, int], realm: str = "here", boot_id: str = "boot") -> None:
+    def __init__(
+        self, starts: dict[int, int], realm: str = "here", boot_id: str = "boot", *, booted: str = "2025-01-01"
+    ) -> None:
+        self._booted_unix_ns = int(datetime.fromisoformat(f"{booted}T00:00:00Z").timestamp()) * 1_000_000_000
         self.starts = starts
         self._realm = realm
         self._boot_id = boot_id
@@ -42,6 +46,9 @@ class Kernel:
 
     def boot_id(self) -> str:
         return self._boot_id
+
+    def booted_unix_ns(self) -> int:
+        return self._booted_unix_ns
 
     def start_key(self, pid: int) -> int | None:
         if pid == 666:
@@ -265,7 +272,20 @@ def test_url_is_one_that_a_client_here_can_open(host: str | None, url: str | Non
         ({}, Kernel({100: 7}), "alive"),
         ({}, Kernel({}), "dead"),
         ({}, Kernel({100: 8}), "dead"),
-        ({}, Kernel({100: 7}, boot_id="later"), "dead"),
+        ({}, Kernel({}, boot_id="later", booted="2026-02-01"), "dead"),
+        ({}, Kernel({100: 7}, boot_id="later", booted="2026-02-01"), "unknown"),
+        ({}, Kernel({100: 7}, boot_id="another view"), "alive"),
+        ({}, Kernel({}, boot_id="another view"), "unknown"),
+        ({}, Kernel({100: 7}, boot_id=UNKNOWN_BOOT), "alive"),
+        ({}, Kernel({}, boot_id=UNKNOWN_BOOT), "unknown"),
+        ({"boot_id": UNKNOWN_BOOT}, Kernel({100: 7}, boot_id=UNKNOWN_BOOT), "alive"),
+        ({"boot_id": UNKNOWN_BOOT}, Kernel({}, boot_id=UNKNOWN_BOOT), "unknown"),
+        ({"boot_id": UNKNOWN_BOOT}, Kernel({}, boot_id=UNKNOWN_BOOT, booted="2026-02-01"), "dead"),
+        (
+            {"realm": ANY_MACHINE, "boot_id": UNKNOWN_BOOT},
+            Kernel({100: 7}, realm=ANY_MACHINE, boot_id=UNKNOWN_BOOT),
+            "alive",
+        ),
         ({}, Kernel({}, realm="elsewhere"), "unknown"),
         ({}, Kernel({}, realm="elsewhere", boot_id="later"), "unknown"),
         ({"realm": ANY_MACHINE}, Kernel({}, realm=ANY_MACHINE), "dead"),
@@ -332,12 +352,11 @@ def test_a_dead_a_zombie_and_a_stopped_process() -> None:
 
 
 def test_without_a_procfs_nothing_is_called_dead(tmp_path: Path) -> None:
-    """A process that exists and is not listed is undecided; so is the boot."""
+    """A process that exists and is not listed is undecided; the boot is not known."""
     kernel = LinuxBirths(str(tmp_path), str(tmp_path / "machine-id"))
     with pytest.raises(Undecided):
         kernel.start_key(os.getpid())
-    with pytest.raises(Undecided):
-        kernel.boot_id()
+    assert kernel.boot_id() == UNKNOWN_BOOT
     assert ep.liveness(an_endpoint(), kernel) == "unknown"
     assert kernel.realm().startswith(ANY_MACHINE)
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ from vitalsd.stored_history import parse_json, read_history
 
 @given(lives())
 def test_rows_are_the_differences_of_the_snapshots(snapshots: list[Snapshot]) -> None:
-    """A row has the CPU burnt since the snapshot before, of the process and of each thread."""
+    """A row has the CPU burnt since the snapshot before, of the process and, unless it executed, of each thread."""
     table = history(record_of(snapshots), top=10_000)
     pairs = list(pairwise(snapshots))
     assert table.cpu_ns == [max(0, b.cpu_ns - a.cpu_ns) for a, b in pairs]
@@ -29,6 +30,9 @@ def test_rows_are_the_differences_of_the_snapshots(snapshots: list[Snapshot]) ->
     assert table.thread_count == [len(b.tids) for _, b in pairs]
     for row, (a, b) in enumerate(pairs):
         before = dict(zip(zip(a.tids, a.births, strict=True), a.thread_cpu_ns, strict=True))
+        if a.image != b.image:
+            assert all(t.cpu_ns[row] is None for t in table.threads)
+            continue
         expected = sorted(
             max(0, ns - before.get(key, 0))
             for key, ns in zip(zip(b.tids, b.births, strict=True), b.thread_cpu_ns, strict=True)
@@ -53,6 +57,57 @@ def test_coarser_rows_keep_the_sum(snapshots: list[Snapshot], step_ns: int) -> N
     assert sum(coarse.elapsed_ns) == sum(fine.elapsed_ns)
     assert sum(coarse.cpu_ns) == sum(fine.cpu_ns)
     assert all(ns >= step_ns for ns in coarse.elapsed_ns[:-1])
+
+
+def test_exec_leaves_one_row_without_a_figure() -> None:
+    """The thread that called exec has the id of the main thread afterwards, and its CPU time."""
+    process = Process({(1, 1): ("main", 7), (2, 1): ("worker", 4 * SECOND_NS)})
+    snapshots = [process.snapshot()]
+    for _ in range(2):
+        process.pass_time(SECOND_NS, [1000])
+        snapshots.append(process.snapshot())
+    process.exited_ns += process.threads[1, 1][1]
+    process.threads = {(1, 1): ("main", 4 * SECOND_NS)}
+    process.image += 1
+    for _ in range(2):
+        process.pass_time(SECOND_NS, [2000])
+        snapshots.append(process.snapshot())
+    table = history(record_of(snapshots), top=10)
+    assert {thread.tid: thread.cpu_ns for thread in table.threads} == {
+        1: [1000, 1000, None, 2000],
+        2: [0, 0, None, None],
+    }
+    assert {thread.tid: thread.total_ns for thread in table.threads} == {1: 4000, 2: 0}
+    assert sum(table.cpu_ns) == 6000
+    merged = history(record_of(snapshots), top=10, step_ns=2 * SECOND_NS)
+    assert {thread.tid: thread.cpu_ns for thread in merged.threads} == {1: [2000, None], 2: [0, None]}
+
+
+def test_row_that_contradicts_the_process_has_no_figure() -> None:
+    """A thread that used more than its process, or idle threads of a process that ran; the others have theirs."""
+    process = Process({(1, 1): ("main", 0), (2, 1): ("worker", 0)})
+    snapshots = [process.snapshot()]
+    for burnt_ns, unseen_ns in (([5000, 10_000], 0), ([0, SECOND_NS], -SECOND_NS), ([0, 0], 50_000), ([3, 4], 0)):
+        process.pass_time(SECOND_NS, burnt_ns)
+        process.exited_ns += unseen_ns
+        snapshots.append(process.snapshot())
+    table = history(record_of(snapshots), top=10)
+    assert {thread.tid: thread.cpu_ns for thread in table.threads} == {
+        1: [5000, 0, None, 3],
+        2: [10_000, None, None, 4],
+    }
+    assert table.cpu_ns == [15_000, 0, 50_000, 7]
+
+
+def test_counters_that_were_read_anew_leave_one_row_without_a_figure() -> None:
+    """No difference spans that, in the record and in the file of a run."""
+    process = Process()
+    snapshots = []
+    for second in range(4):
+        process.pass_time(SECOND_NS, [1000])
+        snapshots.append(replace(process.snapshot(), reading=int(second > 1)))
+    (thread,) = history(record_of(snapshots)).threads
+    assert thread.cpu_ns == [1000, None, 1000]
 
 
 def test_since() -> None:
@@ -120,8 +175,11 @@ def test_json_reads_back_to_itself(snapshots: list[Snapshot]) -> None:
     """A record rebuilt from the JSON gives the same table, to the digits that the JSON has."""
     table = json.loads(history(record_of(snapshots), top=10_000).to_json())
     again = json.loads(history(read_history(json.dumps(table).encode()), top=10_000).to_json())
-    for column in ("rss_kb", "thread_count", "time_ms"):
+    for column in ("rss_kb", "time_ms"):
         assert again[column] == table[column]
+    for row, count in enumerate(table["thread_count"]):
+        executed = all(t["cpu_percent"][row] is None for t in table["threads"])  # no figure says which threads lived
+        assert executed or again["thread_count"][row] == count
     assert again["cpu_percent"] == pytest.approx(table["cpu_percent"], abs=0.002, rel=1e-4)
     assert sum(len(t["cpu_percent"]) for t in again["threads"]) <= sum(len(t["cpu_percent"]) for t in table["threads"])
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from target import Target
-from vitalsd.sources.linux_counters import Reading, SchedstatFiles
+from vitalsd.sources.linux_counters import Reading, SchedstatFiles, ThreadNames
 from vitalsd.sources.linux_threads import LOOK_EVERY_NS, ThreadTable
 from vitalsd.sources.procfs import parse_run_times
 
@@ -101,7 +101,7 @@ def test_what_is_proved_is_true(
     """Whoever runs, is born or exits between two readings: an accepted reading has every value right."""
     tree = Tree(tmp_path_factory.mktemp("task"), threads)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000))
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
     try:
         for _ in taken(tree, steps, few=few):
             proved = table.read_proved(tree.clock(), tree.clock)
@@ -127,7 +127,7 @@ def test_looking_only_at_what_changed_is_looking_at_all(
     """
     tree = Tree(tmp_path_factory.mktemp("task"), threads)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000))
+    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
     handed_out = []
     try:
         for number, steps in enumerate(between, 1):
@@ -150,7 +150,7 @@ def test_a_few_hot_threads_are_proved_and_many_are_read(tmp_path: Path) -> None:
     """With one thread of forty running, nearly every reading is proved; with all running, none is tried for long."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000))
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
 
     def readings(count: int, who: Callable[[int], int]) -> int:
         before = table.proved
@@ -172,7 +172,7 @@ def test_who_has_never_run_is_seen_within_a_second(tmp_path: Path) -> None:
     """A thread that was created and has not run for a nanosecond is missing for a second at most."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000))
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
     tree.burn(3, 1000)
     table.read()
     table.calibrate(tree.clock(), tree.exited_ns)
@@ -207,11 +207,11 @@ def test_out_of_descriptors_nothing_is_read_that_is_closed(
 
     monkeypatch.setattr("vitalsd.sources.linux_counters.os.open", scarce)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-        ThreadTable(task_fd, BoundFiles(task_fd, 1000))
+        ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
     monkeypatch.undo()
     assert len(os.listdir("/proc/self/fd")) == held
 
-    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000))
+    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
     for tid in (2, 5):
         tree.exit(tid)
     for tid in range(1, 13):
@@ -233,20 +233,20 @@ def test_out_of_descriptors_nothing_is_read_that_is_closed(
 
 
 def test_newcomers_do_not_keep_names_from_being_read(tmp_path: Path) -> None:
-    """Though each second somebody new is found, a name given by another thread is seen within the minute."""
+    """Though each second a new thread is found, a name given by another thread is seen at once."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000))
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
     table.read()
     assert table.look_around(LOOK_EVERY_NS, names=True)
     tree.call(20, "renamed")
-    for second in range(2, 70):
+    for second in range(2, 12):
         tree.born(100 + second, 0)
         if not table.look_around(second * LOOK_EVERY_NS, names=True):
             table.read()
             assert table.look_around(second * LOOK_EVERY_NS, names=True)
     assert table.names[19] == "renamed"
-    assert len(table.tids) == 40 + 68
+    assert len(table.tids) == 40 + 10
     table.close()
     os.close(task_fd)
 
@@ -265,7 +265,7 @@ def test_thousands_of_proved_readings_equal_full_ones(start: Callable[..., Targe
         return time.clock_gettime_ns(clock_id)
 
     task_fd = os.open(f"/proc/{target.pid}/task", os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000))
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
     checked = 0
     target.tell("churn_for 3 20")
     deadline = time.monotonic() + 60

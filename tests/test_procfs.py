@@ -29,7 +29,7 @@ comms = st.binary(max_size=15).filter(lambda raw: b"\0" not in raw)
 def render_stat(stat: Stat, comm: bytes) -> bytes:
     """The line that fs/proc/array.c do_task_stat writes for these fields."""
     image = stat.image or (1, 1, 0)
-    before = f"7 ({{}}) {stat.state} 1 1 1 0 -1 {stat.flags} {stat.minor_faults} 0 {stat.major_faults} 0"
+    before = f"7 ({{}}) {stat.state} {stat.parent} 1 1 0 -1 {stat.flags} {stat.minor_faults} 0 {stat.major_faults} 0"
     after = (
         f" {stat.utime_ticks} {stat.stime_ticks} 0 0 {stat.priority} 0 {stat.thread_count} 0 {stat.start_ticks}"
         f" {stat.vm_bytes} 430 18446744073709551615 {image[0]} {image[1]} {image[2]}"
@@ -43,6 +43,7 @@ stats = st.builds(
     Stat,
     name=st.just(""),
     state=st.sampled_from("RSDTtZXIP"),
+    parent=st.integers(0, 2**31 - 1),
     flags=st.integers(0, 2**32 - 1),
     minor_faults=counters,
     major_faults=counters,

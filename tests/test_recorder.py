@@ -51,6 +51,43 @@ def test_stop_and_continue() -> None:
     assert [kind for kind, _ in events] == ["stopped", "continued"]
 
 
+def test_a_traced_target_that_runs_is_not_stopped() -> None:
+    """As below strace, which stops it for a moment at each system call; one that a debugger stopped does not run."""
+    process = Process(state="traced")
+    recorder = Recorder(IDENTITY, Recording())
+    for burnt_ns in (1000, 1000, 0, 0):
+        process.pass_time(SECOND_NS, [burnt_ns])
+        recorder.observe(process.snapshot())
+    (event,) = recorder.record.events
+    assert (event.kind, event.detail) == ("stopped", "the target is stopped by a debugger")
+    assert event.monotonic_ns == process.monotonic_ns - SECOND_NS
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(86400, "forward by 86400.0 s"), (-172800, "back by 172800.0 s")])
+def test_a_wall_clock_that_is_set_is_noted_where_it_was(seconds: int, words: str) -> None:
+    """Once, at the first snapshot after it."""
+    process = Process()
+    recorder = Recorder(IDENTITY, Recording())
+    for second in range(6):
+        process.pass_time(SECOND_NS)
+        process.set_ns = seconds * SECOND_NS if second > 2 else 0
+        recorder.observe(process.snapshot())
+    (event,) = recorder.record.events
+    assert (event.kind, event.detail) == ("clock_set", f"the wall clock was set {words}")
+    assert event.monotonic_ns == process.monotonic_ns - 2 * SECOND_NS
+
+
+def test_a_wall_clock_that_is_read_late_or_slewed_was_not_set() -> None:
+    """One snapshot was interrupted between its clocks; and a slewed clock moves by less than a step at a time."""
+    process = Process()
+    recorder = Recorder(IDENTITY, Recording())
+    for second in range(20):
+        process.pass_time(SECOND_NS)
+        process.set_ns = 3 * SECOND_NS if second == 4 else second * SECOND_NS // 10
+        recorder.observe(process.snapshot())
+    assert not recorder.record.events
+
+
 def test_exec() -> None:
     """Another program in the same process is noted, and what it is."""
     assert recorded((SECOND_NS, {"image": 2})) == [

@@ -24,6 +24,7 @@ class CountingSource:
     def __init__(self) -> None:
         self.snapshots = 0
         self.closed = False
+        self.restarts = 0
         self.callers: set[int] = set()
         self.may_answer = threading.Event()
         self.may_answer.set()
@@ -41,6 +42,9 @@ class CountingSource:
             raise self.error
         now = time.monotonic_ns()
         return snapshot(now, [(1, 1, now // 2)])
+
+    def restart(self) -> None:
+        self.restarts += 1
 
     def close(self) -> None:
         self.callers.add(threading.get_ident())
@@ -679,7 +683,7 @@ def test_closing_ends_the_threads() -> None:
 
 
 def test_a_window_ends_with_the_names_of_now() -> None:
-    """A snapshot of the recorder, whose names may be a second old, begins a window and does not end one."""
+    """A snapshot of the recorder, whose names may be old, begins a window and does not end one."""
 
     class Renaming(CountingSource):
         def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
@@ -693,6 +697,63 @@ def test_a_window_ends_with_the_names_of_now() -> None:
             assert measurement.last.names == ("now",)
         assert sampler.record is not None
         assert "before" in {name for taken in sampler.record.snapshots() for name in taken.names}
+        await sampler.close()
+
+    run(main())
+
+
+class Contradicting(CountingSource):
+    """After `after` snapshots its thread has used an hour of CPU, which its process has not."""
+
+    def __init__(self, after: int = 3) -> None:
+        super().__init__()
+        self.after = after
+
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        taken = super().snapshot(extras=extras, names=names)
+        if self.snapshots <= self.after:
+            return taken
+        (used_ns,) = taken.thread_cpu_ns
+        return replace(taken, thread_cpu_ns=[used_ns + 3600 * 10**9])
+
+
+def test_counters_that_contradict_each_other_are_an_event_and_read_anew() -> None:
+    """Once, and no window spans it: its thread has no figure, and its process has."""
+    sources: list[Contradicting] = []
+
+    def open_source() -> Source:
+        sources.append(Contradicting())
+        return sources[0]
+
+    async def main() -> None:
+        sampler = Sampler(open_source, recording=Recording(0.02))
+        measurement = await sampler.window(200)
+        assert measurement.unknown == {0}
+        assert measurement.cpu_ns > 0
+        assert sampler.record is not None
+        (event,) = (each for each in sampler.record.events if each.kind != "missed")  # a busy machine
+        assert event.kind == "inconsistent"
+        assert event.detail.startswith("thread 1 used 36000")
+        assert (await sampler.window(50)).unknown == set()
+        await sampler.close()
+
+    run(main())
+    assert sources[0].restarts == 1
+
+
+def test_kernel_that_counts_wrong_again_and_again_is_one_event() -> None:
+    """Or it would fill the record: no event follows until two snapshots agree."""
+
+    class Wrong(CountingSource):
+        def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+            taken = super().snapshot(extras=extras, names=names)
+            return replace(taken, thread_cpu_ns=[self.snapshots * 10**12])
+
+    async def main() -> None:
+        sampler = Sampler(Wrong, recording=Recording(0.01))
+        assert (await sampler.window(200)).unknown == {0}
+        assert sampler.record is not None
+        assert len([event for event in sampler.record.events if event.kind == "inconsistent"]) == 1
         await sampler.close()
 
     run(main())

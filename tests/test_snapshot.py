@@ -1,13 +1,14 @@
 """The arithmetic between two snapshots."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from snapshots import IDENTITY, SECOND, Thread, pairs, snapshot, with_extras
-from vitalsd.snapshot import Snapshot, measure
+from vitalsd.snapshot import Snapshot, contradiction, measure
 
 MS = 1_000_000
 
@@ -80,11 +81,67 @@ def test_a_reused_tid_is_another_thread() -> None:
     assert (m.exited_ns, m.unattributed_ns) == (0, 0)
 
 
-def test_a_counter_that_went_backwards_counts_as_nothing_and_is_said() -> None:
+def test_a_counter_that_went_backwards_is_unknown() -> None:
     """Neither a thread nor the process ever has negative CPU time, and the answer warns."""
     m = measure(snapshot(0, [(1, 1, 50), (2, 1, 5)]), snapshot(SECOND, [(1, 1, 40), (2, 1, 6)], cpu_ns=7))
     assert (m.cpu_ns, m.thread_cpu_ns) == (0, [0, 1])
-    assert m.warnings == ("2 CPU counters went backwards and count as 0",)
+    assert m.unknown == {0}
+    assert m.warnings == (
+        "the CPU counter of thread 1 went backwards",
+        "the CPU clock of the process went backwards and counts as 0",
+    )
+
+
+@pytest.mark.parametrize("stated", [{"thread_grain_ns": 10 * MS}, {"thread_lag_ns": 5 * MS}, {"skew_ns": 5 * MS}])
+def test_a_thread_with_more_cpu_than_its_process_is_unknown(stated: dict[str, int]) -> None:
+    """Beyond the stated errors of both figures; the process's total stays, and the rest is unattributed."""
+    for excess_ns, unknown in ((9 * MS, set()), (11 * MS, {1})):
+        first = snapshot(0, [(1, 1, 0), (2, 1, 0)], **stated)
+        threads: list[Thread] = [(1, 1, 3 * MS), (2, 1, 30 * MS + excess_ns)]
+        m = measure(first, snapshot(SECOND, threads, cpu_ns=30 * MS, **stated))
+        assert m.unknown == unknown
+        assert m.cpu_ns == 30 * MS == m.living_ns + m.exited_ns + m.unattributed_ns
+        assert (m.thread_cpu_ns[1] == 0) is bool(unknown)
+        expected = "thread 2 used 41.0 ms of CPU while the process used 30.0 ms"
+        assert (m.contradiction, m.warnings) == ((expected, (expected,)) if unknown else (None, ()))
+        assert contradiction(m.first, m.last) == m.contradiction
+
+
+def test_idle_threads_of_a_process_that_ran_are_unknown() -> None:
+    """Beyond the stated errors: 3 threads of a lag of 4 ms may hide 12 ms. Nothing counts as exited either."""
+    threads: list[Thread] = [(1, 1, 7), (2, 1, 7), (3, 1, 7)]
+    first = snapshot(0, threads, thread_lag_ns=4 * MS)
+    hidden = measure(first, snapshot(SECOND, threads, cpu_ns=12 * MS, thread_lag_ns=4 * MS))
+    assert (hidden.unknown, hidden.contradiction) == (frozenset(), None)
+    last = snapshot(SECOND, threads, cpu_ns=13 * MS, thread_lag_ns=4 * MS)
+    m = measure(first, last)
+    assert m.unknown == {0, 1, 2}
+    assert (m.cpu_ns, m.living_ns, m.exited_ns) == (13 * MS - 21, 0, 0)
+    assert m.contradiction == contradiction(first, last) == "no thread used CPU while the process used 13.0 ms"
+
+
+def test_idle_threads_beside_a_birth_contradict_nothing() -> None:
+    """A thread that is new may have been made by one that came and went."""
+    first = snapshot(0, [(1, 1, 7)])
+    m = measure(first, snapshot(SECOND, [(1, 1, 7), (2, 5, 0)], cpu_ns=500 * MS))
+    assert (m.unknown, m.exited_ns) == (frozenset(), 500 * MS - 7)
+
+
+def test_counters_that_were_read_anew_have_no_difference() -> None:
+    """The threads have no figure, and the process's total stays."""
+    m = measure(snapshot(0, [(1, 1, 5)]), snapshot(SECOND, [(1, 1, 9)], reading=1))
+    assert (set(m.unknown), m.thread_cpu_ns, m.cpu_ns) == ({0}, [0], 4)
+    assert "contradicted each other" in m.warnings[0]
+
+
+@given(pairs())
+def test_contradiction_is_that_of_the_measurement(pair: tuple[Snapshot, Snapshot]) -> None:
+    """Found with less arithmetic where the threads are the same."""
+    first, last = pair
+    assert contradiction(first, last) == measure(first, last).contradiction
+    same = replace(last, tids=first.tids, births=first.births, names=first.names, thread_cpu_ns=first.thread_cpu_ns[:])
+    same = replace(same, extras=None)
+    assert contradiction(first, same) == measure(replace(first, extras=None), same).contradiction
 
 
 def test_exec_inside_the_window_makes_every_thread_new() -> None:

@@ -70,6 +70,9 @@ def test_undecided_is_not_dead() -> None:
         def boot_id(self) -> str:
             return ""
 
+        def booted_unix_ns(self) -> int:
+            return 0
+
         def start_key(self, pid: int) -> int | None:
             raise Undecided("hidden")
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from vitalsd.directories import EndpointError, runtime_directories
 from vitalsd.durable import draft, sync_directory
 from vitalsd.socket_file import SocketLock, answers
-from vitalsd.sources.birth import ANY_MACHINE, Births, Undecided, births
+from vitalsd.sources.birth import ANY_MACHINE, UNKNOWN_BOOT, Births, Undecided, births
 
 __all__ = [
     "PAGE_FILE",
@@ -130,7 +130,13 @@ def proof(token: str, nonce: str, port: int) -> str:
 
 def now() -> str:
     """The wall clock, as `Endpoint.started_at` has it."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return _iso(time.time_ns())
+
+
+def _iso(unix_ns: int) -> str:
+    seconds, rest_ns = divmod(max(0, unix_ns), 1_000_000_000)
+    moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest_ns // 1000)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def publish(endpoint: Endpoint, directory: Path) -> Path:
@@ -229,14 +235,25 @@ def _parse(body: Any) -> Endpoint:
 
 
 def liveness(endpoint: Endpoint, kernel: Births) -> Liveness:
-    """Whether the sidecar that wrote `endpoint` still runs. Unknown is not dead."""
+    """
+    Return whether the sidecar that wrote `endpoint` still runs. Unknown is not dead.
+
+    Two containers may see another boot id of the same boot, or none. Then a process with the same pid and start is that
+    sidecar, and one that is not found is dead only if it wrote before this boot.
+    """
     try:
-        boot_id = kernel.boot_id()
         if endpoint.realm != kernel.realm():
             return "unknown"
-        if endpoint.boot_id != boot_id:
-            return "unknown" if endpoint.realm.startswith(ANY_MACHINE) else "dead"
-        return "alive" if kernel.start_key(endpoint.pid) == endpoint.start else "dead"
+        boot_id = kernel.boot_id()
+        found = kernel.start_key(endpoint.pid) == endpoint.start
+        if endpoint.boot_id == boot_id != UNKNOWN_BOOT:
+            return "alive" if found else "dead"
+        if endpoint.realm.startswith(ANY_MACHINE):
+            return "alive" if found and endpoint.boot_id == boot_id else "unknown"
+        before = endpoint.started_at < _iso(kernel.booted_unix_ns())
+        if found:
+            return "unknown" if before else "alive"
+        return "dead" if before else "unknown"
     except Undecided:
         return "unknown"
 

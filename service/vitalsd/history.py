@@ -1,8 +1,8 @@
 """
 The record as a table over time: the process, its busiest threads, marks and events.
 
-Columnar: one list per quantity, all of one length, ``null`` where a thread did not exist. A row
-covers the time since the row before it; the first row of a record has no such time and is left out.
+Columnar: one list per quantity, all of one length, ``null`` where a thread did not exist or its CPU time is unknown.
+A row covers the time since the row before it; the first row of a record has no such time and is left out.
 """
 
 import csv
@@ -15,6 +15,7 @@ from typing import Any
 from vitalsd.contract.encoding import to_json
 from vitalsd.interpreter_lock import LockRelease
 from vitalsd.record import Event, Mark, Record, Segment
+from vitalsd.snapshot import allowance_ns, idle_allowance_ns
 from vitalsd.wire import DECIMALS, iso, printable, target_json
 
 __all__ = ["History", "ThreadHistory", "history"]
@@ -33,7 +34,7 @@ ThreadKey = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class ThreadHistory:
-    """One thread: CPU time burnt in each row, ns; ``None`` where it did not live."""
+    """One thread: CPU time burnt in each row, ns; ``None`` where it did not live or its figure is unknown."""
 
     tid: int
     name: str
@@ -226,36 +227,57 @@ def _names(segment: Segment) -> dict[ThreadKey, str]:
     return dict(zip(_keys(segment), segment.head.names, strict=True))
 
 
-def _walk(rows: Sequence[_Row], release: LockRelease) -> Iterator[tuple[int, Segment, list[int]]]:
-    """(row number, segment, CPU time of its threads) for each row; the list is good until the next one."""
+def _walk(rows: Sequence[_Row], release: LockRelease) -> Iterator[tuple[int, Segment, list[int], bool]]:
+    """
+    Yield row number, segment, CPU time of its threads, and whether any of them ran since the row before.
+
+    The list is valid until the next one.
+    """
     at = {(id(row.segment), row.position): number for number, row in enumerate(rows)}
+    ran = False
     for segment in dict.fromkeys(row.segment for row in rows):
+        ran = True  # Between two segments: threads came or went, or ran.
         for position, cpu_ns in enumerate(segment.walk()):
             release()
+            ran = ran or len(segment.moves[position][1]) > 0
             number = at.get((id(segment), position))
             if number is not None:
-                yield number, segment, cpu_ns
+                yield number, segment, cpu_ns, ran
+                ran = False
+
+
+def _restarts(before: Segment | None, segment: Segment) -> bool:
+    """Whether no difference spans the two: the process executed another program, or its counters were read anew."""
+    if before is None:
+        return False
+    old, new = before.head, segment.head
+    return old.reading != new.reading or (None not in (old.image, new.image) and old.image != new.image)
 
 
 def _totals(rows: Sequence[_Row], release: LockRelease) -> dict[ThreadKey, int]:
-    """CPU time that each thread burnt from the first row's start to the last one's end, ns."""
+    """CPU time that each thread burnt from the first row's start to the last one's end, as far as it is known, ns."""
     totals: dict[ThreadKey, int] = {}
     reached: dict[ThreadKey, int] = {}
     segment: Segment | None = None
     cpu_ns: list[int] = []
+    process_ns = settled_ns = rows[0]["cpu_ns"] if rows else 0
 
     def settle() -> None:
+        nonlocal settled_ns
         if segment is not None:
+            most_ns = process_ns - settled_ns + allowance_ns(segment.head.skew_ns, segment.head)
             for key, ns in zip(_keys(segment), cpu_ns, strict=True):
-                totals[key] = totals.get(key, 0) + max(0, ns - reached.get(key, 0))
+                burnt_ns = ns - reached.get(key, 0)
+                totals[key] = totals.get(key, 0) + (burnt_ns if 0 <= burnt_ns <= most_ns else 0)
                 reached[key] = ns
+            settled_ns = process_ns
 
-    for number, row_segment, row_cpu_ns in _walk(rows, release):
-        if number == 0:
-            reached = dict(zip(_keys(row_segment), row_cpu_ns, strict=True))
+    for number, row_segment, row_cpu_ns, _ in _walk(rows, release):
         if row_segment is not segment:
             settle()
-        segment, cpu_ns = row_segment, list(row_cpu_ns)
+            if number == 0 or _restarts(segment, row_segment):
+                reached |= zip(_keys(row_segment), row_cpu_ns, strict=True)
+        segment, cpu_ns, process_ns = row_segment, list(row_cpu_ns), rows[number]["cpu_ns"]
     settle()
     return totals
 
@@ -263,17 +285,28 @@ def _totals(rows: Sequence[_Row], release: LockRelease) -> dict[ThreadKey, int]:
 def _columns(
     rows: Sequence[_Row], keys: Sequence[ThreadKey], release: LockRelease
 ) -> dict[ThreadKey, list[int | None]]:
-    """What each of `keys` burnt in each row, ns; a thread born in a row with its whole life."""
+    """
+    Return what each of `keys` burnt in each row, ns; a thread born in a row with its whole life.
+
+    ``None`` where it did not live and where it is unknown: a row in which the process executed another program, and
+    what contradicts the process's clock, see `vitalsd.snapshot.measure`.
+    """
     columns: dict[ThreadKey, list[int | None]] = {key: [None] * (len(rows) - 1) for key in keys}
     reached: dict[ThreadKey, int] = {}
     segment: Segment | None = None
     indexes: dict[ThreadKey, int] = {}
-    for number, row_segment, cpu_ns in _walk(rows, release):
+    for number, row_segment, cpu_ns, ran in _walk(rows, release):
+        known = not _restarts(segment, row_segment)
         if row_segment is not segment:
             segment = row_segment
             indexes = {key: i for i, key in enumerate(_keys(segment)) if key in columns}
+        if number > 0 and known:
+            before, now = rows[number - 1], rows[number]
+            process_ns = max(0, now["cpu_ns"] - before["cpu_ns"])
+            known = ran or process_ns <= idle_allowance_ns(before["skew_ns"], segment.head)
+            most_ns = process_ns + allowance_ns(max(before["skew_ns"], now["skew_ns"]), segment.head)
         for key, i in indexes.items():
-            if number > 0:
-                columns[key][number - 1] = max(0, cpu_ns[i] - reached.get(key, 0))
+            if number > 0 and known and 0 <= (burnt_ns := cpu_ns[i] - reached.get(key, 0)) <= most_ns:
+                columns[key][number - 1] = burnt_ns
             reached[key] = cpu_ns[i]
     return columns

@@ -134,8 +134,8 @@ class FullProcess(ProcessMetrics):
 
 class FullThread(ThreadMetrics):
     """
-    ``detail=full``: more of a thread. ``cpu_percent`` covers a thread born in the window too; where the target executed
-    another program in it, it is null, for what the threads did before that is not told apart.
+    ``detail=full``: more of a thread. ``cpu_percent`` covers a thread born in the window too. It is null where the
+    target executed another program in the window, and where it contradicts the process's CPU clock: see `warnings`.
     """
 
     cpu_percent: Percent | None  # type: ignore[assignment]

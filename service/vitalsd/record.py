@@ -31,7 +31,17 @@ MAX_EVENTS = 1000
 MAX_WINDOWS = 8
 """Kept for who asks alike; they hold answers of megabytes, and of a process that has exited they stay for ever."""
 
-EventKind = Literal["missed", "suspended", "stopped", "continued", "executed", "exited", "failed"]
+EventKind = Literal[
+    "missed",
+    "suspended",
+    "clock_set",
+    "stopped",
+    "continued",
+    "executed",
+    "inconsistent",
+    "exited",
+    "failed",
+]
 
 
 class Mark(NamedTuple):
@@ -106,6 +116,7 @@ class Segment:
             and snapshot.births is head.births
             and snapshot.names is head.names
             and snapshot.image == head.image
+            and snapshot.reading == head.reading
             and snapshot.source == head.source
         )
 

@@ -9,13 +9,15 @@ from vitalsd.blackbox import BlackBox
 from vitalsd.contract.application import Application
 from vitalsd.record import EventKind, Mark, Record
 from vitalsd.runs import RunDirectory
-from vitalsd.snapshot import SUSPEND_GRAIN_NS, Identity, Snapshot
+from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Snapshot
 from vitalsd.sources import SourceError, TargetGone
 from vitalsd.worker import seen
 
 __all__ = ["Recorder", "Recording"]
 
 
+CLOCK_STEP_NS = 500_000_000
+"""A wall clock that moves by less against the clock since boot was not set but slewed, or read late."""
 MARK_S = 0.05
 """So long whoever sets a mark waits for the disk."""
 
@@ -69,6 +71,12 @@ class Recorder:
         self._crashed = False
         self._failure: str | None = None
         self._last_words: str | None = None
+        self._halted: str | None = None
+        """What kept the target from running at the last snapshot, a key of `HALTED`."""
+        self._offset_ns = 0
+        """Of the wall clock from the clock since boot."""
+        self._stepped: Snapshot | None = None
+        """The last snapshot, if the wall clock seems to have been set before it."""
 
     @property
     def state(self) -> Literal["running", "clean", "crashed"]:
@@ -82,10 +90,16 @@ class Recorder:
             if self.blackbox is not None:
                 self.blackbox.identify(identity)
 
+    def contradicted(self, why: str, snapshot: Snapshot) -> None:
+        """Note that the CPU counters contradicted each other before `snapshot`, with which they were read anew."""
+        self._note("inconsistent", f"{why}; the threads have no figure there, and were read anew", snapshot)
+
     def observe(self, snapshot: Snapshot) -> None:
         """Record a snapshot, taken after all others."""
         before = self.record.last
-        if before is not None:
+        if before is None:
+            self._offset_ns = snapshot.wall_ns - snapshot.boottime_ns
+        else:
             if snapshot.monotonic_ns <= before.monotonic_ns:
                 return
             self._compare(before, snapshot)
@@ -188,13 +202,48 @@ class Recorder:
             self._note("missed", f"{missed} snapshots are missing before this one", now)
         if before.image != now.image and None not in (before.image, now.image):
             self._note("executed", f"the target executed another program: {self.record.identity.name}", now)
-        if before.state != now.state and "stopped" in (before.state, now.state):
-            if now.state == "stopped":
-                self._note("stopped", "the target was stopped", now)
+        if (halted := _halted(before, now)) != self._halted:
+            self._halted = halted
+            if halted is None:
+                self._note("continued", "the target runs again", now)
             else:
-                self._note("continued", "the target goes on", now)
+                self._note("stopped", HALTED[halted], now)
+        self._compare_clocks(now)
+
+    def _compare_clocks(self, now: Snapshot) -> None:
+        """
+        Note a wall clock that was set.
+
+        The two clocks are read one after the other, and the sidecar may have been interrupted in between: a step is one
+        that the next snapshot confirms.
+        """
+        offset_ns = now.wall_ns - now.boottime_ns
+        stepped, self._stepped = self._stepped, None
+        if abs(offset_ns - self._offset_ns) < CLOCK_STEP_NS:
+            self._offset_ns = offset_ns  # follows a clock that is slewed
+        elif stepped is not None and abs(offset_ns - (stepped.wall_ns - stepped.boottime_ns)) < CLOCK_STEP_NS:
+            seconds = (offset_ns - self._offset_ns) / 1e9
+            self._note("clock_set", f"the wall clock was set {_forward(seconds)}", stepped)
+            self._offset_ns = offset_ns
+        else:
+            self._stepped = now
 
     def _note(self, kind: EventKind, detail: str, at: Snapshot | None = None) -> None:
         event = self.record.event(kind, detail, at=at)
         if self.blackbox is not None:
             self.blackbox.event(event)
+
+
+def _halted(before: Snapshot, now: Snapshot) -> str | None:
+    """
+    Return what keeps the target from running, a key of `HALTED`.
+
+    A program that is traced stops for a moment at each system call; a debugger has stopped it if it does not run.
+    """
+    if now.state == "traced" and now.cpu_ns != before.cpu_ns:
+        return None
+    return now.state if now.state in HALTED else None
+
+
+def _forward(seconds: float) -> str:
+    return f"{'forward' if seconds > 0 else 'back'} by {abs(seconds):.1f} s"

@@ -218,6 +218,7 @@ class RunFile:
             "thread_lag_ns": head.thread_lag_ns,
             "source": head.source,
             "image": repr(head.image),
+            "reading": head.reading,
         }
         cpu_ns = array("Q", segment.thread_cpu_ns(position)).tobytes()
         cursor = self._db.execute(

@@ -5,21 +5,21 @@ All kernel reads of one target happen on one thread of its own, so the event loo
 kernel that hangs on one target holds up no other; whoever asks for that one is told so after 5 s.
 Callers whose windows start or end within a few milliseconds share the snapshots: a thousand of them
 cost about what one costs. The recorder's snapshots are taken on the same thread and shared alike, but end no
-window: their names may be a second old.
+window: their names may be 2 s old.
 """
 
 import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitalsd.admission import OWNER, Busy, Peer, Shares
 from vitalsd.record import Mark, Record
 from vitalsd.recorder import Recorder, Recording
-from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
+from vitalsd.snapshot import Identity, Measurement, Snapshot, contradiction, measure
 from vitalsd.sources import KernelError, Source, SourceError, TargetGone, platform_name
 from vitalsd.worker import Hung, Stopped, Worker, seen
 
@@ -47,7 +47,7 @@ class NotRecording(Exception):
 
 def sample(source: Source, window_ms: int, *, extras: bool = False) -> Measurement:
     """One window of `source`, blocking, for callers without an event loop. Raises `SourceError`."""
-    first = source.snapshot(extras=extras)
+    first = source.snapshot(extras=extras, names=False)
     time.sleep(window_ms / 1000)
     return measure(first, source.snapshot(extras=extras))
 
@@ -83,6 +83,10 @@ class Sampler:
         self._last: Snapshot | None = None
         self._named = False
         """Whether the names in it are those of now: the recorder does without."""
+        self._reading = 0
+        """See `Snapshot.reading`."""
+        self._contradicted = False
+        """Whether the last two snapshots contradicted each other."""
         self._pending: _Pending | None = None
         self._windows: dict[_Key, _Window] = {}
         self._shares = Shares(MAX_WINDOWS)
@@ -336,7 +340,7 @@ class Sampler:
 
     def _take_pending(self, pending: "_Pending") -> Snapshot:
         pending.since_ns = time.monotonic_ns()
-        return self._take(pending.extras)
+        return self._take(pending.extras, names=False)
 
     def _take_after(self, not_before_ns: int, extras: bool) -> Snapshot:
         """The end of a window, whose names are those of its threads."""
@@ -348,8 +352,12 @@ class Sampler:
         if self._closed:
             raise self._left()
         try:
-            self._last, self._named = self._source.snapshot(extras=extras, names=names), names
-            self.snapshots_taken += 1
+            why, last = None, self._read(extras, names)
+            if self._last is not None and (why := contradiction(self._last, last)) is not None:
+                self._reading += 1
+                self._source.restart()
+                last = self._read(extras, names)
+            self._last, self._named = last, names
             self._identity = self._source.identity()
         except TargetGone as error:
             # Whoever is told that it is gone may look at once into the record for how it ended.
@@ -358,7 +366,16 @@ class Sampler:
             raise
         if self.recorder is not None:
             self.recorder.identify(self._identity)
-        return self._last
+            if why is not None and not self._contradicted:  # else a kernel that counts wrong would fill the record
+                self.recorder.contradicted(why, last)
+        self._contradicted = why is not None
+        return last
+
+    def _read(self, extras: bool, names: bool) -> Snapshot:
+        assert self._source is not None
+        snapshot = self._source.snapshot(extras=extras, names=names)
+        self.snapshots_taken += 1
+        return replace(snapshot, reading=self._reading) if self._reading else snapshot
 
     def _beat(self) -> bool:
         assert self.recorder is not None

@@ -5,15 +5,37 @@ Pure: no clock is read here and no kernel is asked. All counters are integers, i
 bytes, and cumulative since the process or thread started.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import sub
+from itertools import compress
+from operator import is_not, sub
 from typing import NamedTuple
 
-__all__ = ["Extras", "Identity", "Measurement", "Snapshot", "ThreadExtras", "measure"]
+__all__ = [
+    "HALTED",
+    "Extras",
+    "Identity",
+    "Measurement",
+    "Snapshot",
+    "ThreadExtras",
+    "allowance_ns",
+    "contradiction",
+    "idle_allowance_ns",
+    "measure",
+]
 
 SUSPEND_GRAIN_NS = 20_000_000
 """The two clocks are read one after the other; a smaller difference between them is that, not sleep."""
+
+MAKING_NS = 10_000
+"""To make a thread costs its maker more CPU time than that."""
+HALTED = {
+    "stopped": "the target is stopped by a signal (SIGSTOP, job control)",
+    "traced": "the target is stopped by a debugger",
+    "frozen": "the target is frozen (cgroup freezer)",
+}
+"""By `Snapshot.state`: what keeps a process from running, as a sentence."""
 
 
 class Identity(NamedTuple):
@@ -22,7 +44,7 @@ class Identity(NamedTuple):
 
     ``start_key`` is the kernel's own start time of it (Linux: clock ticks since boot, macOS:
     microseconds of wall clock at fork), so a reused pid never compares equal. Only ``name`` and
-    ``program`` may change in its life: at exec.
+    ``program`` may change in its life: ``program`` at exec, ``name`` there and when the main thread is renamed.
     """
 
     platform: str
@@ -101,9 +123,11 @@ class Snapshot:
     rss_bytes: int
     vm_bytes: int
     state: str | None = None
-    """Of the main thread, as in `ThreadExtras.states`."""
+    """Of the main thread, as in `ThreadExtras.states`, or ``"frozen"``; of another thread if that one has exited."""
     image: Hashable
     """Changes when the process executes another program; ``None`` if that cannot be seen."""
+    reading: int = 0
+    """Grows when the counters are read anew because they contradicted each other: no difference spans that."""
 
     tids: Sequence[int]
     births: Sequence[int]
@@ -148,11 +172,16 @@ class Measurement:
     """May be negative: the readings of one snapshot are not simultaneous."""
     cpu_error_ns: int
     thread_cpu_ns: Sequence[int]
-    """Per thread of `last`, >= 0; for one born inside the window, its whole life. Unknown, and all 0, if `executed`."""
+    """Per thread of `last`, >= 0; for one born inside the window, its whole life. 0 where it is in `unknown`."""
     born: frozenset[int]
     """Indexes of the threads that were not there at `first`."""
-    executed: bool
-    """The process executed another program in between: what its threads of now did before is not told apart."""
+    unknown: frozenset[int]
+    """
+    Indexes of the threads without a figure: all of them if the process executed another program in between, and those
+    whose counters contradict the process's clock.
+    """
+    contradiction: str | None
+    """How the counters contradict each other, as a sentence."""
     thread_user_ns: Sequence[int | None] | None
     """The user-mode part of `thread_cpu_ns`; ``None`` where the split is unknown."""
     user_ns: int | None
@@ -179,13 +208,53 @@ def _is_running(snapshot: Snapshot, index: int) -> bool:
     return snapshot.extras is not None and snapshot.extras.threads.states[index] == "running"
 
 
+def allowance_ns(first_skew_ns: int, last: Snapshot) -> int:
+    """Return by how much a thread may seem to have used more CPU than its process: the errors of both figures, ns."""
+    skew_ns = max(first_skew_ns, last.skew_ns)
+    return last.cpu_grain_ns + last.thread_grain_ns + 2 * (last.thread_lag_ns + skew_ns)
+
+
+def idle_allowance_ns(first_skew_ns: int, last: Snapshot) -> float:
+    """
+    Return how far the process's clock may run while the counter of every thread stands still, ns.
+
+    Without bound if the counters are too coarse to show that a thread was made, which may have come and gone since.
+    """
+    if last.thread_grain_ns > MAKING_NS:
+        return math.inf
+    skew_ns = max(first_skew_ns, last.skew_ns)
+    return last.cpu_grain_ns + len(last.tids) * (last.thread_grain_ns + last.thread_lag_ns + skew_ns)
+
+
+def contradiction(first: Snapshot, last: Snapshot) -> str | None:
+    """
+    Return how the counters of two snapshots contradict each other, as a sentence; ``None``: they do not.
+
+    It is `Measurement.contradiction`, for less than a measurement where the threads are the same.
+    """
+    if not _comparable(first, last):
+        return None
+    if first.tids is not last.tids or first.births is not last.births:
+        return measure(first, last).contradiction if last.monotonic_ns > first.monotonic_ns else None
+    # The counter of a thread that was not read again is the same object: most need no arithmetic.
+    changed = list(compress(range(len(last.tids)), map(is_not, last.thread_cpu_ns, first.thread_cpu_ns)))
+    deltas = [last.thread_cpu_ns[i] - first.thread_cpu_ns[i] for i in changed]
+    if _all_idle(first, last, deltas):
+        return _idle_words(first, last)
+    wrong = _wrong(first, last, deltas)
+    return _wrong_words(first, last, changed[wrong[0]], deltas[wrong[0]]) if wrong else None
+
+
 def measure(first: Snapshot, last: Snapshot) -> Measurement:
     """
-    The difference of two snapshots of one process.
+    Return the difference of two snapshots of one process.
 
-    Threads are matched by tid and birth. A counter that went backwards counts as 0 and is said in
-    ``warnings``. If the process executed another program in between, every thread counts as born
-    in the window, because the kernel hands the old leader's id to whichever thread called exec.
+    Threads are matched by tid and birth. If the process executed another program in between, every thread counts as
+    born in the window, because the kernel gives the id of the main thread to the thread that called exec, and no
+    thread has a figure.
+
+    A thread has no figure either if its counter went backwards or, beyond the errors of both, it used more CPU than
+    the process; no thread has one if all were idle while the process's clock ran. ``warnings`` states each.
 
     Raises:
         ValueError: `last` was not taken after `first`.
@@ -194,6 +263,8 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     if elapsed_ns <= 0:
         raise ValueError(f"last was taken {-elapsed_ns} ns before first")
     warnings = list(dict.fromkeys(first.warnings + last.warnings))
+    if last.state in HALTED:
+        warnings.append(HALTED[last.state])
 
     suspended_ns = (last.boottime_ns - first.boottime_ns) - elapsed_ns
     if suspended_ns < SUSPEND_GRAIN_NS:
@@ -201,33 +272,44 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     else:
         warnings.append(f"the machine slept {suspended_ns / 1e9:.1f} s inside the window")
 
-    executed = None not in (first.image, last.image) and first.image != last.image
-    if executed:
-        warnings.append("the target executed another program inside the window; its threads restart there")
+    comparable = _comparable(first, last)
+    if not comparable:
+        if first.reading != last.reading:
+            warnings.append("CPU counters contradicted each other inside the window; its threads have no figure")
+        else:
+            warnings.append("the target executed another program inside the window; its threads restart there")
 
-    matched, born, gone_ns = _match(first, last, executed)
-    backwards = 0
+    matched, born, gone = _match(first, last, comparable)
     if matched is None:
         deltas = list(map(sub, last.thread_cpu_ns, first.thread_cpu_ns))
     else:
         deltas = [0] * len(last.tids)
         for b, a in matched:
             deltas[b] = last.thread_cpu_ns[b] - first.thread_cpu_ns[a]
-    if deltas and min(deltas) < 0:
-        backwards = sum(d < 0 for d in deltas)
-        deltas = [max(0, d) for d in deltas]
-    known = () if executed else born
+    known = born if comparable else ()
     for b in known:
         deltas[b] = last.thread_cpu_ns[b]
 
     cpu_ns = last.cpu_ns - first.cpu_ns
+    unknown: Collection[int] = range(len(deltas))
+    contradicted = None
+    if comparable and not born and not gone and _all_idle(first, last, deltas):
+        contradicted = _idle_words(first, last)
+    elif comparable:
+        unknown = _wrong(first, last, deltas)
+        if unknown:
+            contradicted = _wrong_words(first, last, unknown[0], deltas[unknown[0]])
+    if contradicted is not None:
+        warnings.append(contradicted)
+        for i in unknown:
+            deltas[i] = 0
     if cpu_ns < 0:
-        backwards += 1
+        warnings.append("the CPU clock of the process went backwards and counts as 0")
         cpu_ns = 0
-    if backwards:
-        warnings.append(f"{backwards} CPU counters went backwards and count as 0")
     living_ns = sum(deltas)
-    exited_ns = 0 if executed else _exited(first, last, gone_ns, limit=cpu_ns)
+    exited_ns = 0
+    if not unknown:
+        exited_ns = _exited(first, last, sum(gone), limit=cpu_ns)
 
     ran = len(deltas) - deltas.count(0)
     at_once = min(ran, 1 + living_ns // elapsed_ns)
@@ -237,6 +319,9 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         + max(first.skew_ns, last.skew_ns) * max(at_once, 1 if cpu_ns else 0)
     )
     thread_user_ns, user_ns = _split(first, last, matched, known, deltas, cpu_ns)
+    if thread_user_ns is not None:
+        for i in unknown:
+            thread_user_ns[i] = None
     return Measurement(
         first=first,
         last=last,
@@ -249,7 +334,8 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         cpu_error_ns=cpu_error_ns,
         thread_cpu_ns=deltas,
         born=frozenset(born),
-        executed=executed,
+        unknown=frozenset(unknown),
+        contradiction=contradicted,
         thread_user_ns=thread_user_ns,
         user_ns=user_ns,
         p_core_ns=_grown(first, last, lambda extras: extras.p_core_ns),
@@ -258,16 +344,57 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     )
 
 
-def _match(first: Snapshot, last: Snapshot, executed: bool) -> tuple[list[tuple[int, int]] | None, Sequence[int], int]:
+def _comparable(first: Snapshot, last: Snapshot) -> bool:
+    """Whether the counters of a thread in both are of one thread."""
+    executed = None not in (first.image, last.image) and first.image != last.image
+    return not executed and first.reading == last.reading
+
+
+def _all_idle(first: Snapshot, last: Snapshot, deltas: Sequence[int]) -> bool:
     """
-    Pairs (index in last, index in first), the indexes born since, and the CPU time at `first` of those gone.
+    Return whether all threads were idle, as their counters have it, while the process's clock ran.
+
+    Where no thread is known to have come or gone, one that came and went unseen was made by one that is still there.
+
+    Args:
+        deltas: CPU time of threads, ns; those that are left out were idle.
+    """
+    return not any(deltas) and last.cpu_ns - first.cpu_ns > idle_allowance_ns(first.skew_ns, last)
+
+
+def _wrong(first: Snapshot, last: Snapshot, deltas: Sequence[int]) -> list[int]:
+    """Return the places in `deltas` of counters that went backwards or used more CPU than the process."""
+    if not deltas:
+        return []
+    most_ns = max(0, last.cpu_ns - first.cpu_ns) + allowance_ns(first.skew_ns, last)
+    if min(deltas) >= 0 and max(deltas) <= most_ns:
+        return []
+    return [i for i, ns in enumerate(deltas) if not 0 <= ns <= most_ns]
+
+
+def _idle_words(first: Snapshot, last: Snapshot) -> str:
+    return f"no thread used CPU while the process used {(last.cpu_ns - first.cpu_ns) / 1e6:.1f} ms"
+
+
+def _wrong_words(first: Snapshot, last: Snapshot, thread: int, delta_ns: int) -> str:
+    if delta_ns < 0:
+        return f"the CPU counter of thread {last.tids[thread]} went backwards"
+    used = f"used {delta_ns / 1e6:.1f} ms of CPU while the process used {(last.cpu_ns - first.cpu_ns) / 1e6:.1f} ms"
+    return f"thread {last.tids[thread]} {used}"
+
+
+def _match(
+    first: Snapshot, last: Snapshot, comparable: bool
+) -> tuple[list[tuple[int, int]] | None, Sequence[int], Sequence[int]]:
+    """
+    Pairs (index in last, index in first), the indexes born since, and the CPU time at `first` of those gone, ns.
 
     No pairs but ``None``: every thread is at its old place.
     """
-    if executed:
-        return [], range(len(last.tids)), 0
+    if not comparable:
+        return [], range(len(last.tids)), ()
     if first.tids is last.tids and first.births is last.births:
-        return None, (), 0
+        return None, (), ()
     before = {key: i for i, key in enumerate(zip(first.tids, first.births, strict=True))}
     matched: list[tuple[int, int]] = []
     born: list[int] = []
@@ -277,7 +404,7 @@ def _match(first: Snapshot, last: Snapshot, executed: bool) -> tuple[list[tuple[
             born.append(b)
         else:
             matched.append((b, a))
-    return matched, born, sum(first.thread_cpu_ns[a] for a in before.values())
+    return matched, born, [first.thread_cpu_ns[a] for a in before.values()]
 
 
 def _exited(first: Snapshot, last: Snapshot, gone_ns: int, limit: int) -> int:

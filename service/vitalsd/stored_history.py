@@ -11,11 +11,14 @@ from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.history import MAX_CELLS, MAX_ROWS
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.wire import DECIMALS
 
 __all__ = ["check_json", "parse_json", "read_history"]
 
 CLOCK_STEPS = 8
 """So often may the wall clock have been set back over one moment; a mark beyond that gets the time of a row near it."""
+LAG_NS = 20_000_000
+"""The table does not state how far a counter may lag; on no platform is it more."""
 MS_NS = 1_000_000
 """What the JSON tells times to."""
 MAX_VALUES = MAX_CELLS + 10 * MAX_ROWS + 500_000
@@ -158,15 +161,19 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
         if any(isinstance(value, str | list | dict) for value in column):
             raise ValueError("a column has what is no number")
     cpu_ns, thread_cpu_ns = 0, [0] * len(threads)
+    grain_ns = 1 + round(max(elapsed, default=0) * 1e6 / 100 / 10**DECIMALS)
     monotonic_ns = 0
     alive: list[int] = []
     tids: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     births: tuple[int, ...] = ()
+    reading = 0
+    lives = _lives(columns, len(times))
     for row in [-1, *range(len(times))] if times else []:
         shown = max(0, row)
         elapsed_ns = round(elapsed[shown] * 1e6)
-        now_alive = [i for i, column in enumerate(columns) if column[shown] is not None]
+        now_alive = lives[shown]
+        reading += row >= 0 and any(columns[i][row] is None for i in now_alive)
         if now_alive != alive or not births:
             alive = now_alive
             tids = tuple(_whole(threads[i]["tid"]) for i in alive)
@@ -176,7 +183,7 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
             monotonic_ns += elapsed_ns
             cpu_ns += round(table["cpu_percent"][row] * elapsed_ns / 100)
             for i in alive:
-                thread_cpu_ns[i] += round(columns[i][row] * elapsed_ns / 100)
+                thread_cpu_ns[i] += round((columns[i][row] or 0) * elapsed_ns / 100)
         wall_ns = times[shown] * 1_000_000 - (elapsed_ns if row < 0 else 0)
         yield Snapshot(
             monotonic_ns=monotonic_ns,
@@ -185,16 +192,31 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
             uptime_ns=max(0, wall_ns - started_unix_ns),
             skew_ns=0,
             cpu_ns=cpu_ns,
-            cpu_grain_ns=1,
+            cpu_grain_ns=grain_ns,
             exited_cpu_ns=(0, 0),  # which threads ended is not all told: what they burnt stays unattributed
             rss_bytes=table["rss_kb"][shown] * 1024,
             vm_bytes=table["vm_size_kb"][shown] * 1024,
             image=None,
+            reading=reading,
             tids=tids,
             births=births,
             thread_cpu_ns=[thread_cpu_ns[i] for i in alive],
             names=names,
-            thread_grain_ns=1,
-            thread_lag_ns=0,
+            thread_grain_ns=grain_ns,
+            thread_lag_ns=LAG_NS,
             source="report",
         )
+
+
+def _lives(columns: Sequence[Sequence[float | None]], rows: int) -> list[list[int]]:
+    """
+    Return for each row the columns of the threads that lived at its end.
+
+    A row without any figure is one in which the process executed another program: those of the next one live there.
+    """
+    lives = [[i for i, column in enumerate(columns) if column[row] is not None] for row in range(rows)]
+    for row in range(rows - 2, -1, -1):
+        lives[row] = lives[row] or lives[row + 1]
+    for row in range(1, rows):
+        lives[row] = lives[row] or lives[row - 1]
+    return lives

@@ -26,7 +26,7 @@ from vitalsd.wire import iso
 __all__ = ["UNKNOWN_END", "Run", "State", "UnreadableRun", "describe", "read_run"]
 
 SCALARS_BYTES = 8 * len(Segment.SCALARS)
-CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image")
+CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image", "reading")
 """Of a segment, as JSON."""
 MAX_TEXT = 16_384
 """Characters of a value in ``meta``, the constants of a segment or the detail of an event."""
@@ -258,7 +258,7 @@ def _head(
 ) -> Snapshot:
     if len(cpu_ns) != len(keys):
         raise ValueError("threads without CPU time")
-    _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str))
+    _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str, int))
     _check_sizes(*(constants[name] for name in CONSTANTS[:3]))
     tids, births, names = zip(*keys, strict=True) if keys else ((), (), ())
     numbers = Segment.numbers(scalars)

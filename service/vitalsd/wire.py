@@ -281,10 +281,10 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             {
                 "tid": last.tids[i],
                 "name": last.names[i],
-                "cpu_percent": percent(None if m.executed else m.thread_cpu_ns[i]),
+                "cpu_percent": percent(None if i in m.unknown else m.thread_cpu_ns[i]),
                 "user_percent": percent(user_ns[i]),
                 "system_percent": percent(_rest(m.thread_cpu_ns[i], user_ns[i])),
-                "cpu_percent_error": None if m.executed else bar(m.thread_error_ns(i)),
+                "cpu_percent_error": None if i in m.unknown else bar(m.thread_error_ns(i)),
                 "cpu_time_ns": last.thread_cpu_ns[i],
                 "state": extras.threads.states[i],
                 "priority": extras.threads.priorities[i],

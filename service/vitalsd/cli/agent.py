@@ -32,7 +32,7 @@ def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":
     kinds = click.Choice(["launchd", "systemd"])
     command = click.option("--supervisor", "kind", type=kinds, default=default, show_default=True)(command)
     command = click.option("--port", type=click.IntRange(1, 65535), default=9779, show_default=True)(command)
-    follow = "Follow your newest process of that name."
+    follow = "Follow your process of that name."
     return click.option("--name", metavar="TARGET", callback=not_empty, help=follow)(command)
 
 

@@ -3,7 +3,7 @@
 import sys
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -19,9 +19,11 @@ __all__ = [
     "Failed",
     "Number",
     "Refused",
+    "Taken",
     "app_option",
     "app_version_option",
     "application_of",
+    "choose_process",
     "complain",
     "exclude",
     "find_target",
@@ -84,7 +86,7 @@ name_option = click.option(
     "--name",
     metavar="NAME",
     callback=not_empty,
-    help="Target: your newest process of that name.",
+    help="Target: your process of that name; of several the one from which the others descend, or the newest.",
     shell_complete=processes,
 )
 app_option = click.option(
@@ -170,21 +172,68 @@ def platform_of(context: click.Context, proc_root: str = "/proc") -> "Platform":
 
 
 def find_target(pid: int | None, name: str | None, platform: "Platform") -> int | None:
-    """The pid that ``--pid`` or ``--name`` means. Raises `NoSuchProcess`."""
+    """
+    Return the pid that ``--pid`` or ``--name`` means; which of several of that name it is goes to stderr.
+
+    Raises:
+        NoSuchProcess: there is none.
+    """
     if name is None:
         return pid
+    taken = choose_process(name, platform)
+    if len(taken.called) > 1:
+        several = f"{len(taken.called)} processes are called {name}"
+        click.echo(f"vitalsd: {several}; process {taken.pid} is taken: {taken.why}", err=True)
+    return taken.pid
+
+
+class Taken(NamedTuple):
+    """A process chosen by its name."""
+
+    pid: int
+    called: frozenset[int]
+    """All processes of that name."""
+    why: str
+
+
+def choose_process(name: str, platform: "Platform") -> Taken:
+    """
+    Choose one of this user's processes by its name.
+
+    Of several it is the one from which the others descend; of several such, the newest.
+
+    Raises:
+        NoSuchProcess: none has this name.
+    """
     import os
 
     from vitalsd.sources import NoSuchProcess
 
-    mine = [
-        entry
-        for entry in platform.list_processes()
+    every = {entry.pid: entry for entry in platform.list_processes()}
+    called = frozenset(
+        entry.pid
+        for entry in every.values()
         if entry.is_of(os.geteuid()) and entry.pid != os.getpid() and name in entry.names
-    ]
-    if not mine:
-        raise NoSuchProcess(f"no process of yours is called {name}; what runs as `python app.py` is called python")
-    return max(mine, key=lambda entry: entry.started_unix_ns).pid
+    )
+    if not called:
+        raise NoSuchProcess(
+            f"no process of yours is called {name}; a process is called as its main thread (on Linux its first 15"
+            " bytes), its program or its #! script; what runs as `python app.py` is called python"
+        )
+
+    def descends(pid: int) -> bool:
+        above: set[int] = set()
+        while pid in every and pid not in above:
+            above.add(pid)
+            pid = every[pid].parent
+            if pid in called:
+                return True
+        return False
+
+    eldest = [pid for pid in called if not descends(pid)] or list(called)  # pids are given again as they are listed
+    pid = max(eldest, key=lambda pid: (every[pid].started_unix_ns, pid))
+    why = "the others descend from it" if len(eldest) == 1 else "it descends from none of them and is the newest such"
+    return Taken(pid, called, why)
 
 
 def raise_descriptor_limit() -> None:

@@ -14,6 +14,7 @@ from vitalsd.cli.options import (
     app_option,
     app_version_option,
     application_of,
+    choose_process,
     exclude,
     find_target,
     host_option,
@@ -295,13 +296,11 @@ def _serve_target(
         finder = Worker("vitalsd-finder")
 
         async def has_successor(now: Identity) -> bool:
-            # All processes are looked at only if that one has executed another program since it was opened.
+            # All processes are looked at only if that one is called otherwise than when it was opened.
             if now.name != called:
                 with suppress(SourceError, Hung):
-                    newest = await finder.ask(
-                        lambda: find_target(None, name, platform), "the list of processes: a read"
-                    )
-                    return newest != now.pid
+                    taken = await finder.ask(lambda: choose_process(name, platform), "the list of processes: a read")
+                    return now.pid not in taken.called
             return False
 
         companions.append(follow(targets, next_run, has_successor, platform.births(), poll=poll))
@@ -317,7 +316,7 @@ def _serve_target(
         push = push_to(otlp_url, otlp_interval_s, thread_metrics, targets)
         companions.append(push.companion)
         log.info("pushing to %s every %g s", push.url, otlp_interval_s)
-    whom = f"the newest process called {name}" if name else f"process {pid}" if pid else "itself"
+    whom = f"the process called {name}" if name else f"process {pid}" if pid else "itself"
     serve_until_signal(
         targets,
         platform.list_processes,

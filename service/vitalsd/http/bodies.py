@@ -150,7 +150,10 @@ class Event(_Body):
     """Something the recorder noticed."""
 
     time_ms: UnixMs
-    kind: EventKind
+    kind: EventKind = Field(
+        description="stopped: by a signal, a debugger or a freezer. clock_set: the wall clock. inconsistent: the CPU"
+        " counters contradicted each other, and the threads have no figure there."
+    )
     detail: str
 
 

@@ -134,10 +134,7 @@ def _may_belong(run: Listing, subject: Subject) -> bool:
 def is_alive(kernel: Births | None = None) -> Callable[[Listing], bool]:
     """Return a function that tells whether the process of a run lives on this machine, for `choose`."""
     kernel = kernel or births()
-    try:
-        boot = kernel.boot_id()[:8]
-    except Undecided:
-        return lambda _: False
+    boot = kernel.boot_id()[:8]
 
     def alive(run: Listing) -> bool:
         try:

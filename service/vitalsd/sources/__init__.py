@@ -111,11 +111,19 @@ class Source(Protocol):
 
         Args:
             extras: also read what only ``detail=full`` shows (dearer: one more file per thread).
-            names: read again what the threads are called. If not, a name may be a second old where it costs
+            names: read again what the threads are called. If not, a name may be up to 2 s old where it costs
                 a read of its own (Linux), or as in the snapshot before.
 
         Raises:
             SourceError: one of its subclasses; no partial snapshot is ever returned.
+        """
+        ...
+
+    def restart(self) -> None:
+        """
+        Read every thread anew with the next snapshot, because the counters contradicted each other.
+
+        Linux: which counter is used is decided again, too. Raises `SourceError`.
         """
         ...
 
@@ -130,7 +138,7 @@ class ProcessEntry(NamedTuple):
     pid: int
     name: str
     names: frozenset[str]
-    """What ``--name`` may call it: its thread name, cut by Linux to 15 bytes, and that of its program."""
+    """What ``--name`` may call it: its main thread, cut by Linux to 15 bytes, its program, and (Linux) its script."""
     started_unix_ns: int
     cpu_ns: int
     rss_bytes: int
@@ -138,6 +146,8 @@ class ProcessEntry(NamedTuple):
     uids: frozenset[int]
     """Real, effective and saved user id, and that for file access on Linux: a set-user-ID program has several.
     Empty if the system does not tell."""
+    parent: int
+    """The pid of its parent."""
 
     def is_of(self, uid: int) -> bool:
         """Return whether all its user ids are `uid`, so that no other user has started it."""

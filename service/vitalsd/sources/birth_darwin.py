@@ -1,9 +1,11 @@
 """`vitalsd.sources.birth` on macOS."""
 
+import time
+
 from vitalsd.sources.apple_headers import proc_taskallinfo
 from vitalsd.sources.birth import Undecided, anonymous
 from vitalsd.sources.libsystem import LibSystem, MachError
-from vitalsd.sources.xnu import UNKNOWN_BOOT, boot_id, start_key
+from vitalsd.sources.xnu import boot_id, start_key
 
 __all__ = ["DarwinBirths"]
 
@@ -23,10 +25,10 @@ class DarwinBirths:
         return anonymous(self._lib.host_uuid())
 
     def boot_id(self) -> str:
-        found = boot_id(self._lib)
-        if found == UNKNOWN_BOOT:
-            raise Undecided("no boot id")
-        return found
+        return boot_id(self._lib)
+
+    def booted_unix_ns(self) -> int:
+        return time.time_ns() - self._lib.continuous_ns()
 
     def start_key(self, pid: int) -> int | None:
         info = proc_taskallinfo()

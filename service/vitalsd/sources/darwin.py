@@ -68,6 +68,7 @@ def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
             rss_bytes=info.ptinfo.pti_resident_size,
             thread_count=info.ptinfo.pti_threadnum,
             uids=frozenset((info.pbsd.pbi_uid, info.pbsd.pbi_ruid, info.pbsd.pbi_svuid)),
+            parent=info.pbsd.pbi_ppid,
         )
 
 

@@ -86,6 +86,10 @@ class LibprocSource:
     def identity(self) -> Identity:
         return self._target.identity
 
+    def restart(self) -> None:
+        """Look every thread up again."""
+        self._turns.clear()
+
     def close(self) -> None:
         self._closed = True
         self._exit.close()

@@ -24,7 +24,9 @@ __all__ = [
     "StatFiles",
     "ThreadClocks",
     "ThreadCounter",
+    "ThreadNames",
     "read_file",
+    "reread",
 ]
 
 USER_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -40,13 +42,29 @@ GONE = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
 """How the kernel says that a thread has exited; EINVAL is the CPU clock's way."""
 
 
+CONTENT_BYTES = 4096
+"""More than most files of /proc have. A list of groups or a command line may be longer."""
+
+
 def read_file(path: str, dir_fd: int) -> bytes:
-    """The whole of a small procfs file, in one read: a second one could see another state."""
+    """Return the whole of a procfs file; most are read at once. Raises `OSError`."""
     fd = os.open(path, os.O_RDONLY, dir_fd=dir_fd)
     try:
-        return os.read(fd, 4096)
+        content = part = os.read(fd, CONTENT_BYTES)
+        while part and len(content) >= CONTENT_BYTES:
+            part = os.read(fd, 1 << 20)
+            content += part
+        return content
     finally:
         os.close(fd)
+
+
+def reread(fd: int) -> bytes:
+    """Return the whole of a procfs file that is held open. Raises `OSError`."""
+    size = CONTENT_BYTES
+    while len(content := os.pread(fd, size, 0)) == size:
+        size *= 4
+    return content
 
 
 Reading = Any
@@ -176,8 +194,18 @@ class StatFiles(_Files):
     provable = False
 
     def read(self, handles: Collection[int]) -> list[Reading]:
-        stats = map(parse_stat, self.contents(handles, 1024))
+        stats = map(parse_stat, self.contents(handles, CONTENT_BYTES))
         return [(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS for stat in stats]
 
     def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
         return list(readings)
+
+
+class ThreadNames(_Files):
+    """``comm`` of each thread: its name, which any thread of the process may change."""
+
+    file = "comm"
+
+    def read(self, handles: Collection[int]) -> list[bytes]:
+        """Return the names as the kernel has them. Raises `OSError` with an errno of `GONE` if a thread has exited."""
+        return self.contents(handles, 64)

@@ -5,6 +5,7 @@ import os
 import struct
 
 from vitalsd.sources import Ending
+from vitalsd.sources.linux_counters import reread
 from vitalsd.sources.procfs import Malformed, parse_stat
 
 __all__ = ["ending"]
@@ -35,7 +36,7 @@ def ending(process_fd: int, stat_fd: int, pidfd: int) -> Ending | None:
 
 def _of_zombie(process_fd: int, stat_fd: int) -> int | None:
     try:
-        content = os.pread(stat_fd, 1024, 0)
+        content = reread(stat_fd)
         if parse_stat(content).state not in "ZX":
             return None
         os.readlink("exe", dir_fd=process_fd)

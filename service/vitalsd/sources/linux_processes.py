@@ -14,6 +14,10 @@ __all__ = ["hides_processes", "list_processes", "running_command"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 PF_KTHREAD = 0x00200000  # linux/sched.h
+COMM_BYTES = 15
+"""Of a thread's name, as the kernel keeps it (TASK_COMM_LEN in linux/sched.h)."""
+MAX_WORDS = 8
+"""Of a command line, within which a script follows its interpreter: that may be a script, too, five times over."""
 CLOCK_BOOTTIME = 7  # linux/time.h; the time module has it on Linux only, and types are checked for macOS too
 
 
@@ -29,7 +33,7 @@ def running_command(process_fd: int) -> Command | None:
         deleted = executable.endswith(" (deleted)")
         executable = executable.removesuffix(" (deleted)")
         directory = os.readlink("cwd", dir_fd=process_fd)
-        name, *words = _read_whole("cmdline", process_fd).removesuffix(b"\0").split(b"\0")
+        name, *words = read_file("cmdline", process_fd).removesuffix(b"\0").split(b"\0")
         if not deleted:
             with suppress(PermissionError):  # A folder on the way may be closed to this user.
                 if not os.path.samestat(os.stat("exe", dir_fd=process_fd), os.stat(executable)):
@@ -61,12 +65,6 @@ def hides_processes(root: str = "/proc") -> bool:
     return hides
 
 
-def _read_whole(name: str, process_fd: int) -> bytes:
-    """Read a file of any length: a command line may have megabytes."""
-    with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=process_fd), "rb") as file:
-        return file.read()
-
-
 def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
     """Processes this user may sample, by ascending pid; kernel threads are left out."""
     try:
@@ -84,7 +82,9 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
         try:
             stat = parse_stat(read_file("stat", directory))
             pages = parse_statm(read_file("statm", directory))
-            program = read_file("cmdline", directory).partition(b"\0")[0]
+            command = read_file("cmdline", directory)
+            if not pages[0] and stat.thread_count > 1:
+                pages, command = _of_sibling(directory)
             uids = parse_uids(read_file("status", directory))
         except (OSError, Malformed):
             continue
@@ -95,10 +95,41 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
         yield ProcessEntry(
             pid=pid,
             name=stat.name,
-            names=frozenset((stat.name, decode_name(os.path.basename(program)))) - {""},
+            names=_names(stat.name, command),
+            parent=stat.parent,
             started_unix_ns=boot_unix_ns + stat.start_ticks * USER_TICK_NS,
             cpu_ns=(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS,
             rss_bytes=pages[1] * PAGE_BYTES,
             thread_count=stat.thread_count,
             uids=uids,
         )
+
+
+def _of_sibling(process_fd: int) -> tuple[tuple[int, int, int], bytes]:
+    """Pages in use and command line of a process whose main thread has exited. Raises `OSError`, `Malformed`."""
+    task = os.open("task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=process_fd)
+    try:
+        for tid in os.listdir(task):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                pages = parse_statm(read_file(f"{tid}/statm", task))
+                if pages[0]:
+                    return pages, read_file(f"{tid}/cmdline", task)
+    finally:
+        os.close(task)
+    raise ProcessLookupError
+
+
+def _names(name: str, command: bytes) -> frozenset[str]:
+    """
+    Return what ``--name`` may call a process: its main thread, its program, and the script that was executed.
+
+    A script is executed by its interpreter, which has the path of the script among its first arguments. The kernel
+    names the process after the script, cut to 15 bytes.
+    """
+    program, *arguments = command.split(b"\0", MAX_WORDS)
+    names = {name, decode_name(os.path.basename(program))}
+    for argument in arguments[: MAX_WORDS - 1]:
+        script = os.path.basename(argument)
+        if script and decode_name(script[:COMM_BYTES]) == name:
+            names.add(decode_name(script))
+    return frozenset(names - {""})

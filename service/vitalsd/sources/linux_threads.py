@@ -12,21 +12,19 @@ nanosecond, is not seen by that; so once a second the threads are counted as wel
 import errno
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from operator import ne, sub
 
-from vitalsd.sources.linux_counters import GONE, Reading, ThreadCounter, read_file
+from vitalsd.sources.linux_counters import GONE, Reading, ThreadCounter, ThreadNames, read_file
 from vitalsd.sources.procfs import Stat, decode_name, parse_stat
 
-__all__ = ["FEW_NAMES", "LOOK_EVERY_NS", "ThreadTable"]
+__all__ = ["LOOK_EVERY_NS", "NAMES_EVERY_NS", "ThreadTable"]
 
-FEW_NAMES = 8
-"""So many names are read again whenever somebody wants them, ..."""
 LOOK_EVERY_NS = 1_000_000_000
-"""... and more than that at this distance. So often the threads are counted, too, however they are read."""
-SWEEP_NS = 60_000_000_000
-"""In this time every name is read once though its thread did not run: another thread may have renamed it."""
+"""So often the threads are counted, however they are read."""
+NAMES_EVERY_NS = 1_020_000_000
+"""Names older than this are read though no caller asked for them. At one snapshot a second that is every other one."""
 HOT_FOR = 8
 """A thread counts as hot until it has not run for so many readings, or for up to twice as many."""
 HOT_PART = 8
@@ -40,6 +38,7 @@ class _Thread:
     birth: int
     name: str
     handle: int
+    name_handle: int | None = field(default=None, init=False)
     reading: Reading
     """As of the last listing, as is `cpu_ns`."""
     cpu_ns: int
@@ -56,9 +55,10 @@ class ThreadTable:
         OSError: from any method, with an errno of `GONE` when the process has no thread any more.
     """
 
-    def __init__(self, task_fd: int, counter: ThreadCounter) -> None:
+    def __init__(self, task_fd: int, counter: ThreadCounter, names: ThreadNames) -> None:
         self._task_fd = task_fd
         self._counter = counter
+        self._names = names
         self._threads: dict[int, _Thread] = {}
         self._rows: list[_Thread] = []
         self._handles: list[int] = []
@@ -69,10 +69,14 @@ class ThreadTable:
         self._ran: set[int] = set()
         """Who ran in the last `_age` readings: the hot ones from `HOT_FOR` on."""
         self._age = 0
-        self._unnamed: set[int] = set()
-        """Who ran since its name was read."""
+        self._renamed = True
+        """Whether any thread ran since the names were read: without running none renames itself or another."""
+        self._contents: list[bytes] = []
+        """The names as they were read."""
+        self._named_ns = 0
+        self._unsure: set[int] = set()
+        """Who ran since its birth was read, if another thread may have its handle by now."""
         self._looked_ns = 0
-        self._sweep = 0
         self._links_count_threads = False
         self._exited_ns: int | None = None
         self._total_ns = -1
@@ -149,56 +153,42 @@ class ThreadTable:
 
     def look_around(self, now_ns: int, *, names: bool) -> bool:
         """
-        Read again the names of the threads that ran since their names were read, and of a few others.
+        Read again the names, and once a second count the threads.
 
-        A thread that names itself has run, so its new name is seen at once. Without `names`, or where many
-        threads run, within a second.
+        Without `names` they are read if they are older than `NAMES_EVERY_NS`. They are read only if a thread ran, for
+        a thread is renamed by itself or by another thread of its process.
 
         Returns:
             False if there are other threads than those that were read: read again.
         """
-        elapsed_ns, count, stale = now_ns - self._looked_ns, len(self.tids), self._unnamed
-        due = elapsed_ns >= LOOK_EVERY_NS
+        due = now_ns - self._looked_ns >= LOOK_EVERY_NS
+        if (self._unsure and (due or names)) and not self._prove_births():
+            return False
+        if self._renamed and (names or now_ns - self._named_ns >= NAMES_EVERY_NS):
+            self._read_names()
+            self._renamed, self._named_ns = False, now_ns
         if due:
             self._looked_ns = now_ns
-            swept = min(count, -(-count * elapsed_ns // SWEEP_NS))
-            stale.update(i % count for i in range(self._sweep, self._sweep + swept))
-            self._sweep = (self._sweep + swept) % count
-        elif not names or len(stale) > FEW_NAMES:
-            return True
-        renamed = False
-        for i in stale:
-            name = self._name(i)
-            if name is None:
-                self._relist()
+            if self._links_count_threads and self._links() != len(self.tids):
+                self._exited_ns = None
                 return False
-            thread = self._rows[i]
-            if name != thread.name:
-                thread.name = name
-                renamed = True
-        stale.clear()
-        if renamed:
-            self.names = tuple(thread.name for thread in self._rows)
-        if due and self._links_count_threads and self._links() != count:
-            self._exited_ns = None
-            return False
         return True
 
     def stats(self) -> list[Stat | None]:
-        """The ``stat`` of each thread, which also renames it; ``None`` for one that exited just now."""
+        """The ``stat`` of each thread; ``None`` for one that exited just now."""
         stats = [self._stat(tid) for tid in self.tids]
-        names = tuple(new.name if new else old for new, old in zip(stats, self.names, strict=True))
-        if names != self.names:
-            self.names = names
-            for thread, name in zip(self._rows, names, strict=True):
-                thread.name = name
-        return stats
+        return [stat if stat and stat.start_ticks == b else None for stat, b in zip(stats, self.births, strict=True)]
 
     def close(self) -> None:
         """Release every handle."""
         for thread in self._threads.values():
-            self._counter.close(thread.handle)
+            self._let_go(thread)
         self._threads.clear()
+
+    def _let_go(self, thread: _Thread) -> None:
+        self._counter.close(thread.handle)
+        if thread.name_handle is not None:
+            self._names.close(thread.name_handle)
 
     def _links(self) -> int:
         return os.fstat(self._task_fd).st_nlink - 2
@@ -228,7 +218,9 @@ class ThreadTable:
                 if ns:
                     cpu_ns[i] += ns
                     self._ran.add(i)
-                    self._unnamed.add(i)
+                    if not self._counter.bound:
+                        self._unsure.add(i)
+            self._renamed = True
             self.living_ns += sum(burnt)
         self._age += 1
         if self._age == HOT_FOR:
@@ -240,17 +232,47 @@ class ThreadTable:
     def _heat(self, hot: set[int]) -> None:
         self._hot = {i: self._handles[i] for i in sorted(hot)}
 
-    def _name(self, i: int) -> str | None:
-        """The name of thread `i`, its old one if it has exited; ``None`` if the tid is another thread's now."""
+    def _read_names(self) -> None:
+        """A thread that has exited meanwhile keeps the name it had."""
         try:
-            if self._counter.bound:
-                return decode_name(read_file(f"{self.tids[i]}/comm", self._task_fd)[:-1])
-            stat = parse_stat(read_file(f"{self.tids[i]}/stat", self._task_fd))
+            for tid, thread in self._threads.items():
+                if thread.name_handle is None:
+                    thread.name_handle = self._names.open(tid)
+            contents = self._names.read([thread.name_handle or 0 for thread in self._rows])
         except OSError as error:
             if error.errno not in GONE:
                 raise
-            return self.names[i]
-        return stat.name if stat.start_ticks == self.births[i] else None
+            self._contents = []
+            names = tuple(self._name(tid, thread) for tid, thread in self._threads.items())
+        else:
+            if contents == self._contents:
+                return
+            self._contents = contents
+            names = tuple(decode_name(content[:-1]) for content in contents)
+        if names != self.names:
+            self.names = names
+            for thread, name in zip(self._rows, names, strict=True):
+                thread.name = name
+
+    def _name(self, tid: int, thread: _Thread) -> str:
+        try:
+            if thread.name_handle is None:
+                thread.name_handle = self._names.open(tid)
+            return decode_name(self._names.read((thread.name_handle,))[0][:-1])
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return thread.name
+
+    def _prove_births(self) -> bool:
+        """False, and listed anew, if the number of a thread that ran is another thread's by now."""
+        for i in self._unsure:
+            stat = self._stat(self.tids[i])
+            if stat is not None and stat.start_ticks != self.births[i]:
+                self._relist()
+                return False
+        self._unsure.clear()
+        return True
 
     def _stat(self, tid: int) -> Stat | None:
         try:
@@ -272,7 +294,7 @@ class ThreadTable:
             for tid in sorted(map(int, os.listdir(self._task_fd))):
                 thread = before.get(tid)
                 if thread is not None and not self._advance(tid, thread):
-                    self._counter.close(before.pop(tid).handle)
+                    self._let_go(before.pop(tid))
                     thread = None
                 if thread is None:
                     thread = self._open(tid)
@@ -281,7 +303,7 @@ class ThreadTable:
                     before.pop(tid, None)
         finally:
             for thread in before.values():
-                self._counter.close(thread.handle)
+                self._let_go(thread)
             self._hold(found)
         if not found:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
@@ -299,7 +321,9 @@ class ThreadTable:
         self._hot = {}
         self._ran.clear()
         self._age = 0
-        self._unnamed.clear()
+        self._renamed = True
+        self._contents = []
+        self._unsure.clear()
 
     def _advance(self, tid: int, thread: _Thread) -> bool:
         """

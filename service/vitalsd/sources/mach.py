@@ -66,6 +66,9 @@ class MachSource:
     def identity(self) -> Identity:
         return self._target.identity
 
+    def restart(self) -> None:
+        """Do nothing: nothing is kept from one snapshot to the next but names."""
+
     def close(self) -> None:
         self._closed = True
 

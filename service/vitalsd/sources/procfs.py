@@ -6,6 +6,7 @@ on content that no kernel writes. Formats: proc(5); fs/proc/array.c, fs/proc/tas
 kernel/sched/stats.h.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ __all__ = [
     "Malformed",
     "Stat",
     "decode_name",
+    "freezer_paths",
     "parse_run_times",
     "parse_stat",
     "parse_statm",
@@ -52,6 +54,7 @@ class Stat(NamedTuple):
 
     name: str
     state: str
+    parent: int
     flags: int
     minor_faults: int
     major_faults: int
@@ -88,6 +91,7 @@ def parse_stat(content: bytes) -> Stat:
         return Stat(
             name=decode_name(content[opened + 1 : closed]),
             state=fields[0].decode("ascii"),
+            parent=int(fields[1]),
             flags=int(fields[6]),
             minor_faults=int(fields[7]),
             major_faults=int(fields[9]),
@@ -156,3 +160,14 @@ def parse_tgid(content: bytes) -> int | None:
         return int(rest.partition(b"\n")[0]) if found else None
     except ValueError:
         raise Malformed("status", content) from None
+
+
+def freezer_paths(content: bytes) -> list[tuple[int, str]]:
+    """Version and path of the control groups of ``cgroup`` that can freeze a process, see cgroups(7)."""
+    found = []
+    for line in content.splitlines():
+        _, _, rest = line.partition(b":")
+        controllers, _, path = rest.partition(b":")
+        if not controllers or b"freezer" in controllers.split(b","):
+            found.append((1 if controllers else 2, os.fsdecode(path)))
+    return found

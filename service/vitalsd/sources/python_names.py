@@ -42,6 +42,9 @@ class PythonNames:
     def identity(self) -> Identity:
         return self._source.identity()
 
+    def restart(self) -> None:
+        self._source.restart()
+
     def close(self) -> None:
         self._source.close()
 

@@ -30,6 +30,7 @@ from vitalsd.sources.apple_headers import (
     proc_taskallinfo,
     rusage_info_v6,
 )
+from vitalsd.sources.birth import UNKNOWN_BOOT
 from vitalsd.sources.libsystem import LibSystem, MachError
 from vitalsd.sources.procfs import decode_name
 from vitalsd.sources.programs import Command, ProgramOf, no_program
@@ -37,7 +38,6 @@ from vitalsd.sources.xnu_threads import RUN_STATES, Living
 
 __all__ = [
     "QUANTUM_NS",
-    "UNKNOWN_BOOT",
     "Instant",
     "Target",
     "Totals",
@@ -87,9 +87,6 @@ def translated_errors(pid: int) -> Iterator[None]:
         raise (Unsupported if unknown else KernelError)(f"process {pid}: {error.strerror} ({error.errno})") from None
     except MachError as error:
         raise KernelError(f"process {pid}: {error}") from None
-
-
-UNKNOWN_BOOT = "unknown"
 
 
 def boot_id(lib: LibSystem) -> str:
