@@ -279,8 +279,13 @@ def test_url_is_one_that_a_client_here_can_open(host: str | None, url: str | Non
         ({}, Kernel({100: 7}, boot_id=UNKNOWN_BOOT), "alive"),
         ({}, Kernel({}, boot_id=UNKNOWN_BOOT), "unknown"),
         ({"boot_id": UNKNOWN_BOOT}, Kernel({100: 7}, boot_id=UNKNOWN_BOOT), "alive"),
-        ({"boot_id": UNKNOWN_BOOT}, Kernel({}, boot_id=UNKNOWN_BOOT), "unknown"),
-        ({"boot_id": UNKNOWN_BOOT}, Kernel({}, boot_id=UNKNOWN_BOOT, booted="2026-02-01"), "dead"),
+        ({"boot_id": UNKNOWN_BOOT}, Kernel({}, boot_id=UNKNOWN_BOOT), "dead"),
+        ({"boot_id": UNKNOWN_BOOT}, Kernel({}), "unknown"),
+        (
+            {"realm": ANY_MACHINE, "boot_id": UNKNOWN_BOOT},
+            Kernel({}, realm=ANY_MACHINE, boot_id=UNKNOWN_BOOT),
+            "unknown",
+        ),
         (
             {"realm": ANY_MACHINE, "boot_id": UNKNOWN_BOOT},
             Kernel({100: 7}, realm=ANY_MACHINE, boot_id=UNKNOWN_BOOT),

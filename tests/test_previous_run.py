@@ -272,6 +272,30 @@ def test_report_leaves_out_the_crash_of_a_program_with_the_same_15_bytes_of_name
         assert labels(members) == ["private to the first"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread renames itself by prctl")
+def test_report_contains_the_crash_of_a_program_that_renames_itself_later(home: Path) -> None:
+    """As imports do that call prctl: the run has the new name though the sidecar knew the old one first."""
+    rename = "import ctypes, sys; sys.stdin.readline(); ctypes.CDLL(None).prctl(15, b'renamed', 0, 0, 0)"
+    (home / "app.py").write_text(f"{rename}\nsys.stdin.readline()\n")
+
+    def renamed(target: "subprocess.Popen[bytes]", url: str) -> None:
+        assert target.stdin is not None
+        target.stdin.write(b"\n")
+        target.stdin.flush()
+        eventually(lambda: ask(url, "/info")[1]["target"]["name"] == "renamed")
+
+    with recorded(home, [sys.executable, "app.py"]) as (target, ready):
+        renamed(target, ready["url"])
+        httpx.post(f"{ready['url']}/marks", json={"label": "just before"}, trust_env=False)
+        target.kill()
+        (run,) = crashed(home)
+    assert run.identity.name == "renamed"
+    with recorded(home, [sys.executable, "app.py"]) as (target, ready):
+        renamed(target, ready["url"])
+        members, _ = report(home, "--pid", str(target.pid))
+    assert labels(members) == ["just before"]
+
+
 @pytest.mark.parametrize("how", [[], ["-X", "utf8"], ["-m"]])
 @pytest.mark.parametrize("mode", ["in_process", "alongside"])
 def test_bug_report_leaves_out_the_crash_of_a_script_of_the_same_name(home: Path, how: list[str], mode: str) -> None:

@@ -238,17 +238,18 @@ def liveness(endpoint: Endpoint, kernel: Births) -> Liveness:
     """
     Return whether the sidecar that wrote `endpoint` still runs. Unknown is not dead.
 
-    Two containers may see another boot id of the same boot, or none. Then a process with the same pid and start is that
-    sidecar, and one that is not found is dead only if it wrote before this boot.
+    Two containers may see another boot id of the same boot, or one of them none. Then a process with the same pid and
+    start is that sidecar, and one that is not found is dead only if it wrote before this boot.
     """
     try:
         if endpoint.realm != kernel.realm():
             return "unknown"
         boot_id = kernel.boot_id()
         found = kernel.start_key(endpoint.pid) == endpoint.start
-        if endpoint.boot_id == boot_id != UNKNOWN_BOOT:
+        anywhere = endpoint.realm.startswith(ANY_MACHINE)
+        if endpoint.boot_id == boot_id and not (anywhere and boot_id == UNKNOWN_BOOT):
             return "alive" if found else "dead"
-        if endpoint.realm.startswith(ANY_MACHINE):
+        if anywhere:
             return "alive" if found and endpoint.boot_id == boot_id else "unknown"
         before = endpoint.started_at < _iso(kernel.booted_unix_ns())
         if found:
