@@ -35,12 +35,12 @@ def put(kind: str, content: str = "") -> None:
     sys.stdout.write(f"{kind} {content}\n")
 
 
-class Told:
+class Obedient:
     """A target that obeys."""
 
     def __init__(self, program: str, seed: int) -> None:
         self.process = subprocess.Popen(
-            [program, "told", str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [program, "obey", str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
         self._random = random.Random(seed)
         self._number = 0
@@ -98,7 +98,7 @@ class Free:
         return -1
 
 
-def windows_of(target: Told | Free, pick: random.Random, wanted: int) -> int:
+def windows_of(target: Obedient | Free, pick: random.Random, wanted: int) -> int:
     """Write windows of one target, and the table of its record; return how many windows."""
     put("N")
     taken: deque[tuple[int, Snapshot]] = deque(maxlen=BEGINNINGS)
@@ -137,7 +137,7 @@ def main() -> None:
     written = 0
     while written < wanted:
         seed += 1
-        target: Told | Free = (Told if seed % 2 else Free)(program, seed)
+        target: Obedient | Free = (Obedient if seed % 2 else Free)(program, seed)
         try:
             written += windows_of(target, pick, wanted - written)
         except SourceError as error:

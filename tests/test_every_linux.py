@@ -171,7 +171,7 @@ class Snapshots:
 
 @as_root
 def test_exec_of_another_users_process_is_noticed(begin: Begin) -> None:
-    """Whose addresses the kernel hides."""
+    """The kernel hides its addresses."""
     target = begin("again", "300", env={"STAGE": "1"})
     with closing(Snapshots(target.pid)) as stranger:
         before = stranger.take()

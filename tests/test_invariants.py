@@ -101,7 +101,7 @@ def window(cpu: float, *threads: float | None, exited: float = 0.0) -> str:
     ],
 )
 def test_oracle_finds_what_is_wrong(cpu: float, threads: tuple[float | None, ...], words: str | None) -> None:
-    """A target whose first thread used 100 ms in a second, as its own clocks said."""
+    """The first thread of a target used 100 ms in a second, as its own clocks said."""
     truths = [
         f"T {json.dumps([number, number * 10**9, cpu_ns, 0, {1: [cpu_ns, 'n'], 2: [0, 'n']}])}"
         for number, cpu_ns in ((1, 0), (2, 10**8))

@@ -131,7 +131,7 @@ def test_storm_of_exec_from_other_threads_is_never_taken_for_dead(begin: Begin) 
 
 
 def test_zombie_children_disturb_nothing(begin: Begin) -> None:
-    """Fifty that nobody collects."""
+    """Fifty that their parent does not collect."""
     _, pid, _ = begin("zombies")
     with closing(LinuxSource(pid)) as source:
         for m in windows(source, 5):

@@ -683,7 +683,7 @@ def test_closing_ends_the_threads() -> None:
 
 
 def test_a_window_ends_with_the_names_of_now() -> None:
-    """A snapshot of the recorder, whose names may be old, begins a window and does not end one."""
+    """A snapshot of the recorder, with names that may be old, begins a window and does not end one."""
 
     class Renaming(CountingSource):
         def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:

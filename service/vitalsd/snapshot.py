@@ -178,7 +178,7 @@ class Measurement:
     unknown: frozenset[int]
     """
     Indexes of the threads without a figure: all of them if the process executed another program in between, and those
-    whose counters contradict the process's clock.
+    that contradict the process's clock.
     """
     contradiction: str | None
     """How the counters contradict each other, as a sentence."""

@@ -46,7 +46,7 @@ def test_a_refusal_decides_nothing(simulator: Simulator, code: int) -> None:
 
 
 def test_without_a_boot_or_a_machine_id(simulator: Simulator) -> None:
-    """Without a boot id the boot is not known; without a host UUID this machine cannot be told from others."""
+    """Without a boot id the boot is not known; without a host UUID this machine is not known among others."""
     kernel = DarwinBirths(simulator.lib)
     known = kernel.realm()
     assert not known.startswith(ANY_MACHINE)

@@ -1,7 +1,7 @@
 /*
- * A process that does at random what threads can do: random_target told|free SEED [EXECUTIONS]
+ * A process that does at random what threads can do: random_target obey|free SEED [EXECUTIONS]
  *
- * "told" obeys one command per line of stdin, and answers when all of its threads rest again with what its clocks say:
+ * "obey" obeys one command per line of stdin, and answers when all of its threads rest again with what its clocks say:
  *
  *   burn THREAD US    a thread uses CPU time       born US           a thread is made, which uses CPU time
  *   exit THREAD       a thread ends                name THREAD TEXT  a thread is renamed by the one that reads the commands

@@ -144,7 +144,7 @@ class LinuxSource:
         self._looked_cpu_ns = -1
         self._state: str | None = None
         self._member = self._pid
-        """The thread whose files tell of the process: the main one, or another if that has exited."""
+        """The thread through which the process is read: the main one, or another if that has exited."""
         self._peak_pages = 0
         """The largest address space that the running program was seen with."""
         self._executions = 0
@@ -371,7 +371,7 @@ class LinuxSource:
         raise self._gone("; its parent has not yet collected it (zombie)")
 
     def _candidates(self) -> Iterator[int]:
-        """Threads that may tell of the process: the one that did before, those listed, and who is the main one now."""
+        """Yield threads through which the process may be read: the last such, those listed, the main one of now."""
         yield self._member
         yield from map(int, os.listdir(self._task))
         yield self._pid

@@ -106,7 +106,7 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
 
 
 def _of_sibling(process_fd: int) -> tuple[tuple[int, int, int], bytes]:
-    """Pages in use and command line of a process whose main thread has exited. Raises `OSError`, `Malformed`."""
+    """Return pages in use and command line of a process with an exited main thread. Raises `OSError`, `Malformed`."""
     task = os.open("task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=process_fd)
     try:
         for tid in os.listdir(task):
