@@ -58,6 +58,19 @@ def launchd(stub: ctypes.CDLL) -> Iterator[Launchd]:
     assert launchd.owed == 0
 
 
+@pytest.fixture
+def xnu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse SO_ACCEPTCONN as sogetoptlock does (bsd/kern/uipc_socket.c of xnu-11417)."""
+    getsockopt = socket.socket.getsockopt
+
+    def refusing(self: socket.socket, level: int, name: int, *size: int) -> Any:
+        if (level, name) == (socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+        return getsockopt(self, level, name, *size)
+
+    monkeypatch.setattr(socket.socket, "getsockopt", refusing)
+
+
 def unix_listener(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -72,6 +85,21 @@ def test_from_a_shell_launchd_gives_nothing(launchd: Launchd) -> None:
     """ESRCH: launchd did not start us, and that is no error."""
     launchd.stub.stub_reset(0)
     assert launchd_sockets(launchd.lib) == []
+
+
+def test_launchd_sockets_where_the_kernel_has_no_acceptconn_are_taken(
+    xnu: None, launchd: Launchd, short_path: Path
+) -> None:
+    """The supervisor is trusted; a connected socket is refused all the same."""
+    launchd.key(b"http", bind_tcp("127.0.0.1", 0).detach())
+    launchd.key(b"unix", unix_listener(short_path / "a.sock").detach())
+    with ExitStack() as stack:
+        assert len([stack.enter_context(each) for each in launchd_sockets(launchd.lib)]) == 2
+    launchd.stub.stub_reset(1)
+    one, other = socket.socketpair()
+    launchd.key(b"unix", one.detach())
+    with other, pytest.raises(ListenError, match="not a listening"):
+        launchd_sockets(launchd.lib)
 
 
 def test_all_descriptors_of_all_keys_are_taken(launchd: Launchd, short_path: Path) -> None:

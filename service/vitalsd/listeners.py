@@ -203,19 +203,39 @@ def inherited(fd: int) -> socket.socket:
     would leave Nagle's algorithm on.
 
     Raises:
-        ListenError: it is not a listening stream socket.
+        ListenError: it is not a listening stream socket, as far as the kernel reports that.
     """
     try:
         os.set_inheritable(fd, False)
         found = socket.socket(fileno=fd)
     except OSError as error:
         raise ListenError(f"descriptor {fd} is not a socket: {error.strerror}") from None
-    if found.type != socket.SOCK_STREAM or not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    if found.type != socket.SOCK_STREAM or not _may_listen(found):
         found.close()
         raise ListenError(f"descriptor {fd} is not a listening stream socket")
     if found.family in (socket.AF_INET, socket.AF_INET6):
         return socket.socket(found.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=found.detach())
     return found
+
+
+def _may_listen(stream: socket.socket) -> bool:
+    """
+    Return whether an inherited stream socket listens, as far as the kernel reports it.
+
+    Platform limit: XNU has no getsockopt(SO_ACCEPTCONN) and returns ENOPROTOOPT (sogetoptlock, bsd/kern/uipc_socket.c
+    of xnu-11417). There a connected socket is refused and the supervisor is trusted for the rest: a second listen(2)
+    would replace its backlog, and on failure end the listening (solisten, the same file).
+    """
+    try:
+        return bool(stream.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            return False
+    try:
+        stream.getpeername()
+    except OSError:
+        return True
+    return False
 
 
 @dataclass(slots=True)
