@@ -1,7 +1,10 @@
 /* launch_activate_socket(3) as launch.h and xpc document it, and a free() that counts. */
 #include <errno.h>
+#include <stddef.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 struct key {
     char name[32];
@@ -56,4 +59,20 @@ void stub_free(void *array)
 {
     owed--;
     free(array);
+}
+
+/*
+ * For a whole program: SIM_LAUNCHD="<pid> <key>=<fd> ..." stands for the property list. launchd knows the process that
+ * it started by its pid; a child of that process is a stranger.
+ */
+__attribute__((constructor)) static void start(void)
+{
+    const char *text = getenv("SIM_LAUNCHD");
+    char name[32];
+    int pid, fd, read;
+    if (!text || sscanf(text, "%d%n", &pid, &read) != 1 || pid != getpid())
+        return;
+    managed = 1;
+    while (sscanf(text += read, " %31[a-z]=%d%n", name, &fd, &read) == 2)
+        stub_key(name, 0, &fd, 1);
 }

@@ -4,7 +4,9 @@ import sys
 
 if sys.platform == "darwin":
     collect_ignore = [
+        "test_birth.py",
         "test_end_to_end.py",
+        "test_exit.py",
         "test_libsystem.py",
         "test_simulator.py",
         "test_soak.py",

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -27,7 +28,7 @@ enum {
     KERN_INVALID_ARGUMENT = 4,
     KERN_INVALID_NAME = 15,
     KERN_INVALID_TASK = 16,
-    KERN_INVALID_RIGHT = 17,
+    KERN_INVALID_CAPABILITY = 20,
     KERN_TERMINATED = 37,
     MACH_SEND_INVALID_DEST = 0x10000003,
     ARGUMENTS_MAX = 1024 * 1024,
@@ -341,6 +342,12 @@ static void thread_path(char *path, size_t size, uint64_t pid, uint64_t tid, con
     snprintf(path, size, "/proc/%llu/task/%llu/%s", (unsigned long long)pid, (unsigned long long)tid, file);
 }
 
+/*
+ * SIGSTOP suspends the task: its threads park in assert_wait, TH_STATE_WAITING, and p_stat alone is SSTOP [2, 3].
+ * TH_STATE_STOPPED is of thread_stop, which no Linux thread has.
+ */
+static int run_state(char state) { return state == 'R' ? 1 : state == 'D' ? 4 : state == 'Z' ? 5 : 3; }
+
 static clockid_t thread_clock(uint64_t tid) { return (clockid_t)(~(unsigned)tid << 3 | 6); }
 
 static void split(long long ns, unsigned long long user, unsigned long long system, long long *user_ns, long long *system_ns)
@@ -504,6 +511,16 @@ int sim_pthread_setname_np(const char *name)
     return 0;
 }
 
+/* The real name, for programs that run as on macOS; the name is visible to Linux too, up to its 15 bytes. */
+int darwin_pthread_setname_np(const char *name) __asm__("pthread_setname_np");
+int darwin_pthread_setname_np(const char *name)
+{
+    int error = sim_pthread_setname_np(name);
+    if (!error)
+        prctl(PR_SET_NAME, name);
+    return error;
+}
+
 /* Name, state, priority and split of a real thread; false: it has ended. */
 static bool read_thread(struct thread *t, int *priority)
 {
@@ -517,7 +534,7 @@ static bool read_thread(struct thread *t, int *priority)
     if (ns < 0 || !read_stat(path, &s))
         return false;
     split(ns, s.utime, s.stime, &t->user_ns, &t->system_ns);
-    t->state = s.state == 'R' ? 1 : s.state == 'T' || s.state == 't' ? 2 : s.state == 'D' ? 4 : 3;
+    t->state = s.state == 'Z' ? 3 : run_state(s.state);
     *priority = (int)s.priority;
     snprintf(t->comm, sizeof t->comm, "%s", s.comm);
     return true;
@@ -643,7 +660,7 @@ int mach_port_deallocate(uint32_t task, uint32_t name)
             code = KERN_INVALID_NAME;
         } else if (p->own && p->references == 1) {
             violation("kGUARD_EXC_MOD_REFS: release of the last reference of thread port %#x", name);
-            code = KERN_INVALID_RIGHT;
+            code = KERN_INVALID_CAPABILITY; /* ipc_right_dealloc, osfmk/ipc/ipc_right.c:1147 */
         } else
             drop_reference(p);
     }
@@ -801,7 +818,7 @@ char *mach_error_string(int code)
     case 6: return "(os/kern) resource shortage";
     case KERN_INVALID_NAME: return "(os/kern) invalid name";
     case KERN_INVALID_TASK: return "(os/kern) invalid task";
-    case KERN_INVALID_RIGHT: return "(os/kern) invalid right";
+    case KERN_INVALID_CAPABILITY: return "(os/kern) invalid capability";
     case KERN_TERMINATED: return "(os/kern) object terminated";
     case MACH_SEND_INVALID_DEST: return "(ipc/send) invalid destination port";
     default: return "unknown error code";
@@ -812,10 +829,15 @@ char *mach_error_string(int code)
 
 static struct {
     long pid;
-    long long exited_ns, start_shift_s, execs;
+    long long exited_ns, start_shift_s, execs, died_ns;
+    bool lived;
 } others[256];
 static long caller_euid = -1;
 static int newest_rusage = 6;
+static long long teardown_ns;
+
+/* How long the kernel frees what a process had, between the first ESRCH and NOTE_EXIT [8]. */
+void sim_teardown(long long ns) { teardown_ns = ns; }
 
 /* Judge permission as if our effective user were this one (-1: as it is). */
 void sim_caller_euid(long euid) { caller_euid = euid; }
@@ -875,7 +897,8 @@ static void bsd_info(long pid, struct stat_line *s, uint32_t uid, struct proc_bs
 {
     long long start_us = boot_wall_ns / 1000 + (long long)s->start * 10000;
     *b = (struct proc_bsdinfo){
-        .flags = 0x10, .status = s->state == 'Z' ? 5 : 2, .pid = (uint32_t)pid, .uid = uid, .ruid = uid, .svuid = uid,
+        .flags = 0x10, .status = s->state == 'Z' && s->threads <= 1 ? 5 : s->state == 'T' || s->state == 't' ? 4 : 2,
+        .pid = (uint32_t)pid, .uid = uid, .ruid = uid, .svuid = uid,
         .nfiles = 16, .start_s = start_us / 1000000 + others[other(pid)].start_shift_s, .start_us = start_us % 1000000,
     };
     snprintf(b->comm, sizeof b->comm, "%.15s", s->comm);
@@ -947,6 +970,24 @@ static long find_process(long pid, struct stat_line *s, uint32_t *uid)
     return s->state == 'Z' && s->threads <= 1 ? ECHILD : 0;
 }
 
+/*
+ * From the moment a process has no reference for proc_find, until its knotes fire, its memory and descriptors are
+ * freed: libproc reports ESRCH, PROC_PIDT_SHORTBSDINFO with arg 1 finds it with P_LEXIT and not yet SZOMB [8].
+ */
+static bool is_exiting(long pid, long gone)
+{
+    int i = other(pid);
+    if (!gone) {
+        others[i].lived = true;
+        others[i].died_ns = 0;
+        return false;
+    }
+    long long now = clock_ns(CLOCK_MONOTONIC);
+    if (!others[i].died_ns)
+        others[i].died_ns = now;
+    return others[i].lived && now - others[i].died_ns < teardown_ns;
+}
+
 static bool may_read(uint32_t uid)
 {
     long caller = caller_euid < 0 ? (long)geteuid() : caller_euid;
@@ -968,7 +1009,7 @@ static struct thread_extended_info *other_thread(long pid, uint64_t tid)
     split(strtoll(text, NULL, 10), s.utime, s.stime, &user, &system);
     info = (struct thread_extended_info){
         .user_time = to_us(user), .system_time = to_us(system), .curpri = (int)s.priority, .priority = (int)s.priority,
-        .run_state = s.state == 'R' ? 1 : s.state == 'T' || s.state == 't' ? 2 : s.state == 'D' ? 4 : s.state == 'Z' ? 5 : 3,
+        .run_state = run_state(s.state),
     };
     snprintf(info.name, sizeof info.name, "%s", s.comm);
     return &info;
@@ -985,12 +1026,17 @@ static long pidinfo(long pid, int flavor, uint64_t arg, void *buffer, long size)
     struct proc_bsdinfo bsd;
     long gone = find_process(pid, &s, &uid);
     bool finds_zombies = arg == 1 && (flavor == 13 || flavor == 17);
-    if (gone && !(gone == ECHILD && finds_zombies))
+    bool exiting = is_exiting(pid, gone);
+    if (gone && !(finds_zombies && (exiting || gone == ECHILD)))
         return -ESRCH;
     bool of_any_user = flavor == 13 || flavor == 17;
     if (!of_any_user && !may_read(uid))
         return -EPERM;
     bsd_info(pid, &s, uid, &bsd);
+    if (exiting) {
+        bsd.status = 2;
+        bsd.flags |= 4; /* PROC_FLAG_INEXIT */
+    }
     if (flavor == 2) { /* PROC_PIDTASKALLINFO */
         struct { struct proc_bsdinfo bsd; struct proc_taskinfo task; } all = {.bsd = bsd};
         unsigned long long anonymous, vm, rss;
@@ -1007,7 +1053,7 @@ static long pidinfo(long pid, int flavor, uint64_t arg, void *buffer, long size)
         return sizeof all;
     }
     if (flavor == 13) { /* PROC_PIDT_SHORTBSDINFO */
-        struct { uint32_t pid, ppid, pgid, status; char comm[16]; uint32_t rest[8]; } brief = {(uint32_t)pid, 0, 0, bsd.status, {0}, {0, uid}};
+        struct { uint32_t pid, ppid, pgid, status; char comm[16]; uint32_t rest[8]; } brief = {(uint32_t)pid, 0, 0, bsd.status, {0}, {bsd.flags, uid}};
         if (size < (long)sizeof brief)
             return -ENOMEM;
         memcpy(brief.comm, bsd.comm, 16);

@@ -15,7 +15,7 @@ __all__ = ["SHORT_REPLY", "Simulator", "build"]
 SHORT_REPLY = -1
 """As the code of a fault: the call succeeds with a word less than its contract."""
 
-SOURCE = Path(__file__).with_name("libsystem_sim.c")
+SOURCES = (Path(__file__).with_name("libsystem_sim.c"), Path(__file__).parent.with_name("launchd_stub.c"))
 
 
 def build(directory: Path) -> Path:
@@ -23,7 +23,7 @@ def build(directory: Path) -> Path:
     library = directory / "libsystem_sim.so"
     compiled = zig(
         "build-lib", "-dynamic", "-lc", "-fPIC", "-O", "ReleaseFast", "-fno-compiler-rt", "-fno-ubsan-rt",
-        "-cflags", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "--", SOURCE, f"-femit-bin={library}",
+        "-cflags", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "--", *SOURCES, f"-femit-bin={library}",
         cache=directory / "zig",
     )  # fmt: skip
     if compiled.returncode:
@@ -67,6 +67,7 @@ class Simulator:
             ("sim_pthread_setname_np", ctypes.c_int, ctypes.c_char_p),
             ("sim_caller_euid", None, ctypes.c_long),
             ("sim_newest_rusage", None, ctypes.c_int),
+            ("sim_teardown", None, ctypes.c_longlong),
             ("sim_reuse_pid", None, ctypes.c_long, ctypes.c_longlong),
             ("sim_pid_estimate", None, ctypes.c_long),
             ("sim_exec", None, ctypes.c_long),
@@ -146,6 +147,10 @@ class Simulator:
     def newest_rusage(self, flavor: int) -> None:
         """The newest flavor of ``proc_pid_rusage`` that the kernel knows."""
         self._raw.sim_newest_rusage(flavor)
+
+    def teardown(self, ns: int) -> None:
+        """Let the kernel take `ns` to free what a process had: from the first ESRCH to NOTE_EXIT."""
+        self._raw.sim_teardown(ns)
 
     def reuse_pid(self, pid: int) -> None:
         """From now on the pid is of a process that started an hour later."""

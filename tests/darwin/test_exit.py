@@ -1,16 +1,24 @@
 """How a process of macOS ended: what is made of the kernel's note. Real ones are in `test_mac`."""
 
 import errno
+import os
 import select
 import signal
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from as_darwin.emulation import TEARDOWN_MS, Kevent, Kqueue
 from darwin.simulator import Simulator
-from vitalsd.sources import Ending, TargetGone
+from sidecars import eventually
+from vitalsd.sources import Ending, SourceError, TargetGone, libproc
 from vitalsd.sources.darwin_exit import NOTE_EXITSTATUS, ExitNote
 from vitalsd.sources.libproc import LibprocSource
+from vitalsd.sources.procfs import parse_stat
 from workload import ChildWorkload
 
 NOTE_EXIT = 0x80000000
@@ -27,7 +35,7 @@ class Event(NamedTuple):
 
 
 class Queue:
-    """As filt_procattach and filt_procevent have it: refused at once, or one note when the process exits."""
+    """A queue that is refused at once, or gets one note when the test lets the process exit (filt_procattach)."""
 
     refusal: int | None = None
     made: "list[Queue]" = []  # noqa: RUF012 - reset by each test
@@ -78,9 +86,9 @@ def test_the_note_is_a_status_of_wait(queues: list[Queue], status: int, ending: 
     note = ExitNote(4242)
     assert queues[0].registered == Event(4242, -5, 1, NOTE_EXIT | NOTE_EXITSTATUS)
     note.drop_if_fired()
-    assert note.ending() is None
+    assert note.ending(0) is None
     queues[0].exits(status)
-    assert note.ending() == ending
+    assert note.ending(0) == ending
     note.close()
     note.close()
     assert queues[0].closed
@@ -93,7 +101,7 @@ def test_without_a_note_nothing_is_known(queues: list[Queue], refusal: int) -> N
     note = ExitNote(4242)
     assert queues[0].closed
     note.drop_if_fired()
-    assert note.ending() is None
+    assert note.ending(0) is None
     note.close()
 
 
@@ -103,7 +111,7 @@ def test_the_exit_of_an_earlier_process_of_the_pid_is_not_told(queues: list[Queu
     queues[0].exits(11)
     note.drop_if_fired()
     assert queues[0].closed
-    assert note.ending() is None
+    assert note.ending(0) is None
 
 
 def test_the_source_tells_it_with_the_end(queues: list[Queue], simulator: Simulator, child: ChildWorkload) -> None:
@@ -119,3 +127,96 @@ def test_the_source_tells_it_with_the_end(queues: list[Queue], simulator: Simula
     assert not queues[0].closed
     source.close()
     assert queues[0].closed
+
+
+TEARDOWN_S = 0.6
+
+
+@pytest.fixture
+def slow_exit(monkeypatch: pytest.MonkeyPatch, simulator: Simulator) -> None:
+    """Let the kernel take 0.6 s for the teardown of a process, and send real notes of real processes."""
+    monkeypatch.setenv(TEARDOWN_MS, str(TEARDOWN_S * 1000))
+    simulator.teardown(round(TEARDOWN_S * 1e9))
+    for name, value in {"kqueue": Kqueue, "kevent": Kevent}.items():
+        monkeypatch.setattr(select, name, value, raising=False)
+    for name, number in {"KQ_FILTER_PROC": -5, "KQ_EV_ADD": 1, "KQ_NOTE_EXIT": NOTE_EXIT}.items():
+        monkeypatch.setattr(select, name, number, raising=False)
+
+
+def exits(code: str) -> "subprocess.Popen[bytes]":
+    program = f"import os, sys; sys.stdin.readline(); {code}"
+    return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
+
+
+def await_state(pid: int, state: str) -> None:
+    eventually(lambda: parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).state == state)
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [("", Ending(True, "exit status 0")), ("os.kill(os.getpid(), 11)", Ending(False, "killed by SIGSEGV"))],
+)
+def test_snapshot_during_teardown_waits_for_the_status(
+    slow_exit: None, simulator: Simulator, code: str, ending: Ending
+) -> None:
+    """The process is not found for 0.6 s before its note: no snapshot says that the ending is unknown."""
+    with exits(code) as child, closing(LibprocSource(child.pid, lib=simulator.lib)) as source:
+        source.snapshot()
+        assert child.stdin is not None
+        child.stdin.close()
+        errors: list[SourceError] = []
+        while not (errors and isinstance(errors[-1], TargetGone)):
+            try:
+                source.snapshot()
+            except SourceError as error:
+                errors.append(error)
+        *before, last = errors
+        assert isinstance(last, TargetGone)
+        assert last.ending == ending
+        assert [str(error) for error in before] == [
+            f"target {child.pid} is exiting: the kernel still frees its memory and files; ask again"
+        ]
+
+
+def test_snapshot_after_an_endless_teardown_gives_up(
+    slow_exit: None, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teardown that takes longer than the limit leaves the ending unknown."""
+    monkeypatch.setattr(libproc, "EXIT_LIMIT_S", 0.1)
+    with exits("") as child, closing(LibprocSource(child.pid, lib=simulator.lib)) as source:
+        source.snapshot()
+        simulator.teardown(60_000_000_000)
+        monkeypatch.setattr(Kqueue, "control", lambda *_: [])
+        assert child.stdin is not None
+        child.stdin.close()
+        await_state(child.pid, "Z")
+        with pytest.raises(TargetGone) as gone:
+            source.snapshot()
+        assert gone.value.ending is None
+
+
+def test_snapshot_without_a_note_does_not_wait(simulator: Simulator, child: ChildWorkload) -> None:
+    """Where the kernel refuses the queue, the end of the teardown brings no news."""
+    simulator.teardown(60_000_000_000)
+    with closing(LibprocSource(child.pid, lib=simulator.lib)) as source:
+        source.snapshot()
+        child.kill()
+        with pytest.raises(TargetGone) as gone:
+            source.snapshot()
+        assert gone.value.ending is None
+
+
+def test_stopped_process_is_stopped_and_its_threads_wait(simulator: Simulator, child: ChildWorkload) -> None:
+    """SIGSTOP is p_stat SSTOP; TH_STATE_STOPPED is of thread_stop alone (osfmk/kern/sched_prim.c)."""
+    child.start_thread("render")
+    with closing(LibprocSource(child.pid, lib=simulator.lib)) as source:
+        os.kill(child.pid, signal.SIGSTOP)
+        try:
+            await_state(child.pid, "T")
+            snapshot = source.snapshot(extras=True)
+        finally:
+            os.kill(child.pid, signal.SIGCONT)
+        assert snapshot.state == "stopped"
+        assert snapshot.extras is not None
+        assert set(snapshot.extras.threads.states) == {"waiting"}
+        assert source.snapshot().state != "stopped"

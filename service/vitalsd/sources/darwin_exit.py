@@ -8,16 +8,15 @@ from vitalsd.sources import Ending
 __all__ = ["ExitNote"]
 
 NOTE_EXITSTATUS = 0x04000000  # sys/event.h; the select module has not got it
-PATIENCE_S = 0.1
-"""A process can be gone for libproc a moment before the note of its exit is there."""
 
 
 class ExitNote:
     """
     Where the kernel leaves the exit status of a process: an ``EVFILT_PROC`` of a queue, kqueue(2).
 
-    sys/event.h says that the status is for a parent only, but whoever may kill the process is given it
-    (bsd/kern/kern_event.c, filt_procattach, xnu-11417). Where there is none, nothing is known.
+    sys/event.h says that the status is for a parent only, but every process that may kill it gets it
+    (bsd/kern/kern_event.c, filt_procattach, xnu-11417). Where there is none, nothing is known. Platform limit: the
+    kernel sends no note to other processes while a debugger traces this one (filt_procevent).
 
     Args:
         pid: of the process. To be made before it is known which run of it that is.
@@ -42,12 +41,21 @@ class ExitNote:
         if self._queue is not None and self._queue.control(None, 1, 0):
             self.close()
 
-    def ending(self) -> Ending | None:
-        """How it ended, if that is known and not yet told; waits a moment for it."""
-        with suppress(OSError):
-            for event in self._queue.control(None, 1, PATIENCE_S) if self._queue is not None else ():
+    @property
+    def is_expected(self) -> bool:
+        """Whether the kernel reports the exit here."""
+        return self._queue is not None
+
+    def ending(self, timeout_s: float) -> Ending | None:
+        """Return how the process ended, once; ``None`` if no note comes within `timeout_s` seconds."""
+        if self._queue is None:
+            return None
+        try:
+            for event in self._queue.control(None, 1, timeout_s):
                 if event.fflags & NOTE_EXITSTATUS:
                     return Ending.of(event.data)
+        except OSError:
+            self.close()
         return None
 
     def close(self) -> None:

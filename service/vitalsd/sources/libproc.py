@@ -11,6 +11,9 @@ Some facts about the kernel (xnu-11417; each has a test over the simulator):
   lock that a thread's birth and death need too.
 - A thread that has ended is listed until it is reaped, with its final times and TH_STATE_HALTED.
 - Zombies are not found; nor is a process of another effective user readable.
+- A process that exits is not found from the moment its teardown begins; NOTE_EXIT comes after the teardown, which
+  frees memory and descriptors (exit1 and proc_exit, bsd/kern/kern_exit.c). PROC_PIDT_SHORTBSDINFO with arg 1 finds
+  such a process.
 - Inside exec the calls wait, and afterwards all thread ids are new.
 """
 
@@ -23,7 +26,14 @@ from operator import add
 
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import Ending, KernelError, TargetGone
-from vitalsd.sources.apple_headers import proc_taskallinfo, proc_uniqidentifierinfo
+from vitalsd.sources.apple_headers import (
+    PROC_FLAG_INEXIT,
+    SSTOP,
+    SZOMB,
+    proc_bsdshortinfo,
+    proc_taskallinfo,
+    proc_uniqidentifierinfo,
+)
 from vitalsd.sources.darwin_exit import ExitNote
 from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
 from vitalsd.sources.programs import ProgramOf, no_program
@@ -31,6 +41,15 @@ from vitalsd.sources.xnu import QUANTUM_NS, Instant, Target, Totals, process_nam
 from vitalsd.sources.xnu_threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 
 __all__ = ["WALK_LIMIT", "LibprocSource"]
+
+EXIT_STEP_S = 0.05
+EXIT_WAIT_S = 0.5
+"""
+How long one snapshot waits for NOTE_EXIT, s: below the 1 s that a sidecar has to close a target. Only the thread that
+samples this target waits, and only once the target cannot be sampled any more.
+"""
+EXIT_LIMIT_S = 30.0
+"""How long an exit may take before its status counts as unknown, s."""
 
 WALK_LIMIT = 2048
 """Threads looked up per snapshot at most, but for the first: 2 million steps in the kernel."""
@@ -72,6 +91,8 @@ class LibprocSource:
             self._exit.close()
             raise
         self._ending: Ending | None = None
+        self._exit_seen = 0.0
+        """When the target was first not found, on the monotonic clock; 0 while it is."""
         self._walk_limit = walk_limit
         self._ids = (c_uint64 * 64)()
         self._rows = ThreadRows()
@@ -102,8 +123,41 @@ class LibprocSource:
             with translated_errors(self._target.pid):
                 return self._snapshot(extras)
         except TargetGone as error:
-            error.ending = self._ending = self._ending or self._exit.ending()
+            error.ending = self._await_ending()
             raise
+
+    def _await_ending(self) -> Ending | None:
+        """
+        Return how the target ended; wait up to `EXIT_WAIT_S` for the end of its teardown.
+
+        Raises:
+            KernelError: the teardown takes longer: ask again. After `EXIT_LIMIT_S` seconds of it the ending counts as
+                unknown.
+        """
+        if self._ending is None:
+            self._exit_seen = self._exit_seen or time.monotonic()
+            until = time.monotonic() + EXIT_WAIT_S
+            # The kernel sends the note before it makes the process a zombie: look for the note after the state.
+            while True:
+                exiting = self._exit.is_expected and self._is_exiting()
+                waits = exiting and time.monotonic() < until
+                self._ending = self._exit.ending(EXIT_STEP_S if waits else 0)
+                if self._ending is not None or not waits:
+                    break
+            if self._ending is None and exiting and time.monotonic() < self._exit_seen + EXIT_LIMIT_S:
+                raise KernelError(
+                    f"target {self._target.pid} is exiting: the kernel still frees its memory and files; ask again"
+                ) from None
+        return self._ending
+
+    def _is_exiting(self) -> bool:
+        """Return whether the kernel is between the target's exit(2) and its NOTE_EXIT."""
+        info = proc_bsdshortinfo()
+        try:
+            self._lib.proc_info(self._target.pid, info, 1)
+        except (OSError, MachError):
+            return False
+        return bool(info.pbsi_flags & PROC_FLAG_INEXIT) and info.pbsi_status != SZOMB
 
     def _snapshot(self, extras: bool) -> Snapshot:
         target = self._target
@@ -131,7 +185,8 @@ class LibprocSource:
             exited_cpu_ns=target.exited_ns(before, after, sum(thread_cpu_ns)),
             rss_bytes=task.pti_resident_size,
             vm_bytes=task.pti_virtual_size,
-            state=living.main_state,
+            # SIGSTOP suspends the task and leaves its threads waiting: only p_stat reports it (bsd/kern/kern_sig.c).
+            state="stopped" if target.info.pbsd.pbi_status == SSTOP else living.main_state,
             image=image,
             tids=self._threads.tids,
             births=self._threads.births,
