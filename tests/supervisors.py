@@ -9,11 +9,13 @@ from typing import Any
 __all__ = ["FakeSupervisor"]
 
 LAUNCHCTL = """\
-import json, sys
+import json, plistlib, sys
 from pathlib import Path
 state_file = Path(__file__).with_name("state.json")
 state = json.loads(state_file.read_text())
 verb, *rest = sys.argv[1:]
+domain = next((word.split("/")[0] for word in rest if "/" in word), "")
+here = state["loaded"] in (True, domain)
 state["calls"].append(sys.argv[1:])
 status = 0
 if state["fail"].get(verb):
@@ -23,23 +25,25 @@ elif verb == "print":
         if state["draining"] > 0:
             state["draining"] -= 1
             print("\\tstate = SIGTERMed")
-        elif state["loaded"]:
+        elif here:
             print("\\tstate = running\\n\\tpid = 4242" if state["running"] else "\\tstate = not running")
         else:
             status = 113
-    elif rest[0].split("/")[0] not in state["domains"]:
+    elif domain not in state["domains"]:
         status = 112
 elif verb == "bootstrap":
+    kind = {"gui": "Aqua", "user": "Background"}[domain]
     if state["loaded"] or state["draining"] > 0 or not Path(rest[1]).exists():
         status = 5
+    elif plistlib.loads(Path(rest[1]).read_bytes()).get("LimitLoadToSessionType", "Aqua") != kind:
+        status = 134
     else:
-        state["loaded"] = True
+        state["loaded"] = domain
 elif verb == "bootout":
-    if not state["loaded"]:
-        status = 3
+    status = 36 if here and state["drains"] else 0 if here else 3
     state["loaded"], state["draining"] = False, state["drains"]
 elif verb == "kickstart":
-    if state["loaded"]:
+    if here:
         state["running"] = True
     else:
         status = 113
@@ -83,9 +87,9 @@ class FakeSupervisor:
     """
     ``launchctl`` and ``systemctl`` in a directory that can stand on PATH; what they were told is kept.
 
-    As the real launchctl: ``bootout`` is asynchronous (``drains`` looks long), ``bootstrap`` of what is
-    loaded or still draining fails with 5, of an unloaded label ``bootout`` says 3, ``print`` and
-    ``kickstart`` 113, and ``gui/`` may be missing.
+    As the real launchctl: ``bootout`` is asynchronous (``drains`` looks long) and fails with 36 while the job ends,
+    ``bootstrap`` of what is loaded or still draining fails with 5, and with 134 in a domain that the property list is
+    not for; of an unloaded label ``bootout`` says 3, ``print`` and ``kickstart`` 113, and ``gui/`` may be missing.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -216,6 +216,7 @@ def test_bootstrap_is_tried_again(short_path: Path, fake: FakeSupervisor) -> Non
         ({"bootstrap": [37] * 99}, "still busy"),
         ({"bootstrap": [125]}, "no session that launchd could run it in"),
         ({"bootstrap": [112]}, "no session"),
+        ({"bootstrap": [134]}, "this kind of session"),
         ({"bootstrap": [77]}, "whatever launchd calls it"),
         ({"enable": [125]}, r"launchctl enable: 125"),
     ],
@@ -241,10 +242,36 @@ def test_a_job_that_does_not_end_is_said(short_path: Path, fake: FakeSupervisor)
 
 
 def test_without_a_screen_the_user_domain_is_used(short_path: Path, fake: FakeSupervisor) -> None:
-    """Over SSH there is no gui/ domain."""
+    """Over SSH there is no gui/ domain, and user/ takes a job for Background sessions alone."""
     fake.set(domains=["user"])
     launchd(short_path).install()
     assert ["bootstrap", f"user/{UID}"] == fake.calls()[-1][:2]
+    assert fake.loaded
+    (path,) = launchd(short_path).files()
+    assert plistlib.loads(path.read_bytes())["LimitLoadToSessionType"] == "Background"
+
+
+def test_install_at_the_screen_replaces_an_agent_of_ssh(short_path: Path, fake: FakeSupervisor) -> None:
+    """The agent is found in the other domain: there are never two of them on one port."""
+    fake.set(domains=["user"])
+    launchd(short_path).install()
+    fake.set(domains=["gui", "user"])
+    assert launchd(short_path).status().loaded
+    launchd(short_path).install()
+    assert ["bootout", f"user/{UID}/{LABEL}"] in fake.calls()
+    (path,) = launchd(short_path).files()
+    assert "LimitLoadToSessionType" not in plistlib.loads(path.read_bytes())
+    assert launchd(short_path).status().loaded
+    assert launchd(short_path).uninstall()
+    assert not fake.loaded
+
+
+def test_uninstall_waits_for_a_job_that_takes_its_time(short_path: Path, fake: FakeSupervisor) -> None:
+    """bootout answers 36 (EINPROGRESS) and carries on."""
+    launchd(short_path).install()
+    fake.set(drains=3)
+    assert launchd(short_path).uninstall()
+    assert not launchd(short_path).status().loaded
 
 
 def test_without_launchctl_it_is_a_sentence(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

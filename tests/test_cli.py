@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -19,7 +20,10 @@ from serving import Serving
 from sidecars import environment, eventually, serving
 from target import Target
 from vitalsd.cli import main
+from vitalsd.cli.options import find_target
 from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
+from vitalsd.sources import NoSuchProcess, ProcessEntry
+from vitalsd.sources.platform import this_platform
 
 pytestmark = pytest.mark.live
 
@@ -275,6 +279,7 @@ def test_serve_of_nobody_is_1() -> None:
     assert (out.returncode, out.stderr) == (1, "vitalsd: no process has pid 2147483647\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no procfs")
 def test_a_name_is_not_waited_for_where_nothing_can_be_listed(tmp_path: Path) -> None:
     """What is no procfs has nobody to wait for."""
     out = vitalsd("serve", "--port", "0", "--name", "x", "--proc-root", str(tmp_path))
@@ -286,7 +291,7 @@ def test_serve_of_a_zombie_is_1(start: Start) -> None:
     """It can be opened, and has no numbers."""
     target = start()
     os.kill(target.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, target.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
+    assert eventually(lambda: psutil.Process(target.pid).status() == psutil.STATUS_ZOMBIE)
     out = vitalsd("serve", "--port", "0", "--pid", str(target.pid))
     assert out.returncode == 1
     assert out.stderr == f"vitalsd: target {target.pid} has exited; its parent has not yet collected it (zombie)\n"
@@ -326,3 +331,21 @@ def test_a_reader_that_leaves_early() -> None:
         timeout=30,
     )
     assert "Traceback" not in out.stderr
+
+
+def test_name_on_macos_matches_without_case() -> None:
+    """A framework build of Python runs as `Python`; on Linux the case of letters counts."""
+    entry = ProcessEntry(
+        pid=1,
+        name="Python",
+        names=frozenset({"Python"}),
+        started_unix_ns=0,
+        cpu_ns=0,
+        rss_bytes=0,
+        thread_count=1,
+        uid=os.geteuid(),
+    )
+    macos = this_platform()._replace(name="macos", list_processes=lambda: [entry])
+    assert find_target(None, "python", macos) == 1
+    with pytest.raises(NoSuchProcess):
+        find_target(None, "python", macos._replace(name="linux"))

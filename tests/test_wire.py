@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from vitalsd.contract.host import Host
 from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 from vitalsd.snapshot import Extras, Measurement, Snapshot, measure
 from vitalsd.sources import AccessDenied, TargetGone
-from vitalsd.wire import MAX_BYTES, MAX_THREADS, Detail, Sort, encode, iso, unavailable
+from vitalsd.wire import MAX_BYTES, MAX_THREADS, Detail, Sort, encode, iso, os_version, unavailable
 
 details = st.sampled_from(["basic", "full"])
 sorts = st.sampled_from(["tid", "cpu", "name"])
@@ -338,3 +339,23 @@ def test_times_are_utc_with_milliseconds() -> None:
     """ISO 8601 that sorts as text."""
     assert iso(1_790_000_000_123_456_789) == "2026-09-21T14:13:20.123Z"
     assert iso(0) == "1970-01-01T00:00:00.000Z"
+
+
+@pytest.mark.parametrize(
+    ("mac_version", "release", "shown"),
+    [
+        ("15.4", "24.4.0", "15.4"),
+        ("16.0", "25.1.0", "26.1"),
+        ("10.16", "20.6.0", "11.6"),
+        ("26.2", "25.2.0", "26.2"),
+        ("16.0", "unknown", "16.0"),
+        ("", "6.1.0-amd64", "6.1.0-amd64"),
+    ],
+)
+def test_os_version_of_a_python_built_with_an_older_sdk_is_that_of_the_system(
+    monkeypatch: pytest.MonkeyPatch, mac_version: str, release: str, shown: str
+) -> None:
+    """macOS 26 says 16 to it (python/cpython#135675); Darwin's release tells the truth."""
+    monkeypatch.setattr(platform, "mac_ver", lambda: (mac_version, ("", "", ""), "arm64"))
+    monkeypatch.setattr(platform, "release", lambda: release)
+    assert os_version() == shown

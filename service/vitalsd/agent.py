@@ -213,10 +213,12 @@ class Launchd:
     """
     A per-user launch agent (launchd.plist(5), launchctl(1)).
 
-    Some facts on which this rests: ``bootout`` returns before the job has ended, and until it has,
-    ``bootstrap`` fails with 5; the same 5 means a bad property list. The text of ``print`` is no
-    interface, so only its status decides and its pid is a courtesy. ``gui/`` exists only for a user who
-    has logged in at the screen. Of a set of changed sockets nothing is seen before a new bootstrap.
+    Some facts on which this rests: ``bootout`` returns before the job has ended, with 36 (EINPROGRESS) if the job takes
+    its time, and until it has ended ``bootstrap`` fails with 5; the same 5 means a bad property list. The text of
+    ``print`` is no interface, so only its status decides and its pid is a courtesy. ``gui/`` exists only for a user who
+    has logged in at the screen. Of a set of changed sockets nothing is seen before a new bootstrap. A property list
+    without ``LimitLoadToSessionType`` is for ``gui/`` alone, and one with ``Background`` for ``user/`` alone; the other
+    domain refuses it with 134.
 
     Args:
         plan: what to install.
@@ -228,15 +230,17 @@ class Launchd:
     TRIES = 20
     PAUSE_S = 0.5
     NOT_LOADED = (3, 113)
-    AGAIN = (5, 37)
+    AGAIN = (5, 36, 37)
     SENTENCES: Mapping[int, str] = {
         3: "the agent is not loaded",
         5: "launchd cannot take it: the property list is invalid, or the agent before it has still not ended",
+        36: "launchd is still ending the agent",
         37: "launchd is still busy with the agent",
         112: "this user has no session that launchd could run it in; log in at the screen, and not by SSH or sudo",
         113: "the agent is not loaded",
         119: "the agent is disabled",
         125: "this user has no session that launchd could run it in; log in at the screen, and not by SSH or sudo",
+        134: "launchd does not run it in this kind of session; run `vitalsd agent uninstall`, then install it again",
     }
 
     def __init__(
@@ -256,6 +260,9 @@ class Launchd:
 
     @_in_words()
     def files(self) -> dict[Path, bytes]:
+        return self._files(self._gui)
+
+    def _files(self, domain: str) -> dict[Path, bytes]:
         plan = self._plan
         job = plistlib.loads(_template("launchd", f"{LABEL}.plist"))
         job["ProgramArguments"], environment = plan.start()
@@ -267,20 +274,23 @@ class Launchd:
             job["EnvironmentVariables"] = environment
         if plan.name is not None:
             job["KeepAlive"] = {"SuccessfulExit": False}  # implies RunAtLoad
+        if domain == self._user:
+            # And not Aqua as well: with both, launchd would start two agents on one port.
+            job["LimitLoadToSessionType"] = "Background"
         return {self._path: plistlib.dumps(job)}
 
     @_in_words()
     def install(self) -> None:
         self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        [(path, content)] = self.files().items()
-        changed = _write(path, content)
         domain = self._domain()
         service = f"{domain}/{LABEL}"
-        if self._loaded(service):
-            if not changed:
+        [(path, content)] = self._files(domain).items()
+        changed = _write(path, content)
+        if (loaded := self._loaded_service()) is not None:
+            if loaded == service and not changed:
                 self._tell("kickstart", "-k", service)
                 return
-            self._bootout(service)
+            self._bootout(loaded)
         self._tell("enable", service)
         for attempt in range(self.TRIES):
             status = self._launchctl("bootstrap", domain, str(path)).returncode
@@ -292,25 +302,38 @@ class Launchd:
 
     @_in_words()
     def uninstall(self) -> bool:
-        service = f"{self._domain()}/{LABEL}"
-        loaded = self._loaded(service)
-        if loaded:
+        service = self._loaded_service()
+        if service is not None:
             self._bootout(service)
         installed = self._path.exists()
         self._path.unlink(missing_ok=True)
         agent_socket(self._plan.runtime).unlink(missing_ok=True)
-        return installed or loaded
+        return installed or service is not None
 
     @_in_words()
     def status(self) -> Status:
-        shown = self._launchctl("print", f"{self._domain()}/{LABEL}")
-        pid = re.search(r"^\s*pid = ([0-9]+)$", shown.stdout, re.MULTILINE)
-        loaded = shown.returncode == 0
-        return Status(self._path.exists(), loaded, int(pid[1]) if pid and loaded else None)
+        service = self._loaded_service()
+        if service is None:
+            return Status(self._path.exists(), False, None)
+        pid = re.search(r"^\s*pid = ([0-9]+)$", self._launchctl("print", service).stdout, re.MULTILINE)
+        return Status(self._path.exists(), True, int(pid[1]) if pid else None)
+
+    @property
+    def _gui(self) -> str:
+        return f"gui/{self._uid}"
+
+    @property
+    def _user(self) -> str:
+        """The domain of a user without a session at the screen."""
+        return f"user/{self._uid}"
 
     def _domain(self) -> str:
-        gui = f"gui/{self._uid}"
-        return gui if self._launchctl("print", gui).returncode == 0 else f"user/{self._uid}"
+        return self._gui if self._launchctl("print", self._gui).returncode == 0 else self._user
+
+    def _loaded_service(self) -> str | None:
+        """Return the agent with its domain; it may have been installed over SSH, and be asked for at the screen."""
+        services = (f"{domain}/{LABEL}" for domain in (self._gui, self._user))
+        return next(filter(self._loaded, services), None)
 
     def _loaded(self, service: str) -> bool:
         return self._launchctl("print", service).returncode == 0

@@ -1,4 +1,9 @@
-"""Files that are there whole or not at all, stay through a power cut, and may be removed by anybody."""
+"""
+Files that are there whole or not at all, also after a crash of the program, and may be removed by anybody.
+
+fsync(2) hands a file to the disk. Platform limit: macOS returns before the drive has written its cache (fsync(2) there;
+F_FULLFSYNC, which waits for that, takes tens of milliseconds), so a power failure may lose what was written last.
+"""
 
 import errno
 import os
@@ -44,7 +49,7 @@ def is_gone(path: Path) -> bool:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make a rename or link in it survive a power cut. Raises `OSError`."""
+    """Hand a rename or link in it to the disk, as `draft` does the content. Raises `OSError`."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

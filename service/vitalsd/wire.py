@@ -11,6 +11,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii as quote
 from operator import add
@@ -52,8 +53,21 @@ DECIMALS = 3
 
 
 def os_version() -> str:
-    """Of macOS its marketing version, of Linux the kernel's release."""
-    return platform.mac_ver()[0] or platform.release()
+    """
+    Return the version of macOS that System Settings shows; of Linux, the release of the kernel.
+
+    macOS 11 and 26 report 10.16 and 16 to programs that were built with an older SDK, such as Python. There the version
+    comes from the release of Darwin: 20.x is macOS 11.x, 25.x is macOS 26.x.
+    """
+    version, release = platform.mac_ver()[0], platform.release()
+    if not version:
+        return release
+    if version.startswith(("10.16", "16")):
+        major, _, minor = release.partition(".")
+        with suppress(ValueError):
+            darwin = int(major)
+            return f"{darwin + 1 if darwin >= 25 else darwin - 9}.{int(minor.partition('.')[0])}"
+    return version
 
 
 def iso(unix_ns: int, precision: str = "milliseconds") -> str:

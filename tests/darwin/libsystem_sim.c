@@ -247,7 +247,7 @@ static struct port *port_named(uint32_t name)
 
 struct thread {
     uint64_t id;
-    bool real, dying, seen;
+    bool real, dying, seen, realtime;
     int kind;       /* of a dying one: how task_threads and thread_info show it */
     long lists_left; /* until it is reaped */
     uint32_t port;
@@ -486,6 +486,13 @@ void sim_advance_thread(uint64_t id, long long user_ns, long long system_ns)
 }
 
 /* It ends, and is reaped after some lists (sim_reap_delay). `kind` as in task_threads below. */
+/* It gets a time constraint policy: priority 97, and a quantum of up to 50 ms [2]. */
+void sim_realtime(uint64_t id)
+{
+    for (struct thread *t = threads; t; t = t->next)
+        t->realtime |= t->id == id;
+}
+
 void sim_end_thread(uint64_t id, int kind)
 {
     pthread_mutex_lock(&lock);
@@ -524,7 +531,7 @@ int darwin_pthread_setname_np(const char *name)
 /* Name, state, priority and split of a real thread; false: it has ended. */
 static bool read_thread(struct thread *t, int *priority)
 {
-    *priority = 31;
+    *priority = t->realtime ? 97 : 31;
     if (!t->real)
         return true;
     struct stat_line s;

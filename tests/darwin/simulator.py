@@ -63,6 +63,7 @@ class Simulator:
                 ctypes.c_int,
             ),
             ("sim_advance_thread", None, ctypes.c_uint64, ctypes.c_longlong, ctypes.c_longlong),
+            ("sim_realtime", None, ctypes.c_uint64),
             ("sim_end_thread", None, ctypes.c_uint64, ctypes.c_int),
             ("sim_pthread_setname_np", ctypes.c_int, ctypes.c_char_p),
             ("sim_caller_euid", None, ctypes.c_long),
@@ -131,6 +132,10 @@ class Simulator:
 
     def advance_thread(self, tid: int, *, user_ns: int = 0, system_ns: int = 0) -> None:
         self._raw.sim_advance_thread(tid, user_ns, system_ns)
+
+    def make_realtime(self, tid: int) -> None:
+        """Give a thread of `add_thread` a time constraint policy."""
+        self._raw.sim_realtime(tid)
 
     def end_thread(self, tid: int, *, shown_as: int) -> None:
         """It ends; until reaped it is 0: no port, 1: MACH_PORT_DEAD, 2: inactive, 3: detached."""

@@ -5,10 +5,14 @@ import os
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
 from darwin.simulator import Simulator
+from vitalsd.endpoint import liveness
+from vitalsd.listeners import Listeners
+from vitalsd.sidecar import Service
 from vitalsd.sources.birth import ANY_MACHINE, UNKNOWN_BOOT, Undecided
 from vitalsd.sources.birth_darwin import DarwinBirths
 from vitalsd.sources.darwin import open_process
@@ -56,3 +60,17 @@ def test_without_a_boot_or_a_machine_id(simulator: Simulator) -> None:
     assert kernel.realm().startswith(ANY_MACHINE)
     simulator.clear_faults()
     assert kernel.realm() == known
+
+
+def test_service_without_a_boot_id_starts_and_is_found(simulator: Simulator) -> None:
+    """A sandbox may hide kern.bootsessionuuid; the start time in microseconds says which run has the pid."""
+
+    async def app(*_: object) -> None: ...
+
+    kernel = DarwinBirths(simulator.lib)
+    simulator.fault("sysctlbyname", errno.EPERM, every=1)
+    endpoint = Service(app, Listeners(), kernel=kernel).endpoint
+    assert endpoint.boot_id == "unknown"
+    simulator.clear_faults()
+    assert liveness(endpoint, kernel) == "alive"
+    assert liveness(replace(endpoint, start=endpoint.start + 1), kernel) == "dead"

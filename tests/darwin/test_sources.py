@@ -299,6 +299,16 @@ class TestThreads:
         assert snapshot.extras is not None
         assert snapshot.extras.threads.states[-5:] == ["running", "stopped", "waiting", "uninterruptible", None]
 
+    def test_lag_covers_the_quantum_of_a_realtime_thread(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
+        """10 ms, and 50 ms as soon as one thread has a time constraint policy."""
+        simulator.add_thread(1 << 40)
+        source = open_own()
+        assert source.snapshot().thread_lag_ns == 10_000_000
+        simulator.make_realtime(1 << 40)
+        assert source.snapshot().thread_lag_ns == 50_000_000
+
     def test_more_threads_than_there_was_room_for(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """Buffers grow; columns stay aligned."""
         source = open_own()

@@ -175,6 +175,8 @@ def find_target(pid: int | None, name: str | None, platform: "Platform") -> int 
     """
     Return the pid that ``--pid`` or ``--name`` means; which of several of that name it is goes to stderr.
 
+    On macOS the case of letters does not count, as in its file systems: a framework build of Python runs as ``Python``.
+
     Raises:
         NoSuchProcess: there is none.
     """
@@ -209,11 +211,12 @@ def choose_process(name: str, platform: "Platform") -> Taken:
 
     from vitalsd.sources import NoSuchProcess
 
+    fold = str.casefold if platform.name == "macos" else str
     every = {entry.pid: entry for entry in platform.list_processes()}
     called = frozenset(
         entry.pid
         for entry in every.values()
-        if entry.is_of(os.geteuid()) and entry.pid != os.getpid() and name in entry.names
+        if entry.is_of(os.geteuid()) and entry.pid != os.getpid() and fold(name) in map(fold, entry.names)
     )
     if not called:
         raise NoSuchProcess(

@@ -26,7 +26,7 @@ from vitalsd.sources.apple_headers import (
 )
 from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
 from vitalsd.sources.programs import ProgramOf, no_program
-from vitalsd.sources.xnu import QUANTUM_NS, Instant, Target, Totals, translated_errors
+from vitalsd.sources.xnu import Instant, Target, Totals, translated_errors
 from vitalsd.sources.xnu_threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 
 __all__ = ["MachSource"]
@@ -109,7 +109,7 @@ class MachSource:
             thread_cpu_ns=thread_cpu_ns,
             names=self._threads.names,
             thread_grain_ns=THREAD_GRAIN_NS,
-            thread_lag_ns=QUANTUM_NS,
+            thread_lag_ns=living.lag_ns,
             source="thread_info",
             extras=extra,
             warnings=tuple(warnings),

@@ -37,7 +37,6 @@ from vitalsd.sources.programs import Command, ProgramOf, no_program
 from vitalsd.sources.xnu_threads import RUN_STATES, Living
 
 __all__ = [
-    "QUANTUM_NS",
     "Instant",
     "Target",
     "Totals",
@@ -48,9 +47,6 @@ __all__ = [
     "tick_frequency",
     "translated_errors",
 ]
-
-QUANTUM_NS = 10_000_000
-"""The time of a thread that runs on another CPU is added at the latest after a quantum (osfmk/kern/sched_prim.c)."""
 
 QOS_CLASSES = (
     "default",

@@ -13,10 +13,28 @@ from vitalsd.sources.apple_headers import (
 from vitalsd.sources.libsystem import ThreadRows
 from vitalsd.sources.procfs import decode_name
 
-__all__ = ["ATTEMPTS", "RUN_STATES", "THREAD_GRAIN_NS", "Living", "ThreadNames", "living_threads"]
+__all__ = [
+    "ATTEMPTS",
+    "QUANTUM_NS",
+    "REALTIME_QUANTUM_NS",
+    "RUN_STATES",
+    "THREAD_GRAIN_NS",
+    "Living",
+    "ThreadNames",
+    "living_threads",
+]
 
 THREAD_GRAIN_NS = 2_000
 """User and system time of a thread are each cut to a microsecond."""
+
+QUANTUM_NS = 10_000_000
+"""The time of a thread that runs on another CPU is added at the latest after a quantum (osfmk/kern/sched_prim.c)."""
+
+REALTIME_QUANTUM_NS = 50_000_000
+"""The quantum of a real-time thread is its own ``computation``, at most this (max_rt_quantum, the same file)."""
+
+BASEPRI_RTQUEUES = 97
+"""From this priority on a thread is real-time (osfmk/kern/sched.h)."""
 
 ATTEMPTS = 3
 """Lists of threads to make before believing that nobody on them is alive: an exec replaces them all."""
@@ -39,6 +57,11 @@ class Living(NamedTuple):
     names: Sequence[tuple[bytes]]
     run_states: Sequence[int]
     priorities: Sequence[int]
+
+    @property
+    def lag_ns(self) -> int:
+        """How much of its CPU time a running thread may not show yet, ns."""
+        return REALTIME_QUANTUM_NS if max(self.priorities) >= BASEPRI_RTQUEUES else QUANTUM_NS
 
     @property
     def main_state(self) -> str | None:
