@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from as_darwin.emulation import LIBRARY
 from darwin.abi import zig
 from sidecars import VITALSD, ask, environment, eventually, listing
 from vitalsd.activation import Notifier, launchd_sockets, systemd_sockets
@@ -132,7 +133,10 @@ def test_another_error_is_a_sentence(launchd: Launchd) -> None:
 
 # systemd
 
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has systemd")
 
+
+@linux_only
 def test_variables_for_another_process_are_not_believed() -> None:
     """LISTEN_PID names somebody else, or is nonsense: nothing is taken, and nothing is left for children."""
     for pid in (str(os.getpid() + 1), "", "x", "²"):
@@ -146,12 +150,21 @@ def test_variables_for_another_process_are_not_believed() -> None:
 def activated(
     directory: Path, sockets: list[socket.socket], *options: str, **variables: str
 ) -> "subprocess.Popen[str]":
-    """``vitalsd serve`` as systemd starts it: listeners from descriptor 3 on, and the variables of sd_listen_fds(3)."""
+    """
+    Start ``vitalsd serve`` as the supervisor does: listeners from descriptor 3 on, and how it announces them.
+
+    On Linux by the variables of sd_listen_fds(3), on the emulated macOS by launch_activate_socket(3). A Mac's own
+    launchd starts what it has a property list for, and nothing else.
+    """
+    if sys.platform == "darwin" and LIBRARY not in os.environ:
+        pytest.skip("launchd starts only what it has a property list for")
     launcher = (
         "import fcntl, os, sys\n"
         "kept = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[1].split(',')]\n"
         "for number, fd in enumerate(kept): os.dup2(fd, 3 + number)\n"
         "os.environ['LISTEN_PID'] = str(os.getpid())\n"
+        "keys = [f'{key}={3 + number}' for number, key in enumerate(('http', 'unix')[:len(kept)])]\n"
+        "os.environ['SIM_LAUNCHD'] = ' '.join([str(os.getpid()), *keys])\n"
         "os.execv(sys.argv[2], sys.argv[2:])\n"
     )
     fds = [each.fileno() for each in sockets]
@@ -204,6 +217,7 @@ def test_an_option_about_listening_is_refused(short_path: Path, options: tuple[s
         assert f"{options[0]} does nothing" in process.stderr.read()
 
 
+@linux_only
 def test_readiness_and_watchdog(short_path: Path) -> None:
     """READY=1 comes when requests are answered, WATCHDOG=1 from then on as long as the sampler works."""
     address = str(short_path / "notify")

@@ -204,18 +204,20 @@ def test_a_quarter_of_the_descriptors() -> None:
     assert Room.fitting().limit <= MAX_CONNECTIONS
 
 
-def test_five_hundred_stalled_sockets(tmp_path: Path) -> None:
+def test_five_hundred_stalled_sockets(short_path: Path) -> None:
     """
     With 64 places and 500 who stall, everybody else is served: over TCP in far less than 6 s, over the Unix socket too.
     """
-    arguments = ("--record-interval", "0", "--uds", str(tmp_path / "a.sock"))
+    arguments = ("--record-interval", "0", "--uds", str(short_path / "a.sock"))
     with ExitStack() as stack:
-        server = stack.enter_context(Serving(tmp_path, *arguments, python=(sys.executable, "-c", LIMITED.format(256))))
+        server = stack.enter_context(
+            Serving(short_path, *arguments, python=(sys.executable, "-c", LIMITED.format(256)))
+        )
         for i in range(500):
             stalled = stack.enter_context(dial(server.url))
             if i % 2:
                 stalled.sendall(b"GET /metr")
-        for where in (server.url, str(tmp_path / "a.sock")):
+        for where in (server.url, str(short_path / "a.sock")):
             for path in ("/healthz", "/metrics?window_ms=100"):
                 begun = time.monotonic()
                 assert get(where, path).status == 200
@@ -226,11 +228,11 @@ def test_five_hundred_stalled_sockets(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_a_crowd_that_is_being_served_keeps_out_its_like_and_nobody_else(tmp_path: Path) -> None:
+def test_a_crowd_that_is_being_served_keeps_out_its_like_and_nobody_else(short_path: Path) -> None:
     """Once every place over TCP has a window, the next is told 503; on the Unix socket nothing of it is felt."""
-    arguments = ("--record-interval", "0", "--uds", str(tmp_path / "a.sock"))
+    arguments = ("--record-interval", "0", "--uds", str(short_path / "a.sock"))
     with ExitStack() as stack:
-        server = stack.enter_context(Serving(tmp_path, *arguments, python=(sys.executable, "-c", LIMITED.format(64))))
+        server = stack.enter_context(Serving(short_path, *arguments, python=(sys.executable, "-c", LIMITED.format(64))))
         served = [stack.enter_context(dial(server.url)) for _ in range(16)]
         for connection in served:
             connection.sendall(head(server.url, "/metrics?window_ms=2000"))
@@ -239,7 +241,7 @@ def test_a_crowd_that_is_being_served_keeps_out_its_like_and_nobody_else(tmp_pat
         assert json.loads(refused.body)["reason"] == "full"
         assert refused.header("retry-after") == "1"
         assert refused.header("x-content-type-options") == "nosniff"
-        assert get(str(tmp_path / "a.sock")).status == 200
+        assert get(str(short_path / "a.sock")).status == 200
         assert [read_reply(connection).status for connection in served] == [200] * 16
         assert eventually(lambda: get(server.url).status == 200)
 

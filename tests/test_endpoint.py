@@ -77,8 +77,8 @@ def an_endpoint(**changes: Any) -> Endpoint:
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return private_directory(tmp_path / "run")
+def directory(short_path: Path) -> Path:
+    return private_directory(short_path / "run")
 
 
 def as_nobody(call: Callable[[], object]) -> str:

@@ -24,6 +24,7 @@ from vitalsd.model import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.sources import list_processes
 from vitalsd.stored_run import UnreadableRun
+from vitalsd.tail import SHARED_MEMORY
 
 BUSY = """
 import threading, time
@@ -415,6 +416,7 @@ def test_replay_unpacks_no_more_than_the_header_says(tmp_path: Path) -> None:
     assert peak < 10_000_000
 
 
+@pytest.mark.skipif(not SHARED_MEMORY.exists(), reason="without a tail, a listing moves the log into the database")
 def test_get_of_any_route_changes_no_file_and_no_mark(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """A run that crashed, with its log and its tail, is as it was, and counts as not reported."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as crashed:

@@ -152,7 +152,9 @@ def _set_name(name: str) -> None:
 
 def _exists(tid: int) -> bool:
     if sys.platform == "darwin":
-        return False
+        from vitalsd.sources.mach import MachSource
+
+        return tid in MachSource().snapshot().tids
     with contextlib.suppress(OSError), open(f"/proc/self/task/{tid}/comm", "rb"):
         return True
     return False

@@ -17,25 +17,32 @@ import os
 import platform
 import resource
 import select
-import selectors  # before select.epoll goes: its default selector is the one that asyncio takes
+import selectors
 import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
 import types
+from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["LIBRARY", "TEARDOWN_MS", "Kqueue", "enable", "install"]
+__all__ = ["COUNTED", "LACKING", "LIBRARY", "SIMULATOR", "TEARDOWN_MS", "Kqueue", "enable", "install"]
 
 LIBRARY = "VITALSD_AS_DARWIN"
 """Variable with the path of the simulated libSystem; programs with it in their environment run as on Darwin."""
 TEARDOWN_MS = "SIM_TEARDOWN_MS"
 """Variable with the time that the kernel takes between the first ESRCH of a process and its NOTE_EXIT, ms."""
+
+SIMULATOR = "VITALSD_SIMULATOR"
+"""Variable with the path of the simulated libSystem for `as_darwin.plugin`; without it, the plugin builds one."""
+COUNTED = "passed as on a Mac"
+"""Property of a test that ran others under the plugin: how many passed."""
 
 LACKING: dict[types.ModuleType, str] = {
     os: "O_PATH O_TMPFILE O_RSYNC P_PIDFD copy_file_range dup3 eventfd fdatasync getrandom getresgid getresuid getxattr"
@@ -98,8 +105,9 @@ class Kqueue:
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
+        self._ended, self._end = os.pipe()
+        self._watches: list[threading.Thread] = []
         self._events: list[Kevent] = []
-        self._closed = False
         self._teardown_s = float(os.environ.get(TEARDOWN_MS, "0")) / 1000
 
     def fileno(self) -> int:
@@ -121,10 +129,13 @@ class Kqueue:
 
     def close(self) -> None:
         """Close the queue. A second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            os.close(self._reader)
-            os.close(self._writer)
+        if self._reader >= 0:
+            os.write(self._end, b"!")
+            for watch in self._watches:
+                watch.join()
+            for fd in (self._reader, self._writer, self._ended, self._end):
+                os.close(fd)
+            self._reader = -1
 
     def _attach(self, change: Kevent) -> None:
         if change.filter != EVFILT_PROC or not change.fflags & NOTE_EXIT:
@@ -141,26 +152,32 @@ class Kqueue:
         if waiting.poll(0):
             os.close(pidfd)
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        threading.Thread(target=self._watch, args=(change, pidfd, waiting), daemon=True, name="kqueue").start()
+        waiting.register(self._ended, select.POLLIN)
+        watch = threading.Thread(target=self._watch, args=(change, pidfd, waiting), daemon=True, name="kqueue")
+        watch.start()
+        self._watches.append(watch)
 
     def _watch(self, change: Kevent, pidfd: int, waiting: Any) -> None:
-        waiting.poll()
-        time.sleep(self._teardown_s)
-        fflags, status = NOTE_EXIT, _exit_status(pidfd) if change.fflags & NOTE_EXITSTATUS else None
+        ended = self._ended in dict(waiting.poll())
+        status = None
+        if not ended:
+            if change.fflags & NOTE_EXITSTATUS:
+                status = _exit_status(pidfd)
+            waiting.unregister(pidfd)
+            ended = bool(waiting.poll(self._teardown_s * 1000))
         os.close(pidfd)
-        if status is not None:
-            fflags |= NOTE_EXITSTATUS
-        self._events.append(change._replace(fflags=fflags, data=status or 0))
-        with suppress(OSError):  # the queue was closed meanwhile
+        if not ended:
+            fflags = NOTE_EXIT if status is None else NOTE_EXIT | NOTE_EXITSTATUS
+            self._events.append(change._replace(fflags=fflags, data=status or 0))
             os.write(self._writer, b"!")
 
 
 def _exit_status(pidfd: int) -> int | None:
     """Return the status of wait(2) from PIDFD_GET_INFO (Linux 6.15), reaped or not; ``None`` if there is none."""
     reply = bytearray(64)
-    struct.pack_into("=Q", reply, 0, 8)  # PIDFD_INFO_EXIT
-    for _ in range(200):
+    for _ in range(20):
         with suppress(OSError):
+            struct.pack_into("=Q", reply, 0, 8)  # PIDFD_INFO_EXIT
             fcntl.ioctl(pidfd, 0xC040FF0B, reply)
             mask, status = struct.unpack_from("=Q52xi", reply)
             if mask & 8:
@@ -183,11 +200,13 @@ def install(library: str) -> None:
     Args:
         library: path of the simulated libSystem.
     """
-    assert selectors.DefaultSelector is not None
+    selectors.DefaultSelector = selectors.PollSelector  # type: ignore[misc,assignment]
     for module, names in LACKING.items():
         for name in names.split():
             if hasattr(module, name):
                 delattr(module, name)
+    if (tempfile := sys.modules.get("tempfile")) is not None:
+        tempfile._O_TMPFILE_WORKS = False  # type: ignore[attr-defined]
     # sysconfig looks for the module of the platform that Python was built for.
     os.environ.setdefault(
         "_PYTHON_SYSCONFIGDATA_NAME", f"_sysconfigdata_{sys.abiflags}_linux_{sys.implementation._multiarch}"
@@ -205,11 +224,26 @@ def install(library: str) -> None:
 
 def enable(library: str, home: Path) -> None:
     """Let every program that this one starts run as on Darwin, with `home` as its user's; and this one."""
-    os.environ[LIBRARY] = library
     os.environ["HOME"] = str(home)
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([path] if path else [])])
+    _inherit(os.environ, library)
     install(library)
+    start = subprocess.Popen.__init__
+
+    def starts(self: Any, command: Any, *arguments: Any, **options: Any) -> None:
+        if options.get("env") is not None:
+            options["env"] = dict(options["env"])
+            _inherit(options["env"], library)
+        start(self, command, *arguments, **options)
+
+    subprocess.Popen.__init__ = starts  # type: ignore[method-assign,assignment]
+
+
+def _inherit(environ: MutableMapping[str, str], library: str) -> None:
+    """Add to the environment of a program what makes it run as on Darwin."""
+    environ[LIBRARY] = library
+    here, path = str(Path(__file__).parent), environ.get("PYTHONPATH", "")
+    if here not in path.split(os.pathsep):
+        environ["PYTHONPATH"] = os.pathsep.join([here, *([path] if path else [])])
 
 
 def _scproxy() -> types.ModuleType:
@@ -231,7 +265,8 @@ def _libsystem(library: str) -> None:
             kind.__init__ = loads  # type: ignore[method-assign]
     raw = ctypes.CDLL(None)
     raw.sim_teardown.argtypes = (ctypes.c_longlong,)
-    raw.sim_teardown(round(float(os.environ.get(TEARDOWN_MS, "0")) * 1e6))
+    # The note is sent before the process is a zombie; the thread that sends it here may be late.
+    raw.sim_teardown(round(float(os.environ.get(TEARDOWN_MS, "0")) * 1e6) + 300_000_000)
 
 
 def _kqueue() -> None:

@@ -4,6 +4,7 @@ import sys
 
 if sys.platform == "darwin":
     collect_ignore = [
+        "test_as_on_a_mac.py",
         "test_birth.py",
         "test_end_to_end.py",
         "test_exit.py",
@@ -13,4 +14,4 @@ if sys.platform == "darwin":
         "test_sources.py",
     ]
 else:
-    collect_ignore = ["test_mac.py"]
+    collect_ignore = ["test_emulated.py", "test_mac.py"]
