@@ -23,7 +23,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from darwin.simulator import Simulator, build
-from vitalsd.sources.libsystem import LibSystem
+from vitalsd.sources.libsystem import load
 from vitalsd.sources.mach import MachSource
 
 
@@ -44,11 +44,11 @@ def main() -> None:
         for i in range(arguments.threads):
             simulator.add_thread((1 << 40) + i, user_ns=i * 1000, system_ns=i * 1000, name=f"worker {i}".encode())
         with patch.object(ctypes, "PyDLL", ctypes.CDLL):
-            released = LibSystem(str(simulator.path))
+            released = load(str(simulator.path))
         sources = {"kept": MachSource(lib=simulator.lib), "released": MachSource(lib=released)}
         taken: dict[str, dict[str, list[float]]] = {"idle": {}, "beside_a_busy_thread": {}}
-        for load, figures in taken.items():
-            if load != "idle":
+        for beside, figures in taken.items():
+            if beside != "idle":
                 threading.Thread(target=compute, daemon=True).start()
             for _ in range(arguments.rounds):
                 for name, source in sources.items():
@@ -57,9 +57,9 @@ def main() -> None:
                     figures.setdefault(name, []).append((time.perf_counter() - begun) * 1000)
         end.set()
     result: dict[str, object] = {"threads": arguments.threads}
-    for load, figures in taken.items():
+    for beside, figures in taken.items():
         medians = {name: statistics.median(values) for name, values in figures.items()}
-        result[load] = {f"{name}_ms": round(value, 3) for name, value in medians.items()} | {
+        result[beside] = {f"{name}_ms": round(value, 3) for name, value in medians.items()} | {
             "released_to_kept": round(medians["released"] / medians["kept"], 1),
             "worst_ms": {name: round(max(values), 1) for name, values in figures.items()},
         }

@@ -17,7 +17,8 @@ from typing import Any
 
 from vitalsd.cli import main
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import Source, TargetGone, darwin, libsystem
+from vitalsd.sources import Source, TargetGone, darwin
+from vitalsd.sources import platform as platforms
 from vitalsd.sources.birth_darwin import DarwinBirths
 from vitalsd.sources.libsystem import LibSystem
 from vitalsd.sources.platform import Platform, this_platform
@@ -36,7 +37,7 @@ KERNELS = ["native", "simulated"] if sys.platform == "linux" else ["native"]
 
 
 def macos(lib: LibSystem) -> Platform:
-    """macOS as `lib` plays it."""
+    """macOS over `lib`; see `vitalsd.sources.platform.macos` for one over a path."""
     return Platform(
         name="macos",
         open_source=partial(darwin.open_process, lib=lib),
@@ -168,7 +169,7 @@ def leaking(lib: LibSystem) -> LibSystem:
 
 def run() -> None:
     where, defect, *arguments = sys.argv[1:]
-    platform = this_platform() if where == "linux" else macos(libsystem.load(where))
+    platform = this_platform() if where == "linux" else platforms.macos(where)
     platform = platform._replace(command=(sys.executable, "-P", os.path.abspath(__file__), where, defect))
     main(arguments, obj=platform if defect == "none" else planted(platform, defect), prog_name="vitalsd")
 

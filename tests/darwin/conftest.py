@@ -12,6 +12,7 @@ if sys.platform == "darwin":
         "test_simulator.py",
         "test_soak.py",
         "test_sources.py",
+        "test_tape.py",
     ]
 else:
     collect_ignore = ["test_emulated.py", "test_mac.py"]

@@ -30,6 +30,7 @@ from vitalsd.sources.apple_headers import (
 )
 from vitalsd.sources.darwin import list_processes, open_process
 from vitalsd.sources.libproc import LibprocSource
+from vitalsd.sources.libsystem import load
 from vitalsd.sources.linux import LinuxSource
 from vitalsd.sources.linux_processes import CLOCK_BOOTTIME
 from vitalsd.sources.mach import MachSource
@@ -507,7 +508,7 @@ class TestTicks:
     def test_rosetta_does_not_slow_cpu_time_down(self, simulator: Simulator) -> None:
         """A translated process is told a timebase of 1/1 while the kernel's ticks stay: 41.67 times too low."""
         simulator.rosetta()
-        translated = type(simulator.lib)(simulator.path)
+        translated = load(simulator.path)
         source = MachSource(lib=translated)
         before = time.process_time_ns()
         snapshot = source.snapshot()

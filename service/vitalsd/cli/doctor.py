@@ -1,6 +1,7 @@
 """``vitalsd doctor``: try out on this machine what vitalsd promises."""
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from vitalsd.doctor.examination import Progress
     from vitalsd.doctor.finding import Finding
+    from vitalsd.sources.platform import Platform
 
 __all__ = ["burn", "doctor"]
 
@@ -27,18 +29,28 @@ STYLES = {"pass": "green", "fail": "bold red", "not here": "dim"}
     metavar="SECONDS",
     help="Also take snapshots as fast as they come for so long, and watch for leaks.",
 )
+@click.option(
+    "--tape",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="macOS: write every call of libSystem and its reply to FILE, without names, paths, arguments and user ids.",
+)
 @click.pass_context
-def doctor(context: click.Context, as_json: bool, soak: float | None) -> None:
+def doctor(context: click.Context, as_json: bool, soak: float | None, tape: Path | None) -> None:
     """Examine vitalsd on this machine: what it reads against what is known to be true, in about 10 seconds.
 
     Threads burn known parts of a core, memory is taken and given back, threads come and go, and a
     sidecar is started, asked, killed and started again. Each line says what should be and what is;
     what is wrong comes with the next step to take. Nothing is left behind.
 
+    On a Mac, --tape FILE makes a test of the run: the file has what the kernel answered, and `x` for each byte
+    of a name. It must not exist before.
+
     Exit status: 0 all is well, 1 something is wrong, 130 interrupted.
     """
     try:
-        healthy = _examine(context, as_json, soak)
+        with _taped(platform_of(context), tape) as platform:
+            healthy = _examine(platform, as_json, soak)
     except KeyboardInterrupt:
         complain("interrupted")
         raise SystemExit(130) from None
@@ -47,7 +59,27 @@ def doctor(context: click.Context, as_json: bool, soak: float | None) -> None:
     raise SystemExit(0 if healthy else 1)
 
 
-def _examine(context: click.Context, as_json: bool, soak_s: float | None) -> bool:
+@contextmanager
+def _taped(platform: "Platform", tape: Path | None) -> "Iterator[Platform]":
+    """Yield `platform` with its calls on a new file `tape`, if one is wanted. Raises `Failed`."""
+    if tape is None:
+        yield platform
+        return
+    if platform.taped is None:
+        raise Failed(f"--tape records the calls of macOS, and this is {platform.name}")
+    import os
+
+    from vitalsd.sources.tape import Tape
+
+    try:
+        file = tape.open("x", encoding="ascii")
+    except OSError as error:
+        raise Failed(f"cannot write {tape}: {error.strerror}") from None
+    with file:
+        yield platform.taped(Tape(file, os.getpid()))._replace(command=platform.command)
+
+
+def _examine(platform: "Platform", as_json: bool, soak_s: float | None) -> bool:
     """Examine, print, and say whether all is well."""
     import json
     import signal
@@ -59,7 +91,6 @@ def _examine(context: click.Context, as_json: bool, soak_s: float | None) -> boo
     from vitalsd.doctor.examination import examine
 
     raise_descriptor_limit()
-    platform = platform_of(context)
     own_command()  # before anything is examined: without it most of the checks cannot be made
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_char, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from itertools import repeat
 from struct import Struct
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vitalsd.sources import Unsupported
 from vitalsd.sources.apple_headers import (
@@ -65,6 +65,9 @@ from vitalsd.sources.apple_headers import (
     thread_extended_info,
     thread_identifier_info,
 )
+
+if TYPE_CHECKING:
+    from vitalsd.sources.tape import Tape
 
 __all__ = ["LibSystem", "MachError", "ThreadRows", "load"]
 
@@ -191,14 +194,20 @@ class LibSystem:
     taking it back after each of 3000 calls would cost a wait of up to the switch interval each. What
     can wait in the kernel gives it up: ``TASK_VM_INFO`` (map lock) and every ``proc_*`` (a target
     inside exec).
+
+    Args:
+        quick: the functions of libSystem, to be called with the interpreter lock; they leave errno alone.
+        slow: the same, to be called without it, with ctypes' copy of errno.
+        task: ``mach_task_self_``.
+
+    Raises:
+        Unsupported: a function is missing; the text names it.
     """
 
-    def __init__(self, path: str | None) -> None:
-        try:
-            self._quick = ctypes.PyDLL(path)  # Mach calls leave errno alone
-            self._slow = ctypes.CDLL(path, use_errno=True)
-        except OSError as error:
-            raise Unsupported(f"cannot load libSystem: {error}") from None
+    def __init__(self, quick: Any, slow: Any, task: c_uint32) -> None:
+        self._quick = quick
+        self._slow = slow
+        self._task = task
         try:
             for name, function in FUNCTIONS.items():
                 for library in (self._quick, self._slow):
@@ -212,8 +221,7 @@ class LibSystem:
             self._thread_info = _as_passed(self._quick, "thread_info")
             self._release = _as_passed(self._quick, "mach_port_deallocate")
             self._thread_pidinfo = _as_passed(self._slow, "proc_pidinfo")
-            self._task = DATA["mach_task_self_"].in_dll(self._quick, "mach_task_self_")
-        except (AttributeError, ValueError) as error:
+        except AttributeError as error:
             raise Unsupported(f"libSystem lacks a symbol: {error}") from None
         timebase = mach_timebase_info()
         self._quick.mach_timebase_info(ctypes.addressof(timebase))
@@ -568,11 +576,25 @@ def _raise_errno(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
     return result
 
 
-def load(path: str | None = None) -> LibSystem:
+def load(path: str | None = None, tape: "Tape | None" = None) -> LibSystem:
     """
     Load libSystem, or the library at `path`.
+
+    Args:
+        tape: gets every call and its reply.
 
     Raises:
         Unsupported: it does not load or lacks a function; the text names it.
     """
-    return LibSystem(path)
+    try:
+        quick: Any = ctypes.PyDLL(path)
+        slow: Any = ctypes.CDLL(path, use_errno=True)
+    except OSError as error:
+        raise Unsupported(f"cannot load libSystem: {error}") from None
+    try:
+        task = DATA["mach_task_self_"].in_dll(quick, "mach_task_self_")
+    except ValueError as error:
+        raise Unsupported(f"libSystem lacks a symbol: {error}") from None
+    if tape is not None:
+        quick, slow = tape.of(quick), tape.of(slow)
+    return LibSystem(quick, slow, task)

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vitalsd.sources import ProcessEntry, Source, hides_processes, list_processes, open_source, platform_name
 from vitalsd.sources.birth import Births, births
 from vitalsd.sources.programs import ProgramOf, no_program
 
-__all__ = ["OpenSource", "Platform", "this_platform"]
+if TYPE_CHECKING:
+    from vitalsd.sources.tape import Tape
+
+__all__ = ["OpenSource", "Platform", "macos", "this_platform"]
 
 
 class OpenSource(Protocol):
@@ -32,6 +35,33 @@ class Platform(NamedTuple):
     """Whether the kernel hides processes from other users."""
     command: Sequence[str] | None = None
     """How another process runs ``vitalsd`` over this platform; ``None``: as always."""
+    taped: "Callable[[Tape], Platform] | None" = None
+    """Return the same platform with the calls of this process on a tape; ``None``: it calls no libSystem."""
+
+
+def macos(library: str | None = None, tape: "Tape | None" = None) -> Platform:
+    """
+    Return macOS over libSystem, or over the library at the path `library`.
+
+    Args:
+        tape: gets every call and its reply.
+
+    Raises:
+        Unsupported: the library does not load or lacks a function.
+    """
+    from vitalsd.sources import darwin
+    from vitalsd.sources.birth_darwin import DarwinBirths
+    from vitalsd.sources.libsystem import load
+
+    lib = load(library, tape)
+    return Platform(
+        name="macos",
+        open_source=partial(darwin.open_process, lib=lib),
+        list_processes=partial(darwin.list_processes, lib),
+        births=lambda: DarwinBirths(lib),
+        holdings=partial(darwin.holdings, lib),
+        taped=partial(macos, library),
+    )
 
 
 def this_platform(proc_root: str = "/proc") -> Platform:
@@ -48,6 +78,7 @@ def this_platform(proc_root: str = "/proc") -> Platform:
         births=births,
         holdings=_holdings,
         hides_processes=partial(hides_processes, proc_root=proc_root),
+        taped=partial(macos, None) if platform_name() == "macos" else None,
     )
 
 
