@@ -78,7 +78,7 @@ class TestLoading:
     @pytest.mark.skipif(sys.platform == "darwin", reason="there it is no other system")
     def test_another_system_lacks_them(self) -> None:
         """On Linux the module imports, and loading says what is missing."""
-        with pytest.raises(Unsupported, match="lacks a symbol: .*mach_task_self_"):
+        with pytest.raises(Unsupported, match="mach_task_self_"):
             load()
 
     def test_importing_loads_nothing(self) -> None:
