@@ -4,7 +4,7 @@ ctypes is usually written: a structure and a counter made for each call, thread 
 
     python benchmarks/darwin_snapshot.py [--threads N] [--rounds N]
 
-Runs over the simulated libSystem, so on Linux. The goal (docs/macos.md): per thread at most four bare
+Runs over the simulated libSystem, so on Linux. The goal (docs/macos-proof.md): per thread at most four bare
 calls of the signature of ``thread_info``, that is the three calls a thread needs (two readings and a
 release) and one for all the bookkeeping. A bare call has ``argtypes``; ours do without, which halves
 them. What the simulated kernel itself costs is measured by the

@@ -2,7 +2,7 @@
  * A part of macOS' libSystem for Linux: the functions vitalsd calls, under their real names and with
  * the rules of XNU, over the real threads and processes of this machine.
  *
- * Sections in brackets are those of docs/macos.md. Kernel ticks run at 24 MHz, as on Apple silicon.
+ * Sections in brackets are those of docs/macos-proof.md. Kernel ticks run at 24 MHz, as on Apple silicon.
  * What starts with sim_ is for the tests: faults, oddities, and the record of violated rules.
  */
 #define _GNU_SOURCE

@@ -1,5 +1,5 @@
 """
-What only the kernel of a Mac can show; docs/macos.md says why of each.
+What only the kernel of a Mac can show; docs/macos-proof.md says why of each.
 
 The contract suite (``tests/test_source_contract.py``) runs on the same kernel.
 """

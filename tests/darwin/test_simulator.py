@@ -1,4 +1,4 @@
-"""The simulator against the rules of XNU, one by one; the sections cited are those of docs/macos.md."""
+"""The simulator against the rules of XNU, one by one; the sections cited are those of docs/macos-proof.md."""
 
 import ctypes
 import errno
@@ -119,7 +119,7 @@ def workload() -> Iterator[OwnWorkload]:
 
 
 class TestTask:
-    """docs/macos.md, section 1."""
+    """docs/macos-proof.md, section 1."""
 
     @pytest.mark.parametrize(
         ("flavor", "info"),
@@ -213,7 +213,7 @@ class TestTask:
 
 
 class TestThreads:
-    """docs/macos.md, section 2."""
+    """docs/macos-proof.md, section 2."""
 
     def test_each_entry_is_a_reference_under_one_name(self, simulator: Simulator) -> None:
         """Two lists have the same names, and twice the references to give back (§2, lifecycle)."""
@@ -363,7 +363,7 @@ class TestThreads:
 
 
 class TestProcesses:
-    """docs/macos.md, sections 3 and 7."""
+    """docs/macos-proof.md, sections 3 and 7."""
 
     @pytest.fixture
     def child(self) -> Iterator[subprocess.Popen[bytes]]:
@@ -558,7 +558,7 @@ class TestProcesses:
 
 
 class TestClocks:
-    """docs/macos.md, sections 4 and 5."""
+    """docs/macos-proof.md, sections 4 and 5."""
 
     def test_only_one_clock_goes_on_in_sleep(self, simulator: Simulator) -> None:
         """mach_continuous_time adds the time slept, mach_absolute_time stops (§4)."""

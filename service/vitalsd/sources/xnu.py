@@ -1,7 +1,7 @@
 """
 What both macOS sources have in common: who the target is, the scale of kernel ticks, its age.
 
-Some facts about the kernel (xnu-11417 and the `docs/macos.md` of this project):
+Some facts about the kernel (xnu-11417 and the `docs/macos-proof.md` of this project):
 
 - Times the kernel writes in ticks (``task_absolutetime_info``, ``pti_*``, ``ri_*``) run at sysctl
   ``hw.tbfrequency``. ``mach_timebase_info`` says 1/1 to a process translated by Rosetta while those
