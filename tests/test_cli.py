@@ -343,7 +343,8 @@ def test_name_on_macos_matches_without_case() -> None:
         cpu_ns=0,
         rss_bytes=0,
         thread_count=1,
-        uid=os.geteuid(),
+        uids=frozenset({os.geteuid()}),
+        parent=0,
     )
     macos = this_platform()._replace(name="macos", list_processes=lambda: [entry])
     assert find_target(None, "python", macos) == 1

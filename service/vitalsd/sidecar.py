@@ -29,7 +29,7 @@ from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Sampler
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
-from vitalsd.sources.birth import UNKNOWN_BOOT, Births, Undecided, births
+from vitalsd.sources.birth import Births, births
 from vitalsd.targets import Target as Measured
 from vitalsd.targets import Targets
 from vitalsd.watch import death_of
@@ -89,7 +89,7 @@ class Service:
             version=__version__,
             pid=os.getpid(),
             start=kernel.start_key(os.getpid()) or 0,
-            boot_id=_boot_id(kernel),
+            boot_id=kernel.boot_id(),
             realm=kernel.realm(),
             uid=os.geteuid(),
             target=target,
@@ -241,14 +241,6 @@ async def _stay_findable(sidecar: Service) -> None:
     while True:
         await asyncio.sleep(LOOK_S)
         sidecar.publish_again()
-
-
-def _boot_id(kernel: Births) -> str:
-    """Return the boot id for the runtime file; without one the start time alone says which run has the pid."""
-    try:
-        return kernel.boot_id()
-    except Undecided:
-        return UNKNOWN_BOOT
 
 
 def end_with(target: Target, targets: Targets, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:

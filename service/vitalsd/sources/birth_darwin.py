@@ -3,7 +3,7 @@
 import time
 
 from vitalsd.sources.apple_headers import proc_taskallinfo
-from vitalsd.sources.birth import UNKNOWN_BOOT, Undecided, anonymous
+from vitalsd.sources.birth import Undecided, anonymous
 from vitalsd.sources.libsystem import LibSystem, MachError
 from vitalsd.sources.xnu import boot_id, start_key
 
