@@ -62,17 +62,21 @@ void stub_free(void *array)
 }
 
 /*
- * For a whole program: SIM_LAUNCHD="<pid> <key>=<fd> ..." stands for the property list. launchd knows the process that
+ * For a whole program: SIM_LAUNCHD="<pid> <key>=<fd>,<fd> ..." stands for the property list. launchd knows the process that
  * it started by its pid; a child of that process is a stranger.
  */
 __attribute__((constructor)) static void start(void)
 {
     const char *text = getenv("SIM_LAUNCHD");
     char name[32];
-    int pid, fd, read;
+    int pid, fds[8], read, more;
     if (!text || sscanf(text, "%d%n", &pid, &read) != 1 || pid != getpid())
         return;
     managed = 1;
-    while (sscanf(text += read, " %31[a-z]=%d%n", name, &fd, &read) == 2)
-        stub_key(name, 0, &fd, 1);
+    while (sscanf(text += read, " %31[a-z]=%d%n", name, fds, &read) == 2) {
+        size_t count = 1;
+        for (; count < 8 && sscanf(text + read, ",%d%n", fds + count, &more) == 1; read += more)
+            count++;
+        stub_key(name, 0, fds, count);
+    }
 }

@@ -29,26 +29,26 @@ def listener(description: dict[str, Any]) -> socket.socket:
         made.bind(description["SockPathName"])
         os.chmod(description["SockPathName"], description["SockPathMode"])
     else:
-        made = socket.socket()
+        made = socket.socket(socket.AF_INET6 if description["SockFamily"] == "IPv6" else socket.AF_INET)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((description["SockNodeName"], int(description["SockServiceName"])))
     made.listen()
     return made
 
 
-def start(job: dict[str, Any], sockets: dict[str, socket.socket]) -> "subprocess.Popen[bytes]":
+def start(job: dict[str, Any], sockets: dict[str, list[socket.socket]]) -> "subprocess.Popen[bytes]":
     """Start the program of a job with its sockets, and the variable by which the stub library knows them."""
     code = (
         "import os, sys\n"
         "os.environ['SIM_LAUNCHD'] = f'{os.getpid()} {sys.argv[1]}'\n"
         "os.execv(sys.argv[2], sys.argv[2:])\n"
     )
-    held = " ".join(f"{key}={made.fileno()}" for key, made in sockets.items())
+    held = " ".join(f"{key}={','.join(str(made.fileno()) for made in several)}" for key, several in sockets.items())
     with open(job["StandardErrorPath"], "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-c", code, held, *job["ProgramArguments"]],
             env=os.environ | job.get("EnvironmentVariables", {}),
-            pass_fds=[made.fileno() for made in sockets.values()],
+            pass_fds=[made.fileno() for several in sockets.values() for made in several],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -58,7 +58,10 @@ def start(job: dict[str, Any], sockets: dict[str, socket.socket]) -> "subprocess
 def supervise(state: Path, plist: Path) -> None:
     """Serve one job until SIGTERM; then end it, as ``bootout`` does, after half a second."""
     job = plistlib.loads(plist.read_bytes())
-    sockets = {key: listener(description) for key, description in job["Sockets"].items()}
+    sockets = {
+        key: [listener(each) for each in (found if isinstance(found, list) else [found])]
+        for key, found in job["Sockets"].items()
+    }
     ended = False
 
     def end(*_: object) -> None:
@@ -71,7 +74,7 @@ def supervise(state: Path, plist: Path) -> None:
     while not ended:
         if process is not None and process.poll() is None:
             time.sleep(0.05)
-        elif select.select(list(sockets.values()), [], [], 0.05)[0]:
+        elif select.select([made for several in sockets.values() for made in several], [], [], 0.05)[0]:
             process = start(job, sockets)
         if (state / "kickstart").exists():
             (state / "kickstart").unlink()

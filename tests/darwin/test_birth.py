@@ -73,4 +73,4 @@ def test_service_without_a_boot_id_starts_and_is_found(simulator: Simulator) -> 
     assert endpoint.boot_id == "unknown"
     simulator.clear_faults()
     assert liveness(endpoint, kernel) == "alive"
-    assert liveness(replace(endpoint, start=endpoint.start + 1), kernel) == "dead"
+    assert liveness(replace(endpoint, start=endpoint.start + 1), kernel) == "unknown"  # It may be of another boot.
