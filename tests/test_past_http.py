@@ -416,7 +416,7 @@ def test_replay_unpacks_no_more_than_the_header_says(tmp_path: Path) -> None:
     assert peak < 10_000_000
 
 
-@pytest.mark.skipif(not SHARED_MEMORY.exists(), reason="without a tail, a listing moves the log into the database")
+@pytest.mark.skipif(not SHARED_MEMORY.exists(), reason="needs a tail, which macOS has no memory for")
 def test_get_of_any_route_changes_no_file_and_no_mark(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """A run that crashed, with its log and its tail, is as it was, and counts as not reported."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as crashed:
