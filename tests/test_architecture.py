@@ -15,6 +15,7 @@ import pytest
 
 import vitalsd
 import vitalsd_client
+from as_darwin.emulation import LACKING
 from sidecars import environment
 
 ROOT = Path(__file__).parent.parent
@@ -232,3 +233,31 @@ def test_the_tests_that_reliability_names_are_there() -> None:
     assert len(named) > 20
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+LINUX_ALONE = {
+    ("alongside.py", "os.memfd_create"),
+    ("linux.py", "os.pidfd_open"),
+    ("peer.py", "socket.AF_NETLINK"),
+    ("peer.py", "socket.SOCK_CLOEXEC"),
+    ("peer.py", "socket.SOCK_NONBLOCK"),
+    ("peer.py", "socket.TCP_INFO"),
+    ("socket_file.py", "socket.SO_PEERCRED"),
+    ("watch.py", "os.pidfd_open"),
+}
+"""Names that Python lacks on macOS, where they are used behind a test of ``sys.platform``."""
+
+
+def test_names_that_python_lacks_on_macos_are_used_for_linux_alone() -> None:
+    """Of os, socket, select, resource, fcntl, signal, time and mmap; a new one needs a branch for macOS first."""
+    lacking = {(module.__name__, name) for module, names in LACKING.items() for name in names.split()}
+    used = {
+        (path.name, f"{node.value.id}.{node.attr}")
+        for package in ("service", "clients")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and (node.value.id, node.attr) in lacking
+    }
+    assert used == LINUX_ALONE

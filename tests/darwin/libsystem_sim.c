@@ -555,6 +555,15 @@ struct thread_extended_info {
 
 static long long to_us(long long ns) { return ns / 1000 * 1000; }
 
+/* XNU: a thread has no name until it gives itself one [2]. Linux gives it that of its maker, in the end the process'. */
+static bool is_unnamed(const char *comm, long pid)
+{
+    struct stat_line process;
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%ld/stat", pid);
+    return read_stat(path, &process) && !strcmp(process.comm, comm);
+}
+
 /* Nanoseconds, but cut to microseconds [2]. */
 static struct thread_extended_info extended_info(struct thread *t, int priority)
 {
@@ -567,7 +576,7 @@ static struct thread_extended_info extended_info(struct thread *t, int priority)
         .priority = priority,
         .maxpriority = 63,
     };
-    memcpy(info.name, t->name[0] ? t->name : t->comm, sizeof info.name);
+    memcpy(info.name, t->name[0] || is_unnamed(t->comm, getpid()) ? t->name : t->comm, sizeof info.name);
     return info;
 }
 
@@ -1018,7 +1027,7 @@ static struct thread_extended_info *other_thread(long pid, uint64_t tid)
         .user_time = to_us(user), .system_time = to_us(system), .curpri = (int)s.priority, .priority = (int)s.priority,
         .run_state = run_state(s.state),
     };
-    snprintf(info.name, sizeof info.name, "%s", s.comm);
+    snprintf(info.name, sizeof info.name, "%s", is_unnamed(s.comm, pid) ? "" : s.comm);
     return &info;
 }
 
