@@ -33,6 +33,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{sum(ran)} tests passed as on a Mac: emulated on Linux, by tests/as_darwin")
 
 
+@pytest.fixture(autouse=True)
+def _same_umask_and_directory() -> Iterator[None]:
+    """Restore what a command sets for the whole process when a test runs it in this one."""
+    umask, directory = os.umask(0o022), Path.cwd()
+    os.umask(umask)
+    yield
+    os.umask(umask)
+    os.chdir(directory)
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., Target]]:
     """Starts target programs that end with the test."""
