@@ -149,7 +149,9 @@ def exits(code: str) -> "subprocess.Popen[bytes]":
 
 
 def await_state(pid: int, state: str) -> None:
-    eventually(lambda: parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).state == state)
+    """Wait until all threads of a process are in a state of Linux."""
+    stats = Path(f"/proc/{pid}/task").glob
+    eventually(lambda: {parse_stat(stat.read_bytes()).state for stat in stats("*/stat")} == {state})
 
 
 @pytest.mark.parametrize(
