@@ -485,13 +485,14 @@ def numbers_of(image: bytearray) -> list[int]:
 def test_read_image_has_what_sqlite_reads(tmp_path: Path, page_bytes: int) -> None:
     """After transactions, rollbacks, checkpoints, and whatever a log is cut to or overwritten with."""
     dice, path = random.Random(page_bytes), tmp_path / "run.sqlite"
+    steps = 120 if page_bytes < 65536 else 40  # The checksum of a log of large pages takes long.
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute(f"PRAGMA page_size = {page_bytes}")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA wal_autocheckpoint = {dice.randrange(5, 50)}")
         db.execute("CREATE TABLE t (x BLOB)")
         compared = 0
-        for step in range(120):
+        for step in range(steps):
             db.execute("BEGIN")
             for _ in range(dice.randrange(1, 6)):
                 db.execute("INSERT INTO t VALUES (?)", (dice.randbytes(dice.randrange(2 * page_bytes)),))
@@ -511,7 +512,7 @@ def test_read_image_has_what_sqlite_reads(tmp_path: Path, page_bytes: int) -> No
                 found = numbers_in(damaged)
                 compared += found != [-1]
                 assert numbers_of(read_image(damaged)) == found, (step, at)
-        assert compared > 40
+        assert compared > steps // 3
 
 
 def test_run_is_whole_however_often_it_is_read_while_it_is_written(tmp_path: Path) -> None:
