@@ -99,7 +99,8 @@ def test_process_that_shares_its_memory_is_counted_by_itself(begin: Begin) -> No
         first, begun = idle.snapshot(), busy.snapshot()
         eventually(lambda: busy.snapshot().cpu_ns - begun.cpu_ns > 50 * MS)
         quiet, used = measure(first, idle.snapshot()), measure(begun, busy.snapshot())
-    assert (quiet.cpu_ns, quiet.unknown) == (0, frozenset())
+    assert quiet.cpu_ns < MS  # It may have been falling asleep at the first snapshot.
+    assert quiet.unknown == frozenset()
     assert used.thread_cpu_ns[0] == pytest.approx(used.cpu_ns, abs=2 * KERNEL_TICK_NS)
 
 
