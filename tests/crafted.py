@@ -1,4 +1,4 @@
-"""Runs as a hostile program may make them: pages that SQLite follows for ever, and files that it would obey."""
+"""Runs as a hostile program may make them: pages that SQLite follows without end, and files that it would apply."""
 
 import os
 import sqlite3

@@ -210,7 +210,7 @@ def test_usage_error_that_quotes_bytes_that_are_no_text_is_plain_text(tmp_path: 
 
 
 def test_bug_with_hostile_text_prints_plain_traceback(tmp_path: Path) -> None:
-    """An exception that no code expects is a traceback whose lines are escaped and cut."""
+    """An exception that no code expects is a traceback with its lines escaped and cut."""
     program = tmp_path / "program.py"
     program.write_text(
         "import sys, vitalsd.cli.listing as listing\n"
@@ -284,7 +284,7 @@ def test_mark_that_a_hostile_server_refuses_logs_plain_text(caplog: pytest.LogCa
 
 
 def answers_by_path(answers: dict[bytes, object]) -> Misbehaving:
-    """A server whose answers are JSON by the beginning of the path."""
+    """A server that answers with JSON by the beginning of the path."""
 
     def behave(connection: socket.socket, _: threading.Event) -> None:
         path = server.requests[-1].split(b" ")[1]

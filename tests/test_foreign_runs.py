@@ -54,7 +54,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def logged(run: Path, tmp_path: Path) -> Path:
-    """A crashed run whose last snapshots are in the log, as a writer leaves it that was killed."""
+    """A crashed run with its last snapshots in the log, as a killed writer leaves it."""
     box, _ = write(tmp_path / "killed", [Process().snapshot()])
     for suffix in ("", "-wal"):
         shutil.copyfile(tmp_path / "killed" / f"{box.run_id}.sqlite{suffix}", f"{run}{suffix}")

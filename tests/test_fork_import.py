@@ -70,7 +70,7 @@ print("answers")
 def test_child_forked_during_an_import_of_the_sidecar_imports_that_module(
     short_path: Path, module: str, path: str
 ) -> None:
-    """The fork waits for the import to end; otherwise its lock would stay locked in the child for ever."""
+    """The fork waits for the import to end; otherwise its lock would stay locked in the child."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), module, path, "1"],
         env=environment(short_path),

@@ -26,7 +26,7 @@ SENTENCE = "the system gives no more threads; raise its limit (ulimit -u, pids.m
 
 
 class Group:
-    """A cgroup whose number of threads can be limited."""
+    """A cgroup with a limit of threads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

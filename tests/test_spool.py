@@ -895,7 +895,7 @@ def test_spool_removes_and_sends_no_file_of_another_program(tmp_path: Path, rece
 
 
 def zipped(report_id: str) -> bytes:
-    """A zip whose manifest has this id."""
+    """A zip with this id in its manifest."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("manifest.json", json.dumps({"report_id": report_id}))

@@ -67,7 +67,7 @@ class _PausableLoop:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._resting = threading.Lock()
-        """Held until `resume`. Not an Event, which has a lock of its own that could be held in the child for ever."""
+        """Held until `resume`. Not an Event, which has a lock of its own that could stay held in the child."""
 
     def pause(self, timeout_s: float) -> bool:
         """Let the callback under way end and none begin until `resume`; False if it takes longer."""

@@ -39,7 +39,7 @@ MARK_BYTES = 3 * 8
 """Size of the numbers before the path of the link: magic number, mount namespace, length of the path."""
 MAX_PATH_BYTES = 4096
 ORPHAN_S = 3600.0
-"""A tail this old whose run is gone and that no process holds is removed."""
+"""The sidecar removes a tail this old if its run is gone and no process holds it."""
 MAX_BYTES = 1 << 20
 """Of one run. The 64 snapshots of a segment take a quarter of it when 1000 threads run all the time."""
 HEAD_BYTES = 5 * 8
@@ -167,7 +167,7 @@ def remove_tail(link: Path) -> None:
 
 def sweep_tails(memory: Path) -> None:
     """
-    Remove the tails of this user in `memory` whose run was removed and whose writer is dead.
+    Remove the tails of this user in `memory` if their run was removed and their writer is dead.
 
     A tail of another mount namespace stays: its run may be there, in a container.
     """

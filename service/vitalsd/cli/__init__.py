@@ -78,12 +78,12 @@ class _Program(click.Group):
             sys.exit(1)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Parse the options that precede the command. Raises `click.UsageError`, whose text is escaped and cut."""
+        """Parse the options that precede the command. Raises `click.UsageError`, with its text escaped and cut."""
         with _escaped():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Raises `click.ClickException`, whose text is escaped and cut."""
+        """Run the command. Raises `click.ClickException`, with its text escaped and cut."""
         with _escaped():
             return super().invoke(ctx)
 

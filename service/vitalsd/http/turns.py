@@ -42,7 +42,7 @@ class Turns:
         self._shares = Shares(limit + 1)
         self._orders: dict[Hashable, _Order[Any]] = {}
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}
-        """By kind of client, the kind whose turn it is first."""
+        """By kind of client, in the order of their turns."""
         self._taken = False
 
     async def make(self, work: Callable[[], Awaitable[T]], key: Hashable = None, peer: Peer = OWNER) -> T:

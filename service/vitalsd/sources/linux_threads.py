@@ -75,7 +75,7 @@ class ThreadTable:
         """The names as they were read."""
         self._named_ns = 0
         self._unsure: set[int] = set()
-        """Threads that ran since their births were read, if another thread may have their handles by now."""
+        """Threads that ran since their births were read, if another thread may have their handles since."""
         self._looked_ns = 0
         self._links_count_threads = False
         self._exited_ns: int | None = None

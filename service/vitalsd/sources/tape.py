@@ -141,7 +141,7 @@ class Tape:
 
 
 class _Taped:
-    """A library of ctypes whose functions are called through the tape."""
+    """A library of ctypes with its functions called through the tape."""
 
     def __init__(self, tape: Tape, library: ctypes.CDLL) -> None:
         self._tape = tape
