@@ -102,7 +102,7 @@ def once(call: str, where: str, toolkit: str) -> tuple[float, float, float]:
 
 def stop_sidecars(runtime: Path) -> None:
     """End the sidecars that a program left behind, or the next one shares the machine with them."""
-    from vitalsd.endpoint import discover
+    from vitalsd.discovery.runtime_file import discover
 
     for each in discover(directories=[runtime]):
         os.kill(each.pid, signal.SIGTERM)

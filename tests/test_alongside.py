@@ -16,7 +16,7 @@ import pytest
 import as_platform
 import vitalsd
 from sidecars import ask, environment, eventually, listing, serving
-from vitalsd import endpoint
+from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.runs import RunDirectory
 from vitalsd.sources.birth import births
 from vitalsd.stored_run import read_run

@@ -477,7 +477,7 @@ def test_a_directory_that_cannot_be_looked_into_is_not_empty(tmp_path: Path, mon
             raise PermissionError(errno.EACCES, "forbidden")
         return lstat(path, **more)
 
-    monkeypatch.setattr("vitalsd.durable.os.lstat", forbidden)
+    monkeypatch.setattr("vitalsd.discovery.atomic_file.os.lstat", forbidden)
     for _ in range(3):  # segments
         process.threads[max(process.threads)[0] + 1, 1] = "new", 0
         go_on(box, record, process, 3)

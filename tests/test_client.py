@@ -27,9 +27,9 @@ import pytest
 import vitalsd
 from misbehaving import FAULTS, METRICS, Behaviour, Misbehaving, answer, says
 from sidecars import ask, eventually, serving
-from vitalsd import endpoint as endpoints
-from vitalsd.directories import private_directory
-from vitalsd.endpoint import Endpoint, Target, proof
+from vitalsd.discovery import runtime_file as endpoints
+from vitalsd.discovery.directories import private_directory
+from vitalsd.discovery.runtime_file import Endpoint, Target, proof
 from vitalsd.model import FullMetrics, Measured, RuntimeMetrics, Unavailable
 from vitalsd.sources.birth import births
 from vitalsd_client import BugReport, afetch, fetch, mark
@@ -370,7 +370,7 @@ def test_a_mixed_up_answer_does_not_pass_for_numbers(home: Path) -> None:
 def test_a_hung_file_system_costs_the_budget_and_no_more(home: Path) -> None:
     """What blocks outside of any socket is left behind on its thread."""
     code = (
-        "import os, time, vitalsd.endpoint as e\n"
+        "import os, time, vitalsd.discovery.runtime_file as e\n"
         "def hung(*_, **__): time.sleep(60)\n"
         "import vitalsd_client.places as p, vitalsd_client.client as c\n"
         "c.locate = hung\n"
@@ -527,10 +527,10 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
     allowed = {
         "vitalsd",
         "vitalsd.model",
-        "vitalsd.endpoint",
-        "vitalsd.directories",
-        "vitalsd.durable",
-        "vitalsd.socket_file",
+        "vitalsd.discovery.runtime_file",
+        "vitalsd.discovery.directories",
+        "vitalsd.discovery.atomic_file",
+        "vitalsd.discovery.unix_socket",
         "vitalsd.contract.application",
         "vitalsd.contract.host",
         "vitalsd.contract.labels",

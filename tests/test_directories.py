@@ -1,4 +1,4 @@
-"""Where the files of a user are: `vitalsd.directories`."""
+"""Where the files of a user are: `vitalsd.discovery.directories`."""
 
 import os
 import stat
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitalsd.directories import (
+from vitalsd.discovery.directories import (
     MAX_SOCKET_PATH,
     EndpointError,
     check_socket_path,

@@ -12,7 +12,7 @@ import pytest
 import tools
 from sidecars import ask, environment, eventually, listing
 from vitalsd.alongside import spawn
-from vitalsd.endpoint import discover
+from vitalsd.discovery.runtime_file import discover
 
 pytestmark = pytest.mark.live
 

@@ -1,4 +1,4 @@
-"""The runtime file and the sockets beside it: `vitalsd.endpoint`, `vitalsd.socket_file`."""
+"""The runtime file and the sockets beside it: `vitalsd.discovery.runtime_file`, `vitalsd.discovery.unix_socket`."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 
-from vitalsd import endpoint as ep
-from vitalsd.directories import (
+from vitalsd.discovery import runtime_file as ep
+from vitalsd.discovery.directories import (
     EndpointError,
     agent_socket,
     private_directory,
     socket_name,
 )
-from vitalsd.endpoint import Endpoint, Target
-from vitalsd.socket_file import SocketLock, answers
+from vitalsd.discovery.runtime_file import Endpoint, Target
+from vitalsd.discovery.unix_socket import SocketLock, answers
 from vitalsd.sources import open_source
 from vitalsd.sources.birth import ANY_MACHINE, UNKNOWN_BOOT, LinuxBirths, Undecided, births
 
@@ -144,7 +144,7 @@ def test_a_writer_killed_at_any_time_leaves_a_whole_file_or_none(directory: Path
     """20 SIGKILLs during writes: what is there under the final name can always be read."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from test_endpoint import an_endpoint; from vitalsd import endpoint\n"
+        "from test_endpoint import an_endpoint; from vitalsd.discovery import runtime_file as endpoint\n"
         "print(flush=True)\n"
         "while True: endpoint.publish(an_endpoint(version='x' * 9000), Path(sys.argv[1]))\n"
     )
@@ -462,6 +462,8 @@ def test_a_lock_removed_while_waiting_is_taken_anew(directory: Path) -> None:
 
 def test_clients_import_this_without_the_service() -> None:
     """Importing the endpoint loads no web framework, no server and no pydantic."""
-    code = "import sys, vitalsd.endpoint; print([m for m in sys.modules if m.split('.')[0] in sys.argv[1:]])"
+    code = (
+        "import sys, vitalsd.discovery.runtime_file; print([m for m in sys.modules if m.split('.')[0] in sys.argv[1:]])"
+    )
     command = [sys.executable, "-c", code, "fastapi", "starlette", "uvicorn", "pydantic", "asyncio", "anyio"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -250,7 +250,7 @@ def test_serve_start_and_spawn_work_without_a_boot_id(short_path: Path) -> None:
     code = """
 import json, os, urllib.request
 import vitalsd, vitalsd_client
-from vitalsd.endpoint import discover
+from vitalsd.discovery.runtime_file import discover
 assert not os.path.exists("/proc/sys")
 answers = []
 with vitalsd.spawn(port=0) as spawned:

@@ -20,8 +20,8 @@ from starlette.datastructures import QueryParams
 from lives import Process
 from test_abuse import mutated
 from test_blackbox import write
-from vitalsd import endpoint
-from vitalsd.directories import EndpointError
+from vitalsd.discovery import runtime_file as endpoint
+from vitalsd.discovery.directories import EndpointError
 from vitalsd.history import history
 from vitalsd.http.problem import Refused
 from vitalsd.http.query import HistoryQuery, MetricsQuery, ReportQuery, StreamQuery, _bad_parameter

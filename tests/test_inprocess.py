@@ -18,7 +18,7 @@ import pytest
 
 import vitalsd
 from sidecars import ask, environment, eventually, listing
-from vitalsd import endpoint
+from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.listeners import ListenError, PortInUse, bind_tcp
 from vitalsd.record import Record
 from vitalsd.runs import RunDirectory

@@ -21,7 +21,7 @@ import pytest
 
 import tools
 from sidecars import VITALSD, ask, environment, eventually, serving
-from vitalsd.endpoint import discover
+from vitalsd.discovery.runtime_file import discover
 from vitalsd.report.previous_run import Choice, Subject, choose
 from vitalsd.runs import MAX_LISTED, RunDirectory
 from vitalsd.stored_run import UNKNOWN_END, Run

@@ -21,7 +21,7 @@ import pytest
 
 import tools
 from sidecars import environment, eventually, listing, serving
-from vitalsd.endpoint import discover
+from vitalsd.discovery.runtime_file import discover
 from vitalsd.model import Measured, Unavailable, parse_runtime_metrics
 from vitalsd.runs import RunDirectory
 from vitalsd.stored_run import Run

@@ -25,11 +25,11 @@ import pytest
 
 from edge import dial, whole_app
 from sidecars import VITALSD, UnixConnection, ask, environment, eventually, listing, serving
-from vitalsd import endpoint
+from vitalsd.discovery import runtime_file as endpoint
+from vitalsd.discovery.unix_socket import answers
 from vitalsd.listeners import ListenError, PortInUse, UnixListener, adopt, bind_tcp, inherited, is_remote, listen
 from vitalsd.runs import RunDirectory
 from vitalsd.sidecar import Service
-from vitalsd.socket_file import answers
 
 
 def refused(directory: Path, *options: str) -> tuple[int, str]:

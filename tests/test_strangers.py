@@ -15,8 +15,8 @@ import pytest
 
 from edge import get
 from sidecars import serving
-from vitalsd import endpoint as endpoints
-from vitalsd.endpoint import Endpoint
+from vitalsd.discovery import runtime_file as endpoints
+from vitalsd.discovery.runtime_file import Endpoint
 from vitalsd.model import Measured, Unavailable
 from vitalsd.sources.birth import births
 from vitalsd_client import fetch

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from vitalsd import endpoint as endpoints
-from vitalsd.directories import EndpointError, runtime_directories
+from vitalsd.discovery import runtime_file as endpoints
+from vitalsd.discovery.directories import EndpointError, runtime_directories
 from vitalsd.discovery.http_connection import Answer, Connection, ExchangeError
 from vitalsd.discovery.own_sidecars import own_sidecars
-from vitalsd.endpoint import Endpoint, Liveness
+from vitalsd.discovery.runtime_file import Endpoint, Liveness
 
 __all__ = ["NoSidecar", "Sidecar", "answering", "locate", "refusal"]
 

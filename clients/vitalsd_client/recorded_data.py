@@ -169,7 +169,7 @@ class RecordedData:
 
 def run_directory() -> Any:
     """Return the `RunDirectory` of this user; ``None``: there is none, or other users may write it."""
-    from vitalsd.directories import EndpointError, state_path
+    from vitalsd.discovery.directories import EndpointError, state_path
     from vitalsd.runs import RunDirectory
 
     try:
@@ -183,7 +183,7 @@ def run_directory() -> Any:
 
 
 def _is_there() -> bool:
-    from vitalsd.directories import EndpointError, state_path
+    from vitalsd.discovery.directories import EndpointError, state_path
 
     with suppress(EndpointError, OSError):
         return os.path.lexists(state_path() / "runs")

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeGuard
 
 from vitalsd.contract.report_archive import MANIFEST
-from vitalsd.directories import EndpointError, private_directory
-from vitalsd.durable import draft, sync_directory
+from vitalsd.discovery.atomic_file import draft, sync_directory
+from vitalsd.discovery.directories import EndpointError, private_directory
 
 __all__ = ["STATES", "Entry", "SpoolError", "State", "States", "Use", "first_note"]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from vitalsd.directories import agent_socket
-from vitalsd.durable import draft
+from vitalsd.discovery.atomic_file import draft
+from vitalsd.discovery.directories import agent_socket
 from vitalsd.frozen import NotRunnableError, is_frozen, is_one_file, own_command, restore_libraries, with_own_path
 
 __all__ = [

@@ -16,7 +16,7 @@ from functools import partial
 from threading import Lock
 
 from vitalsd.contract.application import Application
-from vitalsd.durable import is_gone
+from vitalsd.discovery.atomic_file import is_gone
 from vitalsd.record import Event, Mark, Segment
 from vitalsd.recording.sqlite import sqlite3
 from vitalsd.run_file import RunFile, row_of

@@ -16,14 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from vitalsd import endpoint as endpoints
 from vitalsd.alongside import died_of_exception
 from vitalsd.blackbox import BlackBox
 from vitalsd.contract.application import Application
 from vitalsd.contract.labels import clean_label
+from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
 from vitalsd.discovery.program_key import program_key
-from vitalsd.endpoint import Endpoint, Target
+from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.http.shelf import Shelf
 from vitalsd.listeners import listen

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from vitalsd.directories import (
+from vitalsd.discovery.directories import (
     EndpointError,
     check_socket_path,
     private_directory,
     runtime_directories,
     socket_name,
 )
-from vitalsd.socket_file import ELSEWHERE, SocketLock, answers, direct_socket
+from vitalsd.discovery.unix_socket import ELSEWHERE, SocketLock, answers, direct_socket
 
 __all__ = [
     "BACKLOG",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
-from vitalsd.directories import EndpointError, private_directory
+from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Segment
 from vitalsd.recording.sqlite import sqlite3
 from vitalsd.run_database import SCHEMA, SCHEMA_VERSION, insert_rows

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from starlette.types import ASGIApp
 
-from vitalsd import __version__, directories
-from vitalsd import endpoint as endpoints
+from vitalsd import __version__
 from vitalsd.contract.application import Application
-from vitalsd.directories import EndpointError, private_directory
-from vitalsd.durable import is_gone
-from vitalsd.endpoint import Endpoint, Target
+from vitalsd.discovery import directories
+from vitalsd.discovery import runtime_file as endpoints
+from vitalsd.discovery.atomic_file import is_gone
+from vitalsd.discovery.directories import EndpointError, private_directory
+from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.server import Server
 from vitalsd.listeners import Listeners
 from vitalsd.runs import RunDirectory

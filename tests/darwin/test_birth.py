@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from darwin.simulator import Simulator
-from vitalsd.endpoint import liveness
+from vitalsd.discovery.runtime_file import liveness
 from vitalsd.listeners import Listeners
 from vitalsd.sidecar import Service
 from vitalsd.sources.birth import ANY_MACHINE, UNKNOWN_BOOT, Undecided

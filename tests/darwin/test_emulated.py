@@ -17,7 +17,7 @@ import pytest
 
 from as_darwin.emulation import LACKING, LIBRARY, TEARDOWN_MS, Kevent, Kqueue
 from sidecars import VITALSD, environment, eventually, serving
-from vitalsd.directories import MAX_SOCKET_PATH, runtime_directory
+from vitalsd.discovery.directories import MAX_SOCKET_PATH, runtime_directory
 from vitalsd.sources.platform import this_platform
 
 pytestmark = pytest.mark.skipif(LIBRARY not in os.environ, reason="a Mac's kernel does not do so on request")

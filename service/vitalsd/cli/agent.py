@@ -65,7 +65,7 @@ def _agent(kind: str, name: str | None, port: int, options: tuple[str, ...] = ()
     import os
 
     from vitalsd.agent import OVERRIDES, Plan, supervisor
-    from vitalsd.directories import EndpointError, runtime_directory, state_directory
+    from vitalsd.discovery.directories import EndpointError, runtime_directory, state_directory
 
     try:
         plan = Plan(

@@ -9,7 +9,7 @@ from vitalsd.cli.options import complain, print_table, runs_path
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vitalsd.endpoint import Endpoint, Published
+    from vitalsd.discovery.runtime_file import Endpoint, Published
 
 __all__ = ["endpoints", "runs"]
 
@@ -72,8 +72,8 @@ def endpoints(as_json: bool, check: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from vitalsd.directories import runtime_directories
-    from vitalsd.endpoint import published, sweep
+    from vitalsd.discovery.directories import runtime_directories
+    from vitalsd.discovery.runtime_file import published, sweep
 
     found = []
     for directory in runtime_directories():

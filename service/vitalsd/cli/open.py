@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from vitalsd.endpoint import Endpoint
+    from vitalsd.discovery.runtime_file import Endpoint
 
 __all__ = ["open_page"]
 
@@ -35,8 +35,8 @@ def open_page(pid: int | None, no_browser: bool) -> None:
     """
     import os
 
-    from vitalsd.directories import EndpointError, runtime_directory
-    from vitalsd.endpoint import discover
+    from vitalsd.discovery.directories import EndpointError, runtime_directory
+    from vitalsd.discovery.runtime_file import discover
 
     served = [each for each in discover(pid) if each.url and (pid is None or (each.target and each.target.pid == pid))]
     if not served:
@@ -62,7 +62,7 @@ def _address(endpoint: "Endpoint", directory: "Callable[[], Path]") -> str:
     import os
     from tempfile import NamedTemporaryFile
 
-    from vitalsd.endpoint import PAGE_FILE
+    from vitalsd.discovery.runtime_file import PAGE_FILE
 
     if endpoint.token is None:
         return f"{endpoint.url}/"

@@ -156,7 +156,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def runs_path() -> Path:
-    from vitalsd.directories import EndpointError, state_directory
+    from vitalsd.discovery.directories import EndpointError, state_directory
 
     try:
         return state_directory() / "runs"

@@ -207,7 +207,7 @@ def _save_original(sidecar: "Sidecar", name: str, out: Path | None, *, added: bo
 
 def _running_target(app: str | None) -> int | None:
     """Return the target of the newest sidecar, if `app` is given that of this application."""
-    from vitalsd.endpoint import discover
+    from vitalsd.discovery.runtime_file import discover
 
     found = [(each.app, each.target.pid) for each in discover() if each.target is not None]
     fitting = [pid for its_app, pid in found if app in (None, its_app)]
@@ -359,7 +359,7 @@ def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
 
 
 def _spool(url: str | None = None, ca_file: Path | None = None) -> "Spool":
-    from vitalsd.directories import EndpointError, state_directory
+    from vitalsd.discovery.directories import EndpointError, state_directory
     from vitalsd_client.spool import Spool
     from vitalsd_client.states import SpoolError
 

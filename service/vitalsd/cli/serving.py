@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vitalsd.alongside import ReadyFd
     from vitalsd.contract.application import Application
-    from vitalsd.endpoint import Target
+    from vitalsd.discovery.runtime_file import Target
     from vitalsd.listeners import Listeners
     from vitalsd.runs import RunDirectory
     from vitalsd.sidecar import Companion
@@ -143,7 +143,7 @@ def serve_until_signal(
     """
     from vitalsd import sidecar
     from vitalsd.contract.application import Application
-    from vitalsd.endpoint import new_token
+    from vitalsd.discovery.runtime_file import new_token
     from vitalsd.http.app import create_app
     from vitalsd.http.shelf import Shelf
     from vitalsd.sidecar import Service

@@ -116,7 +116,7 @@ def top(
 
 def _watched() -> int:
     """The target of this user's newest sidecar."""
-    from vitalsd.endpoint import discover
+    from vitalsd.discovery.runtime_file import discover
     from vitalsd_client.places import NoSidecar
 
     for each in discover():

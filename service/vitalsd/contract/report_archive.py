@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vitalsd.contract.host import Host
-from vitalsd.durable import draft, sync_directory
+from vitalsd.discovery.atomic_file import draft, sync_directory
 
 __all__ = [
     "HISTORY",

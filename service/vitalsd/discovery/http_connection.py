@@ -18,7 +18,7 @@ from types import TracebackType
 
 import h11
 
-from vitalsd.socket_file import direct_socket, peer_uid
+from vitalsd.discovery.unix_socket import direct_socket, peer_uid
 from vitalsd.wire import one_line
 
 __all__ = ["Answer", "Connection", "ExchangeError"]

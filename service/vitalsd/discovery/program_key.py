@@ -10,8 +10,8 @@ import secrets
 import stat
 from pathlib import Path
 
-from vitalsd.directories import EndpointError, state_directory
-from vitalsd.durable import draft
+from vitalsd.discovery.atomic_file import draft
+from vitalsd.discovery.directories import EndpointError, state_directory
 
 __all__ = ["program_key"]
 

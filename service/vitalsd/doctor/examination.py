@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from vitalsd.directories import (
+from vitalsd.discovery.directories import (
     EndpointError,
     check_socket_path,
     private_directory,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 
-from vitalsd.directories import EndpointError, runtime_directory, state_directory
+from vitalsd.discovery.directories import EndpointError, runtime_directory, state_directory
 from vitalsd.doctor.burner import BurnerProcess
 from vitalsd.doctor.finding import Finding, judged
 from vitalsd.sources import SourceError

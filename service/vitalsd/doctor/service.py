@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 
 from vitalsd.alongside import Spawned, SpawnError, spawn
+from vitalsd.discovery.runtime_file import discover
 from vitalsd.doctor.burner import BurnerProcess
 from vitalsd.doctor.finding import BUG, Finding, judged, not_here
-from vitalsd.endpoint import discover
 from vitalsd.model import Measured, parse_runtime_metrics
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Snapshot, measure

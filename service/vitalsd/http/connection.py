@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vitalsd.admission import OWNER, Peer
+from vitalsd.discovery.unix_socket import peer_uid
 from vitalsd.http.gate import protected
 from vitalsd.http.log import Sparing
 from vitalsd.http.peer import PEER, PeerUsers, is_open
@@ -28,7 +29,6 @@ from vitalsd.http.problem import problem, shown
 from vitalsd.http.query import READING
 from vitalsd.http.room import Delivery, Room
 from vitalsd.http.taken import TAKEN, closed_after_reading
-from vitalsd.socket_file import peer_uid
 
 __all__ = ["REQUEST_S", "Connection"]
 

@@ -6,7 +6,7 @@ from urllib.parse import parse_qsl
 from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vitalsd.endpoint import proof
+from vitalsd.discovery.runtime_file import proof
 from vitalsd.http.answers import JSON
 from vitalsd.http.problem import problem
 from vitalsd.http.query import READING

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitalsd.directories import EndpointError
+from vitalsd.discovery.directories import EndpointError
 
 __all__ = ["ELSEWHERE", "SocketLock", "answers", "direct_socket", "peer_uid"]
 

@@ -22,9 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vitalsd.directories import EndpointError, runtime_directories
-from vitalsd.durable import draft, sync_directory
-from vitalsd.socket_file import SocketLock, answers
+from vitalsd.discovery.atomic_file import draft, sync_directory
+from vitalsd.discovery.directories import EndpointError, runtime_directories
+from vitalsd.discovery.unix_socket import SocketLock, answers
 from vitalsd.sources.birth import ANY_MACHINE, UNKNOWN_BOOT, Births, Undecided, births
 
 __all__ = [
