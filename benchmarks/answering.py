@@ -30,7 +30,7 @@ from vitalsd.http.peer import PeerUsers
 REFERENCE = """
 import sys, uvicorn
 from fastapi import FastAPI
-from vitalsd.model import Measured, ProcessMetrics, ThreadMetrics
+from vitalsd.contract.metrics import Measured, ProcessMetrics, ThreadMetrics
 app = FastAPI()
 rows = [(1000 + i, f"worker {i}", i / 7) for i in range(int(sys.argv[1]))]
 @app.get("/metrics", response_model=Measured)

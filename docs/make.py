@@ -85,10 +85,10 @@ def schema() -> dict[str, Any]:
 
 
 def metrics_schema() -> str:
-    """JSON Schema of the contract, as `vitalsd.model` declares it."""
+    """JSON Schema of the contract, as `vitalsd.contract.metrics` declares it."""
     from pydantic import TypeAdapter
 
-    from vitalsd.model import RuntimeMetrics
+    from vitalsd.contract.metrics import RuntimeMetrics
 
     adapter: TypeAdapter[Any] = TypeAdapter(RuntimeMetrics)
     made = {

@@ -16,12 +16,12 @@ from collections import deque
 from contextlib import closing, suppress
 from typing import Any
 
+from vitalsd.contract.encoding import encode
 from vitalsd.history import history
 from vitalsd.record import Record
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources import SourceError
 from vitalsd.sources.linux import LinuxSource
-from vitalsd.wire import encode
 
 SNAPSHOTS = 400
 """Of one target."""

@@ -25,18 +25,18 @@ SERVICE = ROOT / "service" / "vitalsd"
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "vitalsd.http", "vitalsd.sidecar"}
 ABOVE = HTTP | {"vitalsd.sampler", "vitalsd.targets", "vitalsd.cli"}
 FORBIDDEN = {
-    "vitalsd.model": {"vitalsd"},
-    "vitalsd.snapshot": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
-    "vitalsd.sources": ABOVE | {"vitalsd.wire", "vitalsd.model"},
-    "vitalsd.wire": ABOVE,
+    "vitalsd.contract.metrics": {"vitalsd"},
+    "vitalsd.snapshot": ABOVE | {"vitalsd.sources", "vitalsd.contract.encoding", "vitalsd.contract.metrics"},
+    "vitalsd.sources": ABOVE | {"vitalsd.contract.encoding", "vitalsd.contract.metrics"},
+    "vitalsd.contract.encoding": ABOVE,
     "vitalsd.admission": {"vitalsd"},
-    "vitalsd.worker": ABOVE | {"vitalsd.sources", "vitalsd.wire", "vitalsd.model"},
+    "vitalsd.worker": ABOVE | {"vitalsd.sources", "vitalsd.contract.encoding", "vitalsd.contract.metrics"},
     "vitalsd.record": ABOVE,
     "vitalsd.discovery.directories": {"vitalsd"},
     "vitalsd.discovery.atomic_file": {"vitalsd"},
     "vitalsd.discovery.unix_socket": ABOVE
-    | {"vitalsd.wire", "vitalsd.model", "vitalsd.sources", "vitalsd.discovery.runtime_file"},
-    "vitalsd.discovery.runtime_file": ABOVE | {"vitalsd.wire", "vitalsd.model"},
+    | {"vitalsd.contract.encoding", "vitalsd.contract.metrics", "vitalsd.sources", "vitalsd.discovery.runtime_file"},
+    "vitalsd.discovery.runtime_file": ABOVE | {"vitalsd.contract.encoding", "vitalsd.contract.metrics"},
     "vitalsd.tail": {"vitalsd"},
     "vitalsd.sampler": HTTP | {"vitalsd.targets", "vitalsd.cli"},
     "vitalsd.targets": HTTP | {"vitalsd.cli"},

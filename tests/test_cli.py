@@ -21,7 +21,7 @@ from sidecars import environment, eventually, serving
 from target import Target
 from vitalsd.cli import main
 from vitalsd.cli.options import find_target
-from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
+from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 from vitalsd.sources import NoSuchProcess, ProcessEntry
 from vitalsd.sources.platform import this_platform
 

@@ -27,10 +27,10 @@ import pytest
 import vitalsd
 from misbehaving import FAULTS, METRICS, Behaviour, Misbehaving, answer, says
 from sidecars import ask, eventually, serving
+from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unavailable
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.directories import private_directory
 from vitalsd.discovery.runtime_file import Endpoint, Target, proof
-from vitalsd.model import FullMetrics, Measured, RuntimeMetrics, Unavailable
 from vitalsd.sources.birth import births
 from vitalsd_client import BugReport, afetch, fetch, mark
 from vitalsd_client.client import BUDGET_S
@@ -511,7 +511,7 @@ def test_a_reason_names_neither_home_nor_user(home: Path, monkeypatch: pytest.Mo
     [
         ("import vitalsd_client", "fastapi uvicorn starlette httpx pydantic asyncio vitalsd h11 rich"),
         ("from vitalsd_client import fetch, afetch, BugReport", "fastapi uvicorn starlette httpx rich vitalsd.sampler"),
-        ("from vitalsd_client import Spool", "fastapi uvicorn starlette httpx rich pydantic vitalsd.model"),
+        ("from vitalsd_client import Spool", "fastapi uvicorn starlette httpx rich pydantic vitalsd.contract.metrics"),
     ],
 )
 def test_imports_are_light(code: str, absent: str) -> None:
@@ -526,7 +526,7 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
     """The client imports these modules of the service and no others; none of them loads the web framework."""
     allowed = {
         "vitalsd",
-        "vitalsd.model",
+        "vitalsd.contract.metrics",
         "vitalsd.discovery.runtime_file",
         "vitalsd.discovery.directories",
         "vitalsd.discovery.atomic_file",
@@ -544,7 +544,7 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
         "vitalsd.report.previous_run",
     }
     more = {
-        "direct.py": {"vitalsd.snapshot", "vitalsd.sources", "vitalsd.wire"},
+        "direct.py": {"vitalsd.snapshot", "vitalsd.sources", "vitalsd.contract.encoding"},
         "recorded_data.py": {"vitalsd.runs", "vitalsd.sources", "vitalsd.sources.programs"},
         "crash.py": {"vitalsd.runs", "vitalsd.stored_run"},
     }

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitalsd.contract import encoding
-from vitalsd.contract.encoding import to_json
+from vitalsd.contract import json_pieces as encoding
+from vitalsd.contract.json_pieces import to_json
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 values = st.recursive(

@@ -19,7 +19,7 @@ import pytest
 from misbehaving import Misbehaving, answer, says
 from sidecars import VITALSD, environment
 from vitalsd.alongside import SpawnError, spawn
-from vitalsd.wire import MAX_LINE, one_line
+from vitalsd.contract.encoding import MAX_LINE, one_line
 from vitalsd_client import BugReport, fetch
 
 pytestmark = pytest.mark.live

@@ -20,6 +20,7 @@ from starlette.datastructures import QueryParams
 from lives import Process
 from test_abuse import mutated
 from test_blackbox import write
+from vitalsd.contract.encoding import encode
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.discovery.directories import EndpointError
 from vitalsd.history import history
@@ -28,7 +29,6 @@ from vitalsd.http.query import HistoryQuery, MetricsQuery, ReportQuery, StreamQu
 from vitalsd.sources.procfs import Malformed, decode_name, parse_run_times, parse_stat, parse_statm, parse_status
 from vitalsd.stored_history import read_history
 from vitalsd.stored_run import UnreadableRun, read_run
-from vitalsd.wire import encode
 
 DATA = Path(__file__).parent / "data"
 CAPTURE = DATA / "proc" / "4242"

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from serving import Serving
 from target import Target
-from vitalsd.model import FullMetrics, Measured, Unavailable, parse_runtime_metrics
+from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 
 pytestmark = pytest.mark.live
 

@@ -24,7 +24,7 @@ from edge import get
 from sidecars import environment, eventually, serving
 from target import Target
 from vitalsd.cli import main
-from vitalsd.wire import printable
+from vitalsd.contract.encoding import printable
 
 pytestmark = [pytest.mark.live, pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) names a thread by bytes")]
 

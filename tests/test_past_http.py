@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from serving import Serving
-from vitalsd.model import FullMetrics, Measured, parse_runtime_metrics
+from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.sources import list_processes
 from vitalsd.stored_run import UnreadableRun

@@ -31,9 +31,9 @@ from misbehaving import FAULTS, Misbehaving
 from serving import Serving
 from sidecars import VITALSD, environment, eventually, serving
 from vitalsd.contract.application import check_app
+from vitalsd.contract.metrics import Measured, Unavailable, parse_runtime_metrics
 from vitalsd.contract.report_archive import Bundle, Failure, new_report_id, seal
 from vitalsd.http.app import create_app
-from vitalsd.model import Measured, Unavailable, parse_runtime_metrics
 from vitalsd.recorder import Recording
 from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.sampler import Sampler

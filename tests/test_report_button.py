@@ -21,8 +21,8 @@ import pytest
 
 import tools
 from sidecars import environment, eventually, listing, serving
+from vitalsd.contract.metrics import Measured, Unavailable, parse_runtime_metrics
 from vitalsd.discovery.runtime_file import discover
-from vitalsd.model import Measured, Unavailable, parse_runtime_metrics
 from vitalsd.runs import RunDirectory
 from vitalsd.stored_run import Run
 from vitalsd_client import Entry, Spool

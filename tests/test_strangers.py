@@ -15,9 +15,9 @@ import pytest
 
 from edge import get
 from sidecars import serving
+from vitalsd.contract.metrics import Measured, Unavailable
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.runtime_file import Endpoint
-from vitalsd.model import Measured, Unavailable
 from vitalsd.sources.birth import births
 from vitalsd_client import fetch
 

@@ -25,7 +25,7 @@ from target import Target
 from terminals import PseudoTerminal
 from tools import program
 from vitalsd.cli import main
-from vitalsd.model import Measured, ProcessMetrics, ThreadMetrics, parse_runtime_metrics
+from vitalsd.contract.metrics import Measured, ProcessMetrics, ThreadMetrics, parse_runtime_metrics
 from vitalsd.top.news import Ended, Note, Past, Sample, Subject, Trouble
 from vitalsd.top.picture import ASCII, BLOCKS, Picture
 from vitalsd.top.terminal import keys

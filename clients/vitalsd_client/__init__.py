@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unavailable
     from vitalsd.contract.report_archive import Bundle, Failure
-    from vitalsd.model import FullMetrics, Measured, RuntimeMetrics, Unavailable
     from vitalsd.report.builder import Redact
     from vitalsd_client.client import afetch, fetch
     from vitalsd_client.crash import Crash, last_crash
@@ -53,15 +53,15 @@ HOMES = {
     "Entry": "vitalsd_client.states",
     "Failed": "vitalsd_client.upload",
     "Failure": "vitalsd.contract.report_archive",
-    "FullMetrics": "vitalsd.model",
-    "Measured": "vitalsd.model",
+    "FullMetrics": "vitalsd.contract.metrics",
+    "Measured": "vitalsd.contract.metrics",
     "Outcome": "vitalsd_client.spool",
     "Receipt": "vitalsd_client.upload",
     "Redact": "vitalsd.report.builder",
-    "RuntimeMetrics": "vitalsd.model",
+    "RuntimeMetrics": "vitalsd.contract.metrics",
     "Spool": "vitalsd_client.spool",
     "SpoolError": "vitalsd_client.states",
-    "Unavailable": "vitalsd.model",
+    "Unavailable": "vitalsd.contract.metrics",
     "afetch": "vitalsd_client.client",
     "fetch": "vitalsd_client.client",
     "last_crash": "vitalsd_client.crash",

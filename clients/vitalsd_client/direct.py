@@ -4,10 +4,10 @@ import time
 from types import TracebackType
 from typing import Literal
 
-from vitalsd.model import RuntimeMetrics, parse_runtime_metrics
+from vitalsd.contract.encoding import encode
+from vitalsd.contract.metrics import RuntimeMetrics, parse_runtime_metrics
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources import SourceError, open_source
-from vitalsd.wire import encode
 
 __all__ = ["Own", "OwnError"]
 

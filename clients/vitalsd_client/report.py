@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vitalsd.contract.application import check_app, check_app_version
+from vitalsd.contract.metrics import Unavailable
 from vitalsd.contract.report_archive import HISTORY, METRICS, Bundle, Failure
-from vitalsd.model import Unavailable
 from vitalsd.report.builder import Collected, Heading, Redact, build
 from vitalsd.sources.python_names import names_by_id
 from vitalsd_client.client import BUDGET_S, Mode, fetch, unavailable

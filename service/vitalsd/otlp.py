@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from vitalsd import __version__
+from vitalsd.contract.encoding import iso, one_line, os_version, printable
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import SourceError
 from vitalsd.targets import Targets
-from vitalsd.wire import iso, one_line, os_version, printable
 from vitalsd.worker import Worker
 
 if TYPE_CHECKING:

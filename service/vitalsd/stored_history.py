@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
+from vitalsd.contract.encoding import DECIMALS
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.history import MAX_CELLS, MAX_ROWS
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.wire import DECIMALS
 
 __all__ = ["check_json", "parse_json", "read_history"]
 

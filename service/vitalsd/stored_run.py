@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from vitalsd.contract.application import Application
+from vitalsd.contract.encoding import iso
 from vitalsd.contract.host import Host
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Moves, Record, Segment
@@ -21,7 +22,6 @@ from vitalsd.run_image import UnreadableRun
 from vitalsd.run_parts import disk_bytes, is_being_written, is_of, tail_link
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.tail import Row, read_tail
-from vitalsd.wire import iso
 
 __all__ = ["UNKNOWN_END", "Run", "State", "UnreadableRun", "describe", "read_run"]
 

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from darwin.simulator import Simulator
+from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.http.app import create_app
-from vitalsd.model import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.record import Record
 from vitalsd.recording.replay import Replay
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile

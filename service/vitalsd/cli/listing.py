@@ -54,7 +54,7 @@ def runs(as_json: bool) -> None:
 
 
 def _last_seen(wall_ns: int | None) -> str:
-    from vitalsd.wire import iso
+    from vitalsd.contract.encoding import iso
 
     return "never" if wall_ns is None else iso(wall_ns)
 

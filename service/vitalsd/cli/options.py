@@ -127,7 +127,7 @@ port_option = click.option(
 
 def complain(text: str) -> None:
     """Print one line on stderr; what others wrote is shown escaped and cut."""
-    from vitalsd.wire import one_line
+    from vitalsd.contract.encoding import one_line
 
     click.echo(f"vitalsd: {one_line(text)}", err=True)
 
@@ -147,7 +147,7 @@ class Refused(Failed):
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
     """Print aligned columns; what others wrote is shown escaped and cut."""
-    from vitalsd.wire import one_line
+    from vitalsd.contract.encoding import one_line
 
     shown = [head, *(list(map(one_line, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]

@@ -42,9 +42,9 @@ def sample(
 
     Without --pid or --name it measures itself, which shows what an answer looks like.
     """
+    from vitalsd.contract.encoding import encode, unavailable
     from vitalsd.sampler import sample as sample_window
     from vitalsd.sources import SourceError
-    from vitalsd.wire import encode, unavailable
 
     exclude(context, "pid", "name")
     raise_descriptor_limit()

@@ -175,7 +175,7 @@ def serve(
     import os
 
     from vitalsd.alongside import ExitNote, ReadyFd, taken_for_sidecar
-    from vitalsd.wire import one_line
+    from vitalsd.contract.encoding import one_line
     from vitalsd.worker import NoThread
 
     spawned = taken_for_sidecar(ready_fd)

@@ -47,7 +47,7 @@ class Serving(click.Command):
         except click.UsageError as error:
             if fd := re.search(r"(?:^|\0)--ready-fd[=\0]([0-9]{1,9})(?:$|\0)", given):
                 from vitalsd.alongside import ReadyFd
-                from vitalsd.wire import one_line
+                from vitalsd.contract.encoding import one_line
 
                 with suppress(OSError):
                     ReadyFd(int(fd[1])).send(error=one_line(error.format_message()))
@@ -143,11 +143,11 @@ def serve_until_signal(
     """
     from vitalsd import sidecar
     from vitalsd.contract.application import Application
+    from vitalsd.contract.encoding import one_line
     from vitalsd.discovery.runtime_file import new_token
     from vitalsd.http.app import create_app
     from vitalsd.http.shelf import Shelf
     from vitalsd.sidecar import Service
-    from vitalsd.wire import one_line
 
     application = application or Application()
     notes: list[str] = []

@@ -1,84 +1,348 @@
-"""Encode large JSON in pieces, because json.dumps holds the interpreter lock of the host program until it is done."""
+"""
+The wire contract as bytes: a `Measurement`, or the reason why there is none, in JSON.
+
+Written by hand and not through `vitalsd.contract.metrics`, because a pydantic dump costs more than the whole
+measurement; a property test holds the two together. JSON is ASCII: control characters and
+bidirectional marks in a thread's name reach nobody's terminal unescaped.
+"""
 
 import json
-from collections.abc import Iterator
-from typing import Any
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from json.encoder import encode_basestring_ascii as quote
+from operator import add
+from typing import Any, Literal
 
-from vitalsd.interpreter_lock import LockRelease
+from vitalsd.contract.host import Host
+from vitalsd.contract.json_pieces import to_json
+from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
+from vitalsd.sources import SourceError
 
-__all__ = ["to_json"]
+__all__ = [
+    "Detail",
+    "Labels",
+    "Sort",
+    "encode",
+    "iso",
+    "one_line",
+    "os_version",
+    "printable",
+    "shortened",
+    "target_json",
+    "unavailable",
+    "unavailable_json",
+]
 
-PIECE = 2000
-"""Values that are encoded at once: less than a millisecond."""
+Detail = Literal["basic", "full"]
+Sort = Literal["tid", "cpu", "name"]
+
+MAX_THREADS = 20_000
+MAX_BYTES = 8 << 20
+"""Of one answer. What does not fit is left out, the idlest threads first, and the answer says so."""
+MAX_LINE = 1000
+"""Characters of an error message or of a line of a log."""
+MAX_KEPT = 16
+"""Different answers kept of one measurement, of no more than `MAX_BYTES` together."""
+
+DECIMALS = 3
+"""Of every percentage: 0.001 % of a second is 10 µs."""
 
 
-def to_json(value: Any) -> bytes:
+def os_version() -> str:
     """
-    Return `value` as compact ASCII JSON, equal to that of json.dumps.
+    Return the version of macOS that System Settings shows; of Linux, the release of the kernel.
 
-    Other threads of the process get the interpreter lock between pieces. Keys of dicts must be text.
+    macOS 11 and 26 report 10.16 and 16 to programs that were built with an older SDK, such as Python. There the version
+    comes from the release of Darwin: 20.x is macOS 11.x, 25.x is macOS 26.x.
     """
-    if _weight(value) <= PIECE:
-        return _dumps(value).encode()
-    parts: list[str] = []
-    release = LockRelease()
-    for part in _parts(value):
-        parts.append(part)
-        release()
-    return "".join(parts).encode()
+    version, release = platform.mac_ver()[0], platform.release()
+    if not version:
+        return release
+    if version.startswith(("10.16", "16")):
+        major, _, minor = release.partition(".")
+        with suppress(ValueError):
+            darwin = int(major)
+            return f"{darwin + 1 if darwin >= 25 else darwin - 9}.{int(minor.partition('.')[0])}"
+    return version
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+def iso(unix_ns: int, precision: str = "milliseconds") -> str:
+    """A Unix time in ns as ISO 8601 in UTC, with ``milliseconds`` or ``microseconds``."""
+    seconds, rest_ns = divmod(unix_ns, 1_000_000_000)
+    moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest_ns // 1000)
+    return moment.isoformat(timespec=precision).replace("+00:00", "Z")
 
 
-def _weight(value: Any) -> int:
-    """Return about how many values there are in `value`; more than `PIECE`: too many to be encoded at once."""
-    if isinstance(value, dict):
-        inner = value.values()
-    elif isinstance(value, list | tuple):
-        inner = value  # type: ignore[assignment]
-    else:
-        return 1
-    weight = len(value)
-    if weight <= PIECE:
-        for each in inner:
-            if isinstance(each, dict | list | tuple):
-                weight += _weight(each)
-                if weight > PIECE:
-                    break
-    return weight
+def printable(text: str) -> str:
+    """
+    `text` for eyes: what a terminal would obey, what hides and what turns the direction round is spelled out.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _parts(value: Any) -> Iterator[str]:
-    if _weight(value) <= PIECE:
-        yield _dumps(value)
-    elif isinstance(value, dict):
-        opening = "{"
-        for key, each in value.items():
-            yield f"{opening}{_dumps(key)}:"
-            yield from _parts(each)
-            opening = ","
-        yield "}"
-    else:
-        opening = "["
-        for piece in _slices(value):
-            yield opening
-            if len(piece) == 1:
-                yield from _parts(piece[0])
-            else:
-                yield _dumps(piece)[1:-1]
-            opening = ","
-        yield "]"
+def one_line(text: str, limit: int = MAX_LINE) -> str:
+    """Return `text` cut by `shortened` and escaped by `printable`, for an error message or a line of a log."""
+    return printable(shortened(text, limit))
 
 
-def _slices(values: list[Any] | tuple[Any, ...]) -> Iterator[list[Any] | tuple[Any, ...]]:
-    """Cut a list into slices of at most `PIECE` values together, or of one element that has more."""
-    begin, weight = 0, 0
-    for end, each in enumerate(values):
-        more = _weight(each)
-        if end > begin and weight + more > PIECE:
-            yield values[begin:end]
-            begin, weight = end, 0
-        weight += more
-    yield values[begin:]
+def shortened(text: str, limit: int = MAX_LINE) -> str:
+    """
+    Return `text`, or, of more than `limit` characters, its beginning and its end.
+
+    A message begins with what failed and ends with the remedy.
+    """
+    if len(text) <= limit:
+        return text
+    head, tail = text[: 2 * limit // 3], text[-(limit // 3) :]
+    return f"{head} [{len(text) - len(head) - len(tail)} characters left out] {tail}"
+
+
+def unavailable(error: SourceError | str, platform: str) -> bytes:
+    """The `Unavailable` variant, as bytes."""
+    return json.dumps(unavailable_json(error, platform), separators=(",", ":")).encode()
+
+
+def unavailable_json(error: SourceError | str, platform: str) -> dict[str, Any]:
+    """The `Unavailable` variant: the one place where a source's error becomes an answer."""
+    return {"platform": platform, "available": False, "reason": str(error)}
+
+
+def target_json(identity: Identity) -> dict[str, Any]:
+    """Which run of which process, as every answer that speaks of one has it."""
+    return {
+        "pid": identity.pid,
+        "name": identity.name,
+        "started_at": iso(identity.started_unix_ns),
+        "start_id": identity.start_id,
+    }
+
+
+class Labels:
+    """
+    The part of each thread's JSON that stays as long as its threads do, for the last few sets of threads.
+
+    Writing it anew costs most of an answer; snapshots keep their columns as the same objects while
+    nothing changes, so it is found by identity.
+    """
+
+    KEPT = 8
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], tuple[Sequence[int], Sequence[str], list[str]]] = {}
+
+    def of(self, tids: Sequence[int], names: Sequence[str]) -> list[str]:
+        """``{"tid":1,"name":"main","cpu_percent":`` for each thread."""
+        key = id(tids), id(names)
+        kept = self._kept.get(key)
+        if kept is None:
+            labels = [
+                f'{{"tid":{tid},"name":{quote(name)},"cpu_percent":' for tid, name in zip(tids, names, strict=True)
+            ]
+            while len(self._kept) >= self.KEPT:
+                del self._kept[next(iter(self._kept))]
+            # The columns are kept too: their ids are theirs only while they live.
+            kept = self._kept[key] = tids, names, labels
+        return kept[2]
+
+
+def encode(
+    measurement: Measurement,
+    identity: Identity,
+    *,
+    requested_ms: int,
+    mode: Literal["wait", "trailing"] = "wait",
+    detail: Detail = "basic",
+    sort: Sort = "tid",
+    limit: int | None = None,
+    labels: Labels | None = None,
+    warnings: tuple[str, ...] = (),
+    host: Host | None = None,
+) -> bytes:
+    """
+    The answer of ``GET /metrics``. All who share a measurement and ask alike share the bytes.
+
+    Args:
+        requested_ms: the window that was asked for; the answer holds the measured one.
+        sort: ``cpu`` is busiest first; equal ones by tid.
+        limit: at most so many threads, after sorting.
+        labels: keeps what is the same in the next answer.
+        warnings: more than those of the measurement, for ``detail=full``.
+        host: the machine that was recorded; ``None``: this one.
+    """
+    key = (requested_ms, mode, detail, sort, limit, warnings, host)
+    body = measurement.encoded.get(key)
+    if body is None:
+        order = _order(measurement, sort, limit)
+        constant = (labels or Labels()).of(measurement.last.tids, measurement.last.names) if detail == "basic" else []
+
+        def render(shown: Sequence[int]) -> bytes:
+            cut = len(shown) < len(order)
+            if detail == "basic":
+                return _basic(measurement, identity, shown, constant, cut=cut)
+            full = _full(measurement, identity, shown, requested_ms, mode)
+            if host is not None:
+                full["host"] |= {"cpu_count": host.cpu_count, "os_version": host.version, "arch": host.arch}
+            full["warnings"] += warnings
+            if cut:
+                full["warnings"].append(f"only the busiest {len(shown)} of {len(order)} threads are shown")
+            return to_json(full)
+
+        body = _fitting(measurement, order, render)
+        kept = measurement.encoded
+        if len(kept) >= MAX_KEPT or sum(map(len, kept.values())) + len(body) > MAX_BYTES:
+            kept.clear()
+        kept[key] = body
+    return body
+
+
+def _fitting(m: Measurement, order: Sequence[int], render: Callable[[Sequence[int]], bytes]) -> bytes:
+    """`render` with as many threads of `order` as there may be, the busiest ones, still in that order."""
+    most = MAX_THREADS
+    while True:
+        shown = order
+        if len(order) > most:
+            busiest = set(sorted(order, key=lambda i: -m.thread_cpu_ns[i])[:most])
+            shown = [i for i in order if i in busiest]
+        body = render(shown)
+        if len(body) <= MAX_BYTES or not shown:
+            return body
+        most = len(shown) * MAX_BYTES // len(body) * 9 // 10
+
+
+def _order(m: Measurement, sort: Sort, limit: int | None) -> Sequence[int]:
+    threads: Sequence[int] = range(len(m.last.tids))
+    if sort == "cpu":
+        threads = sorted(threads, key=lambda i: -m.thread_cpu_ns[i])
+    elif sort == "name":
+        threads = sorted(threads, key=m.last.names.__getitem__)
+    return threads if limit is None else threads[:limit]
+
+
+def _basic(m: Measurement, identity: Identity, order: Sequence[int], labels: list[str], *, cut: bool) -> bytes:
+    percent = 100 / m.elapsed_ns
+    values = [repr(round(ns * percent, DECIMALS)) if ns else "0.0" for ns in m.thread_cpu_ns]
+    for i in m.born:
+        values[i] = "0.0"
+    entries: Iterable[str] = map(add, labels, values)
+    if order != range(len(values)):
+        every = list(entries)
+        entries = [every[i] for i in order]
+    threads = "},".join(entries)
+    truncated = ',"truncated":true' if cut else ""
+    return (
+        f'{{"sample_window_ms":{_ms(m.elapsed_ns)},'
+        f'"process":{{"cpu_percent":{round(m.cpu_ns * percent, DECIMALS)},'
+        f'"rss_kb":{m.last.rss_bytes // 1024},'
+        f'"vm_size_kb":{m.last.vm_bytes // 1024},'
+        f'"uptime_secs":{round(m.last.uptime_ns / 1e9, DECIMALS)}}},'
+        f'"threads":[{threads}{"}" if threads else ""}],'
+        f'"platform":{quote(identity.platform)}{truncated}}}'
+    ).encode()
+
+
+def _ms(ns: int) -> int:
+    return (ns + 500_000) // 1_000_000
+
+
+def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms: int, mode: str) -> dict[str, Any]:
+    def percent(ns: int | None) -> float | None:
+        return None if ns is None else round(ns * 100 / m.elapsed_ns, DECIMALS)
+
+    def bar(ns: int) -> float:
+        # Rounded up, with room for what rounding does to the figure that it is the bar of.
+        unit = float(10**DECIMALS)
+        return math.ceil(ns * 100 * unit / m.elapsed_ns + 0.5) / unit
+
+    def kb(size: int | None) -> int | None:
+        return None if size is None else size // 1024
+
+    last, warnings = m.last, list(m.warnings)
+    extras = last.extras
+    if extras is None:
+        extras = _no_extras(len(last.tids))
+        warnings.append("the record has no states, priorities, user/system split, faults or descriptors: null")
+    user_ns = m.thread_user_ns or [None] * len(last.tids)
+    return {
+        "sample_window_ms": _ms(m.elapsed_ns),
+        "process": {
+            "cpu_percent": percent(m.cpu_ns),
+            "rss_kb": kb(last.rss_bytes),
+            "vm_size_kb": kb(last.vm_bytes),
+            "uptime_secs": round(last.uptime_ns / 1e9, DECIMALS),
+            "user_percent": percent(m.user_ns),
+            "system_percent": percent(_rest(m.cpu_ns, m.user_ns)),
+            "cpu_percent_error": bar(m.cpu_error_ns),
+            "footprint_kb": kb(extras.footprint_bytes),
+            "peak_rss_kb": kb(extras.peak_rss_bytes),
+            "swap_kb": kb(extras.swap_bytes),
+            "thread_count": len(last.tids),
+            "open_fds": extras.open_fds,
+            "minor_faults": extras.minor_faults,
+            "major_faults": extras.major_faults,
+            "idle_wakeups": extras.idle_wakeups,
+            "interrupt_wakeups": extras.interrupt_wakeups,
+            "energy_nj": extras.energy_nj,
+            "p_core_percent": percent(m.p_core_ns),
+            "qos_percent": None if m.qos_ns is None else {name: percent(ns) for name, ns in m.qos_ns.items()},
+        },
+        "threads": [
+            {
+                "tid": last.tids[i],
+                "name": last.names[i],
+                "cpu_percent": percent(None if i in m.unknown else m.thread_cpu_ns[i]),
+                "user_percent": percent(user_ns[i]),
+                "system_percent": percent(_rest(m.thread_cpu_ns[i], user_ns[i])),
+                "cpu_percent_error": None if i in m.unknown else bar(m.thread_error_ns(i)),
+                "cpu_time_ns": last.thread_cpu_ns[i],
+                "state": extras.threads.states[i],
+                "priority": extras.threads.priorities[i],
+                "born_in_window": i in m.born,
+            }
+            for i in order
+        ],
+        "platform": identity.platform,
+        "schema": 1,
+        "target": target_json(identity),
+        "window": {
+            "requested_ms": requested_ms,
+            "measured_ms": round(m.elapsed_ns / 1e6, DECIMALS),
+            "mode": mode,
+            "started_at": iso(m.first.wall_ns, "microseconds"),
+            "ended_at": iso(last.wall_ns, "microseconds"),
+            "suspended": m.suspended_ns > 0,
+        },
+        "accounting": {
+            "process_percent": percent(m.cpu_ns),
+            "living_percent": percent(m.living_ns),
+            "exited_percent": percent(m.exited_ns),
+            "unattributed_percent": percent(m.unattributed_ns),
+        },
+        "resolution": {
+            "cpu_ns": last.thread_grain_ns,
+            "lag_ns": last.thread_lag_ns,
+            "source": last.source,
+        },
+        "host": {
+            "cpu_count": os.cpu_count(),
+            "os": identity.platform,
+            "os_version": os_version(),
+            "arch": platform.machine(),
+        },
+        "truncated": len(order) < len(last.tids),
+        "warnings": warnings,
+    }
+
+
+def _no_extras(threads: int) -> Extras:
+    nothing = (None,) * threads
+    return Extras(threads=ThreadExtras(user_ns=(), system_ns=(), states=nothing, priorities=nothing))
+
+
+def _rest(whole: int, part: int | None) -> int | None:
+    return None if part is None else whole - part

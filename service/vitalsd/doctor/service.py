@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 
 from vitalsd.alongside import Spawned, SpawnError, spawn
+from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.runtime_file import discover
 from vitalsd.doctor.burner import BurnerProcess
 from vitalsd.doctor.finding import BUG, Finding, judged, not_here
-from vitalsd.model import Measured, parse_runtime_metrics
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources.platform import Platform

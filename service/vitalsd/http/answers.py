@@ -5,9 +5,9 @@ from typing import Any
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from vitalsd.contract.encoding import to_json
+from vitalsd.contract.encoding import unavailable
+from vitalsd.contract.json_pieces import to_json
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
-from vitalsd.wire import unavailable
 
 __all__ = ["JSON", "STATUS", "bare", "failed"]
 

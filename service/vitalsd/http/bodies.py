@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vitalsd.contract.metrics import Platform, ProcessMetrics, Target, Unavailable
 from vitalsd.http.problem import Reason
-from vitalsd.model import Platform, ProcessMetrics, Target, Unavailable
 from vitalsd.record import EventKind
 from vitalsd.stored_run import State
 

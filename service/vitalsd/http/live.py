@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from vitalsd import __version__
 from vitalsd.admission import Busy, Peer, Shares
 from vitalsd.contract.application import Application
+from vitalsd.contract.encoding import Labels, encode, iso, target_json, unavailable, unavailable_json
 from vitalsd.contract.host import Host
 from vitalsd.http.answers import JSON, bare, failed
 from vitalsd.http.exposition import Scrape, content_type_of, expose, negotiate
@@ -26,7 +27,6 @@ from vitalsd.http.shelf import Shelf
 from vitalsd.http.turns import Turns
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
 from vitalsd.targets import Stream, Target, Targets
-from vitalsd.wire import Labels, encode, iso, target_json, unavailable, unavailable_json
 from vitalsd.worker import Hung, Worker
 
 __all__ = ["STREAM_S", "live_routes"]

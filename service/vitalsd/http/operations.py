@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from vitalsd.contract.metrics import FullMetrics, Measured
 from vitalsd.http import bodies
 from vitalsd.http.problem import Reason
-from vitalsd.model import FullMetrics, Measured
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 
 __all__ = ["DETAILS", "FAILURES", "JSON", "OPERATIONS", "RUN", "Operation", "Sample"]

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 
+from vitalsd.contract.encoding import iso
 from vitalsd.http.answers import JSON, bare, failed
 from vitalsd.http.peer import peer_of
 from vitalsd.http.problem import problem
@@ -16,7 +17,6 @@ from vitalsd.sampler import NotRecording
 from vitalsd.sources import SourceError
 from vitalsd.stored_run import UnreadableRun, read_run
 from vitalsd.targets import Targets
-from vitalsd.wire import iso
 from vitalsd.worker import Worker
 
 __all__ = ["NO_SUCH_RUN", "mark_json", "past_routes"]

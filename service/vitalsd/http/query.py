@@ -25,9 +25,9 @@ from pydantic_core import CoreSchema, core_schema
 from starlette.routing import request_response
 
 from vitalsd.contract.application import APP, APP_VERSION
+from vitalsd.contract.encoding import Detail, Sort
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.http.problem import Refused, nearest, shown
-from vitalsd.wire import Detail, Sort
 
 __all__ = [
     "READING",

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request, Response
 
 from vitalsd.admission import Peer
 from vitalsd.contract.application import Application
+from vitalsd.contract.encoding import encode, unavailable
 from vitalsd.http.answers import JSON, bare
 from vitalsd.http.past import NO_SUCH_RUN, mark_json
 from vitalsd.http.peer import peer_of
@@ -29,7 +30,6 @@ from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
 from vitalsd.stored_run import Run, UnreadableRun
 from vitalsd.targets import Targets
-from vitalsd.wire import encode, unavailable
 from vitalsd.worker import Hung, Worker
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from vitalsd import __version__
+from vitalsd.contract.metrics import Unavailable
 from vitalsd.http import bodies
 from vitalsd.http.answers import STATUS
 from vitalsd.http.gate import OPEN_PATHS
 from vitalsd.http.operations import DETAILS, FAILURES, JSON, OPERATIONS, RUN, Operation
 from vitalsd.http.problem import MEDIA_TYPE, TITLES, Reason
 from vitalsd.http.query import Given, Sent
-from vitalsd.model import Unavailable
 
 __all__ = ["anywhere", "openapi"]
 

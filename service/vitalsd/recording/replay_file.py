@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, get_args
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
+from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.contract.report_archive import HISTORY, MANIFEST, METADATA, METRICS, PREVIOUS_RUN
-from vitalsd.model import Measured, parse_runtime_metrics
 from vitalsd.record import Record
 from vitalsd.run_parts import MAGIC, open_regular
 from vitalsd.stored_history import check_json, parse_json, read_history

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vitalsd.model import Measured
+from vitalsd.contract.metrics import Measured
 
 __all__ = ["Ended", "News", "Note", "Past", "Sample", "Subject", "Trouble"]
 

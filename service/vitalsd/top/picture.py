@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from vitalsd.contract.encoding import printable
 from vitalsd.top.news import Note
 from vitalsd.top.view import SortKey, View
-from vitalsd.wire import printable
 
 __all__ = ["ASCII", "BLOCKS", "Glyphs", "Picture"]
 

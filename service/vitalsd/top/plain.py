@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from itertools import islice
 
+from vitalsd.contract.encoding import printable
 from vitalsd.top.feed import Feed
 from vitalsd.top.news import Ended, Note, Sample, Trouble
-from vitalsd.wire import printable
 
 __all__ = ["lines"]
 

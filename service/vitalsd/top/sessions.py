@@ -9,13 +9,13 @@ from itertools import chain
 from math import ceil, isfinite
 from typing import Any
 
+from vitalsd.contract.encoding import encode, one_line
+from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.http_connection import ExchangeError
-from vitalsd.model import Measured, parse_runtime_metrics
 from vitalsd.recorder import Recorder, Recording
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source, SourceError, TargetGone
 from vitalsd.top.news import News, Note, Past, Sample, Subject
-from vitalsd.wire import encode, one_line
 from vitalsd_client.places import Sidecar
 
 __all__ = ["Direct", "Pause", "Remote"]

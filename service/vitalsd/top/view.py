@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vitalsd.contract.encoding import printable
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
-from vitalsd.model import Measured, ThreadMetrics
+from vitalsd.contract.metrics import Measured, ThreadMetrics
 from vitalsd.top.news import Ended, News, Note, Past, Sample, Subject, Trouble
-from vitalsd.wire import printable
 
 __all__ = ["SortKey", "View"]
 

@@ -2,7 +2,7 @@
 The wire contract: what ``GET /metrics`` answers and ``runtime-metrics.json`` holds.
 
 These models declare the schema and read answers on the client's side. The service itself writes
-prepared bytes (`vitalsd.wire`); a property test holds the two together.
+prepared bytes (`vitalsd.contract.encoding`); a property test holds the two together.
 
 Units are in the names: ``_ms``, ``_secs``, ``_kb`` (KiB), ``_ns``, ``_percent`` (100 = one core busy).
 """
