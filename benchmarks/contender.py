@@ -13,14 +13,14 @@ from pathlib import Path
 
 def product(pid: int) -> Callable[[], object]:
     """The snapshot as the recorder takes it."""
-    from vitalsd.sources.linux import LinuxSource
+    from vitalsd.sources.linux.source import LinuxSource
 
     return partial(LinuxSource(pid).snapshot, names=False)
 
 
 def full(pid: int) -> Callable[[], object]:
     """The recorder's, but every thread is read each time."""
-    from vitalsd.sources.linux import LinuxSource
+    from vitalsd.sources.linux.source import LinuxSource
 
     source = LinuxSource(pid)
     threads = source._threads
@@ -35,7 +35,7 @@ def full(pid: int) -> Callable[[], object]:
 
 def full_with_names(pid: int) -> Callable[[], object]:
     """The same with what the recorder adds now and then: all names, the main thread's stat, a count of the threads."""
-    from vitalsd.sources.linux import LinuxSource
+    from vitalsd.sources.linux.source import LinuxSource
 
     source = LinuxSource(pid)
     threads = source._threads

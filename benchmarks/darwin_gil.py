@@ -23,8 +23,8 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from darwin.simulator import Simulator, build
-from vitalsd.sources.libsystem import load
-from vitalsd.sources.mach import MachSource
+from vitalsd.sources.darwin.libsystem import load
+from vitalsd.sources.darwin.mach_source import MachSource
 
 
 def main() -> None:

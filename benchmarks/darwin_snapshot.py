@@ -25,15 +25,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from darwin.simulator import Simulator, build
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     KERN_SUCCESS,
     THREAD_EXTENDED_INFO,
     THREAD_IDENTIFIER_INFO,
     thread_extended_info,
     thread_identifier_info,
 )
-from vitalsd.sources.libsystem import FUNCTIONS
-from vitalsd.sources.mach import MachSource
+from vitalsd.sources.darwin.libsystem import FUNCTIONS
+from vitalsd.sources.darwin.mach_source import MachSource
 
 
 def main() -> None:

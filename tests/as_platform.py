@@ -17,10 +17,11 @@ from typing import Any
 
 from vitalsd.cli import main
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import Source, TargetGone, darwin
+from vitalsd.sources import Source, TargetGone
 from vitalsd.sources import platform as platforms
-from vitalsd.sources.birth_darwin import DarwinBirths
-from vitalsd.sources.libsystem import LibSystem
+from vitalsd.sources.darwin import processes as darwin
+from vitalsd.sources.darwin.libsystem import LibSystem
+from vitalsd.sources.darwin.process_identity import DarwinBirths
 from vitalsd.sources.platform import Platform, this_platform
 from vitalsd.sources.programs import ProgramOf, no_program
 

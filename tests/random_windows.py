@@ -21,7 +21,7 @@ from vitalsd.history import history
 from vitalsd.record import Record
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources import SourceError
-from vitalsd.sources.linux import LinuxSource
+from vitalsd.sources.linux.source import LinuxSource
 
 SNAPSHOTS = 400
 """Of one target."""

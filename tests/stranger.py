@@ -13,8 +13,8 @@ from pathlib import Path
 
 from vitalsd.cli import main
 from vitalsd.sources import SourceError
-from vitalsd.sources.linux import LinuxSource
-from vitalsd.sources.procfs import parse_stat
+from vitalsd.sources.linux.procfs import parse_stat
+from vitalsd.sources.linux.source import LinuxSource
 from vitalsd.sources.programs import ProgramDigest
 
 NOBODY = 65534

@@ -18,7 +18,7 @@ import vitalsd
 from sidecars import ask, environment, eventually, listing, serving
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.runs import RunDirectory
-from vitalsd.sources.birth import births
+from vitalsd.sources.process_identity import births
 from vitalsd.stored_run import read_run
 
 

@@ -31,7 +31,7 @@ from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unav
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.directories import private_directory
 from vitalsd.discovery.runtime_file import Endpoint, Target, proof
-from vitalsd.sources.birth import births
+from vitalsd.sources.process_identity import births
 from vitalsd_client import BugReport, afetch, fetch, mark
 from vitalsd_client.client import BUDGET_S
 
@@ -539,7 +539,7 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
         "vitalsd.discovery.own_sidecars",
         "vitalsd.discovery.program_key",
         "vitalsd.report.builder",
-        "vitalsd.sources.python_names",
+        "vitalsd.sources.names",
         "vitalsd.worker",
         "vitalsd.report.previous_run",
     }

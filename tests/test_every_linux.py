@@ -19,9 +19,9 @@ from serving import Serving
 from sidecars import VITALSD, ask, environment, eventually, serving
 from vitalsd.snapshot import measure
 from vitalsd.sources import list_processes
-from vitalsd.sources.birth import births
-from vitalsd.sources.linux import LinuxSource
-from vitalsd.sources.procfs import parse_stat
+from vitalsd.sources.linux.procfs import parse_stat
+from vitalsd.sources.linux.source import LinuxSource
+from vitalsd.sources.process_identity import births
 
 pytestmark = [
     pytest.mark.live,
@@ -213,7 +213,7 @@ def test_kernel_that_counts_no_run_times_is_read_by_stat(begin: Begin, tmp_path:
     code = """
 import json, os, subprocess, sys, time
 from vitalsd.sampler import sample
-from vitalsd.sources.linux import LinuxSource
+from vitalsd.sources.linux.source import LinuxSource
 pid, zeros = int(sys.argv[1]), sys.argv[2]
 early = LinuxSource(pid, fd_budget=0)
 early.snapshot()
@@ -512,7 +512,7 @@ def test_running_sidecar_is_not_dead_in_another_view(begin: Begin, short_path: P
 def test_start_time_is_the_same_in_another_time_namespace() -> None:
     """By which a process and its runs are known; the age is right in both."""
     code = (
-        "import sys; from vitalsd.sources.linux import LinuxSource; from vitalsd.sources.birth import births;"
+        "import sys; from vitalsd.sources.linux.source import LinuxSource; from vitalsd.sources.process_identity import births;"
         "s = LinuxSource(int(sys.argv[1])); print(s.identity().start_key, births().start_key(int(sys.argv[1])),"
         " s.snapshot().uptime_ns // 10**9)"
     )

@@ -26,7 +26,7 @@ from vitalsd.discovery.directories import EndpointError
 from vitalsd.history import history
 from vitalsd.http.problem import Refused
 from vitalsd.http.query import HistoryQuery, MetricsQuery, ReportQuery, StreamQuery, _bad_parameter
-from vitalsd.sources.procfs import Malformed, decode_name, parse_run_times, parse_stat, parse_statm, parse_status
+from vitalsd.sources.linux.procfs import Malformed, decode_name, parse_run_times, parse_stat, parse_statm, parse_status
 from vitalsd.stored_history import read_history
 from vitalsd.stored_run import UnreadableRun, read_run
 

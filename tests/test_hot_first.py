@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from target import Target
-from vitalsd.sources.linux_counters import Reading, SchedstatFiles, ThreadNames
-from vitalsd.sources.linux_threads import LOOK_EVERY_NS, ThreadTable
-from vitalsd.sources.procfs import parse_run_times
+from vitalsd.sources.linux.cpu_counters import Reading, SchedstatFiles, ThreadNames
+from vitalsd.sources.linux.procfs import parse_run_times
+from vitalsd.sources.linux.threads import LOOK_EVERY_NS, ThreadTable
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -205,7 +205,7 @@ def test_out_of_descriptors_nothing_is_read_that_is_closed(
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return real(path, flags, **options)
 
-    monkeypatch.setattr("vitalsd.sources.linux_counters.os.open", scarce)
+    monkeypatch.setattr("vitalsd.sources.linux.cpu_counters.os.open", scarce)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
         ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
     monkeypatch.undo()
@@ -220,7 +220,7 @@ def test_out_of_descriptors_nothing_is_read_that_is_closed(
         else:
             tree.born(tid)
     calls = iter(range(100))
-    monkeypatch.setattr("vitalsd.sources.linux_counters.os.open", scarce)
+    monkeypatch.setattr("vitalsd.sources.linux.cpu_counters.os.open", scarce)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
         table.read()
     monkeypatch.undo()

@@ -23,8 +23,8 @@ from vitalsd.listeners import ListenError, PortInUse, bind_tcp
 from vitalsd.record import Record
 from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Snapshot
-from vitalsd.sources.birth import births
-from vitalsd.sources.python_names import PythonNames
+from vitalsd.sources.names import PythonNames
+from vitalsd.sources.process_identity import births
 from vitalsd.stored_run import read_run
 
 

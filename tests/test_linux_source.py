@@ -36,9 +36,9 @@ from vitalsd.sources import (
     list_processes,
     open_source,
 )
-from vitalsd.sources.linux import LinuxSource
-from vitalsd.sources.linux_counters import KERNEL_TICK_NS, USER_TICK_NS
-from vitalsd.sources.linux_threads import NAMES_EVERY_NS
+from vitalsd.sources.linux.cpu_counters import KERNEL_TICK_NS, USER_TICK_NS
+from vitalsd.sources.linux.source import LinuxSource
+from vitalsd.sources.linux.threads import NAMES_EVERY_NS
 from vitalsd.sources.programs import ProgramDigest
 
 pytestmark = [
@@ -772,7 +772,7 @@ def test_the_proc_of_another_pid_namespace_is_not_taken_for_ours() -> None:
     code = """
         import os, sys, threading, time
         from vitalsd.sources import SourceError
-        from vitalsd.sources.linux import LinuxSource
+        from vitalsd.sources.linux.source import LinuxSource
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
         source = LinuxSource()
         print(os.getpid(), source.identity().name, len(source.snapshot().tids), source.snapshot().cpu_ns < 60 * 10**9)

@@ -13,9 +13,9 @@ import pytest
 import tools
 from sidecars import eventually
 from vitalsd.snapshot import Measurement, measure
-from vitalsd.sources.linux import LinuxSource
-from vitalsd.sources.linux_counters import KERNEL_TICK_NS
-from vitalsd.sources.procfs import parse_stat
+from vitalsd.sources.linux.cpu_counters import KERNEL_TICK_NS
+from vitalsd.sources.linux.procfs import parse_stat
+from vitalsd.sources.linux.source import LinuxSource
 
 pytestmark = [
     pytest.mark.live,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitalsd.sources.procfs import (
+from vitalsd.sources.linux.procfs import (
     Malformed,
     Stat,
     decode_name,

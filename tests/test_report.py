@@ -696,7 +696,7 @@ def report_over(source: Callable[[], Source]) -> dict[str, bytes]:
 @pytest.mark.skipif(sys.platform == "darwin", reason="the simulator needs Linux beneath it")
 def test_reports_of_a_mac_and_of_linux_differ_in_platform_alone(request: pytest.FixtureRequest) -> None:
     """Same members, same keys, same kinds; only the value of `platform` tells which it was."""
-    from vitalsd.sources.darwin import open_process
+    from vitalsd.sources.darwin.processes import open_process
 
     simulator = request.getfixturevalue("simulator")
     linux = report_over(lambda: open_source())

@@ -16,9 +16,9 @@ from darwin.simulator import Simulator
 from fake_source import FakeProcess, FakeSource
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source, TargetGone
-from vitalsd.sources.libproc import LibprocSource
-from vitalsd.sources.libsystem import LibSystem, load
-from vitalsd.sources.mach import MachSource
+from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.darwin.libsystem import LibSystem, load
+from vitalsd.sources.darwin.mach_source import MachSource
 from workload import ChildWorkload, OwnWorkload, Workload
 
 BURN_NS = 60_000_000
@@ -35,7 +35,7 @@ class World:
 
 
 def _linux(pid: int | None) -> Source:
-    from vitalsd.sources.linux import LinuxSource
+    from vitalsd.sources.linux.source import LinuxSource
 
     return LinuxSource(pid)
 

@@ -12,7 +12,7 @@ import pytest
 
 from host_programs import run_host
 from sidecars import environment, eventually
-from vitalsd.sources.python_names import Inherited, names_by_id, publish_names
+from vitalsd.sources.names import Inherited, names_by_id, publish_names
 
 pytestmark = pytest.mark.live
 
@@ -109,7 +109,7 @@ def test_names_in_process_after_a_publication_are_those_of_python(short_path: Pa
     """A thread that was started by a named one after it needs no second publication for the sidecar in the process."""
     code = """
         import json, threading, urllib.request, vitalsd
-        from vitalsd.sources.python_names import publish_names
+        from vitalsd.sources.names import publish_names
         go, up, end = threading.Event(), threading.Event(), threading.Event()
         def loader():
             go.wait()

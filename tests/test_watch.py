@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vitalsd.sources.birth import Undecided, births
+from vitalsd.sources.process_identity import Undecided, births
 from vitalsd.watch import death_of
 
 

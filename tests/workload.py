@@ -152,7 +152,7 @@ def _set_name(name: str) -> None:
 
 def _exists(tid: int) -> bool:
     if sys.platform == "darwin":
-        from vitalsd.sources.mach import MachSource
+        from vitalsd.sources.darwin.mach_source import MachSource
 
         return tid in MachSource().snapshot().tids
     with contextlib.suppress(OSError), open(f"/proc/self/task/{tid}/comm", "rb"):

@@ -7,7 +7,7 @@ import time
 
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.http_connection import ExchangeError
-from vitalsd.sources.python_names import publish_names
+from vitalsd.sources.names import publish_names
 from vitalsd_client.places import NoSidecar, locate, refusal
 from vitalsd_client.privacy import harmless
 

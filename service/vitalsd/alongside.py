@@ -40,8 +40,8 @@ from vitalsd.frozen import (
     with_own_files,
     with_own_path,
 )
+from vitalsd.sources.names import publish_names
 from vitalsd.sources.programs import main_script
-from vitalsd.sources.python_names import publish_names
 
 __all__ = ["ExitNote", "ReadyFd", "SpawnError", "Spawned", "died_of_exception", "spawn", "taken_for_sidecar"]
 

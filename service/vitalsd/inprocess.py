@@ -31,9 +31,9 @@ from vitalsd.recorder import Recording
 from vitalsd.sampler import NotRecording, Sampler
 from vitalsd.sidecar import Service, run_directory, runtime_directory
 from vitalsd.sources import Source, hides_processes, list_processes, open_source
-from vitalsd.sources.birth import Undecided, births
+from vitalsd.sources.names import PythonNames
+from vitalsd.sources.process_identity import Undecided, births
 from vitalsd.sources.programs import ProgramDigest, main_script
-from vitalsd.sources.python_names import PythonNames
 from vitalsd.targets import Targets
 from vitalsd.worker import Worker, start_thread
 

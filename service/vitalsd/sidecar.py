@@ -30,7 +30,7 @@ from vitalsd.runs import RunDirectory
 from vitalsd.sampler import Sampler
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
-from vitalsd.sources.birth import Births, births
+from vitalsd.sources.process_identity import Births, births
 from vitalsd.targets import Target as Measured
 from vitalsd.targets import Targets
 from vitalsd.watch import death_of

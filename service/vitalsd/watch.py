@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Iterator
 
-from vitalsd.sources.birth import Births, Undecided
+from vitalsd.sources.process_identity import Births, Undecided
 
 __all__ = ["death_of"]
 

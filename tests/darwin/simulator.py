@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from darwin.abi import zig
-from vitalsd.sources.libsystem import FUNCTIONS, LibSystem, load
+from vitalsd.sources.darwin.libsystem import FUNCTIONS, LibSystem, load
 
 __all__ = ["SHORT_REPLY", "Simulator", "build"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from ctypes import c_size_t, c_uint32
 from typing import Any
 
-from vitalsd.sources.libsystem import LibSystem
-from vitalsd.sources.tape import ARGUMENTS, FORMAT
+from vitalsd.sources.darwin.libsystem import LibSystem
+from vitalsd.sources.darwin.tape import ARGUMENTS, FORMAT
 
 __all__ = ["EndOfTape", "TapePlayer"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from darwin import abi
-from vitalsd.sources import apple_headers, libsystem
-from vitalsd.sources.apple_headers import thread_extended_info
+from vitalsd.sources.darwin import apple_headers, libsystem
+from vitalsd.sources.darwin.apple_headers import thread_extended_info
 
 
 @pytest.fixture(scope="module")

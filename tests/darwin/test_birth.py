@@ -1,4 +1,4 @@
-"""Which run of a process a pid names, on macOS: `vitalsd.sources.birth_darwin` over the simulated kernel."""
+"""Which run of a process a pid names, on macOS: `vitalsd.sources.darwin.process_identity` over the simulated kernel."""
 
 import errno
 import os
@@ -13,9 +13,9 @@ from darwin.simulator import Simulator
 from vitalsd.discovery.runtime_file import liveness
 from vitalsd.listeners import Listeners
 from vitalsd.sidecar import Service
-from vitalsd.sources.birth import ANY_MACHINE, UNKNOWN_BOOT, Undecided
-from vitalsd.sources.birth_darwin import DarwinBirths
-from vitalsd.sources.darwin import open_process
+from vitalsd.sources.darwin.process_identity import DarwinBirths
+from vitalsd.sources.darwin.processes import open_process
+from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Undecided
 
 
 def test_start_and_boot_are_those_of_the_source(simulator: Simulator) -> None:

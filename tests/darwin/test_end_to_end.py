@@ -19,7 +19,7 @@ from vitalsd.record import Record
 from vitalsd.recording.replay import Replay
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile
 from vitalsd.sampler import Sampler
-from vitalsd.sources.darwin import list_processes, open_process
+from vitalsd.sources.darwin.processes import list_processes, open_process
 from vitalsd.stored_run import Run
 from vitalsd.targets import Targets
 from workload import ChildWorkload, OwnWorkload, Workload

@@ -15,10 +15,11 @@ import pytest
 from as_darwin.emulation import TEARDOWN_MS, Kevent, Kqueue
 from darwin.simulator import Simulator
 from sidecars import eventually
-from vitalsd.sources import Ending, SourceError, TargetGone, libproc
-from vitalsd.sources.darwin_exit import NOTE_EXITSTATUS, ExitNote
-from vitalsd.sources.libproc import LibprocSource
-from vitalsd.sources.procfs import parse_stat
+from vitalsd.sources import Ending, SourceError, TargetGone
+from vitalsd.sources.darwin import libproc_source as libproc
+from vitalsd.sources.darwin.exit_status import NOTE_EXITSTATUS, ExitNote
+from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.linux.procfs import parse_stat
 from workload import ChildWorkload
 
 NOTE_EXIT = 0x80000000

@@ -14,7 +14,7 @@ from darwin.abi import zig
 from darwin.simulator import SHORT_REPLY, Simulator
 from sidecars import eventually
 from vitalsd.sources import Unsupported
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     MACH_TASK_BASIC_INFO,
     PROC_PIDTASKALLINFO,
     PROC_PIDTHREADID64INFO,
@@ -27,7 +27,7 @@ from vitalsd.sources.apple_headers import (
     rusage_info_v6,
     task_absolutetime_info,
 )
-from vitalsd.sources.libsystem import FUNCTIONS, MachError, ThreadRows, load
+from vitalsd.sources.darwin.libsystem import FUNCTIONS, MachError, ThreadRows, load
 from workload import OwnWorkload
 
 KERN_FAILURE = 5
@@ -88,7 +88,7 @@ class TestLoading:
             "def refuse(event, arguments):\n"
             "    assert not event.startswith('ctypes.dlopen'), arguments\n"
             "sys.addaudithook(refuse)\n"
-            "import vitalsd.sources.darwin\n"
+            "import vitalsd.sources.darwin.processes\n"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 

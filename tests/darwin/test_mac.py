@@ -21,10 +21,10 @@ from sidecars import eventually
 from vitalsd.listeners import bind_tcp, inherited
 from vitalsd.snapshot import measure
 from vitalsd.sources import AccessDenied, Ending, KernelError, TargetGone
-from vitalsd.sources.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6
-from vitalsd.sources.libproc import LibprocSource
-from vitalsd.sources.libsystem import load
-from vitalsd.sources.mach import MachSource
+from vitalsd.sources.darwin.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6
+from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.darwin.libsystem import load
+from vitalsd.sources.darwin.mach_source import MachSource
 from vitalsd.sources.programs import ProgramDigest
 
 pytestmark = pytest.mark.mac

@@ -16,7 +16,7 @@ import pytest
 
 from darwin.simulator import Simulator
 from sidecars import eventually
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     KERN_INVALID_ARGUMENT,
     KERN_SUCCESS,
     KERN_TERMINATED,

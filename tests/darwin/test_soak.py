@@ -16,7 +16,7 @@ import pytest
 from darwin.simulator import SHORT_REPLY, Simulator
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source, SourceError
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     KERN_INVALID_ARGUMENT,
     KERN_TERMINATED,
     MACH_SEND_INVALID_DEST,
@@ -29,8 +29,8 @@ from vitalsd.sources.apple_headers import (
     THREAD_EXTENDED_INFO,
     THREAD_IDENTIFIER_INFO,
 )
-from vitalsd.sources.libproc import LibprocSource
-from vitalsd.sources.mach import MachSource
+from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.darwin.mach_source import MachSource
 
 SIZES = [pytest.param(10_000, id="quick"), pytest.param(100_000, id="torture", marks=pytest.mark.torture)]
 RSS_ALLOWANCE_BYTES = 2 << 20

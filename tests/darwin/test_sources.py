@@ -17,7 +17,7 @@ from darwin.simulator import SHORT_REPLY, Simulator
 from sidecars import eventually
 from vitalsd.snapshot import measure
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, Source, TargetGone, Unsupported
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     MACH_TASK_BASIC_INFO,
     PROC_PIDLISTFDS,
     PROC_PIDTASKALLINFO,
@@ -28,12 +28,12 @@ from vitalsd.sources.apple_headers import (
     TASK_VM_INFO,
     THREAD_EXTENDED_INFO,
 )
-from vitalsd.sources.darwin import list_processes, open_process
-from vitalsd.sources.libproc import LibprocSource
-from vitalsd.sources.libsystem import load
-from vitalsd.sources.linux import LinuxSource
-from vitalsd.sources.linux_processes import CLOCK_BOOTTIME
-from vitalsd.sources.mach import MachSource
+from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.darwin.libsystem import load
+from vitalsd.sources.darwin.mach_source import MachSource
+from vitalsd.sources.darwin.processes import list_processes, open_process
+from vitalsd.sources.linux.processes import CLOCK_BOOTTIME
+from vitalsd.sources.linux.source import LinuxSource
 from vitalsd.sources.programs import program_digest
 from workload import ChildWorkload, OwnWorkload
 

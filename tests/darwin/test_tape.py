@@ -23,12 +23,12 @@ from darwin.tape_player import EndOfTape, TapePlayer
 from sidecars import environment
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources import NoSuchProcess, ProcessEntry
-from vitalsd.sources.darwin import holdings, list_processes
-from vitalsd.sources.libproc import LibprocSource
-from vitalsd.sources.libsystem import FUNCTIONS, LibSystem, load
-from vitalsd.sources.mach import MachSource
+from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.darwin.libsystem import FUNCTIONS, LibSystem, load
+from vitalsd.sources.darwin.mach_source import MachSource
+from vitalsd.sources.darwin.processes import holdings, list_processes
+from vitalsd.sources.darwin.tape import ARGUMENTS, Tape
 from vitalsd.sources.programs import ProgramDigest
-from vitalsd.sources.tape import ARGUMENTS, Tape
 from workload import ChildWorkload, OwnWorkload
 
 TAPES = sorted((Path(__file__).parent / "tapes").glob("*.tape"))

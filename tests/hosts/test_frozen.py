@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from sidecars import environment, eventually
-from vitalsd.sources.birth import births
+from vitalsd.sources.process_identity import births
 
 pytest.importorskip("PyInstaller", reason="PyInstaller is not installed: run make test-hosts")
 pytestmark = [

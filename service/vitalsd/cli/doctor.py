@@ -69,7 +69,7 @@ def _taped(platform: "Platform", tape: Path | None) -> "Iterator[Platform]":
         raise Failed(f"--tape records the calls of macOS, and this is {platform.name}")
     import os
 
-    from vitalsd.sources.tape import Tape
+    from vitalsd.sources.darwin.tape import Tape
 
     try:
         file = tape.open("x", encoding="ascii")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vitalsd.runs import RunDirectory
     from vitalsd.sidecar import Companion
     from vitalsd.sources import ProcessEntry
-    from vitalsd.sources.birth import Births
+    from vitalsd.sources.process_identity import Births
     from vitalsd.targets import Targets
 
 __all__ = ["Serving", "Where", "import_service", "serve_until_signal", "starts"]

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from vitalsd.discovery.atomic_file import draft, sync_directory
 from vitalsd.discovery.directories import EndpointError, runtime_directories
 from vitalsd.discovery.unix_socket import SocketLock, answers
-from vitalsd.sources.birth import ANY_MACHINE, UNKNOWN_BOOT, Births, Undecided, births
+from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Births, Undecided, births
 
 __all__ = [
     "PAGE_FILE",

@@ -15,7 +15,7 @@ from vitalsd.history import history
 from vitalsd.record import Record
 from vitalsd.run_parts import has_run_name
 from vitalsd.runs import RunDirectory
-from vitalsd.sources.birth import Births, Undecided, births
+from vitalsd.sources.process_identity import Births, Undecided, births
 from vitalsd.sources.programs import may_be_versions
 from vitalsd.stored_run import UNKNOWN_END, Run, UnreadableRun, read_run
 

@@ -172,11 +172,11 @@ def open_source(pid: int | None = None, *, proc_root: str = "/proc", program_of:
         SourceError: `NoSuchProcess`, `AccessDenied`, or `Unsupported` on another platform.
     """
     if sys.platform == "linux":
-        from vitalsd.sources.linux import LinuxSource
+        from vitalsd.sources.linux.source import LinuxSource
 
         return LinuxSource(pid, root=proc_root, program_of=program_of)
     if sys.platform == "darwin":
-        from vitalsd.sources.darwin import open_process
+        from vitalsd.sources.darwin.processes import open_process
 
         return open_process(pid, program_of=program_of)
     raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")
@@ -190,7 +190,7 @@ def hides_processes(*, proc_root: str = "/proc") -> bool:
     """
     if sys.platform != "linux":
         return False
-    from vitalsd.sources.linux_processes import hides_processes
+    from vitalsd.sources.linux.processes import hides_processes
 
     return hides_processes(proc_root)
 
@@ -203,11 +203,11 @@ def list_processes(*, proc_root: str = "/proc") -> Iterator[ProcessEntry]:
         Unsupported: on another platform.
     """
     if sys.platform == "linux":
-        from vitalsd.sources.linux_processes import list_processes as processes
+        from vitalsd.sources.linux.processes import list_processes as processes
 
         return processes(proc_root)
     if sys.platform == "darwin":
-        from vitalsd.sources.darwin import list_processes as darwin_processes
+        from vitalsd.sources.darwin.processes import list_processes as darwin_processes
 
         return darwin_processes()
     raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")

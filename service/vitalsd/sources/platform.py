@@ -5,11 +5,11 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vitalsd.sources import ProcessEntry, Source, hides_processes, list_processes, open_source, platform_name
-from vitalsd.sources.birth import Births, births
+from vitalsd.sources.process_identity import Births, births
 from vitalsd.sources.programs import ProgramOf, no_program
 
 if TYPE_CHECKING:
-    from vitalsd.sources.tape import Tape
+    from vitalsd.sources.darwin.tape import Tape
 
 __all__ = ["OpenSource", "Platform", "macos", "this_platform"]
 
@@ -49,9 +49,9 @@ def macos(library: str | None = None, tape: "Tape | None" = None) -> Platform:
     Raises:
         Unsupported: the library does not load or lacks a function.
     """
-    from vitalsd.sources import darwin
-    from vitalsd.sources.birth_darwin import DarwinBirths
-    from vitalsd.sources.libsystem import load
+    from vitalsd.sources.darwin import processes as darwin
+    from vitalsd.sources.darwin.libsystem import load
+    from vitalsd.sources.darwin.process_identity import DarwinBirths
 
     lib = load(library, tape)
     return Platform(
@@ -85,6 +85,6 @@ def this_platform(proc_root: str = "/proc") -> Platform:
 def _holdings() -> Mapping[str, int]:
     if platform_name() != "macos":
         return {}
-    from vitalsd.sources.darwin import holdings
+    from vitalsd.sources.darwin.processes import holdings
 
     return holdings()

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from vitalsd.sources import ProcessEntry, Source
-from vitalsd.sources.apple_headers import MACH_PORT_DEAD, MACH_PORT_NULL, SZOMB, proc_taskallinfo
-from vitalsd.sources.libproc import LibprocSource
-from vitalsd.sources.libsystem import LibSystem, MachError, load
-from vitalsd.sources.mach import MachSource
+from vitalsd.sources.darwin.apple_headers import MACH_PORT_DEAD, MACH_PORT_NULL, SZOMB, proc_taskallinfo
+from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.darwin.libsystem import LibSystem, MachError, load
+from vitalsd.sources.darwin.mach_source import MachSource
+from vitalsd.sources.darwin.task import process_name, process_names, start_key, tick_frequency, translated_errors
 from vitalsd.sources.programs import ProgramOf, no_program
-from vitalsd.sources.xnu import process_name, process_names, start_key, tick_frequency, translated_errors
 
 __all__ = ["holdings", "list_processes", "open_process"]
 

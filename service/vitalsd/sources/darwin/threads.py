@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     TH_STATE_HALTED,
     TH_STATE_RUNNING,
     TH_STATE_STOPPED,
     TH_STATE_UNINTERRUPTIBLE,
     TH_STATE_WAITING,
 )
-from vitalsd.sources.libsystem import ThreadRows
-from vitalsd.sources.procfs import decode_name
+from vitalsd.sources.darwin.libsystem import ThreadRows
+from vitalsd.sources.linux.procfs import decode_name
 
 __all__ = [
     "ATTEMPTS",

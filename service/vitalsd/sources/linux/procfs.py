@@ -1,5 +1,5 @@
 """
-Parsers of Linux ``/proc`` text. Reading is `vitalsd.sources.linux`; nothing is opened here.
+Parsers of Linux ``/proc`` text. Reading is `vitalsd.sources.linux.source`; nothing is opened here.
 
 Every parser takes the whole content of one file as bytes and raises `Malformed` and nothing else
 on content that no kernel writes. Formats: proc(5); fs/proc/array.c, fs/proc/task_mmu.c,

@@ -26,7 +26,7 @@ from operator import add
 
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import Ending, KernelError, TargetGone
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     PROC_FLAG_INEXIT,
     SSTOP,
     SZOMB,
@@ -34,11 +34,11 @@ from vitalsd.sources.apple_headers import (
     proc_taskallinfo,
     proc_uniqidentifierinfo,
 )
-from vitalsd.sources.darwin_exit import ExitNote
-from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
+from vitalsd.sources.darwin.exit_status import ExitNote
+from vitalsd.sources.darwin.libsystem import LibSystem, MachError, ThreadRows, load
+from vitalsd.sources.darwin.task import Instant, Target, Totals, process_name, translated_errors
+from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 from vitalsd.sources.programs import ProgramOf, no_program
-from vitalsd.sources.xnu import Instant, Target, Totals, process_name, translated_errors
-from vitalsd.sources.xnu_threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 
 __all__ = ["WALK_LIMIT", "LibprocSource"]
 

@@ -18,16 +18,16 @@ from operator import add
 
 from vitalsd.snapshot import Extras, Identity, Snapshot
 from vitalsd.sources import KernelError, TargetGone
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     mach_task_basic_info,
     task_absolutetime_info,
     task_events_info,
     task_vm_info,
 )
-from vitalsd.sources.libsystem import LibSystem, MachError, ThreadRows, load
+from vitalsd.sources.darwin.libsystem import LibSystem, MachError, ThreadRows, load
+from vitalsd.sources.darwin.task import Instant, Target, Totals, translated_errors
+from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 from vitalsd.sources.programs import ProgramOf, no_program
-from vitalsd.sources.xnu import Instant, Target, Totals, translated_errors
-from vitalsd.sources.xnu_threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
 
 __all__ = ["MachSource"]
 

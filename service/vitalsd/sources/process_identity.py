@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from typing import Protocol
 
-from vitalsd.sources.procfs import Malformed, parse_stat
+from vitalsd.sources.linux.procfs import Malformed, parse_stat
 
 __all__ = [
     "ANY_MACHINE",
@@ -70,8 +70,8 @@ class Births(Protocol):
 def births() -> Births:
     """Of the running kernel. Another system than Linux and macOS is undecided about everything."""
     if sys.platform == "darwin":
-        from vitalsd.sources.birth_darwin import DarwinBirths
-        from vitalsd.sources.libsystem import load
+        from vitalsd.sources.darwin.libsystem import load
+        from vitalsd.sources.darwin.process_identity import DarwinBirths
 
         return DarwinBirths(load())
     return LinuxBirths()

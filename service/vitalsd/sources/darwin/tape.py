@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from ctypes import Structure, c_char, c_size_t, c_uint8, c_uint32
 from typing import IO, Any, NamedTuple
 
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     PROC_PIDT_SHORTBSDINFO,
     PROC_PIDTASKALLINFO,
     PROC_PIDTHREADID64INFO,

@@ -25,7 +25,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vitalsd.sources import Unsupported
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     ARG_MAX,
     CTL_KERN,
     KERN_INVALID_ARGUMENT,
@@ -67,7 +67,7 @@ from vitalsd.sources.apple_headers import (
 )
 
 if TYPE_CHECKING:
-    from vitalsd.sources.tape import Tape
+    from vitalsd.sources.darwin.tape import Tape
 
 __all__ = ["LibSystem", "MachError", "ThreadRows", "load"]
 
@@ -410,7 +410,7 @@ class LibSystem:
         Since boot, sleep left out, ns.
 
         Scaled by ``mach_timebase_info``, which is right for the clocks of user space, also under
-        Rosetta, and wrong there for every tick the kernel writes (see `vitalsd.sources.xnu`).
+        Rosetta, and wrong there for every tick the kernel writes (see `vitalsd.sources.darwin.task`).
         """
         return self._user_clock_ns(self._quick.mach_absolute_time())
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from vitalsd.snapshot import Extras, Identity, ThreadExtras
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, TargetGone, Unsupported
-from vitalsd.sources.apple_headers import (
+from vitalsd.sources.darwin.apple_headers import (
     RUSAGE_INFO_V4,
     RUSAGE_INFO_V6,
     proc_bsdinfo,
@@ -30,11 +30,11 @@ from vitalsd.sources.apple_headers import (
     proc_taskallinfo,
     rusage_info_v6,
 )
-from vitalsd.sources.birth import UNKNOWN_BOOT
-from vitalsd.sources.libsystem import LibSystem, MachError
-from vitalsd.sources.procfs import decode_name
+from vitalsd.sources.darwin.libsystem import LibSystem, MachError
+from vitalsd.sources.darwin.threads import RUN_STATES, Living
+from vitalsd.sources.linux.procfs import decode_name
+from vitalsd.sources.process_identity import UNKNOWN_BOOT
 from vitalsd.sources.programs import Command, ProgramOf, no_program
-from vitalsd.sources.xnu_threads import RUN_STATES, Living
 
 __all__ = [
     "Instant",

@@ -5,8 +5,8 @@ import os
 import struct
 
 from vitalsd.sources import Ending
-from vitalsd.sources.linux_counters import reread
-from vitalsd.sources.procfs import Malformed, parse_stat
+from vitalsd.sources.linux.cpu_counters import reread
+from vitalsd.sources.linux.procfs import Malformed, parse_stat
 
 __all__ = ["ending"]
 

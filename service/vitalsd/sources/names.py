@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import Source
-from vitalsd.sources.procfs import decode_name
+from vitalsd.sources.linux.procfs import decode_name
 
 __all__ = ["Inherited", "PythonNames", "names_by_id", "publish_names"]
 

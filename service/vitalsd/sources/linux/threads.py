@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from itertools import compress
 from operator import ne, sub
 
-from vitalsd.sources.linux_counters import GONE, Reading, ThreadCounter, ThreadNames, read_file
-from vitalsd.sources.procfs import Stat, decode_name, parse_stat
+from vitalsd.sources.linux.cpu_counters import GONE, Reading, ThreadCounter, ThreadNames, read_file
+from vitalsd.sources.linux.procfs import Stat, decode_name, parse_stat
 
 __all__ = ["LOOK_EVERY_NS", "NAMES_EVERY_NS", "ThreadTable"]
 

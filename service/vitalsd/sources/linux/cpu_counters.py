@@ -2,7 +2,7 @@
 Three ways to read how long the threads of a Linux process ran.
 
 `ThreadClocks` for our own process, `SchedstatFiles` for any other, `StatFiles` on a kernel without
-schedstat. `vitalsd.sources.linux_threads` keeps the set of threads.
+schedstat. `vitalsd.sources.linux.threads` keeps the set of threads.
 """
 
 import errno
@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from itertools import repeat
 from typing import Any, Protocol
 
-from vitalsd.sources.procfs import parse_run_times, parse_stat
+from vitalsd.sources.linux.procfs import parse_run_times, parse_stat
 
 __all__ = [
     "GONE",

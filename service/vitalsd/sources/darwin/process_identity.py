@@ -1,11 +1,11 @@
-"""`vitalsd.sources.birth` on macOS."""
+"""`vitalsd.sources.process_identity` on macOS."""
 
 import time
 
-from vitalsd.sources.apple_headers import proc_taskallinfo
-from vitalsd.sources.birth import Undecided, anonymous
-from vitalsd.sources.libsystem import LibSystem, MachError
-from vitalsd.sources.xnu import boot_id, start_key
+from vitalsd.sources.darwin.apple_headers import proc_taskallinfo
+from vitalsd.sources.darwin.libsystem import LibSystem, MachError
+from vitalsd.sources.darwin.task import boot_id, start_key
+from vitalsd.sources.process_identity import Undecided, anonymous
 
 __all__ = ["DarwinBirths"]
 

@@ -34,8 +34,7 @@ from vitalsd.sources import (
     TargetGone,
     Unsupported,
 )
-from vitalsd.sources.birth import LinuxBirths, boottime_offset_ticks
-from vitalsd.sources.linux_counters import (
+from vitalsd.sources.linux.cpu_counters import (
     GONE,
     USER_TICK_NS,
     SchedstatFiles,
@@ -46,10 +45,9 @@ from vitalsd.sources.linux_counters import (
     read_file,
     reread,
 )
-from vitalsd.sources.linux_exit import ending
-from vitalsd.sources.linux_processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, running_command
-from vitalsd.sources.linux_threads import ThreadTable
-from vitalsd.sources.procfs import (
+from vitalsd.sources.linux.exit_status import ending
+from vitalsd.sources.linux.processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, running_command
+from vitalsd.sources.linux.procfs import (
     STATES,
     Malformed,
     Stat,
@@ -60,6 +58,8 @@ from vitalsd.sources.procfs import (
     parse_status,
     parse_tgid,
 )
+from vitalsd.sources.linux.threads import ThreadTable
+from vitalsd.sources.process_identity import LinuxBirths, boottime_offset_ticks
 from vitalsd.sources.programs import Command, ProgramOf, no_program
 
 __all__ = ["LinuxSource"]
@@ -470,7 +470,7 @@ class LinuxSource:
             raise KernelError(f"cannot open {directory}: {error.strerror}") from None
 
     def _exit_descriptor(self) -> int:
-        """A pidfd, -1 where there is none: it tells how the process ended, see `vitalsd.sources.linux_exit`."""
+        """A pidfd, -1 where there is none: it tells how the process ended, see `vitalsd.sources.linux.exit_status`."""
         try:
             return self._keep(os.pidfd_open(self._pid))  # type: ignore[attr-defined, unused-ignore]
         except OSError:
