@@ -14,7 +14,7 @@ import os
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 
-from vitalsd.record import Record
+from vitalsd.recording.series import Record
 from vitalsd.snapshot import Identity, Snapshot
 
 SECOND_NS = 1_000_000_000

@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from as_darwin.emulation import COUNTED
 from target import Target
-from vitalsd.tail import remove_tail
+from vitalsd.recording.journal import remove_tail
 
 pytest_plugins = ["darwin.fixtures"]
 

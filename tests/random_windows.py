@@ -17,8 +17,8 @@ from contextlib import closing, suppress
 from typing import Any
 
 from vitalsd.contract.encoding import encode
-from vitalsd.history import history
-from vitalsd.record import Record
+from vitalsd.recording.history import history
+from vitalsd.recording.series import Record
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources import SourceError
 from vitalsd.sources.linux.source import LinuxSource

@@ -17,9 +17,9 @@ import as_platform
 import vitalsd
 from sidecars import ask, environment, eventually, listing, serving
 from vitalsd.discovery import runtime_file as endpoint
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import read_run
 from vitalsd.sources.process_identity import births
-from vitalsd.stored_run import read_run
 
 
 @pytest.fixture(autouse=True)

@@ -22,15 +22,15 @@ from hypothesis import HealthCheck, given, settings
 
 from lives import IDENTITY, SECOND_NS, Process, lives, same
 from sidecars import environment
-from vitalsd.blackbox import BlackBox
-from vitalsd.record import Mark, Record
-from vitalsd.run_database import insert_rows
-from vitalsd.run_file import RunFile
-from vitalsd.run_parts import delete_run, is_being_written
-from vitalsd.runs import MAX_RUNS, RunDirectory
+from vitalsd.recording.black_box import BlackBox
+from vitalsd.recording.journal import SHARED_MEMORY, Tail
+from vitalsd.recording.run_database import insert_rows
+from vitalsd.recording.run_directory import MAX_RUNS, RunDirectory
+from vitalsd.recording.run_files import delete_run, is_being_written
+from vitalsd.recording.run_reader import Run, UnreadableRun, read_run
+from vitalsd.recording.run_writer import RunFile
+from vitalsd.recording.series import Mark, Record
 from vitalsd.snapshot import Snapshot
-from vitalsd.stored_run import Run, UnreadableRun, read_run
-from vitalsd.tail import SHARED_MEMORY, Tail
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ def test_without_a_descriptor_left_no_run_is_taken_for_dead(tmp_path: Path, monk
     def scarce(*_: object) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("vitalsd.run_parts.os.open", scarce)
+    monkeypatch.setattr("vitalsd.recording.run_files.os.open", scarce)
     assert is_being_written(path)
     RunDirectory(tmp_path, max_bytes=1).make_room(1)
     monkeypatch.undo()
@@ -166,8 +166,8 @@ def test_only_its_user_can_read_it(tmp_path: Path) -> None:
 WRITER = """
     import sys, time
     from pathlib import Path
-    from vitalsd.recorder import Recorder, Recording
-    from vitalsd.runs import RunDirectory
+    from vitalsd.recording.recorder import Recorder, Recording
+    from vitalsd.recording.run_directory import RunDirectory
     from vitalsd.sources import open_source
 
     directory, memory, interval_s = sys.argv[1:]
@@ -266,7 +266,9 @@ def fails(*_: Any) -> None:
 
 def elsewhere(code: str, path: Path) -> str:
     """What another process prints that has `runs`, the directory at `path`."""
-    names = "from vitalsd.runs import RunDirectory; from vitalsd.stored_run import read_run"
+    names = (
+        "from vitalsd.recording.run_directory import RunDirectory; from vitalsd.recording.run_reader import read_run"
+    )
     head = f"import sys, pathlib; {names}; runs = RunDirectory(pathlib.Path(sys.argv[1]));"
     command = [sys.executable, "-c", head + code, str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -567,11 +569,11 @@ def test_whatever_fails_each_snapshot_is_kept_whole_or_counted(
         return attempt
 
     append = Tail.append
-    monkeypatch.setattr("vitalsd.run_file.insert_rows", failing(insert_rows, 0.1))
+    monkeypatch.setattr("vitalsd.recording.run_writer.insert_rows", failing(insert_rows, 0.1))
     monkeypatch.setattr(RunFile, "_insert_segment", failing(RunFile._insert_segment, 0.2))
     monkeypatch.setattr(Tail, "append", lambda tail, row: chance.random() > 0.05 and append(tail, row))
-    monkeypatch.setattr("vitalsd.tail.MAX_BYTES", chance.choice([600, 3000, 1 << 20]))
-    monkeypatch.setattr("vitalsd.blackbox.FOLD_NS", chance.choice([1, 3, 50]) * 5_000_000)
+    monkeypatch.setattr("vitalsd.recording.journal.MAX_BYTES", chance.choice([600, 3000, 1 << 20]))
+    monkeypatch.setattr("vitalsd.recording.black_box.FOLD_NS", chance.choice([1, 3, 50]) * 5_000_000)
 
     process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 40)})
     record = Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
@@ -859,7 +861,7 @@ def test_a_full_disk_is_said_and_healed(tmp_path: Path, caplog: pytest.LogCaptur
         assert box.error is not None
         assert "full" in box.error
         assert box.dropped > 0
-        assert len([r for r in caplog.records if r.name == "vitalsd.blackbox"]) == 1
+        assert len([r for r in caplog.records if r.name == "vitalsd.recording.black_box"]) == 1
         # Who is born on a full disk is in the file too once there is room.
         process.threads |= {(tid, 2): (f"latecomer {tid}", 0) for tid in range(3000, 3500)}
         for _ in range(3):

@@ -545,8 +545,8 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
     }
     more = {
         "direct.py": {"vitalsd.snapshot", "vitalsd.sources", "vitalsd.contract.encoding"},
-        "recorded_data.py": {"vitalsd.runs", "vitalsd.sources", "vitalsd.sources.programs"},
-        "crash.py": {"vitalsd.runs", "vitalsd.stored_run"},
+        "recorded_data.py": {"vitalsd.recording.run_directory", "vitalsd.sources", "vitalsd.sources.programs"},
+        "crash.py": {"vitalsd.recording.run_directory", "vitalsd.recording.run_reader"},
     }
     for file in (ROOT / "clients" / "vitalsd_client").glob("*.py"):
         found: set[str] = set()

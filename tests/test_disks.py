@@ -27,7 +27,7 @@ import pytest
 from edge import Reply, dial, get, read_reply
 from serving import Serving
 from sidecars import eventually, serving
-from vitalsd.stored_run import read_run
+from vitalsd.recording.run_reader import read_run
 
 pytestmark = [pytest.mark.live, pytest.mark.skipif(sys.platform != "linux", reason="leases and FIFREEZE are of Linux")]
 

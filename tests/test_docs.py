@@ -49,7 +49,7 @@ def test_starting_imports_nothing_for_later() -> None:
         "from vitalsd.http.app import create_app\n"
         "create_app(object(), list)\n"
         "print(*[name for name in ('vitalsd.contract.metrics', 'vitalsd.http.schema', 'vitalsd.http.bodies',"
-        " 'vitalsd.history', 'vitalsd.report.builder', 'vitalsd.contract.report_archive',"
+        " 'vitalsd.recording.history', 'vitalsd.report.builder', 'vitalsd.contract.report_archive',"
         " 'prometheus_client', 'opentelemetry.sdk',"
         " 'pydantic.v1') if name in sys.modules])"
     )

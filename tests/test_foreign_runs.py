@@ -23,10 +23,10 @@ from lives import IDENTITY, SECOND_NS, Process
 from sidecars import VITALSD, environment, serving
 from test_blackbox import write
 from vitalsd.recording.replay_file import read_replay_file
-from vitalsd.run_image import MAX_RUN_BYTES, read_image
-from vitalsd.run_parts import is_being_written, is_own_run
-from vitalsd.runs import RunDirectory
-from vitalsd.stored_run import Run, UnreadableRun, describe, read_run
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_files import is_being_written, is_own_run
+from vitalsd.recording.run_image import MAX_RUN_BYTES, read_image
+from vitalsd.recording.run_reader import Run, UnreadableRun, describe, read_run
 from vitalsd_client import last_crash
 
 NAME = f"{IDENTITY.start_id}-77.sqlite"
@@ -217,7 +217,7 @@ def test_run_that_may_not_be_read_is_listed_with_the_reason(run: Path) -> None:
     for path in (run, run.parent, *run.parents[1:3]):
         os.chown(path, 65501, 65501)
     code = (
-        "import os; from pathlib import Path; from vitalsd.runs import RunDirectory\n"
+        "import os; from pathlib import Path; from vitalsd.recording.run_directory import RunDirectory\n"
         "os.setgroups([]); os.setgid(65501); os.setuid(65501)\n"
         "directory = RunDirectory(Path('.'), max_bytes=1)\n"
         "directory.make_room(1); directory.settle(); found = directory.scan()\n"
@@ -271,7 +271,7 @@ def test_run_whose_notes_have_no_end_is_read_up_to_a_bound(run: Path, table: str
 def test_run_whose_values_are_one_endless_page_is_refused(run: Path) -> None:
     """1000 marks of 1 MiB each in 4 MiB: refused, in bounded memory."""
     make_swollen(run)
-    code = "import sys, resource, pathlib\nfrom vitalsd.stored_run import *\n"
+    code = "import sys, resource, pathlib\nfrom vitalsd.recording.run_reader import *\n"
     code += "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
     code += "try: read_run(pathlib.Path(sys.argv[1]))\nexcept UnreadableRun as error: print(error)\n"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -386,7 +386,7 @@ def test_run_with_a_strange_file_ends_in_time_and_space(run: Path, tmp_path: Pat
     env = environment(tmp_path) | {"VITALSD_STATE_DIR": str(run.parents[1]), "TMPDIR": str(temporary)}
     code = (
         "import sys, pathlib; from vitalsd.recording.replay_file import *\n"
-        "from vitalsd.stored_run import UnreadableRun\n"
+        "from vitalsd.recording.run_reader import UnreadableRun\n"
         "try: read_replay_file(pathlib.Path(sys.argv[1]))\n"
         "except (UnreadableRun, OSError) as error: print(error)\n"
     )
@@ -422,7 +422,7 @@ def test_crashed_run_is_in_the_report_if_disk_and_temporary_directories_are_full
     code = (
         "import os, pathlib, shutil, subprocess, sys\n"
         "from vitalsd.report.previous_run import Subject, find\n"
-        "from vitalsd.runs import RunDirectory\n"
+        "from vitalsd.recording.run_directory import RunDirectory\n"
         "disk, made = map(pathlib.Path, sys.argv[1:])\n"
         "def mount(*options): subprocess.run(['mount', *options], check=True)\n"
         "mount('-t', 'tmpfs', '-o', 'size=1m', 'none', str(disk))\n"
@@ -551,7 +551,7 @@ def test_run_is_whole_however_often_it_is_read_while_it_is_written(tmp_path: Pat
 
 def test_planted_log_is_bounded(run: Path) -> None:
     """A log that says the database has 2^31 pages, with right checksums."""
-    from vitalsd.run_image import FRAME_HEADER, LOG_HEADER, LOG_MAGIC, _checksum, _words
+    from vitalsd.recording.run_image import FRAME_HEADER, LOG_HEADER, LOG_MAGIC, _checksum, _words
 
     head = LOG_HEADER.pack(LOG_MAGIC, 3007000, 4096, 0, 1, 2, 0, 0)
     checksum = _checksum(_words(head[:24], False), (0, 0))

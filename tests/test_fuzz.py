@@ -23,12 +23,12 @@ from test_blackbox import write
 from vitalsd.contract.encoding import encode
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.discovery.directories import EndpointError
-from vitalsd.history import history
 from vitalsd.http.problem import Refused
 from vitalsd.http.query import HistoryQuery, MetricsQuery, ReportQuery, StreamQuery, _bad_parameter
+from vitalsd.recording.history import history
+from vitalsd.recording.history_import import read_history
+from vitalsd.recording.run_reader import UnreadableRun, read_run
 from vitalsd.sources.linux.procfs import Malformed, decode_name, parse_run_times, parse_stat, parse_statm, parse_status
-from vitalsd.stored_history import read_history
-from vitalsd.stored_run import UnreadableRun, read_run
 
 DATA = Path(__file__).parent / "data"
 CAPTURE = DATA / "proc" / "4242"

@@ -17,7 +17,7 @@ from serving import Serving
 from sidecars import environment, eventually, serving
 from tools import program
 from vitalsd.http.gate import OPEN_PATHS
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
 
 pytestmark = pytest.mark.live
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from lives import IDENTITY, SECOND_NS, Process, lives
 from test_record import record_of
-from vitalsd.history import MAX_CELLS, MAX_ROWS, history
-from vitalsd.record import Event, Mark, Record
+from vitalsd.recording.history import MAX_CELLS, MAX_ROWS, history
+from vitalsd.recording.history_import import parse_json, read_history
+from vitalsd.recording.series import Event, Mark, Record
 from vitalsd.snapshot import Snapshot
-from vitalsd.stored_history import parse_json, read_history
 
 
 @given(lives())

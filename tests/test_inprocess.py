@@ -20,12 +20,12 @@ import vitalsd
 from sidecars import ask, environment, eventually, listing
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.listeners import ListenError, PortInUse, bind_tcp
-from vitalsd.record import Record
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import read_run
+from vitalsd.recording.series import Record
 from vitalsd.snapshot import Snapshot
 from vitalsd.sources.names import PythonNames
 from vitalsd.sources.process_identity import births
-from vitalsd.stored_run import read_run
 
 
 def interpreters() -> list[str]:
@@ -388,7 +388,7 @@ def test_a_fork_waits_for_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.02)
         writing.clear()
 
-    monkeypatch.setattr("vitalsd.run_file.RunFile.mark", slow)
+    monkeypatch.setattr("vitalsd.recording.run_writer.RunFile.mark", slow)
     with vitalsd.start(port=0) as sidecar, ThreadPoolExecutor(1) as pool:
         for _ in range(20):
             marked = pool.submit(sidecar.mark, "x")

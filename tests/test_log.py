@@ -67,7 +67,7 @@ def test_warnings_of_every_part_are_in_the_form(tmp_path: Path) -> None:
     )
     entries = parsed(lines)
     assert {entry["level"] for entry in entries} == {"warning", "info"}
-    assert {"vitalsd", "vitalsd.blackbox"} == {entry["logger"] for entry in entries}
+    assert {"vitalsd", "vitalsd.recording.black_box"} == {entry["logger"] for entry in entries}
     assert any("no Unix socket and no runtime file" in entry["message"] for entry in entries)
 
 

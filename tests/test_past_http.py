@@ -21,10 +21,10 @@ import pytest
 
 from serving import Serving
 from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
+from vitalsd.recording.journal import SHARED_MEMORY
 from vitalsd.recording.replay_file import read_replay_file
+from vitalsd.recording.run_reader import UnreadableRun
 from vitalsd.sources import list_processes
-from vitalsd.stored_run import UnreadableRun
-from vitalsd.tail import SHARED_MEMORY
 
 BUSY = """
 import threading, time

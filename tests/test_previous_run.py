@@ -22,9 +22,9 @@ import pytest
 import tools
 from sidecars import VITALSD, ask, environment, eventually, serving
 from vitalsd.discovery.runtime_file import discover
+from vitalsd.recording.run_directory import MAX_LISTED, RunDirectory
+from vitalsd.recording.run_reader import UNKNOWN_END, Run
 from vitalsd.report.previous_run import Choice, Subject, choose
-from vitalsd.runs import MAX_LISTED, RunDirectory
-from vitalsd.stored_run import UNKNOWN_END, Run
 from vitalsd_client import BugReport, last_crash
 
 pytestmark = pytest.mark.live

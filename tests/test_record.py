@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lives import IDENTITY, SECOND_NS, Process, lives, same
-from vitalsd.record import MAX_MARKS, Record
+from vitalsd.recording.series import MAX_MARKS, Record
 from vitalsd.snapshot import Snapshot, measure
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from lives import IDENTITY, SECOND_NS, Process
-from vitalsd.record import Mark
-from vitalsd.recorder import Recorder, Recording
-from vitalsd.run_file import RunFile
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.recorder import Recorder, Recording
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import read_run
+from vitalsd.recording.run_writer import RunFile
+from vitalsd.recording.series import Mark
 from vitalsd.sources import KernelError, TargetGone
-from vitalsd.stored_run import read_run
 
 
 def recorded(*steps: tuple[int, dict[str, object]]) -> list[tuple[str, str]]:

@@ -17,8 +17,8 @@ import pytest
 from serving import Serving
 from sidecars import VITALSD, ask, environment, eventually, serving
 from vitalsd.recording.replay_file import read_replay_file
-from vitalsd.runs import RunDirectory
-from vitalsd.stored_run import UnreadableRun
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import UnreadableRun
 from vitalsd_client import BugReport
 
 pytestmark = pytest.mark.live

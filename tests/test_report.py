@@ -34,7 +34,7 @@ from vitalsd.contract.application import check_app
 from vitalsd.contract.metrics import Measured, Unavailable, parse_runtime_metrics
 from vitalsd.contract.report_archive import Bundle, Failure, new_report_id, seal
 from vitalsd.http.app import create_app
-from vitalsd.recorder import Recording
+from vitalsd.recording.recorder import Recording
 from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.sampler import Sampler
 from vitalsd.sources import Source, open_source

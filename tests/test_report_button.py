@@ -23,8 +23,8 @@ import tools
 from sidecars import environment, eventually, listing, serving
 from vitalsd.contract.metrics import Measured, Unavailable, parse_runtime_metrics
 from vitalsd.discovery.runtime_file import discover
-from vitalsd.runs import RunDirectory
-from vitalsd.stored_run import Run
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import Run
 from vitalsd_client import Entry, Spool
 
 pytestmark = pytest.mark.live

@@ -11,7 +11,7 @@ import pytest
 
 from snapshots import IDENTITY, snapshot
 from vitalsd.admission import OWNER, Busy, Peer
-from vitalsd.recorder import Recording
+from vitalsd.recording.recorder import Recording
 from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, NotRecording, Sampler, sample
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import KernelError, NoSuchProcess, Source, TargetGone

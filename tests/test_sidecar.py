@@ -28,7 +28,7 @@ from sidecars import VITALSD, UnixConnection, ask, environment, eventually, list
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.discovery.unix_socket import answers
 from vitalsd.listeners import ListenError, PortInUse, UnixListener, adopt, bind_tcp, inherited, is_remote, listen
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.sidecar import Service
 
 

@@ -11,7 +11,7 @@ import tools
 from browser import Browser
 from serving import Serving
 from sidecars import VITALSD, environment, eventually, serving
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
 
 pytestmark = pytest.mark.live
 

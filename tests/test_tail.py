@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lives import Process
 from test_blackbox import write
-from vitalsd.tail import MAX_BYTES, ORPHAN_S, SHARED_MEMORY, Row, Tail, read_tail, remove_tail, sweep_tails
+from vitalsd.recording.journal import MAX_BYTES, ORPHAN_S, SHARED_MEMORY, Row, Tail, read_tail, remove_tail, sweep_tails
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a directory of shared memory")
 
@@ -248,7 +248,7 @@ def test_sweep_tails_leaves_what_is_not_of_this_user_or_namespace(tmp_path: Path
     aged(theirs, 2 * ORPHAN_S)
     theirs.unlink()
     code = (
-        "import sys, pathlib; from vitalsd.tail import Tail\n"
+        "import sys, pathlib; from vitalsd.recording.journal import Tail\n"
         "Tail(pathlib.Path(sys.argv[1]) / 'inside.tail', pathlib.Path(sys.argv[2])).close()\n"
     )
     command = ["unshare", "-m", sys.executable, "-c", code, str(tmp_path), str(memory)]

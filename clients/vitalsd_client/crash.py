@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from vitalsd.contract.application import Application, check_app
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import Run, UnreadableRun, read_run
 from vitalsd.report.previous_run import Subject, choose, find, is_alive, member
-from vitalsd.runs import RunDirectory
-from vitalsd.stored_run import Run, UnreadableRun, read_run
 from vitalsd_client.patience import Call
 from vitalsd_client.privacy import harmless
 from vitalsd_client.recorded_data import own_subject, run_directory

@@ -170,7 +170,7 @@ class RecordedData:
 def run_directory() -> Any:
     """Return the `RunDirectory` of this user; ``None``: there is none, or other users may write it."""
     from vitalsd.discovery.directories import EndpointError, state_path
-    from vitalsd.runs import RunDirectory
+    from vitalsd.recording.run_directory import RunDirectory
 
     try:
         path = state_path() / "runs"

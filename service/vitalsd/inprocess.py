@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Literal
 
 from vitalsd.alongside import died_of_exception
-from vitalsd.blackbox import BlackBox
 from vitalsd.contract.application import Application
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery import runtime_file as endpoints
@@ -27,7 +26,8 @@ from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.http.shelf import Shelf
 from vitalsd.listeners import listen
-from vitalsd.recorder import Recording
+from vitalsd.recording.black_box import BlackBox
+from vitalsd.recording.recorder import Recording
 from vitalsd.sampler import NotRecording, Sampler
 from vitalsd.sidecar import Service, run_directory, runtime_directory
 from vitalsd.sources import Source, hides_processes, list_processes, open_source

@@ -17,8 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitalsd.admission import OWNER, Busy, Peer, Shares
-from vitalsd.record import Mark, Record
-from vitalsd.recorder import Recorder, Recording
+from vitalsd.recording.recorder import Recorder, Recording
+from vitalsd.recording.series import Mark, Record
 from vitalsd.snapshot import Identity, Measurement, Snapshot, contradiction, measure
 from vitalsd.sources import KernelError, Source, SourceError, TargetGone, platform_name
 from vitalsd.worker import Hung, Stopped, Worker, seen

@@ -26,7 +26,7 @@ from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.server import Server
 from vitalsd.listeners import Listeners
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.sampler import Sampler
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError

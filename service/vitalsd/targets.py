@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vitalsd.admission import OWNER, Busy, Peer, Shares
-from vitalsd.record import Mark, Record
+from vitalsd.recording.series import Mark, Record
 from vitalsd.sampler import Sampler
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources import Source, SourceError, TargetGone

@@ -15,12 +15,12 @@ import pytest
 from darwin.simulator import Simulator
 from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.http.app import create_app
-from vitalsd.record import Record
 from vitalsd.recording.replay import Replay
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile
+from vitalsd.recording.run_reader import Run
+from vitalsd.recording.series import Record
 from vitalsd.sampler import Sampler
 from vitalsd.sources.darwin.processes import list_processes, open_process
-from vitalsd.stored_run import Run
 from vitalsd.targets import Targets
 from workload import ChildWorkload, OwnWorkload, Workload
 

@@ -23,7 +23,7 @@ def runs(as_json: bool) -> None:
     """List the runs on disk: crashed ones first, then the newest first."""
     import json
 
-    from vitalsd.runs import RunDirectory
+    from vitalsd.recording.run_directory import RunDirectory
 
     path = runs_path()
     found, unreadable, older = RunDirectory(path).scan()

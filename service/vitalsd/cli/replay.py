@@ -25,8 +25,8 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
     """
     from vitalsd.recording.replay import Replay
     from vitalsd.recording.replay_file import read_replay_file
+    from vitalsd.recording.run_reader import UnreadableRun
     from vitalsd.sources import NoSuchProcess, Source
-    from vitalsd.stored_run import UnreadableRun
     from vitalsd.targets import Targets
 
     def no_process(pid: int) -> Source:

@@ -257,8 +257,8 @@ def _say_what_is_missing(manifest: "dict[str, Any]") -> None:
 
 def _list_crashed_runs(app: str | None) -> None:
     """Say which crashed runs are on disk that no report contains; with `app`, none of another application."""
+    from vitalsd.recording.run_directory import RunDirectory
     from vitalsd.report.previous_run import is_alive
-    from vitalsd.runs import RunDirectory
 
     try:
         runs = [run for run in RunDirectory(runs_path()).runs() if run.state == "crashed" and not run.reported]

@@ -268,7 +268,7 @@ def _serve_target(
     import_service()
     from vitalsd.activation import Notifier
     from vitalsd.discovery.runtime_file import Target
-    from vitalsd.recorder import Recording
+    from vitalsd.recording.recorder import Recording
     from vitalsd.sampler import Sampler
     from vitalsd.sidecar import Companion, end_with, follow, run_directory
     from vitalsd.targets import Targets

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vitalsd.contract.application import Application
     from vitalsd.discovery.runtime_file import Target
     from vitalsd.listeners import Listeners
-    from vitalsd.runs import RunDirectory
+    from vitalsd.recording.run_directory import RunDirectory
     from vitalsd.sidecar import Companion
     from vitalsd.sources import ProcessEntry
     from vitalsd.sources.process_identity import Births

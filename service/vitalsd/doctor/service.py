@@ -18,10 +18,10 @@ from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.runtime_file import discover
 from vitalsd.doctor.burner import BurnerProcess
 from vitalsd.doctor.finding import BUG, Finding, judged, not_here
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import UnreadableRun, read_run
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources.platform import Platform
-from vitalsd.stored_run import UnreadableRun, read_run
 
 __all__ = ["sidecar"]
 

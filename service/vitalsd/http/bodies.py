@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vitalsd.contract.metrics import Platform, ProcessMetrics, Target, Unavailable
 from vitalsd.http.problem import Reason
-from vitalsd.record import EventKind
-from vitalsd.stored_run import State
+from vitalsd.recording.run_reader import State
+from vitalsd.recording.series import EventKind
 
 __all__ = ["Health", "Hello", "History", "Info", "Mark", "Problem", "Process", "Reported", "Run"]
 

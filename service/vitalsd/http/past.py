@@ -11,11 +11,11 @@ from vitalsd.http.problem import problem
 from vitalsd.http.query import READING, HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, StrictRoute, given, sent
 from vitalsd.http.shelf import Shelf
 from vitalsd.http.turns import Turns
-from vitalsd.record import Mark, Record
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import UnreadableRun, read_run
+from vitalsd.recording.series import Mark, Record
 from vitalsd.sampler import NotRecording
 from vitalsd.sources import SourceError
-from vitalsd.stored_run import UnreadableRun, read_run
 from vitalsd.targets import Targets
 from vitalsd.worker import Worker
 
@@ -128,7 +128,7 @@ async def _table(record: Record, query: RunHistoryQuery, request: Request, reade
     csv = _is_csv(request)
 
     def render() -> bytes:
-        from vitalsd.history import history
+        from vitalsd.recording.history import history
 
         table = history(record, since_ns=since_ns, top=query.top, step_ns=query.step_ms * 1_000_000)
         return table.to_csv() if csv else table.to_json()

@@ -24,11 +24,11 @@ from vitalsd.http.query import READING, NoQuery, ReportQuery, ReportRequest, Str
 from vitalsd.http.shelf import Shelf
 from vitalsd.http.taken import TAKEN
 from vitalsd.http.turns import Turns
-from vitalsd.record import Record
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import Run, UnreadableRun
+from vitalsd.recording.series import Record
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
-from vitalsd.stored_run import Run, UnreadableRun
 from vitalsd.targets import Targets
 from vitalsd.worker import Hung, Worker
 
@@ -175,7 +175,7 @@ async def _past(
 
 def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
     from vitalsd.contract.report_archive import HISTORY, MARKS
-    from vitalsd.history import history
+    from vitalsd.recording.history import history
     from vitalsd.report.previous_run import TOP_THREADS
 
     last = record.last

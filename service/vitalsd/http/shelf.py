@@ -4,8 +4,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from vitalsd.run_parts import has_run_name
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_files import has_run_name
 from vitalsd.worker import Worker
 
 __all__ = ["Shelf"]

@@ -6,8 +6,8 @@ from vitalsd.admission import OWNER, Peer
 from vitalsd.contract.application import Application
 from vitalsd.contract.encoding import iso
 from vitalsd.contract.host import Host
-from vitalsd.record import Mark, Record
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile
+from vitalsd.recording.series import Mark, Record
 from vitalsd.sampler import NotRecording
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources import TargetGone

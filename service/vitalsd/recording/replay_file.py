@@ -19,10 +19,10 @@ from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.contract.report_archive import HISTORY, MANIFEST, METADATA, METRICS, PREVIOUS_RUN
-from vitalsd.record import Record
-from vitalsd.run_parts import MAGIC, open_regular
-from vitalsd.stored_history import check_json, parse_json, read_history
-from vitalsd.stored_run import Run, State, UnreadableRun, read_run
+from vitalsd.recording.history_import import check_json, parse_json, read_history
+from vitalsd.recording.run_files import MAGIC, open_regular
+from vitalsd.recording.run_reader import Run, State, UnreadableRun, read_run
+from vitalsd.recording.series import Record
 
 __all__ = ["Card", "RecordedRun", "ReplayFile", "read_replay_file"]
 

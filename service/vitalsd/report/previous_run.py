@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitalsd.contract.report_archive import PREVIOUS_RUN, Failure, previous_run
-from vitalsd.history import history
-from vitalsd.record import Record
-from vitalsd.run_parts import has_run_name
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.history import history
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_files import has_run_name
+from vitalsd.recording.run_reader import UNKNOWN_END, Run, UnreadableRun, read_run
+from vitalsd.recording.series import Record
 from vitalsd.sources.process_identity import Births, Undecided, births
 from vitalsd.sources.programs import may_be_versions
-from vitalsd.stored_run import UNKNOWN_END, Run, UnreadableRun, read_run
 
 __all__ = ["TOP_THREADS", "Choice", "Found", "Listing", "Subject", "choose", "find", "is_alive", "member"]
 

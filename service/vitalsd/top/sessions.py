@@ -12,7 +12,7 @@ from typing import Any
 from vitalsd.contract.encoding import encode, one_line
 from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.http_connection import ExchangeError
-from vitalsd.recorder import Recorder, Recording
+from vitalsd.recording.recorder import Recorder, Recording
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source, SourceError, TargetGone
 from vitalsd.top.news import News, Note, Past, Sample, Subject

@@ -15,7 +15,7 @@ from typing import Any
 from vitalsd.contract.encoding import DECIMALS, iso, printable, target_json
 from vitalsd.contract.interpreter_lock import LockRelease
 from vitalsd.contract.json_pieces import to_json
-from vitalsd.record import Event, Mark, Record, Segment
+from vitalsd.recording.series import Event, Mark, Record, Segment
 from vitalsd.snapshot import allowance_ns, idle_allowance_ns
 
 __all__ = ["History", "ThreadHistory", "history"]

@@ -1,7 +1,7 @@
 """
 Read a run back from disk.
 
-A SQLite file; its last seconds may still be in its `vitalsd.tail`, and `vitalsd.run_parts` has what else belongs to
+A SQLite file; its last seconds may still be in its `vitalsd.recording.journal`, and `vitalsd.recording.run_files` has what else belongs to
 it. A run that is not being written any more and did not say how it ended has crashed.
 """
 
@@ -16,12 +16,12 @@ from vitalsd.contract.application import Application
 from vitalsd.contract.encoding import iso
 from vitalsd.contract.host import Host
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
-from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Moves, Record, Segment
-from vitalsd.run_database import Tables, not_on_disk, readable
-from vitalsd.run_image import UnreadableRun
-from vitalsd.run_parts import disk_bytes, is_being_written, is_of, tail_link
+from vitalsd.recording.journal import Row, read_tail
+from vitalsd.recording.run_database import Tables, not_on_disk, readable
+from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of, tail_link
+from vitalsd.recording.run_image import UnreadableRun
+from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Moves, Record, Segment
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.tail import Row, read_tail
 
 __all__ = ["UNKNOWN_END", "Run", "State", "UnreadableRun", "describe", "read_run"]
 

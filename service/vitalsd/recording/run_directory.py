@@ -6,10 +6,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vitalsd.run_database import Tables, insert_rows, not_on_disk, writable
-from vitalsd.run_parts import delete_run, disk_bytes, has_run_name, is_being_written, is_of, is_own_run, tail_link
-from vitalsd.stored_run import Run, UnreadableRun, describe
-from vitalsd.tail import SHARED_MEMORY, read_tail, remove_tail, sweep_tails
+from vitalsd.recording.journal import SHARED_MEMORY, read_tail, remove_tail, sweep_tails
+from vitalsd.recording.run_database import Tables, insert_rows, not_on_disk, writable
+from vitalsd.recording.run_files import (
+    delete_run,
+    disk_bytes,
+    has_run_name,
+    is_being_written,
+    is_of,
+    is_own_run,
+    tail_link,
+)
+from vitalsd.recording.run_reader import Run, UnreadableRun, describe
 
 __all__ = ["RunDirectory", "Scan"]
 
@@ -36,7 +44,7 @@ class RunDirectory:
     All runs of this user, in one directory with a budget.
 
     Listing and reading writes nothing. A file is changed or deleted only if vitalsd wrote it, see
-    `vitalsd.run_parts.check_own_run`; what else lies in the directory stays as it is and is not read.
+    `vitalsd.recording.run_files.check_own_run`; what else lies in the directory stays as it is and is not read.
 
     Args:
         path: made with mode 0700 if it is not there.

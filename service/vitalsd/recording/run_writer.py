@@ -1,5 +1,5 @@
 """
-The database of one run, as its writer has it; `vitalsd.stored_run` has the format and reads it back.
+The database of one run, as its writer has it; `vitalsd.recording.run_reader` has the format and reads it back.
 
 In WAL mode a commit is a ``write`` without ``fsync``: what was committed survives the process, and only a power
 failure may take what the system had not written yet.
@@ -15,13 +15,13 @@ from pathlib import Path
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.discovery.directories import EndpointError, private_directory
-from vitalsd.record import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Segment
+from vitalsd.recording.journal import Row
+from vitalsd.recording.run_database import SCHEMA, SCHEMA_VERSION, insert_rows
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_files import APPLICATION_ID, delete_run, new_run
+from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Segment
 from vitalsd.recording.sqlite import sqlite3
-from vitalsd.run_database import SCHEMA, SCHEMA_VERSION, insert_rows
-from vitalsd.run_parts import APPLICATION_ID, delete_run, new_run
-from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity
-from vitalsd.tail import Row
 
 __all__ = ["RunFile", "row_of"]
 

@@ -14,9 +14,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from vitalsd.recording.sqlite import sqlite3
-from vitalsd.run_image import UnreadableRun, read_image
-from vitalsd.run_parts import (
+from vitalsd.recording.journal import Row
+from vitalsd.recording.run_files import (
     APPLICATION_ID,
     HEADER_BYTES,
     MAGIC,
@@ -26,7 +25,8 @@ from vitalsd.run_parts import (
     is_being_written,
     is_own_writer,
 )
-from vitalsd.tail import Row
+from vitalsd.recording.run_image import UnreadableRun, read_image
+from vitalsd.recording.sqlite import sqlite3
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Tables", "insert_rows", "not_on_disk", "readable", "writable"]
 

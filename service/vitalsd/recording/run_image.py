@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from vitalsd.run_parts import HEADER_BYTES, MAGIC, open_regular
+from vitalsd.recording.run_files import HEADER_BYTES, MAGIC, open_regular
 
 __all__ = ["MAX_RUN_BYTES", "UnreadableRun", "read_image"]
 

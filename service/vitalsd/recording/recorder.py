@@ -5,10 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, Literal, NamedTuple
 
-from vitalsd.blackbox import BlackBox
 from vitalsd.contract.application import Application
-from vitalsd.record import EventKind, Mark, Record
-from vitalsd.runs import RunDirectory
+from vitalsd.recording.black_box import BlackBox
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.series import EventKind, Mark, Record
 from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Snapshot
 from vitalsd.sources import SourceError, TargetGone
 from vitalsd.worker import seen

@@ -1,4 +1,4 @@
-"""The JSON of a `vitalsd.history` read back, as a report has it: a record, as far as the table tells."""
+"""The JSON of a `vitalsd.recording.history` read back, as a report has it: a record, as far as the table tells."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from vitalsd.contract.encoding import DECIMALS
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
-from vitalsd.history import MAX_CELLS, MAX_ROWS
-from vitalsd.record import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
+from vitalsd.recording.history import MAX_CELLS, MAX_ROWS
+from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot
 
 __all__ = ["check_json", "parse_json", "read_history"]

@@ -1,8 +1,8 @@
 """
 The flight recorder on disk, while it is being written: who writes what, when, and what if the disk does not.
 
-A snapshot goes to the `vitalsd.tail` of the run, and every few seconds a thread moves what is there to the
-`vitalsd.run_file`. So a killed process loses nothing, and only a power failure may lose the last seconds. What has
+A snapshot goes to the `vitalsd.recording.journal` of the run, and every few seconds a thread moves what is there to the
+`vitalsd.recording.run_writer`. So a killed process loses nothing, and only a power failure may lose the last seconds. What has
 no place in the tail, such as the first snapshot of a segment, or where there is no shared memory each, goes to the
 file at once; a kill may come before that, and take one snapshot, or what waited for a slow disk.
 """
@@ -17,18 +17,18 @@ from threading import Lock
 
 from vitalsd.contract.application import Application
 from vitalsd.discovery.atomic_file import is_gone
-from vitalsd.record import Event, Mark, Segment
+from vitalsd.recording.journal import Row, Tail
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_files import tail_link
+from vitalsd.recording.run_writer import RunFile, row_of
+from vitalsd.recording.series import Event, Mark, Segment
 from vitalsd.recording.sqlite import sqlite3
-from vitalsd.run_file import RunFile, row_of
-from vitalsd.run_parts import tail_link
-from vitalsd.runs import RunDirectory
 from vitalsd.snapshot import Identity
-from vitalsd.tail import Row, Tail
 from vitalsd.worker import Worker
 
 __all__ = ["BlackBox"]
 
-log = logging.getLogger("vitalsd.blackbox")
+log = logging.getLogger("vitalsd.recording.black_box")
 
 RUN_BYTES = 16 << 20
 MAX_PENDING = 64

@@ -14,7 +14,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from vitalsd.tail import remove_tail
+from vitalsd.recording.journal import remove_tail
 
 __all__ = [
     "APPLICATION_ID",
