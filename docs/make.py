@@ -68,9 +68,9 @@ def schema() -> dict[str, Any]:
     import httpx
 
     from vitalsd.http.app import create_app
-    from vitalsd.sampler import Sampler
+    from vitalsd.sampling.sampler import Sampler
+    from vitalsd.sampling.target_pool import Targets
     from vitalsd.sources import NoSuchProcess, Source
-    from vitalsd.targets import Targets
 
     def nobody(*_: object) -> Source:
         raise NoSuchProcess("nobody is measured here")

@@ -23,7 +23,7 @@ SERVICE = ROOT / "service" / "vitalsd"
 
 # Above a module: whatever may import it, and must not be imported by it.
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "vitalsd.http", "vitalsd.sidecar"}
-ABOVE = HTTP | {"vitalsd.sampler", "vitalsd.targets", "vitalsd.cli"}
+ABOVE = HTTP | {"vitalsd.sampling.sampler", "vitalsd.sampling.target_pool", "vitalsd.cli"}
 FORBIDDEN = {
     "vitalsd.contract.metrics": {"vitalsd"},
     "vitalsd.snapshot": ABOVE | {"vitalsd.sources", "vitalsd.contract.encoding", "vitalsd.contract.metrics"},
@@ -38,8 +38,8 @@ FORBIDDEN = {
     | {"vitalsd.contract.encoding", "vitalsd.contract.metrics", "vitalsd.sources", "vitalsd.discovery.runtime_file"},
     "vitalsd.discovery.runtime_file": ABOVE | {"vitalsd.contract.encoding", "vitalsd.contract.metrics"},
     "vitalsd.recording.journal": {"vitalsd"},
-    "vitalsd.sampler": HTTP | {"vitalsd.targets", "vitalsd.cli"},
-    "vitalsd.targets": HTTP | {"vitalsd.cli"},
+    "vitalsd.sampling.sampler": HTTP | {"vitalsd.sampling.target_pool", "vitalsd.cli"},
+    "vitalsd.sampling.target_pool": HTTP | {"vitalsd.cli"},
     "vitalsd.http": {"vitalsd.cli"},
     "vitalsd.sidecar": {"vitalsd.cli"},
     "vitalsd.top": HTTP | {"vitalsd.cli"},

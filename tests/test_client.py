@@ -510,7 +510,10 @@ def test_a_reason_names_neither_home_nor_user(home: Path, monkeypatch: pytest.Mo
     ("code", "absent"),
     [
         ("import vitalsd_client", "fastapi uvicorn starlette httpx pydantic asyncio vitalsd h11 rich"),
-        ("from vitalsd_client import fetch, afetch, BugReport", "fastapi uvicorn starlette httpx rich vitalsd.sampler"),
+        (
+            "from vitalsd_client import fetch, afetch, BugReport",
+            "fastapi uvicorn starlette httpx rich vitalsd.sampling.sampler",
+        ),
         ("from vitalsd_client import Spool", "fastapi uvicorn starlette httpx rich pydantic vitalsd.contract.metrics"),
     ],
 )

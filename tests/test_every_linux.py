@@ -212,7 +212,7 @@ def test_kernel_that_counts_no_run_times_is_read_by_stat(begin: Begin, tmp_path:
     zeros.write_text(covered or "")
     code = """
 import json, os, subprocess, sys, time
-from vitalsd.sampler import sample
+from vitalsd.sampling.sampler import sample
 from vitalsd.sources.linux.source import LinuxSource
 pid, zeros = int(sys.argv[1]), sys.argv[2]
 early = LinuxSource(pid, fd_budget=0)

@@ -28,9 +28,9 @@ from serving import Serving
 from sidecars import environment, eventually, serving
 from target import Target, set_name
 from vitalsd.http.app import create_app
-from vitalsd.sampler import Sampler
+from vitalsd.sampling.sampler import Sampler
+from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources import list_processes, open_source
-from vitalsd.targets import Targets
 
 pytestmark = [pytest.mark.live, pytest.mark.skipif(sys.platform != "linux", reason="/proc, prlimit(2) and signals")]
 

@@ -96,7 +96,7 @@ def test_host_gets_the_reason_why_the_application_did_not_start(short_path: Path
     """The start fails, and the traceback is an error of the logger `vitalsd.http`, not of uvicorn's."""
     host = """
         import vitalsd
-        from vitalsd.targets import Targets
+        from vitalsd.sampling.target_pool import Targets
         async def fails(self):
             raise ZeroDivisionError("a bug")
         Targets.start = fails

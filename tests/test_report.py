@@ -36,9 +36,9 @@ from vitalsd.contract.report_archive import Bundle, Failure, new_report_id, seal
 from vitalsd.http.app import create_app
 from vitalsd.recording.recorder import Recording
 from vitalsd.recording.replay_file import read_replay_file
-from vitalsd.sampler import Sampler
+from vitalsd.sampling.sampler import Sampler
+from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources import Source, open_source
-from vitalsd.targets import Targets
 from vitalsd_client import BugReport
 from vitalsd_client.report import Content
 

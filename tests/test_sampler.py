@@ -12,10 +12,10 @@ import pytest
 from snapshots import IDENTITY, snapshot
 from vitalsd.admission import OWNER, Busy, Peer
 from vitalsd.recording.recorder import Recording
-from vitalsd.sampler import CROWD, MAX_WINDOWS, SHARE_PART, NotRecording, Sampler, sample
+from vitalsd.sampling.sampler import CROWD, MAX_WINDOWS, SHARE_PART, NotRecording, Sampler, sample
+from vitalsd.sampling.target_pool import Stream, Targets
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import KernelError, NoSuchProcess, Source, TargetGone
-from vitalsd.targets import Stream, Targets
 
 
 class CountingSource:

@@ -28,13 +28,13 @@ from vitalsd.http.shelf import Shelf
 from vitalsd.listeners import listen
 from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.recorder import Recording
-from vitalsd.sampler import NotRecording, Sampler
+from vitalsd.sampling.sampler import NotRecording, Sampler
+from vitalsd.sampling.target_pool import Targets
 from vitalsd.sidecar import Service, run_directory, runtime_directory
 from vitalsd.sources import Source, hides_processes, list_processes, open_source
 from vitalsd.sources.names import PythonNames
 from vitalsd.sources.process_identity import Undecided, births
 from vitalsd.sources.programs import ProgramDigest, main_script
-from vitalsd.targets import Targets
 from vitalsd.worker import Worker, start_thread
 
 __all__ = ["Sidecar", "StartError", "start"]

@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 
 from vitalsd import __version__
 from vitalsd.contract.encoding import iso, one_line, os_version, printable
+from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import SourceError
-from vitalsd.targets import Targets
 from vitalsd.worker import Worker
 
 if TYPE_CHECKING:

@@ -27,12 +27,12 @@ from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.server import Server
 from vitalsd.listeners import Listeners
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.sampler import Sampler
+from vitalsd.sampling.sampler import Sampler
+from vitalsd.sampling.target_pool import Target as Measured
+from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
 from vitalsd.sources.process_identity import Births, births
-from vitalsd.targets import Target as Measured
-from vitalsd.targets import Targets
 from vitalsd.watch import death_of
 from vitalsd.worker import NoThread
 

@@ -19,9 +19,9 @@ from vitalsd.recording.replay import Replay
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile
 from vitalsd.recording.run_reader import Run
 from vitalsd.recording.series import Record
-from vitalsd.sampler import Sampler
+from vitalsd.sampling.sampler import Sampler
+from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources.darwin.processes import list_processes, open_process
-from vitalsd.targets import Targets
 from workload import ChildWorkload, OwnWorkload, Workload
 
 Get = Callable[..., Awaitable[httpx.Response]]

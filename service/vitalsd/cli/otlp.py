@@ -10,7 +10,7 @@ from vitalsd.cli.options import Number, Refused
 
 if TYPE_CHECKING:
     from vitalsd.otlp import Push
-    from vitalsd.targets import Targets
+    from vitalsd.sampling.target_pool import Targets
 
 __all__ = ["otlp_options", "push_to"]
 

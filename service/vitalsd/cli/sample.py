@@ -43,7 +43,7 @@ def sample(
     Without --pid or --name it measures itself, which shows what an answer looks like.
     """
     from vitalsd.contract.encoding import encode, unavailable
-    from vitalsd.sampler import sample as sample_window
+    from vitalsd.sampling.sampler import sample as sample_window
     from vitalsd.sources import SourceError
 
     exclude(context, "pid", "name")

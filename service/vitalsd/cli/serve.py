@@ -269,9 +269,9 @@ def _serve_target(
     from vitalsd.activation import Notifier
     from vitalsd.discovery.runtime_file import Target
     from vitalsd.recording.recorder import Recording
-    from vitalsd.sampler import Sampler
+    from vitalsd.sampling.sampler import Sampler
+    from vitalsd.sampling.target_pool import Targets
     from vitalsd.sidecar import Companion, end_with, follow, run_directory
-    from vitalsd.targets import Targets
     from vitalsd.worker import Hung, Worker
 
     notes: list[str] = []

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from vitalsd.discovery.runtime_file import Target
     from vitalsd.listeners import Listeners
     from vitalsd.recording.run_directory import RunDirectory
+    from vitalsd.sampling.target_pool import Targets
     from vitalsd.sidecar import Companion
     from vitalsd.sources import ProcessEntry
     from vitalsd.sources.process_identity import Births
-    from vitalsd.targets import Targets
 
 __all__ = ["Serving", "Where", "import_service", "serve_until_signal", "starts"]
 

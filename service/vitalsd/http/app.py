@@ -16,8 +16,8 @@ from vitalsd.http.page import page_routes
 from vitalsd.http.past import past_routes
 from vitalsd.http.report import REPORT_PATH, report_routes
 from vitalsd.http.shelf import Shelf
+from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources import ProcessEntry
-from vitalsd.targets import Targets
 from vitalsd.worker import Worker
 
 __all__ = ["create_app"]

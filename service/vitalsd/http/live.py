@@ -25,8 +25,8 @@ from vitalsd.http.problem import problem
 from vitalsd.http.query import READING, MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
 from vitalsd.http.shelf import Shelf
 from vitalsd.http.turns import Turns
+from vitalsd.sampling.target_pool import Stream, Target, Targets
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
-from vitalsd.targets import Stream, Target, Targets
 from vitalsd.worker import Hung, Worker
 
 __all__ = ["STREAM_S", "live_routes"]

@@ -14,9 +14,9 @@ from vitalsd.http.turns import Turns
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import UnreadableRun, read_run
 from vitalsd.recording.series import Mark, Record
-from vitalsd.sampler import NotRecording
+from vitalsd.sampling.sampler import NotRecording
+from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources import SourceError
-from vitalsd.targets import Targets
 from vitalsd.worker import Worker
 
 __all__ = ["NO_SUCH_RUN", "mark_json", "past_routes"]

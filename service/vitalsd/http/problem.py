@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
 from vitalsd.admission import Busy
-from vitalsd.sampler import NotRecording
+from vitalsd.sampling.sampler import NotRecording
 from vitalsd.worker import Hung, NoThread
 
 __all__ = ["MEDIA_TYPE", "TITLES", "Reason", "Refused", "install", "nearest", "problem", "shown"]

@@ -27,9 +27,9 @@ from vitalsd.http.turns import Turns
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import Run, UnreadableRun
 from vitalsd.recording.series import Record
+from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
-from vitalsd.targets import Targets
 from vitalsd.worker import Hung, Worker
 
 if TYPE_CHECKING:

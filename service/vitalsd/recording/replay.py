@@ -8,7 +8,7 @@ from vitalsd.contract.encoding import iso
 from vitalsd.contract.host import Host
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile
 from vitalsd.recording.series import Mark, Record
-from vitalsd.sampler import NotRecording
+from vitalsd.sampling.sampler import NotRecording
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources import TargetGone
 
@@ -17,7 +17,7 @@ __all__ = ["Replay"]
 
 class Replay:
     """
-    A `vitalsd.targets.Target` that has ended: its past is complete, and nothing is measured.
+    A `vitalsd.sampling.target_pool.Target` that has ended: its past is complete, and nothing is measured.
 
     Args:
         file: as read by `read_replay_file`.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vitalsd.admission import OWNER, Busy, Peer, Shares
 from vitalsd.recording.series import Mark, Record
-from vitalsd.sampler import Sampler
+from vitalsd.sampling.sampler import Sampler
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources import Source, SourceError, TargetGone
 
