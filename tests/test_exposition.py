@@ -18,7 +18,7 @@ from prometheus_client.samples import Sample
 from serving import Serving
 from target import Target
 from tools import program
-from vitalsd.http.exposition import Scrape, expose, negotiate
+from vitalsd.exporters.prometheus import Scrape, expose, negotiate
 
 pytestmark = pytest.mark.live
 
@@ -164,7 +164,7 @@ def test_nobody_is_scraped_in_the_wrong_form(served: Serving) -> None:
 
 def test_without_a_scraper_nothing_is_loaded() -> None:
     """A sidecar that is not scraped never imports prometheus-client, nor rich, nor OpenTelemetry."""
-    code = "import sys, vitalsd.http.app, vitalsd.cli, vitalsd.otlp; print(*sys.modules)"
+    code = "import sys, vitalsd.http.app, vitalsd.cli, vitalsd.exporters.otlp; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"prometheus_client", "rich", "opentelemetry.sdk"} & set(out.stdout.split())
 

@@ -24,7 +24,7 @@ from tools import program
 from vitalsd.agent import Systemd
 from vitalsd.cli import main
 from vitalsd.cli.log import logging_as
-from vitalsd.otlp import CREDENTIALS, DEFAULT_URL, endpoint_of
+from vitalsd.exporters.otlp import CREDENTIALS, DEFAULT_URL, endpoint_of
 
 Start = Callable[..., Target]
 

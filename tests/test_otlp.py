@@ -25,7 +25,7 @@ from sidecars import ask, environment, eventually
 from target import Target
 from test_upload_tls import Authority
 from vitalsd.cli import main
-from vitalsd.otlp import CREDENTIALS, endpoint_of, isolate
+from vitalsd.exporters.otlp import CREDENTIALS, endpoint_of, isolate
 
 pytestmark = pytest.mark.live
 

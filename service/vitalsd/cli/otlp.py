@@ -9,7 +9,7 @@ import click
 from vitalsd.cli.options import Number, Refused
 
 if TYPE_CHECKING:
-    from vitalsd.otlp import Push
+    from vitalsd.exporters.otlp import Push
     from vitalsd.sampling.target_pool import Targets
 
 __all__ = ["otlp_options", "push_to"]
@@ -40,7 +40,7 @@ def push_to(url: str, interval_s: float, threads: int, targets: "Targets") -> "P
     """What pushes to the Collector at `url`. Raises `Refused`."""
     import os
 
-    from vitalsd.otlp import NotInstalled, Push, endpoint_of, isolate
+    from vitalsd.exporters.otlp import NotInstalled, Push, endpoint_of, isolate
 
     ignored = isolate(os.environ)
     try:

@@ -62,7 +62,7 @@ def check(context: click.Context) -> None:
     if 0 < given["record_interval"] < 0.01:
         raise click.UsageError("--record-interval is 0 or at least 0.01 seconds")
     if given["otlp"] is not None:
-        from vitalsd.otlp import NotInstalled, check_installed, endpoint_of
+        from vitalsd.exporters.otlp import NotInstalled, check_installed, endpoint_of
 
         try:
             endpoint_of(given["otlp"])

@@ -7,10 +7,10 @@ from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
 from vitalsd.contract.application import Application
+from vitalsd.exporters.prometheus import THREAD_METRICS
 from vitalsd.http import problem
 from vitalsd.http.bounds import Bounds
 from vitalsd.http.docs import docs_routes
-from vitalsd.http.exposition import THREAD_METRICS
 from vitalsd.http.live import STREAM_S, live_routes
 from vitalsd.http.page import page_routes
 from vitalsd.http.past import past_routes

@@ -18,8 +18,8 @@ from vitalsd.admission import Busy, Peer, Shares
 from vitalsd.contract.application import Application
 from vitalsd.contract.encoding import Labels, encode, iso, target_json, unavailable, unavailable_json
 from vitalsd.contract.host import Host
+from vitalsd.exporters.prometheus import Scrape, content_type_of, expose, negotiate
 from vitalsd.http.answers import JSON, bare, failed
-from vitalsd.http.exposition import Scrape, content_type_of, expose, negotiate
 from vitalsd.http.peer import peer_of
 from vitalsd.http.problem import problem
 from vitalsd.http.query import READING, MetricsQuery, NoQuery, StreamQuery, StrictRoute, given

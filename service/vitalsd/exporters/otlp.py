@@ -58,7 +58,7 @@ HOW_TO_INSTALL = "--otlp needs more: pip install 'vitalsd[otlp]'"
 NAMESPACE = uuid.UUID("0b6c1a52-6f0e-5d8e-9d5a-3c0f3f1f7a11")
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
-log = logging.getLogger("vitalsd.otlp")
+log = logging.getLogger("vitalsd.exporters.otlp")
 
 
 class NotInstalled(Exception):
