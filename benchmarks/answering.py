@@ -25,7 +25,7 @@ from pathlib import Path
 
 from sampling import build
 from spread import spread
-from vitalsd.http.peer import PeerUsers
+from vitalsd.http.access.peer import PeerUsers
 
 REFERENCE = """
 import sys, uvicorn

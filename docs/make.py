@@ -102,7 +102,7 @@ def metrics_schema() -> str:
 
 def reference(schema: dict[str, Any]) -> str:
     """docs/api.md."""
-    from vitalsd.http.docs import refusals
+    from vitalsd.http.routes.reference import refusals
 
     parts = [HEAD.format(description=schema["info"]["description"])]
     operations = [
@@ -122,7 +122,7 @@ def reference(schema: dict[str, Any]) -> str:
 
 
 def _operation(name: str, operation: dict[str, Any], anywhere: list[str]) -> str:
-    from vitalsd.http.docs import answers_of, example_of
+    from vitalsd.http.routes.reference import answers_of, example_of
 
     parts = [f"\n## {name}\n\n**{operation['summary']}.** {operation['description']}\n\n### Parameters of {name}\n\n"]
     rows = [
@@ -162,7 +162,7 @@ def _fields(shape: dict[str, Any]) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    from vitalsd.http.docs import type_text
+    from vitalsd.http.routes.reference import type_text
 
     return type_text(schema, lambda name: f"[{name}](#{name.lower()})", lambda text: f"`{text}`")
 

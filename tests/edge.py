@@ -14,7 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.http.app import create_app
-from vitalsd.http.live import STREAM_S
+from vitalsd.http.routes.metrics import STREAM_S
 from vitalsd.listeners import listen
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import Targets

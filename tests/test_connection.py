@@ -1,4 +1,4 @@
-"""One client connection: `vitalsd.http.connection`, over real sockets; and what it leans on inside uvicorn."""
+"""One client connection: `vitalsd.http.server.connection`, over real sockets; and what it leans on inside uvicorn."""
 
 import gc
 import inspect
@@ -27,9 +27,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from edge import Edge, dial, exchange, get, read_reply, whole_app
 from serving import Serving
 from sidecars import eventually, serving
-from vitalsd.http.connection import REQUEST_S, WRITE_S, Connection
-from vitalsd.http.log import Sparing
-from vitalsd.http.room import MAX_CONNECTIONS, Room
+from vitalsd.http.server.connection import REQUEST_S, WRITE_S, Connection
+from vitalsd.http.server.connection_limits import MAX_CONNECTIONS, Room
+from vitalsd.http.server.log_throttle import Sparing
 from vitalsd.listeners import Listeners, adopt, bind_tcp
 
 pytestmark = pytest.mark.live

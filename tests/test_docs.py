@@ -17,9 +17,9 @@ from pydantic import TypeAdapter
 from serving import Serving
 from tools import program
 from vitalsd.contract.metrics import FullMetrics, parse_runtime_metrics
-from vitalsd.http import bodies
-from vitalsd.http.operations import OPERATIONS, Operation
-from vitalsd.http.problem import TITLES, Reason
+from vitalsd.http import response_models as bodies
+from vitalsd.http.responses import TITLES, Reason
+from vitalsd.http.route_docs import OPERATIONS, Operation
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -48,7 +48,7 @@ def test_starting_imports_nothing_for_later() -> None:
         "import sys\n"
         "from vitalsd.http.app import create_app\n"
         "create_app(object(), list)\n"
-        "print(*[name for name in ('vitalsd.contract.metrics', 'vitalsd.http.schema', 'vitalsd.http.bodies',"
+        "print(*[name for name in ('vitalsd.contract.metrics', 'vitalsd.http.openapi', 'vitalsd.http.response_models',"
         " 'vitalsd.recording.history', 'vitalsd.report.builder', 'vitalsd.contract.report_archive',"
         " 'prometheus_client', 'opentelemetry.sdk',"
         " 'pydantic.v1') if name in sys.modules])"

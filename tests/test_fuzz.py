@@ -23,8 +23,8 @@ from test_blackbox import write
 from vitalsd.contract.encoding import encode
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.discovery.directories import EndpointError
-from vitalsd.http.problem import Refused
-from vitalsd.http.query import HistoryQuery, MetricsQuery, ReportQuery, StreamQuery, _bad_parameter
+from vitalsd.http.parameters import HistoryQuery, MetricsQuery, ReportQuery, StreamQuery, _bad_parameter
+from vitalsd.http.responses import Refused
 from vitalsd.recording.history import history
 from vitalsd.recording.history_import import read_history
 from vitalsd.recording.run_reader import UnreadableRun, read_run

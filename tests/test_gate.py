@@ -1,4 +1,4 @@
-"""Who may ask: `vitalsd.http.gate`, over real sockets."""
+"""Who may ask: `vitalsd.http.access.access_control`, over real sockets."""
 
 import asyncio
 import json
@@ -12,8 +12,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from edge import Counted, Edge, Reply, dial, exchange, get, whole_app
-from vitalsd.http.gate import Gate
-from vitalsd.http.schema import anywhere
+from vitalsd.http.access.access_control import Gate
+from vitalsd.http.openapi import anywhere
 from vitalsd.listeners import ListenError
 
 TOKEN = "a-token-of-32-characters-or-more-it-is"

@@ -16,7 +16,7 @@ from edge import Edge, Reply, dial, get, read_reply, whole_app
 from serving import Serving
 from sidecars import environment, eventually, serving
 from tools import program
-from vitalsd.http.gate import OPEN_PATHS
+from vitalsd.http.access.access_control import OPEN_PATHS
 from vitalsd.recording.run_directory import RunDirectory
 
 pytestmark = pytest.mark.live

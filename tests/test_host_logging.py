@@ -79,7 +79,7 @@ def test_host_gets_the_warnings_of_a_sidecar(short_path: Path) -> None:
 def test_host_gets_the_bug_in_a_route(short_path: Path) -> None:
     """The traceback is an error of the logger `vitalsd.http`."""
     host = """
-        import vitalsd, vitalsd.http.past as past
+        import vitalsd, vitalsd.http.routes.recordings as past
         from sidecars import ask
         past.mark_json = None
         with vitalsd.start(port=0) as sidecar:

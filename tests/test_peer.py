@@ -11,7 +11,7 @@ import pytest
 
 from edge import Edge, get, whole_app
 from vitalsd.admission import Peer
-from vitalsd.http.peer import PeerUsers, is_open
+from vitalsd.http.access.peer import PeerUsers, is_open
 
 pytestmark = [pytest.mark.live, pytest.mark.skipif(sys.platform != "linux", reason="XNU does not report the user")]
 
@@ -164,7 +164,7 @@ def test_peer_of_an_address_without_a_socket_is_not_determined(users: PeerUsers)
 
 def test_sidecar_that_cannot_determine_users_says_so_and_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel has no such netlink protocol; the note says what to do. With a token there is nothing to say."""
-    monkeypatch.setattr("vitalsd.http.peer.NETLINK_SOCK_DIAG", 31)
+    monkeypatch.setattr("vitalsd.http.access.peer.NETLINK_SOCK_DIAG", 31)
     for token in (None, "a" * 43):
         with Edge(whole_app(), token=token) as edge:
             assert get(edge.url, "/metrics?window_ms=10").status == (200 if token is None else 401)

@@ -1,4 +1,4 @@
-"""How much may wait to be sent, and who makes way: `vitalsd.http.room`, alone and behind real sockets."""
+"""How much may wait to be sent, and who makes way: `vitalsd.http.server.connection_limits`, alone and behind real sockets."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from edge import Edge, Reply, dial, get, read_reply
 from sidecars import eventually
-from vitalsd.http.room import OUTBOX_BYTES, SETTLED_S, TAKEN_S, Delivery, Outbox, Room
+from vitalsd.http.server.connection_limits import OUTBOX_BYTES, SETTLED_S, TAKEN_S, Delivery, Outbox, Room
 
 pytestmark = pytest.mark.live
 

@@ -1,4 +1,4 @@
-"""Listeners and the life of ``vitalsd serve``: `vitalsd.listeners`, `vitalsd.sidecar`, `vitalsd.http.gate`."""
+"""Listeners and the life of ``vitalsd serve``: `vitalsd.listeners`, `vitalsd.sidecar`, `vitalsd.http.access.access_control`."""
 
 import asyncio
 import http.client

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from vitalsd.admission import OWNER, Busy, Peer
-from vitalsd.http.turns import Turns
+from vitalsd.http.single_flight import Turns
 
 
 class Work:

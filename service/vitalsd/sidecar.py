@@ -24,7 +24,7 @@ from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.atomic_file import is_gone
 from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.discovery.runtime_file import Endpoint, Target
-from vitalsd.http.server import Server
+from vitalsd.http.server.server import Server
 from vitalsd.listeners import Listeners
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.sampling.sampler import Sampler

@@ -8,13 +8,13 @@ from fastapi.telemetry import TelemetryConfig
 
 from vitalsd.contract.application import Application
 from vitalsd.exporters.prometheus import THREAD_METRICS
-from vitalsd.http import problem
-from vitalsd.http.bounds import Bounds
-from vitalsd.http.docs import docs_routes
-from vitalsd.http.live import STREAM_S, live_routes
+from vitalsd.http import responses as problem
+from vitalsd.http.access.body_limit import Bounds
 from vitalsd.http.page import page_routes
-from vitalsd.http.past import past_routes
-from vitalsd.http.report import REPORT_PATH, report_routes
+from vitalsd.http.routes.metrics import STREAM_S, live_routes
+from vitalsd.http.routes.recordings import past_routes
+from vitalsd.http.routes.reference import docs_routes
+from vitalsd.http.routes.report import REPORT_PATH, report_routes
 from vitalsd.http.shelf import Shelf
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources import ProcessEntry

@@ -13,7 +13,7 @@ from importlib.resources import files
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-from vitalsd.http.query import READING, StrictRoute
+from vitalsd.http.parameters import READING, StrictRoute
 
 __all__ = ["page_routes", "policy"]
 

@@ -5,12 +5,21 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 
 from vitalsd.contract.encoding import iso
+from vitalsd.http.access.peer import peer_of
 from vitalsd.http.answers import JSON, bare, failed
-from vitalsd.http.peer import peer_of
-from vitalsd.http.problem import problem
-from vitalsd.http.query import READING, HistoryQuery, MarkRequest, NoQuery, RunHistoryQuery, StrictRoute, given, sent
+from vitalsd.http.parameters import (
+    READING,
+    HistoryQuery,
+    MarkRequest,
+    NoQuery,
+    RunHistoryQuery,
+    StrictRoute,
+    given,
+    sent,
+)
+from vitalsd.http.responses import problem
 from vitalsd.http.shelf import Shelf
-from vitalsd.http.turns import Turns
+from vitalsd.http.single_flight import Turns
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import UnreadableRun, read_run
 from vitalsd.recording.series import Mark, Record

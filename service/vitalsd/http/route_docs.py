@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from vitalsd.contract.metrics import FullMetrics, Measured
-from vitalsd.http import bodies
-from vitalsd.http.problem import Reason
+from vitalsd.http import response_models as bodies
+from vitalsd.http.responses import Reason
 from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 
 __all__ = ["DETAILS", "FAILURES", "JSON", "OPERATIONS", "RUN", "Operation", "Sample"]

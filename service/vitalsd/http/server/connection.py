@@ -22,13 +22,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vitalsd.admission import OWNER, Peer
 from vitalsd.discovery.unix_socket import peer_uid
-from vitalsd.http.gate import protected
-from vitalsd.http.log import Sparing
-from vitalsd.http.peer import PEER, PeerUsers, is_open
-from vitalsd.http.problem import problem, shown
-from vitalsd.http.query import READING
-from vitalsd.http.room import Delivery, Room
-from vitalsd.http.taken import TAKEN, closed_after_reading
+from vitalsd.http.access.access_control import protected
+from vitalsd.http.access.peer import PEER, PeerUsers, is_open
+from vitalsd.http.parameters import READING
+from vitalsd.http.responses import problem, shown
+from vitalsd.http.server.connection_limits import Delivery, Room
+from vitalsd.http.server.delivery import TAKEN, closed_after_reading
+from vitalsd.http.server.log_throttle import Sparing
 
 __all__ = ["REQUEST_S", "Connection"]
 

@@ -8,8 +8,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.discovery.runtime_file import proof
 from vitalsd.http.answers import JSON
-from vitalsd.http.problem import problem
-from vitalsd.http.query import READING
+from vitalsd.http.parameters import READING
+from vitalsd.http.responses import problem
 
 __all__ = ["Hello"]
 

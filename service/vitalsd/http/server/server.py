@@ -16,12 +16,12 @@ from starlette.types import ASGIApp
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import ServerState
 
-from vitalsd.http.connection import Connection
-from vitalsd.http.gate import Gate
-from vitalsd.http.hello import Hello
-from vitalsd.http.log import Sparing
-from vitalsd.http.peer import PeerUsers
-from vitalsd.http.room import Room
+from vitalsd.http.access.access_control import Gate
+from vitalsd.http.access.peer import PeerUsers
+from vitalsd.http.access.token_proof import Hello
+from vitalsd.http.server.connection import Connection
+from vitalsd.http.server.connection_limits import Room
+from vitalsd.http.server.log_throttle import Sparing
 
 __all__ = ["Server"]
 

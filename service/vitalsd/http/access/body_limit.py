@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vitalsd.http.problem import Refused, problem
+from vitalsd.http.responses import Refused, problem
 
 __all__ = ["Bounds"]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vitalsd.contract.metrics import Platform, ProcessMetrics, Target, Unavailable
-from vitalsd.http.problem import Reason
+from vitalsd.http.responses import Reason
 from vitalsd.recording.run_reader import State
 from vitalsd.recording.series import EventKind
 

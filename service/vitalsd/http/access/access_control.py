@@ -16,9 +16,9 @@ from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.admission import Peer
-from vitalsd.http.peer import PEER, peer_of
-from vitalsd.http.problem import problem, shown
-from vitalsd.http.query import READING
+from vitalsd.http.access.peer import PEER, peer_of
+from vitalsd.http.parameters import READING
+from vitalsd.http.responses import problem, shown
 
 __all__ = ["OPEN_PATHS", "Gate", "protected"]
 

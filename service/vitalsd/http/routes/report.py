@@ -16,14 +16,14 @@ from fastapi import APIRouter, Request, Response
 from vitalsd.admission import Peer
 from vitalsd.contract.application import Application
 from vitalsd.contract.encoding import encode, unavailable
+from vitalsd.http.access.peer import peer_of
 from vitalsd.http.answers import JSON, bare
-from vitalsd.http.past import NO_SUCH_RUN, mark_json
-from vitalsd.http.peer import peer_of
-from vitalsd.http.problem import problem
-from vitalsd.http.query import READING, NoQuery, ReportQuery, ReportRequest, StrictRoute, given, sent
+from vitalsd.http.parameters import READING, NoQuery, ReportQuery, ReportRequest, StrictRoute, given, sent
+from vitalsd.http.responses import problem
+from vitalsd.http.routes.recordings import NO_SUCH_RUN, mark_json
+from vitalsd.http.server.delivery import TAKEN
 from vitalsd.http.shelf import Shelf
-from vitalsd.http.taken import TAKEN
-from vitalsd.http.turns import Turns
+from vitalsd.http.single_flight import Turns
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import Run, UnreadableRun
 from vitalsd.recording.series import Record

@@ -1,7 +1,7 @@
 """
 ``/openapi.json``: every route with its parameters, units, answers, refusals, examples and commands to try.
 
-The routes declare their parameters (`vitalsd.http.query`), `vitalsd.http.operations` says the rest; they meet
+The routes declare their parameters (`vitalsd.http.parameters`), `vitalsd.http.route_docs` says the rest; they meet
 here when somebody asks, and not while the service starts.
 """
 
@@ -14,12 +14,12 @@ from pydantic.json_schema import models_json_schema
 
 from vitalsd import __version__
 from vitalsd.contract.metrics import Unavailable
-from vitalsd.http import bodies
+from vitalsd.http import response_models as bodies
+from vitalsd.http.access.access_control import OPEN_PATHS
 from vitalsd.http.answers import STATUS
-from vitalsd.http.gate import OPEN_PATHS
-from vitalsd.http.operations import DETAILS, FAILURES, JSON, OPERATIONS, RUN, Operation
-from vitalsd.http.problem import MEDIA_TYPE, TITLES, Reason
-from vitalsd.http.query import Given, Sent
+from vitalsd.http.parameters import Given, Sent
+from vitalsd.http.responses import MEDIA_TYPE, TITLES, Reason
+from vitalsd.http.route_docs import DETAILS, FAILURES, JSON, OPERATIONS, RUN, Operation
 
 __all__ = ["anywhere", "openapi"]
 

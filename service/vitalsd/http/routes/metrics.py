@@ -19,12 +19,12 @@ from vitalsd.contract.application import Application
 from vitalsd.contract.encoding import Labels, encode, iso, target_json, unavailable, unavailable_json
 from vitalsd.contract.host import Host
 from vitalsd.exporters.prometheus import Scrape, content_type_of, expose, negotiate
+from vitalsd.http.access.peer import peer_of
 from vitalsd.http.answers import JSON, bare, failed
-from vitalsd.http.peer import peer_of
-from vitalsd.http.problem import problem
-from vitalsd.http.query import READING, MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
+from vitalsd.http.parameters import READING, MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
+from vitalsd.http.responses import problem
 from vitalsd.http.shelf import Shelf
-from vitalsd.http.turns import Turns
+from vitalsd.http.single_flight import Turns
 from vitalsd.sampling.target_pool import Stream, Target, Targets
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
 from vitalsd.worker import Hung, Worker

@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 
 from vitalsd.http.answers import JSON
 from vitalsd.http.page import policy
-from vitalsd.http.query import READING, NoQuery, StrictRoute, given
+from vitalsd.http.parameters import READING, NoQuery, StrictRoute, given
 from vitalsd.worker import Worker
 
 __all__ = ["answers_of", "docs_routes", "example_of", "refusals", "type_text"]
@@ -29,7 +29,7 @@ def docs_routes(routers: Sequence[APIRouter], reader: Worker) -> APIRouter:
 
     @cache
     def schema() -> dict[str, Any]:
-        from vitalsd.http.schema import openapi
+        from vitalsd.http.openapi import openapi
 
         return openapi([route for each in (*routers, routes) for route in each.routes if isinstance(route, APIRoute)])
 

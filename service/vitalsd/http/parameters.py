@@ -7,7 +7,7 @@ Digits only, no unknown names, each name once: a typo in
 
 The models are FastAPI dependencies, by `given` and `sent`, and are built when first asked for: a
 ``Query()`` of FastAPI's own builds its validators, and loads all of ``pydantic.v1``, while the service
-starts. `vitalsd.http.schema` reads the same models.
+starts. `vitalsd.http.openapi` reads the same models.
 
 `StrictRoute` calls them by itself: FastAPI's way of solving dependencies, which may nest, be cached or want
 something done when the answer is out, takes longer than most answers here.
@@ -27,7 +27,7 @@ from starlette.routing import request_response
 from vitalsd.contract.application import APP, APP_VERSION
 from vitalsd.contract.encoding import Detail, Sort
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
-from vitalsd.http.problem import Refused, nearest, shown
+from vitalsd.http.responses import Refused, nearest, shown
 
 __all__ = [
     "READING",
