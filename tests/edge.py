@@ -15,10 +15,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.http.app import create_app
 from vitalsd.http.routes.metrics import STREAM_S
-from vitalsd.listeners import listen
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import Targets
-from vitalsd.sidecar import Service
+from vitalsd.sidecar.listeners import listen
+from vitalsd.sidecar.service import Service
 from vitalsd.sources import list_processes, open_source
 
 __all__ = ["Counted", "Edge", "Reply", "dial", "exchange", "get", "whole_app"]

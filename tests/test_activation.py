@@ -1,4 +1,4 @@
-"""What a supervisor hands over: `vitalsd.activation`."""
+"""What a supervisor hands over: `vitalsd.sidecar.socket_activation`."""
 
 import asyncio
 import ctypes
@@ -18,8 +18,8 @@ import pytest
 from as_darwin.emulation import LIBRARY
 from darwin.abi import zig
 from sidecars import VITALSD, ask, environment, eventually, listing
-from vitalsd.activation import Notifier, launchd_sockets, systemd_sockets
-from vitalsd.listeners import ListenError, bind_tcp
+from vitalsd.sidecar.listeners import ListenError, bind_tcp
+from vitalsd.sidecar.socket_activation import Notifier, launchd_sockets, systemd_sockets
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 SERVICE = ROOT / "service" / "vitalsd"
 
 # Above a module: whatever may import it, and must not be imported by it.
-HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "vitalsd.http", "vitalsd.sidecar"}
+HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "vitalsd.http", "vitalsd.sidecar.service"}
 ABOVE = HTTP | {"vitalsd.sampling.sampler", "vitalsd.sampling.target_pool", "vitalsd.cli"}
 FORBIDDEN = {
     "vitalsd.contract.metrics": {"vitalsd"},
@@ -30,7 +30,7 @@ FORBIDDEN = {
     "vitalsd.sources": ABOVE | {"vitalsd.contract.encoding", "vitalsd.contract.metrics"},
     "vitalsd.contract.encoding": ABOVE,
     "vitalsd.admission": {"vitalsd"},
-    "vitalsd.worker": ABOVE | {"vitalsd.sources", "vitalsd.contract.encoding", "vitalsd.contract.metrics"},
+    "vitalsd.worker_thread": ABOVE | {"vitalsd.sources", "vitalsd.contract.encoding", "vitalsd.contract.metrics"},
     "vitalsd.recording.series": ABOVE,
     "vitalsd.discovery.directories": {"vitalsd"},
     "vitalsd.discovery.atomic_file": {"vitalsd"},
@@ -41,7 +41,7 @@ FORBIDDEN = {
     "vitalsd.sampling.sampler": HTTP | {"vitalsd.sampling.target_pool", "vitalsd.cli"},
     "vitalsd.sampling.target_pool": HTTP | {"vitalsd.cli"},
     "vitalsd.http": {"vitalsd.cli"},
-    "vitalsd.sidecar": {"vitalsd.cli"},
+    "vitalsd.sidecar.service": {"vitalsd.cli"},
     "vitalsd.top": HTTP | {"vitalsd.cli"},
 }
 

@@ -543,7 +543,7 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
         "vitalsd.discovery.program_key",
         "vitalsd.report.builder",
         "vitalsd.sources.names",
-        "vitalsd.worker",
+        "vitalsd.worker_thread",
         "vitalsd.report.previous_run",
     }
     more = {

@@ -30,7 +30,7 @@ from sidecars import eventually, serving
 from vitalsd.http.server.connection import REQUEST_S, WRITE_S, Connection
 from vitalsd.http.server.connection_limits import MAX_CONNECTIONS, Room
 from vitalsd.http.server.log_throttle import Sparing
-from vitalsd.listeners import Listeners, adopt, bind_tcp
+from vitalsd.sidecar.listeners import Listeners, adopt, bind_tcp
 
 pytestmark = pytest.mark.live
 

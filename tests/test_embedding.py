@@ -11,8 +11,8 @@ import pytest
 
 import tools
 from sidecars import ask, environment, eventually, listing
-from vitalsd.alongside import spawn
 from vitalsd.discovery.runtime_file import discover
+from vitalsd.sidecar.spawn import spawn
 
 pytestmark = pytest.mark.live
 

@@ -18,8 +18,8 @@ import pytest
 
 from misbehaving import Misbehaving, answer, says
 from sidecars import VITALSD, environment
-from vitalsd.alongside import SpawnError, spawn
 from vitalsd.contract.encoding import MAX_LINE, one_line
+from vitalsd.sidecar.spawn import SpawnError, spawn
 from vitalsd_client import BugReport, fetch
 
 pytestmark = pytest.mark.live

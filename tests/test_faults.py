@@ -81,7 +81,7 @@ def patience_s(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def served(tree: Path, tmp_path: Path, patience_s: int) -> Iterator[Serving]:
     """A service of the first of them, which in the short form loses its patience sooner."""
-    code = f"import vitalsd.worker as w; w.PATIENCE_NS = {patience_s}_000_000_000; import vitalsd.cli as c; c.main()"
+    code = f"import vitalsd.worker_thread as w; w.PATIENCE_NS = {patience_s}_000_000_000; import vitalsd.cli as c; c.main()"
     options = ("--pid", "4242", "--proc-root", str(tree), "--record-interval", "0.2")
     with Serving(tmp_path, *options, python=(sys.executable, "-c", code)) as serving:
         yield serving
@@ -133,7 +133,7 @@ def test_who_asks_again_and_again_for_what_hangs_costs_no_thread_more(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process than the target, and the list of all: each has one thread, also after a while."""
-    monkeypatch.setattr("vitalsd.worker.PATIENCE_NS", 300_000_000)
+    monkeypatch.setattr("vitalsd.worker_thread.PATIENCE_NS", 300_000_000)
     root = str(tree)
     there = set(threading.enumerate())
     targets = Targets(Sampler(open_source), lambda pid: open_source(pid, proc_root=root), idle_s=0.1)

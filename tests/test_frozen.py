@@ -1,4 +1,4 @@
-"""How vitalsd runs itself again: `vitalsd.frozen`, where no frozen application is needed; see tests/hosts for those."""
+"""How vitalsd runs itself again: `vitalsd.sidecar.frozen`, where no frozen application is needed; see tests/hosts for those."""
 
 import os
 import subprocess

@@ -15,7 +15,7 @@ import pytest
 import vitalsd
 from host_programs import ROOT, bare_environment, run_host, site_packages_without
 from sidecars import environment
-from vitalsd.worker import NoThread
+from vitalsd.worker_thread import NoThread
 
 pytestmark = pytest.mark.live
 

@@ -19,10 +19,10 @@ import pytest
 import vitalsd
 from sidecars import ask, environment, eventually, listing
 from vitalsd.discovery import runtime_file as endpoint
-from vitalsd.listeners import ListenError, PortInUse, bind_tcp
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
 from vitalsd.recording.series import Record
+from vitalsd.sidecar.listeners import ListenError, PortInUse, bind_tcp
 from vitalsd.snapshot import Snapshot
 from vitalsd.sources.names import PythonNames
 from vitalsd.sources.process_identity import births

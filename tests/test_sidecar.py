@@ -1,4 +1,4 @@
-"""Listeners and the life of ``vitalsd serve``: `vitalsd.listeners`, `vitalsd.sidecar`, `vitalsd.http.access.access_control`."""
+"""Listeners and the life of ``vitalsd serve``: `vitalsd.sidecar.listeners`, `vitalsd.sidecar.service`, `vitalsd.http.access.access_control`."""
 
 import asyncio
 import http.client
@@ -27,9 +27,18 @@ from edge import dial, whole_app
 from sidecars import VITALSD, UnixConnection, ask, environment, eventually, listing, serving
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.discovery.unix_socket import answers
-from vitalsd.listeners import ListenError, PortInUse, UnixListener, adopt, bind_tcp, inherited, is_remote, listen
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.sidecar import Service
+from vitalsd.sidecar.listeners import (
+    ListenError,
+    PortInUse,
+    UnixListener,
+    adopt,
+    bind_tcp,
+    inherited,
+    is_remote,
+    listen,
+)
+from vitalsd.sidecar.service import Service
 
 
 def refused(directory: Path, *options: str) -> tuple[int, str]:
@@ -634,7 +643,7 @@ def test_a_target_that_ends_well_has_not_crashed(short_path: Path, code: str, st
 
 def test_a_runtime_file_that_was_removed_is_written_again(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the directory, as whoever cleans temporary files does it; from then on without the socket, which is gone."""
-    monkeypatch.setattr("vitalsd.sidecar.LOOK_S", 0.05)
+    monkeypatch.setattr("vitalsd.sidecar.service.LOOK_S", 0.05)
     directory = short_path / "run"
     directory.mkdir(0o700)
     service = Service(whole_app(), listen(port=0, directory=directory), directory=directory)

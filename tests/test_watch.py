@@ -1,4 +1,4 @@
-"""Noticing a death: `vitalsd.watch`."""
+"""Noticing a death: `vitalsd.sidecar.process_exit`."""
 
 import asyncio
 import subprocess
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from vitalsd.sidecar.process_exit import death_of
 from vitalsd.sources.process_identity import Undecided, births
-from vitalsd.watch import death_of
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from vitalsd.worker import Stopped, Worker
+from vitalsd.worker_thread import Stopped, Worker
 
 
 def test_what_a_call_raises_is_for_its_caller() -> None:

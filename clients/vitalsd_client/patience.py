@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from vitalsd.worker import start_thread
+from vitalsd.worker_thread import start_thread
 
 __all__ = ["Call"]
 

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitalsd.alongside import Spawned, SpawnError, spawn
-    from vitalsd.frozen import freeze_support
-    from vitalsd.inprocess import Sidecar, StartError, start
-    from vitalsd.listeners import ListenError, PortInUse
+    from vitalsd.sidecar.frozen import freeze_support
+    from vitalsd.sidecar.in_process import Sidecar, StartError, start
+    from vitalsd.sidecar.listeners import ListenError, PortInUse
+    from vitalsd.sidecar.spawn import Spawned, SpawnError, spawn
 
 __version__ = "0.1.0"
 """A constant: where a program is vendored or frozen there may be no metadata of the distribution to read it from."""
@@ -27,19 +27,19 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # A host that only spawns, or a client that only reads runtime files, does not pay for a web framework.
     if name in ("ListenError", "PortInUse"):
-        from vitalsd import listeners
+        from vitalsd.sidecar import listeners
 
         return getattr(listeners, name)
     if name in ("Sidecar", "StartError", "start"):
-        from vitalsd import inprocess
+        from vitalsd.sidecar import in_process as inprocess
 
         return getattr(inprocess, name)
     if name == "freeze_support":
-        from vitalsd import frozen
+        from vitalsd.sidecar import frozen
 
         return frozen.freeze_support
     if name in ("SpawnError", "Spawned", "spawn"):
-        from vitalsd import alongside
+        from vitalsd.sidecar import spawn as alongside
 
         return getattr(alongside, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

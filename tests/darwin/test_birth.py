@@ -11,8 +11,8 @@ import pytest
 
 from darwin.simulator import Simulator
 from vitalsd.discovery.runtime_file import liveness
-from vitalsd.listeners import Listeners
-from vitalsd.sidecar import Service
+from vitalsd.sidecar.listeners import Listeners
+from vitalsd.sidecar.service import Service
 from vitalsd.sources.darwin.process_identity import DarwinBirths
 from vitalsd.sources.darwin.processes import open_process
 from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Undecided

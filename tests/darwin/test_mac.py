@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from sidecars import eventually
-from vitalsd.listeners import bind_tcp, inherited
+from vitalsd.sidecar.listeners import bind_tcp, inherited
 from vitalsd.snapshot import measure
 from vitalsd.sources import AccessDenied, Ending, KernelError, TargetGone
 from vitalsd.sources.darwin.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6

@@ -11,7 +11,7 @@ from typing import Any, cast
 import click
 
 from vitalsd import __version__
-from vitalsd.frozen import runs_as_vitalsd
+from vitalsd.sidecar.frozen import runs_as_vitalsd
 
 __all__ = ["main"]
 
@@ -66,7 +66,7 @@ class _Program(click.Group):
         try:
             return super().main(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - printed here, because Python would print its text as it is
-            from vitalsd.worker import REFUSED, NoThread
+            from vitalsd.worker_thread import REFUSED, NoThread
 
             if isinstance(error, NoThread) or str(error) == REFUSED:  # of a thread that a library starts
                 click.echo(f"vitalsd: {NoThread()}", err=True)

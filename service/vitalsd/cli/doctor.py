@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vitalsd.cli.options import Failed, Number, complain, platform_of, raise_descriptor_limit
-from vitalsd.frozen import NotRunnableError, own_command
+from vitalsd.sidecar.frozen import NotRunnableError, own_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -50,7 +50,7 @@ def open_page(pid: int | None, no_browser: bool) -> None:
     if not no_browser:
         import webbrowser
 
-        from vitalsd.frozen import restore_libraries
+        from vitalsd.sidecar.frozen import restore_libraries
 
         restore_libraries(os.environ)
         if not webbrowser.open(address):

@@ -30,8 +30,8 @@ from vitalsd.cli.otlp import otlp_options, push_to
 from vitalsd.cli.serving import Serving, Where, import_service, serve_until_signal, starts
 
 if TYPE_CHECKING:
-    from vitalsd.alongside import ExitNote, ReadyFd
     from vitalsd.contract.application import Application
+    from vitalsd.sidecar.spawn import ExitNote, ReadyFd
     from vitalsd.sources.platform import Platform
 
 __all__ = ["check", "serve"]
@@ -174,9 +174,9 @@ def serve(
     """
     import os
 
-    from vitalsd.alongside import ExitNote, ReadyFd, taken_for_sidecar
     from vitalsd.contract.encoding import one_line
-    from vitalsd.worker import NoThread
+    from vitalsd.sidecar.spawn import ExitNote, ReadyFd, taken_for_sidecar
+    from vitalsd.worker_thread import NoThread
 
     spawned = taken_for_sidecar(ready_fd)
     try:
@@ -266,13 +266,13 @@ def _serve_target(
         raise Failed(str(error)) from None
 
     import_service()
-    from vitalsd.activation import Notifier
     from vitalsd.discovery.runtime_file import Target
     from vitalsd.recording.recorder import Recording
     from vitalsd.sampling.sampler import Sampler
     from vitalsd.sampling.target_pool import Targets
-    from vitalsd.sidecar import Companion, end_with, follow, run_directory
-    from vitalsd.worker import Hung, Worker
+    from vitalsd.sidecar.service import Companion, end_with, follow, run_directory
+    from vitalsd.sidecar.socket_activation import Notifier
+    from vitalsd.worker_thread import Hung, Worker
 
     notes: list[str] = []
     runs = run_directory(notes)

@@ -20,13 +20,13 @@ from vitalsd.cli.options import Failed, Refused
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from vitalsd.alongside import ReadyFd
     from vitalsd.contract.application import Application
     from vitalsd.discovery.runtime_file import Target
-    from vitalsd.listeners import Listeners
     from vitalsd.recording.run_directory import RunDirectory
     from vitalsd.sampling.target_pool import Targets
-    from vitalsd.sidecar import Companion
+    from vitalsd.sidecar.listeners import Listeners
+    from vitalsd.sidecar.service import Companion
+    from vitalsd.sidecar.spawn import ReadyFd
     from vitalsd.sources import ProcessEntry
     from vitalsd.sources.process_identity import Births
 
@@ -46,8 +46,8 @@ class Serving(click.Command):
             return super().make_context(info_name, args, *more, **extra)
         except click.UsageError as error:
             if fd := re.search(r"(?:^|\0)--ready-fd[=\0]([0-9]{1,9})(?:$|\0)", given):
-                from vitalsd.alongside import ReadyFd
                 from vitalsd.contract.encoding import one_line
+                from vitalsd.sidecar.spawn import ReadyFd
 
                 with suppress(OSError):
                     ReadyFd(int(fd[1])).send(error=one_line(error.format_message()))
@@ -93,7 +93,7 @@ def import_service() -> None:
             BaseModel.model_config["defer_build"] = True
             try:
                 import_module("vitalsd.http.app")
-                import_module("vitalsd.sidecar")
+                import_module("vitalsd.sidecar.service")
             finally:
                 del BaseModel.model_config["defer_build"]
 
@@ -141,13 +141,13 @@ def serve_until_signal(
         hides_processes: whether the kernel hides processes from other users.
         spawned: `spawn` reads standard error until the sidecar is ready, and not after that.
     """
-    from vitalsd import sidecar
     from vitalsd.contract.application import Application
     from vitalsd.contract.encoding import one_line
     from vitalsd.discovery.runtime_file import new_token
     from vitalsd.http.app import create_app
     from vitalsd.http.shelf import Shelf
-    from vitalsd.sidecar import Service
+    from vitalsd.sidecar import service as sidecar
+    from vitalsd.sidecar.service import Service
 
     application = application or Application()
     notes: list[str] = []
@@ -206,8 +206,8 @@ def serve_until_signal(
 
 def _listeners(where: Where, directory: Path | None) -> "Listeners":
     """Those a supervisor handed over, or new ones. Raises `Refused`."""
-    from vitalsd.activation import activated
-    from vitalsd.listeners import ListenError, PortInUse, adopt, listen
+    from vitalsd.sidecar.listeners import ListenError, PortInUse, adopt, listen
+    from vitalsd.sidecar.socket_activation import activated
 
     try:
         given = activated(os.environ)

@@ -23,7 +23,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from vitalsd.frozen import own_command, with_own_path
+from vitalsd.sidecar.frozen import own_command, with_own_path
 
 __all__ = [
     "Burner",

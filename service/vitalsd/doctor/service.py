@@ -13,13 +13,13 @@ from typing import Any
 
 import httpx
 
-from vitalsd.alongside import Spawned, SpawnError, spawn
 from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.runtime_file import discover
 from vitalsd.doctor.burner import BurnerProcess
 from vitalsd.doctor.finding import BUG, Finding, judged, not_here
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import UnreadableRun, read_run
+from vitalsd.sidecar.spawn import Spawned, SpawnError, spawn
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources.platform import Platform
 

@@ -29,7 +29,7 @@ from vitalsd.contract.encoding import iso, one_line, os_version, printable
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources import SourceError
-from vitalsd.worker import Worker
+from vitalsd.worker_thread import Worker
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import Metric, MetricsData
@@ -308,7 +308,7 @@ class Push:
         self._worker = Worker("vitalsd-otlp")
 
     async def companion(self, _: object) -> None:
-        """Push until cancelled; see `vitalsd.sidecar.Companion`."""
+        """Push until cancelled; see `vitalsd.sidecar.service.Companion`."""
         loop = asyncio.get_running_loop()
         due = loop.time()
         try:

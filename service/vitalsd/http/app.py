@@ -18,7 +18,7 @@ from vitalsd.http.routes.report import REPORT_PATH, report_routes
 from vitalsd.http.shelf import Shelf
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources import ProcessEntry
-from vitalsd.worker import Worker
+from vitalsd.worker_thread import Worker
 
 __all__ = ["create_app"]
 

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from vitalsd.admission import Busy
 from vitalsd.sampling.sampler import NotRecording
-from vitalsd.worker import Hung, NoThread
+from vitalsd.worker_thread import Hung, NoThread
 
 __all__ = ["MEDIA_TYPE", "TITLES", "Reason", "Refused", "install", "nearest", "problem", "shown"]
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_files import has_run_name
-from vitalsd.worker import Worker
+from vitalsd.worker_thread import Worker
 
 __all__ = ["Shelf"]
 

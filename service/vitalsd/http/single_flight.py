@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from vitalsd.admission import OWNER, Busy, Peer, Shares
-from vitalsd.worker import seen
+from vitalsd.worker_thread import seen
 
 __all__ = ["Turns"]
 

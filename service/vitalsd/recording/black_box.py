@@ -24,7 +24,7 @@ from vitalsd.recording.run_writer import RunFile, row_of
 from vitalsd.recording.series import Event, Mark, Segment
 from vitalsd.recording.sqlite import sqlite3
 from vitalsd.snapshot import Identity
-from vitalsd.worker import Worker
+from vitalsd.worker_thread import Worker
 
 __all__ = ["BlackBox"]
 

@@ -11,7 +11,7 @@ from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.series import EventKind, Mark, Record
 from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Snapshot
 from vitalsd.sources import SourceError, TargetGone
-from vitalsd.worker import seen
+from vitalsd.worker_thread import seen
 
 __all__ = ["Recorder", "Recording"]
 

@@ -21,7 +21,7 @@ from vitalsd.recording.recorder import Recorder, Recording
 from vitalsd.recording.series import Mark, Record
 from vitalsd.snapshot import Identity, Measurement, Snapshot, contradiction, measure
 from vitalsd.sources import KernelError, Source, SourceError, TargetGone, platform_name
-from vitalsd.worker import Hung, Stopped, Worker, seen
+from vitalsd.worker_thread import Hung, Stopped, Worker, seen
 
 if TYPE_CHECKING:
     from vitalsd.recording.replay import Replay

@@ -14,7 +14,7 @@ from vitalsd.top.news import News
 from vitalsd.top.picture import ASCII, BLOCKS, Glyphs, Picture
 from vitalsd.top.terminal import Hangup, Terminal
 from vitalsd.top.view import View
-from vitalsd.worker import Worker, start_thread
+from vitalsd.worker_thread import Worker, start_thread
 
 __all__ = ["fits", "show"]
 

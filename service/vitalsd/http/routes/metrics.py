@@ -27,7 +27,7 @@ from vitalsd.http.shelf import Shelf
 from vitalsd.http.single_flight import Turns
 from vitalsd.sampling.target_pool import Stream, Target, Targets
 from vitalsd.sources import KernelError, ProcessEntry, SourceError
-from vitalsd.worker import Hung, Worker
+from vitalsd.worker_thread import Hung, Worker
 
 __all__ = ["STREAM_S", "live_routes"]
 

@@ -26,7 +26,7 @@ from vitalsd.recording.series import Mark, Record
 from vitalsd.sampling.sampler import NotRecording
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources import SourceError
-from vitalsd.worker import Worker
+from vitalsd.worker_thread import Worker
 
 __all__ = ["NO_SUCH_RUN", "mark_json", "past_routes"]
 

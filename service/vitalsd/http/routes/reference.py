@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from vitalsd.http.answers import JSON
 from vitalsd.http.page import policy
 from vitalsd.http.parameters import READING, NoQuery, StrictRoute, given
-from vitalsd.worker import Worker
+from vitalsd.worker_thread import Worker
 
 __all__ = ["answers_of", "docs_routes", "example_of", "refusals", "type_text"]
 

@@ -30,7 +30,7 @@ from vitalsd.recording.series import Record
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
-from vitalsd.worker import Hung, Worker
+from vitalsd.worker_thread import Hung, Worker
 
 if TYPE_CHECKING:
     from vitalsd.report.builder import Collected

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 from vitalsd.contract.application import Application
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.own_sidecars import OwnSidecar, announce, own_sidecars, withdraw
-from vitalsd.frozen import (
+from vitalsd.sidecar.frozen import (
     NotRunnableError,
     absolute,
     child_environment,

@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from vitalsd.frozen import is_one_file
-from vitalsd.listeners import ListenError, inherited
+from vitalsd.sidecar.frozen import is_one_file
+from vitalsd.sidecar.listeners import ListenError, inherited
 
 if TYPE_CHECKING:
-    from vitalsd.sidecar import Service
+    from vitalsd.sidecar.service import Service
 
 __all__ = ["LAUNCHD_SOCKETS", "Notifier", "activated", "launchd_sockets", "systemd_sockets"]
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 __all__ = ["PATIENCE_NS", "REFUSED", "Hung", "NoThread", "Stopped", "Worker", "seen", "start_thread"]
 
-log = logging.getLogger("vitalsd.worker")
+log = logging.getLogger("vitalsd.worker_thread")
 
 T = TypeVar("T")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from vitalsd.alongside import died_of_exception
 from vitalsd.contract.application import Application
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery import runtime_file as endpoints
@@ -25,17 +24,18 @@ from vitalsd.discovery.program_key import program_key
 from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.http.shelf import Shelf
-from vitalsd.listeners import listen
 from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.recorder import Recording
 from vitalsd.sampling.sampler import NotRecording, Sampler
 from vitalsd.sampling.target_pool import Targets
-from vitalsd.sidecar import Service, run_directory, runtime_directory
+from vitalsd.sidecar.listeners import listen
+from vitalsd.sidecar.service import Service, run_directory, runtime_directory
+from vitalsd.sidecar.spawn import died_of_exception
 from vitalsd.sources import Source, hides_processes, list_processes, open_source
 from vitalsd.sources.names import PythonNames
 from vitalsd.sources.process_identity import Undecided, births
 from vitalsd.sources.programs import ProgramDigest, main_script
-from vitalsd.worker import Worker, start_thread
+from vitalsd.worker_thread import Worker, start_thread
 
 __all__ = ["Sidecar", "StartError", "start"]
 

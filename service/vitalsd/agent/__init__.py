@@ -19,7 +19,14 @@ from typing import Literal, Protocol
 
 from vitalsd.discovery.atomic_file import draft
 from vitalsd.discovery.directories import agent_socket
-from vitalsd.frozen import NotRunnableError, is_frozen, is_one_file, own_command, restore_libraries, with_own_path
+from vitalsd.sidecar.frozen import (
+    NotRunnableError,
+    is_frozen,
+    is_one_file,
+    own_command,
+    restore_libraries,
+    with_own_path,
+)
 
 __all__ = [
     "LABEL",

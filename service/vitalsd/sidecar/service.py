@@ -1,8 +1,8 @@
 """
 One sidecar: its listeners, the server on them, and the runtime file that tells where it is.
 
-`vitalsd.inprocess` runs it on a thread of the host program, `serve` on the main thread of its own
-process, which `vitalsd.alongside` starts.
+`vitalsd.sidecar.in_process` runs it on a thread of the host program, `serve` on the main thread of its own
+process, which `vitalsd.sidecar.spawn` starts.
 """
 
 import asyncio
@@ -25,16 +25,16 @@ from vitalsd.discovery.atomic_file import is_gone
 from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.server.server import Server
-from vitalsd.listeners import Listeners
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import Target as Measured
 from vitalsd.sampling.target_pool import Targets
+from vitalsd.sidecar.listeners import Listeners
+from vitalsd.sidecar.process_exit import death_of
 from vitalsd.snapshot import Identity
 from vitalsd.sources import SourceError
 from vitalsd.sources.process_identity import Births, births
-from vitalsd.watch import death_of
-from vitalsd.worker import NoThread
+from vitalsd.worker_thread import NoThread
 
 __all__ = ["Companion", "NotStarted", "Service", "end_with", "follow", "run_directory", "runtime_directory", "serve"]
 
