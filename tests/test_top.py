@@ -26,10 +26,10 @@ from terminals import PseudoTerminal
 from tools import program
 from vitalsd.cli import main
 from vitalsd.contract.metrics import Measured, ProcessMetrics, ThreadMetrics, parse_runtime_metrics
-from vitalsd.top.news import Ended, Note, Past, Sample, Subject, Trouble
-from vitalsd.top.picture import ASCII, BLOCKS, Picture
+from vitalsd.top.events import Ended, Note, Past, Sample, Subject, Trouble
+from vitalsd.top.render import ASCII, BLOCKS, Picture
 from vitalsd.top.terminal import keys
-from vitalsd.top.view import View
+from vitalsd.top.view_state import View
 
 pytestmark = pytest.mark.live
 
@@ -237,7 +237,7 @@ def test_a_crash_gives_the_terminal_back_first(tmp_path: Path, start: Start) -> 
     """A bug shows its traceback on the ordinary screen, in ordinary modes."""
     target = start()
     code = (
-        "import sys, vitalsd.top.view as view\n"
+        "import sys, vitalsd.top.view_state as view\n"
         "from vitalsd.cli import main\n"
         "whole = view.View.press\n"
         "def broken(self, key): 1 / 0\n"

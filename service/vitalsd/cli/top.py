@@ -59,7 +59,8 @@ def top(
 
     from vitalsd.discovery.http_connection import ExchangeError
     from vitalsd.sources import SourceError
-    from vitalsd.top import plain, screen
+    from vitalsd.top import fullscreen as screen
+    from vitalsd.top import line_output as plain
     from vitalsd.top.feed import Feed
     from vitalsd_client.places import NoSidecar
 

@@ -12,8 +12,8 @@ from contextlib import closing, suppress
 
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources import Source, SourceError, TargetGone
-from vitalsd.top.news import Ended, News, Subject, Trouble
-from vitalsd.top.sessions import Direct, Remote
+from vitalsd.top.backends import Direct, Remote
+from vitalsd.top.events import Ended, News, Subject, Trouble
 from vitalsd_client.places import NoSidecar, Sidecar, locate
 
 __all__ = ["Feed"]

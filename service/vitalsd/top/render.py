@@ -13,8 +13,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from vitalsd.contract.encoding import printable
-from vitalsd.top.news import Note
-from vitalsd.top.view import SortKey, View
+from vitalsd.top.events import Note
+from vitalsd.top.view_state import SortKey, View
 
 __all__ = ["ASCII", "BLOCKS", "Glyphs", "Picture"]
 

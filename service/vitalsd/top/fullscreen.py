@@ -9,11 +9,11 @@ from contextlib import closing, contextmanager
 
 from rich.console import Console
 
+from vitalsd.top.events import News
 from vitalsd.top.feed import Feed
-from vitalsd.top.news import News
-from vitalsd.top.picture import ASCII, BLOCKS, Glyphs, Picture
+from vitalsd.top.render import ASCII, BLOCKS, Glyphs, Picture
 from vitalsd.top.terminal import Hangup, Terminal
-from vitalsd.top.view import View
+from vitalsd.top.view_state import View
 from vitalsd.worker_thread import Worker, start_thread
 
 __all__ = ["fits", "show"]

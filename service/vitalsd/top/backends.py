@@ -15,7 +15,7 @@ from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.recording.recorder import Recorder, Recording
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source, SourceError, TargetGone
-from vitalsd.top.news import News, Note, Past, Sample, Subject
+from vitalsd.top.events import News, Note, Past, Sample, Subject
 from vitalsd_client.places import Sidecar
 
 __all__ = ["Direct", "Pause", "Remote"]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from itertools import islice
 
 from vitalsd.contract.encoding import printable
+from vitalsd.top.events import Ended, Note, Sample, Trouble
 from vitalsd.top.feed import Feed
-from vitalsd.top.news import Ended, Note, Sample, Trouble
 
 __all__ = ["lines"]
 

@@ -1,4 +1,4 @@
-"""What the live view knows, and what keys do to it. `vitalsd.top.picture` draws it."""
+"""What the live view knows, and what keys do to it. `vitalsd.top.render` draws it."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Literal
 from vitalsd.contract.encoding import printable
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.contract.metrics import Measured, ThreadMetrics
-from vitalsd.top.news import Ended, News, Note, Past, Sample, Subject, Trouble
+from vitalsd.top.events import Ended, News, Note, Past, Sample, Subject, Trouble
 
 __all__ = ["SortKey", "View"]
 
