@@ -17,8 +17,10 @@ import pytest
 import as_platform
 from darwin.simulator import Simulator
 from sidecars import VITALSD, environment, eventually, listing
-from vitalsd.doctor import calibration, machine, process
-from vitalsd.doctor.burner import BurnerProcess, bounds_ns
+from vitalsd.doctor import cpu_checks as calibration
+from vitalsd.doctor import machine_checks as machine
+from vitalsd.doctor import process_checks as process
+from vitalsd.doctor.cpu_load import BurnerProcess, bounds_ns
 from vitalsd.doctor.finding import Finding
 from vitalsd.doctor.soak import SEGMENTS, slope, soak
 from vitalsd.sources import Source
@@ -252,7 +254,7 @@ def test_a_slope_and_its_margin() -> None:
 
 def test_what_breaks_a_check_is_a_line() -> None:
     """A source that raises what it may not is a finding; the rest is examined all the same."""
-    from vitalsd.doctor.examination import examine
+    from vitalsd.doctor.runner import examine
 
     def broken(pid: int | None = None, *, program_of: ProgramOf = no_program) -> Source:
         raise ZeroDivisionError("planted")
@@ -269,7 +271,7 @@ def test_what_breaks_a_check_is_a_line() -> None:
 
 def test_what_a_killed_one_left_is_cleared_away(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Directories of doctors that are dead go at the next start; those of others stay, however they are named."""
-    from vitalsd.doctor.examination import MARKER, examine
+    from vitalsd.doctor.runner import MARKER, examine
 
     with subprocess.Popen(["true"]) as gone:
         pass

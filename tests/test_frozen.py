@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sidecars import environment
-from vitalsd.doctor.burner import BurnerProcess
+from vitalsd.doctor.cpu_load import BurnerProcess
 from vitalsd.pyinstaller_hooks import get_hook_dirs
 
 
@@ -41,7 +41,7 @@ def test_burner_process_of_a_vendored_vitalsd_starts(short_path: Path) -> None:
     (short_path / "vendored" / "vitalsd").symlink_to(root / "vitalsd")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from vitalsd.doctor.burner import BurnerProcess\n"
+        "from vitalsd.doctor.cpu_load import BurnerProcess\n"
         "with BurnerProcess((0,)) as burner: print(*burner.tids)"
     )
     done = subprocess.run(

@@ -12,8 +12,8 @@ from vitalsd.sidecar.frozen import NotRunnableError, own_command
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vitalsd.doctor.examination import Progress
     from vitalsd.doctor.finding import Finding
+    from vitalsd.doctor.runner import Progress
     from vitalsd.sources.platform import Platform
 
 __all__ = ["burn", "doctor"]
@@ -88,7 +88,7 @@ def _examine(platform: "Platform", as_json: bool, soak_s: float | None) -> bool:
     from dataclasses import asdict
 
     from vitalsd import __version__
-    from vitalsd.doctor.examination import examine
+    from vitalsd.doctor.runner import examine
 
     raise_descriptor_limit()
     own_command()  # before anything is examined: without it most of the checks cannot be made
@@ -123,7 +123,7 @@ def _examine(platform: "Platform", as_json: bool, soak_s: float | None) -> bool:
 @click.argument("duties", nargs=-1, type=click.IntRange(0, 100))
 def burn(duties: tuple[int, ...]) -> None:
     """Burn so many percent of a core each, for the doctor, who says when on standard input."""
-    from vitalsd.doctor.burner import burn_for_doctor
+    from vitalsd.doctor.cpu_load import burn_for_doctor
 
     burn_for_doctor(duties)
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
-from vitalsd.doctor.burner import BurnerProcess
+from vitalsd.doctor.cpu_load import BurnerProcess
 from vitalsd.doctor.finding import BUG, Finding, judged, not_here
-from vitalsd.doctor.process import held
+from vitalsd.doctor.process_checks import held
 from vitalsd.sources.platform import Platform
 
 __all__ = ["Slope", "slope", "soak"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 
-from vitalsd.doctor.burner import BurnerProcess, name_this_thread, touched
+from vitalsd.doctor.cpu_load import BurnerProcess, name_this_thread, touched
 from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source

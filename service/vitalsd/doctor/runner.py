@@ -20,9 +20,11 @@ from vitalsd.discovery.directories import (
     state_directory,
     state_path,
 )
-from vitalsd.doctor import calibration, machine, process
+from vitalsd.doctor import cpu_checks as calibration
+from vitalsd.doctor import machine_checks as machine
+from vitalsd.doctor import process_checks as process
 from vitalsd.doctor.finding import BUG, Finding
-from vitalsd.doctor.service import sidecar
+from vitalsd.doctor.sidecar_checks import sidecar
 from vitalsd.doctor.soak import soak
 from vitalsd.sources.platform import Platform
 

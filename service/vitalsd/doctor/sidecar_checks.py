@@ -15,7 +15,7 @@ import httpx
 
 from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.runtime_file import discover
-from vitalsd.doctor.burner import BurnerProcess
+from vitalsd.doctor.cpu_load import BurnerProcess
 from vitalsd.doctor.finding import BUG, Finding, judged, not_here
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import UnreadableRun, read_run

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
-from vitalsd.doctor.burner import Burner, BurnerProcess, BurnerThreads, Log, bounds_ns
+from vitalsd.doctor.cpu_load import Burner, BurnerProcess, BurnerThreads, Log, bounds_ns
 from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
 from vitalsd.snapshot import Measurement, Snapshot, measure
 from vitalsd.sources import Source

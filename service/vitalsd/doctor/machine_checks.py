@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from vitalsd.discovery.directories import EndpointError, runtime_directory, state_directory
-from vitalsd.doctor.burner import BurnerProcess
+from vitalsd.doctor.cpu_load import BurnerProcess
 from vitalsd.doctor.finding import Finding, judged
 from vitalsd.sources import SourceError
 from vitalsd.sources.platform import Platform
