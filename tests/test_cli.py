@@ -185,7 +185,7 @@ print(built, BaseModel.model_config, app.openapi(), OpenAPI.model_json_schema())
         subprocess.run(
             [sys.executable, "-c", code + document], stdout=subprocess.PIPE, text=True, check=True, timeout=30
         ).stdout
-        for code in ("", "from vitalsd.cli.serving import import_service\nimport_service()")
+        for code in ("", "from vitalsd.cli.service_command import import_service\nimport_service()")
     )
     assert plain.startswith("(True, True) {} ")
     assert serving == plain.replace("(True, True)", "(False, True)", 1)

@@ -213,7 +213,7 @@ def test_bug_with_hostile_text_prints_plain_traceback(tmp_path: Path) -> None:
     """An exception that no code expects is a traceback with its lines escaped and cut."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys, vitalsd.cli.listing as listing\n"
+        "import sys, vitalsd.cli.runs as listing\n"
         "from vitalsd.cli import main\n"
         f"def broken(): raise KeyError({LONG[:200_000]!r})\n"
         "listing.runs_path = broken\n"
@@ -258,7 +258,7 @@ def test_serve_with_long_argument_gives_spawn_the_reason(short_path: Path, monke
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_log_of_long_hostile_message_and_traceback_is_bounded(form: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A line of the log is escaped and cut, and so is each line of a traceback."""
-    from vitalsd.cli.log import logging_as
+    from vitalsd.cli.logging_setup import logging_as
 
     with logging_as(form) as log:
         try:

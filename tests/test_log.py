@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from sidecars import environment
 from vitalsd.cli import main
-from vitalsd.cli.log import logging_as
+from vitalsd.cli.logging_setup import logging_as
 
 HOSTILE = "a\x1b[2J\u202eb\nvitalsd: c"
 

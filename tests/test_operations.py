@@ -23,7 +23,7 @@ from test_agent import a_plan
 from tools import program
 from vitalsd.agent import Systemd
 from vitalsd.cli import main
-from vitalsd.cli.log import logging_as
+from vitalsd.cli.logging_setup import logging_as
 from vitalsd.exporters.otlp import CREDENTIALS, DEFAULT_URL, endpoint_of
 
 Start = Callable[..., Target]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from vitalsd.cli.log import log_format_option, logging_as
+from vitalsd.cli.logging_setup import log_format_option, logging_as
 from vitalsd.cli.options import Failed, host_option, port_option
-from vitalsd.cli.serving import Serving, Where, import_service, serve_until_signal, starts
+from vitalsd.cli.service_command import Serving, Where, import_service, serve_until_signal, starts
 
 __all__ = ["replay"]
 

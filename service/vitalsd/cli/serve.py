@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.log import log_format_option, logging_as
+from vitalsd.cli.logging_setup import log_format_option, logging_as
 from vitalsd.cli.options import (
     Failed,
     Number,
@@ -27,7 +27,7 @@ from vitalsd.cli.options import (
     raise_descriptor_limit,
 )
 from vitalsd.cli.otlp import otlp_options, push_to
-from vitalsd.cli.serving import Serving, Where, import_service, serve_until_signal, starts
+from vitalsd.cli.service_command import Serving, Where, import_service, serve_until_signal, starts
 
 if TYPE_CHECKING:
     from vitalsd.contract.application import Application

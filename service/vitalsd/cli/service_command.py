@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import click
 
-from vitalsd.cli.log import logging_as
+from vitalsd.cli.logging_setup import logging_as
 from vitalsd.cli.options import Failed, Refused
 
 if TYPE_CHECKING:
