@@ -1,4 +1,4 @@
-"""Ask a sidecar: `vitalsd_client.client`, `places` and `marks`, against real and misbehaving ones."""
+"""Ask a sidecar: `vitalsd_client.fetch_metrics`, `places` and `marks`, against real and misbehaving ones."""
 
 import ast
 import asyncio
@@ -33,7 +33,7 @@ from vitalsd.discovery.directories import private_directory
 from vitalsd.discovery.runtime_file import Endpoint, Target, proof
 from vitalsd.sources.process_identity import births
 from vitalsd_client import BugReport, afetch, fetch, mark
-from vitalsd_client.client import BUDGET_S
+from vitalsd_client.fetch_metrics import BUDGET_S
 
 ROOT = Path(__file__).parent.parent
 
@@ -372,7 +372,7 @@ def test_a_hung_file_system_costs_the_budget_and_no_more(home: Path) -> None:
     code = (
         "import os, time, vitalsd.discovery.runtime_file as e\n"
         "def hung(*_, **__): time.sleep(60)\n"
-        "import vitalsd_client.places as p, vitalsd_client.client as c\n"
+        "import vitalsd_client.locate as p, vitalsd_client.fetch_metrics as c\n"
         "c.locate = hung\n"
         "begun = time.monotonic(); found = c.fetch(10); took = time.monotonic() - begun\n"
         "assert took < 2.01, took\n"

@@ -36,7 +36,7 @@ from sidecars import VITALSD, environment
 from vitalsd.contract.report_archive import new_report_id, seal
 from vitalsd_client import Bundle, Spool, SpoolError
 from vitalsd_client import spool as spools
-from vitalsd_client.states import Entry, States
+from vitalsd_client.spool_store import Entry, States
 from vitalsd_client.upload import Failed, Receipt, check_url, retry_after_s
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unavailable
     from vitalsd.contract.report_archive import Bundle, Failure
     from vitalsd.report.builder import Redact
-    from vitalsd_client.client import afetch, fetch
     from vitalsd_client.crash import Crash, last_crash
+    from vitalsd_client.fetch_metrics import afetch, fetch
     from vitalsd_client.marks import mark
     from vitalsd_client.report import BugReport, Content
     from vitalsd_client.spool import Outcome, Spool
-    from vitalsd_client.states import Entry, SpoolError
+    from vitalsd_client.spool_store import Entry, SpoolError
     from vitalsd_client.upload import Attempt, Failed, Receipt
 
 __all__ = [
@@ -50,7 +50,7 @@ HOMES = {
     "Bundle": "vitalsd.contract.report_archive",
     "Content": "vitalsd_client.report",
     "Crash": "vitalsd_client.crash",
-    "Entry": "vitalsd_client.states",
+    "Entry": "vitalsd_client.spool_store",
     "Failed": "vitalsd_client.upload",
     "Failure": "vitalsd.contract.report_archive",
     "FullMetrics": "vitalsd.contract.metrics",
@@ -60,10 +60,10 @@ HOMES = {
     "Redact": "vitalsd.report.builder",
     "RuntimeMetrics": "vitalsd.contract.metrics",
     "Spool": "vitalsd_client.spool",
-    "SpoolError": "vitalsd_client.states",
+    "SpoolError": "vitalsd_client.spool_store",
     "Unavailable": "vitalsd.contract.metrics",
-    "afetch": "vitalsd_client.client",
-    "fetch": "vitalsd_client.client",
+    "afetch": "vitalsd_client.fetch_metrics",
+    "fetch": "vitalsd_client.fetch_metrics",
     "last_crash": "vitalsd_client.crash",
     "mark": "vitalsd_client.marks",
 }

@@ -12,9 +12,9 @@ from vitalsd.contract.application import Application, check_app
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import Run, UnreadableRun, read_run
 from vitalsd.report.previous_run import Subject, choose, find, is_alive, member
-from vitalsd_client.patience import Call
-from vitalsd_client.privacy import harmless
+from vitalsd_client.daemon_call import Call
 from vitalsd_client.recorded_data import own_subject, run_directory
+from vitalsd_client.redaction import harmless
 
 __all__ = ["Crash", "last_crash"]
 

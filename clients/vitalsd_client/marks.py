@@ -8,8 +8,8 @@ import time
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources.names import publish_names
-from vitalsd_client.places import NoSidecar, locate, refusal
-from vitalsd_client.privacy import harmless
+from vitalsd_client.locate import NoSidecar, locate, refusal
+from vitalsd_client.redaction import harmless
 
 __all__ = ["mark"]
 

@@ -14,8 +14,8 @@ from vitalsd.contract.report_archive import HISTORY, MARKS, PREVIOUS_RUN, Failur
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.report.builder import Collected
 from vitalsd.report.previous_run import TOP_THREADS, Subject, choose, find, is_alive, member
-from vitalsd_client.places import NoSidecar, Sidecar, answering, locate, refusal
-from vitalsd_client.privacy import harmless
+from vitalsd_client.locate import NoSidecar, Sidecar, answering, locate, refusal
+from vitalsd_client.redaction import harmless
 
 __all__ = ["RecordedData", "own_subject", "run_directory"]
 

@@ -25,8 +25,8 @@ from vitalsd.contract.metrics import Unavailable
 from vitalsd.contract.report_archive import HISTORY, METRICS, Bundle, Failure
 from vitalsd.report.builder import Collected, Heading, Redact, build
 from vitalsd.sources.names import names_by_id
-from vitalsd_client.client import BUDGET_S, Mode, fetch, unavailable
-from vitalsd_client.patience import Call
+from vitalsd_client.daemon_call import Call
+from vitalsd_client.fetch_metrics import BUDGET_S, Mode, fetch, unavailable
 from vitalsd_client.recorded_data import RecordedData
 
 __all__ = ["BugReport", "Content", "Outbox"]

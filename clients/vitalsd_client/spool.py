@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 from vitalsd.contract.report_archive import Bundle
 from vitalsd.discovery.atomic_file import sync_directory
-from vitalsd_client.states import STATES, Entry, SpoolError, States, Use, first_note
+from vitalsd_client.spool_store import STATES, Entry, SpoolError, States, Use, first_note
 from vitalsd_client.upload import (
     ATTEMPT_S,
     Attempt,

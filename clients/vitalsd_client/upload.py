@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from vitalsd_client.patience import Call
-from vitalsd_client.privacy import harmless
+from vitalsd_client.daemon_call import Call
+from vitalsd_client.redaction import harmless
 
 if TYPE_CHECKING:
     import ssl

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vitalsd.contract.report_archive import Bundle
-    from vitalsd_client.places import Sidecar
+    from vitalsd_client.locate import Sidecar
     from vitalsd_client.report import BugReport
     from vitalsd_client.spool import Spool
-    from vitalsd_client.states import Entry
+    from vitalsd_client.spool_store import Entry
 
 __all__ = ["report", "spool"]
 
@@ -85,7 +85,7 @@ def report(
     """
     import json
 
-    from vitalsd_client.places import NoSidecar, locate
+    from vitalsd_client.locate import NoSidecar, locate
     from vitalsd_client.report import BugReport
 
     application_of(app, app_version)
@@ -316,7 +316,7 @@ def spool_send(
     """Send the reports that wait, or the one with REPORT_ID. Status 1 if any of them could not be sent."""
     import json
 
-    from vitalsd_client.states import SpoolError
+    from vitalsd_client.spool_store import SpoolError
 
     kept = _spool(url, ca_file)
     try:
@@ -345,7 +345,7 @@ def spool_send(
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
     """Forget reports, sent or not."""
-    from vitalsd_client.states import SpoolError
+    from vitalsd_client.spool_store import SpoolError
 
     if bool(report_ids) == everything:
         raise click.UsageError("give the ids of reports, or --all")
@@ -361,7 +361,7 @@ def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
 def _spool(url: str | None = None, ca_file: Path | None = None) -> "Spool":
     from vitalsd.discovery.directories import EndpointError, state_directory
     from vitalsd_client.spool import Spool
-    from vitalsd_client.states import SpoolError
+    from vitalsd_client.spool_store import SpoolError
 
     try:
         return Spool(state_directory() / "spool", url, ca_file=ca_file)
@@ -373,7 +373,7 @@ def _spool(url: str | None = None, ca_file: Path | None = None) -> "Spool":
 
 def _deliver(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tuple[Path | None, bool, list[str]]:
     """The file that was written, whether the spool has it too, and what went wrong: one must not cost the other."""
-    from vitalsd_client.states import SpoolError
+    from vitalsd_client.spool_store import SpoolError
 
     file, taken = None, False
     complaints: list[str] = []

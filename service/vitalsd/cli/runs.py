@@ -109,7 +109,7 @@ def _illness(endpoint: "Endpoint") -> str | None:
     import time
 
     from vitalsd.discovery.http_connection import ExchangeError
-    from vitalsd_client.places import locate
+    from vitalsd_client.locate import locate
 
     (sidecar,) = locate(socket=endpoint.socket, url=None if endpoint.socket else endpoint.url)
     try:

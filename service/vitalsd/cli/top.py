@@ -62,7 +62,7 @@ def top(
     from vitalsd.top import fullscreen as screen
     from vitalsd.top import line_output as plain
     from vitalsd.top.feed import Feed
-    from vitalsd_client.places import NoSidecar
+    from vitalsd_client.locate import NoSidecar
 
     exclude(context, "url", "name")
     exclude(context, "pid", "name")
@@ -118,7 +118,7 @@ def top(
 def _watched() -> int:
     """The target of this user's newest sidecar."""
     from vitalsd.discovery.runtime_file import discover
-    from vitalsd_client.places import NoSidecar
+    from vitalsd_client.locate import NoSidecar
 
     for each in discover():
         if each.target is not None:

@@ -16,7 +16,7 @@ from vitalsd.recording.recorder import Recorder, Recording
 from vitalsd.snapshot import measure
 from vitalsd.sources import Source, SourceError, TargetGone
 from vitalsd.top.events import News, Note, Past, Sample, Subject
-from vitalsd_client.places import Sidecar
+from vitalsd_client.locate import Sidecar
 
 __all__ = ["Direct", "Pause", "Remote"]
 

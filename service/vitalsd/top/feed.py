@@ -14,7 +14,7 @@ from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources import Source, SourceError, TargetGone
 from vitalsd.top.backends import Direct, Remote
 from vitalsd.top.events import Ended, News, Subject, Trouble
-from vitalsd_client.places import NoSidecar, Sidecar, locate
+from vitalsd_client.locate import NoSidecar, Sidecar, locate
 
 __all__ = ["Feed"]
 

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from vitalsd.contract.metrics import Measured, RuntimeMetrics, Unavailable, parse_runtime_metrics
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.sources.names import publish_names
-from vitalsd_client.patience import Call
-from vitalsd_client.places import ANSWER_S, NoSidecar, Sidecar, answering, locate, refusal
-from vitalsd_client.privacy import harmless
+from vitalsd_client.daemon_call import Call
+from vitalsd_client.locate import ANSWER_S, NoSidecar, Sidecar, answering, locate, refusal
+from vitalsd_client.redaction import harmless
 
 __all__ = ["BUDGET_S", "Mode", "afetch", "fetch"]
 
