@@ -52,7 +52,7 @@ def patience_s(request: pytest.FixtureRequest) -> int:
 
 def python(patience_s: int) -> tuple[str, ...]:
     """A service that in the short form loses its patience sooner."""
-    code = f"import vitalsd.worker_thread as w; w.PATIENCE_NS = {patience_s}_000_000_000; import vitalsd.cli as c; c.main()"
+    code = f"import vitalsd.worker_thread as w; w.PATIENCE_NS = {patience_s} * 10**9; import vitalsd.cli as c; c.main()"
     return sys.executable, "-P", "-c", code
 
 

@@ -512,7 +512,8 @@ def test_running_sidecar_is_not_dead_in_another_view(begin: Begin, short_path: P
 def test_start_time_is_the_same_in_another_time_namespace() -> None:
     """By which a process and its runs are known; the age is right in both."""
     code = (
-        "import sys; from vitalsd.sources.linux.source import LinuxSource; from vitalsd.sources.process_identity import births;"
+        "import sys; from vitalsd.sources.linux.source import LinuxSource;"
+        " from vitalsd.sources.process_identity import births;"
         "s = LinuxSource(int(sys.argv[1])); print(s.identity().start_key, births().start_key(int(sys.argv[1])),"
         " s.snapshot().uptime_ns // 10**9)"
     )

@@ -81,7 +81,7 @@ def patience_s(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def served(tree: Path, tmp_path: Path, patience_s: int) -> Iterator[Serving]:
     """A service of the first of them, which in the short form loses its patience sooner."""
-    code = f"import vitalsd.worker_thread as w; w.PATIENCE_NS = {patience_s}_000_000_000; import vitalsd.cli as c; c.main()"
+    code = f"import vitalsd.worker_thread as w; w.PATIENCE_NS = {patience_s} * 10**9; import vitalsd.cli as c; c.main()"
     options = ("--pid", "4242", "--proc-root", str(tree), "--record-interval", "0.2")
     with Serving(tmp_path, *options, python=(sys.executable, "-c", code)) as serving:
         yield serving

@@ -1,4 +1,4 @@
-"""How vitalsd runs itself again: `vitalsd.sidecar.frozen`, where no frozen application is needed; see tests/hosts for those."""
+"""The command of a sidecar, `vitalsd.sidecar.frozen`, without a frozen application; tests/hosts has those."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""How much may wait to be sent, and who makes way: `vitalsd.http.server.connection_limits`, alone and behind real sockets."""
+"""Limits of connections and of unsent answers: `vitalsd.http.server.connection_limits`, alone and with real sockets."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Listeners and the life of ``vitalsd serve``: `vitalsd.sidecar.listeners`, `vitalsd.sidecar.service`, `vitalsd.http.access.access_control`."""
+"""Listeners and the life of ``vitalsd serve``: packages `vitalsd.sidecar` and `vitalsd.http.access`."""
 
 import asyncio
 import http.client

@@ -194,7 +194,7 @@ def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
 
 
 def _template(folder: str, name: str) -> bytes:
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     for root in (here, here.parent.parent):  # installed, or a checkout
         with suppress(FileNotFoundError):
             return (root / folder / name).read_bytes()

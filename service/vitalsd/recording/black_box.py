@@ -2,7 +2,8 @@
 The flight recorder on disk, while it is being written: who writes what, when, and what if the disk does not.
 
 A snapshot goes to the `vitalsd.recording.journal` of the run, and every few seconds a thread moves what is there to the
-`vitalsd.recording.run_writer`. So a killed process loses nothing, and only a power failure may lose the last seconds. What has
+`vitalsd.recording.run_writer`. So a killed process loses nothing, and only a power failure may lose the last seconds.
+What has
 no place in the tail, such as the first snapshot of a segment, or where there is no shared memory each, goes to the
 file at once; a kill may come before that, and take one snapshot, or what waited for a slow disk.
 """

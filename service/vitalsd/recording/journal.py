@@ -9,8 +9,8 @@ The file begins with a magic number, the mount namespace of its writer, and the 
 can be distinguished from files of other programs, and from the tail of a run in a container that shares the memory. The
 writer holds it with flock(2).
 
-A record is its head, the numbers of a frame as `vitalsd.recording.run_reader` has them, and its id once more. A writer that is
-killed as it appends leaves a record without that, which does not count.
+A record is its head, the numbers of a frame as `vitalsd.recording.run_reader` has them, and its id once more. A writer
+that is killed as it appends leaves a record without that, which does not count.
 """
 
 import errno

@@ -1,8 +1,8 @@
 """
 Read a run back from disk.
 
-A SQLite file; its last seconds may still be in its `vitalsd.recording.journal`, and `vitalsd.recording.run_files` has what else belongs to
-it. A run that is not being written any more and did not say how it ended has crashed.
+A SQLite file; its last seconds may still be in its `vitalsd.recording.journal`, and `vitalsd.recording.run_files` has
+what else belongs to it. A run that is not being written any more and did not say how it ended has crashed.
 """
 
 import json

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
 
 __all__ = [
     "NotRunnableError",
@@ -178,7 +179,7 @@ def with_own_path(command: Sequence[str], child: MutableMapping[str, str]) -> li
         command: as `own_command` has it.
         child: environment of the sidecar; the directories are added to it.
     """
-    here = os.path.dirname(os.path.dirname(absolute(__file__)))
+    here = str(Path(absolute(__file__)).parents[2])
     if list(command[1:]) != ["-P", "-m", "vitalsd"] or here in _site_packages():
         return list(command)
     script = os.path.dirname(absolute(sys.argv[0])) if sys.argv and sys.argv[0] else ""
