@@ -61,8 +61,8 @@ doctor: $(INSTALLED) ## examine vitalsd on this machine: make doctor ARGS="--soa
 	@$(BIN)/vitalsd doctor $(ARGS)
 
 torture: $(READY) ## run the long tests: kills, faults and loads by the thousand
-	@VITALSD_KILLS=400 $(BIN)/python -m pytest --timeout 3600 tests/test_blackbox.py -k killed
-	@VITALSD_WINDOWS=1000000 $(BIN)/python -m pytest --timeout 3600 -s tests/test_invariants.py
+	@VITALSD_KILLS=400 $(BIN)/python -m pytest --timeout 3600 tests/recording/test_black_box.py -k killed
+	@VITALSD_WINDOWS=1000000 $(BIN)/python -m pytest --timeout 3600 -s tests/sources/test_invariants.py
 	@$(BIN)/python -m pytest --timeout 3600 -m torture $(ARGS)
 
 bench: $(READY) ## measure, and write docs/performance.md: make bench ARGS=--quick

@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from darwin.simulator import Simulator, build
+from support.darwin.simulator import Simulator, build
 from vitalsd.sources.darwin.libsystem import load
 from vitalsd.sources.darwin.mach_source import MachSource
 

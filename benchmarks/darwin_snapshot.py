@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from darwin.simulator import Simulator, build
+from support.darwin.simulator import Simulator, build
 from vitalsd.sources.darwin.apple_headers import (
     KERN_SUCCESS,
     THREAD_EXTENDED_INFO,

@@ -43,7 +43,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.what == "images":
         sys.path.insert(0, str(HERE.parent / "tests"))
-        from pictures import take
+        from support.pictures import take
 
         take(HERE / "images")
         return 0

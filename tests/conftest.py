@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from as_darwin.emulation import COUNTED
-from target import Target
+from support.as_darwin.emulation import COUNTED
+from support.target import Target
 from vitalsd.recording.journal import remove_tail
 
-pytest_plugins = ["darwin.fixtures"]
+pytest_plugins = ["support.darwin.fixtures"]
 
 # Two busy cores make any deadline per example a flake.
 settings.register_profile("vitalsd", deadline=None)
@@ -30,7 +30,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     passed = terminalreporter.stats.get("passed", ())
     ran = [value for report in passed for key, value in report.user_properties if key == COUNTED]
     if ran:
-        terminalreporter.write_line(f"{sum(ran)} tests passed as on a Mac: emulated on Linux, by tests/as_darwin")
+        terminalreporter.write_line(f"{sum(ran)} tests passed as on a Mac (tests/support/as_darwin)")
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ import pytest
 
 import vitalsd
 import vitalsd_client
-from as_darwin.emulation import LACKING
-from sidecars import environment
+from support.as_darwin.emulation import LACKING
+from support.paths import ROOT
+from support.sidecars import environment
 
-ROOT = Path(__file__).parent.parent
 SERVICE = ROOT / "service" / "vitalsd"
 
 # Above a module: whatever may import it, and must not be imported by it.
@@ -229,7 +229,7 @@ def test_imports_have_no_circle() -> None:
 def test_the_tests_that_reliability_names_are_there() -> None:
     """docs/reliability.md claims nothing whose test has been renamed or removed."""
     named = re.findall(
-        r"`((?:hosts/)?test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+        r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     )
     assert len(named) > 20
     for file, test in named:
@@ -237,14 +237,14 @@ def test_the_tests_that_reliability_names_are_there() -> None:
 
 
 LINUX_ALONE = {
-    ("alongside.py", "os.memfd_create"),
-    ("linux.py", "os.pidfd_open"),
+    ("spawn.py", "os.memfd_create"),
+    ("source.py", "os.pidfd_open"),
     ("peer.py", "socket.AF_NETLINK"),
     ("peer.py", "socket.SOCK_CLOEXEC"),
     ("peer.py", "socket.SOCK_NONBLOCK"),
     ("peer.py", "socket.TCP_INFO"),
-    ("socket_file.py", "socket.SO_PEERCRED"),
-    ("watch.py", "os.pidfd_open"),
+    ("unix_socket.py", "socket.SO_PEERCRED"),
+    ("process_exit.py", "os.pidfd_open"),
 }
 """Names that Python lacks on macOS, where they are used behind a test of ``sys.platform``."""
 

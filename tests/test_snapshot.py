@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshots import IDENTITY, SECOND, Thread, pairs, snapshot, with_extras
+from support.snapshots import IDENTITY, SECOND, Thread, pairs, snapshot, with_extras
 from vitalsd.snapshot import Snapshot, contradiction, measure
 
 MS = 1_000_000

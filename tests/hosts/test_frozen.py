@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from sidecars import environment, eventually
+from support.sidecars import environment, eventually
 from vitalsd.sources.process_identity import births
 
 pytest.importorskip("PyInstaller", reason="PyInstaller is not installed: run make test-hosts")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from host_programs import bare_environment, run_host
-from receivers import receiving
-from sidecars import environment, eventually, serving
+from support.host_programs import bare_environment, run_host
+from support.receivers import receiving
+from support.sidecars import environment, eventually, serving
 
 pytestmark = [
     pytest.mark.live,
@@ -59,7 +59,7 @@ def test_home_on_a_file_system_without_sockets_is_served_over_tcp_with_a_runtime
     """`start` and `spawn`: fetch, marks and reports; a report is saved there, and sent from a spool there."""
     host = """
         import json, vitalsd
-        from host_programs import answered
+        from support.host_programs import answered
         from vitalsd_client import BugReport, Spool
         for begin in vitalsd.start, vitalsd.spawn:
             with begin(port=0) as sidecar:
@@ -141,7 +141,7 @@ def test_reports_at_a_wrong_clock_are_saved_sent_and_served(short_path: Path, mo
     with receiving(short_path / "store") as url:
         host = f"""
             import datetime, httpx, vitalsd
-            from host_programs import answered
+            from support.host_programs import answered
             from vitalsd_client import BugReport, Spool
             assert str(datetime.datetime.now(datetime.UTC)).startswith({clock[:4]!r})
             for begin in vitalsd.start, vitalsd.spawn:
@@ -173,7 +173,7 @@ def test_clock_that_is_set_by_years_meanwhile_loses_no_report_and_no_window(
     with receiving(short_path / "store") as url:
         host = f"""
             import datetime, vitalsd
-            from host_programs import answered
+            from support.host_programs import answered
             from vitalsd_client import BugReport, Spool
             def spool():
                 return Spool("spool", {url!r})

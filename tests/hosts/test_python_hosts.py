@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from host_programs import ROOT, run_host
-from sidecars import environment, eventually, listing
+from support.host_programs import run_host
+from support.paths import ROOT
+from support.sidecars import environment, eventually, listing
 
 pytestmark = pytest.mark.live
 
@@ -31,7 +32,7 @@ def test_host_that_patches_python_gets_all_answers(short_path: Path, package: st
     host = f"""
         {HOSTS[package]}
         import time, vitalsd
-        from host_programs import answered
+        from support.host_programs import answered
         from vitalsd_client import fetch
         for begin in vitalsd.start, vitalsd.spawn:
             with begin(port=0) as sidecar:
@@ -97,7 +98,7 @@ def test_other_version_of_python_starts_spawns_and_reports(
     """With warnings as errors: no deprecation of that version is in a path of ours."""
     host = """
         import json, sys, threading, vitalsd
-        from host_programs import answered
+        from support.host_programs import answered
         from vitalsd_client import fetch
         end = threading.Event()
         threading.Thread(target=end.wait, name="renderer", daemon=True).start()

@@ -11,7 +11,7 @@ from vitalsd.cli.options import Failed, not_empty
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vitalsd.agent import Agent
+    from vitalsd.agent.base import Agent
 
 __all__ = ["agent"]
 
@@ -64,7 +64,7 @@ _serve_argument = click.argument(
 def _agent(kind: str, name: str | None, port: int, options: tuple[str, ...] = ()) -> "Agent":
     import os
 
-    from vitalsd.agent import OVERRIDES, Plan, supervisor
+    from vitalsd.agent.base import OVERRIDES, Plan, supervisor
     from vitalsd.discovery.directories import EndpointError, runtime_directory, state_directory
 
     try:
@@ -87,7 +87,7 @@ def _agent(kind: str, name: str | None, port: int, options: tuple[str, ...] = ()
 @_serve_argument
 def agent_install(kind: str, name: str | None, port: int, options: tuple[str, ...]) -> None:
     """Install the agent, or bring a change into effect. What follows -- are more options of `vitalsd serve`."""
-    from vitalsd.agent import AgentError
+    from vitalsd.agent.base import AgentError
 
     try:
         installed = _agent(kind, name, port, options)
@@ -103,7 +103,7 @@ def agent_install(kind: str, name: str | None, port: int, options: tuple[str, ..
 @_agent_options
 def agent_uninstall(kind: str, name: str | None, port: int) -> None:
     """End the agent and remove its files."""
-    from vitalsd.agent import AgentError
+    from vitalsd.agent.base import AgentError
 
     try:
         removed = _agent(kind, name, port).uninstall()
@@ -120,7 +120,7 @@ def agent_status(kind: str, name: str | None, port: int, as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from vitalsd.agent import AgentError
+    from vitalsd.agent.base import AgentError
 
     try:
         found = _agent(kind, name, port).status()
@@ -141,7 +141,7 @@ def agent_status(kind: str, name: str | None, port: int, as_json: bool) -> None:
 @_serve_argument
 def agent_print(kind: str, name: str | None, port: int, options: tuple[str, ...]) -> None:
     """Print the files that install would write."""
-    from vitalsd.agent import AgentError
+    from vitalsd.agent.base import AgentError
 
     try:
         files = _agent(kind, name, port, options).files()

@@ -3,7 +3,7 @@ One client connection: uvicorn's h11 protocol, with deadlines and within bounds 
 
 uvicorn never times out a request that does not arrive whole nor an answer that is not read, and its
 limit on concurrency answers 503 to whoever comes while others sit there silent. ASGI middleware runs
-too late to help. What is leaned on inside uvicorn is guarded by a test each in tests/test_connection.py.
+too late to help. What is leaned on inside uvicorn is guarded by a test each in tests/http/test_connection.py.
 """
 
 import asyncio

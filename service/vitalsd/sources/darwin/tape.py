@@ -1,7 +1,8 @@
 """
 A tape: every call of libSystem in one run, its arguments and the bytes of its reply, without what identifies a user.
 
-One run on one Mac becomes a test that needs no Mac: ``tests/darwin/tape_player.py`` plays a tape in place of libSystem.
+One run on one Mac becomes a test that needs no Mac: ``tests/support/darwin/tape_player.py`` plays a tape in place of
+libSystem.
 The format is JSON lines: `HEAD`, then one object per call, in the order in which the calls returned::
 
     {"call": "proc_pidinfo", "args": [4242, 2, 0, 232], "result": 232, "errno": 0, "reply": ["10000000..."]}

@@ -1,0 +1,238 @@
+"""What a scraper gets from /metrics: which form, which numbers, and a real Prometheus that reads them."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.samples import Sample
+
+from support.serving import Serving
+from support.target import Target
+from support.tools import program
+from vitalsd.exporters.prometheus import Scrape, expose, negotiate
+
+pytestmark = pytest.mark.live
+
+Start = Callable[..., Target]
+
+PROMETHEUS = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,application/openmetrics-text;version=0.0.1;"
+    "q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+CHROMIUM = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
+HOSTILE = 'a"\\\n\x1b[2J\u202e<b>'
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One server for the tests that leave it as it was."""
+    with Serving(tmp_path_factory.mktemp("state")) as serving:
+        yield serving
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        ("", "json"),
+        ("*/*", "json"),
+        ("application/*", "json"),
+        ("application/json", "json"),
+        ("application/json, text/plain, */*", "json"),
+        (CHROMIUM, "json"),
+        (PROMETHEUS, "application/openmetrics-text"),
+        ("application/openmetrics-text;version=0.0.1,text/plain;version=0.0.4;q=0.5", "text/plain;version=0.0.4"),
+        ("text/plain;version=0.0.4;q=1,*/*;q=0.1", "text/plain;version=0.0.4"),
+        ("text/plain", "text/plain;version=0.0.4"),
+        ("text/plain;version=1.0.0", "text/plain;version=1.0.0"),
+        ("TEXT/PLAIN; charset=utf-8", "text/plain;version=0.0.4"),
+        ('application/openmetrics-text;version="1.0.0"', "application/openmetrics-text"),
+        ("application/json;q=0, */*", "application/openmetrics-text"),
+        ("text/html", None),
+        ("text/plain;version=7", None),
+        ("*/*;q=0", None),
+        ("*/*;q=2", "json"),
+        ("*/*;q=0.", None),
+        ("text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", "json"),
+        ("text/plain;q=1.0000, */*;q=0.9999", "text/plain;version=0.0.4"),
+        ("garbage", None),
+        (";;,,/", None),
+    ],
+)  # fmt: skip
+def test_accept_chooses_the_form(accept: str, form: str | None) -> None:
+    """Scrapers get text, whoever does not ask for it gets JSON, and who takes neither gets nothing."""
+    assert negotiate(accept) == form
+
+
+def scrape(serving: Serving, accept: str = "text/plain", **parameters: int) -> dict[str, list[Sample]]:
+    answer = serving.client.get("/metrics", headers={"Accept": accept}, params=parameters)
+    assert answer.status_code == 200, answer.text
+    parse = parse_openmetrics if "openmetrics" in answer.headers["content-type"] else parse_text
+    found: dict[str, list[Sample]] = {}
+    for family in parse(answer.text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample)
+    return found
+
+
+@pytest.mark.parametrize("accept", ["text/plain", "text/plain;version=1.0.0", "application/openmetrics-text"])
+def test_every_form_has_the_standard_names(served: Serving, start: Start, accept: str) -> None:
+    """In each form, without waiting, stand the standard process_* names with the target's figures."""
+    target = start("--idle", "3", "--burn", "30")
+    begun = time.monotonic()
+    found = scrape(served, accept, pid=target.pid)
+    assert time.monotonic() - begun < 0.9
+    threads = found["vitalsd_thread_cpu_seconds_total"]
+    assert {sample.labels["tid"] for sample in threads} == {str(tid) for tid in target.tids.values()}
+    assert "burn-0" in {sample.labels["thread"] for sample in threads}
+    assert found["process_threads"][0].value == 5
+    assert found["process_start_time_seconds"][0].value == pytest.approx(time.time(), abs=20)
+    assert found["process_open_fds"][0].value >= 3
+    assert found["vitalsd_target_up"][0].value == 1
+    measured = served.get("/metrics", pid=target.pid, window_ms=10)["process"]
+    assert found["process_resident_memory_bytes"][0].value == pytest.approx(measured["rss_kb"] * 1024, rel=0.05)
+    assert found["process_virtual_memory_bytes"][0].value == pytest.approx(measured["vm_size_kb"] * 1024, rel=0.05)
+    assert (
+        found["process_cpu_seconds_total"][0].value
+        <= scrape(served, pid=target.pid)["process_cpu_seconds_total"][0].value
+    )
+
+
+def test_promtool_finds_nothing_to_say(served: Serving) -> None:
+    """`promtool check metrics` passes names, types, units and help."""
+    promtool = program("promtool", package="prometheus")
+    text = served.client.get("/metrics", headers={"Accept": "text/plain"}).content
+    out = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, timeout=30)
+    assert (out.returncode, out.stdout, out.stderr) == (0, b"", b"")
+
+
+def test_a_dead_target_is_down_and_the_service_is_not(served: Serving, start: Start) -> None:
+    """A scrape never fails for its target: it says vitalsd_target_up 0 and has no process_* series."""
+    target = start()
+    assert scrape(served, pid=target.pid)["vitalsd_target_up"][0].value == 1
+    target.kill()
+    time.sleep(0.05)  # longer than two callers share a snapshot
+    found = scrape(served, pid=target.pid)
+    assert found["vitalsd_target_up"][0].value == 0
+    assert not [name for name in found if name.startswith("process_")]
+    assert found["vitalsd_cpu_seconds_total"][0].value > 0
+
+
+def test_threads_are_capped_and_can_be_left_out(tmp_path: Path, start: Start) -> None:
+    """Of more threads than the cap those with the most CPU time have series; --no-thread-metrics leaves all out."""
+    target = start("--idle", "6", "--burn", "40")
+    with Serving(tmp_path, "--pid", str(target.pid), "--max-thread-metrics", "2") as serving:
+        time.sleep(0.5)
+        found = scrape(serving)
+        assert len(found["vitalsd_thread_cpu_seconds_total"]) == 2
+        assert "burn-0" in {sample.labels["thread"] for sample in found["vitalsd_thread_cpu_seconds_total"]}
+        assert found["vitalsd_threads_left_out"][0].value == 6
+    with Serving(tmp_path, "--pid", str(target.pid), "--no-thread-metrics") as serving:
+        found = scrape(serving)
+        assert not [name for name in found if name.startswith("vitalsd_thread")]
+        assert found["process_threads"][0].value == 8
+
+
+def test_hostile_names_stay_in_their_label(served: Serving, start: Start) -> None:
+    """Quotes, line ends, escapes and bidi marks in a thread's name neither break the text nor reach a terminal."""
+    target = start()
+    target.ask(f"name {HOSTILE.encode()[:15].hex()}")
+    for accept in ("text/plain", "application/openmetrics-text"):
+        text = served.client.get("/metrics", headers={"Accept": accept}, params={"pid": target.pid}).text
+        assert all(line.isprintable() for line in text.splitlines())
+        names = {
+            sample.labels["thread"]
+            for sample in scrape(served, accept, pid=target.pid)["vitalsd_thread_cpu_seconds_total"]
+        }
+        assert 'a"\\\\n\\x1b[2J\\u202e<b>' in names
+
+
+def test_nobody_is_scraped_in_the_wrong_form(served: Serving) -> None:
+    """An Accept that takes none of the forms is refused with a list of them."""
+    answer = served.client.get("/metrics", headers={"Accept": "text/html"})
+    assert (answer.status_code, answer.json()["reason"]) == (406, "not_acceptable")
+    assert "text/plain" in answer.json()["detail"]
+
+
+def test_without_a_scraper_nothing_is_loaded() -> None:
+    """A sidecar that is not scraped never imports prometheus-client, nor rich, nor OpenTelemetry."""
+    code = "import sys, vitalsd.http.app, vitalsd.cli, vitalsd.exporters.otlp; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"prometheus_client", "rich", "opentelemetry.sdk"} & set(out.stdout.split())
+
+
+def test_a_dead_scrape_has_text_too() -> None:
+    """With nothing to tell of a target the text still ends as the format demands."""
+    body, content_type = expose(Scrape(None, 10, 0, None), "application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_prometheus_scrapes_and_agrees(tmp_path: Path, start: Start) -> None:
+    """rate(process_cpu_seconds_total) of a real Prometheus is within 2 points of cpu_percent over the same time."""
+    prometheus = program("prometheus", package="prometheus")
+    target = start("--burn", "35", "--idle", "2")
+    with Serving(tmp_path, "--pid", str(target.pid), "--record-interval", "0.25") as serving:
+        config = tmp_path / "prometheus.yml"
+        config.write_text(
+            json.dumps(
+                {
+                    "global": {"scrape_interval": "500ms", "scrape_timeout": "400ms"},
+                    "scrape_configs": [
+                        {"job_name": "vitalsd", "static_configs": [{"targets": [serving.url.removeprefix("http://")]}]}
+                    ],
+                }
+            )
+        )
+        url = f"http://127.0.0.1:{free_port()}"
+        database = subprocess.Popen(
+            [
+                prometheus,
+                f"--config.file={config}",
+                f"--storage.tsdb.path={tmp_path / 'tsdb'}",
+                f"--web.listen-address={url.removeprefix('http://')}",
+                "--log.level=error",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            with httpx.Client(base_url=url, trust_env=False, timeout=5) as client:
+
+                def query(text: str) -> list[float]:
+                    try:
+                        answer = client.get("/api/v1/query", params={"query": text}).json()
+                    except (httpx.TransportError, ValueError):
+                        return []
+                    return (
+                        [float(series["value"][1]) for series in answer["data"]["result"]] if "data" in answer else []
+                    )
+
+                deadline = time.monotonic() + 40
+                while not query("count_over_time(process_cpu_seconds_total[30s]) > 16"):
+                    assert time.monotonic() < deadline, "Prometheus never had enough samples"
+                    time.sleep(0.2)
+                (rate,) = query("100 * rate(process_cpu_seconds_total[7s])")
+                measured = serving.get("/metrics", mode="trailing", window_ms=7000)["process"]["cpu_percent"]
+                assert rate == pytest.approx(measured, abs=2)
+                busiest = query('100 * rate(vitalsd_thread_cpu_seconds_total{thread="burn-0"}[7s])')
+                assert busiest == [pytest.approx(measured, abs=5)]
+                assert query("up") == [1]
+        finally:
+            database.kill()
+            database.wait()

@@ -1,0 +1,161 @@
+"""The recorder notes what a bare row of snapshots would hide."""
+
+import asyncio
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.lives import IDENTITY, SECOND_NS, Process
+from vitalsd.recording.recorder import Recorder, Recording
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import read_run
+from vitalsd.recording.run_writer import RunFile
+from vitalsd.recording.series import Mark
+from vitalsd.sources import KernelError, TargetGone
+
+
+def recorded(*steps: tuple[int, dict[str, object]]) -> list[tuple[str, str]]:
+    """The events of a process that changes so after each elapsed time, ns."""
+    process = Process()
+    recorder = Recorder(IDENTITY, Recording())
+    recorder.observe(process.snapshot())
+    for elapsed_ns, changes in steps:
+        process.pass_time(elapsed_ns)
+        for name, value in changes.items():
+            setattr(process, name, value)
+        recorder.observe(process.snapshot())
+    return [(event.kind, event.detail) for event in recorder.record.events]
+
+
+def test_an_even_row_has_no_events() -> None:
+    """Nothing is noted while nothing happens, give or take a late beat."""
+    assert recorded((SECOND_NS, {}), (SECOND_NS * 14 // 10, {}), (SECOND_NS * 7 // 10, {})) == []
+
+
+def test_missed_beats_are_counted() -> None:
+    """A gap is an event, with the number of snapshots that are not there."""
+    assert recorded((5 * SECOND_NS, {})) == [("missed", "4 snapshots are missing before this one")]
+
+
+def test_sleep_is_not_a_gap() -> None:
+    """Time the machine slept is told from the two clocks, and is no missed beat."""
+    assert recorded((SECOND_NS, {"asleep_ns": 3600 * SECOND_NS})) == [("suspended", "the machine slept 3600.0 s")]
+
+
+def test_stop_and_continue() -> None:
+    """A target stopped and continued is noted both times."""
+    events = recorded((SECOND_NS, {"state": "stopped"}), (SECOND_NS, {}), (SECOND_NS, {"state": "sleeping"}))
+    assert [kind for kind, _ in events] == ["stopped", "continued"]
+
+
+def test_a_traced_target_that_runs_is_not_stopped() -> None:
+    """As below strace, which stops it for a moment at each system call; one that a debugger stopped does not run."""
+    process = Process(state="traced")
+    recorder = Recorder(IDENTITY, Recording())
+    for burnt_ns in (1000, 1000, 0, 0):
+        process.pass_time(SECOND_NS, [burnt_ns])
+        recorder.observe(process.snapshot())
+    (event,) = recorder.record.events
+    assert (event.kind, event.detail) == ("stopped", "the target is stopped by a debugger")
+    assert event.monotonic_ns == process.monotonic_ns - SECOND_NS
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(86400, "forward by 86400.0 s"), (-172800, "back by 172800.0 s")])
+def test_a_wall_clock_that_is_set_is_noted_where_it_was(seconds: int, words: str) -> None:
+    """Once, at the first snapshot after it."""
+    process = Process()
+    recorder = Recorder(IDENTITY, Recording())
+    for second in range(6):
+        process.pass_time(SECOND_NS)
+        process.set_ns = seconds * SECOND_NS if second > 2 else 0
+        recorder.observe(process.snapshot())
+    (event,) = recorder.record.events
+    assert (event.kind, event.detail) == ("clock_set", f"the wall clock was set {words}")
+    assert event.monotonic_ns == process.monotonic_ns - 2 * SECOND_NS
+
+
+def test_a_wall_clock_that_is_read_late_or_slewed_was_not_set() -> None:
+    """One snapshot was interrupted between its clocks; and a slewed clock moves by less than a step at a time."""
+    process = Process()
+    recorder = Recorder(IDENTITY, Recording())
+    for second in range(20):
+        process.pass_time(SECOND_NS)
+        process.set_ns = 3 * SECOND_NS if second == 4 else second * SECOND_NS // 10
+        recorder.observe(process.snapshot())
+    assert not recorder.record.events
+
+
+def test_exec() -> None:
+    """Another program in the same process is noted, and what it is."""
+    assert recorded((SECOND_NS, {"image": 2})) == [
+        ("executed", f"the target executed another program: {IDENTITY.name}")
+    ]
+
+
+def test_the_end_and_failures() -> None:
+    """A failure is noted once while it lasts, and does not end the record; the target's end does."""
+    recorder = Recorder(IDENTITY, Recording())
+    assert recorder.failed(KernelError("too many open files"))
+    assert recorder.failed(KernelError("too many open files"))
+    assert not recorder.failed(TargetGone("target 4242 has exited"))
+    assert [event.kind for event in recorder.record.events] == ["failed", "exited"]
+    assert recorder.ended == "target 4242 has exited"
+
+
+def test_a_snapshot_shared_with_a_caller_is_recorded_once() -> None:
+    """The same snapshot again is not another row."""
+    recorder = Recorder(IDENTITY, Recording())
+    snapshot = Process().snapshot()
+    recorder.observe(snapshot)
+    recorder.observe(snapshot)
+    assert len(recorder.record) == 1
+
+
+def test_a_mark_that_comes_too_late_for_the_disk_is_no_error(tmp_path: Path) -> None:
+    """It is on the clock; that its writer has ended is nobody's unseen exception."""
+    recorder = Recorder(IDENTITY, Recording(runs=RunDirectory(tmp_path)))
+    recorder.close()
+    unseen: list[dict[str, Any]] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+        assert (await recorder.mark_async("late")).label == "late"
+        gc.collect()
+
+    asyncio.run(main())
+    assert unseen == []
+
+
+def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sets a mark waits until it is on disk; whoever else is served meanwhile does not."""
+    runs = RunDirectory(tmp_path)
+    recorder = Recorder(IDENTITY, Recording(runs=runs))
+    fast = RunFile.mark
+
+    def slow(file: RunFile, mark: Mark) -> None:
+        time.sleep(0.02)
+        fast(file, mark)
+
+    async def main() -> int:
+        turns = 0
+
+        async def another() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        served = asyncio.create_task(another())
+        await recorder.mark_async("one")
+        assert [mark.label for mark in read_run(next(tmp_path.glob("*.sqlite")))[1].marks] == ["one"]
+        turns = 0
+        await recorder.mark_async("another")
+        served.cancel()
+        return turns
+
+    monkeypatch.setattr(RunFile, "mark", slow)
+    assert asyncio.run(main()) > 10
+    recorder.close()

@@ -1,0 +1,790 @@
+"""Listeners and the life of ``vitalsd serve``: packages `vitalsd.sidecar` and `vitalsd.http.access`."""
+
+import asyncio
+import http.client
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.edge import dial, whole_app
+from support.paths import SUPPORT
+from support.sidecars import VITALSD, UnixConnection, ask, environment, eventually, listing, serving
+from vitalsd.discovery import runtime_file as endpoint
+from vitalsd.discovery.unix_socket import answers
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.sidecar.listeners import (
+    ListenError,
+    PortInUse,
+    UnixListener,
+    adopt,
+    bind_tcp,
+    inherited,
+    is_remote,
+    listen,
+)
+from vitalsd.sidecar.service import Service
+
+
+def refused(directory: Path, *options: str) -> tuple[int, str]:
+    """Status and stderr of a ``serve`` that does not get to serve."""
+    done = subprocess.run(
+        [*VITALSD, "serve", *options], env=environment(directory), capture_output=True, text=True, timeout=20
+    )
+    return done.returncode, done.stderr
+
+
+def last_words(process: "subprocess.Popen[str]") -> str:
+    assert process.stderr is not None
+    return process.stderr.read()
+
+
+# Listeners
+
+
+def test_the_unix_socket_is_private_under_every_umask(short_path: Path) -> None:
+    """The socket has mode 0600 in a directory of mode 0700, whether the umask is 0 or not."""
+    for umask in (0o000, 0o077, 0o777):
+        path = short_path / f"run{umask}" / "a.sock"
+        old = os.umask(umask)
+        try:
+            with UnixListener(path):
+                assert stat.S_IMODE(path.stat().st_mode) == 0o600
+                assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        finally:
+            os.umask(old)
+        assert listing(path.parent) == []
+
+
+def test_a_live_socket_is_never_stolen(short_path: Path) -> None:
+    """A second sidecar on the path is refused, and the first one goes on answering there."""
+    path = short_path / "a.sock"
+    with UnixListener(path) as first:
+        with pytest.raises(ListenError, match="another sidecar"):
+            UnixListener(path)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            first.socket.accept()[0].close()
+
+
+def test_a_socket_of_a_stranger_is_never_stolen(short_path: Path) -> None:
+    """A live socket without a lock of ours is refused as well."""
+    path = short_path / "a.sock"
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(str(path))
+        stranger.listen(1)
+        with pytest.raises(ListenError, match="in use by another process"):
+            UnixListener(path)
+        assert listing(short_path) == ["a.sock"]
+
+
+def test_a_dead_socket_is_replaced(short_path: Path) -> None:
+    """What a killed sidecar left is no reason not to start."""
+    path = short_path / "a.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    (short_path / "a.sock.lock").touch()
+    with UnixListener(path):
+        assert answers(path)
+    assert listing(short_path) == []
+
+
+def test_a_file_at_the_path_is_left_alone(short_path: Path) -> None:
+    """Anything but a socket at the path, a symlink too, is never removed."""
+    (short_path / "file").write_text("mine")
+    (short_path / "link").symlink_to(short_path / "file")
+    for name in ("file", "link"):
+        with pytest.raises(ListenError, match="left alone"):
+            UnixListener(short_path / name)
+    assert (short_path / "file").read_text() == "mine"
+    assert listing(short_path) == ["file", "link"]
+
+
+def test_a_socket_that_took_our_place_is_not_removed(short_path: Path) -> None:
+    """At the end only the very socket that was made is removed."""
+    path = short_path / "a.sock"
+    listener = UnixListener(path)
+    path.unlink()
+    path.write_text("somebody else's")
+    listener.close()
+    listener.close()
+    assert listing(short_path) == ["a.sock"]
+
+
+def test_a_directory_where_others_could_replace_the_socket_is_refused(short_path: Path) -> None:
+    """Writable by others without the sticky bit, or another user's: no socket goes there."""
+    short_path.chmod(0o777)
+    with pytest.raises(ListenError, match="may be written by other users"):
+        UnixListener(short_path / "a.sock")
+    short_path.chmod(0o1777)
+    UnixListener(short_path / "a.sock").close()
+    if os.geteuid() == 0:
+        os.chown(short_path, 65534, 65534)
+        with pytest.raises(ListenError, match="belongs to user 65534"):
+            UnixListener(short_path / "a.sock")
+
+
+def test_a_path_that_is_too_long_or_nowhere_is_a_sentence(short_path: Path) -> None:
+    """What the kernel would refuse is told in words, and nothing is left open."""
+    (short_path / "file").touch()
+    for path, reason in (
+        (short_path / ("x" * 120), "bytes long"),
+        (short_path / "file" / "a.sock", "Not a directory"),
+    ):
+        with pytest.raises(ListenError, match=reason):
+            UnixListener(path)
+        with pytest.raises(ListenError, match=reason):
+            listen(port=0, uds=path)
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_without_descriptors_it_is_a_sentence(short_path: Path, left: int) -> None:
+    """Whichever of TCP, lock and Unix socket gets none: a ListenError, and neither a socket nor a file is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(left):
+            os.close(taken.pop())
+        with pytest.raises(ListenError, match="Too many open files"):
+            listen(port=0, uds=short_path / "a.sock")
+        taken += [os.dup(0) for _ in range(left)]  # there are as many as before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+    assert listing(short_path) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "remote"),
+    [("127.0.0.1", False), ("localhost", False), ("127.8.8.8", False), ("::1", False), ("0.0.0.0", True), ("::", True)],
+)
+def test_only_loopback_is_not_remote(host: str, remote: bool) -> None:
+    """A wildcard address is as remote as any other."""
+    assert is_remote(host) is remote
+
+
+def test_listen_needs_something_to_listen_on() -> None:
+    """No TCP and no path for a Unix socket is an error, not a sidecar nobody can reach."""
+    with pytest.raises(ListenError, match="nothing to listen on"):
+        listen(tcp=False)
+
+
+def test_inherited_listeners_are_taken_as_what_they_are(short_path: Path) -> None:
+    """A descriptor becomes a socket of the right family and protocol that no child inherits."""
+    tcp = bind_tcp("127.0.0.1", 0)
+    taken = inherited(tcp.detach())
+    assert (taken.family, taken.proto) == (socket.AF_INET, socket.IPPROTO_TCP)
+    assert not taken.get_inheritable()
+    taken.close()
+    with socket.socket(socket.AF_UNIX) as silent, open(short_path / "file", "w") as file:
+        for number, reason in ((silent.detach(), "not a listening"), (file.fileno(), "not a socket")):
+            with pytest.raises(ListenError, match=reason):
+                inherited(number)
+
+
+def test_a_remote_listener_of_a_supervisor_is_refused_too() -> None:
+    """A unit that listens on every interface needs the same two options as --host."""
+    remote = bind_tcp("0.0.0.0", 0)
+    with pytest.raises(ListenError, match="--allow-remote"):
+        adopt([remote], guarded=True, allow_remote=False)
+    assert remote.fileno() == -1
+
+
+# Options
+
+
+def test_one_server_answers_on_both(short_path: Path) -> None:
+    """The Unix socket and TCP lead to the same service."""
+    with serving(short_path) as (process, ready):
+        over_tcp, over_unix = ask(ready["url"], "/info"), ask(ready["socket"], "/info")
+        assert over_tcp[0] == over_unix[0] == 200
+        assert over_tcp[1]["self"]["pid"] == over_unix[1]["self"]["pid"] == process.pid == ready["pid"]
+
+
+def test_no_tcp_and_uds(short_path: Path) -> None:
+    """--no-tcp listens on the Unix socket alone, and --uds puts it where it is wanted."""
+    path = str(short_path / "my.sock")
+    with serving(short_path, "--no-tcp", "--uds", path) as (_, ready):
+        assert (ready["url"], ready["socket"]) == (None, path)
+        assert ask(path, "/healthz")[0] == 200
+
+
+def test_keep_alive_requests_do_not_wait_for_an_acknowledgement(short_path: Path) -> None:
+    """A kept connection is answered in less than 10 ms, over TCP and over the Unix socket; Nagle costs 40."""
+    with serving(short_path) as (_, ready):
+        for connection in (
+            http.client.HTTPConnection(ready["url"].removeprefix("http://")),
+            UnixConnection(ready["socket"]),
+        ):
+            spent = []
+            for _ in range(50):
+                begun = time.perf_counter()
+                connection.request("GET", "/healthz")
+                connection.getresponse().read()
+                spent.append(time.perf_counter() - begun)
+            connection.close()
+            assert sorted(spent)[25] < 0.01
+
+
+def test_the_date_is_that_of_the_answer(short_path: Path) -> None:
+    """Of every answer, also a second later, though nothing in between has wakened the sidecar."""
+    with serving(short_path, "--record-interval", "0") as (_, ready):
+        connection = http.client.HTTPConnection(ready["url"].removeprefix("http://"))
+        for _ in range(2):
+            begun = int(time.time())
+            connection.request("GET", "/healthz")
+            response = connection.getresponse()
+            response.read()
+            assert begun <= parsedate_to_datetime(response.headers["Date"]).timestamp() <= time.time()
+            time.sleep(1.1)
+        connection.close()
+
+
+def test_a_sidecar_with_nothing_to_do_sleeps(short_path: Path) -> None:
+    """Without a recorder no thread of it wakes until somebody asks."""
+
+    def naps(pid: int) -> int:
+        files = Path(f"/proc/{pid}/task").glob("*/status")
+        return sum(
+            int(line.split()[1]) for file in files for line in file.read_text().splitlines() if "ctxt_sw" in line
+        )
+
+    with serving(short_path, "--record-interval", "0") as (process, ready):
+        assert ask(ready["url"], "/healthz")[0] == 200
+        time.sleep(0.5)
+        before = naps(process.pid)
+        time.sleep(3)
+        assert naps(process.pid) == before
+
+
+def test_a_busy_default_port_is_replaced_and_said(short_path: Path) -> None:
+    """With 9779 taken another free port is used, announced, and in the runtime file."""
+    with ExitStack() as stack:
+        with suppress(PortInUse):  # somebody else's is as good
+            stack.enter_context(bind_tcp("127.0.0.1", 9779))
+        process = stack.enter_context(
+            subprocess.Popen([*VITALSD, "serve"], env=environment(short_path), stderr=subprocess.PIPE, text=True)
+        )
+        eventually(lambda: any(name.endswith(".json") for name in listing(short_path / "run")), 10)
+        found = endpoint.discover(directories=[short_path / "run"])[0]
+        assert found.port not in (None, 9779)
+        assert ask(str(found.url), "/healthz")[0] == 200
+        process.terminate()
+        said = last_words(process)
+        assert "port 9779 on 127.0.0.1 is in use; taking a free one" in said
+        assert f"{found.url}/metrics" in said
+
+
+def test_a_busy_explicit_port_is_one_line_and_status_2(short_path: Path) -> None:
+    """A port that was asked for by number is not replaced."""
+    with bind_tcp("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        status, said = refused(short_path, "--port", str(port))
+    assert (status, said.count("\n")) == (2, 1)
+    assert f"port {port} on 127.0.0.1 is in use" in said
+    assert listing(short_path / "run") == []
+
+
+@pytest.mark.parametrize("options", [(), ("--auth", "token"), ("--allow-remote",)])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_other_machines_are_let_in_only_by_two_options(short_path: Path, host: str, options: tuple[str, ...]) -> None:
+    """Anything but loopback without both --auth token and --allow-remote is refused with status 2."""
+    status, said = refused(short_path, "--host", host, "--port", "0", *options)
+    assert status == 2
+    assert "needs both --auth token and --allow-remote" in said
+
+
+def test_a_remote_sidecar_warns_and_demands_the_token(short_path: Path) -> None:
+    """With both options it serves, and says at each start that nothing is encrypted."""
+    with serving(short_path, "--host", "0.0.0.0", "--auth", "token", "--allow-remote") as (process, ready):
+        assert ask(ready["url"], "/metrics?window_ms=10")[0] == 401
+        process.terminate()
+        assert "nothing is encrypted" in last_words(process)
+
+
+def test_a_nonsense_host_is_status_2(short_path: Path) -> None:
+    """A name is not resolved: which address it would be is anybody's guess."""
+    assert refused(short_path, "--host", "example.com")[0] == 2
+
+
+def test_the_token_is_asked_for_over_tcp_and_nowhere_else(short_path: Path) -> None:
+    """No token, a wrong one, two of them: 401 and a problem; the right one, the Unix socket, /healthz: 200."""
+    with serving(short_path, "--auth", "token") as (process, ready):
+        found = endpoint.read(Path(ready["runtime_file"]))
+        assert found.token is not None
+        assert "token" not in ready
+        for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": found.token}):
+            status, body = ask(ready["url"], "/info", headers)
+            assert (status, body["reason"]) == (401, "token")
+            assert found.token not in json.dumps(body)
+        assert ask(ready["url"], "/info", {"Authorization": f"Bearer {found.token}"})[0] == 200
+        assert ask(ready["url"], "/healthz")[0] == 200
+        assert ask(ready["socket"], "/info")[0] == 200
+        with open(f"/proc/{process.pid}/cmdline", "rb") as file:
+            assert found.token.encode() not in file.read()
+        process.terminate()
+        assert found.token not in last_words(process)
+
+
+def test_without_a_home_it_serves_over_tcp_and_says_what_is_missing(short_path: Path) -> None:
+    """No usable runtime directory costs the Unix socket and the discovery, not the service."""
+    (short_path / "file").touch()
+    env = environment(short_path) | {"VITALSD_RUNTIME_DIR": str(short_path / "file")}
+    with serving(short_path, env=env) as (process, ready):
+        assert (ready["socket"], ready["runtime_file"]) == (None, None)
+        assert ask(ready["url"], "/healthz")[0] == 200
+        process.terminate()
+        assert "no Unix socket and no runtime file" in last_words(process)
+
+
+def test_failure_is_told_on_the_ready_fd(short_path: Path) -> None:
+    """Whoever waits for the ready-fd reads the reason there, whatever it is."""
+    with bind_tcp("127.0.0.1", 0) as taken, serving(short_path, port=str(taken.getsockname()[1])) as (process, ready):
+        assert "is in use" in ready["error"]
+        assert process.wait(5) == 2
+    with serving(short_path, "--pid", str(2**22 + 1)) as (process, ready):
+        assert ready == {"error": f"no process has pid {2**22 + 1}"}
+        assert process.wait(5) == 1
+    assert refused(short_path, "--ready-fd", "99")[0] == 2
+    with open(os.devnull, "rb") as unfit:
+        command = [*VITALSD, "serve", "--port", "0", "--ready-fd", "0"]
+        done = subprocess.run(
+            command, stdin=unfit, env=environment(short_path), capture_output=True, text=True, timeout=20
+        )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "Error: --ready-fd 0: it cannot be written to")
+
+
+def test_a_reader_that_has_gone_is_no_reason_to_fail(short_path: Path) -> None:
+    """A client that dies before its sidecar is ready leaves a closed pipe, and the sidecar serves."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*VITALSD, "serve", "--port", "0", "--ready-fd", str(writer)]
+    with subprocess.Popen(
+        command, env=environment(short_path), stderr=subprocess.DEVNULL, pass_fds=(writer,)
+    ) as process:
+        os.close(writer)
+        eventually(lambda: any(name.endswith(".json") for name in listing(short_path / "run")), 10)
+        process.terminate()
+        assert process.wait(5) == 0
+
+
+# Discovery
+
+NOBODY = 65534
+
+
+def home(directory: Path) -> dict[str, str]:
+    """An environment of somebody who is at home there."""
+    return {"PATH": "/usr/bin:/bin", "HOME": str(directory)}
+
+
+def test_endpoints_lists_the_live_and_sweeps_the_dead(short_path: Path) -> None:
+    """After kill -9 nothing of the sidecar is listed or left; a live one is, without its token."""
+    env = environment(short_path)
+
+    def endpoints(*options: str) -> str:
+        command = [*VITALSD, "endpoints", *options]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+    with serving(short_path) as (killed, _):
+        killed.kill()
+        killed.wait()
+        assert len(listing(short_path / "run")) == 3
+    assert endpoints() == "no sidecar of yours is running\n"
+    assert listing(short_path / "run") == []
+    with serving(short_path, "--auth", "token") as (process, ready):
+        token = endpoint.read(Path(ready["runtime_file"])).token
+        assert token is not None
+        shown = json.loads(endpoints("--json"))
+        assert [(each["pid"], each["state"], each["token"]) for each in shown] == [(process.pid, "alive", True)]
+        assert ready["url"] in endpoints()
+        assert token not in endpoints("--json") + endpoints()
+
+
+def test_endpoints_check_is_a_health_check(short_path: Path) -> None:
+    """Exit status 0 while all sidecars are well; 1, with the reason, if one does not answer or there is none."""
+
+    def check(*options: str) -> tuple[int, str, str]:
+        command = [*VITALSD, "endpoints", "--check", *options]
+        done = subprocess.run(command, env=environment(short_path), capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert check() == (1, "no sidecar of yours is running\n", "")
+    with serving(short_path), serving(short_path, "--no-tcp") as (stalled, _):
+        assert check()[0] == 0
+        assert check()[2] == ""
+        stalled.send_signal(signal.SIGSTOP)
+        status, listed, complaint = check()
+        assert (status, len(listed.splitlines())) == (1, 3)
+        assert f"sidecar-{stalled.pid}.json: " in complaint
+        assert "sent no answer within 3" in complaint
+        status, listed, _ = check("--json")
+        healthy = {each["pid"]: each["healthy"] for each in json.loads(listed)}
+        assert (status, healthy.pop(stalled.pid), list(healthy.values())) == (1, False, [True])
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs root on Linux to start a sidecar as another user"
+)
+def test_two_users_have_each_their_own(short_path: Path) -> None:
+    """Sidecars of two users side by side: each user finds only the own one, and its files are nobody else's."""
+    short_path.chmod(0o755)
+    stranger = (sys.executable, str(SUPPORT / "stranger.py"), "0")
+    commands = {0: VITALSD, NOBODY: stranger}
+    started: dict[int, subprocess.Popen[str]] = {}
+    homes = {uid: short_path / str(uid) for uid in commands}
+    try:
+        for uid, command in commands.items():
+            homes[uid].mkdir(mode=0o700)
+            os.chown(homes[uid], uid, uid)
+            started[uid] = subprocess.Popen(
+                [*command, "serve", "--port", "0"], env=home(homes[uid]), stderr=subprocess.PIPE, text=True
+            )
+            said = started[uid].stderr
+            assert said is not None
+            assert "serving itself" in said.readline()
+        sockets = {}
+        for uid, command in commands.items():
+            out = subprocess.run(
+                [*command, "endpoints", "--json"], env=home(homes[uid]), capture_output=True, text=True, check=True
+            )
+            (found,) = json.loads(out.stdout)
+            assert found["pid"] == started[uid].pid
+            sockets[uid] = found["socket"]
+            assert Path(found["file"]).stat().st_uid == uid
+        # Told where the other one's is, and though root could read it, neither believes it.
+        for uid, other in ((0, NOBODY), (NOBODY, 0)):
+            where = str(Path(sockets[other]).parent)
+            out = subprocess.run(
+                [*commands[uid], "endpoints", "--json"],
+                env=home(homes[uid]) | {"VITALSD_RUNTIME_DIR": where},
+                capture_output=True,
+                text=True,
+            )
+            assert json.loads(out.stdout or "[]") == []
+            assert started[other].poll() is None
+            assert Path(sockets[other]).exists()
+    finally:
+        for process in started.values():
+            process.terminate()
+            process.wait(10)
+            assert process.stderr is not None
+            process.stderr.close()
+
+
+def test_the_runtime_file_says_who_is_watched(short_path: Path) -> None:
+    """A client that looks for the sidecar of a pid finds the one that watches it first."""
+    target = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with serving(short_path, "--pid", str(target.pid)) as (watching, _), serving(short_path):
+            found = endpoint.discover(target.pid, directories=[short_path / "run"])
+            first, second = found
+            assert first.pid == watching.pid != second.pid
+    finally:
+        target.kill()
+        target.wait()
+
+
+# The end
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_it_cleanly(short_path: Path, number: signal.Signals) -> None:
+    """SIGTERM, SIGINT and SIGHUP: status 0, no file, no socket, no black box left open."""
+    with serving(short_path) as (process, _):
+        process.send_signal(number)
+        assert process.wait(5) == 0
+        assert listing(short_path / "run") == []
+
+
+def test_without_a_state_directory_it_serves_all_the_same(short_path: Path) -> None:
+    """What it then lacks is said once, and an earlier run is not to be had."""
+    env = environment(short_path) | {"VITALSD_STATE_DIR": str(short_path / "file")}
+    (short_path / "file").touch()
+    with serving(short_path, env=env) as (_, ready):
+        assert ask(ready["url"], "/metrics?window_ms=10")[0] == 200
+        assert ask(ready["url"], "/runs") == (200, [])
+        assert ask(ready["url"], "/info")[1]["recorder"]["black_box"] is None
+
+
+def test_nohup_is_respected(short_path: Path) -> None:
+    """A SIGHUP that was ignored at the start stays ignored."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serving(short_path) as (process, ready):
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.2)
+            assert ask(ready["url"], "/healthz")[0] == 200
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def stalled(url: str, content: bytes) -> socket.socket:
+    """A client that has sent so much, with the Host in it that is right."""
+    host, port = url.removeprefix("http://").split(":")
+    client = socket.create_connection((host, int(port)), timeout=10)
+    client.sendall(content.replace(b"Host: HERE", f"Host: {host}:{port}".encode()))
+    return client
+
+
+def test_sigterm_with_open_windows_streams_and_stalled_clients(short_path: Path) -> None:
+    """Exit 0 in under 3 s; open windows are answered 503, streams end whole, files and sockets are gone."""
+    with ExitStack() as stack:
+        process, ready = stack.enter_context(serving(short_path))
+        for content in (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: HERE\r\n"):
+            for _ in range(16):
+                stack.enter_context(stalled(ready["url"], content))
+        never_reads = [
+            stack.enter_context(
+                stalled(ready["url"], b"GET /metrics?window_ms=10 HTTP/1.1\r\nHost: HERE\r\n\r\n" * 3000)
+            )
+            for _ in range(2)
+        ]
+        window = stack.enter_context(
+            stalled(ready["url"], b"GET /metrics?window_ms=60000 HTTP/1.1\r\nHost: HERE\r\n\r\n")
+        )
+        stream = stack.enter_context(
+            stalled(ready["url"], b"GET /stream?interval_ms=100 HTTP/1.1\r\nHost: HERE\r\n\r\n")
+        )
+        stream.recv(10)
+        time.sleep(0.3)
+        begun = time.monotonic()
+        process.terminate()
+        assert process.wait(10) == 0
+        assert time.monotonic() - begun < 3
+        assert listing(short_path / "run") == []
+        answer = b"".join(iter(lambda: window.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"reason": "stopping"' in answer
+        assert b"".join(iter(lambda: stream.recv(65536), b"")).endswith(b"0\r\n\r\n")
+        assert never_reads
+        assert "Traceback" not in last_words(process)
+
+
+def test_a_short_window_is_still_answered_in_full(short_path: Path) -> None:
+    """A window that ends within the second of grace gets its numbers."""
+    with serving(short_path) as (process, ready):
+        with stalled(ready["url"], b"GET /metrics?window_ms=400 HTTP/1.1\r\nHost: HERE\r\n\r\n") as window:
+            time.sleep(0.1)
+            process.terminate()
+            assert b"".join(iter(lambda: window.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+        assert process.wait(5) == 0
+
+
+def test_a_signal_that_comes_twice_is_one(short_path: Path) -> None:
+    """To the process and to its group, a moment apart: the end is as clean as after one."""
+    for pause_s in (0, 0.001, 0.01, 0.02, 0.03, 0.05):
+        with serving(short_path) as (process, _):
+            process.terminate()
+            time.sleep(pause_s)
+            process.terminate()
+            assert process.wait(5) == 0
+    assert {run.state for run in RunDirectory(short_path / "state" / "runs").runs()} == {"clean"}
+
+
+def test_a_second_signal_ends_it_at_once(short_path: Path) -> None:
+    """The second SIGTERM does not wait for open windows, and still leaves no file."""
+    with serving(short_path) as (process, ready):
+        with stalled(ready["url"], b"GET /metrics?window_ms=60000 HTTP/1.1\r\nHost: HERE\r\n\r\n"):
+            time.sleep(0.2)
+            process.terminate()
+            time.sleep(0.5)
+            begun = time.monotonic()
+            process.terminate()
+            assert process.wait(5) == -signal.SIGTERM
+            assert time.monotonic() - begun < 0.5
+        assert listing(short_path / "run") == []
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (6, 15),
+    reason="this kernel tells only the parent how a process ended",
+)
+@pytest.mark.parametrize(
+    ("code", "state", "how"),
+    [
+        ("exit 0", "clean", "exit status 0"),
+        ("exit 1", "crashed", "exit status 1"),
+        ("kill -ABRT $$", "crashed", "killed by SIGABRT"),
+    ],
+)
+def test_a_target_that_ends_well_has_not_crashed(short_path: Path, code: str, state: str, how: str) -> None:
+    """Its run says how it ended, and no report takes one that just ended for a crash."""
+    target = subprocess.Popen(["sh", "-c", f"read _; ulimit -c 0; {code}"], stdin=subprocess.PIPE)
+    options = ("--pid", str(target.pid), "--exit-with-target", "--record-interval", "0.05")
+    with serving(short_path, *options) as (process, _):
+        target.communicate(b"\n")
+        assert process.wait(5) == 0
+    (run,) = RunDirectory(short_path / "state" / "runs").runs()
+    assert run.state == state
+    zombie = "; its parent has not yet collected it (zombie)"  # where the sidecar was faster than we are
+    assert (run.ended or "").replace(zombie, "") == f"target {target.pid} has exited: {how}"
+
+
+def test_a_runtime_file_that_was_removed_is_written_again(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the directory, as whoever cleans temporary files does it; from then on without the socket, which is gone."""
+    monkeypatch.setattr("vitalsd.sidecar.service.LOOK_S", 0.05)
+    directory = short_path / "run"
+    directory.mkdir(0o700)
+    service = Service(whole_app(), listen(port=0, directory=directory), directory=directory)
+
+    async def cleaned(sidecar: Service) -> None:
+        before = endpoint.read(directory / f"sidecar-{os.getpid()}.json")
+        assert before.socket is not None
+        shutil.rmtree(directory)
+        while not (path := directory / f"sidecar-{os.getpid()}.json").exists():
+            await asyncio.sleep(0.01)
+        assert endpoint.read(path) == replace(before, socket=None)
+        sidecar.stop()
+
+    asyncio.run(asyncio.wait_for(service.run(lambda: None, [cleaned]), 10))
+    assert listing(directory) == []
+
+
+def test_what_a_companion_raises_is_not_a_clean_end() -> None:
+    """Whoever supervises the sidecar is to start it again; nothing of it is left."""
+
+    async def broken(_: Service) -> None:
+        raise LookupError("a bug in a companion")
+
+    service = Service(whole_app(), listen(port=0))
+    with pytest.raises(LookupError, match="a bug in a companion"):
+        asyncio.run(service.run(lambda: None, [broken]))
+    with pytest.raises(OSError, match="efused"):
+        dial(service.endpoint.url or "")
+
+
+# --name
+
+
+def test_name_waits_follows_and_says_so(short_path: Path) -> None:
+    """It waits for the process, measures it, says Unavailable when it is gone, and takes up the next run."""
+    program = short_path / "ryll-test"
+    program.symlink_to("/bin/sleep")
+    with serving(short_path, "--name", "ryll-test", "--record-interval", "0.1") as (_, ready):
+        status, body = ask(ready["url"], "/metrics?window_ms=10")
+        assert (status, body["available"]) == (404, False)
+        assert body["reason"].startswith("no process of yours is called ryll-test; ")
+        assert body["reason"].endswith("; waiting for one")
+        _, info = ask(ready["url"], "/info")
+        assert info["target"] == body, "what cannot be measured has one shape everywhere"
+        assert endpoint.read(Path(ready["runtime_file"])).target is None
+        for _ in range(2):
+            target = subprocess.Popen([str(program), "60"])
+
+            def watched(pid: int = target.pid) -> bool:
+                found = endpoint.read(Path(ready["runtime_file"])).target
+                return found is not None and found.pid == pid
+
+            eventually(watched)
+            assert ask(ready["url"], "/info")[1]["target"]["pid"] == target.pid
+            assert ask(ready["url"], "/metrics?window_ms=10")[0] == 200
+            with ThreadPoolExecutor() as pool:
+                waiting = pool.submit(ask, ready["url"], "/metrics?window_ms=5000")
+                time.sleep(0.3)
+                target.kill()
+                target.wait()
+                status, body = waiting.result()
+            assert (status, body["available"]) == (410, False)
+            assert "has exited" in body["reason"]
+            eventually(lambda: endpoint.read(Path(ready["runtime_file"])).target is None)
+            assert ask(ready["url"], "/metrics?window_ms=10")[0] == 404
+    runs = json.loads(
+        subprocess.run(
+            [*VITALSD, "runs", "--json"], env=environment(short_path), capture_output=True, check=True
+        ).stdout
+    )
+    assert [run["state"] for run in runs] == ["crashed", "crashed"]
+
+
+def target_of(ready: dict[str, Any]) -> int | None:
+    """Who is watched, by the runtime file."""
+    target = endpoint.read(Path(ready["runtime_file"])).target
+    return None if target is None else target.pid
+
+
+def test_a_name_is_followed_to_the_next_process_that_has_it(short_path: Path) -> None:
+    """A launcher that executes the program stays the target, by its new name, until it is started again."""
+    program = short_path / "ryll-test"
+    program.symlink_to(sys.executable)
+    code = "import os, sys; sys.stdin.readline(); os.execv('/bin/sleep', ['sleep', '60'])"
+
+    def launcher() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([str(program), "-c", code], stdin=subprocess.PIPE)
+
+    with serving(short_path, "--name", "ryll-test", "--record-interval", "0.1") as (_, ready), ExitStack() as stack:
+
+        def watched() -> tuple[int, str] | None:
+            target = ask(ready["url"], "/info")[1]["target"]
+            return (target["pid"], target["name"]) if "pid" in target else None
+
+        first = stack.enter_context(launcher())
+        stack.callback(first.kill)
+        eventually(lambda: watched() == (first.pid, "ryll-test"))
+        assert first.stdin is not None
+        first.stdin.write(b"\n")
+        first.stdin.flush()
+        eventually(lambda: watched() == (first.pid, "sleep"))
+        second = stack.enter_context(launcher())
+        stack.callback(second.kill)
+        eventually(lambda: watched() == (second.pid, "ryll-test"), 15)
+        eventually(lambda: target_of(ready) == second.pid)
+
+
+# The environment
+
+
+def test_a_hostile_environment_changes_nothing(short_path: Path) -> None:
+    """Variables for proxies, certificates, workers and telemetry are not ours: it serves, and calls nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as spy:
+        spy.settimeout(0.2)
+        url = f"http://127.0.0.1:{spy.getsockname()[1]}"
+        hostile = {
+            **{name: url for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")},
+            **{name: "/nowhere" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "SSLKEYLOGFILE")},
+            "WEB_CONCURRENCY": "many",
+            "FORWARDED_ALLOW_IPS": "*",
+            "UVICORN_HOST": "0.0.0.0",
+            "FASTAPI_ENV": "development",
+            "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": url,
+            "OTEL_BSP_SCHEDULE_DELAY": "10",
+            "OTEL_METRIC_EXPORT_INTERVAL": "10",
+            "PYTHONWARNINGS": "error",
+            "PYTHONASYNCIODEBUG": "1",
+            "PYTHONIOENCODING": "ascii",
+            "LC_ALL": "C",
+            "TZ": "Asia/Kathmandu",
+        }
+        with serving(short_path, "--auth", "token", env=environment(short_path) | hostile) as (process, ready):
+            token = endpoint.read(Path(ready["runtime_file"])).token
+            for headers in ({}, {"X-Forwarded-For": "unix"}, {"Forwarded": "for=unix"}):
+                assert ask(ready["url"], "/info", headers)[0] == 401
+            assert ask(ready["url"], "/metrics?window_ms=10", {"Authorization": f"Bearer {token}"})[0] == 200
+            assert ask(ready["socket"], "/metrics?window_ms=10")[0] == 200
+            process.terminate()
+            assert process.wait(5) == 0
+            assert last_words(process).count("\n") == 1
+        with pytest.raises(TimeoutError):
+            spy.accept()

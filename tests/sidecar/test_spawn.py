@@ -1,0 +1,293 @@
+"""The sidecar alongside its client: `vitalsd.spawn` and ``vitalsd serve --pid``."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from math import inf, nan
+from pathlib import Path
+
+import pytest
+
+import vitalsd
+from support import as_platform
+from support.sidecars import ask, environment, eventually, listing, serving
+from vitalsd.discovery import runtime_file as endpoint
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import read_run
+from vitalsd.sources.process_identity import births
+
+
+@pytest.fixture(autouse=True)
+def own_directories(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sidecar of these tests lives in a directory of its own."""
+    for name in ("VITALSD_RUNTIME_DIR", "VITALSD_STATE_DIR"):
+        monkeypatch.setenv(name, environment(short_path)[name])
+
+
+@pytest.fixture
+def target() -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        ("pass", "clean"),
+        ("sys.exit(3)", "clean"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashed"),
+        ("os._exit(0)", "crashed"),
+        ("child = os.fork()\nif child == 0: sys.exit()\nos.wait(); os.kill(os.getpid(), signal.SIGKILL)", "crashed"),
+        ("os.closerange(3, 99)\nfiles = [open(f'victim{number}', 'w') for number in range(60)]", "crashed"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of macOS tells how a process ended")
+def test_exit_of_a_client_is_no_crash_where_the_kernel_does_not_tell(short_path: Path, end: str, state: str) -> None:
+    """On Linux before 6.15 the exit of the interpreter is noted; a crash, or a forked child's exit, is not."""
+    command = as_platform.program("linux", as_platform.UNTOLD)
+    code = (
+        "import os, signal, sys, time, vitalsd\n"
+        f"vitalsd.spawn(port=0, command={list(command)!r}, options=['--record-interval', '0.05', '--linger', '0'])\n"
+        f"time.sleep(0.3)\n{end}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment(short_path), cwd=short_path, timeout=30)
+    runs = RunDirectory(short_path / "state" / "runs")
+    eventually(lambda: [run.state for run in runs.runs()] == [state])
+    eventually(lambda: listing(short_path / "run") == [])
+    assert [path.read_text() for path in short_path.glob("victim*") if path.stat().st_size] == []
+
+
+def alive(pid: int) -> bool:
+    return births().start_key(pid) is not None
+
+
+def client(code: str) -> "subprocess.Popen[str]":
+    """A program that spawns a sidecar; it has a process group of its own, as a shell would give it."""
+    command = [sys.executable, "-X", "dev", "-c", "import os, sys, time, vitalsd\n" + textwrap.dedent(code)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+
+
+@pytest.mark.parametrize("how", ["pthread_sigmask(signal.SIG_BLOCK, numbers)", "signal(numbers[0], signal.SIG_IGN)"])
+def test_a_sidecar_of_who_takes_signals_otherwise_is_stopped(how: str) -> None:
+    """As with signalfd or sigwait: what the client blocks or ignores ends the sidecar all the same, and well."""
+    with client(f"""
+        import signal
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        signal.{how}
+        sidecar = vitalsd.spawn(port=0)
+        time.sleep(0.5)
+        print(sidecar.stop())
+    """) as program:
+        assert program.communicate(timeout=20)[0] == "0\n"
+    assert [run.state for run in RunDirectory(Path(os.environ["VITALSD_STATE_DIR"]) / "runs").runs()] == ["clean"]
+
+
+CLOSES = "import os, time; os.closerange(3, 1024); time.sleep(60)"
+
+
+def test_stop_of_sidecars_leaves_no_descriptor() -> None:
+    """Neither the pipe of the exit note nor its handler; the next one works."""
+    with client("""
+        before = os.listdir("/dev/fd")
+        for _ in range(3):
+            vitalsd.spawn(port=0).stop()
+        print(len(os.listdir("/dev/fd")) - len(before))
+    """) as program:
+        assert program.communicate(timeout=30)[0] == "0\n"
+
+
+def test_it_answers_when_spawn_returns(short_path: Path) -> None:
+    """The spawned sidecar measures its client, is another process, and stop ends it with status 0."""
+    with vitalsd.spawn(port=0) as sidecar:
+        assert sidecar.pid != os.getpid()
+        for where in (sidecar.url, sidecar.socket):
+            assert where is not None
+            assert ask(where, "/info")[1]["target"]["pid"] == os.getpid()
+        assert sidecar.runtime_file is not None
+        assert endpoint.read(sidecar.runtime_file).pid == sidecar.pid
+        assert sidecar.running
+        assert sidecar.stop() == 0
+        assert sidecar.stop() == 0
+    assert not sidecar.running
+    assert listing(short_path / "run") == []
+
+
+def test_options_reach_the_sidecar(target: "subprocess.Popen[bytes]", short_path: Path) -> None:
+    """Another target, no TCP, a socket of one's own, a token, and any option of serve."""
+    path = short_path / "my.sock"
+    with vitalsd.spawn(target.pid, tcp=False, uds=path, auth="token", options=["--record-interval", "0"]) as sidecar:
+        assert (sidecar.url, sidecar.socket) == (None, str(path))
+        info = ask(str(path), "/info")[1]
+        assert (info["target"]["pid"], info["recorder"]) == (target.pid, None)
+        assert sidecar.runtime_file is not None
+        assert endpoint.read(sidecar.runtime_file).token
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"pid": 2**22 + 1}, "no process has pid 4194305"),
+        ({"options": ["--port", "99999"]}, "99999 is not in the range"),
+        ({"command": ["/nonexistent"]}, "cannot run /nonexistent"),
+        ({"command": ["/bin/sh", "-c", "kill -9 $$"]}, "ended by SIGKILL"),
+        ({"command": ["/bin/sh", "-c", "sleep 60"], "timeout_s": 0.2}, "not ready in time"),
+        ({"command": [sys.executable, "-c", CLOSES], "timeout_s": 2.0}, "closed its ready-fd"),
+    ],
+)
+def test_a_sidecar_that_does_not_get_ready_is_a_sentence(arguments: dict[str, object], reason: str) -> None:
+    """spawn raises SpawnError with the reason, and leaves no process behind."""
+    with pytest.raises(vitalsd.SpawnError, match=reason):
+        vitalsd.spawn(port=0, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("timeout_s", [nan, inf, 1e300, -5])
+def test_a_timeout_out_of_range_is_refused(timeout_s: float) -> None:
+    """What nobody can wait for is the caller's error, and nothing is run."""
+    with pytest.raises(ValueError, match="timeout_s is from 0 to 3600"):
+        vitalsd.spawn(command=["/nonexistent"], timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("said", ["nonsense", "[]", '{"pid": 1}'])
+def test_an_answer_out_of_contract_is_refused(said: str) -> None:
+    """Whatever else is run instead of a sidecar is not taken for one."""
+    script = f"for last; do [ \"$flag\" = --ready-fd ] && fd=$last; flag=$last; done; echo '{said}' >&$fd; sleep 60"
+    with pytest.raises(vitalsd.SpawnError, match="this is no sidecar"):
+        vitalsd.spawn(command=["/bin/bash", "-c", script, "sh"])
+
+
+def test_a_client_with_many_descriptors_has_one_too() -> None:
+    """Descriptors above 1023, of which select(2) knows nothing, are none the worse."""
+    process = client("""
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        for _ in range(1100):
+            os.dup(0)
+        print(vitalsd.spawn(port=0).stop())
+    """)
+    assert process.communicate(timeout=20) == ("0\n", "")
+
+
+def test_one_that_was_dropped_is_collected() -> None:
+    """A sidecar that nobody kept, and that has ended, is a zombie until the next spawn and no longer."""
+    pid = vitalsd.spawn(port=0).pid
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not alive(pid))
+    with vitalsd.spawn(port=0), pytest.raises(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def test_the_client_does_not_load_the_service() -> None:
+    """spawn costs the client no web framework."""
+    code = (
+        "import sys, vitalsd\nvitalsd.spawn(port=0).stop()\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('fastapi', 'starlette', 'uvicorn', 'pydantic')])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_it_outlives_a_crash_of_the_client_and_knows_what_happened(short_path: Path) -> None:
+    """SIGKILL to the client's whole process group: the sidecar answers 410, and still has the history."""
+    process = client("sidecar = vitalsd.spawn(port=0); print(sidecar.pid, sidecar.url, flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    pid, url = process.stdout.readline().split()
+    try:
+        assert ask(url, "/metrics?window_ms=10")[0] == 200
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        status, body = ask(url, "/metrics?window_ms=10")
+        assert (status, body["available"]) == (410, False)
+        assert ask(url, "/history")[0] == 200
+    finally:
+        os.kill(int(pid), signal.SIGTERM)
+        process.communicate()
+    eventually(lambda: not alive(int(pid)))
+    assert listing(short_path / "run") == []
+
+
+def test_the_pipes_of_the_client_are_not_kept_open() -> None:
+    """Whoever reads the output of the client sees its end, although the sidecar lives on."""
+    process = client("sidecar = vitalsd.spawn(port=0); print(sidecar.pid)")
+    out, err = process.communicate(timeout=20)
+    os.kill(int(out), signal.SIGTERM)
+    assert (process.returncode, err) == (0, "")
+    eventually(lambda: not alive(int(out)))
+
+
+def test_signals_of_a_terminal_do_not_reach_it() -> None:
+    """Ctrl-C and a hangup go to the client's process group, which is not the sidecar's."""
+    process = client("sidecar = vitalsd.spawn(port=0); print(sidecar.pid, flush=True); input()")
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    try:
+        assert os.getsid(pid) == pid
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGHUP)
+        process.wait()
+        time.sleep(0.3)
+        assert alive(pid)
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        process.communicate()
+        eventually(lambda: not alive(pid))  # before its directories go
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_exit_with_target_ends_at_once(target: "subprocess.Popen[bytes]", short_path: Path, reaped: bool) -> None:
+    """The death of the target is noticed within a moment, collected by its parent or not, and ends the sidecar."""
+    with serving(short_path, "--pid", str(target.pid), "--exit-with-target") as (process, _):
+        begun = time.monotonic()
+        target.kill()
+        if reaped:
+            target.wait()
+        assert process.wait(5) == 0
+        assert time.monotonic() - begun < 1
+    assert listing(short_path / "run") == []
+
+
+def test_it_lingers_and_then_ends(target: "subprocess.Popen[bytes]", short_path: Path) -> None:
+    """After the target it answers for the time that was given, and then ends by itself: never an orphan for ever."""
+    with serving(short_path, "--pid", str(target.pid), "--linger", "0.7") as (process, ready):
+        target.kill()
+        target.wait()
+        assert ask(ready["url"], "/metrics?window_ms=10")[0] == 410
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        assert process.wait(5) == 0
+
+
+def test_a_target_that_execs_is_still_the_target(short_path: Path) -> None:
+    """exec is not death: pid and start stay, and so does the sidecar."""
+    program = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
+    with ExitStack() as stack:
+        target = stack.enter_context(subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE))
+        process, ready = stack.enter_context(serving(short_path, "--pid", str(target.pid), "--exit-with-target"))
+        assert target.stdin is not None
+        target.stdin.write(b"\n")
+        target.stdin.flush()
+        eventually(lambda: ask(ready["url"], "/info")[1]["target"]["name"] == "sleep")
+        assert ask(ready["url"], "/metrics?window_ms=10&detail=full")[1]["target"]["name"] == "sleep"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        target.kill()
+        assert process.wait(5) == 0
+    [file] = short_path.rglob("*.sqlite")
+    run, record = read_run(file)
+    assert (run.identity.name, run.state) == ("sleep", "crashed")
+    assert record.events[0].detail == "the target executed another program: sleep"
+
+
+def test_two_for_one_target_are_both_found(short_path: Path) -> None:
+    """Two live sidecars for one target: the newest first, and neither disturbs the other."""
+    with vitalsd.spawn(port=0) as first, vitalsd.spawn(port=0) as second:
+        found = endpoint.discover(os.getpid(), directories=[short_path / "run"])
+        assert [each.pid for each in found] == [second.pid, first.pid]

@@ -1,0 +1,241 @@
+"""
+What only the kernel of a Mac can show; docs/macos-proof.md says why of each.
+
+The contract suite (``tests/sources/test_source_contract.py``) runs on the same kernel.
+"""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from support.sidecars import eventually
+from vitalsd.sidecar.listeners import bind_tcp, inherited
+from vitalsd.snapshot import measure
+from vitalsd.sources import AccessDenied, Ending, KernelError, TargetGone
+from vitalsd.sources.darwin.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6
+from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.darwin.libsystem import load
+from vitalsd.sources.darwin.mach_source import MachSource
+from vitalsd.sources.programs import ProgramDigest
+
+pytestmark = pytest.mark.mac
+
+
+def burn(cpu_ns: int) -> None:
+    begun = time.thread_time_ns()
+    while time.thread_time_ns() - begun < cpu_ns:
+        pass
+
+
+def test_ports_and_descriptors_stay() -> None:
+    """A thousand snapshots while threads come and go: as many as before, once the threads have ended."""
+    lib = load()
+    source = MachSource(lib=lib)
+    source.snapshot(extras=True)
+    before = lib.ports_in_use(), len(os.listdir("/dev/fd"))
+    for _ in range(1000):
+        thread = threading.Thread(target=time.sleep, args=(0.0005,))
+        thread.start()
+        source.snapshot(extras=True)
+        thread.join()
+    time.sleep(0.5)  # the reaper is late
+    source.snapshot()
+    ports, descriptors = lib.ports_in_use(), len(os.listdir("/dev/fd"))
+    assert ports <= before[0] + 2
+    assert descriptors == before[1]
+
+
+def test_no_reference_stays_on_a_living_thread() -> None:
+    """References on a name coalesce, so a leak would not show in the number of ports."""
+    lib = load()
+    source = MachSource(lib=lib)
+    with lib.thread_ports() as ports:
+        port = ports[0]
+        before = lib.send_references(port)
+    for _ in range(100):
+        source.snapshot()
+    with lib.thread_ports() as ports:
+        assert lib.send_references(port) == before
+
+
+def test_the_command_line_is_told(tmp_path: Path) -> None:
+    """The words of our own, as the interpreter got them; a framework build has another name for itself."""
+    _, words = load().command_line(os.getpid())
+    assert [os.fsdecode(word) for word in words[1:]] == sys.orig_argv[1:]
+    script = tmp_path / "app.py"
+    script.write_text("import sys; print(flush=True); sys.stdin.readline()", encoding="utf-8")
+    with subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert LibprocSource(child.pid, program_of=ProgramDigest(b"k" * 32)).identity().program != ""
+        child.kill()
+
+
+def test_working_directory_of_a_child_is_the_one_it_changed_to(tmp_path: Path) -> None:
+    """Compare files and not names: the kernel resolves links, and ``os.getcwd`` may name another of two paths."""
+    lib = load()
+    assert os.path.samefile(lib.working_directory(os.getpid()), os.curdir)
+    code = "import os, sys; os.chdir(sys.argv[1]); print(flush=True); sys.stdin.readline()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        directory = lib.working_directory(child.pid)
+        child.kill()
+    assert os.path.isabs(directory)
+    assert os.path.samefile(directory, tmp_path)
+    with pytest.raises(ProcessLookupError):
+        lib.working_directory(child.pid)
+
+
+def test_ticks_have_the_scale_of_the_kernel() -> None:
+    """``hw.tbfrequency`` and getrusage agree, also in a process translated by Rosetta."""
+    source = MachSource()
+    burn(100_000_000)
+    snapshot = source.snapshot()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used_ns = (usage.ru_utime + usage.ru_stime) * 1e9
+    assert snapshot.warnings == ()
+    assert 0.8 * used_ns <= snapshot.cpu_ns <= used_ns * 1.05
+
+
+def test_basic_times_leave_living_threads_out() -> None:
+    """The trap of MACH_TASK_BASIC_INFO, and the reason why the total is read elsewhere."""
+    lib = load()
+    info = mach_task_basic_info()
+    lib.task_info(info)
+    before = info.user_time.seconds * 1_000_000 + info.user_time.microseconds
+    source = MachSource(lib=lib)
+    first = source.snapshot()
+    burn(300_000_000)
+    lib.task_info(info)
+    after = info.user_time.seconds * 1_000_000 + info.user_time.microseconds
+    assert after - before < 150_000
+    assert measure(first, source.snapshot()).cpu_ns > 250_000_000
+
+
+def test_both_ways_to_our_own_process_agree() -> None:
+    """Mach and libproc: the same threads, names and, to a quantum, the same times."""
+    mach, libproc = MachSource(), LibprocSource(os.getpid())
+    assert mach.identity() == libproc.identity()
+    a, b = mach.snapshot(extras=True), libproc.snapshot(extras=True)
+    assert a.tids == b.tids
+    assert a.names == b.names
+    assert abs(a.cpu_ns - b.cpu_ns) < 50_000_000
+    assert abs(a.uptime_ns - b.uptime_ns) < 50_000_000
+    assert a.extras is not None
+    assert b.extras is not None
+    assert a.extras.footprint_bytes
+    assert b.extras.footprint_bytes
+
+
+def test_a_thread_of_python_has_its_native_id() -> None:
+    """``thread_id`` is what threading.get_native_id() says."""
+    assert threading.get_native_id() in MachSource().snapshot().tids
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [
+        ("", Ending(True, "exit status 0")),
+        ("sys.exit(3)", Ending(False, "exit status 3")),
+        ("os.kill(os.getpid(), 15)", Ending(True, "killed by SIGTERM")),
+        ("os.kill(os.getpid(), 9)", Ending(False, "killed by SIGKILL")),
+    ],
+)
+def test_how_a_process_ended_is_known(code: str, ending: Ending) -> None:
+    """Of one that is no child: kqueue(2) tells whoever may kill it, whatever sys/event.h says."""
+    program = f"import os, sys; print(os.getpid(), flush=True); sys.stdin.readline(); {code}"
+    script = ["sh", "-c", 'exec 3<&0; "$@" <&3 & wait; sleep 1', "sh", sys.executable, "-c", program]
+    with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        source = LibprocSource(int(parent.stdout.readline()))
+        source.snapshot()
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        for _ in range(2):
+            assert last_error(source).ending == ending
+        source.close()
+
+
+def test_another_users_process_is_denied() -> None:
+    """launchd is root's. Skipped for root, who may."""
+    if os.geteuid() == 0:
+        assert LibprocSource(1).identity().pid == 1
+        return
+    with pytest.raises(AccessDenied):
+        LibprocSource(1)
+
+
+def test_a_zombie_is_gone_and_its_usage_is_not() -> None:
+    """Private knowledge of the kernel: proc_pid_rusage answers for a zombie, PROC_PIDTASKALLINFO does not."""
+    with subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.read()
+        time.sleep(0.5)
+        with pytest.raises(TargetGone):
+            LibprocSource(child.pid)
+        usage = rusage_info_v6()
+        load().proc_rusage(child.pid, usage, 4)
+        assert usage.ri_proc_exit_abstime > 0
+        with pytest.raises(ProcessLookupError):
+            load().proc_info(child.pid, proc_taskallinfo())
+
+
+def sleeping(code: str = "") -> "subprocess.Popen[bytes]":
+    """Start a process that runs `code`, prints a line and ends well when its standard input does."""
+    program = f"import sys\n{code}\nprint(flush=True)\nsys.stdin.readline()"
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    return child
+
+
+def last_error(source: LibprocSource) -> TargetGone:
+    """Take snapshots until the target is gone."""
+    while True:
+        try:
+            source.snapshot()
+        except TargetGone as error:
+            return error
+        except KernelError:  # it is exiting
+            pass
+
+
+def test_stopped_process_is_stopped_and_its_threads_wait() -> None:
+    """SIGSTOP sets p_stat to SSTOP and suspends the task; no thread is TH_STATE_STOPPED."""
+    with sleeping() as child, closing(LibprocSource(child.pid)) as source:
+        try:
+            os.kill(child.pid, signal.SIGSTOP)
+            stopped = eventually(lambda: (taken := source.snapshot(extras=True)).state == "stopped" and taken)
+            assert "stopped" not in stopped.extras.threads.states
+            os.kill(child.pid, signal.SIGCONT)
+            assert eventually(lambda: source.snapshot().state != "stopped")
+        finally:
+            child.kill()
+
+
+def test_exit_of_a_process_with_much_memory_keeps_its_status() -> None:
+    """libproc reports ESRCH from the beginning of the teardown; the status comes with NOTE_EXIT at its end."""
+    with sleeping("kept = bytearray(b'x') * (256 << 20)") as child, closing(LibprocSource(child.pid)) as source:
+        assert child.stdin is not None
+        child.stdin.close()
+        assert last_error(source).ending == Ending(True, "exit status 0")
+
+
+def test_inherited_listener_is_taken() -> None:
+    """launchd's sockets listen; XNU has no SO_ACCEPTCONN to prove it."""
+    with bind_tcp("127.0.0.1", 0) as listener, inherited(os.dup(listener.fileno())) as taken:
+        assert taken.getsockname() == listener.getsockname()
+        assert taken.proto == socket.IPPROTO_TCP

@@ -1,0 +1,598 @@
+"""The simulator against the rules of XNU, one by one; the sections cited are those of docs/macos-proof.md."""
+
+import ctypes
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support.darwin.simulator import Simulator
+from support.sidecars import eventually
+from support.workload import OwnWorkload
+from vitalsd.sources.darwin.apple_headers import (
+    KERN_INVALID_ARGUMENT,
+    KERN_SUCCESS,
+    KERN_TERMINATED,
+    MACH_PORT_DEAD,
+    MACH_PORT_NULL,
+    MACH_SEND_INVALID_DEST,
+    MACH_TASK_BASIC_INFO,
+    PROC_PIDLISTTHREADIDS,
+    PROC_PIDT_SHORTBSDINFO,
+    PROC_PIDTASKALLINFO,
+    PROC_PIDTHREADID64INFO,
+    PROC_PIDVNODEPATHINFO,
+    RUSAGE_INFO_V4,
+    RUSAGE_INFO_V6,
+    SZOMB,
+    TASK_ABSOLUTETIME_INFO,
+    TASK_VM_INFO,
+    THREAD_EXTENDED_INFO,
+    THREAD_IDENTIFIER_INFO,
+    mach_task_basic_info,
+    proc_bsdshortinfo,
+    proc_taskallinfo,
+    proc_threadinfo,
+    proc_vnodepathinfo,
+    rusage_info_v4,
+    rusage_info_v6,
+    task_absolutetime_info,
+    task_vm_info,
+    thread_extended_info,
+    thread_identifier_info,
+)
+
+assert sys.platform != "darwin" or not TYPE_CHECKING
+
+TASK = 0x103
+BURN_NS = 30_000_000
+TICKS_PER_S = 24_000_000
+
+
+def call_task_info(
+    simulator: Simulator, flavor: int, info: ctypes.Structure, words: int | None = None
+) -> tuple[int, int]:
+    """Code and count out."""
+    count = ctypes.c_uint32(ctypes.sizeof(info) // 4 if words is None else words)
+    code = simulator.function("task_info")(TASK, flavor, ctypes.addressof(info), ctypes.addressof(count))
+    return code, count.value
+
+
+def call_thread_info(
+    simulator: Simulator, port: int, flavor: int, info: ctypes.Structure, words: int | None = None
+) -> tuple[int, int]:
+    count = ctypes.c_uint32(ctypes.sizeof(info) // 4 if words is None else words)
+    code = simulator.function("thread_info")(port, flavor, ctypes.addressof(info), ctypes.addressof(count))
+    return code, count.value
+
+
+def list_threads(simulator: Simulator) -> tuple[list[int], int]:
+    """Entries, and the address of the array."""
+    array, count = ctypes.POINTER(ctypes.c_uint32)(), ctypes.c_uint32()
+    assert simulator.function("task_threads")(TASK, ctypes.addressof(array), ctypes.addressof(count)) == KERN_SUCCESS
+    return array[: count.value], ctypes.cast(array, ctypes.c_void_p).value or 0
+
+
+def release(simulator: Simulator, ports: list[int], address: int) -> None:
+    for port in ports:
+        assert simulator.function("mach_port_deallocate")(TASK, port) == KERN_SUCCESS
+    assert simulator.function("vm_deallocate")(TASK, address, 4 * len(ports)) == KERN_SUCCESS
+
+
+def references(simulator: Simulator, port: int) -> int:
+    return simulator.lib.send_references(port)
+
+
+def port_of(simulator: Simulator, ports: list[int], tid: int) -> int:
+    for port in ports:
+        info = thread_identifier_info()
+        if call_thread_info(simulator, port, THREAD_IDENTIFIER_INFO, info)[0] == 0 and info.thread_id == tid:
+            return port
+    raise AssertionError(f"{tid} is not listed")
+
+
+def call_pidinfo(
+    simulator: Simulator, pid: int, flavor: int, arg: int, info: object, size: int | None = None
+) -> tuple[int, int]:
+    """Result and errno."""
+    ctypes.set_errno(0)
+    size = ctypes.sizeof(info) if size is None else size  # type: ignore[arg-type]
+    result = simulator.function("proc_pidinfo")(pid, flavor, arg, ctypes.addressof(info), size)  # type: ignore[arg-type]
+    return result, ctypes.get_errno()
+
+
+@contextmanager
+def workload() -> Iterator[OwnWorkload]:
+    threads = OwnWorkload()
+    try:
+        yield threads
+    finally:
+        threads.close()
+
+
+class TestTask:
+    """docs/macos-proof.md, section 1."""
+
+    @pytest.mark.parametrize(
+        ("flavor", "info"),
+        [(TASK_ABSOLUTETIME_INFO, task_absolutetime_info), (MACH_TASK_BASIC_INFO, mach_task_basic_info)],
+    )
+    def test_a_count_below_the_flavors_is_refused(
+        self, simulator: Simulator, flavor: int, info: type[ctypes.Structure]
+    ) -> None:
+        """Counts are words, in and out: one less is KERN_INVALID_ARGUMENT, more is answered by the true one (§1)."""
+        words = ctypes.sizeof(info) // 4
+        assert call_task_info(simulator, flavor, info(), words - 1)[0] == KERN_INVALID_ARGUMENT
+        assert call_task_info(simulator, flavor, info(), words) == (KERN_SUCCESS, words)
+
+        class roomy(ctypes.Structure):
+            _fields_ = (("info", info), ("more", ctypes.c_uint32 * 4))
+
+        assert call_task_info(simulator, flavor, roomy()) == (KERN_SUCCESS, words)
+
+    def test_an_unknown_flavor_is_refused(self, simulator: Simulator) -> None:
+        """KERN_INVALID_ARGUMENT (§1)."""
+        assert call_task_info(simulator, 999, task_vm_info())[0] == KERN_INVALID_ARGUMENT
+
+    def test_basic_times_are_of_terminated_threads_only(self, simulator: Simulator) -> None:
+        """A busy living thread is not in MACH_TASK_BASIC_INFO; once it has ended, all of it is (§1, key trap)."""
+
+        def basic_ns() -> int:
+            info = mach_task_basic_info()
+            assert call_task_info(simulator, MACH_TASK_BASIC_INFO, info)[0] == KERN_SUCCESS
+            return sum(t.seconds * 10**9 + t.microseconds * 1000 for t in (info.user_time, info.system_time))
+
+        with workload() as threads:
+            tid = threads.start_thread("busy")
+            before = basic_ns()
+            used = threads.burn(tid, BURN_NS)
+            assert basic_ns() == before
+            threads.end_thread(tid)
+            eventually(lambda: basic_ns() - before >= used)  # joined is not yet reaped
+
+    def test_one_call_has_total_and_living_in_24_mhz_ticks(self, simulator: Simulator) -> None:
+        """TASK_ABSOLUTETIME_INFO.total_* is what the process used, live and terminated (§1)."""
+        info = task_absolutetime_info()
+        before = time.process_time_ns()
+        assert call_task_info(simulator, TASK_ABSOLUTETIME_INFO, info)[0] == KERN_SUCCESS
+        after = time.process_time_ns()
+        total = info.total_user + info.total_system
+        assert before <= (total + 2) * 10**9 // TICKS_PER_S
+        assert total * 10**9 // TICKS_PER_S <= after
+        assert info.threads_user + info.threads_system <= total
+
+    def test_an_ended_thread_is_reaped_late(self, simulator: Simulator) -> None:
+        """Its time stays with the living until then, and the total never falls meanwhile (§1, atomicity)."""
+
+        def times() -> tuple[int, int]:
+            info = task_absolutetime_info()
+            call_task_info(simulator, TASK_ABSOLUTETIME_INFO, info)
+            total = info.total_user + info.total_system
+            return total, total - info.threads_user - info.threads_system
+
+        simulator.reap_delay(2)
+        with workload() as threads:
+            tid = threads.start_thread("brief")
+            release(simulator, *list_threads(simulator))
+            used = threads.burn(tid, BURN_NS)
+            total, exited = times()
+            threads.end_thread(tid)
+            for still in (True, True, False):
+                release(simulator, *list_threads(simulator))
+                before, total = total, times()[0]
+                assert total >= before
+                grown = (times()[1] - exited) * 10**9 // TICKS_PER_S
+                assert (grown < used // 2) is still
+
+    def test_vm_info_ends_where_the_buffer_does(self, lawless_simulator: Simulator) -> None:
+        """36 words have no footprint, 38 have; above 93 the kernel logs each call (§1, TASK_VM_INFO)."""
+        info = task_vm_info()
+        assert call_task_info(lawless_simulator, TASK_VM_INFO, info, 35)[0] == KERN_INVALID_ARGUMENT
+        assert call_task_info(lawless_simulator, TASK_VM_INFO, info, 36) == (KERN_SUCCESS, 36)
+        assert info.phys_footprint == 0
+        assert call_task_info(lawless_simulator, TASK_VM_INFO, info, 38) == (KERN_SUCCESS, 38)
+        assert 0 < info.phys_footprint <= info.resident_size <= info.virtual_size
+        assert lawless_simulator.violations == []
+        call_task_info(lawless_simulator, TASK_VM_INFO, info, 94)
+        assert "macOS 15 logs each such call" in lawless_simulator.violations[0]
+
+    def test_another_task_is_not_ours(self, simulator: Simulator) -> None:
+        """A name that is no task port: MACH_SEND_INVALID_DEST (§1)."""
+        count = ctypes.c_uint32(8)
+        info = task_absolutetime_info()
+        code = simulator.function("task_info")(TASK + 4, 1, ctypes.addressof(info), ctypes.addressof(count))
+        assert code == MACH_SEND_INVALID_DEST
+
+
+class TestThreads:
+    """docs/macos-proof.md, section 2."""
+
+    def test_each_entry_is_a_reference_under_one_name(self, simulator: Simulator) -> None:
+        """Two lists have the same names, and twice the references to give back (§2, lifecycle)."""
+        first, second = list_threads(simulator), list_threads(simulator)
+        assert first[0] == second[0]
+        assert first[1] != second[1]
+        assert references(simulator, first[0][0]) == 3  # libpthread's own, and ours
+        assert simulator.references_owed == 2 * len(first[0])
+        release(simulator, *first)
+        assert references(simulator, second[0][0]) == 2
+        release(simulator, *second)
+
+    def test_a_dying_thread_is_listed_without_a_port(self, simulator: Simulator) -> None:
+        """As MACH_PORT_NULL or MACH_PORT_DEAD, and to release those is right and does nothing (§2)."""
+        simulator.hide_real_threads()
+        simulator.reap_delay(3)
+        for tid, shown_as in ((1 << 40, 0), (2 << 40, 1)):
+            simulator.add_thread(tid)
+            simulator.end_thread(tid, shown_as=shown_as)
+        ports, address = list_threads(simulator)
+        assert ports == [MACH_PORT_NULL, MACH_PORT_DEAD]
+        release(simulator, ports, address)
+        for port in ports:
+            assert (
+                call_thread_info(simulator, port, THREAD_EXTENDED_INFO, thread_extended_info())[0]
+                == MACH_SEND_INVALID_DEST
+            )
+
+    @pytest.mark.parametrize(("shown_as", "code"), [(2, KERN_TERMINATED), (3, KERN_INVALID_ARGUMENT)])
+    def test_a_dying_thread_may_keep_its_port(self, simulator: Simulator, shown_as: int, code: int) -> None:
+        """Inactive: KERN_TERMINATED, detached: KERN_INVALID_ARGUMENT; the reference is to be released (§2)."""
+        simulator.hide_real_threads()
+        simulator.reap_delay(3)
+        simulator.add_thread(1 << 40)
+        simulator.end_thread(1 << 40, shown_as=shown_as)
+        ports, address = list_threads(simulator)
+        for flavor, info in (
+            (THREAD_EXTENDED_INFO, thread_extended_info),
+            (THREAD_IDENTIFIER_INFO, thread_identifier_info),
+        ):
+            assert call_thread_info(simulator, ports[0], flavor, info())[0] == code
+        assert simulator.references_owed == 1
+        release(simulator, ports, address)
+
+    def test_a_thread_that_ends_after_the_list_is_a_dead_name(self, simulator: Simulator) -> None:
+        """MACH_SEND_INVALID_DEST, and the name stays until its reference is released (§2)."""
+        with workload() as threads:
+            tid = threads.start_thread("brief")
+            in_use = simulator.lib.ports_in_use()
+            ports, address = list_threads(simulator)
+            port = port_of(simulator, ports, tid)
+            threads.end_thread(tid)
+            assert (
+                call_thread_info(simulator, port, THREAD_EXTENDED_INFO, thread_extended_info())[0]
+                == MACH_SEND_INVALID_DEST
+            )
+            assert simulator.lib.ports_in_use() == in_use
+            release(simulator, ports, address)
+            assert simulator.lib.ports_in_use() == in_use - 1
+
+    def test_a_forgotten_reference_is_a_leaked_name(self, lawless_simulator: Simulator) -> None:
+        """It does not show while the thread lives: references coalesce; afterwards it does (§6)."""
+        with workload() as threads:
+            tid = threads.start_thread("brief")
+            before = lawless_simulator.lib.ports_in_use()
+            list_threads(lawless_simulator)
+            assert lawless_simulator.lib.ports_in_use() == before
+            threads.end_thread(tid)
+            assert lawless_simulator.lib.ports_in_use() == before
+            assert lawless_simulator.references_owed > 0
+            assert lawless_simulator.arrays == 1
+
+    def test_to_release_what_names_nothing_is_a_violation(self, lawless_simulator: Simulator) -> None:
+        """The guard kGUARD_EXC_INVALID_NAME (§2, never over-release)."""
+        with workload() as threads:
+            tid = threads.start_thread("brief")
+            ports, address = list_threads(lawless_simulator)
+            port = port_of(lawless_simulator, ports, tid)
+            threads.end_thread(tid)
+            release(lawless_simulator, ports, address)
+            assert lawless_simulator.violations == []
+            assert lawless_simulator.function("mach_port_deallocate")(TASK, port) != KERN_SUCCESS
+            assert "kGUARD_EXC_INVALID_NAME" in lawless_simulator.violations[0]
+
+    def test_to_release_libpthreads_reference_is_a_violation(self, lawless_simulator: Simulator) -> None:
+        """The guard kGUARD_EXC_MOD_REFS, fatal for a pinned port (§2)."""
+        ports, address = list_threads(lawless_simulator)
+        release(lawless_simulator, ports, address)
+        assert lawless_simulator.function("mach_port_deallocate")(TASK, ports[0]) != KERN_SUCCESS
+        assert "kGUARD_EXC_MOD_REFS" in lawless_simulator.violations[0]
+
+    def test_an_array_of_the_wrong_size_is_a_violation(self, lawless_simulator: Simulator) -> None:
+        """Elements are 4 bytes wide; 8 frees what is not ours (§2)."""
+        ports, address = list_threads(lawless_simulator)
+        lawless_simulator.function("vm_deallocate")(TASK, address, 8 * len(ports))
+        assert lawless_simulator.violations == [f"vm_deallocate of {8 * len(ports)} bytes, not {4 * len(ports)}"]
+
+    def test_an_array_given_back_twice_is_a_violation(self, lawless_simulator: Simulator) -> None:
+        """By then the address may be somebody else's (§2)."""
+        ports, address = list_threads(lawless_simulator)
+        release(lawless_simulator, ports, address)
+        assert lawless_simulator.function("vm_deallocate")(TASK, address, 4 * len(ports)) == KERN_INVALID_ARGUMENT
+        assert "for the second time" in lawless_simulator.violations[0]
+
+    def test_times_are_nanoseconds_cut_to_microseconds(self, simulator: Simulator) -> None:
+        """Of the thread, to the microsecond, user and system (§2, THREAD_EXTENDED_INFO)."""
+        with workload() as threads:
+            tid = threads.start_thread("worker")
+            used = threads.burn(tid, BURN_NS)
+            ports, address = list_threads(simulator)
+            info = thread_extended_info()
+            assert call_thread_info(simulator, port_of(simulator, ports, tid), THREAD_EXTENDED_INFO, info) == (0, 28)
+            release(simulator, ports, address)
+            assert info.pth_user_time % 1000 == info.pth_system_time % 1000 == 0
+            assert info.pth_user_time + info.pth_system_time + 2000 >= used
+            assert info.pth_name == b"worker"
+
+    @pytest.mark.parametrize(("flavor", "words"), [(THREAD_EXTENDED_INFO, 28), (THREAD_IDENTIFIER_INFO, 6)])
+    def test_a_count_below_the_threads_flavor_is_refused(self, simulator: Simulator, flavor: int, words: int) -> None:
+        """As for the task (§2)."""
+        ports, address = list_threads(simulator)
+        info = thread_extended_info()
+        assert call_thread_info(simulator, ports[0], flavor, info, words - 1)[0] == KERN_INVALID_ARGUMENT
+        assert call_thread_info(simulator, ports[0], flavor, info, 28) == (KERN_SUCCESS, words)
+        assert call_thread_info(simulator, ports[0], 99, info)[0] == KERN_INVALID_ARGUMENT
+        release(simulator, ports, address)
+
+    def test_a_name_has_at_most_63_bytes(self, simulator: Simulator) -> None:
+        """More is ENAMETOOLONG, so that the NUL always fits (§2)."""
+        assert simulator.set_own_thread_name(b"x" * 64) == errno.ENAMETOOLONG
+        assert simulator.set_own_thread_name(b"x" * 63) == 0
+        ports, address = list_threads(simulator)
+        info = thread_extended_info()
+        port = port_of(simulator, ports, threading.get_native_id())
+        assert call_thread_info(simulator, port, THREAD_EXTENDED_INFO, info)[0] == KERN_SUCCESS
+        assert bytes(info)[48:] == b"x" * 63 + b"\0"
+        release(simulator, ports, address)
+
+    def test_every_thread_has_one_port_of_its_own(self, simulator: Simulator) -> None:
+        """The table of names counts each thread once (§6)."""
+        before = simulator.lib.ports_in_use()
+        with workload() as threads:
+            for i in range(10):
+                threads.start_thread(f"t{i}")
+            assert simulator.lib.ports_in_use() == before + 10
+        assert simulator.lib.ports_in_use() == before
+
+
+class TestProcesses:
+    """docs/macos-proof.md, sections 3 and 7."""
+
+    @pytest.fixture
+    def child(self) -> Iterator[subprocess.Popen[bytes]]:
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+            yield child
+            child.kill()
+
+    def test_errors_are_zero_and_errno(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+        """Too small ENOMEM, unknown flavor EINVAL, unknown process or thread ESRCH (§3)."""
+        info = proc_taskallinfo()
+        assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, info, 231) == (0, errno.ENOMEM)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, info) == (232, 0)
+        assert call_pidinfo(simulator, child.pid, 99, 0, info) == (0, errno.EINVAL)
+        assert call_pidinfo(simulator, 2**30, PROC_PIDTASKALLINFO, 0, info) == (0, errno.ESRCH)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDTHREADID64INFO, 2**40, info) == (0, errno.ESRCH)
+
+    def test_the_effective_user_decides(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+        """Another's process is EPERM, but for the flavors that tell nothing secret (§3)."""
+        simulator.caller_euid(os.geteuid() + 12345)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, proc_taskallinfo()) == (0, errno.EPERM)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDLISTTHREADIDS, 0, (ctypes.c_uint64 * 9)()) == (0, errno.EPERM)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDT_SHORTBSDINFO, 0, proc_bsdshortinfo()) == (64, 0)
+        with pytest.raises(PermissionError):
+            simulator.lib.proc_rusage(child.pid, rusage_info_v6(), RUSAGE_INFO_V6)
+        simulator.caller_euid(0)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, proc_taskallinfo()) == (232, 0)
+
+    def test_zombies_are_found_only_where_asked_for(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+        """ESRCH for a live process's flavors; SHORTBSDINFO with arg 1 and proc_pid_rusage answer (§3)."""
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
+        brief, usage = proc_bsdshortinfo(), rusage_info_v6()
+        assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, proc_taskallinfo()) == (0, errno.ESRCH)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDLISTTHREADIDS, 0, (ctypes.c_uint64 * 9)()) == (0, errno.ESRCH)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDT_SHORTBSDINFO, 0, brief) == (0, errno.ESRCH)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDT_SHORTBSDINFO, 1, brief) == (64, 0)
+        assert brief.pbsi_status == SZOMB
+        simulator.lib.proc_rusage(child.pid, usage, RUSAGE_INFO_V6)
+        assert (usage.ri_phys_footprint, usage.ri_proc_exit_abstime > 0) == (0, True)
+
+    def test_a_list_of_threads_ends_where_the_buffer_does(self, simulator: Simulator) -> None:
+        """Silently: a full buffer means that there may be more (§3, truncation)."""
+        with workload() as threads:
+            for i in range(8):
+                threads.start_thread(f"t{i}")
+            all_ = (ctypes.c_uint64 * 64)()
+            size, _ = call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, all_)
+            assert set(all_[: size // 8]) == {int(tid) for tid in os.listdir("/proc/self/task")}
+            few = (ctypes.c_uint64 * 3)()
+            assert call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, few) == (24, 0)
+            assert call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, few, 7) == (0, errno.ENOMEM)
+
+    def test_a_burst_of_threads_is_cut_at_ten(self, simulator: Simulator) -> None:
+        """The number plus ten is taken before the list is made, whatever the buffer (§3, truncation)."""
+        ids = (ctypes.c_uint64 * 64)()
+        before, _ = call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, ids)
+        with workload() as threads:
+            for i in range(15):
+                threads.start_thread(f"t{i}")
+            size, _ = call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, ids)
+            assert size == before + 10 * 8
+            size, _ = call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, ids)
+            assert size == before + 15 * 8
+
+    def test_an_ended_thread_is_listed_as_halted_until_reaped(self, simulator: Simulator) -> None:
+        """With its final times; then it is ESRCH (§3)."""
+        simulator.reap_delay(2)
+        simulator.add_thread(7 << 32, user_ns=5_000_000, name=b"late")
+        simulator.end_thread(7 << 32, shown_as=0)
+        ids, info = (ctypes.c_uint64 * 64)(), proc_threadinfo()
+        call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, ids)
+        assert 7 << 32 in ids
+        assert call_pidinfo(simulator, os.getpid(), PROC_PIDTHREADID64INFO, 7 << 32, info) == (112, 0)
+        assert (info.pth_run_state, info.pth_user_time, info.pth_name) == (5, 5_000_000, b"late")
+        for _ in range(2):
+            ids = (ctypes.c_uint64 * 64)()
+            call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, ids)
+        assert 7 << 32 not in ids
+        assert call_pidinfo(simulator, os.getpid(), PROC_PIDTHREADID64INFO, 7 << 32, info) == (0, errno.ESRCH)
+
+    def test_vnodepathinfo_of_a_process_that_may_be_read_is_its_directory(
+        self, simulator: Simulator, child: subprocess.Popen[bytes]
+    ) -> None:
+        """Fill in path and attributes; less room is ENOMEM, another user's process EPERM, a zombie ESRCH (§3)."""
+        info = proc_vnodepathinfo()
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info, 2351) == (0, errno.ENOMEM)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
+        here = os.stat(".")
+        assert os.fsdecode(info.pvi_cdir.vip_path) == os.getcwd()
+        assert info.pvi_cdir.vip_vi.vi_stat.vst_ino == here.st_ino
+        assert info.pvi_cdir.vip_vi.vi_stat.vst_mode == here.st_mode
+        assert not any(bytes(info.pvi_rdir))
+        simulator.caller_euid(os.geteuid() + 12345)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (0, errno.EPERM)
+        simulator.caller_euid(0)
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
+        assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 1, info) == (0, errno.ESRCH)
+
+    def test_vnodepathinfo_of_a_long_path_is_its_end(self, simulator: Simulator, tmp_path: Path) -> None:
+        """Answer 1023 bytes whole; of a path of 1024 bytes leave out the first name, and report success (§3)."""
+        info = proc_vnodepathinfo()
+        fits = tmp_path.resolve()
+        while len(os.fsencode(fits)) < 1023:
+            left = 1022 - len(os.fsencode(fits))
+            fits /= "x" * (left if left <= 200 else 100)
+        exceeds = fits.with_name(fits.name + "x")
+        for directory in (fits, exceeds):
+            directory.mkdir(parents=True)
+            with subprocess.Popen(["/bin/cat"], cwd=directory, stdin=subprocess.PIPE) as child:
+                assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
+                told = os.fsdecode(info.pvi_cdir.vip_path)
+                child.kill()
+            assert told == (str(directory) if directory == fits else "/" + "/".join(directory.parts[2:]))
+
+    def test_vnodepathinfo_of_a_removed_directory_is_its_last_path(self, simulator: Simulator, tmp_path: Path) -> None:
+        """Use the name in the kernel's cache, which removing the directory leaves there (§3)."""
+        info, directory = proc_vnodepathinfo(), tmp_path.resolve() / "removed"
+        directory.mkdir()
+        with subprocess.Popen(["/bin/cat"], cwd=directory, stdin=subprocess.PIPE) as child:
+            directory.rmdir()
+            assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
+            assert os.fsdecode(info.pvi_cdir.vip_path) == str(directory)
+            child.kill()
+
+    def test_vnodepathinfo_of_a_process_without_its_main_thread_is_its_directory(
+        self, simulator: Simulator, tmp_path: Path
+    ) -> None:
+        """Answer as long as one thread lives; the directory belongs to the process (§3)."""
+        code = (
+            "import ctypes, os, threading\n"
+            "threading.Thread(target=os.read, args=(0, 1)).start()\n"
+            "ctypes.CDLL(None).pthread_exit(None)\n"
+        )
+        info = proc_vnodepathinfo()
+        with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE) as child:
+            status = Path(f"/proc/{child.pid}/task/{child.pid}/stat")
+            eventually(lambda: status.read_text().rpartition(")")[2].split()[0] == "Z")
+            assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info)[0] == 2352
+            assert os.fsdecode(info.pvi_cdir.vip_path) == str(tmp_path.resolve())
+            child.kill()
+
+    def test_rusage_writes_its_whole_flavor(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+        """296 bytes of V4 and 464 of V6, whatever room there is; a newer flavor than known is EINVAL (§3)."""
+        buffer = (ctypes.c_uint8 * 512)(*[0xAA] * 512)
+        call = simulator.function("proc_pid_rusage")
+        for flavor, struct in ((RUSAGE_INFO_V4, rusage_info_v4), (RUSAGE_INFO_V6, rusage_info_v6)):
+            assert call(child.pid, flavor, ctypes.addressof(buffer)) == 0
+            size = ctypes.sizeof(struct)
+            assert bytes(buffer[size - 8 : size]) == b"\0" * 8
+            assert bytes(buffer[size:]) == b"\xaa" * (512 - size)
+        simulator.newest_rusage(RUSAGE_INFO_V4)
+        ctypes.set_errno(0)
+        assert call(child.pid, RUSAGE_INFO_V6, ctypes.addressof(buffer)) == -1
+        assert ctypes.get_errno() == errno.EINVAL
+
+    def test_the_list_of_processes_is_cut_and_estimated(self, simulator: Simulator) -> None:
+        """Without a buffer the number and 20 more; with one as many as fit (§7)."""
+        call = simulator.function("proc_listallpids")
+        estimate = call(None, 0)
+        pids = (ctypes.c_int32 * estimate)()
+        number = call(ctypes.addressof(pids), ctypes.sizeof(pids))
+        assert os.getpid() in pids[:number]
+        assert number < estimate
+        assert call(ctypes.addressof(pids), 4) == 1
+
+    def test_room_that_is_short_gets_the_end_of_the_arguments(self, simulator: Simulator) -> None:
+        """Which is the environment; more room than arguments may take is EINVAL, as is a pid of nobody (§7)."""
+        call, oid = simulator.function("sysctl"), (ctypes.c_int * 3)(1, 49, 0)
+
+        def ask(pid: int, room: int) -> tuple[int, bytes]:
+            oid[2] = pid
+            buffer, size = ctypes.create_string_buffer(room), ctypes.c_size_t(room)
+            ctypes.set_errno(0)
+            code = call(ctypes.addressof(oid), 3, ctypes.addressof(buffer), ctypes.addressof(size), None, 0)
+            return (ctypes.get_errno(), b"") if code else (0, buffer.raw[: size.value])
+
+        with subprocess.Popen(["/bin/cat", "-u"], env={"A": "1", "B": "2"}, stdin=subprocess.PIPE) as child:
+            eventually(lambda: b"/cat" in ask(child.pid, 4 + 1024 * 1024)[1])  # exec is over
+            code, whole = ask(child.pid, 4 + 1024 * 1024)
+            assert code == 0
+            assert whole[:4] == (2).to_bytes(4, sys.byteorder)
+            path = os.path.realpath("/bin/cat").encode()
+            assert whole[4:].startswith(path + b"\0")
+            assert whole.endswith(b"\0/bin/cat\0-u\0A=1\0B=2\0")
+            assert ask(child.pid, 4 + 8) == (0, whole[:4] + b"A=1\0B=2\0")
+            assert ask(child.pid, 5 + 1024 * 1024) == (errno.EINVAL, b"")
+            assert ask(child.pid, 4) == (errno.EINVAL, b"")
+            child.kill()
+        assert ask(2**30, 4096) == (errno.EINVAL, b"")
+
+
+class TestClocks:
+    """docs/macos-proof.md, sections 4 and 5."""
+
+    def test_only_one_clock_goes_on_in_sleep(self, simulator: Simulator) -> None:
+        """mach_continuous_time adds the time slept, mach_absolute_time stops (§4)."""
+        absolute, continuous = simulator.lib.absolute_ns(), simulator.lib.continuous_ns()
+        simulator.sleep(3600 * 10**9)
+        assert simulator.lib.continuous_ns() - continuous >= 3600 * 10**9
+        assert simulator.lib.absolute_ns() - absolute < 3600 * 10**9
+
+    def test_rosetta_changes_the_clocks_of_user_space_only(self, simulator: Simulator) -> None:
+        """A timebase of 1/1, clocks in ns, and kernel ticks as before (§5)."""
+        timebase = (ctypes.c_uint32 * 2)()
+        timebase_info, absolute = simulator.function("mach_timebase_info"), simulator.function("mach_absolute_time")
+        assert (timebase_info(ctypes.addressof(timebase)), timebase[0], timebase[1]) == (0, 125, 3)
+        native = absolute()
+        simulator.rosetta()
+        assert (timebase_info(ctypes.addressof(timebase)), timebase[0], timebase[1]) == (0, 1, 1)
+        assert absolute() > 40 * native
+        assert simulator.lib.sysctl_int("hw.tbfrequency") == TICKS_PER_S
+        info = task_absolutetime_info()
+        call_task_info(simulator, TASK_ABSOLUTETIME_INFO, info)
+        assert info.total_user + info.total_system <= time.process_time_ns() * 3 // 125
+
+    def test_an_unknown_variable_is_enoent(self, simulator: Simulator) -> None:
+        """And hw.tbfrequency is an integer of 8 bytes (§5)."""
+        assert simulator.lib.sysctl("hw.tbfrequency") == (24_000_000).to_bytes(8, "little")
+        with pytest.raises(FileNotFoundError, match=r"sysctlbyname\(hw.vitals\)"):
+            simulator.lib.sysctl("hw.vitals")
+
+
+def test_a_fault_comes_at_the_call_it_was_ordered_for(simulator: Simulator) -> None:
+    """At the n-th, and then each m-th."""
+    simulator.fault("task_info", 5, flavor=TASK_ABSOLUTETIME_INFO, at=2, every=3)
+    codes = [call_task_info(simulator, TASK_ABSOLUTETIME_INFO, task_absolutetime_info())[0] for _ in range(9)]
+    assert codes == [0, 5, 0, 0, 5, 0, 0, 5, 0]
+    assert call_task_info(simulator, MACH_TASK_BASIC_INFO, mach_task_basic_info())[0] == KERN_SUCCESS
+    simulator.clear_faults()
+    assert call_task_info(simulator, TASK_ABSOLUTETIME_INFO, task_absolutetime_info())[0] == KERN_SUCCESS

@@ -1,0 +1,294 @@
+"""Hot-first: what is proved without being read is what reading would have found, always."""
+
+import errno
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.target import Target
+from vitalsd.sources.linux.cpu_counters import Reading, SchedstatFiles, ThreadNames
+from vitalsd.sources.linux.procfs import parse_run_times
+from vitalsd.sources.linux.threads import LOOK_EVERY_NS, ThreadTable
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+class Tree:
+    """A ``task/`` directory of files, as a kernel would fill it, and the clock that goes with it."""
+
+    def __init__(self, root: Path, threads: int) -> None:
+        self.root = root
+        self.run_ns: dict[int, int] = {}
+        self.names: dict[int, str] = {}
+        self.exited_ns = 12_345
+        for tid in range(1, threads + 1):
+            self.born(tid)
+
+    def born(self, tid: int, ns: int = 1000) -> None:
+        (self.root / str(tid)).mkdir()
+        self.run_ns[tid] = 0
+        self.burn(tid, ns)
+        self.call(tid, f"thread {tid}")
+
+    def call(self, tid: int, name: str) -> None:
+        directory = self.root / str(tid)
+        (directory / "stat").write_text(f"{tid} ({name}) S 1 1 1 0 0 0 0 0 0 0 0 0 0 0 20 0 1 0 {tid} 1 1 1\n")
+        (directory / "comm").write_text(f"{name}\n")
+        self.names[tid] = name
+
+    def burn(self, tid: int, ns: int) -> None:
+        self.run_ns[tid] += ns
+        (self.root / str(tid) / "schedstat").write_text(f"{self.run_ns[tid]} 0 1\n")
+
+    def exit(self, tid: int) -> None:
+        self.exited_ns += self.run_ns.pop(tid) + 1
+        del self.names[tid]
+        shutil.rmtree(self.root / str(tid))
+
+    def clock(self) -> int:
+        return sum(self.run_ns.values()) + self.exited_ns
+
+
+class BoundFiles(SchedstatFiles):
+    """Its files answer no more once their thread is gone, as those of a kernel."""
+
+    def read(self, handles: Collection[int]) -> list[Reading]:
+        if not all(os.fstat(handle).st_nlink for handle in handles if handle >= 0):
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return super().read(handles)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["burn", "burn", "burn", "same", "born", "exit", "ghost", "rename"]), st.integers(0, 2**32)
+    ),
+    max_size=40,
+)
+
+
+def taken(tree: Tree, steps: list[tuple[str, int]], *, few: bool) -> Iterator[None]:
+    """Do the steps to the tree, one by one."""
+    for kind, number in steps:
+        tids = sorted(tree.run_ns)
+        tid = tids[number % (2 if few else len(tids))]
+        if kind == "burn":
+            tree.burn(tid, 1 + number)
+        elif kind == "rename":
+            tree.burn(tid, 1)
+            tree.call(tid, f"name {number}")
+        elif kind == "born":
+            tree.born(max(tids) + 1)
+        elif kind == "exit" and len(tids) > 9:
+            tree.exit(tid)
+        elif kind == "ghost":  # born and gone between two readings: only the clock knows
+            tree.exited_ns += number
+        yield
+
+
+@settings(max_examples=60)
+@given(st.integers(9, 40), STEPS, st.booleans())
+def test_what_is_proved_is_true(
+    tmp_path_factory: pytest.TempPathFactory, threads: int, steps: list[tuple[str, int]], few: bool
+) -> None:
+    """Whoever runs, is born or exits between two readings: an accepted reading has every value right."""
+    tree = Tree(tmp_path_factory.mktemp("task"), threads)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    try:
+        for _ in taken(tree, steps, few=few):
+            proved = table.read_proved(tree.clock(), tree.clock)
+            if proved is None:
+                assert table.read() == [tree.run_ns[tid] for tid in sorted(tree.run_ns)]
+                table.calibrate(tree.clock(), tree.exited_ns)
+            else:
+                assert dict(zip(table.tids, proved[0], strict=True)) == tree.run_ns
+                assert proved[1:] == (tree.clock(), tree.exited_ns)
+    finally:
+        table.close()
+        os.close(task_fd)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 40), st.lists(STEPS, max_size=20), st.data())
+def test_looking_only_at_what_changed_is_looking_at_all(
+    tmp_path_factory: pytest.TempPathFactory, threads: int, between: list[list[tuple[str, int]]], data: st.DataObject
+) -> None:
+    """
+    However many run, name themselves, come and go between two readings, proved or full: times, their sum and
+    names are those of the files, and no list that was handed out changes afterwards.
+    """
+    tree = Tree(tmp_path_factory.mktemp("task"), threads)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    handed_out = []
+    try:
+        for number, steps in enumerate(between, 1):
+            deque(taken(tree, steps, few=False), maxlen=0)
+            proved = table.read_proved(tree.clock(), tree.clock) if data.draw(st.booleans()) else None
+            times = proved[0] if proved else table.read()
+            table.calibrate(tree.clock(), tree.exited_ns)
+            handed_out.append((times, list(times)))
+            assert dict(zip(table.tids, times, strict=True)) == tree.run_ns
+            assert table.living_ns == sum(times)
+            assert table.look_around(number * LOOK_EVERY_NS, names=True)
+            assert dict(zip(table.tids, table.names, strict=True)) == tree.names
+    finally:
+        table.close()
+        os.close(task_fd)
+    assert all(times == as_it_was for times, as_it_was in handed_out)
+
+
+def test_a_few_hot_threads_are_proved_and_many_are_read(tmp_path: Path) -> None:
+    """With one thread of forty running, nearly every reading is proved; with all running, none is tried for long."""
+    tree = Tree(tmp_path, 40)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+
+    def readings(count: int, who: Callable[[int], int]) -> int:
+        before = table.proved
+        for number in range(count):
+            tree.burn(1 + who(number) % 40, 1000)
+            if table.read_proved(tree.clock(), tree.clock) is None:
+                table.read()
+                table.calibrate(tree.clock(), tree.exited_ns)
+        return table.proved - before
+
+    assert readings(50, lambda _: 3) >= 47
+    assert readings(400, lambda number: number * 7) <= 40
+    assert readings(50, lambda _: 5) >= 20
+    table.close()
+    os.close(task_fd)
+
+
+def test_who_has_never_run_is_seen_within_a_second(tmp_path: Path) -> None:
+    """A thread that was created and has not run for a nanosecond is missing for a second at most."""
+    tree = Tree(tmp_path, 40)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    tree.burn(3, 1000)
+    table.read()
+    table.calibrate(tree.clock(), tree.exited_ns)
+    assert table.look_around(LOOK_EVERY_NS, names=True)
+    tree.born(41, 0)
+    tree.burn(3, 1000)
+    assert table.read_proved(tree.clock(), tree.clock) is not None
+    assert table.look_around(2 * LOOK_EVERY_NS - 1, names=True)
+    assert not table.look_around(2 * LOOK_EVERY_NS, names=True)
+    assert table.read_proved(tree.clock(), tree.clock) is None
+    assert len(table.read()) == 41
+    assert table.look_around(3 * LOOK_EVERY_NS, names=True)
+    table.close()
+    os.close(task_fd)
+
+
+@pytest.mark.parametrize("reached", range(12))
+def test_out_of_descriptors_nothing_is_read_that_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: int
+) -> None:
+    """A listing that fails on its way leaves no descriptor behind, and the next reading finds who is there."""
+    tree = Tree(tmp_path, 6)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    held = len(os.listdir("/proc/self/fd"))
+    calls = iter(range(100))
+    real = os.open
+
+    def scarce(path: str, flags: int, **options: int) -> int:
+        if next(calls) >= reached:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, flags, **options)
+
+    monkeypatch.setattr("vitalsd.sources.linux.cpu_counters.os.open", scarce)
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    monkeypatch.undo()
+    assert len(os.listdir("/proc/self/fd")) == held
+
+    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    for tid in (2, 5):
+        tree.exit(tid)
+    for tid in range(1, 13):
+        if tid in tree.run_ns:
+            tree.burn(tid, 10)
+        else:
+            tree.born(tid)
+    calls = iter(range(100))
+    monkeypatch.setattr("vitalsd.sources.linux.cpu_counters.os.open", scarce)
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        table.read()
+    monkeypatch.undo()
+    times = table.read()
+    assert dict(zip(table.tids, times, strict=True)) == tree.run_ns
+    assert dict(zip(table.tids, table.names, strict=True)) == tree.names
+    table.close()
+    assert len(os.listdir("/proc/self/fd")) == held
+    os.close(task_fd)
+
+
+def test_newcomers_do_not_keep_names_from_being_read(tmp_path: Path) -> None:
+    """Though each second a new thread is found, a name given by another thread is seen at once."""
+    tree = Tree(tmp_path, 40)
+    task_fd = os.open(tree.root, os.O_RDONLY)
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    table.read()
+    assert table.look_around(LOOK_EVERY_NS, names=True)
+    tree.call(20, "renamed")
+    for second in range(2, 12):
+        tree.born(100 + second, 0)
+        if not table.look_around(second * LOOK_EVERY_NS, names=True):
+            table.read()
+            assert table.look_around(second * LOOK_EVERY_NS, names=True)
+    assert table.names[19] == "renamed"
+    assert len(table.tids) == 40 + 10
+    table.close()
+    os.close(task_fd)
+
+
+@linux_only
+@pytest.mark.live
+def test_thousands_of_proved_readings_equal_full_ones(start: Callable[..., Target]) -> None:
+    """
+    On a living process, threads being born and exiting meanwhile, every proved reading equals a full
+    reading taken while the process clock stood still.
+    """
+    target = start("--burn", "10", "5", "--idle", "120")
+    clock_id = (~target.pid << 3) | 2
+
+    def clock() -> int:
+        return time.clock_gettime_ns(clock_id)
+
+    task_fd = os.open(f"/proc/{target.pid}/task", os.O_RDONLY)
+    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    checked = 0
+    target.tell("churn_for 3 20")
+    deadline = time.monotonic() + 60
+    while checked < 1500 and time.monotonic() < deadline:
+        proved = table.read_proved(clock(), clock)
+        if proved is None:
+            before = clock()
+            living_ns = sum(table.read())
+            after = clock()
+            if before == after:
+                table.calibrate(after, after - living_ns)
+            continue
+        times, total_ns, _ = proved
+        try:
+            full = parse_run_times(
+                [Path(f"/proc/{target.pid}/task/{tid}/schedstat").read_bytes() for tid in table.tids]
+            )
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if clock() == total_ns:
+            assert list(times) == full
+            checked += 1
+        time.sleep(0.0005)
+    table.close()
+    os.close(task_fd)
+    assert checked == 1500

@@ -1,0 +1,244 @@
+"""
+What every source promises, on every source: Linux (own process and another), macOS over the simulated
+libSystem (Mach for our own process, libproc for our own and another), and a fake. On a Mac the real
+libSystem takes the place of the simulated one.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support.darwin.simulator import Simulator
+from support.fake_source import FakeProcess, FakeSource
+from support.workload import ChildWorkload, OwnWorkload, Workload
+from vitalsd.snapshot import measure
+from vitalsd.sources import Source, TargetGone
+from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.darwin.libsystem import LibSystem, load
+from vitalsd.sources.darwin.mach_source import MachSource
+
+BURN_NS = 60_000_000
+SLACK_NS = 25_000_000
+"""CPU time that carrying out an order, and two snapshots of our own process, may cost besides."""
+
+
+@dataclass
+class World:
+    """A target, and how to open sources of it."""
+
+    workload: Workload
+    open: Callable[[], Source]
+
+
+def _linux(pid: int | None) -> Source:
+    from vitalsd.sources.linux.source import LinuxSource
+
+    return LinuxSource(pid)
+
+
+def _world(kind: str, libsystem: Callable[[], LibSystem]) -> World:
+    if kind == "fake":
+        process = FakeProcess()
+        return World(process, lambda: FakeSource(process))
+    workload: Workload = ChildWorkload() if kind.endswith("other") else OwnWorkload()
+    pid = workload.pid
+    if kind.startswith("linux"):
+        return World(workload, lambda: _linux(None if kind == "linux-own" else pid))
+    lib = libsystem()
+    if kind == "mach":
+        return World(workload, lambda: MachSource(lib=lib))
+    return World(workload, lambda: LibprocSource(pid, lib=lib))
+
+
+LINUX = ["linux-own", "linux-other"] if sys.platform == "linux" else []
+
+
+@pytest.fixture(params=[*LINUX, "mach", "libproc-own", "libproc-other", "fake"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    def libsystem() -> LibSystem:
+        if sys.platform == "darwin":
+            return load()
+        simulator: Simulator = request.getfixturevalue("simulator")
+        return simulator.lib
+
+    world = _world(request.param, libsystem)
+    yield world
+    world.workload.close()
+
+
+@pytest.fixture
+def source(world: World) -> Iterator[Source]:
+    source = world.open()
+    yield source
+    source.close()
+
+
+def test_identity_names_one_run_of_the_process(world: World, source: Source) -> None:
+    """Pid, platform, start and name; two sources of one process agree, so that a reused pid can differ."""
+    identity = source.identity()
+    assert identity.pid == world.workload.pid
+    assert identity.platform in ("linux", "macos")
+    assert identity.name
+    assert identity.started_unix_ns > 1_600_000_000 * 10**9
+    again = world.open()
+    assert again.identity().start_id == identity.start_id
+    again.close()
+    assert source.identity() == identity
+
+
+def test_columns_are_parallel_and_ascending(world: World, source: Source) -> None:
+    """One entry per thread in each column, by ascending tid, without a negative or a made-up size."""
+    for i in range(5):
+        world.workload.start_thread(f"worker-{i}")
+    snapshot = source.snapshot()
+    assert len(snapshot.tids) >= 6
+    assert list(snapshot.tids) == sorted(set(snapshot.tids))
+    assert {len(snapshot.births), len(snapshot.thread_cpu_ns), len(snapshot.names)} == {len(snapshot.tids)}
+    assert all(ns >= 0 for ns in snapshot.thread_cpu_ns)
+    assert snapshot.cpu_ns >= 0
+    assert snapshot.exited_cpu_ns[0] <= snapshot.exited_cpu_ns[1]
+    assert 0 < snapshot.rss_bytes <= snapshot.vm_bytes
+    assert snapshot.cpu_grain_ns > 0
+    assert snapshot.thread_grain_ns > 0
+    assert snapshot.source
+
+
+def test_every_thread_is_listed(world: World, source: Source) -> None:
+    """By the id it has for Python (threading.get_native_id), also when there are hundreds."""
+    tids = {world.workload.start_thread(f"t{i}") for i in range(150)}
+    assert tids <= set(source.snapshot().tids)
+
+
+def test_clocks_go_forward_together(source: Source) -> None:
+    """Uptime advances exactly as the clock that goes on in sleep, and no snapshot is older than the last."""
+    first, last = source.snapshot(), source.snapshot()
+    assert last.monotonic_ns > first.monotonic_ns
+    # Read one after the other, and Linux knows the start to a tick of 10 ms; the difference is exact.
+    assert last.uptime_ns - first.uptime_ns == last.boottime_ns - first.boottime_ns
+    assert first.uptime_ns >= 0
+    assert first.skew_ns >= 0
+
+
+def test_cpu_time_is_seen_in_the_thread_that_used_it(world: World, source: Source) -> None:
+    """To the error bar that the source itself states, in the thread and in the process."""
+    busy, idle = world.workload.start_thread("busy"), world.workload.start_thread("idle")
+    first = source.snapshot()
+    used_ns = world.workload.burn(busy, BURN_NS)
+    last = source.snapshot()
+    m = measure(first, last)
+    i, j = last.tids.index(busy), last.tids.index(idle)
+    error_ns = m.thread_error_ns(i) + first.thread_lag_ns
+    assert used_ns - error_ns <= m.thread_cpu_ns[i] <= used_ns + error_ns + SLACK_NS
+    assert m.thread_cpu_ns[j] <= m.thread_error_ns(j) + SLACK_NS
+    assert used_ns - m.cpu_error_ns - first.thread_lag_ns <= m.cpu_ns
+    assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
+
+
+def test_a_thread_has_its_name_and_its_new_name(world: World, source: Source) -> None:
+    """The operating system's, byte for byte in UTF-8."""
+    tid = world.workload.start_thread("décodeur")
+    first = source.snapshot()
+    assert first.names[first.tids.index(tid)] == "décodeur"
+    world.workload.rename_thread(tid, "encoder")
+    world.workload.burn(tid, 1_000_000)
+    last = source.snapshot()
+    assert last.names[last.tids.index(tid)] == "encoder"
+
+
+def test_births_and_deaths_keep_the_books(world: World, source: Source) -> None:
+    """A thread born in the window is said to be, one that died is not listed, and both are accounted for."""
+    old = world.workload.start_thread("old")
+    world.workload.burn(old, BURN_NS)
+    first = source.snapshot()
+    old_ns = world.workload.burn(old, BURN_NS)
+    world.workload.end_thread(old)
+    young = world.workload.start_thread("young")
+    young_ns = world.workload.burn(young, BURN_NS // 2)
+    last = source.snapshot()
+    m = measure(first, last)
+    assert old not in last.tids
+    assert last.tids.index(young) in m.born
+    error_ns = m.cpu_error_ns + first.thread_lag_ns
+    assert m.thread_cpu_ns[last.tids.index(young)] >= young_ns - error_ns
+    assert old_ns - error_ns <= m.exited_ns <= old_ns + error_ns + SLACK_NS
+    assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
+    assert abs(m.unattributed_ns) <= error_ns + SLACK_NS
+
+
+def test_a_thread_that_lived_inside_the_window_is_accounted_for(world: World, source: Source) -> None:
+    """No snapshot ever saw it; its CPU time is in the process and among the exited."""
+    first = source.snapshot()
+    brief = world.workload.start_thread("brief")
+    used_ns = world.workload.burn(brief, BURN_NS)
+    world.workload.end_thread(brief)
+    m = measure(first, source.snapshot())
+    error_ns = m.cpu_error_ns + first.thread_lag_ns
+    assert m.cpu_ns >= used_ns - error_ns
+    assert m.exited_ns >= used_ns - error_ns
+
+
+def test_columns_are_shared_while_nothing_changes(source: Source) -> None:
+    """Same objects, which is what a recorder of many snapshots pays for."""
+    first, last = source.snapshot(), source.snapshot()
+    assert first.tids is last.tids
+    assert first.births is last.births
+    assert first.names is last.names
+
+
+def test_extras_are_read_only_on_request(world: World, source: Source) -> None:
+    """And they are columns parallel to the threads; user and system time add up to the whole."""
+    tid = world.workload.start_thread("worker")
+    world.workload.burn(tid, BURN_NS)
+    assert source.snapshot().extras is None
+    snapshot = source.snapshot(extras=True)
+    assert snapshot.extras is not None
+    threads = snapshot.extras.threads
+    sizes = {len(column) for column in (threads.user_ns, threads.system_ns, threads.states, threads.priorities)}
+    assert sizes == {len(snapshot.tids)}
+    i = snapshot.tids.index(tid)
+    both_ns = threads.user_ns[i] + threads.system_ns[i]
+    assert abs(both_ns - snapshot.thread_cpu_ns[i]) <= snapshot.thread_lag_ns + 2 * 10_000_000
+    assert snapshot.extras.user_ns is not None
+    assert snapshot.extras.system_ns is not None
+    assert snapshot.extras.user_ns + snapshot.extras.system_ns > 0
+
+
+def test_a_closed_source_refuses(source: Source) -> None:
+    """And closing it again does nothing."""
+    source.snapshot()
+    source.close()
+    source.close()
+    with pytest.raises(ValueError, match="closed"):
+        source.snapshot()
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="no list of descriptors")
+def test_a_source_leaves_no_descriptor(world: World) -> None:
+    """Opened, used and closed: as many descriptors as before."""
+    world.open().close()
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(20):
+        source = world.open()
+        source.snapshot(extras=True)
+        source.close()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_dead_target_is_gone_for_ever(world: World, source: Source) -> None:
+    """As a zombie and after its parent has collected it. One's own death cannot be observed."""
+    if isinstance(world.workload, OwnWorkload):
+        assert source.identity().pid == os.getpid()
+        return
+    source.snapshot()
+    assert isinstance(world.workload, ChildWorkload | FakeProcess)
+    world.workload.kill()
+    with pytest.raises(TargetGone):
+        source.snapshot()
+    if isinstance(world.workload, ChildWorkload):
+        world.workload.reap()
+    with pytest.raises(TargetGone):
+        source.snapshot()

@@ -1,0 +1,179 @@
+"""
+``vitalsd`` over another kernel, and with a defect planted in what is read from it.
+
+    python tests/support/as_platform.py PLATFORM DEFECT COMMAND ...
+
+PLATFORM is ``linux``, or the path of the simulated libSystem, over which everything runs as on macOS. DEFECT is
+``none`` or a key of `DEFECTS`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vitalsd.cli import main
+from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.sources import Source, TargetGone
+from vitalsd.sources import platform as platforms
+from vitalsd.sources.darwin import processes as darwin
+from vitalsd.sources.darwin.libsystem import LibSystem
+from vitalsd.sources.darwin.process_identity import DarwinBirths
+from vitalsd.sources.platform import Platform, this_platform
+from vitalsd.sources.programs import ProgramOf, no_program
+
+__all__ = ["DEFECTS", "KERNELS", "UNTOLD", "leaking", "macos", "planted", "program"]
+
+UNSCALED = 24_000_000, 1_000_000_000
+"""Ticks of Apple silicon taken for nanoseconds."""
+LOST = ("burn-30", "young-1")
+UNTOLD = "untold"
+"""In place of a defect: a kernel that does not tell how a process ended."""
+
+KERNELS = ["native", "simulated"] if sys.platform == "linux" else ["native"]
+"""What a test can run over: the running kernel, and macOS' as it is simulated over Linux."""
+
+
+def macos(lib: LibSystem) -> Platform:
+    """macOS over `lib`; see `vitalsd.sources.platform.macos` for one over a path."""
+    return Platform(
+        name="macos",
+        open_source=partial(darwin.open_process, lib=lib),
+        list_processes=partial(darwin.list_processes, lib),
+        births=lambda: DarwinBirths(lib),
+        holdings=partial(darwin.holdings, lib),
+    )
+
+
+def ticks(snapshot: Snapshot) -> Snapshot:
+    def unscaled(ns: int | None) -> Any:
+        return None if ns is None else ns * UNSCALED[0] // UNSCALED[1]
+
+    low, high = snapshot.exited_cpu_ns
+    extras = snapshot.extras and snapshot.extras._replace(
+        user_ns=unscaled(snapshot.extras.user_ns), system_ns=unscaled(snapshot.extras.system_ns)
+    )
+    return replace(
+        snapshot, cpu_ns=unscaled(snapshot.cpu_ns), exited_cpu_ns=(unscaled(low), unscaled(high)), extras=extras
+    )
+
+
+def terminated(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, cpu_ns=max(0, snapshot.exited_cpu_ns[0]))
+
+
+def rss(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, rss_bytes=snapshot.rss_bytes // 1024)
+
+
+def thread(snapshot: Snapshot) -> Snapshot:
+    kept = [i for i, name in enumerate(snapshot.names) if name not in LOST]
+
+    def some(column: Any) -> Any:
+        return [column[i] for i in kept]
+
+    extras = snapshot.extras
+    if extras is not None:
+        columns = {name: some(column) for name, column in extras.threads._asdict().items()}
+        extras = extras._replace(threads=extras.threads._replace(**columns))
+    columns = {name: some(getattr(snapshot, name)) for name in ("tids", "births", "thread_cpu_ns", "names")}
+    return replace(snapshot, extras=extras, **columns)
+
+
+def descriptor(snapshot: Snapshot) -> Snapshot:
+    os.dup(2)
+    return snapshot
+
+
+DEFECTS: dict[str, Callable[[Snapshot], Snapshot]] = {
+    "ticks": ticks,
+    "terminated": terminated,
+    "rss": rss,
+    "thread": thread,
+    "descriptor": descriptor,
+}
+
+
+@dataclass
+class Spoilt:
+    """A source whose snapshots have a defect."""
+
+    source: Source
+    defect: Callable[[Snapshot], Snapshot]
+
+    def identity(self) -> Identity:
+        return self.source.identity()
+
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        return self.defect(self.source.snapshot(extras=extras, names=names))
+
+    def restart(self) -> None:
+        self.source.restart()
+
+    def close(self) -> None:
+        self.source.close()
+
+
+@dataclass
+class Untold:
+    """A source on Linux before 6.15, which shows the exit status of a process to its parent alone."""
+
+    source: Source
+
+    def identity(self) -> Identity:
+        return self.source.identity()
+
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        try:
+            return self.source.snapshot(extras=extras, names=names)
+        except TargetGone as error:
+            raise TargetGone(str(error)) from None
+
+    def restart(self) -> None:
+        self.source.restart()
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def _open_spoilt(
+    platform: Platform, defect: str, pid: int | None = None, *, program_of: ProgramOf = no_program
+) -> Source:
+    source = platform.open_source(pid, program_of=program_of)
+    return Untold(source) if defect == UNTOLD else Spoilt(source, DEFECTS[defect])
+
+
+def planted(platform: Platform, defect: str) -> Platform:
+    """The same with a defect of `DEFECTS`."""
+    return platform._replace(open_source=partial(_open_spoilt, platform, defect))
+
+
+def program(library: Path | str, defect: str = "none") -> tuple[str, ...]:
+    """How to run ``vitalsd`` as on macOS."""
+    return (sys.executable, "-P", os.path.abspath(__file__), str(library), defect)
+
+
+def leaking(lib: LibSystem) -> LibSystem:
+    """A library that forgets one release in ten."""
+    release, calls = lib._release, [0]
+
+    def forgetful(task: int, port: int) -> int:
+        calls[0] += 1
+        return 0 if calls[0] % 10 == 0 else int(release(task, port))
+
+    lib._release = forgetful
+    return lib
+
+
+def run() -> None:
+    where, defect, *arguments = sys.argv[1:]
+    platform = this_platform() if where == "linux" else platforms.macos(where)
+    platform = platform._replace(command=(sys.executable, "-P", os.path.abspath(__file__), where, defect))
+    main(arguments, obj=platform if defect == "none" else planted(platform, defect), prog_name="vitalsd")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,181 @@
+"""The simulated libSystem (``libsystem_sim.c``): how it is built, and its handles for tests."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from support.darwin.abi import zig
+from support.paths import SUPPORT
+from vitalsd.sources.darwin.libsystem import FUNCTIONS, LibSystem, load
+
+__all__ = ["SHORT_REPLY", "Simulator", "build"]
+
+SHORT_REPLY = -1
+"""As the code of a fault: the call succeeds with a word less than its contract."""
+
+SOURCES = (
+    Path(__file__).with_name("libsystem_sim.c"),
+    SUPPORT / "launchd_stub.c",
+)
+
+
+def build(directory: Path) -> Path:
+    """Compile the library for this machine into `directory`, and keep the compiler's cache there too."""
+    library = directory / "libsystem_sim.so"
+    compiled = zig(
+        "build-lib", "-dynamic", "-lc", "-fPIC", "-O", "ReleaseFast", "-fno-compiler-rt", "-fno-ubsan-rt",
+        "-cflags", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "--", *SOURCES, f"-femit-bin={library}",
+        cache=directory / "zig",
+    )  # fmt: skip
+    if compiled.returncode:
+        raise subprocess.SubprocessError(compiled.stderr)
+    return library
+
+
+class Simulator:
+    """
+    A kernel of its own: port names, arrays, faults and violations start from nothing.
+
+    Args:
+        library: as `build` made it; it is copied, because the loader gives two users of one file the
+            same variables.
+        directory: for the copy.
+    """
+
+    def __init__(self, library: Path, directory: Path) -> None:
+        self.path = str(shutil.copy(library, directory / f"libsystem_{len(os.listdir(directory))}.so"))
+        self.lib: LibSystem = load(self.path)
+        self._raw = ctypes.PyDLL(self.path, use_errno=True)
+        for name, restype, *argtypes in (
+            ("sim_fault", None, ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_long),
+            ("sim_clear_faults", None),
+            ("sim_violations", ctypes.c_long),
+            ("sim_violation", ctypes.c_char_p, ctypes.c_long),
+            ("sim_arrays", ctypes.c_long),
+            ("sim_references_owed", ctypes.c_long),
+            ("sim_sleep", None, ctypes.c_longlong),
+            ("sim_rosetta", None, ctypes.c_int),
+            ("sim_tbfrequency", None, ctypes.c_longlong),
+            ("sim_perf_levels", None, ctypes.c_longlong),
+            ("sim_reap_delay", None, ctypes.c_long),
+            ("sim_hide_real_threads", None),
+            (
+                "sim_add_thread", None, ctypes.c_uint64, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_char_p,
+                ctypes.c_int,
+            ),
+            ("sim_advance_thread", None, ctypes.c_uint64, ctypes.c_longlong, ctypes.c_longlong),
+            ("sim_realtime", None, ctypes.c_uint64),
+            ("sim_end_thread", None, ctypes.c_uint64, ctypes.c_int),
+            ("sim_pthread_setname_np", ctypes.c_int, ctypes.c_char_p),
+            ("sim_caller_euid", None, ctypes.c_long),
+            ("sim_newest_rusage", None, ctypes.c_int),
+            ("sim_teardown", None, ctypes.c_longlong),
+            ("sim_reuse_pid", None, ctypes.c_long, ctypes.c_longlong),
+            ("sim_pid_estimate", None, ctypes.c_long),
+            ("sim_exec", None, ctypes.c_long),
+            ("sim_cost_in_c", ctypes.c_longlong),
+            ("sim_nothing_cost_in_c", ctypes.c_longlong, ctypes.c_long),
+        ):  # fmt: skip
+            function = getattr(self._raw, str(name))
+            function.restype = restype
+            function.argtypes = argtypes
+
+    def fault(self, function: str, code: int, *, flavor: int = -1, at: int = 1, every: int = 0) -> None:
+        """From now on call number `at` of `function` fails with `code`, and then each `every`-th (0: no more)."""
+        self._raw.sim_fault(function.encode(), flavor, at, every, code)
+
+    def clear_faults(self) -> None:
+        self._raw.sim_clear_faults()
+
+    @property
+    def violations(self) -> list[str]:
+        """Rules of the kernel that were broken; each would have killed, corrupted or leaked."""
+        number = self._raw.sim_violations()
+        return [self._raw.sim_violation(i).decode() for i in range(number)]
+
+    @property
+    def arrays(self) -> int:
+        """Arrays of `task_threads` not given back."""
+        return int(self._raw.sim_arrays())
+
+    @property
+    def references_owed(self) -> int:
+        """References on ports not given back."""
+        return int(self._raw.sim_references_owed())
+
+    def sleep(self, ns: int) -> None:
+        """The machine sleeps, as far as clocks can tell."""
+        self._raw.sim_sleep(ns)
+
+    def rosetta(self) -> None:
+        """From now on this process is translated. Load the library anew to see it."""
+        self._raw.sim_rosetta(1)
+
+    def state_tick_frequency(self, stated: int) -> None:
+        """What ``hw.tbfrequency`` says; 0: there is none. The ticks stay at 24 MHz."""
+        self._raw.sim_tbfrequency(stated)
+
+    def perf_levels(self, levels: int) -> None:
+        self._raw.sim_perf_levels(levels)
+
+    def reap_delay(self, lists: int) -> None:
+        """How many lists of threads an ended thread stays on."""
+        self._raw.sim_reap_delay(lists)
+
+    def hide_real_threads(self) -> None:
+        """From now on only threads of `add_thread` exist."""
+        self._raw.sim_hide_real_threads()
+
+    def add_thread(
+        self, tid: int, *, user_ns: int = 0, system_ns: int = 0, name: bytes = b"", run_state: int = 3
+    ) -> None:
+        self._raw.sim_add_thread(tid, user_ns, system_ns, name, run_state)
+
+    def advance_thread(self, tid: int, *, user_ns: int = 0, system_ns: int = 0) -> None:
+        self._raw.sim_advance_thread(tid, user_ns, system_ns)
+
+    def make_realtime(self, tid: int) -> None:
+        """Give a thread of `add_thread` a time constraint policy."""
+        self._raw.sim_realtime(tid)
+
+    def end_thread(self, tid: int, *, shown_as: int) -> None:
+        """It ends; until reaped it is 0: no port, 1: MACH_PORT_DEAD, 2: inactive, 3: detached."""
+        self._raw.sim_end_thread(tid, shown_as)
+
+    def set_own_thread_name(self, name: bytes) -> int:
+        """As ``pthread_setname_np`` of macOS. 0 or an errno."""
+        return int(self._raw.sim_pthread_setname_np(name))
+
+    def caller_euid(self, euid: int) -> None:
+        """Judge permission as if we were this user."""
+        self._raw.sim_caller_euid(euid)
+
+    def newest_rusage(self, flavor: int) -> None:
+        """The newest flavor of ``proc_pid_rusage`` that the kernel knows."""
+        self._raw.sim_newest_rusage(flavor)
+
+    def teardown(self, ns: int) -> None:
+        """Let the kernel take `ns` to free what a process had: from the first ESRCH to NOTE_EXIT."""
+        self._raw.sim_teardown(ns)
+
+    def reuse_pid(self, pid: int) -> None:
+        """From now on the pid is of a process that started an hour later."""
+        self._raw.sim_reuse_pid(pid, 3600)
+
+    def pid_estimate(self, pids: int) -> None:
+        """The number of processes before some more were born."""
+        self._raw.sim_pid_estimate(pids)
+
+    def exec(self, pid: int) -> None:
+        """The process executes a program."""
+        self._raw.sim_exec(pid)
+
+    def function(self, name: str) -> Any:
+        """A function of libSystem without its error check."""
+        function = getattr(self._raw, name)
+        if name in FUNCTIONS:
+            function.argtypes, function.restype = FUNCTIONS[name].argtypes, FUNCTIONS[name].restype
+        return function
