@@ -74,9 +74,10 @@ reference: $(READY) ## write docs/api.md and the JSON Schema, as the program say
 images: $(READY) ## take the pictures in docs/images, in a real browser
 	@$(BIN)/python docs/make.py images
 
-check: $(READY) ## format, lint and types, for Linux and macOS
+check: $(READY) ## format, lint, imports between packages, and types, for Linux and macOS
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy --platform linux
 	$(BIN)/mypy --platform darwin
 

@@ -1,21 +1,26 @@
 """
 Make what stands in this folder from what the program says of itself.
 
-    python docs/make.py reference [--check]    api.md and runtime-metrics.schema.json
+    python docs/make.py reference [--check]    api.md, runtime-metrics.schema.json, and the modules in design.md
     python docs/make.py images                 images/*.png, from a real browser on a busy process
 
 With --check nothing is written; the status is 1 if a file is not as it would be made.
 """
 
 import argparse
+import ast
 import asyncio
 import json
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+
+ROOT = HERE.parent
+MODULES, END_OF_MODULES = "<!-- modules, from their docstrings: make reference -->", "<!-- end of modules -->"
 
 HEAD = """# The API
 
@@ -47,7 +52,11 @@ def main() -> int:
 
         take(HERE / "images")
         return 0
-    made = {"api.md": reference(schema()), "runtime-metrics.schema.json": metrics_schema()}
+    made = {
+        "api.md": reference(schema()),
+        "runtime-metrics.schema.json": metrics_schema(),
+        "design.md": design((HERE / "design.md").read_text(encoding="utf-8")),
+    }
     stale = [name for name, text in made.items() if not _holds(HERE / name, text)]
     if options.check:
         for name in stale:
@@ -70,7 +79,7 @@ def schema() -> dict[str, Any]:
     from vitalsd.http.app import create_app
     from vitalsd.sampling.sampler import Sampler
     from vitalsd.sampling.target_pool import Targets
-    from vitalsd.sources import NoSuchProcess, Source
+    from vitalsd.sources.base import NoSuchProcess, Source
 
     def nobody(*_: object) -> Source:
         raise NoSuchProcess("nobody is measured here")
@@ -98,6 +107,39 @@ def metrics_schema() -> str:
         **adapter.json_schema(mode="serialization"),
     }
     return json.dumps(made, indent=2) + "\n"
+
+
+def design(text: str) -> str:
+    """Return docs/design.md with its list of modules made anew from their docstrings."""
+    before, _, rest = text.partition(MODULES)
+    _, _, after = rest.partition(END_OF_MODULES)
+    rows = [row for package in packages() for row in _modules(package)]
+    return f"{before}{MODULES}\n\n{_table(('File', 'Content'), rows)}\n{END_OF_MODULES}{after}"
+
+
+def packages() -> list[Path]:
+    """Return the folder of each package, in the order of imports, highest first."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = config["tool"]["importlinter"]["contracts"][0]["layers"]
+    names = [layer for layer in layers if "|" not in layer] + ["vitalsd.pyinstaller_hooks", "vitalsd"]
+    return [ROOT / ("clients" if name == "vitalsd_client" else "service") / name.replace(".", "/") for name in names]
+
+
+def _modules(package: Path) -> list[tuple[str, str]]:
+    """Return a row for a package and one for each module in it, with the first paragraph of its docstring."""
+    files = sorted(package.glob("*.py") if package.name == "vitalsd" else package.rglob("*.py"), key=_folders_last)
+    rows = []
+    for file in files:
+        name = file.parent if file.name == "__init__.py" else file
+        shown = f"`{name.relative_to(package.parent)}{'/' if name.is_dir() else ''}`"
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        summary = " ".join(docstring.partition("\n\n")[0].split()).replace("``", "`")
+        rows.append((f"**{shown}**" if name.is_dir() else shown, summary))
+    return rows
+
+
+def _folders_last(path: Path) -> tuple[str, bool, str]:
+    return str(path.parent), path.name != "__init__.py", path.name
 
 
 def reference(schema: dict[str, Any]) -> str:

@@ -21,30 +21,6 @@ from support.sidecars import environment
 
 SERVICE = ROOT / "service" / "vitalsd"
 
-# Above a module: whatever may import it, and must not be imported by it.
-HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "vitalsd.http", "vitalsd.sidecar.service"}
-ABOVE = HTTP | {"vitalsd.sampling.sampler", "vitalsd.sampling.target_pool", "vitalsd.cli"}
-FORBIDDEN = {
-    "vitalsd.contract.metrics": {"vitalsd"},
-    "vitalsd.snapshot": ABOVE | {"vitalsd.sources", "vitalsd.contract.encoding", "vitalsd.contract.metrics"},
-    "vitalsd.sources": ABOVE | {"vitalsd.contract.encoding", "vitalsd.contract.metrics"},
-    "vitalsd.contract.encoding": ABOVE,
-    "vitalsd.admission": {"vitalsd"},
-    "vitalsd.worker_thread": ABOVE | {"vitalsd.sources", "vitalsd.contract.encoding", "vitalsd.contract.metrics"},
-    "vitalsd.recording.series": ABOVE,
-    "vitalsd.discovery.directories": {"vitalsd"},
-    "vitalsd.discovery.atomic_file": {"vitalsd"},
-    "vitalsd.discovery.unix_socket": ABOVE
-    | {"vitalsd.contract.encoding", "vitalsd.contract.metrics", "vitalsd.sources", "vitalsd.discovery.runtime_file"},
-    "vitalsd.discovery.runtime_file": ABOVE | {"vitalsd.contract.encoding", "vitalsd.contract.metrics"},
-    "vitalsd.recording.journal": {"vitalsd"},
-    "vitalsd.sampling.sampler": HTTP | {"vitalsd.sampling.target_pool", "vitalsd.cli"},
-    "vitalsd.sampling.target_pool": HTTP | {"vitalsd.cli"},
-    "vitalsd.http": {"vitalsd.cli"},
-    "vitalsd.sidecar.service": {"vitalsd.cli"},
-    "vitalsd.top": HTTP | {"vitalsd.cli"},
-}
-
 
 def modules(package: types.ModuleType) -> Iterator[str]:
     yield package.__name__
@@ -65,25 +41,6 @@ def imports(file: Path, *, at_load: bool = False) -> set[str]:
             assert node.module is not None
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
-
-
-def file_of(module: str) -> Path:
-    path = SERVICE.parent.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def within(module: str, package: str) -> bool:
-    return module == package or module.startswith(package + ".")
-
-
-@pytest.mark.parametrize("module", list(modules(vitalsd)))
-def test_a_module_knows_only_those_below_it(module: str) -> None:
-    """No module imports one that the map of docs/design.md draws above it."""
-    for package, forbidden in FORBIDDEN.items():
-        if within(module, package):
-            for imported in imports(file_of(module)):
-                for above in forbidden:
-                    assert not within(imported, above), f"{module} imports {imported}"
 
 
 @pytest.mark.parametrize("module", [*modules(vitalsd), *modules(vitalsd_client)])
@@ -199,20 +156,14 @@ def test_make_says_what_is_missing(tmp_path: Path) -> None:
     assert not (tmp_path / ".venv").exists()
 
 
-def test_design_names_every_module() -> None:
-    """The two tables of docs/design.md, of the service and of the client, are the tree as it is."""
-    mapped: list[set[str]] = []
-    for line in (ROOT / "docs" / "design.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("| File |"):
-            mapped.append(set())
-        elif line.startswith("| `") and mapped:
-            folder = ""
-            for name in re.findall(r"`([\w/-]+\.py)`", line.split("|")[1]):
-                folder = name.rpartition("/")[0] or folder
-                mapped[-1].add(f"{folder}/{name.rpartition('/')[2]}".removeprefix("/"))
-    for package, named in zip((SERVICE, ROOT / "clients" / "vitalsd_client"), mapped, strict=True):
-        files = {str(file.relative_to(package)) for file in package.rglob("*.py")}
-        assert {file for file in files if not file.endswith("__.py")} == named - {"sources/__init__.py"}
+@pytest.mark.parametrize("module", [*modules(vitalsd), *modules(vitalsd_client)])
+def test_module_has_a_docstring_and_stands_in_the_design(module: str) -> None:
+    """docs/design.md lists modules with the first paragraph of their docstrings; `make reference` writes the list."""
+    loaded = importlib.import_module(module)
+    assert loaded.__doc__
+    path = Path(loaded.__file__ or "")
+    name = f"{path.parent.name}/" if path.name == "__init__.py" else path.name
+    assert f"{name}`" in (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 
 def test_imports_have_no_circle() -> None:

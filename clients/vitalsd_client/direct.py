@@ -7,7 +7,8 @@ from typing import Literal
 from vitalsd.contract.encoding import encode
 from vitalsd.contract.metrics import RuntimeMetrics, parse_runtime_metrics
 from vitalsd.snapshot import Snapshot, measure
-from vitalsd.sources import SourceError, open_source
+from vitalsd.sources import open_source
+from vitalsd.sources.base import SourceError
 
 __all__ = ["Own", "OwnError"]
 

@@ -193,7 +193,8 @@ def _is_there() -> bool:
 def own_subject(app: str | None, pid: int | None) -> Subject:
     """Return what a report of a process without a sidecar is about: of this process, or of `pid`."""
     from vitalsd.discovery.program_key import program_key
-    from vitalsd.sources import SourceError, open_source
+    from vitalsd.sources import open_source
+    from vitalsd.sources.base import SourceError
     from vitalsd.sources.programs import ProgramDigest, main_script
 
     own = pid is None or pid == os.getpid()

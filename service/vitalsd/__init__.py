@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitalsd.sidecar.frozen import freeze_support
+    from vitalsd.__main__ import freeze_support
     from vitalsd.sidecar.in_process import Sidecar, StartError, start
     from vitalsd.sidecar.listeners import ListenError, PortInUse
     from vitalsd.sidecar.spawn import Spawned, SpawnError, spawn
@@ -31,15 +31,15 @@ def __getattr__(name: str) -> Any:
 
         return getattr(listeners, name)
     if name in ("Sidecar", "StartError", "start"):
-        from vitalsd.sidecar import in_process as inprocess
+        from vitalsd.sidecar import in_process
 
-        return getattr(inprocess, name)
+        return getattr(in_process, name)
     if name == "freeze_support":
-        from vitalsd.sidecar import frozen
+        from vitalsd import __main__ as program
 
-        return frozen.freeze_support
+        return program.freeze_support
     if name in ("SpawnError", "Spawned", "spawn"):
-        from vitalsd.sidecar import spawn as alongside
+        from vitalsd.sidecar import spawn
 
-        return getattr(alongside, name)
+        return getattr(spawn, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,31 @@
-"""``python -m vitalsd``, where the script directory is not on PATH."""
+"""Run vitalsd: ``python -m vitalsd``, or a frozen application as its own sidecar."""
 
-from vitalsd.cli import main
+import sys
 
-main(prog_name="vitalsd")
+from vitalsd.sidecar.frozen import FLAG, supports_own_sidecar
+
+__all__ = ["freeze_support"]
+
+
+def freeze_support() -> None:
+    """
+    Let a frozen application be its own sidecar; to be called before anything else in its main module.
+
+    ``spawn()``, ``vitalsd doctor`` and ``vitalsd agent install`` run a frozen application again. In that second process
+    this function runs vitalsd and does not return. In the application itself it returns at once.
+    """
+    supports_own_sidecar()
+    if sys.argv[1:2] == [FLAG]:
+        del sys.argv[1]
+        _run()
+        sys.exit()
+
+
+def _run() -> None:
+    from vitalsd.cli import main  # An application that is no sidecar need not import it.
+
+    main(prog_name="vitalsd")
+
+
+if __name__ == "__main__":
+    _run()

@@ -22,7 +22,7 @@ from support.target import Target
 from vitalsd.cli import main
 from vitalsd.cli.options import find_target
 from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
-from vitalsd.sources import NoSuchProcess, ProcessEntry
+from vitalsd.sources.base import NoSuchProcess, ProcessEntry
 from vitalsd.sources.platform import this_platform
 
 pytestmark = pytest.mark.live

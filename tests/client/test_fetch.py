@@ -32,7 +32,7 @@ from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unav
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.directories import private_directory
 from vitalsd.discovery.runtime_file import Endpoint, Target, proof
-from vitalsd.sources.process_identity import births
+from vitalsd.sources.platform import births
 from vitalsd_client import BugReport, afetch, fetch, mark
 from vitalsd_client.fetch_metrics import BUDGET_S
 

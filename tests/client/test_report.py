@@ -38,7 +38,8 @@ from vitalsd.recording.recorder import Recording
 from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import Targets
-from vitalsd.sources import Source, open_source
+from vitalsd.sources import open_source
+from vitalsd.sources.base import Source
 from vitalsd_client import BugReport
 from vitalsd_client.report import Content
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from support.snapshots import IDENTITY, SECOND, pairs, snapshot, with_extras
-from vitalsd.contract.encoding import MAX_BYTES, MAX_THREADS, Detail, Sort, encode, iso, os_version, unavailable
-from vitalsd.contract.host import Host
+from vitalsd.contract.encoding import MAX_BYTES, MAX_THREADS, Detail, Sort, encode, unavailable
+from vitalsd.contract.host import Host, os_version
 from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 from vitalsd.snapshot import Extras, Measurement, Snapshot, measure
-from vitalsd.sources import AccessDenied, TargetGone
+from vitalsd.sources.base import AccessDenied, TargetGone
+from vitalsd.text import iso
 
 details = st.sampled_from(["basic", "full"])
 sorts = st.sampled_from(["tid", "cpu", "name"])

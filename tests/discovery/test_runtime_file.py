@@ -28,7 +28,9 @@ from vitalsd.discovery.directories import (
 from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.discovery.unix_socket import SocketLock, answers
 from vitalsd.sources import open_source
-from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, LinuxBirths, Undecided, births
+from vitalsd.sources.linux.process_identity import LinuxBirths
+from vitalsd.sources.platform import births
+from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Undecided
 
 
 class Kernel:

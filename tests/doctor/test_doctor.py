@@ -23,7 +23,7 @@ from vitalsd.doctor import process_checks as process
 from vitalsd.doctor.cpu_load import BurnerProcess, bounds_ns
 from vitalsd.doctor.finding import Finding
 from vitalsd.doctor.soak import SEGMENTS, slope, soak
-from vitalsd.sources import Source
+from vitalsd.sources.base import Source
 from vitalsd.sources.darwin.libsystem import load
 from vitalsd.sources.platform import Platform, this_platform
 from vitalsd.sources.programs import ProgramOf, no_program

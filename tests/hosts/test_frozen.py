@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from support.sidecars import environment, eventually
-from vitalsd.sources.process_identity import births
+from vitalsd.sources.platform import births
 
 pytest.importorskip("PyInstaller", reason="PyInstaller is not installed: run make test-hosts")
 pytestmark = [

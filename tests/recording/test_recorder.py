@@ -14,7 +14,7 @@ from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
 from vitalsd.recording.run_writer import RunFile
 from vitalsd.recording.series import Mark
-from vitalsd.sources import KernelError, TargetGone
+from vitalsd.sources.base import KernelError, TargetGone
 
 
 def recorded(*steps: tuple[int, dict[str, object]]) -> list[tuple[str, str]]:

@@ -11,11 +11,11 @@ import pytest
 
 from support.snapshots import IDENTITY, snapshot
 from vitalsd.admission import OWNER, Busy, Peer
-from vitalsd.recording.recorder import Recording
-from vitalsd.sampling.sampler import CROWD, MAX_WINDOWS, SHARE_PART, NotRecording, Sampler, sample
+from vitalsd.recording.recorder import NotRecording, Recording
+from vitalsd.sampling.sampler import CROWD, MAX_WINDOWS, SHARE_PART, Sampler, sample
 from vitalsd.sampling.target_pool import Stream, Targets
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import KernelError, NoSuchProcess, Source, TargetGone
+from vitalsd.sources.base import KernelError, NoSuchProcess, Source, TargetGone
 
 
 class CountingSource:

@@ -26,7 +26,7 @@ from vitalsd.recording.series import Record
 from vitalsd.sidecar.listeners import ListenError, PortInUse, bind_tcp
 from vitalsd.snapshot import Snapshot
 from vitalsd.sources.names import PythonNames
-from vitalsd.sources.process_identity import births
+from vitalsd.sources.platform import births
 
 
 def interpreters() -> list[str]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from vitalsd.sidecar.process_exit import death_of
-from vitalsd.sources.process_identity import Undecided, births
+from vitalsd.sources.platform import births
+from vitalsd.sources.process_identity import Undecided
 
 
 @pytest.fixture

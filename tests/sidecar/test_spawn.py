@@ -19,7 +19,7 @@ from support.sidecars import ask, environment, eventually, listing, serving
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
-from vitalsd.sources.process_identity import births
+from vitalsd.sources.platform import births
 
 
 @pytest.fixture(autouse=True)

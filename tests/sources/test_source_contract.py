@@ -16,7 +16,7 @@ from support.darwin.simulator import Simulator
 from support.fake_source import FakeProcess, FakeSource
 from support.workload import ChildWorkload, OwnWorkload, Workload
 from vitalsd.snapshot import measure
-from vitalsd.sources import Source, TargetGone
+from vitalsd.sources.base import Source, TargetGone
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.mach_source import MachSource

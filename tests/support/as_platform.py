@@ -17,8 +17,8 @@ from typing import Any
 
 from vitalsd.cli import main
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import Source, TargetGone
 from vitalsd.sources import platform as platforms
+from vitalsd.sources.base import Source, TargetGone
 from vitalsd.sources.darwin import processes as darwin
 from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.darwin.process_identity import DarwinBirths

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras
-from vitalsd.sources import SourceError, TargetGone
+from vitalsd.sources.base import SourceError, TargetGone
 
 __all__ = ["FakeProcess", "FakeSource"]
 
@@ -66,7 +66,7 @@ class FakeProcess:
 
 
 class FakeSource:
-    """See `vitalsd.sources.Source`."""
+    """See `vitalsd.sources.base.Source`."""
 
     def __init__(self, process: FakeProcess, *, platform: str = "macos") -> None:
         self._process = process

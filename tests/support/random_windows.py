@@ -20,7 +20,7 @@ from vitalsd.contract.encoding import encode
 from vitalsd.recording.history import history
 from vitalsd.recording.series import Record
 from vitalsd.snapshot import Snapshot, measure
-from vitalsd.sources import SourceError
+from vitalsd.sources.base import SourceError
 from vitalsd.sources.linux.source import LinuxSource
 
 SNAPSHOTS = 400

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from vitalsd.cli import main
-from vitalsd.sources import SourceError
+from vitalsd.sources.base import SourceError
 from vitalsd.sources.linux.procfs import parse_stat
 from vitalsd.sources.linux.source import LinuxSource
 from vitalsd.sources.programs import ProgramDigest

@@ -18,8 +18,8 @@ import pytest
 
 from support.misbehaving import Misbehaving, answer, says
 from support.sidecars import VITALSD, environment
-from vitalsd.contract.encoding import MAX_LINE, one_line
 from vitalsd.sidecar.spawn import SpawnError, spawn
+from vitalsd.text import MAX_LINE, one_line
 from vitalsd_client import BugReport, fetch
 
 pytestmark = pytest.mark.live

@@ -29,7 +29,8 @@ from vitalsd.http.responses import Refused
 from vitalsd.recording.history import history
 from vitalsd.recording.history_import import read_history
 from vitalsd.recording.run_reader import UnreadableRun, read_run
-from vitalsd.sources.linux.procfs import Malformed, decode_name, parse_run_times, parse_stat, parse_statm, parse_status
+from vitalsd.sources.linux.procfs import Malformed, parse_run_times, parse_stat, parse_statm, parse_status
+from vitalsd.sources.names import decode_name
 
 CAPTURE = DATA / "proc" / "4242"
 

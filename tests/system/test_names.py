@@ -24,7 +24,7 @@ from support.edge import get
 from support.sidecars import environment, eventually, serving
 from support.target import Target
 from vitalsd.cli import main
-from vitalsd.contract.encoding import printable
+from vitalsd.text import printable
 
 pytestmark = [pytest.mark.live, pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) names a thread by bytes")]
 

@@ -19,7 +19,7 @@ from support.sidecars import serving
 from vitalsd.contract.metrics import Measured, Unavailable
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.runtime_file import Endpoint
-from vitalsd.sources.process_identity import births
+from vitalsd.sources.platform import births
 from vitalsd_client import fetch
 
 pytestmark = [

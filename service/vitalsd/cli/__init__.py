@@ -19,7 +19,7 @@ COMMANDS = {
     "agent": "agent.agent",
     "completion": "completion.completion",
     "doctor": "doctor.doctor",
-    "endpoints": "runs.endpoints",
+    "endpoints": "endpoints.endpoints",
     "open": "open_page.open_page",
     "replay": "replay.replay",
     "report": "report.report",
@@ -94,7 +94,7 @@ def _escaped() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        from vitalsd.contract.encoding import one_line
+        from vitalsd.text import one_line
 
         error.message = one_line(error.message)  # type: ignore[misc]  # click declares it final
         raise
@@ -103,7 +103,7 @@ def _escaped() -> Iterator[None]:
 def _print_traceback() -> None:
     import traceback
 
-    from vitalsd.contract.encoding import one_line
+    from vitalsd.text import one_line
 
     for line in traceback.format_exc().splitlines():
         click.echo(one_line(line), err=True)

@@ -34,7 +34,8 @@ def processes(context: click.Context, parameter: click.Parameter, incomplete: st
 
     from click.shell_completion import CompletionItem
 
-    from vitalsd.sources import SourceError, list_processes
+    from vitalsd.sources import list_processes
+    from vitalsd.sources.base import SourceError
 
     try:
         mine = [entry for entry in list_processes() if entry.is_of(os.geteuid()) and entry.pid != os.getpid()]

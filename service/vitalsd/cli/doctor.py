@@ -140,7 +140,7 @@ def _progress(*, quiet: bool) -> "Iterator[tuple[Progress, Callable[[Finding], N
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.text import Text
 
-    from vitalsd.contract.encoding import one_line
+    from vitalsd.text import one_line
 
     out = Console(highlight=False, soft_wrap=True)
     # Where the lines and the progress go to one terminal, one of them draws both.

@@ -28,7 +28,7 @@ class _Text(logging.Formatter):
     """``vitalsd: a sentence``, and after a bug its traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        from vitalsd.contract.encoding import one_line
+        from vitalsd.text import one_line
 
         lines = [f"vitalsd: {one_line(record.getMessage())}"]
         if record.exc_info:
@@ -40,7 +40,7 @@ class _Json(logging.Formatter):
     """One object a line, in ASCII: what a stranger has named breaks neither the line nor a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        from vitalsd.contract.encoding import iso, shortened
+        from vitalsd.text import iso, shortened
 
         entry = {
             "time": iso(round(record.created * 1e9)),

@@ -127,7 +127,7 @@ port_option = click.option(
 
 def complain(text: str) -> None:
     """Print one line on stderr; what others wrote is shown escaped and cut."""
-    from vitalsd.contract.encoding import one_line
+    from vitalsd.text import one_line
 
     click.echo(f"vitalsd: {one_line(text)}", err=True)
 
@@ -147,7 +147,7 @@ class Refused(Failed):
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
     """Print aligned columns; what others wrote is shown escaped and cut."""
-    from vitalsd.contract.encoding import one_line
+    from vitalsd.text import one_line
 
     shown = [head, *(list(map(one_line, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
@@ -209,7 +209,7 @@ def choose_process(name: str, platform: "Platform") -> Taken:
     """
     import os
 
-    from vitalsd.sources import NoSuchProcess
+    from vitalsd.sources.base import NoSuchProcess
 
     fold = str.casefold if platform.name == "macos" else str
     every = {entry.pid: entry for entry in platform.list_processes()}

@@ -27,7 +27,7 @@ def replay(file: Path, host: str, port: int | None, log_format: str) -> None:
     from vitalsd.recording.replay_file import read_replay_file
     from vitalsd.recording.run_reader import UnreadableRun
     from vitalsd.sampling.target_pool import Targets
-    from vitalsd.sources import NoSuchProcess, Source
+    from vitalsd.sources.base import NoSuchProcess, Source
 
     def no_process(pid: int) -> Source:
         raise NoSuchProcess(f"this is a replay of {file.name}; it has no process {pid}")

@@ -16,8 +16,8 @@ from vitalsd.cli.options import (
     complain,
     runs_path,
 )
-from vitalsd.contract.encoding import one_line, printable
 from vitalsd.contract.report_archive import MANIFEST, PREVIOUS_RUN
+from vitalsd.text import one_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -44,7 +44,7 @@ def sample(
     """
     from vitalsd.contract.encoding import encode, unavailable
     from vitalsd.sampling.sampler import sample as sample_window
-    from vitalsd.sources import SourceError
+    from vitalsd.sources.base import SourceError
 
     exclude(context, "pid", "name")
     raise_descriptor_limit()

@@ -174,8 +174,8 @@ def serve(
     """
     import os
 
-    from vitalsd.contract.encoding import one_line
     from vitalsd.sidecar.spawn import ExitNote, ReadyFd, taken_for_sidecar
+    from vitalsd.text import one_line
     from vitalsd.worker_thread import NoThread
 
     spawned = taken_for_sidecar(ready_fd)
@@ -238,7 +238,7 @@ def _serve_target(
 
     from vitalsd.discovery.program_key import program_key
     from vitalsd.snapshot import Identity
-    from vitalsd.sources import NoSuchProcess, Source, SourceError
+    from vitalsd.sources.base import NoSuchProcess, Source, SourceError
     from vitalsd.sources.programs import ProgramDigest
 
     called = ""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vitalsd.sidecar.listeners import Listeners
     from vitalsd.sidecar.service import Companion
     from vitalsd.sidecar.spawn import ReadyFd
-    from vitalsd.sources import ProcessEntry
+    from vitalsd.sources.base import ProcessEntry
     from vitalsd.sources.process_identity import Births
 
 __all__ = ["Serving", "Where", "import_service", "serve_until_signal", "starts"]
@@ -46,8 +46,8 @@ class Serving(click.Command):
             return super().make_context(info_name, args, *more, **extra)
         except click.UsageError as error:
             if fd := re.search(r"(?:^|\0)--ready-fd[=\0]([0-9]{1,9})(?:$|\0)", given):
-                from vitalsd.contract.encoding import one_line
                 from vitalsd.sidecar.spawn import ReadyFd
+                from vitalsd.text import one_line
 
                 with suppress(OSError):
                     ReadyFd(int(fd[1])).send(error=one_line(error.format_message()))
@@ -142,12 +142,12 @@ def serve_until_signal(
         spawned: `spawn` reads standard error until the sidecar is ready, and not after that.
     """
     from vitalsd.contract.application import Application
-    from vitalsd.contract.encoding import one_line
     from vitalsd.discovery.runtime_file import new_token
     from vitalsd.http.app import create_app
-    from vitalsd.http.shelf import Shelf
+    from vitalsd.recording.run_directory import Shelf
     from vitalsd.sidecar import service as sidecar
     from vitalsd.sidecar.service import Service
+    from vitalsd.text import one_line
 
     application = application or Application()
     notes: list[str] = []

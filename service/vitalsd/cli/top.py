@@ -58,7 +58,7 @@ def top(
     import signal
 
     from vitalsd.discovery.http_connection import ExchangeError
-    from vitalsd.sources import SourceError
+    from vitalsd.sources.base import SourceError
     from vitalsd.top import fullscreen as screen
     from vitalsd.top import line_output as plain
     from vitalsd.top.feed import Feed

@@ -11,31 +11,17 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii as quote
 from operator import add
 from typing import Any, Literal
 
-from vitalsd.contract.host import Host
+from vitalsd.contract.host import Host, os_version
 from vitalsd.contract.json_pieces import to_json
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
-from vitalsd.sources import SourceError
+from vitalsd.sources.base import SourceError
+from vitalsd.text import iso
 
-__all__ = [
-    "Detail",
-    "Labels",
-    "Sort",
-    "encode",
-    "iso",
-    "one_line",
-    "os_version",
-    "printable",
-    "shortened",
-    "target_json",
-    "unavailable",
-    "unavailable_json",
-]
+__all__ = ["Detail", "Labels", "Sort", "encode", "target_json", "unavailable", "unavailable_json"]
 
 Detail = Literal["basic", "full"]
 Sort = Literal["tid", "cpu", "name"]
@@ -43,64 +29,11 @@ Sort = Literal["tid", "cpu", "name"]
 MAX_THREADS = 20_000
 MAX_BYTES = 8 << 20
 """Of one answer. What does not fit is left out, the idlest threads first, and the answer says so."""
-MAX_LINE = 1000
-"""Characters of an error message or of a line of a log."""
 MAX_KEPT = 16
 """Different answers kept of one measurement, of no more than `MAX_BYTES` together."""
 
 DECIMALS = 3
 """Of every percentage: 0.001 % of a second is 10 µs."""
-
-
-def os_version() -> str:
-    """
-    Return the version of macOS that System Settings shows; of Linux, the release of the kernel.
-
-    macOS 11 and 26 report 10.16 and 16 to programs that were built with an older SDK, such as Python. There the version
-    comes from the release of Darwin: 20.x is macOS 11.x, 25.x is macOS 26.x.
-    """
-    version, release = platform.mac_ver()[0], platform.release()
-    if not version:
-        return release
-    if version.startswith(("10.16", "16")):
-        major, _, minor = release.partition(".")
-        with suppress(ValueError):
-            darwin = int(major)
-            return f"{darwin + 1 if darwin >= 25 else darwin - 9}.{int(minor.partition('.')[0])}"
-    return version
-
-
-def iso(unix_ns: int, precision: str = "milliseconds") -> str:
-    """A Unix time in ns as ISO 8601 in UTC, with ``milliseconds`` or ``microseconds``."""
-    seconds, rest_ns = divmod(unix_ns, 1_000_000_000)
-    moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest_ns // 1000)
-    return moment.isoformat(timespec=precision).replace("+00:00", "Z")
-
-
-def printable(text: str) -> str:
-    """
-    `text` for eyes: what a terminal would obey, what hides and what turns the direction round is spelled out.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def one_line(text: str, limit: int = MAX_LINE) -> str:
-    """Return `text` cut by `shortened` and escaped by `printable`, for an error message or a line of a log."""
-    return printable(shortened(text, limit))
-
-
-def shortened(text: str, limit: int = MAX_LINE) -> str:
-    """
-    Return `text`, or, of more than `limit` characters, its beginning and its end.
-
-    A message begins with what failed and ends with the remedy.
-    """
-    if len(text) <= limit:
-        return text
-    head, tail = text[: 2 * limit // 3], text[-(limit // 3) :]
-    return f"{head} [{len(text) - len(head) - len(tail)} characters left out] {tail}"
 
 
 def unavailable(error: SourceError | str, platform: str) -> bytes:

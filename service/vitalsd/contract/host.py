@@ -3,10 +3,11 @@
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, NamedTuple
 
-__all__ = ["Host"]
+__all__ = ["Host", "os_version"]
 
 MAX_TEXT = 64
 
@@ -60,3 +61,21 @@ class Host(NamedTuple):
             cpu_count=number("cpu_count", 1, 1 << 20),
             utc_offset_minutes=number("utc_offset_minutes", -24 * 60, 24 * 60),
         )
+
+
+def os_version() -> str:
+    """
+    Return the version of macOS that System Settings shows; of Linux, the release of the kernel.
+
+    macOS 11 and 26 report 10.16 and 16 to programs that were built with an older SDK, such as Python. There the version
+    comes from the release of Darwin: 20.x is macOS 11.x, 25.x is macOS 26.x.
+    """
+    version, release = platform.mac_ver()[0], platform.release()
+    if not version:
+        return release
+    if version.startswith(("10.16", "16")):
+        major, _, minor = release.partition(".")
+        with suppress(ValueError):
+            darwin = int(major)
+            return f"{darwin + 1 if darwin >= 25 else darwin - 9}.{int(minor.partition('.')[0])}"
+    return version

@@ -1,12 +1,11 @@
 """Encode large JSON in pieces, because json.dumps holds the interpreter lock of the host program until it is done."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
-from vitalsd.contract.interpreter_lock import LockRelease
-
-__all__ = ["to_json"]
+__all__ = ["LockRelease", "to_json"]
 
 PIECE = 2000
 """Values that are encoded at once: less than a millisecond."""
@@ -82,3 +81,24 @@ def _slices(values: list[Any] | tuple[Any, ...]) -> Iterator[list[Any] | tuple[A
             begin, weight = end, 0
         weight += more
     yield values[begin:]
+
+
+HELD_NS = 1_000_000
+
+
+class LockRelease:
+    """
+    Release the interpreter lock about once in a millisecond of work.
+
+    A thread that waits for the lock forces a release only after sys.getswitchinterval() seconds, 5 ms by default, and
+    not at all while a function in C runs.
+    """
+
+    def __init__(self) -> None:
+        self._since_ns = time.monotonic_ns()
+
+    def __call__(self) -> None:
+        """Release the lock if the last release was more than a millisecond ago; to be called between pieces of work."""
+        if time.monotonic_ns() - self._since_ns > HELD_NS:
+            time.sleep(0)  # On Linux some 50 µs, in which a thread that waits for the lock takes it.
+            self._since_ns = time.monotonic_ns()

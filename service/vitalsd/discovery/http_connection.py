@@ -18,8 +18,8 @@ from types import TracebackType
 
 import h11
 
-from vitalsd.contract.encoding import one_line
 from vitalsd.discovery.unix_socket import direct_socket, peer_uid
+from vitalsd.text import one_line
 
 __all__ = ["Answer", "Connection", "ExchangeError"]
 

@@ -25,7 +25,8 @@ from typing import Any, Literal, NamedTuple
 from vitalsd.discovery.atomic_file import draft, sync_directory
 from vitalsd.discovery.directories import EndpointError, runtime_directories
 from vitalsd.discovery.unix_socket import SocketLock, answers
-from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Births, Undecided, births
+from vitalsd.sources.platform import births
+from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Births, Undecided
 
 __all__ = [
     "PAGE_FILE",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vitalsd.doctor.cpu_load import Burner, BurnerProcess, BurnerThreads, Log, bounds_ns
 from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
 from vitalsd.snapshot import Measurement, Snapshot, measure
-from vitalsd.sources import Source
+from vitalsd.sources.base import Source
 from vitalsd.sources.platform import Platform
 
 __all__ = ["DUTIES", "another_process", "own_process"]

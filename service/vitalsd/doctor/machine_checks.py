@@ -11,7 +11,7 @@ from contextlib import closing
 from vitalsd.discovery.directories import EndpointError, runtime_directory, state_directory
 from vitalsd.doctor.cpu_load import BurnerProcess
 from vitalsd.doctor.finding import Finding, judged
-from vitalsd.sources import SourceError
+from vitalsd.sources.base import SourceError
 from vitalsd.sources.platform import Platform
 
 __all__ = ["descriptors", "directories", "permission", "source"]

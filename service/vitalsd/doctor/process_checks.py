@@ -9,7 +9,7 @@ from contextlib import closing
 from vitalsd.doctor.cpu_load import BurnerProcess, name_this_thread, touched
 from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
 from vitalsd.snapshot import measure
-from vitalsd.sources import Source
+from vitalsd.sources.base import Source
 from vitalsd.sources.platform import Platform
 
 __all__ = ["age", "held", "leftovers", "memory", "threads"]

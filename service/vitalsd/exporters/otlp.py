@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from vitalsd import __version__
-from vitalsd.contract.encoding import iso, one_line, os_version, printable
+from vitalsd.contract.host import os_version
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import SourceError
+from vitalsd.sources.base import SourceError
+from vitalsd.text import iso, one_line, printable
 from vitalsd.worker_thread import Worker
 
 if TYPE_CHECKING:

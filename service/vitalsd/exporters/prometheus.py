@@ -14,8 +14,8 @@ from heapq import nlargest
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vitalsd import __version__
-from vitalsd.contract.encoding import printable
 from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.text import printable
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

@@ -15,9 +15,9 @@ from vitalsd.http.routes.metrics import STREAM_S, live_routes
 from vitalsd.http.routes.recordings import past_routes
 from vitalsd.http.routes.reference import docs_routes
 from vitalsd.http.routes.report import REPORT_PATH, report_routes
-from vitalsd.http.shelf import Shelf
+from vitalsd.recording.run_directory import Shelf
 from vitalsd.sampling.target_pool import Targets
-from vitalsd.sources import ProcessEntry
+from vitalsd.sources.base import ProcessEntry
 from vitalsd.worker_thread import Worker
 
 __all__ = ["create_app"]

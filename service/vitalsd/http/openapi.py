@@ -16,9 +16,8 @@ from vitalsd import __version__
 from vitalsd.contract.metrics import Unavailable
 from vitalsd.http import response_models as bodies
 from vitalsd.http.access.access_control import OPEN_PATHS
-from vitalsd.http.answers import STATUS
 from vitalsd.http.parameters import Given, Sent
-from vitalsd.http.responses import MEDIA_TYPE, TITLES, Reason
+from vitalsd.http.responses import MEDIA_TYPE, STATUS, TITLES, Reason
 from vitalsd.http.route_docs import DETAILS, FAILURES, JSON, OPERATIONS, RUN, Operation
 
 __all__ = ["anywhere", "openapi"]

@@ -52,7 +52,7 @@ READING = ["GET", "HEAD"]
 Methods of a route that changes nothing. The server leaves the body out of an answer to HEAD (RFC 9110 section 9.3.2).
 
 A function that would measure, read a file or build something asks for the method when the request is checked, and
-returns `vitalsd.http.answers.bare` for HEAD.
+returns `vitalsd.http.responses.bare` for HEAD.
 """
 QUERIES = 32
 """Of one route, kept as they were parsed."""

@@ -6,18 +6,35 @@ A sampling failure is not one of these: it is the `Unavailable` variant of the c
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 
 from vitalsd.admission import Busy
-from vitalsd.sampling.sampler import NotRecording
+from vitalsd.contract.encoding import unavailable
+from vitalsd.contract.json_pieces import to_json
+from vitalsd.recording.recorder import NotRecording
+from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 from vitalsd.worker_thread import Hung, NoThread
 
-__all__ = ["MEDIA_TYPE", "TITLES", "Reason", "Refused", "install", "nearest", "problem", "shown"]
+__all__ = [
+    "JSON",
+    "MEDIA_TYPE",
+    "STATUS",
+    "TITLES",
+    "Reason",
+    "Refused",
+    "bare",
+    "failed",
+    "install",
+    "nearest",
+    "problem",
+    "shown",
+]
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -158,3 +175,38 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:
         return problem("internal", f"{type(error).__name__}; the log has the rest")
+
+
+STATUS: dict[type[SourceError], int] = {
+    AccessDenied: 403,
+    NoSuchProcess: 404,
+    TargetGone: 410,
+    Unsupported: 501,
+    KernelError: 503,
+}
+
+
+class JSON(JSONResponse):
+    """JSON, of a value or ready as bytes, that nobody caches."""
+
+    def __init__(self, content: Any, status_code: int = 200) -> None:
+        super().__init__(content, status_code, {"Cache-Control": "no-store"})
+
+    def render(self, content: Any) -> bytes:
+        return content if isinstance(content, bytes) else to_json(content)
+
+
+def bare(content_type: str = JSON.media_type) -> Response:
+    """
+    Return the answer to HEAD where GET would measure, read a file or build a report.
+
+    It has the headers of GET except Content-Length: the body is not made, so its length is not known.
+    """
+    response = Response(headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+    del response.headers["Content-Length"]
+    return response
+
+
+def failed(error: SourceError, platform: str) -> JSON:
+    """The `Unavailable` answer, with its status."""
+    return JSON(unavailable(error, platform), STATUS[type(error)])

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from vitalsd.contract.metrics import FullMetrics, Measured
 from vitalsd.http import response_models as bodies
 from vitalsd.http.responses import Reason
-from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
+from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 
 __all__ = ["DETAILS", "FAILURES", "JSON", "OPERATIONS", "RUN", "Operation", "Sample"]
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitalsd.contract.encoding import DECIMALS, iso, printable, target_json
-from vitalsd.contract.interpreter_lock import LockRelease
-from vitalsd.contract.json_pieces import to_json
+from vitalsd.contract.encoding import DECIMALS, target_json
+from vitalsd.contract.json_pieces import LockRelease, to_json
 from vitalsd.recording.series import Event, Mark, Record, Segment
 from vitalsd.snapshot import allowance_ns, idle_allowance_ns
+from vitalsd.text import iso, printable
 
 __all__ = ["History", "ThreadHistory", "history"]
 

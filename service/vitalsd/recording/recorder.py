@@ -10,10 +10,10 @@ from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.series import EventKind, Mark, Record
 from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Snapshot
-from vitalsd.sources import SourceError, TargetGone
+from vitalsd.sources.base import SourceError, TargetGone
 from vitalsd.worker_thread import seen
 
-__all__ = ["Recorder", "Recording"]
+__all__ = ["NotRecording", "Recorder", "Recording"]
 
 
 CLOCK_STEP_NS = 500_000_000
@@ -247,3 +247,7 @@ def _halted(before: Snapshot, now: Snapshot) -> str | None:
 
 def _forward(seconds: float) -> str:
     return f"{'forward' if seconds > 0 else 'back'} by {abs(seconds):.1f} s"
+
+
+class NotRecording(Exception):
+    """There is no recorder, and what was asked for needs one."""

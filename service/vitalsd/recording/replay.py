@@ -4,13 +4,13 @@ from typing import Any
 
 from vitalsd.admission import OWNER, Peer
 from vitalsd.contract.application import Application
-from vitalsd.contract.encoding import iso
 from vitalsd.contract.host import Host
+from vitalsd.recording.recorder import NotRecording
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile
 from vitalsd.recording.series import Mark, Record
-from vitalsd.sampling.sampler import NotRecording
 from vitalsd.snapshot import Identity, Measurement, Snapshot
-from vitalsd.sources import TargetGone
+from vitalsd.sources.base import TargetGone
+from vitalsd.text import iso
 
 __all__ = ["Replay"]
 

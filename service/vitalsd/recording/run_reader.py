@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from vitalsd.contract.application import Application
-from vitalsd.contract.encoding import iso
 from vitalsd.contract.host import Host
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.recording.journal import Row, read_tail
@@ -22,6 +21,7 @@ from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of, tai
 from vitalsd.recording.run_image import UnreadableRun
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Moves, Record, Segment
 from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.text import iso
 
 __all__ = ["UNKNOWN_END", "Run", "State", "UnreadableRun", "describe", "read_run"]
 

@@ -16,7 +16,8 @@ from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_files import has_run_name
 from vitalsd.recording.run_reader import UNKNOWN_END, Run, UnreadableRun, read_run
 from vitalsd.recording.series import Record
-from vitalsd.sources.process_identity import Births, Undecided, births
+from vitalsd.sources.platform import births
+from vitalsd.sources.process_identity import Births, Undecided
 from vitalsd.sources.programs import may_be_versions
 
 __all__ = ["TOP_THREADS", "Choice", "Found", "Listing", "Subject", "choose", "find", "is_alive", "member"]

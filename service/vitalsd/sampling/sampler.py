@@ -17,16 +17,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitalsd.admission import OWNER, Busy, Peer, Shares
-from vitalsd.recording.recorder import Recorder, Recording
+from vitalsd.recording.recorder import NotRecording, Recorder, Recording
 from vitalsd.recording.series import Mark, Record
 from vitalsd.snapshot import Identity, Measurement, Snapshot, contradiction, measure
-from vitalsd.sources import KernelError, Source, SourceError, TargetGone, platform_name
+from vitalsd.sources import platform_name
+from vitalsd.sources.base import KernelError, Source, SourceError, TargetGone
 from vitalsd.worker_thread import Hung, Stopped, Worker, seen
 
 if TYPE_CHECKING:
     from vitalsd.recording.replay import Replay
 
-__all__ = ["MAX_WINDOWS", "NotRecording", "Sampler", "sample"]
+__all__ = ["MAX_WINDOWS", "Sampler", "sample"]
 
 SHARE_NS = 10_000_000
 """A snapshot this young serves another window too ..."""
@@ -39,10 +40,6 @@ CROWD_NS = 5_000_000
 MAX_WINDOWS = 64
 """Of one target at once and for one kind of client; see `Shares`. Clients that share a window use one each."""
 T = TypeVar("T")
-
-
-class NotRecording(Exception):
-    """There is no recorder, and what was asked for needs one."""
 
 
 def sample(source: Source, window_ms: int, *, extras: bool = False) -> Measurement:

@@ -13,7 +13,7 @@ from vitalsd.admission import OWNER, Busy, Peer, Shares
 from vitalsd.recording.series import Mark, Record
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.snapshot import Identity, Measurement, Snapshot
-from vitalsd.sources import Source, SourceError, TargetGone
+from vitalsd.sources.base import Source, SourceError, TargetGone
 
 if TYPE_CHECKING:
     from vitalsd.recording.replay import Replay

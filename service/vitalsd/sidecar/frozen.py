@@ -13,15 +13,16 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 __all__ = [
+    "FLAG",
     "NotRunnableError",
     "absolute",
     "child_environment",
-    "freeze_support",
     "is_frozen",
     "is_one_file",
     "own_command",
     "restore_libraries",
     "runs_as_vitalsd",
+    "supports_own_sidecar",
     "with_own_files",
     "with_own_path",
 ]
@@ -56,20 +57,9 @@ class _Application:
     """Whether the arguments of this program are commands of vitalsd."""
 
 
-def freeze_support() -> None:
-    """
-    Let a frozen application be its own sidecar; to be called before anything else in its main module.
-
-    ``spawn()``, ``vitalsd doctor`` and ``vitalsd agent install`` run a frozen application again. In that second process
-    this function runs vitalsd and does not return. In the application itself it returns at once.
-    """
+def supports_own_sidecar() -> None:
+    """Note that this application has called `vitalsd.freeze_support`."""
     _Application.supported = True
-    if sys.argv[1:2] == [FLAG]:
-        del sys.argv[1]
-        from vitalsd.cli import main
-
-        main(prog_name="vitalsd")
-        sys.exit()
 
 
 def runs_as_vitalsd() -> None:

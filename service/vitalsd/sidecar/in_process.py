@@ -23,17 +23,19 @@ from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
 from vitalsd.discovery.program_key import program_key
 from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.app import create_app
-from vitalsd.http.shelf import Shelf
 from vitalsd.recording.black_box import BlackBox
-from vitalsd.recording.recorder import Recording
-from vitalsd.sampling.sampler import NotRecording, Sampler
+from vitalsd.recording.recorder import NotRecording, Recording
+from vitalsd.recording.run_directory import Shelf
+from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.sidecar.listeners import listen
 from vitalsd.sidecar.service import Service, run_directory, runtime_directory
 from vitalsd.sidecar.spawn import died_of_exception
-from vitalsd.sources import Source, hides_processes, list_processes, open_source
+from vitalsd.sources import hides_processes, list_processes, open_source
+from vitalsd.sources.base import Source
 from vitalsd.sources.names import PythonNames
-from vitalsd.sources.process_identity import Undecided, births
+from vitalsd.sources.platform import births
+from vitalsd.sources.process_identity import Undecided
 from vitalsd.sources.programs import ProgramDigest, main_script
 from vitalsd.worker_thread import Worker, start_thread
 

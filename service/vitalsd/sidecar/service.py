@@ -32,8 +32,9 @@ from vitalsd.sampling.target_pool import Targets
 from vitalsd.sidecar.listeners import Listeners
 from vitalsd.sidecar.process_exit import death_of
 from vitalsd.snapshot import Identity
-from vitalsd.sources import SourceError
-from vitalsd.sources.process_identity import Births, births
+from vitalsd.sources.base import SourceError
+from vitalsd.sources.platform import births
+from vitalsd.sources.process_identity import Births
 from vitalsd.worker_thread import NoThread
 
 __all__ = ["Companion", "NotStarted", "Service", "end_with", "follow", "run_directory", "runtime_directory", "serve"]

@@ -551,7 +551,7 @@ def _last_line(log_file: IO[bytes]) -> str:
 
 
 def _one_line(text: str, *limit: int) -> str:
-    """See `vitalsd.contract.encoding.one_line`, which is imported only for an error."""
-    from vitalsd.contract.encoding import one_line
+    """See `vitalsd.text.one_line`, which is imported only for an error."""
+    from vitalsd.text import one_line
 
     return one_line(text, *limit)

@@ -8,10 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import Source
-from vitalsd.sources.linux.procfs import decode_name
+from vitalsd.sources.base import Source
 
-__all__ = ["Inherited", "PythonNames", "names_by_id", "publish_names"]
+__all__ = ["Inherited", "PythonNames", "decode_name", "names_by_id", "publish_names"]
 
 COMM_BYTES = 15
 """Of a thread's name, as Linux keeps it."""
@@ -178,3 +177,8 @@ def _cut(name: str) -> bytes:
     """Return as much of a name as Linux keeps, in whole characters and up to a NUL."""
     kept = name.encode()[:COMM_BYTES].decode("utf-8", "ignore").encode()
     return kept.partition(b"\0")[0]
+
+
+def decode_name(raw: bytes) -> str:
+    """A comm as text: UTF-8, and any other byte as ``\\xNN``, so that no two names fall together."""
+    return raw.decode("utf-8", "backslashreplace")

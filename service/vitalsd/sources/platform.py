@@ -1,17 +1,20 @@
 """What one operating system offers, as a value: so that a whole program can be run over another one."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from vitalsd.sources import ProcessEntry, Source, hides_processes, list_processes, open_source, platform_name
-from vitalsd.sources.process_identity import Births, births
+from vitalsd.sources import hides_processes, list_processes, open_source, platform_name
+from vitalsd.sources.base import ProcessEntry, Source
+from vitalsd.sources.linux.process_identity import LinuxBirths
+from vitalsd.sources.process_identity import Births
 from vitalsd.sources.programs import ProgramOf, no_program
 
 if TYPE_CHECKING:
     from vitalsd.sources.darwin.tape import Tape
 
-__all__ = ["OpenSource", "Platform", "macos", "this_platform"]
+__all__ = ["OpenSource", "Platform", "births", "macos", "this_platform"]
 
 
 class OpenSource(Protocol):
@@ -88,3 +91,13 @@ def _holdings() -> Mapping[str, int]:
     from vitalsd.sources.darwin.processes import holdings
 
     return holdings()
+
+
+def births() -> Births:
+    """Of the running kernel. Another system than Linux and macOS is undecided about everything."""
+    if sys.platform == "darwin":
+        from vitalsd.sources.darwin.libsystem import load
+        from vitalsd.sources.darwin.process_identity import DarwinBirths
+
+        return DarwinBirths(load())
+    return LinuxBirths()

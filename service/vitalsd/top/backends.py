@@ -9,12 +9,13 @@ from itertools import chain
 from math import ceil, isfinite
 from typing import Any
 
-from vitalsd.contract.encoding import encode, one_line
+from vitalsd.contract.encoding import encode
 from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.recording.recorder import Recorder, Recording
 from vitalsd.snapshot import measure
-from vitalsd.sources import Source, SourceError, TargetGone
+from vitalsd.sources.base import Source, SourceError, TargetGone
+from vitalsd.text import one_line
 from vitalsd.top.events import News, Note, Past, Sample, Subject
 from vitalsd_client.locate import Sidecar
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 
 from vitalsd.discovery.http_connection import ExchangeError
-from vitalsd.sources import Source, SourceError, TargetGone
+from vitalsd.sources.base import Source, SourceError, TargetGone
 from vitalsd.top.backends import Direct, Remote
 from vitalsd.top.events import Ended, News, Subject, Trouble
 from vitalsd_client.locate import NoSidecar, Sidecar, locate

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 
-from vitalsd.contract.encoding import printable
+from vitalsd.text import printable
 from vitalsd.top.events import Ended, Note, Sample, Trouble
 from vitalsd.top.feed import Feed
 

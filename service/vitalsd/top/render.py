@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from vitalsd.contract.encoding import printable
+from vitalsd.text import printable
 from vitalsd.top.events import Note
 from vitalsd.top.view_state import SortKey, View
 

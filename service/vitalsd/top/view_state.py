@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vitalsd.contract.encoding import printable
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.contract.metrics import Measured, ThreadMetrics
+from vitalsd.text import printable
 from vitalsd.top.events import Ended, News, Note, Past, Sample, Subject, Trouble
 
 __all__ = ["SortKey", "View"]

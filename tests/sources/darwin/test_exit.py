@@ -16,7 +16,7 @@ from support.as_darwin.emulation import TEARDOWN_MS, Kevent, Kqueue
 from support.darwin.simulator import Simulator
 from support.sidecars import eventually
 from support.workload import ChildWorkload
-from vitalsd.sources import Ending, SourceError, TargetGone
+from vitalsd.sources.base import Ending, SourceError, TargetGone
 from vitalsd.sources.darwin import libproc_source as libproc
 from vitalsd.sources.darwin.exit_status import NOTE_EXITSTATUS, ExitNote
 from vitalsd.sources.darwin.libproc_source import LibprocSource

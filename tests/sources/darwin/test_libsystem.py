@@ -14,7 +14,7 @@ from support.darwin.abi import zig
 from support.darwin.simulator import SHORT_REPLY, Simulator
 from support.sidecars import eventually
 from support.workload import OwnWorkload
-from vitalsd.sources import Unsupported
+from vitalsd.sources.base import Unsupported
 from vitalsd.sources.darwin.apple_headers import (
     MACH_TASK_BASIC_INFO,
     PROC_PIDTASKALLINFO,

@@ -20,7 +20,7 @@ import pytest
 from support.sidecars import eventually
 from vitalsd.sidecar.listeners import bind_tcp, inherited
 from vitalsd.snapshot import measure
-from vitalsd.sources import AccessDenied, Ending, KernelError, TargetGone
+from vitalsd.sources.base import AccessDenied, Ending, KernelError, TargetGone
 from vitalsd.sources.darwin.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.libsystem import load

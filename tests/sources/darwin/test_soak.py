@@ -15,7 +15,7 @@ import pytest
 
 from support.darwin.simulator import SHORT_REPLY, Simulator
 from vitalsd.snapshot import measure
-from vitalsd.sources import Source, SourceError
+from vitalsd.sources.base import Source, SourceError
 from vitalsd.sources.darwin.apple_headers import (
     KERN_INVALID_ARGUMENT,
     KERN_TERMINATED,

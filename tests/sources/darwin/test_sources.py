@@ -17,7 +17,7 @@ from support.darwin.simulator import SHORT_REPLY, Simulator
 from support.sidecars import eventually
 from support.workload import ChildWorkload, OwnWorkload
 from vitalsd.snapshot import measure
-from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, Source, TargetGone, Unsupported
+from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, Source, TargetGone, Unsupported
 from vitalsd.sources.darwin.apple_headers import (
     MACH_TASK_BASIC_INFO,
     PROC_PIDLISTFDS,

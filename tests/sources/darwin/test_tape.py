@@ -24,7 +24,7 @@ from support.paths import DATA
 from support.sidecars import environment
 from support.workload import ChildWorkload, OwnWorkload
 from vitalsd.snapshot import Snapshot, measure
-from vitalsd.sources import NoSuchProcess, ProcessEntry
+from vitalsd.sources.base import NoSuchProcess, ProcessEntry
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.libsystem import FUNCTIONS, LibSystem, load
 from vitalsd.sources.darwin.mach_source import MachSource

@@ -22,7 +22,7 @@ from vitalsd.snapshot import measure
 from vitalsd.sources import list_processes
 from vitalsd.sources.linux.procfs import parse_stat
 from vitalsd.sources.linux.source import LinuxSource
-from vitalsd.sources.process_identity import births
+from vitalsd.sources.platform import births
 
 pytestmark = [
     pytest.mark.live,
@@ -514,7 +514,7 @@ def test_start_time_is_the_same_in_another_time_namespace() -> None:
     """By which a process and its runs are known; the age is right in both."""
     code = (
         "import sys; from vitalsd.sources.linux.source import LinuxSource;"
-        " from vitalsd.sources.process_identity import births;"
+        " from vitalsd.sources.platform import births;"
         "s = LinuxSource(int(sys.argv[1])); print(s.identity().start_key, births().start_key(int(sys.argv[1])),"
         " s.snapshot().uptime_ns // 10**9)"
     )

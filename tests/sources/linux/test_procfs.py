@@ -11,13 +11,13 @@ from support.paths import DATA
 from vitalsd.sources.linux.procfs import (
     Malformed,
     Stat,
-    decode_name,
     parse_run_times,
     parse_stat,
     parse_statm,
     parse_status,
     parse_tgid,
 )
+from vitalsd.sources.names import decode_name
 
 CAPTURE = DATA / "proc" / "4242"
 

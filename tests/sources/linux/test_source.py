@@ -27,16 +27,8 @@ from support.paths import DATA, SUPPORT
 from support.sidecars import eventually
 from support.target import Target, cpu_at, set_name, spin
 from vitalsd.snapshot import Snapshot, measure
-from vitalsd.sources import (
-    AccessDenied,
-    Ending,
-    NoSuchProcess,
-    Source,
-    TargetGone,
-    Unsupported,
-    list_processes,
-    open_source,
-)
+from vitalsd.sources import list_processes, open_source
+from vitalsd.sources.base import AccessDenied, Ending, NoSuchProcess, Source, TargetGone, Unsupported
 from vitalsd.sources.linux.cpu_counters import KERNEL_TICK_NS, USER_TICK_NS
 from vitalsd.sources.linux.source import LinuxSource
 from vitalsd.sources.linux.threads import NAMES_EVERY_NS

@@ -7,9 +7,8 @@ from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.discovery.runtime_file import proof
-from vitalsd.http.answers import JSON
 from vitalsd.http.parameters import READING
-from vitalsd.http.responses import problem
+from vitalsd.http.responses import JSON, problem
 
 __all__ = ["Hello"]
 

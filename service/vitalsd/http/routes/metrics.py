@@ -16,17 +16,17 @@ from starlette.types import Receive, Scope, Send
 from vitalsd import __version__
 from vitalsd.admission import Busy, Peer, Shares
 from vitalsd.contract.application import Application
-from vitalsd.contract.encoding import Labels, encode, iso, target_json, unavailable, unavailable_json
+from vitalsd.contract.encoding import Labels, encode, target_json, unavailable, unavailable_json
 from vitalsd.contract.host import Host
 from vitalsd.exporters.prometheus import Scrape, content_type_of, expose, negotiate
 from vitalsd.http.access.peer import peer_of
-from vitalsd.http.answers import JSON, bare, failed
 from vitalsd.http.parameters import READING, MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
-from vitalsd.http.responses import problem
-from vitalsd.http.shelf import Shelf
+from vitalsd.http.responses import JSON, bare, failed, problem
 from vitalsd.http.single_flight import Turns
+from vitalsd.recording.run_directory import Shelf
 from vitalsd.sampling.target_pool import Stream, Target, Targets
-from vitalsd.sources import KernelError, ProcessEntry, SourceError
+from vitalsd.sources.base import KernelError, ProcessEntry, SourceError
+from vitalsd.text import iso
 from vitalsd.worker_thread import Hung, Worker
 
 __all__ = ["STREAM_S", "live_routes"]

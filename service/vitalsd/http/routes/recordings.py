@@ -4,9 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 
-from vitalsd.contract.encoding import iso
 from vitalsd.http.access.peer import peer_of
-from vitalsd.http.answers import JSON, bare, failed
 from vitalsd.http.parameters import (
     READING,
     HistoryQuery,
@@ -17,15 +15,15 @@ from vitalsd.http.parameters import (
     given,
     sent,
 )
-from vitalsd.http.responses import problem
-from vitalsd.http.shelf import Shelf
+from vitalsd.http.responses import JSON, bare, failed, problem
 from vitalsd.http.single_flight import Turns
-from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.recorder import NotRecording
+from vitalsd.recording.run_directory import RunDirectory, Shelf
 from vitalsd.recording.run_reader import UnreadableRun, read_run
 from vitalsd.recording.series import Mark, Record
-from vitalsd.sampling.sampler import NotRecording
 from vitalsd.sampling.target_pool import Targets
-from vitalsd.sources import SourceError
+from vitalsd.sources.base import SourceError
+from vitalsd.text import iso
 from vitalsd.worker_thread import Worker
 
 __all__ = ["NO_SUCH_RUN", "mark_json", "past_routes"]

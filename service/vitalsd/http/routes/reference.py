@@ -15,9 +15,9 @@ from fastapi import APIRouter, Response
 from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 
-from vitalsd.http.answers import JSON
 from vitalsd.http.page import policy
 from vitalsd.http.parameters import READING, NoQuery, StrictRoute, given
+from vitalsd.http.responses import JSON
 from vitalsd.worker_thread import Worker
 
 __all__ = ["answers_of", "docs_routes", "example_of", "refusals", "type_text"]

@@ -17,19 +17,17 @@ from vitalsd.admission import Peer
 from vitalsd.contract.application import Application
 from vitalsd.contract.encoding import encode, unavailable
 from vitalsd.http.access.peer import peer_of
-from vitalsd.http.answers import JSON, bare
 from vitalsd.http.parameters import READING, NoQuery, ReportQuery, ReportRequest, StrictRoute, given, sent
-from vitalsd.http.responses import problem
+from vitalsd.http.responses import JSON, bare, problem
 from vitalsd.http.routes.recordings import NO_SUCH_RUN, mark_json
 from vitalsd.http.server.delivery import TAKEN
-from vitalsd.http.shelf import Shelf
 from vitalsd.http.single_flight import Turns
-from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_directory import RunDirectory, Shelf
 from vitalsd.recording.run_reader import Run, UnreadableRun
 from vitalsd.recording.series import Record
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity
-from vitalsd.sources import SourceError
+from vitalsd.sources.base import SourceError
 from vitalsd.worker_thread import Hung, Worker
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import select
 from contextlib import suppress
 
-from vitalsd.sources import Ending
+from vitalsd.sources.base import Ending
 
 __all__ = ["ExitNote"]
 

@@ -25,7 +25,7 @@ from ctypes import c_uint64
 from operator import add
 
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources import Ending, KernelError, TargetGone
+from vitalsd.sources.base import Ending, KernelError, TargetGone
 from vitalsd.sources.darwin.apple_headers import (
     PROC_FLAG_INEXIT,
     SSTOP,
@@ -57,7 +57,7 @@ WALK_LIMIT = 2048
 
 class LibprocSource:
     """
-    Reads any process of our effective user on macOS; see `vitalsd.sources.Source`.
+    Reads any process of our effective user on macOS; see `vitalsd.sources.base.Source`.
 
     Args:
         pid: target.

@@ -24,7 +24,7 @@ from itertools import repeat
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from vitalsd.sources import Unsupported
+from vitalsd.sources.base import Unsupported
 from vitalsd.sources.darwin.apple_headers import (
     ARG_MAX,
     CTL_KERN,

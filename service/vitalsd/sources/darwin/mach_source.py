@@ -17,7 +17,7 @@ from collections.abc import Callable
 from operator import add
 
 from vitalsd.snapshot import Extras, Identity, Snapshot
-from vitalsd.sources import KernelError, TargetGone
+from vitalsd.sources.base import KernelError, TargetGone
 from vitalsd.sources.darwin.apple_headers import (
     mach_task_basic_info,
     task_absolutetime_info,
@@ -34,7 +34,7 @@ __all__ = ["MachSource"]
 
 class MachSource:
     """
-    Reads this process on macOS; see `vitalsd.sources.Source`. Needs no privilege.
+    Reads this process on macOS; see `vitalsd.sources.base.Source`. Needs no privilege.
 
     Args:
         lib: libSystem; by default that of the system is loaded.

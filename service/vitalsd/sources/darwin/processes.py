@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from vitalsd.sources import ProcessEntry, Source
+from vitalsd.sources.base import ProcessEntry, Source
 from vitalsd.sources.darwin.apple_headers import MACH_PORT_DEAD, MACH_PORT_NULL, SZOMB, proc_taskallinfo
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.libsystem import LibSystem, MachError, load

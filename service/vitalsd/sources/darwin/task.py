@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from vitalsd.snapshot import Extras, Identity, ThreadExtras
-from vitalsd.sources import AccessDenied, KernelError, NoSuchProcess, TargetGone, Unsupported
+from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, TargetGone, Unsupported
 from vitalsd.sources.darwin.apple_headers import (
     RUSAGE_INFO_V4,
     RUSAGE_INFO_V6,
@@ -32,7 +32,7 @@ from vitalsd.sources.darwin.apple_headers import (
 )
 from vitalsd.sources.darwin.libsystem import LibSystem, MachError
 from vitalsd.sources.darwin.threads import RUN_STATES, Living
-from vitalsd.sources.linux.procfs import decode_name
+from vitalsd.sources.names import decode_name
 from vitalsd.sources.process_identity import UNKNOWN_BOOT
 from vitalsd.sources.programs import Command, ProgramOf, no_program
 

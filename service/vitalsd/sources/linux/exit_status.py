@@ -4,7 +4,7 @@ import fcntl
 import os
 import struct
 
-from vitalsd.sources import Ending
+from vitalsd.sources.base import Ending
 from vitalsd.sources.linux.cpu_counters import reread
 from vitalsd.sources.linux.procfs import Malformed, parse_stat
 

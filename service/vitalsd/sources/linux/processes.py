@@ -5,9 +5,10 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from vitalsd.sources import ProcessEntry, Unsupported
+from vitalsd.sources.base import ProcessEntry, Unsupported
 from vitalsd.sources.linux.cpu_counters import USER_TICK_NS, read_file
-from vitalsd.sources.linux.procfs import Malformed, decode_name, parse_stat, parse_statm, parse_uids
+from vitalsd.sources.linux.procfs import Malformed, parse_stat, parse_statm, parse_uids
+from vitalsd.sources.names import decode_name
 from vitalsd.sources.programs import Command
 
 __all__ = ["hides_processes", "list_processes", "running_command"]

@@ -11,11 +11,12 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vitalsd.sources.names import decode_name
+
 __all__ = [
     "STATES",
     "Malformed",
     "Stat",
-    "decode_name",
     "freezer_paths",
     "parse_run_times",
     "parse_stat",
@@ -68,11 +69,6 @@ class Stat(NamedTuple):
     vm_bytes: int
     image: tuple[int, ...]
     """Addresses fixed at exec; empty without ptrace permission (the kernel then writes 0 or 1)."""
-
-
-def decode_name(raw: bytes) -> str:
-    """A comm as text: UTF-8, and any other byte as ``\\xNN``, so that no two names fall together."""
-    return raw.decode("utf-8", "backslashreplace")
 
 
 def parse_stat(content: bytes) -> Stat:

@@ -26,14 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras
-from vitalsd.sources import (
-    AccessDenied,
-    KernelError,
-    NoSuchProcess,
-    SourceError,
-    TargetGone,
-    Unsupported,
-)
+from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 from vitalsd.sources.linux.cpu_counters import (
     GONE,
     USER_TICK_NS,
@@ -46,6 +39,7 @@ from vitalsd.sources.linux.cpu_counters import (
     reread,
 )
 from vitalsd.sources.linux.exit_status import ending
+from vitalsd.sources.linux.process_identity import LinuxBirths, boottime_offset_ticks
 from vitalsd.sources.linux.processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, running_command
 from vitalsd.sources.linux.procfs import (
     STATES,
@@ -59,7 +53,6 @@ from vitalsd.sources.linux.procfs import (
     parse_tgid,
 )
 from vitalsd.sources.linux.threads import ThreadTable
-from vitalsd.sources.process_identity import LinuxBirths, boottime_offset_ticks
 from vitalsd.sources.programs import Command, ProgramOf, no_program
 
 __all__ = ["LinuxSource"]
@@ -90,7 +83,7 @@ class _Memory(NamedTuple):
 
 class LinuxSource:
     """
-    Reads one process of Linux; see `vitalsd.sources.Source`.
+    Reads one process of Linux; see `vitalsd.sources.base.Source`.
 
     Args:
         pid: target; ``None`` is this process.

@@ -17,7 +17,8 @@ from itertools import compress
 from operator import ne, sub
 
 from vitalsd.sources.linux.cpu_counters import GONE, Reading, ThreadCounter, ThreadNames, read_file
-from vitalsd.sources.linux.procfs import Stat, decode_name, parse_stat
+from vitalsd.sources.linux.procfs import Stat, parse_stat
+from vitalsd.sources.names import decode_name
 
 __all__ = ["LOOK_EVERY_NS", "NAMES_EVERY_NS", "ThreadTable"]
 

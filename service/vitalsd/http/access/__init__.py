@@ -1,0 +1,1 @@
+"""The checks that a request passes before a route sees it."""

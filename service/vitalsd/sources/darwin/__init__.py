@@ -1,0 +1,1 @@
+"""Processes of macOS, read through Mach and libproc."""

@@ -1,0 +1,1 @@
+"""Processes of Linux, read from /proc."""
