@@ -529,6 +529,7 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
     allowed = {
         "vitalsd",
         "vitalsd.contract.metrics",
+        "vitalsd.discovery",
         "vitalsd.discovery.runtime_file",
         "vitalsd.discovery.directories",
         "vitalsd.discovery.atomic_file",
@@ -546,7 +547,7 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
         "vitalsd.report.previous_run",
     }
     more = {
-        "direct.py": {"vitalsd.snapshot", "vitalsd.sources", "vitalsd.contract.encoding"},
+        "direct.py": {"vitalsd.snapshot", "vitalsd.sources", "vitalsd.sources.base", "vitalsd.contract.encoding"},
         "recorded_data.py": {"vitalsd.recording.run_directory", "vitalsd.sources", "vitalsd.sources.programs"},
         "crash.py": {"vitalsd.recording.run_directory", "vitalsd.recording.run_reader"},
     }
