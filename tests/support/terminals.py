@@ -91,7 +91,7 @@ class PseudoTerminal:
         deadline = time.monotonic() + timeout_s
         while self._read(max(0.0, deadline - time.monotonic())) and time.monotonic() < deadline:
             pass
-        return self.process.wait(5)
+        return self.process.wait(30)
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
