@@ -12,7 +12,6 @@ from hypothesis import settings
 
 from support.as_darwin.emulation import COUNTED
 from support.target import Target
-from vitalsd.recording.journal import remove_tail
 
 pytest_plugins = ["support.darwin.fixtures"]
 
@@ -58,26 +57,6 @@ def _short_path() -> Iterator[Path]:
     """A directory whose path leaves room for that of a Unix socket, which pytest's own on macOS does not."""
     with tempfile.TemporaryDirectory(prefix="v", dir="/tmp") as path:
         yield Path(path).resolve()
-        forget_tails(Path(path))
-
-
-def forget_tails(directory: Path) -> None:
-    """
-    Release the shared memory of the runs below `directory` that were killed or left open.
-
-    A launcher of PyInstaller may still remove its folder below `directory`: `os.walk` passes over what has gone, and
-    `rglob` raises.
-    """
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            if name.endswith(".tail"):
-                remove_tail(Path(folder, name))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_memory_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    yield
-    forget_tails(tmp_path_factory.getbasetemp())
 
 
 short_path = pytest.fixture(_short_path)

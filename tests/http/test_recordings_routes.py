@@ -21,7 +21,6 @@ import pytest
 
 from support.serving import Serving
 from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
-from vitalsd.recording.journal import SHARED_MEMORY
 from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.recording.run_reader import UnreadableRun
 from vitalsd.sources import list_processes
@@ -416,9 +415,8 @@ def test_replay_unpacks_no_more_than_the_header_says(tmp_path: Path) -> None:
     assert peak < 10_000_000
 
 
-@pytest.mark.skipif(not SHARED_MEMORY.exists(), reason="needs a tail, which macOS has no memory for")
 def test_get_of_any_route_changes_no_file_and_no_mark(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
-    """A run that crashed, with its log and its tail, is as it was, and counts as not reported."""
+    """A run that crashed, with its log, is as it was, and counts as not reported."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as crashed:
         crashed.client.post("/marks", json={"label": "F12"}).raise_for_status()
         wait_until(lambda: snapshots(crashed) > 5)
@@ -426,7 +424,7 @@ def test_get_of_any_route_changes_no_file_and_no_mark(tmp_path: Path, busy: subp
     with Serving(tmp_path, "--record-interval", "0") as serving:
         before = content_of(tmp_path / "runs")
         [run] = serving.get("/runs")
-        assert {Path(name).suffix for name in before} >= {".sqlite", ".sqlite-wal", ".tail"}
+        assert {Path(name).suffix for name in before} >= {".sqlite", ".sqlite-wal"}
         paths = serving.get("/openapi.json")["paths"]
         for path in [path for path, methods in paths.items() if "get" in methods]:
             for query in ("", f"?run={run['id']}", "?seconds=5", "?window_ms=20&detail=full", "?mode=trailing"):

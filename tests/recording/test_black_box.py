@@ -23,8 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from support.lives import IDENTITY, SECOND_NS, Process, lives, same
 from support.sidecars import environment
 from vitalsd.recording.black_box import BlackBox
-from vitalsd.recording.journal import SHARED_MEMORY, Tail
-from vitalsd.recording.run_database import insert_rows
 from vitalsd.recording.run_directory import MAX_RUNS, RunDirectory
 from vitalsd.recording.run_files import delete_run, is_being_written
 from vitalsd.recording.run_reader import Run, UnreadableRun, read_run
@@ -37,7 +35,6 @@ T = TypeVar("T")
 KILLS = int(os.environ.get("VITALSD_KILLS", "12"))
 """Of each kind; `make torture` raises it."""
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a directory of shared memory")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which takes root")
 
 
@@ -170,9 +167,9 @@ WRITER = """
     from vitalsd.recording.run_directory import RunDirectory
     from vitalsd.sources import open_source
 
-    directory, memory, interval_s = sys.argv[1:]
+    directory, interval_s = sys.argv[1:]
     source = open_source()
-    runs = RunDirectory(Path(directory), memory=Path(memory))
+    runs = RunDirectory(Path(directory))
     recorder = Recorder(source.identity(), Recording(interval_s=float(interval_s), runs=runs))
     recorder.mark("before the crash")
     while True:
@@ -193,23 +190,16 @@ def ends(directory: Path) -> tuple[Run, list[int]]:
     return found, times
 
 
-@pytest.mark.parametrize(
-    ("memory", "interval_s"),
-    [
-        pytest.param(SHARED_MEMORY, 0.01, id="in memory until a segment ends"),
-        pytest.param(SHARED_MEMORY, 2, id="to disk each fifth time"),
-        pytest.param("/nowhere", 0.01, id="to disk at once"),
-    ],
-)
-def test_killed_at_any_moment_it_loses_at_most_one_interval(tmp_path: Path, memory: str, interval_s: float) -> None:
+@pytest.mark.parametrize("interval_s", [0.01, 2])
+def test_killed_at_any_moment_it_loses_at_most_one_interval(tmp_path: Path, interval_s: float) -> None:
     """
     After SIGKILL at random moments every file opens, no row is torn, and at most the last snapshot is missing;
-    so it is when the next start has written to disk what was in memory.
+    so it is when the next start has moved the log into the file.
     """
     for kill in range(KILLS):
         directory = tmp_path / str(kill)
         with subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(WRITER), str(directory), str(memory), f"{interval_s}"],
+            [sys.executable, "-c", textwrap.dedent(WRITER), str(directory), f"{interval_s}"],
             stdout=subprocess.PIPE,
         ) as writer:
             assert writer.stdout is not None
@@ -223,41 +213,29 @@ def test_killed_at_any_moment_it_loses_at_most_one_interval(tmp_path: Path, memo
         assert len(times) >= len(seen) - 1
         _, record = read_run(found.path)
         assert [mark.label for mark in record.marks] == ["before the crash"]
-        RunDirectory(directory).settle()
-        assert not list(directory.glob("*.tail"))
+        RunDirectory(directory).recover_crashed_runs()
+        assert not list(directory.glob("*-wal"))
         assert ends(directory)[1] == times
         with sqlite3.connect(found.path) as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         db.close()
 
 
-@linux_only
-def test_what_is_in_memory_belongs_to_the_run(tmp_path: Path) -> None:
-    """It is read with the run while that is written, moves to disk at its end, and goes when the run goes."""
-    process, snapshots = Process(), []
-    for _ in range(20):
-        process.pass_time(SECOND_NS)
-        snapshots.append(process.snapshot())
-    box, record = write(tmp_path, snapshots[:10])
-    for snapshot in snapshots[10:]:
-        segment = record.append(snapshot)
-        box.append(segment, len(segment) - 1)
-    link = next(tmp_path.glob("*.tail"))
-    target = link.readlink()
-    times = [snapshot.monotonic_ns for snapshot in snapshots]
-    assert ends(tmp_path)[1] == times
-    RunDirectory(tmp_path).settle()  # not of a run that goes on
-    assert target.exists()
-    box.close("over")
-    assert not link.is_symlink()
-    assert not target.exists()
-    assert ends(tmp_path)[1] == times
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="lists open files in /proc")
+def test_black_box_opens_files_in_its_directory_alone(tmp_path: Path) -> None:
+    """So nothing is left elsewhere when a writer is killed and its directory removed."""
 
-    box, _ = write(tmp_path, snapshots)
-    target = next(tmp_path.glob("*.tail")).readlink()
-    assert target.exists()
-    delete_run(tmp_path / f"{box.run_id}.sqlite")
-    assert not target.exists()
+    def opened() -> set[str]:
+        links = (Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
+        return {os.readlink(link) for link in links if link.is_symlink()}
+
+    before = opened()
+    box, _ = write(tmp_path / "runs", [Process().snapshot()])
+    files = opened() - before
+    assert len(files) >= 3
+    assert all(Path(file).parent == tmp_path / "runs" for file in files)
+    assert not any(path.is_symlink() for path in (tmp_path / "runs").iterdir())
+    box.close("over")
 
 
 def fails(*_: Any) -> None:
@@ -292,13 +270,10 @@ def test_who_reads_his_own_run_keeps_his_locks(tmp_path: Path) -> None:
     assert elsewhere("print(runs.runs()[0].snapshots)", tmp_path) == "6"
     go_on(box, record, process, 100)
     box.flush()
-    for tail in tmp_path.glob("*.tail"):
-        assert tail.exists()
     assert elsewhere("print(len(read_run(runs.runs()[0].path)[1]))", tmp_path) == "106"
     box.close("over")
 
 
-@linux_only
 def test_who_reads_a_dead_run_while_others_list_it_has_all_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,47 +301,26 @@ def test_who_reads_a_dead_run_while_others_list_it_has_all_of_it(
 
 
 def test_what_others_take_for_dead_goes_on(tmp_path: Path) -> None:
-    """Without its lock a run is settled by the next who starts: it loses its tail, gets another, and is whole."""
+    """Without its lock, the next sidecar that starts recovers the run; its writer continues, and it is whole."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
     go_on(box, record, process, 20)
     next(tmp_path.glob("*.lock")).unlink()
-    RunDirectory(tmp_path).settle()
-    assert not list(tmp_path.glob("*.tail"))
+    RunDirectory(tmp_path).recover_crashed_runs()
     go_on(box, record, process, 300)
-    assert list(tmp_path.glob("*.tail"))
     box.close("over")
     run, times = ends(tmp_path)
     assert (run.state, len(times), box.dropped) == ("clean", 321, 0)
 
 
-@linux_only
-def test_memory_that_was_removed_is_noticed(tmp_path: Path) -> None:
-    """Shared memory removed while the run goes on, as at the last logout of a user, costs what was in it at most."""
-    process = Process()
-    box, record = write(tmp_path, [process.snapshot()])
-    go_on(box, record, process, 2)
-    next(tmp_path.glob("*.tail")).readlink().unlink()
-    for _ in range(3):
-        go_on(box, record, process, 25)
-        box.flush()
-    go_on(box, record, process, 2)
-    assert len(ends(tmp_path)[1]) == 80
-    assert next(tmp_path.glob("*.tail")).exists()
-    box.close("over")
-
-
-@linux_only
 def test_a_file_that_was_deleted_is_followed_by_another(tmp_path: Path) -> None:
-    """From the next segment on at the latest; nothing of the first is left in memory."""
+    """From the next snapshot on, and nothing after it is lost."""
     process, record = Process(), Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
     box = BlackBox(RunDirectory(tmp_path / "runs"), IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62)
     go_on(box, record, process, 70)
-    in_memory = {link.readlink() for link in (tmp_path / "runs").glob("*.tail")}
     shutil.rmtree(tmp_path / "runs")
     go_on(box, record, process, 130)
     box.close("over")
-    assert not any(path.exists() for path in in_memory)
     run, back = read_run(next((tmp_path / "runs").glob("*.sqlite")))
     assert (run.state, box.error) == ("clean", None)
     kept, taken = list(back.snapshots()), list(record.snapshots())
@@ -375,7 +329,7 @@ def test_a_file_that_was_deleted_is_followed_by_another(tmp_path: Path) -> None:
 
 
 def test_an_event_takes_along_what_came_before_it(tmp_path: Path) -> None:
-    """The end of the target is on disk with the snapshots before it, though none follows that would take them there."""
+    """The end of the target is on disk with the snapshots before it, though none follows."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
     go_on(box, record, process, 3)
@@ -393,9 +347,8 @@ def test_an_event_takes_along_what_came_before_it(tmp_path: Path) -> None:
     box.close("over")
 
 
-@linux_only
 def test_a_listing_never_goes_back(tmp_path: Path) -> None:
-    """However often rows move to disk meanwhile, none is in neither place when a run is listed."""
+    """However often the log moves into the file meanwhile, a listing counts all snapshots of the one before."""
     process, over = Process(), threading.Event()
     box, record = write(tmp_path, [process.snapshot()])
 
@@ -417,12 +370,12 @@ def test_a_listing_never_goes_back(tmp_path: Path) -> None:
     box.close("over")
 
 
-@linux_only
 def test_a_file_that_was_deleted_in_mid_segment_is_followed_by_another_soon(tmp_path: Path) -> None:
     """Not only when a segment begins, which may be an hour away: with what is written next."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
     go_on(box, record, process, 3)
+    box.flush()
     delete_run(tmp_path / f"{box.run_id}.sqlite")
     box.mark(record.mark("after that"))
     box.flush()
@@ -464,7 +417,7 @@ def test_what_was_recorded_of_a_living_process_has_ended_and_not_crashed(tmp_pat
         shutil.copyfile(tmp_path / "first" / f"{box.run_id}.sqlite", path)
         shutil.copyfile(f"{tmp_path / 'first' / str(box.run_id)}.sqlite-wal", f"{path}-wal")
     box.close("over")
-    RunDirectory(tmp_path).settle(living)
+    RunDirectory(tmp_path).recover_crashed_runs(living)
     assert {name: read_run(path)[0].state for name, path in left.items()} == states
 
 
@@ -509,30 +462,6 @@ def test_another_name_is_written_once_that_can_be(tmp_path: Path, monkeypatch: p
         box.close("over")
 
 
-def test_no_memory_is_left_of_what_is_gone(tmp_path: Path) -> None:
-    """Nor of a run whose directory was removed under it, nor of one whose file was; another machine's link stays."""
-    gone = tmp_path / "gone"
-    box, _ = write(gone, [Process().snapshot()])
-    target = next(gone.glob("*.tail")).readlink()
-    shutil.rmtree(gone)
-    box.close("over")
-    assert not target.exists()
-
-    box, _ = write(tmp_path, [Process().snapshot()])
-    link = next(tmp_path.glob("*.tail"))
-    target = link.readlink()
-    kept = target.read_bytes()
-    box.close("over")
-    target.write_bytes(kept)
-    link.symlink_to(target)
-    (tmp_path / "other.sqlite").write_bytes((tmp_path / f"{box.run_id}.sqlite").read_bytes())
-    (tmp_path / "other.tail").symlink_to("/dev/shm/vitalsd-of-another-container")
-    (tmp_path / f"{box.run_id}.sqlite").unlink()
-    RunDirectory(tmp_path).settle()
-    assert not target.exists()
-    assert [path.name for path in tmp_path.glob("*.tail")] == ["other.tail"]
-
-
 def test_a_file_that_cannot_be_trimmed_is_still_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What went wrong is said; nothing that is on disk counts as dropped."""
 
@@ -548,14 +477,13 @@ def test_a_file_that_cannot_be_trimmed_is_still_written(tmp_path: Path, monkeypa
     assert len(ends(tmp_path)[1]) == 101
 
 
-@linux_only
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_fails_each_snapshot_is_kept_whole_or_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """
-    Writes that fail in the middle, a database that others hold, memory that takes nothing, threads born and ended,
-    readers all the while: what is kept is exact and in order, and what is not was counted as dropped.
+    Writes that fail in the middle, a database that others hold, threads born and ended, readers all the while: what is
+    kept is exact and in order, and what is not was counted as dropped.
     """
     chance = random.Random(seed)
     faulty = True
@@ -568,19 +496,15 @@ def test_whatever_fails_each_snapshot_is_kept_whole_or_counted(
 
         return attempt
 
-    append = Tail.append
-    monkeypatch.setattr("vitalsd.recording.run_writer.insert_rows", failing(insert_rows, 0.1))
+    monkeypatch.setattr(RunFile, "_insert_frame", failing(RunFile._insert_frame, 0.1))
     monkeypatch.setattr(RunFile, "_insert_segment", failing(RunFile._insert_segment, 0.2))
-    monkeypatch.setattr(Tail, "append", lambda tail, row: chance.random() > 0.05 and append(tail, row))
-    monkeypatch.setattr("vitalsd.recording.journal.MAX_BYTES", chance.choice([600, 3000, 1 << 20]))
-    monkeypatch.setattr("vitalsd.recording.black_box.FOLD_NS", chance.choice([1, 3, 50]) * 5_000_000)
 
     process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 40)})
     record = Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
     box = BlackBox(RunDirectory(tmp_path), IDENTITY, interval_ns=5_000_000, retention_ns=2**62)
     path = tmp_path / f"{box.run_id}.sqlite"
-    assert box._file is not None
-    box._file._db.execute("PRAGMA busy_timeout = 30")
+    assert box._writer._file is not None
+    box._writer._file._db.execute("PRAGMA busy_timeout = 30")
     taken: dict[int, Snapshot] = {}
 
     def check() -> int:
@@ -611,33 +535,6 @@ def test_whatever_fails_each_snapshot_is_kept_whole_or_counted(
     assert check() + box.dropped == len(taken)
     assert 0 < box.dropped < len(taken) // 2
     assert read_run(path)[0].state == "clean"
-
-
-@linux_only
-@root_only
-def test_full_memory_costs_nothing_but_time(tmp_path: Path) -> None:
-    """Where there is no room in memory, each snapshot goes to disk at once, and none is lost."""
-    memory = tmp_path / "memory"
-    memory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(memory)], check=True)
-    try:
-        process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 501)})
-        record = Record(IDENTITY, interval_ns=SECOND_NS)
-        runs = RunDirectory(tmp_path / "runs", memory=memory)
-        box = BlackBox(runs, IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62)
-        snapshots = []
-        for _ in range(40):
-            process.pass_time(SECOND_NS, [1_000_000] * 500)
-            snapshots.append(process.snapshot())
-            segment = record.append(snapshots[-1])
-            box.append(segment, len(segment) - 1)
-        box.close("over")
-        assert (box.error, box.dropped) == (None, 0)
-        _, back = read_run(next((tmp_path / "runs").glob("*.sqlite")))
-        assert all(map(same, back.snapshots(), snapshots))
-        assert len(back) == len(snapshots)
-    finally:
-        subprocess.run(["umount", "-l", str(memory)], check=True)
 
 
 def test_a_full_file_forgets_the_oldest(tmp_path: Path) -> None:
@@ -697,7 +594,7 @@ def test_there_are_never_more_runs_than_fit_a_list(being_written: int, tmp_path:
 
 
 def test_an_end_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The run will pass for one that crashed, and the log knows why; what is in memory stays for the next start."""
+    """The run will pass for one that crashed, and the log has the reason; all snapshots are there."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
     go_on(box, record, process, 10)
@@ -708,7 +605,7 @@ def test_an_end_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.Lo
         box.close("over", timeout_s=10)
     assert box.error == "the black box is off: database is locked"
     assert box.error in caplog.text
-    RunDirectory(tmp_path).settle()
+    RunDirectory(tmp_path).recover_crashed_runs()
     run, back = read_run(path)
     assert (run.state, len(list(back.snapshots()))) == ("crashed", 11)
 

@@ -79,8 +79,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "read_run": read_run,
     "replay": read_replay_file,
     "scan": lambda run: RunDirectory(run.parent).scan(),
-    "settle": lambda run: RunDirectory(run.parent).settle(),
-    "settle_living": lambda run: RunDirectory(run.parent).settle(IDENTITY.start_id),
+    "recover": lambda run: RunDirectory(run.parent).recover_crashed_runs(),
+    "recover_living": lambda run: RunDirectory(run.parent).recover_crashed_runs(IDENTITY.start_id),
     "make_room": lambda run: RunDirectory(run.parent, max_bytes=1).make_room(1),
     "vitalsd runs": lambda run: vitalsd(run, "runs"),
     "vitalsd replay": lambda run: vitalsd(run, "replay", str(run)),
@@ -128,7 +128,7 @@ def test_mark_reported_of_a_run_with_a_planted_journal_is_refused(run: Path, tmp
 
 @pytest.mark.skipif(sys.platform != "linux", reason="watches the directory with inotify(7)")
 def test_writer_of_a_run_never_has_a_journal(tmp_path: Path) -> None:
-    """So none is left wherever the writer is killed, and marking or settling a run makes none."""
+    """So none is left wherever the writer is killed, and marking or recovering a run makes none."""
     libc = ctypes.CDLL(None, use_errno=True)
     tmp_path.chmod(0o700)
     in_create = 0x100
@@ -140,7 +140,7 @@ def test_writer_of_a_run_never_has_a_journal(tmp_path: Path) -> None:
         box.close("killed", crashed=True)
         directory = RunDirectory(tmp_path)
         assert directory.mark_reported(directory.runs()[0])
-        directory.settle(IDENTITY.start_id)
+        directory.recover_crashed_runs(IDENTITY.start_id)
         made = os.read(watch, 1 << 16)
     finally:
         os.close(watch)
@@ -184,7 +184,7 @@ def patch(path: Path, at: int, content: bytes) -> None:
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_run_that_vitalsd_did_not_write_is_not_changed(run: Path, kind: str) -> None:
-    """It is listed, and neither marked as reported, nor settled, nor deleted to make room."""
+    """It is listed, and neither marked as reported, nor recovered, nor deleted to make room."""
     found = listed(run)
     (run.parents[2] / "log").touch()
     (run.parents[2] / "index").write_text("mine")
@@ -193,7 +193,7 @@ def test_run_that_vitalsd_did_not_write_is_not_changed(run: Path, kind: str) -> 
     directory = RunDirectory(run.parent, max_bytes=1)
     with pytest.raises(UnreadableRun, match=FOREIGN[kind][1]):
         directory.mark_reported(found)
-    directory.settle(IDENTITY.start_id)
+    directory.recover_crashed_runs(IDENTITY.start_id)
     directory.make_room(1)
     assert state_of(run.parents[1]) == before
     assert (run.parents[2] / "index").read_text() == "mine"
@@ -221,7 +221,7 @@ def test_run_that_may_not_be_read_is_listed_with_the_reason(run: Path) -> None:
         "import os; from pathlib import Path; from vitalsd.recording.run_directory import RunDirectory\n"
         "os.setgroups([]); os.setgid(65501); os.setuid(65501)\n"
         "directory = RunDirectory(Path('.'), max_bytes=1)\n"
-        "directory.make_room(1); directory.settle(); found = directory.scan()\n"
+        "directory.make_room(1); directory.recover_crashed_runs(); found = directory.scan()\n"
         "print(found.runs, *found.unreadable.values())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=run.parent, capture_output=True, text=True, timeout=60)
@@ -229,10 +229,10 @@ def test_run_that_may_not_be_read_is_listed_with_the_reason(run: Path) -> None:
     assert run.exists()
 
 
-def test_settle_moves_the_log_of_a_crashed_run_into_its_file(logged: Path) -> None:
+def test_recover_moves_the_log_of_a_crashed_run_into_its_file(logged: Path) -> None:
     """So the next listing has less to do; the time of the file stays."""
     before, modified_ns = describe(logged), logged.stat().st_mtime_ns
-    RunDirectory(logged.parent).settle()
+    RunDirectory(logged.parent).recover_crashed_runs()
     assert not Path(f"{logged}-wal").exists()
     assert describe(logged)._replace(size_bytes=0) == before._replace(size_bytes=0)
     assert logged.stat().st_mtime_ns == modified_ns
@@ -364,8 +364,6 @@ BESIDE: dict[str, Callable[[Path], object]] = {
     "run is a directory": lambda run: instead(run, Path.mkdir),
     "run is /dev/zero": lambda run: instead(run, zero),
     "run is sparse": lambda run: sparse(run),
-    "tail is /dev/zero": lambda run: zero(run.with_suffix(".tail")),
-    "tail is a FIFO": lambda run: os.mkfifo(run.with_suffix(".tail")),
 }
 
 
@@ -564,7 +562,7 @@ def test_planted_log_is_bounded(run: Path) -> None:
     Path(f"{run}-wal").write_bytes(head + frame)
     with pytest.raises(UnreadableRun, match="with its log; a run has at most"):
         read_run(run)
-    RunDirectory(run.parent).settle()
+    RunDirectory(run.parent).recover_crashed_runs()
     assert run.stat().st_size < 1 << 20
 
 

@@ -120,10 +120,10 @@ def test_the_token_cannot_be_read(sidecar: tuple[Path, dict[str, Any]], tries: A
 
 
 def test_the_black_box_cannot_be_read(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """What was recorded is on disk and in memory for its user alone; so is all else below the state directory."""
+    """What was recorded is on disk for its user alone; so is all else below the state directory."""
     path, _ = sidecar
     deadline = time.monotonic() + 10
-    while not any((path / "state").rglob("*.tail")):
+    while not any((path / "state").rglob("*-wal")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     found = [each for each in (path / "state").rglob("*") if each.is_file()]

@@ -139,7 +139,7 @@ class Recorder:
         Who marks what he is about to do may be killed by it: returns when it is on disk, or the disk has had 50 ms
         for that, but makes only a few wait for one that is slow.
         """
-        slow = self.blackbox is not None and self.blackbox.is_behind
+        slow = self.blackbox is not None and self.blackbox.is_lagging
         mark, written = self._mark(label)
         if written is not None and not slow:
             wait((written,), MARK_S)

@@ -7,14 +7,13 @@ file. A page tree may be a graph in which 10 pages hold 10^13 rows, and a value 
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from vitalsd.recording.journal import Row
 from vitalsd.recording.run_files import (
     APPLICATION_ID,
     HEADER_BYTES,
@@ -28,7 +27,7 @@ from vitalsd.recording.run_files import (
 from vitalsd.recording.run_image import UnreadableRun, read_image
 from vitalsd.recording.sqlite import sqlite3
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "Tables", "insert_rows", "not_on_disk", "readable", "writable"]
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "Tables", "readable", "writable"]
 
 SCHEMA_VERSION = 1
 SCHEMA = """
@@ -225,21 +224,3 @@ def _check_tables(db: sqlite3.Connection, name: str) -> None:
         declared = [(column, hidden) for _, column, _, _, _, _, hidden in db.execute(f"PRAGMA table_xinfo({table})")]
         if declared != [(column, 0) for column in columns]:
             raise UnreadableRun(f"{name} has other columns in {table} than a run of vitalsd")
-
-
-def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    """Insert rows, as a tail has them, in the transaction of the caller; those that are there already are left out."""
-    db.executemany("INSERT OR IGNORE INTO frame (id, segment, numbers, moved, code) VALUES (?,?,?,?,?)", rows)
-
-
-def not_on_disk(tables: Tables, rows: Sequence[Row]) -> list[Row]:
-    """Those of the rows of a tail that are not on disk."""
-    if not rows:
-        return []
-    (last,) = tables.row("SELECT max(rowid) FROM frame")
-    known = {
-        segment
-        for segment in {row.segment for row in rows}
-        if tables.row("SELECT 1 FROM segment WHERE rowid = ?", segment)
-    }
-    return [row for row in rows if row.id > (last or 0) and row.segment in known]

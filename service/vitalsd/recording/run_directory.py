@@ -7,8 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from vitalsd.recording.journal import SHARED_MEMORY, read_tail, remove_tail, sweep_tails
-from vitalsd.recording.run_database import Tables, insert_rows, not_on_disk, writable
+from vitalsd.recording.run_database import writable
 from vitalsd.recording.run_files import (
     delete_run,
     disk_bytes,
@@ -16,7 +15,6 @@ from vitalsd.recording.run_files import (
     is_being_written,
     is_of,
     is_own_run,
-    tail_link,
 )
 from vitalsd.recording.run_reader import Run, UnreadableRun, describe
 from vitalsd.worker_thread import Worker
@@ -51,14 +49,11 @@ class RunDirectory:
     Args:
         path: made with mode 0700 if it is not there.
         max_bytes: of all runs together; the oldest ones that have ended go first.
-        memory: a directory on tmpfs for what is not on disk yet. Where there is none, each snapshot goes to
-            disk at once, which costs more.
     """
 
-    def __init__(self, path: Path, *, max_bytes: int = ALL_RUNS_BYTES, memory: Path = SHARED_MEMORY) -> None:
+    def __init__(self, path: Path, *, max_bytes: int = ALL_RUNS_BYTES) -> None:
         self.path = path
         self.max_bytes = max_bytes
-        self.memory = memory
 
     def runs(self) -> list[Run]:
         """Return the runs on disk: crashed ones first, then the newest first; see `scan` for what it leaves out."""
@@ -118,46 +113,20 @@ class RunDirectory:
                     self._note(path, "reported", now)
         return True
 
-    def settle(self, living: str | None = None) -> None:
+    def recover_crashed_runs(self, living: str | None = None) -> None:
         """
-        Write to disk what crashed runs left in shared memory, before the machine ends as well.
-
-        What cannot be read stays: it may be in the memory of another container.
+        Move the logs of runs whose writer died to their files. What cannot be read or written stays as it is.
 
         Args:
             living: `Identity.start_id` of a process that lives: what was recorded of it and is unfinished, as by a
                 sidecar that was killed, or before it executed itself anew, has ended and not crashed.
         """
-        if living is not None:
-            for path in self._files():
-                with suppress(UnreadableRun, OSError):
-                    if is_of(path, living) and not is_being_written(path):
-                        self._note(path, "ended", "the process went on without it")
         for path in self._files():
             with suppress(UnreadableRun, OSError):
                 if has_run_name(path) and not is_being_written(path):
-                    self._settle(path)
-        for link in self.path.glob("*.tail"):
-            path = link.with_suffix(".sqlite")
-            if has_run_name(path) and not os.path.lexists(path) and not is_being_written(path):
-                remove_tail(link)
-        sweep_tails(self.memory)
-
-    def _settle(self, path: Path) -> None:
-        """Move what is in the tail and in the log of a run that ended to its file, which keeps its time."""
-        link, log = tail_link(path), Path(f"{path}-wal")
-        try:
-            rows = read_tail(link)
-        except OSError:
-            rows = None
-        if rows or (log.exists() and log.stat().st_size):
-            status = path.stat()
-            with writable(path) as db:
-                insert_rows(db, not_on_disk(Tables(db, disk_bytes(path)), rows or ()))
-                db.commit()
-            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        if rows is not None:
-            remove_tail(link)
+                    if living is not None and is_of(path, living):
+                        self._note(path, "ended", "the process went on without it")
+                    _apply_log(path)
 
     def make_room(self, spare_bytes: int) -> None:
         """Delete ended runs that vitalsd wrote, oldest first, until there is room for one more, of `spare_bytes`."""
@@ -181,6 +150,16 @@ class RunDirectory:
             return [path for path in self.path.glob("*.sqlite") if path.is_file() and not path.is_symlink()]
         except OSError:
             return []
+
+
+def _apply_log(path: Path) -> None:
+    """Move what is in the log of a run that ended to its file, which keeps its time."""
+    log = Path(f"{path}-wal")
+    if log.exists() and log.stat().st_size:
+        status = path.stat()
+        with writable(path):
+            pass
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _modified_ns(path: Path) -> int:

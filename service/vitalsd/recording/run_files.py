@@ -1,5 +1,5 @@
 """
-What belongs to one run on disk: its database with SQLite's own two files, its lock, and the link to its tail.
+List the files of one run: its database with SQLite's own two files, and its lock.
 
 All are named after the identity of the run, never after input. While it is being written the ``.lock`` is held with
 flock(2); the kernel releases it when the writer dies, however it dies. A file is changed or deleted only if
@@ -14,8 +14,6 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from vitalsd.recording.journal import remove_tail
-
 __all__ = [
     "APPLICATION_ID",
     "ForeignRun",
@@ -29,7 +27,6 @@ __all__ = [
     "is_own_writer",
     "new_run",
     "open_regular",
-    "tail_link",
 ]
 
 MAX_FILES = 1000
@@ -86,11 +83,6 @@ def is_own_writer(path: Path) -> bool:
     """Whether the name says that this process writes the run."""
     match = RUN_NAME.fullmatch(path.name)
     return match is not None and match[1] == str(os.getpid())
-
-
-def tail_link(path: Path) -> Path:
-    """Where the `Tail` of the run `path` is linked."""
-    return path.with_suffix(".tail")
 
 
 def open_regular(path: Path) -> int:
@@ -188,7 +180,7 @@ def _sqlite_parts(path: Path) -> list[Path]:
 
 def _parts(path: Path) -> list[Path]:
     """The database first: while its lock is there, nobody takes the name."""
-    return [path, Path(f"{path}-wal"), Path(f"{path}-shm"), tail_link(path), path.with_suffix(".lock")]
+    return [path, Path(f"{path}-wal"), Path(f"{path}-shm"), path.with_suffix(".lock")]
 
 
 def disk_bytes(path: Path) -> int:
@@ -202,7 +194,6 @@ def disk_bytes(path: Path) -> int:
 
 def delete_run(path: Path) -> None:
     """Remove a run that `is_own_run`, and what belongs to it, as far as that can be done."""
-    remove_tail(tail_link(path))
     for part in _parts(path):
         with suppress(OSError):
             part.unlink()

@@ -1,23 +1,22 @@
 """
 Read a run back from disk.
 
-A SQLite file; its last seconds may still be in its `vitalsd.recording.journal`, and `vitalsd.recording.run_files` has
-what else belongs to it. A run that is not being written any more and did not say how it ended has crashed.
+`vitalsd.recording.run_files` has the files that belong to it. A run that is not being written any more and did not say
+how it ended has crashed.
 """
 
 import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
-from vitalsd.recording.journal import Row, read_tail
-from vitalsd.recording.run_database import Tables, not_on_disk, readable
-from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of, tail_link
+from vitalsd.recording.run_database import Tables, readable
+from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of
 from vitalsd.recording.run_image import UnreadableRun
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Moves, Record, Segment
 from vitalsd.snapshot import Identity, Snapshot
@@ -91,9 +90,8 @@ def read_run(path: Path) -> tuple[Run, Record]:
         UnreadableRun: it is not a run of ours, or damaged.
         OSError: it cannot be read.
     """
-    rows = _tail(path)  # First: what is moved from it meanwhile is in the database.
     with readable(path) as tables:
-        return _described(tables, path, rows), _record(tables, rows)
+        return _described(tables, path), _record(tables)
 
 
 def describe(path: Path) -> Run:
@@ -102,16 +100,8 @@ def describe(path: Path) -> Run:
 
     Nothing on disk is changed. Raises as `read_run` does.
     """
-    rows = _tail(path)
     with readable(path) as tables:
-        return _described(tables, path, rows)
-
-
-def _tail(path: Path) -> list[Row]:
-    try:
-        return read_tail(tail_link(path))
-    except OSError:
-        return []
+        return _described(tables, path)
 
 
 def _meta(tables: Tables) -> dict[str, str]:
@@ -144,7 +134,7 @@ def _identity(meta: dict[str, str]) -> Identity:
     return identity
 
 
-def _described(tables: Tables, path: Path, rows: Sequence[Row]) -> Run:
+def _described(tables: Tables, path: Path) -> Run:
     meta = _meta(tables)
     # Not count(*): SQLite executes that in one instruction, which nothing bounds.
     (count,) = tables.row("SELECT count(rowid) FROM frame")
@@ -154,9 +144,6 @@ def _described(tables: Tables, path: Path, rows: Sequence[Row]) -> Run:
         None if row is None else _array("q", row[0])[wall]
         for row in (tables.row(scalars.format(which), SCALARS_BYTES) for which in ("min", "max"))
     )
-    if lacking := not_on_disk(tables, rows):
-        count += len(lacking)
-        last_wall_ns = _array("q", bytes(lacking[-1].numbers[:SCALARS_BYTES]))[wall]
     state: State = "clean"
     identity, ended = _identity(meta), meta.get("ended")
     if ended is None:
@@ -181,7 +168,7 @@ def _described(tables: Tables, path: Path, rows: Sequence[Row]) -> Run:
     )
 
 
-def _record(tables: Tables, rows: Sequence[Row]) -> Record:
+def _record(tables: Tables) -> Record:
     meta = _meta(tables)
     interval_ns, retention_ns = int(meta["interval_ns"]), int(meta["retention_ns"])
     _check_sizes(interval_ns, retention_ns)
@@ -191,11 +178,10 @@ def _record(tables: Tables, rows: Sequence[Row]) -> Record:
         threads[thread_id] = tuple(_typed(thread, (int, int, str)))
         if len(threads) * THREAD_BYTES > tables.size_bytes:
             raise ValueError("it has more threads than fit into it")
-    lacking = not_on_disk(tables, rows)
     # The key of every table here is its rowid: SQLite sorts nothing, and refuses a table that has none.
-    frames = tables.rows("SELECT rowid, segment, numbers, moved, code FROM frame ORDER BY rowid")
+    frames = tables.rows("SELECT segment, numbers, moved, code FROM frame ORDER BY rowid")
     newest = 0
-    for segment_id, group in groupby(chain(frames, lacking), key=lambda row: row[1]):
+    for segment_id, group in groupby(frames, key=lambda row: row[0]):
         if segment_id <= newest:  # A hostile file would make thousands of copies of one segment.
             raise ValueError(f"snapshots of segment {segment_id!r:.20} after those of {newest}")
         newest = segment_id
@@ -225,7 +211,7 @@ def _segment(
     """The segment in `row` with the snapshots of `frames`."""
     ids, cpu_ns, constants = row
     segment: Segment | None = None
-    for _, _, numbers, moved, code in frames:
+    for _, numbers, moved, code in frames:
         values, moves = _frame(numbers, moved, code)
         if segment is None:
             keys = [threads[thread_id] for thread_id in _array("I", ids)]

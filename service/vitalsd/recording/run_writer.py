@@ -8,22 +8,21 @@ failure may take what the system had not written yet.
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
 from vitalsd.discovery.directories import EndpointError, private_directory
-from vitalsd.recording.journal import Row
-from vitalsd.recording.run_database import SCHEMA, SCHEMA_VERSION, insert_rows
+from vitalsd.recording.run_database import SCHEMA, SCHEMA_VERSION
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_files import APPLICATION_ID, delete_run, new_run
-from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Segment
+from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Moves, Segment
 from vitalsd.recording.sqlite import sqlite3
 from vitalsd.snapshot import Identity
 
-__all__ = ["RunFile", "row_of"]
+__all__ = ["RunFile"]
 
 
 class RunFile:
@@ -55,8 +54,6 @@ class RunFile:
         application: Application = Application(),
     ) -> None:
         self._application = application
-        self.on_disk = 0
-        """Id of the last row in it."""
         self.identity = identity
         """As it is in it."""
         self._interval_ns = interval_ns
@@ -64,7 +61,7 @@ class RunFile:
         self._max_bytes = max_bytes
         self._thread_ids: dict[tuple[int, int, str], int] = {}
         _prepare(directory.path)
-        directory.settle(identity.start_id if lives else None)
+        directory.recover_crashed_runs(identity.start_id if lives else None)
         directory.make_room(max_bytes)
         self.path, self._lock_fd = new_run(directory.path, f"{identity.start_id}-{os.getpid()}")
         try:
@@ -74,9 +71,9 @@ class RunFile:
             self.forget()
             raise
 
-    def begin(self, rows: Sequence[Row], number: int, segment: Segment, position: int) -> int:
+    def begin(self, segment: Segment, position: int) -> int:
         """
-        Write a segment, and its first row for the snapshot it has at `position`, after `rows` of those before it.
+        Write a segment, and its first row for the snapshot it has at `position`.
 
         Returns:
             The id of the segment.
@@ -84,23 +81,17 @@ class RunFile:
         known = len(self._thread_ids)
         try:
             with self._transaction():
-                insert_rows(self._db, rows)
                 segment_id = self._insert_segment(segment, position)
-                insert_rows(self._db, (row_of(number, segment_id, segment, position, first=True),))
+                self._insert_frame(segment_id, segment, position, NOBODY)
         except BaseException:
             for key in list(self._thread_ids)[known:]:  # they are not in the file
                 del self._thread_ids[key]
             raise
-        self.on_disk = number
         return segment_id
 
-    def insert(self, rows: Sequence[Row]) -> None:
-        """Write rows of segments that are there, by ascending id."""
-        if rows:
-            # One statement is a transaction of its own, without a BEGIN and COMMIT to prepare and step.
-            with self._transaction() if len(rows) > 1 else nullcontext():
-                insert_rows(self._db, rows)
-            self.on_disk = rows[-1].id
+    def add(self, segment_id: int, segment: Segment, position: int) -> None:
+        """Write the next row of a segment that is there."""
+        self._insert_frame(segment_id, segment, position, segment.moves[position])
 
     def mark(self, mark: Mark) -> None:
         """Write a mark. The oldest of more than `MAX_MARKS` go, some at a time."""
@@ -144,11 +135,10 @@ class RunFile:
                 used = self._delete_threads()
             self._thread_ids = {key: thread_id for key, thread_id in self._thread_ids.items() if thread_id in used}
 
-    def end(self, rows: Sequence[Row], ended: str, *, crashed: bool) -> None:
-        """Write the last rows, and how the run ended."""
+    def end(self, ended: str, crashed: bool) -> None:
+        """Write how the run ended."""
         meta = [("ended", ended)] + ([("crashed", "1")] if crashed else [])
         with self._transaction():
-            insert_rows(self._db, rows)
             self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
 
     def close(self) -> None:
@@ -228,6 +218,19 @@ class RunFile:
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
+    def _insert_frame(self, segment_id: int, segment: Segment, position: int, moves: Moves) -> None:
+        indexes, burnt = moves
+        numbers = bytearray(segment.row(position))  # for which sqlite3 looks for no adapter, as it does for bytes
+        if indexes is not None:
+            numbers += indexes
+        numbers += burnt
+        moved = None if indexes is None else len(indexes)
+        # One statement is a transaction of its own, without a BEGIN and COMMIT to prepare and step.
+        self._db.execute(
+            "INSERT INTO frame (segment, numbers, moved, code) VALUES (?,?,?,?)",
+            (segment_id, numbers, moved, burnt.typecode),
+        )
+
     def _delete_threads(self) -> set[int]:
         """Delete the threads of which no segment is left. Returns the ids of the others."""
         used: set[int] = set()
@@ -236,16 +239,6 @@ class RunFile:
         gone = [(thread_id,) for thread_id in self._thread_ids.values() if thread_id not in used]
         self._db.executemany("DELETE FROM thread WHERE id = ?", gone)
         return used
-
-
-def row_of(number: int, segment_id: int, segment: Segment, position: int, *, first: bool = False) -> Row:
-    """The snapshot that `segment` has at `position`; as the first of a segment in the file, nobody has moved."""
-    indexes, burnt = NOBODY if first else segment.moves[position]
-    numbers = bytearray(segment.row(position))  # for which sqlite3 looks for no adapter, as it does for bytes
-    if indexes is not None:
-        numbers += indexes
-    numbers += burnt
-    return Row(number, segment_id, numbers, None if indexes is None else len(indexes), burnt.typecode)
 
 
 def _prepare(path: Path) -> None:

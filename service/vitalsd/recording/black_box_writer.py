@@ -1,0 +1,178 @@
+"""
+The thread of the black box: write one run, open its file, and replace it if it is deleted.
+
+Each snapshot is one transaction. A commit is a ``write`` without ``fsync``, so it survives the process.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from vitalsd.contract.application import Application
+from vitalsd.discovery.atomic_file import is_gone
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_writer import RunFile
+from vitalsd.recording.series import Event, Mark, Segment
+from vitalsd.recording.sqlite import sqlite3
+from vitalsd.snapshot import Identity
+
+__all__ = ["BlackBoxWriter"]
+
+log = logging.getLogger("vitalsd.recording.black_box")
+
+RETRY_NS = 2_000_000_000
+"""Between two attempts to open the file."""
+
+
+class BlackBoxWriter:
+    """
+    Write one run. Each method but `forget` runs on the thread of the black box, and raises nothing for what fails.
+
+    The attributes belong to that thread, and others read them, except `identity`.
+
+    Args:
+        directory: where the file goes.
+        identity: the process being recorded.
+        interval_ns: intended distance of two snapshots.
+        retention_ns: how far back the file reaches.
+        max_bytes: of this run; the oldest segments go when it is passed.
+        application: what the client says it is.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        identity: Identity,
+        *,
+        interval_ns: int,
+        retention_ns: int,
+        max_bytes: int,
+        application: Application,
+    ) -> None:
+        self.identity = identity
+        """What the process is by now. The sampler sets it; it is in the file after the next write that succeeds."""
+        self.error: str | None = None
+        """Why nothing can be written; ``None``: the last write succeeded."""
+        self.dropped = 0
+        """Snapshots, marks and events that could not be written."""
+        self.finished = 0
+        """Snapshots that were written or dropped."""
+        self.run_id: str | None = None
+        self._directory = directory
+        self._create = partial(
+            RunFile,
+            directory,
+            interval_ns=interval_ns,
+            retention_ns=retention_ns,
+            max_bytes=max_bytes,
+            application=application,
+        )
+        self._file: RunFile | None = None
+        self._retry_ns = 0
+        """Monotonic time before which the file is not opened again."""
+        self._segment: Segment | None = None
+        """The one that is in the file as `_segment_id`, for the snapshots to come."""
+        self._segment_id = 0
+        self._ending: tuple[str, bool] | None = None
+        """Arguments of `end`: a file that replaces a deleted one has them from its beginning."""
+
+    def open(self) -> None:
+        """Make the file."""
+        self._with_file(lambda file: None)
+
+    def add_snapshot(self, segment: Segment, position: int, after_gap: bool) -> None:
+        """
+        Write the snapshot that `segment` has at `position`.
+
+        Args:
+            segment: of the record in memory.
+            position: of the snapshot in it.
+            after_gap: the snapshot before is missing.
+        """
+        self._leave_deleted_file()
+        begins = after_gap or segment is not self._segment
+        write = self._begin_segment if begins else self._continue_segment
+        if not self._with_file(write, segment, position):
+            self.dropped += 1
+            self._segment = None
+        elif begins:
+            self._with_file(RunFile.trim)
+        self.finished += 1
+
+    def add_mark(self, mark: Mark) -> None:
+        """Write a mark."""
+        self._add(RunFile.mark, mark)
+
+    def add_event(self, event: Event) -> None:
+        """Write an event."""
+        self._add(RunFile.event, event)
+
+    def write_identity(self) -> None:
+        """Write `identity` unless it is in the file. What fails is done the next time."""
+        self._leave_deleted_file()
+        if self._file is not None and self._file.identity != self.identity:
+            self._with_file(RunFile.identify, self.identity)
+
+    def end(self, ended: str, crashed: bool) -> None:
+        """Write how the run ended; more may follow."""
+        self._leave_deleted_file()
+        self._ending = ended, crashed
+        self._with_file(RunFile.end, ended, crashed)
+
+    def close(self, ended: str, crashed: bool) -> None:
+        """Write how the run ended, and release the file."""
+        if self._file is not None:
+            if self._file.identity != self.identity:
+                self._with_file(RunFile.identify, self.identity)
+            self._with_file(RunFile.end, ended, crashed)
+            self._release()
+
+    def forget(self) -> None:
+        """In a forked child: release the lock of the file."""
+        if self._file is not None:
+            self._file.forget()
+
+    def _add(self, write: Callable[..., object], what: Mark | Event) -> None:
+        self._leave_deleted_file()
+        if not self._with_file(write, what):
+            self.dropped += 1
+        self.write_identity()
+
+    def _begin_segment(self, file: RunFile, segment: Segment, position: int) -> None:
+        self._segment_id = file.begin(segment, position)
+        self._segment = segment
+
+    def _continue_segment(self, file: RunFile, segment: Segment, position: int) -> None:
+        file.add(self._segment_id, segment, position)
+
+    def _with_file(self, write: Callable[..., object], *arguments: object) -> bool:
+        """Call `write` with the file, which is opened if need be, and `arguments`; False if that failed."""
+        try:
+            if self._file is None:
+                if time.monotonic_ns() < self._retry_ns:
+                    return False
+                self._file = self._create(self.identity, lives=self._ending is None)
+                self.run_id = self._file.path.stem
+                if self._ending is not None:
+                    self._file.end(*self._ending)
+            write(self._file, *arguments)
+            self.error = None
+        except (OSError, sqlite3.Error) as error:
+            self._retry_ns = time.monotonic_ns() + RETRY_NS
+            reason = f"the black box is off: {error}"
+            if self.error is None:
+                log.warning("%s (%s)", reason, self._directory.path)
+            self.error = reason
+            return False
+        return True
+
+    def _leave_deleted_file(self) -> None:
+        """Release a file that was deleted: what follows goes to a new one."""
+        if self._file is not None and is_gone(self._file.path):
+            self._release()
+
+    def _release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = self._segment = None
