@@ -34,7 +34,7 @@ from vitalsd.contract.application import check_app
 from vitalsd.contract.metrics import Measured, Unavailable, parse_runtime_metrics
 from vitalsd.contract.report_archive import Bundle, Failure, new_report_id, seal
 from vitalsd.http.app import create_app
-from vitalsd.recording.recorder import Recording
+from vitalsd.recording.recorder import RecorderConfig
 from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import Targets
@@ -677,7 +677,7 @@ def report_over(source: Callable[[], Source]) -> dict[str, bytes]:
     """The members of ``/report.zip`` of a service over `source`."""
 
     async def run() -> bytes:
-        sampler = Sampler(source, recording=Recording(0.05, 60.0))
+        sampler = Sampler(source, recording=RecorderConfig(0.05, 60.0))
         app = create_app(Targets(sampler, lambda _: source()), list)
         targets = Targets(sampler, lambda _: source())
         await targets.start()

@@ -163,14 +163,14 @@ def test_only_its_user_can_read_it(tmp_path: Path) -> None:
 WRITER = """
     import sys, time
     from pathlib import Path
-    from vitalsd.recording.recorder import Recorder, Recording
+    from vitalsd.recording.recorder import Recorder, RecorderConfig
     from vitalsd.recording.run_directory import RunDirectory
     from vitalsd.sources import open_source
 
     directory, interval_s = sys.argv[1:]
     source = open_source()
     runs = RunDirectory(Path(directory))
-    recorder = Recorder(source.identity(), Recording(interval_s=float(interval_s), runs=runs))
+    recorder = Recorder(source.identity(), RecorderConfig(interval_s=float(interval_s), runs=runs))
     recorder.mark("before the crash")
     while True:
         snapshot = source.snapshot()

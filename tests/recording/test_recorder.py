@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.lives import IDENTITY, SECOND_NS, Process
-from vitalsd.recording.recorder import Recorder, Recording
+from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
 from vitalsd.recording.run_writer import RunFile
@@ -20,7 +20,7 @@ from vitalsd.sources.base import KernelError, TargetGone
 def recorded(*steps: tuple[int, dict[str, object]]) -> list[tuple[str, str]]:
     """The events of a process that changes so after each elapsed time, ns."""
     process = Process()
-    recorder = Recorder(IDENTITY, Recording())
+    recorder = Recorder(IDENTITY, RecorderConfig())
     recorder.observe(process.snapshot())
     for elapsed_ns, changes in steps:
         process.pass_time(elapsed_ns)
@@ -54,7 +54,7 @@ def test_stop_and_continue() -> None:
 def test_a_traced_target_that_runs_is_not_stopped() -> None:
     """As below strace, which stops it for a moment at each system call; one that a debugger stopped does not run."""
     process = Process(state="traced")
-    recorder = Recorder(IDENTITY, Recording())
+    recorder = Recorder(IDENTITY, RecorderConfig())
     for burnt_ns in (1000, 1000, 0, 0):
         process.pass_time(SECOND_NS, [burnt_ns])
         recorder.observe(process.snapshot())
@@ -67,7 +67,7 @@ def test_a_traced_target_that_runs_is_not_stopped() -> None:
 def test_a_wall_clock_that_is_set_is_noted_where_it_was(seconds: int, words: str) -> None:
     """Once, at the first snapshot after it."""
     process = Process()
-    recorder = Recorder(IDENTITY, Recording())
+    recorder = Recorder(IDENTITY, RecorderConfig())
     for second in range(6):
         process.pass_time(SECOND_NS)
         process.set_ns = seconds * SECOND_NS if second > 2 else 0
@@ -80,7 +80,7 @@ def test_a_wall_clock_that_is_set_is_noted_where_it_was(seconds: int, words: str
 def test_a_wall_clock_that_is_read_late_or_slewed_was_not_set() -> None:
     """One snapshot was interrupted between its clocks; and a slewed clock moves by less than a step at a time."""
     process = Process()
-    recorder = Recorder(IDENTITY, Recording())
+    recorder = Recorder(IDENTITY, RecorderConfig())
     for second in range(20):
         process.pass_time(SECOND_NS)
         process.set_ns = 3 * SECOND_NS if second == 4 else second * SECOND_NS // 10
@@ -97,7 +97,7 @@ def test_exec() -> None:
 
 def test_the_end_and_failures() -> None:
     """A failure is noted once while it lasts, and does not end the record; the target's end does."""
-    recorder = Recorder(IDENTITY, Recording())
+    recorder = Recorder(IDENTITY, RecorderConfig())
     assert recorder.failed(KernelError("too many open files"))
     assert recorder.failed(KernelError("too many open files"))
     assert not recorder.failed(TargetGone("target 4242 has exited"))
@@ -107,7 +107,7 @@ def test_the_end_and_failures() -> None:
 
 def test_a_snapshot_shared_with_a_caller_is_recorded_once() -> None:
     """The same snapshot again is not another row."""
-    recorder = Recorder(IDENTITY, Recording())
+    recorder = Recorder(IDENTITY, RecorderConfig())
     snapshot = Process().snapshot()
     recorder.observe(snapshot)
     recorder.observe(snapshot)
@@ -116,7 +116,7 @@ def test_a_snapshot_shared_with_a_caller_is_recorded_once() -> None:
 
 def test_a_mark_that_comes_too_late_for_the_disk_is_no_error(tmp_path: Path) -> None:
     """It is on the clock; that its writer has ended is nobody's unseen exception."""
-    recorder = Recorder(IDENTITY, Recording(runs=RunDirectory(tmp_path)))
+    recorder = Recorder(IDENTITY, RecorderConfig(runs=RunDirectory(tmp_path)))
     recorder.close()
     unseen: list[dict[str, Any]] = []
 
@@ -132,7 +132,7 @@ def test_a_mark_that_comes_too_late_for_the_disk_is_no_error(tmp_path: Path) -> 
 def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who sets a mark waits until it is on disk; whoever else is served meanwhile does not."""
     runs = RunDirectory(tmp_path)
-    recorder = Recorder(IDENTITY, Recording(runs=runs))
+    recorder = Recorder(IDENTITY, RecorderConfig(runs=runs))
     fast = RunFile.mark
 
     def slow(file: RunFile, mark: Mark) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from support.snapshots import IDENTITY, snapshot
 from vitalsd.admission import OWNER, Busy, Peer
-from vitalsd.recording.recorder import NotRecording, Recording
-from vitalsd.sampling.sampler import CROWD, MAX_WINDOWS, SHARE_PART, Sampler, sample
+from vitalsd.recording.recorder import NotRecording, RecorderConfig
+from vitalsd.sampling.sampler import Sampler, sample
 from vitalsd.sampling.target_pool import Stream, Targets
+from vitalsd.sampling.windows import BUSY_WINDOW_COUNT, MAX_WINDOWS, REUSE_PART
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources.base import KernelError, NoSuchProcess, Source, TargetGone
 
@@ -173,7 +174,7 @@ def test_a_crowd_that_drops_in_one_by_one_shares_too() -> None:
             await asyncio.sleep(0.002)
             most = max(most, len(sampler._windows))
         answers = await asyncio.gather(*asking)
-        assert most <= CROWD + 2 * SHARE_PART
+        assert most <= BUSY_WINDOW_COUNT + 2 * REUSE_PART
         assert source.snapshots <= 2 * most + 10
         assert all(m.elapsed_ns > 900_000_000 for m in answers)
         await sampler.close()
@@ -210,7 +211,7 @@ def test_a_slow_kernel_is_not_asked_again_before_it_has_answered() -> None:
         for _ in range(50):
             asking.append(asyncio.ensure_future(sampler.window(10)))
             await asyncio.sleep(0.002)
-        assert sampler._worker.pending <= 1
+        assert sampler.worker.pending <= 1
         source.may_answer.set()
         await asyncio.gather(*asking)
         await sampler.close()
@@ -340,17 +341,17 @@ def test_who_is_told_of_the_end_finds_it_in_the_record() -> None:
 
     async def main() -> None:
         source = CountingSource()
-        sampler = Sampler(lambda: source, recording=Recording(3600))
+        sampler = Sampler(lambda: source, recording=RecorderConfig(3600))
         await sampler.window(10)
         source.error = TargetGone("target 1 has exited")
         with pytest.raises(TargetGone):
             await sampler.window(10)
-        assert sampler.record is not None
-        assert [event.kind for event in sampler.record.events] == ["exited"]
+        assert sampler.recorder.record is not None
+        assert [event.kind for event in sampler.recorder.record.events] == ["exited"]
         with pytest.raises(TargetGone):
             await sampler.window(10)
         await sampler.close()
-        assert [event.kind for event in sampler.record.events] == ["exited"]
+        assert [event.kind for event in sampler.recorder.record.events] == ["exited"]
 
     run(main())
 
@@ -368,7 +369,7 @@ def test_window_without_a_caller_is_dropped() -> None:
             for each in asking:
                 each.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
-            assert (len(sampler._windows), len(sampler._shares)) == (0, 0)
+            assert (len(sampler._windows), sampler._windows.callers) == (0, 0)
         await sampler.window(10)
         await sampler.close()
 
@@ -388,7 +389,7 @@ def test_window_of_two_callers_survives_one_that_leaves() -> None:
         assert len(sampler._windows) == 1
         first.cancel()
         assert (await second).elapsed_ns >= 190_000_000
-        assert len(sampler._shares) == 0
+        assert sampler._windows.callers == 0
         await sampler.close()
 
     run(main())
@@ -485,7 +486,7 @@ def test_target_is_refused_while_reads_of_as_many_as_the_limit_hang() -> None:
             await ask(targets, 3, peer=Peer("tcp"))
         for source in opened.values():
             source.may_answer.set()
-        while any(guest.sampler.busy for guest in targets._guests.values()):
+        while any(pooled.is_busy for pooled in targets._pooled.values()):
             await asyncio.sleep(0.005)
         await ask(targets, 3)
         await targets.close()
@@ -691,12 +692,12 @@ def test_a_window_ends_with_the_names_of_now() -> None:
             return replace(taken, names=("now" if names else "before",))
 
     async def main() -> None:
-        sampler = Sampler(Renaming, recording=Recording(0.011))
+        sampler = Sampler(Renaming, recording=RecorderConfig(0.011))
         for _ in range(5):
             measurement = await sampler.window(200)
             assert measurement.last.names == ("now",)
-        assert sampler.record is not None
-        assert "before" in {name for taken in sampler.record.snapshots() for name in taken.names}
+        assert sampler.recorder.record is not None
+        assert "before" in {name for taken in sampler.recorder.record.snapshots() for name in taken.names}
         await sampler.close()
 
     run(main())
@@ -726,12 +727,12 @@ def test_counters_that_contradict_each_other_are_an_event_and_read_anew() -> Non
         return sources[0]
 
     async def main() -> None:
-        sampler = Sampler(open_source, recording=Recording(0.02))
+        sampler = Sampler(open_source, recording=RecorderConfig(0.02))
         measurement = await sampler.window(200)
         assert measurement.unknown == {0}
         assert measurement.cpu_ns > 0
-        assert sampler.record is not None
-        (event,) = (each for each in sampler.record.events if each.kind != "missed")  # a busy machine
+        assert sampler.recorder.record is not None
+        (event,) = (each for each in sampler.recorder.record.events if each.kind != "missed")  # a busy machine
         assert event.kind == "inconsistent"
         assert event.detail.startswith("thread 1 used 36000")
         assert (await sampler.window(50)).unknown == set()
@@ -750,10 +751,10 @@ def test_kernel_that_counts_wrong_again_and_again_is_one_event() -> None:
             return replace(taken, thread_cpu_ns=[self.snapshots * 10**12])
 
     async def main() -> None:
-        sampler = Sampler(Wrong, recording=Recording(0.01))
+        sampler = Sampler(Wrong, recording=RecorderConfig(0.01))
         assert (await sampler.window(200)).unknown == {0}
-        assert sampler.record is not None
-        assert len([event for event in sampler.record.events if event.kind == "inconsistent"]) == 1
+        assert sampler.recorder.record is not None
+        assert len([event for event in sampler.recorder.record.events if event.kind == "inconsistent"]) == 1
         await sampler.close()
 
     run(main())
@@ -766,13 +767,13 @@ def test_why_nothing_is_recorded() -> None:
         raise NoSuchProcess("no process of yours is called x; waiting for one")
 
     async def main() -> None:
-        for recording, reason in ((None, "--record-interval 0"), (Recording(), "nothing has been recorded yet")):
+        for recording, reason in ((None, "--record-interval 0"), (RecorderConfig(), "nothing has been recorded yet")):
             sampler = Sampler(nobody, recording=recording)
             with pytest.raises(NoSuchProcess):
                 await sampler.identity()
             with pytest.raises(NotRecording, match=reason):
-                await sampler.mark_async("x")
-            assert reason in sampler.why_not_recorded()
+                await sampler.recorder.mark_async("x")
+            assert reason in sampler.recorder.why_not_recorded
             await sampler.close()
 
     run(main())
@@ -791,7 +792,7 @@ def test_nothing_is_recorded_of_a_source_that_is_closed() -> None:
             time.sleep(0.05)
 
     async def main() -> None:
-        sampler = Sampler(SlowToClose, recording=Recording(0.01))
+        sampler = Sampler(SlowToClose, recording=RecorderConfig(0.01))
         await sampler.identity()
         await asyncio.sleep(0.05)
         await sampler.close()

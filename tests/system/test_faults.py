@@ -145,7 +145,7 @@ def test_who_asks_again_and_again_for_what_hangs_costs_no_thread_more(
             with ThreadPoolExecutor(12) as callers:
                 statuses = list(callers.map(lambda path: get(edge.url, path).status, paths * 6))
             assert set(statuses) == {503}
-            eventually(lambda: not targets._guests[4343].users)
+            eventually(lambda: not targets._pooled[4343].users)
             time.sleep(0.3)  # longer than an idle process is kept
         names = [thread.name for thread in set(threading.enumerate()) - there]
         assert (names.count("vitalsd-4343"), names.count("vitalsd-lister")) == (1, 1)

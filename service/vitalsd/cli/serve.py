@@ -267,7 +267,7 @@ def _serve_target(
 
     import_service()
     from vitalsd.discovery.runtime_file import Target
-    from vitalsd.recording.recorder import Recording
+    from vitalsd.recording.recorder import RecorderConfig
     from vitalsd.sampling.sampler import Sampler
     from vitalsd.sampling.target_pool import Targets
     from vitalsd.sidecar.service import Companion, end_with, follow, run_directory
@@ -278,7 +278,7 @@ def _serve_target(
     runs = run_directory(notes)
     for note in notes:
         log.warning("%s", note)
-    recording = Recording(
+    recording = RecorderConfig(
         interval_s,
         retention_s,
         runs=runs if black_box else None,
@@ -309,7 +309,7 @@ def _serve_target(
 
     async def alive() -> None:
         if isinstance(targets.default, Sampler):
-            await targets.default.responds()
+            await targets.default.worker.result(lambda: None)
 
     companions.append(Notifier(os.environ, alive).companion)
     if otlp_url is not None:

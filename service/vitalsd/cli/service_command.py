@@ -144,7 +144,7 @@ def serve_until_signal(
     from vitalsd.contract.application import Application
     from vitalsd.discovery.runtime_file import new_token
     from vitalsd.http.app import create_app
-    from vitalsd.recording.run_directory import Shelf
+    from vitalsd.recording.run_directory_reader import RunDirectoryReader
     from vitalsd.sidecar import service as sidecar
     from vitalsd.sidecar.service import Service
     from vitalsd.text import one_line
@@ -157,7 +157,7 @@ def serve_until_signal(
         app = create_app(
             targets,
             list_processes,
-            shelf=Shelf(runs) if runs else None,
+            shelf=RunDirectoryReader(runs) if runs else None,
             thread_metrics=thread_metrics,
             application=application,
             hides_processes=hides_processes,

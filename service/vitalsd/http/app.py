@@ -15,7 +15,7 @@ from vitalsd.http.routes.metrics import STREAM_S, live_routes
 from vitalsd.http.routes.recordings import past_routes
 from vitalsd.http.routes.reference import docs_routes
 from vitalsd.http.routes.report import REPORT_PATH, report_routes
-from vitalsd.recording.run_directory import Shelf
+from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources.base import ProcessEntry
 from vitalsd.worker_thread import Worker
@@ -42,7 +42,7 @@ def create_app(
     targets: Targets,
     list_processes: Callable[[], Iterable[ProcessEntry]],
     *,
-    shelf: Shelf | None = None,
+    shelf: RunDirectoryReader | None = None,
     thread_metrics: int = THREAD_METRICS,
     stream_s: float = STREAM_S,
     application: Application = Application(),

@@ -1,9 +1,9 @@
-"""The flight recorder: feeds the record and the black box, and notes what was not even about the row."""
+"""The flight recorder: feed record and black box, and note what disturbs the even row of snapshots."""
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from vitalsd.contract.application import Application
 from vitalsd.recording.black_box import BlackBox
@@ -13,16 +13,15 @@ from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Snapshot
 from vitalsd.sources.base import SourceError, TargetGone
 from vitalsd.worker_thread import seen
 
-__all__ = ["NotRecording", "Recorder", "Recording"]
-
+__all__ = ["NoRecorder", "NotRecording", "Recorder", "RecorderConfig", "TargetRecorder"]
 
 CLOCK_STEP_NS = 500_000_000
 """A wall clock that moves by less against the clock since boot was not set but slewed, or read late."""
 MARK_S = 0.05
-"""So long whoever sets a mark waits for the disk."""
+"""A caller that sets a mark waits at most this long for the disk."""
 
 
-class Recording(NamedTuple):
+class RecorderConfig(NamedTuple):
     """How to record: every `interval_s` seconds, `retention_s` back, within `max_bytes` of memory."""
 
     interval_s: float = 1.0
@@ -36,38 +35,90 @@ class Recording(NamedTuple):
     """Whether the target has noted that it exits by itself; asked where the kernel does not tell how it ended."""
 
 
+class NotRecording(Exception):
+    """There is no recorder, and what was asked for needs one."""
+
+
+class TargetRecorder(Protocol):
+    """What is asked of the recorder of any target: a live one (`Recorder`), a replay, or a target without one."""
+
+    @property
+    def record(self) -> Record | None: ...
+    @property
+    def why_not_recorded(self) -> str: ...
+    async def mark_async(self, label: str) -> Mark: ...
+    def info(self) -> dict[str, Any] | None: ...
+    async def hangs(self) -> bool: ...
+
+
+class NoRecorder:
+    """
+    Stand in for the recorder of a target that is not recorded.
+
+    Args:
+        why_not_recorded: the reason, and what to do.
+    """
+
+    record: Record | None = None
+    blackbox: BlackBox | None = None
+
+    def __init__(self, why_not_recorded: str) -> None:
+        self.why_not_recorded = why_not_recorded
+
+    def mark(self, label: str) -> Mark:
+        """Raise `NotRecording`."""
+        raise NotRecording(self.why_not_recorded)
+
+    async def mark_async(self, label: str) -> Mark:
+        """Raise `NotRecording`."""
+        raise NotRecording(self.why_not_recorded)
+
+    def info(self) -> dict[str, Any] | None:
+        """Return ``None``."""
+        return None
+
+    async def hangs(self) -> bool:
+        """Return False: nothing is written."""
+        return False
+
+    def crashed(self, ended: str) -> None:
+        """Do nothing: there is no record of the end."""
+
+    def forget(self) -> None:
+        """Do nothing: nothing is held."""
+
+
 class Recorder:
     """
-    One run being recorded. `identify`, `observe` and `failed` are called on the sampler's thread, `mark` on any.
+    Record one run. `identify`, `observe` and `failed` are called on the sampler's thread, `mark` on any.
 
     Args:
         identity: the target.
-        recording: the settings.
+        config: the settings.
     """
 
-    def __init__(self, identity: Identity, recording: Recording) -> None:
-        interval_ns = round(recording.interval_s * 1e9)
-        retention_ns = round(recording.retention_s * 1e9)
+    def __init__(self, identity: Identity, config: RecorderConfig) -> None:
+        interval_ns = round(config.interval_s * 1e9)
+        retention_ns = round(config.retention_s * 1e9)
         self.interval_ns = interval_ns
-        self.record = Record(
-            identity, interval_ns=interval_ns, retention_ns=retention_ns, max_bytes=recording.max_bytes
-        )
+        self.record = Record(identity, interval_ns=interval_ns, retention_ns=retention_ns, max_bytes=config.max_bytes)
         self.blackbox = (
             BlackBox(
-                recording.runs,
+                config.runs,
                 identity,
                 interval_ns=interval_ns,
                 retention_ns=retention_ns,
-                application=recording.application,
+                application=config.application,
             )
-            if recording.runs
+            if config.runs
             else None
         )
         self.missed = 0
         """Beats that had no snapshot."""
         self.ended: str | None = None
         """Why there will be no more snapshots."""
-        self._exits_itself = recording.exits_itself
+        self.why_not_recorded = ""
+        self._exits_itself = config.exits_itself
         self._crashed = False
         self._failure: str | None = None
         self._last_words: str | None = None
@@ -247,7 +298,3 @@ def _halted(before: Snapshot, now: Snapshot) -> str | None:
 
 def _forward(seconds: float) -> str:
     return f"{'forward' if seconds > 0 else 'back'} by {abs(seconds):.1f} s"
-
-
-class NotRecording(Exception):
-    """There is no recorder, and what was asked for needs one."""

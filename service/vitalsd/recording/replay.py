@@ -12,12 +12,47 @@ from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources.base import TargetGone
 from vitalsd.text import iso
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "ReplayRecorder"]
+
+
+class ReplayRecorder:
+    """
+    Show the record of a replay as `Recorder` shows that of a live target.
+
+    Args:
+        recorded: the run that is replayed.
+        ended: how it ended, in words.
+    """
+
+    why_not_recorded = ""
+
+    def __init__(self, recorded: RecordedRun, ended: str) -> None:
+        self.record: Record = recorded.record
+        self._state = recorded.run.state
+        self._ended = ended
+
+    async def mark_async(self, label: str) -> Mark:
+        """Raise `NotRecording`."""
+        raise NotRecording(f"{self._ended}; it takes no marks")
+
+    def info(self) -> dict[str, Any]:
+        """Return the state of the record as ``GET /info`` shows it."""
+        return {
+            "interval_ms": self.record.interval_ns // 1_000_000,
+            "snapshots": len(self.record),
+            "marks": len(self.record.marks),
+            "ended": self._ended,
+            "state": self._state,
+        }
+
+    async def hangs(self) -> bool:
+        """Return False: nothing is written."""
+        return False
 
 
 class Replay:
     """
-    A `vitalsd.sampling.target_pool.Target` that has ended: its past is complete, and nothing is measured.
+    A `vitalsd.sampling.target_pool.PooledTarget` that has ended: its past is complete, and nothing is measured.
 
     Args:
         file: as read by `read_replay_file`.
@@ -25,19 +60,20 @@ class Replay:
 
     def __init__(self, file: ReplayFile) -> None:
         self.file = file
-        self.record: Record = file.opened.record
         self.snapshots_taken = 0
         self.replay: Replay | None = self
         run = file.opened.run
         how = {"crashed": "crashed", "running": "was running", "clean": "ended"}[run.state]
         ended = f": {run.ended}" if run.ended else ""
         last = f"; last recorded at {iso(run.last_wall_ns)}" if run.last_wall_ns is not None else ""
-        self._reason = f"this is a replay of {file.name}: {run.identity.name} {how}{ended}{last}"
+        reason = f"this is a replay of {file.name}: {run.identity.name} {how}{ended}{last}"
+        self._reason = reason
+        self.recorder = ReplayRecorder(file.opened, reason)
 
     @property
     def platform(self) -> str:
         """The platform of the run."""
-        return self.record.identity.platform
+        return self.recorder.record.identity.platform
 
     @property
     def application(self) -> Application:
@@ -69,7 +105,7 @@ class Replay:
 
     async def identity(self) -> Identity:
         """Return the process that was recorded."""
-        return self.record.identity
+        return self.recorder.record.identity
 
     async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement:
         """Raise `TargetGone`: there is no coming window."""
@@ -83,30 +119,8 @@ class Replay:
         """Raise `TargetGone`."""
         raise TargetGone(self._reason)
 
-    async def mark_async(self, label: str) -> Mark:
-        """Raise `NotRecording`."""
-        raise NotRecording(f"{self._reason}; it takes no marks")
-
-    def why_not_recorded(self) -> str:
-        """Return an empty string: there is a record."""
-        return ""
-
-    def recording_info(self) -> dict[str, Any]:
-        """Return the state of the record as ``GET /info`` shows it."""
-        return {
-            "interval_ms": self.record.interval_ns // 1_000_000,
-            "snapshots": len(self.record),
-            "marks": len(self.record.marks),
-            "ended": self._reason,
-            "state": self.file.opened.run.state,
-        }
-
     async def hangs(self) -> bool:
         """Return False: nothing is read."""
-        return False
-
-    async def record_hangs(self) -> bool:
-        """Return False: nothing is written."""
         return False
 
     async def close(self) -> None:

@@ -2,10 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from vitalsd.recording.run_database import writable
 from vitalsd.recording.run_files import (
@@ -17,9 +16,8 @@ from vitalsd.recording.run_files import (
     is_own_run,
 )
 from vitalsd.recording.run_reader import Run, UnreadableRun, describe
-from vitalsd.worker_thread import Worker
 
-__all__ = ["RunDirectory", "Scan", "Shelf"]
+__all__ = ["RunDirectory", "Scan"]
 
 ALL_RUNS_BYTES = 64 << 20
 MAX_RUNS = 100
@@ -168,62 +166,3 @@ def _modified_ns(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-T = TypeVar("T")
-
-
-class Shelf:
-    """
-    Earlier runs, for the routes.
-
-    A file system that hangs costs this thread and nobody else: who asks for a run is told so after 5 s, and
-    from then on at once, until the call returns.
-
-    Args:
-        runs: where they are.
-    """
-
-    def __init__(self, runs: RunDirectory) -> None:
-        self._runs = runs
-        self._worker = Worker("vitalsd-runs")
-
-    async def read(self, call: Callable[[RunDirectory], T]) -> T:
-        """
-        What `call` returns or raises, called on the thread with the directory.
-
-        Raises:
-            Hung: the file system hangs. What was not begun by then is not done later either.
-        """
-        return await self._worker.ask(lambda: call(self._runs), "the directory of runs: a read")
-
-    async def has(self, run_id: str) -> bool:
-        """
-        Return whether there is a run with this id, by the name of its file, which is not read.
-
-        Raises:
-            Hung: the file system hangs.
-        """
-
-        def found(runs: RunDirectory) -> bool:
-            with suppress(OSError):
-                return any(path.stem == run_id and has_run_name(path) for path in runs.path.glob("*.sqlite"))
-            return False
-
-        return await self.read(found)
-
-    async def hangs(self) -> bool:
-        """Whether a call does not return."""
-        return await self._worker.hangs()
-
-    def pause(self, timeout_s: float) -> bool:
-        """Before a fork: let the read under way end and none begin until `resume`; False if it takes longer."""
-        return self._worker.pause(timeout_s)
-
-    def resume(self) -> None:
-        """After a `pause` that was granted; in the child likewise."""
-        self._worker.resume()
-
-    def stop(self, timeout_s: float) -> None:
-        """End the thread, unless that takes longer."""
-        self._worker.stop(timeout_s)

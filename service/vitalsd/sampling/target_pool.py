@@ -1,16 +1,14 @@
-"""
-Every process that is being asked for: one `Sampler` each, and streams of windows over them.
-"""
+"""Keep one `Sampler` for each process that clients ask for, and stream windows of them."""
 
 import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vitalsd.admission import OWNER, Busy, Peer, Shares
-from vitalsd.recording.series import Mark, Record
+from vitalsd.recording.recorder import TargetRecorder
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources.base import Source, SourceError, TargetGone
@@ -18,16 +16,15 @@ from vitalsd.sources.base import Source, SourceError, TargetGone
 if TYPE_CHECKING:
     from vitalsd.recording.replay import Replay
 
-__all__ = ["Stream", "Target", "Targets"]
+__all__ = ["PooledTarget", "Stream", "Targets"]
 
 STREAM_QUEUE = 16
 """Measurements that wait for a slow reader of a stream; then the oldest is dropped."""
 
 
-class Target(Protocol):
+class PooledTarget(Protocol):
     """A process that is measured: live (`Sampler`) or read back from a file (`vitalsd.recording.replay`)."""
 
-    snapshots_taken: int
     replay: "Replay | None"
     """The file that is replayed, perhaps of another machine; ``None``: a process of this machine."""
 
@@ -36,16 +33,14 @@ class Target(Protocol):
     @property
     def pid(self) -> int | None: ...
     @property
-    def record(self) -> Record | None: ...
+    def recorder(self) -> TargetRecorder: ...
+    @property
+    def snapshots_taken(self) -> int: ...
     async def identity(self) -> Identity: ...
     async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement: ...
     async def snapshot(self) -> Snapshot: ...
     async def confirm(self) -> None: ...
-    async def mark_async(self, label: str) -> Mark: ...
-    def why_not_recorded(self) -> str: ...
-    def recording_info(self) -> dict[str, Any] | None: ...
     async def hangs(self) -> bool: ...
-    async def record_hangs(self) -> bool: ...
     async def close(self) -> None: ...
 
 
@@ -57,7 +52,7 @@ class Stream:
     It ends with the `SourceError` that says why there is no more.
     """
 
-    def __init__(self, target: Target, interval_ms: int, peer: Peer = OWNER) -> None:
+    def __init__(self, target: PooledTarget, interval_ms: int, peer: Peer = OWNER) -> None:
         self._target = target
         self._peer = peer
         self._interval_ms = interval_ms
@@ -106,11 +101,17 @@ class Stream:
 
 
 @dataclass(slots=True, eq=False)
-class _Guest:
+class _PooledSampler:
     sampler: Sampler
     users: Counter[Peer] = field(default_factory=Counter)
     """Callers by peer."""
     expiry: asyncio.TimerHandle | None = None
+    """Closes it; there is one while it has no users."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether its thread is at work."""
+        return self.sampler.worker.busy_since_ns is not None
 
 
 class Targets:
@@ -127,7 +128,7 @@ class Targets:
 
     def __init__(
         self,
-        default: Target,
+        default: PooledTarget,
         open_source: Callable[[int], Source],
         *,
         idle_s: float = 10,
@@ -140,11 +141,11 @@ class Targets:
         self._idle_s = idle_s
         self._limit = limit
         self._shares = Shares(limit)
-        self._guests: dict[int, _Guest] = {}
+        self._pooled: dict[int, _PooledSampler] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def target(self, pid: int | None, peer: Peer = OWNER) -> AsyncIterator[Target]:
+    async def target(self, pid: int | None, peer: Peer = OWNER) -> AsyncIterator[PooledTarget]:
         """
         The target with this `pid`, or the default one. It stays open as long as the context.
 
@@ -155,28 +156,28 @@ class Targets:
             yield self.default
             return
         await self._forget_if_gone(pid)
-        guest = self._enter(pid, peer)
+        pooled = self._enter(pid, peer)
         try:
-            yield guest.sampler
+            yield pooled.sampler
         except SourceError:
             # The pid may be another process the next time: whoever asks next opens it anew. Unless a read of it
             # hangs: its thread is kept, or each who asks would leave another one behind.
-            if not await guest.sampler.hangs() and self._guests.get(pid) is guest:
-                del self._guests[pid]
+            if not await pooled.sampler.hangs() and self._pooled.get(pid) is pooled:
+                del self._pooled[pid]
             raise
         finally:
-            guest.users[peer] -= 1
-            if not guest.users[peer]:
-                del guest.users[peer]
+            pooled.users[peer] -= 1
+            if not pooled.users[peer]:
+                del pooled.users[peer]
                 self._shares.release(peer)
-            if not guest.users and self._guests.get(pid) is guest:
-                guest.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
-            elif not guest.users:
-                self._release(guest)
+            if not pooled.users and self._pooled.get(pid) is pooled:
+                pooled.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
+            elif not pooled.users:
+                self._release(pooled)
 
     async def hangs(self) -> bool:
         """Whether a read of any of them does not return."""
-        samplers = [guest.sampler for guest in self._guests.values()]
+        samplers = [pooled.sampler for pooled in self._pooled.values()]
         return await self.default.hangs() or any([await sampler.hangs() for sampler in samplers])
 
     async def start(self) -> None:
@@ -184,7 +185,7 @@ class Targets:
         with suppress(SourceError):
             await self.default.identity()
 
-    def retarget(self, target: Target) -> None:
+    def retarget(self, target: PooledTarget) -> None:
         """Measure `target` by default from now on; the one before is closed."""
         closing = asyncio.ensure_future(self.default.close())
         self.default = target
@@ -193,42 +194,44 @@ class Targets:
 
     async def close(self) -> None:
         """Release all targets."""
-        for pid in list(self._guests):
+        for pid in list(self._pooled):
             self._drop(pid)
         await asyncio.gather(self.default.close(), *self._closing)
 
     async def _forget_if_gone(self, pid: int) -> None:
         """One that is open may have ended since, and its pid be another process by now, not yet asked for."""
-        guest = self._guests.get(pid)
-        if guest is None or guest.sampler.pid is None:
+        pooled = self._pooled.get(pid)
+        if pooled is None or pooled.sampler.pid is None:
             return
         try:
-            await guest.sampler.confirm()
+            await pooled.sampler.confirm()
         except TargetGone:
-            if self._guests.get(pid) is guest and guest.users:
-                del self._guests[pid]  # the last of them closes it
-            elif self._guests.get(pid) is guest:
+            if self._pooled.get(pid) is pooled and pooled.users:
+                del self._pooled[pid]  # the last of them closes it
+            elif self._pooled.get(pid) is pooled:
                 self._drop(pid)
         except SourceError:
             pass  # whoever asks meets it
 
-    def _enter(self, pid: int, peer: Peer) -> _Guest:
-        guest = self._guests.get(pid)
-        joins = guest is None or not guest.users[peer]
+    def _enter(self, pid: int, peer: Peer) -> _PooledSampler:
+        pooled = self._pooled.get(pid)
+        joins = pooled is None or not pooled.users[peer]
         if joins and not self._shares.take(peer):
             raise Busy(f"{self._limit} other processes are being sampled already")
         try:
-            if guest is None:
+            if pooled is None:
                 self._make_room()
-                guest = self._guests[pid] = _Guest(Sampler(lambda: self._open_source(pid), name=f"vitalsd-{pid}"))
+                pooled = self._pooled[pid] = _PooledSampler(
+                    Sampler(lambda: self._open_source(pid), name=f"vitalsd-{pid}")
+                )
         except BaseException:
             self._shares.release(peer)
             raise
-        if guest.expiry is not None:
-            guest.expiry.cancel()
-            guest.expiry = None
-        guest.users[peer] += 1
-        return guest
+        if pooled.expiry is not None:
+            pooled.expiry.cancel()
+            pooled.expiry = None
+        pooled.users[peer] += 1
+        return pooled
 
     def _make_room(self) -> None:
         """
@@ -236,29 +239,29 @@ class Targets:
 
         A target of which a read hangs is not closed, because its thread stays. Raises `Busy` if there are `limit` such.
         """
-        if len(self._guests) < self._limit:
+        if len(self._pooled) < self._limit:
             return
-        idle = [(guest.expiry.when(), pid) for pid, guest in self._guests.items() if guest.expiry is not None]
-        able = [each for each in idle if not self._guests[each[1]].sampler.busy]
+        idle = [(pooled.expiry.when(), pid) for pid, pooled in self._pooled.items() if pooled.expiry is not None]
+        able = [each for each in idle if not self._pooled[each[1]].is_busy]
         if able:
             self._drop(min(able)[1])
         elif len(idle) >= self._limit:
             raise Busy(f"reads of {len(idle)} other processes hang")
 
     def _expire(self, pid: int) -> None:
-        guest = self._guests[pid]
-        if guest.sampler.busy:  # with what nobody asks for any more: it hangs
-            guest.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
+        pooled = self._pooled[pid]
+        if pooled.is_busy:  # with what nobody asks for any more: it hangs
+            pooled.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
         else:
             self._drop(pid)
 
     def _drop(self, pid: int) -> None:
-        guest = self._guests.pop(pid)
-        if guest.expiry is not None:
-            guest.expiry.cancel()
-        self._release(guest)
+        pooled = self._pooled.pop(pid)
+        if pooled.expiry is not None:
+            pooled.expiry.cancel()
+        self._release(pooled)
 
-    def _release(self, guest: _Guest) -> None:
-        task = asyncio.ensure_future(guest.sampler.close())
+    def _release(self, pooled: _PooledSampler) -> None:
+        task = asyncio.ensure_future(pooled.sampler.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

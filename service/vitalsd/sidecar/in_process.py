@@ -24,8 +24,8 @@ from vitalsd.discovery.program_key import program_key
 from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.app import create_app
 from vitalsd.recording.black_box import BlackBox
-from vitalsd.recording.recorder import NotRecording, Recording
-from vitalsd.recording.run_directory import Shelf
+from vitalsd.recording.recorder import NotRecording, RecorderConfig
+from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.sidecar.listeners import listen
@@ -95,7 +95,7 @@ class _PausableLoop:
         self._resting.release()
 
 
-Pausable = Sampler | BlackBox | Shelf | Worker | _PausableLoop
+Pausable = BlackBox | RunDirectoryReader | Worker | _PausableLoop
 """What is in SQLite, the kernel or an import on a thread of its own, and rests while the host forks."""
 
 
@@ -119,7 +119,9 @@ class Sidecar:
     A context manager that stops it. In a forked child it is closed, and the child may `start` its own.
     """
 
-    def __init__(self, service: Service, sampler: Sampler, shelf: Shelf | None, workers: Sequence[Worker]) -> None:
+    def __init__(
+        self, service: Service, sampler: Sampler, shelf: RunDirectoryReader | None, workers: Sequence[Worker]
+    ) -> None:
         self._service = service
         self._sampler = sampler
         self._shelf = shelf
@@ -172,7 +174,7 @@ class Sidecar:
         if cleaned is None or not self.running:
             return False
         try:
-            self._sampler.mark(cleaned)
+            self._sampler.recorder.mark(cleaned)
         except NotRecording as error:
             if not self._stopping:
                 log.warning("the mark %r was not recorded: %s", cleaned, error)
@@ -222,9 +224,8 @@ class Sidecar:
 
         if self._loop is not None and threading.current_thread() is not self._thread:
             pause(_PausableLoop(self._loop))
-        pause(self._sampler)
-        recorder = self._sampler.recorder
-        pause(None if recorder is None else recorder.blackbox)
+        pause(self._sampler.worker)
+        pause(self._sampler.recorder.blackbox)
         for each in (self._shelf, *self._workers):
             pause(each)
         while _imports() and time.monotonic() < deadline:  # a thread of the client, which does not rest
@@ -233,12 +234,12 @@ class Sidecar:
 
     def _forget(self) -> None:
         self._service.forget()
-        self._sampler.forget()
+        self._sampler.recorder.forget()
 
     def _exit(self) -> None:
         """End it with the interpreter: an exception that the program did not catch is a crash of it."""
         if died_of_exception() and self.running:
-            self._sampler.crashed("an exception that was not caught ended the program")
+            self._sampler.recorder.crashed("an exception that was not caught ended the program")
         self.stop()
 
     def _start(self, timeout_s: float) -> None:
@@ -259,7 +260,7 @@ class Sidecar:
 
     def _abandon(self) -> None:
         """End the workers of a sidecar if its event loop never ran; an event loop ends them itself."""
-        self._sampler.abandon()
+        self._sampler.worker.stop(0)
         for worker in self._workers:
             worker.stop(0)
         if self._shelf is not None:
@@ -437,11 +438,13 @@ def start(
         undo.callback(listeners.close)
         listeners.notes[:0] = notes
         runs = run_directory(listeners.notes)
-        recording = Recording(record_interval_s, retention_s, runs=runs if black_box else None, application=application)
+        recording = RecorderConfig(
+            record_interval_s, retention_s, runs=runs if black_box else None, application=application
+        )
         sampler = Sampler(_own_source, recording=recording)
-        undo.callback(sampler.abandon)
+        undo.callback(sampler.worker.stop, 0)
         targets = Targets(sampler, open_source)
-        shelf = None if runs is None else Shelf(runs)
+        shelf = None if runs is None else RunDirectoryReader(runs)
         if shelf is not None:
             undo.callback(shelf.stop, 0)
         asgi = create_app(

@@ -27,8 +27,7 @@ from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.server.server import Server
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.sampling.sampler import Sampler
-from vitalsd.sampling.target_pool import Target as Measured
-from vitalsd.sampling.target_pool import Targets
+from vitalsd.sampling.target_pool import PooledTarget, Targets
 from vitalsd.sidecar.listeners import Listeners
 from vitalsd.sidecar.process_exit import death_of
 from vitalsd.snapshot import Identity
@@ -320,7 +319,7 @@ async def _made(next_run: Callable[[], Sampler]) -> Sampler:
             await asyncio.sleep(SEARCH_S)
 
 
-async def _replaced(target: Measured, has_successor: Callable[[Identity], Awaitable[bool]]) -> None:
+async def _replaced(target: PooledTarget, has_successor: Callable[[Identity], Awaitable[bool]]) -> None:
     """Return once `target` has made way for another process."""
     while True:
         await asyncio.sleep(RENAMED_S)

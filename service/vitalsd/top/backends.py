@@ -12,7 +12,7 @@ from typing import Any
 from vitalsd.contract.encoding import encode
 from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.http_connection import ExchangeError
-from vitalsd.recording.recorder import Recorder, Recording
+from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.snapshot import measure
 from vitalsd.sources.base import Source, SourceError, TargetGone
 from vitalsd.text import one_line
@@ -56,7 +56,7 @@ class Direct:
         self._interval_s = interval_s
         self._first_s = first_s
         self._relieved = relieved
-        self._recorder = Recorder(source.identity(), Recording(interval_s, retention_s=PAST_S, max_bytes=4 << 20))
+        self._recorder = Recorder(source.identity(), RecorderConfig(interval_s, retention_s=PAST_S, max_bytes=4 << 20))
         self._told = _Told()
         self.final = False
         """Whether no other process can follow the one that ended."""

@@ -23,8 +23,8 @@ from vitalsd.http.access.peer import peer_of
 from vitalsd.http.parameters import READING, MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
 from vitalsd.http.responses import JSON, bare, failed, problem
 from vitalsd.http.single_flight import Turns
-from vitalsd.recording.run_directory import Shelf
-from vitalsd.sampling.target_pool import Stream, Target, Targets
+from vitalsd.recording.run_directory_reader import RunDirectoryReader
+from vitalsd.sampling.target_pool import PooledTarget, Stream, Targets
 from vitalsd.sources.base import KernelError, ProcessEntry, SourceError
 from vitalsd.text import iso
 from vitalsd.worker_thread import Hung, Worker
@@ -46,7 +46,7 @@ def live_routes(
     list_processes: Callable[[], Iterable[ProcessEntry]],
     reader: Worker,
     lister: Worker,
-    shelf: Shelf | None,
+    shelf: RunDirectoryReader | None,
     *,
     thread_metrics: int,
     stream_s: float = STREAM_S,
@@ -91,7 +91,7 @@ def live_routes(
             async with targets.target(query.pid, peer) as target:
                 identity = await target.identity()
                 # The record is the past, which is for the owner: another user waits for the coming window.
-                record = target.record if query.mode == "trailing" and peer.is_owner else None
+                record = target.recorder.record if query.mode == "trailing" and peer.is_owner else None
                 measurement = record.window(query.window_ms) if record else None
                 mode = "wait" if measurement is None else query.mode
                 if measurement is None:
@@ -189,7 +189,7 @@ def live_routes(
             return problem("hung", str(Hung("a read of the kernel")))
         if shelf is not None and await shelf.hangs():
             return problem("hung", str(Hung("the directory of runs: a read")))
-        if await targets.default.record_hangs():
+        if await targets.default.recorder.hangs():
             return problem("hung", str(Hung("the directory of runs: a write")))
         return JSON({"status": "ok"})
 
@@ -218,9 +218,9 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _recording_warnings(target: Target) -> tuple[str, ...]:
+def _recording_warnings(target: PooledTarget) -> tuple[str, ...]:
     """What is wrong with the record of this process, if it is recorded."""
-    black_box = (target.recording_info() or {}).get("black_box")
+    black_box = (target.recorder.info() or {}).get("black_box")
     return (black_box["error"],) if black_box and black_box["error"] else ()
 
 
@@ -239,13 +239,13 @@ async def _scrape(targets: Targets, pid: int | None, threads: int, peer: Peer) -
     read, snapshots, recorder = None, 0, None
     with suppress(SourceError):
         async with targets.target(pid, peer) as target:
-            snapshots, recorder = target.snapshots_taken, None if target.replay else target.recording_info()
+            snapshots, recorder = target.snapshots_taken, None if target.replay else target.recorder.info()
             identity, snapshot = await target.identity(), await target.snapshot()
             read = identity, snapshot if peer.is_owner else snapshot.public()
     return Scrape(read, threads, snapshots, recorder, private=peer.is_owner)
 
 
-async def _info(target: Target, application: Application) -> dict[str, Any]:
+async def _info(target: PooledTarget, application: Application) -> dict[str, Any]:
     try:
         identity = await target.identity()
     except SourceError as error:
@@ -267,7 +267,7 @@ async def _info(target: Target, application: Application) -> dict[str, Any]:
         "target": who,
         "replay": None if replay is None else replay.to_json(),
         "capabilities": ["detail=full", "history", "marks", "mode=trailing", "pid", "processes", "runs", "stream"],
-        "recorder": target.recording_info(),
+        "recorder": target.recorder.info(),
         "self": {
             "pid": os.getpid(),
             "cpu_secs": round(time.process_time(), 3),

@@ -18,7 +18,8 @@ from vitalsd.http.parameters import (
 from vitalsd.http.responses import JSON, bare, failed, problem
 from vitalsd.http.single_flight import Turns
 from vitalsd.recording.recorder import NotRecording
-from vitalsd.recording.run_directory import RunDirectory, Shelf
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.recording.run_reader import UnreadableRun, read_run
 from vitalsd.recording.series import Mark, Record
 from vitalsd.sampling.target_pool import Targets
@@ -32,7 +33,7 @@ CSV = "text/csv; charset=utf-8"
 NO_SUCH_RUN = "no run has this id; GET /runs lists them"
 
 
-def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRouter:
+def past_routes(targets: Targets, shelf: RunDirectoryReader | None, reader: Worker) -> APIRouter:
     """
     The routes over the record of `targets` and over the earlier runs of `shelf`; tables are made on `reader`.
     """
@@ -47,11 +48,11 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
         try:
             await targets.default.identity()
         except SourceError as error:
-            if targets.default.record is None:
+            if targets.default.recorder.record is None:
                 return failed(error, targets.default.platform)
-        record = targets.default.record
+        record = targets.default.recorder.record
         if record is None:
-            raise NotRecording(targets.default.why_not_recorded())
+            raise NotRecording(targets.default.recorder.why_not_recorded)
         if query.pid not in (None, record.identity.pid):
             raise NotRecording(
                 f"process {record.identity.pid} is recorded here; to record another: vitalsd serve --pid {query.pid}"
@@ -68,14 +69,14 @@ def past_routes(targets: Targets, shelf: Shelf | None, reader: Worker) -> APIRou
         body: Annotated[MarkRequest, sent(MarkRequest)], query: Annotated[NoQuery, given(NoQuery)]
     ) -> Response:
         try:
-            mark = await targets.default.mark_async(body.label)
+            mark = await targets.default.recorder.mark_async(body.label)
         except ValueError as error:
             return problem("bad_body", str(error), parameter="label")
         return JSON(mark_json(mark), 201)
 
     @routes.api_route("/marks", methods=READING, summary="The labels on the clock, oldest first")
     async def get_marks(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        record = targets.default.record
+        record = targets.default.recorder.record
         return JSON([mark_json(mark) for mark in list(record.marks)] if record is not None else [])
 
     @routes.api_route("/runs", methods=READING, summary="Earlier runs on disk, crashed ones first")

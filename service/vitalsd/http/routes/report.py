@@ -22,7 +22,8 @@ from vitalsd.http.responses import JSON, bare, problem
 from vitalsd.http.routes.recordings import NO_SUCH_RUN, mark_json
 from vitalsd.http.server.delivery import TAKEN
 from vitalsd.http.single_flight import Turns
-from vitalsd.recording.run_directory import RunDirectory, Shelf
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.recording.run_reader import Run, UnreadableRun
 from vitalsd.recording.series import Record
 from vitalsd.sampling.target_pool import Targets
@@ -38,7 +39,9 @@ __all__ = ["REPORT_PATH", "report_routes"]
 REPORT_PATH = "/report.zip"
 
 
-def report_routes(targets: Targets, shelf: Shelf | None, reader: Worker, application: Application) -> APIRouter:
+def report_routes(
+    targets: Targets, shelf: RunDirectoryReader | None, reader: Worker, application: Application
+) -> APIRouter:
     """Return the routes over `targets` and the earlier runs of `shelf`; the archive is made on `reader`."""
     routes = APIRouter(route_class=StrictRoute)
     reports = Turns()
@@ -115,7 +118,7 @@ async def _metrics(targets: Targets, window_ms: int, collected: "Collected", pee
     target, identity = targets.default, None
     try:
         identity = await target.identity()
-        measurement = target.record.window(window_ms) if target.record else None
+        measurement = record.window(window_ms) if (record := target.recorder.record) else None
         covered = measurement is not None and measurement.elapsed_ns >= window_ms * 990_000
         if measurement is None or not covered:
             try:
@@ -133,7 +136,7 @@ async def _metrics(targets: Targets, window_ms: int, collected: "Collected", pee
 
 async def _past(
     targets: Targets,
-    shelf: Shelf | None,
+    shelf: RunDirectoryReader | None,
     reader: Worker,
     query: ReportQuery,
     app: str | None,
@@ -144,12 +147,12 @@ async def _past(
     from vitalsd.contract.report_archive import HISTORY, PREVIOUS_RUN, Failure
     from vitalsd.report.previous_run import Found, Subject, find, member
 
-    record = targets.default.record
+    record = targets.default.recorder.record
     if record is None:
-        collected.failures.append(Failure(HISTORY, targets.default.why_not_recorded()))
+        collected.failures.append(Failure(HISTORY, targets.default.recorder.why_not_recorded))
     else:
         collected.members |= await reader.result(lambda: _recorded(record, query.seconds))
-        info = targets.default.recording_info() or {}
+        info = targets.default.recorder.info() or {}
         collected.target = {key: info.get(key) for key in ("state", "ended")}
         if info.get("state") == "crashed" and (own := (info.get("black_box") or {}).get("run")):
             collected.runs[own] = HISTORY
@@ -183,7 +186,7 @@ def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
     return {HISTORY: table.to_json(), MARKS: marks}
 
 
-def _marking(shelf: Shelf, run_ids: Sequence[str]) -> Callable[[], Awaitable[None]]:
+def _marking(shelf: RunDirectoryReader, run_ids: Sequence[str]) -> Callable[[], Awaitable[None]]:
     async def mark() -> None:
         for run_id in run_ids:
             with suppress(UnreadableRun, OSError, Hung):  # Then the next report contains the run again.

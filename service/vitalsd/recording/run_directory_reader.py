@@ -1,0 +1,69 @@
+"""Read the directory of runs on a thread of its own, because its file system may hang."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_files import has_run_name
+from vitalsd.worker_thread import Worker
+
+__all__ = ["RunDirectoryReader"]
+
+T = TypeVar("T")
+
+
+class RunDirectoryReader:
+    """
+    Read the directory of runs, for the routes.
+
+    A file system that hangs blocks this thread alone: callers get `Hung` after 5 s, and from then on at once, until the
+    call returns.
+
+    Args:
+        runs: where they are.
+    """
+
+    def __init__(self, runs: RunDirectory) -> None:
+        self._runs = runs
+        self._worker = Worker("vitalsd-runs")
+
+    async def read(self, call: Callable[[RunDirectory], T]) -> T:
+        """
+        Return or raise what `call` does, which is called on the thread with the directory.
+
+        Raises:
+            Hung: the file system hangs. What was not begun by then is not done later either.
+        """
+        return await self._worker.ask(lambda: call(self._runs), "the directory of runs: a read")
+
+    async def has(self, run_id: str) -> bool:
+        """
+        Return whether there is a run with this id, by the name of its file, which is not read.
+
+        Raises:
+            Hung: the file system hangs.
+        """
+
+        def found(runs: RunDirectory) -> bool:
+            with suppress(OSError):
+                return any(path.stem == run_id and has_run_name(path) for path in runs.path.glob("*.sqlite"))
+            return False
+
+        return await self.read(found)
+
+    async def hangs(self) -> bool:
+        """Return whether a call does not return."""
+        return await self._worker.hangs()
+
+    def pause(self, timeout_s: float) -> bool:
+        """Before a fork: let the read under way end and none begin until `resume`; False if it takes longer."""
+        return self._worker.pause(timeout_s)
+
+    def resume(self) -> None:
+        """After a `pause` that was granted; in the child as well."""
+        self._worker.resume()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread, unless that takes longer."""
+        self._worker.stop(timeout_s)

@@ -1,0 +1,147 @@
+"""
+Read one target and feed its recorder: what runs on the sampler's thread.
+
+The recorder's snapshots are taken here too and serve callers as well, but end no window: their names may be 2 s old.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from vitalsd.recording.recorder import Recorder, RecorderConfig
+from vitalsd.snapshot import Identity, Snapshot, contradiction
+from vitalsd.sources.base import Source, SourceError, TargetGone
+from vitalsd.worker_thread import Worker
+
+__all__ = ["SNAPSHOT_REUSE_NS", "TargetReader"]
+
+SNAPSHOT_REUSE_NS = 10_000_000
+"""A snapshot up to 10 ms old serves another caller, and the recorder, too."""
+
+
+class TargetReader:
+    """
+    One target, which is opened, read and closed on the thread of `worker`.
+
+    Args:
+        open_source: opens the target.
+        recording: whether and how to record it; ``None`` for not at all.
+        worker: calls the recorder at each interval.
+    """
+
+    def __init__(self, open_source: Callable[[], Source], recording: RecorderConfig | None, worker: Worker) -> None:
+        self._open_source = open_source
+        self._recording = recording
+        self._worker = worker
+        self._source: Source | None = None
+        self._last: Snapshot | None = None
+        self._has_current_names = False
+        """Whether the names in the last snapshot were read with it: the recorder does without."""
+        self._reading = 0
+        """See `Snapshot.reading`."""
+        self._contradicted = False
+        """Whether the last two snapshots contradicted each other."""
+        self._closed = False
+        self.identity: Identity | None = None
+        """Of the target, once it has been opened."""
+        self.recorder: Recorder | None = None
+        self.snapshots_taken = 0
+
+    @property
+    def records(self) -> bool:
+        """Whether the target is recorded once it has been opened."""
+        return self._recording is not None and self._recording.interval_s > 0
+
+    def open(self) -> Identity:
+        """Open the target, and start to record it, unless that has been done. Raises `SourceError`."""
+        if self._source is None:
+            self._source = self._open_source()
+        identity = self._source.identity()
+        if self._recording is not None and self.records and self.recorder is None:
+            self.recorder = Recorder(identity, self._recording)
+            self._worker.every(self.recorder.interval_ns, self._record)
+        self.identity = identity
+        return identity
+
+    def last_since(self, not_before_ns: int, extras: bool) -> Snapshot | None:
+        """
+        Return the last snapshot if it is good enough; from any thread.
+
+        Args:
+            not_before_ns: monotonic time; an older one is not.
+            extras: one without extras is not.
+        """
+        last = self._last
+        if last is not None and last.monotonic_ns >= not_before_ns and (last.extras is not None or not extras):
+            return last
+        return None
+
+    def take(self, extras: bool, *, names: bool = True) -> Snapshot:
+        """Read the target. Raises `SourceError`; the record has the end of the target by then."""
+        assert self._source is not None
+        if self._closed:
+            raise self.gone()
+        try:
+            why, last = None, self._read(extras, names)
+            if self._last is not None and (why := contradiction(self._last, last)) is not None:
+                self._reading += 1
+                self._source.restart()
+                last = self._read(extras, names)
+            self._last, self._has_current_names = last, names
+            self.identity = self._source.identity()
+        except TargetGone as error:
+            # A caller that gets the error may look at once into the record for how the target ended.
+            if self.recorder is not None:
+                self.recorder.failed(error)
+            raise
+        if self.recorder is not None:
+            self.recorder.identify(self.identity)
+            if why is not None and not self._contradicted:  # else a kernel that counts wrong would fill the record
+                self.recorder.contradicted(why, last)
+        self._contradicted = why is not None
+        return last
+
+    def take_since(self, not_before_ns: int, extras: bool) -> Snapshot:
+        """Return the last snapshot of a window, which has the current names; see `last_since`. Raises as `take`."""
+        last = self.last_since(not_before_ns, extras)
+        return last if last is not None and self._has_current_names else self.take(extras)
+
+    def gone(self) -> TargetGone:
+        """Return the error for a target that is not read any more."""
+        pid = self.identity.pid if self.identity else None
+        return TargetGone(f"target {pid} has exited, or is not measured any more")
+
+    def close(self) -> None:
+        """End the record and release the target."""
+        if self.recorder is not None:
+            if self.recorder.ended is None:
+                # One last look: a target that has just died is not to pass for one that was left alive.
+                self._last = None
+                self._record()
+            self.recorder.close()
+        self._closed = True
+        if self._source is not None:
+            self._source.close()
+
+    def discard(self) -> None:
+        """Drop target and record, once the thread has ended."""
+        self._source = self._last = self.recorder = None
+
+    def _read(self, extras: bool, names: bool) -> Snapshot:
+        assert self._source is not None
+        snapshot = self._source.snapshot(extras=extras, names=names)
+        self.snapshots_taken += 1
+        return replace(snapshot, reading=self._reading) if self._reading else snapshot
+
+    def _record(self) -> bool:
+        """Record a snapshot; False if there will be no other."""
+        assert self.recorder is not None
+        if self._closed:  # due between the release of the target and the end of the thread
+            return False
+        try:
+            last = self.last_since(time.monotonic_ns() - SNAPSHOT_REUSE_NS + 1, False)
+            snapshot = last if last is not None else self.take(False, names=False)
+        except SourceError as error:
+            return self.recorder.failed(error)
+        self.recorder.observe(snapshot)
+        return True

@@ -1,0 +1,139 @@
+"""
+Windows of one target: two snapshots each, shared by the callers that ask at about the same time.
+
+Callers whose windows begin or end within a few milliseconds share the snapshots: a thousand of them cost about what one
+costs. All of this runs on the event loop; `vitalsd.sampling.sampler` takes the snapshots.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from vitalsd.admission import Busy, Peer, Shares
+from vitalsd.sampling.target_reader import SNAPSHOT_REUSE_NS
+from vitalsd.snapshot import Measurement, Snapshot, measure
+from vitalsd.sources.base import TargetGone
+from vitalsd.worker_thread import seen
+
+__all__ = ["MAX_WINDOWS", "Windows"]
+
+REUSE_PART = 20
+"""A snapshot serves another window only if it is at most 1/20 of that window old."""
+BUSY_WINDOW_COUNT = 8
+"""With so many windows of one target open, a snapshot of any age up to 1/20 of the window serves it."""
+BUSY_REUSE_NS = 5_000_000
+"""With so many windows open, a snapshot up to 5 ms old, or half the window, serves a short window too."""
+MAX_WINDOWS = 64
+"""Of one target at once and for one kind of client; see `Shares`. Clients that share a window use one each."""
+
+Key = tuple[Snapshot, int, bool]
+"""Of a window: its first snapshot, its length in ms, and whether it has extras."""
+
+
+@dataclass(slots=True, eq=False)
+class _Window:
+    """A window under way, and how many callers of each peer wait for it."""
+
+    task: asyncio.Task[Measurement]
+    waiting: Counter[Peer] = field(default_factory=Counter)
+
+
+class Windows:
+    """
+    The windows of one target that are open.
+
+    Args:
+        take: returns a snapshot, with extras or without, that is not older than a monotonic time in ns.
+        take_at: returns one that is taken at a monotonic time (the first argument), or one since the second.
+        gone: returns the error for a target that is not measured any more.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[int, bool], Awaitable[Snapshot]],
+        take_at: Callable[[int, int, bool], Awaitable[Snapshot]],
+        gone: Callable[[], TargetGone],
+    ) -> None:
+        self._take = take
+        self._take_at = take_at
+        self._gone = gone
+        self._open: dict[Key, _Window] = {}
+        self._shares = Shares(MAX_WINDOWS)
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def callers(self) -> int:
+        """Places that are taken, see `Shares`."""
+        return len(self._shares)
+
+    async def measure(self, window_ms: int, extras: bool, peer: Peer) -> Measurement:
+        """Measure the coming `window_ms` milliseconds, see `Sampler.window`."""
+        window_ns = window_ms * 1_000_000
+        slack_ns = self._slack_ns(window_ns)
+        first = await self._take(time.monotonic_ns() - slack_ns, extras)
+        if self._closed:
+            raise self._gone()
+        key = (first, window_ms, extras)
+        window = self._open.get(key)
+        if (window is None or not window.waiting[peer]) and not self._shares.take(peer):
+            raise Busy(f"{MAX_WINDOWS} different windows of this process are open already")
+        if window is None:
+            window = self._begin(key, window_ns, slack_ns)
+        window.waiting[peer] += 1
+        try:
+            return await asyncio.shield(window.task)
+        except asyncio.CancelledError:
+            if window.task.cancelled() and self._closed:  # it has exited, and the next of its name is measured
+                raise self._gone() from None
+            raise
+        finally:
+            self._leave(key, window, peer)
+
+    def close(self) -> None:
+        """End all windows; their callers get the error that the target is gone."""
+        self._closed = True
+        for window in list(self._open.values()):
+            window.task.cancel()
+
+    def _slack_ns(self, window_ns: int) -> int:
+        """
+        How far a snapshot may lie from where a window begins or ends.
+
+        Windows of one length have then at most `BUSY_WINDOW_COUNT` + 2 * `REUSE_PART` beginnings, however many ask.
+        """
+        if len(self._open) < BUSY_WINDOW_COUNT:
+            return min(SNAPSHOT_REUSE_NS, window_ns // REUSE_PART)
+        return max(window_ns // REUSE_PART, min(BUSY_REUSE_NS, window_ns // 2))
+
+    def _begin(self, key: Key, window_ns: int, slack_ns: int) -> _Window:
+        first, _, extras = key
+
+        async def finish() -> Measurement:
+            end_ns = first.monotonic_ns + window_ns
+            return measure(first, await self._take_at(end_ns, end_ns - slack_ns, extras))
+
+        window = self._open[key] = _Window(asyncio.create_task(finish()))
+        window.task.add_done_callback(partial(self._end, key, window))
+        return window
+
+    def _end(self, key: Key, window: _Window, task: asyncio.Task[Measurement]) -> None:
+        if self._open.get(key) is window:
+            del self._open[key]
+        seen(task)
+
+    def _leave(self, key: Key, window: _Window, peer: Peer) -> None:
+        """Take one caller out of a window, and end a window that has no caller left."""
+        window.waiting[peer] -= 1
+        if not window.waiting[peer]:
+            del window.waiting[peer]
+            self._shares.release(peer)
+        if not window.waiting and not window.task.done():
+            if self._open.get(key) is window:
+                del self._open[key]
+            window.task.cancel()
