@@ -11,7 +11,7 @@ from typing import Any
 from vitalsd.contract.application import Application, check_app
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import Run, UnreadableRun, read_run
-from vitalsd.report.previous_run import Subject, choose, find, is_alive, member
+from vitalsd.report.previous_run import ReportSubject, choose, find, is_alive, member
 from vitalsd_client.daemon_call import Call
 from vitalsd_client.recorded_data import own_subject, run_directory
 from vitalsd_client.redaction import harmless
@@ -43,7 +43,7 @@ class Crash:
     """Recorded."""
     _run: Run = field(repr=False)
     _directory: RunDirectory = field(repr=False)
-    _subject: Subject = field(repr=False)
+    _subject: ReportSubject = field(repr=False)
     _last_wall_ns: int = field(repr=False)
 
     @cached_property
@@ -125,7 +125,7 @@ def _read(app: str | None) -> Crash | None:
     return _crash(found.run, directory, subject)
 
 
-def _crash(run: Run, directory: RunDirectory, subject: Subject) -> Crash:
+def _crash(run: Run, directory: RunDirectory, subject: ReportSubject) -> Crash:
     def moment(unix_ns: int) -> datetime:
         return datetime.fromtimestamp(unix_ns / 1e9, UTC)
 

@@ -13,7 +13,7 @@ from vitalsd.contract.host import Host
 from vitalsd.contract.report_archive import HISTORY, MARKS, PREVIOUS_RUN, Failure, previous_run
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.report.builder import Collected
-from vitalsd.report.previous_run import TOP_THREADS, Subject, choose, find, is_alive, member
+from vitalsd.report.previous_run import TOP_THREADS, ReportSubject, choose, find, is_alive, member
 from vitalsd_client.locate import NoSidecar, Sidecar, answering, locate, refusal
 from vitalsd_client.redaction import harmless
 
@@ -132,7 +132,7 @@ class RecordedData:
     def _ask_for_run(self, request: Callable[..., Answer], info: Mapping[str, Any], into: Collected) -> None:
         runs, _ = _json(request("/runs"), list)
         if self._run_id is None:
-            choice = choose(runs, Subject.of(self._app, info["target"], into.application.app), is_alive())
+            choice = choose(runs, ReportSubject.of(self._app, info["target"], into.application.app), is_alive())
             run = choice.run
             if choice.reason is not None:
                 into.failures.append(Failure(PREVIOUS_RUN, harmless(choice.reason, MAX_REASON)))
@@ -156,7 +156,7 @@ class RecordedData:
                     reason = "it is no directory of this user, or other users may write it"
                 into.failures.append(Failure(PREVIOUS_RUN, f"the directory of runs cannot be read: {reason}"))
             return
-        subject = own_subject(self._app, self._pid) if self._running else Subject(self._app)
+        subject = own_subject(self._app, self._pid) if self._running else ReportSubject(self._app)
         found = find(directory, subject, self._run_id)
         if found.failure is not None:
             into.failures.append(Failure(PREVIOUS_RUN, harmless(found.failure.reason)))
@@ -190,7 +190,7 @@ def _is_there() -> bool:
     return False
 
 
-def own_subject(app: str | None, pid: int | None) -> Subject:
+def own_subject(app: str | None, pid: int | None) -> ReportSubject:
     """Return what a report of a process without a sidecar is about: of this process, or of `pid`."""
     from vitalsd.discovery.program_key import program_key
     from vitalsd.sources import open_source
@@ -201,10 +201,10 @@ def own_subject(app: str | None, pid: int | None) -> Subject:
     try:
         source = open_source(pid, program_of=ProgramDigest(program_key(), main_script() if own else None))
     except SourceError:
-        return Subject(app, start_id=str(pid or os.getpid()))
+        return ReportSubject(app, start_id=str(pid or os.getpid()))
     identity = source.identity()
     source.close()
-    return Subject(app, identity.start_id, identity.name, identity.program)
+    return ReportSubject(app, identity.start_id, identity.name, identity.program)
 
 
 def _run_id(found: object) -> str:

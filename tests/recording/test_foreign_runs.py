@@ -420,7 +420,7 @@ def test_crashed_run_is_in_the_report_if_disk_and_temporary_directories_are_full
     (disk := tmp_path / "disk").mkdir()
     code = (
         "import os, pathlib, shutil, subprocess, sys\n"
-        "from vitalsd.report.previous_run import Subject, find\n"
+        "from vitalsd.report.previous_run import ReportSubject, find\n"
         "from vitalsd.recording.run_directory import RunDirectory\n"
         "disk, made = map(pathlib.Path, sys.argv[1:])\n"
         "def mount(*options): subprocess.run(['mount', *options], check=True)\n"
@@ -433,7 +433,7 @@ def test_crashed_run_is_in_the_report_if_disk_and_temporary_directories_are_full
         "for each in '/var/tmp', '/dev/shm', '/tmp': mount('--bind', str(disk), each)\n"
         "os.chdir('/tmp')\n"
         "(run,) = RunDirectory(pathlib.Path('/tmp/runs')).runs()\n"
-        "found = find(RunDirectory(pathlib.Path('/tmp/runs')), Subject(), run.id)\n"
+        "found = find(RunDirectory(pathlib.Path('/tmp/runs')), ReportSubject(), run.id)\n"
         "print(run.state, len(found.record))\n"
     )
     command = ["unshare", "-m", sys.executable, "-c", code, str(disk), str(run.parent)]

@@ -24,7 +24,7 @@ from support.sidecars import VITALSD, ask, environment, eventually, serving
 from vitalsd.discovery.runtime_file import discover
 from vitalsd.recording.run_directory import MAX_LISTED, RunDirectory
 from vitalsd.recording.run_reader import UNKNOWN_END, Run
-from vitalsd.report.previous_run import Choice, Subject, choose
+from vitalsd.report.previous_run import Choice, ReportSubject, choose
 from vitalsd_client import BugReport, last_crash
 
 pytestmark = pytest.mark.live
@@ -752,7 +752,7 @@ def listing(run_id: str, **other: Any) -> Found:
     return {"id": run_id, **plain, **other}
 
 
-def chosen(listings: Sequence[Found], subject: Subject, alive: Callable[[Any], bool] = lambda _: False) -> Choice:
+def chosen(listings: Sequence[Found], subject: ReportSubject, alive: Callable[[Any], bool] = lambda _: False) -> Choice:
     return choose(listings, subject, alive)
 
 
@@ -767,22 +767,26 @@ def test_choose_takes_the_newest_run_with_the_id() -> None:
         listing("7-8-9-1", app="viewer"),
         listing("9", app="viewer", pid=9),
     ]
-    subject = Subject("viewer", "7-8-9", "app", P)
+    subject = ReportSubject("viewer", "7-8-9", "app", P)
     assert chosen(runs, subject, lambda run: "pid" in run).run == runs[1]
-    assert chosen(runs, Subject(None, "7-8-9", "app", P, "editor")).run == runs[4]
-    assert chosen(runs, Subject("other", "7-8-9", "app", P)).run is None
-    assert chosen(runs, Subject(None, "7-8-9", "app", P)).run is None, "a run with an id is of reports with it alone"
+    assert chosen(runs, ReportSubject(None, "7-8-9", "app", P, "editor")).run == runs[4]
+    assert chosen(runs, ReportSubject("other", "7-8-9", "app", P)).run is None
+    assert chosen(runs, ReportSubject(None, "7-8-9", "app", P)).run is None, (
+        "a run with an id is of reports with it alone"
+    )
 
 
 def test_choose_prefers_the_id_to_the_program() -> None:
     """And falls back to the program of runs without an id, unless another application has run the same program."""
     runs = [listing("1", app="viewer", program=Q), listing("2"), listing("3", program=Q, name="b")]
-    assert chosen(runs, Subject("viewer", "0", "app", P)).run == runs[0]
-    assert chosen(runs[1:], Subject("viewer", "0", "app", P)).run == runs[1]
-    assert chosen(runs[1:], Subject("viewer", "0", "app", Q)).run == runs[2]
-    adopted = chosen(runs[1:], Subject("viewer", "0", "app", P, "viewer"))
+    assert chosen(runs, ReportSubject("viewer", "0", "app", P)).run == runs[0]
+    assert chosen(runs[1:], ReportSubject("viewer", "0", "app", P)).run == runs[1]
+    assert chosen(runs[1:], ReportSubject("viewer", "0", "app", Q)).run == runs[2]
+    adopted = chosen(runs[1:], ReportSubject("viewer", "0", "app", P, "viewer"))
     assert adopted.run == runs[1], "the client has begun to pass an id; it is the same program"
-    shared = chosen([*runs[1:], listing("4", app="editor", state="clean")], Subject("viewer", "0", "app", P, "viewer"))
+    shared = chosen(
+        [*runs[1:], listing("4", app="editor", state="clean")], ReportSubject("viewer", "0", "app", P, "viewer")
+    )
     assert (shared.run, list(shared.left_out)) == (None, [runs[1]])
     assert "another application has run the same program" in str(shared.reason)
 
@@ -790,9 +794,9 @@ def test_choose_prefers_the_id_to_the_program() -> None:
 def test_choose_for_a_sidecar_that_waits_takes_no_run_of_another_name() -> None:
     """Nor one without an id if the sidecar has one."""
     runs = [listing("1", name="bank")]
-    assert chosen(runs, Subject(name="game")).run is None
-    assert chosen(runs, Subject(name="bank")).run == runs[0]
-    left = chosen(runs, Subject(target_app="viewer"))
+    assert chosen(runs, ReportSubject(name="game")).run is None
+    assert chosen(runs, ReportSubject(name="bank")).run == runs[0]
+    left = chosen(runs, ReportSubject(target_app="viewer"))
     assert (left.run, list(left.left_out)) == (None, runs)
 
 
@@ -800,35 +804,35 @@ def test_choose_leaves_out_a_run_whose_process_ended_well_by_another_record() ->
     """One of two sidecars was killed; the other saw a normal end. A crash that was seen remains one."""
     lost = listing("7-8-9-1", app="viewer", ended=UNKNOWN_END)
     well = listing("7-8-9-2", app="viewer", state="clean", ended="exit status 0", recorded_to="7-9")
-    assert chosen([lost, well], Subject("viewer")).run is None
-    assert chosen([lost], Subject("viewer")).run == lost
+    assert chosen([lost, well], ReportSubject("viewer")).run is None
+    assert chosen([lost], ReportSubject("viewer")).run == lost
     seen = listing("7-8-9-3", app="viewer", ended="killed by SIGSEGV")
     went_on = listing("7-8-9-1", app="viewer", state="clean", ended="the process went on without it")
-    assert chosen([seen, went_on], Subject("viewer")).run == seen
+    assert chosen([seen, went_on], ReportSubject("viewer")).run == seen
 
 
 def test_choose_in_doubt_leaves_out_and_names_the_run() -> None:
     """An unknown program of the same name may be this one, and so may another version; another program is not."""
     runs = [listing("1", program=""), listing("2", program=Q), listing("3", program=P2, name="b")]
-    left = chosen(runs, Subject("viewer", "0", "app", P))
+    left = chosen(runs, ReportSubject("viewer", "0", "app", P))
     assert left.run is None
     assert [run["id"] for run in left.left_out] == ["3", "1"]
     assert "vitalsd report --run ID" in str(left.reason)
-    unknown = chosen(runs, Subject("viewer", "0", "app", ""))
+    unknown = chosen(runs, ReportSubject("viewer", "0", "app", ""))
     assert [run["id"] for run in unknown.left_out] == ["2", "1"]
-    other = chosen(runs[1:2], Subject("viewer", "0", "app", P))
+    other = chosen(runs[1:2], ReportSubject("viewer", "0", "app", P))
     assert (other.run, list(other.left_out), other.reason) == (None, [], None)
 
 
 def test_choose_with_nothing_running_needs_one_program() -> None:
     """Of runs without an id; an unknown program may be any."""
     one = [listing("1"), listing("2"), listing("3", app="editor", program=Q)]
-    assert chosen(one, Subject("viewer")).run == one[1]
-    assert chosen(one, Subject()).run == one[1]
+    assert chosen(one, ReportSubject("viewer")).run == one[1]
+    assert chosen(one, ReportSubject()).run == one[1]
     for other in (listing("4", program=Q), listing("4", program="")):
-        left = chosen([*one, other], Subject("viewer"))
+        left = chosen([*one, other], ReportSubject("viewer"))
         assert left.run is None
         assert [run["id"] for run in left.left_out] == ["4", "2", "1"]
-    assert chosen([listing("1", program="")], Subject("viewer")).run is None
-    many = chosen([listing(str(number), program=f"{number:032}") for number in range(10, 30)], Subject("viewer"))
+    assert chosen([listing("1", program="")], ReportSubject("viewer")).run is None
+    many = chosen([listing(str(number), program=f"{number:032}") for number in range(10, 30)], ReportSubject("viewer"))
     assert "15 more" in str(many.reason)

@@ -20,7 +20,7 @@ from vitalsd.sources.platform import births
 from vitalsd.sources.process_identity import Births, Undecided
 from vitalsd.sources.programs import may_be_versions
 
-__all__ = ["TOP_THREADS", "Choice", "Found", "Listing", "Subject", "choose", "find", "is_alive", "member"]
+__all__ = ["TOP_THREADS", "Choice", "Found", "Listing", "ReportSubject", "choose", "find", "is_alive", "member"]
 
 TOP_THREADS = 50
 """Threads of a run that a report shows: the busiest."""
@@ -33,7 +33,7 @@ Listing = Mapping[str, Any]
 """A run as ``GET /runs`` lists it."""
 
 
-class Subject(NamedTuple):
+class ReportSubject(NamedTuple):
     """What a report is about."""
 
     app: str | None = None
@@ -47,7 +47,7 @@ class Subject(NamedTuple):
     """The application id with which the sidecar of that process was started."""
 
     @classmethod
-    def of(cls, app: str | None, target: Mapping[str, Any], target_app: str | None) -> "Subject":
+    def of(cls, app: str | None, target: Mapping[str, Any], target_app: str | None) -> "ReportSubject":
         """Return the subject for a target as ``GET /info`` shows it. Raises `KeyError`: it is `Unavailable`."""
         return cls(app, str(target["start_id"]), str(target["name"]), str(target.get("program", "")), target_app)
 
@@ -62,7 +62,7 @@ class Choice(NamedTuple):
     """Why they were left out, and what to do."""
 
 
-def choose(listings: Sequence[Listing], subject: Subject, alive: Callable[[Listing], bool]) -> Choice:
+def choose(listings: Sequence[Listing], subject: ReportSubject, alive: Callable[[Listing], bool]) -> Choice:
     """
     Return the newest crashed run of `subject` that no report contains yet.
 
@@ -124,7 +124,7 @@ def _shared(program: str, app: str, listings: Sequence[Listing]) -> bool:
     return any(run.get("program") == program and run.get("app") not in (None, app) for run in listings)
 
 
-def _may_belong(run: Listing, subject: Subject) -> bool:
+def _may_belong(run: Listing, subject: ReportSubject) -> bool:
     """Return whether a run without an id may be of the subject: another version of its program, or an unknown one."""
     program = str(run.get("program") or "")
     if not program or not subject.program:
@@ -159,7 +159,7 @@ class Found(NamedTuple):
 
 def find(
     directory: RunDirectory,
-    subject: Subject,
+    subject: ReportSubject,
     run_id: str | None,
     *,
     read: bool = True,

@@ -145,7 +145,7 @@ async def _past(
 ) -> None:
     """Collect history, marks and the crashed run."""
     from vitalsd.contract.report_archive import HISTORY, PREVIOUS_RUN, Failure
-    from vitalsd.report.previous_run import Found, Subject, find, member
+    from vitalsd.report.previous_run import Found, ReportSubject, find, member
 
     record = targets.default.recorder.record
     if record is None:
@@ -160,9 +160,9 @@ async def _past(
         return
     target_app = collected.application.app
     if identity is None:  # The sidecar waits for its target, or cannot read it.
-        subject = Subject(app, name=targets.name or "", target_app=target_app)
+        subject = ReportSubject(app, name=targets.name or "", target_app=target_app)
     else:
-        subject = Subject(app, identity.start_id, identity.name, identity.program, target_app)
+        subject = ReportSubject(app, identity.start_id, identity.name, identity.program, target_app)
     try:
         found = await shelf.read(lambda runs: find(runs, subject, query.run))
     except Hung as error:
