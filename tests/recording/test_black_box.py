@@ -70,8 +70,8 @@ def test_what_was_written_reads_back(tmp_path: Path, snapshots: list[Snapshot]) 
 def test_marks_and_events_read_back(tmp_path: Path) -> None:
     """Marks and events are on disk too."""
     box, record = write(tmp_path, [Process().snapshot()])
-    box.mark(record.mark("F12 pressed"))
-    box.event(record.event("missed", "2 snapshots"))
+    box.write_mark(record.add_mark("F12 pressed"))
+    box.write_event(record.add_event("missed", "2 snapshots"))
     box.close("over")
     _, back = read_run(next(tmp_path.glob("*.sqlite")))
     assert list(back.marks) == list(record.marks)
@@ -90,7 +90,7 @@ def test_what_is_dropped_is_missing_and_nothing_after_it_is_wrong(tmp_path: Path
     process, record = Process(), Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
     box = BlackBox(Hanging(tmp_path), IDENTITY, interval_ns=SECOND_NS // 1000, retention_ns=2**62)
     for _ in range(40):
-        box.mark(Mark(0, 0, "one that waits too"))
+        box.write_mark(Mark(0, 0, "one that waits too"))
     taken = []
     for number in range(60):  # of one segment
         if number == 45:
@@ -114,8 +114,8 @@ def test_marks_and_events_are_bounded_on_disk_as_in_memory(tmp_path: Path) -> No
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
     for number in range(3500):
-        box.mark(record.mark(f"frame {number}"))
-        box.event(record.event("failed", f"failure {number}"))
+        box.write_mark(record.add_mark(f"frame {number}"))
+        box.write_event(record.add_event("failed", f"failure {number}"))
         if number % 20 == 0:
             box.flush()
     box.flush()
@@ -333,7 +333,7 @@ def test_an_event_takes_along_what_came_before_it(tmp_path: Path) -> None:
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
     go_on(box, record, process, 3)
-    box.event(record.event("exited", "target 4242 has exited"))
+    box.write_event(record.add_event("exited", "target 4242 has exited"))
     deadline = time.monotonic() + 5
     count = "SELECT count(*) FROM frame"
     while True:
@@ -377,7 +377,7 @@ def test_a_file_that_was_deleted_in_mid_segment_is_followed_by_another_soon(tmp_
     go_on(box, record, process, 3)
     box.flush()
     delete_run(tmp_path / f"{box.run_id}.sqlite")
-    box.mark(record.mark("after that"))
+    box.write_mark(record.add_mark("after that"))
     box.flush()
     go_on(box, record, process, 3)
     box.close("over")
@@ -392,7 +392,7 @@ def test_a_file_that_follows_after_the_end_knows_of_it(tmp_path: Path) -> None:
     box.end("killed by SIGKILL", crashed=True)
     box.flush()
     delete_run(tmp_path / f"{box.run_id}.sqlite")
-    box.mark(record.mark("after that"))
+    box.write_mark(record.add_mark("after that"))
     box.flush()
     (path,) = tmp_path.glob("*.sqlite")
     run, back = read_run(path)
@@ -449,7 +449,7 @@ def test_another_name_is_written_once_that_can_be(tmp_path: Path, monkeypatch: p
     for closes in (False, True):
         box, _ = write(tmp_path / str(closes), [Process().snapshot()])
         with monkeypatch.context() as full:
-            full.setattr(RunFile, "identify", fails)
+            full.setattr(RunFile, "set_identity", fails)
             box.identify(IDENTITY._replace(name="another"))
             box.flush()
         (path,) = (tmp_path / str(closes)).glob("*.sqlite")
@@ -497,7 +497,7 @@ def test_whatever_fails_each_snapshot_is_kept_whole_or_counted(
         return attempt
 
     monkeypatch.setattr(RunFile, "_insert_frame", failing(RunFile._insert_frame, 0.1))
-    monkeypatch.setattr(RunFile, "_insert_segment", failing(RunFile._insert_segment, 0.2))
+    monkeypatch.setattr(RunFile, "_insert_segment_row", failing(RunFile._insert_segment_row, 0.2))
 
     process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 40)})
     record = Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)

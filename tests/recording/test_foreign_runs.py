@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Path:
         process.pass_time(SECOND_NS, [1000] * 8)
         snapshots.append(process.snapshot())
     box, record = write(tmp_path / "made", snapshots)
-    box.mark(record.mark("just before"))
+    box.write_mark(record.add_mark("just before"))
     box.close("killed by SIGKILL", crashed=True)
     (made,) = (tmp_path / "made").glob("*.sqlite")
     (tmp_path / "state" / "runs").mkdir(mode=0o700, parents=True)
@@ -136,7 +136,7 @@ def test_writer_of_a_run_never_has_a_journal(tmp_path: Path) -> None:
     assert libc.inotify_add_watch(watch, os.fsencode(tmp_path), in_create) > 0
     try:
         box, record = write(tmp_path, [Process().snapshot()])
-        box.mark(record.mark("one"))
+        box.write_mark(record.add_mark("one"))
         box.close("killed", crashed=True)
         directory = RunDirectory(tmp_path)
         assert directory.mark_reported(directory.runs()[0])
@@ -521,7 +521,7 @@ def test_run_is_whole_however_often_it_is_read_while_it_is_written(tmp_path: Pat
         "from support.lives import IDENTITY, Process; from recording.test_black_box import write\n"
         "box, record = write(pathlib.Path(sys.argv[1]), [Process().snapshot()]); print('up', flush=True)\n"
         "for number in range(10**6):\n"
-        "    done = box.mark(record.mark(f'{number:06}' + 150 * 'x'))\n"
+        "    done = box.write_mark(record.add_mark(f'{number:06}' + 150 * 'x'))\n"
         "    done.result(30) if done else None\n"
         "    number % 100 or box.flush()\n"
     )

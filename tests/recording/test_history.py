@@ -231,7 +231,7 @@ def test_marks_and_events_of_a_table_are_as_old_as_they_were() -> None:
         snapshot = process.snapshot()
         record.append(snapshot)
         if second % 10 == 5:
-            record.event("missed", f"at {second}", at=snapshot)
+            record.add_event("missed", f"at {second}", at=snapshot)
             record.marks.append(Mark(snapshot.wall_ns, snapshot.monotonic_ns, f"at {second}"))
         process.pass_time(SECOND_NS, [0])
     back = read_history(history(record).to_json())
@@ -278,7 +278,7 @@ def test_csv_is_a_table_that_hostile_names_cannot_break() -> None:
     record = record_of([process.snapshot()])
     process.pass_time(SECOND_NS, [SECOND_NS // 2])
     record.append(process.snapshot())
-    record.event("executed", "another program: \x1b[31m", at=process.snapshot())
+    record.add_event("executed", "another program: \x1b[31m", at=process.snapshot())
     text = history(record).to_csv().decode()
     head, row = csv.reader(io.StringIO(text))
     assert len(head) == len(row)

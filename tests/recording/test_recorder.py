@@ -133,7 +133,7 @@ def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path, monkeypatch
     """Who sets a mark waits until it is on disk; whoever else is served meanwhile does not."""
     runs = RunDirectory(tmp_path)
     recorder = Recorder(IDENTITY, RecorderConfig(runs=runs))
-    fast = RunFile.mark
+    fast = RunFile.insert_mark
 
     def slow(file: RunFile, mark: Mark) -> None:
         time.sleep(0.02)
@@ -156,6 +156,6 @@ def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path, monkeypatch
         served.cancel()
         return turns
 
-    monkeypatch.setattr(RunFile, "mark", slow)
+    monkeypatch.setattr(RunFile, "insert_mark", slow)
     assert asyncio.run(main()) > 10
     recorder.close()

@@ -137,13 +137,13 @@ def test_the_account_of_its_bytes_is_true(threads: int, changing: bool) -> None:
 def test_labels_that_are_refused(label: str) -> None:
     """A label is one line of 1 to 200 printable characters."""
     with pytest.raises(ValueError, match="a label"):
-        record_of([]).mark(label)
+        record_of([]).add_mark(label)
 
 
 def test_the_oldest_of_too_many_marks_goes() -> None:
     """At most 1000 marks are kept."""
     record = record_of([])
     for number in range(MAX_MARKS + 5):
-        record.mark(f"mark {number}")
+        record.add_mark(f"mark {number}")
     assert len(record.marks) == MAX_MARKS
     assert record.marks[0].label == "mark 5"

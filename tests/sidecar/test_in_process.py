@@ -389,7 +389,7 @@ def test_a_fork_waits_for_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.02)
         writing.clear()
 
-    monkeypatch.setattr("vitalsd.recording.run_writer.RunFile.mark", slow)
+    monkeypatch.setattr("vitalsd.recording.run_writer.RunFile.insert_mark", slow)
     with vitalsd.start(port=0) as sidecar, ThreadPoolExecutor(1) as pool:
         for _ in range(20):
             marked = pool.submit(sidecar.mark, "x")

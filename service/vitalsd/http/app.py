@@ -78,7 +78,7 @@ def create_app(
             lister.stop(0.1)
             reader.stop(0.1)
             if shelf is not None:
-                shelf.stop(0.3)  # it leaves a copy of a run behind otherwise
+                shelf.worker.stop(0.3)  # it leaves a copy of a run behind otherwise
 
     routers = [
         live_routes(

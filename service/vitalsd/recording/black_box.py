@@ -36,7 +36,7 @@ class BlackBox:
     """
     Record one run on disk. Never raises to the sampler: `error` has what fails, and the log states it once.
 
-    The file is there when the constructor returns, unless the disk takes longer than a second. `append`, `event`,
+    The file is there when the constructor returns, unless the disk takes longer than a second. `append`, `write_event`,
     `identify`, `end` and `close` are called by one thread, the sampler's; the other methods by any.
 
     Args:
@@ -85,8 +85,9 @@ class BlackBox:
         """When the call began with which the writer was busy at the snapshot before."""
         self._hung_since_ns: int | None = None
         """When the call began that does not return."""
-        self._worker = Worker("vitalsd-blackbox")
-        wait((self._worker.submit(self._writer.open),), OPEN_WAIT_S)
+        self.worker = Worker("vitalsd-blackbox")
+        """The thread that writes."""
+        wait((self.worker.submit(self._writer.open),), OPEN_WAIT_S)
 
     @property
     def run_id(self) -> str | None:
@@ -96,7 +97,7 @@ class BlackBox:
     @property
     def error(self) -> str | None:
         """Why the black box is off; ``None``: it is not."""
-        if self._hung_since_ns is not None and self._hung_since_ns == self._worker.busy_since_ns:
+        if self._hung_since_ns is not None and self._hung_since_ns == self.worker.busy_since_ns:
             return HANGS
         return self._writer.error
 
@@ -108,7 +109,7 @@ class BlackBox:
     @property
     def is_lagging(self) -> bool:
         """Whether the disk is slow."""
-        return self._worker.pending >= 2
+        return self.worker.pending >= 2
 
     def append(self, segment: Segment, position: int) -> None:
         """
@@ -120,24 +121,24 @@ class BlackBox:
         """
         if self._submitted != self._writer.finished and not self._hangs_again():
             if self._caught_up is None or self._caught_up.done():
-                self._caught_up = self._worker.submit(lambda: None)
+                self._caught_up = self.worker.submit(lambda: None)
             wait((self._caught_up,), min(MAX_WAIT_S, self._interval_ns / 2e9))
         # What each thread used during a dropped snapshot is missing from the next one: a segment begins there.
-        self._gap = not self._post(partial(self._writer.add_snapshot, segment, position, self._gap))
+        self._gap = not self._post(partial(self._writer.write_snapshot, segment, position, self._gap))
         self._submitted += not self._gap
 
-    def mark(self, mark: Mark) -> "Future[None] | None":
+    def write_mark(self, mark: Mark) -> "Future[None] | None":
         """
         Write a mark; returns at once.
 
         Returns:
             What is done when it is written; ``None`` if it was dropped.
         """
-        return None if self._is_full() else self._worker.submit(partial(self._writer.add_mark, mark))
+        return None if self._is_full() else self.worker.submit(partial(self._writer.write_mark, mark))
 
-    def event(self, event: Event) -> None:
+    def write_event(self, event: Event) -> None:
         """Write an event; returns at once."""
-        self._post(partial(self._writer.add_event, event))
+        self._post(partial(self._writer.write_event, event))
 
     def identify(self, identity: Identity) -> None:
         """Write the process's new identity, after exec for example; returns at once."""
@@ -156,24 +157,12 @@ class BlackBox:
 
     def flush(self, timeout_s: float = 5.0) -> None:
         """Wait until all that was given so far is on disk, or cannot be."""
-        self._worker.submit(self._writer.write_identity).result(timeout_s)
+        self.worker.submit(self._writer.write_identity).result(timeout_s)
 
     def close(self, ended: str, *, crashed: bool = False, timeout_s: float = 1.0) -> None:
         """Write how the run ended, see `end`, and finish the file."""
-        self._worker.submit(partial(self._writer.close, ended, crashed))
-        self._worker.stop(0 if self._worker.overdue else timeout_s)
-
-    async def hangs(self) -> bool:
-        """Return whether the disk does not answer."""
-        return await self._worker.hangs()
-
-    def pause(self, timeout_s: float) -> bool:
-        """Before a fork: let the write under way end and none begin until `resume`; False if it takes longer."""
-        return self._worker.pause(timeout_s)
-
-    def resume(self) -> None:
-        """After a `pause` that was granted; in the child as well."""
-        self._worker.resume()
+        self.worker.submit(partial(self._writer.close, ended, crashed))
+        self.worker.stop(0 if self.worker.overdue else timeout_s)
 
     def forget(self) -> None:
         """In a forked child: release the lock, which would say that a run is being written after its writer died."""
@@ -183,11 +172,11 @@ class BlackBox:
         """Give `call` to the writer; False if too much waits for it already."""
         if self._is_full():
             return False
-        self._worker.post(call)
+        self.worker.post(call)
         return True
 
     def _is_full(self) -> bool:
-        full = self._worker.pending >= MAX_PENDING
+        full = self.worker.pending >= MAX_PENDING
         if full:
             with self._counting:
                 self._refused += 1
@@ -199,8 +188,8 @@ class BlackBox:
 
         It was seen at that write before; else the whole process may have been stopped meanwhile.
         """
-        before_ns, self._busy_since_ns = self._busy_since_ns, self._worker.busy_since_ns
-        if not self._worker.overdue or before_ns != self._busy_since_ns:
+        before_ns, self._busy_since_ns = self._busy_since_ns, self.worker.busy_since_ns
+        if not self.worker.overdue or before_ns != self._busy_since_ns:
             return False
         if self.error is None:
             log.warning("%s (%s)", HANGS, self._directory.path)

@@ -81,7 +81,7 @@ class BlackBoxWriter:
         """Make the file."""
         self._with_file(lambda file: None)
 
-    def add_snapshot(self, segment: Segment, position: int, after_gap: bool) -> None:
+    def write_snapshot(self, segment: Segment, position: int, after_gap: bool) -> None:
         """
         Write the snapshot that `segment` has at `position`.
 
@@ -100,51 +100,51 @@ class BlackBoxWriter:
             self._with_file(RunFile.trim)
         self.finished += 1
 
-    def add_mark(self, mark: Mark) -> None:
+    def write_mark(self, mark: Mark) -> None:
         """Write a mark."""
-        self._add(RunFile.mark, mark)
+        self._write(RunFile.insert_mark, mark)
 
-    def add_event(self, event: Event) -> None:
+    def write_event(self, event: Event) -> None:
         """Write an event."""
-        self._add(RunFile.event, event)
+        self._write(RunFile.insert_event, event)
 
     def write_identity(self) -> None:
         """Write `identity` unless it is in the file. What fails is done the next time."""
         self._leave_deleted_file()
         if self._file is not None and self._file.identity != self.identity:
-            self._with_file(RunFile.identify, self.identity)
+            self._with_file(RunFile.set_identity, self.identity)
 
     def end(self, ended: str, crashed: bool) -> None:
         """Write how the run ended; more may follow."""
         self._leave_deleted_file()
         self._ending = ended, crashed
-        self._with_file(RunFile.end, ended, crashed)
+        self._with_file(RunFile.set_end, ended, crashed)
 
     def close(self, ended: str, crashed: bool) -> None:
         """Write how the run ended, and release the file."""
         if self._file is not None:
             if self._file.identity != self.identity:
-                self._with_file(RunFile.identify, self.identity)
-            self._with_file(RunFile.end, ended, crashed)
+                self._with_file(RunFile.set_identity, self.identity)
+            self._with_file(RunFile.set_end, ended, crashed)
             self._release()
 
     def forget(self) -> None:
         """In a forked child: release the lock of the file."""
         if self._file is not None:
-            self._file.forget()
+            self._file.release_lock()
 
-    def _add(self, write: Callable[..., object], what: Mark | Event) -> None:
+    def _write(self, write: Callable[..., object], what: Mark | Event) -> None:
         self._leave_deleted_file()
         if not self._with_file(write, what):
             self.dropped += 1
         self.write_identity()
 
     def _begin_segment(self, file: RunFile, segment: Segment, position: int) -> None:
-        self._segment_id = file.begin(segment, position)
+        self._segment_id = file.insert_segment(segment, position)
         self._segment = segment
 
     def _continue_segment(self, file: RunFile, segment: Segment, position: int) -> None:
-        file.add(self._segment_id, segment, position)
+        file.insert_snapshot(self._segment_id, segment, position)
 
     def _with_file(self, write: Callable[..., object], *arguments: object) -> bool:
         """Call `write` with the file, which is opened if need be, and `arguments`; False if that failed."""
@@ -155,7 +155,7 @@ class BlackBoxWriter:
                 self._file = self._create(self.identity, lives=self._ending is None)
                 self.run_id = self._file.path.stem
                 if self._ending is not None:
-                    self._file.end(*self._ending)
+                    self._file.set_end(*self._ending)
             write(self._file, *arguments)
             self.error = None
         except (OSError, sqlite3.Error) as error:

@@ -1,4 +1,4 @@
-"""The JSON of a `vitalsd.recording.history` read back, as a report has it: a record, as far as the table tells."""
+"""Rebuild a record from the JSON of a `vitalsd.recording.history` in a report, which has rounded numbers."""
 
 import json
 import re
@@ -16,11 +16,11 @@ from vitalsd.snapshot import Identity, Snapshot
 __all__ = ["check_json", "parse_json", "read_history"]
 
 CLOCK_STEPS = 8
-"""So often may the wall clock have been set back over one moment; a mark beyond that gets the time of a row near it."""
+"""Times that the clock may have been set back over one moment; beyond that a mark gets the time of a row near it."""
 LAG_NS = 20_000_000
 """The table does not state how far a counter may lag; on no platform is it more."""
 MS_NS = 1_000_000
-"""What the JSON tells times to."""
+"""The JSON has times in milliseconds."""
 MAX_VALUES = MAX_CELLS + 10 * MAX_ROWS + 500_000
 """Commas in the JSON of a history: between its numbers, between threads and notes, and in names and labels."""
 MAX_CONTAINERS = 300_000
@@ -55,7 +55,7 @@ def parse_json(body: bytes) -> Any:
 
 def read_history(body: bytes | Mapping[str, Any]) -> Record:
     """
-    Return the record that `History.to_json` was made from, as far as the JSON tells: times to the
+    Return the record that `History.to_json` was made from, as far as the JSON has it: times to the
     millisecond, percentages to three decimals, only the threads that were shown.
 
     Raises:
@@ -193,7 +193,7 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
             skew_ns=0,
             cpu_ns=cpu_ns,
             cpu_grain_ns=grain_ns,
-            exited_cpu_ns=(0, 0),  # which threads ended is not all told: what they burnt stays unattributed
+            exited_cpu_ns=(0, 0),  # not all threads that ended are known: their CPU time stays unattributed
             rss_bytes=table["rss_kb"][shown] * 1024,
             vm_bytes=table["vm_size_kb"][shown] * 1024,
             image=None,

@@ -135,7 +135,7 @@ class Recorder:
         return "running" if self.ended is None else "crashed" if self._crashed else "clean"
 
     def identify(self, identity: Identity) -> None:
-        """Who the target is, by now: it may have executed another program, and be called as that."""
+        """Note the current identity of the target, which changes its name at exec, for example."""
         if identity != self.record.identity:
             self.record.identity = identity
             if self.blackbox is not None:
@@ -185,10 +185,10 @@ class Recorder:
 
     def mark(self, label: str) -> Mark:
         """
-        Put a label on the clock. Raises `ValueError` as `Record.mark` does.
+        Put a label on the clock. Raises `ValueError` as `Record.add_mark` does.
 
-        Who marks what he is about to do may be killed by it: returns when it is on disk, or the disk has had 50 ms
-        for that, but makes only a few wait for one that is slow.
+        A program may be killed by what it marks. So this returns when the mark is on disk, or after 50 ms; while the
+        disk is slow, only the first callers wait.
         """
         slow = self.blackbox is not None and self.blackbox.is_lagging
         mark, written = self._mark(label)
@@ -206,8 +206,8 @@ class Recorder:
         return mark
 
     def _mark(self, label: str) -> "tuple[Mark, Future[None] | None]":
-        mark = self.record.mark(label)
-        return mark, self.blackbox.mark(mark) if self.blackbox is not None else None
+        mark = self.record.add_mark(label)
+        return mark, self.blackbox.write_mark(mark) if self.blackbox is not None else None
 
     def info(self) -> dict[str, Any]:
         """State of the recorder and of the black box, for ``/info``."""
@@ -229,7 +229,7 @@ class Recorder:
 
     async def hangs(self) -> bool:
         """Whether the disk of the black box does not answer."""
-        return self.blackbox is not None and await self.blackbox.hangs()
+        return self.blackbox is not None and await self.blackbox.worker.hangs()
 
     def forget(self) -> None:
         """In a forked child: leave the black box to the parent."""
@@ -237,7 +237,7 @@ class Recorder:
             self.blackbox.forget()
 
     def close(self) -> None:
-        """End the run: well, unless the target went first and not well, as far as anybody can say."""
+        """End the run: as clean, unless the target has crashed, as far as is known."""
         if self.blackbox is not None:
             crashed = self._crashed or self._last_words is not None
             self.blackbox.close(self.ended or self._last_words or "the sidecar was stopped", crashed=crashed)
@@ -280,9 +280,9 @@ class Recorder:
             self._stepped = now
 
     def _note(self, kind: EventKind, detail: str, at: Snapshot | None = None) -> None:
-        event = self.record.event(kind, detail, at=at)
+        event = self.record.add_event(kind, detail, at=at)
         if self.blackbox is not None:
-            self.blackbox.event(event)
+            self.blackbox.write_event(event)
 
 
 def _halted(before: Snapshot, now: Snapshot) -> str | None:

@@ -26,7 +26,8 @@ class RunDirectoryReader:
 
     def __init__(self, runs: RunDirectory) -> None:
         self._runs = runs
-        self._worker = Worker("vitalsd-runs")
+        self.worker = Worker("vitalsd-runs")
+        """The thread."""
 
     async def read(self, call: Callable[[RunDirectory], T]) -> T:
         """
@@ -35,7 +36,7 @@ class RunDirectoryReader:
         Raises:
             Hung: the file system hangs. What was not begun by then is not done later either.
         """
-        return await self._worker.ask(lambda: call(self._runs), "the directory of runs: a read")
+        return await self.worker.ask(lambda: call(self._runs), "the directory of runs: a read")
 
     async def has(self, run_id: str) -> bool:
         """
@@ -51,19 +52,3 @@ class RunDirectoryReader:
             return False
 
         return await self.read(found)
-
-    async def hangs(self) -> bool:
-        """Return whether a call does not return."""
-        return await self._worker.hangs()
-
-    def pause(self, timeout_s: float) -> bool:
-        """Before a fork: let the read under way end and none begin until `resume`; False if it takes longer."""
-        return self._worker.pause(timeout_s)
-
-    def resume(self) -> None:
-        """After a `pause` that was granted; in the child as well."""
-        self._worker.resume()
-
-    def stop(self, timeout_s: float) -> None:
-        """End the thread, unless that takes longer."""
-        self._worker.stop(timeout_s)

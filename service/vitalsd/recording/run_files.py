@@ -43,7 +43,7 @@ class ForeignRun(Exception):
 
 
 def new_run(directory: Path, stem: str) -> tuple[Path, int]:
-    """An empty file whose name begins with `stem`, and a descriptor that holds its lock."""
+    """Make an empty file, named after `stem`; return its path and a descriptor that holds its lock."""
     for number in range(MAX_FILES):
         path = directory / f"{stem}-{number}.sqlite" if number else directory / f"{stem}.sqlite"
         if any(os.path.lexists(part) for part in _sqlite_parts(path)):
@@ -70,17 +70,17 @@ def new_run(directory: Path, stem: str) -> tuple[Path, int]:
 
 
 def has_run_name(path: Path) -> bool:
-    """Whether the file is named as `new_run` names it."""
+    """Return whether the file is named as `new_run` names it."""
     return RUN_NAME.fullmatch(path.name) is not None
 
 
 def is_of(path: Path, start_id: str) -> bool:
-    """Whether it is of the process with that `Identity.start_id`; with ``-`` and a pid added, recorded by that one."""
+    """Return whether a run is of the process `start_id`; with ``-PID`` after it, and was recorded by that one."""
     return f"{path.stem}-".startswith(f"{start_id}-")
 
 
 def is_own_writer(path: Path) -> bool:
-    """Whether the name says that this process writes the run."""
+    """Return whether the name says that this process writes the run."""
     match = RUN_NAME.fullmatch(path.name)
     return match is not None and match[1] == str(os.getpid())
 
@@ -108,7 +108,7 @@ def open_regular(path: Path) -> int:
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a living process holds the lock of this run, or may hold it for all that can be seen."""
+    """Return whether a living process holds the lock of this run, or may hold it: the lock cannot be read."""
     lock = path.with_suffix(".lock")
     try:
         fd = open_regular(lock)
@@ -167,7 +167,7 @@ def check_own_run(path: Path, *, empty: bool = False) -> None:
 
 
 def is_own_run(path: Path) -> bool:
-    """Whether vitalsd wrote the run, so that it may be deleted to make room."""
+    """Return whether vitalsd wrote the run, so that it may be deleted to make room."""
     with suppress(ForeignRun, OSError):
         check_own_run(path, empty=True)
         return True
@@ -179,12 +179,12 @@ def _sqlite_parts(path: Path) -> list[Path]:
 
 
 def _parts(path: Path) -> list[Path]:
-    """The database first: while its lock is there, nobody takes the name."""
+    """Return all files of a run, the database first: while the lock is there, no other run takes the name."""
     return [path, Path(f"{path}-wal"), Path(f"{path}-shm"), path.with_suffix(".lock")]
 
 
 def disk_bytes(path: Path) -> int:
-    """What all of it takes, bytes."""
+    """Return the size of all files of a run, bytes."""
     total = 0
     for part in _parts(path):
         with suppress(OSError):

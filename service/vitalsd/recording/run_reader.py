@@ -48,7 +48,7 @@ class Run(NamedTuple):
     identity: Identity
     state: State
     ended: str | None
-    """How it ended, in words; ``None`` while it runs or if nobody could say."""
+    """How it ended, in words; ``None`` while it runs or if that is not known."""
     first_wall_ns: int | None
     last_wall_ns: int | None
     snapshots: int
@@ -84,7 +84,7 @@ class Run(NamedTuple):
 
 def read_run(path: Path) -> tuple[Run, Record]:
     """
-    A run and its record, exact to the last snapshot that was written. Nothing on disk is changed.
+    Return a run and its record, exact to the last snapshot that was written. Nothing on disk is changed.
 
     Raises:
         UnreadableRun: it is not a run of ours, or damaged.

@@ -1,5 +1,5 @@
 """
-The database of one run, as its writer has it; `vitalsd.recording.run_reader` has the format and reads it back.
+Write the database of one run; `vitalsd.recording.run_reader` has the format and reads it back.
 
 In WAL mode a commit is a ``write`` without ``fsync``: what was committed survives the process, and only a power
 failure may take what the system had not written yet.
@@ -27,7 +27,7 @@ __all__ = ["RunFile"]
 
 class RunFile:
     """
-    A new file, held by its lock until it is closed. Each method is one transaction: what fails has changed nothing.
+    Write a new file, held by its lock until it is closed. Each method is one transaction: what fails changes nothing.
 
     Args:
         directory: where it goes, which is made if need be, and in which room is made.
@@ -68,12 +68,12 @@ class RunFile:
             self._db = self._create(identity)
         except (OSError, sqlite3.Error):
             delete_run(self.path)
-            self.forget()
+            self.release_lock()
             raise
 
-    def begin(self, segment: Segment, position: int) -> int:
+    def insert_segment(self, segment: Segment, position: int) -> int:
         """
-        Write a segment, and its first row for the snapshot it has at `position`.
+        Write a segment, and its first row for the snapshot that it has at `position`.
 
         Returns:
             The id of the segment.
@@ -81,7 +81,7 @@ class RunFile:
         known = len(self._thread_ids)
         try:
             with self._transaction():
-                segment_id = self._insert_segment(segment, position)
+                segment_id = self._insert_segment_row(segment, position)
                 self._insert_frame(segment_id, segment, position, NOBODY)
         except BaseException:
             for key in list(self._thread_ids)[known:]:  # they are not in the file
@@ -89,26 +89,26 @@ class RunFile:
             raise
         return segment_id
 
-    def add(self, segment_id: int, segment: Segment, position: int) -> None:
-        """Write the next row of a segment that is there."""
+    def insert_snapshot(self, segment_id: int, segment: Segment, position: int) -> None:
+        """Write the snapshot that a segment has at `position`; the segment is in the file as `segment_id`."""
         self._insert_frame(segment_id, segment, position, segment.moves[position])
 
-    def mark(self, mark: Mark) -> None:
+    def insert_mark(self, mark: Mark) -> None:
         """Write a mark. The oldest of more than `MAX_MARKS` go, some at a time."""
         number = self._db.execute("INSERT INTO mark VALUES (?,?,?)", mark).lastrowid
         assert number is not None
         if number % MAX_MARKS == 0:
             self._db.execute("DELETE FROM mark WHERE rowid <= ?", (number - MAX_MARKS,))
 
-    def event(self, event: Event) -> None:
+    def insert_event(self, event: Event) -> None:
         """Write an event. The oldest of more than `MAX_EVENTS` go, some at a time."""
         number = self._db.execute("INSERT INTO event VALUES (?,?,?,?)", event).lastrowid
         assert number is not None
         if number % MAX_EVENTS == 0:
             self._db.execute("DELETE FROM event WHERE rowid <= ?", (number - MAX_EVENTS,))
 
-    def identify(self, identity: Identity) -> None:
-        """Write who the process is by now."""
+    def set_identity(self, identity: Identity) -> None:
+        """Write the current identity of the process."""
         self._db.execute("UPDATE meta SET value = ? WHERE key = 'identity'", (json.dumps(identity._asdict()),))
         self.identity = identity
 
@@ -135,19 +135,19 @@ class RunFile:
                 used = self._delete_threads()
             self._thread_ids = {key: thread_id for key, thread_id in self._thread_ids.items() if thread_id in used}
 
-    def end(self, ended: str, crashed: bool) -> None:
+    def set_end(self, ended: str, crashed: bool) -> None:
         """Write how the run ended."""
         meta = [("ended", ended)] + ([("crashed", "1")] if crashed else [])
         with self._transaction():
             self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
 
     def close(self) -> None:
-        """Let go of the file. Without `end` before it, the run passes for one that crashed."""
+        """Close the file. Without `set_end` before it, the run counts as crashed."""
         self._db.close()
-        self.forget()
+        self.release_lock()
 
-    def forget(self) -> None:
-        """Let go of the lock alone: in a forked child, which has no business with the database."""
+    def release_lock(self) -> None:
+        """Release the lock alone: in a forked child, which must not use the database."""
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -192,7 +192,7 @@ class RunFile:
             raise
         return db
 
-    def _insert_segment(self, segment: Segment, position: int) -> int:
+    def _insert_segment_row(self, segment: Segment, position: int) -> int:
         head = segment.head
         ids = array("I")
         for key in zip(head.tids, head.births, head.names, strict=True):

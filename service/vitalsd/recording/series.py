@@ -29,7 +29,7 @@ SEGMENT_BYTES = 1280
 MAX_MARKS = 1000
 MAX_EVENTS = 1000
 MAX_WINDOWS = 8
-"""Kept for who asks alike; they hold answers of megabytes, and of a process that has exited they stay for ever."""
+"""Measurements that are kept for callers with the same window. They hold answers of megabytes."""
 
 EventKind = Literal[
     "missed",
@@ -45,7 +45,7 @@ EventKind = Literal[
 
 
 class Mark(NamedTuple):
-    """A label somebody put on the recorder's clock."""
+    """A label that a client put on the recorder's clock."""
 
     wall_ns: int
     monotonic_ns: int
@@ -200,7 +200,7 @@ class Record:
     The last minutes of one process. Written by one thread, read by any.
 
     Args:
-        identity: whose record it is.
+        identity: the recorded process.
         interval_ns: the intended distance of two snapshots; 0 if there is none.
         retention_ns: how far back it reaches, give or take a segment.
         max_bytes: a bound of its memory; many threads shorten how far back it reaches.
@@ -276,7 +276,7 @@ class Record:
             self._size_bytes += segment.size_bytes
             self._last = segment.snapshot(len(segment) - 1)
 
-    def mark(self, label: str) -> Mark:
+    def add_mark(self, label: str) -> Mark:
         """
         Put a label on the clock, now. The oldest of more than `MAX_MARKS` goes.
 
@@ -293,7 +293,7 @@ class Record:
         self.marks.append(mark)
         return mark
 
-    def event(self, kind: EventKind, detail: str, *, at: Snapshot | None = None) -> Event:
+    def add_event(self, kind: EventKind, detail: str, *, at: Snapshot | None = None) -> Event:
         """Note what happened, now or at a snapshot."""
         wall_ns, monotonic_ns = (at.wall_ns, at.monotonic_ns) if at else (time.time_ns(), time.monotonic_ns())
         event = Event(wall_ns, monotonic_ns, kind, detail)
@@ -316,7 +316,7 @@ class Record:
 
         It begins at the latest snapshot at or before the asked start (up to 1 % after it is still good)
         and ends at the last one. A record too young gives what it has and says so in `warnings`. All
-        who ask alike before the next snapshot share one measurement.
+        callers with the same window share one measurement until the next snapshot.
         """
         last = self._last
         if last is None:

@@ -29,7 +29,7 @@ class Collected:
     members: dict[str, bytes] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     application: Application = Application()
-    """What the sidecar was told about the application, or what the run on disk says."""
+    """The application as the client named it to the sidecar, or as the run on disk has it."""
     host: Host | None = None
     """The recorded machine, if it is not this one: a file is replayed."""
     target: Mapping[str, Any] | None = None

@@ -133,7 +133,7 @@ def _may_belong(run: Listing, subject: ReportSubject) -> bool:
 
 
 def is_alive(kernel: Births | None = None) -> Callable[[Listing], bool]:
-    """Return a function that tells whether the process of a run lives on this machine, for `choose`."""
+    """Return a function, for `choose`, that returns whether the process of a run lives on this machine."""
     kernel = kernel or births()
     boot = kernel.boot_id()[:8]
 
@@ -173,7 +173,7 @@ def find(
         subject: what the report is about.
         run_id: this run, whatever `choose` would say; ``None``: `choose`.
         read: False: leave `Found.record` out, which takes longer than the choice.
-        kernel: tells which processes live.
+        kernel: knows which processes live.
     """
     choice = Choice()
     try:

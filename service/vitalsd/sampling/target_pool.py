@@ -87,7 +87,7 @@ class Stream:
             while True:
                 try:
                     measurement = await self._target.window(self._interval_ms, peer=self._peer)
-                except Busy:  # whoever was let in stays, and misses one
+                except Busy:  # the stream stays open and misses one
                     self.dropped += 1
                     await asyncio.sleep(self._interval_ms / 1000)
                     continue
@@ -116,7 +116,7 @@ class _PooledSampler:
 
 class Targets:
     """
-    The samplers of every process that is being asked for.
+    Keep the samplers of all processes that clients ask for.
 
     Args:
         default: the target of this sidecar; it stays open.
@@ -160,8 +160,8 @@ class Targets:
         try:
             yield pooled.sampler
         except SourceError:
-            # The pid may be another process the next time: whoever asks next opens it anew. Unless a read of it
-            # hangs: its thread is kept, or each who asks would leave another one behind.
+            # The pid may be another process the next time, so the next caller opens it anew. Unless a read of it
+            # hangs: its thread is kept, or each caller would leave another one behind.
             if not await pooled.sampler.hangs() and self._pooled.get(pid) is pooled:
                 del self._pooled[pid]
             raise
@@ -181,7 +181,7 @@ class Targets:
         return await self.default.hangs() or any([await sampler.hangs() for sampler in samplers])
 
     async def start(self) -> None:
-        """Open the default target, so that it is recorded from now on. A failure is told to whoever asks."""
+        """Open the default target, so that it is recorded from now on. Later callers get the error if that fails."""
         with suppress(SourceError):
             await self.default.identity()
 
@@ -211,7 +211,7 @@ class Targets:
             elif self._pooled.get(pid) is pooled:
                 self._drop(pid)
         except SourceError:
-            pass  # whoever asks meets it
+            pass  # the caller gets it from `identity`
 
     def _enter(self, pid: int, peer: Peer) -> _PooledSampler:
         pooled = self._pooled.get(pid)
@@ -250,7 +250,7 @@ class Targets:
 
     def _expire(self, pid: int) -> None:
         pooled = self._pooled[pid]
-        if pooled.is_busy:  # with what nobody asks for any more: it hangs
+        if pooled.is_busy:  # with a read that no caller waits for: it hangs
             pooled.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
         else:
             self._drop(pid)

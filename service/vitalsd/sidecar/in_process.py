@@ -23,7 +23,6 @@ from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
 from vitalsd.discovery.program_key import program_key
 from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.app import create_app
-from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.recorder import NotRecording, RecorderConfig
 from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.sampling.sampler import Sampler
@@ -95,7 +94,7 @@ class _PausableLoop:
         self._resting.release()
 
 
-Pausable = BlackBox | RunDirectoryReader | Worker | _PausableLoop
+Pausable = Worker | _PausableLoop
 """What is in SQLite, the kernel or an import on a thread of its own, and rests while the host forks."""
 
 
@@ -225,8 +224,9 @@ class Sidecar:
         if self._loop is not None and threading.current_thread() is not self._thread:
             pause(_PausableLoop(self._loop))
         pause(self._sampler.worker)
-        pause(self._sampler.recorder.blackbox)
-        for each in (self._shelf, *self._workers):
+        blackbox = self._sampler.recorder.blackbox
+        pause(None if blackbox is None else blackbox.worker)
+        for each in (None if self._shelf is None else self._shelf.worker, *self._workers):
             pause(each)
         while _imports() and time.monotonic() < deadline:  # a thread of the client, which does not rest
             time.sleep(0.001)
@@ -264,7 +264,7 @@ class Sidecar:
         for worker in self._workers:
             worker.stop(0)
         if self._shelf is not None:
-            self._shelf.stop(0)
+            self._shelf.worker.stop(0)
 
     def _run(self) -> None:
         try:
@@ -446,7 +446,7 @@ def start(
         targets = Targets(sampler, open_source)
         shelf = None if runs is None else RunDirectoryReader(runs)
         if shelf is not None:
-            undo.callback(shelf.stop, 0)
+            undo.callback(shelf.worker.stop, 0)
         asgi = create_app(
             targets, list_processes, shelf=shelf, application=application, hides_processes=hides_processes
         )

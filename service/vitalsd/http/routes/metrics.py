@@ -187,7 +187,7 @@ def live_routes(
     async def healthz(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
         if await targets.hangs() or await lister.hangs():
             return problem("hung", str(Hung("a read of the kernel")))
-        if shelf is not None and await shelf.hangs():
+        if shelf is not None and await shelf.worker.hangs():
             return problem("hung", str(Hung("the directory of runs: a read")))
         if await targets.default.recorder.hangs():
             return problem("hung", str(Hung("the directory of runs: a write")))
