@@ -110,7 +110,7 @@ def test_what_is_dropped_is_missing_and_nothing_after_it_is_wrong(tmp_path: Path
 
 
 def test_marks_and_events_are_bounded_on_disk_as_in_memory(tmp_path: Path) -> None:
-    """Who marks each frame of a game does not push the history out of the file; the last thousand are kept."""
+    """A client that marks each frame of a game keeps the history in the file; the last thousand marks are kept."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
     for number in range(3500):
@@ -130,7 +130,7 @@ def test_marks_and_events_are_bounded_on_disk_as_in_memory(tmp_path: Path) -> No
 
 
 def test_without_a_descriptor_left_no_run_is_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether its writer lives cannot be seen then, and who makes room deletes nobody's run by that."""
+    """Whether its writer lives cannot be determined then, so `make_room` deletes no run."""
     box, _ = write(tmp_path, [Process().snapshot()])
     path = next(tmp_path.glob("*.sqlite"))
 
@@ -260,7 +260,7 @@ def go_on(box: BlackBox, record: Record, process: Process, count: int) -> None:
         box.append(segment, len(segment) - 1)
 
 
-def test_who_reads_his_own_run_keeps_his_locks(tmp_path: Path) -> None:
+def test_read_of_the_own_run_keeps_its_locks(tmp_path: Path) -> None:
     """After a look at the run by its own process and one by another, all that follows is still in the file."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
@@ -274,9 +274,7 @@ def test_who_reads_his_own_run_keeps_his_locks(tmp_path: Path) -> None:
     box.close("over")
 
 
-def test_who_reads_a_dead_run_while_others_list_it_has_all_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_of_a_dead_run_during_a_listing_has_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listing moves the log into the database, and deletes it, between the copies of the two."""
     taken = [Process().snapshot()]
     box, record = write(tmp_path, taken)
@@ -300,7 +298,7 @@ def test_who_reads_a_dead_run_while_others_list_it_has_all_of_it(
     box.close("over")
 
 
-def test_what_others_take_for_dead_goes_on(tmp_path: Path) -> None:
+def test_run_without_its_lock_is_recovered_and_still_written(tmp_path: Path) -> None:
     """Without its lock, the next sidecar that starts recovers the run; its writer continues, and it is whole."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
@@ -387,7 +385,7 @@ def test_a_file_that_was_deleted_in_mid_segment_is_followed_by_another_soon(tmp_
 
 
 def test_a_file_that_follows_after_the_end_knows_of_it(tmp_path: Path) -> None:
-    """The target has died, its run is deleted, and somebody sets a mark."""
+    """The target has died, its run is deleted, and a client sets a mark."""
     box, record = write(tmp_path, [Process().snapshot()])
     box.end("killed by SIGKILL", crashed=True)
     box.flush()
@@ -401,7 +399,7 @@ def test_a_file_that_follows_after_the_end_knows_of_it(tmp_path: Path) -> None:
 
 
 def test_what_was_recorded_of_a_living_process_has_ended_and_not_crashed(tmp_path: Path) -> None:
-    """By whomever, and nothing of a process whose identity begins like its own."""
+    """By any sidecar, and nothing of a process with an identity that begins like its own."""
     living, other = IDENTITY.start_id, IDENTITY._replace(boot_id=f"{IDENTITY.boot_id[:7]}0").start_id
     states = {
         f"{living}-7": "clean",
@@ -422,7 +420,7 @@ def test_what_was_recorded_of_a_living_process_has_ended_and_not_crashed(tmp_pat
 
 
 def test_a_directory_that_cannot_be_looked_into_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a moment, as one whose mode was changed or that is on a server: what is open goes on, and nothing is lost."""
+    """For a moment, after a change of its mode or on a file server: what is open is written, and nothing is lost."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
     lstat = os.lstat
@@ -445,7 +443,7 @@ def test_a_directory_that_cannot_be_looked_into_is_not_empty(tmp_path: Path, mon
 
 
 def test_another_name_is_written_once_that_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full when the target executes another program: it is told at the next write, or at the end."""
+    """The disk is full when the target executes another program: the name goes with the next write, or at the end."""
     for closes in (False, True):
         box, _ = write(tmp_path / str(closes), [Process().snapshot()])
         with monkeypatch.context() as full:
@@ -666,7 +664,7 @@ def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_that_is_a_program_is_refused(tmp_path: Path, change: str) -> None:
-    """A view would run when it is read, be it without end, and a trigger when the run is settled."""
+    """A view would run when it is read, even without end, and a trigger when the run is recovered."""
     box, _ = write(tmp_path, [Process().snapshot()])
     box.close("over")
     (path,) = tmp_path.glob("*.sqlite")
@@ -739,7 +737,7 @@ def test_a_file_in_place_of_the_directory_is_said(tmp_path: Path) -> None:
 
 @root_only
 def test_a_full_disk_is_said_and_healed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """On a full disk it says why, once; what was written stays whole; with room again it goes on by itself."""
+    """On a full disk it says why, once; what was written stays whole; with room again it is written by itself."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path)], check=True)
     try:
         process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 2001)})
@@ -759,7 +757,7 @@ def test_a_full_disk_is_said_and_healed(tmp_path: Path, caplog: pytest.LogCaptur
         assert "full" in box.error
         assert box.dropped > 0
         assert len([r for r in caplog.records if r.name == "vitalsd.recording.black_box"]) == 1
-        # Who is born on a full disk is in the file too once there is room.
+        # A thread that began on a full disk is in the file too once there is room.
         process.threads |= {(tid, 2): (f"latecomer {tid}", 0) for tid in range(3000, 3500)}
         for _ in range(3):
             step()

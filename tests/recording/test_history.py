@@ -121,7 +121,7 @@ def test_since() -> None:
 
 
 def test_a_label_from_before_the_first_snapshot_is_not_lost() -> None:
-    """Whoever labels a service that is just ready may be ahead of its first snapshot; the long past is not shown."""
+    """A mark on a sidecar that is just ready may be before its first snapshot; the long past is not shown."""
     process, snapshots = Process(), []
     for _ in range(4):
         process.pass_time(SECOND_NS, [1000])
@@ -186,7 +186,7 @@ def test_json_reads_back_to_itself(snapshots: list[Snapshot]) -> None:
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_clock_that_is_set_moves_no_mark(hours: int) -> None:
-    """Which row it belongs to is told by the clock that nobody sets; a replay of the table has it there too."""
+    """The monotonic clock, which cannot be set, decides the row; a replay of the table has it there too."""
     process, snapshots = Process(), []
     for second in range(10):
         snapshots.append(process.snapshot())

@@ -41,7 +41,7 @@ def test_missed_beats_are_counted() -> None:
 
 
 def test_sleep_is_not_a_gap() -> None:
-    """Time the machine slept is told from the two clocks, and is no missed beat."""
+    """The two clocks show the time that the machine slept, which is no missed snapshot."""
     assert recorded((SECOND_NS, {"asleep_ns": 3600 * SECOND_NS})) == [("suspended", "the machine slept 3600.0 s")]
 
 
@@ -115,7 +115,7 @@ def test_a_snapshot_shared_with_a_caller_is_recorded_once() -> None:
 
 
 def test_a_mark_that_comes_too_late_for_the_disk_is_no_error(tmp_path: Path) -> None:
-    """It is on the clock; that its writer has ended is nobody's unseen exception."""
+    """It is on the clock; that its writer has ended raises no exception that is never retrieved."""
     recorder = Recorder(IDENTITY, RecorderConfig(runs=RunDirectory(tmp_path)))
     recorder.close()
     unseen: list[dict[str, Any]] = []
@@ -130,7 +130,7 @@ def test_a_mark_that_comes_too_late_for_the_disk_is_no_error(tmp_path: Path) -> 
 
 
 def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who sets a mark waits until it is on disk; whoever else is served meanwhile does not."""
+    """A caller that sets a mark waits until it is on disk; other callers are served meanwhile."""
     runs = RunDirectory(tmp_path)
     recorder = Recorder(IDENTITY, RecorderConfig(runs=runs))
     fast = RunFile.insert_mark

@@ -65,7 +65,7 @@ def test_a_young_record_says_what_it_covers() -> None:
     assert exact.warnings == ()
 
 
-def test_all_who_ask_alike_share_one_measurement() -> None:
+def test_callers_with_one_window_share_one_measurement() -> None:
     """The same window of the same past is computed once, and anew after the next snapshot."""
     process = Process()
     record = record_of([process.snapshot()])

@@ -1,4 +1,4 @@
-"""Windows and who shares them, over a source that counts, hangs or fails as told."""
+"""Windows and how callers share them, over a source that counts its reads, hangs or fails."""
 
 import asyncio
 import threading
@@ -20,7 +20,7 @@ from vitalsd.sources.base import KernelError, NoSuchProcess, Source, TargetGone
 
 
 class CountingSource:
-    """One thread that burns half a core; remembers who called it and how often."""
+    """One thread that burns half a core; remembers the threads that called it, and how often."""
 
     def __init__(self) -> None:
         self.snapshots = 0
@@ -57,7 +57,7 @@ def conforms(source: CountingSource) -> Source:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run a test on a loop that tolerates no error that nobody looks at."""
+    """Run a test on a loop that tolerates no exception that is never retrieved."""
     unseen: list[dict[str, Any]] = []
 
     async def watched() -> None:
@@ -69,7 +69,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 def test_a_busy_event_loop_makes_no_window_longer() -> None:
-    """The second snapshot is taken when it is due, also while the loop is busy with a crowd; it is only told later."""
+    """The second snapshot is taken when it is due, also while the loop is busy; only the answer is late."""
 
     async def main() -> None:
         sampler = Sampler(CountingSource)
@@ -121,7 +121,7 @@ def test_a_snapshot_that_fails_is_not_counted() -> None:
 
 
 def test_hundreds_of_windows_share_a_handful_of_snapshots() -> None:
-    """300 callers who ask together cause fewer than ten snapshots, and get the same measurement."""
+    """300 callers at the same time cause fewer than ten snapshots, and get the same measurement."""
 
     async def main() -> None:
         source = CountingSource()
@@ -163,7 +163,7 @@ def test_windows_one_after_the_other_do_not_share_their_time() -> None:
 
 
 def test_a_crowd_that_drops_in_one_by_one_shares_too() -> None:
-    """However many ask for windows of one length, and whenever they do, a few dozen are open and nobody is refused."""
+    """However many ask for windows of one length, and whenever, a few dozen are open and no caller is refused."""
 
     async def main() -> None:
         source = CountingSource()
@@ -183,7 +183,7 @@ def test_a_crowd_that_drops_in_one_by_one_shares_too() -> None:
 
 
 def test_windows_that_have_nothing_in_common_are_bounded() -> None:
-    """The 65th different window is refused, whoever asks for one that is open is not, and later there is room."""
+    """The 65th different window is refused, a caller that joins an open one is not, and later there is room."""
 
     async def main() -> None:
         sampler = Sampler(CountingSource)
@@ -220,7 +220,7 @@ def test_a_slow_kernel_is_not_asked_again_before_it_has_answered() -> None:
 
 
 def test_a_stream_misses_a_window_that_there_is_no_room_for() -> None:
-    """Whoever was let in stays: it goes on when there is room again, and counts what it missed."""
+    """An open stream stays open: it has windows when there is room again, and counts those that it missed."""
 
     async def main() -> None:
         sampler = Sampler(CountingSource)
@@ -251,7 +251,7 @@ def test_all_kernel_reads_are_on_one_thread() -> None:
     run(main())
 
 
-def test_a_kernel_that_hangs_holds_up_nobody_else() -> None:
+def test_a_kernel_that_hangs_holds_up_no_other_target() -> None:
     """While one target's read hangs the loop turns and other targets answer; closing does not wait for it."""
 
     async def main() -> None:
@@ -279,8 +279,8 @@ def test_a_kernel_that_hangs_holds_up_nobody_else() -> None:
     run(main())
 
 
-def test_one_caller_who_leaves_hurts_no_other() -> None:
-    """Of callers who share a window any may be cancelled; the rest get their answer."""
+def test_one_caller_that_leaves_hurts_no_other() -> None:
+    """Of callers that share a window any may be cancelled; the rest get their answer."""
 
     async def main() -> None:
         source = CountingSource()
@@ -298,7 +298,7 @@ def test_one_caller_who_leaves_hurts_no_other() -> None:
     run(main())
 
 
-def test_a_window_that_everybody_left_fails_in_silence() -> None:
+def test_a_window_without_callers_fails_in_silence() -> None:
     """When all callers have gone and the target dies, no error is left over for the log."""
 
     async def main() -> None:
@@ -318,8 +318,8 @@ def test_a_window_that_everybody_left_fails_in_silence() -> None:
     run(main())
 
 
-def test_a_target_that_dies_in_the_window_fails_all_who_share_it() -> None:
-    """Everyone who waits gets the reason, and so does everyone who asks later."""
+def test_a_target_that_dies_in_the_window_fails_all_callers() -> None:
+    """All callers that wait get the reason, and so do later ones."""
 
     async def main() -> None:
         source = CountingSource()
@@ -336,7 +336,7 @@ def test_a_target_that_dies_in_the_window_fails_all_who_share_it() -> None:
     run(main())
 
 
-def test_who_is_told_of_the_end_finds_it_in_the_record() -> None:
+def test_caller_that_gets_the_end_finds_it_in_the_record() -> None:
     """The record ends with the first read that finds the target gone, not with its next own one, and once."""
 
     async def main() -> None:
@@ -495,7 +495,7 @@ def test_target_is_refused_while_reads_of_as_many_as_the_limit_hang() -> None:
 
 
 def test_an_idle_target_is_closed_and_a_used_one_is_not() -> None:
-    """A target that nobody asked for in a while gives its descriptors back."""
+    """A target without a caller for a while gives its descriptors back."""
 
     async def main() -> None:
         source = CountingSource()
@@ -538,7 +538,7 @@ def test_a_pid_that_failed_is_opened_anew() -> None:
     run(main())
 
 
-def guests() -> tuple[Targets, list[CountingSource]]:
+def pool_of_live_pids() -> tuple[Targets, list[CountingSource]]:
     """Targets of which any pid can be opened, and the sources that were."""
     opened: list[CountingSource] = []
 
@@ -550,10 +550,10 @@ def guests() -> tuple[Targets, list[CountingSource]]:
 
 
 def test_a_pid_that_changed_hands_while_idle_is_opened_anew() -> None:
-    """Who asks for a live process is not told that the one before it, of the same pid, has exited."""
+    """A caller that asks for a live process does not get the end of the one before it, of the same pid."""
 
     async def main() -> None:
-        targets, opened = guests()
+        targets, opened = pool_of_live_pids()
         await ask(targets, 7)
         opened[0].error = TargetGone("target 7 has exited")
         await asyncio.gather(ask(targets, 7), ask(targets, 7))
@@ -568,10 +568,10 @@ def test_a_pid_that_changed_hands_while_idle_is_opened_anew() -> None:
 
 
 def test_a_pid_that_changed_hands_while_in_use_is_opened_anew() -> None:
-    """Somebody waits for a long window of the dead one: the next who asks is of the living one all the same."""
+    """A caller waits for a long window of the dead one: the next caller gets the living one all the same."""
 
     async def main() -> None:
-        targets, opened = guests()
+        targets, opened = pool_of_live_pids()
         waiting = asyncio.create_task(ask(targets, 7, 300))
         await asyncio.sleep(0.05)
         opened[0].error = TargetGone("target 7 has exited")
@@ -584,7 +584,7 @@ def test_a_pid_that_changed_hands_while_in_use_is_opened_anew() -> None:
     run(main())
 
 
-def test_who_waits_for_a_guest_to_open_keeps_it_open() -> None:
+def test_target_stays_open_for_a_caller_that_waits_for_its_opening() -> None:
     """Its first asker left while it opened; the second counts, and a third process does not take its place."""
 
     async def main() -> None:
@@ -618,7 +618,7 @@ def test_who_waits_for_a_guest_to_open_keeps_it_open() -> None:
     run(main())
 
 
-def test_who_is_in_a_window_when_the_sampler_closes_is_told() -> None:
+def test_caller_in_a_window_gets_an_error_when_the_sampler_closes() -> None:
     """The next process of a name takes the place of one that has exited: no window is left without an answer."""
 
     async def main() -> None:
@@ -761,14 +761,14 @@ def test_kernel_that_counts_wrong_again_and_again_is_one_event() -> None:
 
 
 def test_why_nothing_is_recorded() -> None:
-    """Whoever asks for a record is told whether there is no recorder, or nobody to record as yet."""
+    """The reason says whether there is no recorder, or no process to record yet."""
 
-    def nobody() -> Source:
+    def absent() -> Source:
         raise NoSuchProcess("no process of yours is called x; waiting for one")
 
     async def main() -> None:
         for recording, reason in ((None, "--record-interval 0"), (RecorderConfig(), "nothing has been recorded yet")):
-            sampler = Sampler(nobody, recording=recording)
+            sampler = Sampler(absent, recording=recording)
             with pytest.raises(NoSuchProcess):
                 await sampler.identity()
             with pytest.raises(NotRecording, match=reason):

@@ -1,1 +1,1 @@
-"""Records of processes: in memory, on disk, and read back."""
+"""Record processes: in memory and on disk, and read what was recorded."""

@@ -165,7 +165,7 @@ class BlackBox:
         self.worker.stop(0 if self.worker.overdue else timeout_s)
 
     def forget(self) -> None:
-        """In a forked child: release the lock, which would say that a run is being written after its writer died."""
+        """Release the lock, in a forked child: it would say that a run is being written after its writer died."""
         self._writer.forget()
 
     def _post(self, call: Callable[[], None]) -> bool:

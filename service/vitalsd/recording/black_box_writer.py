@@ -1,5 +1,5 @@
 """
-The thread of the black box: write one run, open its file, and replace it if it is deleted.
+Write the black box, on a thread of its own: open the file of a run, and replace it if it is deleted.
 
 Each snapshot is one transaction. A commit is a ``write`` without ``fsync``, so it survives the process.
 """
@@ -129,7 +129,7 @@ class BlackBoxWriter:
             self._release()
 
     def forget(self) -> None:
-        """In a forked child: release the lock of the file."""
+        """Release the lock of the file, in a forked child."""
         if self._file is not None:
             self._file.release_lock()
 

@@ -1,5 +1,5 @@
 """
-The record as a table over time: the process, its busiest threads, marks and events.
+Make a table over time of a record: the process, its busiest threads, marks and events.
 
 Columnar: one list per quantity, all of one length, ``null`` where a thread did not exist or its CPU time is unknown.
 A row covers the time since the row before it; the first row of a record has no such time and is left out.
@@ -61,7 +61,7 @@ class History:
     events: Sequence[Event]
 
     def to_json(self) -> bytes:
-        """Columnar JSON; percentages of one core, sizes in KiB, times in Unix ms."""
+        """Return columnar JSON: percentages of one core, sizes in KiB, times in Unix ms."""
         identity = self.record.identity
         body: dict[str, Any] = {
             "schema": 1,
@@ -89,7 +89,7 @@ class History:
         return to_json(body)
 
     def to_csv(self) -> bytes:
-        """One line per row, one column per thread, UTF-8; marks and events in the last columns."""
+        """Return CSV: one line per row, one column per thread, UTF-8; marks and events in the last columns."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         names = [_cell(f"{thread.tid} {thread.name} cpu_percent") for thread in self.threads]
@@ -133,7 +133,7 @@ class History:
 
 
 def _by_row(rows: Sequence[int], notes: Sequence[tuple[int, str]]) -> list[str]:
-    """The notes that fall to each row: the first one that ends after them, or the last of all."""
+    """Return the notes that fall to each row: the first one that ends after them, or the last of all."""
     cells: list[list[str]] = [[] for _ in rows]
     for at_ns, text in notes if rows else ():
         cells[min(bisect_left(rows, at_ns), len(rows) - 1)].append(_cell(text))
@@ -165,7 +165,7 @@ class _Row:
 
 def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 0) -> History:
     """
-    The rows of `record` that end after monotonic `since_ns`.
+    Return the rows of `record` that end after monotonic `since_ns`.
 
     Args:
         top: how many threads to show: those that burnt most in the time shown; less if they fill `MAX_CELLS`.
@@ -206,7 +206,7 @@ def _deltas(starts: Sequence[_Row], ends: Sequence[_Row], name: str) -> list[int
 
 
 def _rows(segments: Sequence[Segment], since_ns: int, step_ns: int) -> list[_Row]:
-    """The snapshots that bound the rows, at least `step_ns` apart but for the last one."""
+    """Return the snapshots that bound the rows, at least `step_ns` apart but for the last one."""
     every = [_Row(segment, position, segment.row(position)) for segment in segments for position in range(len(segment))]
     first = next((i for i, row in enumerate(every) if row["monotonic_ns"] >= since_ns), len(every))
     every = every[max(0, first - 1) :]
@@ -247,7 +247,7 @@ def _walk(rows: Sequence[_Row], release: LockRelease) -> Iterator[tuple[int, Seg
 
 
 def _restarts(before: Segment | None, segment: Segment) -> bool:
-    """Whether no difference spans the two: the process executed another program, or its counters were read anew."""
+    """Return whether no difference spans the two: the process executed another program, or all was read anew."""
     if before is None:
         return False
     old, new = before.head, segment.head
@@ -255,7 +255,7 @@ def _restarts(before: Segment | None, segment: Segment) -> bool:
 
 
 def _totals(rows: Sequence[_Row], release: LockRelease) -> dict[ThreadKey, int]:
-    """CPU time that each thread burnt from the first row's start to the last one's end, as far as it is known, ns."""
+    """Return the CPU time that each thread used between the first and the last snapshot, as far as it is known, ns."""
     totals: dict[ThreadKey, int] = {}
     reached: dict[ThreadKey, int] = {}
     segment: Segment | None = None

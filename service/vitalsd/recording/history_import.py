@@ -81,7 +81,7 @@ def read_history(body: bytes | Mapping[str, Any]) -> Record:
 
 
 def _whole(value: Any, most: int = LARGEST // MS_NS) -> int:
-    """A number that is not negative and at most `most`. Raises `ValueError`."""
+    """Return `value` as an integer from 0 to `most`. Raises `ValueError`."""
     number = int(value)
     if not 0 <= number <= most:
         raise ValueError("a number that is negative or too large")
@@ -147,7 +147,7 @@ def _identity(table: Mapping[str, Any]) -> Identity:
 
 
 def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snapshot]:
-    """The snapshots at the ends of the rows, and one at the start of the first; counters begin at 0."""
+    """Yield the snapshots at the ends of the rows, and one at the start of the first; counters begin at 0."""
     times, elapsed = table["time_ms"], table["elapsed_ms"]
     if len(times) > MAX_ROWS + 1:
         raise ValueError(f"{len(times)} rows; a history has at most {MAX_ROWS}")

@@ -1,4 +1,4 @@
-"""The flight recorder: feed record and black box, and note what disturbs the even row of snapshots."""
+"""Record one process: feed record and black box, and note events such as missed snapshots or a stopped target."""
 
 import asyncio
 from collections.abc import Callable
@@ -197,7 +197,7 @@ class Recorder:
         return mark
 
     async def mark_async(self, label: str) -> Mark:
-        """The same, for an event loop."""
+        """Put a label on the clock, see `mark`, without blocking the event loop."""
         mark, written = self._mark(label)
         if written is not None:
             waited = asyncio.wrap_future(written)
@@ -210,7 +210,7 @@ class Recorder:
         return mark, self.blackbox.write_mark(mark) if self.blackbox is not None else None
 
     def info(self) -> dict[str, Any]:
-        """State of the recorder and of the black box, for ``/info``."""
+        """Return the state of the recorder and of the black box, for ``/info``."""
         record, blackbox = self.record, self.blackbox
         return {
             "interval_ms": self.interval_ns // 1_000_000,
@@ -228,11 +228,11 @@ class Recorder:
         }
 
     async def hangs(self) -> bool:
-        """Whether the disk of the black box does not answer."""
+        """Return whether the disk of the black box does not answer."""
         return self.blackbox is not None and await self.blackbox.worker.hangs()
 
     def forget(self) -> None:
-        """In a forked child: leave the black box to the parent."""
+        """Leave the black box to the parent process, in a forked child."""
         if self.blackbox is not None:
             self.blackbox.forget()
 

@@ -1,5 +1,5 @@
 """
-The tables of a run, and SQLite with bounds around it.
+Open the database of a run, and bound what SQLite does with it.
 
 A run may come from another user or machine. What is read is a copy in memory, or the file of this very process opened
 read-only; how many instructions SQLite executes, and how much content comes out of it, are bounded by the size of the
@@ -68,7 +68,7 @@ FREE_BYTES = 1 << 16
 
 class Tables:
     """
-    The tables of one run, for reading.
+    Read the tables of one run.
 
     Args:
         db: the connection.
@@ -168,7 +168,7 @@ def _explained(name: str) -> Iterator[None]:
 
 @contextmanager
 def _in_memory(image: bytearray) -> Iterator[sqlite3.Connection]:
-    """A database with the content `image`, which is emptied."""
+    """Give a database with the content `image`, which is emptied."""
     with closing(sqlite3.connect(":memory:")) as db:
         if hasattr(db, "deserialize"):
             db.deserialize(image)

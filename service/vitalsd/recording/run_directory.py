@@ -1,4 +1,4 @@
-"""The directory of runs: what is in it, how much may be, and what a crash left behind."""
+"""List the runs in a directory, delete the oldest beyond a budget, and recover those whose writer died."""
 
 import os
 import time
@@ -39,7 +39,7 @@ class Scan(NamedTuple):
 
 class RunDirectory:
     """
-    All runs of this user, in one directory with a budget.
+    Manage all runs of this user, in one directory with a budget.
 
     Listing and reading writes nothing. A file is changed or deleted only if vitalsd wrote it, see
     `vitalsd.recording.run_files.check_own_run`; what else lies in the directory stays as it is and is not read.
@@ -138,7 +138,7 @@ class RunDirectory:
                 delete_run(path)
 
     def _note(self, path: Path, key: str, value: str) -> None:
-        """What has been noted already stays as it is."""
+        """Write a value of ``meta``, unless there is one for `key`."""
         with writable(path) as db:
             db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
             db.commit()
@@ -161,7 +161,7 @@ def _apply_log(path: Path) -> None:
 
 
 def _modified_ns(path: Path) -> int:
-    """When it was last written; 0 if it has just been deleted."""
+    """Return when a file was last written; 0 if it has just been deleted."""
     try:
         return path.stat().st_mtime_ns
     except OSError:

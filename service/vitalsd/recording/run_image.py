@@ -1,5 +1,5 @@
 """
-The database of a run as bytes: the file and its log as one, read without SQLite and without touching either.
+Read the database of a run as bytes, file and log as one, without SQLite and without changing either.
 
 SQLite trusts what lies beside a database. It applies a rollback journal, deletes the file that the journal names,
 moves the log into the database, and makes files of its own; none of which may happen to a file that only has to be
@@ -103,7 +103,7 @@ class _Log(NamedTuple):
 
 
 def _log(content: bytearray) -> _Log | None:
-    """The header of a log; ``None``: SQLite would ignore the log, too."""
+    """Return the header of a log; ``None``: SQLite would ignore the log, too."""
     if len(content) < LOG_HEADER.size:
         return None
     magic, _, page_bytes, _, salt1, salt2, *checksum = LOG_HEADER.unpack_from(content)
@@ -117,7 +117,7 @@ def _log(content: bytearray) -> _Log | None:
 
 
 def _with_log(path: Path, content: bytearray, log: bytearray) -> bytearray:
-    """`content` with the committed pages of `log`, as a database that has no log."""
+    """Return `content` with the committed pages of `log`, as a database that has no log."""
     head = _log(log)
     if head is not None:
         pages, size = _committed(log, head)
@@ -137,7 +137,7 @@ def _with_log(path: Path, content: bytearray, log: bytearray) -> bytearray:
 
 
 def _committed(log: bytearray, head: _Log) -> tuple[dict[int, int], int]:
-    """Where in `log` the newest content of each page is, and how many pages the database has; 0: no transaction."""
+    """Return where in `log` the newest content of each page is, and how many pages there are; 0: no transaction."""
     words = _words(log[LOG_HEADER.size : len(log) // 4 * 4], head.big_endian)
     frame_words, head_words = (FRAME_HEADER.size + head.page_bytes) // 4, FRAME_HEADER.size // 4
     committed: dict[int, int] = {}

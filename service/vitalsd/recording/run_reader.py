@@ -116,7 +116,7 @@ def _text(value: str) -> str:
 
 
 def _typed(row: Sequence[Any], kinds: Sequence[type]) -> Any:
-    """`row`, if its values are what we write: a column of SQLite takes any kind. Raises `TypeError`."""
+    """Return `row`, if its values are what we write: a column of SQLite takes any kind. Raises `TypeError`."""
     if tuple(map(type, row)) != tuple(kinds):
         raise TypeError(f"{row!r:.80} where there should be {', '.join(kind.__name__ for kind in kinds)}")
     return row
@@ -208,7 +208,7 @@ def _newest(tables: Tables, columns: str, count: int) -> list[Any]:
 def _segment(
     row: Sequence[Any], frames: Iterable[Sequence[Any]], threads: Mapping[int, tuple[int, int, str]]
 ) -> Segment:
-    """The segment in `row` with the snapshots of `frames`."""
+    """Return the segment in `row` with the snapshots of `frames`."""
     ids, cpu_ns, constants = row
     segment: Segment | None = None
     for _, numbers, moved, code in frames:
@@ -223,14 +223,14 @@ def _segment(
 
 
 def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", Moves]:
-    """The scalars and moves of one frame. Raises `ValueError` or `TypeError`."""
+    """Return the scalars and moves of one frame. Raises `ValueError` or `TypeError`."""
     named = SCALARS_BYTES + 4 * (moved or 0)
     indexes = None if moved is None else _array("I", numbers[SCALARS_BYTES:named])
     return _array("q", numbers[:SCALARS_BYTES]), (indexes, _array(code, numbers[named:]))
 
 
 def _check(segment: Segment, scalars: "array[int]", moves: Moves) -> None:
-    """Raises `ValueError` for what cannot be a snapshot of that segment."""
+    """Raise `ValueError` for what cannot be a snapshot of that segment."""
     indexes, burnt = moves
     threads = len(segment.base_cpu_ns)
     if len(scalars) != len(Segment.SCALARS) or len(burnt) != (threads if indexes is None else len(indexes)):

@@ -1,5 +1,5 @@
 """
-The flight recorder's memory: the last minutes of one process, bounded in time and in bytes.
+Keep the last minutes of one process in memory, bounded in time and in bytes.
 
 Snapshots are kept in segments of up to 64 with one set of threads: the first of a segment whole, of
 the others only what each thread burnt since. An idle thread costs nothing, names and ids are held
@@ -89,7 +89,7 @@ class Segment:
 
     @classmethod
     def numbers(cls, scalars: Sequence[int]) -> dict[str, Any]:
-        """The fields of a `Snapshot` that are in `SCALARS`."""
+        """Return the fields of a `Snapshot` that are in `SCALARS`."""
         fields: dict[str, Any] = dict(zip(cls.SCALARS, scalars, strict=True))
         fields["exited_cpu_ns"] = fields.pop("exited_low_ns"), fields.pop("exited_high_ns")
         return fields
@@ -148,16 +148,16 @@ class Segment:
             self.size_bytes += 56 + getsizeof(moves[0]) + getsizeof(moves[1])
 
     def row(self, position: int) -> "array[int]":
-        """The scalars of one snapshot, in the order of `SCALARS`."""
+        """Return the scalars of one snapshot, in the order of `SCALARS`."""
         width = len(self.SCALARS)
         return self.scalars[position * width : (position + 1) * width]
 
     def column(self, name: str) -> "array[int]":
-        """One scalar of all snapshots."""
+        """Return one scalar of all snapshots."""
         return self.scalars[self.SCALARS.index(name) :: len(self.SCALARS)]
 
     def walk(self) -> Iterator[list[int]]:
-        """CPU time of each thread, ns, snapshot by snapshot; the list is only good until the next one."""
+        """Yield the CPU time of each thread, ns, snapshot by snapshot; the list is valid until the next one."""
         cpu_ns = list(self.base_cpu_ns)
         for indexes, burnt in self.moves:
             if indexes is None:
@@ -168,11 +168,11 @@ class Segment:
             yield cpu_ns
 
     def thread_cpu_ns(self, position: int) -> list[int]:
-        """CPU time of each thread at one snapshot, ns."""
+        """Return the CPU time of each thread at one snapshot, ns."""
         return next(islice(self.walk(), position, None))
 
     def snapshot(self, position: int) -> Snapshot:
-        """One snapshot as it was, but for its extras, state and warnings, which are not recorded."""
+        """Return one snapshot as it was, but for its extras, state and warnings, which are not recorded."""
         numbers, burnt = self.numbers(self.row(position)), self.thread_cpu_ns(position)
         return replace(self.head, **numbers, thread_cpu_ns=burnt, extras=None, state=None, warnings=())
 
@@ -188,7 +188,7 @@ def _moves(before: Sequence[int], after: Sequence[int]) -> Moves:
 
 
 def _compact(burnt: list[int]) -> "array[int]":
-    """Four bytes each if they fit: no thread burns 4.3 s in a second."""
+    """Return them in four bytes each if they fit: no thread burns 4.3 s in a second."""
     try:
         return array("I", burnt)
     except OverflowError:
@@ -197,7 +197,7 @@ def _compact(burnt: list[int]) -> "array[int]":
 
 class Record:
     """
-    The last minutes of one process. Written by one thread, read by any.
+    Keep the last minutes of one process. One thread writes, any thread reads.
 
     Args:
         identity: the recorded process.
@@ -301,7 +301,7 @@ class Record:
         return event
 
     def at_or_before(self, monotonic_ns: int) -> Snapshot | None:
-        """The latest snapshot not after `monotonic_ns`; the oldest one if all are; ``None`` if empty."""
+        """Return the latest snapshot not after `monotonic_ns`; the oldest one if all are; ``None`` if empty."""
         with self._lock:
             for segment in reversed(self._segments):
                 times = segment.column("monotonic_ns")
@@ -312,7 +312,7 @@ class Record:
 
     def window(self, window_ms: int) -> Measurement | None:
         """
-        The last `window_ms` milliseconds of the record; ``None`` with fewer than two snapshots.
+        Measure the last `window_ms` milliseconds of the record; ``None`` with fewer than two snapshots.
 
         It begins at the latest snapshot at or before the asked start (up to 1 % after it is still good)
         and ends at the last one. A record too young gives what it has and says so in `warnings`. All
@@ -340,12 +340,12 @@ class Record:
         return measurement
 
     def segments(self) -> list[Segment]:
-        """All segments, oldest first; the last one may still grow."""
+        """Return all segments, oldest first; the last one may still grow."""
         with self._lock:
             return list(self._segments)
 
     def snapshots(self) -> Iterator[Snapshot]:
-        """All of it, oldest first."""
+        """Yield all snapshots, oldest first."""
         for segment in self.segments():
             for position in range(len(segment)):
                 yield segment.snapshot(position)

@@ -1,1 +1,1 @@
-"""Bug reports: which crashed run belongs to one, and how its members become an archive."""
+"""Build bug reports, and choose the crashed run that belongs to one."""

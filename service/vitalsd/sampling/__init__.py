@@ -1,1 +1,1 @@
-"""Windows over targets: measured once, shared by all requests that ask at the same time."""
+"""Measure windows of targets once for all requests that ask at the same time."""

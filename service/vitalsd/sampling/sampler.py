@@ -55,7 +55,7 @@ class _Pending:
 
 class Sampler:
     """
-    Measures one target for many callers of one event loop.
+    Measure one target for many callers of one event loop.
 
     Args:
         open_source: opens the target; called on the sampler's own thread.
@@ -84,13 +84,13 @@ class Sampler:
 
     @property
     def platform(self) -> str:
-        """As answers about the target name it, even if it cannot be opened."""
+        """Name of the platform; also known if the target cannot be opened."""
         identity = self._reader.identity
         return identity.platform if identity else self._platform
 
     @property
     def pid(self) -> int | None:
-        """The target, once it has been opened."""
+        """Process id of the target; ``None``: it has not been opened."""
         identity = self._reader.identity
         return identity.pid if identity else None
 
@@ -109,7 +109,7 @@ class Sampler:
         return self._reader.snapshots_taken
 
     async def identity(self) -> Identity:
-        """Which process this is. Opens the target, and starts recording it, if need be. Raises `SourceError`."""
+        """Return the identity of the target, which is opened and recorded from then on. Raises `SourceError`."""
         identity = self._reader.identity
         if identity is None:
             if self._opening is None:
@@ -137,17 +137,17 @@ class Sampler:
         return await self._windows.measure(window_ms, extras, peer)
 
     async def snapshot(self) -> Snapshot:
-        """The counters, with extras, as they are now or were a few milliseconds ago. Raises `SourceError`."""
+        """Return the counters, with extras, of now or of a few milliseconds ago. Raises `SourceError`."""
         await self.identity()
         return await self._snapshot(time.monotonic_ns() - SNAPSHOT_REUSE_NS, extras=True)
 
     async def confirm(self) -> None:
-        """Read the target as it is now, and not a few milliseconds ago. Raises `SourceError`: it has exited, say."""
+        """Read the target as it is now, not a few milliseconds ago. Raises `SourceError`, as when it has exited."""
         await self.identity()
         await self._snapshot(time.monotonic_ns(), False)
 
     async def hangs(self) -> bool:
-        """Whether a read of the target does not return."""
+        """Return whether a read of the target does not return."""
         return await self.worker.hangs()
 
     async def close(self, timeout_s: float = 1.0) -> None:
@@ -166,7 +166,7 @@ class Sampler:
             self._reader.discard()
 
     async def _snapshot(self, not_before_ns: int, extras: bool) -> Snapshot:
-        """A snapshot not older than `not_before_ns`: the last one, the one under way, or a new one."""
+        """Return a snapshot not older than `not_before_ns`: the last one, the one under way, or a new one."""
         last = self._reader.last_since(not_before_ns, extras)
         if last is not None:
             return last
@@ -178,7 +178,7 @@ class Sampler:
         return await self._answered(pending.future)
 
     async def _snapshot_at(self, at_ns: int, not_before_ns: int, extras: bool) -> Snapshot:
-        """One that is due on the sampler's thread at `at_ns`, whatever the event loop is busy with by then."""
+        """Return one that the sampler's thread takes at `at_ns`, even if the event loop is busy by then."""
         taken = asyncio.wrap_future(self.worker.submit(partial(self._reader.take_since, not_before_ns, extras), at_ns))
         taken.add_done_callback(seen)
         try:

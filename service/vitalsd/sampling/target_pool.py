@@ -147,7 +147,7 @@ class Targets:
     @asynccontextmanager
     async def target(self, pid: int | None, peer: Peer = OWNER) -> AsyncIterator[PooledTarget]:
         """
-        The target with this `pid`, or the default one. It stays open as long as the context.
+        Give the target with this `pid`, or the default one. It stays open as long as the context.
 
         Raises:
             Busy: `peer` uses too many other targets at once, or reads of too many hang.
@@ -176,7 +176,7 @@ class Targets:
                 self._release(pooled)
 
     async def hangs(self) -> bool:
-        """Whether a read of any of them does not return."""
+        """Return whether a read of any of them does not return."""
         samplers = [pooled.sampler for pooled in self._pooled.values()]
         return await self.default.hangs() or any([await sampler.hangs() for sampler in samplers])
 
@@ -199,7 +199,7 @@ class Targets:
         await asyncio.gather(self.default.close(), *self._closing)
 
     async def _forget_if_gone(self, pid: int) -> None:
-        """One that is open may have ended since, and its pid be another process by now, not yet asked for."""
+        """Close the target of `pid` if it has exited: the pid may be that of another process by now."""
         pooled = self._pooled.get(pid)
         if pooled is None or pooled.sampler.pid is None:
             return
@@ -235,7 +235,7 @@ class Targets:
 
     def _make_room(self) -> None:
         """
-        If there are `limit` targets, close the one that has been idle for the longest.
+        Close the target that has been idle for the longest, if there are `limit`.
 
         A target of which a read hangs is not closed, because its thread stays. Raises `Busy` if there are `limit` such.
         """

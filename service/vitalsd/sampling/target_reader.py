@@ -21,7 +21,7 @@ SNAPSHOT_REUSE_NS = 10_000_000
 
 class TargetReader:
     """
-    One target, which is opened, read and closed on the thread of `worker`.
+    Open, read and close one target, on the thread of `worker`.
 
     Args:
         open_source: opens the target.

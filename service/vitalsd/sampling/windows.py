@@ -1,5 +1,5 @@
 """
-Windows of one target: two snapshots each, shared by the callers that ask at about the same time.
+Measure windows of one target, and share their snapshots among callers that ask at about the same time.
 
 Callers whose windows begin or end within a few milliseconds share the snapshots: a thousand of them cost about what one
 costs. All of this runs on the event loop; `vitalsd.sampling.sampler` takes the snapshots.
@@ -43,7 +43,7 @@ class _Window:
 
 class Windows:
     """
-    The windows of one target that are open.
+    Keep the windows of one target that are open.
 
     Args:
         take: returns a snapshot, with extras or without, that is not older than a monotonic time in ns.
@@ -103,7 +103,7 @@ class Windows:
 
     def _slack_ns(self, window_ns: int) -> int:
         """
-        How far a snapshot may lie from where a window begins or ends.
+        Return how far, in ns, a snapshot may lie from where a window begins or ends.
 
         Windows of one length have then at most `BUSY_WINDOW_COUNT` + 2 * `REUSE_PART` beginnings, however many ask.
         """
