@@ -18,7 +18,10 @@ from support.paths import ROOT
 from support.sidecars import VITALSD
 from support.supervisors import FakeSupervisor
 from support.tools import program
-from vitalsd.agent.base import LABEL, AgentError, Launchd, Plan, Status, Systemd, supervisor
+from vitalsd.agent import supervisor
+from vitalsd.agent.base import AgentError, Plan, Status
+from vitalsd.agent.launchd import LABEL, Launchd
+from vitalsd.agent.systemd import Systemd
 from vitalsd.cli import main
 
 UID = 501

@@ -22,7 +22,7 @@ from support.serving import Serving
 from support.sidecars import VITALSD, environment, serving
 from support.target import Target
 from support.tools import program
-from vitalsd.agent.base import Systemd
+from vitalsd.agent.systemd import Systemd
 from vitalsd.cli import main
 from vitalsd.cli.logging_setup import logging_as
 from vitalsd.exporters.otlp import CREDENTIALS, DEFAULT_URL, endpoint_of

@@ -64,7 +64,8 @@ _serve_argument = click.argument(
 def _agent(kind: str, name: str | None, port: int, options: tuple[str, ...] = ()) -> "Agent":
     import os
 
-    from vitalsd.agent.base import OVERRIDES, Plan, supervisor
+    from vitalsd.agent import supervisor
+    from vitalsd.agent.base import OVERRIDES, Plan
     from vitalsd.discovery.directories import EndpointError, runtime_directory, state_directory
 
     try:
