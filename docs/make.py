@@ -1,7 +1,8 @@
 """
 Make what stands in this folder from what the program says of itself.
 
-    python docs/make.py reference [--check]    api.md, runtime-metrics.schema.json, and the modules in design.md
+    python docs/make.py reference [--check]    api.md, runtime-metrics.schema.json, the modules in design.md, and the
+                                               settings in operations.md
     python docs/make.py images                 images/*.png, from a real browser on a busy process
 
 With --check nothing is written; the status is 1 if a file is not as it would be made.
@@ -21,6 +22,7 @@ HERE = Path(__file__).parent
 
 ROOT = HERE.parent
 MODULES, END_OF_MODULES = "<!-- modules, from their docstrings: make reference -->", "<!-- end of modules -->"
+SETTINGS, END_OF_SETTINGS = "<!-- settings, from sidecar/config.py: make reference -->", "<!-- end of settings -->"
 
 HEAD = """# The API
 
@@ -56,6 +58,7 @@ def main() -> int:
         "api.md": reference(schema()),
         "runtime-metrics.schema.json": metrics_schema(),
         "design.md": design((HERE / "design.md").read_text(encoding="utf-8")),
+        "operations.md": operations((HERE / "operations.md").read_text(encoding="utf-8")),
     }
     stale = [name for name, text in made.items() if not _holds(HERE / name, text)]
     if options.check:
@@ -111,10 +114,39 @@ def metrics_schema() -> str:
 
 def design(text: str) -> str:
     """Return docs/design.md with its list of modules made anew from their docstrings."""
-    before, _, rest = text.partition(MODULES)
-    _, _, after = rest.partition(END_OF_MODULES)
     rows = [row for package in packages() for row in _modules(package)]
-    return f"{before}{MODULES}\n\n{_table(('File', 'Content'), rows)}\n{END_OF_MODULES}{after}"
+    return _between(text, MODULES, END_OF_MODULES, _table(("File", "Content"), rows))
+
+
+def operations(text: str) -> str:
+    """Return docs/operations.md with its table of settings made anew from `vitalsd.sidecar.config`."""
+    import inspect
+
+    import vitalsd
+    from vitalsd.sidecar.config import SETTINGS as settings
+    from vitalsd.sidecar.config import TIMEOUT, Setting
+
+    calls = {f"`{call.__name__}`": inspect.signature(call).parameters for call in (vitalsd.start, vitalsd.spawn)}
+
+    def row(name: str, setting: Setting) -> tuple[str, ...]:
+        placeholder = setting.metavar or setting.time.upper() or "|".join(setting.choices)
+        option = f"`{setting.option} {placeholder}`".replace(" `", "`") if setting.option else ""
+        takers = ", ".join(call for call, parameters in calls.items() if name in parameters)
+        default = setting.default_text or ("" if setting.default is None else f"`{setting.default}`")
+        unit = "s" if setting.time else ""
+        allowed = "" if setting.is_flag else setting.range_text.replace("'", "`")
+        return f"`{name}`", default, allowed, unit, option, takers, setting.help
+
+    rows = [row(name, setting) for name, setting in settings.items() if not setting.hidden]
+    rows.append(row("timeout_s", TIMEOUT))
+    head = ("Setting", "Default", "Range", "Unit", "Option of `vitalsd serve`", "Argument of", "Meaning")
+    return _between(text, SETTINGS, END_OF_SETTINGS, _table(head, rows))
+
+
+def _between(text: str, begin: str, end: str, content: str) -> str:
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{content}\n{end}{after}"
 
 
 def packages() -> list[Path]:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import vitalsd
 from vitalsd.discovery.atomic_file import draft
+from vitalsd.sidecar.config import DEFAULT_PORT
 from vitalsd.sidecar.frozen import (
     NotRunnableError,
     is_frozen,
@@ -56,7 +57,7 @@ class Plan:
     state: Path
     name: str | None = None
     """Follow the newest process of this name; then it runs from the login on, to have recorded what was."""
-    port: int = 9779
+    port: int = DEFAULT_PORT
     options: Sequence[str] = ()
     """More of `vitalsd serve`."""
     program: Sequence[str] = ()

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Failed, not_empty
+from vitalsd.cli.options import Failed, setting_option, was_given
+from vitalsd.sidecar.config import DEFAULT_PORT, SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,12 +32,8 @@ def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":
     default = "launchd" if sys.platform == "darwin" else "systemd"
     kinds = click.Choice(["launchd", "systemd"])
     command = click.option("--supervisor", "kind", type=kinds, default=default, show_default=True)(command)
-    command = click.option("--port", type=click.IntRange(1, 65535), default=9779, show_default=True)(command)
-    follow = "Follow your process of that name."
-    return click.option("--name", metavar="TARGET", callback=not_empty, help=follow)(command)
-
-
-SET_HERE = ("pid", "name", "host", "port", "no_tcp", "uds", "ready_fd", "exit_with_target")
+    command = setting_option("port", default=DEFAULT_PORT, default_text="", help="", low=1, metavar="")(command)
+    return setting_option("name", help="Follow your process of that name.", metavar="TARGET")(command)
 
 
 def _serve_options(context: click.Context, parameter: click.Parameter, options: tuple[str, ...]) -> tuple[str, ...]:
@@ -50,9 +47,9 @@ def _serve_options(context: click.Context, parameter: click.Parameter, options: 
         raise click.BadParameter("options of `vitalsd serve` alone") from None
     except click.UsageError as error:
         raise click.BadParameter(error.format_message()) from None
-    given = [name for name in SET_HERE if parsed.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
-    if given:
-        raise click.BadParameter(f"--{given[0].replace('_', '-')} is for the supervisor, or goes before the --")
+    for name, setting in SETTINGS.items():
+        if setting.set_by_agent and was_given(parsed, name):
+            raise click.BadParameter(f"{setting.flag} is for the supervisor, or goes before the --")
     return options
 
 

@@ -8,20 +8,12 @@ logging is its own.
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
 
-__all__ = ["log_format_option", "logging_as"]
-
-log_format_option: Callable[[Callable[..., None]], Callable[..., None]] = click.option(
-    "--log-format",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    help="Of stderr: a line when ready, then warnings and errors alone.",
-)
+__all__ = ["logging_as"]
 
 
 class _Text(logging.Formatter):

@@ -1,17 +1,18 @@
 """What the commands share: options, failures, tables, and where things are."""
 
 import sys
-from math import isfinite
+from collections.abc import Callable
+from dataclasses import replace
+from math import isfinite, isinf
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from vitalsd.cli.completion import processes
+from vitalsd.sidecar.config import SETTINGS, Setting, SidecarConfig
 
 if TYPE_CHECKING:
-    from typing import IO, Any
-
     from vitalsd.contract.application import Application
     from vitalsd.sources.platform import Platform
 
@@ -19,36 +20,44 @@ __all__ = [
     "Failed",
     "Number",
     "Refused",
-    "Taken",
+    "all_setting_options",
     "app_option",
     "app_version_option",
     "application_of",
-    "choose_process",
     "complain",
+    "config_of",
     "exclude",
     "find_target",
-    "host_option",
     "name_option",
     "needs",
-    "not_empty",
     "pid_option",
     "platform_of",
-    "port_option",
     "print_table",
     "proc_root_option",
     "raise_descriptor_limit",
     "runs_path",
+    "setting_option",
+    "was_given",
 ]
 
 
 class Number(click.FloatRange):
-    """A number of a range, and nothing else that Python takes for one."""
+    """A finite number within a range."""
 
     def convert(self, value: "Any", param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
         if not isfinite(number):
             self.fail(f"{value} is not a number to count with.", param, ctx)
         return number
+
+    def _describe_range(self) -> str:
+        """Return the range as help and errors show it: whole bounds without a fraction, others with three digits."""
+        low, high = (None if each is None else _shown(each) for each in (self.min, self.max))
+        return click.FloatRange(low, high)._describe_range()
+
+
+def _shown(bound: float) -> float:
+    return float(f"{bound:.3g}") if bound % 1 else int(bound)
 
 
 def not_empty(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -59,19 +68,20 @@ def not_empty(_: click.Context, __: click.Parameter, value: str | None) -> str |
 
 
 def needs(context: click.Context, parameter: str, condition: str, *, met: bool) -> None:
-    """Raises `click.UsageError` if an option was given that does nothing unless `condition` is met."""
-    if not met and _was_given(context, parameter):
+    """Raise `click.UsageError` if an option was given that does nothing unless `condition` is met."""
+    if not met and was_given(context, parameter):
         raise click.UsageError(f"{_option(context, parameter)} does nothing {condition}")
 
 
 def exclude(context: click.Context, *parameters: str) -> None:
-    """Raises `click.UsageError` if more than one of these options was given."""
-    given = [_option(context, parameter) for parameter in parameters if _was_given(context, parameter)]
+    """Raise `click.UsageError` if more than one of these options was given."""
+    given = [_option(context, parameter) for parameter in parameters if was_given(context, parameter)]
     if len(given) > 1:
         raise click.UsageError(f"{given[0]} and {given[1]} exclude each other")
 
 
-def _was_given(context: click.Context, parameter: str) -> bool:
+def was_given(context: click.Context, parameter: str) -> bool:
+    """Return whether the command line has this option."""
     return context.get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE
 
 
@@ -79,50 +89,88 @@ def _option(context: click.Context, parameter: str) -> str:
     return next(each.opts[0] for each in context.command.params if each.name == parameter)
 
 
-pid_option = click.option(
-    "--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Target process.", shell_complete=processes
-)
-name_option = click.option(
-    "--name",
-    metavar="NAME",
-    callback=not_empty,
-    help="Target: your process of that name; of several the one from which the others descend, or the newest.",
-    shell_complete=processes,
-)
-app_option = click.option(
-    "--app", metavar="ID", help="Application id, under which reports find the runs of this program."
-)
-app_version_option = click.option("--app-version", metavar="VERSION", help="Version of the application.")
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def setting_option(name: str, **changes: "Any") -> Decorator:
+    """
+    Return the option of a setting of the sidecar.
+
+    Args:
+        name: of the setting.
+        changes: fields of `Setting` that differ for this command.
+    """
+    setting = replace(SETTINGS[name], **changes)
+    more: dict[str, Any] = {"help": setting.help, "hidden": setting.hidden}
+    if setting.default_text or setting.bare:
+        more["help"] += f"  [default: {setting.default_text}]" if setting.default_text else f"  [{setting.bare}]"
+    if setting.is_flag:
+        more |= {"is_flag": True, "default": setting.default, "show_default": "/" in setting.option}
+        if "/" not in setting.option:
+            more["flag_value"] = not setting.default
+        return click.option(setting.option, name, **more)
+    if setting.default is not None:
+        more |= {"default": setting.default / setting.scale if setting.time else setting.default, "show_default": True}
+    if setting.bare:
+        more |= {"is_flag": False, "flag_value": setting.bare}
+    more["type"] = _type_of(setting)
+    more["metavar"] = setting.metavar or setting.time.upper() or None
+    more["shell_complete"] = processes if name in ("pid", "name") else None
+    more["callback"] = not_empty if name == "name" else _in_seconds(setting) if setting.time else None
+    return click.option(setting.option, name, **more)
+
+
+def _type_of(setting: Setting) -> click.ParamType[Any] | None:
+    """Return the type of a setting's option; ``None``: text."""
+    if setting.choices:
+        return click.Choice(setting.choices)
+    if setting.time:
+        low = 0 if setting.or_zero else setting.low / setting.scale
+        return Number(low, None if isinf(setting.high) else setting.high / setting.scale)
+    if setting.whole:
+        return click.IntRange(int(setting.low), None if isinf(setting.high) else int(setting.high))
+    return None
+
+
+def _in_seconds(setting: Setting) -> "Callable[[click.Context, click.Parameter, float], float]":
+    def callback(_: click.Context, __: click.Parameter, value: float) -> float:
+        if setting.or_zero and 0 < value * setting.scale < setting.low:
+            raise click.UsageError(f"{setting.flag} is 0 or at least {setting.low / setting.scale:g} {setting.time}")
+        return value * setting.scale
+
+    return callback
+
+
+def all_setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of all settings, in the order of `SidecarConfig`."""
+    for name in reversed(SETTINGS):
+        command = setting_option(name)(command)
+    return command
+
+
+def config_of(context: click.Context) -> SidecarConfig:
+    """Return the configuration that the options of a command make. Raise `click.UsageError`."""
+    try:
+        return SidecarConfig.checked(**{name: value for name, value in context.params.items() if name in SETTINGS})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+pid_option = setting_option("pid")
+name_option = setting_option("name")
+app_option = setting_option("app")
+app_version_option = setting_option("app_version")
+proc_root_option = setting_option("proc_root")
 
 
 def application_of(app: str | None, app_version: str | None) -> "Application":
-    """Return the application of ``--app`` and ``--app-version``. Raises `click.UsageError`."""
+    """Return the application of ``--app`` and ``--app-version``. Raise `click.UsageError`."""
     from vitalsd.contract.application import Application
 
     try:
         return Application.checked(app, app_version)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-
-
-proc_root_option = click.option(
-    "--proc-root",
-    default="/proc",
-    show_default=True,
-    metavar="DIR",
-    help="Linux: where procfs is mounted, e.g. /host/proc in a container.",
-)
-
-
-host_option = click.option(
-    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on."
-)
-port_option = click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    metavar="PORT",
-    help="Port; 0 takes a free one.  [default: 9779, or a free one]",
-)
 
 
 def complain(text: str) -> None:
@@ -182,61 +230,13 @@ def find_target(pid: int | None, name: str | None, platform: "Platform") -> int 
     """
     if name is None:
         return pid
+    from vitalsd.sidecar.target_process import choose_process
+
     taken = choose_process(name, platform)
     if len(taken.called) > 1:
         several = f"{len(taken.called)} processes are called {name}"
         click.echo(f"vitalsd: {several}; process {taken.pid} is taken: {taken.why}", err=True)
     return taken.pid
-
-
-class Taken(NamedTuple):
-    """A process chosen by its name."""
-
-    pid: int
-    called: frozenset[int]
-    """All processes of that name."""
-    why: str
-
-
-def choose_process(name: str, platform: "Platform") -> Taken:
-    """
-    Choose one of this user's processes by its name.
-
-    Of several it is the one from which the others descend; of several such, the newest.
-
-    Raises:
-        NoSuchProcess: none has this name.
-    """
-    import os
-
-    from vitalsd.sources.base import NoSuchProcess
-
-    fold = str.casefold if platform.name == "macos" else str
-    every = {entry.pid: entry for entry in platform.list_processes()}
-    called = frozenset(
-        entry.pid
-        for entry in every.values()
-        if entry.is_of(os.geteuid()) and entry.pid != os.getpid() and fold(name) in map(fold, entry.names)
-    )
-    if not called:
-        raise NoSuchProcess(
-            f"no process of yours is called {name}; a process is called as its main thread (on Linux its first 15"
-            " bytes), its program or its #! script; what runs as `python app.py` is called python"
-        )
-
-    def descends(pid: int) -> bool:
-        above: set[int] = set()
-        while pid in every and pid not in above:
-            above.add(pid)
-            pid = every[pid].parent
-            if pid in called:
-                return True
-        return False
-
-    eldest = [pid for pid in called if not descends(pid)] or list(called)  # pids are given again as they are listed
-    pid = max(eldest, key=lambda pid: (every[pid].started_unix_ns, pid))
-    why = "the others descend from it" if len(eldest) == 1 else "it descends from none of them and is the newest such"
-    return Taken(pid, called, why)
 
 
 def raise_descriptor_limit() -> None:

@@ -1,5 +1,7 @@
 """``vitalsd top``: look on, live."""
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from vitalsd.cli.options import (
@@ -15,6 +17,11 @@ from vitalsd.cli.options import (
     proc_root_option,
     raise_descriptor_limit,
 )
+from vitalsd.sidecar.config import SETTINGS
+
+if TYPE_CHECKING:
+    from vitalsd.sources.platform import Platform
+    from vitalsd.top.feed import Feed
 
 __all__ = ["top"]
 
@@ -54,65 +61,63 @@ def top(
     Full screen on a terminal (? shows the keys, q quits); into a pipe or a file, a line per sample, and
     exit status 1 if the target ended before there were N.
     """
-    import os
-    import signal
-
-    from vitalsd.discovery.http_connection import ExchangeError
-    from vitalsd.sources.base import SourceError
-    from vitalsd.top import fullscreen as screen
-    from vitalsd.top import line_output as plain
-    from vitalsd.top.feed import Feed
-    from vitalsd_client.locate import NoSidecar
-
     exclude(context, "url", "name")
     exclude(context, "pid", "name")
     exclude(context, "url", "proc_root")
     raise_descriptor_limit()
+    from vitalsd.discovery.http_connection import ExchangeError
+    from vitalsd.sources.base import SourceError
+    from vitalsd.top import fullscreen, line_output
+    from vitalsd_client.locate import NoSidecar
 
-    platform = platform_of(context, proc_root)
-
-    def find() -> int:
-        found = find_target(pid, name, platform)
-        assert found is not None
-        return found
-
-    full_screen = screen.fits() and count is None and not as_json
+    full_screen = fullscreen.fits() and count is None and not as_json
+    # A sidecar may follow a name; a caller that wants N lines does not wait for the next process of it.
+    follow = name is not None or (url is not None and count is None)
     try:
-        if (pid, name, url) == (None, None, None):
-            pid = _watched()
-        feed = Feed(
-            find,
-            platform.open_source,
+        feed = _feed(
+            platform_of(context, proc_root),
+            _watched() if (pid, name, url) == (None, None, None) else pid,
+            name,
+            url,
             interval_s=interval,
             first_s=0.25 if full_screen else interval,
-            url=url,
-            pid=pid,
-            # A sidecar may follow a name; who wants N lines does not wait for the next process of it.
-            follow=name is not None or (url is not None and count is None),
-            sidecars=proc_root == "/proc",
+            follow=follow,
+            sidecars=proc_root == SETTINGS["proc_root"].default,
         )
         if full_screen:
-            if number := screen.show(feed):
-                if number == signal.SIGINT:
-                    raise SystemExit(130)
-                # As any program ends by it, so that whoever sent it sees that it worked.
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-        else:
-            whole = plain.lines(
-                feed,
-                count=count,
-                as_json=as_json,
-                say=click.echo,
-                note=complain,
-            )
-            raise SystemExit(0 if whole else 1)
+            _end_by(fullscreen.show(feed))
+        elif not line_output.lines(feed, count=count, as_json=as_json, say=click.echo, note=complain):
+            raise SystemExit(1)
     except (SourceError, ExchangeError) as error:
         raise Failed(str(error)) from None
     except NoSidecar as error:
         raise Refused(str(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _feed(platform: "Platform", pid: int | None, name: str | None, url: str | None, **more: Any) -> "Feed":
+    """Return the feed of the process with this pid or name, or of the sidecar at `url`; see `Feed` for the rest."""
+    from vitalsd.top.feed import Feed
+
+    def find() -> int:
+        found = find_target(pid, name, platform)
+        assert found is not None
+        return found
+
+    return Feed(find, platform.open_source, url=url, pid=pid, **more)
+
+
+def _end_by(number: int) -> None:
+    """End as any program ends by that signal, so that its sender sees that it worked; return for 0."""
+    import os
+    import signal
+
+    if number == signal.SIGINT:
+        raise SystemExit(130)
+    if number:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _watched() -> int:

@@ -5,110 +5,35 @@ import atexit
 import logging
 import os
 import selectors
-import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
-from vitalsd.contract.application import Application
 from vitalsd.contract.labels import clean_label
-from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
-from vitalsd.discovery.program_key import program_key
-from vitalsd.discovery.runtime_file import Endpoint, Target
-from vitalsd.http.app import create_app
-from vitalsd.recording.recorder import NotRecording, RecorderConfig
-from vitalsd.recording.run_directory_reader import RunDirectoryReader
-from vitalsd.sampling.sampler import Sampler
-from vitalsd.sampling.target_pool import Targets
-from vitalsd.sidecar.listeners import listen
-from vitalsd.sidecar.service import Service, run_directory, runtime_directory
-from vitalsd.sidecar.spawn import died_of_exception
-from vitalsd.sources import hides_processes, list_processes, open_source
-from vitalsd.sources.base import Source
-from vitalsd.sources.names import PythonNames
-from vitalsd.sources.platform import births
+from vitalsd.discovery.runtime_file import Endpoint
+from vitalsd.recording.recorder import NotRecording
+from vitalsd.sidecar.builder import InProcess, build_in_process
+from vitalsd.sidecar.config import DEFAULTS, TIMEOUT, Auth, SidecarConfig
+from vitalsd.sidecar.exit_note import died_of_exception
+from vitalsd.sidecar.fork import ForkHooks, Pausable, PausableLoop, pause_all
 from vitalsd.sources.process_identity import Undecided
-from vitalsd.sources.programs import ProgramDigest, main_script
-from vitalsd.worker_thread import Worker, start_thread
+from vitalsd.worker_thread import start_thread
 
 __all__ = ["Sidecar", "StartError", "start"]
 
 log = logging.getLogger("vitalsd")
 
-IMPORTLIB = "<frozen importlib._bootstrap>"
-"""File name of the frames of an import."""
-GRACE_S = 0.5
-FORK_S = 0.5
-"""A fork waits so long for each who reads or writes; one that hangs does not hold it up for more."""
-IMPORT_S = 5.0
-"""A fork waits so long for a thread of the sidecar that imports: the lock of that import would stay in the child."""
 STOP_S = 2.0
 """How long the exit of the host may be held up. A thread that does not end is left behind: it is a daemon."""
 
 
 class StartError(RuntimeError):
     """The sidecar could not be started, and nothing of it is left; ``str(error)`` says why."""
-
-
-class _PausableLoop:
-    """
-    The event loop of a sidecar, which rests while the host forks.
-
-    Args:
-        loop: runs on another thread.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._resting = threading.Lock()
-        """Held until `resume`. Not an Event, which has a lock of its own that could stay held in the child."""
-
-    def pause(self, timeout_s: float) -> bool:
-        """Let the callback under way end and none begin until `resume`; False if it takes longer."""
-        rests, resting = threading.Event(), threading.Lock()
-        resting.acquire()
-
-        def rest() -> None:
-            rests.set()
-            resting.acquire()
-
-        try:
-            self._loop.call_soon_threadsafe(rest)
-        except RuntimeError:  # it is closed
-            return False
-        if rests.wait(timeout_s):
-            self._resting = resting
-            return True
-        resting.release()
-        return False
-
-    def resume(self) -> None:
-        """After a `pause` that was granted; in the child as well."""
-        self._resting.release()
-
-
-Pausable = Worker | _PausableLoop
-"""What is in SQLite, the kernel or an import on a thread of its own, and rests while the host forks."""
-
-
-def _imports() -> bool:
-    """Return whether another thread of the sidecar is importing a module now."""
-    frames = sys._current_frames()
-    for thread in threading.enumerate():
-        if thread.name.startswith("vitalsd") and thread is not threading.current_thread():
-            frame = frames.get(thread.ident or 0)
-            while frame is not None:
-                if frame.f_code.co_filename == IMPORTLIB:
-                    return True
-                frame = frame.f_back
-    return False
 
 
 class Sidecar:
@@ -118,13 +43,9 @@ class Sidecar:
     A context manager that stops it. In a forked child it is closed, and the child may `start` its own.
     """
 
-    def __init__(
-        self, service: Service, sampler: Sampler, shelf: RunDirectoryReader | None, workers: Sequence[Worker]
-    ) -> None:
-        self._service = service
-        self._sampler = sampler
-        self._shelf = shelf
-        self._workers = workers
+    def __init__(self, parts: InProcess) -> None:
+        self._service, self._sampler, self._shelf, self._workers = parts
+        service = self._service
         self._own = OwnSidecar.at(
             service.endpoint.socket, service.endpoint.url, service.endpoint.token, lambda: self.running
         )
@@ -204,33 +125,20 @@ class Sidecar:
     ) -> None:
         self.stop()
 
-    def _pause(self) -> "list[Pausable]":
-        """
-        Return what rests now until its `resume`.
+    def _pause(self) -> list[Pausable]:
+        """Pause all threads before a fork; see `pause_all`."""
+        return pause_all(self._threads())
 
-        First the event loop, which gives calls to the others; then the sampler, which may be opening the black box.
-        """
-        paused: list[Pausable] = []
-        deadline = time.monotonic() + IMPORT_S
-
-        def pause(each: Pausable | None) -> None:
-            while each is not None:
-                if each.pause(FORK_S):
-                    paused.append(each)
-                    return
-                if time.monotonic() >= deadline or not _imports():
-                    return
-
+    def _threads(self) -> Iterator[Pausable]:
+        """Yield first the event loop, which gives calls to the others; then the sampler, which opens the black box."""
         if self._loop is not None and threading.current_thread() is not self._thread:
-            pause(_PausableLoop(self._loop))
-        pause(self._sampler.worker)
-        blackbox = self._sampler.recorder.blackbox
-        pause(None if blackbox is None else blackbox.worker)
-        for each in (None if self._shelf is None else self._shelf.worker, *self._workers):
-            pause(each)
-        while _imports() and time.monotonic() < deadline:  # a thread of the client, which does not rest
-            time.sleep(0.001)
-        return paused
+            yield PausableLoop(self._loop)
+        yield self._sampler.worker
+        if (blackbox := self._sampler.recorder.blackbox) is not None:
+            yield blackbox.worker
+        if self._shelf is not None:
+            yield self._shelf.worker
+        yield from self._workers
 
     def _forget(self) -> None:
         self._service.forget()
@@ -310,51 +218,34 @@ class _Process:
         self._lock = threading.Lock()
         self._sidecar: Sidecar | None = None
         self._parents: list[Sidecar] = []
-        self._fork_hook = False
-        self._forking = threading.local()
+        self._fork_hooks = ForkHooks(self._pause, self._in_child)
 
     def start(self, make: Callable[[], Sidecar], timeout_s: float) -> Sidecar:
+        """Return the sidecar that runs, else what `make` makes, started; see `start` for what is raised."""
         with self._lock:
             if self._sidecar is None or not self._sidecar.running:
-                if not self._fork_hook:
-                    os.register_at_fork(
-                        before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._forked
-                    )
-                    self._fork_hook = True
+                self._fork_hooks.install()
                 try:
-                    sidecar = make()
-                    self._sidecar = sidecar  # before the start: a child that is forked meanwhile lets go of it
-                    sidecar._start(timeout_s)
-                except TimeoutError:  # is an OSError
+                    self._sidecar = make()  # before the start: a child that is forked meanwhile lets go of it
+                    self._sidecar._start(timeout_s)
+                except BaseException as error:
                     self._sidecar = None
-                    raise
-                except (RuntimeError, Undecided, OSError) as error:
-                    self._sidecar = None
+                    # TimeoutError is an OSError, and raised as it is.
+                    if isinstance(error, TimeoutError) or not isinstance(error, RuntimeError | Undecided | OSError):
+                        raise
                     why = error.strerror if isinstance(error, OSError) and error.filename is None else None
                     raise StartError(f"the sidecar could not be started: {why or error}") from error
-                except BaseException:
-                    self._sidecar = None
-                    raise
             return self._sidecar
 
-    def _before_fork(self) -> None:
-        """What SQLite locks for what is under way would stay locked in the child, for all who use SQLite."""
-        forks: list[list[Pausable]] = self._forking.__dict__.setdefault("forks", [])
-        # A signal handler may fork in the middle of a fork: then all rests already.
-        forks.append([] if self._sidecar is None or any(forks) else self._sidecar._pause())
+    def _pause(self) -> list[Pausable]:
+        return [] if self._sidecar is None else self._sidecar._pause()
 
-    def _after_fork(self) -> None:
-        forks = self._forking.__dict__.get("forks")
-        for paused in reversed(forks.pop() if forks else []):
-            paused.resume()
-
-    def _forked(self) -> None:
-        self._after_fork()
+    def _in_child(self) -> None:
         self._lock = threading.Lock()  # another thread of the parent may have held it
         sidecar, self._sidecar = self._sidecar, None
         if sidecar is not None:
             sidecar._forget()
-            # Kept for ever: to close its event loop here would empty the epoll set that is the parent's too.
+            # Kept until the child ends: to close its event loop would empty the epoll set that is the parent's too.
             self._parents.append(sidecar)
 
 
@@ -363,18 +254,18 @@ _process = _Process()
 
 def start(
     *,
-    port: int | None = None,
-    host: str = "127.0.0.1",
-    tcp: bool = True,
-    uds: str | Path | None = None,
-    auth: Literal["none", "token"] = "none",
-    allow_remote: bool = False,
-    record_interval_s: float = 1.0,
-    retention_s: float = 900.0,
-    black_box: bool = True,
-    app: str | None = None,
-    app_version: str | None = None,
-    timeout_s: float = 10.0,
+    port: int | None = DEFAULTS.port,
+    host: str = DEFAULTS.host,
+    tcp: bool = DEFAULTS.tcp,
+    uds: str | Path | None = DEFAULTS.uds,
+    auth: Auth = DEFAULTS.auth,
+    allow_remote: bool = DEFAULTS.allow_remote,
+    record_interval_s: float = DEFAULTS.record_interval_s,
+    retention_s: float = DEFAULTS.retention_s,
+    black_box: bool = DEFAULTS.black_box,
+    app: str | None = DEFAULTS.app,
+    app_version: str | None = DEFAULTS.app_version,
+    timeout_s: float = TIMEOUT.default,
 ) -> Sidecar:
     """
     Serve this process's own metrics from a thread of it; return once requests are answered.
@@ -404,66 +295,24 @@ def start(
         TimeoutError: it was not ready in time.
         ValueError: an argument is out of range.
     """
-    if auth not in ("none", "token"):
-        raise ValueError(f"auth is 'none' or 'token', not {auth!r}")
-    if record_interval_s != 0 and not 0.01 <= record_interval_s <= 3600:
-        raise ValueError("record_interval_s is 0 or from 0.01 to 3600")
-    if not 1 <= retention_s <= 86400:
-        raise ValueError("retention_s is from 1 to 86400")
-    if not 0 <= timeout_s <= 3600:
-        raise ValueError("timeout_s is from 0 to 3600")
-    if port is not None and not 0 <= port <= 65535:
-        raise ValueError("port is from 0 to 65535")
-    application = Application.checked(app, app_version)
+    TIMEOUT.check("timeout_s", timeout_s)
+    config = SidecarConfig.checked(
+        port=port,
+        host=host,
+        tcp=tcp,
+        uds=uds,
+        auth=auth,
+        allow_remote=allow_remote,
+        record_interval_s=record_interval_s,
+        retention_s=retention_s,
+        black_box=black_box,
+        app=app,
+        app_version=app_version,
+    )
 
     def make() -> Sidecar:
-        with ExitStack() as undo:
-            return _opened(undo)
-
-    def _opened(undo: ExitStack) -> Sidecar:
         _fill_standard_descriptors()
-        notes: list[str] = []
-        directory = runtime_directory(notes)
-        me = Target(os.getpid(), births().start_key(os.getpid()) or 0)
-        token = endpoints.new_token() if auth == "token" else None
-        listeners = listen(
-            host=host,
-            port=port,
-            tcp=tcp,
-            uds=uds,
-            directory=directory,
-            guarded=token is not None,
-            allow_remote=allow_remote,
-        )
-        undo.callback(listeners.close)
-        listeners.notes[:0] = notes
-        runs = run_directory(listeners.notes)
-        recording = RecorderConfig(
-            record_interval_s, retention_s, runs=runs if black_box else None, application=application
-        )
-        sampler = Sampler(_own_source, recording=recording)
-        undo.callback(sampler.worker.stop, 0)
-        targets = Targets(sampler, open_source)
-        shelf = None if runs is None else RunDirectoryReader(runs)
-        if shelf is not None:
-            undo.callback(shelf.worker.stop, 0)
-        asgi = create_app(
-            targets, list_processes, shelf=shelf, application=application, hides_processes=hides_processes
-        )
-        workers: Sequence[Worker] = asgi.state.workers
-        for worker in workers:
-            undo.callback(worker.stop, 0)
-        service = Service(
-            asgi,
-            listeners,
-            directory=directory,
-            target=me,
-            token=token,
-            grace_s=GRACE_S,
-            application=application,
-        )
-        undo.pop_all()
-        return Sidecar(service, sampler, shelf, workers)
+        return Sidecar(build_in_process(config))
 
     return _process.start(make, timeout_s)
 
@@ -479,7 +328,3 @@ def _fill_standard_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-
-
-def _own_source() -> Source:
-    return PythonNames(open_source(program_of=ProgramDigest(program_key(), main_script())))

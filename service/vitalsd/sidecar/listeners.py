@@ -24,10 +24,10 @@ from vitalsd.discovery.directories import (
     socket_name,
 )
 from vitalsd.discovery.unix_socket import ELSEWHERE, SocketLock, answers, direct_socket
+from vitalsd.sidecar.config import DEFAULT_PORT
 
 __all__ = [
     "BACKLOG",
-    "DEFAULT_PORT",
     "ListenError",
     "Listeners",
     "NoAddress",
@@ -40,7 +40,6 @@ __all__ = [
     "listen",
 ]
 
-DEFAULT_PORT = 9779
 LOOPBACK, LOOPBACK_6 = "127.0.0.1", "::1"
 PAIR_TRIES = 8
 """Free ports of 127.0.0.1 that are tried until one is free on ::1 too."""

@@ -25,18 +25,11 @@ from vitalsd.discovery.atomic_file import is_gone
 from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.discovery.runtime_file import Endpoint, Target
 from vitalsd.http.server.server import Server
-from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.sampling.sampler import Sampler
-from vitalsd.sampling.target_pool import PooledTarget, Targets
 from vitalsd.sidecar.listeners import Listeners
-from vitalsd.sidecar.process_exit import death_of
-from vitalsd.snapshot import Identity
-from vitalsd.sources.base import SourceError
 from vitalsd.sources.platform import births
 from vitalsd.sources.process_identity import Births
-from vitalsd.worker_thread import NoThread
 
-__all__ = ["Companion", "NotStarted", "Service", "end_with", "follow", "run_directory", "runtime_directory", "serve"]
+__all__ = ["Companion", "NotStarted", "Service", "serve"]
 
 log = logging.getLogger("vitalsd")
 
@@ -46,10 +39,6 @@ SAME_S = 0.3
 """A signal so soon after another is the same one: some send it to the process and to its group, as timeout(1) does."""
 LOOK_S = 60.0
 """Between two looks whether the runtime file is still there: temporary files are cleaned up on many systems."""
-RENAMED_S = 5.0
-"""Between two looks whether a target that executed another program has made way for another process."""
-SEARCH_S = 1.0
-"""Between two looks for a target that has not started yet."""
 
 
 class NotStarted(RuntimeError):
@@ -242,108 +231,6 @@ async def _stay_findable(sidecar: Service) -> None:
     while True:
         await asyncio.sleep(LOOK_S)
         sidecar.publish_again()
-
-
-def end_with(target: Target, targets: Targets, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
-    """
-    Record the exit of the target at once, and end the sidecar `linger_s` seconds later.
-
-    Args:
-        target: the process.
-        targets: whose default measures it.
-        kernel: tells whether it lives.
-        linger_s: until then the last minutes of the target can still be asked for.
-        poll: see `death_of`.
-    """
-
-    async def companion(sidecar: Service) -> None:
-        await death_of(target.pid, target.start, kernel, poll=poll)
-        with suppress(SourceError):  # TargetGone, which the recorder notes: a client that starts again asks for it now
-            await targets.default.confirm()
-        await asyncio.sleep(linger_s)
-        sidecar.stop()
-
-    return companion
-
-
-def follow(
-    targets: Targets,
-    next_run: Callable[[], Sampler],
-    has_successor: Callable[[Identity], Awaitable[bool]],
-    kernel: Births,
-    *,
-    poll: bool = False,
-) -> Companion:
-    """
-    Keep the default target on the newest process of one name, through its restarts.
-
-    One that executes another program stays the target until there is another process of the name.
-
-    Args:
-        targets: whose default is a sampler from `next_run`.
-        next_run: a sampler that, when it opens, looks for the process, and raises as long as there
-            is none. Each one measures and records one run.
-        has_successor: whether what is measured is not called so any more, and `next_run` would open another process.
-        kernel: tells whether it lives.
-        poll: see `death_of`.
-    """
-
-    async def companion(sidecar: Service) -> None:
-        while True:
-            try:
-                found = await targets.default.identity()
-            except (SourceError, NoThread):
-                await asyncio.sleep(SEARCH_S)
-                continue
-            sidecar.retarget(Target(found.pid, found.start_key))
-            dead = asyncio.create_task(death_of(found.pid, found.start_key, kernel, poll=poll))
-            replaced = asyncio.create_task(_replaced(targets.default, has_successor))
-            try:
-                (over, *_), _ = await asyncio.wait((dead, replaced), return_when=asyncio.FIRST_COMPLETED)
-                over.result()
-            finally:
-                dead.cancel()
-                replaced.cancel()
-            targets.retarget(await _made(next_run))
-            sidecar.retarget(None)
-
-    return companion
-
-
-async def _made(next_run: Callable[[], Sampler]) -> Sampler:
-    """Return what `next_run` makes, as soon as the system gives the thread that it needs."""
-    while True:
-        try:
-            return next_run()
-        except NoThread:
-            await asyncio.sleep(SEARCH_S)
-
-
-async def _replaced(target: PooledTarget, has_successor: Callable[[Identity], Awaitable[bool]]) -> None:
-    """Return once `target` has made way for another process."""
-    while True:
-        await asyncio.sleep(RENAMED_S)
-        with suppress(SourceError):
-            if await has_successor(await target.identity()):
-                return
-
-
-def runtime_directory(notes: list[str]) -> Path | None:
-    """The directory for the runtime file; ``None``, and a note, if there can be none."""
-    try:
-        return directories.runtime_directory()
-    except EndpointError as error:
-        notes.append(f"no Unix socket and no runtime file: {error}")
-        return None
-
-
-def run_directory(notes: list[str]) -> RunDirectory | None:
-    """The directory of runs; ``None``, and a note, if there can be none."""
-    try:
-        return RunDirectory(directories.state_directory() / "runs")
-    except EndpointError as error:
-        notes.append(f"no black box, and no earlier runs: {error}")
-        return None
 
 
 def serve(sidecar: Service, *, ready: Callable[[], None], companions: Sequence[Companion] = ()) -> None:

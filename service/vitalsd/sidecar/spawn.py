@@ -4,16 +4,12 @@ The sidecar alongside its client: a process of its own that outlives a crash.
 The client does not load the service for it.
 """
 
-import atexit
-import errno
 import fcntl
 import json
 import logging
 import os
 import posix
-import re
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -23,14 +19,15 @@ from contextlib import ExitStack, suppress
 from importlib import import_module
 from io import FileIO
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.own_sidecars import OwnSidecar, announce, own_sidecars, withdraw
+from vitalsd.sidecar.config import DEFAULTS, TIMEOUT, Auth, serve_arguments
+from vitalsd.sidecar.exit_note import ExitNoteWriter
 from vitalsd.sidecar.frozen import (
     NotRunnableError,
     absolute,
@@ -40,123 +37,21 @@ from vitalsd.sidecar.frozen import (
     with_own_files,
     with_own_path,
 )
+from vitalsd.sidecar.marker import marker_of, why_second_generation
 from vitalsd.sources.names import publish_names
 from vitalsd.sources.programs import main_script
 
-__all__ = ["ExitNote", "ReadyFd", "SpawnError", "Spawned", "died_of_exception", "spawn", "taken_for_sidecar"]
+__all__ = ["SpawnError", "Spawned", "spawn"]
 
 log = logging.getLogger("vitalsd")
 
 MAX_ANSWER_BYTES = 65536
-EXIT_NOTE = b"exit"
-MARKER = "VITALSD_SPAWNED"
-"""
-Variable in the environment of a sidecar that `spawn` started: the pid of its client, the number and the inode of its
-ready-fd.
-"""
 MARK_S = 0.25
 """For a mark to be recorded: the thread that sets it may be that of a user interface."""
 
 
 class SpawnError(RuntimeError):
     """Report that the sidecar did not get ready; ``str(error)`` is the reason, one sentence."""
-
-
-class ReadyFd:
-    """
-    The sidecar's end of the agreement: one line of JSON on a descriptor, which is then closed.
-
-    ``{"pid": ..., "url": ..., "socket": ..., "runtime_file": ..., "notes": [...]}`` or ``{"error": "a sentence"}``; for
-    `spawn` also the token.
-
-    Args:
-        fd: ``None``: no process reads an answer.
-
-    Raises:
-        OSError: `fd` is not open.
-    """
-
-    def __init__(self, fd: int | None) -> None:
-        self._fd = fd
-        if fd is not None:
-            os.set_inheritable(fd, False)
-            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-                raise OSError(errno.EBADF, "it cannot be written to")
-
-    def send(self, **answer: Any) -> None:
-        """Write the answer once; a reader that has closed the pipe is ignored."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            with suppress(BrokenPipeError), os.fdopen(fd, "wb") as pipe:
-                pipe.write(json.dumps(answer).encode() + b"\n")
-
-
-class ExitNote:
-    """
-    The sidecar's end of a pipe on which the client notes that it exits by itself.
-
-    Linux before 6.15 shows the exit status of a process to its parent alone, so without this note each normal exit of a
-    client would pass for a crash. A client that crashes writes nothing.
-
-    Args:
-        fd: ``None``: the client gives no notes.
-
-    Raises:
-        OSError: `fd` is not open.
-    """
-
-    def __init__(self, fd: int | None) -> None:
-        self._fd = fd
-        if fd is not None:
-            os.set_inheritable(fd, False)
-            os.set_blocking(fd, False)
-
-    def received(self) -> bool:
-        """Return whether the client has written its note."""
-        if self._fd is None:
-            return False
-        with suppress(OSError):
-            return os.read(self._fd, len(EXIT_NOTE)) == EXIT_NOTE
-        return False
-
-
-class _ExitNoteWriter:
-    """
-    The client's end of that pipe: the note is written at the exit of the interpreter.
-
-    Args:
-        fd: it is kept open until `close`, or until this process ends.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._file = os.fstat(fd)
-        self._owner = os.getpid()
-        atexit.register(self._write)
-
-    def close(self) -> None:
-        """Close the pipe; nothing is written. A second call does nothing."""
-        atexit.unregister(self._write)
-        if self._is_ours():
-            os.close(self._fd)
-        self._owner = -1
-
-    def _is_ours(self) -> bool:
-        """Return False in a forked child, or if the descriptor is another file now."""
-        try:
-            return os.getpid() == self._owner and os.path.samestat(os.fstat(self._fd), self._file)
-        except OSError:
-            return False
-
-    def _write(self) -> None:
-        if not died_of_exception() and self._is_ours():
-            with suppress(OSError):
-                posix.write(self._fd, EXIT_NOTE)  # that of os waits for ever under eventlet, if the sidecar has ended
-
-
-def died_of_exception() -> bool:
-    """Return whether this interpreter exits because of an exception that no code caught; SystemExit is none."""
-    return getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1")
 
 
 class _Process(subprocess.Popen[bytes]):
@@ -194,7 +89,7 @@ class Spawned:
         self._owner = os.getpid()
         self._own_target = False
         """Whether it watches this process."""
-        self._exit_note: _ExitNoteWriter | None = None
+        self._exit_note: ExitNoteWriter | None = None
         self._own = OwnSidecar.at(self.socket, self.url, self._token, lambda: self.running)
 
     @property
@@ -211,6 +106,12 @@ class Spawned:
             return True
         self._release()
         return False
+
+    def _watches_this_process(self, note_writer: IO[bytes]) -> None:
+        """Note that this process is the target, and keep the pipe on which it notes its exit."""
+        self._own_target = True
+        self._exit_note = ExitNoteWriter(fcntl.fcntl(note_writer, fcntl.F_DUPFD_CLOEXEC, 3))
+        announce(self._own)
 
     def _release(self) -> None:
         """Forget a sidecar that has ended. A second call does nothing."""
@@ -290,17 +191,17 @@ class Spawned:
 def spawn(
     pid: int | None = None,
     *,
-    exit_with_target: bool = False,
-    port: int | None = None,
-    tcp: bool = True,
-    uds: str | Path | None = None,
-    auth: Literal["none", "token"] = "none",
-    app: str | None = None,
-    app_version: str | None = None,
+    exit_with_target: bool = DEFAULTS.exit_with_target,
+    port: int | None = DEFAULTS.port,
+    tcp: bool = DEFAULTS.tcp,
+    uds: str | Path | None = DEFAULTS.uds,
+    auth: Auth = DEFAULTS.auth,
+    app: str | None = DEFAULTS.app,
+    app_version: str | None = DEFAULTS.app_version,
     options: Sequence[str] = (),
     command: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 10.0,
+    timeout_s: float = TIMEOUT.default,
 ) -> Spawned:
     """
     Start a sidecar for a process in a process of its own; return once it answers.
@@ -331,59 +232,38 @@ def spawn(
         SpawnError: it did not get ready; no process is left behind.
         ValueError: `timeout_s` is out of range, `command` is empty, or `app` or `app_version` cannot be one.
     """
-    if not 0 <= timeout_s <= 3600:
-        raise ValueError("timeout_s is from 0 to 3600")
+    TIMEOUT.check("timeout_s", timeout_s)
     if command is not None and not command:
         raise ValueError("command is empty")
     application = Application.checked(app, app_version)
-    _refuse_second_generation()
+    if (reason := why_second_generation()) is not None:
+        raise SpawnError(reason)
     own_sidecars()  # Those that have ended are collected.
-    try:
-        program = own_command() if command is None else list(command)
-    except NotRunnableError as error:
-        raise SpawnError(str(error)) from None
-    child = child_environment(os.environ, own=command is None) if env is None else dict(env)
-    if command is None:
-        with_own_files(child)
-        program = with_own_path(program, child)
-    if os.sep in program[0]:
-        program[0] = absolute(program[0])
-    arguments = ["serve", "--pid", str(os.getpid() if pid is None else pid), "--auth", auth]
-    arguments += ["--exit-with-target"] if exit_with_target else []
-    arguments += ["--port", str(port)] if port is not None else []
-    arguments += [] if tcp else ["--no-tcp"]
-    arguments += ["--uds", absolute(os.fspath(uds))] if uds is not None else []
-    arguments += ["--app", application.app] if application.app is not None else []
-    arguments += ["--app-version", application.app_version] if application.app_version is not None else []
+    program, environ = _program(command, env)
     own = pid is None or pid == os.getpid()
-    if own and (script := main_script()) is not None:
-        arguments += ["--target-script", script]
-
+    arguments = serve_arguments(
+        pid=os.getpid() if pid is None else pid,
+        auth=auth,
+        exit_with_target=exit_with_target,
+        port=port,
+        tcp=tcp,
+        uds=None if uds is None else absolute(os.fspath(uds)),
+        app=application.app,
+        app_version=application.app_version,
+        target_script=main_script() if own else None,
+    )
     if own:
         publish_names()  # first: the sidecar reads names at once, and those of sleeping threads again much later
     with ExitStack() as opened:
         try:
-            reader, writer = (opened.enter_context(end) for end in _pipe())
-            note_reader, note_writer = (opened.enter_context(end) for end in _pipe())
-            log_file = opened.enter_context(_log_file())
-            child[MARKER] = f"{os.getpid()}:{writer.fileno()}:{os.fstat(writer.fileno()).st_ino}"
-            arguments += ["--exit-note-fd", str(note_reader.fileno())] if own else []
-            process = _Process(
-                [*program, *arguments, "--ready-fd", str(writer.fileno()), *options],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log_file,
-                pass_fds=(writer.fileno(), note_reader.fileno()) if own else (writer.fileno(),),
-                start_new_session=True,
-                cwd="/",  # or a volume of the client could not be unmounted
-                env=child,
-            )
+            pipes = _Pipes(*(opened.enter_context(end) for end in (*_pipe(), *_pipe(), _log_file())))
+            process = _launch([*program, "serve", *arguments], options, pipes, environ, notes_exit=own)
         except OSError as error:
             raise SpawnError(f"cannot run {program[0]}: {error.strerror or error}") from None
-        writer.close()
+        pipes.ready_writer.close()
         import_module("vitalsd.discovery.http_connection")  # for `Spawned.mark`, while the sidecar starts
         try:
-            ready = _answer(process, reader.fileno(), log_file, time.monotonic() + timeout_s)
+            ready = _answer(process, pipes.ready_reader.fileno(), pipes.log, time.monotonic() + timeout_s)
             if not (command is None and is_one_file()):
                 ready["pid"] = process.pid  # what another command says may be of another pid namespace
             spawned = Spawned(process, ready)
@@ -392,90 +272,64 @@ def spawn(
             process.wait()
             raise
         if own:
-            spawned._own_target = True
-            spawned._exit_note = _ExitNoteWriter(fcntl.fcntl(note_writer, fcntl.F_DUPFD_CLOEXEC, 3))
-            announce(spawned._own)
+            spawned._watches_this_process(pipes.note_writer)
         return spawned
 
 
-class _SecondGeneration:
-    """What is one per process."""
+def _program(command: Sequence[str] | None, env: Mapping[str, str] | None) -> tuple[list[str], dict[str, str]]:
+    """Return how ``vitalsd`` is run, and with what environment; see `spawn`. Raise `SpawnError`: it cannot be run."""
+    try:
+        program = own_command() if command is None else list(command)
+    except NotRunnableError as error:
+        raise SpawnError(str(error)) from None
+    environ = child_environment(os.environ, own=command is None) if env is None else dict(env)
+    if command is None:
+        with_own_files(environ)
+        program = with_own_path(program, environ)
+    if os.sep in program[0]:
+        program[0] = absolute(program[0])
+    return program, environ
 
-    reason: str | None = None
-    """Why this process may start no sidecar."""
-    known = False
-    """Whether the variable in the environment has been judged."""
-    lock = Lock()
-    """It is held in a process that is the application once more, and in no other."""
+
+class _Pipes(NamedTuple):
+    """What connects a client with its sidecar."""
+
+    ready_reader: IO[bytes]
+    ready_writer: IO[bytes]
+    note_reader: IO[bytes]
+    note_writer: IO[bytes]
+    log: IO[bytes]
+    """Gets the standard error of the sidecar until it is ready."""
 
 
-def _refuse_second_generation() -> None:
+def _launch(
+    command: Sequence[str], options: Sequence[str], pipes: _Pipes, environ: dict[str, str], *, notes_exit: bool
+) -> _Process:
     """
-    Raise `SpawnError` if this process was to be a sidecar, and is the application once more.
-
-    That is so where `sys.executable` is the application though nothing says that it is frozen. The first process, which
-    waits for its sidecar, is given the reason. Each later call is refused too, and so are processes that this one
-    starts while the first one lives.
-    """
-    if not _SecondGeneration.known and (marker := _marker()) is not None:
-        with _SecondGeneration.lock:
-            if not _SecondGeneration.known:
-                _SecondGeneration.reason, _SecondGeneration.known = _why_refused(marker), True
-    if _SecondGeneration.reason is not None:
-        raise SpawnError(_SecondGeneration.reason)
-
-
-def _why_refused(marker: tuple[int, int, int]) -> str | None:
-    """Return the reason, and give it to the process that waits for it; ``None``: that one has ended long ago."""
-    waits = _is_ready_fd(marker)
-    if not waits and not _lives(marker[0]):
-        return None
-    reason = (
-        f"to run {sys.executable} as a sidecar starts the application again, so it is no Python interpreter: call"
-        ' vitalsd.freeze_support() first in its main module, or pass command=["/path/to/vitalsd"]'
-    )
-    if waits:
-        with suppress(OSError):
-            ReadyFd(marker[1]).send(error=reason)
-    return reason
-
-
-def taken_for_sidecar(fd: int | None) -> bool:
-    """
-    Return whether `spawn` started this process, and forget it, so that no process started from here believes it.
+    Start the process of a sidecar.
 
     Args:
-        fd: the ready-fd.
+        command: with the options that come first.
+        options: those that come last, and so take precedence.
+        pipes: to be inherited.
+        environ: the environment, without the marker.
+        notes_exit: this process is the target, and notes on the pipe that it exits by itself.
+
+    Raises:
+        OSError: the system starts none.
     """
-    marker = _marker()
-    os.environ.pop(MARKER, None)
-    return marker is not None and marker[1] == fd and _is_ready_fd(marker)
-
-
-def _marker() -> tuple[int, int, int] | None:
-    """Return pid, descriptor and inode; ``None`` if there are none, or `spawn` did not write them."""
-    found = re.fullmatch(r"(\d{1,10}):(\d{1,9}):(\d{1,20})", os.environ.get(MARKER, ""))
-    return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
-
-
-def _is_ready_fd(marker: tuple[int, int, int]) -> bool:
-    """Return whether the pipe to the client is open here."""
-    _, fd, inode = marker
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        return False
-    return fd > 2 and stat.S_ISFIFO(status.st_mode) and status.st_ino == inode
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return pid != os.getpid()
+    ready_fd, note_fd = pipes.ready_writer.fileno(), pipes.note_reader.fileno()
+    descriptors = serve_arguments(ready_fd=ready_fd, exit_note_fd=note_fd if notes_exit else None)
+    return _Process(
+        [*command, *descriptors, *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=pipes.log,
+        pass_fds=(ready_fd, note_fd) if notes_exit else (ready_fd,),
+        start_new_session=True,
+        cwd="/",  # or a volume of the client could not be unmounted
+        env=environ | marker_of(ready_fd),
+    )
 
 
 def _log_file() -> IO[bytes]:

@@ -1,0 +1,325 @@
+"""
+The only place that assembles a sidecar: listeners, recorder, sampler, application, service and its companions.
+
+There are three: `build_in_process` for a thread of the client, `build_service` and `build_replay` for a process of its
+own. Whatever a build has opened is closed again if it fails.
+"""
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from vitalsd.discovery import directories
+from vitalsd.discovery.directories import EndpointError
+from vitalsd.discovery.program_key import program_key
+from vitalsd.discovery.runtime_file import Target, new_token
+from vitalsd.http.app import create_app
+from vitalsd.recording.recorder import RecorderConfig
+from vitalsd.recording.replay import Replay
+from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_directory_reader import RunDirectoryReader
+from vitalsd.sampling.sampler import Sampler
+from vitalsd.sampling.target_pool import Targets
+from vitalsd.sidecar.config import SETTINGS, SidecarConfig
+from vitalsd.sidecar.lifetime import end_with, follow
+from vitalsd.sidecar.listeners import Listeners, adopt, listen
+from vitalsd.sidecar.service import GRACE_S, Companion, Service
+from vitalsd.sidecar.socket_activation import Notifier, activated
+from vitalsd.sidecar.target_process import TargetProcess
+from vitalsd.snapshot import Identity
+from vitalsd.sources.base import NoSuchProcess, Source
+from vitalsd.sources.names import PythonNames
+from vitalsd.sources.platform import Platform, this_platform
+from vitalsd.sources.programs import ProgramDigest, main_script
+from vitalsd.worker_thread import Worker
+
+__all__ = ["BuildError", "InProcess", "build_in_process", "build_replay", "build_service"]
+
+log = logging.getLogger("vitalsd")
+
+IN_PROCESS_GRACE_S = 0.5
+"""Windows under way when the client ends or stops the sidecar may finish for so long."""
+
+
+class BuildError(Exception):
+    """The sidecar cannot be assembled as its settings say; ``str(error)`` is the reason."""
+
+
+class InProcess(NamedTuple):
+    """The parts of a sidecar in its client, for `vitalsd.sidecar.in_process.Sidecar`."""
+
+    service: Service
+    sampler: Sampler
+    shelf: RunDirectoryReader | None
+    workers: Sequence[Worker]
+
+
+def build_in_process(config: SidecarConfig) -> InProcess:
+    """
+    Assemble a sidecar that measures this process, of which it is a part.
+
+    Raises:
+        ListenError: it cannot be listened where `config` says.
+        RuntimeError: the system gives no more threads.
+        OSError: the system refuses anything else.
+        Undecided: the system does not tell which run of a process this is.
+    """
+    platform = this_platform()
+    with ExitStack() as undo:
+        base = _open(config, undo)
+        sampler = Sampler(_own_source, recording=_recording(config, base))
+        undo.callback(sampler.worker.stop, 0)
+        me = Target(os.getpid(), platform.births().start_key(os.getpid()) or 0)
+        targets = Targets(sampler, platform.open_source)
+        parts = _assemble(config, base, undo, platform, targets, watched=me, grace_s=IN_PROCESS_GRACE_S)
+        undo.pop_all()
+    return InProcess(parts.service, sampler, parts.shelf, parts.workers)
+
+
+def build_service(
+    config: SidecarConfig,
+    process: TargetProcess,
+    watched: Target | None,
+    environ: MutableMapping[str, str],
+    *,
+    exits_itself: Callable[[], bool] = bool,
+) -> tuple[Service, Sequence[Companion]]:
+    """
+    Assemble a sidecar that measures `process`, for a process of its own.
+
+    Args:
+        config: the settings.
+        process: the target.
+        watched: the run of it, from `TargetProcess.check`.
+        environ: what a supervisor hands over is taken out of it, and what would change a push.
+        exits_itself: whether the target has noted that it exits by itself.
+
+    Raises:
+        ListenError: it cannot be listened where `config` or the supervisor says.
+        BuildError: a setting does nothing under a supervisor, or nothing can be pushed to `SidecarConfig.otlp`.
+        NoThread: the system gives no more threads.
+    """
+    with ExitStack() as undo:
+        base = _open(config, undo, environ)
+        recording = _recording(config, base, exits_itself)
+
+        def next_sampler() -> Sampler:
+            return Sampler(process.open, recording=recording, platform=process.platform.name)
+
+        sampler = next_sampler()
+        undo.callback(sampler.worker.stop, 0)
+        targets = Targets(sampler, process.platform.open_source, name=config.name)
+        companions = _companions(config, process, watched, targets, next_sampler, undo)
+        companions.append(Notifier(environ, _responds(targets)).companion)
+        if config.otlp is not None:
+            companions.append(_push(config, config.otlp, targets, environ))
+        parts = _assemble(config, base, undo, process.platform, targets, watched=watched)
+        undo.pop_all()
+    return parts.service, companions
+
+
+def build_replay(config: SidecarConfig, replay: Replay, environ: MutableMapping[str, str]) -> Service:
+    """
+    Assemble a sidecar that shows a file, without a runtime file and without the runs of this machine.
+
+    Args:
+        config: the settings.
+        replay: the file.
+        environ: what a supervisor hands over is taken out of it.
+
+    Raises:
+        ListenError: it cannot be listened where `config` or the supervisor says.
+        BuildError: a setting does nothing under a supervisor.
+        NoThread: the system gives no more threads.
+    """
+
+    def no_process(pid: int) -> Source:
+        raise NoSuchProcess(f"this is a replay of {replay.file.name}; it has no process {pid}")
+
+    platform = this_platform()._replace(list_processes=list, hides_processes=lambda: False)
+    with ExitStack() as undo:
+        base = _open(config, undo, environ, published=False)
+        parts = _assemble(config, base, undo, platform, Targets(replay, no_process))
+        undo.pop_all()
+    return parts.service
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What is opened first: where it listens, and the directories that it uses."""
+
+    listeners: Listeners
+    directory: Path | None
+    """Of runtime files; ``None``: there is none, or none is wanted."""
+    runs: RunDirectory | None
+    token: str | None
+
+
+def _open(
+    config: SidecarConfig,
+    undo: ExitStack,
+    environ: MutableMapping[str, str] | None = None,
+    *,
+    published: bool = True,
+) -> _Base:
+    """Open listeners and directories; see `build_service`. Without `environ` no supervisor is asked for listeners."""
+    notes: list[str] = []
+    directory = _runtime_directory(notes) if published else None
+    inherited = None if environ is None else _inherited(config, environ)
+    listeners = inherited or listen(
+        host=config.host,
+        port=config.port,
+        tcp=config.tcp,
+        uds=config.uds,
+        directory=directory,
+        guarded=config.needs_token,
+        allow_remote=config.allow_remote,
+    )
+    undo.callback(listeners.close)
+    listeners.notes[:0] = notes
+    runs = _run_directory(listeners.notes) if published else None
+    return _Base(listeners, directory, runs, new_token() if config.needs_token else None)
+
+
+def _inherited(config: SidecarConfig, environ: MutableMapping[str, str]) -> Listeners | None:
+    """Return the listeners that a supervisor handed over; ``None`` without one."""
+    sockets = activated(environ)
+    if not sockets:
+        return None
+    for name in ("port", "uds", "tcp"):
+        setting = SETTINGS[name]
+        if getattr(config, name) != setting.default:
+            for each in sockets:
+                each.close()
+            raise BuildError(f"{setting.flag} does nothing where a supervisor hands the sockets over; leave it out")
+    return adopt(sockets, guarded=config.needs_token, allow_remote=config.allow_remote)
+
+
+def _runtime_directory(notes: list[str]) -> Path | None:
+    """Return the directory of runtime files; ``None``, and a note, if there can be none."""
+    try:
+        return directories.runtime_directory()
+    except EndpointError as error:
+        notes.append(f"no Unix socket and no runtime file: {error}")
+        return None
+
+
+def _run_directory(notes: list[str]) -> RunDirectory | None:
+    """Return the directory of runs; ``None``, and a note, if there can be none."""
+    try:
+        return RunDirectory(directories.state_directory() / "runs")
+    except EndpointError as error:
+        notes.append(f"no black box, and no earlier runs: {error}")
+        return None
+
+
+def _recording(config: SidecarConfig, base: _Base, exits_itself: Callable[[], bool] = bool) -> RecorderConfig:
+    return RecorderConfig(
+        config.record_interval_s,
+        config.retention_s,
+        runs=base.runs if config.black_box else None,
+        application=config.application,
+        exits_itself=exits_itself,
+    )
+
+
+def _own_source() -> Source:
+    return PythonNames(this_platform().open_source(program_of=ProgramDigest(program_key(), main_script())))
+
+
+class _Parts(NamedTuple):
+    service: Service
+    shelf: RunDirectoryReader | None
+    workers: Sequence[Worker]
+
+
+def _assemble(
+    config: SidecarConfig,
+    base: _Base,
+    undo: ExitStack,
+    platform: Platform,
+    targets: Targets,
+    *,
+    watched: Target | None = None,
+    grace_s: float = GRACE_S,
+) -> _Parts:
+    """Make the application over `targets`, and the service that listens for it."""
+    shelf = None if base.runs is None else RunDirectoryReader(base.runs)
+    if shelf is not None:
+        undo.callback(shelf.worker.stop, 0)
+    app = create_app(
+        targets,
+        platform.list_processes,
+        shelf=shelf,
+        thread_metrics=config.thread_series,
+        application=config.application,
+        hides_processes=platform.hides_processes,
+    )
+    workers: Sequence[Worker] = app.state.workers
+    for worker in workers:
+        undo.callback(worker.stop, 0)
+    service = Service(
+        app,
+        base.listeners,
+        directory=base.directory,
+        target=watched,
+        token=base.token,
+        grace_s=grace_s,
+        kernel=platform.births(),
+        application=config.application,
+    )
+    return _Parts(service, shelf, workers)
+
+
+def _companions(
+    config: SidecarConfig,
+    process: TargetProcess,
+    watched: Target | None,
+    targets: Targets,
+    next_sampler: Callable[[], Sampler],
+    undo: ExitStack,
+) -> list[Companion]:
+    """Return what happens when the target ends: with a name the next one is watched, with a pid it is over."""
+    births = process.platform.births()
+    poll = config.proc_root != SETTINGS["proc_root"].default  # its pids are not of this pid namespace
+    if config.name is not None:
+        finder = Worker("vitalsd-finder")
+        undo.callback(finder.stop, 0)
+
+        async def has_successor(now: Identity) -> bool:
+            return await process.has_successor(now, finder)
+
+        return [follow(targets, next_sampler, has_successor, births, poll=poll)]
+    if config.pid is not None and watched is not None:
+        linger_s = 0.0 if config.exit_with_target else config.linger_s
+        return [end_with(watched, targets, births, linger_s=linger_s, poll=poll)]
+    return []
+
+
+def _responds(targets: Targets) -> Callable[[], Awaitable[None]]:
+    """Return what waits until the sampler of the default target has got through the calls before."""
+
+    async def responds() -> None:
+        if isinstance(targets.default, Sampler):
+            await targets.default.worker.result(lambda: None)
+
+    return responds
+
+
+def _push(config: SidecarConfig, url: str, targets: Targets, environ: MutableMapping[str, str]) -> Companion:
+    """Return what pushes to the Collector at `url`. Raise `BuildError`."""
+    from vitalsd.exporters.otlp import NotInstalled, Push, endpoint_of, isolate
+
+    ignored = isolate(environ)
+    try:
+        push = Push(targets, endpoint_of(url), interval_s=config.otlp_interval_s, threads=config.thread_series)
+    except (ValueError, NotInstalled) as error:
+        raise BuildError(str(error)) from None
+    if ignored:
+        log.warning("options alone say what is sent and where; ignored: %s", ", ".join(ignored))
+    log.info("pushing to %s every %g s", push.url, config.otlp_interval_s)
+    return push.companion
