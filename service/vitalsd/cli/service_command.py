@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module
-from threading import Thread
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import click
@@ -70,11 +69,7 @@ def starts(command: Callable[P, None]) -> Callable[P, None]:
 
 def import_service() -> None:
     """
-    Import what serving needs, for a process of our own, at the bottom of a stack: on a thread, which ends with that.
-
-    CPython keeps frames in chunks of 16 KiB, and maps and unmaps one whenever a call crosses the end of
-    the last (push_chunk in Python/pystate.c). As deep as click calls us, the imports of a web framework do
-    so thousands of times, and take a tenth longer.
+    Import what serving needs, for a process of our own.
 
     A sidecar takes no part in what the application beside it has pydantic's models do: plugins would be imported
     before the first answer, and fail with it.
@@ -83,24 +78,13 @@ def import_service() -> None:
     never are. Only a process of our own may decide so for all models that are declared meanwhile.
     """
     os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
+    from pydantic import BaseModel
 
-    def load() -> None:
-        with suppress(Exception):  # the import that comes next raises it
-            from pydantic import BaseModel
-
-            BaseModel.model_config["defer_build"] = True
-            try:
-                import_module("vitalsd.sidecar.builder")
-            finally:
-                del BaseModel.model_config["defer_build"]
-
-    thread = Thread(target=load, name="vitalsd-import", daemon=True)
+    BaseModel.model_config["defer_build"] = True
     try:
-        thread.start()
-    except RuntimeError:  # no thread can be had
-        load()
-    else:
-        thread.join()
+        import_module("vitalsd.sidecar.builder")
+    finally:
+        del BaseModel.model_config["defer_build"]
 
 
 @contextmanager
