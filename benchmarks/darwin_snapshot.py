@@ -76,9 +76,9 @@ def measure(simulator: Simulator, threads: int, rounds: int) -> dict[str, float]
         simulator.add_thread((1 << 40) + i, user_ns=i * 1000, system_ns=i * 1000, name=f"worker {i}".encode())
     ours, plain = source.snapshot(), by_hand(simulator.path)
     assert list(plain.values()) == list(
-        zip(ours.names, ours.thread_cpu_ns, (each[2] for each in plain.values()), strict=True)
+        zip(ours.roster.names, ours.thread_cpu_ns, (each[2] for each in plain.values()), strict=True)
     )
-    assert len(ours.tids) == threads
+    assert len(ours.roster) == threads
     nothing = ctypes.PyDLL(simulator.path).sim_nothing
     nothing.argtypes, nothing.restype = FUNCTIONS["thread_info"].argtypes, FUNCTIONS["thread_info"].restype
     nothing_in_c = simulator.function("sim_nothing_cost_in_c")

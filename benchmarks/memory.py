@@ -15,7 +15,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 
 from vitalsd.recording.series import Record
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 
 SECOND_NS = 1_000_000_000
 SHARES = (0.04, 1.0)
@@ -24,9 +24,9 @@ pthread = namedtuple("pthread", ("id", "user_time", "system_time"))  # as psutil
 
 
 def snapshots(threads: int, count: int, share: float) -> Iterator[Snapshot]:
-    """One a second of which `share` of the threads run; ids and names stay the same objects, as a source's do."""
-    tids, births = tuple(range(1, threads + 1)), (7,) * threads
-    names = tuple(f"worker {tid}" for tid in tids)
+    """One a second of which `share` of the threads run, with one roster, as a source's."""
+    tids = tuple(range(1, threads + 1))
+    roster = ThreadRoster(tids, (7,) * threads, tuple(f"worker {tid}" for tid in tids))
     cpu_ns = [0] * threads
     step = round(1 / share)
     for number in range(1, count + 1):
@@ -45,9 +45,7 @@ def snapshots(threads: int, count: int, share: float) -> Iterator[Snapshot]:
             rss_bytes=1 << 30,
             vm_bytes=1 << 32,
             image=1,
-            tids=tids,
-            births=births,
-            names=names,
+            roster=roster,
             thread_cpu_ns=cpu_ns,
             thread_grain_ns=1,
             thread_lag_ns=0,
@@ -71,7 +69,10 @@ def lists(taken: Iterator[Snapshot]) -> object:
 def objects(taken: Iterator[Snapshot]) -> object:
     """A dictionary by name of what psutil returns, for each snapshot."""
     return [
-        {name: pthread(tid, ns / 1e9, 0.0) for tid, name, ns in zip(s.tids, s.names, s.thread_cpu_ns, strict=True)}
+        {
+            name: pthread(tid, ns / 1e9, 0.0)
+            for tid, name, ns in zip(s.roster.tids, s.roster.names, s.thread_cpu_ns, strict=True)
+        }
         for s in taken
     ]
 

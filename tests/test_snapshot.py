@@ -1,14 +1,14 @@
 """The arithmetic between two snapshots."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.snapshots import IDENTITY, SECOND, Thread, pairs, snapshot, with_extras
-from vitalsd.snapshot import Snapshot, contradiction, measure
+from support.snapshots import IDENTITY, SECOND, Thread, pairs, roster, snapshot, with_extras
+from vitalsd.snapshot import Measurement, Snapshot, contradiction, measure
 
 MS = 1_000_000
 
@@ -20,8 +20,8 @@ def test_any_two_snapshots_give_finite_figures_that_are_not_negative(pair: tuple
     assert m.elapsed_ns > 0
     assert m.suspended_ns >= 0
     assert min(m.cpu_ns, m.living_ns, m.exited_ns, m.cpu_error_ns, *m.thread_cpu_ns, 0) == 0
-    assert len(m.thread_cpu_ns) == len(m.last.tids)
-    for i in range(len(m.last.tids)):
+    assert len(m.thread_cpu_ns) == len(m.last.roster)
+    for i in range(len(m.last.roster)):
         assert math.isfinite(m.thread_cpu_ns[i] / m.elapsed_ns)
         assert m.thread_error_ns(i) >= 0
     for part, whole in zip(m.thread_user_ns or (), m.thread_cpu_ns, strict=m.thread_user_ns is not None):
@@ -60,7 +60,7 @@ def test_nothing_is_unattributed_when_the_kernel_is_exact(
     assert m.cpu_ns == burnt
     assert m.exited_ns == sum(ran for _, ran in went.values())
     assert m.unattributed_ns == 0
-    assert {m.last.tids[i] for i in m.born} == {tid + 200 for tid in came}
+    assert {m.last.roster.tids[i] for i in m.born} == {tid + 200 for tid in came}
     assert m.warnings == ()
 
 
@@ -139,9 +139,38 @@ def test_contradiction_is_that_of_the_measurement(pair: tuple[Snapshot, Snapshot
     """Found with less arithmetic where the threads are the same."""
     first, last = pair
     assert contradiction(first, last) == measure(first, last).contradiction
-    same = replace(last, tids=first.tids, births=first.births, names=first.names, thread_cpu_ns=first.thread_cpu_ns[:])
+    same = replace(last, roster=first.roster, thread_cpu_ns=first.thread_cpu_ns[:])
     same = replace(same, extras=None)
     assert contradiction(first, same) == measure(replace(first, extras=None), same).contradiction
+
+
+@given(pairs())
+def test_measure_of_an_equal_copy_of_a_roster_is_the_same(pair: tuple[Snapshot, Snapshot]) -> None:
+    """Identity of rosters saves time and decides nothing."""
+
+    def figures(m: Measurement) -> dict[str, object]:
+        return {each.name: getattr(m, each.name) for each in fields(m) if each.name != "last"}
+
+    first = pair[0]
+    last = replace(first, monotonic_ns=pair[1].monotonic_ns, cpu_ns=pair[1].cpu_ns)
+    copy = replace(last, roster=replace(last.roster))
+    assert copy.roster is not first.roster
+    assert figures(measure(first, copy)) == figures(measure(first, last))
+    assert contradiction(first, copy) == contradiction(first, last)
+
+
+def test_roster_shares_what_is_equal_with_the_one_before() -> None:
+    """The same object if all is equal; the same columns of ids and starts if a thread was renamed."""
+    before = roster([(1, 1, 0), (2, 1, 0)])
+    assert roster([(1, 1, 0), (2, 1, 0)]).sharing(before) is before
+    renamed = roster([(1, 1, 0), (2, 1, 0)], ["main", "render"]).sharing(before)
+    assert renamed.names == ("main", "render")
+    assert renamed.tids is before.tids
+    assert renamed.births is before.births
+    assert (renamed == before, renamed.has_same_threads(before)) == (False, True)
+    reused = roster([(1, 1, 0), (2, 9, 0)])
+    assert reused.sharing(before) is reused
+    assert not reused.has_same_threads(before)
 
 
 def test_exec_inside_the_window_makes_every_thread_new() -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "Measurement",
     "Snapshot",
     "ThreadExtras",
+    "ThreadRoster",
     "allowance_ns",
     "contradiction",
     "idle_allowance_ns",
@@ -64,8 +65,44 @@ class Identity(NamedTuple):
         return f"{self.pid}-{self.start_key}-{self.boot_id[:8]}"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ThreadRoster:
+    """
+    The threads of a process at one instant: what stays as long as no thread starts, ends or is renamed.
+
+    A source returns the same roster until something of it changes, so most comparisons are of one object with itself.
+    An equal copy is compared by value: it costs time (10 µs per 1000 threads), never memory or a wrong result.
+    """
+
+    tids: tuple[int, ...] = ()
+    """Ascending."""
+    births: tuple[int, ...] = ()
+    """Start of each thread in the kernel's own unit; with the tid it identifies a thread."""
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of threads."""
+        return len(self.tids)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both have the same threads under the same names."""
+        if self is other:  # A tuple compared with itself is read to its end.
+            return True
+        return isinstance(other, ThreadRoster) and self.has_same_threads(other) and self.names == other.names
+
+    def has_same_threads(self, other: "ThreadRoster") -> bool:
+        """Return whether both have the same threads, under whatever names."""
+        return self is other or (self.tids == other.tids and self.births == other.births)
+
+    def sharing(self, previous: "ThreadRoster") -> "ThreadRoster":
+        """Return `previous` if it is equal; else this roster, made of the columns of `previous` that are equal."""
+        if not self.has_same_threads(previous):
+            return self
+        return previous if self.names == previous.names else replace(previous, names=self.names)
+
+
 class ThreadExtras(NamedTuple):
-    """Per thread, in the order of `Snapshot.tids`; read only for ``detail=full``."""
+    """Per thread, in the order of `ThreadRoster.tids`; read only for ``detail=full``."""
 
     user_ns: Sequence[int]
     """CPU time in user mode by the kernel's own split; on Linux an estimate from ticks."""
@@ -97,7 +134,7 @@ class Extras(NamedTuple):
 @dataclass(slots=True, kw_only=True, eq=False)
 class Snapshot:
     """
-    Cumulative counters of a process and its threads, columnar, threads by ascending tid.
+    Cumulative counters of a process and its threads; those of threads in the order of the roster.
 
     Two snapshots are the same only if they are one object: `eq` is identity. Nobody changes one: it is
     shared. That it is not frozen makes it a fifth as dear to create.
@@ -129,13 +166,11 @@ class Snapshot:
     reading: int = 0
     """Grows when the counters are read anew because they contradicted each other: no difference spans that."""
 
-    tids: Sequence[int]
-    births: Sequence[int]
-    """Start of each thread in the kernel's own unit; with the tid it names a thread for ever."""
+    roster: ThreadRoster
+    public_roster: ThreadRoster | None = None
+    """The threads by the names that ps(1) and top(1) show, where `roster` has names that only the process knows."""
     thread_cpu_ns: Sequence[int]
-    names: Sequence[str]
-    kernel_names: Sequence[str] | None = None
-    """The names that ps(1) and top(1) show, where `names` has those that only the process itself knows."""
+    """The counter of a thread that was not read again is the same object as in the snapshot before, if possible."""
     thread_grain_ns: int
     """Step of a thread's counter, ns; of one that is the sum of two, of both."""
     thread_lag_ns: int
@@ -148,7 +183,7 @@ class Snapshot:
 
     def public(self) -> "Snapshot":
         """Return it with the names that every user of the machine can read."""
-        return self if self.kernel_names is None else replace(self, names=self.kernel_names, kernel_names=None)
+        return self if self.public_roster is None else replace(self, roster=self.public_roster, public_roster=None)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -223,7 +258,7 @@ def idle_allowance_ns(first_skew_ns: int, last: Snapshot) -> float:
     if last.thread_grain_ns > MAKING_NS:
         return math.inf
     skew_ns = max(first_skew_ns, last.skew_ns)
-    return last.cpu_grain_ns + len(last.tids) * (last.thread_grain_ns + last.thread_lag_ns + skew_ns)
+    return last.cpu_grain_ns + len(last.roster) * (last.thread_grain_ns + last.thread_lag_ns + skew_ns)
 
 
 def contradiction(first: Snapshot, last: Snapshot) -> str | None:
@@ -234,10 +269,10 @@ def contradiction(first: Snapshot, last: Snapshot) -> str | None:
     """
     if not _comparable(first, last):
         return None
-    if first.tids is not last.tids or first.births is not last.births:
+    if not first.roster.has_same_threads(last.roster):
         return measure(first, last).contradiction if last.monotonic_ns > first.monotonic_ns else None
     # The counter of a thread that was not read again is the same object: most need no arithmetic.
-    changed = list(compress(range(len(last.tids)), map(is_not, last.thread_cpu_ns, first.thread_cpu_ns)))
+    changed = list(compress(range(len(last.roster)), map(is_not, last.thread_cpu_ns, first.thread_cpu_ns)))
     deltas = [last.thread_cpu_ns[i] - first.thread_cpu_ns[i] for i in changed]
     if _all_idle(first, last, deltas):
         return _idle_words(first, last)
@@ -283,7 +318,7 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     if matched is None:
         deltas = list(map(sub, last.thread_cpu_ns, first.thread_cpu_ns))
     else:
-        deltas = [0] * len(last.tids)
+        deltas = [0] * len(last.roster)
         for b, a in matched:
             deltas[b] = last.thread_cpu_ns[b] - first.thread_cpu_ns[a]
     known = born if comparable else ()
@@ -378,9 +413,9 @@ def _idle_words(first: Snapshot, last: Snapshot) -> str:
 
 def _wrong_words(first: Snapshot, last: Snapshot, thread: int, delta_ns: int) -> str:
     if delta_ns < 0:
-        return f"the CPU counter of thread {last.tids[thread]} went backwards"
+        return f"the CPU counter of thread {last.roster.tids[thread]} went backwards"
     used = f"used {delta_ns / 1e6:.1f} ms of CPU while the process used {(last.cpu_ns - first.cpu_ns) / 1e6:.1f} ms"
-    return f"thread {last.tids[thread]} {used}"
+    return f"thread {last.roster.tids[thread]} {used}"
 
 
 def _match(
@@ -392,13 +427,13 @@ def _match(
     No pairs but ``None``: every thread is at its old place.
     """
     if not comparable:
-        return [], range(len(last.tids)), ()
-    if first.tids is last.tids and first.births is last.births:
+        return [], range(len(last.roster)), ()
+    if first.roster.has_same_threads(last.roster):
         return None, (), ()
-    before = {key: i for i, key in enumerate(zip(first.tids, first.births, strict=True))}
+    before = {key: i for i, key in enumerate(zip(first.roster.tids, first.roster.births, strict=True))}
     matched: list[tuple[int, int]] = []
     born: list[int] = []
-    for b, key in enumerate(zip(last.tids, last.births, strict=True)):
+    for b, key in enumerate(zip(last.roster.tids, last.roster.births, strict=True)):
         a = before.pop(key, None)
         if a is None:
             born.append(b)

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from support.snapshots import IDENTITY, SECOND, pairs, snapshot, with_extras
-from vitalsd.contract.encoding import MAX_BYTES, MAX_THREADS, Detail, Sort, encode, unavailable
+from support.snapshots import IDENTITY, SECOND, pairs, roster, snapshot, with_extras
+from vitalsd.contract.encoding import MAX_BYTES, MAX_THREADS, Detail, Labels, Sort, encode, unavailable
 from vitalsd.contract.host import Host, os_version
 from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 from vitalsd.snapshot import Extras, Measurement, Snapshot, measure
@@ -227,7 +228,7 @@ def test_every_answer_is_finite_ascii_json(pair: tuple[Snapshot, Snapshot], deta
     body = encode(measure(*pair), IDENTITY, requested_ms=1000, detail=detail)
     assert all(0x20 <= byte < 0x7F for byte in body)
     assert all(math.isfinite(number) for number in numbers(json.loads(body)))
-    assert [t["name"] for t in json.loads(body)["threads"]] == list(pair[1].names)
+    assert [t["name"] for t in json.loads(body)["threads"]] == list(pair[1].roster.names)
 
 
 @given(pairs(extras=True))
@@ -272,11 +273,21 @@ def test_those_who_share_a_measurement_share_the_bytes() -> None:
     assert encode(m, IDENTITY, requested_ms=1000, limit=1) != encode(m, IDENTITY, requested_ms=1000)
 
 
+def test_labels_of_an_equal_copy_of_a_roster_are_made_once() -> None:
+    """They are found by what the roster says; those of the last few rosters are kept."""
+    labels = Labels()
+    rosters = [roster([(tid, 1, 0)], ["main"]) for tid in range(Labels.KEPT + 1)]
+    made = [labels.of(each) for each in rosters]
+    assert made[3] == ['{"tid":3,"name":"main","cpu_percent":']
+    assert all(labels.of(replace(each)) is kept for each, kept in zip(rosters[1:], made[1:], strict=True))
+    assert labels.of(rosters[0]) is not made[0]
+
+
 def of_many_threads(count: int, name: str) -> Measurement:
     """The thread with the highest tid burnt the most."""
     tids = range(1, count + 1)
-    first = with_extras(snapshot(SECOND, [(tid, 1, 0) for tid in tids], names=(name,) * count))
-    return measure(first, with_extras(snapshot(2 * SECOND, [(tid, 1, tid) for tid in tids], names=first.names)))
+    first = with_extras(snapshot(SECOND, (idle := [(tid, 1, 0) for tid in tids]), roster=roster(idle, [name] * count)))
+    return measure(first, with_extras(snapshot(2 * SECOND, [(tid, 1, tid) for tid in tids], roster=first.roster)))
 
 
 @pytest.mark.parametrize("detail", ["basic", "full"])

@@ -27,15 +27,15 @@ def test_rows_are_the_differences_of_the_snapshots(snapshots: list[Snapshot]) ->
     assert table.cpu_ns == [max(0, b.cpu_ns - a.cpu_ns) for a, b in pairs]
     assert table.elapsed_ns == [b.monotonic_ns - a.monotonic_ns for a, b in pairs]
     assert table.rss_bytes == [b.rss_bytes for _, b in pairs]
-    assert table.thread_count == [len(b.tids) for _, b in pairs]
+    assert table.thread_count == [len(b.roster) for _, b in pairs]
     for row, (a, b) in enumerate(pairs):
-        before = dict(zip(zip(a.tids, a.births, strict=True), a.thread_cpu_ns, strict=True))
+        before = dict(zip(zip(a.roster.tids, a.roster.births, strict=True), a.thread_cpu_ns, strict=True))
         if a.image != b.image:
             assert all(t.cpu_ns[row] is None for t in table.threads)
             continue
         expected = sorted(
             max(0, ns - before.get(key, 0))
-            for key, ns in zip(zip(b.tids, b.births, strict=True), b.thread_cpu_ns, strict=True)
+            for key, ns in zip(zip(b.roster.tids, b.roster.births, strict=True), b.thread_cpu_ns, strict=True)
         )
         assert sorted(ns for t in table.threads if (ns := t.cpu_ns[row]) is not None) == expected
 

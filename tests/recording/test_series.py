@@ -1,11 +1,13 @@
 """The record gives back what it was given, within its bounds."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from support.lives import IDENTITY, SECOND_NS, Process, lives, same
-from vitalsd.recording.series import MAX_MARKS, Record
+from vitalsd.recording.series import MAX_MARKS, SEGMENT_LENGTH, Record
 from vitalsd.snapshot import Snapshot, measure
 
 
@@ -131,6 +133,19 @@ def test_the_account_of_its_bytes_is_true(threads: int, changing: bool) -> None:
     tracemalloc.stop()
     # It is 0.82 of it by itself; threads that other tests have left allocate, too.
     assert 0.75 * current < record.size_bytes < 1.5 * current
+
+
+def test_record_of_equal_copies_of_a_roster_keeps_one() -> None:
+    """A source that returns a copy with each snapshot costs time and no memory."""
+    process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 101)})
+    snapshots = []
+    for _ in range(3 * SEGMENT_LENGTH):
+        process.pass_time(SECOND_NS, [1_234_567] * 100)
+        snapshots.append(process.snapshot())
+    record, copied = record_of(snapshots), record_of([replace(each, roster=replace(each.roster)) for each in snapshots])
+    assert len(copied.segments()) == 3
+    assert len({id(segment.head.roster) for segment in copied.segments()}) == 1
+    assert copied.size_bytes == record.size_bytes
 
 
 @pytest.mark.parametrize("label", ["", "x" * 201, "two\nlines", "bell\a", "\x1b[31m", "\u202eevil"])

@@ -689,15 +689,15 @@ def test_a_window_ends_with_the_names_of_now() -> None:
     class Renaming(CountingSource):
         def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
             taken = super().snapshot(extras=extras, names=names)
-            return replace(taken, names=("now" if names else "before",))
+            return replace(taken, roster=replace(taken.roster, names=("now" if names else "before",)))
 
     async def main() -> None:
         sampler = Sampler(Renaming, recording=RecorderConfig(0.011))
         for _ in range(5):
             measurement = await sampler.window(200)
-            assert measurement.last.names == ("now",)
+            assert measurement.last.roster.names == ("now",)
         assert sampler.recorder.record is not None
-        assert "before" in {name for taken in sampler.recorder.record.snapshots() for name in taken.names}
+        assert "before" in {name for taken in sampler.recorder.record.snapshots() for name in taken.roster.names}
         await sampler.close()
 
     run(main())

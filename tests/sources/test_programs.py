@@ -285,7 +285,7 @@ def test_program_of_a_native_executable_is_its_file(tmp_path: Path) -> None:
         shutil.copy(cat, tmp_path / name)
         with subprocess.Popen([tmp_path / name], stdin=subprocess.PIPE) as process:
             source = open_source(process.pid, program_of=ProgramDigest(KEY))
-            executed = partial(lambda of, name: of.snapshot().names[0] == name[:15], source, name)
+            executed = partial(lambda of, name: of.snapshot().roster.names[0] == name[:15], source, name)
             eventually(executed)
             programs.append(source.identity().program)
             source.close()

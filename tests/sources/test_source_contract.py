@@ -95,9 +95,10 @@ def test_columns_are_parallel_and_ascending(world: World, source: Source) -> Non
     for i in range(5):
         world.workload.start_thread(f"worker-{i}")
     snapshot = source.snapshot()
-    assert len(snapshot.tids) >= 6
-    assert list(snapshot.tids) == sorted(set(snapshot.tids))
-    assert {len(snapshot.births), len(snapshot.thread_cpu_ns), len(snapshot.names)} == {len(snapshot.tids)}
+    assert len(snapshot.roster) >= 6
+    assert list(snapshot.roster.tids) == sorted(set(snapshot.roster.tids))
+    roster = snapshot.roster
+    assert {len(roster.births), len(roster.names), len(snapshot.thread_cpu_ns)} == {len(roster)}
     assert all(ns >= 0 for ns in snapshot.thread_cpu_ns)
     assert snapshot.cpu_ns >= 0
     assert snapshot.exited_cpu_ns[0] <= snapshot.exited_cpu_ns[1]
@@ -110,7 +111,7 @@ def test_columns_are_parallel_and_ascending(world: World, source: Source) -> Non
 def test_every_thread_is_listed(world: World, source: Source) -> None:
     """By the id it has for Python (threading.get_native_id), also when there are hundreds."""
     tids = {world.workload.start_thread(f"t{i}") for i in range(150)}
-    assert tids <= set(source.snapshot().tids)
+    assert tids <= set(source.snapshot().roster.tids)
 
 
 def test_clocks_go_forward_together(source: Source) -> None:
@@ -130,7 +131,7 @@ def test_cpu_time_is_seen_in_the_thread_that_used_it(world: World, source: Sourc
     used_ns = world.workload.burn(busy, BURN_NS)
     last = source.snapshot()
     m = measure(first, last)
-    i, j = last.tids.index(busy), last.tids.index(idle)
+    i, j = last.roster.tids.index(busy), last.roster.tids.index(idle)
     error_ns = m.thread_error_ns(i) + first.thread_lag_ns
     assert used_ns - error_ns <= m.thread_cpu_ns[i] <= used_ns + error_ns + SLACK_NS
     assert m.thread_cpu_ns[j] <= m.thread_error_ns(j) + SLACK_NS
@@ -142,11 +143,11 @@ def test_a_thread_has_its_name_and_its_new_name(world: World, source: Source) ->
     """The operating system's, byte for byte in UTF-8."""
     tid = world.workload.start_thread("décodeur")
     first = source.snapshot()
-    assert first.names[first.tids.index(tid)] == "décodeur"
+    assert first.roster.names[first.roster.tids.index(tid)] == "décodeur"
     world.workload.rename_thread(tid, "encoder")
     world.workload.burn(tid, 1_000_000)
     last = source.snapshot()
-    assert last.names[last.tids.index(tid)] == "encoder"
+    assert last.roster.names[last.roster.tids.index(tid)] == "encoder"
 
 
 def test_births_and_deaths_keep_the_books(world: World, source: Source) -> None:
@@ -160,10 +161,10 @@ def test_births_and_deaths_keep_the_books(world: World, source: Source) -> None:
     young_ns = world.workload.burn(young, BURN_NS // 2)
     last = source.snapshot()
     m = measure(first, last)
-    assert old not in last.tids
-    assert last.tids.index(young) in m.born
+    assert old not in last.roster.tids
+    assert last.roster.tids.index(young) in m.born
     error_ns = m.cpu_error_ns + first.thread_lag_ns
-    assert m.thread_cpu_ns[last.tids.index(young)] >= young_ns - error_ns
+    assert m.thread_cpu_ns[last.roster.tids.index(young)] >= young_ns - error_ns
     assert old_ns - error_ns <= m.exited_ns <= old_ns + error_ns + SLACK_NS
     assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
     assert abs(m.unattributed_ns) <= error_ns + SLACK_NS
@@ -181,12 +182,10 @@ def test_a_thread_that_lived_inside_the_window_is_accounted_for(world: World, so
     assert m.exited_ns >= used_ns - error_ns
 
 
-def test_columns_are_shared_while_nothing_changes(source: Source) -> None:
-    """Same objects, which is what a recorder of many snapshots pays for."""
+def test_roster_of_an_unchanged_process_is_the_same_object(source: Source) -> None:
+    """So a recorder of many snapshots keeps one, and compares it at no cost."""
     first, last = source.snapshot(), source.snapshot()
-    assert first.tids is last.tids
-    assert first.births is last.births
-    assert first.names is last.names
+    assert first.roster is last.roster
 
 
 def test_extras_are_read_only_on_request(world: World, source: Source) -> None:
@@ -198,8 +197,8 @@ def test_extras_are_read_only_on_request(world: World, source: Source) -> None:
     assert snapshot.extras is not None
     threads = snapshot.extras.threads
     sizes = {len(column) for column in (threads.user_ns, threads.system_ns, threads.states, threads.priorities)}
-    assert sizes == {len(snapshot.tids)}
-    i = snapshot.tids.index(tid)
+    assert sizes == {len(snapshot.roster)}
+    i = snapshot.roster.tids.index(tid)
     both_ns = threads.user_ns[i] + threads.system_ns[i]
     assert abs(both_ns - snapshot.thread_cpu_ns[i]) <= snapshot.thread_lag_ns + 2 * 10_000_000
     assert snapshot.extras.user_ns is not None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vitalsd.cli import main
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 from vitalsd.sources import platform as platforms
 from vitalsd.sources.base import Source, TargetGone
 from vitalsd.sources.darwin import processes as darwin
@@ -70,7 +70,8 @@ def rss(snapshot: Snapshot) -> Snapshot:
 
 
 def thread(snapshot: Snapshot) -> Snapshot:
-    kept = [i for i, name in enumerate(snapshot.names) if name not in LOST]
+    listed = snapshot.roster
+    kept = [i for i, name in enumerate(listed.names) if name not in LOST]
 
     def some(column: Any) -> Any:
         return [column[i] for i in kept]
@@ -79,8 +80,8 @@ def thread(snapshot: Snapshot) -> Snapshot:
     if extras is not None:
         columns = {name: some(column) for name, column in extras.threads._asdict().items()}
         extras = extras._replace(threads=extras.threads._replace(**columns))
-    columns = {name: some(getattr(snapshot, name)) for name in ("tids", "births", "thread_cpu_ns", "names")}
-    return replace(snapshot, extras=extras, **columns)
+    roster = ThreadRoster(*(tuple(some(column)) for column in (listed.tids, listed.births, listed.names)))
+    return replace(snapshot, extras=extras, roster=roster, thread_cpu_ns=some(snapshot.thread_cpu_ns))
 
 
 def descriptor(snapshot: Snapshot) -> Snapshot:

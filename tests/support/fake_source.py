@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras
+from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras, ThreadRoster
 from vitalsd.sources.base import SourceError, TargetGone
 
 __all__ = ["FakeProcess", "FakeSource"]
@@ -71,7 +71,7 @@ class FakeSource:
     def __init__(self, process: FakeProcess, *, platform: str = "macos") -> None:
         self._process = process
         self._start_ns = 40 * SECOND_NS
-        self._columns: tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]] = ((), (), ())
+        self._roster = ThreadRoster()
         self._identity = Identity(
             platform=platform,
             pid=process.pid,
@@ -104,9 +104,8 @@ class FakeSource:
         process.pass_time(1000)
         tids = tuple(sorted(process.threads))
         threads = [process.threads[tid] for tid in tids]
-        columns = tids, tuple(thread.birth for thread in threads), tuple(thread.name for thread in threads)
-        if columns != self._columns:
-            self._columns = columns
+        births = tuple(thread.birth for thread in threads)
+        self._roster = ThreadRoster(tids, births, tuple(thread.name for thread in threads)).sharing(self._roster)
         cpu_ns = [thread.cpu_ns for thread in threads]
         boottime_ns = process.now_ns + process.slept_ns
         return Snapshot(
@@ -122,10 +121,8 @@ class FakeSource:
             vm_bytes=128 << 20,
             state="waiting",
             image=1,
-            tids=self._columns[0],
-            births=self._columns[1],
+            roster=self._roster,
             thread_cpu_ns=cpu_ns,
-            names=self._columns[2],
             thread_grain_ns=1,
             thread_lag_ns=0,
             source="fake",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 
 SECOND_NS = 1_000_000_000
 
@@ -33,7 +33,7 @@ class Process:
     rss_bytes: int = 1 << 20
     image: int = 1
     state: str = "sleeping"
-    _columns: tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]] = ((), (), ())
+    _roster: ThreadRoster = field(default_factory=ThreadRoster)
 
     def pass_time(self, elapsed_ns: int, burnt_ns: Sequence[int] = ()) -> None:
         """Let time pass in which the threads, in order, burn so much."""
@@ -46,15 +46,13 @@ class Process:
         self.exited_ns += self.threads.pop(key)[1]
 
     def snapshot(self) -> Snapshot:
-        """What a source would return: columns stay the same objects while they do not change."""
+        """What a source would return: the same roster while nothing of it changes."""
         rows = sorted(self.threads.items())
-        columns = (
+        self._roster = ThreadRoster(
             tuple(tid for (tid, _), _ in rows),
             tuple(birth for (_, birth), _ in rows),
             tuple(name for _, (name, _) in rows),
-        )
-        if columns != self._columns:
-            self._columns = columns
+        ).sharing(self._roster)
         living_ns = sum(cpu_ns for _, (_, cpu_ns) in rows)
         return Snapshot(
             monotonic_ns=self.monotonic_ns,
@@ -69,9 +67,7 @@ class Process:
             vm_bytes=10 * self.rss_bytes,
             state=self.state,
             image=self.image,
-            tids=self._columns[0],
-            births=self._columns[1],
-            names=self._columns[2],
+            roster=self._roster,
             thread_cpu_ns=[cpu_ns for _, (_, cpu_ns) in rows],
             thread_grain_ns=1,
             thread_lag_ns=0,
@@ -117,7 +113,7 @@ def same(a: Snapshot, b: Snapshot) -> bool:
         return (
             (s.monotonic_ns, s.boottime_ns, s.wall_ns, s.uptime_ns, s.skew_ns, s.cpu_ns, s.cpu_grain_ns),
             (s.exited_cpu_ns, s.rss_bytes, s.vm_bytes),
-            (list(s.tids), list(s.births), list(s.names), list(s.thread_cpu_ns)),
+            (s.roster, list(s.thread_cpu_ns)),
             (s.thread_grain_ns, s.thread_lag_ns, s.source),
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras
+from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras, ThreadRoster
 
 IDENTITY = Identity(
     platform="linux",
@@ -23,7 +23,19 @@ Thread = tuple[int, int, int]
 """Tid, birth, CPU time in ns."""
 
 
-def snapshot(at_ns: int, threads: Sequence[Thread], *, cpu_ns: int | None = None, **fields: Any) -> Snapshot:
+def roster(threads: Sequence[Thread], names: Sequence[str] | None = None) -> ThreadRoster:
+    """The roster of `threads`; without `names` each is called after its tid."""
+    tids, births = tuple(tid for tid, _, _ in threads), tuple(birth for _, birth, _ in threads)
+    return ThreadRoster(tids, births, tuple(f"thread-{tid}" for tid in tids) if names is None else tuple(names))
+
+
+def snapshot(
+    at_ns: int,
+    threads: Sequence[Thread],
+    *,
+    cpu_ns: int | None = None,
+    **fields: Any,
+) -> Snapshot:
     """A snapshot at `at_ns` of exact counters; without `cpu_ns` no thread has exited yet."""
     living_ns = sum(cpu for _, _, cpu in threads)
     cpu_ns = living_ns if cpu_ns is None else cpu_ns
@@ -39,10 +51,8 @@ def snapshot(at_ns: int, threads: Sequence[Thread], *, cpu_ns: int | None = None
         "rss_bytes": 64 << 20,
         "vm_bytes": 128 << 20,
         "image": (1, 2, 3),
-        "tids": tuple(tid for tid, _, _ in threads),
-        "births": tuple(birth for _, birth, _ in threads),
+        "roster": roster(threads),
         "thread_cpu_ns": [cpu for _, _, cpu in threads],
-        "names": tuple(f"thread-{tid}" for tid, _, _ in threads),
         "thread_grain_ns": 1,
         "thread_lag_ns": 0,
         "source": "test",
@@ -54,9 +64,9 @@ def with_extras(snapshot: Snapshot, **fields: Any) -> Snapshot:
     """The same with what ``detail=full`` reads, all in user mode."""
     threads = ThreadExtras(
         user_ns=snapshot.thread_cpu_ns,
-        system_ns=[0] * len(snapshot.tids),
-        states=["sleeping"] * len(snapshot.tids),
-        priorities=[20] * len(snapshot.tids),
+        system_ns=[0] * len(snapshot.roster),
+        states=["sleeping"] * len(snapshot.roster),
+        priorities=[20] * len(snapshot.roster),
     )
     return replace(snapshot, extras=Extras(threads=threads, **fields))
 
@@ -86,7 +96,7 @@ def any_snapshot(draw: st.DrawFn, at_ns: st.SearchStrategy[int], *, extras: bool
         rss_bytes=draw(counters),
         vm_bytes=draw(counters),
         image=draw(st.sampled_from([None, (1,), (2,)])),
-        names=tuple(draw(names) for _ in threads),
+        roster=roster(threads, [draw(names) for _ in threads]),
         thread_grain_ns=draw(st.integers(1, 10**7)),
         thread_lag_ns=draw(st.integers(0, 10**7)),
         warnings=tuple(draw(st.lists(st.text(max_size=10), max_size=2))),

@@ -59,7 +59,7 @@ def snapshots(pid: int) -> None:
             taken = source.snapshot(extras=True)
             assert taken.extras is not None
             answer = {
-                "tids": taken.tids,
+                "tids": taken.roster.tids,
                 "rss_bytes": taken.rss_bytes,
                 "image": taken.image,
                 "state": taken.state,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from vitalsd.contract.host import Host, os_version
 from vitalsd.contract.json_pieces import to_json
-from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras
+from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras, ThreadRoster
 from vitalsd.sources.base import SourceError
 from vitalsd.text import iso
 
@@ -60,28 +60,25 @@ class Labels:
     """
     The part of each thread's JSON that stays as long as its threads do, for the last few sets of threads.
 
-    Writing it anew costs most of an answer; snapshots keep their columns as the same objects while
-    nothing changes, so it is found by identity.
+    Writing it anew costs most of an answer.
     """
 
     KEPT = 8
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], tuple[Sequence[int], Sequence[str], list[str]]] = {}
+        self._kept: list[tuple[ThreadRoster, list[str]]] = []
 
-    def of(self, tids: Sequence[int], names: Sequence[str]) -> list[str]:
-        """``{"tid":1,"name":"main","cpu_percent":`` for each thread."""
-        key = id(tids), id(names)
-        kept = self._kept.get(key)
-        if kept is None:
-            labels = [
-                f'{{"tid":{tid},"name":{quote(name)},"cpu_percent":' for tid, name in zip(tids, names, strict=True)
-            ]
-            while len(self._kept) >= self.KEPT:
-                del self._kept[next(iter(self._kept))]
-            # The columns are kept too: their ids are theirs only while they live.
-            kept = self._kept[key] = tids, names, labels
-        return kept[2]
+    def of(self, roster: ThreadRoster) -> list[str]:
+        """Return ``{"tid":1,"name":"main","cpu_percent":`` for each thread."""
+        for kept, labels in self._kept:
+            if kept == roster:
+                return labels
+        labels = [
+            f'{{"tid":{tid},"name":{quote(name)},"cpu_percent":'
+            for tid, name in zip(roster.tids, roster.names, strict=True)
+        ]
+        self._kept = [(roster, labels), *self._kept[: self.KEPT - 1]]
+        return labels
 
 
 def encode(
@@ -112,7 +109,7 @@ def encode(
     body = measurement.encoded.get(key)
     if body is None:
         order = _order(measurement, sort, limit)
-        constant = (labels or Labels()).of(measurement.last.tids, measurement.last.names) if detail == "basic" else []
+        constant = (labels or Labels()).of(measurement.last.roster) if detail == "basic" else []
 
         def render(shown: Sequence[int]) -> bytes:
             cut = len(shown) < len(order)
@@ -149,11 +146,11 @@ def _fitting(m: Measurement, order: Sequence[int], render: Callable[[Sequence[in
 
 
 def _order(m: Measurement, sort: Sort, limit: int | None) -> Sequence[int]:
-    threads: Sequence[int] = range(len(m.last.tids))
+    threads: Sequence[int] = range(len(m.last.roster))
     if sort == "cpu":
         threads = sorted(threads, key=lambda i: -m.thread_cpu_ns[i])
     elif sort == "name":
-        threads = sorted(threads, key=m.last.names.__getitem__)
+        threads = sorted(threads, key=m.last.roster.names.__getitem__)
     return threads if limit is None else threads[:limit]
 
 
@@ -198,9 +195,9 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
     last, warnings = m.last, list(m.warnings)
     extras = last.extras
     if extras is None:
-        extras = _no_extras(len(last.tids))
+        extras = _no_extras(len(last.roster))
         warnings.append("the record has no states, priorities, user/system split, faults or descriptors: null")
-    user_ns = m.thread_user_ns or [None] * len(last.tids)
+    user_ns = m.thread_user_ns or [None] * len(last.roster)
     return {
         "sample_window_ms": _ms(m.elapsed_ns),
         "process": {
@@ -214,7 +211,7 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             "footprint_kb": kb(extras.footprint_bytes),
             "peak_rss_kb": kb(extras.peak_rss_bytes),
             "swap_kb": kb(extras.swap_bytes),
-            "thread_count": len(last.tids),
+            "thread_count": len(last.roster),
             "open_fds": extras.open_fds,
             "minor_faults": extras.minor_faults,
             "major_faults": extras.major_faults,
@@ -226,8 +223,8 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
         },
         "threads": [
             {
-                "tid": last.tids[i],
-                "name": last.names[i],
+                "tid": last.roster.tids[i],
+                "name": last.roster.names[i],
                 "cpu_percent": percent(None if i in m.unknown else m.thread_cpu_ns[i]),
                 "user_percent": percent(user_ns[i]),
                 "system_percent": percent(_rest(m.thread_cpu_ns[i], user_ns[i])),
@@ -267,7 +264,7 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             "os_version": os_version(),
             "arch": platform.machine(),
         },
-        "truncated": len(order) < len(last.tids),
+        "truncated": len(order) < len(last.roster),
         "warnings": warnings,
     }
 

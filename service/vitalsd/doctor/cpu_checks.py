@@ -101,7 +101,7 @@ def _threads(
         check, what = f"cpu.{place}.{duty}", f"thread at {duty} %, {where}"
         low, high = (ns * percent for ns in _spent(logs[name], first, last))
         try:
-            index = measured.last.tids.index(burner.tids[name])
+            index = measured.last.roster.tids.index(burner.tids[name])
         except ValueError:
             yield judged(check, what, between(low, high, "%"), "the thread is not listed", False, BUG)
             continue

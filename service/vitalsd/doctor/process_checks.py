@@ -130,14 +130,15 @@ def threads(platform: Platform) -> Iterator[Finding]:
             last = source.snapshot()
             deadline = time.monotonic() + QUIET_S
             # Python is done with a thread a little before the kernel is.
-            while {thread.native_id for thread in (*old, brief)} & set(last.tids) and time.monotonic() < deadline:
+            ended = {thread.native_id for thread in (*old, brief)}
+            while ended & set(last.roster.tids) and time.monotonic() < deadline:
                 time.sleep(0.005)
                 last = source.snapshot()
     finally:
         for thread in everyone:
             thread.go.set()
             thread.leave.set()
-    listed = dict(zip(last.tids, last.names, strict=True))
+    listed = dict(zip(last.roster.tids, last.roster.names, strict=True))
     python = {thread.native_id for thread in threading.enumerate() if thread not in everyone} | {
         thread.native_id for thread in young
     }
@@ -153,8 +154,8 @@ def threads(platform: Platform) -> Iterator[Finding]:
     )
 
     measured = measure(first, last)
-    born = {measured.last.tids[i] for i in measured.born}
-    dead = set(first.tids) - set(last.tids)
+    born = {measured.last.roster.tids[i] for i in measured.born}
+    dead = set(first.roster.tids) - set(last.roster.tids)
     right = (
         born >= {thread.native_id for thread in young}
         and dead >= {thread.native_id for thread in old}
@@ -163,9 +164,9 @@ def threads(platform: Platform) -> Iterator[Finding]:
     yield judged(
         "threads.births",
         "threads born and dead in a window",
-        f"{len(young)} born, {len(old)} dead, {len(first.tids)} before and after",
-        f"{len(born)} born, {len(dead)} dead, {len(first.tids)} before, {len(last.tids)} after",
-        right and len(first.tids) + len(born) - len(dead) == len(last.tids),
+        f"{len(young)} born, {len(old)} dead, {len(first.roster)} before and after",
+        f"{len(born)} born, {len(dead)} dead, {len(first.roster)} before, {len(last.roster)} after",
+        right and len(first.roster) + len(born) - len(dead) == len(last.roster),
         f"threads are lost or invented between two snapshots; {BUG}",
     )
 

@@ -190,7 +190,7 @@ def _wakeups(platform: Platform, snapshot: Snapshot, pid: int) -> int | None:
     if platform.name != "linux":
         return None
     number = 0
-    for tid in snapshot.tids:
+    for tid in snapshot.roster.tids:
         with suppress(OSError):
             status = Path(f"/proc/{pid}/task/{tid}/status").read_text(encoding="utf-8", errors="replace")
             if found := re.search(r"^voluntary_ctxt_switches:\s*([0-9]+)$", status, re.MULTILINE):

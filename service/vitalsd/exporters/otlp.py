@@ -177,7 +177,7 @@ def _process(points: "_Points", snapshot: Snapshot) -> Iterator["Metric"]:
         yield points.counter("process.cpu.time", "s", "CPU time of all threads, living and exited.", modes)
     yield points.level("process.memory.usage", "By", "Physical memory in use.", snapshot.rss_bytes)
     yield points.level("process.memory.virtual", "By", "Committed virtual memory.", snapshot.vm_bytes)
-    yield points.level("process.thread.count", "{thread}", "Threads.", len(snapshot.tids))
+    yield points.level("process.thread.count", "{thread}", "Threads.", len(snapshot.roster))
     yield points.gauge("process.uptime", "s", "Time since the process started.", snapshot.uptime_ns / 1e9)
     if extras is None:
         return
@@ -197,20 +197,20 @@ def _process(points: "_Points", snapshot: Snapshot) -> Iterator["Metric"]:
 def _threads(points: "_Points", snapshot: Snapshot, threads: int) -> Iterator["Metric"]:
     if not threads:
         return
-    shown = nlargest(threads, range(len(snapshot.tids)), key=lambda i: (snapshot.thread_cpu_ns[i], -i))
+    shown = nlargest(threads, range(len(snapshot.roster)), key=lambda i: (snapshot.thread_cpu_ns[i], -i))
     yield points.counter(
         "vitalsd.thread.cpu.time",
         "s",
         f"CPU time of a living thread; of more than {threads}, those with the most.",
         [
             (
-                {"vitalsd.thread.id": snapshot.tids[i], "thread.name": printable(snapshot.names[i])},
+                {"vitalsd.thread.id": snapshot.roster.tids[i], "thread.name": printable(snapshot.roster.names[i])},
                 snapshot.thread_cpu_ns[i] / 1e9,
             )
             for i in sorted(shown)
         ],
     )
-    left_out = len(snapshot.tids) - len(shown)
+    left_out = len(snapshot.roster) - len(shown)
     yield points.gauge("vitalsd.thread.left_out", "{thread}", "Living threads without a series.", left_out)
 
 

@@ -126,7 +126,7 @@ class Scrape(NamedTuple):
         yield _gauge(
             "process_start_time_seconds", "Start of the target in Unix time, seconds.", identity.started_unix_ns / 1e9
         )
-        yield _gauge("process_threads", "Threads of the target.", len(snapshot.tids))
+        yield _gauge("process_threads", "Threads of the target.", len(snapshot.roster))
         if self.private and snapshot.extras is not None and snapshot.extras.open_fds is not None:
             yield _gauge("process_open_fds", "Open file descriptors of the target.", snapshot.extras.open_fds)
         yield _info("vitalsd_target", "The target.", {"pid": str(identity.pid), "name": printable(identity.name)})
@@ -142,14 +142,15 @@ class Scrape(NamedTuple):
             f"CPU time of a living thread in seconds; of more than {self.threads}, those with the most.",
             labels=("tid", "thread"),
         )
-        shown = nlargest(self.threads, range(len(snapshot.tids)), key=lambda i: (snapshot.thread_cpu_ns[i], -i))
+        roster, cpu_ns = snapshot.roster, snapshot.thread_cpu_ns
+        shown = nlargest(self.threads, range(len(roster)), key=lambda i: (cpu_ns[i], -i))
         for i in sorted(shown):
-            family.add_metric((str(snapshot.tids[i]), printable(snapshot.names[i])), snapshot.thread_cpu_ns[i] / 1e9)
+            family.add_metric((str(roster.tids[i]), printable(roster.names[i])), cpu_ns[i] / 1e9)
         yield family
         yield _gauge(
             "vitalsd_threads_left_out",
             "Living threads without a series of their own.",
-            len(snapshot.tids) - len(shown),
+            len(snapshot.roster) - len(shown),
         )
 
     def _ourselves(self) -> "Iterator[Metric]":

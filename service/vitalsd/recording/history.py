@@ -193,7 +193,7 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
         cpu_ns=_deltas(starts, ends, "cpu_ns"),
         rss_bytes=[row["rss_bytes"] for row in ends],
         vm_bytes=[row["vm_bytes"] for row in ends],
-        thread_count=[len(row.segment.head.tids) for row in ends],
+        thread_count=[len(row.segment.head.roster) for row in ends],
         threads=[ThreadHistory(key[0], names[key], totals[key], columns[key]) for key in busiest],
         truncated=fitting < min(top, len(totals)),
         marks=[mark for mark in list(record.marks) if mark.monotonic_ns >= noted_ns],
@@ -220,11 +220,11 @@ def _rows(segments: Sequence[Segment], since_ns: int, step_ns: int) -> list[_Row
 
 
 def _keys(segment: Segment) -> list[ThreadKey]:
-    return list(zip(segment.head.tids, segment.head.births, strict=True))
+    return list(zip(segment.head.roster.tids, segment.head.roster.births, strict=True))
 
 
 def _names(segment: Segment) -> dict[ThreadKey, str]:
-    return dict(zip(_keys(segment), segment.head.names, strict=True))
+    return dict(zip(_keys(segment), segment.head.roster.names, strict=True))
 
 
 def _walk(rows: Sequence[_Row], release: LockRelease) -> Iterator[tuple[int, Segment, list[int], bool]]:

@@ -11,7 +11,7 @@ from vitalsd.contract.encoding import DECIMALS
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.recording.history import MAX_CELLS, MAX_ROWS
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 
 __all__ = ["check_json", "parse_json", "read_history"]
 
@@ -164,9 +164,7 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
     grain_ns = 1 + round(max(elapsed, default=0) * 1e6 / 100 / 10**DECIMALS)
     monotonic_ns = 0
     alive: list[int] = []
-    tids: tuple[int, ...] = ()
-    names: tuple[str, ...] = ()
-    births: tuple[int, ...] = ()
+    roster: ThreadRoster | None = None
     reading = 0
     lives = _lives(columns, len(times))
     for row in [-1, *range(len(times))] if times else []:
@@ -174,11 +172,13 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
         elapsed_ns = round(elapsed[shown] * 1e6)
         now_alive = lives[shown]
         reading += row >= 0 and any(columns[i][row] is None for i in now_alive)
-        if now_alive != alive or not births:
+        if now_alive != alive or roster is None:
             alive = now_alive
-            tids = tuple(_whole(threads[i]["tid"]) for i in alive)
-            names = tuple(str(threads[i]["name"]) for i in alive)
-            births = tuple(alive)  # a tid may have had several lives, each a thread of the table
+            roster = ThreadRoster(
+                tids=tuple(_whole(threads[i]["tid"]) for i in alive),
+                births=tuple(alive),  # a tid may have had several lives, each a thread of the table
+                names=tuple(str(threads[i]["name"]) for i in alive),
+            )
         if row >= 0:
             monotonic_ns += elapsed_ns
             cpu_ns += round(table["cpu_percent"][row] * elapsed_ns / 100)
@@ -198,10 +198,8 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
             vm_bytes=table["vm_size_kb"][shown] * 1024,
             image=None,
             reading=reading,
-            tids=tids,
-            births=births,
+            roster=roster,
             thread_cpu_ns=[thread_cpu_ns[i] for i in alive],
-            names=names,
             thread_grain_ns=grain_ns,
             thread_lag_ns=LAG_NS,
             source="report",

@@ -19,7 +19,7 @@ from vitalsd.recording.run_database import Tables, readable
 from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of
 from vitalsd.recording.run_image import UnreadableRun
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Moves, Record, Segment
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 from vitalsd.text import iso
 
 __all__ = ["UNKNOWN_END", "Run", "State", "UnreadableRun", "describe", "read_run"]
@@ -246,9 +246,8 @@ def _head(
         raise ValueError("threads without CPU time")
     _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str, int))
     _check_sizes(*(constants[name] for name in CONSTANTS[:3]))
-    tids, births, names = zip(*keys, strict=True) if keys else ((), (), ())
-    numbers = Segment.numbers(scalars)
-    return Snapshot(**numbers, tids=tids, births=births, names=names, thread_cpu_ns=cpu_ns, **constants)
+    roster = ThreadRoster(*zip(*keys, strict=True)) if keys else ThreadRoster()
+    return Snapshot(**Segment.numbers(scalars), roster=roster, thread_cpu_ns=cpu_ns, **constants)
 
 
 def _array(code: str, content: bytes) -> "array[int]":

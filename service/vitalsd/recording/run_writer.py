@@ -195,7 +195,7 @@ class RunFile:
     def _insert_segment_row(self, segment: Segment, position: int) -> int:
         head = segment.head
         ids = array("I")
-        for key in zip(head.tids, head.births, head.names, strict=True):
+        for key in zip(head.roster.tids, head.roster.births, head.roster.names, strict=True):
             thread_id = self._thread_ids.get(key)
             if thread_id is None:
                 thread_id = self._db.execute("INSERT INTO thread (tid, birth, name) VALUES (?,?,?)", key).lastrowid

@@ -112,9 +112,7 @@ class Segment:
         head = self.head
         return (
             len(self) < SEGMENT_LENGTH
-            and snapshot.tids is head.tids
-            and snapshot.births is head.births
-            and snapshot.names is head.names
+            and snapshot.roster == head.roster
             and snapshot.image == head.image
             and snapshot.reading == head.reading
             and snapshot.source == head.source
@@ -178,7 +176,7 @@ class Segment:
 
 
 def _moves(before: Sequence[int], after: Sequence[int]) -> Moves:
-    # Of a thread that was not read again it is the same object: most need not be looked at.
+    # See `Snapshot.thread_cpu_ns`: most counters need no arithmetic.
     changed = [i for i in compress(range(len(after)), map(is_not, after, before)) if after[i] != before[i]]
     if not changed:
         return NOBODY
@@ -250,10 +248,13 @@ class Record:
         with self._lock:
             segment = self._segments[-1] if self._segments else None
             if segment is None or not segment.takes(snapshot):
-                shared = segment is not None and segment.head.tids is snapshot.tids
-                segment = Segment(replace(snapshot, extras=None))
+                roster, shared = snapshot.roster, False
+                if segment is not None:
+                    shared = roster.has_same_threads(segment.head.roster)
+                    roster = roster.sharing(segment.head.roster)
+                segment = Segment(replace(snapshot, roster=roster, extras=None))
                 if not shared:
-                    segment.size_bytes += 3 * 8 * len(snapshot.tids) + 2 * 32 * len(snapshot.tids)
+                    segment.size_bytes += 3 * 8 * len(roster) + 2 * 32 * len(roster)
                 self._segments.append(segment)
                 self._size_bytes += segment.size_bytes
             before = segment.size_bytes

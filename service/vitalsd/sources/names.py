@@ -3,11 +3,11 @@
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 from vitalsd.sources.base import Source
 
 __all__ = ["Inherited", "PythonNames", "decode_name", "names_by_id", "publish_names"]
@@ -34,9 +34,9 @@ class PythonNames:
     def __init__(self, source: Source, threads: Callable[[], Iterable[threading.Thread]] = threading.enumerate) -> None:
         self._source = source
         self._threads = threads
-        self._given: Sequence[str] = ()
+        self._given = ThreadRoster()
         self._known: list[tuple[int | None, str]] = []
-        self._names: Sequence[str] = ()
+        self._roster = ThreadRoster()
 
     def identity(self) -> Identity:
         return self._source.identity()
@@ -55,23 +55,21 @@ class PythonNames:
             for thread in self._threads()
             if _is_named_by_python(thread)
         ]
-        # The recorder takes an unchanged list for unchanged names, and spares itself the comparison.
-        if taken.names is not self._given or known != self._known:
-            named = self._named(taken, dict(known))
-            if named != self._names or taken.names is not self._given:
-                self._names = named
-            self._given, self._known = taken.names, known
-        return replace(taken, names=self._names, kernel_names=taken.names)
+        if taken.roster != self._given or known != self._known:
+            self._given, self._known = taken.roster, known
+            self._roster = self._named(taken.roster, dict(known)).sharing(self._roster)
+        return replace(taken, roster=self._roster, public_roster=self._given)
 
-    def _named(self, taken: Snapshot, known: dict[int | None, str]) -> Sequence[str]:
+    def _named(self, given: ThreadRoster, known: dict[int | None, str]) -> ThreadRoster:
         main = getattr(threading.main_thread(), "native_id", None) or os.getpid()
-        for tid, name in zip(taken.tids, taken.names, strict=True):
+        for tid, name in zip(given.tids, given.names, strict=True):
             if tid == main:
                 _inherited.add(name)
-        return [
+        names = tuple(
             known[tid] if tid in known and tid != main and name in _inherited else name
-            for tid, name in zip(taken.tids, taken.names, strict=True)
-        ]
+            for tid, name in zip(given.tids, given.names, strict=True)
+        )
+        return replace(given, names=names)
 
 
 def publish_names() -> None:

@@ -129,8 +129,8 @@ def test_both_ways_to_our_own_process_agree() -> None:
     mach, libproc = MachSource(), LibprocSource(os.getpid())
     assert mach.identity() == libproc.identity()
     a, b = mach.snapshot(extras=True), libproc.snapshot(extras=True)
-    assert a.tids == b.tids
-    assert a.names == b.names
+    assert a.roster.tids == b.roster.tids
+    assert a.roster.names == b.roster.names
     assert abs(a.cpu_ns - b.cpu_ns) < 50_000_000
     assert abs(a.uptime_ns - b.uptime_ns) < 50_000_000
     assert a.extras is not None
@@ -141,7 +141,7 @@ def test_both_ways_to_our_own_process_agree() -> None:
 
 def test_a_thread_of_python_has_its_native_id() -> None:
     """``thread_id`` is what threading.get_native_id() says."""
-    assert threading.get_native_id() in MachSource().snapshot().tids
+    assert threading.get_native_id() in MachSource().snapshot().roster.tids
 
 
 @pytest.mark.parametrize(

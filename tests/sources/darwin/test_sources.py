@@ -136,7 +136,7 @@ class TestFailures:
         simulator.fault(function, code, flavor=flavor)
         with pytest.raises(KernelError, match=re.escape(text)):
             source.snapshot()
-        assert os.getpid() in source.snapshot().tids
+        assert os.getpid() in source.snapshot().roster.tids
 
     @pytest.mark.parametrize(
         ("flavor", "code", "error", "text"),
@@ -175,7 +175,7 @@ class TestFailures:
         with pytest.raises(error, match=re.escape(text)):
             source.snapshot()
         simulator.clear_faults()
-        assert child.pid in source.snapshot().tids
+        assert child.pid in source.snapshot().roster.tids
 
     def test_nobody_alive(self, simulator: Simulator) -> None:
         """Whoever asks is alive, so the list is made again, and such an answer is not given in the end."""
@@ -183,7 +183,7 @@ class TestFailures:
         simulator.add_thread(1 << 40)
         source = MachSource(lib=simulator.lib)
         simulator.fault("thread_info", KERN_TERMINATED)
-        assert source.snapshot().tids == (1 << 40,)
+        assert source.snapshot().roster.tids == (1 << 40,)
         simulator.fault("thread_info", KERN_TERMINATED, every=1)
         with pytest.raises(KernelError, match="none of its threads alive"):
             source.snapshot()
@@ -199,7 +199,7 @@ class TestFailures:
                 os._exit(0)
             os._exit(1)
         assert os.waitpid(child, 0)[1] == 0
-        assert source.snapshot().tids
+        assert source.snapshot().roster.tids
 
 
 class TestBooks:
@@ -222,7 +222,7 @@ class TestBooks:
             threads.end_thread(tid)
             last = source.snapshot()
             m = measure(first, last)
-            assert tid not in last.tids
+            assert tid not in last.roster.tids
             assert used_ns - 5_000_000 <= m.exited_ns <= used_ns + 25_000_000
             assert abs(m.unattributed_ns) <= 25_000_000
             for _ in range(4):
@@ -255,7 +255,7 @@ class TestBooks:
             simulator.end_thread((shown_as + 1) << 40, shown_as=shown_as)
         simulator.add_thread(9 << 40, user_ns=1_000_000)
         snapshot = open_own().snapshot()
-        assert [tid for tid in snapshot.tids if tid >> 40] == [9 << 40]
+        assert [tid for tid in snapshot.roster.tids if tid >> 40] == [9 << 40]
 
 
 class TestThreads:
@@ -264,8 +264,8 @@ class TestThreads:
         for tid in (2**63 + 5, 2**40, 2**52 + 1):
             simulator.add_thread(tid, user_ns=tid % 1000 * 1000, name=str(tid).encode())
         snapshot = open_own().snapshot()
-        assert snapshot.tids[-3:] == (2**40, 2**52 + 1, 2**63 + 5)
-        assert snapshot.names[-3:] == (str(2**40), str(2**52 + 1), str(2**63 + 5))
+        assert snapshot.roster.tids[-3:] == (2**40, 2**52 + 1, 2**63 + 5)
+        assert snapshot.roster.names[-3:] == (str(2**40), str(2**52 + 1), str(2**63 + 5))
         assert snapshot.thread_cpu_ns[-1] == (2**63 + 5) % 1000 * 1000
 
     @pytest.mark.parametrize(
@@ -286,11 +286,11 @@ class TestThreads:
         """As UTF-8; other bytes as they are, so that no two names fall together."""
         simulator.hide_real_threads()
         simulator.add_thread(1 << 40, name=raw)
-        assert open_own().snapshot().names == (name,)
+        assert open_own().snapshot().roster.names == (name,)
 
     def test_a_thread_has_the_id_python_knows(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """threading.get_native_id()."""
-        assert threading.get_native_id() in open_own().snapshot().tids
+        assert threading.get_native_id() in open_own().snapshot().roster.tids
 
     def test_states_are_words(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """And one that no header names is null, not a number."""
@@ -321,9 +321,9 @@ class TestThreads:
             # The kernel gives at most ten more than there were when it was last asked.
             source.snapshot()
             snapshot = source.snapshot()
-            at = snapshot.tids.index((number << 32) + 49)
-            assert (snapshot.names[at], snapshot.thread_cpu_ns[at]) == ("t49", 49_000)
-        assert len(snapshot.tids) == 2050 + sum(tid < 2**32 for tid in snapshot.tids)
+            at = snapshot.roster.tids.index((number << 32) + 49)
+            assert (snapshot.roster.names[at], snapshot.thread_cpu_ns[at]) == ("t49", 49_000)
+        assert len(snapshot.roster) == 2050 + sum(tid < 2**32 for tid in snapshot.roster.tids)
 
     def test_a_quadratic_walk_is_bounded(self, simulator: Simulator) -> None:
         """Those that run are read each time, the others in turn, and the answer says so."""
@@ -334,7 +334,7 @@ class TestThreads:
         simulator.fault("proc_pidinfo", 0, flavor=PROC_PIDTHREADID64INFO)
         source = LibprocSource(os.getpid(), lib=simulator.lib, walk_limit=20)
         first = source.snapshot()
-        assert list(first.tids) == tids
+        assert list(first.roster.tids) == tids
         busy, late = tids[50], tids[90]
         seen_late = 0
         for i in range(1, 12):
@@ -342,7 +342,7 @@ class TestThreads:
             if i == 1:
                 simulator.advance_thread(late, user_ns=7_000_000)
             snapshot = source.snapshot()
-            assert list(snapshot.tids) == tids
+            assert list(snapshot.roster.tids) == tids
             assert any(text.startswith("threads: 100 of them; 20 are read per snapshot") for text in snapshot.warnings)
             if i > 6:
                 # By then its turn has come once, and a thread that runs is read in every snapshot.
@@ -353,7 +353,7 @@ class TestThreads:
         simulator.add_thread(tids[-1] + 1, user_ns=2000)
         snapshot = source.snapshot()
         snapshot = source.snapshot()
-        assert list(snapshot.tids) == sorted({*tids, tids[-1] + 1} - {tids[3]})
+        assert list(snapshot.roster.tids) == sorted({*tids, tids[-1] + 1} - {tids[3]})
 
     def test_below_the_bound_nothing_is_said(self, simulator: Simulator) -> None:
         """Every thread is read."""
@@ -393,7 +393,7 @@ class TestIdentity:
             assert child.stdout.readline() == b"hello\n"
             last = source.snapshot()
             assert first.image != last.image
-            assert last.names == ("",)  # no program names its main thread by itself
+            assert last.roster.names == ("",)  # no program names its main thread by itself
             assert source.identity().name == "cat"
             child.stdin.close()
 
@@ -441,7 +441,7 @@ class TestIdentity:
         """All threads of a list made just before it are gone: the list is made again."""
         source = LibprocSource(child.pid, lib=simulator.lib)
         simulator.fault("proc_pidinfo", errno.ESRCH, flavor=PROC_PIDTHREADID64INFO)
-        assert source.snapshot().tids == (child.pid,)
+        assert source.snapshot().roster.tids == (child.pid,)
         simulator.clear_faults()
         simulator.fault("proc_pidinfo", errno.ESRCH, flavor=PROC_PIDTHREADID64INFO, every=1)
         with pytest.raises(KernelError, match="none of its threads could be read"):

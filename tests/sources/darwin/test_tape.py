@@ -88,7 +88,7 @@ def test_tape_has_no_name_path_argument_variable_or_user(
     file = io.StringIO()
     lib = load(simulator.path, Tape(file, os.getpid()))
     taken, entries, _ = scene(lib, secretive.pid)
-    assert SECRETS[0] in taken[0].names
+    assert SECRETS[0] in taken[0].roster.names
     assert lib.command_line(secretive.pid)[1][-1] == SECRETS[1].encode()
     assert SECRETS[3] in lib.working_directory(secretive.pid)
     assert entries
@@ -139,8 +139,8 @@ def test_tape_plays_as_it_was_recorded(
         ):
             assert getattr(is_, field) == getattr(was, field), field
         assert is_.extras == was.extras
-        assert [len(name) for name in is_.names] == [len(name) for name in was.names]
-        assert set("".join(is_.names)) <= {"x"}
+        assert [len(name) for name in is_.roster.names] == [len(name) for name in was.roster.names]
+        assert set("".join(is_.roster.names)) <= {"x"}
     assert [entry.pid for entry in listed] == [entry.pid for entry in entries]
     assert held_again == held
     assert not any(player.left(name) for name in ARGUMENTS)
@@ -189,9 +189,9 @@ def test_tape_plays_as_snapshots(
         assert after.cpu_ns >= before.cpu_ns
         assert after.exited_cpu_ns[0] <= after.exited_cpu_ns[1]
         m = measure(before, after)
-        slack_ns = m.cpu_error_ns + len(after.tids) * (after.thread_lag_ns + after.thread_grain_ns)
+        slack_ns = m.cpu_error_ns + len(after.roster) * (after.thread_lag_ns + after.thread_grain_ns)
         assert sum(m.thread_cpu_ns) <= m.cpu_ns + slack_ns
-        assert list(after.tids) == sorted(set(after.tids))
+        assert list(after.roster.tids) == sorted(set(after.roster.tids))
 
 
 def test_tape_of_linux_is_refused(tmp_path: Path) -> None:

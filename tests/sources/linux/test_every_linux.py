@@ -285,7 +285,7 @@ def test_names_given_to_sleeping_threads_are_in_the_next_answer(begin: Begin) ->
         source.snapshot()
         go_on(target)
         last = source.snapshot()
-    assert sorted(last.names) == sorted(["linux_cases", *(f"job-{i}" for i in range(200))])
+    assert sorted(last.roster.names) == sorted(["linux_cases", *(f"job-{i}" for i in range(200))])
 
 
 def test_names_given_to_sleeping_threads_are_in_the_record_within_two_seconds(begin: Begin, short_path: Path) -> None:

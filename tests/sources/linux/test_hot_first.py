@@ -109,7 +109,7 @@ def test_what_is_proved_is_true(
                 assert table.read() == [tree.run_ns[tid] for tid in sorted(tree.run_ns)]
                 table.calibrate(tree.clock(), tree.exited_ns)
             else:
-                assert dict(zip(table.tids, proved[0], strict=True)) == tree.run_ns
+                assert dict(zip(table.roster.tids, proved[0], strict=True)) == tree.run_ns
                 assert proved[1:] == (tree.clock(), tree.exited_ns)
     finally:
         table.close()
@@ -136,10 +136,10 @@ def test_looking_only_at_what_changed_is_looking_at_all(
             times = proved[0] if proved else table.read()
             table.calibrate(tree.clock(), tree.exited_ns)
             handed_out.append((times, list(times)))
-            assert dict(zip(table.tids, times, strict=True)) == tree.run_ns
+            assert dict(zip(table.roster.tids, times, strict=True)) == tree.run_ns
             assert table.living_ns == sum(times)
             assert table.look_around(number * LOOK_EVERY_NS, names=True)
-            assert dict(zip(table.tids, table.names, strict=True)) == tree.names
+            assert dict(zip(table.roster.tids, table.roster.names, strict=True)) == tree.names
     finally:
         table.close()
         os.close(task_fd)
@@ -225,8 +225,8 @@ def test_out_of_descriptors_nothing_is_read_that_is_closed(
         table.read()
     monkeypatch.undo()
     times = table.read()
-    assert dict(zip(table.tids, times, strict=True)) == tree.run_ns
-    assert dict(zip(table.tids, table.names, strict=True)) == tree.names
+    assert dict(zip(table.roster.tids, times, strict=True)) == tree.run_ns
+    assert dict(zip(table.roster.tids, table.roster.names, strict=True)) == tree.names
     table.close()
     assert len(os.listdir("/proc/self/fd")) == held
     os.close(task_fd)
@@ -245,8 +245,8 @@ def test_newcomers_do_not_keep_names_from_being_read(tmp_path: Path) -> None:
         if not table.look_around(second * LOOK_EVERY_NS, names=True):
             table.read()
             assert table.look_around(second * LOOK_EVERY_NS, names=True)
-    assert table.names[19] == "renamed"
-    assert len(table.tids) == 40 + 10
+    assert table.roster.names[19] == "renamed"
+    assert len(table.roster) == 40 + 10
     table.close()
     os.close(task_fd)
 
@@ -281,7 +281,7 @@ def test_thousands_of_proved_readings_equal_full_ones(start: Callable[..., Targe
         times, total_ns, _ = proved
         try:
             full = parse_run_times(
-                [Path(f"/proc/{target.pid}/task/{tid}/schedstat").read_bytes() for tid in table.tids]
+                [Path(f"/proc/{target.pid}/task/{tid}/schedstat").read_bytes() for tid in table.roster.tids]
             )
         except (FileNotFoundError, ProcessLookupError):
             continue

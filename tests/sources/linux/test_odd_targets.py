@@ -138,7 +138,7 @@ def test_zombie_children_disturb_nothing(begin: Begin) -> None:
     with closing(LinuxSource(pid)) as source:
         for m in windows(source, 5):
             assert m.unknown == set()
-            assert len(m.last.tids) == 1
+            assert len(m.last.roster) == 1
 
 
 def test_exec_of_a_process_without_a_main_thread_has_no_figure(begin: Begin) -> None:
@@ -148,7 +148,7 @@ def test_exec_of_a_process_without_a_main_thread_has_no_figure(begin: Begin) -> 
     assert process.stdout is not None
     with closing(LinuxSource(pid)) as source:
         first = source.snapshot()
-        assert len(first.tids) == 2
+        assert len(first.roster) == 2
         process.stdin.write(b"\n")
         assert process.stdout.readline()
         m = measure(first, source.snapshot(extras=True))

@@ -55,11 +55,11 @@ def opened(pid: int | None = None, **options: Any) -> closing[LinuxSource]:
 
 
 def cpu_of(snapshot: Snapshot, tid: int) -> int:
-    return snapshot.thread_cpu_ns[snapshot.tids.index(tid)]
+    return snapshot.thread_cpu_ns[snapshot.roster.tids.index(tid)]
 
 
 def name_of(snapshot: Snapshot, tid: int) -> str:
-    return snapshot.names[snapshot.tids.index(tid)]
+    return snapshot.roster.names[snapshot.roster.tids.index(tid)]
 
 
 def descriptors() -> set[str]:
@@ -114,7 +114,7 @@ def test_another_process_is_what_psutil_says(start: Start) -> None:
     oracle = psutil.Process(target.pid)
     with opened(target.pid) as source:
         snapshot = source.snapshot(extras=True)
-        assert sorted(snapshot.tids) == sorted(target.tids.values())
+        assert sorted(snapshot.roster.tids) == sorted(target.tids.values())
         for thread in oracle.threads():
             psutil_ns = (thread.user_time + thread.system_time) * 1e9
             assert psutil_ns - MS <= cpu_of(snapshot, thread.id) <= psutil_ns + 2 * USER_TICK_NS + MS
@@ -169,7 +169,7 @@ def test_percentages_are_those_of_the_kernel(start: Start) -> None:
         for first, last in pairs:
             m = measure(first, last)
             tid = target.tids[name]
-            cpu_ns = m.thread_cpu_ns[last.tids.index(tid)]
+            cpu_ns = m.thread_cpu_ns[last.roster.tids.index(tid)]
             found.append(abs(cpu_ns - truth(name, first, last)) * 100 / m.elapsed_ns)
         return found
 
@@ -181,7 +181,7 @@ def test_percentages_are_those_of_the_kernel(start: Start) -> None:
         m = measure(first, last)
         process_ns = cpu_at(log["process"], last.monotonic_ns) - cpu_at(log["process"], first.monotonic_ns)
         assert abs(m.cpu_ns - process_ns) * 100 / m.elapsed_ns <= 1
-        busy = [m.thread_cpu_ns[last.tids.index(target.tids[f"burn-{i}"])] for i in (0, 1)]
+        busy = [m.thread_cpu_ns[last.roster.tids.index(target.tids[f"burn-{i}"])] for i in (0, 1)]
         assert min(busy) > 0.1 * m.elapsed_ns, "the threads that burn did not burn: nothing was proven"
 
 
@@ -212,7 +212,7 @@ def test_names_of_own_threads(name: bytes) -> None:
         snapshot = source.snapshot(extras=True)
         assert name_of(snapshot, thread.native_id) == name.decode("utf-8", "backslashreplace")
         assert snapshot.extras is not None
-        assert snapshot.extras.threads.states[snapshot.tids.index(thread.native_id)] == "sleeping"
+        assert snapshot.extras.threads.states[snapshot.roster.tids.index(thread.native_id)] == "sleeping"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -248,7 +248,7 @@ def test_names_of_many_threads_that_run_are_those_of_now(start: Start) -> None:
         target.ask(f"name {b'renamed'.hex()}")
         snapshot = source.snapshot()
         assert name_of(snapshot, target.pid) == "renamed"
-        assert sorted(set(snapshot.names) - {"renamed"}) == sorted(f"burn-{i}" for i in range(12))
+        assert sorted(set(snapshot.roster.names) - {"renamed"}) == sorted(f"burn-{i}" for i in range(12))
 
 
 def test_a_rename_beside_a_birth_is_not_missed(start: Start) -> None:
@@ -298,7 +298,7 @@ def test_a_newborn_thread_is_marked_and_counted_whole(start: Start) -> None:
         target.ask("end old")
         time.sleep(0.02)
         m = measure(first, source.snapshot())
-    index = m.last.tids.index(tid)
+    index = m.last.roster.tids.index(tid)
     assert m.born == {index}
     assert m.thread_cpu_ns[index] == pytest.approx(40 * MS, abs=10 * MS + KERNEL_TICK_NS)
     assert abs(m.unattributed_ns) <= 5 * MS + 2 * KERNEL_TICK_NS
@@ -318,7 +318,7 @@ def test_a_reused_tid_is_a_new_thread(start: Start) -> None:
             if new != old:
                 continue
             m = measure(first, source.snapshot())
-        index = m.last.tids.index(new)
+        index = m.last.roster.tids.index(new)
         assert name_of(m.last, new) == f"new{attempt}"
         assert m.born == {index}
         assert m.thread_cpu_ns[index] >= 59 * MS - KERNEL_TICK_NS
@@ -340,8 +340,8 @@ def test_a_reused_tid_in_our_own_process_is_a_new_thread() -> None:
                 if new.native_id != old.native_id:
                     continue
                 m = measure(first, source.snapshot())
-        index = m.last.tids.index(new.native_id)
-        assert m.last.names[index] == "new"
+        index = m.last.roster.tids.index(new.native_id)
+        assert m.last.roster.names[index] == "new"
         assert m.born == {index}
         assert m.thread_cpu_ns[index] >= 50 * MS
         return
@@ -451,7 +451,7 @@ def test_a_dead_main_thread_is_no_dead_process(start: Start) -> None:
         after = source.snapshot(extras=True)
         assert after.rss_bytes == pytest.approx(before.rss_bytes, rel=0.2)
         assert after.vm_bytes == before.vm_bytes
-        assert {"burn-0", "idle-0", "idle-1"} <= set(after.names)
+        assert {"burn-0", "idle-0", "idle-1"} <= set(after.roster.names)
         m = measure(before, after)
         assert m.warnings == ()
         assert m.born == frozenset()
@@ -471,8 +471,8 @@ def test_exec_in_mid_window(start: Start, command: str) -> None:
         m = measure(first, source.snapshot(extras=True))
         assert source.identity() == identity
     assert any("executed another program" in warning for warning in m.warnings)
-    assert m.born == set(range(len(m.last.tids)))
-    assert len(m.last.tids) == 2
+    assert m.born == set(range(len(m.last.roster)))
+    assert len(m.last.roster) == 2
     assert m.cpu_ns >= m.living_ns >= 0
     assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
 
@@ -484,7 +484,7 @@ def test_who_executes_is_called_as_what_it_executes() -> None:
         try:
             with opened(process.pid, program_of=ProgramDigest(KEY)) as source:
                 # Popen returns while it is still inside exec, where it has no command line yet.
-                eventually(lambda: source.snapshot(extras=True).tids and source.identity().program)
+                eventually(lambda: source.snapshot(extras=True).roster.tids and source.identity().program)
                 image, before = source.snapshot().image, source.identity()
                 assert process.stdin is not None
                 process.stdin.close()
@@ -660,8 +660,8 @@ def test_a_captured_tree_reads_as_it_was_written(capture: Path) -> None:
         snapshot = source.snapshot(extras=True)
         assert source.identity().boot_id == "0b7e5a4e-6c1f-4c7e-9c0d-1f6f0a3d5e21"
         assert source.identity().start_id == "4242-217667-0b7e5a4e"
-    assert snapshot.tids == (4242, 4243, 4244, 4245)
-    assert snapshot.names == ("python3", "render", "audio) S 1", "\\xff\\xfe")
+    assert snapshot.roster.tids == (4242, 4243, 4244, 4245)
+    assert snapshot.roster.names == ("python3", "render", "audio) S 1", "\\xff\\xfe")
     assert list(snapshot.thread_cpu_ns) == [346466470, 149242, 112667, 105086]
     assert snapshot.cpu_ns == 34 * USER_TICK_NS
     assert snapshot.cpu_grain_ns == 2 * USER_TICK_NS
@@ -728,7 +728,7 @@ def test_proc_by_another_path(start: Start) -> None:
             there.identity() == here.identity()
             or abs(there.identity().started_unix_ns - here.identity().started_unix_ns) < 10 * MS
         )
-        assert (a.tids, a.births, a.names, a.cpu_grain_ns) == (b.tids, b.births, b.names, b.cpu_grain_ns)
+        assert (a.roster, a.cpu_grain_ns) == (b.roster, b.cpu_grain_ns)
     with opened(root=root) as source:
         assert source.snapshot().source == "clock_gettime"
 
@@ -749,7 +749,7 @@ def test_another_pid_namespace_is_read_without_our_clocks() -> None:
         with opened(1, root=f"/proc/{child.pid}/root/proc") as source:
             snapshot = source.snapshot(extras=True)
             assert source.identity().name == "sleep"
-            assert snapshot.tids == (1,)
+            assert snapshot.roster.tids == (1,)
             assert snapshot.cpu_grain_ns == 2 * USER_TICK_NS
             assert snapshot.cpu_ns < 1000 * MS
     finally:
@@ -764,11 +764,11 @@ def test_the_proc_of_another_pid_namespace_is_not_taken_for_ours() -> None:
     """As in a sandbox that mounts none of its own: this process is read as itself, and no pid is guessed at."""
     code = """
         import os, sys, threading, time
-        from vitalsd.sources import SourceError
+        from vitalsd.sources.base import SourceError
         from vitalsd.sources.linux.source import LinuxSource
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
         source = LinuxSource()
-        print(os.getpid(), source.identity().name, len(source.snapshot().tids), source.snapshot().cpu_ns < 60 * 10**9)
+        print(os.getpid(), source.identity().name, len(source.snapshot().roster), source.snapshot().cpu_ns < 60 * 10**9)
         try:
             LinuxSource(1)
         except SourceError as error:
@@ -798,7 +798,7 @@ def test_few_descriptors_give_the_same_numbers(start: Start, budget: int) -> Non
         assert len(descriptors() - before) <= 5 + budget
         with opened(target.pid) as rich:
             a, b, c = poor.snapshot(), rich.snapshot(), poor.snapshot()
-        assert (a.tids, a.names) == (b.tids, b.names) == (c.tids, c.names)
+        assert (a.roster.tids, a.roster.names) == (b.roster.tids, b.roster.names) == (c.roster.tids, c.roster.names)
         # In between, because a thread of the target may still be on its way to sleep.
         for low, cpu_ns, high in zip(a.thread_cpu_ns, b.thread_cpu_ns, c.thread_cpu_ns, strict=True):
             assert low <= cpu_ns <= high
@@ -807,7 +807,7 @@ def test_few_descriptors_give_the_same_numbers(start: Start, budget: int) -> Non
         target.ask("end new")
         while os.path.exists(f"/proc/{target.pid}/task/{tid}"):
             time.sleep(0.001)
-        assert tid not in poor.snapshot().tids
+        assert tid not in poor.snapshot().roster.tids
 
 
 @contextmanager
@@ -825,7 +825,7 @@ def test_two_targets_leave_descriptors_for_others(start: Start) -> None:
     targets = [start("--idle", "60") for _ in range(2)]
     with descriptor_limit(len(descriptors()) + 80), opened(targets[0].pid) as a, opened(targets[1].pid) as b:
         for source in (a, b, a, b):
-            assert len(source.snapshot(extras=True).tids) == 61
+            assert len(source.snapshot(extras=True).roster) == 61
         spare = [os.open("/", os.O_RDONLY) for _ in range(8)]
         for fd in spare:
             os.close(fd)
@@ -886,7 +886,7 @@ def test_every_listed_process_can_be_read() -> None:
     for entry in list_processes():
         try:
             with opened(entry.pid) as source:
-                assert source.snapshot(extras=True).tids
+                assert source.snapshot(extras=True).roster.tids
         except (TargetGone, NoSuchProcess):
             assert not psutil.pid_exists(entry.pid)
         except AccessDenied:

@@ -37,7 +37,7 @@ from vitalsd.sources.darwin.apple_headers import (
 from vitalsd.sources.darwin.exit_status import ExitNote
 from vitalsd.sources.darwin.libsystem import LibSystem, MachError, ThreadRows, load
 from vitalsd.sources.darwin.task import Instant, Target, Totals, process_name, translated_errors
-from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
+from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads
 from vitalsd.sources.programs import ProgramOf, no_program
 
 __all__ = ["WALK_LIMIT", "LibprocSource"]
@@ -96,7 +96,7 @@ class LibprocSource:
         self._walk_limit = walk_limit
         self._ids = (c_uint64 * 64)()
         self._rows = ThreadRows()
-        self._threads = ThreadNames()
+        self._rosters = RosterReader()
         self._unique: proc_uniqidentifierinfo | None = proc_uniqidentifierinfo()
         self._program: tuple[int | str, ...] = ()
         """The image for which `Identity.program` was determined."""
@@ -165,7 +165,7 @@ class LibprocSource:
         begun_ns = time.monotonic_ns()
         living, before, after, instant = self._read(warnings)
         thread_cpu_ns = list(map(add, living.user_ns, living.system_ns))
-        self._threads.update(living.tids, living.names)
+        roster = self._rosters.read(living.tids, living.names)
         image = self._image()
         if image != self._program and target.read_program():
             self._program = image
@@ -188,10 +188,8 @@ class LibprocSource:
             # SIGSTOP suspends the task and leaves its threads waiting: only p_stat reports it (bsd/kern/kern_sig.c).
             state="stopped" if target.info.pbsd.pbi_status == SSTOP else living.main_state,
             image=image,
-            tids=self._threads.tids,
-            births=self._threads.births,
+            roster=roster,
             thread_cpu_ns=thread_cpu_ns,
-            names=self._threads.names,
             thread_grain_ns=THREAD_GRAIN_NS,
             thread_lag_ns=living.lag_ns,
             source="proc_pidinfo",

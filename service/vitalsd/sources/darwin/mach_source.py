@@ -26,7 +26,7 @@ from vitalsd.sources.darwin.apple_headers import (
 )
 from vitalsd.sources.darwin.libsystem import LibSystem, MachError, ThreadRows, load
 from vitalsd.sources.darwin.task import Instant, Target, Totals, translated_errors
-from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, ThreadNames, living_threads
+from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads
 from vitalsd.sources.programs import ProgramOf, no_program
 
 __all__ = ["MachSource"]
@@ -60,7 +60,7 @@ class MachSource:
         self._events = task_events_info()
         self._vm = task_vm_info()
         self._rows = ThreadRows()
-        self._threads = ThreadNames()
+        self._rosters = RosterReader()
         self._closed = False
 
     def identity(self) -> Identity:
@@ -88,7 +88,7 @@ class MachSource:
         living, before, after, instant = self._read()
         thread_cpu_ns = list(map(add, living.user_ns, living.system_ns))
         lib.task_info(self._basic)
-        self._threads.update(living.tids, living.names)
+        roster = self._rosters.read(living.tids, living.names)
         ended_ns = time.monotonic_ns()
         extra = self._extras(living, after, warnings) if extras else None
         return Snapshot(
@@ -104,10 +104,8 @@ class MachSource:
             vm_bytes=self._basic.virtual_size,
             state=living.main_state,
             image=None,
-            tids=self._threads.tids,
-            births=self._threads.births,
+            roster=roster,
             thread_cpu_ns=thread_cpu_ns,
-            names=self._threads.names,
             thread_grain_ns=THREAD_GRAIN_NS,
             thread_lag_ns=living.lag_ns,
             source="thread_info",

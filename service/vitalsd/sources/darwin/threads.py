@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vitalsd.snapshot import ThreadRoster
 from vitalsd.sources.darwin.apple_headers import (
     TH_STATE_HALTED,
     TH_STATE_RUNNING,
@@ -20,7 +21,7 @@ __all__ = [
     "RUN_STATES",
     "THREAD_GRAIN_NS",
     "Living",
-    "ThreadNames",
+    "RosterReader",
     "living_threads",
 ]
 
@@ -102,35 +103,28 @@ def living_threads(thread_ids: Sequence[int], rows: ThreadRows) -> Living:
     )
 
 
-class ThreadNames:
-    """
-    Ids and names of the threads of one snapshot after the other.
-
-    `tids`, `births` and `names` stay the same objects while nothing changes.
-    """
+class RosterReader:
+    """Makes the roster of one snapshot after the other. Threads have no start here: their ids are unique since boot."""
 
     def __init__(self) -> None:
         self._raw: Sequence[tuple[bytes]] = ()
         self._decoded: dict[bytes, str] = {}
-        self.tids: tuple[int, ...] = ()
-        self.births: tuple[int, ...] = ()
-        self.names: tuple[str, ...] = ()
+        self._roster = ThreadRoster()
 
-    def update(self, tids: Sequence[int], raw_names: Sequence[tuple[bytes]]) -> None:
+    def read(self, tids: Sequence[int], raw_names: Sequence[tuple[bytes]]) -> ThreadRoster:
         """
-        Take over the threads, by ascending id.
+        Return the roster of the threads with these ids, ascending; the same object while nothing changes.
 
         Args:
             raw_names: the 64 bytes of ``pth_name`` of each, in a tuple of their own.
         """
-        if (new := tuple(tids)) != self.tids:
-            self.tids = new
-            if len(new) != len(self.births):
-                self.births = (0,) * len(new)
+        names = self._roster.names
         if raw_names != self._raw:
             self._raw = raw_names
             known = self._decoded
             self._decoded = {
                 raw: known.get(raw) or decode_name(raw.partition(b"\0")[0]) for (raw,) in dict.fromkeys(raw_names)
             }
-            self.names = tuple(self._decoded[raw] for (raw,) in raw_names)
+            names = tuple(self._decoded[raw] for (raw,) in raw_names)
+        self._roster = ThreadRoster(tuple(tids), (0,) * len(tids), names).sharing(self._roster)
+        return self._roster

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
-from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras
+from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras, ThreadRoster
 from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 from vitalsd.sources.linux.cpu_counters import (
     GONE,
@@ -132,7 +132,9 @@ class LinuxSource:
             self.close()
             raise
         self._process_cut_ns = 0 if self._clock else 2 * USER_TICK_NS
-        self._seen: tuple[object, ...] = ()
+        self._seen_memory = -1, -1
+        """Pages of address space and of text when the main thread's stat was read last, and the threads of then."""
+        self._seen_threads = ThreadRoster()
         self._looked_ns = 0
         self._looked_cpu_ns = -1
         self._state: str | None = None
@@ -143,7 +145,7 @@ class LinuxSource:
         self._executions = 0
         self._image: tuple[int, ...] = ()
         self._program: tuple[tuple[int, ...], int] = (), -1
-        self._names: tuple[str, ...] = ()
+        self._named: ThreadRoster | None = None
         self._start_ns = stat.start_ticks * USER_TICK_NS
         self._identity = Identity(
             platform="linux",
@@ -241,10 +243,8 @@ class LinuxSource:
             vm_bytes=memory.vm_pages * PAGE_BYTES,
             state=self._state,
             image=self._image,
-            tids=threads.tids,
-            births=threads.births,
+            roster=threads.roster,
             thread_cpu_ns=thread_cpu_ns,
-            names=threads.names,
             thread_grain_ns=counter.grain_ns,
             thread_lag_ns=counter.lag_ns,
             source=counter.source,
@@ -265,10 +265,11 @@ class LinuxSource:
     def _follow_name(self) -> None:
         """A process is called as its main thread, which may rename itself."""
         assert self._threads is not None
-        if self._names is not self._threads.names:
-            self._names = self._threads.names
-            if self._pid in self._threads.tids:
-                name = self._names[self._threads.tids.index(self._pid)]
+        roster = self._threads.roster
+        if self._named is not roster:
+            self._named = roster
+            if self._pid in roster.tids:
+                name = roster.names[roster.tids.index(self._pid)]
                 if name != self._identity.name:
                     self._identity = self._identity._replace(name=name)
 
@@ -287,9 +288,11 @@ class LinuxSource:
         assert self._threads is not None
         vm, rss, text = parse_statm(os.pread(self._statm, 256, 0))
         memory = _Memory(vm, rss, text)
-        seen = self._seen
-        # Of the columns, because at exec by another thread than the main one all others end.
-        if closely or not vm or (vm, text, self._threads.tids) != seen or now_ns - self._looked_ns >= LOOK_EVERY_NS:
+        roster = self._threads.roster
+        # At exec by another thread than the main one all others end.
+        replaced = not roster.has_same_threads(self._seen_threads)
+        due = now_ns - self._looked_ns >= LOOK_EVERY_NS
+        if closely or due or not vm or replaced or (vm, text) != self._seen_memory:
             stat = leader = parse_stat(reread(self._leader))
             if vm or leader.flags & PF_KTHREAD:
                 self._member = self._pid
@@ -298,9 +301,8 @@ class LinuxSource:
             self._state = STATES.get(stat.state)
             if stat.state in "SD" and (closely or cpu_ns == self._looked_cpu_ns) and self._is_frozen(stat.state):
                 self._state = "frozen"
-            replaced = not seen or self._threads.tids is not seen[2]
             self._look_at(stat.image, memory, leader.name, replaced=replaced)
-            self._seen = memory.vm_pages, memory.text_pages, self._threads.tids
+            self._seen_memory, self._seen_threads = (memory.vm_pages, memory.text_pages), roster
             self._looked_ns, self._looked_cpu_ns = now_ns, cpu_ns
         return memory
 
@@ -318,7 +320,8 @@ class LinuxSource:
         known, known_text = self._program
         self._program = addresses or known, memory.text_pages
         executed = memory.text_pages != known_text or bool(addresses and known and addresses != known)
-        if not executed and memory.vm_pages < self._peak_pages and (replaced or memory.vm_pages != self._seen[0]):
+        replaced = replaced or memory.vm_pages != self._seen_memory[0]
+        if replaced and not executed and memory.vm_pages < self._peak_pages:
             peak = self._status().get("VmPeak")
             executed = peak is not None and peak // PAGE_BYTES < self._peak_pages
         self._peak_pages = memory.vm_pages if executed else max(self._peak_pages, memory.vm_pages)

@@ -12,10 +12,11 @@ nanosecond, is not seen by that; so once a second the threads are counted as wel
 import errno
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from operator import ne, sub
 
+from vitalsd.snapshot import ThreadRoster
 from vitalsd.sources.linux.cpu_counters import GONE, Reading, ThreadCounter, ThreadNames, read_file
 from vitalsd.sources.linux.procfs import Stat, parse_stat
 from vitalsd.sources.names import decode_name
@@ -49,8 +50,7 @@ class ThreadTable:
     """
     The threads below ``task/``, kept up to date from one `read` to the next.
 
-    `tids`, `births` (clock ticks after boot) and `names` are parallel, by ascending tid, and stay
-    the same objects while nothing changes.
+    `roster`, with starts in clock ticks after boot, stays the same object while nothing changes.
 
     Raises:
         OSError: from any method, with an errno of `GONE` when the process has no thread any more.
@@ -82,28 +82,26 @@ class ThreadTable:
         self._exited_ns: int | None = None
         self._total_ns = -1
         self._pause = self._paused = 0
-        self.tids: tuple[int, ...] = ()
-        self.births: tuple[int, ...] = ()
-        self.names: tuple[str, ...] = ()
+        self.roster = ThreadRoster()
         self.living_ns = 0
         """The CPU time of all of them as last read."""
         self.proved = 0
         """Readings that were proved instead of read in full."""
         try:
             self._relist()
-            self._links_count_threads = self._links() == len(self.tids)
+            self._links_count_threads = self._links() == len(self._rows)
         except BaseException:
             self.close()
             raise
 
     def read(self) -> list[int]:
         """
-        CPU time of each thread, ns, in the order of `tids`.
+        CPU time of each thread, ns, in the order of the roster.
 
         The last thing done is the reading itself, so that a total read next is read at the same time.
         """
         self._exited_ns = None
-        if self._links_count_threads and self._links() == len(self.tids) > 0 and self._read_all():
+        if self._links_count_threads and self._links() == len(self._rows) > 0 and self._read_all():
             return self._cpu_ns
         self._relist()
         self._read_all()
@@ -121,7 +119,7 @@ class ThreadTable:
             The times, the process's CPU time and that of its exited threads, all of one instant and
             exact; ``None`` if it cannot be proved this time and all must be read.
         """
-        exited_ns, count = self._exited_ns, len(self.tids)
+        exited_ns, count = self._exited_ns, len(self._rows)
         if exited_ns is None or not self._links_count_threads:
             return None
         if total_ns == self._total_ns:
@@ -170,15 +168,16 @@ class ThreadTable:
             self._renamed, self._named_ns = False, now_ns
         if due:
             self._looked_ns = now_ns
-            if self._links_count_threads and self._links() != len(self.tids):
+            if self._links_count_threads and self._links() != len(self._rows):
                 self._exited_ns = None
                 return False
         return True
 
     def stats(self) -> list[Stat | None]:
         """The ``stat`` of each thread; ``None`` for one that exited just now."""
-        stats = [self._stat(tid) for tid in self.tids]
-        return [stat if stat and stat.start_ticks == b else None for stat, b in zip(stats, self.births, strict=True)]
+        roster = self.roster
+        stats = [self._stat(tid) for tid in roster.tids]
+        return [stat if stat and stat.start_ticks == b else None for stat, b in zip(stats, roster.births, strict=True)]
 
     def close(self) -> None:
         """Release every handle."""
@@ -250,8 +249,8 @@ class ThreadTable:
                 return
             self._contents = contents
             names = tuple(decode_name(content[:-1]) for content in contents)
-        if names != self.names:
-            self.names = names
+        if names != self.roster.names:
+            self.roster = replace(self.roster, names=names)
             for thread, name in zip(self._rows, names, strict=True):
                 thread.name = name
 
@@ -268,8 +267,8 @@ class ThreadTable:
     def _prove_births(self) -> bool:
         """False, and listed anew, if the number of a thread that ran is another thread's by now."""
         for i in self._unsure:
-            stat = self._stat(self.tids[i])
-            if stat is not None and stat.start_ticks != self.births[i]:
+            stat = self._stat(self.roster.tids[i])
+            if stat is not None and stat.start_ticks != self.roster.births[i]:
                 self._relist()
                 return False
         self._unsure.clear()
@@ -312,9 +311,11 @@ class ThreadTable:
     def _hold(self, found: dict[int, _Thread]) -> None:
         threads = self._rows = list(found.values())
         self._threads = found
-        self.tids = tuple(found)
-        self.births = tuple(thread.birth for thread in threads)
-        self.names = tuple(thread.name for thread in threads)
+        self.roster = ThreadRoster(
+            tids=tuple(found),
+            births=tuple(thread.birth for thread in threads),
+            names=tuple(thread.name for thread in threads),
+        ).sharing(self.roster)
         self._handles = [thread.handle for thread in threads]
         self._readings = [thread.reading for thread in threads]
         self._cpu_ns = [thread.cpu_ns for thread in threads]
