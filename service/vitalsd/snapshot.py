@@ -297,63 +297,24 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
     elapsed_ns = last.monotonic_ns - first.monotonic_ns
     if elapsed_ns <= 0:
         raise ValueError(f"last was taken {-elapsed_ns} ns before first")
-    warnings = list(dict.fromkeys(first.warnings + last.warnings))
-    if last.state in HALTED:
-        warnings.append(HALTED[last.state])
-
     suspended_ns = (last.boottime_ns - first.boottime_ns) - elapsed_ns
     if suspended_ns < SUSPEND_GRAIN_NS:
         suspended_ns = 0
-    else:
-        warnings.append(f"the machine slept {suspended_ns / 1e9:.1f} s inside the window")
-
-    comparable = _comparable(first, last)
-    if not comparable:
-        if first.reading != last.reading:
-            warnings.append("CPU counters contradicted each other inside the window; its threads have no figure")
-        else:
-            warnings.append("the target executed another program inside the window; its threads restart there")
-
-    matched, born, gone = _match(first, last, comparable)
-    if matched is None:
-        deltas = list(map(sub, last.thread_cpu_ns, first.thread_cpu_ns))
-    else:
-        deltas = [0] * len(last.roster)
-        for b, a in matched:
-            deltas[b] = last.thread_cpu_ns[b] - first.thread_cpu_ns[a]
-    known = born if comparable else ()
-    for b in known:
-        deltas[b] = last.thread_cpu_ns[b]
-
-    cpu_ns = last.cpu_ns - first.cpu_ns
-    unknown: Collection[int] = range(len(deltas))
-    contradicted = None
-    if comparable and not born and not gone and _all_idle(first, last, deltas):
-        contradicted = _idle_words(first, last)
-    elif comparable:
-        unknown = _wrong(first, last, deltas)
-        if unknown:
-            contradicted = _wrong_words(first, last, unknown[0], deltas[unknown[0]])
+    warnings = _warnings(first, last, suspended_ns)
+    match = _match(first, last)
+    deltas = _deltas(first, last, match)
+    contradicted, unknown = _contradicted(first, last, match, deltas)
     if contradicted is not None:
         warnings.append(contradicted)
         for i in unknown:
             deltas[i] = 0
+    cpu_ns = last.cpu_ns - first.cpu_ns
     if cpu_ns < 0:
         warnings.append("the CPU clock of the process went backwards and counts as 0")
         cpu_ns = 0
     living_ns = sum(deltas)
-    exited_ns = 0
-    if not unknown:
-        exited_ns = _exited(first, last, sum(gone), limit=cpu_ns)
-
-    ran = len(deltas) - deltas.count(0)
-    at_once = min(ran, 1 + living_ns // elapsed_ns)
-    cpu_error_ns = (
-        last.cpu_grain_ns
-        + last.thread_lag_ns * at_once
-        + max(first.skew_ns, last.skew_ns) * max(at_once, 1 if cpu_ns else 0)
-    )
-    thread_user_ns, user_ns = _split(first, last, matched, known, deltas, cpu_ns)
+    exited_ns = 0 if unknown else _exited(first, last, sum(match.gone_ns), limit=cpu_ns)
+    thread_user_ns, user_ns = _split(first, last, match, deltas, cpu_ns)
     if thread_user_ns is not None:
         for i in unknown:
             thread_user_ns[i] = None
@@ -366,9 +327,9 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         living_ns=living_ns,
         exited_ns=exited_ns,
         unattributed_ns=cpu_ns - living_ns - exited_ns,
-        cpu_error_ns=cpu_error_ns,
+        cpu_error_ns=_cpu_error_ns(first, last, deltas, elapsed_ns, has_run=cpu_ns > 0),
         thread_cpu_ns=deltas,
-        born=frozenset(born),
+        born=frozenset(match.born),
         unknown=frozenset(unknown),
         contradiction=contradicted,
         thread_user_ns=thread_user_ns,
@@ -377,6 +338,53 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         qos_ns=_qos(first.extras, last.extras),
         warnings=tuple(warnings),
     )
+
+
+def _warnings(first: Snapshot, last: Snapshot, suspended_ns: int) -> list[str]:
+    """Return what is odd about the window, but for contradictions of its counters."""
+    warnings = list(dict.fromkeys(first.warnings + last.warnings))
+    if last.state in HALTED:
+        warnings.append(HALTED[last.state])
+    if suspended_ns:
+        warnings.append(f"the machine slept {suspended_ns / 1e9:.1f} s inside the window")
+    if first.reading != last.reading:
+        warnings.append("CPU counters contradicted each other inside the window; its threads have no figure")
+    elif not _comparable(first, last):
+        warnings.append("the target executed another program inside the window; its threads restart there")
+    return warnings
+
+
+def _deltas(first: Snapshot, last: Snapshot, match: "_Match") -> list[int]:
+    """Return how much each counter of `last` grew, ns; for a thread without a counter in `first`, all of it or 0."""
+    if match.pairs is None:
+        return list(map(sub, last.thread_cpu_ns, first.thread_cpu_ns))
+    deltas = [0] * len(last.roster)
+    for b, a in match.pairs:
+        deltas[b] = last.thread_cpu_ns[b] - first.thread_cpu_ns[a]
+    for b in match.counted_born:
+        deltas[b] = last.thread_cpu_ns[b]
+    return deltas
+
+
+def _contradicted(
+    first: Snapshot, last: Snapshot, match: "_Match", deltas: Sequence[int]
+) -> tuple[str | None, Collection[int]]:
+    """Return how the counters contradict each other, as a sentence, and the indexes of threads without a figure."""
+    every = range(len(deltas))
+    if not match.comparable:
+        return None, every
+    if not match.born and not match.gone_ns and _all_idle(first, last, deltas):
+        return _idle_words(first, last), every
+    wrong = _wrong(first, last, deltas)
+    return _wrong_words(first, last, wrong[0], deltas[wrong[0]]) if wrong else None, wrong
+
+
+def _cpu_error_ns(first: Snapshot, last: Snapshot, deltas: list[int], elapsed_ns: int, *, has_run: bool) -> int:
+    """Return half the width of the error bar of the process's CPU time, ns."""
+    ran = len(deltas) - deltas.count(0)
+    at_once = min(ran, 1 + sum(deltas) // elapsed_ns)
+    skew_ns = max(first.skew_ns, last.skew_ns)
+    return last.cpu_grain_ns + last.thread_lag_ns * at_once + skew_ns * max(at_once, 1 if has_run else 0)
 
 
 def _comparable(first: Snapshot, last: Snapshot) -> bool:
@@ -418,28 +426,38 @@ def _wrong_words(first: Snapshot, last: Snapshot, thread: int, delta_ns: int) ->
     return f"thread {last.roster.tids[thread]} {used}"
 
 
-def _match(
-    first: Snapshot, last: Snapshot, comparable: bool
-) -> tuple[list[tuple[int, int]] | None, Sequence[int], Sequence[int]]:
-    """
-    Pairs (index in last, index in first), the indexes born since, and the CPU time at `first` of those gone, ns.
+class _Match(NamedTuple):
+    """Which threads of two snapshots are the same."""
 
-    No pairs but ``None``: every thread is at its old place.
-    """
-    if not comparable:
-        return [], range(len(last.roster)), ()
+    comparable: bool
+    pairs: Sequence[tuple[int, int]] | None = None
+    """(index in last, index in first); ``None``: every thread is at its old place."""
+    born: Sequence[int] = ()
+    """Indexes of those that are only in the last."""
+    gone_ns: Sequence[int] = ()
+    """CPU time of those that are only in the first, ns."""
+
+    @property
+    def counted_born(self) -> Sequence[int]:
+        """Those of `born` whose counter began in the window."""
+        return self.born if self.comparable else ()
+
+
+def _match(first: Snapshot, last: Snapshot) -> _Match:
+    if not _comparable(first, last):
+        return _Match(comparable=False, pairs=(), born=range(len(last.roster)))
     if first.roster.has_same_threads(last.roster):
-        return None, (), ()
+        return _Match(comparable=True)
     before = {key: i for i, key in enumerate(zip(first.roster.tids, first.roster.births, strict=True))}
-    matched: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     born: list[int] = []
     for b, key in enumerate(zip(last.roster.tids, last.roster.births, strict=True)):
         a = before.pop(key, None)
         if a is None:
             born.append(b)
         else:
-            matched.append((b, a))
-    return matched, born, [first.thread_cpu_ns[a] for a in before.values()]
+            pairs.append((b, a))
+    return _Match(comparable=True, pairs=pairs, born=born, gone_ns=[first.thread_cpu_ns[a] for a in before.values()])
 
 
 def _exited(first: Snapshot, last: Snapshot, gone_ns: int, limit: int) -> int:
@@ -458,26 +476,21 @@ def _exited(first: Snapshot, last: Snapshot, gone_ns: int, limit: int) -> int:
 
 
 def _split(
-    first: Snapshot,
-    last: Snapshot,
-    matched: Sequence[tuple[int, int]] | None,
-    born: Sequence[int],
-    deltas: Sequence[int],
-    cpu_ns: int,
+    first: Snapshot, last: Snapshot, match: _Match, deltas: Sequence[int], cpu_ns: int
 ) -> tuple[list[int | None] | None, int | None]:
-    """The user-mode part of each thread's and of the process's CPU time."""
+    """Return the user-mode part of each thread's and of the process's CPU time, ns."""
     a, b = first.extras, last.extras
     if a is None or b is None:
         return None, None
     places = range(len(deltas))
     threads: list[int | None] = [None] * len(deltas)
-    for i, j in zip(places, places, strict=True) if matched is None else matched:
+    for i, j in zip(places, places, strict=True) if match.pairs is None else match.pairs:
         threads[i] = _user_part(
             deltas[i],
             b.threads.user_ns[i] - a.threads.user_ns[j],
             b.threads.system_ns[i] - a.threads.system_ns[j],
         )
-    for i in born:
+    for i in match.counted_born:
         threads[i] = _user_part(deltas[i], b.threads.user_ns[i], b.threads.system_ns[i])
     user_ns = None
     if None not in (a.user_ns, b.user_ns, a.system_ns, b.system_ns):

@@ -32,6 +32,11 @@ MAX_BYTES = 8 << 20
 MAX_KEPT = 16
 """Different answers kept of one measurement, of no more than `MAX_BYTES` together."""
 
+SIZES = tuple(name for name in Extras._fields if name.endswith("_bytes"))
+"""Shown in KiB, as a field that ends in ``_kb``."""
+COUNTS = tuple(name for name in Extras._fields if name != "threads" and not name.endswith(("_bytes", "_ns")))
+"""Shown as they are. What ends in ``_ns`` is shown as a rate, by `measure`."""
+
 DECIMALS = 3
 """Of every percentage: 0.001 % of a second is 10 µs."""
 
@@ -181,61 +186,15 @@ def _ms(ns: int) -> int:
 
 
 def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms: int, mode: str) -> dict[str, Any]:
-    def percent(ns: int | None) -> float | None:
-        return None if ns is None else round(ns * 100 / m.elapsed_ns, DECIMALS)
-
-    def bar(ns: int) -> float:
-        # Rounded up, with room for what rounding does to the figure that it is the bar of.
-        unit = float(10**DECIMALS)
-        return math.ceil(ns * 100 * unit / m.elapsed_ns + 0.5) / unit
-
-    def kb(size: int | None) -> int | None:
-        return None if size is None else size // 1024
-
     last, warnings = m.last, list(m.warnings)
     extras = last.extras
     if extras is None:
         extras = _no_extras(len(last.roster))
         warnings.append("the record has no states, priorities, user/system split, faults or descriptors: null")
-    user_ns = m.thread_user_ns or [None] * len(last.roster)
     return {
         "sample_window_ms": _ms(m.elapsed_ns),
-        "process": {
-            "cpu_percent": percent(m.cpu_ns),
-            "rss_kb": kb(last.rss_bytes),
-            "vm_size_kb": kb(last.vm_bytes),
-            "uptime_secs": round(last.uptime_ns / 1e9, DECIMALS),
-            "user_percent": percent(m.user_ns),
-            "system_percent": percent(_rest(m.cpu_ns, m.user_ns)),
-            "cpu_percent_error": bar(m.cpu_error_ns),
-            "footprint_kb": kb(extras.footprint_bytes),
-            "peak_rss_kb": kb(extras.peak_rss_bytes),
-            "swap_kb": kb(extras.swap_bytes),
-            "thread_count": len(last.roster),
-            "open_fds": extras.open_fds,
-            "minor_faults": extras.minor_faults,
-            "major_faults": extras.major_faults,
-            "idle_wakeups": extras.idle_wakeups,
-            "interrupt_wakeups": extras.interrupt_wakeups,
-            "energy_nj": extras.energy_nj,
-            "p_core_percent": percent(m.p_core_ns),
-            "qos_percent": None if m.qos_ns is None else {name: percent(ns) for name, ns in m.qos_ns.items()},
-        },
-        "threads": [
-            {
-                "tid": last.roster.tids[i],
-                "name": last.roster.names[i],
-                "cpu_percent": percent(None if i in m.unknown else m.thread_cpu_ns[i]),
-                "user_percent": percent(user_ns[i]),
-                "system_percent": percent(_rest(m.thread_cpu_ns[i], user_ns[i])),
-                "cpu_percent_error": None if i in m.unknown else bar(m.thread_error_ns(i)),
-                "cpu_time_ns": last.thread_cpu_ns[i],
-                "state": extras.threads.states[i],
-                "priority": extras.threads.priorities[i],
-                "born_in_window": i in m.born,
-            }
-            for i in order
-        ],
+        "process": _full_process(m, extras),
+        "threads": _full_threads(m, extras, order),
         "platform": identity.platform,
         "schema": 1,
         "target": target_json(identity),
@@ -248,10 +207,10 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             "suspended": m.suspended_ns > 0,
         },
         "accounting": {
-            "process_percent": percent(m.cpu_ns),
-            "living_percent": percent(m.living_ns),
-            "exited_percent": percent(m.exited_ns),
-            "unattributed_percent": percent(m.unattributed_ns),
+            "process_percent": _percent(m, m.cpu_ns),
+            "living_percent": _percent(m, m.living_ns),
+            "exited_percent": _percent(m, m.exited_ns),
+            "unattributed_percent": _percent(m, m.unattributed_ns),
         },
         "resolution": {
             "cpu_ns": last.thread_grain_ns,
@@ -269,9 +228,62 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
     }
 
 
+def _full_process(m: Measurement, extras: Extras) -> dict[str, Any]:
+    last = m.last
+    sizes = {f"{name.removesuffix('_bytes')}_kb": _kb(getattr(extras, name)) for name in SIZES}
+    return {
+        "cpu_percent": _percent(m, m.cpu_ns),
+        "rss_kb": _kb(last.rss_bytes),
+        "vm_size_kb": _kb(last.vm_bytes),
+        "uptime_secs": round(last.uptime_ns / 1e9, DECIMALS),
+        "user_percent": _percent(m, m.user_ns),
+        "system_percent": _percent(m, _rest(m.cpu_ns, m.user_ns)),
+        "cpu_percent_error": _error_percent(m, m.cpu_error_ns),
+        **sizes,
+        "thread_count": len(last.roster),
+        **{name: getattr(extras, name) for name in COUNTS},
+        "p_core_percent": _percent(m, m.p_core_ns),
+        "qos_percent": None if m.qos_ns is None else {name: _percent(m, ns) for name, ns in m.qos_ns.items()},
+    }
+
+
+def _full_threads(m: Measurement, extras: Extras, order: Sequence[int]) -> list[dict[str, Any]]:
+    last, roster = m.last, m.last.roster
+    user_ns = m.thread_user_ns or [None] * len(roster)
+    return [
+        {
+            "tid": roster.tids[i],
+            "name": roster.names[i],
+            "cpu_percent": None if i in m.unknown else _percent(m, m.thread_cpu_ns[i]),
+            "user_percent": _percent(m, user_ns[i]),
+            "system_percent": _percent(m, _rest(m.thread_cpu_ns[i], user_ns[i])),
+            "cpu_percent_error": None if i in m.unknown else _error_percent(m, m.thread_error_ns(i)),
+            "cpu_time_ns": last.thread_cpu_ns[i],
+            "state": extras.threads.states[i],
+            "priority": extras.threads.priorities[i],
+            "born_in_window": i in m.born,
+        }
+        for i in order
+    ]
+
+
 def _no_extras(threads: int) -> Extras:
     nothing = (None,) * threads
     return Extras(threads=ThreadExtras(user_ns=(), system_ns=(), states=nothing, priorities=nothing))
+
+
+def _percent(m: Measurement, ns: int | None) -> float | None:
+    return None if ns is None else round(ns * 100 / m.elapsed_ns, DECIMALS)
+
+
+def _error_percent(m: Measurement, ns: int) -> float:
+    # Rounded up, with room for what rounding does to the figure that it is the error bar of.
+    unit = float(10**DECIMALS)
+    return math.ceil(ns * 100 * unit / m.elapsed_ns + 0.5) / unit
+
+
+def _kb(size: int | None) -> int | None:
+    return None if size is None else size // 1024
 
 
 def _rest(whole: int, part: int | None) -> int | None:
