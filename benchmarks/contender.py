@@ -23,11 +23,11 @@ def full(pid: int) -> Callable[[], object]:
     from vitalsd.sources.linux.source import LinuxSource
 
     source = LinuxSource(pid)
-    threads = source._threads
-    assert threads is not None
+    times = source._times
+    assert times is not None
 
     def snapshot() -> object:
-        threads._exited_ns = None  # without it nothing can be proved
+        times._exited_ns = None  # without it nothing can be proved
         return source.snapshot(names=False)
 
     return snapshot
@@ -38,13 +38,13 @@ def full_with_names(pid: int) -> Callable[[], object]:
     from vitalsd.sources.linux.source import LinuxSource
 
     source = LinuxSource(pid)
-    threads = source._threads
-    assert threads is not None
+    times = source._times
+    assert times is not None
 
     def snapshot() -> object:
-        threads._exited_ns = None
-        threads._renamed = True
-        threads._looked_ns = threads._named_ns = source._looked_ns = 0
+        times._exited_ns = None
+        times._may_be_renamed = True
+        times._counted_ns = times._named_ns = source._program._looked_ns = 0
         return source.snapshot(names=False)
 
     return snapshot

@@ -189,7 +189,7 @@ def test_the_tests_that_reliability_names_are_there() -> None:
 
 LINUX_ALONE = {
     ("spawn.py", "os.memfd_create"),
-    ("source.py", "os.pidfd_open"),
+    ("process_files.py", "os.pidfd_open"),
     ("peer.py", "socket.AF_NETLINK"),
     ("peer.py", "socket.SOCK_CLOEXEC"),
     ("peer.py", "socket.SOCK_NONBLOCK"),

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.target import Target
-from vitalsd.sources.linux.cpu_counters import Reading, SchedstatFiles, ThreadNames
+from vitalsd.sources.linux.cpu_counters import CommFiles, Reading, SchedstatFiles
 from vitalsd.sources.linux.procfs import parse_run_times
-from vitalsd.sources.linux.threads import LOOK_EVERY_NS, ThreadTable
+from vitalsd.sources.linux.thread_times import COUNT_EVERY_NS, ThreadTimes
+from vitalsd.sources.linux.threads import ThreadList
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -101,13 +102,14 @@ def test_what_is_proved_is_true(
     """Whoever runs, is born or exits between two readings: an accepted reading has every value right."""
     tree = Tree(tmp_path_factory.mktemp("task"), threads)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
+    times = ThreadTimes(table)
     try:
         for _ in taken(tree, steps, few=few):
-            proved = table.read_proved(tree.clock(), tree.clock)
+            proved = times.read_hot(tree.clock(), tree.clock)
             if proved is None:
-                assert table.read() == [tree.run_ns[tid] for tid in sorted(tree.run_ns)]
-                table.calibrate(tree.clock(), tree.exited_ns)
+                assert times.read() == [tree.run_ns[tid] for tid in sorted(tree.run_ns)]
+                times.set_exited_total(tree.clock(), tree.exited_ns)
             else:
                 assert dict(zip(table.roster.tids, proved[0], strict=True)) == tree.run_ns
                 assert proved[1:] == (tree.clock(), tree.exited_ns)
@@ -127,39 +129,41 @@ def test_looking_only_at_what_changed_is_looking_at_all(
     """
     tree = Tree(tmp_path_factory.mktemp("task"), threads)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    table = ThreadList(task_fd, BoundFiles(task_fd, 1000), CommFiles(task_fd, 100))
+    times = ThreadTimes(table)
     handed_out = []
     try:
         for number, steps in enumerate(between, 1):
             deque(taken(tree, steps, few=False), maxlen=0)
-            proved = table.read_proved(tree.clock(), tree.clock) if data.draw(st.booleans()) else None
-            times = proved[0] if proved else table.read()
-            table.calibrate(tree.clock(), tree.exited_ns)
-            handed_out.append((times, list(times)))
-            assert dict(zip(table.roster.tids, times, strict=True)) == tree.run_ns
-            assert table.living_ns == sum(times)
-            assert table.look_around(number * LOOK_EVERY_NS, names=True)
+            proved = times.read_hot(tree.clock(), tree.clock) if data.draw(st.booleans()) else None
+            cpu_ns = proved[0] if proved else times.read()
+            times.set_exited_total(tree.clock(), tree.exited_ns)
+            handed_out.append((cpu_ns, list(cpu_ns)))
+            assert dict(zip(table.roster.tids, cpu_ns, strict=True)) == tree.run_ns
+            assert times.living_ns == sum(cpu_ns)
+            assert times.refresh_list(number * COUNT_EVERY_NS, names=True)
             assert dict(zip(table.roster.tids, table.roster.names, strict=True)) == tree.names
     finally:
         table.close()
         os.close(task_fd)
-    assert all(times == as_it_was for times, as_it_was in handed_out)
+    assert all(cpu_ns == as_it_was for cpu_ns, as_it_was in handed_out)
 
 
 def test_a_few_hot_threads_are_proved_and_many_are_read(tmp_path: Path) -> None:
     """With one thread of forty running, nearly every reading is proved; with all running, none is tried for long."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
+    times = ThreadTimes(table)
 
     def readings(count: int, who: Callable[[int], int]) -> int:
-        before = table.proved
+        before = times.proved
         for number in range(count):
             tree.burn(1 + who(number) % 40, 1000)
-            if table.read_proved(tree.clock(), tree.clock) is None:
-                table.read()
-                table.calibrate(tree.clock(), tree.exited_ns)
-        return table.proved - before
+            if times.read_hot(tree.clock(), tree.clock) is None:
+                times.read()
+                times.set_exited_total(tree.clock(), tree.exited_ns)
+        return times.proved - before
 
     assert readings(50, lambda _: 3) >= 47
     assert readings(400, lambda number: number * 7) <= 40
@@ -172,19 +176,20 @@ def test_who_has_never_run_is_seen_within_a_second(tmp_path: Path) -> None:
     """A thread that was created and has not run for a nanosecond is missing for a second at most."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
+    times = ThreadTimes(table)
     tree.burn(3, 1000)
-    table.read()
-    table.calibrate(tree.clock(), tree.exited_ns)
-    assert table.look_around(LOOK_EVERY_NS, names=True)
+    times.read()
+    times.set_exited_total(tree.clock(), tree.exited_ns)
+    assert times.refresh_list(COUNT_EVERY_NS, names=True)
     tree.born(41, 0)
     tree.burn(3, 1000)
-    assert table.read_proved(tree.clock(), tree.clock) is not None
-    assert table.look_around(2 * LOOK_EVERY_NS - 1, names=True)
-    assert not table.look_around(2 * LOOK_EVERY_NS, names=True)
-    assert table.read_proved(tree.clock(), tree.clock) is None
-    assert len(table.read()) == 41
-    assert table.look_around(3 * LOOK_EVERY_NS, names=True)
+    assert times.read_hot(tree.clock(), tree.clock) is not None
+    assert times.refresh_list(2 * COUNT_EVERY_NS - 1, names=True)
+    assert not times.refresh_list(2 * COUNT_EVERY_NS, names=True)
+    assert times.read_hot(tree.clock(), tree.clock) is None
+    assert len(times.read()) == 41
+    assert times.refresh_list(3 * COUNT_EVERY_NS, names=True)
     table.close()
     os.close(task_fd)
 
@@ -207,11 +212,12 @@ def test_out_of_descriptors_nothing_is_read_that_is_closed(
 
     monkeypatch.setattr("vitalsd.sources.linux.cpu_counters.os.open", scarce)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-        ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+        ThreadList(task_fd, BoundFiles(task_fd, 1000), CommFiles(task_fd, 100))
     monkeypatch.undo()
     assert len(os.listdir("/proc/self/fd")) == held
 
-    table = ThreadTable(task_fd, BoundFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    table = ThreadList(task_fd, BoundFiles(task_fd, 1000), CommFiles(task_fd, 100))
+    times = ThreadTimes(table)
     for tid in (2, 5):
         tree.exit(tid)
     for tid in range(1, 13):
@@ -222,10 +228,10 @@ def test_out_of_descriptors_nothing_is_read_that_is_closed(
     calls = iter(range(100))
     monkeypatch.setattr("vitalsd.sources.linux.cpu_counters.os.open", scarce)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-        table.read()
+        times.read()
     monkeypatch.undo()
-    times = table.read()
-    assert dict(zip(table.roster.tids, times, strict=True)) == tree.run_ns
+    cpu_ns = times.read()
+    assert dict(zip(table.roster.tids, cpu_ns, strict=True)) == tree.run_ns
     assert dict(zip(table.roster.tids, table.roster.names, strict=True)) == tree.names
     table.close()
     assert len(os.listdir("/proc/self/fd")) == held
@@ -236,15 +242,16 @@ def test_newcomers_do_not_keep_names_from_being_read(tmp_path: Path) -> None:
     """Though each second a new thread is found, a name given by another thread is seen at once."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
-    table.read()
-    assert table.look_around(LOOK_EVERY_NS, names=True)
+    table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
+    times = ThreadTimes(table)
+    times.read()
+    assert times.refresh_list(COUNT_EVERY_NS, names=True)
     tree.call(20, "renamed")
     for second in range(2, 12):
         tree.born(100 + second, 0)
-        if not table.look_around(second * LOOK_EVERY_NS, names=True):
-            table.read()
-            assert table.look_around(second * LOOK_EVERY_NS, names=True)
+        if not times.refresh_list(second * COUNT_EVERY_NS, names=True):
+            times.read()
+            assert times.refresh_list(second * COUNT_EVERY_NS, names=True)
     assert table.roster.names[19] == "renamed"
     assert len(table.roster) == 40 + 10
     table.close()
@@ -265,20 +272,21 @@ def test_thousands_of_proved_readings_equal_full_ones(start: Callable[..., Targe
         return time.clock_gettime_ns(clock_id)
 
     task_fd = os.open(f"/proc/{target.pid}/task", os.O_RDONLY)
-    table = ThreadTable(task_fd, SchedstatFiles(task_fd, 1000), ThreadNames(task_fd, 100))
+    table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
+    times = ThreadTimes(table)
     checked = 0
     target.tell("churn_for 3 20")
     deadline = time.monotonic() + 60
     while checked < 1500 and time.monotonic() < deadline:
-        proved = table.read_proved(clock(), clock)
+        proved = times.read_hot(clock(), clock)
         if proved is None:
             before = clock()
-            living_ns = sum(table.read())
+            living_ns = sum(times.read())
             after = clock()
             if before == after:
-                table.calibrate(after, after - living_ns)
+                times.set_exited_total(after, after - living_ns)
             continue
-        times, total_ns, _ = proved
+        cpu_ns, total_ns, _ = proved
         try:
             full = parse_run_times(
                 [Path(f"/proc/{target.pid}/task/{tid}/schedstat").read_bytes() for tid in table.roster.tids]
@@ -286,7 +294,7 @@ def test_thousands_of_proved_readings_equal_full_ones(start: Callable[..., Targe
         except (FileNotFoundError, ProcessLookupError):
             continue
         if clock() == total_ns:
-            assert list(times) == full
+            assert list(cpu_ns) == full
             checked += 1
         time.sleep(0.0005)
     table.close()

@@ -31,7 +31,7 @@ from vitalsd.sources import list_processes, open_source
 from vitalsd.sources.base import AccessDenied, Ending, NoSuchProcess, Source, TargetGone, Unsupported
 from vitalsd.sources.linux.cpu_counters import KERNEL_TICK_NS, USER_TICK_NS
 from vitalsd.sources.linux.source import LinuxSource
-from vitalsd.sources.linux.threads import NAMES_EVERY_NS
+from vitalsd.sources.linux.thread_times import NAMES_EVERY_NS
 from vitalsd.sources.programs import ProgramDigest
 
 pytestmark = [

@@ -1,15 +1,15 @@
 """
-Three ways to read how long the threads of a Linux process ran.
+Three ways to read how long the threads of a Linux process ran, and its own clock.
 
 `ThreadClocks` for our own process, `SchedstatFiles` for any other, `StatFiles` on a kernel without
-schedstat. `vitalsd.sources.linux.threads` keeps the set of threads.
+schedstat. `vitalsd.sources.linux.thread_times` reads by them.
 """
 
 import errno
 import os
 import resource
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import repeat
 from typing import Any, Protocol
 
@@ -19,12 +19,14 @@ __all__ = [
     "GONE",
     "KERNEL_TICK_NS",
     "USER_TICK_NS",
+    "CommFiles",
     "Reading",
     "SchedstatFiles",
     "StatFiles",
     "ThreadClocks",
     "ThreadCounter",
-    "ThreadNames",
+    "counts_run_times",
+    "process_clock",
     "read_file",
     "reread",
 ]
@@ -121,6 +123,47 @@ class ThreadClocks:
         return list(readings)
 
 
+def process_clock(pid: int) -> int | None:
+    """
+    Return the id of the CPU clock of a process for `time.clock_gettime_ns`; ``None`` if it cannot be read.
+
+    Args:
+        pid: in the pid namespace of this process.
+    """
+    clock_id = (~pid << 3) | 2  # CPUCLOCK_SCHED of a process, linux/posix-timers_types.h
+    try:
+        time.clock_gettime_ns(clock_id)
+    except OSError:
+        return None
+    return clock_id
+
+
+def counts_run_times(task_fd: int, total_ns: Callable[[], int]) -> bool:
+    """
+    Return whether the kernel counts run times in ``schedstat``.
+
+    One that does not has no such file, or "0 0 0" for every thread, while the process has used CPU time. A thread
+    that has run once has more than 0.
+
+    Args:
+        task_fd: ``/proc/<pid>/task``.
+        total_ns: reads the CPU time of the process, ns.
+
+    Raises:
+        OSError: a file cannot be read, and not because its thread has exited.
+    """
+    found = False
+    for tid in os.listdir(task_fd):
+        try:
+            if parse_run_times([read_file(f"{tid}/schedstat", task_fd)])[0]:
+                return True
+            found = True
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+    return found and total_ns() == 0
+
+
 class _Files:
     """One file per thread, held open up to a budget; a handle below 0 is a tid opened at each read."""
 
@@ -201,7 +244,7 @@ class StatFiles(_Files):
         return list(readings)
 
 
-class ThreadNames(_Files):
+class CommFiles(_Files):
     """``comm`` of each thread: its name, which any thread of the process may change."""
 
     file = "comm"

@@ -1,0 +1,61 @@
+"""What only ``detail=full`` shows of a Linux process: a field of `Extras` is read here."""
+
+import os
+
+from vitalsd.snapshot import Extras, ThreadExtras
+from vitalsd.sources.linux.cpu_counters import USER_TICK_NS
+from vitalsd.sources.linux.process_files import ProcessFiles
+from vitalsd.sources.linux.procfs import STATES, Stat
+
+__all__ = ["read_extras"]
+
+
+def read_extras(files: ProcessFiles, threads: list[Stat | None], warnings: list[str]) -> Extras:
+    """
+    Read the extras of a snapshot. What cannot be read is ``None``, with the reason in `warnings`.
+
+    Args:
+        threads: the ``stat`` of each, ``None`` for one that has exited.
+
+    Raises:
+        OSError, Malformed: as a file of the process gave it.
+    """
+    total, sizes = files.process_stat(), files.status()
+    return Extras(
+        threads=ThreadExtras(
+            user_ns=[stat.utime_ticks * USER_TICK_NS if stat else 0 for stat in threads],
+            system_ns=[stat.stime_ticks * USER_TICK_NS if stat else 0 for stat in threads],
+            states=[STATES.get(stat.state) if stat else "dead" for stat in threads],
+            priorities=[stat.priority if stat else None for stat in threads],
+        ),
+        user_ns=total.utime_ticks * USER_TICK_NS,
+        system_ns=total.stime_ticks * USER_TICK_NS,
+        peak_rss_bytes=sizes.get("VmHWM"),
+        swap_bytes=sizes.get("VmSwap"),
+        open_fds=_open_fds(files, warnings),
+        minor_faults=total.minor_faults,
+        major_faults=total.major_faults,
+    )
+
+
+def _open_fds(files: ProcessFiles, warnings: list[str]) -> int | None:
+    # Since 6.2 the size of fd/ is the count, for any user; a procfs gives every other directory size 0.
+    has_sizes = os.fstat(files.task).st_size == 0
+
+    def count(path: str, directory: int) -> int:
+        if has_sizes and (size := os.stat(f"{path}fd", dir_fd=directory).st_size):
+            return size
+        listed = os.open(f"{path}fd", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
+        try:
+            return len(os.listdir(listed))
+        finally:
+            os.close(listed)
+
+    try:
+        return files.of_member(count)
+    except PermissionError:
+        warnings.append("open_fds: only its own user may count the descriptors of this process")
+    except FileNotFoundError:
+        files.leader_stat()  # raises if the process is gone: then it is not only the list that lacks
+        warnings.append(f"open_fds: {files.root} does not list the descriptors of this process")
+    return None

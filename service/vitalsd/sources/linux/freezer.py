@@ -1,0 +1,46 @@
+"""Whether a cgroup freezer holds a Linux process, as ``docker pause`` does."""
+
+from vitalsd.sources.linux.cpu_counters import read_file
+from vitalsd.sources.linux.process_files import ProcessFiles
+from vitalsd.sources.linux.procfs import freezer_paths
+
+__all__ = ["is_frozen"]
+
+FREEZING = ("get_signal", "do_freezer_trap")
+"""Where a thread sleeps that the freezer of cgroup v2 holds (kernel/signal.c)."""
+CGROUPS = {1: ("/sys/fs/cgroup/freezer",), 2: ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")}
+"""By version: where control groups are mounted."""
+FROZEN = {1: ("freezer.state", b"FROZEN"), 2: ("cgroup.events", b"\nfrozen 1")}
+"""By version: the file of a control group and what it contains while that is frozen."""
+
+
+def is_frozen(files: ProcessFiles, state: str) -> bool:
+    """
+    Return whether a freezer holds the process; False if that cannot be read.
+
+    Args:
+        state: letter of the main thread: the freezer of cgroup v1 holds threads in state D, that of v2 in S.
+    """
+    try:
+        if state == "S" and files.of_member(_wait_channel) in FREEZING:
+            return True  # without looking for the mounted control groups, which may not be there
+        groups = files.of_member(lambda path, directory: freezer_paths(read_file(f"{path}cgroup", directory)))
+    except OSError:
+        return False
+    return any(_holds(version, path) for version, path in groups if version == (1 if state == "D" else 2))
+
+
+def _wait_channel(path: str, directory: int) -> str:
+    return read_file(f"{path}wchan", directory).decode("ascii", "replace")
+
+
+def _holds(version: int, path: str) -> bool:
+    """Return whether a control group, or one above it, is frozen."""
+    file, word = FROZEN[version]
+    for mount in CGROUPS[version]:
+        try:
+            with open(f"{mount}{path}/{file}", "rb") as opened:
+                return word in b"\n" + opened.read()
+        except OSError:
+            continue
+    return False

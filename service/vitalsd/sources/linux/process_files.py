@@ -1,0 +1,227 @@
+"""
+The open files of one Linux process, and what their errors mean.
+
+Some facts about the kernel on which the design rests (v6.18; each has a test):
+
+- A descriptor of ``/proc/<pid>`` or of a file below it stays bound to that process or thread: after
+  its exit every read fails with ESRCH, even when the number has been given away again.
+- A dead main thread whose siblings live on is a zombie without memory, while ``task/`` still lists
+  the others. Only a zombie that is alone is a dead process.
+- Files below ``task/<tid>/`` tell of the whole process too: memory, descriptors, command line. They do so for a
+  living thread when the main thread has exited.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
+from vitalsd.sources.linux.cpu_counters import GONE, read_file, reread
+from vitalsd.sources.linux.exit_status import ending
+from vitalsd.sources.linux.procfs import Malformed, Stat, parse_stat, parse_statm, parse_status, parse_tgid
+
+__all__ = ["MemoryPages", "ProcessFiles"]
+
+ATTEMPTS = 8
+"""Lists of threads to make while the target executes a program, in which all threads but one end."""
+
+T = TypeVar("T")
+
+
+class MemoryPages(NamedTuple):
+    """Memory of a process, as one of its threads shows it."""
+
+    vm: int
+    rss: int
+    text: int
+
+
+class ProcessFiles:
+    """
+    What is held open of a process as long as its source, from which everything but its threads is read.
+
+    Args:
+        pid: target, in the pid namespace of the procfs.
+        root: where procfs is mounted.
+        has_pidfd: whether to open a pidfd, which needs a pid of our own pid namespace.
+
+    Raises:
+        SourceError: `NoSuchProcess`, `AccessDenied`, `Unsupported` or `KernelError`.
+    """
+
+    def __init__(self, pid: int, root: str, *, has_pidfd: bool) -> None:
+        self.pid = pid
+        self.root = root
+        self.member = pid
+        """The thread through which the process is read: the main one, or another if that has exited."""
+        self._fds: list[int] = []
+        try:
+            self.start_ticks, self.first_name = self._attach(has_pidfd)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, has_pidfd: bool) -> tuple[int, str]:
+        """Open all, and return the start and the name of the main thread."""
+        directory = f"{self.root}/{self.pid}"
+        try:
+            self.directory = self._keep(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+            self.task = self._keep(os.open("task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.directory))
+            self._leader = self._keep(os.open(f"{self.pid}/stat", os.O_RDONLY, dir_fd=self.task))
+            self._statm = self._keep(os.open("statm", os.O_RDONLY, dir_fd=self.directory))
+            # By number: that it is of this process, the reading below proves.
+            self._pidfd = self._open_pidfd() if has_pidfd else -1
+            process = parse_tgid(read_file("status", self.directory))
+            if process not in (self.pid, None):
+                raise NoSuchProcess(f"no process has pid {self.pid}; it is a thread of process {process}")
+            stat = self.leader_stat()
+        except (FileNotFoundError, ProcessLookupError):
+            raise self._absent() from None
+        except PermissionError:
+            raise self._denied(f"{self.root} hides it") from None
+        except Malformed as error:
+            raise KernelError(f"process {self.pid}: {error}") from None
+        except OSError as error:
+            raise KernelError(f"cannot open {directory}: {error.strerror}") from None
+        return stat.start_ticks, stat.name
+
+    def _keep(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+    def _open_pidfd(self) -> int:
+        """Return a pidfd, -1 where there is none: it shows how the process ended, see `exit_status`."""
+        try:
+            return self._keep(os.pidfd_open(self.pid))  # type: ignore[attr-defined, unused-ignore]
+        except OSError:
+            return -1
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._fds
+
+    def close(self) -> None:
+        """Release every descriptor. A second call does nothing."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    # What they contain
+
+    def leader_stat(self) -> Stat:
+        """Read the ``stat`` of the main thread, which may have exited."""
+        return parse_stat(reread(self._leader))
+
+    def process_stat(self) -> Stat:
+        """Read the ``stat`` of the process, whose times and faults are sums over all threads."""
+        return parse_stat(read_file("stat", self.directory))
+
+    def memory(self) -> MemoryPages:
+        """Read the pages in use; all are 0 if the main thread has exited."""
+        return MemoryPages(*parse_statm(os.pread(self._statm, 256, 0)))
+
+    def status(self) -> dict[str, int]:
+        """Read the sizes in ``status``, in bytes."""
+        return self.of_member(lambda path, directory: parse_status(read_file(f"{path}status", directory)))
+
+    def of_member(self, read: Callable[[str, int], T]) -> T:
+        """Return what `read` does with the files of a living thread, a path and a directory; one may exit meanwhile."""
+        while True:
+            try:
+                if self.member == self.pid:
+                    return read("", self.directory)
+                return read(f"{self.member}/", self.task)
+            except (FileNotFoundError, ProcessLookupError):
+                if self.member == self.pid:
+                    raise
+                self.find_member()
+
+    def find_member(self) -> tuple[MemoryPages, Stat]:
+        """
+        Find a living thread and read of it what the main one, which has exited, does not show any more.
+
+        Where a thread is executing a program, the others end first; then it takes the place of the main one.
+
+        Raises:
+            TargetGone: there is none.
+        """
+        for _ in range(ATTEMPTS):
+            for tid in self._candidates():
+                try:
+                    memory = MemoryPages(*parse_statm(read_file(f"{tid}/statm", self.task)))
+                    stat = parse_stat(read_file(f"{tid}/stat", self.task))
+                except OSError as error:
+                    if error.errno not in GONE:
+                        raise
+                    continue
+                if memory.vm:
+                    self.member = tid
+                    return memory, stat
+            if self.leader_stat().thread_count <= 1:
+                break
+        raise self._gone("; its parent has not yet collected it (zombie)")
+
+    def _candidates(self) -> Iterator[int]:
+        """Yield threads through which the process may be read: the last such, those listed, the main one of now."""
+        yield self.member
+        yield from map(int, os.listdir(self.task))
+        yield self.pid
+
+    # What their errors mean
+
+    def translated(self, error: OSError | Malformed) -> SourceError:
+        """Return the error of a source for one that a file of this process gave."""
+        match error:
+            case ProcessLookupError() | FileNotFoundError():
+                if self._is_hidden():
+                    return AccessDenied(f"process {self.pid} does not let this user read it any more (hidepid)")
+                return self._gone()
+            case PermissionError():
+                return AccessDenied(f"process {self.pid}: {error.strerror}: {error.filename}")
+            case Malformed():
+                return KernelError(f"process {self.pid}: {error}")
+            case _:
+                return KernelError(f"process {self.pid}: {error.strerror}")
+
+    def _gone(self, more: str = "") -> TargetGone:
+        return TargetGone(f"target {self.pid} has exited{more}", ending(self.directory, self._leader, self._pidfd))
+
+    def _is_hidden(self) -> bool:
+        """Whether it lives and /proc now hides it: what was open still answers, and nothing more can be opened."""
+        try:
+            os.close(os.open("stat", os.O_RDONLY, dir_fd=self.directory))
+        except FileNotFoundError:
+            try:
+                return self.leader_stat().state not in "ZX"
+            except (OSError, Malformed):
+                return False
+        except OSError:
+            pass
+        return False
+
+    def _absent(self) -> SourceError:
+        """Return why ``/proc/<pid>`` is not there; under hidepid=2 the process may be all the same."""
+        if not os.path.exists(f"{self.root}/stat") and not os.path.exists(f"{self.root}/self"):
+            return Unsupported(f"{self.root} is not a procfs; mount it or name another with --proc-root")
+        if self.root == "/proc":
+            try:
+                os.kill(self.pid, 0)
+            except PermissionError:
+                return self._denied("/proc hides it (hidepid)")
+            except (ProcessLookupError, OverflowError):
+                pass
+            else:
+                if not os.path.exists(f"/proc/{self.pid}"):  # else it has only just been there
+                    return self._denied("/proc hides it (hidepid)")
+        return NoSuchProcess(f"no process has pid {self.pid}")
+
+    def _denied(self, how: str) -> AccessDenied:
+        """Return why a process that exists cannot be read; kill(2) shows whether it is of this user."""
+        try:
+            os.kill(self.pid, 0)
+        except OSError:
+            return AccessDenied(f"process {self.pid} belongs to another user and {how}")
+        return AccessDenied(
+            f"process {self.pid} is yours and {how}: it does not let itself be read (PR_SET_DUMPABLE, or a program"
+            " with privileges of its own); ask as root, or mount /proc without hidepid"
+        )
