@@ -116,7 +116,13 @@ def test_sample_interrupted_is_130() -> None:
     running = subprocess.Popen(
         [sys.executable, "-m", "vitalsd", "sample", "--window-ms", "60000"], stderr=subprocess.PIPE, text=True
     )
-    time.sleep(1)
+    process, cpu = psutil.Process(running.pid), []
+
+    def sleeps() -> bool:  # before that it imports, and then an interrupt is Python's own
+        cpu.append(process.cpu_times().user)
+        return process.status() == psutil.STATUS_SLEEPING and len(cpu) > 9 and len(set(cpu[-9:])) == 1
+
+    eventually(sleeps, 30)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=20)
     assert (running.returncode, "Traceback" in err) == (130, False)
