@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.directories import EndpointError, runtime_directories
 from vitalsd.discovery.http_connection import Answer, Connection, ExchangeError
 from vitalsd.discovery.own_sidecars import own_sidecars
-from vitalsd.discovery.runtime_file import Endpoint, Liveness
+from vitalsd.discovery.runtime_file import Endpoint, Liveness, discover, proof, published, read
 
 __all__ = ["NoSidecar", "Sidecar", "answering", "locate", "refusal"]
 
@@ -137,7 +136,7 @@ def _demand_proof(connection: Connection, token: str, port: int) -> None:
         given = str(json.loads(answer.body)["proof"])
     except (ValueError, KeyError, TypeError, RecursionError):
         given = ""
-    if not hmac.compare_digest(given.encode(), endpoints.proof(token, nonce, port).encode()):
+    if not hmac.compare_digest(given.encode(), proof(token, nonce, port).encode()):
         raise ExchangeError(
             f"{connection.place} could not prove that it is the sidecar of the runtime file; the token was not sent"
         )
@@ -162,7 +161,7 @@ def locate(
         path = None if socket is None else os.fspath(socket)
         return [Sidecar(socket=path, address=address, token=_token_for(address), pid=pid)]
     wanted = os.getpid() if pid is None else pid
-    found = endpoints.discover(wanted)
+    found = discover(wanted)
     watching = [each for each in found if each.target is not None and each.target.pid == wanted]
     # The sidecar of another process can be asked too, if it is in this pid namespace, which `discover` has made sure.
     sidecars = [_sidecar(each, None) for each in watching]
@@ -205,7 +204,7 @@ def _address(url: str) -> tuple[str, int]:
 
 def _token_for(address: tuple[str, int] | None) -> str | None:
     """That of the live sidecar with this very address, if it is one of ours."""
-    for each in endpoints.discover() if address is not None else ():
+    for each in discover() if address is not None else ():
         if each.token is not None and _sidecar(each, None).address == address:
             return each.token
     return None
@@ -226,7 +225,7 @@ def _why_none() -> str:
         if owner != os.geteuid():
             reasons.append(f"{directory} belongs to user {owner}, so nothing in it is believed")
             continue
-        states = {entry.path.name: entry.liveness for entry in endpoints.published(directory)}
+        states = {entry.path.name: entry.liveness for entry in published(directory)}
         reasons += [reason for name in entries if (reason := _why_not(directory / name, states.get(name)))]
     if not reasons:
         looked = " or ".join(map(str, directories)) or "any directory of this user"
@@ -241,7 +240,7 @@ def _why_not(path: Path, state: Liveness | None) -> str | None:
     if state == "unknown":
         return f"{path.name} is from another machine or container, or its process cannot be seen"
     try:
-        endpoints.read(path)
+        read(path)
     except FileNotFoundError:
         return None
     except (EndpointError, OSError) as error:

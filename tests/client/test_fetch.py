@@ -529,7 +529,6 @@ def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
     allowed = {
         "vitalsd",
         "vitalsd.contract.metrics",
-        "vitalsd.discovery",
         "vitalsd.discovery.runtime_file",
         "vitalsd.discovery.directories",
         "vitalsd.discovery.atomic_file",

@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -150,6 +151,7 @@ void sim_perf_levels(long long levels) { perf_levels = levels; }
 
 struct stat_line {
     char comm[64], state;
+    bool ending; /* this thread is exiting, or SIGKILL waits for it */
     unsigned long long utime, stime, minflt, majflt, priority, threads, start, vsize, rss, image;
 };
 
@@ -179,8 +181,9 @@ static bool read_stat(const char *path, struct stat_line *s)
     s->state = close_[2];
     unsigned long long field[52] = {0};
     char *next = close_ + 3;
-    for (int i = 4; i <= 28; i++)
+    for (int i = 4; i <= 31; i++)
         field[i] = strtoull(next, &next, 10);
+    s->ending = strchr("ZX", s->state) || field[9] & 4 /* PF_EXITING */ || field[31] & 1 << (SIGKILL - 1);
     s->minflt = field[10];
     s->majflt = field[12];
     s->utime = field[14];
@@ -971,6 +974,27 @@ static long current_directory(long pid, struct vnode_info_path *directory)
     return 0;
 }
 
+/*
+ * Linux ends the threads of a process one by one, each giving back its memory before it leaves the list. In XNU the
+ * process is first, and libproc no longer finds it [8].
+ */
+static bool all_threads_end(long pid)
+{
+    static uint64_t *ids;
+    static long room;
+    struct stat_line s;
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%ld/task", pid);
+    long n = list_numbers(path, &ids, &room);
+    for (long i = 0; i < n; i++) {
+        thread_path(path, sizeof path, pid, ids[i], "stat");
+        if (read_stat(path, &s) && !s.ending)
+            return false;
+    }
+    return true;
+}
+
+/* ESRCH: there is none; ECHILD: it is a zombie; EBUSY: it is exiting. */
 static long find_process(long pid, struct stat_line *s, uint32_t *uid)
 {
     char path[64];
@@ -983,7 +1007,9 @@ static long find_process(long pid, struct stat_line *s, uint32_t *uid)
     if (!read_stat(path, s))
         return ESRCH;
     /* Linux: a dead main thread with living siblings is a 'Z' that is no dead process. */
-    return s->state == 'Z' && s->threads <= 1 ? ECHILD : 0;
+    if (s->state == 'Z' && s->threads <= 1)
+        return ECHILD;
+    return s->ending && all_threads_end(pid) ? EBUSY : 0;
 }
 
 /*
@@ -1001,7 +1027,7 @@ static bool is_exiting(long pid, long gone)
     long long now = clock_ns(CLOCK_MONOTONIC);
     if (!others[i].died_ns)
         others[i].died_ns = now;
-    return others[i].lived && now - others[i].died_ns < teardown_ns;
+    return others[i].lived && (gone == EBUSY || now - others[i].died_ns < teardown_ns);
 }
 
 static bool may_read(uint32_t uid)
