@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unavailable
     from vitalsd.contract.report_archive import Bundle, Failure
     from vitalsd.report.builder import Redact
+    from vitalsd_client.attachments import Content
     from vitalsd_client.crash import Crash, last_crash
     from vitalsd_client.fetch_metrics import afetch, fetch
     from vitalsd_client.marks import mark
-    from vitalsd_client.report import BugReport, Content
-    from vitalsd_client.spool import Outcome, Spool
-    from vitalsd_client.spool_store import Entry, SpoolError
+    from vitalsd_client.report import BugReport
+    from vitalsd_client.spool import Spool
+    from vitalsd_client.spool_lock import SpoolError
+    from vitalsd_client.spool_sender import Outcome
+    from vitalsd_client.spool_store import Entry
     from vitalsd_client.upload import Attempt, Failed, Receipt
 
 __all__ = [
@@ -45,34 +48,35 @@ __all__ = [
 ]
 
 HOMES = {
-    "Attempt": "vitalsd_client.upload",
-    "BugReport": "vitalsd_client.report",
-    "Bundle": "vitalsd.contract.report_archive",
-    "Content": "vitalsd_client.report",
-    "Crash": "vitalsd_client.crash",
-    "Entry": "vitalsd_client.spool_store",
-    "Failed": "vitalsd_client.upload",
-    "Failure": "vitalsd.contract.report_archive",
-    "FullMetrics": "vitalsd.contract.metrics",
-    "Measured": "vitalsd.contract.metrics",
-    "Outcome": "vitalsd_client.spool",
-    "Receipt": "vitalsd_client.upload",
-    "Redact": "vitalsd.report.builder",
-    "RuntimeMetrics": "vitalsd.contract.metrics",
-    "Spool": "vitalsd_client.spool",
-    "SpoolError": "vitalsd_client.spool_store",
-    "Unavailable": "vitalsd.contract.metrics",
-    "afetch": "vitalsd_client.fetch_metrics",
-    "fetch": "vitalsd_client.fetch_metrics",
-    "last_crash": "vitalsd_client.crash",
-    "mark": "vitalsd_client.marks",
+    "Attempt": "vitalsd_client.upload.Attempt",
+    "BugReport": "vitalsd_client.report.BugReport",
+    "Bundle": "vitalsd.contract.report_archive.Bundle",
+    "Content": "vitalsd_client.attachments.Content",
+    "Crash": "vitalsd_client.crash.Crash",
+    "Entry": "vitalsd_client.spool_store.Entry",
+    "Failed": "vitalsd_client.upload.Failed",
+    "Failure": "vitalsd.contract.report_archive.Failure",
+    "FullMetrics": "vitalsd.contract.metrics.FullMetrics",
+    "Measured": "vitalsd.contract.metrics.Measured",
+    "Outcome": "vitalsd_client.spool_sender.Outcome",
+    "Receipt": "vitalsd_client.upload.Receipt",
+    "Redact": "vitalsd.report.builder.Redact",
+    "RuntimeMetrics": "vitalsd.contract.metrics.RuntimeMetrics",
+    "Spool": "vitalsd_client.spool.Spool",
+    "SpoolError": "vitalsd_client.spool_lock.SpoolError",
+    "Unavailable": "vitalsd.contract.metrics.Unavailable",
+    "afetch": "vitalsd_client.fetch_metrics.afetch",
+    "fetch": "vitalsd_client.fetch_metrics.fetch",
+    "last_crash": "vitalsd_client.crash.last_crash",
+    "mark": "vitalsd_client.marks.mark",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'vitalsd_client' has no attribute {name!r}")
-    return getattr(import_module(HOMES[name]), name)
+    module, _, attribute = HOMES[name].rpartition(".")
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

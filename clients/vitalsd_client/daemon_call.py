@@ -1,4 +1,4 @@
-"""A call that may hang, and somebody who does not wait for ever."""
+"""Run a call that may hang on a daemon thread, and wait for it for a limited time."""
 
 import threading
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from typing import Generic, TypeVar
 
 from vitalsd.worker_thread import start_thread
 
-__all__ = ["Call"]
+__all__ = ["Call", "start_call"]
 
 T = TypeVar("T")
 
 
 class Call(Generic[T]):
     """
-    `work` on a daemon thread of its own, which is left behind when nobody waits any longer.
+    `work` on a daemon thread of its own, which is left behind at the end of the wait.
 
     Not an executor: those are joined when the interpreter exits, and a hung call would hang the exit
     of the host program.
@@ -47,9 +47,17 @@ class Call(Generic[T]):
     def _run(self) -> None:
         try:
             self._value.append(self._work())
-        except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
+        except BaseException as error:  # noqa: BLE001 - handed on by `result`
             self._error = error
         finally:
             self._over.set()
             if self._done is not None:
                 self._done()
+
+
+def start_call(work: Callable[[], T]) -> Call[T] | None:
+    """Return the call; ``None`` where no thread can be started, as at the end of the interpreter."""
+    try:
+        return Call(work)
+    except RuntimeError:
+        return None

@@ -20,7 +20,7 @@ from vitalsd.contract.metrics import Measured, RuntimeMetrics, Unavailable, pars
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.sources.names import publish_names
 from vitalsd_client.daemon_call import Call
-from vitalsd_client.locate import ANSWER_S, NoSidecar, Sidecar, answering, locate, refusal
+from vitalsd_client.locate import ANSWER_S, NoSidecar, RunningSidecar, answering, locate, refusal
 from vitalsd_client.redaction import harmless
 
 __all__ = ["BUDGET_S", "Mode", "afetch", "fetch"]
@@ -176,7 +176,7 @@ class _Question:
                 reasons.append(str(error))
         return unavailable("; ".join(reasons))
 
-    def _sidecar(self, sidecar: Sidecar) -> RuntimeMetrics:
+    def _sidecar(self, sidecar: RunningSidecar) -> RuntimeMetrics:
         if self.mode == "auto":
             trailing = self._metrics(sidecar, "trailing")
             if not isinstance(trailing, Measured) or self._covered(trailing):
@@ -194,7 +194,7 @@ class _Question:
         least, most = self.window_ms * COVERED, 2 * self.window_ms + 2000
         return bool(least <= answer.sample_window_ms <= most)
 
-    def _metrics(self, sidecar: Sidecar, mode: str) -> RuntimeMetrics:
+    def _metrics(self, sidecar: RunningSidecar, mode: str) -> RuntimeMetrics:
         query: dict[str, Any] = {"window_ms": self.window_ms, "mode": mode}
         if self.detail != "basic":
             query["detail"] = self.detail

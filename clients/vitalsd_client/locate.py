@@ -18,7 +18,7 @@ from vitalsd.discovery.http_connection import Answer, Connection, ExchangeError
 from vitalsd.discovery.own_sidecars import own_sidecars
 from vitalsd.discovery.runtime_file import Endpoint, Liveness, discover, proof, published, read
 
-__all__ = ["NoSidecar", "Sidecar", "answering", "locate", "refusal"]
+__all__ = ["NoSidecar", "RunningSidecar", "answering", "locate", "refusal"]
 
 CONNECT_S = 0.5
 """For a connection while there is another place to try."""
@@ -38,7 +38,7 @@ class NoSidecar(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Sidecar:
+class RunningSidecar:
     """Where one sidecar answers, and about whom it is asked."""
 
     socket: str | None
@@ -110,7 +110,7 @@ class Sidecar:
             return request(path, query, **options)
 
 
-def answering(sidecars: Sequence[Sidecar], deadline: float, reasons: list[str]) -> Iterator[Sidecar]:
+def answering(sidecars: Sequence[RunningSidecar], deadline: float, reasons: list[str]) -> Iterator[RunningSidecar]:
     """
     Those that are worth asking, of the first three: one that hangs is not to cost the time of one that does not.
 
@@ -144,7 +144,7 @@ def _demand_proof(connection: Connection, token: str, port: int) -> None:
 
 def locate(
     *, url: str | None = None, socket: str | os.PathLike[str] | None = None, pid: int | None = None
-) -> list[Sidecar]:
+) -> list[RunningSidecar]:
     """
     The sidecars to ask, the best first: the one that was given, else those that are found alive.
 
@@ -159,7 +159,7 @@ def locate(
     if url is not None or socket is not None:
         address = None if url is None else _address(url)
         path = None if socket is None else os.fspath(socket)
-        return [Sidecar(socket=path, address=address, token=_token_for(address), pid=pid)]
+        return [RunningSidecar(socket=path, address=address, token=_token_for(address), pid=pid)]
     wanted = os.getpid() if pid is None else pid
     found = discover(wanted)
     watching = [each for each in found if each.target is not None and each.target.pid == wanted]
@@ -172,23 +172,23 @@ def locate(
     return sidecars
 
 
-def _of_this_process(pid: int) -> list[Sidecar]:
+def _of_this_process(pid: int) -> list[RunningSidecar]:
     """Return those that this process has started to watch itself, which may have no runtime file."""
     if pid != os.getpid():
         return []
     return [
-        Sidecar(own.socket, None if own.host is None or own.port is None else (own.host, own.port), own.token)
+        RunningSidecar(own.socket, None if own.host is None or own.port is None else (own.host, own.port), own.token)
         for own in own_sidecars()
         if own.socket is not None or own.port is not None
     ]
 
 
-def _sidecar(endpoint: Endpoint, pid: int | None) -> Sidecar:
+def _sidecar(endpoint: Endpoint, pid: int | None) -> RunningSidecar:
     address = None
     if endpoint.url is not None:
         parts = urlsplit(endpoint.url)
         address = (parts.hostname or "", parts.port or 0)
-    return Sidecar(socket=endpoint.socket, address=address, token=endpoint.token, pid=pid)
+    return RunningSidecar(socket=endpoint.socket, address=address, token=endpoint.token, pid=pid)
 
 
 def _address(url: str) -> tuple[str, int]:

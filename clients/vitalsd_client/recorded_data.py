@@ -14,7 +14,7 @@ from vitalsd.contract.report_archive import HISTORY, MARKS, PREVIOUS_RUN, Failur
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.report.builder import Collected
 from vitalsd.report.previous_run import TOP_THREADS, ReportSubject, choose, find, is_alive, member
-from vitalsd_client.locate import NoSidecar, Sidecar, answering, locate, refusal
+from vitalsd_client.locate import NoSidecar, RunningSidecar, answering, locate, refusal
 from vitalsd_client.redaction import harmless
 
 __all__ = ["RecordedData", "own_subject", "run_directory"]
@@ -59,7 +59,7 @@ class RecordedData:
         self._url, self._socket, self._pid = url, socket, pid
         self._run_id = run_id
         self._running = running
-        self._sidecar: Sidecar | None = None
+        self._sidecar: RunningSidecar | None = None
         """The one that knows the crashed run; ``None``: it was read from disk."""
 
     def collect(self, into: Collected, deadline: float) -> None:

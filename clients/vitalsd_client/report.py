@@ -5,40 +5,29 @@ Three moments: `BugReport.collect` when the user asks for a report, within the w
 `BugReport.preview` before the user agrees; `BugReport.save` or `submit` after that, of the very bytes that were shown.
 """
 
-import errno
 import json
 import os
-import re
-import stat
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from vitalsd.contract.application import check_app, check_app_version
 from vitalsd.contract.metrics import Unavailable
 from vitalsd.contract.report_archive import HISTORY, METRICS, Bundle, Failure
 from vitalsd.report.builder import Collected, Heading, Redact, build
 from vitalsd.sources.names import names_by_id
-from vitalsd_client.daemon_call import Call
+from vitalsd_client.attachments import ATTACHMENT_BYTES, Attachments, Content, check_content
+from vitalsd_client.daemon_call import start_call
 from vitalsd_client.fetch_metrics import BUDGET_S, Mode, fetch, unavailable
 from vitalsd_client.recorded_data import RecordedData
 
-__all__ = ["BugReport", "Content", "Outbox"]
-
-MAX_ATTACHMENTS = 50
-ATTACHMENT_BYTES = 5 << 20
-ALL_ATTACHMENTS_BYTES = 32 << 20
-
-T = TypeVar("T")
-
-Content = bytes | str | os.PathLike[str] | Callable[[], bytes | str]
-"""Bytes, text, the file at a `pathlib.Path`, or a function that returns bytes or text."""
+__all__ = ["BugReport", "Outbox"]
 
 NOT_RUNNING = "no sidecar to ask: none of yours watches a running process of this application"
 
@@ -47,15 +36,6 @@ class Outbox(Protocol):
     """What `BugReport.submit` needs of a `Spool`."""
 
     def add(self, bundle: Bundle) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Attachment:
-    member: str
-    content: Content
-    limit: int
-    tail: bool = False
-    """Of a file over the limit: take the end of it."""
 
 
 class BugReport:
@@ -122,7 +102,7 @@ class BugReport:
         self._own = pid is None and url is None and socket is None
         self._recorded = RecordedData(app, history_s, url=url, socket=socket, pid=pid, run_id=run_id, running=running)
         self._redact: Sequence[Redact] = (redact,) if callable(redact) else tuple(redact)
-        self._attachments: list[_Attachment] = []
+        self._attachments = Attachments()
         self._collected: Collected | None = None
         self._sealed: Bundle | None = None
         self._counted = False
@@ -158,16 +138,7 @@ class BugReport:
             ValueError: it comes after `collect`, is one too many, is not a `Content`, or is text that is the path of
                 a file.
         """
-        if not (isinstance(content, (bytes, str, os.PathLike)) or callable(content)):
-            raise ValueError(
-                f"the content of {name!r:.80} is bytes, text, a path or a function that returns bytes or text, not"
-                f" {type(content).__name__}; to attach a file, call attach_file(path)"
-            )
-        if isinstance(content, str) and _names_file(content):
-            raise ValueError(
-                f"the content of {name!r:.80} is text, and that text is the path of a file;"
-                " to attach the file, call attach_file(path)"
-            )
+        check_content(name, content)
         self._add(name, content, limit)
 
     def attach_file(
@@ -195,11 +166,7 @@ class BugReport:
     def _add(self, name: str, content: Content, limit: int, *, tail: bool = False) -> None:
         if self._collected is not None:
             raise ValueError("the report has been collected; attach before that")
-        if len(self._attachments) >= MAX_ATTACHMENTS:
-            raise ValueError(f"a report has at most {MAX_ATTACHMENTS} attachments")
-        safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80].lstrip(".") or "attachment"
-        member = f"attachments/{len(self._attachments) + 1:02}-{safe}"
-        self._attachments.append(_Attachment(member, content, limit, tail))
+        self._attachments.add(name, content, limit, tail=tail)
 
     def collect(self) -> None:
         """
@@ -210,9 +177,9 @@ class BugReport:
         if self._collected is not None:
             return
         deadline = time.monotonic() + self._window_ms / 1000 + BUDGET_S
-        reading = [(each, _start(partial(_read, each))) for each in self._attachments]
+        self._attachments.start()
         recorded = Collected(platform="")
-        past = _start(lambda: self._recorded.collect(recorded, deadline - 0.2))
+        past = start_call(lambda: self._recorded.collect(recorded, deadline - 0.2))
         metrics = self._fetch() if self._running else unavailable(NOT_RUNNING)
         found = Collected(metrics.platform)
         found.members[METRICS] = metrics.model_dump_json(by_alias=True, exclude_unset=True).encode()
@@ -225,14 +192,7 @@ class BugReport:
             found.target, found.runs = recorded.target, recorded.runs
         else:
             found.failures.append(Failure(HISTORY, "what was recorded did not come in time"))
-        room = ALL_ATTACHMENTS_BYTES
-        for attachment, call in reading:
-            content = _outcome(attachment, call, deadline, room)
-            if isinstance(content, Failure):
-                found.failures.append(content)
-            else:
-                found.members[attachment.member] = content
-                room -= len(content)
+        self._attachments.collect(deadline, found.members, found.failures)
         if self._own:
             _name_threads(found.members)
         self._collected = found
@@ -287,7 +247,7 @@ class BugReport:
             return
         self._counted = True
         deadline = time.monotonic() + 1
-        call = _start(lambda: self._recorded.mark_reported(run_ids, deadline))
+        call = start_call(lambda: self._recorded.mark_reported(run_ids, deadline))
         if call is not None:
             call.wait(1)
 
@@ -312,70 +272,3 @@ def _name_threads(members: dict[str, bytes]) -> None:
 def _check(name: str, number: Any, least: int, most: int) -> None:
     if not isinstance(number, int) or not least <= number <= most:
         raise ValueError(f"{name} is a whole number from {least} to {most}")
-
-
-def _start(work: Callable[[], T]) -> Call[T] | None:
-    """``None`` where no thread can be had, as at the end of the interpreter."""
-    try:
-        return Call(work)
-    except RuntimeError:
-        return None
-
-
-def _outcome(attachment: _Attachment, call: Call[bytes] | None, deadline: float, room: int) -> bytes | Failure:
-    if call is None or not call.wait(deadline - time.monotonic()):
-        return Failure(attachment.member, "it did not come in time")
-    try:
-        content = call.result()
-    except _TooLarge as error:
-        return Failure(attachment.member, str(error))
-    except OSError as error:
-        return Failure(attachment.member, f"it cannot be read: {error.strerror or type(error).__name__}")
-    except BaseException as error:  # noqa: BLE001 - the program's own function; its text may say anything
-        return Failure(attachment.member, f"it raised {type(error).__name__}")
-    if len(content) > room:
-        return Failure(
-            attachment.member, f"all attachments together would have more than {ALL_ATTACHMENTS_BYTES} bytes"
-        )
-    return content
-
-
-class _TooLarge(Exception):
-    """An attachment over its limit."""
-
-
-def _read(attachment: _Attachment) -> bytes:
-    content = attachment.content
-    if callable(content):
-        content = content()
-    if isinstance(content, os.PathLike):
-        content = _read_file(Path(content), attachment.limit, tail=attachment.tail)
-    if isinstance(content, str):
-        content = content.encode("utf-8", "backslashreplace")
-    if not isinstance(content, bytes):
-        raise TypeError
-    if len(content) > attachment.limit:
-        raise _TooLarge(f"it has {len(content)} bytes, and the limit is {attachment.limit}")
-    return content
-
-
-def _names_file(text: str) -> bool:
-    """Return whether `text` is the path of a file: a program that passes one means the file."""
-    try:
-        return 0 < len(text) < 4096 and "\n" not in text and os.path.isfile(text)
-    except ValueError:  # a NUL
-        return False
-
-
-def _read_file(path: Path, limit: int, *, tail: bool) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NONBLOCK: a FIFO without a writer
-    with os.fdopen(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if tail:
-            file.seek(max(0, found.st_size - limit))
-            return file.read(limit)
-        if found.st_size > limit:
-            raise _TooLarge(f"it has {found.st_size} bytes, and the limit is {limit}")
-        return file.read(limit + 1)

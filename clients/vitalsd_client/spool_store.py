@@ -4,8 +4,6 @@ The spool on disk: which report is in which state, what is known of it, and whic
 A state is a directory, a report a file in it, and a change of state rename(2). See `vitalsd_client.spool`.
 """
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -15,39 +13,24 @@ import stat
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeGuard
+from typing import Any, Literal
 
 from vitalsd.contract.report_archive import MANIFEST
 from vitalsd.discovery.atomic_file import draft, sync_directory
 from vitalsd.discovery.directories import EndpointError, private_directory
+from vitalsd_client.spool_clock import CLOCK, is_number
+from vitalsd_client.spool_lock import SpoolError, locked
 
-__all__ = ["STATES", "Entry", "SpoolError", "State", "States", "Use", "first_note"]
+__all__ = ["STATES", "Entry", "SpoolError", "State", "States", "first_note"]
 
 ORPHAN_S = 3600.0
 """A file in ``new/`` this old was left by a writer that died."""
 
 LATEST_S = 253_402_300_799
 """The end of the year 9999, Unix time."""
-
-FAR_S = 1e15
-"""Beyond this, some 30 million years, a clock counts as this. So every sum of clocks is a number that JSON has."""
-
-CLOCK = "clock"
-"""Name of the file with the last use of the spool and the steps of the clock."""
-
-USE_S = 60.0
-"""A use so soon after the last one is not written down: each time costs two syncs of the disk."""
-
-NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF))
-"""What flock(2) says where the file system has no locks, as NFS without lockd and some of FUSE."""
-
-_claims: dict[tuple[int, int, int], object] = {}
-"""The reports that a thread of this process has now, by pid, device and inode: where there are no locks, nothing else
-keeps two threads from sending one report. A forked child has another pid, so it inherits no claim."""
 
 NAME = re.compile(r"([0-9a-f]{32})\.(zip|json)", re.ASCII)
 DRAFT = re.compile(rf"({NAME.pattern}|{CLOCK})\.[0-9a-f]{{16}}", re.ASCII)
@@ -56,10 +39,6 @@ MAILDIR = frozenset(("cur", "new", "tmp"))
 MAX_MANIFEST_BYTES = 1 << 20
 State = Literal["pending", "done", "failed"]
 STATES: tuple[State, ...] = ("pending", "done", "failed")
-
-
-class SpoolError(Exception):
-    """The spool cannot keep or give the report; ``str(error)`` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +61,6 @@ class Entry:
     """The receipt, or what went wrong the last time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
-    """One use of the spool."""
-
-    before: float
-    """Unix time, s, of the use before; of this one if there was none."""
-    age_clock: float
-    """Clock for ages, s: Unix time without the steps that were seen since the spool was made."""
-
-
 class States:
     """
     The directories of one spool.
@@ -107,7 +76,6 @@ class States:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._unwritten: dict[str, dict[str, Any]] = {}
-        self._last_use: tuple[float, float] | None = None
         try:
             private_directory(directory)
             _check_kind(directory)
@@ -201,42 +169,9 @@ class States:
         return not {"added", "receipt"}.isdisjoint(self.note_of(state, report_id))
 
     def tried(self, entry: Entry) -> float | None:
-        """Return the time of the first attempt, s, by `Use.age_clock`; ``None``: there was none."""
+        """Return the time of the first attempt, s, by the clock for ages; ``None``: there was none."""
         tried = self.note_of(entry.state, entry.report_id).get("tried")
-        return float(tried) if _is_number(tried) else None
-
-    def use(self, now: float, longest_s: float) -> Use:
-        """
-        Note a use of the spool, and return what the clock did since the one before.
-
-        What it moved back, or forward by more than `longest_s`, is a step of the clock, or a long time without a use;
-        neither makes a report older.
-
-        Args:
-            now: Unix time, s.
-            longest_s: the longest time between two uses that counts as age, s.
-        """
-        now = min(max(-FAR_S, now), FAR_S)
-        known = self._clock() or self._last_use
-        last, steps = known or (now, 0.0)
-        moved = now - last
-        if not 0.0 <= moved <= longest_s:
-            steps += moved
-        if known is None or not 0.0 <= moved < USE_S:
-            self._last_use = now, steps
-            with suppress(OSError):  # then this object knows it, and the next one compares with an earlier use
-                self._put(self.directory, CLOCK, json.dumps({"used": now, "steps": steps}).encode())
-        return Use(last, now - steps)
-
-    def _clock(self) -> tuple[float, float] | None:
-        with suppress(OSError, ValueError, RecursionError, AttributeError):
-            fd = os.open(self.directory / CLOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            with os.fdopen(fd, "rb") as file:
-                found = json.loads(file.read(4096))
-            used, steps = found.get("used"), found.get("steps")
-            if _is_number(used) and _is_number(steps):
-                return float(used), float(steps)
-        return None
+        return float(tried) if is_number(tried) else None
 
     def note(self, report_id: str, note: dict[str, Any]) -> None:
         """Write it down, or on a full disk at least remember it."""
@@ -249,9 +184,10 @@ class States:
 
     def write(self, state: State, name: str, content: bytes) -> None:
         """Write a file into the directory of a state, whole or not at all. Raises `OSError`."""
-        self._put(self.directory / state, name, content)
+        self.put(self.directory / state, name, content)
 
-    def _put(self, directory: Path, name: str, content: bytes) -> None:
+    def put(self, directory: Path, name: str, content: bytes) -> None:
+        """Write a file into a directory of the spool, whole or not at all. Raises `OSError`."""
         temporary = self.directory / "new" / f"{name}.{secrets.token_hex(8)}"
         with draft(temporary, content):
             os.rename(temporary, directory / name)
@@ -262,41 +198,13 @@ class States:
             os.rename(self.path(old, report_id, suffix), self.path(new, report_id, suffix))
         sync_directory(self.directory / new)
 
-    @contextmanager
-    def locked(self, report_id: str, state: State = "pending") -> Iterator[BinaryIO | None]:
-        """
-        Give the report, opened and locked; ``None`` if another sender has it, or it is there no longer.
-
-        On a file system without locks it keeps out the other threads of this process alone.
-
-        Raises:
-            SpoolError: the lock cannot be asked for.
-        """
-        path = self.path(state, report_id, "zip")
-        try:
-            found = os.lstat(path)
-        except OSError:
-            yield None
-            return
-        # Claimed before it is opened: on NFS the process has the lock, and loses it when any thread closes the file.
-        key, claim = (os.getpid(), found.st_dev, found.st_ino), object()
-        if _claims.setdefault(key, claim) is not claim:
-            yield None
-            return
-        try:
-            file = _opened(path)
-            with nullcontext() if file is None else file:
-                yield file if file is not None and _lock(file, path) else None
-        finally:
-            del _claims[key]
-
     def remove(self, entry: Entry) -> bool:
         report_id = entry.report_id
         try:
             if entry.state == "done":
                 os.unlink(self.path("done", report_id, "json"))
                 return True
-            with self.locked(report_id, entry.state) as file:
+            with locked(self.path(entry.state, report_id, "zip")) as file:
                 if file is None:
                     if not self.path(entry.state, report_id, "zip").exists():
                         return False
@@ -355,36 +263,6 @@ def _remove_old(path: Path, old: float) -> None:
 
 def first_note(url: str | None, added: float) -> bytes:
     return json.dumps({"url": url, "added": added, "attempts": 0}).encode()
-
-
-def _opened(path: Path) -> BinaryIO | None:
-    """Return the open file, or ``None`` if it cannot be opened. To lock it, NFS wants it open for writing."""
-    for mode in os.O_RDWR, os.O_RDONLY:
-        with suppress(OSError):
-            return os.fdopen(os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    return None
-
-
-def _lock(file: BinaryIO, path: Path) -> bool:
-    """Return whether the file is locked now, or cannot be, and still is at `path`. Raises `SpoolError`."""
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # EACCES: what fcntl(2) may say, which NFS makes of it
-            return False
-        if error.errno not in NO_LOCKS:
-            raise SpoolError(
-                f"cannot lock {path}: {error.strerror}; keep the spool on a file system with flock(2)"
-            ) from None
-    try:
-        # The process that held the lock before may have moved the file on.
-        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
-    except OSError:
-        return False
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and abs(value) <= 2 * FAR_S
 
 
 def _number(value: Any, default: float) -> float:

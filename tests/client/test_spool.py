@@ -34,11 +34,13 @@ from support.misbehaving import Behaviour, Misbehaving, answer, drips, floods, h
 from support.paths import TESTS
 from support.receivers import receiving, receiving_badly
 from support.sidecars import VITALSD, environment
+from support.stopwatch import Stopwatch
 from vitalsd.contract.report_archive import new_report_id, seal
-from vitalsd_client import Bundle, Spool, SpoolError
-from vitalsd_client import spool as spools
-from vitalsd_client.spool_store import Entry, States
-from vitalsd_client.upload import Failed, Receipt, check_url, retry_after_s
+from vitalsd_client import Bundle, Spool, SpoolError, spool_sender
+from vitalsd_client.spool_lock import locked
+from vitalsd_client.spool_store import Entry
+from vitalsd_client.upload import Failed, Receipt, retry_after_s
+from vitalsd_client.upload_url import check_url
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 PROMISE_S = 2.0
@@ -231,9 +233,9 @@ def test_a_bad_server_ends_in_a_reason_and_loses_nothing(tmp_path: Path, ending:
     with Misbehaving(behaviour) as server:
         spool = spooling(tmp_path, server.url, attempt_s=0.7)
         report_id = spool.add(a_bundle())
-        begun = time.monotonic()
+        watch = Stopwatch()
         (outcome,) = spool.send()
-        assert time.monotonic() - begun < 0.7 + PROMISE_S
+        assert watch.elapsed_s < watch.allowed_s(0.7 + PROMISE_S)
         assert isinstance(outcome.attempt, Failed)
         assert outcome.attempt.final == final, outcome.attempt.reason
         assert any(part in outcome.attempt.reason for part in expected.split("|")), outcome.attempt.reason
@@ -743,19 +745,19 @@ def test_locked_forked_child_inherits_no_claim(tmp_path: Path, monkeypatch: pyte
     """Let a child use a report again: the thread that has it in the parent is not there to give it back."""
     without_locks(monkeypatch, errno.ENOLCK)
     report_id = spooling(tmp_path, "https://example.com/").add(a_bundle())
-    held = States(tmp_path / "spool")
-    with held.locked(report_id) as file, warnings.catch_warnings():
+    path = tmp_path / "spool" / "pending" / f"{report_id}.zip"
+    with locked(path) as file, warnings.catch_warnings():
         assert file is not None
         warnings.simplefilter("ignore", DeprecationWarning)  # of fork in a process with threads; the child uses none
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                with held.locked(report_id) as mine:
+                with locked(path) as mine:
                     status = 0 if mine is not None else 2
             finally:
                 os._exit(status)
-        with held.locked(report_id) as again:
+        with locked(path) as again:
             assert again is None
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -806,14 +808,14 @@ def test_send_report_unreadable_has_a_reason(tmp_path: Path, receiver: str, monk
     """Keep a report that cannot be read now, and send the others."""
     spool = spooling(tmp_path, receiver)
     bad, good = spool.add(a_bundle()), spool.add(a_bundle())
-    original = spools._parcel
+    original = spool_sender._parcel
 
     def parcel(report_id: str, file: Any) -> Any:
         if report_id == bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(report_id, file)
 
-    monkeypatch.setattr(spools, "_parcel", parcel)
+    monkeypatch.setattr(spool_sender, "_parcel", parcel)
     attempts = {outcome.report_id: outcome.attempt for outcome in spool.send()}
     assert attempts[bad] == Failed("the report cannot be read: Input/output error", final=False)
     assert isinstance(attempts[good], Receipt)

@@ -21,7 +21,7 @@ from client.test_spool import a_bundle, only, spooling, stored
 from examples.receiver import create_app
 from support.sidecars import VITALSD, environment, eventually
 from support.tools import program
-from vitalsd_client import Spool, upload
+from vitalsd_client import Spool, upload_tls
 from vitalsd_client.upload import Attempt, Failed, Receipt
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="on macOS the keychains are trusted, not files")
@@ -213,7 +213,7 @@ def test_upload_store_elsewhere_trusted(
     """Find the store of this Linux with an OpenSSL that was built for another one, as in a frozen program."""
     nothing = SimpleNamespace(cafile=None, capath=str(tmp_path))
     monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: nothing)
-    monkeypatch.setattr(upload, "STORES", (str(tmp_path / "nowhere.pem"), str(ours)))
+    monkeypatch.setattr(upload_tls, "STORES", (str(tmp_path / "nowhere.pem"), str(ours)))
     assert isinstance(sent(spooling(tmp_path, receiver)), Receipt)
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere.pem"))
     spooling(tmp_path, receiver).add(a_bundle())

@@ -158,7 +158,7 @@ CLIENT = """
 import asyncio, os, sys, tempfile
 import vitalsd_client
 from vitalsd_client import BugReport, Spool, afetch, fetch, last_crash, mark
-from vitalsd_client.report import Content
+from vitalsd_client.attachments import Content
 import vitalsd_client.direct, vitalsd_client.crash, vitalsd_client.upload, httpx
 group = sys.argv[1]
 open(group + "/cgroup.procs", "w").write(str(os.getpid()))

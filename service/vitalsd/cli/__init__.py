@@ -26,7 +26,7 @@ COMMANDS = {
     "runs": "runs.runs",
     "sample": "sample.sample",
     "serve": "serve.serve",
-    "spool": "report.spool",
+    "spool": "spool.spool",
     "top": "top.top",
 }
 """Where each of them is, below this package."""

@@ -1,4 +1,4 @@
-"""``vitalsd report`` and ``vitalsd spool``: bug reports, and sending them."""
+"""``vitalsd report``: make a bug report, and hand it to the spool or to a file."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +8,6 @@ import click
 
 from vitalsd.cli.options import (
     Failed,
-    Number,
     Refused,
     app_option,
     app_version_option,
@@ -16,6 +15,7 @@ from vitalsd.cli.options import (
     complain,
     runs_path,
 )
+from vitalsd.cli.spool import ca_file_option, open_spool, send_reports, utc_time
 from vitalsd.contract.report_archive import MANIFEST, PREVIOUS_RUN
 from vitalsd.text import one_line, printable
 
@@ -24,24 +24,16 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vitalsd.contract.report_archive import Bundle
-    from vitalsd_client.locate import Sidecar
+    from vitalsd_client.locate import RunningSidecar
     from vitalsd_client.report import BugReport
     from vitalsd_client.spool import Spool
-    from vitalsd_client.spool_store import Entry
 
-__all__ = ["report", "spool"]
+__all__ = ["report"]
 
 SHOWN_RUNS = 10
 REPLAY_S = 5.0
 """For the answer of a sidecar that replays a file."""
 MAX_REPORT_BYTES = 64 << 20
-
-ca_file_option = click.option(
-    "--ca-file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Trust these authorities (PEM) too for the upload.",
-)
 
 
 @click.command()
@@ -85,33 +77,19 @@ def report(
     """
     import json
 
-    from vitalsd_client.locate import NoSidecar, locate
     from vitalsd_client.report import BugReport
 
     application_of(app, app_version)
     if ca_file is not None and upload is None:
         raise click.UsageError("--ca-file does nothing without --upload")
-    if url is not None:
-        try:
-            (sidecar,) = locate(url=url)
-        except NoSidecar as error:
-            raise Refused(str(error)) from None
-        if (replayed := _replayed(sidecar)) is not None:
-            added = message or files or app or app_version or run_id or upload or preview or as_json
-            _save_original(sidecar, replayed, out, added=bool(added))
-            return
-    running = direct or pid is not None or url is not None
-    if not running:
-        pid = _running_target(app)
-        running = pid is not None
-    elif pid is not None and url is None:
-        direct = True  # as `vitalsd sample --pid` does
-    outbox, complaints = None, []
+    if url is not None and (found := _replayed(url)) is not None:
+        added = message or files or app or app_version or run_id or upload or preview or as_json
+        _save_original(*found, out, added=bool(added))
+        return
+    pid, direct, running = _subject(app, pid, url, direct)
+    complaints: list[str] = []
     try:
-        try:
-            outbox = _spool(upload, ca_file) if upload is not None else None
-        except Failed as error:
-            complaints.append(error.message)
+        outbox = _outbox(upload, ca_file, complaints)
         made = BugReport(
             app,
             app_version=app_version,
@@ -134,51 +112,52 @@ def report(
     if preview:
         _preview(bundle, manifest, as_json=as_json)
         return
-    written, taken, more = _deliver(made, out, outbox)
-    complaints += more
-    if written is not None and complaints and outbox is None and out is None:
-        complaints.append("it was written to the current directory instead")
-    if written is None and not taken:
-        raise Failed("; ".join(complaints))
-    if not as_json:
-        _say_what_is_missing(manifest)
-        if written:
-            click.echo(str(written))
-        if PREVIOUS_RUN not in bundle.members:
-            _list_crashed_runs(app)
-    for complaint in complaints:
-        complain(complaint)
-    result = {
-        "report_id": bundle.report_id,
-        "file": None if written is None else str(written),
-        "members": manifest["members"],
-        "failures": manifest["failures"],
-        "upload": None,
-    }
-    failed = bool(complaints)
-    if outbox is not None and taken:
-        result["upload"], sent = _send(outbox, bundle.report_id, quiet=as_json)
-        failed = failed or not sent
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-    raise SystemExit(1 if failed else 0)
+    delivered = _deliver(made, manifest, app, out, outbox, complaints, as_json=as_json)
+    raise SystemExit(0 if delivered else 1)
 
 
-def _replayed(sidecar: "Sidecar") -> str | None:
-    """Return the name of the file that a sidecar replays; ``None``: it watches a process, or does not answer."""
+def _subject(app: str | None, pid: int | None, url: str | None, direct: bool) -> tuple[int | None, bool, bool]:
+    """Return the process to report, whether to measure it directly, and whether one runs at all."""
+    if not (direct or pid is not None or url is not None):
+        pid = _running_target(app)
+        return pid, direct, pid is not None
+    # With --pid alone as `vitalsd sample --pid` does.
+    return pid, direct or (pid is not None and url is None), True
+
+
+def _outbox(upload: str | None, ca_file: Path | None, complaints: list[str]) -> "Spool | None":
+    """Return the spool to send from; if it cannot be used, ``None``, with the reason in `complaints`."""
+    try:
+        return open_spool(upload, ca_file) if upload is not None else None
+    except Failed as error:
+        complaints.append(error.message)
+        return None
+
+
+def _replayed(url: str) -> "tuple[RunningSidecar, str] | None":
+    """
+    Return the sidecar at `url` and the name of the file that it replays.
+
+    ``None``: it watches a process, or does not answer.
+    """
     import json
     import time
 
     from vitalsd.discovery.http_connection import ExchangeError
+    from vitalsd_client.locate import NoSidecar, locate
 
     try:
+        (sidecar,) = locate(url=url)
+    except NoSidecar as error:
+        raise Refused(str(error)) from None
+    try:
         info = json.loads(sidecar.get("/info", deadline=time.monotonic() + REPLAY_S).body)
-        return None if info.get("replay") is None else str(info["replay"]["file"])
+        return None if info.get("replay") is None else (sidecar, str(info["replay"]["file"]))
     except (ExchangeError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _save_original(sidecar: "Sidecar", name: str, out: Path | None, *, added: bool) -> None:
+def _save_original(sidecar: "RunningSidecar", name: str, out: Path | None, *, added: bool) -> None:
     """Write the report that is replayed, as it is: a new one would describe the machine of its reader."""
     import time
 
@@ -271,108 +250,55 @@ def _list_crashed_runs(app: str | None) -> None:
     complain("crashed runs on disk that no report contains; include one with --run ID:")
     for run in runs[:SHOWN_RUNS]:
         app = run.application.app or "no application id"
-        seen = "" if run.last_wall_ns is None else f", last seen {_shown(run.last_wall_ns / 1e9)}"
+        seen = "" if run.last_wall_ns is None else f", last seen {utc_time(run.last_wall_ns / 1e9)}"
         click.echo(one_line(f"  {run.id}  {app}, {run.identity.name}{seen}, {run.ended or 'end not seen'}"), err=True)
     if len(runs) > SHOWN_RUNS:
         click.echo(f"  and {len(runs) - SHOWN_RUNS} more; `vitalsd runs` lists them", err=True)
 
 
-@click.group()
-def spool() -> None:
-    """Look at, send or drop the bug reports that wait for their upload."""
-
-
-@spool.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def spool_list(as_json: bool) -> None:
-    """List the reports: those that wait, those that were sent, those that were refused."""
-    import json
-    from dataclasses import asdict
-
-    kept = _spool()
-    entries = kept.entries()
-    if as_json:
-        click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
-        return
-    if not entries:
-        click.echo(f"no reports in {kept.directory}")
-        return
-    for entry in entries:
-        size = f"{entry.size:>9} B" if entry.size else " " * 11
-        line = f"{entry.report_id}  {entry.state:7}  {_shown(entry.added)}  {size}  {entry.url or '-'}  {entry.note}"
-        click.echo(one_line(line).rstrip())
-
-
-@spool.command("send")
-@click.argument("report_id", required=False)
-@click.option("--url", metavar="URL", help="For reports without one; with REPORT_ID: instead of its own.")
-@ca_file_option
-@click.option("--wait", type=Number(0), default=0.0, metavar="SECONDS", help="Go on with what fails so long.")
-@click.option("--retry-failed", is_flag=True, help="Also those that the server refused.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def spool_send(
-    report_id: str | None, url: str | None, ca_file: Path | None, wait: float, retry_failed: bool, as_json: bool
-) -> None:
-    """Send the reports that wait, or the one with REPORT_ID. Status 1 if any of them could not be sent."""
+def _deliver(
+    made: "BugReport",
+    manifest: "dict[str, Any]",
+    app: str | None,
+    out: Path | None,
+    outbox: "Spool | None",
+    complaints: list[str],
+    *,
+    as_json: bool,
+) -> bool:
+    """Write the report, or spool and send it; print what became of it, and return whether all of that worked."""
     import json
 
-    from vitalsd_client.spool_store import SpoolError
-
-    kept = _spool(url, ca_file)
-    try:
-        entries = kept.entries()
-        if report_id is not None and all(entry.report_id != report_id for entry in entries):
-            raise Failed(f"no report {report_id}; `vitalsd spool list` shows them")
-        for entry in entries:
-            if entry.state == "failed" and entry.report_id == report_id and not retry_failed:
-                raise Failed(f"{report_id} was refused: {entry.note}; --retry-failed sends it again")
-        if retry_failed:
-            for entry in entries:
-                if entry.state == "failed" and report_id in (None, entry.report_id):
-                    kept.retry(entry.report_id)
-        if url is not None:
-            _readdress(kept, url, report_id)
-        results, sent = _send(kept, report_id, wait_s=wait, quiet=as_json)
-    except SpoolError as error:
-        raise Failed(str(error)) from None
+    bundle = made.bundle()
+    written, taken, more = _keep(made, out, outbox)
+    complaints += more
+    if written is not None and complaints and outbox is None and out is None:
+        complaints.append("it was written to the current directory instead")
+    if written is None and not taken:
+        raise Failed("; ".join(complaints))
+    if not as_json:
+        _say_what_is_missing(manifest)
+        if written:
+            click.echo(str(written))
+        if PREVIOUS_RUN not in bundle.members:
+            _list_crashed_runs(app)
+    for complaint in complaints:
+        complain(complaint)
+    uploaded, sent = send_reports(outbox, bundle.report_id, quiet=as_json) if outbox and taken else (None, True)
     if as_json:
-        click.echo(json.dumps(results, indent=2))
-    raise SystemExit(0 if sent else 1)
+        result = {
+            "report_id": bundle.report_id,
+            "file": None if written is None else str(written),
+            "members": manifest["members"],
+            "failures": manifest["failures"],
+            "upload": uploaded,
+        }
+        click.echo(json.dumps(result, indent=2))
+    return not complaints and sent
 
 
-@spool.command("drop")
-@click.argument("report_ids", nargs=-1, metavar="REPORT_ID...")
-@click.option("--all", "everything", is_flag=True, help="All of them.")
-def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
-    """Forget reports, sent or not."""
-    from vitalsd_client.spool_store import SpoolError
-
-    if bool(report_ids) == everything:
-        raise click.UsageError("give the ids of reports, or --all")
-    kept = _spool()
-    try:
-        for report_id in [entry.report_id for entry in kept.entries()] if everything else report_ids:
-            if not kept.drop(report_id):
-                raise Failed(f"no report {report_id}; `vitalsd spool list` shows them")
-    except SpoolError as error:
-        raise Failed(str(error)) from None
-
-
-def _spool(url: str | None = None, ca_file: Path | None = None) -> "Spool":
-    from vitalsd.discovery.directories import EndpointError, state_directory
-    from vitalsd_client.spool import Spool
-    from vitalsd_client.spool_store import SpoolError
-
-    try:
-        return Spool(state_directory() / "spool", url, ca_file=ca_file)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    except (SpoolError, EndpointError) as error:
-        raise Failed(str(error)) from None
-
-
-def _deliver(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tuple[Path | None, bool, list[str]]:
-    """The file that was written, whether the spool has it too, and what went wrong: one must not cost the other."""
+def _keep(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tuple[Path | None, bool, list[str]]:
+    """Return the file, whether the spool has the report too, and what went wrong: one must not cost the other."""
     from vitalsd_client.spool_store import SpoolError
 
     file, taken = None, False
@@ -397,79 +323,6 @@ def _deliver(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tup
                 file = save(Path())
                 complaints += [] if file is None else ["it was written to the current directory instead"]
     return file, taken, complaints
-
-
-def _readdress(kept: "Spool", url: str, report_id: str | None) -> None:
-    """Send one report to `url`, wherever it was to go; of all that have another URL only say how."""
-    others = [entry for entry in kept.entries() if entry.state == "pending" and entry.url not in (None, url)]
-    if report_id is None and others:
-        complain(
-            f"{len(others)} with a URL of their own go there and not to --url; "
-            "to change that, one at a time: vitalsd spool send REPORT_ID --url URL"
-        )
-    if report_id is not None and any(entry.report_id == report_id for entry in others):
-        # Only then: what its server asked for is not undone by naming that server again.
-        kept.readdress(report_id)
-
-
-def _shown(moment: float) -> str:
-    from datetime import UTC, datetime
-
-    return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%SZ}"
-
-
-def _send(
-    kept: "Spool", report_id: str | None, *, wait_s: float = 0.0, quiet: bool = False
-) -> "tuple[list[dict[str, Any]], bool]":
-    """Send with a progress bar; what happened, and whether nothing is left to send."""
-    import time
-
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    from vitalsd_client.upload import Receipt
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(entry: "Entry", sent: int, total: int) -> None:
-            if entry.report_id not in tasks:
-                tasks[entry.report_id] = bar.add_task(entry.report_id[:12], total=total)
-            bar.update(tasks[entry.report_id], completed=sent)
-
-        outcomes = kept.send(wait_s=wait_s, ignore_delays=True, progress=progress, report_id=report_id)
-    results: list[dict[str, Any]] = []
-    for outcome in outcomes:
-        attempt = outcome.attempt
-        sent = isinstance(attempt, Receipt)
-        said = attempt.number if isinstance(attempt, Receipt) else attempt.reason
-        results.append({"report_id": outcome.report_id, "sent": sent, "receipt" if sent else "reason": said})
-        if not quiet:
-            line = f"{outcome.report_id}: {'sent, receipt ' if sent else 'not sent: '}{said}"
-            click.echo(one_line(line), err=not sent)
-    left = [entry for entry in kept.entries() if entry.state == "pending" and report_id in (None, entry.report_id)]
-    tried = {result["report_id"] for result in results}
-    for entry in left:
-        if entry.asked and entry.not_before > time.time() and entry.report_id not in tried:
-            reason = f"the server asked to wait until {_shown(entry.not_before)}"
-            results.append({"report_id": entry.report_id, "sent": False, "reason": reason})
-            if not quiet:
-                click.echo(f"{entry.report_id}: not sent: {reason}", err=True)
-    refused = {result["report_id"] for result in results} - {
-        result["report_id"] for result in results if result["sent"]
-    }
-    if left and not quiet:
-        click.echo(f"{len(left)} left in {kept.directory}; try again with: vitalsd spool send", err=True)
-    given_up = [entry for entry in kept.entries() if entry.state == "failed" and report_id in (None, entry.report_id)]
-    if given_up and not quiet:
-        which = given_up[0].report_id if len(given_up) == 1 else "REPORT_ID"
-        how = f"vitalsd spool send {which} --retry-failed [--url URL]"
-        click.echo(
-            f"{len(given_up)} refused by the server, and kept in {kept.directory}; to try again: {how}", err=True
-        )
-    return results, not left and not refused
 
 
 @contextmanager

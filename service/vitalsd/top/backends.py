@@ -17,7 +17,7 @@ from vitalsd.snapshot import measure
 from vitalsd.sources.base import Source, SourceError, TargetGone
 from vitalsd.text import one_line
 from vitalsd.top.events import News, Note, Past, Sample, Subject
-from vitalsd_client.locate import Sidecar
+from vitalsd_client.locate import RunningSidecar
 
 __all__ = ["Direct", "Pause", "Remote"]
 
@@ -114,7 +114,7 @@ class Remote:
         interval_s: between two samples.
     """
 
-    def __init__(self, sidecar: Sidecar, via: str, interval_s: float) -> None:
+    def __init__(self, sidecar: RunningSidecar, via: str, interval_s: float) -> None:
         self.sidecar = sidecar
         self._via = via
         self._interval_s = interval_s

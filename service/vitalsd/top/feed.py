@@ -14,7 +14,7 @@ from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources.base import Source, SourceError, TargetGone
 from vitalsd.top.backends import Direct, Remote
 from vitalsd.top.events import Ended, News, Subject, Trouble
-from vitalsd_client.locate import NoSidecar, Sidecar, locate
+from vitalsd_client.locate import NoSidecar, RunningSidecar, locate
 
 __all__ = ["Feed"]
 
@@ -62,7 +62,7 @@ class Feed:
         self._subject: Subject | None = None
         self._over: str | None = None
         """`Subject.start_id` of the process that was last seen to end."""
-        self._shunned: tuple[Sidecar, float] | None = None
+        self._shunned: tuple[RunningSidecar, float] | None = None
 
     def stop(self) -> None:
         """End `news` at its next wait; from any thread."""
@@ -135,7 +135,7 @@ class Feed:
             return Remote(sidecar, "a sidecar", self.interval_s)
         return Direct(self._open_source(pid), self.interval_s, self._first_s, lambda: self._watching(pid) is not None)
 
-    def _watching(self, pid: int) -> Sidecar | None:
+    def _watching(self, pid: int) -> RunningSidecar | None:
         with suppress(NoSidecar):
             if self._sidecars:
                 # Those that watch another process could be asked as well, but have no past of this one.
@@ -143,7 +143,7 @@ class Feed:
                 return next((each for each in watching if not self._is_shunned(each)), None)
         return None
 
-    def _is_shunned(self, sidecar: Sidecar) -> bool:
+    def _is_shunned(self, sidecar: RunningSidecar) -> bool:
         return self._shunned is not None and self._shunned[0] == sidecar and time.monotonic() < self._shunned[1]
 
     def _pause(self, until: float) -> bool:
