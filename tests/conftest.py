@@ -11,17 +11,48 @@ import pytest
 from hypothesis import settings
 
 from support.as_darwin.emulation import COUNTED
+from support.paths import TESTS
 from support.target import Target
 
 pytest_plugins = ["support.darwin.fixtures"]
 
+LONGEST = (
+    "sources/darwin/test_as_on_a_mac.py",
+    "sidecar/test_hosts.py",
+    "client/test_spool.py",
+    "http/test_page.py",
+    "sidecar/test_in_process.py",
+    "recording/test_foreign_runs.py",
+    "recording/test_black_box.py",
+    "http/test_recordings_routes.py",
+    "sidecar/test_service.py",
+    "top/test_top.py",
+    "doctor/test_doctor.py",
+    "http/test_metrics_routes.py",
+    "http/test_connection.py",
+    "client/test_report.py",
+    "client/test_fetch.py",
+    "sources/linux/test_every_linux.py",
+    "system/test_workflow.py",
+    "system/test_disks.py",
+    "http/test_neighbours.py",
+    "sidecar/test_no_thread.py",
+)
+"""Files that take more than 20 s, the longest first: begun last, one of them would leave the other workers idle."""
+
 # Two busy cores make any deadline per example a flake.
-settings.register_profile("vitalsd", deadline=None)
+settings.register_profile("vitalsd", deadline=None, max_examples=int(os.environ.get("VITALSD_EXAMPLES", "50")))
 settings.load_profile("vitalsd")
 
 # In the background of a script SIGINT is ignored, and would be by all that is started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest; in a file, and among the others, the order stays."""
+    rank = {TESTS / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

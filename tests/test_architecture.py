@@ -187,6 +187,14 @@ def test_the_tests_that_reliability_names_are_there() -> None:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
+def test_the_longest_files_are_there() -> None:
+    """The list that tests/conftest.py begins with has no file that was renamed or removed."""
+    text = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+    listed = re.findall(r'^    "([\w/]+/test_\w+\.py)",$', text, re.MULTILINE)
+    assert len(listed) > 10
+    assert [name for name in listed if not (ROOT / "tests" / name).exists()] == []
+
+
 LINUX_ALONE = {
     ("spawn.py", "os.memfd_create"),
     ("process_files.py", "os.pidfd_open"),

@@ -28,6 +28,7 @@ import vitalsd
 from support.misbehaving import FAULTS, METRICS, Behaviour, Misbehaving, answer, says
 from support.paths import ROOT
 from support.sidecars import ask, eventually, serving
+from support.stopwatch import Stopwatch
 from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unavailable
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.directories import private_directory
@@ -72,9 +73,9 @@ def publish(home: Path, **changes: Any) -> Path:
 
 def timed(call: Callable[[], RuntimeMetrics], window_ms: int) -> RuntimeMetrics:
     """Its answer, which must come within the window and 2 s."""
-    begun = time.monotonic()
+    watch = Stopwatch()
     found = call()
-    assert time.monotonic() - begun < window_ms / 1000 + 2
+    assert watch.elapsed_s < watch.allowed_s(window_ms / 1000 + 2)
     return found
 
 
@@ -121,9 +122,9 @@ def test_auto_waits_only_until_the_recorder_covers_the_window(home: Path) -> Non
         assert time.monotonic() - begun >= 0.9
         assert isinstance(young, Measured)
         eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["snapshots"] > 14)
-        begun = time.monotonic()
+        watch = Stopwatch()
         old = fetch(1000)
-        assert time.monotonic() - begun < 0.7
+        assert watch.elapsed_s < watch.allowed_s(0.7)
         assert isinstance(old, Measured)
         assert 990 <= old.sample_window_ms < 1500
         begun = time.monotonic()
@@ -185,10 +186,10 @@ def test_a_stopped_sidecar_does_not_cost_the_answer_of_another(home: Path) -> No
 
 def test_without_a_sidecar_the_reason_says_what_to_do(home: Path) -> None:
     """Nobody has run one; one has died; its file is open to others, broken, or of another container."""
-    begun = time.monotonic()
+    watch = Stopwatch()
     assert "no runtime file in" in reason(fetch())
     assert "vitalsd.start()" in reason(fetch())
-    assert time.monotonic() - begun < 1, "nothing is there to wait for"
+    assert watch.elapsed_s < watch.allowed_s(1), "nothing is there to wait for"
     path = publish(home, start=1)
     assert "left behind by a sidecar that is no longer running" in reason(fetch())
     publish(home, realm="elsewhere")
@@ -278,11 +279,11 @@ def test_fetch_waits_as_long_as_retry_after_asks(home: Path, status: str, connec
 def test_fetch_of_a_sidecar_that_stays_busy_is_unavailable_within_the_budget(home: Path, behaviour: Behaviour) -> None:
     """The reason is that of the sidecar."""
     with Misbehaving(behaviour) as server:
-        begun = time.monotonic()
+        watch = Stopwatch()
         answered = fetch(10, "wait", url=server.url)
         assert isinstance(answered, Unavailable)
         assert "being waited for" in answered.reason
-        assert time.monotonic() - begun < 0.01 + BUDGET_S
+        assert watch.elapsed_s < watch.allowed_s(0.01 + BUDGET_S)
 
 
 def test_a_path_is_a_path(home: Path) -> None:
@@ -337,9 +338,9 @@ def test_every_fault_at_once_over_the_unix_socket(home: Path) -> None:
     """The same over Unix sockets, from one event loop, all at the same time and each in time."""
 
     async def scenario(servers: dict[str, Misbehaving]) -> dict[str, RuntimeMetrics]:
-        begun = time.monotonic()
+        watch = Stopwatch()
         found = await asyncio.gather(*(afetch(10, socket=server.address) for server in servers.values()))
-        assert time.monotonic() - begun < 2.01
+        assert watch.elapsed_s < watch.allowed_s(2.01)
         return dict(zip(servers, found, strict=True))
 
     with ExitStack() as stack:
@@ -374,12 +375,13 @@ def test_a_hung_file_system_costs_the_budget_and_no_more(home: Path) -> None:
         "import vitalsd_client.locate as p, vitalsd_client.fetch_metrics as c\n"
         "c.locate = hung\n"
         "begun = time.monotonic(); found = c.fetch(10); took = time.monotonic() - begun\n"
-        "assert took < 2.01, took\n"
         "assert 'a file system hangs' in found.reason\n"
+        "print(took)"
     )
-    begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
-    assert time.monotonic() - begun < 10, "and its exit waits for nothing"
+    watch = Stopwatch()
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=30, stdout=subprocess.PIPE)
+    assert float(done.stdout) < watch.allowed_s(2.01)
+    assert watch.elapsed_s < watch.allowed_s(10), "and its exit waits for nothing"
 
 
 def test_at_exit_there_is_still_an_answer(home: Path) -> None:
@@ -591,9 +593,9 @@ def test_mark_of_a_sidecar_that_does_not_answer_costs_a_quarter_of_a_second(home
     with vitalsd.spawn(port=0) as spawned:
         os.kill(spawned.pid, signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
         for put in (spawned.mark, mark):
-            begun = time.monotonic()
+            watch = Stopwatch()
             assert not put("unheard")
-            assert time.monotonic() - begun < 2, "0.25 s, and what a busy machine takes"
+            assert watch.elapsed_s < watch.allowed_s(2), "0.25 s, and what a busy machine takes"
         if how == "stopped":
             os.kill(spawned.pid, signal.SIGCONT)
 

@@ -105,7 +105,8 @@ def test_history_and_marks(tmp_path: Path, busy: subprocess.Popen[bytes]) -> Non
         assert rows >= 9
         assert all(len(table[name]) == rows for name in ("elapsed_ms", "cpu_percent", "rss_kb", "thread_count"))
         (thread,) = table["threads"]
-        assert sum(thread["cpu_percent"]) / rows > 15
+        # How much that is depends on what else the machine does.
+        assert sum(thread["cpu_percent"]) > 0.5 * sum(table["cpu_percent"]) > 0
         assert table["marks"] == [{"time_ms": made.json()["time_ms"], "label": "F12 pressed"}]
         assert serving.get("/marks") == [made.json()]
         coarse = serving.get("/history", step_ms=400)

@@ -19,6 +19,7 @@ import pytest
 import vitalsd
 from support.paths import ROOT, TESTS
 from support.sidecars import ask, environment, eventually, listing
+from support.stopwatch import Stopwatch
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
@@ -207,8 +208,11 @@ def test_a_mark_survives_what_it_announces(short_path: Path) -> None:
         assert [mark.label for mark in read_run(each.path)[1].marks] == ["export started"]
 
 
-def test_a_hundred_cycles_leak_nothing(short_path: Path) -> None:
-    """100 starts and stops, with requests: no descriptor, thread, file, socket or record more than before."""
+@pytest.mark.parametrize(
+    "cycles", [pytest.param(25, id="quick"), pytest.param(100, id="torture", marks=pytest.mark.torture)]
+)
+def test_start_and_stop_many_times_leaks_nothing(short_path: Path, cycles: int) -> None:
+    """After many of them, with requests: no descriptor, thread, file, socket or record more than before."""
 
     def cycle(asked: bool = True) -> None:
         with vitalsd.start(port=0) as sidecar:
@@ -224,7 +228,7 @@ def test_a_hundred_cycles_leak_nothing(short_path: Path) -> None:
 
     cycle()
     before = held()
-    for number in range(100):
+    for number in range(cycles):
         cycle(number % 5 == 0)
     assert held() == before
 
@@ -558,13 +562,13 @@ ENDINGS = {
 def test_interpreter_exit(python: str, ending: str, short_path: Path) -> None:
     """However the host ends, its exit status is its own, and vitalsd holds it up for less than 2.5 s."""
     code, status = ENDINGS[ending]
-    begun = time.monotonic()
+    watch, begun = Stopwatch(), time.monotonic()
     preamble = "import sys, time, socket, threading, vitalsd\nsidecar = vitalsd.start(port=0)\n"
     mark = "print(time.monotonic(), flush=True)\n"
     done = run(preamble + mark + code, python=python)
     held_s = time.monotonic() - max(begun, float(done.stdout))
     assert done.returncode == status, done.stderr
-    assert held_s < 2.5
+    assert held_s < watch.allowed_s(2.5)
     assert listing(short_path / "run") == []
     assert "Exception ignored" not in done.stderr
 

@@ -11,7 +11,7 @@ import pytest
 from support import tools
 from support.paths import SUPPORT
 
-WINDOWS = int(os.environ.get("VITALSD_WINDOWS", "15000"))
+WINDOWS = int(os.environ.get("VITALSD_WINDOWS", "6000"))
 """``make torture`` takes a million."""
 
 

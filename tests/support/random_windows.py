@@ -141,7 +141,8 @@ def main() -> None:
         try:
             written += windows_of(target, pick, wanted - written)
         except SourceError as error:
-            raise SystemExit(f"target {seed}: {type(error).__name__}: {error}") from None
+            said = f"target {seed}, whose status is {target.process.poll()}: {type(error).__name__}: {error}"
+            raise SystemExit(said) from None
         finally:
             target.process.kill()
             target.process.communicate()

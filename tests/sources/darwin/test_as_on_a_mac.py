@@ -25,9 +25,21 @@ GROUPS = {
 """Files with a branch for macOS, or that only a kernel of their own can prove; all others run there, too."""
 
 
-@pytest.mark.parametrize("group", GROUPS)
+PORTABLE = "bad_marks or chunked or eight_streams or slow_reader or replay"
+"""Tests of the service that read nothing of the platform: as on a Mac they run with ``make torture`` alone."""
+
+
+@pytest.mark.parametrize(
+    ("group", "chosen"),
+    [
+        pytest.param("kernel", "", id="kernel"),
+        pytest.param("supervisor", "", id="supervisor"),
+        pytest.param("service", f"not ({PORTABLE})", id="service"),
+        pytest.param("service", PORTABLE, id="service, portable", marks=pytest.mark.torture),
+    ],
+)
 def test_files_pass_as_on_a_mac(
-    group: str, simulated_libsystem: Path, record_property: Callable[[str, object], None]
+    group: str, chosen: str, simulated_libsystem: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """All tests of the group pass or say why they are skipped; none of them runs into its timeout."""
     env = os.environ | {"PYTHONPATH": str(TESTS), SIMULATOR: str(simulated_libsystem)}
@@ -35,7 +47,7 @@ def test_files_pass_as_on_a_mac(
     command = [
         sys.executable,
         *("-m", "pytest", "-p", "support.as_darwin.plugin"),
-        *("-n", "0", "-q", "--timeout", "60"),
+        *("-n", "0", "-q", "--timeout", "60", "-k", chosen),
         *files,
     ]
     ran = subprocess.run(command, env=env, cwd=TESTS.parent, capture_output=True, text=True, timeout=115)

@@ -32,7 +32,7 @@ from vitalsd.sources.darwin.apple_headers import (
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.mach_source import MachSource
 
-SIZES = [pytest.param(10_000, id="quick"), pytest.param(100_000, id="torture", marks=pytest.mark.torture)]
+SIZES = [pytest.param(4_000, id="quick"), pytest.param(100_000, id="torture", marks=pytest.mark.torture)]
 RSS_ALLOWANCE_BYTES = 2 << 20
 """What the allocator may hold more of at the end: of 100 000 a leak of 21 bytes a snapshot would show."""
 
