@@ -5,10 +5,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from typing import NamedTuple
 
 from vitalsd.doctor.cpu_load import BurnerProcess, name_this_thread, touched
 from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
-from vitalsd.snapshot import measure
+from vitalsd.snapshot import Measurement, Snapshot, measure
 from vitalsd.sources.base import Source
 from vitalsd.sources.platform import Platform
 
@@ -107,44 +108,73 @@ class _Worker(threading.Thread):
             self.leave.wait()
 
 
+class _Cast(NamedTuple):
+    """Threads of this process around two snapshots."""
+
+    old: list[_Worker]
+    """Alive in the first snapshot alone."""
+    young: list[_Worker]
+    """Alive in the last snapshot alone."""
+    brief: _Worker
+    """Born and ended between the two."""
+
+    @property
+    def everyone(self) -> list[_Worker]:
+        return [*self.old, *self.young, self.brief]
+
+
 def threads(platform: Platform) -> Iterator[Finding]:
-    """Ids and names against `threading`; who was born and who died; and what each of them burnt."""
-    old = [_Worker(f"old-{i}", lives=False) for i in range(2)]
-    young = [_Worker(f"young-{i}", lives=True) for i in range(2)]
-    brief = _Worker("brief", lives=False)
-    everyone = [*old, *young, brief]
+    """Compare ids and names with `threading`, births and deaths, and the CPU time of each thread with its own clock."""
+    cast = _Cast(
+        old=[_Worker(f"old-{i}", lives=False) for i in range(2)],
+        young=[_Worker(f"young-{i}", lives=True) for i in range(2)],
+        brief=_Worker("brief", lives=False),
+    )
     try:
         with closing(platform.open_source(None)) as source:
-            for thread in old:
-                thread.start()
-                thread.named.wait()
-            first = source.snapshot()
-            for thread in (*young, brief):
-                thread.start()
-                thread.named.wait()
-            for thread in everyone:
-                thread.go.set()
-                thread.done.wait()
-            for thread in (*old, brief):
-                thread.join()
-            last = source.snapshot()
-            deadline = time.monotonic() + QUIET_S
-            # Python is done with a thread a little before the kernel is.
-            ended = {thread.native_id for thread in (*old, brief)}
-            while ended & set(last.roster.tids) and time.monotonic() < deadline:
-                time.sleep(0.005)
-                last = source.snapshot()
+            first, last = _snapshots_around(cast, source)
     finally:
-        for thread in everyone:
+        for thread in cast.everyone:
             thread.go.set()
             thread.leave.set()
+    yield _known(cast, last)
+    measured = measure(first, last)
+    yield _births(cast, measured)
+    yield from _books(cast, measured)
+
+
+def _snapshots_around(cast: _Cast, source: Source) -> tuple[Snapshot, Snapshot]:
+    """Run the threads, and return a snapshot from before the young ones and one from after the end of the others."""
+    ending = [*cast.old, cast.brief]
+    for thread in cast.old:
+        thread.start()
+        thread.named.wait()
+    first = source.snapshot()
+    for thread in (*cast.young, cast.brief):
+        thread.start()
+        thread.named.wait()
+    for thread in cast.everyone:
+        thread.go.set()
+        thread.done.wait()
+    for thread in ending:
+        thread.join()
+    last = source.snapshot()
+    deadline = time.monotonic() + QUIET_S
+    # Python is done with a thread a little before the kernel is.
+    while {thread.native_id for thread in ending} & set(last.roster.tids) and time.monotonic() < deadline:
+        time.sleep(0.005)
+        last = source.snapshot()
+    return first, last
+
+
+def _known(cast: _Cast, last: Snapshot) -> Finding:
     listed = dict(zip(last.roster.tids, last.roster.names, strict=True))
-    python = {thread.native_id for thread in threading.enumerate() if thread not in everyone} | {
-        thread.native_id for thread in young
+    python = {thread.native_id for thread in threading.enumerate() if thread not in cast.everyone} | {
+        thread.native_id for thread in cast.young
     }
     missing = len(python - set(listed))
-    wrong = sum(listed.get(thread.native_id or 0) not in (thread.name, None) for thread in young)
-    yield judged(
+    wrong = sum(listed.get(thread.native_id or 0) not in (thread.name, None) for thread in cast.young)
+    return judged(
         "threads.known",
         "ids and names, by threading",
         f"all {len(python)}, those named by their names",
@@ -153,24 +183,28 @@ def threads(platform: Platform) -> Iterator[Finding]:
         f"threads are lost on the way from the kernel; {BUG}",
     )
 
-    measured = measure(first, last)
-    born = {measured.last.roster.tids[i] for i in measured.born}
+
+def _births(cast: _Cast, measured: Measurement) -> Finding:
+    first, last = measured.first, measured.last
+    born = {last.roster.tids[i] for i in measured.born}
     dead = set(first.roster.tids) - set(last.roster.tids)
     right = (
-        born >= {thread.native_id for thread in young}
-        and dead >= {thread.native_id for thread in old}
-        and brief.native_id not in listed
+        born >= {thread.native_id for thread in cast.young}
+        and dead >= {thread.native_id for thread in cast.old}
+        and cast.brief.native_id not in last.roster.tids
     )
-    yield judged(
+    return judged(
         "threads.births",
         "threads born and dead in a window",
-        f"{len(young)} born, {len(old)} dead, {len(first.roster)} before and after",
+        f"{len(cast.young)} born, {len(cast.old)} dead, {len(first.roster)} before and after",
         f"{len(born)} born, {len(dead)} dead, {len(first.roster)} before, {len(last.roster)} after",
         right and len(first.roster) + len(born) - len(dead) == len(last.roster),
         f"threads are lost or invented between two snapshots; {BUG}",
     )
 
-    exited = sum(thread.cpu_ns - thread.waited_ns for thread in old) + brief.cpu_ns
+
+def _books(cast: _Cast, measured: Measurement) -> Iterator[Finding]:
+    exited = sum(thread.cpu_ns - thread.waited_ns for thread in cast.old) + cast.brief.cpu_ns
     slack = measured.cpu_error_ns + EXIT_NS * 3
     yield judged(
         "books.exited",
