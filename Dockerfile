@@ -1,5 +1,6 @@
-# vitalsd answers on loopback only, so it shares the network of whoever asks, and the pid namespace of whom it looks at.
-# docs/operations.md, "Docker", has the commands for the host, for one other container, and for a mounted /proc.
+# vitalsd listens on loopback only, so its container must share the network namespace of its clients and the pid
+# namespace of its target. docs/operations.md, "Docker", has the commands for the host, for one other container, and for
+# a mounted /proc. Reports and runs are lost with the container, unless a volume is mounted at /tmp/vitalsd.
 ARG BASE_IMAGE=python:3.13-slim
 
 FROM ${BASE_IMAGE} AS build
@@ -13,7 +14,7 @@ RUN python3 -m venv /opt/vitalsd && /opt/vitalsd/bin/pip install --no-cache-dir 
 
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/vitalsd /opt/vitalsd
-# A number, so that a runtime can see that it is not root.
+# A number, so that a container runtime can verify that it is not root.
 USER 65532:65532
 ENV PATH=/opt/vitalsd/bin:$PATH PYTHONDONTWRITEBYTECODE=1 \
     VITALSD_STATE_DIR=/tmp/vitalsd VITALSD_RUNTIME_DIR=/tmp/vitalsd/run

@@ -1,14 +1,14 @@
 """
-An example of the other end: a server that takes bug reports of `vitalsd_client.Spool`.
+Receive bug reports that `vitalsd_client.Spool` uploads: an example of a server.
 
     python clients/examples/receiver.py --store DIR [--port 8080]
 
-What it does is what a sender relies on:
+A sender relies on the following:
 
-- it checks the zip against its manifest, and the manifest against the upload, before it says yes;
-- it stores whole files only, under names of its own making;
-- the same ``Idempotency-Key`` again gets the same receipt and no second copy;
-- the receipt names the report and its SHA-256, so that no captive portal can pass for it.
+- the server checks the zip against its manifest, and the manifest against the upload, before it accepts a report;
+- it stores complete files only, under names that it chooses itself;
+- a second upload with the same ``Idempotency-Key`` gets the same receipt and stores no second copy;
+- the receipt contains the report's id and SHA-256, so an answer of a captive portal is not taken for a receipt.
 """
 
 import argparse
@@ -31,32 +31,35 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_UPLOAD_BYTES = 64 << 20
+"""Limit for a report."""
 MAX_FORM_BYTES = 64 << 10
-"""What the form adds to the report: boundaries and names."""
+"""Limit for the multipart boundaries and names that the form adds to the report."""
 MAX_DISCARDED_BYTES = 256 << 20
-"""Of an upload that is too large, so much is read and thrown away: a client that is still sending reads no answer."""
+"""Bytes to read and discard of an upload that is too large: a client reads the 413 only when it has sent its body."""
 MAX_MEMBER_BYTES = 50 << 20
+"""Limit for one member, unpacked."""
 MAX_MEMBERS_BYTES = 128 << 20
-"""Of all members together, unpacked."""
+"""Limit for all members together, unpacked."""
 TOO_LARGE = f"the report is too large: send at most {MAX_UPLOAD_BYTES >> 20} MiB"
 MAX_RATIO = 100
+"""Limit for the compression ratio of a member, against zip bombs."""
 MAX_MEMBERS = 200
 KEY = re.compile(r"[0-9a-f]{32}", re.ASCII)
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Of the others zipfile unpacks more than it is asked for."""
+"""Allowed compression methods. For the others, zipfile unpacks more bytes than a read asks for."""
 MEMBER = re.compile(r"(attachments/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,100}", re.ASCII)
 
 
 class BadReport(Exception):
-    """What was sent is no report; ``str(error)`` says why."""
+    """Report that an upload is not a valid report; ``str(error)`` is the reason."""
 
 
 def check(content: bytes, report_id: str) -> None:
     """
-    Look through a zip without unpacking it to disk.
+    Check a zip against its manifest and its id, without writing to disk.
 
     Raises:
-        BadReport: it is damaged, too large, or not what its manifest says.
+        BadReport: the zip is damaged or too large, or differs from its manifest.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -90,17 +93,16 @@ def check(content: bytes, report_id: str) -> None:
 
 
 def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """A member, as far as its header says; `ZipFile.read` would unpack all there is."""
+    """Return a member, up to one byte more than its header declares; `ZipFile.read` has no limit."""
     with archive.open(info) as member:
         return member.read(info.file_size + 1)
 
 
 def store(directory: Path, report_id: str, content: bytes) -> tuple[str, str]:
     """
-    Keep a report, once: its receipt number and the hash of what is kept under its id.
+    Store a report once; return its receipt number and the SHA-256 of the file stored under its id.
 
-    The file's name says all there is to say of it, and link(2) replaces nothing: of two uploads at the
-    same time one is kept, and both are told of that one.
+    link(2) does not replace a file, so of two uploads at the same time one is stored, and both calls return that one.
     """
     kept = directory / f"{report_id}.zip"
     temporary = directory / f".{report_id}.{secrets.token_hex(8)}.tmp"
@@ -119,11 +121,11 @@ def store(directory: Path, report_id: str, content: bytes) -> tuple[str, str]:
 
 class BodyLimit:
     """
-    Middleware: answers 413 to a body that is too large, before any of it is written to a temporary file.
+    Answer 413 to a body that is too large, before any of it is written to a temporary file; an ASGI middleware.
 
     Args:
         app: the application.
-        limit: bytes of a body.
+        limit: size of a body, bytes.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
@@ -154,14 +156,14 @@ class BodyLimit:
 
 
 async def _discard(receive: Receive, message: Message | None, read: int) -> None:
-    """Read the rest of a body, as far as it is bounded, and keep none of it."""
+    """Read and discard the rest of a body, up to `MAX_DISCARDED_BYTES`; `read` bytes of it were read before."""
     while read < MAX_DISCARDED_BYTES and (message is None or message.get("more_body", False)):
         message = await receive()
         read += len(message.get("body", b""))
 
 
 def create_app(directory: Path) -> FastAPI:
-    """The application; reports go into `directory`."""
+    """Return the application, which stores reports in `directory`."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     app = FastAPI(title="Receiver of bug reports", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, limit=MAX_UPLOAD_BYTES + MAX_FORM_BYTES)

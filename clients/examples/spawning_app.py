@@ -1,5 +1,5 @@
 """
-An application that spawns its sidecar and crashes. The sidecar answers for 30 s more, and its record is on disk.
+Spawn a sidecar and crash. The sidecar answers for 30 s more, and its recording is on disk.
 
     python clients/examples/spawning_app.py
 """

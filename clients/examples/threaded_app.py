@@ -1,5 +1,5 @@
 """
-An application with busy named threads that serves its own metrics: one call, no second process.
+Serve the metrics of an application with busy named threads, by one call and without a second process.
 
     python clients/examples/threaded_app.py [--seconds 60]
 """
@@ -11,11 +11,11 @@ import time
 import vitalsd
 
 LOADS = {"render": 0.6, "network": 0.2, "audio": 0.05}
-"""Part of a core that each thread asks for."""
+"""Fraction of a core that each thread tries to use."""
 
 
 def work(load: float, stop: threading.Event) -> None:
-    """Compute for `load` of every 20 ms."""
+    """Compute for the fraction `load` of each period of 20 ms, until `stop` is set."""
     while not stop.wait(0.02 * (1 - load)):
         busy_until = time.perf_counter() + 0.02 * load
         while time.perf_counter() < busy_until:

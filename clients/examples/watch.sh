@@ -3,7 +3,7 @@
 #
 #     sh clients/examples/watch.sh sleep 10
 #
-# VITALSD names another vitalsd than the one on PATH.
+# VITALSD is the vitalsd to run instead of the one in PATH.
 set -eu
 vitalsd=${VITALSD:-vitalsd}
 
@@ -14,7 +14,7 @@ mkfifo "$directory/ready"
 "$@" &
 target=$!
 
-# Ready is told on a descriptor, not by sleeping: one line of JSON.
+# The sidecar writes one line of JSON to a descriptor when it is ready, so the script need not sleep.
 $vitalsd serve --pid "$target" --exit-with-target --port 0 --ready-fd 3 3>"$directory/ready" 2>/dev/null &
 sidecar=$!
 read -r ready <"$directory/ready" || ready='{"error": "the sidecar did not start"}'
