@@ -133,6 +133,7 @@ class BodyLimit:
         self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; answer 413 as soon as the declared or the received length is above the limit."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -194,6 +195,7 @@ def create_app(directory: Path) -> FastAPI:
 
 
 def main() -> None:
+    """Run the server until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True, help="directory for the reports")
     parser.add_argument("--host", default="127.0.0.1")

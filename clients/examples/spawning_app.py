@@ -12,6 +12,7 @@ import vitalsd
 
 
 def main() -> None:
+    """Spawn a sidecar, compute for 1 s, and end by SIGKILL."""
     sidecar = vitalsd.spawn(port=0, app="spawning-app", app_version="1.0")
     print(f"sidecar {sidecar.pid} watches process {os.getpid()}: curl -s '{sidecar.url}/metrics?window_ms=100'")
     print(f"after the crash, for 30 s: curl -s '{sidecar.url}/history?seconds=60'")

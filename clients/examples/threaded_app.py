@@ -23,6 +23,7 @@ def work(load: float, stop: threading.Event) -> None:
 
 
 def main() -> None:
+    """Start the threads and the sidecar, print commands to try, and wait for the end."""
     parser = argparse.ArgumentParser(description="A demo of vitalsd inside its client.")
     parser.add_argument("--seconds", type=float, help="end after so long; default: at Ctrl-C")
     seconds = parser.parse_args().seconds
