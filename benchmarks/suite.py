@@ -241,11 +241,10 @@ SECTIONS: Mapping[str, Section] = {
     ACCURACY: Section(
         "accuracy.py",
         ("--rounds", "25"),
-        "Error of a thread's `cpu_percent`, in percentage points of one core, over HTTP. The thread itself records "
-        "its CPU clock at the edges of its bursts of work, which is the truth. Compared with the kernel's ticks of 10 "
-        "ms, which psutil reads. *Covered* is the share of answers whose stated error (`cpu_percent_error`) includes "
-        "the truth. Answers of the own process are left out where the truth itself is known less well than to 0.1 "
-        "points.",
+        "Error of a thread's `cpu_percent`, in percentage points of one core, over HTTP. The truth is the CPU clock of "
+        "the thread, which records it at the edges of its bursts of work. Compared with the kernel's ticks of 10 ms, "
+        "which psutil reads. *Covered* is the share of answers with the truth within the stated error "
+        "(`cpu_percent_error`). For the own process, answers are left out if the truth is only known to 0.1 points.",
         (
             Table(
                 "window of {window_ms} ms",
@@ -344,7 +343,7 @@ SECTIONS: Mapping[str, Section] = {
     HOST: Section(
         "host.py",
         ("--rounds", "2", "--seconds", "2"),
-        "Slowdown of a Python program whose thread never stops computing, with a sidecar inside (`vitalsd.start()`) "
+        "Slowdown of a Python program with a thread that always computes, with a sidecar inside (`vitalsd.start()`) "
         "that records 50 threads once a second, and with the sidecar stopped, in turn. The slowdown is the time that "
         "the thread neither ran nor was ready to run: it waited for the interpreter lock.",
         (
@@ -500,7 +499,7 @@ def goals(title: str, rows: Sequence[Row], *, recorded: bool = False) -> list[tu
     Args:
         title: the title of the section.
         rows: its runs, flat.
-        recorded: leave out a goal whose figure an earlier run did not measure.
+        recorded: leave out a goal without a figure, because an earlier run did not measure it.
 
     Raises:
         KeyError: a new run did not measure the figure of a goal.
