@@ -244,7 +244,7 @@ SECTIONS: Mapping[str, Section] = {
         "Error of a thread's `cpu_percent`, in percentage points of one core, over HTTP. The truth is the CPU clock of "
         "the thread, which records it at the edges of its bursts of work. Compared with the kernel's ticks of 10 ms, "
         "which psutil reads. *Covered* is the share of answers with the truth within the stated error "
-        "(`cpu_percent_error`). For the own process, answers are left out if the truth is only known to 0.1 points.",
+        "(`cpu_percent_error`). For the own process, answers are left out if the truth is not known to 0.1 points.",
         (
             Table(
                 "window of {window_ms} ms",
