@@ -1,14 +1,15 @@
 """
-How far a thread's cpu_percent is from the truth, over HTTP, beside the ticks that psutil reads: a thread of another
-process, and one of the sidecar's own.
+Measure how far a thread's `cpu_percent` is from the truth, over HTTP, beside the ticks that psutil reads.
+
+The thread belongs to another process, and then to the process of the sidecar.
 
     python benchmarks/accuracy.py [--windows 50 250 1000] [--rounds 60]
 
-Truth: the thread writes down its own CPU clock at the edges of its bursts, and asks no clock inside
-them; between two edges it is taken to use the CPU evenly. Where it was preempted it did not, so the log also bounds
-what it can have used: of the own process, whose clocks are good to a microsecond, answers of which the truth is
-known less well than to 0.1 points are left out. Errors in percentage points of a core. `covered` is the part of
-answers whose error bar holds what can have been; `bar` is its median beside the 99th percentile of the error.
+The truth is the CPU clock of the thread, which writes it down at the edges of its bursts and asks no clock inside
+them. Between two edges the thread is assumed to use the CPU evenly. If it was preempted it did not, so the log also
+has bounds of its CPU time. The clocks of the own process are exact to a microsecond: answers with bounds wider than
+0.1 points are left out there. Errors are percentage points of a core. `covered` is the share of answers with all
+possible values within the stated error; `bar` is its median, beside the 99th percentile of the error.
 """
 
 import argparse
@@ -155,14 +156,14 @@ def monotonic_ns(stamp: str) -> int:
 
 @dataclass
 class Errors:
-    """Of the answers whose truth is known, in percentage points: ours, that of ticks, our error bar, and the truth."""
+    """Errors in percentage points of answers with a known truth: ours, of ticks, our stated error; and the truth."""
 
     ours: list[float] = field(default_factory=list)
     ticks: list[float] = field(default_factory=list)
     bars: list[float] = field(default_factory=list)
     true: list[float] = field(default_factory=list)
     covered: int = 0
-    """Answers whose bar holds the truth."""
+    """Answers with the truth within the stated error."""
     unknown: int = 0
     """Answers left out."""
 

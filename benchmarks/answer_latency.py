@@ -1,9 +1,9 @@
 """
-How long after the end of its window an answer arrives, over a real socket.
+Measure how long after the end of its window an answer arrives, over a real socket.
 
-Against: what a program does by hand, ``psutil.Process.threads()``, sleep, ``threads()`` again, with the name
-of each thread read from ``/proc``. Both are asked in turn in one run, so that a busy machine slows
-both. Late = time until the answer is in hand, minus the window.
+Compared with a program that calls ``psutil.Process.threads()``, sleeps and calls it again, and reads the name of each
+thread from ``/proc``. Both take turns in one run, so that a busy machine slows both. Latency is the time until the
+answer is complete, less the window.
 """
 
 import argparse

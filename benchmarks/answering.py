@@ -1,15 +1,15 @@
 """
-What an answer costs: CPU of the server per request, by process clock, all variants in one interleaved run.
+Measure what an answer costs: CPU of the server per request, by process clock, all variants in one interleaved run.
 
     python benchmarks/answering.py [--threads 1000] [--rounds 5] [--requests 200]
 
-`ours` is GET /metrics?mode=trailing of a sidecar; `response_model` is the same numbers through pydantic
-objects, as FastAPI's tutorial has it; `tiny` is /healthz of the same sidecar; `h11` is an ASGI application of
-three lines on the same server and parser: what no application can go below; `peer` is what a new connection costs
-before its first request, to ask the kernel which user opened it. One client keeps the server busy
-over one connection. Then 200 callers, each on a connection of its own, ask at once for a window of half a second, and
-again as soon as they are answered: `overshoot` is how much longer than asked the windows were that they got,
-`late` how long after the end of its window each answer was there whole.
+`ours` is GET /metrics?mode=trailing of a sidecar. `response_model` is the same numbers through pydantic objects, as in
+FastAPI's tutorial. `tiny` is /healthz of the same sidecar. `h11` is an ASGI application of three lines on the same
+server and parser, the lower bound of any application. `peer` is the cost of a new connection before its first request:
+the question to the kernel which user opened it. One client keeps the server busy over one connection. Then 200
+clients, each on its own connection, ask at once for a window of half a second, and again after each answer.
+`overshoot` is how much longer than asked their windows were, `late` how long after the end of its window each answer
+was complete.
 """
 
 import argparse

@@ -1,12 +1,11 @@
 """
-Should a Mach call give up the interpreter lock? Snapshots over the simulator beside a thread that computes.
+Measure whether a Mach call should release the interpreter lock, over the simulator, beside a thread that computes.
 
     python benchmarks/darwin_gil.py [--threads 50] [--rounds 200]
 
-`kept` is the source as it is: the short calls on our own task keep the lock (ctypes.PyDLL). `released` is the
-same with every call giving it up (ctypes.CDLL), as ctypes does by default: each taking back may wait for the
-switch interval of 5 ms, if the other thread wakes up in time to take it. Wall time of a snapshot, by turns: median,
-and the worst of each.
+`kept` is the source as it is: the short calls on the own task keep the lock (ctypes.PyDLL). In `released`, every call
+releases it (ctypes.CDLL, the default). To take it again may need the switch interval of 5 ms, if the other thread
+wakes up in time to take it. Wall time of a snapshot, in turns: median, and the longest of each.
 """
 
 import argparse

@@ -1,15 +1,14 @@
 """
-What a macOS snapshot of 1000 threads costs in Python, in units of one bare ctypes call, and beside one written as
-ctypes is usually written: a structure and a counter made for each call, thread after thread.
+Measure Python's share of a macOS snapshot of 1000 threads, in units of one bare ctypes call.
 
     python benchmarks/darwin_snapshot.py [--threads N] [--rounds N]
 
-Runs over the simulated libSystem, so on Linux. The goal (docs/macos-proof.md): per thread at most four bare
-calls of the signature of ``thread_info``, that is the three calls a thread needs (two readings and a
-release) and one for all the bookkeeping. A bare call has ``argtypes``; ours do without, which halves
-them. What the simulated kernel itself costs is measured by the
-same loop in C, and subtracted. The rounds of all measurements are interleaved, and the best of each
-counts: on a shared machine everything else is somebody else's time.
+Compared with a snapshot as ctypes is usually written: a structure and a counter per call, thread after thread. Runs
+over the simulated libSystem, so on Linux. The goal (docs/macos-proof.md): per thread at most four bare calls with the
+signature of ``thread_info``, three for the calls that a thread needs (two readings and a release) and one for all the
+rest. A bare call has ``argtypes``; the source does without, which halves the cost. The cost of the simulated kernel is
+measured by the same loop in C and subtracted. Rounds are interleaved, and the best round of each counts, because the
+machine is shared.
 """
 
 import argparse

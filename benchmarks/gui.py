@@ -1,14 +1,14 @@
 """
-What a program with a user interface feels: how long calls block, the longest gap of its event loop, the cost at exit.
+Measure what a program with a user interface feels: how long calls block, the longest gap of its event loop, its exit.
 
     python benchmarks/gui.py [--rounds 20] [--call mark]
 
-A process has an event loop with a timer of 5 ms, in the main thread. It makes one call in a thread, as a careful client
-does, and the figure is the longest time between two ticks, less 5 ms: the import of modules and the interpreter lock
-delay the loop although the call is elsewhere. Once more it makes the call in the loop itself: then the figure is what
-the call blocks. `nothing` is the same process without a call, in the same rounds: what the machine itself delays. With
-PySide6 the loop is that of Qt, offscreen; else it is asyncio's. `exit_ms` is from the last statement of the program to
-its end as its parent sees it. Medians of the rounds, and the spread of the middle half.
+A process has an event loop with a timer of 5 ms in the main thread. It makes one call on another thread, and the
+figure is the longest time between two ticks, less 5 ms: imports and the interpreter lock delay the loop although the
+call is elsewhere. In another process it makes the call in the loop itself, and the figure is the time for which the
+call blocks. `nothing` is the same process without a call, in the same rounds: the delay of the machine. With PySide6
+the loop is that of Qt, offscreen; otherwise it is asyncio's. `exit_ms` is from the last statement of the program to
+its end as its parent sees it. Medians of the rounds, and their interquartile range.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """
-How much a sidecar inside a busy Python program slows it down, at one snapshot a second with 50 threads.
+Measure how much a sidecar inside a busy Python program slows it down, at one snapshot a second with 50 threads.
 
     python benchmarks/host.py [--rounds 6] [--seconds 5] [--threads 50]
 
-A thread that never stops computing only loses time while it waits for the interpreter lock, and the kernel
-tells how long: elapsed time less what it ran and what it was ready to run (/proc/self/task/TID/schedstat). So the
-figure is exact where the throughput of two runs differs by several percent for other reasons. In turns
-with a sidecar inside and with it stopped; medians. `sidecar_cpu_percent` is what its threads ran, of one core.
+A thread that never stops computing loses time only while it waits for the interpreter lock. The kernel reports that
+time: elapsed time, less the time that it ran or was ready to run (/proc/self/task/TID/schedstat). So the figure is
+exact, while the throughput of two runs differs by several percent for other reasons. With a sidecar inside and with it
+stopped, in turn; medians. `sidecar_cpu_percent` is the CPU of the sidecar's threads, percent of one core.
 """
 
 import argparse

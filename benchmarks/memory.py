@@ -1,10 +1,10 @@
 """
-How much memory a quarter of an hour of many threads takes, beside the ways that come to mind first.
+Measure how much memory a quarter of an hour of many threads takes, compared with two straightforward ways.
 
     python benchmarks/memory.py [--threads 1000] [--snapshots 900]
 
-The counters are made up: 4 % of the threads run in each second, then all of them. Each way fills a process of
-its own; the figure is how much its resident memory grew (Linux: /proc/self/statm).
+The counters are synthetic: 4 % of the threads run in each second, then all of them. Each way fills a process of its
+own; the figure is the growth of its resident memory (Linux: /proc/self/statm).
 """
 
 import argparse

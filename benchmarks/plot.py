@@ -1,4 +1,4 @@
-"""Horizontal bars on a logarithmic axis, as SVG that is readable on light and on dark pages."""
+"""Draw horizontal bars on a logarithmic axis, as SVG that is readable on light and on dark pages."""
 
 from collections.abc import Sequence
 from html import escape
@@ -18,7 +18,7 @@ text { font: 13px system-ui, sans-serif; fill: #24292f }
 
 def bars(title: str, rows: Sequence[tuple[str, float, bool]], unit: str) -> str:
     """
-    One bar each.
+    Return an SVG with one bar per row.
 
     Args:
         title: what is compared; shorter is better.

@@ -1,12 +1,12 @@
 """
-What recording costs: CPU of a sidecar that records, beside one that does not, in one run.
+Measure what recording costs: CPU of a sidecar that records, beside one that does not, in one run.
 
     python benchmarks/recorder.py [--seconds 10] [--rounds 3] [--threads 50 1000] [--interval 1.0 0.25]
 
-Sidecars with a recorder and black box, with a recorder alone and with neither watch the same target at
-the same time, and so does the floor: a C program that wakes as often and only reads every thread. Beside
-them a Python program wakes as often and does nothing. Whatever the machine does they share. Figures are
-percent of one core, by the process CPU clock of each; medians of the rounds.
+Sidecars with recorder and black box, with the recorder alone and with neither watch the same target at the same time.
+So does the floor, a C program that wakes as often and only reads every thread. Beside them a Python program wakes as
+often and does nothing. All of them share the load of the machine. Figures are percent of one core, by the CPU clock of
+each process; medians of the rounds.
 """
 
 import argparse

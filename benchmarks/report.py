@@ -1,9 +1,9 @@
 """
-How long a bug report takes, from the call to the zip on the disk.
+Measure how long a bug report takes, from the call to the zip on the disk.
 
-Against: what the reporter that this project comes from does, sleep through the window of 2 s between two
-snapshots and then write. Both are called in turn in one run, in a process of ``--threads`` threads that a
-warm sidecar records. The first report of a process is shown apart: it loads what the later ones have.
+Compared with a program that sleeps through its window of 2 s between two snapshots and then writes. Both take turns in
+one run, in a process of ``--threads`` threads that a warm sidecar records. The first report of a process is shown
+apart, because it loads modules that the later ones have.
 """
 
 import argparse

@@ -1,15 +1,14 @@
 """
-What a snapshot of another Linux process costs, beside the C floor, psutil and a naive reader in Rust.
+Measure a snapshot of another Linux process, beside the C floor, psutil and a simple reader in Rust.
 
     python benchmarks/sampling.py [--threads 100 1000] [--rounds 20] [--busy 4]
 
-All contenders watch one target and take turns, some snapshots each, pinned to one CPU. Warm is back to
-back; cold is after 100 ms of rest, as in a recorder, when each thread's state is out of cache. Of those each
-takes four in a row, for a recorder does some things once a second and not at each of its four beats; a snapshot
-that always does them stands as `full_with_names`. Figures are medians of CPU time, ratios the medians of those
-within a round: what else runs on the machine comes and goes, and hits neighbours alike. The last line is the worst
-case of what the recorder does: every thread runs once a second and between any two snapshots, so that it can never
-be proved that most of them did not.
+All contenders watch one target and take turns, some snapshots each, pinned to one CPU. Warm is back to back. Cold is
+after 100 ms of rest, as in a recorder, when the state of each thread is out of cache. Each contender takes four cold
+snapshots in a row, because a recorder does some work once a second and not at each of its four beats; a snapshot that
+always does that work is `full_with_names`. Figures are medians of CPU time, ratios the medians of the ratios within a
+round, because the load of the machine changes and affects neighbours alike. The last line is the worst case of the
+recorder: every thread runs once a second and between any two snapshots, so nothing proves that most of them did not.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def build(directory: Path) -> dict[str, Path]:
 
 
 def build_library(directory: Path, name: str) -> Path:
-    """One of the native programs as a shared library, whose `main` another program can call."""
+    """Return a native program as a shared library, with a `main` that another program can call."""
     library = directory / f"{name}.so"
     options = ("-O2", "-pthread", "-shared", "-fPIC")
     subprocess.run([*compiler(), *options, "-o", library, NATIVE / f"{name}.c"], check=True)
@@ -56,7 +55,7 @@ def build_library(directory: Path, name: str) -> Path:
 
 
 class Contender:
-    """A program that takes a snapshot when told to."""
+    """A program that takes a snapshot on request."""
 
     def __init__(self, command: list[str]) -> None:
         cpu = max(os.sched_getaffinity(0))  # type: ignore[attr-defined, unused-ignore]
@@ -161,7 +160,7 @@ def main() -> None:
         for threads in arguments.threads:
             print(json.dumps(compare(programs, threads, arguments.busy, arguments.rounds)), flush=True)
         most = max(arguments.threads)
-        # With one each, and longer rests, a turn takes more than a second: whoever is next finds that all have run.
+        # With one each and longer rests, a turn takes over a second: each contender finds that every thread has run.
         worst = compare(programs, most, most - 1, arguments.rounds, period_us=1_000_000, rest_s=2 * REST_S, cold=1)
         print(json.dumps(worst), flush=True)
 

@@ -1,4 +1,4 @@
-"""How far apart the rounds of one run are."""
+"""Spread of the rounds of one run."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ __all__ = ["spread"]
 
 def spread(values: Sequence[float], digits: int | None = None) -> float | None:
     """
-    From the first quartile to the third, rounded: the middle half of the rounds lies within it.
+    Return the interquartile range, rounded: the middle half of the rounds lies within it.
 
-    In the unit of `values`; ``None`` of a single round, which has none.
+    It has the unit of `values`; a single round has none (``None``).
     """
     if len(values) < 2:
         return None

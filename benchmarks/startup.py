@@ -1,10 +1,10 @@
 """
-Time to the first answer, and size then, beside a bare FastAPI application with one route.
+Measure the time to the first answer, and the size then, beside a bare FastAPI application with one route.
 
     python benchmarks/startup.py [--rounds 60]
 
-Both are started in turn and asked over loopback until they answer 200. The ratio is the median of those of neighbours:
-a machine that is shared is slow for some of them and then for both.
+Both are started in turn and asked over loopback until they answer 200. The ratio is the median of the ratios of
+neighbours, because the load of a shared machine changes and affects both.
 """
 
 import argparse
