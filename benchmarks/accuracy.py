@@ -37,22 +37,22 @@ import psutil
 from sampling import HERE, build, build_library
 
 BURST_US, PERIOD_US = 3300, 11000
-"""30 % of a core; `true_percent` is what it was."""
+"""Load of 30 % of a core; `true_percent` is the measured load."""
 
 SHORT_MS = 200
-"""Shorter windows are asked for more often, as they last: a mean over sixty of 50 ms moves by a third of itself."""
+"""Shorter windows are measured more often, because the mean of sixty windows of 50 ms varies by a third."""
 
 KNOWN_POINTS = 0.1
-"""How well the truth must be known beside the own process's clocks, percentage points to either side."""
+"""Largest uncertainty of the truth beside the clocks of the own process, percentage points to either side."""
 
 STAMP_NS = 1000
-"""An instant that an answer names is up to so much later: it is cut to the microsecond."""
+"""An instant of an answer is up to this much later, ns: it is cut to the microsecond."""
 
 Log = list[tuple[int, int]]
 
 
 class Truth(NamedTuple):
-    """CPU time, ns, or CPU, percent: what it was, as far as can be said, and the least and most it can have been."""
+    """CPU time in ns, or CPU in percent: the best estimate, and the bounds of the possible values."""
 
     likely: float
     least: float
@@ -60,7 +60,7 @@ class Truth(NamedTuple):
 
 
 def cpu_at(log: Log, instant_ns: int) -> Truth:
-    """CPU time at an instant between two edges."""
+    """Return the CPU time at an instant between two edges."""
     after = bisect_right(log, instant_ns, key=lambda edge: edge[0])
     (t0, c0), (t1, c1) = log[after - 1], log[after]
     likely = c0 + (c1 - c0) * (instant_ns - t0) / (t1 - t0)
@@ -68,7 +68,7 @@ def cpu_at(log: Log, instant_ns: int) -> Truth:
 
 
 def percent_of(log: Log, begin_ns: int, end_ns: int) -> Truth:
-    """CPU of a window."""
+    """Return the CPU of a window."""
     first, last, share = cpu_at(log, begin_ns), cpu_at(log, end_ns), 100 / (end_ns - begin_ns)
     return Truth(
         share * (last.likely - first.likely),
@@ -95,7 +95,7 @@ class Duty:
         self.log: Log = []
 
     def edges(self) -> Log:
-        """All edges so far, and one more beyond now."""
+        """Return all edges so far, and one more beyond now."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         now_ns = time.monotonic_ns()
@@ -114,8 +114,10 @@ def environment(state: str) -> dict[str, str]:
 
 def pinned(which: Callable[[set[int]], int]) -> None:
     """
-    Keep this process on one core: the thread and the sidecar on two of them. Where both share one, each read
-    interrupts the thread, and the kernel brings its account of it up to date: the sidecar would look better than it is.
+    Keep this process on one core, so that the thread and the sidecar are on different ones.
+
+    If both share a core, each read interrupts the thread, and the kernel updates its account of it: the sidecar would
+    look better than it is.
     """
     if sys.platform == "linux":
         os.sched_setaffinity(0, {which(os.sched_getaffinity(0))})
@@ -123,7 +125,7 @@ def pinned(which: Callable[[set[int]], int]) -> None:
 
 @contextmanager
 def alongside(state: str) -> Iterator[tuple[Duty, str]]:
-    """The thread in a process of its own, and the address of a sidecar that watches it."""
+    """Run the thread in a process of its own; yield it, and the address of a sidecar that watches it."""
     target = Duty([str(build(Path(state))["duty"])], state, serves=False)
     pid = str(target.process.pid)
     command = [sys.executable, "-m", "vitalsd", "serve", "--pid", pid, "--port", "0", "--record-interval", "0"]
@@ -139,7 +141,7 @@ def alongside(state: str) -> Iterator[tuple[Duty, str]]:
 
 @contextmanager
 def inside(state: str) -> Iterator[tuple[Duty, str]]:
-    """The thread in a Python program that has a sidecar in it, and the address of that."""
+    """Run the thread in a Python program with a sidecar inside; yield it, and the address of the sidecar."""
     command = [sys.executable, str(HERE / "duty_host.py"), str(build_library(Path(state), "duty"))]
     target = Duty(command, state, serves=True)
     yield target, target.address
@@ -148,7 +150,7 @@ def inside(state: str) -> Iterator[tuple[Duty, str]]:
 
 
 def monotonic_ns(stamp: str) -> int:
-    """An instant of the answer on the monotonic clock."""
+    """Return an instant of the answer on the monotonic clock."""
     moment = datetime.fromisoformat(stamp)
     unix_ns = int(moment.replace(microsecond=0).timestamp()) * 10**9 + moment.microsecond * 1000
     return unix_ns - (time.time_ns() - time.monotonic_ns())
@@ -183,10 +185,13 @@ def errors(
     unsure_points: float = math.inf,
 ) -> Errors:
     """
-    What is asked over HTTP beside the truth, and psutil at the same time.
+    Compare answers over HTTP with the truth, and psutil at the same time.
 
     Args:
-        unsure_points: answers of which the truth is less well known are left out.
+        start: runs the thread in a directory and yields it with the address of its sidecar.
+        window_ms: window to ask for.
+        rounds: number of windows; of those shorter than `SHORT_MS`, more in proportion.
+        unsure_points: leave out answers if the truth is uncertain by more than this.
     """
     found = Errors()
     with tempfile.TemporaryDirectory() as state, start(state) as (target, url):

@@ -29,7 +29,7 @@ threading.Event().wait()
 
 
 def by_hand(process: psutil.Process, window_ms: int) -> bytes:
-    """The alternative: the same figures through psutil, as JSON."""
+    """Return the same figures through psutil, as JSON."""
     before = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
     begun = time.monotonic()
     time.sleep(window_ms / 1000)

@@ -61,12 +61,12 @@ uvicorn.run(
 
 
 def cpu_ns(pid: int) -> int:
-    """CPU time of a process, ns (Linux: its CPU clock)."""
+    """Return the CPU time of a process, ns (Linux: its CPU clock)."""
     return time.clock_gettime_ns((~pid << 3) | 2)
 
 
 class Client:
-    """One connection, kept alive, that costs the machine little itself."""
+    """A client with one kept-alive connection that takes little CPU itself."""
 
     def __init__(self, port: int) -> None:
         self._host = f"127.0.0.1:{port}"
@@ -74,7 +74,7 @@ class Client:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def get(self, path: str) -> bytes:
-        """The body of an answer of 200."""
+        """Return the body of an answer of 200."""
         self._socket.sendall(f"GET {path} HTTP/1.1\r\nHost: {self._host}\r\n\r\n".encode())
         answer = b""
         while b"\r\n\r\n" not in answer:
@@ -96,7 +96,7 @@ class Client:
 
 
 def ask(client: Client, path: str, pid: int, requests: int) -> tuple[float, list[float]]:
-    """CPU of the server per request, µs, and the time each answer took, ms."""
+    """Return the CPU of the server per request, µs, and the time of each answer, ms."""
     took = []
     before = cpu_ns(pid)
     for _ in range(requests):
@@ -107,7 +107,7 @@ def ask(client: Client, path: str, pid: int, requests: int) -> tuple[float, list
 
 
 def peer_us(lookups: int) -> float:
-    """CPU of one look for the user at the other end of a new connection, µs."""
+    """Return the CPU of one question for the user at the other end of a new connection, µs."""
     users = PeerUsers()
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
         accepted, client = listener.accept()
@@ -129,9 +129,9 @@ def free_port() -> int:
 
 async def together(port: int, callers: int, window_ms: int, seconds: float) -> tuple[list[int], list[float]]:
     """
-    How much longer than asked each window was, and how much later than that its answer came, ms; ascending.
+    Return how much longer than asked each window was, and how long after it its answer came, ms; ascending.
 
-    On plain sockets, to measure no client.
+    Uses plain sockets, so that no client library is measured.
     """
     overshoot: list[int] = []
     late: list[float] = []

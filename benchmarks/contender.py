@@ -12,14 +12,14 @@ from pathlib import Path
 
 
 def product(pid: int) -> Callable[[], object]:
-    """The snapshot as the recorder takes it."""
+    """Take snapshots as the recorder does."""
     from vitalsd.sources.linux.source import LinuxSource
 
     return partial(LinuxSource(pid).snapshot, names=False)
 
 
 def full(pid: int) -> Callable[[], object]:
-    """The recorder's, but every thread is read each time."""
+    """Take snapshots as the recorder does, but read every thread each time."""
     from vitalsd.sources.linux.source import LinuxSource
 
     source = LinuxSource(pid)
@@ -34,7 +34,7 @@ def full(pid: int) -> Callable[[], object]:
 
 
 def full_with_names(pid: int) -> Callable[[], object]:
-    """The same with what the recorder adds now and then: all names, the main thread's stat, a count of the threads."""
+    """Add what the recorder does once a second: all names, the stat of the main thread, a count of the threads."""
     from vitalsd.sources.linux.source import LinuxSource
 
     source = LinuxSource(pid)
@@ -51,7 +51,7 @@ def full_with_names(pid: int) -> Callable[[], object]:
 
 
 def with_psutil(pid: int) -> Callable[[], object]:
-    """What one writes with psutil: threads(), and the names that it does not give."""
+    """Take snapshots with psutil: threads(), and the names, which it does not provide."""
     import psutil
 
     process = psutil.Process(pid)

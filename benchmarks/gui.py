@@ -27,7 +27,7 @@ from pathlib import Path
 from spread import spread
 
 SETUP = {"fetch": "vitalsd.spawn(port=0)", "report": "vitalsd.spawn(port=0)", "mark": "vitalsd.spawn(port=0)"}
-"""What is done, in the loop and not measured, before a call."""
+"""Statements that run in the loop before a call, unmeasured."""
 CALLS: Mapping[str, str] = {
     "nothing": "None",
     "start": "vitalsd.start(port=0)",

@@ -24,7 +24,7 @@ pthread = namedtuple("pthread", ("id", "user_time", "system_time"))  # as psutil
 
 
 def snapshots(threads: int, count: int, share: float) -> Iterator[Snapshot]:
-    """One a second of which `share` of the threads run, with one roster, as a source's."""
+    """Yield one snapshot a second in which `share` of the threads run, with one roster, as a source does."""
     tids = tuple(range(1, threads + 1))
     roster = ThreadRoster(tids, (7,) * threads, tuple(f"worker {tid}" for tid in tids))
     cpu_ns = [0] * threads
@@ -54,7 +54,7 @@ def snapshots(threads: int, count: int, share: float) -> Iterator[Snapshot]:
 
 
 def product(taken: Iterator[Snapshot]) -> object:
-    """The record."""
+    """Fill the recorder's ring buffer."""
     record = Record(Identity("linux", 1, "made up", "0", 0, 0), interval_ns=SECOND_NS)
     for snapshot in taken:
         record.append(snapshot)
@@ -62,12 +62,12 @@ def product(taken: Iterator[Snapshot]) -> object:
 
 
 def lists(taken: Iterator[Snapshot]) -> object:
-    """A list of numbers for each snapshot."""
+    """Keep a list of numbers for each snapshot."""
     return list(taken)
 
 
 def objects(taken: Iterator[Snapshot]) -> object:
-    """A dictionary by name of what psutil returns, for each snapshot."""
+    """Keep a dictionary by name of psutil's objects for each snapshot."""
     return [
         {
             name: pthread(tid, ns / 1e9, 0.0)
@@ -86,7 +86,7 @@ def rss_bytes() -> int:
 
 
 def grown_mib(way: str, threads: int, count: int, share: float) -> float:
-    """In a process of its own, by how much it grows."""
+    """Return the growth of a process that is filled this way, MiB."""
     before = rss_bytes()
     kept = WAYS[way](snapshots(threads, count, share))
     grown = (rss_bytes() - before) / (1 << 20)

@@ -25,7 +25,7 @@ from sampling import build
 from spread import spread
 
 BUSY = ("4", "100", "20000")
-"""Threads that work, for so many microseconds at a time, and sleep as many in between."""
+"""Arguments of the target: threads that work, µs of work and µs of sleep in turn."""
 
 EMPTY = """
 import sys, threading, time
@@ -35,13 +35,13 @@ def wake():
 threading.Thread(target=wake, daemon=True).start()
 threading.Event().wait()
 """
-"""A thread that wakes and does nothing, as the recorder's does."""
+"""Program with a thread that wakes as often as the recorder's and does nothing."""
 
 SIDECARS = {"recorder": (), "without_black_box": ("--no-black-box",), "off": ("--record-interval", "0")}
 
 
 def sidecar(pid: int, interval_s: float, state: str, *options: str) -> tuple[subprocess.Popen[str], str]:
-    """A sidecar watching `pid`, and its address."""
+    """Start a sidecar that watches `pid`; return it and its address."""
     command = [sys.executable, "-m", "vitalsd", "serve", "--pid", str(pid), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--record-interval", f"{interval_s}", *options],
@@ -54,12 +54,12 @@ def sidecar(pid: int, interval_s: float, state: str, *options: str) -> tuple[sub
 
 
 def cpu_ns(pid: int) -> int:
-    """CPU time of a process, ns (Linux: its CPU clock)."""
+    """Return the CPU time of a process, ns (Linux: its CPU clock)."""
     return time.clock_gettime_ns((~pid << 3) | 2)
 
 
 def trailing_ms(url: str, count: int = 200) -> float:
-    """Median time of a trailing answer, ms."""
+    """Return the median time of a trailing answer, ms."""
     took = []
     with httpx.Client(base_url=url, trust_env=False) as client:
         for _ in range(count):
@@ -70,7 +70,7 @@ def trailing_ms(url: str, count: int = 200) -> float:
 
 
 def percents(processes: dict[str, subprocess.Popen[str]], seconds: float) -> dict[str, float]:
-    """CPU of each over the next `seconds`, percent of a core."""
+    """Return the CPU of each process over the next `seconds`, percent of a core."""
     before, begun = {name: cpu_ns(each.pid) for name, each in processes.items()}, time.monotonic_ns()
     time.sleep(seconds)
     elapsed = time.monotonic_ns() - begun
@@ -80,7 +80,7 @@ def percents(processes: dict[str, subprocess.Popen[str]], seconds: float) -> dic
 def compare(
     programs: dict[str, Path], threads: int, interval_s: float, *, seconds: float, rounds: int
 ) -> dict[str, float | None]:
-    """One line of the result."""
+    """Return one line of the result."""
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory())
 

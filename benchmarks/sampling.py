@@ -71,7 +71,7 @@ class Contender:
         self.snapshot()
 
     def snapshot(self) -> int:
-        """CPU time of one snapshot, ns."""
+        """Return the CPU time of one snapshot, ns."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("\n")
@@ -79,7 +79,7 @@ class Contender:
         return int(self.process.stdout.readline())
 
     def take(self, rest_s: float, cold: int) -> None:
-        """One round: the cold snapshots, then the warm ones."""
+        """Run one round: the cold snapshots, then the warm ones."""
         self.rounds["cold"].append([])
         for _ in range(cold):
             time.sleep(rest_s)
@@ -87,7 +87,7 @@ class Contender:
         self.rounds["warm"].append([self.snapshot() for _ in range(WARM)])
 
     def ratio(self, other: "Contender", heat: str) -> float:
-        """How many times the CPU time of `other`."""
+        """Return the CPU time as a multiple of that of `other`."""
         rounds = zip(self.rounds[heat], other.rounds[heat], strict=True)
         return statistics.median(statistics.median(own) / statistics.median(others) for own, others in rounds)
 
@@ -105,7 +105,7 @@ def compare(
     rest_s: float = REST_S,
     cold: int = COLD,
 ) -> dict[str, object]:
-    """Median and spread in µs of each contender, and the ratios to the floor and to vitalsd."""
+    """Return median and spread in µs of each contender, and the ratios to the floor and to vitalsd."""
     target = subprocess.Popen(
         [programs["target"], str(threads), str(busy), "100", str(period_us)], stdout=subprocess.PIPE, text=True
     )

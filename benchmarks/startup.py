@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def first_answer(command: list[str], port: int, state: str) -> tuple[float, int]:
-    """Seconds until the first 200, and resident KiB then."""
+    """Return the seconds until the first 200, and the resident KiB then."""
     request = f"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode()
     begin = time.perf_counter()
     process = subprocess.Popen(
