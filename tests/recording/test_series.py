@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.lives import IDENTITY, SECOND_NS, Process, lives, same
-from vitalsd.recording.series import MAX_MARKS, SEGMENT_LENGTH, Record
+from vitalsd.recording.segment import SEGMENT_LENGTH
+from vitalsd.recording.series import MAX_MARKS, Record
 from vitalsd.snapshot import Snapshot, measure
 
 
@@ -144,7 +145,7 @@ def test_record_of_equal_copies_of_a_roster_keeps_one() -> None:
         snapshots.append(process.snapshot())
     record, copied = record_of(snapshots), record_of([replace(each, roster=replace(each.roster)) for each in snapshots])
     assert len(copied.segments()) == 3
-    assert len({id(segment.head.roster) for segment in copied.segments()}) == 1
+    assert len({id(segment.first.roster) for segment in copied.segments()}) == 1
     assert copied.size_bytes == record.size_bytes
 
 

@@ -15,7 +15,8 @@ from threading import Lock
 from vitalsd.contract.application import Application
 from vitalsd.recording.black_box_writer import BlackBoxWriter
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.recording.series import Event, Mark, Segment
+from vitalsd.recording.segment import Segment
+from vitalsd.recording.series import Event, Mark
 from vitalsd.snapshot import Identity
 from vitalsd.worker_thread import Worker
 

@@ -13,7 +13,8 @@ from vitalsd.contract.application import Application
 from vitalsd.discovery.atomic_file import is_gone
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_writer import RunFile
-from vitalsd.recording.series import Event, Mark, Segment
+from vitalsd.recording.segment import Segment
+from vitalsd.recording.series import Event, Mark
 from vitalsd.recording.sqlite import sqlite3
 from vitalsd.snapshot import Identity
 

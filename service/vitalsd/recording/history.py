@@ -14,7 +14,8 @@ from typing import Any
 
 from vitalsd.contract.encoding import DECIMALS, target_json
 from vitalsd.contract.json_pieces import LockRelease, to_json
-from vitalsd.recording.series import Event, Mark, Record, Segment
+from vitalsd.recording.segment import Segment
+from vitalsd.recording.series import Event, Mark, Record
 from vitalsd.snapshot import allowance_ns, idle_allowance_ns
 from vitalsd.text import iso, printable
 
@@ -34,7 +35,7 @@ ThreadKey = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class ThreadHistory:
-    """One thread: CPU time burnt in each row, ns; ``None`` where it did not live or its figure is unknown."""
+    """One thread: CPU time used in each row, ns; ``None`` where it did not live or its figure is unknown."""
 
     tid: int
     name: str
@@ -168,7 +169,7 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     Return the rows of `record` that end after monotonic `since_ns`.
 
     Args:
-        top: how many threads to show: those that burnt most in the time shown; less if they fill `MAX_CELLS`.
+        top: how many threads to show: those that used most CPU time in the time shown; less if they fill `MAX_CELLS`.
         step_ns: at least so long a time per row; 0 shows every snapshot, up to `MAX_ROWS`.
     """
     rows = _rows(record.segments(), since_ns, step_ns)
@@ -193,7 +194,7 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
         cpu_ns=_deltas(starts, ends, "cpu_ns"),
         rss_bytes=[row["rss_bytes"] for row in ends],
         vm_bytes=[row["vm_bytes"] for row in ends],
-        thread_count=[len(row.segment.head.roster) for row in ends],
+        thread_count=[len(row.segment.first.roster) for row in ends],
         threads=[ThreadHistory(key[0], names[key], totals[key], columns[key]) for key in busiest],
         truncated=fitting < min(top, len(totals)),
         marks=[mark for mark in list(record.marks) if mark.monotonic_ns >= noted_ns],
@@ -207,7 +208,11 @@ def _deltas(starts: Sequence[_Row], ends: Sequence[_Row], name: str) -> list[int
 
 def _rows(segments: Sequence[Segment], since_ns: int, step_ns: int) -> list[_Row]:
     """Return the snapshots that bound the rows, at least `step_ns` apart but for the last one."""
-    every = [_Row(segment, position, segment.row(position)) for segment in segments for position in range(len(segment))]
+    every = [
+        _Row(segment, position, segment.scalars_at(position))
+        for segment in segments
+        for position in range(len(segment))
+    ]
     first = next((i for i, row in enumerate(every) if row["monotonic_ns"] >= since_ns), len(every))
     every = every[max(0, first - 1) :]
     rows = every[:1]
@@ -220,11 +225,11 @@ def _rows(segments: Sequence[Segment], since_ns: int, step_ns: int) -> list[_Row
 
 
 def _keys(segment: Segment) -> list[ThreadKey]:
-    return list(zip(segment.head.roster.tids, segment.head.roster.births, strict=True))
+    return list(zip(segment.first.roster.tids, segment.first.roster.births, strict=True))
 
 
 def _names(segment: Segment) -> dict[ThreadKey, str]:
-    return dict(zip(_keys(segment), segment.head.roster.names, strict=True))
+    return dict(zip(_keys(segment), segment.first.roster.names, strict=True))
 
 
 def _walk(rows: Sequence[_Row], release: LockRelease) -> Iterator[tuple[int, Segment, list[int], bool]]:
@@ -237,9 +242,9 @@ def _walk(rows: Sequence[_Row], release: LockRelease) -> Iterator[tuple[int, Seg
     ran = False
     for segment in dict.fromkeys(row.segment for row in rows):
         ran = True  # Between two segments: threads came or went, or ran.
-        for position, cpu_ns in enumerate(segment.walk()):
+        for position, cpu_ns in enumerate(segment.iter_cpu_ns()):
             release()
-            ran = ran or len(segment.moves[position][1]) > 0
+            ran = ran or len(segment.deltas[position][1]) > 0
             number = at.get((id(segment), position))
             if number is not None:
                 yield number, segment, cpu_ns, ran
@@ -250,7 +255,7 @@ def _restarts(before: Segment | None, segment: Segment) -> bool:
     """Return whether no difference spans the two: the process executed another program, or all was read anew."""
     if before is None:
         return False
-    old, new = before.head, segment.head
+    old, new = before.first, segment.first
     return old.reading != new.reading or (None not in (old.image, new.image) and old.image != new.image)
 
 
@@ -265,10 +270,10 @@ def _totals(rows: Sequence[_Row], release: LockRelease) -> dict[ThreadKey, int]:
     def settle() -> None:
         nonlocal settled_ns
         if segment is not None:
-            most_ns = process_ns - settled_ns + allowance_ns(segment.head.skew_ns, segment.head)
+            most_ns = process_ns - settled_ns + allowance_ns(segment.first.skew_ns, segment.first)
             for key, ns in zip(_keys(segment), cpu_ns, strict=True):
-                burnt_ns = ns - reached.get(key, 0)
-                totals[key] = totals.get(key, 0) + (burnt_ns if 0 <= burnt_ns <= most_ns else 0)
+                used_ns = ns - reached.get(key, 0)
+                totals[key] = totals.get(key, 0) + (used_ns if 0 <= used_ns <= most_ns else 0)
                 reached[key] = ns
             settled_ns = process_ns
 
@@ -286,7 +291,7 @@ def _columns(
     rows: Sequence[_Row], keys: Sequence[ThreadKey], release: LockRelease
 ) -> dict[ThreadKey, list[int | None]]:
     """
-    Return what each of `keys` burnt in each row, ns; a thread born in a row with its whole life.
+    Return the CPU time that each of `keys` used in each row, ns; a thread born in a row with its whole life.
 
     ``None`` where it did not live and where it is unknown: a row in which the process executed another program, and
     what contradicts the process's clock, see `vitalsd.snapshot.measure`.
@@ -303,10 +308,10 @@ def _columns(
         if number > 0 and known:
             before, now = rows[number - 1], rows[number]
             process_ns = max(0, now["cpu_ns"] - before["cpu_ns"])
-            known = ran or process_ns <= idle_allowance_ns(before["skew_ns"], segment.head)
-            most_ns = process_ns + allowance_ns(max(before["skew_ns"], now["skew_ns"]), segment.head)
+            known = ran or process_ns <= idle_allowance_ns(before["skew_ns"], segment.first)
+            most_ns = process_ns + allowance_ns(max(before["skew_ns"], now["skew_ns"]), segment.first)
         for key, i in indexes.items():
-            if number > 0 and known and 0 <= (burnt_ns := cpu_ns[i] - reached.get(key, 0)) <= most_ns:
-                columns[key][number - 1] = burnt_ns
+            if number > 0 and known and 0 <= (used_ns := cpu_ns[i] - reached.get(key, 0)) <= most_ns:
+                columns[key][number - 1] = used_ns
             reached[key] = cpu_ns[i]
     return columns

@@ -18,7 +18,8 @@ from vitalsd.contract.labels import MAX_LABEL_LENGTH
 from vitalsd.recording.run_database import Tables, readable
 from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of
 from vitalsd.recording.run_image import UnreadableRun
-from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Moves, Record, Segment
+from vitalsd.recording.segment import CpuDeltas, Segment
+from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 from vitalsd.text import iso
 
@@ -212,34 +213,34 @@ def _segment(
     ids, cpu_ns, constants = row
     segment: Segment | None = None
     for _, numbers, moved, code in frames:
-        values, moves = _frame(numbers, moved, code)
+        values, deltas = _frame(numbers, moved, code)
         if segment is None:
             keys = [threads[thread_id] for thread_id in _array("I", ids)]
-            segment = Segment(_head(values, keys, _array("Q", cpu_ns), json.loads(_text(constants))))
-        _check(segment, values, moves)
-        segment.add(values, moves)
+            segment = Segment(_first_snapshot(values, keys, _array("Q", cpu_ns), json.loads(_text(constants))))
+        _check(segment, values, deltas)
+        segment.add(values, deltas)
     assert segment is not None
     return segment
 
 
-def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", Moves]:
-    """Return the scalars and moves of one frame. Raises `ValueError` or `TypeError`."""
+def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", CpuDeltas]:
+    """Return the scalars and deltas of one frame. Raises `ValueError` or `TypeError`."""
     named = SCALARS_BYTES + 4 * (moved or 0)
     indexes = None if moved is None else _array("I", numbers[SCALARS_BYTES:named])
     return _array("q", numbers[:SCALARS_BYTES]), (indexes, _array(code, numbers[named:]))
 
 
-def _check(segment: Segment, scalars: "array[int]", moves: Moves) -> None:
+def _check(segment: Segment, scalars: "array[int]", deltas: CpuDeltas) -> None:
     """Raise `ValueError` for what cannot be a snapshot of that segment."""
-    indexes, burnt = moves
+    indexes, used_ns = deltas
     threads = len(segment.base_cpu_ns)
-    if len(scalars) != len(Segment.SCALARS) or len(burnt) != (threads if indexes is None else len(indexes)):
+    if len(scalars) != len(Segment.SCALARS) or len(used_ns) != (threads if indexes is None else len(indexes)):
         raise ValueError("a snapshot of another length")
     if indexes and max(indexes) >= threads:
         raise ValueError("a snapshot of more threads than there are")
 
 
-def _head(
+def _first_snapshot(
     scalars: "array[int]", keys: list[tuple[int, int, str]], cpu_ns: "array[int]", constants: dict[str, Any]
 ) -> Snapshot:
     if len(cpu_ns) != len(keys):
@@ -247,7 +248,7 @@ def _head(
     _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str, int))
     _check_sizes(*(constants[name] for name in CONSTANTS[:3]))
     roster = ThreadRoster(*zip(*keys, strict=True)) if keys else ThreadRoster()
-    return Snapshot(**Segment.numbers(scalars), roster=roster, thread_cpu_ns=cpu_ns, **constants)
+    return Snapshot(**Segment.snapshot_fields(scalars), roster=roster, thread_cpu_ns=cpu_ns, **constants)
 
 
 def _array(code: str, content: bytes) -> "array[int]":

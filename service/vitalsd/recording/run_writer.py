@@ -18,7 +18,8 @@ from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.recording.run_database import SCHEMA, SCHEMA_VERSION
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_files import APPLICATION_ID, delete_run, new_run
-from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, NOBODY, Event, Mark, Moves, Segment
+from vitalsd.recording.segment import NO_DELTAS, CpuDeltas, Segment
+from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, Mark
 from vitalsd.recording.sqlite import sqlite3
 from vitalsd.snapshot import Identity
 
@@ -82,7 +83,7 @@ class RunFile:
         try:
             with self._transaction():
                 segment_id = self._insert_segment_row(segment, position)
-                self._insert_frame(segment_id, segment, position, NOBODY)
+                self._insert_frame(segment_id, segment, position, NO_DELTAS)
         except BaseException:
             for key in list(self._thread_ids)[known:]:  # they are not in the file
                 del self._thread_ids[key]
@@ -91,7 +92,7 @@ class RunFile:
 
     def insert_snapshot(self, segment_id: int, segment: Segment, position: int) -> None:
         """Write the snapshot that a segment has at `position`; the segment is in the file as `segment_id`."""
-        self._insert_frame(segment_id, segment, position, segment.moves[position])
+        self._insert_frame(segment_id, segment, position, segment.deltas[position])
 
     def insert_mark(self, mark: Mark) -> None:
         """Write a mark. The oldest of more than `MAX_MARKS` go, some at a time."""
@@ -193,9 +194,9 @@ class RunFile:
         return db
 
     def _insert_segment_row(self, segment: Segment, position: int) -> int:
-        head = segment.head
+        first = segment.first
         ids = array("I")
-        for key in zip(head.roster.tids, head.roster.births, head.roster.names, strict=True):
+        for key in zip(first.roster.tids, first.roster.births, first.roster.names, strict=True):
             thread_id = self._thread_ids.get(key)
             if thread_id is None:
                 thread_id = self._db.execute("INSERT INTO thread (tid, birth, name) VALUES (?,?,?)", key).lastrowid
@@ -203,12 +204,12 @@ class RunFile:
                 self._thread_ids[key] = thread_id
             ids.append(thread_id)
         constants = {
-            "cpu_grain_ns": head.cpu_grain_ns,
-            "thread_grain_ns": head.thread_grain_ns,
-            "thread_lag_ns": head.thread_lag_ns,
-            "source": head.source,
-            "image": repr(head.image),
-            "reading": head.reading,
+            "cpu_grain_ns": first.cpu_grain_ns,
+            "thread_grain_ns": first.thread_grain_ns,
+            "thread_lag_ns": first.thread_lag_ns,
+            "source": first.source,
+            "image": repr(first.image),
+            "reading": first.reading,
         }
         cpu_ns = array("Q", segment.thread_cpu_ns(position)).tobytes()
         cursor = self._db.execute(
@@ -218,17 +219,17 @@ class RunFile:
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def _insert_frame(self, segment_id: int, segment: Segment, position: int, moves: Moves) -> None:
-        indexes, burnt = moves
-        numbers = bytearray(segment.row(position))  # for which sqlite3 looks for no adapter, as it does for bytes
+    def _insert_frame(self, segment_id: int, segment: Segment, position: int, deltas: CpuDeltas) -> None:
+        indexes, used_ns = deltas
+        numbers = bytearray(segment.scalars_at(position))  # for bytes, sqlite3 looks for an adapter
         if indexes is not None:
             numbers += indexes
-        numbers += burnt
+        numbers += used_ns
         moved = None if indexes is None else len(indexes)
         # One statement is a transaction of its own, without a BEGIN and COMMIT to prepare and step.
         self._db.execute(
             "INSERT INTO frame (segment, numbers, moved, code) VALUES (?,?,?,?)",
-            (segment_id, numbers, moved, burnt.typecode),
+            (segment_id, numbers, moved, used_ns.typecode),
         )
 
     def _delete_threads(self) -> set[int]:

@@ -2,30 +2,23 @@
 Keep the last minutes of one process in memory, bounded in time and in bytes.
 
 Snapshots are kept in segments of up to 64 with one set of threads: the first of a segment whole, of
-the others only what each thread burnt since. An idle thread costs nothing, names and ids are held
-once, and dropping the oldest is dropping a segment. Whatever changes the set of threads, or the
-program, begins a new segment.
+the others only what each thread used since (`vitalsd.recording.segment`). Dropping the oldest is
+dropping a segment. Whatever changes the set of threads, or the program, begins a new segment.
 """
 
 import threading
 import time
-from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import compress, islice
-from operator import add, is_not, sub
-from sys import getsizeof
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from vitalsd.contract.labels import MAX_LABEL_LENGTH
+from vitalsd.recording.segment import Segment
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 
-__all__ = ["MAX_EVENTS", "MAX_MARKS", "Event", "EventKind", "Mark", "Record", "Segment"]
+__all__ = ["MAX_EVENTS", "MAX_MARKS", "Event", "EventKind", "Mark", "Record"]
 
-SEGMENT_LENGTH = 64
-SEGMENT_BYTES = 1280
-"""Of a segment and its first snapshot, without what is one for each thread."""
 MAX_MARKS = 1000
 MAX_EVENTS = 1000
 MAX_WINDOWS = 8
@@ -53,144 +46,12 @@ class Mark(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What made the record differ from an even row of snapshots, in words."""
+    """Why the record differs from an even row of snapshots, in words."""
 
     wall_ns: int
     monotonic_ns: int
     kind: EventKind
     detail: str
-
-
-Moves = tuple["array[int] | None", "array[int]"]
-"""Nanoseconds burnt since the snapshot before: (``None``, one per thread) or (indexes, one each)."""
-
-NOBODY: Moves = (array("I"), array("I"))
-
-
-class Segment:
-    """
-    Up to `SEGMENT_LENGTH` snapshots of one program with one set of threads.
-
-    `scalars` holds `SCALARS` integers per snapshot, one snapshot after another.
-    """
-
-    SCALARS = (
-        "monotonic_ns",
-        "boottime_ns",
-        "wall_ns",
-        "uptime_ns",
-        "skew_ns",
-        "cpu_ns",
-        "exited_low_ns",
-        "exited_high_ns",
-        "rss_bytes",
-        "vm_bytes",
-    )
-
-    @classmethod
-    def numbers(cls, scalars: Sequence[int]) -> dict[str, Any]:
-        """Return the fields of a `Snapshot` that are in `SCALARS`."""
-        fields: dict[str, Any] = dict(zip(cls.SCALARS, scalars, strict=True))
-        fields["exited_cpu_ns"] = fields.pop("exited_low_ns"), fields.pop("exited_high_ns")
-        return fields
-
-    __slots__ = ("base_cpu_ns", "head", "last_cpu_ns", "moves", "scalars", "size_bytes")
-
-    def __init__(self, head: Snapshot) -> None:
-        self.head = head
-        self.base_cpu_ns = array("Q", head.thread_cpu_ns)
-        self.last_cpu_ns: Sequence[int] = self.base_cpu_ns
-        self.scalars = array("q")
-        self.moves: list[Moves] = []
-        self.size_bytes = SEGMENT_BYTES + 16 * len(self.base_cpu_ns)
-
-    def __len__(self) -> int:
-        return len(self.moves)
-
-    def takes(self, snapshot: Snapshot) -> bool:
-        """Whether `snapshot` fits: room left, same threads, same names, same program."""
-        head = self.head
-        return (
-            len(self) < SEGMENT_LENGTH
-            and snapshot.roster == head.roster
-            and snapshot.image == head.image
-            and snapshot.reading == head.reading
-            and snapshot.source == head.source
-        )
-
-    def append(self, snapshot: Snapshot) -> None:
-        """Add a snapshot that it `takes`."""
-        moves = _moves(self.last_cpu_ns, snapshot.thread_cpu_ns) if self.moves else NOBODY
-        self.add(
-            (
-                snapshot.monotonic_ns,
-                snapshot.boottime_ns,
-                snapshot.wall_ns,
-                snapshot.uptime_ns,
-                snapshot.skew_ns,
-                snapshot.cpu_ns,
-                *snapshot.exited_cpu_ns,
-                snapshot.rss_bytes,
-                snapshot.vm_bytes,
-            ),
-            moves,
-        )
-        self.last_cpu_ns = snapshot.thread_cpu_ns
-
-    def add(self, scalars: Sequence[int], moves: Moves) -> None:
-        """Add a snapshot as it was stored."""
-        self.scalars.extend(scalars)
-        self.moves.append(moves)
-        self.size_bytes += 8 * len(scalars) + 8
-        if moves is not NOBODY:
-            self.size_bytes += 56 + getsizeof(moves[0]) + getsizeof(moves[1])
-
-    def row(self, position: int) -> "array[int]":
-        """Return the scalars of one snapshot, in the order of `SCALARS`."""
-        width = len(self.SCALARS)
-        return self.scalars[position * width : (position + 1) * width]
-
-    def column(self, name: str) -> "array[int]":
-        """Return one scalar of all snapshots."""
-        return self.scalars[self.SCALARS.index(name) :: len(self.SCALARS)]
-
-    def walk(self) -> Iterator[list[int]]:
-        """Yield the CPU time of each thread, ns, snapshot by snapshot; the list is valid until the next one."""
-        cpu_ns = list(self.base_cpu_ns)
-        for indexes, burnt in self.moves:
-            if indexes is None:
-                cpu_ns = list(map(add, cpu_ns, burnt))
-            else:
-                for i, ns in zip(indexes, burnt, strict=True):
-                    cpu_ns[i] += ns
-            yield cpu_ns
-
-    def thread_cpu_ns(self, position: int) -> list[int]:
-        """Return the CPU time of each thread at one snapshot, ns."""
-        return next(islice(self.walk(), position, None))
-
-    def snapshot(self, position: int) -> Snapshot:
-        """Return one snapshot as it was, but for its extras, state and warnings, which are not recorded."""
-        numbers, burnt = self.numbers(self.row(position)), self.thread_cpu_ns(position)
-        return replace(self.head, **numbers, thread_cpu_ns=burnt, extras=None, state=None, warnings=())
-
-
-def _moves(before: Sequence[int], after: Sequence[int]) -> Moves:
-    # See `Snapshot.thread_cpu_ns`: most counters need no arithmetic.
-    changed = [i for i in compress(range(len(after)), map(is_not, after, before)) if after[i] != before[i]]
-    if not changed:
-        return NOBODY
-    if len(changed) > len(after) // 2:
-        return None, _compact(list(map(sub, after, before)))
-    return array("I", changed), _compact([after[i] - before[i] for i in changed])
-
-
-def _compact(burnt: list[int]) -> "array[int]":
-    """Return them in four bytes each if they fit: no thread burns 4.3 s in a second."""
-    try:
-        return array("I", burnt)
-    except OverflowError:
-        return array("q", burnt)
 
 
 class Record:
@@ -247,11 +108,11 @@ class Record:
         """
         with self._lock:
             segment = self._segments[-1] if self._segments else None
-            if segment is None or not segment.takes(snapshot):
+            if segment is None or not segment.accepts(snapshot):
                 roster, shared = snapshot.roster, False
                 if segment is not None:
-                    shared = roster.has_same_threads(segment.head.roster)
-                    roster = roster.sharing(segment.head.roster)
+                    shared = roster.has_same_threads(segment.first.roster)
+                    roster = roster.sharing(segment.first.roster)
                 segment = Segment(replace(snapshot, roster=roster, extras=None))
                 if not shared:
                     segment.size_bytes += 3 * 8 * len(roster) + 2 * 32 * len(roster)
