@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitalsd.__main__ import freeze_support
     from vitalsd.sidecar.in_process import Sidecar, StartError, start
-    from vitalsd.sidecar.listeners import ListenError, PortInUse
-    from vitalsd.sidecar.spawn import Spawned, SpawnError, spawn
+    from vitalsd.sidecar.listen_errors import ListenError, PortInUse
+    from vitalsd.sidecar.spawn import SpawnError, spawn
+    from vitalsd.sidecar.spawned import Spawned
 
 __version__ = "0.1.0"
 """A constant: where a program is vendored or frozen there may be no metadata of the distribution to read it from."""
@@ -27,9 +28,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # A host that only spawns, or a client that only reads runtime files, does not pay for a web framework.
     if name in ("ListenError", "PortInUse"):
-        from vitalsd.sidecar import listeners
+        from vitalsd.sidecar import listen_errors
 
-        return getattr(listeners, name)
+        return getattr(listen_errors, name)
     if name in ("Sidecar", "StartError", "start"):
         from vitalsd.sidecar import in_process
 
@@ -39,7 +40,7 @@ def __getattr__(name: str) -> Any:
 
         return program.freeze_support
     if name in ("SpawnError", "Spawned", "spawn"):
-        from vitalsd.sidecar import spawn
+        from vitalsd.sidecar import spawn, spawned
 
-        return getattr(spawn, name)
+        return getattr(spawned if name == "Spawned" else spawn, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from support.edge import Counted, Edge, Reply, dial, exchange, get, whole_app
 from vitalsd.http.access.access_control import Gate
 from vitalsd.http.openapi import anywhere
-from vitalsd.sidecar.listeners import ListenError
+from vitalsd.sidecar.listen_errors import ListenError
 
 TOKEN = "a-token-of-32-characters-or-more-it-is"
 

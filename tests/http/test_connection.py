@@ -30,7 +30,8 @@ from support.sidecars import eventually, serving
 from vitalsd.http.server.connection import REQUEST_S, WRITE_S, Connection
 from vitalsd.http.server.connection_limits import MAX_CONNECTIONS, Room
 from vitalsd.http.server.log_throttle import Sparing
-from vitalsd.sidecar.listeners import Listeners, adopt, bind_tcp
+from vitalsd.sidecar.listeners import Listeners, adopt
+from vitalsd.sidecar.tcp_listener import bind_tcp
 
 pytestmark = pytest.mark.live
 

@@ -17,7 +17,10 @@ import pytest
 from support.edge import get
 from support.sidecars import VITALSD, ask, environment, serving
 from support.target import Target
-from vitalsd.sidecar.listeners import ListenError, PortInUse, UnixListener, adopt, bind_tcp, listen
+from vitalsd.sidecar.listen_errors import ListenError, PortInUse
+from vitalsd.sidecar.listeners import adopt, listen
+from vitalsd.sidecar.tcp_listener import bind_tcp
+from vitalsd.sidecar.unix_listener import UnixListener
 from vitalsd.sources import list_processes
 from vitalsd_client import fetch
 
@@ -50,7 +53,7 @@ def in_network_namespace(code: str, directory: Path, prepare: str = "") -> subpr
         "    fcntl.ioctl(s, 0x8914, struct.pack('16sH14x', b'lo', 0x1 | 0x40))\n"  # SIOCSIFFLAGS, IFF_UP | IFF_RUNNING
         "def sysctl(name, value):\n"
         "    with open('/proc/sys/' + name, 'w') as file: file.write(value)\n"
-        "from vitalsd.sidecar.listeners import listen, bind_tcp\n"
+        "from vitalsd.sidecar.listeners import listen\nfrom vitalsd.sidecar.tcp_listener import bind_tcp\n"
     )
     # A mount namespace with a /proc/sys that is writable and of this network namespace.
     command = ["unshare", "-n", "-m", sys.executable, "-c", head + prepare + textwrap.dedent(code)]
@@ -174,7 +177,7 @@ def test_forked_child_and_stopped_sidecar_leave_both_ports_free(short_path: Path
     program = textwrap.dedent(
         """
         import os, vitalsd
-        from vitalsd.sidecar.listeners import bind_tcp
+        from vitalsd.sidecar.tcp_listener import bind_tcp
         sidecar = vitalsd.start(port=0)
         port = sidecar.endpoint.port
         reader, writer = os.pipe()

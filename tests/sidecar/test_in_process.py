@@ -24,7 +24,8 @@ from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
 from vitalsd.recording.series import Record
-from vitalsd.sidecar.listeners import ListenError, PortInUse, bind_tcp
+from vitalsd.sidecar.listen_errors import ListenError, PortInUse
+from vitalsd.sidecar.tcp_listener import bind_tcp
 from vitalsd.snapshot import Snapshot
 from vitalsd.sources.names import PythonNames
 from vitalsd.sources.platform import births

@@ -30,17 +30,12 @@ from support.stopwatch import Stopwatch
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.discovery.unix_socket import answers
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.sidecar.listeners import (
-    ListenError,
-    PortInUse,
-    UnixListener,
-    adopt,
-    bind_tcp,
-    inherited,
-    is_remote,
-    listen,
-)
+from vitalsd.sidecar.listen_errors import ListenError, PortInUse
+from vitalsd.sidecar.listeners import adopt, listen
 from vitalsd.sidecar.service import Service
+from vitalsd.sidecar.socket_activation import inherited
+from vitalsd.sidecar.tcp_listener import bind_tcp, is_remote
+from vitalsd.sidecar.unix_listener import UnixListener
 
 
 def refused(directory: Path, *options: str) -> tuple[int, str]:

@@ -19,8 +19,9 @@ from support.as_darwin.emulation import LIBRARY
 from support.darwin.abi import zig
 from support.paths import SUPPORT
 from support.sidecars import VITALSD, ask, environment, eventually, listing
-from vitalsd.sidecar.listeners import ListenError, bind_tcp
+from vitalsd.sidecar.listen_errors import ListenError
 from vitalsd.sidecar.socket_activation import Notifier, launchd_sockets, systemd_sockets
+from vitalsd.sidecar.tcp_listener import bind_tcp
 
 
 @pytest.fixture(scope="module")

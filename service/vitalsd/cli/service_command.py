@@ -91,7 +91,7 @@ def import_service() -> None:
 def refusing() -> "Iterator[None]":
     """Raise `UsageRefused` where settings and this machine do not go together."""
     from vitalsd.sidecar.builder import BuildError
-    from vitalsd.sidecar.listeners import ListenError, PortInUse
+    from vitalsd.sidecar.listen_errors import ListenError, PortInUse
 
     try:
         yield

@@ -19,7 +19,8 @@ from vitalsd.doctor.cpu_load import BurnerProcess
 from vitalsd.doctor.finding import BUG, Finding, judged, not_here
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import UnreadableRun, read_run
-from vitalsd.sidecar.spawn import Spawned, SpawnError, spawn
+from vitalsd.sidecar.spawn import SpawnError, spawn
+from vitalsd.sidecar.spawned import Spawned
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources.platform import Platform
 

@@ -14,12 +14,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vitalsd.sidecar.frozen import is_one_file
-from vitalsd.sidecar.listeners import ListenError, inherited
+from vitalsd.sidecar.listen_errors import ListenError
 
 if TYPE_CHECKING:
     from vitalsd.sidecar.service import Service
 
-__all__ = ["LAUNCHD_SOCKETS", "Notifier", "activated", "launchd_sockets", "systemd_sockets"]
+__all__ = ["LAUNCHD_SOCKETS", "Notifier", "activated", "inherited", "launchd_sockets", "systemd_sockets"]
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START, sd-daemon.h
 LAUNCHD_SOCKETS = ("http", "unix")
@@ -101,6 +101,49 @@ def launchd_sockets(lib: Any) -> list[socket.socket]:
         finally:
             lib.free(array)
     return [inherited(fd) for fd in fds]
+
+
+def inherited(fd: int) -> socket.socket:
+    """
+    The listener that a supervisor passed as descriptor `fd`.
+
+    Not `socket.fromfd`, and with `proto` named: macOS cannot tell it from the descriptor, and asyncio
+    would leave Nagle's algorithm on.
+
+    Raises:
+        ListenError: it is not a listening stream socket, as far as the kernel reports that.
+    """
+    try:
+        os.set_inheritable(fd, False)
+        found = socket.socket(fileno=fd)
+    except OSError as error:
+        raise ListenError(f"descriptor {fd} is not a socket: {error.strerror}") from None
+    if found.type != socket.SOCK_STREAM or not _may_listen(found):
+        found.close()
+        raise ListenError(f"descriptor {fd} is not a listening stream socket")
+    if found.family in (socket.AF_INET, socket.AF_INET6):
+        return socket.socket(found.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=found.detach())
+    return found
+
+
+def _may_listen(stream: socket.socket) -> bool:
+    """
+    Return whether an inherited stream socket listens, as far as the kernel reports it.
+
+    Platform limit: XNU has no getsockopt(SO_ACCEPTCONN) and returns ENOPROTOOPT (sogetoptlock, bsd/kern/uipc_socket.c
+    of xnu-11417). There a connected socket is refused and the supervisor is trusted for the rest: a second listen(2)
+    would replace its backlog, and on failure end the listening (solisten, the same file).
+    """
+    try:
+        return bool(stream.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            return False
+    try:
+        stream.getpeername()
+    except OSError:
+        return True
+    return False
 
 
 class Notifier:

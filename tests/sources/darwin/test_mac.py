@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from support.sidecars import eventually
-from vitalsd.sidecar.listeners import bind_tcp, inherited
+from vitalsd.sidecar.socket_activation import inherited
+from vitalsd.sidecar.tcp_listener import bind_tcp
 from vitalsd.snapshot import measure
 from vitalsd.sources.base import AccessDenied, Ending, KernelError, TargetGone
 from vitalsd.sources.darwin.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6

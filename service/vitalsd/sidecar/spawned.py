@@ -1,0 +1,161 @@
+"""A sidecar alongside its client, as the client sees it: where it is, a mark on it, its end."""
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from vitalsd.contract.labels import clean_label
+from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
+from vitalsd.sidecar.exit_note import ExitNoteWriter
+from vitalsd.sources.names import publish_names
+
+__all__ = ["SidecarProcess", "Spawned"]
+
+log = logging.getLogger("vitalsd")
+
+MARK_S = 0.25
+"""For a mark to be recorded: the thread that sets it may be that of a user interface."""
+
+
+class SidecarProcess(subprocess.Popen[bytes]):
+    def __del__(self) -> None:
+        """Suppress the ResourceWarning: a sidecar may outlive this object, and the next Popen reaps it."""
+        super().__del__(_warn=lambda *_, **__: None)  # type: ignore[call-arg]
+
+    def kill_all(self) -> None:
+        """Send SIGKILL to its process group: a one-file application is a launcher and the child that it waits for."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+class Spawned:
+    """
+    A sidecar running alongside; made by `spawn`.
+
+    It need not be kept. As a context manager it stops the sidecar at the end.
+    """
+
+    def __init__(self, process: SidecarProcess, ready: Mapping[str, Any]) -> None:
+        self._process = process
+        self.pid: int = ready["pid"]
+        """The sidecar's own process id; that of a one-file application is not that of its launcher."""
+        self.url: str | None = ready["url"]
+        """Base URL over TCP; ``None`` without TCP."""
+        self.socket: str | None = ready["socket"]
+        """Path of the Unix socket; ``None`` if there is none."""
+        self.runtime_file: Path | None = ready["runtime_file"] and Path(ready["runtime_file"])
+        """Where the token is, if there is one."""
+        self.notes: tuple[str, ...] = ready["notes"]
+        """What is other than was to be expected, such as a port that was taken, in sentences."""
+        self._token: str | None = ready.get("token")
+        self._owner = os.getpid()
+        self._own_target = False
+        """Whether it watches this process."""
+        self._exit_note: ExitNoteWriter | None = None
+        self._own = OwnSidecar.at(self.socket, self.url, self._token, lambda: self.running)
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        if self._owner != os.getpid():  # In a forked child it is no child.
+            with suppress(PermissionError):
+                try:
+                    os.kill(self.pid, 0)
+                except ProcessLookupError:
+                    return False
+            return True
+        if self._process.poll() is None:
+            return True
+        self._release()
+        return False
+
+    def watches_this_process(self, note_writer: IO[bytes]) -> None:
+        """Note that this process is the target, and keep the pipe on which it notes its exit."""
+        self._own_target = True
+        self._exit_note = ExitNoteWriter(fcntl.fcntl(note_writer, fcntl.F_DUPFD_CLOEXEC, 3))
+        announce(self._own)
+
+    def _release(self) -> None:
+        """Forget a sidecar that has ended. A second call does nothing."""
+        withdraw(self._own)
+        if self._exit_note is not None:
+            self._exit_note.close()
+
+    def mark(self, label: str) -> bool:
+        """
+        Put a label on the recorder's clock; from any thread. It never raises, and returns within 0.25 s.
+
+        Args:
+            label: text; what a label cannot have is replaced, see `clean_label`.
+
+        Returns:
+            Whether the sidecar recorded it; if not, the logger ``vitalsd`` has the reason.
+        """
+        cleaned = clean_label(label)
+        if cleaned is None:
+            return False
+        if self._own_target:
+            publish_names()
+        reason = self._post("/marks", {"label": cleaned}) if self.running else "its sidecar has ended"
+        if reason is not None:
+            log.warning("the mark %r was not recorded: %s", cleaned, reason)
+        return reason is None
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> str | None:
+        """Send JSON; return why it was not accepted, ``None`` if it was."""
+        from vitalsd.discovery.http_connection import Connection, ExchangeError
+
+        headers = {"Content-Type": "application/json"}
+        try:
+            if self.socket is not None:
+                place: str | tuple[str, int] = self.socket
+            else:
+                parts = urlsplit(self.url or "")
+                place = parts.hostname or "", parts.port or 0
+                # No proof is asked for: the process that has the port is a child of this one, and it runs.
+                if self._token is not None:
+                    headers["Authorization"] = f"Bearer {self._token}"
+            with Connection(place, time.monotonic() + MARK_S) as connection:
+                content = json.dumps(body).encode()
+                answer = connection.request(path, method="POST", headers=headers, body=content, max_bytes=4096)
+        except (ExchangeError, OSError) as error:
+            return str(error)
+        return None if answer.status < 300 else f"the sidecar answered {answer.status}"
+
+    def stop(self, timeout_s: float = 5.0) -> int:
+        """
+        End it by SIGTERM and, after `timeout_s`, by SIGKILL. A second call does nothing.
+
+        Returns:
+            Its exit status; negative: the signal.
+        """
+        if self.running:
+            # Of a one-file application not to the launcher, which may be removing the unpacked files already.
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill_all()
+            return self._process.wait()
+        finally:
+            self._release()
+
+    def __enter__(self) -> "Spawned":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
