@@ -16,16 +16,27 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import suppress
-from heapq import nlargest
 from http.cookiejar import DefaultCookiePolicy
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from vitalsd import __version__
 from vitalsd.contract.host import os_version
+from vitalsd.exporters.counters import (
+    OWN_COUNTERS,
+    TARGET_COUNTERS,
+    TARGET_UP,
+    THREAD_COUNTERS,
+    THREADS_LEFT_OUT,
+    Counter,
+    OwnReading,
+    Point,
+    TargetReading,
+    busiest_threads,
+)
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources.base import SourceError
@@ -33,6 +44,7 @@ from vitalsd.text import iso, one_line, printable
 from vitalsd.worker_thread import Worker
 
 if TYPE_CHECKING:
+    import requests
     from opentelemetry.sdk.metrics.export import Metric, MetricsData
 
 __all__ = [
@@ -45,6 +57,8 @@ __all__ = [
     "isolate",
     "metrics_data",
 ]
+
+ReadingT = TypeVar("ReadingT")
 
 DEFAULT_URL = "http://127.0.0.1:4318"
 PATH = "/v1/metrics"
@@ -129,18 +143,14 @@ def metrics_data(
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-    now_ns = time.time_ns()
-    points = _Points(since_ns, now_ns)
-    metrics = [
-        points.gauge("vitalsd.target.up", "1", "1 if the target can be read, else 0.", int(target is not None)),
-        points.counter("vitalsd.cpu.time", "s", "CPU time of vitalsd itself.", [({}, time.process_time())]),
-        points.counter("vitalsd.snapshots", "{snapshot}", "Snapshots taken of the target.", [({}, snapshots_taken)]),
-    ]
+    own = _Points(since_ns, time.time_ns())
+    reading = None if target is None else TargetReading(*target)
+    metrics = [*own.of((TARGET_UP,), reading), *own.of(OWN_COUNTERS, OwnReading(snapshots_taken))]
     attributes: dict[str, Any] = {}
-    if target is not None:
-        identity, snapshot = target
+    if reading is not None:
+        identity, snapshot = reading
         points = _Points(identity.started_unix_ns, snapshot.wall_ns)
-        metrics += _process(points, snapshot)
+        metrics += points.of(TARGET_COUNTERS, reading)
         metrics += _threads(points, snapshot, threads)
         attributes = _resource(identity)
     scope = ScopeMetrics(InstrumentationScope("vitalsd", __version__), metrics, "")
@@ -170,48 +180,16 @@ def _resource(identity: Identity) -> dict[str, Any]:
     }
 
 
-def _process(points: "_Points", snapshot: Snapshot) -> Iterator["Metric"]:
-    extras = snapshot.extras
-    if extras is not None and extras.user_ns is not None and extras.system_ns is not None:
-        modes = [({"cpu.mode": "user"}, extras.user_ns / 1e9), ({"cpu.mode": "system"}, extras.system_ns / 1e9)]
-        yield points.counter("process.cpu.time", "s", "CPU time of all threads, living and exited.", modes)
-    yield points.level("process.memory.usage", "By", "Physical memory in use.", snapshot.rss_bytes)
-    yield points.level("process.memory.virtual", "By", "Committed virtual memory.", snapshot.vm_bytes)
-    yield points.level("process.thread.count", "{thread}", "Threads.", len(snapshot.roster))
-    yield points.gauge("process.uptime", "s", "Time since the process started.", snapshot.uptime_ns / 1e9)
-    if extras is None:
+def _threads(points: "_Points", snapshot: Snapshot, limit: int) -> Iterator["Metric"]:
+    if not limit:
         return
-    if extras.open_fds is not None:
-        yield points.level(
-            "process.unix.file_descriptor.count", "{file_descriptor}", "Open file descriptors.", extras.open_fds
-        )
-    faults = [
-        ({"system.paging.fault.type": kind}, count)
-        for kind, count in (("minor", extras.minor_faults), ("major", extras.major_faults))
-        if count is not None
-    ]
-    if faults:
-        yield points.counter("process.paging.faults", "{fault}", "Page faults.", faults)
-
-
-def _threads(points: "_Points", snapshot: Snapshot, threads: int) -> Iterator["Metric"]:
-    if not threads:
-        return
-    shown = nlargest(threads, range(len(snapshot.roster)), key=lambda i: (snapshot.thread_cpu_ns[i], -i))
-    yield points.counter(
-        "vitalsd.thread.cpu.time",
-        "s",
-        f"CPU time of a living thread; of more than {threads}, those with the most.",
-        [
-            (
-                {"vitalsd.thread.id": snapshot.roster.tids[i], "thread.name": printable(snapshot.roster.names[i])},
-                snapshot.thread_cpu_ns[i] / 1e9,
-            )
-            for i in sorted(shown)
-        ],
-    )
-    left_out = len(snapshot.roster) - len(shown)
-    yield points.gauge("vitalsd.thread.left_out", "{thread}", "Living threads without a series.", left_out)
+    roster, shown = snapshot.roster, busiest_threads(snapshot, limit)
+    labels = {i: {"vitalsd.thread.id": roster.tids[i], "thread.name": printable(roster.names[i])} for i in shown}
+    for row in THREAD_COUNTERS:
+        values = row.values(snapshot)
+        description = row.description.format(limit=limit)
+        yield points.sum(row.otel, row.unit, description, [(labels[i], values[i]) for i in shown])
+    yield from points.of((THREADS_LEFT_OUT,), len(roster) - len(shown))
 
 
 class _Points:
@@ -221,22 +199,32 @@ class _Points:
         self._since_ns = since_ns
         self._now_ns = max(now_ns, since_ns)
 
-    def counter(
-        self, name: str, unit: str, text: str, values: Sequence[tuple[dict[str, Any], float]], monotonic: bool = True
-    ) -> "Metric":
+    def of(self, rows: Iterable[Counter[ReadingT]], reading: ReadingT) -> Iterator["Metric"]:
+        """Yield the metrics of a table."""
+        for row in rows:
+            points = row.points(reading) if row.otel else ()
+            if points and row.kind == "gauge":
+                yield self.gauge(row.otel, row.unit, row.description, points)
+            elif points:
+                yield self.sum(row.otel, row.unit, row.description, points, is_monotonic=row.kind == "counter")
+
+    def sum(self, name: str, unit: str, text: str, values: Iterable[Point], *, is_monotonic: bool = True) -> "Metric":
+        """Return a cumulative sum."""
         from opentelemetry.sdk.metrics.export import AggregationTemporality, Metric, NumberDataPoint, Sum
 
         points = [NumberDataPoint(attributes, self._since_ns, self._now_ns, value) for attributes, value in values]
-        return Metric(name, text, unit, Sum(points, AggregationTemporality.CUMULATIVE, monotonic))
+        return Metric(name, text, unit, Sum(points, AggregationTemporality.CUMULATIVE, is_monotonic))
 
-    def level(self, name: str, unit: str, text: str, value: int) -> "Metric":
-        """What the conventions call an UpDownCounter."""
-        return self.counter(name, unit, text, [({}, value)], monotonic=False)
-
-    def gauge(self, name: str, unit: str, text: str, value: float) -> "Metric":
+    def gauge(self, name: str, unit: str, text: str, values: Iterable[Point]) -> "Metric":
+        """Return values of this instant alone."""
         from opentelemetry.sdk.metrics.export import Gauge, Metric, NumberDataPoint
 
-        return Metric(name, text, unit, Gauge([NumberDataPoint({}, 0, self._now_ns, value)]))
+        return Metric(
+            name,
+            text,
+            unit,
+            Gauge([NumberDataPoint(attributes, 0, self._now_ns, value) for attributes, value in values]),
+        )
 
 
 class Push:
@@ -257,13 +245,12 @@ class Push:
 
     def __init__(self, targets: Targets, url: str, *, interval_s: float, threads: int) -> None:
         try:
-            import requests
             from opentelemetry.exporter.otlp.proto.http import Compression
             from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
         except ImportError as error:
             raise NotInstalled(f"{HOW_TO_INSTALL} ({error})") from None
 
-        # The failures of the exporter are told by us, and not once per try.
+        # Failures are logged by `_Failures`, and not once per try.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         self.url = url
         self._targets = targets
@@ -271,40 +258,11 @@ class Push:
         self._threads = threads
         self._since_ns = time.time_ns()
         self._failures = _Failures(url)
-        failures = self._failures
-
-        class Session(requests.Session):
-            """
-            Takes neither proxies nor passwords from the environment, and remembers why it failed.
-
-            It reads the head of an answer alone: a body may have no end, or be a compressed one of any size.
-            """
-
-            def request(self, *arguments: Any, **options: Any) -> requests.Response:
-                try:
-                    answer = super().request(*arguments, **options | {"stream": True, "allow_redirects": False})
-                except requests.RequestException as error:
-                    failures.reason = _root(error)
-                    raise
-                with answer:
-                    if answer.headers.get("Content-Length") == "0":
-                        answer.content  # noqa: B018 - read to its end, so that the connection is used again
-                    head = requests.Response()
-                    head.status_code, head.reason, head.url = answer.status_code, answer.reason, answer.url
-                    head.headers = answer.headers
-                    head.raw = io.BytesIO()
-                failures.answered(head.status_code, head.reason or "")
-                return head
-
-        session = Session()
-        session.trust_env = False
-        session.headers["Accept-Encoding"] = "identity"
-        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self._exporter = OTLPMetricExporter(
             endpoint=url,
             timeout=min(TIMEOUT_S, interval_s),
             compression=Compression.Gzip,
-            session=session,
+            session=_session(self._failures),
         )
         self._worker = Worker("vitalsd-otlp")
 
@@ -341,6 +299,40 @@ class Push:
         exported = self._exporter.export(data) is MetricExportResult.SUCCESS
         # The exporter takes a redirect, which it does not follow, for a success.
         self._failures.note(exported and self._failures.accepted)
+
+
+def _session(failures: "_Failures") -> "requests.Session":
+    """Return the HTTP session of one `Push`, which gives `failures` each answer and each reason why there is none."""
+    import requests
+
+    class Session(requests.Session):
+        """
+        Takes neither proxies nor passwords from the environment, and remembers why it failed.
+
+        It reads the head of an answer alone: a body may have no end, or be a compressed one of any size.
+        """
+
+        def request(self, *arguments: Any, **options: Any) -> requests.Response:
+            try:
+                answer = super().request(*arguments, **options | {"stream": True, "allow_redirects": False})
+            except requests.RequestException as error:
+                failures.reason = _root(error)
+                raise
+            with answer:
+                if answer.headers.get("Content-Length") == "0":
+                    answer.content  # noqa: B018 - read to its end, so that the connection is used again
+                head = requests.Response()
+                head.status_code, head.reason, head.url = answer.status_code, answer.reason, answer.url
+                head.headers = answer.headers
+                head.raw = io.BytesIO()
+            failures.answered(head.status_code, head.reason or "")
+            return head
+
+    session = Session()
+    session.trust_env = False
+    session.headers["Accept-Encoding"] = "identity"
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
+    return session
 
 
 class _Failures:

@@ -6,19 +6,28 @@ Cumulative counters and gauges of one instant: a scraper brings its own windows,
 
 import platform
 import re
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterator
-from heapq import nlargest
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from vitalsd import __version__
+from vitalsd.exporters.counters import (
+    OWN_COUNTERS,
+    TARGET_COUNTERS,
+    TARGET_UP,
+    THREAD_COUNTERS,
+    THREADS_LEFT_OUT,
+    Counter,
+    OwnReading,
+    TargetReading,
+    busiest_threads,
+)
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.text import printable
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
+
+ReadingT = TypeVar("ReadingT")
 
 __all__ = ["OFFERED", "THREAD_METRICS", "Form", "Scrape", "content_type_of", "expose", "negotiate"]
 
@@ -109,64 +118,30 @@ class Scrape(NamedTuple):
     private: bool = True
 
     def collect(self) -> "Iterator[Metric]":
-        """The families, as prometheus-client's encoders ask for them."""
-        yield _gauge("vitalsd_target_up", "1 if the target can be read, else 0.", self.target is not None)
-        if self.target is not None:
-            yield from self._process(*self.target)
-        yield from self._ourselves()
-
-    def _process(self, identity: Identity, snapshot: Snapshot) -> "Iterator[Metric]":
-        yield _counter(
-            "process_cpu_seconds",
-            "CPU time of the target, living and exited threads, user and system, in seconds.",
-            snapshot.cpu_ns / 1e9,
-        )
-        yield _gauge("process_resident_memory_bytes", "Resident memory of the target in bytes.", snapshot.rss_bytes)
-        yield _gauge("process_virtual_memory_bytes", "Virtual memory of the target in bytes.", snapshot.vm_bytes)
-        yield _gauge(
-            "process_start_time_seconds", "Start of the target in Unix time, seconds.", identity.started_unix_ns / 1e9
-        )
-        yield _gauge("process_threads", "Threads of the target.", len(snapshot.roster))
-        if self.private and snapshot.extras is not None and snapshot.extras.open_fds is not None:
-            yield _gauge("process_open_fds", "Open file descriptors of the target.", snapshot.extras.open_fds)
-        yield _info("vitalsd_target", "The target.", {"pid": str(identity.pid), "name": printable(identity.name)})
-        yield from self._threads(snapshot)
+        """Yield the families, as prometheus-client's encoders ask for them."""
+        target = None if self.target is None else TargetReading(*self.target)
+        yield from _families((TARGET_UP,), target)
+        if target is not None:
+            identity = target.identity
+            yield from _families((row for row in TARGET_COUNTERS if self.private or not row.is_private), target)
+            yield _info("vitalsd_target", "The target.", {"pid": str(identity.pid), "name": printable(identity.name)})
+            yield from self._threads(target.snapshot)
+        yield _info("vitalsd_build", "This service.", {"version": __version__, "python": platform.python_version()})
+        yield from _families(OWN_COUNTERS, OwnReading(self.snapshots_taken, self.recorder))
 
     def _threads(self, snapshot: Snapshot) -> "Iterator[Metric]":
         if not self.threads:
             return
         from prometheus_client.core import CounterMetricFamily
 
-        family = CounterMetricFamily(
-            "vitalsd_thread_cpu_seconds",
-            f"CPU time of a living thread in seconds; of more than {self.threads}, those with the most.",
-            labels=("tid", "thread"),
-        )
-        roster, cpu_ns = snapshot.roster, snapshot.thread_cpu_ns
-        shown = nlargest(self.threads, range(len(roster)), key=lambda i: (cpu_ns[i], -i))
-        for i in sorted(shown):
-            family.add_metric((str(roster.tids[i]), printable(roster.names[i])), cpu_ns[i] / 1e9)
-        yield family
-        yield _gauge(
-            "vitalsd_threads_left_out",
-            "Living threads without a series of their own.",
-            len(snapshot.roster) - len(shown),
-        )
-
-    def _ourselves(self) -> "Iterator[Metric]":
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        yield _info("vitalsd_build", "This service.", {"version": __version__, "python": platform.python_version()})
-        yield _counter("vitalsd_cpu_seconds", "CPU time of this service in seconds.", time.process_time())
-        yield _gauge(
-            "vitalsd_peak_resident_memory_bytes",
-            "Most resident memory this service ever had, in bytes.",
-            usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        )
-        yield _counter("vitalsd_snapshots", "Snapshots taken of the target.", self.snapshots_taken)
-        if self.recorder is not None:
-            yield _counter("vitalsd_recorder_missed", "Snapshots the recorder missed.", self.recorder["missed"])
-            yield _gauge("vitalsd_recorder_size_bytes", "Memory of the record in bytes.", self.recorder["size_bytes"])
-            yield _gauge("vitalsd_recorder_snapshots", "Snapshots in the record.", self.recorder["snapshots"])
+        roster, shown = snapshot.roster, busiest_threads(snapshot, self.threads)
+        for row in THREAD_COUNTERS:
+            values = row.values(snapshot)
+            family = CounterMetricFamily(row.prometheus, row.help.format(limit=self.threads), labels=("tid", "thread"))
+            for i in shown:
+                family.add_metric((str(roster.tids[i]), printable(roster.names[i])), values[i])
+            yield family
+        yield from _families((THREADS_LEFT_OUT,), len(roster) - len(shown))
 
 
 def expose(scrape: Scrape, form: Form) -> tuple[bytes, str]:
@@ -187,16 +162,17 @@ def _encoder(form: Form) -> tuple[Callable[[Any], bytes], str]:
     return choose_encoder("application/openmetrics-text;version=1.0.0" if "open" in form else form)
 
 
-def _gauge(name: str, text: str, value: float) -> "Metric":
-    from prometheus_client.core import GaugeMetricFamily
+def _families(rows: Iterable[Counter[ReadingT]], reading: ReadingT) -> "Iterator[Metric]":
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    return GaugeMetricFamily(name, text, value=float(value))
-
-
-def _counter(name: str, text: str, value: float) -> "Metric":
-    from prometheus_client.core import CounterMetricFamily
-
-    return CounterMetricFamily(name, text, value=value)
+    for row in rows:
+        value = row.value(reading)
+        if not row.prometheus or value is None:
+            continue
+        if row.kind == "counter":
+            yield CounterMetricFamily(row.prometheus, row.help, value=value)
+        else:
+            yield GaugeMetricFamily(row.prometheus, row.help, value=float(value))
 
 
 def _info(name: str, text: str, labels: dict[str, str]) -> "Metric":
