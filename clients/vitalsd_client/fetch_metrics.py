@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from vitalsd.contract.metrics import Measured, RuntimeMetrics, Unavailable, parse_runtime_metrics
+from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unavailable, parse_runtime_metrics
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.sources.names import publish_names
 from vitalsd_client.daemon_call import Call
@@ -189,7 +189,7 @@ class _Question:
             return trailing
         return self._metrics(sidecar, self.mode)
 
-    def _covered(self, answer: Measured) -> bool:
+    def _covered(self, answer: Measured | FullMetrics) -> bool:
         """A recorder with a slow beat gives far longer windows than the one asked for."""
         least, most = self.window_ms * COVERED, 2 * self.window_ms + 2000
         return bool(least <= answer.sample_window_ms <= most)

@@ -8,9 +8,10 @@ Units are in the names: ``_ms``, ``_secs``, ``_kb`` (KiB), ``_ns``, ``_percent``
 """
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from typing_extensions import TypeVar
 
 __all__ = [
     "Accounting",
@@ -54,24 +55,31 @@ class ProcessMetrics(_Wire):
     )
 
 
-class ThreadMetrics(_Wire):
-    """One thread alive at the end of the window."""
-
+class _Thread(_Wire):
     tid: Count = Field(
         description="The kernel's thread id: Linux tid, macOS 64-bit thread_id; equals Python's get_native_id()."
     )
     name: str = Field(description="The operating system's name of the thread, '' if it has none.")
+
+
+class ThreadMetrics(_Thread):
+    """One thread alive at the end of the window."""
+
     cpu_percent: Percent = Field(
         description="100 = one core busy. A thread born inside the window reads 0 in the basic answer."
     )
 
 
-class Measured(_Wire):
+ThreadT = TypeVar("ThreadT", default=ThreadMetrics)
+"""`ThreadMetrics`, whose figure is never null, or `FullThread`."""
+
+
+class Measured(_Wire, Generic[ThreadT]):
     """Numbers of one process over one window: the basic answer."""
 
     sample_window_ms: Count = Field(description="The time that was really measured between the two snapshots, ms.")
     process: ProcessMetrics
-    threads: tuple[ThreadMetrics, ...]
+    threads: tuple[ThreadT, ...]
     platform: Platform
     truncated: bool = Field(
         default=False,
@@ -132,13 +140,13 @@ class FullProcess(ProcessMetrics):
     qos_percent: dict[str, Percent] | None = Field(description="macOS: cpu_percent by quality-of-service class.")
 
 
-class FullThread(ThreadMetrics):
+class FullThread(_Thread):
     """
     ``detail=full``: more of a thread. ``cpu_percent`` covers a thread born in the window too. It is null where the
     target executed another program in the window, and where it contradicts the process's CPU clock: see `warnings`.
     """
 
-    cpu_percent: Percent | None  # type: ignore[assignment]
+    cpu_percent: Percent | None
     user_percent: Percent | None
     system_percent: Percent | None
     cpu_percent_error: Percent | None
@@ -176,11 +184,10 @@ class Host(_Wire):
     arch: str | None
 
 
-class FullMetrics(Measured):
+class FullMetrics(Measured[FullThread]):
     """``detail=full``: the basic answer with more fields."""
 
     process: FullProcess
-    threads: tuple[FullThread, ...]
     schema_: Literal[1] = Field(alias="schema")
     target: Target
     window: Window

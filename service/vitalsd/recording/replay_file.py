@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
-from vitalsd.contract.metrics import Measured, parse_runtime_metrics
+from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.contract.report_archive import HISTORY, MANIFEST, METADATA, METRICS, PREVIOUS_RUN
 from vitalsd.recording.history_import import check_json, parse_json, read_history
 from vitalsd.recording.run_files import MAGIC, open_regular
@@ -63,7 +63,7 @@ class Card(NamedTuple):
     """Name and size in bytes."""
     failures: Sequence[tuple[str, str]]
     """Name of a member that is missing, and why."""
-    metrics: Measured | None
+    metrics: Measured | FullMetrics | None
     """The window that was measured when the report was requested."""
 
     def to_json(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _object(archive: zipfile.ZipFile, path: Path, name: str) -> Mapping[str, Any
     return found if isinstance(found, dict) else {}
 
 
-def _metrics(archive: zipfile.ZipFile, path: Path) -> Measured | None:
+def _metrics(archive: zipfile.ZipFile, path: Path) -> Measured | FullMetrics | None:
     try:
         body = _unpacked(archive, path, METRICS)
         check_json(body)
@@ -190,7 +190,10 @@ def _metrics(archive: zipfile.ZipFile, path: Path) -> Measured | None:
 
 
 def _card(
-    about: Mapping[str, Any], manifest: Mapping[str, Any], infos: Sequence[zipfile.ZipInfo], metrics: Measured | None
+    about: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    infos: Sequence[zipfile.ZipInfo],
+    metrics: Measured | FullMetrics | None,
 ) -> Card:
     app, system, vitalsd = (_mapping(about.get(key)) for key in ("app", "os", "vitalsd"))
     failures = manifest.get("failures")

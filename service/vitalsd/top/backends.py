@@ -10,7 +10,7 @@ from math import ceil, isfinite
 from typing import Any
 
 from vitalsd.contract.encoding import encode
-from vitalsd.contract.metrics import Measured, parse_runtime_metrics
+from vitalsd.contract.metrics import FullMetrics, Unavailable, parse_runtime_metrics
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.snapshot import measure
@@ -255,6 +255,8 @@ def _past(table: dict[str, Any]) -> Past:
 
 def _sample(body: bytes) -> Sample:
     metrics = parse_runtime_metrics(body)
-    if not isinstance(metrics, Measured):
+    if isinstance(metrics, Unavailable):
         raise ExchangeError(metrics.reason)
+    if isinstance(metrics, FullMetrics):
+        raise ExchangeError("the sidecar sent detail=full, which was not asked for")
     return Sample(time.time_ns() // 1_000_000, metrics, body)

@@ -98,6 +98,7 @@ def test_metrics_of_another_process(simulator: Simulator, child: ChildWorkload) 
         used_ns = await burning
         metrics = parse_runtime_metrics(answer.content)
         assert isinstance(metrics, Measured)
+        assert not isinstance(metrics, FullMetrics)
         assert metrics.platform == "macos"
         (thread,) = (thread for thread in metrics.threads if thread.tid == tid)
         assert thread.name == "decode"
