@@ -31,7 +31,7 @@ from vitalsd.sources.darwin.apple_headers import (
     thread_extended_info,
     thread_identifier_info,
 )
-from vitalsd.sources.darwin.libsystem import FUNCTIONS
+from vitalsd.sources.darwin.functions import FUNCTIONS
 from vitalsd.sources.darwin.mach_source import MachSource
 
 

@@ -159,13 +159,13 @@ def program(library: Path | str, defect: str = "none") -> tuple[str, ...]:
 
 def leaking(lib: LibSystem) -> LibSystem:
     """A library that forgets one release in ten."""
-    release, calls = lib._release, [0]
+    release, calls = lib.mach._release, [0]
 
     def forgetful(task: int, port: int) -> int:
         calls[0] += 1
         return 0 if calls[0] % 10 == 0 else int(release(task, port))
 
-    lib._release = forgetful
+    lib.mach._release = forgetful
     return lib
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from support.darwin import abi
-from vitalsd.sources.darwin import apple_headers, libsystem
+from vitalsd.sources.darwin import apple_headers
 from vitalsd.sources.darwin.apple_headers import thread_extended_info
+from vitalsd.sources.darwin.functions import DATA, FUNCTIONS, Function
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +21,14 @@ def claims(
     *,
     structs: Mapping[str, type[ctypes.Structure]] | None = None,
     constants: Mapping[str, int] | None = None,
-    functions: Mapping[str, libsystem.Function] | None = None,
+    functions: Mapping[str, Function] | None = None,
 ) -> str:
     """All of our claims, with some replaced."""
     return abi.program(
         abi.structs(apple_headers) | dict(structs or {}),
         abi.constants(apple_headers) | dict(constants or {}),
-        libsystem.FUNCTIONS | dict(functions or {}),
-        libsystem.DATA,
+        FUNCTIONS | dict(functions or {}),
+        DATA,
     )
 
 
@@ -95,7 +96,7 @@ class TestProof:
 
     def test_a_wrong_argument_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """An address passed as 32 bits does not compile."""
-        right = libsystem.FUNCTIONS["vm_deallocate"]
+        right = FUNCTIONS["vm_deallocate"]
         wrong = right._replace(argtypes=(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_size_t))
         compiled = abi.compile_claims(claims(functions={"vm_deallocate": wrong}), target, tmp_path, cache)
         assert compiled.returncode != 0
@@ -103,7 +104,7 @@ class TestProof:
 
     def test_a_prototype_that_differs_from_the_header_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """The header and we have to agree on every parameter."""
-        right = libsystem.FUNCTIONS["proc_pid_rusage"]
+        right = FUNCTIONS["proc_pid_rusage"]
         wrong = right._replace(prototype="int proc_pid_rusage(int, unsigned int, rusage_info_t *)")
         compiled = abi.compile_claims(claims(functions={"proc_pid_rusage": wrong}), target, tmp_path, cache)
         assert compiled.returncode != 0
@@ -111,7 +112,7 @@ class TestProof:
 
     def test_a_symbol_that_libsystem_lacks_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """It compiles by our own prototype, and does not link."""
-        absent = libsystem.Function("int proc_pid_vitals(int)", ctypes.c_int, (ctypes.c_int,), "errno")
+        absent = Function("int proc_pid_vitals(int)", ctypes.c_int, (ctypes.c_int,), "errno")
         compiled = abi.compile_claims(claims(functions={"proc_pid_vitals": absent}), target, tmp_path, cache)
         assert (compiled.returncode, compiled.stderr) == (0, "")
         linked = abi.link(target, tmp_path, cache)

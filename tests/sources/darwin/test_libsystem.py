@@ -28,7 +28,9 @@ from vitalsd.sources.darwin.apple_headers import (
     rusage_info_v6,
     task_absolutetime_info,
 )
-from vitalsd.sources.darwin.libsystem import FUNCTIONS, MachError, ThreadRows, load
+from vitalsd.sources.darwin.functions import FUNCTIONS, MachError, bind, mach_error
+from vitalsd.sources.darwin.libsystem import load
+from vitalsd.sources.darwin.thread_rows import ThreadRows
 
 KERN_FAILURE = 5
 KERN_RESOURCE_SHORTAGE = 6
@@ -98,13 +100,13 @@ class TestThreadPorts:
 
     def test_released_on_the_ordinary_way_out(self, simulator: Simulator) -> None:
         """Each once, and the array."""
-        with simulator.lib.thread_ports() as ports:
+        with simulator.lib.mach.thread_ports() as ports:
             assert simulator.arrays == 1
             assert simulator.references_owed == len(ports)
 
     def test_released_when_the_body_raises(self, simulator: Simulator) -> None:
         """And the error of the body is the one that is seen."""
-        with pytest.raises(KeyboardInterrupt), simulator.lib.thread_ports():
+        with pytest.raises(KeyboardInterrupt), simulator.lib.mach.thread_ports():
             raise KeyboardInterrupt
 
     @pytest.mark.parametrize("at", [1, 5, 9])
@@ -116,9 +118,9 @@ class TestThreadPorts:
             threads.start_thread(f"t{i}")
         with (
             pytest.raises(MachError, match=r"thread_info\(THREAD_EXTENDED_INFO\) failed: .* failure \(0x5\)"),
-            simulator.lib.thread_ports() as ports,
+            simulator.lib.mach.thread_ports() as ports,
         ):
-            simulator.lib.thread_infos(ports, ThreadRows())
+            simulator.lib.mach.thread_infos(ports, ThreadRows())
         threads.close()
 
     def test_dead_entries_are_not_released(self, simulator: Simulator) -> None:
@@ -129,7 +131,7 @@ class TestThreadPorts:
             simulator.add_thread(tid << 40)
             simulator.end_thread(tid << 40, shown_as=tid % 4)
         simulator.fault("mach_port_deallocate", KERN_FAILURE, at=5)
-        with simulator.lib.thread_ports() as ports:
+        with simulator.lib.mach.thread_ports() as ports:
             assert len(ports) == 8
         assert simulator.references_owed == 0
 
@@ -138,7 +140,7 @@ class TestThreadPorts:
         simulator.fault("task_threads", KERN_RESOURCE_SHORTAGE)
         with (
             pytest.raises(MachError, match=re.escape("task_threads failed: (os/kern) resource shortage (0x6)")),
-            simulator.lib.thread_ports(),
+            simulator.lib.mach.thread_ports(),
         ):
             raise AssertionError("there is no list to work on")
 
@@ -148,7 +150,7 @@ class TestThreadPorts:
         for i in range(4):
             threads.start_thread(f"t{i}")
         lawless_simulator.fault("mach_port_deallocate", KERN_FAILURE, at=2)
-        with pytest.raises(MachError, match="mach_port_deallocate failed"), lawless_simulator.lib.thread_ports():
+        with pytest.raises(MachError, match="mach_port_deallocate failed"), lawless_simulator.lib.mach.thread_ports():
             pass
         assert (lawless_simulator.references_owed, lawless_simulator.arrays) == (1, 0)
         threads.close()
@@ -156,7 +158,7 @@ class TestThreadPorts:
     def test_an_array_that_is_not_taken_back_is_an_error(self, lawless_simulator: Simulator) -> None:
         """With the ports released before it."""
         lawless_simulator.fault("vm_deallocate", KERN_FAILURE)
-        with pytest.raises(MachError, match="vm_deallocate failed"), lawless_simulator.lib.thread_ports():
+        with pytest.raises(MachError, match="vm_deallocate failed"), lawless_simulator.lib.mach.thread_ports():
             pass
         assert (lawless_simulator.references_owed, lawless_simulator.arrays) == (0, 1)
 
@@ -175,12 +177,12 @@ class TestErrors:
         """In words and as a number; a short reply in words of 4 bytes."""
         simulator.fault("task_info", 4, flavor=flavor)
         with pytest.raises(MachError, match=re.escape(f"{name}: task_info failed: (os/kern) invalid argument (0x4)")):
-            simulator.lib.task_info(info())
+            simulator.lib.mach.task_info(info())
         simulator.clear_faults()
         words = ctypes.sizeof(info) // 4
         simulator.fault("task_info", SHORT_REPLY, flavor=flavor)
         with pytest.raises(MachError, match=f"{name}: task_info answered {words - 1} words of {words}"):
-            simulator.lib.task_info(info())
+            simulator.lib.mach.task_info(info())
 
     @pytest.mark.parametrize(
         ("flavor", "text"),
@@ -192,49 +194,49 @@ class TestErrors:
     def test_a_short_thread_is_an_error(self, simulator: Simulator, flavor: int, text: str) -> None:
         """Never a thread with half of its fields."""
         simulator.fault("thread_info", SHORT_REPLY, flavor=flavor)
-        with pytest.raises(MachError, match=re.escape(text)), simulator.lib.thread_ports() as ports:
-            simulator.lib.thread_infos(ports, ThreadRows())
+        with pytest.raises(MachError, match=re.escape(text)), simulator.lib.mach.thread_ports() as ports:
+            simulator.lib.mach.thread_infos(ports, ThreadRows())
 
     def test_buffers_forget_a_short_reply(self, simulator: Simulator) -> None:
         """The count the kernel wrote does not become the count asked for."""
         rows = ThreadRows()
         simulator.fault("thread_info", SHORT_REPLY)
-        with pytest.raises(MachError), simulator.lib.thread_ports() as ports:
-            simulator.lib.thread_infos(ports, rows)
-        with simulator.lib.thread_ports() as ports:
-            assert os.getpid() in simulator.lib.thread_infos(ports, rows)
+        with pytest.raises(MachError), simulator.lib.mach.thread_ports() as ports:
+            simulator.lib.mach.thread_infos(ports, rows)
+        with simulator.lib.mach.thread_ports() as ports:
+            assert os.getpid() in simulator.lib.mach.thread_infos(ports, rows)
 
     def test_proc_calls_raise_by_errno(self, simulator: Simulator) -> None:
         """With the flavor in the text, and Python's own subclass where there is one."""
         with pytest.raises(ProcessLookupError, match=r"proc_pidinfo\(PROC_PIDTASKALLINFO\) failed"):
-            simulator.lib.proc_info(2**30, proc_taskallinfo())
+            simulator.lib.proc.info(2**30, proc_taskallinfo())
         simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDTASKALLINFO)
         with pytest.raises(PermissionError, match=r"proc_pidinfo\(PROC_PIDTASKALLINFO\) failed"):
-            simulator.lib.proc_info(os.getpid(), proc_taskallinfo())
+            simulator.lib.proc.info(os.getpid(), proc_taskallinfo())
         with pytest.raises(OSError, match="proc_pid_rusage failed: Invalid argument"):
-            simulator.lib.proc_rusage(os.getpid(), rusage_info_v6(), 99)
+            simulator.lib.proc.rusage(os.getpid(), rusage_info_v6(), 99)
         simulator.fault("proc_listallpids", errno.ENOMEM)
         with pytest.raises(OSError, match="proc_listallpids failed"):
-            simulator.lib.proc_pids()
+            simulator.lib.proc.pids()
 
     def test_a_short_process_is_an_error(self, simulator: Simulator) -> None:
         """In bytes, with the flavor."""
         simulator.fault("proc_pidinfo", SHORT_REPLY, flavor=PROC_PIDTASKALLINFO)
         with pytest.raises(MachError, match=re.escape("proc_pidinfo(PROC_PIDTASKALLINFO) answered 228 bytes of 232")):
-            simulator.lib.proc_info(os.getpid(), proc_taskallinfo())
+            simulator.lib.proc.info(os.getpid(), proc_taskallinfo())
 
     def test_a_short_or_forbidden_thread_of_a_process_is_an_error(self, simulator: Simulator) -> None:
         """But one that has ended is an answer."""
         lib, pid, rows = simulator.lib, os.getpid(), ThreadRows()
-        assert lib.proc_thread_infos(pid, [pid], rows) == [pid]
-        assert lib.proc_thread_infos(pid, [2**40, pid, 2**32 + pid], rows) == [0, pid, 0]
+        assert lib.proc.thread_infos(pid, [pid], rows) == [pid]
+        assert lib.proc.thread_infos(pid, [2**40, pid, 2**32 + pid], rows) == [0, pid, 0]
         simulator.fault("proc_pidinfo", SHORT_REPLY, flavor=PROC_PIDTHREADID64INFO, every=1)
         with pytest.raises(MachError, match="answered 108 bytes of 112"):
-            lib.proc_thread_infos(pid, [pid], rows)
+            lib.proc.thread_infos(pid, [pid], rows)
         simulator.clear_faults()
         simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDTHREADID64INFO, every=1)
         with pytest.raises(PermissionError, match="PROC_PIDTHREADID64INFO"):
-            lib.proc_thread_infos(pid, [pid], rows)
+            lib.proc.thread_infos(pid, [pid], rows)
 
     def test_a_command_line_without_its_environment(self, simulator: Simulator) -> None:
         """Every word of it, empty ones too, and nothing of what follows; EINVAL whoever may not be read."""
@@ -243,10 +245,10 @@ class TestErrors:
             [*words, "-"], executable="/bin/cat", env={"TOKEN": "secret"}, stdin=subprocess.PIPE
         ) as child:
             told = os.path.realpath("/bin/cat"), [*words, b"-"]
-            eventually(lambda: simulator.lib.command_line(child.pid) == told)
+            eventually(lambda: simulator.lib.proc.command_line(child.pid) == told)
             simulator.caller_euid(os.geteuid() + 12345)
             with pytest.raises(OSError, match=r"sysctl\(KERN_PROCARGS2\)") as refused:
-                simulator.lib.command_line(child.pid)
+                simulator.lib.proc.command_line(child.pid)
             assert refused.value.errno == errno.EINVAL
             child.kill()
 
@@ -254,11 +256,11 @@ class TestErrors:
         self, simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Read it at each call, and decode a byte that is not UTF-8 as Python decodes file names."""
-        assert simulator.lib.working_directory(os.getpid()) == os.getcwd()
+        assert simulator.lib.proc.working_directory(os.getpid()) == os.getcwd()
         directory = tmp_path / os.fsdecode(b"\xfc ml\xc3\xa4ut")
         directory.mkdir()
         monkeypatch.chdir(directory)
-        assert simulator.lib.working_directory(os.getpid()) == os.getcwd() == str(directory.resolve())
+        assert simulator.lib.proc.working_directory(os.getpid()) == os.getcwd() == str(directory.resolve())
 
     def test_working_directory_of_a_child_is_the_one_it_changed_to(self, simulator: Simulator, tmp_path: Path) -> None:
         """Read it as of the call, not of the start; ESRCH for the zombie and after its parent has collected it."""
@@ -272,72 +274,74 @@ class TestErrors:
         ) as child:
             assert child.stdin is not None
             assert child.stdout is not None
-            assert lib.working_directory(child.pid) == str(started)
+            assert lib.proc.working_directory(child.pid) == str(started)
             child.stdin.write(b"\n")
             child.stdin.flush()
             child.stdout.readline()
-            assert lib.working_directory(child.pid) == str(changed)
+            assert lib.proc.working_directory(child.pid) == str(changed)
             child.kill()
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
             with pytest.raises(ProcessLookupError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed"):
-                lib.working_directory(child.pid)
+                lib.proc.working_directory(child.pid)
         with pytest.raises(ProcessLookupError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed"):
-            lib.working_directory(child.pid)
+            lib.proc.working_directory(child.pid)
 
     def test_working_directory_of_another_users_process_is_eperm(self, simulator: Simulator) -> None:
         """Refuse each caller but the user of the process and root."""
         simulator.caller_euid(os.geteuid() + 12345)
         with pytest.raises(PermissionError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed"):
-            simulator.lib.working_directory(os.getpid())
+            simulator.lib.proc.working_directory(os.getpid())
         simulator.caller_euid(0)
-        assert simulator.lib.working_directory(os.getpid()) == os.getcwd()
+        assert simulator.lib.proc.working_directory(os.getpid()) == os.getcwd()
 
     def test_working_directory_without_a_path_is_enoent(self, simulator: Simulator) -> None:
         """Reject the empty path with which the kernel reports success if it has no name for the directory."""
         simulator.fault("proc_pidinfo", NO_PATH, flavor=PROC_PIDVNODEPATHINFO)
         with pytest.raises(FileNotFoundError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed: No such file"):
-            simulator.lib.working_directory(os.getpid())
+            simulator.lib.proc.working_directory(os.getpid())
 
     def test_working_directory_of_a_call_that_fails_raises_its_error(self, simulator: Simulator) -> None:
         """Raise each errno as `OSError`, that of a file system too; a reply shorter than the struct is `MachError`."""
         for code in (errno.ESRCH, errno.EPERM, errno.EACCES, errno.EIO):
             simulator.fault("proc_pidinfo", code, flavor=PROC_PIDVNODEPATHINFO)
             with pytest.raises(OSError, match=r"proc_pidinfo\(PROC_PIDVNODEPATHINFO\) failed") as failed:
-                simulator.lib.working_directory(os.getpid())
+                simulator.lib.proc.working_directory(os.getpid())
             assert failed.value.errno == code
         simulator.fault("proc_pidinfo", SHORT_REPLY, flavor=PROC_PIDVNODEPATHINFO)
         short = "proc_pidinfo(PROC_PIDVNODEPATHINFO) answered 2348 bytes of 2352"
         with pytest.raises(MachError, match=re.escape(short)):
-            simulator.lib.working_directory(os.getpid())
-        assert simulator.lib.working_directory(os.getpid()) == os.getcwd()
+            simulator.lib.proc.working_directory(os.getpid())
+        assert simulator.lib.proc.working_directory(os.getpid()) == os.getcwd()
 
     def test_a_port_of_any_name_is_passed_whole(self, simulator: Simulator) -> None:
         """Names have 32 bits, and the upper half of them is not negative."""
-        with simulator.lib.thread_ports() as ports:
-            found = simulator.lib.thread_infos([0xFFFF_FF03, *ports, 0x8000_0000 | ports[0]], ThreadRows())
+        with simulator.lib.mach.thread_ports() as ports:
+            found = simulator.lib.mach.thread_infos([0xFFFF_FF03, *ports, 0x8000_0000 | ports[0]], ThreadRows())
         assert (found[0], found[-1]) == (0, 0)
         assert 0 not in found[1:-1]
 
     def test_an_unknown_code_has_its_number(self, simulator: Simulator) -> None:
         """The library has no words for it."""
-        assert str(simulator.lib.mach_error("task_info", 0x1234)) == "task_info failed: unknown error code (0x1234)"
+        library = ctypes.PyDLL(simulator.path)
+        bind(library)
+        assert str(mach_error(library, "task_info", 0x1234)) == "task_info failed: unknown error code (0x1234)"
 
     def test_a_variable_that_is_no_integer_is_an_error(self, simulator: Simulator) -> None:
         """The boot's UUID has 37 bytes."""
         with pytest.raises(MachError, match=r"sysctlbyname\(kern.bootsessionuuid\) answered 37 bytes"):
-            simulator.lib.sysctl_int("kern.bootsessionuuid")
+            simulator.lib.host.sysctl_int("kern.bootsessionuuid")
 
 
 def test_processes_are_listed_whole(simulator: Simulator) -> None:
     """Also if more are born than the estimate had room for: a list that fills its buffer is not believed."""
-    pids = simulator.lib.proc_pids()
+    pids = simulator.lib.proc.pids()
     assert pids == sorted(pids)
     assert {os.getpid(), os.getppid()} <= set(pids)
     # 32 are added to the estimate; a buffer of none would be an empty list.
     children = [subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) for _ in range(40)]
     try:
         simulator.pid_estimate(1)
-        assert {child.pid for child in children} <= set(simulator.lib.proc_pids())
+        assert {child.pid for child in children} <= set(simulator.lib.proc.pids())
     finally:
         for child in children:
             child.communicate()

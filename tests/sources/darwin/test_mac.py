@@ -42,7 +42,7 @@ def test_ports_and_descriptors_stay() -> None:
     lib = load()
     source = MachSource(lib=lib)
     source.snapshot(extras=True)
-    before = lib.ports_in_use(), len(os.listdir("/dev/fd"))
+    before = lib.mach.ports_in_use(), len(os.listdir("/dev/fd"))
     for _ in range(1000):
         thread = threading.Thread(target=time.sleep, args=(0.0005,))
         thread.start()
@@ -50,7 +50,7 @@ def test_ports_and_descriptors_stay() -> None:
         thread.join()
     time.sleep(0.5)  # the reaper is late
     source.snapshot()
-    ports, descriptors = lib.ports_in_use(), len(os.listdir("/dev/fd"))
+    ports, descriptors = lib.mach.ports_in_use(), len(os.listdir("/dev/fd"))
     assert ports <= before[0] + 2
     assert descriptors == before[1]
 
@@ -59,18 +59,18 @@ def test_no_reference_stays_on_a_living_thread() -> None:
     """References on a name coalesce, so a leak would not show in the number of ports."""
     lib = load()
     source = MachSource(lib=lib)
-    with lib.thread_ports() as ports:
+    with lib.mach.thread_ports() as ports:
         port = ports[0]
-        before = lib.send_references(port)
+        before = lib.mach.send_references(port)
     for _ in range(100):
         source.snapshot()
-    with lib.thread_ports() as ports:
-        assert lib.send_references(port) == before
+    with lib.mach.thread_ports() as ports:
+        assert lib.mach.send_references(port) == before
 
 
 def test_the_command_line_is_told(tmp_path: Path) -> None:
     """The words of our own, as the interpreter got them; a framework build has another name for itself."""
-    _, words = load().command_line(os.getpid())
+    _, words = load().proc.command_line(os.getpid())
     assert [os.fsdecode(word) for word in words[1:]] == sys.orig_argv[1:]
     script = tmp_path / "app.py"
     script.write_text("import sys; print(flush=True); sys.stdin.readline()", encoding="utf-8")
@@ -84,19 +84,19 @@ def test_the_command_line_is_told(tmp_path: Path) -> None:
 def test_working_directory_of_a_child_is_the_one_it_changed_to(tmp_path: Path) -> None:
     """Compare files and not names: the kernel resolves links, and ``os.getcwd`` may name another of two paths."""
     lib = load()
-    assert os.path.samefile(lib.working_directory(os.getpid()), os.curdir)
+    assert os.path.samefile(lib.proc.working_directory(os.getpid()), os.curdir)
     code = "import os, sys; os.chdir(sys.argv[1]); print(flush=True); sys.stdin.readline()"
     with subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        directory = lib.working_directory(child.pid)
+        directory = lib.proc.working_directory(child.pid)
         child.kill()
     assert os.path.isabs(directory)
     assert os.path.samefile(directory, tmp_path)
     with pytest.raises(ProcessLookupError):
-        lib.working_directory(child.pid)
+        lib.proc.working_directory(child.pid)
 
 
 def test_ticks_have_the_scale_of_the_kernel() -> None:
@@ -114,12 +114,12 @@ def test_basic_times_leave_living_threads_out() -> None:
     """The trap of MACH_TASK_BASIC_INFO, and the reason why the total is read elsewhere."""
     lib = load()
     info = mach_task_basic_info()
-    lib.task_info(info)
+    lib.mach.task_info(info)
     before = info.user_time.seconds * 1_000_000 + info.user_time.microseconds
     source = MachSource(lib=lib)
     first = source.snapshot()
     burn(300_000_000)
-    lib.task_info(info)
+    lib.mach.task_info(info)
     after = info.user_time.seconds * 1_000_000 + info.user_time.microseconds
     assert after - before < 150_000
     assert measure(first, source.snapshot()).cpu_ns > 250_000_000
@@ -188,10 +188,10 @@ def test_a_zombie_is_gone_and_its_usage_is_not() -> None:
         with pytest.raises(TargetGone):
             LibprocSource(child.pid)
         usage = rusage_info_v6()
-        load().proc_rusage(child.pid, usage, 4)
+        load().proc.rusage(child.pid, usage, 4)
         assert usage.ri_proc_exit_abstime > 0
         with pytest.raises(ProcessLookupError):
-            load().proc_info(child.pid, proc_taskallinfo())
+            load().proc.info(child.pid, proc_taskallinfo())
 
 
 def sleeping(code: str = "") -> "subprocess.Popen[bytes]":

@@ -88,7 +88,7 @@ def release(simulator: Simulator, ports: list[int], address: int) -> None:
 
 
 def references(simulator: Simulator, port: int) -> int:
-    return simulator.lib.send_references(port)
+    return simulator.lib.mach.send_references(port)
 
 
 def port_of(simulator: Simulator, ports: list[int], tid: int) -> int:
@@ -262,7 +262,7 @@ class TestThreads:
         """MACH_SEND_INVALID_DEST, and the name stays until its reference is released (§2)."""
         with workload() as threads:
             tid = threads.start_thread("brief")
-            in_use = simulator.lib.ports_in_use()
+            in_use = simulator.lib.mach.ports_in_use()
             ports, address = list_threads(simulator)
             port = port_of(simulator, ports, tid)
             threads.end_thread(tid)
@@ -270,19 +270,19 @@ class TestThreads:
                 call_thread_info(simulator, port, THREAD_EXTENDED_INFO, thread_extended_info())[0]
                 == MACH_SEND_INVALID_DEST
             )
-            assert simulator.lib.ports_in_use() == in_use
+            assert simulator.lib.mach.ports_in_use() == in_use
             release(simulator, ports, address)
-            assert simulator.lib.ports_in_use() == in_use - 1
+            assert simulator.lib.mach.ports_in_use() == in_use - 1
 
     def test_a_forgotten_reference_is_a_leaked_name(self, lawless_simulator: Simulator) -> None:
         """It does not show while the thread lives: references coalesce; afterwards it does (§6)."""
         with workload() as threads:
             tid = threads.start_thread("brief")
-            before = lawless_simulator.lib.ports_in_use()
+            before = lawless_simulator.lib.mach.ports_in_use()
             list_threads(lawless_simulator)
-            assert lawless_simulator.lib.ports_in_use() == before
+            assert lawless_simulator.lib.mach.ports_in_use() == before
             threads.end_thread(tid)
-            assert lawless_simulator.lib.ports_in_use() == before
+            assert lawless_simulator.lib.mach.ports_in_use() == before
             assert lawless_simulator.references_owed > 0
             assert lawless_simulator.arrays == 1
 
@@ -354,12 +354,12 @@ class TestThreads:
 
     def test_every_thread_has_one_port_of_its_own(self, simulator: Simulator) -> None:
         """The table of names counts each thread once (§6)."""
-        before = simulator.lib.ports_in_use()
+        before = simulator.lib.mach.ports_in_use()
         with workload() as threads:
             for i in range(10):
                 threads.start_thread(f"t{i}")
-            assert simulator.lib.ports_in_use() == before + 10
-        assert simulator.lib.ports_in_use() == before
+            assert simulator.lib.mach.ports_in_use() == before + 10
+        assert simulator.lib.mach.ports_in_use() == before
 
 
 class TestProcesses:
@@ -387,7 +387,7 @@ class TestProcesses:
         assert call_pidinfo(simulator, child.pid, PROC_PIDLISTTHREADIDS, 0, (ctypes.c_uint64 * 9)()) == (0, errno.EPERM)
         assert call_pidinfo(simulator, child.pid, PROC_PIDT_SHORTBSDINFO, 0, proc_bsdshortinfo()) == (64, 0)
         with pytest.raises(PermissionError):
-            simulator.lib.proc_rusage(child.pid, rusage_info_v6(), RUSAGE_INFO_V6)
+            simulator.lib.proc.rusage(child.pid, rusage_info_v6(), RUSAGE_INFO_V6)
         simulator.caller_euid(0)
         assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, proc_taskallinfo()) == (232, 0)
 
@@ -401,7 +401,7 @@ class TestProcesses:
         assert call_pidinfo(simulator, child.pid, PROC_PIDT_SHORTBSDINFO, 0, brief) == (0, errno.ESRCH)
         assert call_pidinfo(simulator, child.pid, PROC_PIDT_SHORTBSDINFO, 1, brief) == (64, 0)
         assert brief.pbsi_status == SZOMB
-        simulator.lib.proc_rusage(child.pid, usage, RUSAGE_INFO_V6)
+        simulator.lib.proc.rusage(child.pid, usage, RUSAGE_INFO_V6)
         assert (usage.ri_phys_footprint, usage.ri_proc_exit_abstime > 0) == (0, True)
 
     def test_a_list_of_threads_ends_where_the_buffer_does(self, simulator: Simulator) -> None:
@@ -562,10 +562,10 @@ class TestClocks:
 
     def test_only_one_clock_goes_on_in_sleep(self, simulator: Simulator) -> None:
         """mach_continuous_time adds the time slept, mach_absolute_time stops (§4)."""
-        absolute, continuous = simulator.lib.absolute_ns(), simulator.lib.continuous_ns()
+        absolute, continuous = simulator.lib.host.absolute_ns(), simulator.lib.host.continuous_ns()
         simulator.sleep(3600 * 10**9)
-        assert simulator.lib.continuous_ns() - continuous >= 3600 * 10**9
-        assert simulator.lib.absolute_ns() - absolute < 3600 * 10**9
+        assert simulator.lib.host.continuous_ns() - continuous >= 3600 * 10**9
+        assert simulator.lib.host.absolute_ns() - absolute < 3600 * 10**9
 
     def test_rosetta_changes_the_clocks_of_user_space_only(self, simulator: Simulator) -> None:
         """A timebase of 1/1, clocks in ns, and kernel ticks as before (§5)."""
@@ -576,16 +576,16 @@ class TestClocks:
         simulator.rosetta()
         assert (timebase_info(ctypes.addressof(timebase)), timebase[0], timebase[1]) == (0, 1, 1)
         assert absolute() > 40 * native
-        assert simulator.lib.sysctl_int("hw.tbfrequency") == TICKS_PER_S
+        assert simulator.lib.host.sysctl_int("hw.tbfrequency") == TICKS_PER_S
         info = task_absolutetime_info()
         call_task_info(simulator, TASK_ABSOLUTETIME_INFO, info)
         assert info.total_user + info.total_system <= time.process_time_ns() * 3 // 125
 
     def test_an_unknown_variable_is_enoent(self, simulator: Simulator) -> None:
         """And hw.tbfrequency is an integer of 8 bytes (§5)."""
-        assert simulator.lib.sysctl("hw.tbfrequency") == (24_000_000).to_bytes(8, "little")
+        assert simulator.lib.host.sysctl("hw.tbfrequency") == (24_000_000).to_bytes(8, "little")
         with pytest.raises(FileNotFoundError, match=r"sysctlbyname\(hw.vitals\)"):
-            simulator.lib.sysctl("hw.vitals")
+            simulator.lib.host.sysctl("hw.vitals")
 
 
 def test_a_fault_comes_at_the_call_it_was_ordered_for(simulator: Simulator) -> None:

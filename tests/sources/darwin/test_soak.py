@@ -48,7 +48,7 @@ class Holdings(NamedTuple):
 
 def holdings(simulator: Simulator) -> Holdings:
     return Holdings(
-        simulator.lib.ports_in_use(), simulator.references_owed, simulator.arrays, len(os.listdir("/proc/self/fd"))
+        simulator.lib.mach.ports_in_use(), simulator.references_owed, simulator.arrays, len(os.listdir("/proc/self/fd"))
     )
 
 

@@ -56,7 +56,7 @@ def open_own(request: pytest.FixtureRequest, simulator: Simulator) -> Callable[.
 
 def executed(simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
     """Popen returns while it is still inside exec. A Mac's kernel waits for that, Linux does not."""
-    eventually(lambda: simulator.lib.command_line(child.pid)[1][1:])
+    eventually(lambda: simulator.lib.proc.command_line(child.pid)[1][1:])
 
 
 class TestOpening:

@@ -25,8 +25,9 @@ from support.sidecars import environment
 from support.workload import ChildWorkload, OwnWorkload
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources.base import NoSuchProcess, ProcessEntry
+from vitalsd.sources.darwin.functions import FUNCTIONS
 from vitalsd.sources.darwin.libproc_source import LibprocSource
-from vitalsd.sources.darwin.libsystem import FUNCTIONS, LibSystem, load
+from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.mach_source import MachSource
 from vitalsd.sources.darwin.processes import holdings, list_processes
 from vitalsd.sources.darwin.tape import ARGUMENTS, Tape
@@ -57,7 +58,7 @@ def scene(lib: LibSystem, pid: int) -> tuple[list[Snapshot], list[ProcessEntry],
         taken += [other.snapshot(extras=True), other.snapshot()]
     with pytest.raises(NoSuchProcess):
         LibprocSource(2**31 - 2, lib=lib)
-    lib.host_uuid()
+    lib.host.uuid()
     return taken, list(list_processes(lib)), holdings(lib)
 
 
@@ -89,15 +90,15 @@ def test_tape_has_no_name_path_argument_variable_or_user(
     lib = load(simulator.path, Tape(file, os.getpid()))
     taken, entries, _ = scene(lib, secretive.pid)
     assert SECRETS[0] in taken[0].roster.names
-    assert lib.command_line(secretive.pid)[1][-1] == SECRETS[1].encode()
-    assert SECRETS[3] in lib.working_directory(secretive.pid)
+    assert lib.proc.command_line(secretive.pid)[1][-1] == SECRETS[1].encode()
+    assert SECRETS[3] in lib.proc.working_directory(secretive.pid)
     assert entries
     tape = file.getvalue()
     for secret in (
         *SECRETS,
         sys.executable,
         os.path.basename(sys.executable),
-        lib.sysctl("kern.bootsessionuuid").decode(),
+        lib.host.sysctl("kern.bootsessionuuid").decode(),
     ):
         assert secret not in tape
         assert secret.encode().hex() not in tape

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vitalsd.sources.darwin.libsystem import Function
+from vitalsd.sources.darwin.functions import Function
 
 __all__ = ["PRIVATE", "TARGETS", "compile_claims", "link", "program", "zig"]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from support.darwin.abi import zig
 from support.paths import SUPPORT
-from vitalsd.sources.darwin.libsystem import FUNCTIONS, LibSystem, load
+from vitalsd.sources.darwin.functions import FUNCTIONS
+from vitalsd.sources.darwin.libsystem import LibSystem, load
 
 __all__ = ["SHORT_REPLY", "Simulator", "build"]
 

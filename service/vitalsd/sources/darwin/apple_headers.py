@@ -1,5 +1,5 @@
 """
-Structs and constants of Apple's headers, as far as `vitalsd.sources.darwin.libsystem` needs them.
+Structs and constants of Apple's headers, as far as our calls of libSystem need them.
 
 Spelled as in the headers, so that a search finds them there; each public upper-case integer *is*
 such a constant, and the ABI proof compiles every one of them, and every offset, against the headers:

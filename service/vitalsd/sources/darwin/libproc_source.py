@@ -35,8 +35,10 @@ from vitalsd.sources.darwin.apple_headers import (
     proc_uniqidentifierinfo,
 )
 from vitalsd.sources.darwin.exit_status import ExitNote
-from vitalsd.sources.darwin.libsystem import LibSystem, MachError, ThreadRows, load
+from vitalsd.sources.darwin.functions import MachError
+from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.task import Instant, Target, Totals, process_name, translated_errors
+from vitalsd.sources.darwin.thread_rows import ThreadRows
 from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads
 from vitalsd.sources.programs import ProgramOf, no_program
 
@@ -154,7 +156,7 @@ class LibprocSource:
         """Return whether the kernel is between the target's exit(2) and its NOTE_EXIT."""
         info = proc_bsdshortinfo()
         try:
-            self._lib.proc_info(self._target.pid, info, 1)
+            self._lib.proc.info(self._target.pid, info, 1)
         except (OSError, MachError):
             return False
         return bool(info.pbsi_flags & PROC_FLAG_INEXIT) and info.pbsi_status != SZOMB
@@ -217,7 +219,9 @@ class LibprocSource:
     def _list(self) -> list[int]:
         while True:
             buffer = self._ids
-            number = self._lib.proc_list(self._target.pid, "PROC_PIDLISTTHREADIDS", buffer) // ctypes.sizeof(c_uint64)
+            number = self._lib.proc.list_of(self._target.pid, "PROC_PIDLISTTHREADIDS", buffer) // ctypes.sizeof(
+                c_uint64
+            )
             if number < len(buffer):
                 return sorted(buffer[:number])
             self._ids = (c_uint64 * (2 * len(buffer)))()
@@ -256,13 +260,13 @@ class LibprocSource:
         return sorted(chosen + [*active, *waiting][:room])
 
     def _look_up(self, thread_ids: Sequence[int]) -> Living:
-        return living_threads(self._lib.proc_thread_infos(self._target.pid, thread_ids, self._rows), self._rows)
+        return living_threads(self._lib.proc.thread_infos(self._target.pid, thread_ids, self._rows), self._rows)
 
     def _image(self) -> tuple[int | str, ...]:
         """Changes at exec. A kernel without the private flavor leaves only the name to tell."""
         if self._unique is not None:
             try:
-                self._lib.proc_info(self._target.pid, self._unique)
+                self._lib.proc.info(self._target.pid, self._unique)
             except ProcessLookupError:
                 raise
             except (OSError, MachError):

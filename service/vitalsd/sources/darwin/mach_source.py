@@ -24,8 +24,10 @@ from vitalsd.sources.darwin.apple_headers import (
     task_events_info,
     task_vm_info,
 )
-from vitalsd.sources.darwin.libsystem import LibSystem, MachError, ThreadRows, load
+from vitalsd.sources.darwin.functions import MachError
+from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.task import Instant, Target, Totals, translated_errors
+from vitalsd.sources.darwin.thread_rows import ThreadRows
 from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads
 from vitalsd.sources.programs import ProgramOf, no_program
 
@@ -87,7 +89,7 @@ class MachSource:
         begun_ns = time.monotonic_ns()
         living, before, after, instant = self._read()
         thread_cpu_ns = list(map(add, living.user_ns, living.system_ns))
-        lib.task_info(self._basic)
+        lib.mach.task_info(self._basic)
         roster = self._rosters.read(living.tids, living.names)
         ended_ns = time.monotonic_ns()
         extra = self._extras(living, after, warnings) if extras else None
@@ -117,10 +119,10 @@ class MachSource:
         """The threads, and the totals before and, if any thread had ended, after reading them."""
         for _ in range(ATTEMPTS):
             # Listed before the total is read: whoever is reaped between the two is then found missing.
-            with self._lib.thread_ports() as ports:
+            with self._lib.mach.thread_ports() as ports:
                 before = after = self._totals()
                 instant = self._target.now()
-                thread_ids = self._lib.thread_infos(ports, self._rows)
+                thread_ids = self._lib.mach.thread_infos(ports, self._rows)
             living = living_threads(thread_ids, self._rows)
             if len(living.tids) < len(ports):
                 after, instant = self._totals(), self._target.now()
@@ -130,11 +132,11 @@ class MachSource:
 
     def _totals(self) -> Totals:
         times = self._times
-        self._lib.task_info(times)
+        self._lib.mach.task_info(times)
         return Totals(times.total_user, times.total_system, times.threads_user + times.threads_system)
 
     def _extras(self, living: Living, totals: Totals, warnings: list[str]) -> Extras:
-        self._lib.task_info(self._events)
+        self._lib.mach.task_info(self._events)
         return self._target.extras(
             living,
             totals,
@@ -153,7 +155,7 @@ class MachSource:
         longer than any thread waits for it at its next page fault.
         """
         try:
-            self._lib.task_info(self._vm)
+            self._lib.mach.task_info(self._vm)
         except MachError:
             return None
         return int(self._vm.phys_footprint)

@@ -3,7 +3,8 @@
 import time
 
 from vitalsd.sources.darwin.apple_headers import proc_taskallinfo
-from vitalsd.sources.darwin.libsystem import LibSystem, MachError
+from vitalsd.sources.darwin.functions import MachError
+from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.darwin.task import boot_id, start_key
 from vitalsd.sources.process_identity import Undecided, anonymous
 
@@ -22,18 +23,18 @@ class DarwinBirths:
         self._lib = lib
 
     def realm(self) -> str:
-        return anonymous(self._lib.host_uuid())
+        return anonymous(self._lib.host.uuid())
 
     def boot_id(self) -> str:
         return boot_id(self._lib)
 
     def booted_unix_ns(self) -> int:
-        return time.time_ns() - self._lib.continuous_ns()
+        return time.time_ns() - self._lib.host.continuous_ns()
 
     def start_key(self, pid: int) -> int | None:
         info = proc_taskallinfo()
         try:
-            self._lib.proc_info(pid, info)
+            self._lib.proc.info(pid, info)
         except ProcessLookupError:
             return None
         except (OSError, MachError) as error:

@@ -7,8 +7,9 @@ from contextlib import suppress
 
 from vitalsd.sources.base import ProcessEntry, Source
 from vitalsd.sources.darwin.apple_headers import MACH_PORT_DEAD, MACH_PORT_NULL, SZOMB, proc_taskallinfo
+from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libproc_source import LibprocSource
-from vitalsd.sources.darwin.libsystem import LibSystem, MachError, load
+from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.mach_source import MachSource
 from vitalsd.sources.darwin.task import process_name, process_names, start_key, tick_frequency, translated_errors
 from vitalsd.sources.programs import ProgramOf, no_program
@@ -49,12 +50,12 @@ def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
     lib = lib or load()
     info = proc_taskallinfo()
     with translated_errors(os.getpid()):
-        lib.proc_info(os.getpid(), info)
+        lib.proc.info(os.getpid(), info)
         frequency, _ = tick_frequency(lib, info)
-        pids = lib.proc_pids()
+        pids = lib.proc.pids()
     for pid in pids:
         try:
-            lib.proc_info(pid, info)
+            lib.proc.info(pid, info)
         except (OSError, MachError):
             continue
         if info.pbsd.pbi_status == SZOMB:
@@ -80,9 +81,9 @@ def holdings(lib: LibSystem | None = None) -> dict[str, int]:
     """
     lib = lib or load()
     references = 0
-    with lib.thread_ports() as ports:
+    with lib.mach.thread_ports() as ports:
         for port in ports:
             if port not in (MACH_PORT_NULL, MACH_PORT_DEAD):
                 with suppress(MachError):  # it has just ended
-                    references += lib.send_references(port)
-    return {"ports": lib.ports_in_use(), "references": references}
+                    references += lib.mach.send_references(port)
+    return {"ports": lib.mach.ports_in_use(), "references": references}

@@ -30,7 +30,8 @@ from vitalsd.sources.darwin.apple_headers import (
     proc_taskallinfo,
     rusage_info_v6,
 )
-from vitalsd.sources.darwin.libsystem import LibSystem, MachError
+from vitalsd.sources.darwin.functions import MachError
+from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.darwin.threads import RUN_STATES, Living
 from vitalsd.sources.names import decode_name
 from vitalsd.sources.process_identity import UNKNOWN_BOOT
@@ -88,7 +89,7 @@ def translated_errors(pid: int) -> Iterator[None]:
 def boot_id(lib: LibSystem) -> str:
     """The UUID of this boot of the machine."""
     try:
-        return lib.sysctl("kern.bootsessionuuid").rstrip(b"\0").decode("ascii", "backslashreplace").lower()
+        return lib.host.sysctl("kern.bootsessionuuid").rstrip(b"\0").decode("ascii", "backslashreplace").lower()
     except OSError:
         return UNKNOWN_BOOT
 
@@ -119,7 +120,7 @@ def tick_frequency(lib: LibSystem, own: proc_taskallinfo) -> tuple[int, str | No
     Raises:
         MachError: no known frequency agrees.
     """
-    stated = lib.sysctl_int("hw.tbfrequency")
+    stated = lib.host.sysctl_int("hw.tbfrequency")
     usage = resource.getrusage(resource.RUSAGE_SELF)
     used_ns = round((usage.ru_utime + usage.ru_stime) * 1e9)
     ticks = own.ptinfo.pti_total_user + own.ptinfo.pti_total_system
@@ -175,7 +176,7 @@ class Target:
         self.info = self._attach()
         with translated_errors(pid):
             own = proc_taskallinfo()
-            lib.proc_info(own_pid, own)
+            lib.proc.info(own_pid, own)
             self.frequency, oddity = tick_frequency(lib, own)
         self.warnings = (oddity,) if oddity else ()
         self._usage = rusage_info_v6()
@@ -191,7 +192,7 @@ class Target:
         )
         self._start_abstime: int | None = None
         with translated_errors(pid):
-            self._age_base_ns = self._age_ns() - lib.continuous_ns()
+            self._age_base_ns = self._age_ns() - lib.host.continuous_ns()
         self._has_p_cores = self._perf_levels() > 1
 
     def ns(self, ticks: int) -> int:
@@ -205,7 +206,7 @@ class Target:
 
     def now(self) -> Instant:
         monotonic_ns = time.monotonic_ns()
-        boottime_ns = self._lib.continuous_ns()
+        boottime_ns = self._lib.host.continuous_ns()
         return Instant(monotonic_ns, boottime_ns, self._wall_clock(), max(0, self._age_base_ns + boottime_ns))
 
     def refresh(self) -> proc_taskallinfo:
@@ -215,7 +216,7 @@ class Target:
         Raises:
             TargetGone: it has exited, even if its pid is in use again.
         """
-        self._lib.proc_info(self.pid, self.info)
+        self._lib.proc.info(self.pid, self.info)
         if start_key(self.info.pbsd) != self.identity.start_key:
             raise TargetGone(f"target {self.pid} has exited; its pid belongs to another process now")
         name = process_name(self.info.pbsd)
@@ -301,7 +302,7 @@ class Target:
             raise NoSuchProcess(f"no process has pid {self.pid}")
         with translated_errors(self.pid):
             try:
-                self._lib.proc_info(self.pid, info)
+                self._lib.proc.info(self.pid, info)
             except ProcessLookupError:
                 raise self._absent() from None
         return info
@@ -311,11 +312,11 @@ class Target:
         if self._program_of is no_program:
             return ""
         try:
-            executable, words = self._lib.command_line(self.pid)
+            executable, words = self._lib.proc.command_line(self.pid)
         except OSError:
             return None
         try:
-            directory = self._lib.working_directory(self.pid)
+            directory = self._lib.proc.working_directory(self.pid)
         except (OSError, MachError):
             directory = ""
         return self._program_of(
@@ -325,7 +326,7 @@ class Target:
     def _absent(self) -> NoSuchProcess | TargetGone:
         """Why the calls that want a live process do not find it; this one finds zombies too."""
         try:
-            self._lib.proc_info(self.pid, proc_bsdshortinfo(), 1)
+            self._lib.proc.info(self.pid, proc_bsdshortinfo(), 1)
         except (OSError, MachError):
             return NoSuchProcess(f"no process has pid {self.pid}")
         return TargetGone(f"target {self.pid} has exited; its parent has not yet collected it (zombie)")
@@ -338,7 +339,7 @@ class Target:
         start only the wall clock tells, and it is believed as far as the machine did sleep: a
         stepped clock cannot make a process younger than its time awake, nor older than that and all sleep.
         """
-        continuous_ns, absolute_ns = self._lib.continuous_ns(), self._lib.absolute_ns()
+        continuous_ns, absolute_ns = self._lib.host.continuous_ns(), self._lib.host.absolute_ns()
         wall_age_ns = self._wall_clock() - self.identity.started_unix_ns
         try:
             self._read_rusage()
@@ -353,18 +354,18 @@ class Target:
 
     def _perf_levels(self) -> int:
         try:
-            return self._lib.sysctl_int("hw.nperflevels")
+            return self._lib.host.sysctl_int("hw.nperflevels")
         except (OSError, MachError):
             return 1
 
     def _read_rusage(self) -> None:
         try:
-            self._lib.proc_rusage(self.pid, self._usage, self._usage_flavor)
+            self._lib.proc.rusage(self.pid, self._usage, self._usage_flavor)
         except OSError as error:
             if error.errno != errno.EINVAL or self._usage_flavor == RUSAGE_INFO_V4:
                 raise
             self._usage_flavor = RUSAGE_INFO_V4
-            self._lib.proc_rusage(self.pid, self._usage, self._usage_flavor)
+            self._lib.proc.rusage(self.pid, self._usage, self._usage_flavor)
 
     def _read_usage(self, warnings: list[str]) -> tuple[rusage_info_v6 | None, bool]:
         try:
@@ -383,7 +384,7 @@ class Target:
         try:
             while True:
                 buffer = (proc_fdinfo * room)()
-                number = self._lib.proc_list(self.pid, "PROC_PIDLISTFDS", buffer) // 8
+                number = self._lib.proc.list_of(self.pid, "PROC_PIDLISTFDS", buffer) // 8
                 if number < room:
                     return number
                 room *= 2

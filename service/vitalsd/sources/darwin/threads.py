@@ -11,7 +11,7 @@ from vitalsd.sources.darwin.apple_headers import (
     TH_STATE_UNINTERRUPTIBLE,
     TH_STATE_WAITING,
 )
-from vitalsd.sources.darwin.libsystem import ThreadRows
+from vitalsd.sources.darwin.thread_rows import ThreadRows
 from vitalsd.sources.names import decode_name
 
 __all__ = [

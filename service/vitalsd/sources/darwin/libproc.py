@@ -1,0 +1,172 @@
+"""
+libproc: what the kernel shows of any process of our effective user.
+
+Facts that shape the calls (xnu-11417):
+
+- ``proc_pidinfo`` answers 0 for an error *and* for an empty list; only errno tells them apart.
+- ``proc_pid_rusage`` is not told the size of the buffer, and writes all of its flavor.
+"""
+
+import ctypes
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from ctypes import Structure, c_char, c_int, c_int32, c_size_t, c_uint64
+from itertools import repeat
+from typing import Any, Literal
+
+from vitalsd.sources.darwin.apple_headers import (
+    ARG_MAX,
+    CTL_KERN,
+    KERN_PROCARGS2,
+    PROC_PIDLISTFDS,
+    PROC_PIDLISTTHREADIDS,
+    PROC_PIDT_SHORTBSDINFO,
+    PROC_PIDTASKALLINFO,
+    PROC_PIDTHREADID64INFO,
+    PROC_PIDUNIQIDENTIFIERINFO,
+    PROC_PIDVNODEPATHINFO,
+    proc_bsdshortinfo,
+    proc_taskallinfo,
+    proc_threadinfo,
+    proc_uniqidentifierinfo,
+    proc_vnodepathinfo,
+    rusage_info_v6,
+)
+from vitalsd.sources.darwin.functions import MachError, as_passed, os_error
+from vitalsd.sources.darwin.thread_rows import ThreadRows
+
+__all__ = ["Libproc"]
+
+_PROC_FLAVORS: dict[type[Structure], tuple[str, int]] = {
+    proc_taskallinfo: ("PROC_PIDTASKALLINFO", PROC_PIDTASKALLINFO),
+    proc_bsdshortinfo: ("PROC_PIDT_SHORTBSDINFO", PROC_PIDT_SHORTBSDINFO),
+    proc_uniqidentifierinfo: ("PROC_PIDUNIQIDENTIFIERINFO", PROC_PIDUNIQIDENTIFIERINFO),
+    proc_vnodepathinfo: ("PROC_PIDVNODEPATHINFO", PROC_PIDVNODEPATHINFO),
+}
+
+
+class Libproc:
+    """
+    Processes by their pids. Every call gives up the interpreter lock: it may wait for a target inside exec.
+
+    Args:
+        slow: see `vitalsd.sources.darwin.libsystem.LibSystem`.
+
+    Raises:
+        OSError: by errno.
+        MachError: an answer is shorter than its contract.
+    """
+
+    def __init__(self, slow: Any) -> None:
+        self._slow = slow
+        self._pidinfo_as_passed = as_passed(slow, "proc_pidinfo")
+
+    def info(self, pid: int, info: Structure, arg: int = 0) -> None:
+        """Fill `info`, whose type tells the flavor."""
+        name, flavor = _PROC_FLAVORS[type(info)]
+        size = ctypes.sizeof(info)
+        got = self._pidinfo(name, pid, flavor, arg, ctypes.addressof(info), size)
+        if got < size:
+            raise MachError(f"proc_pidinfo({name}) answered {got} bytes of {size}")
+
+    def list_of(self, pid: int, flavor: Literal["PROC_PIDLISTFDS", "PROC_PIDLISTTHREADIDS"], buffer: Any) -> int:
+        """Bytes written to `buffer`; as many as it has room for may mean that there is more."""
+        number = PROC_PIDLISTFDS if flavor == "PROC_PIDLISTFDS" else PROC_PIDLISTTHREADIDS
+        return self._pidinfo(flavor, pid, number, 0, ctypes.addressof(buffer), ctypes.sizeof(buffer))
+
+    def rusage(self, pid: int, info: rusage_info_v6, flavor: int) -> None:
+        """Fill `info` as far as `flavor` (RUSAGE_INFO_V6 or an older one) goes."""
+        self._slow.proc_pid_rusage(pid, flavor, ctypes.addressof(info))
+
+    def command_line(self, pid: int) -> tuple[str, list[bytes]]:
+        """
+        Path of the executable, and the words of the command line, the name of the program first.
+
+        What follows them in the answer, the environment, goes no further.
+
+        Raises:
+            OSError: EINVAL for a process that is gone, a zombie or another user's.
+        """
+        oid = (c_int * 3)(CTL_KERN, KERN_PROCARGS2, pid)
+        # Of less room than the answer takes the kernel fills in the end of it, which is the environment.
+        buffer = (c_char * ARG_MAX)()
+        size = c_size_t(ARG_MAX)
+        try:
+            self._slow.sysctl(
+                ctypes.addressof(oid), len(oid), ctypes.addressof(buffer), ctypes.addressof(size), None, 0
+            )
+        except OSError as error:
+            raise os_error("sysctl(KERN_PROCARGS2)", error.errno or 0) from None
+        answer = ctypes.string_at(buffer, size.value)
+        number = int.from_bytes(answer[:4], sys.byteorder)
+        path, _, padded = answer[4:].partition(b"\0")
+        return os.fsdecode(path), padded.lstrip(b"\0").split(b"\0", number)[:number]
+
+    def working_directory(self, pid: int) -> str:
+        """
+        Return the absolute path of the current directory of process `pid`.
+
+        Source: ``pvi_cdir`` of PROC_PIDVNODEPATHINFO. The kernel puts the path together from the names in its cache and
+        leaves out the first names of one that is longer than 1023 bytes, which the reply does not show. The kernel also
+        reads the attributes of the directory, so the call can wait for a file server.
+
+        Raises:
+            OSError: ESRCH for a process that is gone or a zombie; EPERM for another user's; ENOENT if the kernel has
+                no path of the directory; any other errno of the file system or of a security policy.
+            MachError: the reply is shorter than the struct.
+        """
+        info = proc_vnodepathinfo()
+        self.info(pid, info)
+        path = os.fsdecode(info.pvi_cdir.vip_path)
+        if not path:
+            raise os_error("proc_pidinfo(PROC_PIDVNODEPATHINFO)", errno.ENOENT)
+        return path
+
+    def pids(self) -> list[int]:
+        """Every process, zombies and other users' too."""
+        room = int(self._slow.proc_listallpids(None, 0))
+        while True:
+            buffer = (c_int32 * (room + 32))()
+            count = int(self._slow.proc_listallpids(ctypes.addressof(buffer), ctypes.sizeof(buffer)))
+            if count < len(buffer):
+                return sorted(buffer[:count])
+            room = 2 * len(buffer)
+
+    def _pidinfo(self, name: str, pid: int, flavor: int, arg: int, address: int, size: int) -> int:
+        ctypes.set_errno(0)
+        got: int = self._slow.proc_pidinfo(pid, flavor, arg, address, size)
+        if got <= 0 and ctypes.get_errno():
+            raise os_error(f"proc_pidinfo({name})", ctypes.get_errno())
+        return got
+
+    def thread_infos(self, pid: int, thread_ids: Sequence[int], rows: ThreadRows) -> Sequence[int]:
+        """
+        Fill `rows` with the threads `thread_ids` of any process, and return these, 0 for one that has ended.
+
+        Per thread one call. Whoever is not found in it is asked for again, for what errno said is gone by then.
+        """
+        size = ctypes.sizeof(proc_threadinfo)
+        rows.reserve(len(thread_ids))
+        asked = map(c_uint64, thread_ids)
+        got = list(
+            map(self._pidinfo_as_passed, repeat(pid), repeat(PROC_PIDTHREADID64INFO), asked, rows.infos, repeat(size))
+        )
+        if got.count(size) == len(got):
+            return thread_ids
+        return [
+            tid if bytes_got == size or self._thread_info(pid, tid, address) else 0
+            for tid, bytes_got, address in zip(thread_ids, got, rows.info_at, strict=False)
+        ]
+
+    def _thread_info(self, pid: int, thread_id: int, address: int) -> bool:
+        """Write the `proc_threadinfo` of a thread to `address`; False if it or its process has ended."""
+        name, size = "PROC_PIDTHREADID64INFO", ctypes.sizeof(proc_threadinfo)
+        try:
+            got = self._pidinfo(name, pid, PROC_PIDTHREADID64INFO, thread_id, address, size)
+        except ProcessLookupError:
+            return False
+        if got < size:
+            raise MachError(f"proc_pidinfo({name}) answered {got} bytes of {size}")
+        return True
