@@ -24,9 +24,9 @@ __all__ = [
     "THREAD_COUNTERS",
     "Counter",
     "OwnReading",
+    "PerThreadCounter",
     "Point",
     "TargetReading",
-    "ThreadCounter",
     "busiest_threads",
 ]
 
@@ -77,7 +77,7 @@ class Counter(Generic[ReadingT]):
         return () if value is None else (({}, value),)
 
 
-class ThreadCounter(NamedTuple):
+class PerThreadCounter(NamedTuple):
     """One number of each thread. ``{limit}`` in a text is how many threads have a series of their own."""
 
     values: Callable[[Snapshot], Sequence[float]]
@@ -190,7 +190,7 @@ TARGET_COUNTERS = (
 )
 
 THREAD_COUNTERS = (
-    ThreadCounter(
+    PerThreadCounter(
         values=lambda snapshot: [ns / 1e9 for ns in snapshot.thread_cpu_ns],
         prometheus="vitalsd_thread_cpu_seconds",
         help="CPU time of a living thread in seconds; of more than {limit}, those with the most.",
