@@ -323,7 +323,7 @@ def test_collector_that_redirects_or_fails_is_reported_once(tmp_path: Path, stat
     try:
         with (
             Misbehaving(says(reply)) as server,
-            Service(tmp_path, "--otlp", server.url, "--otlp-interval", "1") as service,
+            Service(tmp_path, "--otlp", server.url, "--otlp-interval", "5") as service,  # the time limit of a push, too
         ):
             (line,) = eventually(lambda: service.lines("takes no metrics"), 30)
             assert f"it answers {status[:3]}" in line

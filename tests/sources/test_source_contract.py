@@ -14,7 +14,8 @@ import pytest
 
 from support.darwin.simulator import Simulator
 from support.fake_source import FakeProcess, FakeSource
-from support.workload import ChildWorkload, OwnWorkload, Workload
+from support.target import OwnWorkload
+from support.workload import ChildWorkload, Workload
 from vitalsd.snapshot import measure
 from vitalsd.sources.base import Source, TargetGone
 from vitalsd.sources.darwin.libproc_source import LibprocSource

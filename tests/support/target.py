@@ -2,7 +2,8 @@
 A process to be measured, and its remote control.
 
 As a program it starts threads that burn and threads that sleep, keeps a log of its own CPU clocks (the
-ground truth of the accuracy tests) and obeys one command per line of stdin. `Target` starts it.
+ground truth of the accuracy tests) and obeys one command per line of stdin. `Target` starts it. `OwnWorkload` are
+threads on command, of this program or of the process that imports it.
 """
 
 import argparse
@@ -10,12 +11,14 @@ import ctypes
 import json
 import os
 import platform
+import queue
 import subprocess
 import sys
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -79,6 +82,68 @@ def cpu_at(log: Sequence[Sequence[int]], instant_ns: int) -> float:
     return c0 + (c1 - c0) * (instant_ns - t0) / (t1 - t0)
 
 
+# Threads on command
+
+
+class OwnWorkload:
+    """Threads of this process."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._threads: dict[int, tuple[threading.Thread, queue.SimpleQueue[Any]]] = {}
+
+    def start_thread(self, name: str) -> int:
+        orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        named: Future[None] = Future()
+        thread = threading.Thread(target=_obey, args=(orders,), daemon=True)
+        thread.start()
+        assert thread.native_id is not None
+        self._threads[thread.native_id] = thread, orders
+        orders.put((lambda: set_name(name.encode()), named))
+        named.result()
+        return thread.native_id
+
+    def rename_thread(self, tid: int, name: str) -> None:
+        self._order(tid, lambda: set_name(name.encode()))
+
+    def burn(self, tid: int, cpu_ns: int) -> int:
+        used: int = self._order(tid, lambda: spin(cpu_ns / 1e6))
+        return used
+
+    def end_thread(self, tid: int) -> None:
+        thread, orders = self._threads.pop(tid)
+        orders.put(None)
+        thread.join()
+        # join() returns when Python is done with the thread, a little before the kernel is.
+        while _exists(tid):
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        for tid in list(self._threads):
+            self.end_thread(tid)
+
+    def _order(self, tid: int, order: Callable[[], Any]) -> Any:
+        done: Future[Any] = Future()
+        self._threads[tid][1].put((order, done))
+        return done.result()
+
+
+def _obey(orders: "queue.SimpleQueue[Any]") -> None:
+    while (order := orders.get()) is not None:
+        call, done = order
+        done.set_result(call())
+
+
+def _exists(tid: int) -> bool:
+    if sys.platform == "darwin":
+        from vitalsd.sources.darwin.mach_source import MachSource
+
+        return tid in MachSource().snapshot().tids
+    with suppress(OSError), open(f"/proc/self/task/{tid}/comm", "rb"):
+        return True
+    return False
+
+
 # The program
 
 
@@ -114,10 +179,12 @@ def burn(percent: float, log: Log, process_log: Log | None) -> None:
             process_log.append((time.monotonic_ns(), time.process_time_ns()))
 
 
-def spin(cpu_ms: float) -> None:
-    until = time.thread_time_ns() + int(cpu_ms * 1e6)
-    while time.thread_time_ns() < until:
+def spin(cpu_ms: float) -> int:
+    """Use CPU time of this thread; return how much it was, ns."""
+    begun = time.thread_time_ns()
+    while (used := time.thread_time_ns() - begun) < cpu_ms * 1e6:
         pass
+    return used
 
 
 def churn(count: int, cpu_ms: float) -> None:
@@ -140,8 +207,18 @@ def answer(value: object) -> None:
 living: dict[str, tuple[threading.Thread, threading.Event]] = {}
 
 
-def obey(arguments: list[str], logs: dict[str, Log], process_log: Log) -> None:
+def obey(arguments: list[str], logs: dict[str, Log], process_log: Log, workload: OwnWorkload) -> None:
     match arguments:
+        case ["start_thread", *hexadecimal]:
+            answer(workload.start_thread(bytes.fromhex("".join(hexadecimal)).decode()))
+        case ["rename_thread", tid, *hexadecimal]:
+            workload.rename_thread(int(tid), bytes.fromhex("".join(hexadecimal)).decode())
+            answer(None)
+        case ["burn_thread", tid, cpu_ns]:
+            answer(workload.burn(int(tid), int(cpu_ns)))
+        case ["end_thread", tid]:
+            workload.end_thread(int(tid))
+            answer(None)
         case ["log"]:
             time.sleep(2 * PERIOD_NS / 1e9)
             answer({"threads": {name: log[:] for name, log in logs.items()}, "process": process_log[:]})
@@ -237,8 +314,9 @@ def main() -> None:
         started.acquire()
     spin(options.spin_first)
     answer(tids)
+    workload = OwnWorkload()
     for line in sys.stdin:
-        obey(line.split(), logs, process_log)
+        obey(line.split(), logs, process_log, workload)
 
 
 if __name__ == "__main__":

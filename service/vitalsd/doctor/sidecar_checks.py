@@ -33,7 +33,8 @@ COST_S = 2.5
 CPU_PERCENT = 1.0
 RSS_MIB = 96
 WAKEUPS_PER_S = 20
-LATE_MS = 500
+LATE_MS = 900
+"""A window of a second that is waited for takes longer; one that is recorded takes as long as the machine is busy."""
 END_S = 3.0
 START_S = 30.0
 

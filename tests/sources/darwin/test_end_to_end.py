@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from support.darwin.simulator import Simulator
-from support.workload import ChildWorkload, OwnWorkload, Workload
+from support.target import OwnWorkload
+from support.workload import ChildWorkload, Workload
 from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.http.app import create_app
 from vitalsd.recording.replay import Replay
@@ -50,11 +51,14 @@ def serve(simulator: Simulator, scenario: Callable[[Get], Awaitable[None]]) -> N
 
 
 async def burn_inside(workload: Workload, tid: int, cpu_ns: int) -> int:
-    """Burn when the window that is being opened now has been open for a while."""
+    """Burn when the window of a second that is being opened now has been open for a while, and stop before its end."""
 
     def burn() -> int:
         time.sleep(0.2)
-        return workload.burn(tid, cpu_ns)
+        end, used_ns = time.monotonic() + 0.5, 0
+        while used_ns < cpu_ns and time.monotonic() < end:
+            used_ns += workload.burn(tid, min(5_000_000, cpu_ns - used_ns))
+        return used_ns
 
     return await asyncio.get_running_loop().run_in_executor(None, burn)
 

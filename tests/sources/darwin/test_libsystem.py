@@ -13,7 +13,7 @@ import pytest
 from support.darwin.abi import zig
 from support.darwin.simulator import SHORT_REPLY, Simulator
 from support.sidecars import eventually
-from support.workload import OwnWorkload
+from support.target import OwnWorkload
 from vitalsd.sources.base import Unsupported
 from vitalsd.sources.darwin.apple_headers import (
     MACH_TASK_BASIC_INFO,

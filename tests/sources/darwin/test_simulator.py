@@ -16,7 +16,7 @@ import pytest
 
 from support.darwin.simulator import Simulator
 from support.sidecars import eventually
-from support.workload import OwnWorkload
+from support.target import OwnWorkload
 from vitalsd.sources.darwin.apple_headers import (
     KERN_INVALID_ARGUMENT,
     KERN_SUCCESS,

@@ -15,7 +15,8 @@ import pytest
 
 from support.darwin.simulator import SHORT_REPLY, Simulator
 from support.sidecars import eventually
-from support.workload import ChildWorkload, OwnWorkload
+from support.target import OwnWorkload
+from support.workload import ChildWorkload
 from vitalsd.snapshot import measure
 from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, Source, TargetGone, Unsupported
 from vitalsd.sources.darwin.apple_headers import (

@@ -22,7 +22,8 @@ from support.darwin.simulator import Simulator
 from support.darwin.tape_player import EndOfTape, TapePlayer
 from support.paths import DATA
 from support.sidecars import environment
-from support.workload import ChildWorkload, OwnWorkload
+from support.target import OwnWorkload
+from support.workload import ChildWorkload
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources.base import NoSuchProcess, ProcessEntry
 from vitalsd.sources.darwin.functions import FUNCTIONS

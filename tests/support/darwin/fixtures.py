@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from support.darwin.simulator import Simulator, build
-from support.workload import ChildWorkload, OwnWorkload
+from support.target import OwnWorkload
+from support.workload import ChildWorkload
 
 
 @pytest.fixture(scope="session")
