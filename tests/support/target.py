@@ -138,7 +138,7 @@ def _exists(tid: int) -> bool:
     if sys.platform == "darwin":
         from vitalsd.sources.darwin.mach_source import MachSource
 
-        return tid in MachSource().snapshot().tids
+        return tid in MachSource().snapshot().roster.tids
     with suppress(OSError), open(f"/proc/self/task/{tid}/comm", "rb"):
         return True
     return False
