@@ -195,6 +195,50 @@ def test_the_longest_files_are_there() -> None:
     assert [name for name in listed if not (ROOT / "tests" / name).exists()] == []
 
 
+REPLACED = {
+    "vitalsd.discovery.atomic_file.os.lstat",
+    "vitalsd.http.access.peer.NETLINK_SOCK_DIAG",
+    "vitalsd.recording.run_files.os.open",
+    "vitalsd.recording.run_writer.RunFile._insert_frame",
+    "vitalsd.recording.run_writer.RunFile._insert_segment_row",
+    "vitalsd.recording.run_writer.RunFile.insert_mark",
+    "vitalsd.recording.run_writer.RunFile.set_identity",
+    "vitalsd.recording.run_writer.RunFile.trim",
+    "vitalsd.sidecar.service.LOOK_S",
+    "vitalsd.sources.darwin.libproc_source.EXIT_LIMIT_S",
+    "vitalsd.sources.linux.cpu_counters.os.open",
+    "vitalsd.sources.names.PythonNames.snapshot",
+    "vitalsd.worker_thread.PATIENCE_NS",
+    "vitalsd_client.report.datetime",
+    "vitalsd_client.spool_sender._parcel",
+    "vitalsd_client.upload_tls.STORES",
+}
+"""What tests replace: system calls that fail, writes that are slow or fail, time limits, a clock, a list of paths."""
+
+
+def test_tests_replace_nothing_else_of_vitalsd() -> None:
+    """A dependency is passed to a constructor; what is replaced instead stands in the list, and no more than that."""
+    assert {name for file in (ROOT / "tests").rglob("*.py") for name in replaced(file)} == REPLACED
+
+
+def replaced(file: Path) -> Iterator[str]:
+    """The names of vitalsd that a file sets by `monkeypatch.setattr`."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    ours = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vitalsd")
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            match node.args:
+                case [ast.Constant(value=str(name)), *_] if name.startswith("vitalsd"):
+                    yield name
+                case [ast.Name(id=name), ast.Constant(value=str(attribute)), *_] if name in ours:
+                    yield f"{ours[name]}.{attribute}"
+
+
 LINUX_ALONE = {
     ("spawn.py", "os.memfd_create"),
     ("process_files.py", "os.pidfd_open"),
