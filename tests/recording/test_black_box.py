@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from support.lives import IDENTITY, SECOND_NS, Process, lives, same
+from support.fake_process import IDENTITY, SECOND_NS, Process, lives, same
 from support.sidecars import environment
 from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.run_directory import MAX_RUNS, RunDirectory
@@ -520,7 +520,7 @@ def test_whatever_fails_each_snapshot_is_kept_whole_or_counted(
                 other.execute("ROLLBACK")
             if chance.random() < 0.05:
                 process.threads[1000 + number, 1] = "newcomer", 0
-                process.end_thread(min(process.threads))
+                process.end_thread(*min(process.threads))
             process.pass_time(SECOND_NS, [chance.choice([0, 0, 1000, 6 * SECOND_NS]) for _ in process.threads])
             snapshot = process.snapshot()
             taken[snapshot.monotonic_ns] = snapshot

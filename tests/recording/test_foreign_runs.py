@@ -20,7 +20,7 @@ import pytest
 
 from recording.test_black_box import write
 from support.crafted import make_endless, make_swollen, plant_journal, state_of
-from support.lives import IDENTITY, SECOND_NS, Process
+from support.fake_process import IDENTITY, SECOND_NS, Process
 from support.paths import TESTS
 from support.sidecars import VITALSD, environment, serving
 from vitalsd.recording.replay_file import read_replay_file
@@ -518,7 +518,7 @@ def test_run_is_whole_however_often_it_is_read_while_it_is_written(tmp_path: Pat
     """By another process, and by this one: marks are a row of numbers without a gap, and never fewer than before."""
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
-        "from support.lives import IDENTITY, Process; from recording.test_black_box import write\n"
+        "from support.fake_process import IDENTITY, Process; from recording.test_black_box import write\n"
         "box, record = write(pathlib.Path(sys.argv[1]), [Process().snapshot()]); print('up', flush=True)\n"
         "for number in range(10**6):\n"
         "    done = box.write_mark(record.add_mark(f'{number:06}' + 150 * 'x'))\n"

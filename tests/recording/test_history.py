@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recording.test_series import record_of
-from support.lives import IDENTITY, SECOND_NS, Process, lives
+from support.fake_process import IDENTITY, SECOND_NS, Process, lives
 from vitalsd.recording.history import MAX_CELLS, MAX_ROWS, history
 from vitalsd.recording.history_import import parse_json, read_history
 from vitalsd.recording.series import Event, Mark, Record
@@ -150,7 +150,7 @@ def test_two_lives_of_one_tid_read_back_as_two() -> None:
         for _ in range(4):
             process.pass_time(SECOND_NS, [0, birth * 10_000_000])
             snapshots.append(process.snapshot())
-        process.end_thread((4243, birth))
+        process.end_thread(4243, birth)
         process.pass_time(SECOND_NS)
     table = history(record_of(snapshots), top=10)
     back = history(read_history(table.to_json()), top=10)
@@ -211,7 +211,7 @@ def test_a_table_read_back_invents_nothing() -> None:
     for second in range(10):
         snapshots.append(process.snapshot())
         if second == 5:
-            process.end_thread((4243, 7))
+            process.end_thread(4243, 7)
         if second > 5:
             snapshots[-1].wall_ns += 3600 * SECOND_NS
         process.pass_time(SECOND_NS, [100_000_000] * len(process.threads))

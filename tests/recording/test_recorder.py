@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.lives import IDENTITY, SECOND_NS, Process
+from support.fake_process import IDENTITY, SECOND_NS, Process
 from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.lives import IDENTITY, SECOND_NS, Process, lives, same
+from support.fake_process import IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.recording.segment import SEGMENT_LENGTH
 from vitalsd.recording.series import MAX_MARKS, Record
 from vitalsd.snapshot import Snapshot, measure

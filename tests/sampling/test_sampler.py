@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from support.snapshots import IDENTITY, snapshot
+from support.fake_process import IDENTITY, FakeSource, Process
 from vitalsd.admission import OWNER, Busy, Peer
 from vitalsd.recording.recorder import NotRecording, RecorderConfig
 from vitalsd.sampling.sampler import Sampler, sample
@@ -19,13 +19,12 @@ from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources.base import KernelError, NoSuchProcess, Source, TargetGone
 
 
-class CountingSource:
-    """One thread that burns half a core; remembers the threads that called it, and how often."""
+class CountingSource(FakeSource):
+    """A fake on the real clock, whose thread burns half a core; remembers which threads called it and how often."""
 
     def __init__(self) -> None:
+        super().__init__(Process(), step_ns=0)
         self.snapshots = 0
-        self.closed = False
-        self.restarts = 0
         self.callers: set[int] = set()
         self.may_answer = threading.Event()
         self.may_answer.set()
@@ -33,7 +32,7 @@ class CountingSource:
 
     def identity(self) -> Identity:
         self.callers.add(threading.get_ident())
-        return IDENTITY
+        return super().identity()
 
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
         self.callers.add(threading.get_ident())
@@ -41,15 +40,13 @@ class CountingSource:
         self.may_answer.wait(20)
         if self.error is not None:
             raise self.error
-        now = time.monotonic_ns()
-        return snapshot(now, [(1, 1, now // 2)])
-
-    def restart(self) -> None:
-        self.restarts += 1
+        self.process.monotonic_ns = time.monotonic_ns()
+        self.process.threads[1, 1] = "main", self.process.monotonic_ns // 2
+        return super().snapshot(extras=extras, names=names)
 
     def close(self) -> None:
         self.callers.add(threading.get_ident())
-        self.closed = True
+        super().close()
 
 
 def conforms(source: CountingSource) -> Source:

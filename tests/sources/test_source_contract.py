@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.darwin.simulator import Simulator
-from support.fake_source import FakeProcess, FakeSource
+from support.fake_process import FakeSource, Process
 from support.target import OwnWorkload
 from support.workload import ChildWorkload, Workload
 from vitalsd.snapshot import measure
@@ -43,7 +43,7 @@ def _linux(pid: int | None) -> Source:
 
 def _world(kind: str, libsystem: Callable[[], LibSystem]) -> World:
     if kind == "fake":
-        process = FakeProcess()
+        process = Process(threads={(4242, 0): ("main", 0)})
         return World(process, lambda: FakeSource(process))
     workload: Workload = ChildWorkload() if kind.endswith("other") else OwnWorkload()
     pid = workload.pid
@@ -234,7 +234,7 @@ def test_a_dead_target_is_gone_for_ever(world: World, source: Source) -> None:
         assert source.identity().pid == os.getpid()
         return
     source.snapshot()
-    assert isinstance(world.workload, ChildWorkload | FakeProcess)
+    assert isinstance(world.workload, ChildWorkload | Process)
     world.workload.kill()
     with pytest.raises(TargetGone):
         source.snapshot()

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import QueryParams
 
 from recording.test_black_box import write
-from support.lives import Process
+from support.fake_process import Process
 from support.paths import DATA
 from system.test_abuse import mutated
 from vitalsd.contract.encoding import encode

@@ -1,11 +1,18 @@
-"""Snapshots made by hand or by hypothesis, for tests of what is built on them."""
+"""
+A process that exists only here: advanced by hand or by hypothesis, and read by a source without a kernel.
+
+`support.snapshots` builds snapshots whose counters have nothing to do with each other.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
+from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras, ThreadRoster
+from vitalsd.sources.base import TargetGone
+
+__all__ = ["IDENTITY", "SECOND_NS", "FakeSource", "Process", "lives", "same"]
 
 SECOND_NS = 1_000_000_000
 
@@ -21,7 +28,7 @@ IDENTITY = Identity(
 
 @dataclass
 class Process:
-    """A process that only exists here: advance it, then take its snapshot."""
+    """Advance it, then take its snapshot; also a `support.workload.Workload`. Time passes in calls alone."""
 
     threads: dict[tuple[int, int], tuple[str, int]] = field(default_factory=lambda: {(1, 1): ("main", 0)})
     """(tid, birth) -> (name, CPU ns)"""
@@ -33,6 +40,10 @@ class Process:
     rss_bytes: int = 1 << 20
     image: int = 1
     state: str = "sleeping"
+    gone: bool = False
+    pid: int = IDENTITY.pid
+    newest_tid: int = 0
+    """Ids are not given again."""
     _roster: ThreadRoster = field(default_factory=ThreadRoster)
 
     def pass_time(self, elapsed_ns: int, burnt_ns: Sequence[int] = ()) -> None:
@@ -41,12 +52,41 @@ class Process:
         for (key, (name, cpu_ns)), ns in zip(list(sorted(self.threads.items())), burnt_ns, strict=False):
             self.threads[key] = name, cpu_ns + ns
 
-    def end_thread(self, key: tuple[int, int]) -> None:
-        """A thread exits; what it burnt is the process's for ever."""
-        self.exited_ns += self.threads.pop(key)[1]
+    def start_thread(self, name: str) -> int:
+        """Start a thread, which costs the main one 20 µs, and return its id."""
+        self.pass_time(1000, [20_000])
+        self.newest_tid = max(self.newest_tid, *(tid for tid, _ in self.threads)) + 1
+        self.threads[self.newest_tid, self.monotonic_ns] = name, 0
+        return self.newest_tid
 
-    def snapshot(self) -> Snapshot:
-        """What a source would return: the same roster while nothing of it changes."""
+    def rename_thread(self, tid: int, name: str) -> None:
+        key = self._key(tid)
+        self.threads[key] = name, self.threads[key][1]
+
+    def burn(self, tid: int, cpu_ns: int) -> int:
+        """Let a thread use so much CPU time, which takes as long."""
+        self.pass_time(cpu_ns)
+        key = self._key(tid)
+        name, used_ns = self.threads[key]
+        self.threads[key] = name, used_ns + cpu_ns
+        return cpu_ns
+
+    def end_thread(self, tid: int, birth: int | None = None) -> None:
+        """End a thread, without `birth` the only one with this id; the process keeps its CPU time."""
+        self.exited_ns += self.threads.pop(self._key(tid) if birth is None else (tid, birth))[1]
+
+    def kill(self) -> None:
+        self.gone = True
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _key(self, tid: int) -> tuple[int, int]:
+        (key,) = (key for key in self.threads if key[0] == tid)
+        return key
+
+    def snapshot(self, *, extras: bool = False) -> Snapshot:
+        """Return what a source would: the same roster while nothing of it changes."""
         rows = sorted(self.threads.items())
         self._roster = ThreadRoster(
             tuple(tid for (tid, _), _ in rows),
@@ -72,7 +112,42 @@ class Process:
             thread_grain_ns=1,
             thread_lag_ns=0,
             source="fake",
+            extras=self._extras() if extras else None,
         )
+
+    def _extras(self) -> Extras:
+        used_ns = [cpu_ns for _, (_, cpu_ns) in sorted(self.threads.items())]
+        count = len(used_ns)
+        threads = ThreadExtras(
+            user_ns=used_ns, system_ns=[0] * count, states=["waiting"] * count, priorities=[31] * count
+        )
+        return Extras(threads=threads, user_ns=sum(used_ns) + self.exited_ns, system_ns=0, footprint_bytes=32 << 20)
+
+
+class FakeSource:
+    """See `vitalsd.sources.base.Source`: reads a `Process`, which takes `step_ns`."""
+
+    def __init__(self, process: Process, step_ns: int = 1000) -> None:
+        self.process, self._step_ns = process, step_ns
+        self.closed = False
+        self.restarts = 0
+
+    def identity(self) -> Identity:
+        return IDENTITY
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        if self.closed:
+            raise ValueError("the source is closed")
+        if self.process.gone:
+            raise TargetGone(f"target {self.process.pid} has exited")
+        self.process.pass_time(self._step_ns)
+        return self.process.snapshot(extras=extras)
 
 
 NAMES = st.text(max_size=8)
@@ -94,7 +169,7 @@ def lives(draw: st.DrawFn, *, max_steps: int = 80) -> list[Snapshot]:
         elif kind == "born":
             process.threads[draw(st.integers(1, 9)), step + 2] = draw(NAMES), draw(st.integers(0, 2**40))
         elif kind == "exit" and len(keys) > 1:
-            process.end_thread(draw(st.sampled_from(keys)))
+            process.end_thread(*draw(st.sampled_from(keys)))
         elif kind == "rename":
             key = draw(st.sampled_from(keys))
             process.threads[key] = draw(NAMES), process.threads[key][1]
