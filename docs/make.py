@@ -175,70 +175,10 @@ def _folders_last(path: Path) -> tuple[str, bool, str]:
 
 
 def reference(schema: dict[str, Any]) -> str:
-    """docs/api.md."""
-    from vitalsd.http.routes.reference import refusals
+    """Return docs/api.md."""
+    from vitalsd.http.reference import markdown
 
-    parts = [HEAD.format(description=schema["info"]["description"])]
-    operations = [
-        (f"{method.upper()} {path}", operation)
-        for path, methods in schema["paths"].items()
-        for method, operation in methods.items()
-    ]
-    parts += [f"- [{name}](#{_anchor(name)})\n" for name, _ in operations]
-    parts.append("- [Refusals that any request may meet](#refusals-that-any-request-may-meet)\n- [Shapes](#shapes)\n")
-    parts += [_operation(name, operation, schema["x-anywhere"]) for name, operation in operations]
-    parts.append("\n## Refusals that any request may meet\n\nEach is a [Problem](#problem), under 1 KiB.\n\n")
-    parts.append(_table(("Status", "Reason", "Meaning"), [(str(s), f"`{r}`", f"{t}.") for r, s, t in refusals(schema)]))
-    parts.append("\n## Shapes\n")
-    for name, shape in schema["components"]["schemas"].items():
-        parts.append(f"\n### {name}\n\n{shape.get('description', '').replace('``', '`')}\n\n{_fields(shape)}")
-    return "".join(parts)
-
-
-def _operation(name: str, operation: dict[str, Any], anywhere: list[str]) -> str:
-    from vitalsd.http.routes.reference import answers_of, example_of
-
-    parts = [f"\n## {name}\n\n**{operation['summary']}.** {operation['description']}\n\n### Parameters of {name}\n\n"]
-    rows = [
-        (f"`{each['name']}`", _type(each["schema"]), each["description"], f"`{each['example']}`")
-        for each in operation["parameters"]
-    ]
-    parts.append(_table(("Name", "Type", "Meaning", "Example"), rows) if rows else "None.\n")
-    if "requestBody" in operation:
-        parts.append(f"\nThe body:\n\n{_fields(operation['requestBody']['content']['application/json']['schema'])}")
-    parts.append(f"\n### Answers of {name}\n\n")
-    answers = [
-        (status, text, "<br>".join(f"`{kind}` {_type(each['schema'])}" for kind, each in content.items()))
-        for status, text, content in answers_of(operation, anywhere)
-    ]
-    parts.append(_table(("Status", "Meaning", "Content"), answers))
-    if operation["x-codeSamples"]:
-        parts.append(f"\n### Commands for {name}\n")
-        for sample in operation["x-codeSamples"]:
-            parts.append(f"\n{sample['label']}:\n\n```sh\n{sample['source']}\n```\n")
-    if (example := example_of(operation)) is not None:
-        shown = example if isinstance(example, str) else json.dumps(example, indent=2)
-        parts.append(f"\n### An answer of {name}\n\n```\n{shown.rstrip()}\n```\n")
-    return "".join(parts)
-
-
-def _anchor(name: str) -> str:
-    return "".join(c for c in name.lower().replace(" ", "-") if c.isalnum() or c in "-_")
-
-
-def _fields(shape: dict[str, Any]) -> str:
-    required = shape.get("required", ())
-    rows = [
-        (f"`{name}`", _type(each), each.get("description", "") + ("" if name in required else " May be missing."))
-        for name, each in shape.get("properties", {}).items()
-    ]
-    return _table(("Field", "Type", "Meaning"), rows)
-
-
-def _type(schema: dict[str, Any]) -> str:
-    from vitalsd.http.routes.reference import type_text
-
-    return type_text(schema, lambda name: f"[{name}](#{name.lower()})", lambda text: f"`{text}`")
+    return HEAD.format(description=schema["info"]["description"]) + markdown(schema)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

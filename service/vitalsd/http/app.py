@@ -100,7 +100,7 @@ def create_app(
     routes = [route for router in routers for route in router.routes]
     app = FastAPI(
         routes=routes,  # and not by include_router, which looks for the route of a request twice
-        openapi_url=None,  # FastAPI's own would build every schema while the service starts; see http/docs.py
+        openapi_url=None,  # FastAPI's own would build every schema while the service starts; see http/openapi.py
         redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
         lifespan=lifespan,
         telemetry=NO_TELEMETRY,
