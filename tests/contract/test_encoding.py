@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from support.snapshots import IDENTITY, SECOND, pairs, roster, snapshot, with_extras
-from vitalsd.contract.encoding import MAX_BYTES, MAX_THREADS, Detail, Labels, Sort, encode, unavailable
+from vitalsd.contract.encoding import Detail, Labels, Sort, encode, unavailable
 from vitalsd.contract.host import Host, os_version
+from vitalsd.contract.limits import ANSWER_BYTES, ANSWER_THREADS
 from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 from vitalsd.snapshot import Extras, Measurement, Snapshot, measure
 from vitalsd.sources.base import AccessDenied, TargetGone
@@ -291,18 +292,18 @@ def of_many_threads(count: int, name: str) -> Measurement:
 
 
 @pytest.mark.parametrize("detail", ["basic", "full"])
-@pytest.mark.parametrize(("name", "least"), [("x", MAX_THREADS), ("\u202e" * 64, 7000)])
+@pytest.mark.parametrize(("name", "least"), [("x", ANSWER_THREADS), ("\u202e" * 64, 7000)])
 def test_an_answer_has_so_many_threads_and_bytes_and_no_more(detail: Detail, name: str, least: int) -> None:
     """Beyond 20 000 threads or 8 MiB the idlest are left out; the answer says so, and stays what readers know."""
-    m = of_many_threads(MAX_THREADS + 1000, name)
+    m = of_many_threads(ANSWER_THREADS + 1000, name)
     body = encode(m, IDENTITY, requested_ms=1000, detail=detail)
-    assert len(body) <= MAX_BYTES
+    assert len(body) <= ANSWER_BYTES
     answer = parse_runtime_metrics(body)
     assert isinstance(answer, Measured)
     assert answer.truncated
-    assert least <= len(answer.threads) <= MAX_THREADS
+    assert least <= len(answer.threads) <= ANSWER_THREADS
     tids = [thread.tid for thread in answer.threads]
-    assert tids == list(range(MAX_THREADS + 1001 - len(tids), MAX_THREADS + 1001))
+    assert tids == list(range(ANSWER_THREADS + 1001 - len(tids), ANSWER_THREADS + 1001))
     if isinstance(answer, FullMetrics):
         assert f"only the busiest {len(tids)} of 21000 threads are shown" in answer.warnings
     else:
@@ -311,7 +312,7 @@ def test_an_answer_has_so_many_threads_and_bytes_and_no_more(detail: Detail, nam
 
 def test_a_basic_answer_that_was_not_cut_for_its_size_has_the_four_keys_alone() -> None:
     """Whoever asks for a limit knows; and readers that know four keys get four."""
-    m = of_many_threads(MAX_THREADS, "x")
+    m = of_many_threads(ANSWER_THREADS, "x")
     for limit in (None, 1, 0):
         assert list(read(m, limit=limit)) == list(BASIC)
     assert read(m, limit=1, detail="full")["truncated"] is True

@@ -1,4 +1,4 @@
-"""What a scraper gets from /metrics: which form, which numbers, and a real Prometheus that reads them."""
+"""What a scraper gets from /metrics: which numbers, and a real Prometheus that reads them."""
 
 import json
 import socket
@@ -19,17 +19,12 @@ from support.serving import Serving
 from support.stopwatch import Stopwatch
 from support.target import Target
 from support.tools import program
-from vitalsd.exporters.prometheus import Scrape, expose, negotiate
+from vitalsd.exporters.prometheus import Scrape, expose
 
 pytestmark = pytest.mark.live
 
 Start = Callable[..., Target]
 
-PROMETHEUS = (
-    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,application/openmetrics-text;version=0.0.1;"
-    "q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
-)
-CHROMIUM = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 HOSTILE = 'a"\\\n\x1b[2J\u202e<b>'
 
 
@@ -38,39 +33,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """One server for the tests that leave it as it was."""
     with Serving(tmp_path_factory.mktemp("state")) as serving:
         yield serving
-
-
-@pytest.mark.parametrize(
-    ("accept", "form"),
-    [
-        ("", "json"),
-        ("*/*", "json"),
-        ("application/*", "json"),
-        ("application/json", "json"),
-        ("application/json, text/plain, */*", "json"),
-        (CHROMIUM, "json"),
-        (PROMETHEUS, "application/openmetrics-text"),
-        ("application/openmetrics-text;version=0.0.1,text/plain;version=0.0.4;q=0.5", "text/plain;version=0.0.4"),
-        ("text/plain;version=0.0.4;q=1,*/*;q=0.1", "text/plain;version=0.0.4"),
-        ("text/plain", "text/plain;version=0.0.4"),
-        ("text/plain;version=1.0.0", "text/plain;version=1.0.0"),
-        ("TEXT/PLAIN; charset=utf-8", "text/plain;version=0.0.4"),
-        ('application/openmetrics-text;version="1.0.0"', "application/openmetrics-text"),
-        ("application/json;q=0, */*", "application/openmetrics-text"),
-        ("text/html", None),
-        ("text/plain;version=7", None),
-        ("*/*;q=0", None),
-        ("*/*;q=2", "json"),
-        ("*/*;q=0.", None),
-        ("text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", "json"),
-        ("text/plain;q=1.0000, */*;q=0.9999", "text/plain;version=0.0.4"),
-        ("garbage", None),
-        (";;,,/", None),
-    ],
-)  # fmt: skip
-def test_accept_chooses_the_form(accept: str, form: str | None) -> None:
-    """Scrapers get text, whoever does not ask for it gets JSON, and who takes neither gets nothing."""
-    assert negotiate(accept) == form
 
 
 def scrape(serving: Serving, accept: str = "text/plain", **parameters: int) -> dict[str, list[Sample]]:

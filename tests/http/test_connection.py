@@ -27,9 +27,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from support.edge import Edge, dial, exchange, get, read_reply, whole_app
 from support.serving import Serving
 from support.sidecars import eventually, serving
-from vitalsd.http.server.connection import REQUEST_S, WRITE_S, Connection
-from vitalsd.http.server.connection_limits import MAX_CONNECTIONS, Room
-from vitalsd.http.server.log_throttle import Sparing
+from vitalsd.contract.limits import CONNECTIONS, REQUEST_S, WRITE_S
+from vitalsd.http.server.connection import ServerConnection
+from vitalsd.http.server.connection_limits import ConnectionLimiter
+from vitalsd.http.server.log_throttle import ThrottledLogger
 from vitalsd.sidecar.listeners import Listeners, adopt
 from vitalsd.sidecar.tcp_listener import bind_tcp
 
@@ -191,7 +192,7 @@ def test_a_body_in_pieces(edge: Edge, size: int) -> None:
     assert answer.status_code == 409  # nothing is recorded here, so it was read
 
 
-# Room
+# Limits
 
 
 def test_a_quarter_of_the_descriptors() -> None:
@@ -199,10 +200,10 @@ def test_a_quarter_of_the_descriptors() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        assert Room.fitting().limit == 64
+        assert ConnectionLimiter.fitting().limit == 64
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert Room.fitting().limit <= MAX_CONNECTIONS
+    assert ConnectionLimiter.fitting().limit <= CONNECTIONS
 
 
 def test_five_hundred_stalled_sockets(short_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_nobody_makes_way_whose_request_is_there(tmp_path: Path) -> None:
 
 def test_a_place_is_free_again_however_it_was_left(edge: Edge) -> None:
     """Closed, reset, refused, timed out: nothing of a connection is kept."""
-    rooms = [each for each in live(Room) if each.limit == Room.fitting().limit]
+    rooms = [each for each in live(ConnectionLimiter) if each.limit == ConnectionLimiter.fitting().limit]
     assert rooms
     for _ in range(20):
         dial(edge.url).close()
@@ -277,7 +278,7 @@ def test_a_place_is_free_again_however_it_was_left(edge: Edge) -> None:
     eventually(lambda: all(len(room) == 0 for room in rooms))
 
 
-def live(kind: type[Room]) -> list[Room]:
+def live(kind: type[ConnectionLimiter]) -> list[ConnectionLimiter]:
     import gc
 
     return [each for each in gc.get_objects() if isinstance(each, kind)]
@@ -334,7 +335,7 @@ async def lifespan(receive: Receive, send: Send) -> None:
 def test_a_kind_of_line_is_said_once_a_second_with_a_count(caplog: pytest.LogCaptureFixture) -> None:
     """A flood becomes a line a second that tells how many there were; another kind is not held back by it."""
     now = [0.0]
-    log = Sparing(logging.getLogger("vitalsd.test"), clock=lambda: now[0])
+    log = ThrottledLogger(logging.getLogger("vitalsd.test"), clock=lambda: now[0])
     for step in range(2500):
         now[0] = step / 1000
         log.error("it %s", "rains")
@@ -401,7 +402,7 @@ def limit_descriptors(pid: int, soft: int, hard: int) -> None:
 def test_what_is_overridden_is_there(method: str, parameters: list[str]) -> None:
     """An override of a method that uvicorn has renamed would never be called."""
     assert list(inspect.signature(getattr(H11Protocol, method)).parameters) == ["self", *parameters]
-    assert method in vars(Connection)
+    assert method in vars(ServerConnection)
 
 
 def test_the_parts_that_are_used_are_there() -> None:

@@ -1,6 +1,5 @@
 """Limits of connections and of unsent answers: `vitalsd.http.server.connection_limits`, alone and with real sockets."""
 
-import asyncio
 import json
 import logging
 import random
@@ -9,7 +8,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from http.client import IncompleteRead
 from pathlib import Path
@@ -24,141 +23,76 @@ from starlette.routing import Route
 
 from support.edge import Edge, Reply, dial, get, read_reply
 from support.sidecars import eventually
-from vitalsd.http.server.connection_limits import OUTBOX_BYTES, SETTLED_S, TAKEN_S, Delivery, Outbox, Room
+from vitalsd.contract.limits import ANSWER_BYTES, SEND_BUDGET_BYTES, WRITE_S
+from vitalsd.http.server.connection_limits import ConnectionLimiter, SendBudget
 
 pytestmark = pytest.mark.live
 
 MIB = 1 << 20
 
 
-# The rule
+# The count
 
 
-@dataclass
-class Wire:
-    """What a client has yet to take of what it was given; and whether it was cut off."""
-
-    unsent: int = 0
-    cut: bool = False
-
-    def get_write_buffer_size(self) -> int:
-        return self.unsent
-
-    def abort(self) -> None:
-        self.cut = True
-
-
-@dataclass
-class Post:
-    """An outbox of 100 bytes, and clients that take what they are said to."""
-
-    outbox: Outbox = field(default_factory=lambda: Outbox(100))
-    wires: dict[str, Wire] = field(default_factory=dict)
-    deliveries: dict[str, Delivery] = field(default_factory=dict)
-
-    def enter(self, name: str, size: int | bytes, at: float) -> bool:
-        self.wires[name] = wire = Wire()
-        body = size if isinstance(size, bytes) else bytes(bytearray(size))
-        self.deliveries[name] = Delivery(cast("asyncio.Transport", wire), body, at)
-        return self.outbox.enter(self.deliveries[name])
-
-    def hand(self, name: str, count: int, at: float, *, unsent: int = 0) -> None:
-        self.deliveries[name].hand(count, at)
-        self.wires[name].unsent = unsent
-
-    @property
-    def cut(self) -> set[str]:
-        return {name for name, wire in self.wires.items() if wire.cut}
+def test_budget_refuses_what_does_not_fit_and_counts_shared_bytes_once() -> None:
+    """Fifty clients of one answer count as one, and the bytes are counted until the last has released them."""
+    budget, shared, other = SendBudget(100), bytes(bytearray(60)), bytes(bytearray(50))
+    assert all(budget.acquire(shared) for _ in range(50))
+    assert budget.size == 60
+    assert not budget.acquire(other)
+    assert budget.acquire(bytes(bytearray(40)))
+    assert budget.size == 100
+    for _ in range(49):
+        budget.release(shared)
+    assert not budget.acquire(other)
+    budget.release(shared)
+    assert budget.acquire(other)
+    assert budget.size == 90
 
 
-def test_who_reads_slowest_makes_way() -> None:
-    """What a client was given and did not take does not count as read, and who has stopped reading goes first."""
-    post = Post()
-    assert post.enter("slow", 30, 0)
-    assert post.enter("slower", 30, 0)
-    assert post.enter("stopped", 40, 0)
-    post.hand("stopped", 35, 1)
-    for number in range(20):
-        post.hand("slow", 1, number / 2)
-        post.hand("slower", 1, number / 2, unsent=15)
-    assert post.enter("new", 40, 10)
-    assert post.cut == {"stopped"}
-    assert post.outbox.size == 100
-    assert post.enter("newer", 30, 10.4)
-    assert post.cut == {"stopped", "slower"}
-    assert post.enter("newest", 30, 10.4)
-    assert post.cut == {"stopped", "slower", "slow"}
+def test_budget_admits_a_single_answer_of_any_size() -> None:
+    """One that is larger than the budget is sent when nothing else is."""
+    budget, huge, small = SendBudget(100), bytes(bytearray(1000)), b"x"
+    assert budget.acquire(huge)
+    assert not budget.acquire(small)
+    budget.release(huge)
+    assert budget.acquire(small)
 
 
-def test_nobody_makes_way_who_reads_or_has_only_just_come() -> None:
-    """The newcomer is refused, and nobody is cut off in vain."""
-    post = Post()
-    assert post.enter("reads", 40, 0)
-    assert post.enter("stalls", 20, 0)
-    assert post.enter("young", 40, 5 - SETTLED_S / 2)
-    post.hand("reads", 30, 4.9)
-    assert not post.enter("large", 60, 5)
-    assert post.cut == set()
-    assert post.outbox.size == 100
-    assert post.enter("fits", 20, 5)
-    assert post.cut == {"stalls"}
-    post.outbox.leave(post.deliveries["large"])
-    assert post.outbox.size == 100
-
-
-def test_what_is_shared_counts_once() -> None:
-    """As long as one of its readers reads, it frees nothing to cut off the others; then all of them go."""
-    post = Post()
-    body = bytes(bytearray(60))
-    assert all(post.enter(f"reader {number}", body, 0) for number in range(50))
-    assert post.outbox.size == 60
-    post.hand("reader 7", 59, 4.9)
-    assert not post.enter("new", 50, 5)
-    assert post.cut == set()
-    assert post.enter("another", body, TAKEN_S)
-    assert not post.enter("new", 50, TAKEN_S)
-    assert post.enter("new", 50, TAKEN_S + SETTLED_S)
-    assert post.cut == {name for name in post.wires if name != "new"}
-    assert post.outbox.size == 50
-
-
-def test_a_single_answer_always_fits() -> None:
-    """However large it is: it is one."""
-    post = Post()
-    assert post.enter("huge", 1000, 0)
-    assert not post.enter("small", 1, 0.5)
-    post.outbox.leave(post.deliveries["huge"])
-    assert post.enter("small", 1, 0.5)
+def test_budget_gives_time_by_size() -> None:
+    """The largest answer there is has a quarter of an hour at the most."""
+    budget = SendBudget(SEND_BUDGET_BYTES)
+    assert budget.seconds(b"") == WRITE_S
+    assert WRITE_S < budget.seconds(bytes(ANSWER_BYTES)) < 900
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_nothing_is_left_of_the_accounts(seed: int) -> None:
-    """Whatever comes and goes, cut off or not: never more than the limit, and nothing in the end."""
-    dice, post = random.Random(seed), Post()
+def test_budget_leaves_nothing_counted(seed: int) -> None:
+    """Whatever is acquired and released: never more than the limit, and nothing in the end."""
+    dice, budget = random.Random(seed), SendBudget(100)
     shared = [bytes(bytearray(dice.randrange(1, 60))) for _ in range(5)]
-    for number in range(500):
-        size = dice.choice(shared) if dice.random() < 0.5 else dice.randrange(1, 60)
-        if post.enter(str(number), size, number / 7):
-            assert not post.wires[str(number)].cut
-        post.hand(str(dice.randrange(number + 1)), dice.randrange(60), number / 7)
-        if dice.random() < 0.5:
-            post.outbox.leave(post.deliveries[str(dice.randrange(number + 1))])
-        there = {id(d.body): d.body for readers in post.outbox._readers.values() for d in readers}
-        assert post.outbox.size == sum(map(len, there.values())) <= 100
-    for delivery in post.deliveries.values():
-        post.outbox.leave(delivery)
-    assert (post.outbox.size, post.outbox._readers) == (0, {})
+    held: list[bytes] = []
+    for _ in range(500):
+        body = dice.choice(shared) if dice.random() < 0.5 else bytes(bytearray(dice.randrange(1, 60)))
+        if budget.acquire(body):
+            held.append(body)
+        if held and dice.random() < 0.5:
+            budget.release(held.pop(dice.randrange(len(held))))
+        assert budget.size == sum(map(len, {id(body): body for body in held}.values())) <= 100
+    for body in held:
+        budget.release(body)
+    assert (budget.size, budget._clients) == (0, {})
 
 
 # Behind real sockets
 
 
-def outboxes(edge: Edge) -> tuple[Outbox, Outbox]:
+def budgets(edge: Edge) -> tuple[SendBudget, SendBudget]:
     """Of TCP and of the Unix socket."""
     server = edge._sidecar._server
     assert server is not None
-    rooms: dict[str, Room] = cast("Any", server.config.http).keywords["rooms"]
-    return rooms["tcp"].outbox, rooms["unix"].outbox
+    limiters: dict[str, ConnectionLimiter] = cast("Any", server.config.http).keywords["limiters"]
+    return limiters["tcp"].send_budget, limiters["unix"].send_budget
 
 
 @dataclass
@@ -229,14 +163,15 @@ def ask(where: str, path: str, *, method: str = "GET") -> socket.socket:
     return connection
 
 
-def test_who_reads_has_his_answer_whoever_does_not(edge: Edge, answers: Answers) -> None:
-    """While 30 clients take none of 8 MiB each, others get theirs; what waits stays within the bound."""
-    tcp, _ = outboxes(edge)
+def test_clients_that_take_nothing_are_cut_and_others_are_served(edge: Edge, answers: Answers) -> None:
+    """While 30 clients take none of 8 MiB each, small answers are sent, and large ones once the first are cut."""
+    tcp, unix = budgets(edge)
 
     def asked(count: int) -> bool:
         return answers.asked >= count
 
     def answered() -> Reply | None:
+        assert tcp.size <= SEND_BUDGET_BYTES
         reply = get(edge.url, "/own?mib=8")
         return reply if reply.status == 200 else None
 
@@ -244,22 +179,42 @@ def test_who_reads_has_his_answer_whoever_does_not(edge: Edge, answers: Answers)
         for number in range(30):
             stack.enter_context(ask(edge.url, "/own?mib=8"))
             eventually(partial(asked, number + 1))
-            assert tcp.size <= OUTBOX_BYTES
-            if number % 10 == 9:
-                assert len(eventually(answered).body) == 8 * MIB
-                answers.asked = number + 1
+            assert tcp.size <= SEND_BUDGET_BYTES
+        assert get(edge.url, "/own?mib=8").status == 503
         assert get(edge.url, "/small").status == 200
+        assert len(get(edge.socket, "/own?mib=8").body) == 8 * MIB
+        begun = time.monotonic()
+        assert len(eventually(answered, 2 * WRITE_S).body) == 8 * MIB
+        assert time.monotonic() - begun <= WRITE_S + 2
+    eventually(lambda: (tcp.size, unix.size) == (0, 0))
+
+
+def test_client_that_takes_a_large_answer_too_slowly_is_cut(edge: Edge, answers: Answers) -> None:
+    """It takes more than 64 KiB in 10 s, and less than the rate at which it would have all of it in time."""
+    tcp, _ = budgets(edge)
+    tcp.bytes_per_s = 100 * MIB
+    with ask(edge.url, "/own?mib=32") as slow:
+        eventually(lambda: tcp.size == 32 * MIB)
+        begun, took = time.monotonic(), 0
+        with suppress(ConnectionResetError):
+            while data := slow.recv(64 * 1024):
+                took += len(data)
+                time.sleep(0.1)
+    assert WRITE_S - 1 < time.monotonic() - begun < 2 * WRITE_S
+    assert took < 32 * MIB
+    eventually(lambda: tcp.size == 0)
+    assert answers.sent == 0
 
 
 def test_the_refusal_is_whole_and_says_when_to_come_again(edge: Edge, answers: Answers) -> None:
     """503 in place of an answer that was begun by the application already; what follows it is not done."""
-    tcp, _ = outboxes(edge)
+    tcp, _ = budgets(edge)
 
     def refused() -> Any:
         with ExitStack() as stack:
-            for _ in range(OUTBOX_BYTES // (8 * MIB)):
+            for _ in range(SEND_BUDGET_BYTES // (8 * MIB)):
                 stack.enter_context(ask(edge.url, "/own?mib=8"))
-            eventually(lambda: tcp.size == OUTBOX_BYTES)
+            eventually(lambda: tcp.size == SEND_BUDGET_BYTES)
             reply = get(edge.url, "/own?mib=8")
         eventually(lambda: tcp.size == 0)
         return reply if reply.status == 503 else None
@@ -276,22 +231,22 @@ def test_the_refusal_is_whole_and_says_when_to_come_again(edge: Edge, answers: A
 
 def test_all_who_share_an_answer_have_it(edge: Edge) -> None:
     """Twenty clients of one body of 8 MiB count as one, also those who are slow."""
-    tcp, _ = outboxes(edge)
+    tcp, _ = budgets(edge)
     with ExitStack() as stack:
         clients = [stack.enter_context(ask(edge.url, "/same")) for _ in range(20)]
-        eventually(lambda: any(len(readers) == 20 for readers in list(tcp._readers.values())))
+        eventually(lambda: 20 in tcp._clients.values())
         assert tcp.size == 8 * MIB
         assert {len(read_reply(client).body) for client in clients} == {8 * MIB}
     eventually(lambda: tcp.size == 0)
 
 
 def test_strangers_over_tcp_take_nothing_from_the_unix_socket(edge: Edge) -> None:
-    """Each kind of listener has an outbox of its own."""
-    tcp, unix = outboxes(edge)
+    """Each kind of listener has a budget of its own."""
+    tcp, unix = budgets(edge)
     with ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(ask(edge.url, "/own?mib=8"))
-        eventually(lambda: tcp.size == OUTBOX_BYTES)
+        eventually(lambda: tcp.size == SEND_BUDGET_BYTES)
         with ask(edge.socket, "/own?mib=8") as client:
             eventually(lambda: unix.size == 8 * MIB)
             assert len(read_reply(client).body) == 8 * MIB
@@ -324,19 +279,19 @@ WAYS: dict[str, tuple[str, str, Callable[[socket.socket], object]]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_is_held_however_a_client_left(edge: Edge, way: str) -> None:
     """Whole, cut, broken off, at once or in the middle: the bytes are off the account."""
-    tcp, _ = outboxes(edge)
+    tcp, _ = budgets(edge)
     method, path, leave = WAYS[way]
     for seen in (False, True):
         with ask(edge.url, path, method=method) as connection, suppress(OSError, IncompleteRead):
             if seen and (method, path) == ("GET", "/own?mib=8"):
                 eventually(lambda: tcp.size == 8 * MIB)
             leave(connection)
-        eventually(lambda: (tcp.size, tcp._readers) == (0, {}))
+        eventually(lambda: (tcp.size, tcp._clients) == (0, {}))
 
 
 def test_nothing_is_done_after_an_answer_that_did_not_get_there(edge: Edge, answers: Answers) -> None:
     """Neither when the client left in the middle nor when it was cut; and no line is logged of it."""
-    tcp, _ = outboxes(edge)
+    tcp, _ = budgets(edge)
     for leave in (reset, socket.socket.close):
         leaving = ask(edge.url, "/own?mib=8")
         eventually(lambda: tcp.size > 0)
@@ -352,13 +307,13 @@ def test_the_end_comes_also_while_answers_are_not_read(
     """At the end what is not read is cut, soon, and without a word."""
     with ExitStack() as stack:
         with Edge(answers.app(), directory=short_path) as running:
-            tcp, _ = outboxes(running)
+            tcp, _ = budgets(running)
             for _ in range(3):
                 stack.enter_context(ask(running.url, "/own?mib=8"))
             eventually(lambda: tcp.size == 24 * MIB)
             begun = time.monotonic()
         assert time.monotonic() - begun < 5
-        assert (tcp.size, tcp._readers) == (0, {})
+        assert (tcp.size, tcp._clients) == (0, {})
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
@@ -367,7 +322,7 @@ def test_who_pipelines_has_one_answer_made_at_a_time(edge: Edge, answers: Answer
     with dial(edge.url) as connection:
         request = f"GET /own?mib=8 HTTP/1.1\r\nHost: {edge.url[7:]}\r\n\r\n".encode()
         connection.sendall(request * 3)
-        tcp, _ = outboxes(edge)
+        tcp, _ = budgets(edge)
         eventually(lambda: tcp.size == 8 * MIB)
         assert answers.asked == 1
         for number in range(3):

@@ -12,17 +12,27 @@ from typing import Any, get_args
 
 import fastjsonschema
 import pytest
-from pydantic import TypeAdapter
 
 from support.paths import ROOT
 from support.serving import Serving
 from support.tools import program
 from vitalsd.contract.metrics import FullMetrics, parse_runtime_metrics
-from vitalsd.http import response_models as bodies
-from vitalsd.http.responses import TITLES, Reason
-from vitalsd.http.route_docs import OPERATIONS, Operation
+from vitalsd.http import page
+from vitalsd.http.access import token_proof
+from vitalsd.http.openapi import shape_adapter
+from vitalsd.http.operation import Operation
+from vitalsd.http.responses import TITLES, ProblemJson, Reason
+from vitalsd.http.routes import metrics, recordings, reference, report, status
+from vitalsd.recording.history import HistoryJson
 
 DOCS = ROOT / "docs"
+DECLARED = {
+    (value.method, value.path): value
+    for module in (metrics, recordings, report, status, page, reference, token_proof)
+    for value in vars(module).values()
+    if isinstance(value, Operation)
+}
+OPERATIONS = list(DECLARED.values())
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +59,7 @@ def test_starting_imports_nothing_for_later() -> None:
         "import sys\n"
         "from vitalsd.http.app import create_app\n"
         "create_app(object(), list)\n"
-        "print(*[name for name in ('vitalsd.contract.metrics', 'vitalsd.http.openapi', 'vitalsd.http.response_models',"
+        "print(*[name for name in ('vitalsd.contract.metrics', 'vitalsd.http.openapi', 'vitalsd.http.reference',"
         " 'vitalsd.recording.history', 'vitalsd.report.builder', 'vitalsd.contract.report_archive',"
         " 'prometheus_client', 'opentelemetry.sdk', 'markdown_it',"
         " 'pydantic.v1') if name in sys.modules])"
@@ -92,6 +102,7 @@ def test_every_reason_is_described(schema: Any) -> None:
         for status, answer in operation["responses"].items()
         for reason in answer["content"].get("application/problem+json", {}).get("examples", {})
     }
+    assert {"guessing", "token", "full", "unread"} < set(schema["x-common-problems"])
     never = {"method_not_allowed"}  # of what is no route
     assert set(get_args(Reason)) == set(TITLES)
     assert seen == {reason: str(status) for reason, (status, _) in TITLES.items() if reason not in never}
@@ -103,44 +114,50 @@ def test_references_lead_somewhere(schema: Any) -> None:
         assert name in schema["components"]["schemas"]
 
 
-def adapter(operation: Operation) -> TypeAdapter[Any]:
-    models: Any = operation.models[0]
-    for model in operation.models[1:]:
-        models |= model
-    return TypeAdapter(list[models] if operation.listed else models)
+def read(shape: Any, content: bytes) -> Any:
+    """Return what the shape reads, which has every field and no other."""
+    return shape_adapter([shape]).validate_json(b"[%b]" % content)[0]
 
 
-@pytest.mark.parametrize(("route", "operation"), OPERATIONS.items(), ids=map(" ".join, OPERATIONS))
-def test_examples_are_of_the_shape(route: tuple[str, str], operation: Operation) -> None:
-    """An example is what its model reads, and what it says is what the model would write."""
-    if not operation.models:
-        assert operation.other, route
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: f"{operation.method} {operation.path}")
+def test_examples_are_of_the_shape(operation: Operation) -> None:
+    """An example is what its shape reads."""
+    if not operation.shapes:
+        assert operation.media_types, operation.path
         return
-    read = adapter(operation).validate_json(json.dumps(operation.example), strict=True)
-    assert read
+    example = operation.example if operation.is_list else [operation.example]
+    assert shape_adapter(operation.shapes).validate_json(json.dumps(example), strict=True)
+
+
+def test_every_operation_is_in_the_schema(schema: Any) -> None:
+    """What a module declares is what the document describes."""
+    declared = sorted((operation.method.lower(), operation.path) for operation in OPERATIONS)
+    assert declared == sorted((method, path) for method, path, _ in operations(schema))
 
 
 def test_answers_are_of_the_shape(served: Serving) -> None:
     """Real answers hold the fields of the schema, all of them and no other."""
-    for (method, path), operation in OPERATIONS.items():
-        if not operation.models or path in ("/hello", "/metrics"):
+    for operation in OPERATIONS:
+        method, path = operation.method, operation.path
+        if not operation.shapes or path in ("/hello", "/metrics"):
             continue
         if "{run_id}" in path:
             path = path.replace("{run_id}", served.get("/runs")[0]["id"])
         answer = served.client.request(method, path, json={"label": "there"} if path == "/marks" else None)
-        if method == "get" and path == "/marks":
+        if method == "GET" and path == "/marks":
             answer = served.client.get(path)
         assert answer.status_code == operation.status, (path, answer.text)
         assert answer.headers["content-type"] == "application/json"
-        adapter(operation).validate_json(answer.content)
+        content = answer.content if operation.is_list else b"[%b]" % answer.content
+        shape_adapter(operation.shapes).validate_json(content)
         given, known = answer.json(), operation.example
-        if operation.listed:
+        if operation.is_list:
             given, known = given[0], known[0]
         assert set(given) == set(known), path
     full = parse_runtime_metrics(served.client.get("/metrics?window_ms=20&detail=full").content)
     assert isinstance(full, FullMetrics)
-    refused = bodies.Problem.model_validate_json(served.client.get("/metrics?windw_ms=5").content)
-    assert refused.reason == "bad_parameter"
+    refused = read(ProblemJson, served.client.get("/metrics?windw_ms=5").content)
+    assert refused["reason"] == "bad_parameter"
 
 
 def test_a_replay_has_the_same_shapes(served: Serving, tmp_path: Path) -> None:
@@ -148,10 +165,9 @@ def test_a_replay_has_the_same_shapes(served: Serving, tmp_path: Path) -> None:
     report = tmp_path / "report.zip"
     report.write_bytes(served.client.get("/report.zip", params={"window_ms": 20}).content)
     with Serving(tmp_path, str(report), command="replay") as replay:
-        info = bodies.Info.model_validate_json(replay.client.get("/info").content)
-        assert info.recorder is not None
-        assert info.recorder.ended is not None
-        bodies.History.model_validate_json(replay.client.get("/history").content)
+        info = read(status.InfoJson, replay.client.get("/info").content)
+        assert info["recorder"]["ended"] is not None
+        read(HistoryJson, replay.client.get("/history").content)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from vitalsd.admission import OWNER, Busy, Peer
-from vitalsd.http.single_flight import Turns
+from vitalsd.http.single_flight import SingleFlight
 
 
 class Work:
@@ -31,7 +31,7 @@ def test_a_crowd_has_one_answer_made_at_a_time() -> None:
     """Seventeen different ones are made one after the other; who comes beyond those is told to come again."""
 
     async def crowd() -> None:
-        turns, work = Turns(16), Work()
+        turns, work = SingleFlight(16), Work()
         waiting = [asyncio.create_task(turns.make(work, key)) for key in range(17)]
         await asyncio.sleep(0.01)
         assert work.begun == 1
@@ -49,7 +49,7 @@ def test_a_thousand_who_ask_for_the_same_share_it() -> None:
     """It is made once, and all have the very same bytes; who asks afterwards has a new one."""
 
     async def crowd() -> None:
-        turns, work = Turns(1), Work()
+        turns, work = SingleFlight(1), Work()
         waiting = [asyncio.create_task(turns.make(work, "the same")) for _ in range(1000)]
         await asyncio.sleep(0.01)
         work.finish.set()
@@ -65,7 +65,7 @@ def test_turn_goes_to_each_kind_of_client_in_order() -> None:
     """An answer for the Unix socket waits for one answer of TCP and not for sixteen."""
 
     async def crowd() -> None:
-        turns, go = Turns(), asyncio.Event()
+        turns, go = SingleFlight(), asyncio.Event()
         made: list[str] = []
 
         async def make(name: str, peer: Peer) -> None:
@@ -93,7 +93,7 @@ def test_answers_of_one_kind_of_client_take_no_place_of_another() -> None:
     """With 17 answers of TCP under way, TCP is refused and the Unix socket is not."""
 
     async def crowd() -> None:
-        turns, work = Turns(16), Work()
+        turns, work = SingleFlight(16), Work()
         waiting = [asyncio.create_task(turns.make(work, key, Peer("tcp"))) for key in range(17)]
         await asyncio.sleep(0.01)
         with pytest.raises(Busy):
@@ -110,7 +110,7 @@ def test_answer_for_which_no_client_waits_is_not_begun() -> None:
     """Its place is free at once, and a request with the same key gets an answer of its own."""
 
     async def crowd() -> None:
-        turns, work = Turns(16), Work()
+        turns, work = SingleFlight(16), Work()
         first = asyncio.create_task(turns.make(work, "first"))
         leaving = [asyncio.create_task(turns.make(work, key)) for key in range(16)]
         await asyncio.sleep(0.01)
@@ -131,7 +131,7 @@ def test_what_nobody_keys_is_shared_with_nobody() -> None:
     """Two who ask without a key have one each."""
 
     async def two() -> None:
-        turns, work = Turns(), Work()
+        turns, work = SingleFlight(), Work()
         work.finish.set()
         assert await turns.make(work) is not await turns.make(work)
         assert work.begun == 2
@@ -143,7 +143,7 @@ def test_who_leaves_stops_nobody_else(recwarn: pytest.WarningsRecorder) -> None:
     """One of two who share leaves; the other has the answer. A failure reaches both, and leaves the turn free."""
 
     async def leaving() -> None:
-        turns, work = Turns(), Work()
+        turns, work = SingleFlight(), Work()
         first, second = (asyncio.create_task(turns.make(work, 1)) for _ in range(2))
         await asyncio.sleep(0.01)
         first.cancel()

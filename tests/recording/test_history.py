@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from recording.test_series import record_of
 from support.fake_process import IDENTITY, SECOND_NS, Process, lives
-from vitalsd.recording.history import MAX_CELLS, MAX_ROWS, history
+from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_ROWS
+from vitalsd.recording.history import history
 from vitalsd.recording.history_import import parse_json, read_history
 from vitalsd.recording.series import Event, Mark, Record
 from vitalsd.snapshot import Snapshot
@@ -311,11 +312,11 @@ def test_more_rows_than_an_answer_has_are_put_together() -> None:
     """A long record comes in longer rows, at most 10 000, and no CPU time is lost by it."""
     process = Process()
     snapshots = [process.snapshot()]
-    for _ in range(MAX_ROWS + 500):
+    for _ in range(HISTORY_ROWS + 500):
         process.pass_time(10_000_000, [1000])
         snapshots.append(process.snapshot())
     table = history(record_of(snapshots))
-    assert MAX_ROWS // 4 < len(table.elapsed_ns) <= MAX_ROWS
+    assert HISTORY_ROWS // 4 < len(table.elapsed_ns) <= HISTORY_ROWS
     assert sum(table.elapsed_ns) == snapshots[-1].monotonic_ns - snapshots[0].monotonic_ns
     assert sum(table.cpu_ns) == 1000 * (len(snapshots) - 1)
 
@@ -330,7 +331,7 @@ def test_more_threads_than_an_answer_has_are_left_out_and_it_says_so() -> None:
     record = record_of(snapshots)
     table = history(record, top=20_000)
     assert table.truncated
-    assert len(table.threads) == MAX_CELLS // len(snapshots)
+    assert len(table.threads) == HISTORY_CELLS // len(snapshots)
     assert [thread.tid for thread in table.threads[:2]] == [2, 1]
     body = table.to_json()
     assert len(body) < 10 << 20

@@ -11,10 +11,11 @@ import pytest
 
 from support.fake_process import IDENTITY, FakeSource, Process
 from vitalsd.admission import OWNER, Busy, Peer
+from vitalsd.contract.limits import WINDOWS
 from vitalsd.recording.recorder import NotRecording, RecorderConfig
 from vitalsd.sampling.sampler import Sampler, sample
 from vitalsd.sampling.target_pool import Stream, Targets
-from vitalsd.sampling.windows import BUSY_WINDOW_COUNT, MAX_WINDOWS, REUSE_PART
+from vitalsd.sampling.windows import BUSY_WINDOW_COUNT, REUSE_PART
 from vitalsd.snapshot import Identity, Snapshot
 from vitalsd.sources.base import KernelError, NoSuchProcess, Source, TargetGone
 
@@ -184,8 +185,8 @@ def test_windows_that_have_nothing_in_common_are_bounded() -> None:
 
     async def main() -> None:
         sampler = Sampler(CountingSource)
-        open_ones = [asyncio.ensure_future(sampler.window(500 + i)) for i in range(MAX_WINDOWS)]
-        while len(sampler._windows) < MAX_WINDOWS:
+        open_ones = [asyncio.ensure_future(sampler.window(500 + i)) for i in range(WINDOWS)]
+        while len(sampler._windows) < WINDOWS:
             await asyncio.sleep(0.001)
         with pytest.raises(Busy, match="64 different windows"):
             await sampler.window(400)
@@ -221,8 +222,8 @@ def test_a_stream_misses_a_window_that_there_is_no_room_for() -> None:
 
     async def main() -> None:
         sampler = Sampler(CountingSource)
-        crowd = [asyncio.ensure_future(sampler.window(600 + i)) for i in range(MAX_WINDOWS)]
-        while len(sampler._windows) < MAX_WINDOWS:
+        crowd = [asyncio.ensure_future(sampler.window(600 + i)) for i in range(WINDOWS)]
+        while len(sampler._windows) < WINDOWS:
             await asyncio.sleep(0.001)
         stream = Stream(sampler, 20)
         assert (await anext(stream)).elapsed_ns > 0
@@ -360,8 +361,8 @@ def test_window_without_a_caller_is_dropped() -> None:
         source = CountingSource()
         sampler = Sampler(lambda: source)
         for _ in range(3):
-            asking = [asyncio.ensure_future(sampler.window(60_000 - i)) for i in range(MAX_WINDOWS)]
-            while len(sampler._windows) < MAX_WINDOWS:
+            asking = [asyncio.ensure_future(sampler.window(60_000 - i)) for i in range(WINDOWS)]
+            while len(sampler._windows) < WINDOWS:
                 await asyncio.sleep(0.005)
             for each in asking:
                 each.cancel()
@@ -397,13 +398,13 @@ def test_windows_of_one_kind_of_client_leave_the_places_of_the_others() -> None:
 
     async def main() -> None:
         sampler = Sampler(CountingSource)
-        crowd = [(Peer("tcp"), MAX_WINDOWS), (Peer("other", 1002), MAX_WINDOWS // 2)]
+        crowd = [(Peer("tcp"), WINDOWS), (Peer("other", 1002), WINDOWS // 2)]
         asking = [
             asyncio.ensure_future(sampler.window(5000 + 100 * number + i, peer=peer))
             for number, (peer, share) in enumerate(crowd)
             for i in range(share)
         ]
-        while len(sampler._windows) < MAX_WINDOWS * 3 // 2:
+        while len(sampler._windows) < WINDOWS * 3 // 2:
             await asyncio.sleep(0.005)
         for peer, _ in crowd:
             with pytest.raises(Busy):

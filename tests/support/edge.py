@@ -13,8 +13,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vitalsd.contract.limits import STREAM_S
 from vitalsd.http.app import create_app
-from vitalsd.http.routes.metrics import STREAM_S
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.sidecar.listeners import listen

@@ -24,8 +24,11 @@ from system.test_abuse import mutated
 from vitalsd.contract.encoding import encode
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.discovery.directories import EndpointError
-from vitalsd.http.parameters import HistoryQuery, MetricsQuery, ReportQuery, StreamQuery, _bad_parameter
-from vitalsd.http.responses import Refused
+from vitalsd.http.parameters import _bad_parameter
+from vitalsd.http.responses import ProblemError
+from vitalsd.http.routes.metrics import MetricsQuery, StreamQuery
+from vitalsd.http.routes.recordings import HistoryQuery
+from vitalsd.http.routes.report import ReportQuery
 from vitalsd.recording.history import history
 from vitalsd.recording.history_import import read_history
 from vitalsd.recording.run_reader import UnreadableRun, read_run
@@ -88,7 +91,7 @@ def test_queries(size: int, told: Counter[str]) -> None:
             model.model_validate(given)
         except ValidationError as error:
             refused = _bad_parameter(error, tuple(model.model_fields))
-            assert isinstance(refused, Refused)
+            assert isinstance(refused, ProblemError)
             assert refused.detail.isascii()
             assert refused.detail.isprintable()
             told["refused"] += 1

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from vitalsd.contract.host import Host, os_version
 from vitalsd.contract.json_pieces import to_json
+from vitalsd.contract.limits import ANSWER_BYTES, ANSWER_THREADS
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras, ThreadRoster
 from vitalsd.sources.base import SourceError
 from vitalsd.text import iso
@@ -26,11 +27,8 @@ __all__ = ["Detail", "Labels", "Sort", "encode", "target_json", "unavailable", "
 Detail = Literal["basic", "full"]
 Sort = Literal["tid", "cpu", "name"]
 
-MAX_THREADS = 20_000
-MAX_BYTES = 8 << 20
-"""Of one answer. What does not fit is left out, the idlest threads first, and the answer says so."""
 MAX_KEPT = 16
-"""Different answers kept of one measurement, of no more than `MAX_BYTES` together."""
+"""Different answers kept of one measurement, of no more than `ANSWER_BYTES` together."""
 
 SIZES = tuple(name for name in Extras._fields if name.endswith("_bytes"))
 """Shown in KiB, as a field that ends in ``_kb``."""
@@ -130,7 +128,7 @@ def encode(
 
         body = _fitting(measurement, order, render)
         kept = measurement.encoded
-        if len(kept) >= MAX_KEPT or sum(map(len, kept.values())) + len(body) > MAX_BYTES:
+        if len(kept) >= MAX_KEPT or sum(map(len, kept.values())) + len(body) > ANSWER_BYTES:
             kept.clear()
         kept[key] = body
     return body
@@ -138,16 +136,16 @@ def encode(
 
 def _fitting(m: Measurement, order: Sequence[int], render: Callable[[Sequence[int]], bytes]) -> bytes:
     """`render` with as many threads of `order` as there may be, the busiest ones, still in that order."""
-    most = MAX_THREADS
+    most = ANSWER_THREADS
     while True:
         shown = order
         if len(order) > most:
             busiest = set(sorted(order, key=lambda i: -m.thread_cpu_ns[i])[:most])
             shown = [i for i in order if i in busiest]
         body = render(shown)
-        if len(body) <= MAX_BYTES or not shown:
+        if len(body) <= ANSWER_BYTES or not shown:
             return body
-        most = len(shown) * MAX_BYTES // len(body) * 9 // 10
+        most = len(shown) * ANSWER_BYTES // len(body) * 9 // 10
 
 
 def _order(m: Measurement, sort: Sort, limit: int | None) -> Sequence[int]:

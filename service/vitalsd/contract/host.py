@@ -5,11 +5,26 @@ import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-__all__ = ["Host", "os_version"]
+from typing_extensions import TypedDict
+
+from vitalsd.contract.shapes import Count, Doc
+
+__all__ = ["Host", "HostFactsJson", "os_version"]
 
 MAX_TEXT = 64
+
+
+class HostFactsJson(TypedDict):
+    """The machine that was recorded; null where it is not known."""
+
+    system: Annotated[str | None, Doc("Name of the kernel.")]
+    release: Annotated[str | None, Doc("Release of the kernel.")]
+    version: Annotated[str | None, Doc("Version of macOS; on Linux the release of the kernel.")]
+    arch: str | None
+    cpu_count: Count | None
+    utc_offset_minutes: Annotated[int | None, Doc("Local time less UTC when it was recorded, minutes.")]
 
 
 class Host(NamedTuple):
@@ -61,6 +76,17 @@ class Host(NamedTuple):
             cpu_count=number("cpu_count", 1, 1 << 20),
             utc_offset_minutes=number("utc_offset_minutes", -24 * 60, 24 * 60),
         )
+
+    def to_json(self) -> HostFactsJson:
+        """Return the facts as answers and reports have them."""
+        return {
+            "system": self.system,
+            "release": self.release,
+            "version": self.version,
+            "arch": self.arch,
+            "cpu_count": self.cpu_count,
+            "utc_offset_minutes": self.utc_offset_minutes,
+        }
 
 
 def os_version() -> str:

@@ -2,10 +2,9 @@
 
 import logging
 
-__all__ = ["MAX_LABEL_LENGTH", "clean_label"]
+from vitalsd.contract.limits import LABEL_CHARACTERS
 
-MAX_LABEL_LENGTH = 200
-"""Characters."""
+__all__ = ["clean_label"]
 
 log = logging.getLogger("vitalsd")
 
@@ -23,9 +22,9 @@ def clean_label(label: object) -> str | None:
     if not isinstance(label, str):
         log.warning("a mark was not recorded: a label is text, not %s", type(label).__name__)
         return None
-    label = label[: MAX_LABEL_LENGTH * 16]  # A label of megabytes would hold up its thread.
+    label = label[: LABEL_CHARACTERS * 16]  # A label of megabytes would hold up its thread.
     text = "".join(c if c.isprintable() else "?" for c in " ".join(label.split()))
     if not text:
         log.warning("a mark was not recorded: its label is empty")
         return None
-    return text if len(text) <= MAX_LABEL_LENGTH else f"{text[: MAX_LABEL_LENGTH - 1]}…"
+    return text if len(text) <= LABEL_CHARACTERS else f"{text[: LABEL_CHARACTERS - 1]}…"

@@ -1,12 +1,11 @@
 """
-``GET /metrics`` for scrapers: which form an ``Accept`` asks for, and counters as Prometheus text or OpenMetrics.
+Counters as Prometheus text or OpenMetrics, for scrapers of ``GET /metrics``.
 
 Cumulative counters and gauges of one instant: a scraper brings its own windows, so nothing is waited for.
 """
 
 import platform
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from vitalsd import __version__
@@ -29,74 +28,13 @@ if TYPE_CHECKING:
 
 ReadingT = TypeVar("ReadingT")
 
-__all__ = ["OFFERED", "THREAD_METRICS", "Form", "Scrape", "content_type_of", "expose", "negotiate"]
+__all__ = ["THREAD_METRICS", "Form", "Scrape", "content_type_of", "expose"]
 
-Form = Literal["json", "text/plain;version=0.0.4", "text/plain;version=1.0.0", "application/openmetrics-text"]
+Form = Literal["text/plain;version=0.0.4", "text/plain;version=1.0.0", "application/openmetrics-text"]
+"""As `prometheus_client.exposition.choose_encoder` reads it."""
 
 THREAD_METRICS = 256
 """Threads with a series of their own. A target with thousands would drown the database that scrapes it."""
-
-OFFERED: tuple[tuple[Form, str, str, frozenset[str]], ...] = (
-    ("json", "application", "json", frozenset()),
-    ("application/openmetrics-text", "application", "openmetrics-text", frozenset(("1.0.0",))),
-    ("text/plain;version=1.0.0", "text", "plain", frozenset(("1.0.0",))),
-    ("text/plain;version=0.0.4", "text", "plain", frozenset(("0.0.4",))),
-)
-"""Form, type, subtype and the values of ``version`` that mean it; the first one wins where all are welcome alike."""
-
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-RANGE = re.compile(rf"\s*({TOKEN})/({TOKEN})\s*((?:;[^;]*)*)", re.ASCII)
-QUALITY = re.compile(r"0?\.[0-9]+|0\.?|1(?:\.0*)?", re.ASCII)
-"""More than RFC 9110 allows: the HTTP client of Java 8 says ``q=.2``."""
-
-
-def negotiate(accept: str) -> Form | None:
-    """
-    The form that an ``Accept`` header likes best (RFC 9110 §12.5.1); ``None`` if it takes none of ours.
-
-    Without a header, for ``*/*``, and for a browser's list it is JSON. ``text/plain`` without a version
-    is the oldest Prometheus text.
-    """
-    if not accept.strip():
-        return "json"
-    ranges = [parsed for part in accept.split(",")[:64] if (parsed := _range(part)) is not None]
-    welcome: dict[Form, float] = {}
-    for offered, kind, subtype, versions in OFFERED:
-        means = [(_specificity(asked, kind, subtype, versions), quality) for asked, quality in ranges]
-        welcome[offered] = max((each for each in means if each[0] >= 0), default=(0, 0.0))[1]
-    form = max(welcome, key=welcome.__getitem__)
-    return form if welcome[form] > 0 else None
-
-
-def _range(part: str) -> tuple[tuple[str, str, str], float] | None:
-    """Type, subtype and version of one media range, and its quality, 1 if that is none; ``None`` if it is not one."""
-    found = RANGE.fullmatch(part)
-    if found is None:
-        return None
-    parameters: dict[str, str] = {}
-    for parameter in found[3].split(";"):
-        name, _, value = parameter.partition("=")
-        parameters[name.strip().lower()] = value.strip().strip('"')
-    given = parameters.get("q", "1")
-    quality = float(given) if QUALITY.fullmatch(given) else 1.0
-    return (found[1].lower(), found[2].lower(), parameters.get("version", "")), quality
-
-
-def _specificity(asked: tuple[str, str, str], kind: str, subtype: str, versions: frozenset[str]) -> int:
-    """How exactly a range means a form: 3 with its version, 2, 1 ``type/*``, 0 ``*/*``; -1 if it does not."""
-    asked_kind, asked_subtype, asked_version = asked
-    if (asked_kind, asked_subtype) == ("*", "*"):
-        return 0
-    if asked_kind != kind:
-        return -1
-    if asked_subtype == "*":
-        return 1
-    if asked_subtype != subtype:
-        return -1
-    if not asked_version or not versions:
-        # Text of no stated version is what scrapers spoke before there was a second one.
-        return -1 if (subtype, versions) == ("plain", frozenset(("1.0.0",))) else 2
-    return 3 if asked_version in versions else -1
 
 
 class Scrape(NamedTuple):
@@ -114,7 +52,7 @@ class Scrape(NamedTuple):
     target: tuple[Identity, Snapshot] | None
     threads: int
     snapshots_taken: int
-    recorder: dict[str, Any] | None
+    recorder: Mapping[str, Any] | None
     private: bool = True
 
     def collect(self) -> "Iterator[Metric]":

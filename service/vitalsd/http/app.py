@@ -1,4 +1,4 @@
-"""The application: its routes put together, and its end."""
+"""The application: its routes, and what it starts and ends."""
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -7,14 +7,17 @@ from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
 from vitalsd.contract.application import Application
+from vitalsd.contract.limits import BODY_BYTES, REPORT_BODY_BYTES, STREAM_S
 from vitalsd.exporters.prometheus import THREAD_METRICS
-from vitalsd.http import responses as problem
-from vitalsd.http.access.body_limit import Bounds
+from vitalsd.http.access.body_limit import BodyLimit
 from vitalsd.http.page import page_routes
-from vitalsd.http.routes.metrics import STREAM_S, live_routes
-from vitalsd.http.routes.recordings import past_routes
-from vitalsd.http.routes.reference import docs_routes
+from vitalsd.http.responses import install_problem_handlers
+from vitalsd.http.routes.context import RouteContext
+from vitalsd.http.routes.metrics import metrics_routes
+from vitalsd.http.routes.recordings import recordings_routes
+from vitalsd.http.routes.reference import reference_routes
 from vitalsd.http.routes.report import REPORT_PATH, report_routes
+from vitalsd.http.routes.status import status_routes
 from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources.base import ProcessEntry
@@ -22,9 +25,6 @@ from vitalsd.worker_thread import Worker
 
 __all__ = ["create_app"]
 
-MAX_BODY_BYTES = 4096
-MAX_REPORT_BODY_BYTES = 16 * 1024
-"""Of ``POST /report.zip``, which has the user's message in it."""
 NO_TELEMETRY: TelemetryConfig = {
     "tracing": False,
     "metrics": False,
@@ -32,10 +32,7 @@ NO_TELEMETRY: TelemetryConfig = {
     "operation_spans": False,
     "auto_configure": False,
 }
-"""
-FastAPI would trace and count our requests into the providers of the host program, and, told so by the
-environment alone, send them away.
-"""
+"""FastAPI would trace requests into the providers of the host program and, if the environment says so, send them."""
 
 
 def create_app(
@@ -49,20 +46,12 @@ def create_app(
     hides_processes: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """
-    The application over `targets`. It opens the default one when it starts and closes all when it ends.
+    Return the application over `targets`. It opens the default one when it starts and closes all when it ends.
 
-    Args:
-        targets: who is measured.
-        list_processes: what ``/processes`` lists.
-        shelf: earlier runs; stopped at the end, too.
-        thread_metrics: threads that a scraper is shown; 0 for none.
-        stream_s: after so long a stream ends.
-        application: what the client says it is.
-        hides_processes: whether the kernel hides processes from other users.
+    The other arguments are fields of `RouteContext`; `shelf` is stopped at the end as well.
     """
     reader = Worker("vitalsd-reader")
     try:
-        # A thread of its own: a read of one process of the machine may hang.
         lister = Worker("vitalsd-lister")
     except RuntimeError:
         reader.stop(0)
@@ -73,39 +62,40 @@ def create_app(
         try:
             await targets.start()
             yield
-        finally:  # of a start that failed as well
+        finally:  # Of a start that failed as well.
             await targets.close()
             lister.stop(0.1)
             reader.stop(0.1)
             if shelf is not None:
-                shelf.worker.stop(0.3)  # it leaves a copy of a run behind otherwise
+                shelf.worker.stop(0.3)  # Otherwise it leaves the copy of a run behind.
 
-    routers = [
-        live_routes(
-            targets,
-            list_processes,
-            reader,
-            lister,
-            shelf,
-            thread_metrics=thread_metrics,
-            stream_s=stream_s,
-            application=application,
-            hides_processes=hides_processes,
-        ),
-        past_routes(targets, shelf, reader),
-        report_routes(targets, shelf, reader, application),
-        page_routes(),
+    context = RouteContext(
+        targets=targets,
+        shelf=shelf,
+        list_processes=list_processes,
+        hides_processes=hides_processes,
+        application=application,
+        thread_metrics=thread_metrics,
+        stream_s=stream_s,
+        reader=reader,
+        lister=lister,
+    )
+    routes = [
+        *metrics_routes(context),
+        *recordings_routes(context),
+        *report_routes(context),
+        *status_routes(context),
+        *page_routes(),
     ]
-    routers.append(docs_routes(routers, reader))
-    routes = [route for router in routers for route in router.routes]
+    routes += reference_routes(context, routes)
     app = FastAPI(
-        routes=routes,  # and not by include_router, which looks for the route of a request twice
-        openapi_url=None,  # FastAPI's own would build every schema while the service starts; see http/openapi.py
-        redirect_slashes=False,  # a redirect would be built from the Host that a stranger sent
+        routes=[*routes],  # Not by include_router, which looks for the route of a request twice.
+        openapi_url=None,  # FastAPI's own would build every schema while the sidecar starts; see http/openapi.py.
+        redirect_slashes=False,  # A redirect would be built from the Host that a client sent.
         lifespan=lifespan,
         telemetry=NO_TELEMETRY,
     )
-    app.add_middleware(Bounds, max_body_bytes=MAX_BODY_BYTES, larger={REPORT_PATH: MAX_REPORT_BODY_BYTES})
+    app.add_middleware(BodyLimit, max_body_bytes=BODY_BYTES, larger={REPORT_PATH: REPORT_BODY_BYTES})
     app.state.workers = (reader, lister)
-    problem.install(app, routes)
+    install_problem_handlers(app, routes)
     return app

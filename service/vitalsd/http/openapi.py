@@ -1,49 +1,33 @@
 """
-``/openapi.json``: every route with its parameters, units, answers, refusals, examples and commands to try.
+Make the OpenAPI document: every route with its parameters, units, answers, refusals, examples and commands to try.
 
-The routes declare their parameters (`vitalsd.http.parameters`), `vitalsd.http.route_docs` says the rest; they meet
-here when somebody asks, and not while the service starts.
+Each route declares its parameters (`vitalsd.http.parameters`), its documentation (`vitalsd.http.operation`) and the
+`TypedDict` of its answer. They meet here when a client asks, and not while the sidecar starts.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi.routing import APIRoute
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 
 from vitalsd import __version__
-from vitalsd.contract.metrics import Unavailable
-from vitalsd.http import response_models as bodies
+from vitalsd.contract.shapes import Lazy
 from vitalsd.http.access.access_control import OPEN_PATHS
-from vitalsd.http.parameters import Given, Sent
-from vitalsd.http.responses import MEDIA_TYPE, STATUS, TITLES, Reason
-from vitalsd.http.route_docs import DETAILS, FAILURES, JSON, OPERATIONS, RUN, Operation
+from vitalsd.http.operation import Operation, OperationRoute
+from vitalsd.http.parameters import JsonBody, QueryParams
+from vitalsd.http.responses import MEDIA_TYPE, STATUS, TITLES, ProblemJson, Reason
+from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 
-__all__ = ["anywhere", "openapi"]
+__all__ = ["openapi", "shape_adapter"]
 
+JSON = "application/json"
 REF = "#/components/schemas/{model}"
+UNAVAILABLE = Lazy("vitalsd.contract.metrics:Unavailable")
 
-NONCE: dict[str, Any] = {
-    "name": "nonce",
-    "in": "query",
-    "required": True,
-    "description": "Chosen by the client, new each time.",
-    "schema": {"type": "string", "pattern": "^[0-9A-Za-z_-]{16,128}$"},
-    "example": "0123456789abcdef",
-}
 KEYWORDS = ("type", "minimum", "maximum", "minLength", "maxLength", "enum", "pattern")
 """Of a query parameter, what the schema says besides its description."""
-RUN_ID: dict[str, Any] = {
-    "name": "run_id",
-    "in": "path",
-    "required": True,
-    "description": "As `/runs` lists it.",
-    "schema": {"type": "string"},
-    "example": RUN["id"],
-}
-
-SHAPES: dict[str, dict[str, Any]] = {
+SCHEMAS: dict[str, dict[str, Any]] = {
     JSON: {"type": "object"},
     "text/event-stream": {
         "type": "object",
@@ -51,32 +35,40 @@ SHAPES: dict[str, dict[str, Any]] = {
         "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
     },
 }
-"""Of what is not text."""
+"""Of media types that are not text."""
+FAILURES: dict[type[SourceError], str] = {
+    AccessDenied: "This user may not read the target.",
+    NoSuchProcess: "No such process.",
+    TargetGone: "The target has exited.",
+    Unsupported: "Not on this platform.",
+    KernelError: "The kernel refused, or the target does not answer.",
+}
+DETAILS: dict[Reason, str] = {
+    "bad_parameter": "must be greater than or equal to 10; got '5'",
+    "bad_body": "Field required; send a JSON object with label",
+    "not_recording": "nothing is being recorded (--record-interval 0)",
+    "busy": "8 streams are open already",
+    "hung": "the directory of runs: a read has not returned for 5 s",
+    "unread": "32 MiB of answers wait already for clients that take them",
+    "token": "send the token of the runtime file as Authorization: Bearer; `vitalsd endpoints` says where it is",
+}
+"""Examples."""
 
 
-def openapi(routes: Sequence[APIRoute]) -> dict[str, Any]:
-    """The schema of `routes`, each of which is described in `OPERATIONS`."""
-    declared = {(method.lower(), route.path): route for route in routes for method in route.methods or ()}
-    every: set[type[BaseModel]] = {bodies.Problem, Unavailable}
-    every.update(model for operation in OPERATIONS.values() for model in operation.models)
-    models = sorted(every, key=lambda model: model.__name__)
-    _, definitions = models_json_schema([(model, "serialization") for model in models], ref_template=REF)
+def openapi(routes: Sequence[OperationRoute], others: Sequence[Operation] = ()) -> dict[str, Any]:
+    """
+    Return the document.
+
+    Args:
+        routes: the routes of the application.
+        others: operations that middleware answers.
+    """
+    described: list[tuple[Operation, OperationRoute | None]] = [(route.operation, route) for route in routes]
+    described += [(operation, None) for operation in others]
+    common = _common_problems([operation for operation, _ in described])
     paths: dict[str, dict[str, Any]] = {}
-    for (method, path), operation in OPERATIONS.items():
-        route = declared.get((method, path))
-        described: dict[str, Any] = {
-            "operationId": f"{method}{path}".translate(str.maketrans("/.", "__", "{}")).strip("_"),
-            "summary": (route.summary if route else None) or operation.summary,
-            "description": operation.description,
-            "parameters": _parameters(route, path),
-        }
-        if (body := _depended(route, Sent)) is not None:
-            described["requestBody"] = {"required": True, "content": {JSON: {"schema": _plain(body)}}}
-        described["responses"] = _responses(operation, open_to_all=path in OPEN_PATHS)
-        described["x-codeSamples"] = [
-            {"lang": "Shell", "label": sample.title, "source": sample.command} for sample in operation.samples
-        ]
-        paths.setdefault(path, {})[method] = described
+    for operation, route in described:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, route, common)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -91,7 +83,7 @@ def openapi(routes: Sequence[APIRoute]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": definitions["$defs"],
+            "schemas": _schemas([operation for operation, _ in described]),
             "securitySchemes": {
                 "token": {
                     "type": "http",
@@ -101,12 +93,64 @@ def openapi(routes: Sequence[APIRoute]) -> dict[str, Any]:
             },
         },
         "security": [{}, {"token": []}],
-        "x-anywhere": anywhere(),
+        "x-common-problems": common,
     }
 
 
-def _depended(route: APIRoute | None, kind: type[Any]) -> type[BaseModel] | None:
-    """The model of a `Given` or `Sent` that the route depends on."""
+def shape_adapter(shapes: Sequence[Any]) -> TypeAdapter[Any]:
+    """Return what reads a list of `shapes` and makes their schema; an unknown field of a `TypedDict` is an error."""
+    types = [Annotated[Any, shape] if isinstance(shape, Lazy) else shape for shape in shapes]
+    item: Any = types[0]
+    for other in types[1:]:
+        item |= other
+    return TypeAdapter(list[item], config=ConfigDict(extra="forbid"))
+
+
+class _Generator(GenerateJsonSchema):
+    """Leave the suffix of typed dictionaries out of the names in the schema."""
+
+    def normalize_name(self, name: str) -> str:
+        return super().normalize_name(name).removesuffix("Json")
+
+    def typed_dict_schema(self, schema: Any) -> dict[str, Any]:
+        made = super().typed_dict_schema(schema)
+        return {**made, "title": str(made["title"]).removesuffix("Json")}
+
+
+def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
+    """Return the shapes of all answers by name."""
+    shapes = {_name(shape): shape for each in operations for shape in (*each.shapes, ProblemJson, UNAVAILABLE)}
+    mode: JsonSchemaMode = "serialization"
+    adapters = [(name, mode, shape_adapter([shapes[name]])) for name in sorted(shapes)]
+    _, definitions = TypeAdapter.json_schemas(adapters, ref_template=REF, schema_generator=_Generator)
+    found: dict[str, Any] = definitions["$defs"]
+    return found
+
+
+def _name(shape: Any) -> str:
+    name: str = (shape.resolve() if isinstance(shape, Lazy) else shape).__name__
+    return name.removesuffix("Json")
+
+
+def _described(operation: Operation, route: OperationRoute | None, common: Sequence[Reason]) -> dict[str, Any]:
+    name = f"{operation.method.lower()}{operation.path}"
+    described: dict[str, Any] = {
+        "operationId": name.translate(str.maketrans("/.", "__", "{}")).strip("_"),
+        "summary": operation.summary,
+        "description": operation.description,
+        "parameters": [*operation.parameters, *_query_parameters(route)],
+    }
+    if (body := _model(route, JsonBody)) is not None:
+        described["requestBody"] = {"required": True, "content": {JSON: {"schema": _plain(body)}}}
+    described["responses"] = _responses(operation, common)
+    described["x-codeSamples"] = [
+        {"lang": "Shell", "label": command.title, "source": command.text} for command in operation.commands
+    ]
+    return described
+
+
+def _model(route: OperationRoute | None, kind: type[Any]) -> type[BaseModel] | None:
+    """Return the model of a `QueryParams` or `JsonBody` that the route depends on."""
     for dependency in route.dependant.dependencies if route else ():
         if isinstance(dependency.call, kind):
             model: type[BaseModel] = dependency.call.model
@@ -119,11 +163,9 @@ def _plain(model: type[BaseModel]) -> dict[str, Any]:
     return {key: schema[key] for key in ("type", "required", "properties", "additionalProperties") if key in schema}
 
 
-def _parameters(route: APIRoute | None, path: str) -> list[dict[str, Any]]:
-    if path == "/hello":
-        return [NONCE]
-    found = [RUN_ID] if "{run_id}" in path else []
-    query = _depended(route, Given)
+def _query_parameters(route: OperationRoute | None) -> list[dict[str, Any]]:
+    found = []
+    query = _model(route, QueryParams)
     for name, schema in (query.model_json_schema()["properties"] if query else {}).items():
         of = schema["anyOf"][0] if "anyOf" in schema else schema
         kept = {key: of[key] for key in KEYWORDS if key in of}
@@ -142,27 +184,27 @@ def _parameters(route: APIRoute | None, path: str) -> list[dict[str, Any]]:
     return found
 
 
-def _responses(operation: Operation, *, open_to_all: bool) -> dict[str, Any]:
+def _responses(operation: Operation, common: Sequence[Reason]) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    if operation.models:
-        refs = [{"$ref": REF.format(model=model.__name__)} for model in operation.models]
+    if operation.shapes:
+        refs = [{"$ref": REF.format(model=_name(shape))} for shape in operation.shapes]
         schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
         content[JSON] = {
-            "schema": {"type": "array", "items": schema} if operation.listed else schema,
+            "schema": {"type": "array", "items": schema} if operation.is_list else schema,
             "example": operation.example,
         }
-    for media_type, example in (operation.other or {}).items():
-        content[media_type] = {"schema": SHAPES.get(media_type, {"type": "string"})}
+    for media_type, example in (operation.media_types or {}).items():
+        content[media_type] = {"schema": SCHEMAS.get(media_type, {"type": "string"})}
         if example:
             content[media_type]["example"] = example
     responses: dict[str, Any] = {str(operation.status): {"description": operation.answer, "content": content}}
-    for status, found in sorted(_refusals(operation, open_to_all=open_to_all).items()):
+    for status, found in sorted(_refusals(operation, common).items()):
         responses[str(status)] = found
     return responses
 
 
-def _refusals(operation: Operation, *, open_to_all: bool) -> dict[int, dict[str, Any]]:
-    """By status: what is not an answer."""
+def _refusals(operation: Operation, common: Sequence[Reason]) -> dict[int, dict[str, Any]]:
+    """Return the refusals and failures by status."""
     found: dict[int, dict[str, Any]] = {}
     if operation.unavailable:
         for error, text in FAILURES.items():
@@ -175,8 +217,8 @@ def _refusals(operation: Operation, *, open_to_all: bool) -> dict[int, dict[str,
                     }
                 },
             }
-    for reason in (*operation.reasons, *anywhere()):
-        if reason in ("token", "guessing") and open_to_all:
+    for reason in (*operation.reasons, *common):
+        if reason in ("token", "guessing") and operation.path in OPEN_PATHS:
             continue
         status, title = TITLES[reason]
         response = found.setdefault(status, {"description": "", "content": {}})
@@ -191,7 +233,7 @@ def _refusals(operation: Operation, *, open_to_all: bool) -> dict[int, dict[str,
     return found
 
 
-def anywhere() -> list[Reason]:
-    """The refusals that no operation names as its own: any request may meet them, those for a route of ours."""
-    named = {reason for operation in OPERATIONS.values() for reason in operation.reasons}
+def _common_problems(operations: Sequence[Operation]) -> list[Reason]:
+    """Return the refusals that any request to a route of ours may meet: those that no operation names as its own."""
+    named = {reason for operation in operations for reason in operation.reasons}
     return [reason for reason in TITLES if reason not in named | {"no_such_route", "method_not_allowed"}]

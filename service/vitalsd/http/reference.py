@@ -17,7 +17,7 @@ def markdown(schema: dict[str, Any]) -> str:
     ]
     parts = [f"- [{name}](#{_anchor(name)})\n" for name, _ in operations]
     parts.append("- [Refusals that any request may meet](#refusals-that-any-request-may-meet)\n- [Shapes](#shapes)\n")
-    parts += [_operation(name, operation, schema["x-anywhere"]) for name, operation in operations]
+    parts += [_operation(name, operation, schema["x-common-problems"]) for name, operation in operations]
     parts.append("\n## Refusals that any request may meet\n\nEach is a [Problem](#problem), under 1 KiB.\n\n")
     parts.append(_table(("Status", "Reason", "Meaning"), _common_refusals(schema)))
     parts.append("\n## Shapes\n")
@@ -85,7 +85,7 @@ def _common_refusals(schema: dict[str, Any]) -> list[tuple[str, str, str]]:
         for operation in methods.values()
         for answer in operation["responses"].values()
         for reason, example in answer["content"].get("application/problem+json", {}).get("examples", {}).items()
-        if reason in schema["x-anywhere"]
+        if reason in schema["x-common-problems"]
     }
     return sorted(found.values(), key=lambda row: row[0])
 

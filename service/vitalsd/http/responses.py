@@ -6,17 +6,20 @@ A sampling failure is not one of these: it is the `Unavailable` variant of the c
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
+from typing_extensions import TypedDict
 
 from vitalsd.admission import Busy
 from vitalsd.contract.encoding import unavailable
 from vitalsd.contract.json_pieces import to_json
+from vitalsd.contract.limits import DETAIL_CHARACTERS
+from vitalsd.contract.shapes import Doc
 from vitalsd.recording.recorder import NotRecording
 from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
 from vitalsd.worker_thread import Hung, NoThread
@@ -26,14 +29,15 @@ __all__ = [
     "MEDIA_TYPE",
     "STATUS",
     "TITLES",
+    "ProblemError",
+    "ProblemJson",
     "Reason",
-    "Refused",
     "bare",
+    "did_you_mean",
     "failed",
-    "install",
-    "nearest",
+    "install_problem_handlers",
     "problem",
-    "shown",
+    "truncate_for_display",
 ]
 
 MEDIA_TYPE = "application/problem+json"
@@ -99,7 +103,17 @@ TITLES: dict[Reason, tuple[int, str]] = {
 }
 
 
-class Refused(Exception):
+class ProblemJson(TypedDict):
+    """A refusal (RFC 9457)."""
+
+    title: Annotated[str, Doc("What `reason` means, in words.")]
+    status: Annotated[int, Doc("The HTTP status, again.")]
+    reason: Annotated[Reason, Doc("One of a closed set, for programs.")]
+    detail: Annotated[str, Doc("What is wrong and what would be right.")]
+    parameter: NotRequired[Annotated[str | None, Doc("The query parameter, or the field of the body, that is wrong.")]]
+
+
+class ProblemError(Exception):
     """Raised anywhere below a route: it becomes the problem of that `reason`."""
 
     def __init__(self, reason: Reason, detail: str, parameter: str | None = None) -> None:
@@ -112,19 +126,19 @@ def problem(
 ) -> Response:
     """One refusal; `detail` and `parameter` may hold anything a stranger sent and are cut short."""
     status, title = TITLES[reason]
-    body = {"title": title, "status": status, "reason": reason, "detail": detail[:400]}
+    body: ProblemJson = {"title": title, "status": status, "reason": reason, "detail": detail[:DETAIL_CHARACTERS]}
     if parameter is not None:
-        body["parameter"] = shown(parameter)
+        body["parameter"] = truncate_for_display(parameter)
     return Response(json.dumps(body), status, media_type=MEDIA_TYPE, headers=headers)
 
 
-def shown(text: object, length: int = 32) -> str:
+def truncate_for_display(text: object, length: int = 32) -> str:
     """What a stranger sent, harmless and short enough to repeat."""
     whole = str(text)
     return ascii(whole[:length])[1:-1] + ("..." if len(whole) > length else "")
 
 
-def nearest(given: str, known: Iterable[str]) -> str:
+def did_you_mean(given: str, known: Iterable[str]) -> str:
     """``did you mean X? `` for what was misspelt, or nothing if it is like none of `known`."""
     from difflib import get_close_matches
 
@@ -132,13 +146,13 @@ def nearest(given: str, known: Iterable[str]) -> str:
     return f"did you mean {found[0]}? " if found else ""
 
 
-def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
-    """Make every refusal of `app` a problem; `routes` are all that it has."""
+def install_problem_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Make every refusal of `app` a problem; `routes` are all its routes."""
     served = [route for route in routes if isinstance(route, Route)]
     paths = sorted({route.path for route in served})
 
-    @app.exception_handler(Refused)
-    async def refuse(_: Request, error: Refused) -> Response:
+    @app.exception_handler(ProblemError)
+    async def refuse(_: Request, error: ProblemError) -> Response:
         return problem(error.reason, error.detail, parameter=error.parameter)
 
     @app.exception_handler(HTTPException)
@@ -149,8 +163,8 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             allowed = ", ".join(sorted(methods))
             return problem("method_not_allowed", f"use {allowed}", headers={"Allow": allowed})
         path = request.scope["path"]
-        there = f"{nearest(path, paths)}there are: {', '.join(paths)}"
-        return problem("no_such_route", f"{shown(path)} is not served here; {there}")
+        there = f"{did_you_mean(path, paths)}there are: {', '.join(paths)}"
+        return problem("no_such_route", f"{truncate_for_display(path)} is not served here; {there}")
 
     @app.exception_handler(ClientDisconnect)
     async def hung_up(_: Request, error: ClientDisconnect) -> Response:

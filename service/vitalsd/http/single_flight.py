@@ -8,14 +8,12 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from vitalsd.admission import OWNER, Busy, Peer, Shares
+from vitalsd.contract.limits import WAITING_ANSWERS
 from vitalsd.worker_thread import seen
 
-__all__ = ["Turns"]
+__all__ = ["SingleFlight"]
 
 T = TypeVar("T")
-
-MAX_WAITING = 16
-"""Of one kind of client. A large table takes more than a second: later requests would wait longer than clients do."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +26,7 @@ class _Order(Generic[T]):
     begun: bool = False
 
 
-class Turns:
+class SingleFlight:
     """
     Make answers one after the other, from the sources of an answer to its bytes.
 
@@ -38,7 +36,7 @@ class Turns:
         limit: answers that one kind of client may wait for, besides the one being made; see `Shares`.
     """
 
-    def __init__(self, limit: int = MAX_WAITING) -> None:
+    def __init__(self, limit: int = WAITING_ANSWERS) -> None:
         self._shares = Shares(limit + 1)
         self._orders: dict[Hashable, _Order[Any]] = {}
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}

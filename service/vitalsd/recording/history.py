@@ -10,27 +10,74 @@ import io
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from vitalsd.contract.encoding import DECIMALS, target_json
 from vitalsd.contract.json_pieces import LockRelease, to_json
+from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_ROWS
+from vitalsd.contract.shapes import Count, Doc, Lazy, UnixMs
 from vitalsd.recording.segment import Segment
-from vitalsd.recording.series import Event, Mark, Record
+from vitalsd.recording.series import Event, EventKind, Mark, Record
 from vitalsd.snapshot import allowance_ns, idle_allowance_ns
 from vitalsd.text import iso, printable
 
-__all__ = ["History", "ThreadHistory", "history"]
-
-MAX_ROWS = 10_000
-"""More of them are put together into longer ones."""
-MAX_CELLS = 1_000_000
-"""Rows times threads, some 8 MiB of JSON; the idlest threads are left out."""
+__all__ = ["History", "HistoryJson", "ThreadHistory", "history"]
 
 FORMULA = ("=", "+", "-", "@")
 """Characters with which a formula begins. A tab and CR, which some spreadsheets skip, are escaped in any case."""
 
 ThreadKey = tuple[int, int]
 """tid and birth."""
+
+
+class ThreadColumnJson(TypedDict):
+    """One thread over time."""
+
+    tid: Count
+    name: str
+    cpu_percent: Annotated[list[float | None], Doc("One per row; null while it did not live.")]
+
+
+class PastMarkJson(TypedDict):
+    """A label on the time axis."""
+
+    time_ms: UnixMs
+    label: str
+
+
+class EventJson(TypedDict):
+    """Something the recorder noticed."""
+
+    time_ms: UnixMs
+    kind: Annotated[
+        EventKind,
+        Doc(
+            "stopped: by a signal, a debugger or a freezer. clock_set: the wall clock. inconsistent: the CPU"
+            " counters contradicted each other, and the threads have no figure there."
+        ),
+    ]
+    detail: str
+
+
+class HistoryJson(TypedDict):
+    """A table over time, one list per quantity, all equally long. A row covers the time since the row before."""
+
+    schema: Literal[1]
+    platform: Annotated[str, Lazy("vitalsd.contract.metrics:Platform")]
+    target: Annotated[dict[str, Any], Lazy("vitalsd.contract.metrics:Target")]
+    interval_ms: Annotated[Count, Doc("Between two snapshots, ms.")]
+    time_ms: Annotated[list[int], Doc("End of each row, Unix time, ms.")]
+    elapsed_ms: Annotated[list[float], Doc("Measured length of each row, ms.")]
+    cpu_percent: Annotated[list[float], Doc("Of the process; 100 = one core busy.")]
+    rss_kb: Annotated[list[int], Doc("Resident memory at the end of the row, KiB.")]
+    vm_size_kb: Annotated[list[int], Doc("Virtual memory at the end of the row, KiB.")]
+    thread_count: list[int]
+    threads: Annotated[list[ThreadColumnJson], Doc("The `top` busiest, busiest first.")]
+    marks: list[PastMarkJson]
+    events: list[EventJson]
+    truncated: NotRequired[Annotated[Literal[True], Doc("Threads that were asked for are left out.")]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +111,14 @@ class History:
     def to_json(self) -> bytes:
         """Return columnar JSON: percentages of one core, sizes in KiB, times in Unix ms."""
         identity = self.record.identity
-        body: dict[str, Any] = {
+        body: HistoryJson = {
             "schema": 1,
             "platform": identity.platform,
             "target": target_json(identity),
             "interval_ms": self.record.interval_ns // 1_000_000,
             "time_ms": [ns // 1_000_000 for ns in self.wall_ns],
             "elapsed_ms": [round(ns / 1e6, DECIMALS) for ns in self.elapsed_ns],
-            "cpu_percent": self._percents(self.cpu_ns),
+            "cpu_percent": self._process_percents(),
             "rss_kb": [size // 1024 for size in self.rss_bytes],
             "vm_size_kb": [size // 1024 for size in self.vm_bytes],
             "thread_count": list(self.thread_count),
@@ -97,7 +144,7 @@ class History:
         writer.writerow(
             ["time", "elapsed_ms", "cpu_percent", "rss_kb", "vm_size_kb", "thread_count", *names, "marks", "events"]
         )
-        cpu = self._percents(self.cpu_ns)
+        cpu = self._process_percents()
         threads = list(self._threads())
         marks = _by_row(self.monotonic_ns, [(mark.monotonic_ns, f"mark: {mark.label}") for mark in self.marks])
         events = _by_row(
@@ -125,6 +172,11 @@ class History:
         for thread in self.threads:
             yield self._percents(thread.cpu_ns)
             release()
+
+    def _process_percents(self) -> list[float]:
+        return [
+            round(100 * ns / elapsed_ns, DECIMALS) for ns, elapsed_ns in zip(self.cpu_ns, self.elapsed_ns, strict=True)
+        ]
 
     def _percents(self, cpu_ns: Sequence[int | None]) -> list[float | None]:
         return [
@@ -169,16 +221,17 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     Return the rows of `record` that end after monotonic `since_ns`.
 
     Args:
-        top: how many threads to show: those that used most CPU time in the time shown; less if they fill `MAX_CELLS`.
-        step_ns: at least so long a time per row; 0 shows every snapshot, up to `MAX_ROWS`.
+        top: how many threads to show: those that used most CPU time in the time shown; less if
+            they fill `HISTORY_CELLS`.
+        step_ns: at least so long a time per row; 0 shows every snapshot, up to `HISTORY_ROWS`.
     """
     rows = _rows(record.segments(), since_ns, step_ns)
-    if len(rows) > MAX_ROWS + 1:
-        step_ns = (rows[-1]["monotonic_ns"] - rows[0]["monotonic_ns"]) // MAX_ROWS + 1
+    if len(rows) > HISTORY_ROWS + 1:
+        step_ns = (rows[-1]["monotonic_ns"] - rows[0]["monotonic_ns"]) // HISTORY_ROWS + 1
         rows = _rows(record.segments(), since_ns, step_ns)
     release = LockRelease()
     totals = _totals(rows, release)
-    fitting = MAX_CELLS // max(1, len(rows))
+    fitting = HISTORY_CELLS // max(1, len(rows))
     busiest = sorted(totals, key=lambda key: (-totals[key], key))[: min(top, fitting)]
     columns = _columns(rows, busiest, release)
     segments = dict.fromkeys(row.segment for row in rows) if busiest else ()

@@ -8,8 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
 from vitalsd.contract.encoding import DECIMALS
-from vitalsd.contract.labels import MAX_LABEL_LENGTH
-from vitalsd.recording.history import MAX_CELLS, MAX_ROWS
+from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_ROWS, LABEL_CHARACTERS
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 
@@ -21,7 +20,7 @@ LAG_NS = 20_000_000
 """The table does not state how far a counter may lag; on no platform is it more."""
 MS_NS = 1_000_000
 """The JSON has times in milliseconds."""
-MAX_VALUES = MAX_CELLS + 10 * MAX_ROWS + 500_000
+MAX_VALUES = HISTORY_CELLS + 10 * HISTORY_ROWS + 500_000
 """Commas in the JSON of a history: between its numbers, between threads and notes, and in names and labels."""
 MAX_CONTAINERS = 300_000
 """Opening brackets in it: of threads and notes, and in labels."""
@@ -38,7 +37,7 @@ def check_json(body: bytes) -> None:
     Parsed, a value takes up to 250 bytes, a hundred times what it takes here.
     """
     if body.count(b",") > MAX_VALUES or body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
-        raise ValueError(f"it has more values than a history, which has at most {MAX_CELLS} numbers")
+        raise ValueError(f"it has more values than a history, which has at most {HISTORY_CELLS} numbers")
 
 
 def parse_json(body: bytes) -> Any:
@@ -70,7 +69,7 @@ def read_history(body: bytes | Mapping[str, Any]) -> Record:
             record.append(snapshot)
             clocks.append((snapshot.wall_ns, snapshot.monotonic_ns))
         for mark, times in _timed(table["marks"][-MAX_MARKS:], clocks):
-            record.marks.append(Mark(*times, str(mark["label"])[:MAX_LABEL_LENGTH]))
+            record.marks.append(Mark(*times, str(mark["label"])[:LABEL_CHARACTERS]))
         for event, times in _timed(table["events"][-MAX_EVENTS:], clocks):
             if event["kind"] not in get_args(EventKind):
                 raise ValueError(f"an event {event['kind']!r:.80}")
@@ -149,11 +148,11 @@ def _identity(table: Mapping[str, Any]) -> Identity:
 def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snapshot]:
     """Yield the snapshots at the ends of the rows, and one at the start of the first; counters begin at 0."""
     times, elapsed = table["time_ms"], table["elapsed_ms"]
-    if len(times) > MAX_ROWS + 1:
-        raise ValueError(f"{len(times)} rows; a history has at most {MAX_ROWS}")
+    if len(times) > HISTORY_ROWS + 1:
+        raise ValueError(f"{len(times)} rows; a history has at most {HISTORY_ROWS}")
     threads = sorted(table["threads"], key=lambda thread: _whole(thread["tid"]))
-    if len(threads) * len(times) > MAX_CELLS:
-        raise ValueError(f"{len(threads)} threads in {len(times)} rows; a history has at most {MAX_CELLS} numbers")
+    if len(threads) * len(times) > HISTORY_CELLS:
+        raise ValueError(f"{len(threads)} threads in {len(times)} rows; a history has at most {HISTORY_CELLS} numbers")
     columns = [thread["cpu_percent"] for thread in threads]
     for column in (times, elapsed, table["cpu_percent"], table["rss_kb"], table["vm_size_kb"], *columns):
         if len(column) != len(times):

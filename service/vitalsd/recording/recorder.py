@@ -3,22 +3,49 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, NotRequired, Protocol
+
+from typing_extensions import TypedDict
 
 from vitalsd.contract.application import Application
+from vitalsd.contract.shapes import Count, Doc
 from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.run_directory import RunDirectory
+from vitalsd.recording.run_reader import State
 from vitalsd.recording.series import EventKind, Mark, Record
 from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Snapshot
 from vitalsd.sources.base import SourceError, TargetGone
 from vitalsd.worker_thread import seen
 
-__all__ = ["NoRecorder", "NotRecording", "Recorder", "RecorderConfig", "TargetRecorder"]
+__all__ = ["NoRecorder", "NotRecording", "Recorder", "RecorderConfig", "RecorderJson", "TargetRecorder"]
 
 CLOCK_STEP_NS = 500_000_000
 """A wall clock that moves by less against the clock since boot was not set but slewed, or read late."""
 MARK_S = 0.05
 """A caller that sets a mark waits at most this long for the disk."""
+
+
+class BlackBoxJson(TypedDict):
+    """The record on disk."""
+
+    run: Annotated[str | None, Doc("Its id in `/runs`.")]
+    error: Annotated[str | None, Doc("Why nothing is written to disk any more; null while it is.")]
+    dropped: Annotated[Count, Doc("Snapshots that did not get to disk.")]
+
+
+class RecorderJson(TypedDict):
+    """The record. A replay has the fields without a default alone."""
+
+    interval_ms: Annotated[Count, Doc("Between two snapshots, ms.")]
+    snapshots: Annotated[Count, Doc("Held now.")]
+    marks: Annotated[Count, Doc("Held now.")]
+    ended: Annotated[str | None, Doc("Why there will be no more snapshots; null while there will.")]
+    state: Annotated[State, Doc("running, or how the target ended.")]
+    retention_secs: NotRequired[Annotated[Count | None, Doc("Kept so long, s.")]]
+    max_bytes: NotRequired[Annotated[Count | None, Doc("Memory it may use, bytes.")]]
+    size_bytes: NotRequired[Annotated[Count | None, Doc("Memory it uses, bytes.")]]
+    missed: NotRequired[Annotated[Count | None, Doc("Snapshots that could not be taken in time.")]]
+    black_box: NotRequired[Annotated[BlackBoxJson | None, Doc("null: kept in memory only.")]]
 
 
 class RecorderConfig(NamedTuple):
@@ -47,7 +74,7 @@ class TargetRecorder(Protocol):
     @property
     def why_not_recorded(self) -> str: ...
     async def mark_async(self, label: str) -> Mark: ...
-    def info(self) -> dict[str, Any] | None: ...
+    def info(self) -> RecorderJson | None: ...
     async def hangs(self) -> bool: ...
 
 
@@ -73,7 +100,7 @@ class NoRecorder:
         """Raise `NotRecording`."""
         raise NotRecording(self.why_not_recorded)
 
-    def info(self) -> dict[str, Any] | None:
+    def info(self) -> RecorderJson | None:
         """Return ``None``."""
         return None
 
@@ -209,7 +236,7 @@ class Recorder:
         mark = self.record.add_mark(label)
         return mark, self.blackbox.write_mark(mark) if self.blackbox is not None else None
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> RecorderJson:
         """Return the state of the recorder and of the black box, for ``/info``."""
         record, blackbox = self.record, self.blackbox
         return {

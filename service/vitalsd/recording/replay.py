@@ -1,18 +1,30 @@
 """Serve a recorded run as a target: the same API over a run or a bug report, so that the same commands work."""
 
-from typing import Any
+from typing import Annotated
+
+from typing_extensions import TypedDict
 
 from vitalsd.admission import OWNER, Peer
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import Host
-from vitalsd.recording.recorder import NotRecording
-from vitalsd.recording.replay_file import RecordedRun, ReplayFile
+from vitalsd.contract.shapes import Doc
+from vitalsd.recording.recorder import NotRecording, RecorderJson
+from vitalsd.recording.replay_file import RecordedRun, ReplayFile, ReportCardJson
+from vitalsd.recording.run_reader import RunJson
 from vitalsd.recording.series import Mark, Record
 from vitalsd.snapshot import Identity, Measurement, Snapshot
 from vitalsd.sources.base import TargetGone
 from vitalsd.text import iso
 
-__all__ = ["Replay", "ReplayRecorder"]
+__all__ = ["Replay", "ReplayRecorder", "ReplayedJson"]
+
+
+class ReplayedJson(TypedDict):
+    """A file that is replayed."""
+
+    file: str
+    run: Annotated[RunJson, Doc("The run that `/history` shows: the crashed one if there is one.")]
+    report: Annotated[ReportCardJson | None, Doc("null: the file is not a report.")]
 
 
 class ReplayRecorder:
@@ -35,7 +47,7 @@ class ReplayRecorder:
         """Raise `NotRecording`."""
         raise NotRecording(f"{self._ended}; it takes no marks")
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> RecorderJson:
         """Return the state of the record as ``GET /info`` shows it."""
         return {
             "interval_ms": self.record.interval_ns // 1_000_000,
@@ -94,7 +106,7 @@ class Replay:
         """Return the run with this id; ``None``: the file has none."""
         return next((each for each in (self.file.opened, *self.file.others) if each.run.id == run_id), None)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ReplayedJson:
         """Return what ``GET /info`` shows of the file."""
         card = self.file.card
         return {

@@ -13,18 +13,21 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
+
+from typing_extensions import TypedDict
 
 from vitalsd.contract.application import Application
-from vitalsd.contract.host import Host
+from vitalsd.contract.host import Host, HostFactsJson
 from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.contract.report_archive import HISTORY, MANIFEST, METADATA, METRICS, PREVIOUS_RUN
+from vitalsd.contract.shapes import Count, Doc, Lazy
 from vitalsd.recording.history_import import check_json, parse_json, read_history
 from vitalsd.recording.run_files import MAGIC, open_regular
 from vitalsd.recording.run_reader import Run, State, UnreadableRun, read_run
 from vitalsd.recording.series import Record
 
-__all__ = ["Card", "RecordedRun", "ReplayFile", "read_replay_file"]
+__all__ = ["Card", "RecordedRun", "ReplayFile", "ReportCardJson", "read_replay_file"]
 
 MAX_REPORT_BYTES = 64 << 20
 """Of a report; its attachments are limited to half of that."""
@@ -48,6 +51,44 @@ class RecordedRun(NamedTuple):
     record: Record
 
 
+class ReportMemberJson(TypedDict):
+    """A file in a report."""
+
+    name: str
+    size: Annotated[Count, Doc("Bytes, unpacked.")]
+
+
+class ReportFailureJson(TypedDict):
+    """A file that is not in a report."""
+
+    member: str
+    reason: str
+
+
+class ReportMetricsJson(TypedDict):
+    """The window that was measured when the report was requested."""
+
+    sample_window_ms: Count
+    process: Annotated[dict[str, Any], Lazy("vitalsd.contract.metrics:ProcessMetrics")]
+    threads: Annotated[Count, Doc("How many.")]
+
+
+class ReportCardJson(TypedDict):
+    """What a replayed report says about itself; null where it says nothing."""
+
+    app: str | None
+    app_version: str | None
+    description: Annotated[str | None, Doc("What the user said.")]
+    platform: str | None
+    host: HostFactsJson
+    triggered_at: str | None
+    submitted_at: str | None
+    vitalsd_version: str | None
+    members: list[ReportMemberJson]
+    failures: list[ReportFailureJson]
+    metrics: Annotated[ReportMetricsJson | None, Doc("null: it has none.")]
+
+
 class Card(NamedTuple):
     """What a report says about itself; each field is ``None`` where it says nothing."""
 
@@ -66,15 +107,22 @@ class Card(NamedTuple):
     metrics: Measured | FullMetrics | None
     """The window that was measured when the report was requested."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ReportCardJson:
         """Return it as ``GET /info`` shows it."""
         return {
-            **self._asdict(),
-            "host": self.host._asdict(),
+            "app": self.app,
+            "app_version": self.app_version,
+            "description": self.description,
+            "platform": self.platform,
+            "host": self.host.to_json(),
+            "triggered_at": self.triggered_at,
+            "submitted_at": self.submitted_at,
+            "vitalsd_version": self.vitalsd_version,
             "members": [{"name": name, "size": size} for name, size in self.members],
             "failures": [{"member": member, "reason": reason} for member, reason in self.failures],
-            "metrics": self.metrics
-            and {
+            "metrics": None
+            if self.metrics is None
+            else {
                 "sample_window_ms": self.metrics.sample_window_ms,
                 "process": self.metrics.process.model_dump(),
                 "threads": len(self.metrics.threads),

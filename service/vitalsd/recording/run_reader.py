@@ -10,11 +10,14 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from typing_extensions import TypedDict
 
 from vitalsd.contract.application import Application
-from vitalsd.contract.host import Host
-from vitalsd.contract.labels import MAX_LABEL_LENGTH
+from vitalsd.contract.host import Host, HostFactsJson
+from vitalsd.contract.limits import LABEL_CHARACTERS
+from vitalsd.contract.shapes import APP, PROGRAM, Count, Doc, Lazy, UtcTime
 from vitalsd.recording.run_database import Tables, readable
 from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of
 from vitalsd.recording.run_image import UnreadableRun
@@ -23,7 +26,7 @@ from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Ma
 from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 from vitalsd.text import iso
 
-__all__ = ["UNKNOWN_END", "Run", "State", "UnreadableRun", "describe", "read_run"]
+__all__ = ["UNKNOWN_END", "Run", "RunJson", "State", "UnreadableRun", "describe", "read_run"]
 
 SCALARS_BYTES = 8 * len(Segment.SCALARS)
 CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image", "reading")
@@ -39,6 +42,27 @@ LARGEST = 2**63 - 1
 State = Literal["running", "clean", "crashed"]
 
 UNKNOWN_END = "the sidecar ended before the process or with it; how the process ended is not known"
+
+
+class RunJson(TypedDict):
+    """A run on disk."""
+
+    id: str
+    state: Annotated[State, Doc("crashed: it did not end well, and its last seconds are in it.")]
+    ended: Annotated[str | None, Doc("How it ended; null while it runs, or if nobody could say.")]
+    reported: Annotated[bool, Doc("Has gone into a bug report already.")]
+    app: Annotated[str | None, APP]
+    app_version: str | None
+    platform: Annotated[str, Lazy("vitalsd.contract.metrics:Platform")]
+    host: HostFactsJson
+    pid: Count
+    name: str
+    program: Annotated[str, PROGRAM]
+    started_at: UtcTime
+    recorded_from: UtcTime | None
+    recorded_to: UtcTime | None
+    snapshots: Count
+    size_bytes: Count
 
 
 class Run(NamedTuple):
@@ -61,7 +85,7 @@ class Run(NamedTuple):
     host: Host = Host()
     """The machine it was recorded on."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RunJson:
         """Return it as ``GET /runs`` and ``vitalsd runs --json`` list it."""
         return {
             "id": self.id,
@@ -71,7 +95,7 @@ class Run(NamedTuple):
             "app": self.application.app,
             "app_version": self.application.app_version,
             "platform": self.identity.platform,
-            "host": self.host._asdict(),
+            "host": self.host.to_json(),
             "pid": self.identity.pid,
             "name": self.identity.name,
             "program": self.identity.program,
@@ -191,8 +215,8 @@ def _record(tables: Tables) -> Record:
             record.restore(_segment(row, group, threads))
     for row in _newest(tables, "wall_ns, monotonic_ns, label FROM mark", MAX_MARKS):
         mark = Mark(*_typed(row, (int, int, str)))
-        if len(mark.label) > MAX_LABEL_LENGTH:
-            raise ValueError(f"a label of {len(mark.label)} characters; it has at most {MAX_LABEL_LENGTH}")
+        if len(mark.label) > LABEL_CHARACTERS:
+            raise ValueError(f"a label of {len(mark.label)} characters; it has at most {LABEL_CHARACTERS}")
         record.marks.append(mark)
     for row in _newest(tables, "wall_ns, monotonic_ns, kind, detail FROM event", MAX_EVENTS):
         event = Event(*_typed(row, (int, int, str, str)))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from vitalsd.contract.labels import MAX_LABEL_LENGTH
+from vitalsd.contract.limits import LABEL_CHARACTERS
 from vitalsd.recording.segment import Segment
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 
@@ -143,12 +143,12 @@ class Record:
         Put a label on the clock, now. The oldest of more than `MAX_MARKS` goes.
 
         Raises:
-            ValueError: the label is empty, longer than `MAX_LABEL_LENGTH` or not printable.
+            ValueError: the label is empty, longer than `LABEL_CHARACTERS` or not printable.
         """
         if not isinstance(label, str):
             raise ValueError("a label is text")
-        if not 0 < len(label) <= MAX_LABEL_LENGTH:
-            raise ValueError(f"a label has 1 to {MAX_LABEL_LENGTH} characters; this has {len(label)}")
+        if not 0 < len(label) <= LABEL_CHARACTERS:
+            raise ValueError(f"a label has 1 to {LABEL_CHARACTERS} characters; this has {len(label)}")
         if not label.isprintable():
             raise ValueError("a label is one line of printable characters")
         mark = Mark(time.time_ns(), time.monotonic_ns(), label)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from vitalsd.admission import OWNER, Busy, Peer, Shares
+from vitalsd.contract.limits import OTHER_PROCESSES, STREAM_QUEUE
 from vitalsd.recording.recorder import TargetRecorder
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.snapshot import Identity, Measurement, Snapshot
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from vitalsd.recording.replay import Replay
 
 __all__ = ["PooledTarget", "Stream", "Targets"]
-
-STREAM_QUEUE = 16
-"""Measurements that wait for a slow reader of a stream; then the oldest is dropped."""
 
 
 class PooledTarget(Protocol):
@@ -132,7 +130,7 @@ class Targets:
         open_source: Callable[[int], Source],
         *,
         idle_s: float = 10,
-        limit: int = 32,
+        limit: int = OTHER_PROCESSES,
         name: str | None = None,
     ) -> None:
         self.default = default

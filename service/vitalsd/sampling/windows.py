@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from vitalsd.admission import Busy, Peer, Shares
+from vitalsd.contract.limits import WINDOWS
 from vitalsd.sampling.target_reader import SNAPSHOT_REUSE_NS
 from vitalsd.snapshot import Measurement, Snapshot, measure
 from vitalsd.sources.base import TargetGone
 from vitalsd.worker_thread import seen
 
-__all__ = ["MAX_WINDOWS", "Windows"]
+__all__ = ["Windows"]
 
 REUSE_PART = 20
 """A snapshot serves another window only if it is at most 1/20 of that window old."""
@@ -26,8 +27,6 @@ BUSY_WINDOW_COUNT = 8
 """With so many windows of one target open, a snapshot of any age up to 1/20 of the window serves it."""
 BUSY_REUSE_NS = 5_000_000
 """With so many windows open, a snapshot up to 5 ms old, or half the window, serves a short window too."""
-MAX_WINDOWS = 64
-"""Of one target at once and for one kind of client; see `Shares`. Clients that share a window use one each."""
 
 Key = tuple[Snapshot, int, bool]
 """Of a window: its first snapshot, its length in ms, and whether it has extras."""
@@ -61,7 +60,7 @@ class Windows:
         self._take_at = take_at
         self._gone = gone
         self._open: dict[Key, _Window] = {}
-        self._shares = Shares(MAX_WINDOWS)
+        self._shares = Shares(WINDOWS)
         self._closed = False
 
     def __len__(self) -> int:
@@ -82,7 +81,7 @@ class Windows:
         key = (first, window_ms, extras)
         window = self._open.get(key)
         if (window is None or not window.waiting[peer]) and not self._shares.take(peer):
-            raise Busy(f"{MAX_WINDOWS} different windows of this process are open already")
+            raise Busy(f"{WINDOWS} different windows of this process are open already")
         if window is None:
             window = self._begin(key, window_ns, slack_ns)
         window.waiting[peer] += 1

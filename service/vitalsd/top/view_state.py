@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vitalsd.contract.labels import MAX_LABEL_LENGTH
+from vitalsd.contract.limits import LABEL_CHARACTERS
 from vitalsd.contract.metrics import Measured, ThreadMetrics
 from vitalsd.text import printable
 from vitalsd.top.events import Ended, News, Note, Past, Sample, Subject, Trouble
@@ -167,7 +167,7 @@ class View:
             self.typed = self.typed[:-1]
         elif key == "clear":
             self.typed = ""
-        elif len(key) == 1 and key.isprintable() and len(self.typed) < MAX_LABEL_LENGTH:
+        elif len(key) == 1 and key.isprintable() and len(self.typed) < LABEL_CHARACTERS:
             self.typed += key
         if self.prompt == "filter":
             self.filter, self.first = self.typed, 0

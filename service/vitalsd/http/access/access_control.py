@@ -1,4 +1,4 @@
-"""Who may ask, and until when: the first thing a request passes."""
+"""Access control, the first check of a request: size of its head, host, origin, token, user, and the end."""
 
 import asyncio
 import hmac
@@ -16,11 +16,12 @@ from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitalsd.admission import Peer
+from vitalsd.contract.limits import BAD_TOKENS_PER_S, HEAD_BYTES, HEADERS, TARGET_BYTES
 from vitalsd.http.access.peer import PEER, peer_of
 from vitalsd.http.parameters import READING
-from vitalsd.http.responses import problem, shown
+from vitalsd.http.responses import problem, truncate_for_display
 
-__all__ = ["OPEN_PATHS", "Gate", "protected"]
+__all__ = ["OPEN_PATHS", "AccessControl", "protected"]
 
 OPEN_PATHS = frozenset(("/", "/docs", "/healthz", "/hello"))
 """Say nothing but that the service is alive, what its own code holds, and that it knows the token."""
@@ -36,12 +37,6 @@ What another user of this machine may read over TCP without a token: what ps(1) 
 ``/metrics`` refuses the parameters that ask for more.
 """
 
-MAX_TARGET_BYTES = 2048
-MAX_HEAD_BYTES = 16 * 1024
-MAX_HEADERS = 64
-BAD_TOKENS = 10
-"""Wrong tokens that are called wrong in a second; the next ones are only told to come later."""
-
 UNIX_HOSTS = frozenset(("localhost", "vitalsd", "metrics", "unix"))
 """
 What programs write before the path when it goes to the Unix socket. No browser gets there by itself; one
@@ -49,7 +44,7 @@ that does through a forwarder names the port of that, and has none of these.
 """
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z_.-]+))(?::[0-9]{1,5})?", re.ASCII)
 
-HEADERS = (
+PROTECTIVE_HEADERS = (
     (b"cache-control", b"no-store"),
     (
         b"content-security-policy",
@@ -63,7 +58,7 @@ HEADERS = (
 )
 """On every answer. One that has such a header, as the page has its own policy, keeps it."""
 
-TELLING = frozenset(
+IDENTIFYING_HEADERS = frozenset(
     (
         b"host",
         b"authorization",
@@ -76,7 +71,7 @@ TELLING = frozenset(
         b"sec-fetch-dest",
     )
 )
-"""Headers of a request that tell who asks."""
+"""Headers of a request by which the client is identified."""
 ABSOLUTE = re.compile(rb"http://([^/?#]*)", re.IGNORECASE)
 ADDRESSES = 16
 """Of this machine, remembered with what ``Host`` may be there."""
@@ -88,10 +83,10 @@ def protected(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     """`headers` of an answer, and those that keep browsers from making other use of it."""
     own = list(headers)
     names = {name.lower() for name, _ in own}
-    return own + [header for header in HEADERS if header[0] not in names]
+    return own + [header for header in PROTECTIVE_HEADERS if header[0] not in names]
 
 
-class Gate:
+class AccessControl:
     """
     Pure ASGI, around everything else.
 
@@ -112,7 +107,7 @@ class Gate:
         self._app = app
         self._token = None if token is None else token.encode()
         self._clock = clock
-        self._guesses: deque[float] = deque(maxlen=BAD_TOKENS)
+        self._guesses: deque[float] = deque(maxlen=BAD_TOKENS_PER_S)
         self._machine = _names_of_this_machine()
         self._loopback_hosts = lru_cache(ADDRESSES)(_loopback_hosts)
         self._running: set[asyncio.Task[Any]] = set()
@@ -145,29 +140,29 @@ class Gate:
 
     def _refusal(self, scope: Scope, authority: str | None) -> Response | None:
         headers: Headers = scope["headers"]
-        if len(scope["raw_path"]) + len(scope["query_string"]) >= MAX_TARGET_BYTES:
-            return problem("target_too_long", f"path and query have at most {MAX_TARGET_BYTES} bytes")
-        if len(headers) > MAX_HEADERS or sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEAD_BYTES:
-            return problem("head_too_large", f"at most {MAX_HEADERS} headers and {MAX_HEAD_BYTES} bytes of them")
-        said: dict[bytes, list[bytes]] = {}
+        if len(scope["raw_path"]) + len(scope["query_string"]) >= TARGET_BYTES:
+            return problem("target_too_long", f"path and query have at most {TARGET_BYTES} bytes")
+        if len(headers) > HEADERS or sum(len(name) + len(value) + 4 for name, value in headers) > HEAD_BYTES:
+            return problem("head_too_large", f"at most {HEADERS} headers and {HEAD_BYTES} bytes of them")
+        identifying: dict[bytes, list[bytes]] = {}
         for name, value in headers:
-            if name in TELLING:
-                said.setdefault(name, []).append(value)
-        hosts = said.pop(b"host", [])
+            if name in IDENTIFYING_HEADERS:
+                identifying.setdefault(name, []).append(value)
+        hosts = identifying.pop(b"host", [])
         if len(hosts) != 1 or not hosts[0]:
             return problem("no_host", "send one Host header")
         host = hosts[0].decode("latin-1").lower()
         if authority not in (None, host):
             return problem("bad_request", "the address of the request and its Host header name different servers")
-        if not self._is_ours(host, scope):
-            return problem("misdirected", f"this is not {shown(host)}; use {self._right_host(scope)}")
-        if said and (refusal := _cross_site(said, scope, host, guarded=self._token is not None)):
+        if not self._is_allowed_host(host, scope):
+            return problem("misdirected", f"this is not {truncate_for_display(host)}; use {self._expected_host(scope)}")
+        if identifying and (refusal := _cross_site(identifying, scope, host, guarded=self._token is not None)):
             return refusal
         if self._token is None:
             return _other_user(scope)
-        return self._without_token(self._token, said.get(b"authorization", []), scope)
+        return self._without_token(self._token, identifying.get(b"authorization", []), scope)
 
-    def _is_ours(self, host: str, scope: Scope) -> bool:
+    def _is_allowed_host(self, host: str, scope: Scope) -> bool:
         if scope["client"] is None:
             return host in UNIX_HOSTS
         hosts = self._loopback_hosts(*scope["server"])
@@ -183,7 +178,7 @@ class Gate:
         except ValueError:
             return found[1] is None and found[2] in self._machine
 
-    def _right_host(self, scope: Scope) -> str:
+    def _expected_host(self, scope: Scope) -> str:
         if scope["client"] is None:
             return "http://localhost/ on this socket"
         hosts = self._loopback_hosts(*scope["server"])
@@ -200,7 +195,7 @@ class Gate:
                 scope[PEER] = Peer("tcp")  # The token gives the access of the owner to every user that knows it.
                 return None  # also while others guess: they must not be able to lock out who knows it
             now = self._clock()
-            if len(self._guesses) == BAD_TOKENS and now - self._guesses[0] < 1:
+            if len(self._guesses) == BAD_TOKENS_PER_S and now - self._guesses[0] < 1:
                 return problem("guessing", "wait a second", headers={"Retry-After": "1"})
             self._guesses.append(now)
         return problem(
@@ -239,37 +234,37 @@ class Gate:
             self._running.discard(task)
 
 
-def _cross_site(said: dict[bytes, list[bytes]], scope: Scope, host: str, *, guarded: bool) -> Response | None:
+def _cross_site(identifying: dict[bytes, list[bytes]], scope: Scope, host: str, *, guarded: bool) -> Response | None:
     """
-    A refusal of what a page of another origin made the browser send, by the `TELLING` headers it `said`.
+    A refusal of what a page of another origin made the browser send, by its `identifying` headers.
 
     Another port of this machine is another origin too, hence no ``same-site``. ``none`` is the user's own doing, an
     address that was typed or a bookmark, but also a typed address of another site that redirects, and a prefetch that
     another site asks for by speculation rules. So it leads to `PAGES` only, and a prefetch nowhere. Where everything
     else is `guarded` by a token, a page of another site may link to the page, which holds no data.
     """
-    if b"sec-purpose" in said or b"purpose" in said:
+    if b"sec-purpose" in identifying or b"purpose" in identifying:
         return problem("cross_site", "a browser fetches this in advance, perhaps for another site; open it instead")
-    sites = said.get(b"sec-fetch-site", [])
+    sites = identifying.get(b"sec-fetch-site", [])
     if sites not in ([], [b"same-origin"]):
-        navigates = said.get(b"sec-fetch-mode") == [b"navigate"]
+        navigates = identifying.get(b"sec-fetch-mode") == [b"navigate"]
         typed = sites == [b"none"] and navigates and scope["path"] in PAGES
         led = (
             guarded
             and navigates
             and scope["method"] == "GET"
             and scope["path"] == PAGE
-            and said.get(b"sec-fetch-dest") == [b"document"]
+            and identifying.get(b"sec-fetch-dest") == [b"document"]
         )
         if not typed and not led:
             return problem(
                 "cross_site",
                 "a browser gets only / and /docs by an address that was typed, and nothing by a link of another site;"
-                f" open http://{shown(host)}/, or use curl",
+                f" open http://{truncate_for_display(host)}/, or use curl",
             )
-    if said.get(b"origin", []) not in ([], [f"http://{host}".encode("latin-1")]):
-        return problem("cross_site", f"a page of another site asks; only http://{shown(host)} may")
-    if scope["method"] == "OPTIONS" and b"access-control-request-method" in said:
+    if identifying.get(b"origin", []) not in ([], [f"http://{host}".encode("latin-1")]):
+        return problem("cross_site", f"a page of another site asks; only http://{truncate_for_display(host)} may")
+    if scope["method"] == "OPTIONS" and b"access-control-request-method" in identifying:
         return problem("cross_site", "no other site is ever let in")
     return None
 

@@ -1,15 +1,15 @@
-"""What every request must keep to: a bounded body, declared or not."""
+"""Limit the body of requests, whether its length is declared or not."""
 
 from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vitalsd.http.responses import Refused, problem
+from vitalsd.http.responses import ProblemError, problem
 
-__all__ = ["Bounds"]
+__all__ = ["BodyLimit"]
 
 
-class Bounds:
+class BodyLimit:
     """
     Refuse a body that is too large, by its declared length before it is read, else as soon as that much has arrived.
 
@@ -41,7 +41,7 @@ class Bounds:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                raise Refused("body_too_large", too_large)
+                raise ProblemError("body_too_large", too_large)
             return message
 
         await self.app(scope, counted, send)

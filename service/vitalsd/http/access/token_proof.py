@@ -1,23 +1,55 @@
 """``GET /hello?nonce=``: the sidecar proves that it is one before a client sends it the token."""
 
 import re
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
 
 from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+from typing_extensions import TypedDict
 
+from vitalsd.contract.shapes import Doc
 from vitalsd.discovery.runtime_file import proof
+from vitalsd.http.operation import Operation
 from vitalsd.http.parameters import READING
 from vitalsd.http.responses import JSON, problem
 
-__all__ = ["Hello"]
+__all__ = ["HELLO", "TokenProof"]
 
 NONCE = re.compile(r"[0-9A-Za-z_-]{16,128}", re.ASCII)
 
 
-class Hello:
+class HelloJson(TypedDict):
+    """The proof that this sidecar knows the token of its runtime file."""
+
+    app: Literal["vitalsd"]
+    proof: Annotated[str, Doc("HMAC-SHA256 with the token over nonce and port, hexadecimal.")]
+
+
+NONCE_PARAMETER: dict[str, Any] = {
+    "name": "nonce",
+    "in": "query",
+    "required": True,
+    "description": "Chosen by the client, new each time.",
+    "schema": {"type": "string", "pattern": f"^{NONCE.pattern}$"},
+    "example": "0123456789abcdef",
+}
+HELLO = Operation(
+    path="/hello",
+    summary="Prove that this is the sidecar of the runtime file",
+    description="Only with `--auth token`. A client asks before it sends the token: another user may have taken the"
+    " port of a sidecar that died.",
+    answer="The proof.",
+    reasons=("no_such_route",),
+    parameters=(NONCE_PARAMETER,),
+    shapes=(HelloJson,),
+    example={"app": "vitalsd", "proof": "5f" * 32},
+)
+
+
+class TokenProof:
     """
-    Pure ASGI, at a path that `Gate` keeps open: whoever asks does not send the token yet.
+    ASGI middleware for a path that `AccessControl` keeps open: the client has not sent the token yet.
 
     Args:
         app: answers everything else.
@@ -46,4 +78,4 @@ class Hello:
             )
         # On a Unix socket there is no port, and its mode is proof enough.
         _, port = scope["server"] or (None, None)
-        return JSON({"app": "vitalsd", "proof": proof(token, pairs[0][1], port or 0)})
+        return JSON(HelloJson(app="vitalsd", proof=proof(token, pairs[0][1], port or 0)))

@@ -10,10 +10,9 @@ import hashlib
 from functools import cache
 from importlib.resources import files
 
-from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-from vitalsd.http.parameters import READING, StrictRoute
+from vitalsd.http.operation import CommandExample, Operation, OperationRoute
 
 __all__ = ["page_routes", "policy"]
 
@@ -30,9 +29,22 @@ const $ = (id) => document.getElementById(id);
 """The parts share one scope, and nothing of it is the window's."""
 
 
-def page_routes() -> APIRouter:
-    """``GET /``; made when first asked for."""
-    routes = APIRouter(route_class=StrictRoute)
+PAGE = Operation(
+    path="/",
+    summary="The live page",
+    description="CPU, memory and every thread over time, in a browser. It asks for nothing but this API.",
+    answer="The page.",
+    media_types={"text/html": ""},
+    commands=(
+        CommandExample(
+            "Its content security policy", 'curl -s -o /dev/null -D - "$URL/" | grep -i "^content-security"'
+        ),
+    ),
+)
+
+
+def page_routes() -> list[OperationRoute]:
+    """Return the route ``/``; the page is made when first asked for."""
 
     @cache
     def document() -> tuple[str, dict[str, str]]:
@@ -49,12 +61,11 @@ def page_routes() -> APIRouter:
         page = html.replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
         return page, {"Content-Security-Policy": rules}
 
-    @routes.api_route("/", methods=READING, summary="The live page")
     async def page() -> HTMLResponse:
         content, headers = document()
         return HTMLResponse(content, headers=headers)
 
-    return routes
+    return [OperationRoute(PAGE, page)]
 
 
 def policy(*, style: str, script: str | None = None, more: str = "") -> str:

@@ -1,104 +1,168 @@
-"""Routes that look at running processes: ``/metrics``, ``/stream``, ``/processes``, ``/info``, ``/healthz``."""
+"""Routes that measure: ``/metrics`` and ``/stream``."""
 
-import os
-import platform
-import resource
-import sys
+import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import Field
 from starlette.types import Receive, Scope, Send
 
-from vitalsd import __version__
 from vitalsd.admission import Busy, Peer, Shares
-from vitalsd.contract.application import Application
-from vitalsd.contract.encoding import Labels, encode, target_json, unavailable, unavailable_json
-from vitalsd.contract.host import Host
-from vitalsd.exporters.prometheus import Scrape, content_type_of, expose, negotiate
+from vitalsd.contract.encoding import Detail, Labels, encode, unavailable
+from vitalsd.contract.limits import STREAMS, WINDOW_MS
+from vitalsd.contract.shapes import Lazy
+from vitalsd.exporters.prometheus import Form, Scrape, content_type_of, expose
+from vitalsd.http.accept import JSON_OFFER, Offer, choose
 from vitalsd.http.access.peer import peer_of
-from vitalsd.http.parameters import READING, MetricsQuery, NoQuery, StreamQuery, StrictRoute, given
-from vitalsd.http.responses import JSON, bare, failed, problem
-from vitalsd.http.single_flight import Turns
-from vitalsd.recording.run_directory_reader import RunDirectoryReader
-from vitalsd.sampling.target_pool import PooledTarget, Stream, Targets
-from vitalsd.sources.base import KernelError, ProcessEntry, SourceError
-from vitalsd.text import iso
-from vitalsd.worker_thread import Hung, Worker
+from vitalsd.http.operation import CommandExample, Operation, OperationRoute
+from vitalsd.http.parameters import Digits, OtherPid, SortBy, StrictModel, ThreadLimit, WindowMs, query_params
+from vitalsd.http.responses import JSON, bare, problem
+from vitalsd.http.routes.context import RouteContext
+from vitalsd.http.single_flight import SingleFlight
+from vitalsd.sampling.target_pool import PooledTarget, Stream
+from vitalsd.snapshot import Identity, Measurement
+from vitalsd.sources.base import SourceError
 
-__all__ = ["STREAM_S", "live_routes"]
+__all__ = ["OFFERS", "MetricsQuery", "StreamQuery", "metrics_routes"]
 
-MAX_STREAMS = 8
-STREAM_S = 3600.0
-"""Then a stream ends, and a forgotten one takes no place for ever; an EventSource begins the next by itself."""
-
+OFFERS: dict[Offer, Form | None] = {
+    JSON_OFFER: None,
+    Offer("application/openmetrics-text", "1.0.0"): "application/openmetrics-text",
+    Offer("text/plain", "1.0.0", is_default_version=False): "text/plain;version=1.0.0",
+    Offer("text/plain", "0.0.4"): "text/plain;version=0.0.4",
+}
+"""The forms of ``/metrics``. Text without a version is what scrapers accepted before there was a second one."""
 EVENTS = "text/event-stream; charset=utf-8"
-UNBUFFERED = {"X-Accel-Buffering": "no"}
-"""Otherwise nginx, and proxies that follow it, keep the events of a stream until a buffer is full."""
-FORMS = "application/json, text/plain (Prometheus, version 0.0.4 or 1.0.0) and application/openmetrics-text"
+UNBUFFERED = {"X-Accel-Buffering": "no"}  # Otherwise nginx and others keep the events until a buffer is full.
+
+EXAMPLE = {
+    "sample_window_ms": 501,
+    "process": {"cpu_percent": 25.55, "rss_kb": 9924, "vm_size_kb": 234256, "uptime_secs": 6.035},
+    "threads": [
+        {"tid": 2345, "name": "python", "cpu_percent": 0.0},
+        {"tid": 2375, "name": "render", "cpu_percent": 17.621},
+    ],
+    "platform": "linux",
+}
+SCRAPE_EXAMPLE = (
+    "# HELP process_cpu_seconds_total CPU time of the target, living and exited threads, user and system, in seconds.\n"
+    "# TYPE process_cpu_seconds_total counter\n"
+    "process_cpu_seconds_total 12.25\n"
+)
+
+METRICS = Operation(
+    path="/metrics",
+    summary="CPU, memory and every thread, over a window; cumulative counters for a scraper",
+    description="CPU is in percent of one core, over the time that was really measured. By `Accept` a scraper"
+    " gets cumulative counters and gauges of this instant instead, and the window parameters have no meaning.",
+    answer="The basic answer, or with `detail=full` the full one; by `Accept` Prometheus text or OpenMetrics.",
+    shapes=(Lazy("vitalsd.contract.metrics:FullMetrics"), Lazy("vitalsd.contract.metrics:Measured")),
+    example=EXAMPLE,
+    media_types={"text/plain": SCRAPE_EXAMPLE, "application/openmetrics-text": SCRAPE_EXAMPLE + "# EOF\n"},
+    reasons=("busy", "not_acceptable"),
+    unavailable=True,
+    commands=(
+        CommandExample("The three busiest threads", "curl -s \"$URL/metrics?sort=cpu&limit=3\" | jq '.threads'"),
+        CommandExample(
+            "Half a second, the process alone", 'curl -s "$URL/metrics?window_ms=500" | jq .process.cpu_percent'
+        ),
+        CommandExample("At once, from the record", 'curl -s "$URL/metrics?mode=trailing&window_ms=5000" | jq .process'),
+        CommandExample("CPU time of living and exited threads", 'curl -s "$URL/metrics?detail=full" | jq .accounting'),
+        CommandExample(
+            "As a scraper sees it", "curl -s -H 'Accept: text/plain' \"$URL/metrics\" | grep ^process_cpu_seconds"
+        ),
+    ),
+)
+STREAM = Operation(
+    path="/stream",
+    summary="Server-Sent Events, one answer of /metrics each",
+    description="Each event is an answer of `/metrics` on one line. `id` counts the windows, those among them that"
+    " a slow reader missed. When the numbers cannot be had any more, a last event `unavailable` says why.",
+    answer="Server-Sent Events, until the client hangs up, for an hour at the most.",
+    media_types={"text/event-stream": f"id: 1\ndata: {json.dumps(EXAMPLE, separators=(',', ':'))}\n\n"},
+    reasons=("busy",),
+    unavailable=True,
+    commands=(
+        CommandExample(
+            "CPU five times a second, for two seconds",
+            'curl -sN -m 2 "$URL/stream?interval_ms=200"'
+            " | jq --unbuffered -rR 'select(startswith(\"data: \")) | .[6:] | fromjson | .process.cpu_percent'",
+        ),
+    ),
+)
 
 
-def live_routes(
-    targets: Targets,
-    list_processes: Callable[[], Iterable[ProcessEntry]],
-    reader: Worker,
-    lister: Worker,
-    shelf: RunDirectoryReader | None,
-    *,
-    thread_metrics: int,
-    stream_s: float = STREAM_S,
-    application: Application = Application(),
-    hides_processes: Callable[[], bool] = lambda: False,
-) -> APIRouter:
-    """
-    The routes over `targets`.
+class MetricsQuery(StrictModel):
+    """Parameters of ``GET /metrics``."""
 
-    Args:
-        list_processes: what ``/processes`` lists; called on `lister`.
-        hides_processes: whether the kernel hides processes from other users.
-        shelf: earlier runs; ``/healthz`` says if they hang.
-        thread_metrics: threads that a scraper is shown, see `Scrape`.
-        stream_s: after so long a stream ends.
-        application: what the client says it is.
-    """
-    routes = APIRouter(route_class=StrictRoute)
-    streams = Shares(MAX_STREAMS)
-    scrapes, listings = Turns(), Turns()
+    window_ms: WindowMs = 1000
+    mode: Annotated[
+        Literal["wait", "trailing"],
+        Field(
+            description="`wait` measures the coming window; `trailing` answers at once for the one just recorded,"
+            " which of a target that has exited is its last, and waits where nothing has been recorded.",
+            examples=["trailing"],
+        ),
+    ] = "wait"
+    detail: Annotated[
+        Detail, Field(description="`full` adds the accounting, error bars and more per thread.", examples=["full"])
+    ] = "basic"
+    sort: SortBy = "tid"
+    limit: ThreadLimit = None
+    pid: OtherPid = None
+
+
+class StreamQuery(StrictModel):
+    """Parameters of ``GET /stream``."""
+
+    interval_ms: Annotated[int, Digits(*WINDOW_MS), Field(description="One answer each, ms.", examples=[200])] = 1000
+    sort: SortBy = "tid"
+    limit: ThreadLimit = None
+    pid: OtherPid = None
+
+
+def metrics_routes(context: RouteContext) -> list[OperationRoute]:
+    """Return the routes ``/metrics`` and ``/stream``."""
     labels = Labels()
+    return [
+        OperationRoute(METRICS, _Metrics(context, labels).answer),
+        OperationRoute(STREAM, _Streams(context, labels).answer),
+    ]
 
-    @routes.api_route(
-        "/metrics",
-        methods=READING,
-        summary="CPU, memory and every thread, over a window; cumulative counters for a scraper",
-    )
-    async def metrics(request: Request, query: Annotated[MetricsQuery, given(MetricsQuery)]) -> Response:
-        form = negotiate(request.headers.get("accept", ""))
-        if form is None:
-            return problem("not_acceptable", f"there are {FORMS}; /stream has text/event-stream")
-        peer = peer_of(request.scope)
-        if not peer.is_owner and (refusal := _private(query, targets, hides_processes)):
+
+class _Metrics:
+    """Answers ``GET /metrics``."""
+
+    def __init__(self, context: RouteContext, labels: Labels) -> None:
+        self._context = context
+        self._targets = context.targets
+        self._labels = labels
+        self._scrapes = SingleFlight()
+
+    async def answer(self, request: Request, query: Annotated[MetricsQuery, query_params(MetricsQuery)]) -> Response:
+        offer = choose(request.headers.get("accept", ""), tuple(OFFERS))
+        if offer is None:
+            there = "application/json, text/plain (Prometheus, version 0.0.4 or 1.0.0) and application/openmetrics-text"
+            return problem("not_acceptable", f"there are {there}; /stream has text/event-stream")
+        form, peer = OFFERS[offer], peer_of(request.scope)
+        if not peer.is_owner and (refusal := self._private(query)):
             return refusal
         if request.method == "HEAD":
-            return bare() if form == "json" else bare(await reader.result(lambda: content_type_of(form)))
-        if form != "json":
-            scrape = await _scrape(targets, query.pid, thread_metrics, peer)
-            body, content_type = await scrapes.make(lambda: reader.result(lambda: expose(scrape, form)), peer=peer)
-            return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+            reader = self._context.reader
+            return bare() if form is None else bare(await reader.result(lambda: content_type_of(form)))
+        return await (self._window(query, peer) if form is None else self._counters(query, form, peer))
+
+    async def _window(self, query: MetricsQuery, peer: Peer) -> Response:
+        """Answer with one window."""
         try:
-            async with targets.target(query.pid, peer) as target:
-                identity = await target.identity()
-                # The record is the past, which is for the owner: another user waits for the coming window.
-                record = target.recorder.record if query.mode == "trailing" and peer.is_owner else None
-                measurement = record.window(query.window_ms) if record else None
-                mode = "wait" if measurement is None else query.mode
-                if measurement is None:
-                    measurement = await target.window(query.window_ms, extras=query.detail == "full", peer=peer)
-                    identity = await target.identity()  # by the end it may be called otherwise
+            async with self._targets.target(query.pid, peer) as target:
+                measurement, identity, mode = await _measured(target, query, peer)
         except SourceError as error:
-            return failed(error, targets.default.platform)
+            return self._context.unavailable(error)
         return JSON(
             encode(
                 measurement if peer.is_owner else measurement.public(),
@@ -108,99 +172,108 @@ def live_routes(
                 detail=query.detail,
                 sort=query.sort,
                 limit=query.limit,
-                labels=labels,
+                labels=self._labels,
                 warnings=_recording_warnings(target) if query.detail == "full" else (),
                 host=target.replay.host if target.replay else None,
             )
         )
 
-    @routes.api_route("/stream", methods=READING, summary="Server-Sent Events, one answer of /metrics each")
-    async def stream(request: Request, query: Annotated[StreamQuery, given(StreamQuery)]) -> Response:
+    async def _counters(self, query: MetricsQuery, form: Form, peer: Peer) -> Response:
+        """Answer a scraper."""
+        reader, scrape = self._context.reader, await self._scrape(query.pid, peer)
+        body, content_type = await self._scrapes.make(lambda: reader.result(lambda: expose(scrape, form)), peer=peer)
+        return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+
+    async def _scrape(self, pid: int | None, peer: Peer) -> Scrape:
+        read, snapshots, recorder = None, 0, None
+        with suppress(SourceError):
+            async with self._targets.target(pid, peer) as target:
+                snapshots, recorder = target.snapshots_taken, None if target.replay else target.recorder.info()
+                identity, snapshot = await target.identity(), await target.snapshot()
+                read = identity, snapshot if peer.is_owner else snapshot.public()
+        return Scrape(read, self._context.thread_metrics, snapshots, recorder, private=peer.is_owner)
+
+    def _private(self, query: MetricsQuery) -> Response | None:
+        """Return a refusal if `query` asks for more than ps(1) and top(1) show to another user of the machine."""
+        if self._targets.default.replay is not None:
+            return problem("another_user", "a recorded run is for the user that replays it")
+        if query.detail != "basic":
+            return problem("another_user", "detail=full is for the owner of the sidecar")
+        if self._context.hides_processes():
+            return problem("another_user", "/proc is mounted with hidepid here: processes are hidden from other users")
+        return None
+
+
+async def _measured(
+    target: PooledTarget, query: MetricsQuery, peer: Peer
+) -> tuple[Measurement, Identity, Literal["wait", "trailing"]]:
+    """Return the window, the target, and the mode by which the window was had."""
+    identity = await target.identity()
+    # The record is the past, which is for the owner: another user waits for the coming window.
+    record = target.recorder.record if query.mode == "trailing" and peer.is_owner else None
+    measurement = record.window(query.window_ms) if record else None
+    if measurement is not None:
+        return measurement, identity, query.mode
+    measurement = await target.window(query.window_ms, extras=query.detail == "full", peer=peer)
+    return measurement, await target.identity(), "wait"  # By the end of the window it may have another name.
+
+
+def _recording_warnings(target: PooledTarget) -> tuple[str, ...]:
+    """Return what is wrong with the record of this process, if it is recorded."""
+    recorder = target.recorder.info()
+    black_box = recorder.get("black_box") if recorder is not None else None
+    return (black_box["error"],) if black_box and black_box["error"] else ()
+
+
+class _Streams:
+    """Answers ``GET /stream``."""
+
+    def __init__(self, context: RouteContext, labels: Labels) -> None:
+        self._context = context
+        self._labels = labels
+        self._open = Shares(STREAMS)
+
+    async def answer(self, request: Request, query: Annotated[StreamQuery, query_params(StreamQuery)]) -> Response:
         peer = peer_of(request.scope)
-        if not streams.take(peer):
-            raise Busy(f"{MAX_STREAMS} streams are open already")
+        if not self._open.take(peer):
+            raise Busy(f"{STREAMS} streams are open already")
         async with AsyncExitStack() as stack:
-            stack.callback(streams.release, peer)
+            stack.callback(self._open.release, peer)
             if request.method == "HEAD":
                 head = bare(EVENTS)
                 head.headers.update(UNBUFFERED)
                 return head
             try:
-                target = await stack.enter_async_context(targets.target(query.pid, peer))
+                target = await stack.enter_async_context(self._context.targets.target(query.pid, peer))
                 identity = await target.identity()
-                await target.snapshot()  # or one that has exited would be told of after the head of a 200
+                await target.snapshot()  # Of a target that has exited the status must not be 200.
             except SourceError as error:
-                return failed(error, targets.default.platform)
+                return self._context.unavailable(error)
             windows = Stream(target, query.interval_ms, peer)
             stack.push_async_callback(windows.close)
-            kept = stack.pop_all()
+            return _EventResponse(self._events(windows, identity, query), stack.pop_all())
 
-        async def events() -> AsyncIterator[bytes]:
-            try:
-                number, until_s = 0, time.monotonic() + stream_s
-                async for measurement in windows:
-                    number += 1
-                    body = encode(
-                        measurement,
-                        identity,
-                        requested_ms=query.interval_ms,
-                        sort=query.sort,
-                        limit=query.limit,
-                        labels=labels,
-                    )
-                    yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)
-                    if time.monotonic() >= until_s:
-                        break
-            except SourceError as error:
-                yield b"event: unavailable\ndata: %b\n\n" % unavailable(error, targets.default.platform)
-
-        return _Events(events(), kept)
-
-    @routes.api_route("/processes", methods=READING, summary="Processes this user may sample")
-    async def processes(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        if request.method == "HEAD":
-            return bare()
+    async def _events(self, windows: Stream, identity: Identity, query: StreamQuery) -> AsyncIterator[bytes]:
         try:
-            entries = await listings.make(
-                lambda: lister.ask(lambda: list(list_processes()), "the list of processes: a read"),
-                peer=peer_of(request.scope),
-            )
+            number, until_s = 0, time.monotonic() + self._context.stream_s
+            async for measurement in windows:
+                number += 1
+                body = encode(
+                    measurement,
+                    identity,
+                    requested_ms=query.interval_ms,
+                    sort=query.sort,
+                    limit=query.limit,
+                    labels=self._labels,
+                )
+                yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)
+                if time.monotonic() >= until_s:
+                    break
         except SourceError as error:
-            return failed(error, targets.default.platform)
-        except Hung as error:
-            return failed(KernelError(str(error)), targets.default.platform)
-        return JSON(
-            [
-                {
-                    "pid": entry.pid,
-                    "name": entry.name,
-                    "started_at": iso(entry.started_unix_ns),
-                    "cpu_time_secs": entry.cpu_ns / 1e9,
-                    "rss_kb": entry.rss_bytes // 1024,
-                    "thread_count": entry.thread_count,
-                }
-                for entry in entries
-            ]
-        )
-
-    @routes.api_route("/healthz", methods=READING, summary="Whether the service is alive")
-    async def healthz(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        if await targets.hangs() or await lister.hangs():
-            return problem("hung", str(Hung("a read of the kernel")))
-        if shelf is not None and await shelf.worker.hangs():
-            return problem("hung", str(Hung("the directory of runs: a read")))
-        if await targets.default.recorder.hangs():
-            return problem("hung", str(Hung("the directory of runs: a write")))
-        return JSON({"status": "ok"})
-
-    @routes.api_route("/info", methods=READING, summary="Version, target, platform and own cost")
-    async def info(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        return JSON(await _info(targets.default, application))
-
-    return routes
+            yield b"event: unavailable\ndata: %b\n\n" % unavailable(error, self._context.targets.default.platform)
 
 
-class _Events(StreamingResponse):
+class _EventResponse(StreamingResponse):
     """
     Server-Sent Events, and what they need, which is released at the end.
 
@@ -216,62 +289,3 @@ class _Events(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._needed:
             await super().__call__(scope, receive, send)
-
-
-def _recording_warnings(target: PooledTarget) -> tuple[str, ...]:
-    """What is wrong with the record of this process, if it is recorded."""
-    black_box = (target.recorder.info() or {}).get("black_box")
-    return (black_box["error"],) if black_box and black_box["error"] else ()
-
-
-def _private(query: MetricsQuery, targets: Targets, hides_processes: Callable[[], bool]) -> Response | None:
-    """Return a refusal if `query` asks for more than ps(1) and top(1) show to another user of the machine."""
-    if targets.default.replay is not None:
-        return problem("another_user", "a recorded run is for the user that replays it")
-    if query.detail != "basic":
-        return problem("another_user", "detail=full is for the owner of the sidecar")
-    if hides_processes():
-        return problem("another_user", "/proc is mounted with hidepid here: processes are hidden from other users")
-    return None
-
-
-async def _scrape(targets: Targets, pid: int | None, threads: int, peer: Peer) -> Scrape:
-    read, snapshots, recorder = None, 0, None
-    with suppress(SourceError):
-        async with targets.target(pid, peer) as target:
-            snapshots, recorder = target.snapshots_taken, None if target.replay else target.recorder.info()
-            identity, snapshot = await target.identity(), await target.snapshot()
-            read = identity, snapshot if peer.is_owner else snapshot.public()
-    return Scrape(read, threads, snapshots, recorder, private=peer.is_owner)
-
-
-async def _info(target: PooledTarget, application: Application) -> dict[str, Any]:
-    try:
-        identity = await target.identity()
-    except SourceError as error:
-        who = unavailable_json(error, target.platform)
-    else:
-        who = {**target_json(identity), "program": identity.program}
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    replay = target.replay
-    host = Host.this() if replay is None else replay.host
-    return {
-        "version": __version__,
-        "python": platform.python_version(),
-        "platform": target.platform,
-        "os_version": host.version,
-        "arch": host.arch,
-        "cpu_count": host.cpu_count,
-        "utc_offset_minutes": host.utc_offset_minutes,
-        **(application if replay is None else replay.application)._asdict(),
-        "target": who,
-        "replay": None if replay is None else replay.to_json(),
-        "capabilities": ["detail=full", "history", "marks", "mode=trailing", "pid", "processes", "runs", "stream"],
-        "recorder": target.recorder.info(),
-        "self": {
-            "pid": os.getpid(),
-            "cpu_secs": round(time.process_time(), 3),
-            "peak_rss_kb": usage.ru_maxrss // (1024 if sys.platform == "darwin" else 1),
-            "snapshots": target.snapshots_taken,
-        },
-    }

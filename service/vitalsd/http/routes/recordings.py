@@ -1,139 +1,377 @@
-"""Routes that look back: ``/history``, ``/marks``, ``/runs`` and ``/runs/{id}/history``."""
+"""Routes of what was recorded: ``/history``, ``/marks``, ``/runs`` and ``/runs/{run_id}/history``."""
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
+from vitalsd.contract.limits import ANSWER_THREADS, LABEL_CHARACTERS, STEP_MS
+from vitalsd.contract.shapes import Lazy, UnixMs, UtcTime
+from vitalsd.http.accept import JSON_OFFER, Offer, choose
 from vitalsd.http.access.peer import peer_of
+from vitalsd.http.operation import CommandExample, Operation, OperationRoute
 from vitalsd.http.parameters import (
-    READING,
-    HistoryQuery,
-    MarkRequest,
+    Digits,
+    HistorySeconds,
     NoQuery,
-    RunHistoryQuery,
-    StrictRoute,
-    given,
-    sent,
+    StrictModel,
+    json_body,
+    query_params,
 )
-from vitalsd.http.responses import JSON, bare, failed, problem
-from vitalsd.http.single_flight import Turns
+from vitalsd.http.responses import JSON, bare, problem
+from vitalsd.http.routes.context import RouteContext
+from vitalsd.http.single_flight import SingleFlight
 from vitalsd.recording.recorder import NotRecording
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.recording.run_directory_reader import RunDirectoryReader
-from vitalsd.recording.run_reader import UnreadableRun, read_run
+from vitalsd.recording.run_reader import RunJson, UnreadableRun, read_run
 from vitalsd.recording.series import Mark, Record
-from vitalsd.sampling.target_pool import Targets
 from vitalsd.sources.base import SourceError
 from vitalsd.text import iso
-from vitalsd.worker_thread import Worker
 
-__all__ = ["NO_SUCH_RUN", "mark_json", "past_routes"]
+__all__ = [
+    "NO_SUCH_RUN",
+    "RUN_EXAMPLE",
+    "RUN_ID",
+    "TARGET_EXAMPLE",
+    "HistoryQuery",
+    "MarkRequest",
+    "RunHistoryQuery",
+    "mark_json",
+    "recordings_routes",
+]
 
+CSV_OFFER = Offer("text/csv")
 CSV = "text/csv; charset=utf-8"
 NO_SUCH_RUN = "no run has this id; GET /runs lists them"
 
+TARGET_EXAMPLE = {
+    "pid": 2345,
+    "name": "python",
+    "started_at": "2026-03-01T09:30:00.120Z",
+    "start_id": "2345-142313-9bfa3fdd",
+}
+MARK_EXAMPLE = {"time": "2026-03-01T09:30:05.250Z", "time_ms": 1772357405250, "label": "F12 pressed"}
+HISTORY_EXAMPLE = {
+    "schema": 1,
+    "platform": "linux",
+    "target": TARGET_EXAMPLE,
+    "interval_ms": 1000,
+    "time_ms": [1772357404120, 1772357405121],
+    "elapsed_ms": [1000.2, 1001.1],
+    "cpu_percent": [24.1, 25.6],
+    "rss_kb": [9920, 9924],
+    "vm_size_kb": [234256, 234256],
+    "thread_count": [2, 2],
+    "threads": [{"tid": 2375, "name": "render", "cpu_percent": [17.4, 17.6]}],
+    "marks": [{"time_ms": 1772357405250, "label": "F12 pressed"}],
+    "events": [{"time_ms": 1772357405121, "kind": "missed", "detail": "2 snapshots are missing before this one"}],
+}
+CSV_EXAMPLE = (
+    "time,elapsed_ms,cpu_percent,rss_kb,vm_size_kb,thread_count,2375 render cpu_percent,marks,events\n"
+    "2026-03-01T09:30:05.121Z,1001.1,25.6,9924,234256,2,17.6,mark: F12 pressed,\n"
+)
+RUN_EXAMPLE = {
+    "id": "2345-142313-9bfa3fdd-2300",
+    "state": "crashed",
+    "ended": None,
+    "reported": False,
+    "app": "viewer",
+    "app_version": "3.1",
+    "platform": "linux",
+    "host": {
+        "system": "Linux",
+        "release": "6.12.0",
+        "version": "6.12.0",
+        "arch": "x86_64",
+        "cpu_count": 8,
+        "utc_offset_minutes": 60,
+    },
+    "pid": 2345,
+    "name": "python",
+    "program": "6e7a2b51c0d4f893",
+    "started_at": "2026-03-01T09:30:00.120Z",
+    "recorded_from": "2026-03-01T09:30:01.000Z",
+    "recorded_to": "2026-03-01T09:44:58.004Z",
+    "snapshots": 897,
+    "size_bytes": 413696,
+}
+RUN_ID: dict[str, Any] = {
+    "name": "run_id",
+    "in": "path",
+    "required": True,
+    "description": "As `/runs` lists it.",
+    "schema": {"type": "string"},
+    "example": RUN_EXAMPLE["id"],
+}
 
-def past_routes(targets: Targets, shelf: RunDirectoryReader | None, reader: Worker) -> APIRouter:
-    """
-    The routes over the record of `targets` and over the earlier runs of `shelf`; tables are made on `reader`.
-    """
-    routes = APIRouter(route_class=StrictRoute)
-    tables, loaded = Turns(), Turns()  # apart: what waits for a disk holds up nothing else
-    listings = 0
 
-    @routes.api_route(
-        "/history", methods=READING, summary="What was recorded: process, busiest threads, marks and events"
-    )
-    async def recorded(request: Request, query: Annotated[HistoryQuery, given(HistoryQuery)]) -> Response:
+class MarkJson(TypedDict):
+    """A label on the recorder's clock."""
+
+    time: UtcTime
+    time_ms: UnixMs
+    label: str
+
+
+def mark_json(mark: Mark) -> MarkJson:
+    """Return a mark as ``GET /marks`` lists it."""
+    return {"time": iso(mark.wall_ns), "time_ms": mark.wall_ns // 1_000_000, "label": mark.label}
+
+
+HISTORY = Operation(
+    path="/history",
+    summary="What was recorded: process, busiest threads, marks and events",
+    description="The last `seconds` of the record, counted from its end.",
+    answer="Columnar JSON; by `Accept: text/csv` CSV, a line per row.",
+    shapes=(Lazy("vitalsd.recording.history:HistoryJson"),),
+    example=HISTORY_EXAMPLE,
+    media_types={"text/csv": CSV_EXAMPLE},
+    reasons=("not_recording", "busy"),
+    unavailable=True,
+    commands=(
+        CommandExample(
+            "The worst second of the last minute", "curl -s \"$URL/history?seconds=60\" | jq '.cpu_percent | max'"
+        ),
+        CommandExample(
+            "CPU of the busiest threads, on average",
+            "curl -s \"$URL/history?top=5\" | jq -r '.threads[] | [.name, (.cpu_percent | add / length)] | @tsv'",
+        ),
+        CommandExample("For a spreadsheet", "curl -s -H 'Accept: text/csv' \"$URL/history?step_ms=5000\" | head -3"),
+    ),
+)
+GET_MARKS = Operation(
+    path="/marks",
+    summary="The labels on the clock, oldest first",
+    description="Labels that clients put on the recorder's clock.",
+    answer="The marks, oldest first.",
+    shapes=(MarkJson,),
+    is_list=True,
+    example=[MARK_EXAMPLE],
+    commands=(CommandExample("The last one", 'curl -s "$URL/marks" | jq ".[-1].label"'),),
+)
+POST_MARKS = Operation(
+    method="POST",
+    path="/marks",
+    summary="Put a label on the clock",
+    description="The body is JSON. The mark stands in the history, on the page and in reports.",
+    answer="The mark that was made.",
+    shapes=(MarkJson,),
+    example=MARK_EXAMPLE,
+    status=201,
+    reasons=("bad_body", "not_recording"),
+    commands=(
+        CommandExample(
+            "Something happens now",
+            'curl -s "$URL/marks" -H \'Content-Type: application/json\' -d \'{"label": "F12 pressed"}\' | jq .time',
+        ),
+    ),
+)
+RUNS = Operation(
+    path="/runs",
+    summary="Earlier runs on disk, crashed ones first",
+    description="Each run of a target is one file on disk. What crashed is first. In a replay: the other runs of"
+    " the file.",
+    answer="The runs, crashed ones first, then the newest first.",
+    shapes=(RunJson,),
+    is_list=True,
+    example=[RUN_EXAMPLE],
+    reasons=("hung",),
+    commands=(
+        CommandExample(
+            "What crashed", 'curl -s "$URL/runs" | jq -c \'.[] | select(.state == "crashed") | {id, name}\''
+        ),
+    ),
+)
+RUN_HISTORY = Operation(
+    path="/runs/{run_id}/history",
+    summary="What an earlier run recorded, up to its end",
+    description="The record of an earlier run, exact to the last snapshot on disk.",
+    answer="As for `/history`.",
+    shapes=(Lazy("vitalsd.recording.history:HistoryJson"),),
+    example=HISTORY_EXAMPLE,
+    media_types={"text/csv": CSV_EXAMPLE},
+    reasons=("no_such_run", "unreadable_run", "hung", "busy"),
+    parameters=(RUN_ID,),
+    commands=(
+        CommandExample(
+            "The end of a run",
+            'RUN=$(curl -s "$URL/runs" | jq -r ".[0].id")\n'
+            'curl -s "$URL/runs/$RUN/history?seconds=10" | jq ".cpu_percent[-1]"',
+        ),
+    ),
+)
+
+
+class RunHistoryQuery(StrictModel):
+    """Parameters of ``GET /runs/{run_id}/history``."""
+
+    seconds: Annotated[HistorySeconds, Field(description="How far back, s.", examples=[60])] = 300
+    top: Annotated[
+        int, Digits(0, ANSWER_THREADS), Field(description="Show so many threads, the busiest ones.", examples=[5])
+    ] = 10
+    step_ms: Annotated[
+        int, Digits(*STEP_MS), Field(description="At least so long a row, ms; 0 for all.", examples=[5000])
+    ] = 0
+
+
+class HistoryQuery(RunHistoryQuery):
+    """Parameters of ``GET /history``."""
+
+    pid: Annotated[
+        Annotated[int, Digits(1, 2**31 - 1)] | None,
+        Field(description="Refused if another process than this is recorded.", examples=[4242]),
+    ] = None
+
+
+class MarkRequest(StrictModel):
+    """The body of ``POST /marks``."""
+
+    model_config = ConfigDict(strict=True)
+
+    label: Annotated[
+        str,
+        Field(min_length=1, max_length=LABEL_CHARACTERS, description="One line of text.", examples=["F12 pressed"]),
+    ]
+
+
+def recordings_routes(context: RouteContext) -> list[OperationRoute]:
+    """Return the routes of the record, its marks and the earlier runs."""
+    marks, runs = _Marks(context), _Runs(context)
+    return [
+        OperationRoute(HISTORY, _History(context).answer),
+        OperationRoute(GET_MARKS, marks.listed),
+        OperationRoute(POST_MARKS, marks.added),
+        OperationRoute(RUNS, runs.listed),
+        OperationRoute(RUN_HISTORY, runs.history),
+    ]
+
+
+class _History:
+    """Answers ``GET /history``."""
+
+    def __init__(self, context: RouteContext) -> None:
+        self._context = context
+        self._tables = SingleFlight()  # Apart from those of earlier runs: what waits for a disk delays nothing else.
+
+    async def answer(self, request: Request, query: Annotated[HistoryQuery, query_params(HistoryQuery)]) -> Response:
+        target = self._context.targets.default
         try:
-            await targets.default.identity()
+            await target.identity()
         except SourceError as error:
-            if targets.default.recorder.record is None:
-                return failed(error, targets.default.platform)
-        record = targets.default.recorder.record
+            if target.recorder.record is None:
+                return self._context.unavailable(error)
+        record = target.recorder.record
         if record is None:
-            raise NotRecording(targets.default.recorder.why_not_recorded)
+            raise NotRecording(target.recorder.why_not_recorded)
         if query.pid not in (None, record.identity.pid):
             raise NotRecording(
                 f"process {record.identity.pid} is recorded here; to record another: vitalsd serve --pid {query.pid}"
             )
+        csv = _is_csv(request)
         if request.method == "HEAD":
-            return _bare_table(request)
-        # Whatever else would be in the table by now makes it another one.
+            return _bare_table(csv=csv)
+        # Whatever is added to the record makes another table.
         newest = record, record.last, *(notes[-1] if notes else None for notes in (record.marks, record.events))
-        key = newest, query.seconds, query.top, query.step_ms, _is_csv(request)
-        return await tables.make(lambda: _table(record, query, request, reader), key, peer_of(request.scope))
+        key = newest, query.seconds, query.top, query.step_ms, csv
+        return await self._tables.make(
+            lambda: _table(self._context, record, query, csv=csv), key, peer_of(request.scope)
+        )
 
-    @routes.post("/marks", status_code=201, summary="Put a label on the clock")
-    async def set_mark(
-        body: Annotated[MarkRequest, sent(MarkRequest)], query: Annotated[NoQuery, given(NoQuery)]
+
+class _Marks:
+    """Answers ``/marks``."""
+
+    def __init__(self, context: RouteContext) -> None:
+        self._targets = context.targets
+
+    async def listed(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
+        record = self._targets.default.recorder.record
+        return JSON([mark_json(mark) for mark in list(record.marks)] if record is not None else [])
+
+    async def added(
+        self,
+        body: Annotated[MarkRequest, json_body(MarkRequest)],
+        query: Annotated[NoQuery, query_params(NoQuery)],
     ) -> Response:
         try:
-            mark = await targets.default.recorder.mark_async(body.label)
+            mark = await self._targets.default.recorder.mark_async(body.label)
         except ValueError as error:
             return problem("bad_body", str(error), parameter="label")
         return JSON(mark_json(mark), 201)
 
-    @routes.api_route("/marks", methods=READING, summary="The labels on the clock, oldest first")
-    async def get_marks(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        record = targets.default.recorder.record
-        return JSON([mark_json(mark) for mark in list(record.marks)] if record is not None else [])
 
-    @routes.api_route("/runs", methods=READING, summary="Earlier runs on disk, crashed ones first")
-    async def list_runs(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
+class _Runs:
+    """Answers ``/runs`` and ``/runs/{run_id}/history``."""
+
+    def __init__(self, context: RouteContext) -> None:
+        self._context = context
+        self._targets, self._shelf = context.targets, context.shelf
+        self._reads = SingleFlight()
+        self._listings = 0
+
+    async def listed(self, request: Request, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
+        shelf = self._shelf
         if request.method == "HEAD":
             return bare()
-        if (replay := targets.default.replay) is not None:
+        if (replay := self._targets.default.replay) is not None:
             return JSON([each.run.to_json() for each in replay.file.others])
         if shelf is None:
             return JSON([])
 
         async def listing() -> Response:
-            nonlocal listings
-            listings += 1  # A later request does not share what was read before it.
+            self._listings += 1  # A later request does not share what was read before it.
             return JSON([run.to_json() for run in await shelf.read(RunDirectory.runs)])
 
-        return await loaded.make(listing, ("runs", listings), peer_of(request.scope))
+        return await self._reads.make(listing, ("runs", self._listings), peer_of(request.scope))
 
-    @routes.api_route("/runs/{run_id}/history", methods=READING, summary="What an earlier run recorded, up to its end")
-    async def run_history(request: Request, query: Annotated[RunHistoryQuery, given(RunHistoryQuery)]) -> Response:
-        run_id = request.path_params["run_id"]
-        peer = peer_of(request.scope)
+    async def history(
+        self, request: Request, query: Annotated[RunHistoryQuery, query_params(RunHistoryQuery)]
+    ) -> Response:
+        run_id, csv, peer = request.path_params["run_id"], _is_csv(request), peer_of(request.scope)
         if request.method == "HEAD":
-            replay = targets.default.replay
-            if replay is not None:
-                there = replay.find(run_id) is not None
-            else:
-                there = shelf is not None and await loaded.make(lambda: shelf.has(run_id), peer=peer)
-            return _bare_table(request) if there else problem("no_such_run", NO_SUCH_RUN)
+            there = await self._reads.make(lambda: self._has(run_id), peer=peer)
+            return _bare_table(csv=csv) if there else problem("no_such_run", NO_SUCH_RUN)
+
+        async def answer() -> Response:
+            try:
+                record = await self._record(run_id)
+            except (UnreadableRun, OSError) as error:
+                return problem("unreadable_run", str(error))
+            if record is None:
+                return problem("no_such_run", NO_SUCH_RUN)
+            return await _table(self._context, record, query, csv=csv)
+
+        return await self._reads.make(answer, peer=peer)
+
+    async def _has(self, run_id: str) -> bool:
+        if (replay := self._targets.default.replay) is not None:
+            return replay.find(run_id) is not None
+        return self._shelf is not None and await self._shelf.has(run_id)
+
+    async def _record(self, run_id: str) -> Record | None:
+        """
+        Return the record of an earlier run; None if there is no such run.
+
+        Raises:
+            UnreadableRun: its file is damaged.
+            OSError: its file cannot be read.
+        """
+        if (replay := self._targets.default.replay) is not None:
+            replayed = replay.find(run_id)
+            return replayed.record if replayed else None
 
         def load(runs: RunDirectory) -> Record | None:
             run = runs.find(run_id)
             return read_run(run.path)[1] if run else None
 
-        async def answer() -> Response:
-            try:
-                if (replay := targets.default.replay) is not None:
-                    replayed = replay.find(run_id)
-                    record = replayed.record if replayed else None
-                else:
-                    record = await shelf.read(load) if shelf else None
-            except (UnreadableRun, OSError) as error:
-                return problem("unreadable_run", str(error))
-            if record is None:
-                return problem("no_such_run", NO_SUCH_RUN)
-            return await _table(record, query, request, reader)
-
-        return await loaded.make(answer, peer=peer)
-
-    return routes
+        return await self._shelf.read(load) if self._shelf else None
 
 
-async def _table(record: Record, query: RunHistoryQuery, request: Request, reader: Worker) -> Response:
-    """The last `query.seconds` of `record`, counted from its end."""
+async def _table(context: RouteContext, record: Record, query: RunHistoryQuery, *, csv: bool) -> Response:
+    """Return the last `query.seconds` of `record`, counted from its end."""
     last = record.last
     since_ns = last.monotonic_ns - query.seconds * 1_000_000_000 if last else 0
-    csv = _is_csv(request)
 
     def render() -> bytes:
         from vitalsd.recording.history import history
@@ -141,21 +379,15 @@ async def _table(record: Record, query: RunHistoryQuery, request: Request, reade
         table = history(record, since_ns=since_ns, top=query.top, step_ns=query.step_ms * 1_000_000)
         return table.to_csv() if csv else table.to_json()
 
-    body = await reader.result(render)
+    body = await context.reader.result(render)
     if csv:
         return Response(body, headers={"Content-Type": CSV, "Cache-Control": "no-store"})
     return JSON(body)
 
 
-def _bare_table(request: Request) -> Response:
-    return bare(CSV) if _is_csv(request) else bare()
+def _bare_table(*, csv: bool) -> Response:
+    return bare(CSV) if csv else bare()
 
 
 def _is_csv(request: Request) -> bool:
-    accept = request.headers.get("accept", "")
-    return "text/csv" in accept and "application/json" not in accept
-
-
-def mark_json(mark: Mark) -> dict[str, Any]:
-    """A mark as ``GET /marks`` lists it."""
-    return {"time": iso(mark.wall_ns), "time_ms": mark.wall_ns // 1_000_000, "label": mark.label}
+    return choose(request.headers.get("accept", ""), (JSON_OFFER, CSV_OFFER)) is CSV_OFFER

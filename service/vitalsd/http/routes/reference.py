@@ -6,59 +6,80 @@ Both are made when first asked for. The page works offline, and its policy lets 
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cached_property
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from fastapi.responses import HTMLResponse
-from fastapi.routing import APIRoute
 
+from vitalsd.http.access.token_proof import HELLO
+from vitalsd.http.operation import CommandExample, Operation, OperationRoute
 from vitalsd.http.page import policy
-from vitalsd.http.parameters import READING, NoQuery, StrictRoute, given
+from vitalsd.http.parameters import NoQuery, query_params
 from vitalsd.http.responses import JSON
-from vitalsd.worker_thread import Worker
+from vitalsd.http.routes.context import RouteContext
 
-__all__ = ["docs_routes"]
+__all__ = ["reference_routes"]
+
+DOCS = Operation(
+    path="/docs",
+    summary="This reference, as a page",
+    description="This reference, from this server alone, without a script.",
+    answer="The page.",
+    media_types={"text/html": ""},
+)
+OPENAPI = Operation(
+    path="/openapi.json",
+    summary="The schema of all routes",
+    description="For code generators and for `/docs`.",
+    answer="OpenAPI 3.1.",
+    media_types={"application/json": ""},
+    commands=(CommandExample("Every route", "curl -s \"$URL/openapi.json\" | jq -r '.paths | keys[]'"),),
+)
 
 
-def docs_routes(routers: Sequence[APIRouter], reader: Worker) -> APIRouter:
-    """The routes that describe those of `routers`, and themselves; the schema is made on `reader`."""
-    routes = APIRouter(route_class=StrictRoute)
-
-    @cache
-    def schema() -> dict[str, Any]:
-        from vitalsd.http.openapi import openapi
-
-        return openapi([route for each in (*routers, routes) for route in each.routes if isinstance(route, APIRoute)])
-
-    @cache
-    def as_json() -> bytes:
-        return json.dumps(schema(), separators=(",", ":")).encode()
-
-    @cache
-    def as_page() -> tuple[str, dict[str, str]]:
-        return _page(schema())
-
-    @routes.api_route("/openapi.json", methods=READING, summary="The schema of all routes")
-    async def openapi_json(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        return JSON(await reader.result(as_json))
-
-    @routes.api_route("/docs", methods=READING, summary="This reference, as a page")
-    async def docs(query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        page, headers = await reader.result(as_page)
-        return HTMLResponse(page, headers=headers)
-
+def reference_routes(context: RouteContext, others: Sequence[OperationRoute]) -> list[OperationRoute]:
+    """Return the routes that describe `others`, and themselves."""
+    reference = _Reference(context)
+    routes = [OperationRoute(DOCS, reference.page), OperationRoute(OPENAPI, reference.document)]
+    reference.routes = [*others, *routes]
     return routes
 
 
-def _page(schema: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """Return the reference as a page, and its policy."""
-    from importlib.resources import files
+class _Reference:
+    """Answers ``/docs`` and ``/openapi.json``."""
 
-    from vitalsd.http.reference import html, markdown
+    def __init__(self, context: RouteContext) -> None:
+        self._reader = context.reader
+        self.routes: Sequence[OperationRoute] = ()
+        """All routes of the application."""
 
-    text = f"{schema['info']['description']} In the commands `$URL` is this server.\n\n{markdown(schema)}"
-    folder = files("vitalsd.http.page")
-    style, frame = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "docs.html"))
-    page = frame.replace("/*STYLE*/", style).replace("<!--CONTENT-->", html(text))
-    return page, {"Content-Security-Policy": policy(style=style, more="img-src data:")}
+    async def document(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
+        return JSON(await self._reader.result(lambda: self._json))
+
+    async def page(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
+        page, headers = await self._reader.result(lambda: self._page)
+        return HTMLResponse(page, headers=headers)
+
+    @cached_property
+    def _schema(self) -> dict[str, Any]:
+        from vitalsd.http.openapi import openapi
+
+        return openapi(self.routes, (HELLO,))
+
+    @cached_property
+    def _json(self) -> bytes:
+        return json.dumps(self._schema, separators=(",", ":")).encode()
+
+    @cached_property
+    def _page(self) -> tuple[str, dict[str, str]]:
+        """The reference as a page, and its policy."""
+        from importlib.resources import files
+
+        from vitalsd.http.reference import html, markdown
+
+        schema, folder = self._schema, files("vitalsd.http.page")
+        text = f"{schema['info']['description']} In the commands `$URL` is this server.\n\n{markdown(schema)}"
+        style, frame = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "docs.html"))
+        page = frame.replace("/*STYLE*/", style).replace("<!--CONTENT-->", html(text))
+        return page, {"Content-Security-Policy": policy(style=style, more="img-src data:")}

@@ -5,23 +5,27 @@ What makes reports is imported when one is asked for, and not while the sidecar 
 """
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from vitalsd.admission import Peer
-from vitalsd.contract.application import Application
+from vitalsd.contract.application import APP, APP_VERSION
 from vitalsd.contract.encoding import encode, unavailable
 from vitalsd.http.access.peer import peer_of
-from vitalsd.http.parameters import READING, NoQuery, ReportQuery, ReportRequest, StrictRoute, given, sent
+from vitalsd.http.operation import CommandExample, Operation, OperationRoute
+from vitalsd.http.parameters import HistorySeconds, NoQuery, StrictModel, WindowMs, json_body, query_params
 from vitalsd.http.responses import JSON, bare, problem
-from vitalsd.http.routes.recordings import NO_SUCH_RUN, mark_json
+from vitalsd.http.routes.context import RouteContext
+from vitalsd.http.routes.recordings import NO_SUCH_RUN, RUN_EXAMPLE, RUN_ID, mark_json
 from vitalsd.http.server.delivery import TAKEN
-from vitalsd.http.single_flight import Turns
+from vitalsd.http.single_flight import SingleFlight
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.recording.run_reader import Run, UnreadableRun
@@ -29,80 +33,179 @@ from vitalsd.recording.series import Record
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity
 from vitalsd.sources.base import SourceError
-from vitalsd.worker_thread import Hung, Worker
+from vitalsd.worker_thread import Hung
 
 if TYPE_CHECKING:
     from vitalsd.report.builder import Collected
 
-__all__ = ["REPORT_PATH", "report_routes"]
+__all__ = ["REPORT_PATH", "ReportQuery", "ReportRequest", "report_routes"]
 
 REPORT_PATH = "/report.zip"
 
 
-def report_routes(
-    targets: Targets, shelf: RunDirectoryReader | None, reader: Worker, application: Application
-) -> APIRouter:
-    """Return the routes over `targets` and the earlier runs of `shelf`; the archive is made on `reader`."""
-    routes = APIRouter(route_class=StrictRoute)
-    reports = Turns()
+class ReportedJson(TypedDict):
+    """Whether the run counts as reported now: a run that has not crashed does not."""
 
-    async def report(request: Request, query: ReportQuery, said: ReportRequest, *, counts: bool) -> Response:
-        from vitalsd.report.builder import Collected, Heading, build
+    id: str
+    reported: bool
 
-        heading = Heading(said.app, said.app_version, said.message)
-        if (replay := targets.default.replay) is not None:
-            if replay.file.content is None:
-                return problem("no_report", f"{replay.file.name} is not a report, so there is no report to download")
-            return _zip(replay.file.content, replay.file.name)
-        peer = peer_of(request.scope)
-        if (run_id := query.run) is not None:
-            there = shelf is not None and await reports.make(lambda: shelf.has(run_id), peer=peer)
-            if not there:
-                return problem("no_such_run", NO_SUCH_RUN, parameter="run")
-        if request.method == "HEAD":
-            return bare("application/zip")
-        collected = Collected(platform=targets.default.platform, application=application)
-        identity = await _metrics(targets, query.window_ms, collected, peer)
 
-        async def make() -> tuple[str, bytes]:
-            await _past(targets, shelf, reader, query, said.app, identity, collected)
-            bundle = await reader.result(lambda: build(heading, collected, created=datetime.now(UTC)))
-            return f"{bundle.stem}.zip", await reader.result(bundle.zip)
+REPORTED = Operation(
+    method="POST",
+    path="/runs/{run_id}/reported",
+    summary="Note that a run is in a report",
+    description="For a client that put a crashed run into a report of its own. There is no body.",
+    answer="The run.",
+    shapes=(ReportedJson,),
+    example={"id": RUN_EXAMPLE["id"], "reported": True},
+    reasons=("no_such_run", "unreadable_run", "hung"),
+    parameters=(RUN_ID,),
+    commands=(
+        CommandExample(
+            "Note that the first run is reported",
+            'RUN=$(curl -s "$URL/runs" | jq -r ".[0].id")\ncurl -s -X POST "$URL/runs/$RUN/reported" | jq .reported',
+        ),
+    ),
+)
+POST_REPORT = Operation(
+    method="POST",
+    path=REPORT_PATH,
+    summary="Make a bug report: metrics, history, marks, and the run that crashed before",
+    description="runtime-metrics.json, runtime-history.json, marks.json, metadata.json, manifest.json and, if a run"
+    " of this application crashed and no report contains it yet, previous-run.json. What is missing is in"
+    " the `failures` of the manifest. The crashed run counts as reported once the client has read the last byte"
+    " and closed the connection. The body is JSON, of at most 16 KiB; `{}` will do.",
+    answer="The archive.",
+    media_types={"application/zip": ""},
+    reasons=("bad_body", "busy", "no_report", "no_such_run"),
+    commands=(
+        CommandExample(
+            "Save it under its own name",
+            "curl -s -OJ \"$URL/report.zip\" -H 'Content-Type: application/json'"
+            ' -d \'{"app": "viewer", "message": "it stutters"}\' && ls *.zip | wc -l',
+        ),
+    ),
+)
+GET_REPORT = Operation(
+    path=REPORT_PATH,
+    summary="A bug report to look at: it does not count as reported",
+    description="The same archive to look at, without a message. Nothing counts as reported. In a replay of a"
+    " report: the replayed file itself.",
+    answer="The archive.",
+    media_types={"application/zip": ""},
+    reasons=("busy", "no_report", "no_such_run"),
+    commands=(
+        CommandExample("Its members", 'curl -s "$URL/report.zip" -o r.zip && python3 -m zipfile -l r.zip | wc -l'),
+    ),
+)
 
-        name, content = await reports.make(make, peer=peer)
-        run_ids, on_taken = list(collected.runs), request.scope.get("extensions", {}).get(TAKEN)
-        if counts and shelf is not None and run_ids and on_taken is not None:
-            on_taken(_marking(shelf, run_ids))
-        return _zip(content, name)
 
-    @routes.api_route(REPORT_PATH, methods=READING, summary="A bug report to look at: it does not count as reported")
-    async def preview(request: Request, query: Annotated[ReportQuery, given(ReportQuery)]) -> Response:
-        return await report(request, query, ReportRequest(), counts=False)
+class ReportQuery(StrictModel):
+    """Parameters of ``/report.zip``."""
 
-    @routes.post(REPORT_PATH, summary="Make a bug report: metrics, history, marks, and the run that crashed before")
+    window_ms: WindowMs = 2000
+    seconds: Annotated[HistorySeconds, Field(description="How far back the history goes, s.", examples=[60])] = 300
+    run: Annotated[
+        Annotated[str, Field(min_length=1, max_length=128)] | None,
+        Field(description="Include this earlier run, as `/runs` lists it.", examples=[RUN_EXAMPLE["id"]]),
+    ] = None
+
+
+class ReportRequest(StrictModel):
+    """The body of ``POST /report.zip``."""
+
+    model_config = ConfigDict(strict=True)
+
+    app: Annotated[
+        str | None,
+        Field(
+            pattern=f"^{APP.pattern}$", description="Application id; default: that of the sidecar.", examples=["viewer"]
+        ),
+    ] = None
+    app_version: Annotated[
+        str | None, Field(pattern=f"^{APP_VERSION.pattern}$", description="Its version.", examples=["3.1"])
+    ] = None
+    message: Annotated[str, Field(description="What the user says.", examples=["it stutters"])] = ""
+
+
+def report_routes(context: RouteContext) -> list[OperationRoute]:
+    """Return the routes of bug reports; the archive is made on the reader's thread."""
+    reports = _Reports(context)
+    return [
+        OperationRoute(REPORTED, reports.mark_reported),
+        OperationRoute(POST_REPORT, reports.make),
+        OperationRoute(GET_REPORT, reports.preview),
+    ]
+
+
+class _Reports:
+    """Answers ``/report.zip`` and ``/runs/{run_id}/reported``."""
+
+    def __init__(self, context: RouteContext) -> None:
+        self._context = context
+        self._targets, self._shelf = context.targets, context.shelf
+        self._reports = SingleFlight()
+
+    async def preview(self, request: Request, query: Annotated[ReportQuery, query_params(ReportQuery)]) -> Response:
+        return await self._answer(request, query, ReportRequest(), counts=False)
+
     async def make(
+        self,
         request: Request,
-        query: Annotated[ReportQuery, given(ReportQuery)],
-        body: Annotated[ReportRequest, sent(ReportRequest)],
+        query: Annotated[ReportQuery, query_params(ReportQuery)],
+        body: Annotated[ReportRequest, json_body(ReportRequest)],
     ) -> Response:
-        return await report(request, query, body, counts=True)
+        return await self._answer(request, query, body, counts=True)
 
-    @routes.post("/runs/{run_id}/reported", summary="Note that a run is in a report")
-    async def reported(request: Request, query: Annotated[NoQuery, given(NoQuery)]) -> Response:
-        run_id = request.path_params["run_id"]
+    async def mark_reported(self, request: Request, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
+        shelf, run_id = self._shelf, request.path_params["run_id"]
 
         async def mark() -> Run | None:
             return await shelf.read(lambda runs: _mark(runs, run_id)) if shelf else None
 
         try:
-            run = await reports.make(mark, peer=peer_of(request.scope))
+            run = await self._reports.make(mark, peer=peer_of(request.scope))
         except (UnreadableRun, OSError) as error:
             return problem("unreadable_run", str(error))
         if run is None:
             return problem("no_such_run", NO_SUCH_RUN)
-        return JSON({"id": run.id, "reported": run.state == "crashed"})
+        return JSON(ReportedJson(id=run.id, reported=run.state == "crashed"))
 
-    return routes
+    async def _answer(self, request: Request, query: ReportQuery, sent: ReportRequest, *, counts: bool) -> Response:
+        """Answer with the archive; with `counts`, its crashed run counts as reported once the client has read it."""
+        shelf = self._shelf
+        if (replay := self._targets.default.replay) is not None:
+            if replay.file.content is None:
+                return problem("no_report", f"{replay.file.name} is not a report, so there is no report to download")
+            return _zip(replay.file.content, replay.file.name)
+        peer = peer_of(request.scope)
+        if (run_id := query.run) is not None:
+            there = shelf is not None and await self._reports.make(lambda: shelf.has(run_id), peer=peer)
+            if not there:
+                return problem("no_such_run", NO_SUCH_RUN, parameter="run")
+        if request.method == "HEAD":
+            return bare("application/zip")
+        name, content, run_ids = await self._archive(query, sent, peer)
+        on_taken = request.scope.get("extensions", {}).get(TAKEN)
+        if counts and shelf is not None and run_ids and on_taken is not None:
+            on_taken(_marking(shelf, run_ids))
+        return _zip(content, name)
+
+    async def _archive(self, query: ReportQuery, sent: ReportRequest, peer: Peer) -> tuple[str, bytes, list[str]]:
+        """Return the name of the archive, its bytes, and the ids of the crashed runs in it."""
+        from vitalsd.report.builder import Collected, Heading, build
+
+        context, heading = self._context, Heading(sent.app, sent.app_version, sent.message)
+        collected = Collected(platform=self._targets.default.platform, application=context.application)
+        identity = await _metrics(self._targets, query.window_ms, collected, peer)
+
+        async def make() -> tuple[str, bytes]:
+            await _past(context, query, sent.app, identity, collected)
+            bundle = await context.reader.result(lambda: build(heading, collected, created=datetime.now(UTC)))
+            return f"{bundle.stem}.zip", await context.reader.result(bundle.zip)
+
+        name, content = await self._reports.make(make, peer=peer)
+        return name, content, list(collected.runs)
 
 
 def _zip(content: bytes, name: str) -> Response:
@@ -135,9 +238,7 @@ async def _metrics(targets: Targets, window_ms: int, collected: "Collected", pee
 
 
 async def _past(
-    targets: Targets,
-    shelf: RunDirectoryReader | None,
-    reader: Worker,
+    context: RouteContext,
     query: ReportQuery,
     app: str | None,
     identity: Identity | None,
@@ -147,12 +248,13 @@ async def _past(
     from vitalsd.contract.report_archive import HISTORY, PREVIOUS_RUN, Failure
     from vitalsd.report.previous_run import Found, ReportSubject, find, member
 
-    record = targets.default.recorder.record
+    target, shelf, reader = context.targets.default, context.shelf, context.reader
+    record = target.recorder.record
     if record is None:
-        collected.failures.append(Failure(HISTORY, targets.default.recorder.why_not_recorded))
+        collected.failures.append(Failure(HISTORY, target.recorder.why_not_recorded))
     else:
         collected.members |= await reader.result(lambda: _recorded(record, query.seconds))
-        info = targets.default.recorder.info() or {}
+        info: Mapping[str, Any] = target.recorder.info() or {}
         collected.target = {key: info.get(key) for key in ("state", "ended")}
         if info.get("state") == "crashed" and (own := (info.get("black_box") or {}).get("run")):
             collected.runs[own] = HISTORY
@@ -160,7 +262,7 @@ async def _past(
         return
     target_app = collected.application.app
     if identity is None:  # The sidecar waits for its target, or cannot read it.
-        subject = ReportSubject(app, name=targets.name or "", target_app=target_app)
+        subject = ReportSubject(app, name=context.targets.name or "", target_app=target_app)
     else:
         subject = ReportSubject(app, identity.start_id, identity.name, identity.program, target_app)
     try:

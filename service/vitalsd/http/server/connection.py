@@ -1,9 +1,9 @@
 """
-One client connection: uvicorn's h11 protocol, with deadlines and within bounds of memory.
+One client connection: uvicorn's h11 protocol with deadlines and a bound of memory.
 
-uvicorn never times out a request that does not arrive whole nor an answer that is not read, and its
-limit on concurrency answers 503 to whoever comes while others sit there silent. ASGI middleware runs
-too late to help. What is leaned on inside uvicorn is guarded by a test each in tests/http/test_connection.py.
+uvicorn times out neither a request that does not arrive whole nor an answer that is not read, and its limit on
+concurrency answers 503 to new clients while others are silent. ASGI middleware runs too late to help. For each part of
+uvicorn that this module relies on, tests/http/test_connection.py has a test.
 """
 
 import asyncio
@@ -21,61 +21,59 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vitalsd.admission import OWNER, Peer
+from vitalsd.contract.limits import CLOSING_CONNECTIONS, REQUEST_S, WRITE_BYTES, WRITE_S
 from vitalsd.discovery.unix_socket import peer_uid
 from vitalsd.http.access.access_control import protected
 from vitalsd.http.access.peer import PEER, PeerUsers, is_open
 from vitalsd.http.parameters import READING
-from vitalsd.http.responses import problem, shown
-from vitalsd.http.server.connection_limits import Delivery, Room
+from vitalsd.http.responses import problem, truncate_for_display
+from vitalsd.http.server.connection_limits import ConnectionLimiter
 from vitalsd.http.server.delivery import TAKEN, closed_after_reading
-from vitalsd.http.server.log_throttle import Sparing
+from vitalsd.http.server.log_throttle import ThrottledLogger
 
-__all__ = ["REQUEST_S", "Connection"]
+__all__ = ["ServerConnection"]
 
-REQUEST_S = 5.0
-"""For a request to arrive whole, head and body, from the connection's start or the answer before it."""
-WRITE_S = 10.0
-"""In so long a client takes all that waits for it, or at least ..."""
-WRITE_BYTES = 64 * 1024
-"""... so much of it."""
-PIECE_BYTES = 64 * 1024
-"""Of an answer handed over at once: what a slow reader has not taken yet is not copied for it."""
-
-MAX_CLOSING = 32
-"""Connections of one kind kept open until the client has read its answer; further ones are closed at once."""
+PIECE_BYTES = 64 * 1024  # Of an answer, handed over at once: what a slow reader has not taken is not copied for it.
 
 
-class Undelivered(Exception):
-    """Raised to the application: its answer does not reach the client, or not whole."""
+class UndeliveredError(Exception):
+    """The answer does not reach the client, or not whole; raised to the application."""
 
 
-class Connection(H11Protocol):
+class ServerConnection(H11Protocol):
     """
-    One connection of a client who is let in, has 5 s for each request and reads the answers.
+    One connection of a client that has 5 s for each request and reads the answers.
 
     It holds one answer at a time, of which it hands over a piece at a time. A large one that does not fit
-    into the room's outbox becomes a 503. Once it is clear that an answer does not get there the application
-    hears of it, as `Undelivered`, so that nothing is done which should be done only after it.
+    into the `SendBudget` becomes a 503. If an answer does not reach the client, `UndeliveredError` is raised to the
+    application, so that nothing is done which depends on it.
 
-    Over the Unix socket only this user and root are let in, whatever the mode of its file.
+    Over the Unix socket only this user and root are served, whatever the mode of its file.
 
-    Writes no access log: uvicorn asks whether the logger ``uvicorn.access`` has handlers, which in a
-    host program that is itself served by uvicorn it has; and its own switch silences that logger for
+    It writes no access log: uvicorn asks whether the logger ``uvicorn.access`` has handlers, which in a
+    host program that is itself served by uvicorn it has; and uvicorn's own switch silences that logger for
     the host as well.
 
     Args:
-        rooms: by `Peer.kind`, the room that counts its connections.
+        limiters: the limiter of connections of each `Peer.kind`.
         users: determines the users at the other end of TCP connections.
-        log: where a bug in the application is said.
+        log: logs bugs in the application.
     """
 
-    def __init__(self, *args: Any, rooms: Mapping[str, Room], users: PeerUsers, log: Sparing, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        limiters: Mapping[str, ConnectionLimiter],
+        users: PeerUsers,
+        log: ThrottledLogger,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.access_log = False
         self.logger = log  # type: ignore[assignment]
         self._application, self.app = self.app, self._answer
-        self._rooms, self._users = rooms, users
-        self._room = rooms["other"]
+        self._limiters, self._users = limiters, users
+        self._limiter = limiters["other"]
         self._peer = Peer("other")
         self._undetermined: socket.socket | None = None
         """The connection, if the kernel knows no socket at its other end."""
@@ -95,7 +93,7 @@ class Connection(H11Protocol):
         transport.set_write_buffer_limits(high=0)  # whatever the kernel does not take at once is waited for
         peer: socket.socket = transport.get_extra_info("socket")
         if peer.family == socket.AF_UNIX:
-            self._peer, self._room = OWNER, self._rooms["unix"]
+            self._peer, self._limiter = OWNER, self._limiters["unix"]
             if not _may_come_in(peer):
                 self._refuse(problem("another_user", "this socket is for the user it belongs to"))
                 return
@@ -108,11 +106,11 @@ class Connection(H11Protocol):
             found = self._users.peer(self.client, peer.getsockname()[:2])
             if found is None:
                 found, self._undetermined = Peer("tcp"), peer
-            self._peer, self._room = found, self._rooms[found.kind]
-        if self._room.enter(self, self._peer):
+            self._peer, self._limiter = found, self._limiters[found.kind]
+        if self._limiter.acquire(self, self._peer):
             self._watch()
         else:
-            detail = f"{self._room.limit} connections are being served already"
+            detail = f"{self._limiter.limit} connections are being served already"
             self._refuse(problem("full", detail, headers={"Retry-After": "1"}))
 
     def data_received(self, data: bytes) -> None:
@@ -133,7 +131,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(exc is None and not self.flow.write_paused)
-        self._room.leave(self)
+        self._limiter.release(self)
         if self._reading is not None and not self.cycle.response_complete:
             self._left = True
             self._reading.cancel()
@@ -151,7 +149,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         error = sys.exception()  # what h11 found wrong: uvicorn calls this while it handles that
-        detail = shown(error or msg, 100)
+        detail = truncate_for_display(error or msg, 100)
         too_large = getattr(error, "error_status_hint", 400) == 431
         self._refuse(problem("head_too_large" if too_large else "bad_request", detail))
 
@@ -189,10 +187,10 @@ class Connection(H11Protocol):
                     return
             elif held is not None:
                 start, held = held, None
-                await self._deliver(start, message, scope, receive, send)
+                await self._send_large(start, message, send)
                 return
             elif len(message.get("body", b"")) > PIECE_BYTES:  # an event of a stream
-                await self._in_pieces(message, send)
+                await self._send_in_pieces(message, send)
                 return
             await send(message)
 
@@ -200,7 +198,7 @@ class Connection(H11Protocol):
             self._reading = asyncio.current_task()
         try:
             await self._application(scope, receive, deliver)
-        except Undelivered:
+        except UndeliveredError:
             pass
         except asyncio.CancelledError:
             if not self._left:
@@ -210,8 +208,8 @@ class Connection(H11Protocol):
 
     def _after_delivery(self, taken: Sequence[Callable[[], Awaitable[None]]]) -> None:
         """Make the calls that were registered for this answer once the client has taken it."""
-        room, cycle, lost = self._room, self.cycle, self.loop.create_future()
-        if room.closing >= MAX_CLOSING:
+        limiter, cycle, lost = self._limiter, self.cycle, self.loop.create_future()
+        if limiter.closing >= CLOSING_CONNECTIONS:
             return
         # uvicorn closes the transport after the answer; with this descriptor the connection stays.
         try:
@@ -219,7 +217,7 @@ class Connection(H11Protocol):
         except OSError:  # The client has closed its side, and with it uvicorn the connection.
             return
         self._lost = lost
-        room.closing += 1
+        limiter.closing += 1
 
         async def wait() -> None:
             try:
@@ -228,44 +226,53 @@ class Connection(H11Protocol):
                         for call in taken:
                             await call()
             finally:
-                room.closing -= 1
+                limiter.closing -= 1
 
         task = self.loop.create_task(wait())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _deliver(self, start: Message, message: Message, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send a large answer, or its refusal. Raises `Undelivered`."""
-        delivery = Delivery(self.transport, message["body"], self.loop.time())
-        outbox = self._room.outbox
-        if not outbox.enter(delivery):
-            detail = f"{outbox.limit >> 20} MiB of answers wait already for clients that take them"
+    async def _send_large(self, start: Message, message: Message, send: Send) -> None:
+        """
+        Send a large answer, or refuse it.
+
+        Raises:
+            UndeliveredError: it is refused, or the client does not take all of it in time.
+        """
+        body, budget = message["body"], self._limiter.send_budget
+        if not budget.acquire(body):
+            detail = f"{budget.limit >> 20} MiB of answers wait already for clients that take them"
             refusal = problem("unread", detail, headers={"Retry-After": "1"})
             await send({**start, "status": refusal.status_code, "headers": protected(refusal.raw_headers)})
             await send({"type": "http.response.body", "body": refusal.body})
-            raise Undelivered
+            raise UndeliveredError
         try:
-            await send(start)
-            await self._in_pieces(message, send, delivery)
-        except BaseException:
-            # Its length has been announced, so all that can be done for the client is to leave no doubt.
+            async with asyncio.timeout(budget.seconds(body)):
+                await send(start)
+                await self._send_in_pieces(message, send, large=True)
+        except BaseException as error:
+            # Its length has been announced, so the client can see that the answer is not whole.
             self.cycle.disconnected = True
             self.transport.abort()
+            if isinstance(error, TimeoutError):
+                raise UndeliveredError from None
             raise
         finally:
-            outbox.leave(delivery)
+            budget.release(body)
 
-    async def _in_pieces(self, message: Message, send: Send, delivery: Delivery | None = None) -> None:
-        """Raises `Undelivered` if the client of a `delivery` leaves before all of it is handed over."""
+    async def _send_in_pieces(self, message: Message, send: Send, *, large: bool = False) -> None:
+        """
+        Hand over a body, each piece once the client has taken the one before.
+
+        Raises:
+            UndeliveredError: the client of a `large` answer left before all of it was handed over.
+        """
         body = message["body"]
         last = (len(body) - 1) // PIECE_BYTES * PIECE_BYTES
         for begin in range(0, last, PIECE_BYTES):
             await send({**message, "body": body[begin : begin + PIECE_BYTES], "more_body": True})
-            if delivery is None:
-                continue
-            if self.transport.is_closing():
-                raise Undelivered
-            delivery.hand(PIECE_BYTES, self.loop.time())
+            if large and self.transport.is_closing():
+                raise UndeliveredError
         await send({**message, "body": body[last:]})
 
     # Deadlines
@@ -278,7 +285,7 @@ class Connection(H11Protocol):
         elif not owing and self._request_timer is not None:
             self._request_timer.cancel()
             self._request_timer = None
-        self._room.owes(self, owing)
+        self._limiter.set_idle(self, owing)
 
     def _overdue(self) -> None:
         if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:

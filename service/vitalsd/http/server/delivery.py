@@ -12,12 +12,12 @@ import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from vitalsd.contract.limits import CLOSE_S
+
 __all__ = ["TAKEN", "OnTaken", "closed_after_reading"]
 
 TAKEN = "vitalsd.taken"
 """Key in the ``extensions`` of an ASGI scope: an `OnTaken`, if the server can tell."""
-CLOSE_S = 10.0
-"""After its last byte, a client has this long to close its half of the connection."""
 
 OnTaken = Callable[[Callable[[], Awaitable[None]]], None]
 """Register what is to be done once the client has taken the answer to this request; the connection is closed then."""

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
-__all__ = ["Sparing"]
+from vitalsd.contract.limits import LOG_LINE_S, LOG_TRACEBACK_S
+
+__all__ = ["ThrottledLogger"]
 
 MAX_KINDS = 64
 
 
-class Sparing(logging.LoggerAdapter[logging.Logger]):
+class ThrottledLogger(logging.LoggerAdapter[logging.Logger]):
     """
     A logger of errors: one line of a kind a second, with a traceback one a minute, and how many it left out.
 
@@ -37,7 +39,7 @@ class Sparing(logging.LoggerAdapter[logging.Logger]):
         if level < self.level:
             return
         error = kwargs.get("exc_info")
-        left_out = self._due(str(msg), error)
+        left_out = self._suppressed_count(str(msg), error)
         if left_out is not None:
             more = f" ({left_out} more since it was last said)" if left_out else ""
             super().log(level, f"{str(msg).rstrip()}{more}", *args, **kwargs)
@@ -52,18 +54,18 @@ class Sparing(logging.LoggerAdapter[logging.Logger]):
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             self.error("out of file descriptors: new connections wait")
-        elif self._due(context["message"], error) is not None:
+        elif self._suppressed_count(context["message"], error) is not None:
             loop.default_exception_handler(context)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         return msg, kwargs
 
-    def _due(self, kind: str, error: object) -> int | None:
+    def _suppressed_count(self, kind: str, error: object) -> int | None:
         """How many of this kind were left out before this one; ``None`` if it is left out too."""
         key = kind, type(error)
         now = self._clock()
         since, left_out = self._kinds.get(key, (float("-inf"), 0))
-        if now - since < (60 if isinstance(error, BaseException) else 1):
+        if now - since < (LOG_TRACEBACK_S if isinstance(error, BaseException) else LOG_LINE_S):
             self._kinds[key] = since, left_out + 1
             return None
         if len(self._kinds) >= MAX_KINDS:

@@ -16,22 +16,18 @@ from starlette.types import ASGIApp
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import ServerState
 
-from vitalsd.http.access.access_control import Gate
+from vitalsd.contract.limits import OTHER_USERS_CONNECTIONS
+from vitalsd.http.access.access_control import AccessControl
 from vitalsd.http.access.peer import PeerUsers
-from vitalsd.http.access.token_proof import Hello
-from vitalsd.http.server.connection import Connection
-from vitalsd.http.server.connection_limits import Room
-from vitalsd.http.server.log_throttle import Sparing
+from vitalsd.http.access.token_proof import TokenProof
+from vitalsd.http.server.connection import ServerConnection
+from vitalsd.http.server.connection_limits import ConnectionLimiter
+from vitalsd.http.server.log_throttle import ThrottledLogger
 
 __all__ = ["Server"]
 
 QUEUE = 1024
 """Connections the kernel completes ahead of us; with few, callers who come at once would dial again after a second."""
-OTHER_CONNECTIONS = 32
-"""
-Of other users, half of it of one. A scraper has one or two. The requests of many more would delay those of the owner,
-because one event loop answers them all.
-"""
 ACCEPTED_AT_A_TURN = 16
 """
 asyncio takes its backlog for this too. Those who stall are closed some turns after the one they make way
@@ -76,7 +72,7 @@ class _Lifespan(LifespanOn):
     uvicorn's logs each step to ``uvicorn.error``, a logger that the host may have for a server of its own.
     """
 
-    def __init__(self, config: uvicorn.Config, log: Sparing) -> None:
+    def __init__(self, config: uvicorn.Config, log: ThrottledLogger) -> None:
         super().__init__(config)
         self.logger = log  # type: ignore[assignment]
 
@@ -90,21 +86,25 @@ class Server(uvicorn.Server):
 
     Args:
         app: the application.
-        token: see `Gate`.
+        token: see `AccessControl`.
         grace_s: open windows may finish for so long after `stop`.
         ready: called once requests are answered. What it raises ends the service.
     """
 
     def __init__(self, app: ASGIApp, *, token: str | None, grace_s: float, ready: Callable[[], None]) -> None:
         self._ready = ready
-        self._gate = Gate(Hello(app, token=token), token=token)
-        self._log = Sparing(logging.getLogger("vitalsd.http"))
+        self._gate = AccessControl(TokenProof(app, token=token), token=token)
+        self._log = ThrottledLogger(logging.getLogger("vitalsd.http"))
         self._grace_s = grace_s
         self._stop = asyncio.Event()
         # On h11: httptools takes two Host headers and 5 MB of head.
         self._users = PeerUsers()
-        rooms = {"unix": Room.fitting(), "tcp": Room.fitting(), "other": Room(OTHER_CONNECTIONS)}
-        protocol = partial(Connection, rooms=rooms, users=self._users, log=self._log)
+        limiters = {
+            "unix": ConnectionLimiter.fitting(),
+            "tcp": ConnectionLimiter.fitting(),
+            "other": ConnectionLimiter(OTHER_USERS_CONNECTIONS),
+        }
+        protocol = partial(ServerConnection, limiters=limiters, users=self._users, log=self._log)
         super().__init__(
             _Config(
                 self._gate,
@@ -119,7 +119,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 log_level=None,
                 backlog=ACCEPTED_AT_A_TURN,
-                timeout_keep_alive=60,  # `Connection` is done with it long before
+                timeout_keep_alive=60,  # `ServerConnection` closes it long before.
                 h11_max_incomplete_event_size=16384,
             )
         )
