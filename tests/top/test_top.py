@@ -26,8 +26,8 @@ from support.terminals import PseudoTerminal
 from support.tools import program
 from vitalsd.cli import main
 from vitalsd.contract.metrics import Measured, ProcessMetrics, ThreadMetrics, parse_runtime_metrics
-from vitalsd.top.events import Ended, Note, Past, Sample, Subject, Trouble
-from vitalsd.top.render import ASCII, BLOCKS, Picture
+from vitalsd.top.events import Ended, InitialHistory, Interrupted, Note, Sample, TargetInfo
+from vitalsd.top.render import ASCII, BLOCKS, Renderer
 from vitalsd.top.terminal import keys
 from vitalsd.top.view_state import View
 
@@ -544,11 +544,11 @@ def picture(names: list[str]) -> View:
     process = ProcessMetrics(cpu_percent=123.4, rss_kb=65536, vm_size_kb=10**9, uptime_secs=1e6)
     metrics = Measured(sample_window_ms=1000, process=process, threads=threads, platform="linux")
     view = View()
-    view.tell(Subject(1, HOSTILE, "1-2-3", "a sidecar\x1b[2J"))
+    view.apply(TargetInfo(1, HOSTILE, "1-2-3", "a sidecar\x1b[2J"))
     for _ in range(3):
-        view.tell(Sample(0, metrics, b""))
-    view.tell(Note(0, "mark", HOSTILE))
-    view.tell(Trouble(HOSTILE))
+        view.apply(Sample(0, metrics, b""))
+    view.apply(Note(0, "mark", HOSTILE))
+    view.apply(Interrupted(HOSTILE))
     return view
 
 
@@ -561,7 +561,7 @@ def test_every_size_is_filled_exactly(state: str) -> None:
     for glyphs in (BLOCKS, ASCII):
         for width in (1, 2, 7, 20, 26, 39, 40, 71, 80, 200):
             for height in (1, 2, 3, 5, 6, 12, 13, 24, 100):
-                lines = Picture(view, width, glyphs).lines(height)
+                lines = Renderer(view, width, glyphs).lines(height)
                 assert len(lines) == height
                 assert max(cell_len(line.plain) for line in lines) <= width, (width, height)
                 assert all(line.plain.isprintable() for line in lines)
@@ -572,22 +572,22 @@ def test_a_long_pause_forgets_nothing_that_it_can_hold() -> None:
     """While paused nothing moves; afterwards all that came is there."""
     view = picture(["a"])
     view.press("p")
-    before = [line.plain for line in Picture(view, 80).lines(24)]
+    before = [line.plain for line in Renderer(view, 80).lines(24)]
     for _ in range(10):
-        view.tell(Sample(0, view.metrics, b""))  # type: ignore[arg-type]
-    view.tell(Ended("gone"))
-    assert [line.plain for line in Picture(view, 80).lines(24)] == before
+        view.apply(Sample(0, view.metrics, b""))  # type: ignore[arg-type]
+    view.apply(Ended("gone"))
+    assert [line.plain for line in Renderer(view, 80).lines(24)] == before
     view.press("p")
     assert len(view.cpu) == 13
-    assert any("gone" in line.plain for line in Picture(view, 80).lines(24))
+    assert any("gone" in line.plain for line in Renderer(view, 80).lines(24))
 
 
 def test_a_record_that_has_just_begun_takes_nothing_away() -> None:
     """The past of a sidecar that has none yet leaves what was seen so far."""
     view = picture(["a"])
-    view.tell(Past((), (), {}))
+    view.apply(InitialHistory((), (), {}))
     assert len(view.cpu) == 3
-    Picture(view, 80).lines(24)
+    Renderer(view, 80).lines(24)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ __all__ = ["Answer", "Connection", "ExchangeError"]
 
 MAX_HEAD_BYTES = 16 * 1024
 MAX_INTERIM = 8
-"""``100 Continue`` and the like before the answer; more is somebody playing for time."""
+"""``100 Continue`` and the like before the answer; more only delay the answer."""
 READ_BYTES = 65536
 RETRY_AFTER = re.compile(rb"[0-9]{1,5}")
 
@@ -63,7 +63,7 @@ class Connection:
         connect_s: at most so much of it for connecting.
 
     Raises:
-        ExchangeError: nobody accepted, or the socket belongs to another user.
+        ExchangeError: no connection was accepted, or the socket belongs to another user.
     """
 
     def __init__(self, place: str | tuple[str, int], deadline: float, *, connect_s: float = 2.0) -> None:
@@ -103,12 +103,12 @@ class Connection:
                 raise ExchangeError(f"cannot connect to {self.place}: {error.strerror or error}") from None
 
     def _check_owner(self) -> None:
-        """A socket served by root is fine: that is who launchd listens as, and root needs no tricks."""
+        """Accept a socket of this user or of root, as which launchd listens and which needs no tricks."""
         try:
             uid = peer_uid(self._socket)
         except OSError as error:
             reason = errno.errorcode.get(error.errno or 0)
-            raise ExchangeError(f"nobody can tell whose socket {self.place} is: {reason}") from None
+            raise ExchangeError(f"the owner of the socket {self.place} is not known: {reason}") from None
         if uid not in (0, os.geteuid()):
             raise ExchangeError(f"{self.place} is served by user {uid}, not by you; nothing was asked there")
 
@@ -179,7 +179,7 @@ class Connection:
 
     def _send(self, data: bytes) -> None:
         self._arm("took no request")
-        with suppress(BrokenPipeError):  # whoever refuses early may have answered before
+        with suppress(BrokenPipeError):  # A server that refuses early may have answered before.
             self._socket.sendall(data)
 
     def _arm(self, complaint: str) -> None:

@@ -26,7 +26,7 @@ REF = "#/components/schemas/{model}"
 UNAVAILABLE = Lazy("vitalsd.contract.metrics:Unavailable")
 
 KEYWORDS = ("type", "minimum", "maximum", "minLength", "maxLength", "enum", "pattern")
-"""Of a query parameter, what the schema says besides its description."""
+"""Keywords of the schema of a query parameter."""
 SCHEMAS: dict[str, dict[str, Any]] = {
     JSON: {"type": "object"},
     "text/event-stream": {

@@ -21,7 +21,7 @@ class CommandExample(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """What the reference says of one method of one path, besides the parameters that its function declares."""
+    """The documentation of one method of one path, besides the parameters that its function declares."""
 
     method: Literal["GET", "POST"] = "GET"
     """GET includes HEAD."""

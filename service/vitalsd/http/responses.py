@@ -114,7 +114,7 @@ class ProblemJson(TypedDict):
 
 
 class ProblemError(Exception):
-    """Raised anywhere below a route: it becomes the problem of that `reason`."""
+    """Raised by a route or what it calls; the answer is the problem of that `reason`."""
 
     def __init__(self, reason: Reason, detail: str, parameter: str | None = None) -> None:
         super().__init__(detail)
@@ -124,7 +124,7 @@ class ProblemError(Exception):
 def problem(
     reason: Reason, detail: str, *, parameter: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    """One refusal; `detail` and `parameter` may hold anything a stranger sent and are cut short."""
+    """Return one refusal; `detail` and `parameter` may have text of the client and are cut."""
     status, title = TITLES[reason]
     body: ProblemJson = {"title": title, "status": status, "reason": reason, "detail": detail[:DETAIL_CHARACTERS]}
     if parameter is not None:
@@ -133,13 +133,13 @@ def problem(
 
 
 def truncate_for_display(text: object, length: int = 32) -> str:
-    """What a stranger sent, harmless and short enough to repeat."""
+    """Return text of a client escaped and cut, so that it can be repeated."""
     whole = str(text)
     return ascii(whole[:length])[1:-1] + ("..." if len(whole) > length else "")
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """``did you mean X? `` for what was misspelt, or nothing if it is like none of `known`."""
+    """Return ``did you mean X? `` for a misspelt name, or an empty string if it is like none of `known`."""
     from difflib import get_close_matches
 
     found = get_close_matches(given[:64].lower(), list(known), 1)
@@ -201,7 +201,7 @@ STATUS: dict[type[SourceError], int] = {
 
 
 class JSON(JSONResponse):
-    """JSON, of a value or ready as bytes, that nobody caches."""
+    """JSON, of a value or ready as bytes, with ``Cache-Control: no-store``."""
 
     def __init__(self, content: Any, status_code: int = 200) -> None:
         super().__init__(content, status_code, {"Cache-Control": "no-store"})
@@ -222,5 +222,5 @@ def bare(content_type: str = JSON.media_type) -> Response:
 
 
 def failed(error: SourceError, platform: str) -> JSON:
-    """The `Unavailable` answer, with its status."""
+    """Return the `Unavailable` answer, with its status."""
     return JSON(unavailable(error, platform), STATUS[type(error)])

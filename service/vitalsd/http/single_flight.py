@@ -1,4 +1,4 @@
-"""Make large answers one at a time, in a fair order, so that a crowd of requests costs the memory of one answer."""
+"""Make large answers one at a time, in a fair order, so that many requests cost the memory of one answer."""
 
 import asyncio
 from collections import deque
@@ -84,7 +84,7 @@ class SingleFlight:
     def _done(self, key: Hashable, order: _Order[T], peer: Peer, task: asyncio.Task[T]) -> None:
         self._forget(key, order)
         self._shares.release(peer)
-        seen(task)  # every client may have left
+        seen(task)  # Every client may have left.
 
     def _forget(self, key: Hashable, order: _Order[T]) -> None:
         if self._orders.get(key) is order:

@@ -1,6 +1,6 @@
 """
 ``vitalsd top``: a live view in the terminal.
 
-`feed` has `news` from its `sessions`; `view` knows what is shown, `picture` draws it, `screen` puts it on a `terminal`,
-and `plain` does without one.
+`feed` yields `events` of its `backends`. `view_state` has what is shown, `render` draws it, and `fullscreen` writes it
+to a `terminal`; `line_output` writes to pipes and files.
 """

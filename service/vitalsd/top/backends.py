@@ -1,4 +1,4 @@
-"""The two ways to have news of a target: to read it, or to ask a sidecar for what its recorder has."""
+"""Two backends of the feed: read the target, or ask a sidecar for what its recorder has."""
 
 import json
 import time
@@ -16,39 +16,33 @@ from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.snapshot import measure
 from vitalsd.sources.base import Source, SourceError, TargetGone
 from vitalsd.text import one_line
-from vitalsd.top.events import News, Note, Past, Sample, Subject
+from vitalsd.top.events import FeedEvent, InitialHistory, Note, Sample, TargetInfo
 from vitalsd_client.locate import RunningSidecar
 
-__all__ = ["Direct", "Pause", "Remote"]
+__all__ = ["DirectBackend", "Pause", "SidecarBackend"]
 
-LOOK_AGAIN_S = 2.0
-"""While sampling directly: between two looks for a sidecar of the same target."""
+SIDECAR_POLL_S = 2.0  # While sampling directly: between two looks for a sidecar of the same target.
 PAST_S = 300
 PAST_THREADS = 64
-ALL_S = 86_400
-"""As far back as any record reaches, s."""
-TREND = 240
-"""Rows of a replayed record; no terminal is much wider."""
-NOTES_S = 10
-"""How much further back than its last look it looks for marks and events: they may be told late."""
-LATEST_MS = 253_402_300_799_000
-"""The end of the year 9999, Unix time."""
-PATIENCE_S = 2.0
-"""For an answer, beyond the window that may have to be waited for."""
+ALL_S = 86_400  # As far back as any record reaches.
+TREND = 240  # Rows of a replayed record; no terminal is much wider.
+NOTES_S = 10  # Marks and events may arrive this much later than the sample that they belong to.
+LATEST_MS = 253_402_300_799_000  # The end of the year 9999, Unix time.
+ANSWER_S = 2.0  # For an answer, besides the window that the sidecar may have to wait for.
 
 Pause = Callable[[float], bool]
-"""Waits until a monotonic time, s; False if it is all over."""
+"""Waits until a monotonic time, s; returns False if the feed is to end."""
 
 
-class Direct:
+class DirectBackend:
     """
-    Reads the target; the record is in memory alone, for its events and for marks.
+    Read the target; the record is in memory only, for its events and for marks.
 
     Args:
         source: an open one; closed with this.
         interval_s: between two samples.
         first_s: until the first one.
-        relieved: somebody else is there to be asked by now; looked at every `LOOK_AGAIN_S`.
+        relieved: whether a sidecar of the target can be asked by now; called every `SIDECAR_POLL_S`.
     """
 
     def __init__(self, source: Source, interval_s: float, first_s: float, relieved: Callable[[], bool]) -> None:
@@ -57,7 +51,7 @@ class Direct:
         self._first_s = first_s
         self._relieved = relieved
         self._recorder = Recorder(source.identity(), RecorderConfig(interval_s, retention_s=PAST_S, max_bytes=4 << 20))
-        self._told = _Told()
+        self._seen_notes = _SeenNotes()
         self.final = False
         """Whether no other process can follow the one that ended."""
 
@@ -67,13 +61,13 @@ class Direct:
     def mark(self, label: str) -> None:
         self._recorder.mark(label)
 
-    def news(self, pause: Pause) -> Iterator[News]:
+    def events(self, pause: Pause) -> Iterator[FeedEvent]:
         last = self._source.snapshot()
         self._recorder.observe(last)
         identity = self._source.identity()
-        yield Subject(identity.pid, identity.name, identity.start_id, "sampled directly")
+        yield TargetInfo(identity.pid, identity.name, identity.start_id, "sampled directly")
         due = time.monotonic() + self._first_s
-        look_again = due + LOOK_AGAIN_S
+        look_again = due + SIDECAR_POLL_S
         while pause(due):
             due = max(due + self._interval_s, time.monotonic())
             try:
@@ -83,7 +77,7 @@ class Direct:
                 yield from self._notes()
                 raise
             if identity != (identity := self._source.identity()):
-                yield Subject(identity.pid, identity.name, identity.start_id, "sampled directly")
+                yield TargetInfo(identity.pid, identity.name, identity.start_id, "sampled directly")
             self._recorder.identify(identity)
             self._recorder.observe(now)
             yield from self._notes()
@@ -94,23 +88,23 @@ class Direct:
             if time.monotonic() >= look_again:
                 if self._relieved():
                     return
-                look_again = time.monotonic() + LOOK_AGAIN_S
+                look_again = time.monotonic() + SIDECAR_POLL_S
 
     def _notes(self) -> list[Note]:
         record = self._recorder.record
-        return self._told.fresh(
+        return self._seen_notes.fresh(
             [Note(mark.wall_ns // 1_000_000, "mark", mark.label) for mark in list(record.marks)]
             + [Note(event.wall_ns // 1_000_000, event.kind, event.detail) for event in list(record.events)]
         )
 
 
-class Remote:
+class SidecarBackend:
     """
-    Asks a sidecar for what its recorder has; each time on a connection of its own, so that nothing is held open.
+    Ask a sidecar for what its recorder has, each time on a new connection, so that nothing is held open.
 
     Args:
         sidecar: the one to ask.
-        via: it in words.
+        via: the sidecar, in words.
         interval_s: between two samples.
     """
 
@@ -118,32 +112,32 @@ class Remote:
         self.sidecar = sidecar
         self._via = via
         self._interval_s = interval_s
-        self._told = _Told()
+        self._seen_notes = _SeenNotes()
         self.final = False
         """Whether no other process can follow the one that ended: a file is replayed."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
     def mark(self, label: str) -> None:
         body = json.dumps({"label": label}).encode()
         self._ask("/marks", {}, method="POST", body=body, headers={"Content-Type": "application/json"})
 
-    def news(self, pause: Pause) -> Iterator[News]:
+    def events(self, pause: Pause) -> Iterator[FeedEvent]:
         try:
-            yield from self._news(pause)
+            yield from self._recorded_events(pause)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ExchangeError(f"this is no answer of a sidecar: {type(error).__name__}") from None
 
-    def _news(self, pause: Pause) -> Iterator[News]:
-        who = {} if self.sidecar.pid is None else {"pid": self.sidecar.pid}
-        info = {} if who else self._json("/info")
+    def _recorded_events(self, pause: Pause) -> Iterator[FeedEvent]:
+        process = {} if self.sidecar.pid is None else {"pid": self.sidecar.pid}
+        info = {} if process else self._json("/info")
         recorder, self.final = info.get("recorder"), info.get("replay") is not None
         recorded = recorder is not None
         if recorder is not None:
             ended = recorder.get("ended")
             table = self._json("/history", _whole(recorder) if self.final else {"seconds": PAST_S, "top": PAST_THREADS})
-            yield self._subject(table["target"])
+            yield self._target_info(table["target"])
             yield _past(table)
             yield from self._notes(table)
             if self.final:
@@ -151,20 +145,20 @@ class Remote:
             if ended:
                 raise TargetGone(one_line(str(ended)))
         else:
-            yield self._subject(self._json("/metrics", {"window_ms": 10, "detail": "full", **who})["target"])
+            yield self._target_info(self._json("/metrics", {"window_ms": 10, "detail": "full", **process})["target"])
         window_ms = min(60_000, max(10, round(self._interval_s * 1000)))
         uptime_s = -1.0
         due = time.monotonic()
         while True:
-            sample = _sample(self._ask("/metrics", {"window_ms": window_ms, "mode": "trailing", **who}))
+            sample = _sample(self._ask("/metrics", {"window_ms": window_ms, "mode": "trailing", **process}))
             now_s = sample.metrics.process.uptime_secs
             if now_s < uptime_s:
-                return  # another process: the sidecar has gone on to the next one of that name
+                return  # Another process: the sidecar measures the next one of that name now.
             if recorded:
                 yield from self._latest()
             if now_s > uptime_s:
                 yield sample
-            # No news: the recorder is slower than we are, or it has stopped.
+            # No new sample: the recorder is slower than this view, or it has stopped.
             elif recorded and (ended := (self._json("/info")["recorder"] or {}).get("ended")):
                 yield from self._latest()
                 raise TargetGone(one_line(str(ended)))
@@ -180,18 +174,18 @@ class Remote:
             sample = _sample(self._ask("/metrics", {"window_ms": window_ms, "mode": "trailing"}))
             yield replace(sample, wall_ms=_wall_ms({"time_ms": table["time_ms"][-1]}))
 
-    def _latest(self) -> Iterator[News]:
+    def _latest(self) -> Iterator[FeedEvent]:
         table = self._json("/history", {"seconds": ceil(self._interval_s) + NOTES_S, "top": 0})
         notes = self._notes(table)
         if any(note.kind == "executed" for note in notes):
-            yield self._subject(table["target"])
+            yield self._target_info(table["target"])
         yield from notes
 
-    def _subject(self, target: dict[str, Any]) -> Subject:
-        return Subject(int(target["pid"]), str(target["name"]), str(target["start_id"]), self._via)
+    def _target_info(self, target: dict[str, Any]) -> TargetInfo:
+        return TargetInfo(int(target["pid"]), str(target["name"]), str(target["start_id"]), self._via)
 
     def _notes(self, table: dict[str, Any]) -> list[Note]:
-        return self._told.fresh(
+        return self._seen_notes.fresh(
             [Note(_wall_ms(mark), "mark", str(mark["label"])) for mark in table["marks"]]
             + [Note(_wall_ms(event), str(event["kind"]), str(event["detail"])) for event in table["events"]]
         )
@@ -203,13 +197,13 @@ class Remote:
         return found
 
     def _ask(self, path: str, query: dict[str, Any], **options: Any) -> bytes:
-        deadline = time.monotonic() + self._interval_s + PATIENCE_S
+        deadline = time.monotonic() + self._interval_s + ANSWER_S
         answer = self.sidecar.get(path, query, deadline=deadline, **options)
         if answer.status in (200, 201):
             return answer.body
         try:
-            told = json.loads(answer.body)
-            reason = str(told.get("reason") if told.get("available") is False else told["detail"])
+            refusal = json.loads(answer.body)
+            reason = str(refusal.get("reason") if refusal.get("available") is False else refusal["detail"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             reason = f"{path} was answered with status {answer.status}"
         if answer.status == 410:
@@ -217,8 +211,8 @@ class Remote:
         raise ExchangeError(reason)
 
 
-class _Told:
-    """Which notes have been told already, so that looking back twice tells nothing twice."""
+class _SeenNotes:
+    """The notes that were yielded already, so that none is yielded twice."""
 
     def __init__(self) -> None:
         self._seen: deque[Note] = deque(maxlen=4096)
@@ -230,7 +224,7 @@ class _Told:
 
 
 def _wall_ms(note: dict[str, Any]) -> int:
-    """When it was, for a clock that can show it. Raises `ValueError`."""
+    """Return the time of a note, ms. Raises `ValueError` for one that no clock can show."""
     wall_ms = int(note["time_ms"])
     if not 0 <= wall_ms <= LATEST_MS:
         raise ValueError(f"a time of {wall_ms}")
@@ -243,11 +237,11 @@ def _whole(recorder: dict[str, Any]) -> dict[str, int]:
     return {"seconds": ALL_S, "top": PAST_THREADS, "step_ms": min(step_ms, 3_600_000)}
 
 
-def _past(table: dict[str, Any]) -> Past:
+def _past(table: dict[str, Any]) -> InitialHistory:
     threads = {
         int(thread["tid"]): tuple(float(each or 0) for each in thread["cpu_percent"]) for thread in table["threads"]
     }
-    past = Past(tuple(map(float, table["cpu_percent"])), tuple(map(float, table["rss_kb"])), threads)
+    past = InitialHistory(tuple(map(float, table["cpu_percent"])), tuple(map(float, table["rss_kb"])), threads)
     if not all(map(isfinite, chain(past.cpu_percent, past.rss_kb, *threads.values()))):
         raise ValueError("what is no number to draw")
     return past

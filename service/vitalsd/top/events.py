@@ -1,26 +1,26 @@
-"""What there is to tell of a target: the vocabulary between a feed and those who show it."""
+"""The events of a feed: what it yields about one target, and what the views show."""
 
 from dataclasses import dataclass
 
 from vitalsd.contract.metrics import Measured
 
-__all__ = ["Ended", "News", "Note", "Past", "Sample", "Subject", "Trouble"]
+__all__ = ["Ended", "FeedEvent", "InitialHistory", "Interrupted", "Note", "Sample", "TargetInfo"]
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """Whose numbers follow."""
+class TargetInfo:
+    """The process that the next events are about."""
 
     pid: int
     name: str
     start_id: str
     via: str
-    """Where they come from, in words."""
+    """The backend, in words."""
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
-    """What was recorded before, oldest first: percent, KiB, and per thread id percent."""
+class InitialHistory:
+    """The recorded past, oldest first: percent, KiB, and percent by thread id."""
 
     cpu_percent: tuple[float, ...]
     rss_kb: tuple[float, ...]
@@ -46,8 +46,8 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """There are no numbers for now, and why."""
+class Interrupted:
+    """There are no numbers for now."""
 
     reason: str
 
@@ -59,4 +59,4 @@ class Ended:
     reason: str
 
 
-News = Subject | Past | Sample | Note | Trouble | Ended
+FeedEvent = TargetInfo | InitialHistory | Sample | Note | Interrupted | Ended

@@ -1,4 +1,4 @@
-"""The full screen: one thread reads the feed, this one obeys keys and draws."""
+"""The full screen: one thread reads the feed, the main thread handles keys and draws."""
 
 import os
 import queue
@@ -9,10 +9,10 @@ from contextlib import closing, contextmanager
 
 from rich.console import Console
 
-from vitalsd.top.events import News
+from vitalsd.top.events import FeedEvent
 from vitalsd.top.feed import Feed
-from vitalsd.top.render import ASCII, BLOCKS, Glyphs, Picture
-from vitalsd.top.terminal import Hangup, Terminal
+from vitalsd.top.render import ASCII, BLOCKS, Glyphs, Renderer
+from vitalsd.top.terminal import HangupError, Terminal
 from vitalsd.top.view_state import View
 from vitalsd.worker_thread import Worker, start_thread
 
@@ -20,7 +20,7 @@ __all__ = ["fits", "show"]
 
 
 def fits() -> bool:
-    """Standard output is a terminal that can be drawn on."""
+    """Return whether standard output is a terminal that can be drawn on."""
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
@@ -32,21 +32,21 @@ def show(feed: Feed) -> int:
         The signal that ended it; 0 for none.
 
     Raises:
-        What `Feed.news` raises: there is nothing to show from the start.
+        What `Feed.events` raises: there is nothing to show from the start.
     """
-    told: queue.SimpleQueue[News | BaseException | None] = queue.SimpleQueue()
+    queued: queue.SimpleQueue[FeedEvent | BaseException | None] = queue.SimpleQueue()
     first = threading.Event()
 
     def read() -> None:
         last: BaseException | None = None
         try:
-            for news in feed.news():
-                told.put(news)
+            for event in feed.events():
+                queued.put(event)
                 first.set()
                 terminal.wake()
         except BaseException as error:  # noqa: BLE001 - handed to the thread that draws
             last = error
-        told.put(last)
+        queued.put(last)
         first.set()
         terminal.wake()
 
@@ -56,23 +56,23 @@ def show(feed: Feed) -> int:
     marker = Worker("vitalsd-marker")
 
     def mark(label: str) -> None:
-        def tell() -> None:
+        def set_mark() -> None:
             reason = feed.mark(label)
             view.message = f"not marked: {reason}" if reason else f"marked: {label}"
             terminal.wake()
 
-        marker.submit(tell)
+        marker.submit(set_mark)
 
     view.mark = mark
     with _keyboard() as keyboard, closing(Terminal(keyboard, sys.stdout.fileno(), console)) as terminal:
         start_thread(threading.Thread(target=read, name="vitalsd-feed", daemon=True))
         try:
-            # What is wrong from the start belongs on the ordinary screen.
+            # An error at the start belongs on the ordinary screen.
             first.wait()
-            _take(told, view)
+            _take(queued, view)
             with terminal.taken():
-                _run(view, glyphs, terminal, told)
-        except Hangup as hangup:
+                _run(view, glyphs, terminal, queued)
+        except HangupError as hangup:
             return hangup.number
         finally:
             feed.stop()
@@ -81,29 +81,29 @@ def show(feed: Feed) -> int:
 
 
 def _run(
-    view: View, glyphs: Glyphs, terminal: Terminal, told: "queue.SimpleQueue[News | BaseException | None]"
+    view: View, glyphs: Glyphs, terminal: Terminal, queued: "queue.SimpleQueue[FeedEvent | BaseException | None]"
 ) -> None:
     while True:
-        _take(told, view)
+        _take(queued, view)
         width, height = terminal.size
-        terminal.draw(Picture(view, width, glyphs).lines(height))
+        terminal.draw(Renderer(view, width, glyphs).lines(height))
         for key in terminal.wait(None):
             if not view.press(key):
                 return
 
 
-def _take(told: "queue.SimpleQueue[News | BaseException | None]", view: View) -> None:
-    while not told.empty():
-        news = told.get()
-        if isinstance(news, BaseException):
-            raise news
-        if news is not None:
-            view.tell(news)
+def _take(queued: "queue.SimpleQueue[FeedEvent | BaseException | None]", view: View) -> None:
+    while not queued.empty():
+        event = queued.get()
+        if isinstance(event, BaseException):
+            raise event
+        if event is not None:
+            view.apply(event)
 
 
 @contextmanager
 def _keyboard() -> Iterator[int | None]:
-    """Standard input, or the terminal itself if that is a file or a pipe."""
+    """Yield a descriptor of the terminal: standard input, or /dev/tty if that is a file or a pipe; None without one."""
     if sys.stdin is not None and sys.stdin.isatty():
         yield sys.stdin.fileno()
         return

@@ -1,4 +1,4 @@
-"""The view where there is no screen: a line for each sample, for pipes, files and logs."""
+"""The view without a screen: a line for each sample, for pipes, files and logs."""
 
 import json
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from vitalsd.text import printable
-from vitalsd.top.events import Ended, Note, Sample, Trouble
+from vitalsd.top.events import Ended, Interrupted, Note, Sample
 from vitalsd.top.feed import Feed
 
 __all__ = ["lines"]
@@ -19,8 +19,8 @@ def lines(
     feed: Feed, *, count: int | None, as_json: bool, say: Callable[[str], None], note: Callable[[str], None]
 ) -> bool:
     """
-    Say a head and then a line per sample, or with `as_json` each answer as it is; marks and events go to `note`,
-    which escapes and cuts them.
+    Write a head and a line per sample by `say`, or with `as_json` each answer; marks and events by `note`, which
+    escapes and cuts them.
 
     Args:
         count: end after so many samples; ``None``: when the target does.
@@ -29,27 +29,27 @@ def lines(
         False if it ended with fewer than that, or with none.
 
     Raises:
-        What `Feed.news` raises.
+        What `Feed.events` raises.
     """
-    said, last = 0, ""
-    for news in feed.news():
-        match news:
+    count_written, last = 0, ""
+    for event in feed.events():
+        match event:
             case Sample():
                 if as_json:
-                    say(_ascii(news.body))
+                    say(_ascii(event.body))
                 else:
-                    if said == 0:
+                    if count_written == 0:
                         say(HEAD)
-                    say(_line(news))
-                said += 1
-                if said == count:
+                    say(_line(event))
+                count_written += 1
+                if count_written == count:
                     break
             case Note():
-                note(f"{_clock(news.wall_ms)} {news.kind}: {news.text}")
-            case Trouble() | Ended() if news.reason != last:
-                last = news.reason
+                note(f"{_clock(event.wall_ms)} {event.kind}: {event.text}")
+            case Interrupted() | Ended() if event.reason != last:
+                last = event.reason
                 note(last)
-    return said >= (count or 1)
+    return count_written >= (count or 1)
 
 
 def _ascii(body: bytes) -> str:

@@ -1,7 +1,7 @@
 """
 The live view as lines of text, for a terminal of a given size. Opens nothing.
 
-Names come from whoever wrote the program; they reach a line through `Picture._name` alone.
+Names come from the program that is measured; they reach a line through `Renderer._name` only.
 """
 
 import time
@@ -16,7 +16,7 @@ from vitalsd.text import printable
 from vitalsd.top.events import Note
 from vitalsd.top.view_state import SortKey, View
 
-__all__ = ["ASCII", "BLOCKS", "Glyphs", "Picture"]
+__all__ = ["ASCII", "BLOCKS", "Glyphs", "Renderer"]
 
 IDLE_PERCENT = 0.05
 """Below it a figure would read 0.0."""
@@ -48,9 +48,9 @@ ASCII = Glyphs(" #", " .:-=+*#", "~")
 """For terminals that do not speak UTF-8."""
 
 
-class Picture:
+class Renderer:
     """
-    A view, drawn.
+    Draw a view.
 
     Args:
         view: what to show.
@@ -64,7 +64,7 @@ class Picture:
         self._glyphs = glyphs
 
     def lines(self, height: int) -> list[Text]:
-        """Exactly `height` lines of at most `width` cells."""
+        """Return exactly `height` lines of at most `width` cells."""
         foot = [self._foot()] if height >= 3 else []
         room = height - len(foot)
         body = self._help(room) if self._view.helping else self._body(room)
@@ -94,12 +94,12 @@ class Picture:
         view = self._view
         state = "PAUSED" if view.backlog is not None else "ENDED" if view.ended else "LOST" if view.trouble else ""
         title = Text(" ")
-        if view.subject is not None:
-            title.append(self._name(view.subject.name), style="bold")
-            title.append(f" {view.subject.pid}")
+        if view.target is not None:
+            title.append(self._name(view.target.name), style="bold")
+            title.append(f" {view.target.pid}")
             if view.metrics is not None:
                 title.append(f"  up {_duration(view.metrics.process.uptime_secs)}  {len(view.metrics.threads)} threads")
-            title.append(f"  {self._name(view.subject.via)}", style="dim")
+            title.append(f"  {self._name(view.target.via)}", style="dim")
         if state:
             title.truncate(max(0, self._width - len(state) - 3), pad=True)
             title.append(f" {state} ", style="reverse")
@@ -200,12 +200,12 @@ class Picture:
         return Text(" q quit  ? help  c n t sort  / filter  p pause  m mark", style="dim")
 
     def _name(self, text: str) -> str:
-        """What a stranger has written, fit for this terminal."""
+        """Return text of another program as this terminal can show it."""
         shown = printable(text) or "(no name)"
         return shown if self._glyphs is BLOCKS else shown.encode("ascii", "backslashreplace").decode()
 
     def _cut(self, text: str, width: int) -> str:
-        """Exactly that wide."""
+        """Return text of exactly that width."""
         return (
             set_cell_size(text, width)
             if cell_len(text) <= width

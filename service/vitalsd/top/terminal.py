@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.text import Text
 
-__all__ = ["Hangup", "Terminal", "keys"]
+__all__ = ["HangupError", "Terminal", "keys"]
 
 ESCAPE_S = 0.05
 """After this a lone ESC is the key and not the begin of a sequence."""
@@ -49,8 +49,8 @@ SEQUENCES = {
 }
 
 
-class Hangup(Exception):
-    """The view is to end: by a signal, whose number it has, or because the terminal is gone (0)."""
+class HangupError(Exception):
+    """The view is to end: by the signal `number`, or because the terminal is gone (0)."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -59,7 +59,7 @@ class Hangup(Exception):
 
 def keys(typed: str) -> tuple[list[str], str]:
     """
-    The keys in what was typed, and the rest that may be the begin of one.
+    Return the keys in what was typed, and the rest, which may be the begin of one.
 
     A key is a printable character or a word like ``up``, ``enter``, ``escape``. Sequences that mean
     nothing here are swallowed whole, so none of their characters passes for a command.
@@ -150,15 +150,15 @@ class Terminal:
 
     def wake(self) -> None:
         """Let `wait` return; from any thread."""
-        with suppress(OSError):  # full: it will return anyway; closed: nobody waits
+        with suppress(OSError):  # Full: `wait` returns anyway. Closed: no thread waits.
             self._writer.send(b"\0")
 
     def wait(self, timeout_s: float | None) -> list[str]:
         """
-        The keys that were pressed, once there are any, something else woke us, or the time is over.
+        Return the keys that were pressed, once there are any, `wake` was called, or the time is over.
 
         Raises:
-            Hangup: a signal asks for the end, or the terminal is gone.
+            HangupError: a signal asks for the end, or the terminal is gone.
         """
         sources: list[Any] = [self._reader] if self._keyboard is None else [self._reader, self._keyboard]
         ready, _, _ = select.select(sources, [], [], ESCAPE_S if self._typed else timeout_s)
@@ -173,11 +173,11 @@ class Terminal:
         return found
 
     def draw(self, lines: Sequence[Text]) -> None:
-        """Show these, as many as there are rows. Raises `Hangup`: the terminal is gone."""
+        """Show as many lines as there are rows. Raises `HangupError`: the terminal is gone."""
         try:
             self._console.update_screen(Group(*lines))
         except OSError:
-            raise Hangup(0) from None
+            raise HangupError(0) from None
 
     def _read(self) -> bytes:
         assert self._keyboard is not None
@@ -186,13 +186,13 @@ class Terminal:
         except OSError:
             data = b""
         if not data:
-            raise Hangup(0)
+            raise HangupError(0)
         return data
 
     def _obey(self, numbers: bytes) -> None:
         for number in numbers:
             if number in ENDING:
-                raise Hangup(number)
+                raise HangupError(number)
             if number == signal.SIGTSTP:
                 self._stop()
             elif number == signal.SIGCONT:
@@ -200,7 +200,7 @@ class Terminal:
         self._measure()
 
     def _stop(self) -> None:
-        """Give the terminal back, stop as any program would, and take it again when told to go on."""
+        """Give the terminal back, stop as any program would, and take it again when it is continued."""
         self._leave()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)

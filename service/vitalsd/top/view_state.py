@@ -8,23 +8,21 @@ from typing import Literal
 from vitalsd.contract.limits import LABEL_CHARACTERS
 from vitalsd.contract.metrics import Measured, ThreadMetrics
 from vitalsd.text import printable
-from vitalsd.top.events import Ended, News, Note, Past, Sample, Subject, Trouble
+from vitalsd.top.events import Ended, FeedEvent, InitialHistory, Interrupted, Note, Sample, TargetInfo
 
 __all__ = ["SortKey", "View"]
 
-TREND = 240
-"""Samples kept for the sparklines; no terminal is much wider."""
-BACKLOG = 3600
-"""News kept while paused: an hour at one a second."""
+TREND = 240  # Samples kept for the sparklines; no terminal is much wider.
+BACKLOG = 3600  # Events kept while paused: an hour at one a second.
 
 SortKey = Literal["cpu", "name", "tid"]
 
 
 @dataclass(slots=True)
 class View:
-    """All that is shown. `tell` it what happened, `press` a key."""
+    """All that is shown. `apply` takes an event of the feed, `press` a key."""
 
-    subject: Subject | None = None
+    target: TargetInfo | None = None
     metrics: Measured | None = None
     cpu: deque[float] = field(default_factory=lambda: deque(maxlen=TREND))
     rss_kb: deque[float] = field(default_factory=lambda: deque(maxlen=TREND))
@@ -42,45 +40,45 @@ class View:
     prompt: Literal["filter", "mark"] | None = None
     typed: str = ""
     message: str = ""
-    backlog: deque[News] | None = None
+    backlog: deque[FeedEvent] | None = None
     """What came while paused; ``None`` when not."""
     mark: Callable[[str], None] | None = None
     """Called with the label of a new mark."""
     rows: int = 1
-    """Of the table, in sight; set by who draws."""
+    """Rows of the table in sight; set by the renderer."""
 
-    # What happened
+    # Events
 
-    def tell(self, news: News) -> None:
-        """Take it in, or keep it for later while paused."""
+    def apply(self, event: FeedEvent) -> None:
+        """Show an event, or keep it for later while paused."""
         if self.backlog is not None:
             if len(self.backlog) == self.backlog.maxlen:
                 self._take(self.backlog.popleft())
-            self.backlog.append(news)
+            self.backlog.append(event)
             return
-        self._take(news)
+        self._take(event)
 
-    def _take(self, news: News) -> None:
-        match news:
-            case Subject():
-                if self.subject is not None and news.start_id != self.subject.start_id:
+    def _take(self, event: FeedEvent) -> None:
+        match event:
+            case TargetInfo():
+                if self.target is not None and event.start_id != self.target.start_id:
                     self._forget()
-                self.subject, self.trouble, self.ended = news, None, None
-            case Past():
-                self._remember(news)
+                self.target, self.trouble, self.ended = event, None, None
+            case InitialHistory():
+                self._remember(event)
             case Sample():
                 self.trouble = self.ended = None
-                self._sample(news.metrics)
+                self._sample(event.metrics)
             case Note():
-                if news not in self.notes:
-                    self.notes.append(news)
-            case Trouble():
-                self.trouble = news.reason
+                if event not in self.notes:
+                    self.notes.append(event)
+            case Interrupted():
+                self.trouble = event.reason
             case Ended():
-                self.ended = news.reason
+                self.ended = event.reason
 
     def _forget(self) -> None:
-        """The target is another process now."""
+        """Clear what belongs to the process before."""
         self.cpu.clear()
         self.rss_kb.clear()
         self.trends.clear()
@@ -98,8 +96,8 @@ class View:
             trend.append(thread.cpu_percent)
             self.trends[thread.tid] = trend
 
-    def _remember(self, past: Past) -> None:
-        """A record knows more than was seen from here and takes the place of that, unless it has just begun."""
+    def _remember(self, past: InitialHistory) -> None:
+        """Show the record in place of what was seen here, unless the record is shorter."""
         if len(past.cpu_percent) < len(self.cpu):
             return
         self.cpu.clear()
@@ -112,7 +110,7 @@ class View:
     # Keys
 
     def press(self, key: str) -> bool:
-        """Obey a key; False if it means the end."""
+        """Handle a key; return False if it ends the view."""
         self.message = ""
         if self.helping:
             self.helping = False
@@ -177,13 +175,13 @@ class View:
             self.backlog = deque(maxlen=BACKLOG)
             return
         missed, self.backlog = self.backlog, None
-        for news in missed:
-            self._take(news)
+        for event in missed:
+            self._take(event)
 
-    # What follows from it
+    # The table
 
     def chosen(self) -> list[ThreadMetrics]:
-        """The threads that pass the filter, in the order asked for."""
+        """Return the threads that pass the filter, in the order asked for."""
         if self.metrics is None:
             return []
         wanted = self.filter.casefold()

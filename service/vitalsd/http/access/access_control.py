@@ -24,23 +24,23 @@ from vitalsd.http.responses import problem, truncate_for_display
 __all__ = ["OPEN_PATHS", "AccessControl", "protected"]
 
 OPEN_PATHS = frozenset(("/", "/docs", "/healthz", "/hello"))
-"""Say nothing but that the service is alive, what its own code holds, and that it knows the token."""
+"""Paths that need no token: they show that the sidecar is alive, its own code, and that it knows the token."""
 
 PAGES = frozenset(("/", "/docs"))
-"""Where an address that was typed leads to: they hold no data."""
+"""Paths that a typed address may open: they have no data."""
 PAGE = "/"
-"""Where a file of `vitalsd open` leads to, with the token; to the browser that is another site."""
+"""The path that a file of `vitalsd open` leads to, with the token; to the browser the file is another site."""
 
 VISIBLE_PATHS = frozenset(("/", "/docs", "/healthz", "/metrics"))
 """
-What another user of this machine may read over TCP without a token: what ps(1) and top(1) show, and pages without data.
+Paths that another user of this machine may read over TCP without a token: what ps(1) and top(1) show, and pages.
 ``/metrics`` refuses the parameters that ask for more.
 """
 
 UNIX_HOSTS = frozenset(("localhost", "vitalsd", "metrics", "unix"))
 """
-What programs write before the path when it goes to the Unix socket. No browser gets there by itself; one
-that does through a forwarder names the port of that, and has none of these.
+Hosts that programs name over the Unix socket. A browser gets there only through a forwarder, whose port it names, so
+its ``Host`` is none of these.
 """
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z_.-]+))(?::[0-9]{1,5})?", re.ASCII)
 
@@ -56,7 +56,7 @@ PROTECTIVE_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
 )
-"""On every answer. One that has such a header, as the page has its own policy, keeps it."""
+"""Headers of every answer; one that has such a header, as the page has its own policy, keeps it."""
 
 IDENTIFYING_HEADERS = frozenset(
     (
@@ -74,13 +74,13 @@ IDENTIFYING_HEADERS = frozenset(
 """Headers of a request by which the client is identified."""
 ABSOLUTE = re.compile(rb"http://([^/?#]*)", re.IGNORECASE)
 ADDRESSES = 16
-"""Of this machine, remembered with what ``Host`` may be there."""
+"""Addresses of this machine that are remembered with the hosts allowed there."""
 
 Headers = list[tuple[bytes, bytes]]
 
 
 def protected(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """`headers` of an answer, and those that keep browsers from making other use of it."""
+    """Return `headers` of an answer with those that keep browsers from other uses of it."""
     own = list(headers)
     names = {name.lower() for name, _ in own}
     return own + [header for header in PROTECTIVE_HEADERS if header[0] not in names]
@@ -88,11 +88,11 @@ def protected(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 class AccessControl:
     """
-    Pure ASGI, around everything else.
+    ASGI middleware around everything else.
 
-    - A page of another site gets nothing, however it asks: under a name that was made to point here
-      ``Host`` gives it away, with a plain fetch or an image ``Sec-Fetch-Site`` does, and ``Origin``
-      does where that is missing. There is no CORS.
+    - A page of another site gets no answer: under a name that was made to point here (DNS rebinding)
+      ``Host`` is wrong, with a plain fetch or an image (CSRF) ``Sec-Fetch-Site`` is, and ``Origin``
+      where that is missing. There is no CORS.
     - Over TCP a request must carry the token, if there is one. The Unix socket needs none: its mode
       and `Connection` let only this user in.
     - `close` ends what is under way: an answer not yet begun becomes a 503, a stream ends.
@@ -114,7 +114,7 @@ class AccessControl:
         self._closed = False
 
     def close(self) -> None:
-        """Answer everything now; to be called on the event loop."""
+        """End all answers now; to be called on the event loop."""
         self._closed = True
         for task in self._running:
             task.cancel()
@@ -136,7 +136,7 @@ class AccessControl:
         else:
             await self._forward(scope, receive, guarded)
 
-    # Admission: what is cheap to see comes first
+    # Checks, the cheap ones first
 
     def _refusal(self, scope: Scope, authority: str | None) -> Response | None:
         headers: Headers = scope["headers"]
@@ -193,7 +193,7 @@ class AccessControl:
             scheme, _, token = given[0].partition(b" ")
             if len(given) == 1 and scheme.lower() == b"bearer" and hmac.compare_digest(token, right):
                 scope[PEER] = Peer("tcp")  # The token gives the access of the owner to every user that knows it.
-                return None  # also while others guess: they must not be able to lock out who knows it
+                return None  # Also while others guess: they must not lock out a client that knows it.
             now = self._clock()
             if len(self._guesses) == BAD_TOKENS_PER_S and now - self._guesses[0] < 1:
                 return problem("guessing", "wait a second", headers={"Retry-After": "1"})
@@ -236,7 +236,7 @@ class AccessControl:
 
 def _cross_site(identifying: dict[bytes, list[bytes]], scope: Scope, host: str, *, guarded: bool) -> Response | None:
     """
-    A refusal of what a page of another origin made the browser send, by its `identifying` headers.
+    Return a refusal of what a page of another origin made the browser send, by its `identifying` headers.
 
     Another port of this machine is another origin too, hence no ``same-site``. ``none`` is the user's own doing, an
     address that was typed or a bookmark, but also a typed address of another site that redirects, and a prefetch that
@@ -300,8 +300,8 @@ def _other_user(scope: Scope) -> Response | None:
 
 def _loopback_hosts(address: str, port: int) -> tuple[str, ...]:
     """
-    What ``Host`` may be on a connection that arrived there, with a wildcard listener the very address that
-    was dialled; none if it is not loopback, and others may get there.
+    Return the hosts that are allowed on a connection to that address; none if it is not loopback, and other machines
+    may connect.
     """
     found = ipaddress.ip_address(address.partition("%")[0])
     local = getattr(found, "ipv4_mapped", None) or found

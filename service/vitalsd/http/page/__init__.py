@@ -19,7 +19,7 @@ __all__ = ["page_routes", "policy"]
 
 SCRIPTS = ("series.js", "source.js", "charts.js", "table.js", "page.js")
 SCRIPT = """"use strict";
-// Names of threads come from whoever wrote the program: they only ever reach textContent or fillText, and the
+// Names of threads come from the program that is measured: they only ever reach textContent or fillText, and the
 // policy of this page (Trusted Types, none allowed) would refuse anything else.
 (() => {
 const $ = (id) => document.getElementById(id);

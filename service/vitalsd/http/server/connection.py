@@ -90,11 +90,11 @@ class ServerConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # whatever the kernel does not take at once is waited for
+        transport.set_write_buffer_limits(high=0)  # So `drain` waits until the kernel has taken everything.
         peer: socket.socket = transport.get_extra_info("socket")
         if peer.family == socket.AF_UNIX:
             self._peer, self._limiter = OWNER, self._limiters["unix"]
-            if not _may_come_in(peer):
+            if not _is_owner(peer):
                 self._refuse(problem("another_user", "this socket is for the user it belongs to"))
                 return
         elif self.client is None:
@@ -135,7 +135,7 @@ class ServerConnection(H11Protocol):
         if self._reading is not None and not self.cycle.response_complete:
             self._left = True
             self._reading.cancel()
-        self.app = self._application  # or we would be a cycle, which waits for the garbage collector
+        self.app = self._application  # Otherwise this would be a cycle, which waits for the garbage collector.
         for timer in (self._request_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
@@ -148,24 +148,24 @@ class ServerConnection(H11Protocol):
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        error = sys.exception()  # what h11 found wrong: uvicorn calls this while it handles that
+        error = sys.exception()  # What h11 found wrong: uvicorn calls this while it handles that.
         detail = truncate_for_display(error or msg, 100)
         too_large = getattr(error, "error_status_hint", 400) == 431
         self._refuse(problem("head_too_large" if too_large else "bad_request", detail))
 
     def shutdown(self) -> None:
-        if not self.transport.is_closing():  # h11 takes no other event after that
+        if not self.transport.is_closing():  # h11 takes no other event after that.
             super().shutdown()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Whoever asks for another protocol is answered in this one, as RFC 9110 has it."""
+        """Do nothing: a request for another protocol is answered in this one (RFC 9110 section 7.8)."""
 
     # Answers
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application, as uvicorn calls it."""
+        """Call the application in place of uvicorn."""
         if self.flow.write_paused:
-            await self.flow.drain()  # who pipelines takes one answer before the next one is made
+            await self.flow.drain()  # A client that pipelines takes one answer before the next one is made.
             if self.transport.is_closing():
                 return
         held: Message | None = None
@@ -183,13 +183,13 @@ class ServerConnection(H11Protocol):
                     message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
                     self._after_delivery(taken)
                 if _length(message) > PIECE_BYTES:
-                    held = message  # until it is known whether there is room for the body
+                    held = message  # Until the body is known and counted.
                     return
             elif held is not None:
                 start, held = held, None
                 await self._send_large(start, message, send)
                 return
-            elif len(message.get("body", b"")) > PIECE_BYTES:  # an event of a stream
+            elif len(message.get("body", b"")) > PIECE_BYTES:  # An event of a stream.
                 await self._send_in_pieces(message, send)
                 return
             await send(message)
@@ -278,18 +278,18 @@ class ServerConnection(H11Protocol):
     # Deadlines
 
     def _watch(self) -> None:
-        """Something came or went: is it the client's turn now, and since when?"""
-        owing = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
-        if owing and self._request_timer is None:
+        """Start the deadline of a request if the client owes one now, else cancel it."""
+        idle = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
+        if idle and self._request_timer is None:
             self._request_timer = self.loop.call_later(REQUEST_S, self._overdue)
-        elif not owing and self._request_timer is not None:
+        elif not idle and self._request_timer is not None:
             self._request_timer.cancel()
             self._request_timer = None
-        self._limiter.set_idle(self, owing)
+        self._limiter.set_idle(self, idle)
 
     def _overdue(self) -> None:
         if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
-            self.transport.close()  # it has asked for nothing, and would not know what an answer is for
+            self.transport.close()  # It has asked for nothing, so there is nothing to answer.
         else:
             self._refuse(problem("too_slow", f"a request has {REQUEST_S:g} s to arrive whole"))
 
@@ -328,11 +328,11 @@ class ServerConnection(H11Protocol):
 
 
 def _length(start: Message) -> int:
-    """What an answer says of its body, bytes; 0 if nothing, as a stream does."""
+    """Return the declared length of a body, bytes; 0 if it is not declared, as that of a stream."""
     return next((int(value) for name, value in start["headers"] if name == b"content-length"), 0)
 
 
-def _may_come_in(peer: socket.socket) -> bool:
+def _is_owner(peer: socket.socket) -> bool:
     try:
         return peer_uid(peer) in (0, os.geteuid())
     except OSError:

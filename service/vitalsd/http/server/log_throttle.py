@@ -1,4 +1,4 @@
-"""What the service has to say, and no flood of it."""
+"""Throttle the log: clients decide how often an error happens, and must not fill a disk with it."""
 
 import asyncio
 import errno
@@ -16,19 +16,18 @@ MAX_KINDS = 64
 
 class ThrottledLogger(logging.LoggerAdapter[logging.Logger]):
     """
-    A logger of errors: one line of a kind a second, with a traceback one a minute, and how many it left out.
+    Log errors: one line of a kind a second, with a traceback one a minute, and how many were suppressed.
 
-    Whoever is at the other end of a connection decides how often a thing happens: a line each would
-    fill a disk, and a pipe that nobody reads would stop the service. What a client did wrong is no
-    error of ours; it is told so, and not logged at all.
+    A line for each would fill a disk, and stop the sidecar once it blocks on a pipe that is not read. What a client did
+    wrong is answered, and not logged at all.
 
     Args:
-        logger: says it.
+        logger: writes the lines.
         clock: monotonic seconds.
     """
 
     level = logging.ERROR
-    """uvicorn looks at it too, to see whether to trace every connection."""
+    """uvicorn reads it as well, to decide whether to trace every connection."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(logger)
@@ -39,14 +38,14 @@ class ThrottledLogger(logging.LoggerAdapter[logging.Logger]):
         if level < self.level:
             return
         error = kwargs.get("exc_info")
-        left_out = self._suppressed_count(str(msg), error)
-        if left_out is not None:
-            more = f" ({left_out} more since it was last said)" if left_out else ""
+        suppressed = self._suppressed_count(str(msg), error)
+        if suppressed is not None:
+            more = f" ({suppressed} more since it was last said)" if suppressed else ""
             super().log(level, f"{str(msg).rstrip()}{more}", *args, **kwargs)
 
     def loop_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """
-        An event loop's handler of exceptions.
+        Handle an exception of the event loop.
 
         Without it asyncio logs a traceback for each connection that waits while there are no
         descriptors left, and tries them all again at every turn.
@@ -61,14 +60,14 @@ class ThrottledLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
     def _suppressed_count(self, kind: str, error: object) -> int | None:
-        """How many of this kind were left out before this one; ``None`` if it is left out too."""
+        """Return how many of this kind were suppressed before this one; None if it is suppressed too."""
         key = kind, type(error)
         now = self._clock()
-        since, left_out = self._kinds.get(key, (float("-inf"), 0))
+        since, suppressed = self._kinds.get(key, (float("-inf"), 0))
         if now - since < (LOG_TRACEBACK_S if isinstance(error, BaseException) else LOG_LINE_S):
-            self._kinds[key] = since, left_out + 1
+            self._kinds[key] = since, suppressed + 1
             return None
         if len(self._kinds) >= MAX_KINDS:
             self._kinds.clear()
         self._kinds[key] = now, 0
-        return left_out
+        return suppressed

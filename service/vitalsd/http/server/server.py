@@ -27,20 +27,20 @@ from vitalsd.http.server.log_throttle import ThrottledLogger
 __all__ = ["Server"]
 
 QUEUE = 1024
-"""Connections the kernel completes ahead of us; with few, callers who come at once would dial again after a second."""
+"""Connections that the kernel completes in advance; with few, a client would try again only after a second."""
 ACCEPTED_AT_A_TURN = 16
 """
-asyncio takes its backlog for this too. Those who stall are closed some turns after the one they make way
-for has been accepted, and until then both have a descriptor; when none is left asyncio rests for a second.
+asyncio uses its backlog for this as well. A connection that is closed for a new one keeps its descriptor for some turns
+of the loop after the new one was accepted; when no descriptor is left, asyncio accepts nothing for a second.
 """
 TURNS_TO_ACCEPT = 3
 """Of the event loop, until what asyncio has just accepted is a connection."""
 SETTLE_S = 0.5
-"""For the last answers to leave, after the gate has ended what was under way."""
+"""For the last answers to be sent, after access control has ended what was under way."""
 
 
 class _State(ServerState):
-    """Tells the date when it is asked for: uvicorn wakes each second to have it at hand."""
+    """Make the date header when it is needed; uvicorn would wake each second for it."""
 
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
@@ -48,7 +48,7 @@ class _State(ServerState):
 
     @default_headers.setter
     def default_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """uvicorn begins with none."""
+        """Do nothing: uvicorn sets an empty list."""
 
 
 @lru_cache(maxsize=1)
@@ -58,11 +58,11 @@ def _date(unix_s: int) -> bytes:
 
 class _Config(uvicorn.Config):
     def configure_logging(self) -> None:
-        """uvicorn's would change the levels and handlers of the host program."""
+        """Do nothing: uvicorn's would change the levels and handlers of the host program."""
 
     def load(self) -> None:
         super().load()
-        self.loaded_app = self.app  # uvicorn's would log each message, if the host logs from level 5 on
+        self.loaded_app = self.app  # uvicorn's would log each message if the host logs from level 5 on.
 
 
 class _Lifespan(LifespanOn):
@@ -79,21 +79,21 @@ class _Lifespan(LifespanOn):
 
 class Server(uvicorn.Server):
     """
-    Serves one application on sockets that already listen, until `stop`.
+    Serve one application on sockets that listen already, until `stop`.
 
-    uvicorn's own loop wakes ten times a second to look whether it should end, and its shutdown waits
-    for clients that do not read; both are replaced here.
+    uvicorn's loop wakes ten times a second to see whether it should end, and its shutdown waits for clients
+    that do not read; both are replaced here.
 
     Args:
         app: the application.
         token: see `AccessControl`.
-        grace_s: open windows may finish for so long after `stop`.
-        ready: called once requests are answered. What it raises ends the service.
+        grace_s: how long open windows may continue after `stop`.
+        ready: called once requests are answered; an exception of it ends the server.
     """
 
     def __init__(self, app: ASGIApp, *, token: str | None, grace_s: float, ready: Callable[[], None]) -> None:
         self._ready = ready
-        self._gate = AccessControl(TokenProof(app, token=token), token=token)
+        self._access = AccessControl(TokenProof(app, token=token), token=token)
         self._log = ThrottledLogger(logging.getLogger("vitalsd.http"))
         self._grace_s = grace_s
         self._stop = asyncio.Event()
@@ -107,11 +107,11 @@ class Server(uvicorn.Server):
         protocol = partial(ServerConnection, limiters=limiters, users=self._users, log=self._log)
         super().__init__(
             _Config(
-                self._gate,
+                self._access,
                 http=cast("type[asyncio.Protocol]", protocol),
                 ws="none",
                 lifespan="on",
-                workers=1,  # or WEB_CONCURRENCY says how many
+                workers=1,  # Otherwise WEB_CONCURRENCY decides.
                 proxy_headers=False,
                 forwarded_allow_ips=[],
                 server_header=False,
@@ -130,13 +130,13 @@ class Server(uvicorn.Server):
         return self._users.why_not(address)
 
     def stop(self) -> None:
-        """End it; to be called on its event loop."""
+        """End the server; to be called on its event loop."""
         self.should_exit = True
         self._stop.set()
 
     def forget(self) -> None:
         """
-        Let go, in a forked child, of the connections the parent is serving.
+        Give up, in a forked child, the connections that the parent is serving.
 
         They are replaced and not closed: the numbers stay taken, so whatever closes them later
         closes nothing else. The event loop is not touched, because the child shares its epoll set.
@@ -180,7 +180,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in sockets or ():
             asyncio.get_running_loop().remove_reader(listener.fileno())
-        for _ in range(TURNS_TO_ACCEPT):  # a closed server makes no connection of what it accepted, and closes none
+        for _ in range(TURNS_TO_ACCEPT):  # A closed server makes no connection of what it accepted, and closes none.
             await asyncio.sleep(0)
         for server in self.servers:
             server.close()
@@ -189,7 +189,7 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.shutdown()
         await self._settled(self._grace_s)
-        self._gate.close()
+        self._access.close()
         await self._settled(SETTLE_S)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
