@@ -26,43 +26,41 @@ ROWS = {
     "path and query": [kib(limits.TARGET_BYTES)],
     "head of a request": [kib(limits.HEAD_BYTES), f"{limits.HEADERS} headers"],
     "label of a mark": [f"{limits.LABEL_CHARACTERS} characters"],
-    "body": [kib(limits.BODY_BYTES), f"`POST /report.zip` {kib(limits.REPORT_BODY_BYTES)}"],
+    "body": [kib(limits.BODY_BYTES), f"`POST /report.zip`: {kib(limits.REPORT_BODY_BYTES)}"],
     "connections kept open until the client has read a report": [
         f"{limits.CLOSING_CONNECTIONS} of each kind",
         f"{limits.CLOSE_S:g} s each",
     ],
     "time for a request to arrive": [f"{limits.REQUEST_S:g} s"],
-    "time for an answer to be taken": [
+    "time for an answer to be read": [
         f"{limits.WRITE_S:g} s, or {kib(limits.WRITE_BYTES)} in each {limits.WRITE_S:g} s",
         f"{kib(limits.SEND_BYTES_PER_S)}/s",
     ],
     "connections": [
         f"{limits.CONNECTIONS} over TCP",
-        f"{limits.OTHER_USERS_CONNECTIONS} of other users, {limits.OTHER_USERS_CONNECTIONS // 2} of one of them",
+        f"{limits.OTHER_USERS_CONNECTIONS} of other users, {limits.OTHER_USERS_CONNECTIONS // 2} of one other user",
     ],
-    "windows of one process that have nothing in common": [f"{limits.WINDOWS} {KINDS}"],
+    "concurrent windows of one process that cannot share snapshots": [f"{limits.WINDOWS} {KINDS}"],
     "other processes sampled at once": [f"{limits.OTHER_PROCESSES} {KINDS}"],
-    "streams": [f"{limits.STREAMS} {KINDS}", f"{limits.STREAM_QUEUE} answers wait"],
+    "streams": [f"{limits.STREAMS} {KINDS}", f"{limits.STREAM_QUEUE} answers are queued"],
     "threads and bytes of an answer": [number(limits.ANSWER_THREADS), mib(limits.ANSWER_BYTES)],
     "rows, and rows times threads, of `/history`": [number(limits.HISTORY_ROWS), number(limits.HISTORY_CELLS)],
     "wrong tokens": [f"{limits.BAD_TOKENS_PER_S} a second"],
-    "large answers that clients have yet to take": [f"{mib(limits.SEND_BUDGET_BYTES)} {KINDS}"],
-    "large answers, lists of runs and of processes, and scrapes that wait to be made": [
-        f"{limits.WAITING_ANSWERS} {KINDS}"
-    ],
+    "large answers that clients have not yet read": [f"{mib(limits.SEND_BUDGET_BYTES)} {KINDS}"],
+    "queued large answers, lists of runs and of processes, and scrapes": [f"{limits.WAITING_ANSWERS} {KINDS}"],
 }
 OF_NO_CONSTANT = {
-    "snapshots waiting to be taken, of one process",
+    "snapshots of one process",
     "log lines of one kind",
     "error bodies",
 }
 
 
 def table() -> dict[str, str]:
-    """Return bound and value of each row of "What it may cost"."""
+    """Return name and value of each row of the limits."""
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    section = text.partition("## What it may cost")[2].partition("\n## ")[0]
-    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|[^|]+\|$", section, re.MULTILINE))
+    section = text.partition("## Limits")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|[^|]+\|$", section, re.MULTILINE)[1:])
 
 
 def test_table_of_limits_has_a_row_for_each() -> None:
@@ -81,5 +79,5 @@ def test_times_are_what_the_documentation_says_in_words() -> None:
     """An hour of a stream, a second and a minute of the log, a quarter of the descriptors."""
     assert (limits.STREAM_S, limits.LOG_LINE_S, limits.LOG_TRACEBACK_S, limits.DESCRIPTOR_SHARE) == (3600, 1, 60, 4)
     assert "for an hour each" in table()["streams"]
-    assert table()["log lines of one kind"] == "1 a second, with a traceback 1 a minute"
+    assert table()["log lines of one kind"] == "1 a second, with a traceback 1 a minute (throttled)"
     assert "a quarter of the descriptors each" in table()["connections"]
