@@ -8,7 +8,7 @@ neither of them knows has ``vitalsd`` in its name.
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
@@ -46,7 +46,7 @@ class OwnReading(NamedTuple):
     """What the counters of vitalsd itself are read from."""
 
     snapshots_taken: int
-    recorder: dict[str, Any] | None = None
+    recorder: Mapping[str, Any] | None = None
     """As in ``/info``; ``None`` without one."""
 
 
