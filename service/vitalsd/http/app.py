@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
@@ -10,6 +11,7 @@ from vitalsd.contract.application import Application
 from vitalsd.contract.limits import BODY_BYTES, REPORT_BODY_BYTES, STREAM_S
 from vitalsd.exporters.prometheus import THREAD_METRICS
 from vitalsd.http.access.body_limit import BodyLimit
+from vitalsd.http.operation import OperationRoute
 from vitalsd.http.page import page_routes
 from vitalsd.http.responses import install_problem_handlers
 from vitalsd.http.routes.context import RouteContext
@@ -57,18 +59,6 @@ def create_app(
         reader.stop(0)
         raise
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        try:
-            await targets.start()
-            yield
-        finally:  # Of a start that failed as well.
-            await targets.close()
-            lister.stop(0.1)
-            reader.stop(0.1)
-            if shelf is not None:
-                shelf.worker.stop(0.3)  # Otherwise it leaves the copy of a run behind.
-
     context = RouteContext(
         targets=targets,
         shelf=shelf,
@@ -80,6 +70,22 @@ def create_app(
         reader=reader,
         lister=lister,
     )
+    routes = _routes(context)
+    app = FastAPI(
+        routes=[*routes],  # Not by include_router, which looks for the route of a request twice.
+        openapi_url=None,  # FastAPI's own would build every schema while the sidecar starts; see http/openapi.py.
+        redirect_slashes=False,  # A redirect would be built from the Host that a client sent.
+        lifespan=partial(_lifespan, context),
+        telemetry=NO_TELEMETRY,
+    )
+    app.add_middleware(BodyLimit, max_body_bytes=BODY_BYTES, larger={REPORT_PATH: REPORT_BODY_BYTES})
+    app.state.workers = (reader, lister)
+    install_problem_handlers(app, routes)
+    return app
+
+
+def _routes(context: RouteContext) -> list[OperationRoute]:
+    """Return all routes; the reference describes them in this order."""
     routes = [
         *metrics_routes(context),
         *recordings_routes(context),
@@ -87,15 +93,17 @@ def create_app(
         *status_routes(context),
         *page_routes(),
     ]
-    routes += reference_routes(context, routes)
-    app = FastAPI(
-        routes=[*routes],  # Not by include_router, which looks for the route of a request twice.
-        openapi_url=None,  # FastAPI's own would build every schema while the sidecar starts; see http/openapi.py.
-        redirect_slashes=False,  # A redirect would be built from the Host that a client sent.
-        lifespan=lifespan,
-        telemetry=NO_TELEMETRY,
-    )
-    app.add_middleware(BodyLimit, max_body_bytes=BODY_BYTES, larger={REPORT_PATH: REPORT_BODY_BYTES})
-    app.state.workers = (reader, lister)
-    install_problem_handlers(app, routes)
-    return app
+    return [*routes, *reference_routes(context, routes)]
+
+
+@asynccontextmanager
+async def _lifespan(context: RouteContext, _: FastAPI) -> AsyncIterator[None]:
+    try:
+        await context.targets.start()
+        yield
+    finally:  # Of a start that failed as well.
+        await context.targets.close()
+        context.lister.stop(0.1)
+        context.reader.stop(0.1)
+        if context.shelf is not None:
+            context.shelf.worker.stop(0.3)  # Otherwise it leaves the copy of a run behind.
