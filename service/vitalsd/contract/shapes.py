@@ -7,7 +7,7 @@ neither pydantic nor its models are loaded.
 """
 
 from datetime import datetime
-from pkgutil import resolve_name
+from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
 __all__ = ["APP", "PROGRAM", "Count", "Doc", "Lazy", "Seconds", "UnixMs", "UtcTime"]
@@ -34,7 +34,8 @@ class Lazy(NamedTuple):
 
     def resolve(self) -> Any:
         """Return the type."""
-        return resolve_name(self.name)
+        module, _, name = self.name.partition(":")
+        return getattr(import_module(module), name)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return handler.generate_schema(self.resolve())

@@ -1,7 +1,7 @@
 """What the routes answer from: the processes, the earlier runs, and the threads on which answers are made."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastapi import Response
 
@@ -17,15 +17,18 @@ from vitalsd.worker_thread import Worker
 __all__ = ["RouteContext"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteContext:
+class RouteContext(NamedTuple):
     """What the routes of one application share."""
 
     targets: Targets
-    shelf: RunDirectoryReader | None = None
-    """Earlier runs; None without any."""
     list_processes: Callable[[], Iterable[ProcessEntry]]
     """Called on `lister`."""
+    reader: Worker
+    """Makes large answers."""
+    lister: Worker
+    """Lists processes, on a thread of its own: a read of one process of the machine may hang."""
+    shelf: RunDirectoryReader | None = None
+    """Earlier runs; None without any."""
     hides_processes: Callable[[], bool] = lambda: False
     """Whether the kernel hides processes from other users."""
     application: Application = Application()
@@ -33,10 +36,6 @@ class RouteContext:
     thread_metrics: int = THREAD_METRICS
     """Threads that a scraper is shown; see `vitalsd.exporters.prometheus.Scrape`."""
     stream_s: float = STREAM_S
-    reader: Worker
-    """Makes large answers."""
-    lister: Worker
-    """Lists processes, on a thread of its own: a read of one process of the machine may hang."""
 
     def unavailable(self, error: SourceError) -> Response:
         """Return the `Unavailable` answer."""
