@@ -50,7 +50,7 @@ class AgentError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be installed, for whom and where."""
+    """What is to be installed, for which user and where."""
 
     home: Path
     runtime: Path
@@ -96,26 +96,26 @@ class Status:
     installed: bool
     loaded: bool
     pid: int | None
-    """``None``: it waits for somebody to connect."""
+    """``None``: it waits for a client to connect."""
 
 
 class Agent(Protocol):
     """The agent under one supervisor."""
 
     def files(self) -> dict[Path, bytes]:
-        """What `install` writes. Raises `AgentError`."""
+        """Return what `install` writes. Raise `AgentError`."""
         ...
 
     def install(self) -> None:
-        """Write the files and have them loaded; again, it brings a change into effect. Raises `AgentError`."""
+        """Write the files and have them loaded; again, it brings a change into effect. Raise `AgentError`."""
         ...
 
     def uninstall(self) -> bool:
-        """End the agent and remove its files; False if it was not installed. Raises `AgentError`."""
+        """End the agent and remove its files; False if it was not installed. Raise `AgentError`."""
         ...
 
     def status(self) -> Status:
-        """Raises `AgentError`."""
+        """Return what the supervisor knows of the agent. Raise `AgentError`."""
         ...
 
 
@@ -164,7 +164,7 @@ def _finds_vitalsd(python: str) -> bool:
 
 @contextmanager
 def as_agent_errors() -> Iterator[None]:
-    """What the system refuses is an `AgentError`."""
+    """Raise `AgentError` for what the system refuses."""
     try:
         yield
     except OSError as error:

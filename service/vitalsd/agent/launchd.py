@@ -22,16 +22,16 @@ class Launchd:
 
     Some facts on which this rests: ``bootout`` returns before the job has ended, with 36 (EINPROGRESS) if the job takes
     its time, and until it has ended ``bootstrap`` fails with 5; the same 5 means a bad property list. The text of
-    ``print`` is no interface, so only its status decides and its pid is a courtesy. ``gui/`` exists only for a user who
-    has logged in at the screen. Of a set of changed sockets nothing is seen before a new bootstrap. A property list
-    without ``LimitLoadToSessionType`` is for ``gui/`` alone, and one with ``Background`` for ``user/`` alone; the other
+    ``print`` is no interface, so only its status decides and its pid is a courtesy. ``gui/`` exists only once the
+    user has logged in at the screen. Of a set of changed sockets nothing is seen before a new bootstrap. A list without
+    ``LimitLoadToSessionType`` is for ``gui/`` alone, and one with ``Background`` for ``user/`` alone; the other
     domain refuses it with 134.
 
     Args:
         plan: what to install.
         run: runs launchctl.
         sleep: between two tries.
-        uid: whose agent it is.
+        uid: of the user.
     """
 
     TRIES = 20

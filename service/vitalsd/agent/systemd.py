@@ -59,7 +59,7 @@ class Systemd:
         self._systemctl("show", "--property=Version")  # before anything is written: there may be no systemd to read it
         changed = [write_file(path, content) for path, content in self.files().items()]
         self._systemctl("daemon-reload")
-        # What follows a process by name has to run before somebody asks.
+        # An agent that follows a process by name records it, and so runs before a client connects.
         units = UNITS if self._plan.name is not None else UNITS[:1]
         if any(changed):
             self._systemctl("stop", *UNITS)
@@ -105,7 +105,7 @@ class Systemd:
 
 
 def _escaped(text: str) -> str:
-    """Raises `AgentError`: no unit file can say it."""
+    """Escape `text` for a unit file. Raise `AgentError`: no unit file can hold it."""
     if any(ord(character) < 32 for character in text):
         raise AgentError(f"a unit file cannot hold {text!r}")
     return text.replace("%", "%%")

@@ -54,7 +54,7 @@ class _Commands(Mapping[str, click.Command]):
 
 class _Program(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """What cannot be written to standard output is one line as well."""
+        """Run the program; an error that is no error of click, such as a full disk, is one line as well."""
         runs_as_vitalsd()
         for number in range(3):
             try:

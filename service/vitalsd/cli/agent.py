@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Failed, setting_option, was_given
+from vitalsd.cli.options import CommandFailed, setting_option, was_given
 from vitalsd.sidecar.config import DEFAULT_PORT, SETTINGS
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ __all__ = ["agent"]
 
 @click.group()
 def agent() -> None:
-    """Have launchd or systemd start a sidecar when somebody connects to port 9779.
+    """Have launchd or systemd start a sidecar when a client connects to port 9779.
 
     \b
     vitalsd agent install --name myapp    follow myapp, from the login on
@@ -37,7 +37,7 @@ def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":
 
 
 def _serve_options(context: click.Context, parameter: click.Parameter, options: tuple[str, ...]) -> tuple[str, ...]:
-    """What follows ``--``, if `vitalsd serve` would take it; better told now than in a log."""
+    """Return what follows ``--``, if `vitalsd serve` would take it: an error here is seen, one in a log may not be."""
     from vitalsd.cli.serve import check, serve
 
     try:
@@ -76,7 +76,7 @@ def _agent(kind: str, name: str | None, port: int, options: tuple[str, ...] = ()
             environment={each: os.path.abspath(os.environ[each]) for each in OVERRIDES if os.environ.get(each)},
         )
     except EndpointError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     return supervisor(kind, plan)  # type: ignore[arg-type]
 
 
@@ -91,7 +91,7 @@ def agent_install(kind: str, name: str | None, port: int, options: tuple[str, ..
         installed = _agent(kind, name, port, options)
         installed.install()
     except AgentError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     for path in installed.files():
         click.echo(f"installed {path}")
     click.echo(f"try: curl -s http://127.0.0.1:{port}/info")
@@ -106,7 +106,7 @@ def agent_uninstall(kind: str, name: str | None, port: int) -> None:
     try:
         removed = _agent(kind, name, port).uninstall()
     except AgentError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     click.echo("removed" if removed else "it was not installed")
 
 
@@ -123,7 +123,7 @@ def agent_status(kind: str, name: str | None, port: int, as_json: bool) -> None:
     try:
         found = _agent(kind, name, port).status()
     except AgentError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     if as_json:
         click.echo(json.dumps(asdict(found)))
     elif found.loaded:
@@ -144,7 +144,7 @@ def agent_print(kind: str, name: str | None, port: int, options: tuple[str, ...]
     try:
         files = _agent(kind, name, port, options).files()
     except AgentError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     for path, content in files.items():
         if len(files) > 1:
             click.echo(f"# {path}")

@@ -29,7 +29,7 @@ def completion(context: click.Context, shell: str) -> None:
 
 
 def processes(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
-    """Processes of this user for ``--pid`` and ``--name``, the newest first."""
+    """Complete processes of this user for ``--pid`` and ``--name``, the newest first."""
     import os
 
     from click.shell_completion import CompletionItem

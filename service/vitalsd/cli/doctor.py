@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Failed, Number, complain, platform_of, raise_descriptor_limit
+from vitalsd.cli.options import CommandFailed, Number, complain, platform_of, raise_descriptor_limit
 from vitalsd.sidecar.frozen import NotRunnableError, own_command
 
 if TYPE_CHECKING:
@@ -55,18 +55,18 @@ def doctor(context: click.Context, as_json: bool, soak: float | None, tape: Path
         complain("interrupted")
         raise SystemExit(130) from None
     except NotRunnableError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     raise SystemExit(0 if healthy else 1)
 
 
 @contextmanager
 def _taped(platform: "Platform", tape: Path | None) -> "Iterator[Platform]":
-    """Yield `platform` with its calls on a new file `tape`, if one is wanted. Raises `Failed`."""
+    """Yield `platform` with its calls on a new file `tape`, if one is wanted. Raises `CommandFailed`."""
     if tape is None:
         yield platform
         return
     if platform.taped is None:
-        raise Failed(f"--tape records the calls of macOS, and this is {platform.name}")
+        raise CommandFailed(f"--tape records the calls of macOS, and this is {platform.name}")
     import os
 
     from vitalsd.sources.darwin.tape import Tape
@@ -74,7 +74,7 @@ def _taped(platform: "Platform", tape: Path | None) -> "Iterator[Platform]":
     try:
         file = tape.open("x", encoding="ascii")
     except OSError as error:
-        raise Failed(f"cannot write {tape}: {error.strerror}") from None
+        raise CommandFailed(f"cannot write {tape}: {error.strerror}") from None
     with file:
         yield platform.taped(Tape(file, os.getpid()))._replace(command=platform.command)
 
@@ -122,7 +122,7 @@ def _examine(platform: "Platform", as_json: bool, soak_s: float | None) -> bool:
 @click.command(hidden=True)
 @click.argument("duties", nargs=-1, type=click.IntRange(0, 100))
 def burn(duties: tuple[int, ...]) -> None:
-    """Burn so many percent of a core each, for the doctor, who says when on standard input."""
+    """Burn so many percent of a core each, for the doctor, which says when on standard input."""
     from vitalsd.doctor.cpu_load import burn_for_doctor
 
     burn_for_doctor(duties)

@@ -63,7 +63,7 @@ def endpoints(as_json: bool, check: bool) -> None:
 
 
 def _illness(endpoint: "Endpoint") -> str | None:
-    """What is wrong with a sidecar that is asked for its health; ``None`` if nothing is."""
+    """Ask a sidecar for its health, and return what is wrong; ``None`` if nothing is."""
     import time
 
     from vitalsd.discovery.http_connection import ExchangeError

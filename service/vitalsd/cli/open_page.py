@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Failed
+from vitalsd.cli.options import CommandFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,11 +41,11 @@ def open_page(pid: int | None, no_browser: bool) -> None:
     served = [each for each in discover(pid) if each.url and (pid is None or (each.target and each.target.pid == pid))]
     if not served:
         whom, how = ("", "") if pid is None else (f" of process {pid}", f" --pid {pid}")
-        raise Failed(f"no sidecar{whom} listens on TCP; start one with: vitalsd serve{how}")
+        raise CommandFailed(f"no sidecar{whom} listens on TCP; start one with: vitalsd serve{how}")
     try:
         address = _address(served[0], runtime_directory)
     except (OSError, EndpointError) as error:
-        raise Failed(f"the file that leads to the page could not be written: {error}") from None
+        raise CommandFailed(f"the file that leads to the page could not be written: {error}") from None
     click.echo(address)
     if not no_browser:
         import webbrowser
@@ -54,7 +54,7 @@ def open_page(pid: int | None, no_browser: bool) -> None:
 
         restore_libraries(os.environ)
         if not webbrowser.open(address):
-            raise Failed("no browser could be started; open this address in one")
+            raise CommandFailed("no browser could be started; open this address in one")
 
 
 def _address(endpoint: "Endpoint", directory: "Callable[[], Path]") -> str:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from vitalsd.sources.platform import Platform
 
 __all__ = [
-    "Failed",
+    "CommandFailed",
     "Number",
-    "Refused",
+    "UsageRefused",
     "all_setting_options",
     "app_option",
     "app_version_option",
@@ -61,7 +61,7 @@ def _shown(bound: float) -> float:
 
 
 def not_empty(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    """Callback of an option that names a process: an empty one is a variable that was not set."""
+    """Refuse an empty name of a process, which comes from a variable that was not set; a callback of click."""
     if value == "":
         raise click.BadParameter("it is empty")
     return value
@@ -180,14 +180,14 @@ def complain(text: str) -> None:
     click.echo(f"vitalsd: {one_line(text)}", err=True)
 
 
-class Failed(click.ClickException):
+class CommandFailed(click.ClickException):
     """It cannot be done: one line, which the program escapes and cuts, and exit status 1."""
 
     def show(self, file: "IO[Any] | None" = None) -> None:
         click.echo(f"vitalsd: {self.message}", err=True)
 
 
-class Refused(Failed):
+class UsageRefused(CommandFailed):
     """It was asked for what cannot be: one line and exit status 2."""
 
     exit_code = 2
@@ -209,11 +209,11 @@ def runs_path() -> Path:
     try:
         return state_directory() / "runs"
     except EndpointError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
 
 
 def platform_of(context: click.Context, proc_root: str = "/proc") -> "Platform":
-    """The platform handed to `main` as ``obj``, or the running kernel."""
+    """Return the platform handed to `main` as ``obj``, or the running kernel."""
     from vitalsd.sources.platform import Platform, this_platform
 
     return context.obj if isinstance(context.obj, Platform) else this_platform(proc_root)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from vitalsd.cli.logging_setup import logging_as
-from vitalsd.cli.options import Failed, config_of, setting_option
+from vitalsd.cli.options import CommandFailed, config_of, setting_option
 from vitalsd.cli.service_command import Serving, import_service, refusing, serve_until_signal, starts
 
 __all__ = ["replay"]
@@ -34,9 +34,9 @@ def replay(context: click.Context, /, file: Path, log_format: str, **_: Any) -> 
         try:
             replayed = Replay(read_replay_file(file))
         except UnreadableRun as error:
-            raise Failed(str(error)) from None
+            raise CommandFailed(str(error)) from None
         except OSError as error:
-            raise Failed(f"cannot read {file}: {error.strerror}") from None
+            raise CommandFailed(f"cannot read {file}: {error.strerror}") from None
         import_service()
         from vitalsd.sidecar.builder import build_replay
 

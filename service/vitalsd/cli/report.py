@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from vitalsd.cli.options import (
-    Failed,
-    Refused,
+    CommandFailed,
+    UsageRefused,
     app_option,
     app_version_option,
     application_of,
@@ -108,7 +108,7 @@ def report(
         bundle = made.bundle()
     manifest = json.loads(bundle.members[MANIFEST])
     if run_id is not None and (reason := _missing_run(manifest)):
-        raise Refused(reason)
+        raise UsageRefused(reason)
     if preview:
         _preview(bundle, manifest, as_json=as_json)
         return
@@ -129,7 +129,7 @@ def _outbox(upload: str | None, ca_file: Path | None, complaints: list[str]) -> 
     """Return the spool to send from; if it cannot be used, ``None``, with the reason in `complaints`."""
     try:
         return open_spool(upload, ca_file) if upload is not None else None
-    except Failed as error:
+    except CommandFailed as error:
         complaints.append(error.message)
         return None
 
@@ -149,7 +149,7 @@ def _replayed(url: str) -> "tuple[RunningSidecar, str] | None":
     try:
         (sidecar,) = locate(url=url)
     except NoSidecar as error:
-        raise Refused(str(error)) from None
+        raise UsageRefused(str(error)) from None
     try:
         info = json.loads(sidecar.get("/info", deadline=time.monotonic() + REPLAY_S).body)
         return None if info.get("replay") is None else (sidecar, str(info["replay"]["file"]))
@@ -165,23 +165,23 @@ def _save_original(sidecar: "RunningSidecar", name: str, out: Path | None, *, ad
     from vitalsd.discovery.http_connection import ExchangeError
 
     if added:
-        raise Refused(
+        raise UsageRefused(
             f"{name} is replayed there, and a replay hands out the original report: leave out"
             " all options but --url and --out"
         )
     try:
         answer = sidecar.get("/report.zip", deadline=time.monotonic() + REPLAY_S, max_bytes=MAX_REPORT_BYTES)
     except ExchangeError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     if answer.content_type != "application/zip":
-        raise Failed(f"{name} is replayed there, which is not a report; nothing was written")
+        raise CommandFailed(f"{name} is replayed there, which is not a report; nothing was written")
     directory = out or Path()
     try:
         directory.mkdir(exist_ok=True)
         stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in name.removesuffix(".zip"))[:80].lstrip(".")
         click.echo(str(write_new(directory, stem or "report", ".zip", answer.body)))
     except OSError as error:
-        raise Failed(f"cannot write the report to {directory}: {error.strerror}") from None
+        raise CommandFailed(f"cannot write the report to {directory}: {error.strerror}") from None
 
 
 def _running_target(app: str | None) -> int | None:
@@ -241,7 +241,7 @@ def _list_crashed_runs(app: str | None) -> None:
 
     try:
         runs = [run for run in RunDirectory(runs_path()).runs() if run.state == "crashed" and not run.reported]
-    except Failed:
+    except CommandFailed:
         return
     alive = is_alive()
     runs = [run for run in runs if (app is None or run.application.app in (None, app)) and not alive(run.to_json())]
@@ -275,7 +275,7 @@ def _deliver(
     if written is not None and complaints and outbox is None and out is None:
         complaints.append("it was written to the current directory instead")
     if written is None and not taken:
-        raise Failed("; ".join(complaints))
+        raise CommandFailed("; ".join(complaints))
     if not as_json:
         _say_what_is_missing(manifest)
         if written:

@@ -6,8 +6,8 @@ import click
 
 from vitalsd.cli.logging_setup import logging_as
 from vitalsd.cli.options import (
-    Failed,
-    Refused,
+    CommandFailed,
+    UsageRefused,
     all_setting_options,
     config_of,
     exclude,
@@ -32,7 +32,7 @@ def check(context: click.Context) -> "SidecarConfig":
 
     Raises:
         click.UsageError: they do not make sense together.
-        Refused: what they need is not installed.
+        UsageRefused: what they need is not installed.
     """
     config = config_of(context)
     exclude(context, "pid", "name")
@@ -60,7 +60,7 @@ def _check_otlp(url: str) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except NotInstalled as error:
-        raise Refused(str(error)) from None
+        raise UsageRefused(str(error)) from None
 
 
 @click.command(cls=Serving)
@@ -93,7 +93,7 @@ def serve(context: click.Context, /, ready_fd: int | None, exit_note_fd: int | N
             config = check(context)
             _serve(config, platform_of(context, config.proc_root), waiting, exit_note, spawned=spawned)
         except (click.ClickException, NoThread) as error:
-            failure = Failed(str(error)) if isinstance(error, NoThread) else error
+            failure = CommandFailed(str(error)) if isinstance(error, NoThread) else error
             waiting.send(error=one_line(failure.message))
             raise failure from None
 
@@ -113,7 +113,7 @@ def _serve(
     try:
         watched = process.check()
     except SourceError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     import_service()
     from vitalsd.sidecar.builder import build_service
 

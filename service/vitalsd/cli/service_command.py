@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import click
 
 from vitalsd.cli.logging_setup import logging_as
-from vitalsd.cli.options import Failed, Refused
+from vitalsd.cli.options import CommandFailed, UsageRefused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -96,9 +96,9 @@ def refusing() -> "Iterator[None]":
     try:
         yield
     except PortInUse as error:
-        raise Refused(f"{error}; choose another with --port, or 0 for a free one") from None
+        raise UsageRefused(f"{error}; choose another with --port, or 0 for a free one") from None
     except (ListenError, BuildError) as error:
-        raise Refused(str(error)) from None
+        raise UsageRefused(str(error)) from None
 
 
 def serve_until_signal(
@@ -122,7 +122,7 @@ def serve_until_signal(
         spawned: `spawn` reads standard error until the sidecar is ready, and not after that; it gets the token.
 
     Raises:
-        Failed: the application did not start.
+        CommandFailed: the application did not start.
     """
     from vitalsd.sidecar.service import NotStarted, serve
 
@@ -142,7 +142,7 @@ def serve_until_signal(
     try:
         serve(service, ready=ready, companions=companions)
     except NotStarted as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
 
 
 def _ready_line(service: "Service", *, with_token: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitalsd.cli.options import Failed, Number, complain
+from vitalsd.cli.options import CommandFailed, Number, complain
 from vitalsd.text import one_line
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def spool_send(
     try:
         entries = kept.entries()
         if report_id is not None and all(entry.report_id != report_id for entry in entries):
-            raise Failed(f"no report {report_id}; `vitalsd spool list` shows them")
+            raise CommandFailed(f"no report {report_id}; `vitalsd spool list` shows them")
         for entry in entries:
             if entry.state == "failed" and entry.report_id == report_id and not retry_failed:
-                raise Failed(f"{report_id} was refused: {entry.note}; --retry-failed sends it again")
+                raise CommandFailed(f"{report_id} was refused: {entry.note}; --retry-failed sends it again")
         if retry_failed:
             for entry in entries:
                 if entry.state == "failed" and report_id in (None, entry.report_id):
@@ -82,7 +82,7 @@ def spool_send(
             _readdress(kept, url, report_id)
         results, sent = send_reports(kept, report_id, wait_s=wait, quiet=as_json)
     except SpoolError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     if as_json:
         click.echo(json.dumps(results, indent=2))
     raise SystemExit(0 if sent else 1)
@@ -101,9 +101,9 @@ def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
     try:
         for report_id in [entry.report_id for entry in kept.entries()] if everything else report_ids:
             if not kept.drop(report_id):
-                raise Failed(f"no report {report_id}; `vitalsd spool list` shows them")
+                raise CommandFailed(f"no report {report_id}; `vitalsd spool list` shows them")
     except SpoolError as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
 
 
 def open_spool(url: str | None = None, ca_file: Path | None = None) -> "Spool":
@@ -116,7 +116,7 @@ def open_spool(url: str | None = None, ca_file: Path | None = None) -> "Spool":
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except (SpoolError, EndpointError) as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
 
 
 def _readdress(kept: "Spool", url: str, report_id: str | None) -> None:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitalsd.cli.options import (
-    Failed,
+    CommandFailed,
     Number,
-    Refused,
+    UsageRefused,
     complain,
     exclude,
     find_target,
@@ -89,9 +89,9 @@ def top(
         elif not line_output.lines(feed, count=count, as_json=as_json, say=click.echo, note=complain):
             raise SystemExit(1)
     except (SourceError, ExchangeError) as error:
-        raise Failed(str(error)) from None
+        raise CommandFailed(str(error)) from None
     except NoSidecar as error:
-        raise Refused(str(error)) from None
+        raise UsageRefused(str(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -121,7 +121,7 @@ def _end_by(number: int) -> None:
 
 
 def _watched() -> int:
-    """The target of this user's newest sidecar."""
+    """Return the target of this user's newest sidecar. Raise `NoSidecar`."""
     from vitalsd.discovery.runtime_file import discover
     from vitalsd_client.locate import NoSidecar
 

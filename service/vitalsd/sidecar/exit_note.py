@@ -76,7 +76,7 @@ class ExitNoteWriter:
     def _write(self) -> None:
         if not died_of_exception() and self._is_ours():
             with suppress(OSError):
-                posix.write(self._fd, EXIT_NOTE)  # that of os waits for ever under eventlet, if the sidecar has ended
+                posix.write(self._fd, EXIT_NOTE)  # under eventlet that of os does not return, if the sidecar has ended
 
 
 def died_of_exception() -> bool:

@@ -18,7 +18,7 @@ __all__ = ["ForkHooks", "Pausable", "PausableLoop", "pause_all"]
 IMPORTLIB = "<frozen importlib._bootstrap>"
 """File name of the frames of an import."""
 FORK_S = 0.5
-"""A fork waits so long for each who reads or writes; one that hangs does not hold it up for more."""
+"""A fork waits so long for each thread that reads or writes; one that hangs does not hold it up for more."""
 IMPORT_S = 5.0
 """A fork waits so long for a thread of the sidecar that imports: the lock of that import would stay in the child."""
 

@@ -28,8 +28,8 @@ def end_with(target: Target, targets: Targets, kernel: Births, *, linger_s: floa
 
     Args:
         target: the process.
-        targets: whose default measures it.
-        kernel: tells whether it lives.
+        targets: the default one measures it.
+        kernel: determines whether it lives.
         linger_s: until then the last minutes of the target can still be asked for.
         poll: see `death_of`.
     """
@@ -58,11 +58,11 @@ def follow(
     One that executes another program stays the target until there is another process of the name.
 
     Args:
-        targets: whose default is a sampler from `next_run`.
+        targets: the default one is a sampler from `next_run`.
         next_run: a sampler that, when it opens, looks for the process, and raises as long as there
             is none. Each one measures and records one run.
         has_successor: whether what is measured is not called so any more, and `next_run` would open another process.
-        kernel: tells whether it lives.
+        kernel: determines whether it lives.
         poll: see `death_of`.
     """
 

@@ -1,8 +1,8 @@
 """
 The sockets a sidecar listens on: TCP, a Unix socket of its own, and those inherited from a supervisor.
 
-Each is made here and not by the HTTP server, which would make the Unix socket writable by
-everybody, take over a live one, and learn of a busy port only in its own thread.
+Each is made here and not by the HTTP server, which would make the Unix socket writable by every user, take over a live
+one, and learn of a busy port only in its own thread.
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vitalsd.sidecar.config import DEFAULTS
 from vitalsd.sidecar.listen_errors import ListenError
 from vitalsd.sidecar.tcp_listener import bind_port, is_remote
 from vitalsd.sidecar.unix_listener import UnixListener, default_unix_listener
@@ -62,13 +63,13 @@ class Listeners:
 
 def listen(
     *,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    tcp: bool = True,
-    uds: str | Path | None = None,
+    host: str = DEFAULTS.host,
+    port: int | None = DEFAULTS.port,
+    tcp: bool = DEFAULTS.tcp,
+    uds: str | Path | None = DEFAULTS.uds,
     directory: Path | None = None,
     guarded: bool = False,
-    allow_remote: bool = False,
+    allow_remote: bool = DEFAULTS.allow_remote,
 ) -> Listeners:
     """
     Open the listeners of a sidecar.
@@ -108,7 +109,7 @@ def listen(
 
 def adopt(sockets: Sequence[socket.socket], *, guarded: bool, allow_remote: bool) -> Listeners:
     """
-    The listeners that a supervisor made.
+    Return the listeners that a supervisor made.
 
     Raises:
         ListenError: other machines could reach one of them, and that was not allowed.

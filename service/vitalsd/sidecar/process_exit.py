@@ -1,4 +1,4 @@
-"""Noticing the death of a process that is not a child of ours: at once where the kernel tells it."""
+"""Notice the death of a process that is not a child of ours: at once where the kernel reports it."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ async def death_of(pid: int, start: int, kernel: Births, *, poll: bool = False) 
     """
     Return once the run of `pid` that began at `start` has exited, reaped or not.
 
-    A pidfd (Linux) or kqueue (macOS) tells it within a millisecond; where neither can be had, the
+    A pidfd (Linux) or kqueue (macOS) reports it within a millisecond; where neither can be had, the
     start time is looked at once a second.
 
     Args:
@@ -27,7 +27,7 @@ async def death_of(pid: int, start: int, kernel: Births, *, poll: bool = False) 
     """
     if not poll:
         with contextlib.suppress(OSError), _exit_descriptor(pid) as fd:
-            # Opened by number, so it may be somebody else's by now: look after opening, not before.
+            # Opened by number, so it may be another process by now: look after opening, not before.
             if _lives(pid, start, kernel):
                 await _readable(fd)
     while _lives(pid, start, kernel):
@@ -43,7 +43,7 @@ def _lives(pid: int, start: int, kernel: Births) -> bool:
 
 @contextlib.contextmanager
 def _exit_descriptor(pid: int) -> Iterator[int]:
-    """A descriptor that becomes readable when `pid` exits. Raises `OSError`: there is none to be had."""
+    """Open a descriptor that becomes readable when `pid` exits. Raise `OSError`: there can be none."""
     if sys.platform == "linux":
         fd = os.pidfd_open(pid)
         try:
@@ -56,7 +56,7 @@ def _exit_descriptor(pid: int) -> Iterator[int]:
             queue.control([exits], 0)
             yield queue.fileno()
     else:
-        raise OSError("this system tells nobody")
+        raise OSError("this system does not report it")
 
 
 async def _readable(fd: int) -> None:

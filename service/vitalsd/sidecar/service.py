@@ -1,5 +1,5 @@
 """
-One sidecar: its listeners, the server on them, and the runtime file that tells where it is.
+One sidecar: its listeners, the server on them, and the runtime file by which clients find it.
 
 `vitalsd.sidecar.in_process` runs it on a thread of the host program, `serve` on the main thread of its own
 process, which `vitalsd.sidecar.spawn` starts.
@@ -56,7 +56,7 @@ class Service:
         target: what it watches, for the runtime file.
         token: to be asked for over TCP; ``None`` for none.
         grace_s: see `Server`.
-        kernel: tells which run of this process the runtime file speaks of.
+        kernel: determines the run of this process, for the runtime file.
         application: what the client says it is, for the runtime file.
     """
 
@@ -107,7 +107,7 @@ class Service:
 
         Args:
             ready: called once requests are answered and the runtime file is there.
-            companions: what goes on alongside; cancelled at the end.
+            companions: run alongside; cancelled at the end.
 
         Raises:
             NotStarted: the application did not start.
@@ -195,7 +195,7 @@ class Service:
             )
 
     def publish_again(self) -> None:
-        """Write the runtime file if somebody has removed it. A socket that went with it cannot be brought back."""
+        """Write the runtime file if it was removed. A socket that went with it cannot be brought back."""
         if self._directory is None or self.runtime_file is None or not is_gone(self.runtime_file):
             return
         if self.endpoint.socket is not None and not os.path.exists(self.endpoint.socket):
@@ -204,7 +204,7 @@ class Service:
         try:
             self.runtime_file = endpoints.publish(self.endpoint, private_directory(self._directory))
         except (OSError, EndpointError) as error:
-            log.warning("no runtime file, clients must be told where this is: %s", error)
+            log.warning("no runtime file, so clients need the address of this sidecar: %s", error)
             self.runtime_file = None
 
     def _withdraw(self) -> None:
@@ -214,7 +214,7 @@ class Service:
 
 
 Companion = Callable[[Service], Awaitable[None]]
-"""What goes on alongside the serving; what it raises ends the sidecar."""
+"""Runs alongside the serving; what it raises ends the sidecar."""
 
 
 async def _run(companion: Companion, sidecar: Service) -> None:

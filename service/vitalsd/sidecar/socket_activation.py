@@ -28,7 +28,7 @@ LAUNCHD_SOCKETS = ("http", "unix")
 
 def activated(environ: MutableMapping[str, str]) -> list[socket.socket]:
     """
-    The listeners of whichever supervisor started us; empty if none did.
+    Return the listeners of the supervisor that started us; empty if none did.
 
     Raises:
         ListenError: what it handed over cannot be used.
@@ -42,7 +42,7 @@ def activated(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     """
-    The listeners of sd_listen_fds(3), once: the variables are removed, so that no child believes them.
+    Return the listeners of sd_listen_fds(3), once: the variables are removed, so that no child believes them.
 
     Raises:
         ListenError: one of them is not a listening stream socket.
@@ -63,7 +63,7 @@ def _is_meant(pid: str) -> bool:
 
 def launchd_sockets(lib: Any) -> list[socket.socket]:
     """
-    The listeners that launchd holds for us, all of each key: one per address family.
+    Return the listeners that launchd holds for us, all of each key: one per address family.
 
     ``int launch_activate_socket(const char *name, int **fds, size_t *cnt)`` (launch.h) returns an
     errno value: ESRCH when launchd did not start us, ENOENT when the key is not in the property
@@ -105,7 +105,7 @@ def launchd_sockets(lib: Any) -> list[socket.socket]:
 
 def inherited(fd: int) -> socket.socket:
     """
-    The listener that a supervisor passed as descriptor `fd`.
+    Return the listener that a supervisor passed as descriptor `fd`.
 
     Not `socket.fromfd`, and with `proto` named: macOS cannot tell it from the descriptor, and asyncio
     would leave Nagle's algorithm on.
@@ -148,7 +148,7 @@ def _may_listen(stream: socket.socket) -> bool:
 
 class Notifier:
     """
-    sd_notify(3): tells systemd that the service is ready, and that it is alive.
+    sd_notify(3): report to systemd that the service is ready, and that it is alive.
 
     Args:
         environ: NOTIFY_SOCKET and WATCHDOG_USEC are taken out of it, so that no child believes them.

@@ -114,21 +114,13 @@ def spawn(
         publish_names()  # first: the sidecar reads names at once, and those of sleeping threads again much later
     with ExitStack() as opened:
         try:
-            pipes = _Pipes(*(opened.enter_context(end) for end in (*_pipe(), *_pipe(), _log_file())))
+            pipes = _open_pipes(opened)
             process = _launch([*program, "serve", *arguments], options, pipes, environ, notes_exit=own)
         except OSError as error:
             raise SpawnError(f"cannot run {program[0]}: {error.strerror or error}") from None
         pipes.ready_writer.close()
         import_module("vitalsd.discovery.http_connection")  # for `Spawned.mark`, while the sidecar starts
-        try:
-            ready = _answer(process, pipes.ready_reader.fileno(), pipes.log, time.monotonic() + timeout_s)
-            if not (command is None and is_one_file()):
-                ready["pid"] = process.pid  # what another command says may be of another pid namespace
-            spawned = Spawned(process, ready)
-        except BaseException:
-            process.kill_all()
-            process.wait()
-            raise
+        spawned = _ready(process, pipes, time.monotonic() + timeout_s, is_launcher=command is None and is_one_file())
         if own:
             spawned.watches_this_process(pipes.note_writer)
         return spawned
@@ -158,6 +150,13 @@ class _Pipes(NamedTuple):
     note_writer: IO[bytes]
     log: IO[bytes]
     """Gets the standard error of the sidecar until it is ready."""
+
+
+def _open_pipes(opened: ExitStack) -> _Pipes:
+    """Open them, to be closed by `opened`. Raise `OSError`."""
+    ready_reader, ready_writer = (opened.enter_context(end) for end in _pipe())
+    note_reader, note_writer = (opened.enter_context(end) for end in _pipe())
+    return _Pipes(ready_reader, ready_writer, note_reader, note_writer, opened.enter_context(_log_file()))
 
 
 def _launch(
@@ -211,6 +210,30 @@ def _pipe() -> tuple[FileIO, FileIO]:
             os.close(end)
         raise
     return open(ends[0], "rb", buffering=0), open(ends[1], "wb", buffering=0)
+
+
+def _ready(process: SidecarProcess, pipes: _Pipes, deadline: float, *, is_launcher: bool) -> Spawned:
+    """
+    Wait until the sidecar answers. If it does not, no process is left behind.
+
+    Args:
+        process: of the sidecar.
+        pipes: on which it reports.
+        deadline: on the monotonic clock.
+        is_launcher: `process` is the launcher of a one-file application, and the sidecar its child.
+
+    Raises:
+        SpawnError: it did not get ready.
+    """
+    try:
+        ready = _answer(process, pipes.ready_reader.fileno(), pipes.log, deadline)
+        if not is_launcher:
+            ready["pid"] = process.pid  # what another command says may be of another pid namespace
+        return Spawned(process, ready)
+    except BaseException:
+        process.kill_all()
+        process.wait()
+        raise
 
 
 def _answer(process: SidecarProcess, reader: int, log_file: IO[bytes], deadline: float) -> dict[str, Any]:

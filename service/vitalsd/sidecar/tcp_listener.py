@@ -36,7 +36,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 def bind_tcp(host: str, port: int) -> socket.socket:
     """
-    A listening TCP socket; `port` 0 takes a free one.
+    Return a listening TCP socket; `port` 0 takes a free one.
 
     `proto` is given because asyncio switches off Nagle's algorithm only for a listener that says
     TCP; without it every answer on a kept connection waits 40 ms for an acknowledgement.
