@@ -63,7 +63,7 @@ def build_in_process(config: SidecarConfig) -> InProcess:
     Assemble a sidecar that measures this process, of which it is a part.
 
     Raises:
-        ListenError: it cannot be listened where `config` says.
+        ListenError: the sidecar cannot listen where `config` says.
         RuntimeError: the system gives no more threads.
         OSError: the system refuses anything else.
         Undecided: the system does not tell which run of a process this is.
@@ -99,7 +99,7 @@ def build_service(
         exits_itself: whether the target has noted that it exits by itself.
 
     Raises:
-        ListenError: it cannot be listened where `config` or the supervisor says.
+        ListenError: the sidecar cannot listen where `config` or the supervisor says.
         BuildError: a setting does nothing under a supervisor, or nothing can be pushed to `SidecarConfig.otlp`.
         NoThread: the system gives no more threads.
     """
@@ -113,11 +113,11 @@ def build_service(
         sampler = next_sampler()
         undo.callback(sampler.worker.stop, 0)
         targets = Targets(sampler, process.platform.open_source, name=config.name)
+        parts = _assemble(config, base, undo, process.platform, targets, watched=watched)
         companions = _companions(config, process, watched, targets, next_sampler, undo)
         companions.append(Notifier(environ, _responds(targets)).companion)
         if config.otlp is not None:
             companions.append(_push(config, config.otlp, targets, environ))
-        parts = _assemble(config, base, undo, process.platform, targets, watched=watched)
         undo.pop_all()
     return parts.service, companions
 
@@ -132,7 +132,7 @@ def build_replay(config: SidecarConfig, replay: Replay, environ: MutableMapping[
         environ: what a supervisor hands over is taken out of it.
 
     Raises:
-        ListenError: it cannot be listened where `config` or the supervisor says.
+        ListenError: the sidecar cannot listen where `config` or the supervisor says.
         BuildError: a setting does nothing under a supervisor.
         NoThread: the system gives no more threads.
     """

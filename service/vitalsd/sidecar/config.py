@@ -2,8 +2,10 @@
 Every setting of a sidecar, declared once: default, range, unit, help and the option of `vitalsd serve`.
 
 The options of the commands, the defaults and checks of `start`, the command line of `spawn`, the options that an agent
-refuses and the table in docs/operations.md are made from it. It needs the standard library alone, because a client that
-spawns and ``vitalsd --help`` import it.
+refuses and the table in docs/operations.md (`make reference`) are made from it. A new setting is a field here and its
+use in `vitalsd.sidecar.builder`; if a program may pass it, also an argument of `start` or `spawn`.
+
+It needs the standard library alone, because a client that spawns imports it.
 """
 
 from collections.abc import Sequence
