@@ -25,7 +25,7 @@ from vitalsd.doctor.finding import Finding
 from vitalsd.doctor.soak import SEGMENTS, slope, soak
 from vitalsd.sources.base import Source
 from vitalsd.sources.darwin.libsystem import load
-from vitalsd.sources.platform import Platform, this_platform
+from vitalsd.sources.platform import Platform, over_libsystem, this_platform
 from vitalsd.sources.programs import ProgramOf, no_program
 
 pytestmark = pytest.mark.live
@@ -102,7 +102,7 @@ def test_it_passes_where_all_is_well(where: str, healthy: dict[str, tuple[int, s
 
 
 def platform_of(where: str, simulator: Callable[[], Simulator]) -> Platform:
-    return this_platform() if where == "native" else as_platform.macos(simulator().lib)
+    return this_platform() if where == "native" else over_libsystem(simulator().lib)
 
 
 @pytest.fixture(params=["native", *SIMULATED])
@@ -192,7 +192,7 @@ def test_a_thread_less_is_not_more_than_expected() -> None:
 @pytest.mark.skipif(not SIMULATED, reason="the leak is planted in the simulated kernel's library")
 def test_a_leaked_port(lawless_simulator: Simulator) -> None:
     """A release that is forgotten now and then shows in the ports or the references on them, and in nothing else."""
-    platform = as_platform.macos(as_platform.leaking(lawless_simulator.lib))
+    platform = over_libsystem(as_platform.leaking(lawless_simulator.lib))
     failed = failures({finding.check: finding for finding in process.leftovers(platform, 0.5)})
     assert failed
     assert failed <= {"left.ports", "left.references"}
@@ -201,7 +201,7 @@ def test_a_leaked_port(lawless_simulator: Simulator) -> None:
 @pytest.mark.skipif(not SIMULATED, reason="the leak is planted in the simulated kernel's library")
 def test_a_leaked_port_in_a_soak(simulated_libsystem: Path, tmp_path: Path) -> None:
     """Its slope is above 0 with certainty."""
-    platform = as_platform.macos(as_platform.leaking(Simulator(simulated_libsystem, tmp_path).lib))
+    platform = over_libsystem(as_platform.leaking(Simulator(simulated_libsystem, tmp_path).lib))
     findings = {finding.check: finding for finding in soak(platform, 2, lambda done: None)}
     failed = failures(findings)
     assert failed
@@ -215,7 +215,7 @@ def test_a_tick_frequency_that_lies_is_made_good(simulator: Simulator) -> None:
     while time.process_time() < 0.1:
         pass  # the source compares only what is worth comparing
     simulator.state_tick_frequency(1_000_000_000)
-    findings = {finding.check: finding for finding in calibration.own_process(as_platform.macos(simulator.lib), 0.3)}
+    findings = {finding.check: finding for finding in calibration.own_process(over_libsystem(simulator.lib), 0.3)}
     assert failures(findings) == set()
     assert "hw.tbfrequency says" in findings["ticks.own"].measured
 
@@ -381,4 +381,4 @@ def test_the_library_of_this_system_is_the_default() -> None:
     """Ports are counted on a Mac and nothing is made up elsewhere."""
     assert set(this_platform().holdings()) == ({"ports", "references"} if sys.platform == "darwin" else set())
     if sys.platform == "darwin":
-        assert as_platform.macos(load()).holdings()["ports"] > 0
+        assert over_libsystem(load()).holdings()["ports"] > 0

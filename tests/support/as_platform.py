@@ -19,13 +19,11 @@ from vitalsd.cli import main
 from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 from vitalsd.sources import platform as platforms
 from vitalsd.sources.base import Source, TargetGone
-from vitalsd.sources.darwin import processes as darwin
 from vitalsd.sources.darwin.libsystem import LibSystem
-from vitalsd.sources.darwin.process_identity import DarwinBirths
 from vitalsd.sources.platform import Platform, this_platform
 from vitalsd.sources.programs import ProgramOf, no_program
 
-__all__ = ["DEFECTS", "KERNELS", "UNTOLD", "leaking", "macos", "planted", "program"]
+__all__ = ["DEFECTS", "KERNELS", "UNTOLD", "leaking", "planted", "program"]
 
 UNSCALED = 24_000_000, 1_000_000_000
 """Ticks of Apple silicon taken for nanoseconds."""
@@ -35,17 +33,6 @@ UNTOLD = "untold"
 
 KERNELS = ["native", "simulated"] if sys.platform == "linux" else ["native"]
 """What a test can run over: the running kernel, and macOS' as it is simulated over Linux."""
-
-
-def macos(lib: LibSystem) -> Platform:
-    """macOS over `lib`; see `vitalsd.sources.platform.macos` for one over a path."""
-    return Platform(
-        name="macos",
-        open_source=partial(darwin.open_process, lib=lib),
-        list_processes=partial(darwin.list_processes, lib),
-        births=lambda: DarwinBirths(lib),
-        holdings=partial(darwin.holdings, lib),
-    )
 
 
 def ticks(snapshot: Snapshot) -> Snapshot:

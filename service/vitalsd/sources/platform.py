@@ -12,9 +12,10 @@ from vitalsd.sources.process_identity import Births
 from vitalsd.sources.programs import ProgramOf, no_program
 
 if TYPE_CHECKING:
+    from vitalsd.sources.darwin.libsystem import LibSystem
     from vitalsd.sources.darwin.tape import Tape
 
-__all__ = ["OpenSource", "Platform", "births", "macos", "this_platform"]
+__all__ = ["OpenSource", "Platform", "births", "macos", "over_libsystem", "this_platform"]
 
 
 class OpenSource(Protocol):
@@ -52,18 +53,22 @@ def macos(library: str | None = None, tape: "Tape | None" = None) -> Platform:
     Raises:
         Unsupported: the library does not load or lacks a function.
     """
-    from vitalsd.sources.darwin import processes as darwin
     from vitalsd.sources.darwin.libsystem import load
+
+    return over_libsystem(load(library, tape))._replace(taped=partial(macos, library))
+
+
+def over_libsystem(lib: "LibSystem") -> Platform:
+    """Return macOS over a library that is loaded already."""
+    from vitalsd.sources.darwin import processes as darwin
     from vitalsd.sources.darwin.process_identity import DarwinBirths
 
-    lib = load(library, tape)
     return Platform(
         name="macos",
         open_source=partial(darwin.open_process, lib=lib),
         list_processes=partial(darwin.list_processes, lib),
         births=lambda: DarwinBirths(lib),
         holdings=partial(darwin.holdings, lib),
-        taped=partial(macos, library),
     )
 
 
