@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vitalsd.contract.application import Application
-from vitalsd.contract.host import Host
+from vitalsd.contract.host import RecordedHost
 from vitalsd.contract.report_archive import HISTORY, MARKS, PREVIOUS_RUN, Failure, previous_run
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.report.builder import Collected
@@ -107,7 +107,7 @@ class RecordedData:
                 info = _json(request("/info"), dict)[0]
                 into.application = Application.checked(info.get("app"), info.get("app_version"))
                 if (replay := info.get("replay")) is not None:
-                    into.host = Host.read(replay["run"]["host"])
+                    into.host = RecordedHost.read(replay["run"]["host"])
                 if (recorder := info.get("recorder")) is not None:
                     state, ended = recorder.get("state"), recorder.get("ended")
                     into.target = {

@@ -32,7 +32,7 @@ from support.stopwatch import Stopwatch
 from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unavailable
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.directories import private_directory
-from vitalsd.discovery.runtime_file import Endpoint, Target, proof
+from vitalsd.discovery.runtime_file import Endpoint, ProcessRun, proof
 from vitalsd.sources.platform import births
 from vitalsd_client import BugReport, afetch, fetch, mark
 from vitalsd_client.fetch_metrics import BUDGET_S
@@ -49,7 +49,7 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def me(**changes: Any) -> Endpoint:
     """A runtime file that this living process might have written."""
     kernel = births()
-    mine = Target(os.getpid(), kernel.start_key(os.getpid()) or 0)
+    mine = ProcessRun(os.getpid(), kernel.start_key(os.getpid()) or 0)
     plain = Endpoint(
         version="0",
         pid=mine.pid,

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from support.snapshots import IDENTITY, SECOND, pairs, roster, snapshot, with_extras
 from vitalsd.contract.encoding import Detail, Labels, Sort, encode, unavailable
-from vitalsd.contract.host import Host, os_version
+from vitalsd.contract.host import RecordedHost, os_version
 from vitalsd.contract.limits import ANSWER_BYTES, ANSWER_THREADS
 from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 from vitalsd.snapshot import Extras, Measurement, Snapshot, measure
@@ -200,9 +200,9 @@ def test_what_nobody_knows_is_null() -> None:
     nulls = ("cpu_percent", "user_percent", "system_percent", "cpu_percent_error")
     assert (thread["cpu_time_ns"], *map(thread.get, nulls)) == (7, None, None, None, None)
     assert read(executed)["threads"][0]["cpu_percent"] == 0.0
-    replayed = read(executed, detail="full", host=Host())
+    replayed = read(executed, detail="full", host=RecordedHost())
     assert replayed["host"] == {"cpu_count": None, "os": "linux", "os_version": None, "arch": None}
-    recorded = read(executed, detail="full", host=Host(version="14.5", arch="arm64", cpu_count=10))
+    recorded = read(executed, detail="full", host=RecordedHost(version="14.5", arch="arm64", cpu_count=10))
     assert recorded["host"] == {"cpu_count": 10, "os": "linux", "os_version": "14.5", "arch": "arm64"}
     assert isinstance(parse_runtime_metrics(json.dumps(replayed).encode()), FullMetrics)
 

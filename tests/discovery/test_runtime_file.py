@@ -25,7 +25,7 @@ from vitalsd.discovery.directories import (
     private_directory,
     socket_name,
 )
-from vitalsd.discovery.runtime_file import Endpoint, Target
+from vitalsd.discovery.runtime_file import Endpoint, ProcessRun
 from vitalsd.discovery.unix_socket import SocketLock, answers
 from vitalsd.sources import open_source
 from vitalsd.sources.linux.process_identity import LinuxBirths
@@ -68,7 +68,7 @@ def an_endpoint(**changes: Any) -> Endpoint:
             boot_id="boot",
             realm="here",
             uid=os.geteuid(),
-            target=Target(200, 9),
+            target=ProcessRun(200, 9),
             socket="/run/x.sock",
             host="127.0.0.1",
             port=9779,
@@ -318,7 +318,11 @@ def test_sweep_deletes_the_dead_and_nothing_else(directory: Path) -> None:
 
 def test_discover_prefers_the_watcher_of_the_pid_then_the_newest(directory: Path) -> None:
     """The order of live sidecars: those that watch the given run of the pid, then by start."""
-    for pid, target, second in ((100, Target(200, 9), 1), (101, Target(201, 9), 2), (102, Target(200, 8), 3)):
+    for pid, target, second in (
+        (100, ProcessRun(200, 9), 1),
+        (101, ProcessRun(201, 9), 2),
+        (102, ProcessRun(200, 8), 3),
+    ):
         ep.publish(an_endpoint(pid=pid, target=target, started_at=f"2026-01-01T00:00:0{second}.000000Z"), directory)
     ep.publish(an_endpoint(pid=103), directory)
     kernel = Kernel({100: 7, 101: 7, 102: 7, 200: 9})

@@ -79,7 +79,7 @@ def test_it_serves_when_start_returns(sidecar: vitalsd.Sidecar, short_path: Path
         status, body = ask(where, "/info")
         assert (status, body["target"]["pid"]) == (200, os.getpid())
     assert endpoint.discover(os.getpid(), directories=[short_path / "run"]) == [sidecar.endpoint]
-    assert sidecar.endpoint.target == endpoint.Target(os.getpid(), births().start_key(os.getpid()) or 0)
+    assert sidecar.endpoint.target == endpoint.ProcessRun(os.getpid(), births().start_key(os.getpid()) or 0)
     assert sidecar.running
 
 

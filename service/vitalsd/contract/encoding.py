@@ -15,7 +15,7 @@ from json.encoder import encode_basestring_ascii as quote
 from operator import add
 from typing import Any, Literal
 
-from vitalsd.contract.host import Host, os_version
+from vitalsd.contract.host import RecordedHost, os_version
 from vitalsd.contract.json_pieces import to_json
 from vitalsd.contract.limits import ANSWER_BYTES, ANSWER_THREADS
 from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras, ThreadRoster
@@ -95,7 +95,7 @@ def encode(
     limit: int | None = None,
     labels: Labels | None = None,
     warnings: tuple[str, ...] = (),
-    host: Host | None = None,
+    host: RecordedHost | None = None,
 ) -> bytes:
     """
     The answer of ``GET /metrics``. All who share a measurement and ask alike share the bytes.

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from vitalsd.contract.shapes import Count, Doc
 
-__all__ = ["Host", "HostFactsJson", "os_version"]
+__all__ = ["HostFactsJson", "RecordedHost", "os_version"]
 
 MAX_TEXT = 64
 
@@ -27,7 +27,7 @@ class HostFactsJson(TypedDict):
     utc_offset_minutes: Annotated[int | None, Doc("Local time less UTC when it was recorded, minutes.")]
 
 
-class Host(NamedTuple):
+class RecordedHost(NamedTuple):
     """Facts about one machine; each is ``None`` where it is not known."""
 
     system: str | None = None
@@ -42,7 +42,7 @@ class Host(NamedTuple):
     """Local time less UTC, minutes, when the record was made."""
 
     @classmethod
-    def this(cls) -> "Host":
+    def this(cls) -> "RecordedHost":
         """Return the facts about this machine, now."""
         kernel = os.uname()  # its nodename stays out
         offset = datetime.now().astimezone().utcoffset()
@@ -56,7 +56,7 @@ class Host(NamedTuple):
         )
 
     @classmethod
-    def read(cls, found: object) -> "Host":
+    def read(cls, found: object) -> "RecordedHost":
         """Return the facts in JSON from a file; what has another type than it should have is ``None``."""
         facts: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vitalsd.contract.host import Host
+from vitalsd.contract.host import RecordedHost
 from vitalsd.discovery.atomic_file import draft, sync_directory
 
 __all__ = [
@@ -155,7 +155,7 @@ def metadata(
     submitted: datetime,
     description: str,
     platform: str,
-    host: Host,
+    host: RecordedHost,
     target: Mapping[str, Any] | None = None,
 ) -> bytes:
     """

@@ -32,8 +32,8 @@ __all__ = [
     "PAGE_FILE",
     "Endpoint",
     "Liveness",
+    "ProcessRun",
     "Published",
-    "Target",
     "discover",
     "liveness",
     "new_token",
@@ -62,7 +62,7 @@ Liveness = Literal["alive", "dead", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ProcessRun:
     """The process a sidecar watches: pid and `Identity.start_key`."""
 
     pid: int
@@ -79,7 +79,7 @@ class Endpoint:
     boot_id: str
     realm: str
     uid: int
-    target: Target | None
+    target: ProcessRun | None
     """``None``: a sidecar that waits for its target to start."""
     socket: str | None
     """Path of the Unix socket."""
@@ -224,7 +224,7 @@ def _parse(body: Any) -> Endpoint:
         boot_id=typed("boot_id", str),
         realm=typed("realm", str),
         uid=typed("uid", int),
-        target=target and Target(typed("pid", int, within=target), typed("start", int, within=target)),
+        target=target and ProcessRun(typed("pid", int, within=target), typed("start", int, within=target)),
         socket=typed("socket", str, optional=True),
         host=typed("host", str, optional=True),
         port=typed("port", int, optional=True),
@@ -289,7 +289,7 @@ def discover(
     found.sort(key=lambda endpoint: endpoint.started_at, reverse=True)
     if pid is not None:
         try:
-            watched = Target(pid, kernel.start_key(pid) or 0)
+            watched = ProcessRun(pid, kernel.start_key(pid) or 0)
         except Undecided:
             return found
         found.sort(key=lambda endpoint: endpoint.target != watched)

@@ -6,7 +6,7 @@ from typing_extensions import TypedDict
 
 from vitalsd.admission import OWNER, Peer
 from vitalsd.contract.application import Application
-from vitalsd.contract.host import Host
+from vitalsd.contract.host import RecordedHost
 from vitalsd.contract.shapes import Doc
 from vitalsd.recording.recorder import NotRecording, RecorderJson
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile, ReportCardJson
@@ -93,7 +93,7 @@ class Replay:
         return self.file.opened.run.application
 
     @property
-    def host(self) -> Host:
+    def host(self) -> RecordedHost:
         """The machine that was recorded."""
         return self.file.opened.run.host
 

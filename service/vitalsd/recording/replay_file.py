@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple, get_args
 from typing_extensions import TypedDict
 
 from vitalsd.contract.application import Application
-from vitalsd.contract.host import Host, HostFactsJson
+from vitalsd.contract.host import HostFactsJson, RecordedHost
 from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.contract.report_archive import HISTORY, MANIFEST, METADATA, METRICS, PREVIOUS_RUN
 from vitalsd.contract.shapes import Count, Doc, Lazy
@@ -96,7 +96,7 @@ class Card(NamedTuple):
     app_version: str | None
     description: str | None
     platform: str | None
-    host: Host
+    host: RecordedHost
     triggered_at: str | None
     submitted_at: str | None
     vitalsd_version: str | None
@@ -168,7 +168,7 @@ def read_replay_file(path: Path) -> ReplayFile:
     if content.startswith(b"PK"):
         return _read_report(path, content)
     if content.lstrip()[:1] == b"{":
-        return ReplayFile(path.name, _read_member(path.name, content, Host(), {}), (), None, None)
+        return ReplayFile(path.name, _read_member(path.name, content, RecordedHost(), {}), (), None, None)
     raise UnreadableRun(f"{path.name} is not a bug report (no zip archive), not a run and not a member of a report")
 
 
@@ -250,7 +250,7 @@ def _card(
         app_version=_text(app.get("version")),
         description=_text(about.get("description")),
         platform=_text(about.get("platform")),
-        host=Host.read(
+        host=RecordedHost.read(
             {**system, "system": system.get("name")}
             | {key: about.get(key) for key in ("cpu_count", "utc_offset_minutes")}
         ),
@@ -267,7 +267,7 @@ def _card(
     )
 
 
-def _read_member(file: str, body: bytes, host: Host, about: Mapping[str, Any]) -> RecordedRun:
+def _read_member(file: str, body: bytes, host: RecordedHost, about: Mapping[str, Any]) -> RecordedRun:
     """
     Read ``previous-run.json``, which has the description of its run, or ``runtime-history.json``, which has none.
 
@@ -305,7 +305,7 @@ def _read_member(file: str, body: bytes, host: Host, about: Mapping[str, Any]) -
             application=_application(described.get("app"), described.get("app_version"))
             if previous
             else _application(app.get("name"), app.get("version")),
-            host=Host.read(described.get("host")) if previous and described.get("host") else host,
+            host=RecordedHost.read(described.get("host")) if previous and described.get("host") else host,
         ),
         record,
     )

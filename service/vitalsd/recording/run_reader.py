@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from typing_extensions import TypedDict
 
 from vitalsd.contract.application import Application
-from vitalsd.contract.host import Host, HostFactsJson
+from vitalsd.contract.host import HostFactsJson, RecordedHost
 from vitalsd.contract.limits import LABEL_CHARACTERS
 from vitalsd.contract.shapes import APP, PROGRAM, Count, Doc, Lazy, UtcTime
 from vitalsd.recording.run_database import Tables, readable
@@ -82,7 +82,7 @@ class Run(NamedTuple):
     size_bytes: int
     application: Application = Application()
     """What the client said it is."""
-    host: Host = Host()
+    host: RecordedHost = RecordedHost()
     """The machine it was recorded on."""
 
     def to_json(self) -> RunJson:
@@ -189,7 +189,7 @@ def _described(tables: Tables, path: Path) -> Run:
         reported="reported" in meta,
         size_bytes=disk_bytes(path),
         application=Application.checked(meta.get("app"), meta.get("app_version")),
-        host=Host.read(json.loads(meta.get("host", "{}"))),
+        host=RecordedHost.read(json.loads(meta.get("host", "{}"))),
     )
 
 

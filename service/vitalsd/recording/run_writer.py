@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vitalsd.contract.application import Application
-from vitalsd.contract.host import Host
+from vitalsd.contract.host import RecordedHost
 from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.recording.run_database import SCHEMA, SCHEMA_VERSION
 from vitalsd.recording.run_directory import RunDirectory
@@ -182,7 +182,7 @@ class RunFile:
                 "interval_ns": str(self._interval_ns),
                 "retention_ns": str(self._retention_ns),
                 "writer_pid": str(os.getpid()),
-                "host": json.dumps(Host.this()._asdict()),
+                "host": json.dumps(RecordedHost.this()._asdict()),
             }
             meta |= {key: value for key, value in self._application._asdict().items() if value is not None}
             db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())

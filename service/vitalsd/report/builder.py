@@ -12,7 +12,7 @@ from typing import Any
 
 from vitalsd import __version__
 from vitalsd.contract.application import Application
-from vitalsd.contract.host import Host
+from vitalsd.contract.host import RecordedHost
 from vitalsd.contract.report_archive import METADATA, Bundle, Failure, metadata, new_report_id, seal
 
 __all__ = ["Collected", "Heading", "Redact", "build"]
@@ -30,7 +30,7 @@ class Collected:
     failures: list[Failure] = field(default_factory=list)
     application: Application = Application()
     """The application as the client named it to the sidecar, or as the run on disk has it."""
-    host: Host | None = None
+    host: RecordedHost | None = None
     """The recorded machine, if it is not this one: a file is replayed."""
     target: Mapping[str, Any] | None = None
     """State of the recorded process: ``{"state": …, "ended": …}``; ``None``: not known."""
@@ -74,7 +74,7 @@ def build(heading: Heading, collected: Collected, redact: Sequence[Redact] = (),
         submitted=created,
         description=heading.description,
         platform=collected.platform,
-        host=collected.host or Host.this(),
+        host=collected.host or RecordedHost.this(),
         target=collected.target,
     )
     members: dict[str, bytes] = {}

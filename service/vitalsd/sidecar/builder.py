@@ -16,7 +16,7 @@ from typing import NamedTuple
 from vitalsd.discovery import directories
 from vitalsd.discovery.directories import EndpointError
 from vitalsd.discovery.program_key import program_key
-from vitalsd.discovery.runtime_file import Target, new_token
+from vitalsd.discovery.runtime_file import ProcessRun, new_token
 from vitalsd.http.app import create_app
 from vitalsd.recording.recorder import RecorderConfig
 from vitalsd.recording.replay import Replay
@@ -73,7 +73,7 @@ def build_in_process(config: SidecarConfig) -> InProcess:
         base = _open(config, undo)
         sampler = Sampler(_own_source, recording=_recording(config, base))
         undo.callback(sampler.worker.stop, 0)
-        me = Target(os.getpid(), platform.births().start_key(os.getpid()) or 0)
+        me = ProcessRun(os.getpid(), platform.births().start_key(os.getpid()) or 0)
         targets = Targets(sampler, platform.open_source)
         parts = _assemble(config, base, undo, platform, targets, watched=me, grace_s=IN_PROCESS_GRACE_S)
         undo.pop_all()
@@ -83,7 +83,7 @@ def build_in_process(config: SidecarConfig) -> InProcess:
 def build_service(
     config: SidecarConfig,
     process: TargetProcess,
-    watched: Target | None,
+    watched: ProcessRun | None,
     environ: MutableMapping[str, str],
     *,
     exits_itself: Callable[[], bool] = bool,
@@ -244,7 +244,7 @@ def _assemble(
     platform: Platform,
     targets: Targets,
     *,
-    watched: Target | None = None,
+    watched: ProcessRun | None = None,
     grace_s: float = GRACE_S,
 ) -> _Parts:
     """Make the application over `targets`, and the service that listens for it."""
@@ -278,7 +278,7 @@ def _assemble(
 def _companions(
     config: SidecarConfig,
     process: TargetProcess,
-    watched: Target | None,
+    watched: ProcessRun | None,
     targets: Targets,
     next_sampler: Callable[[], Sampler],
     undo: ExitStack,

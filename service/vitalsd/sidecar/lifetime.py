@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from vitalsd.discovery.runtime_file import Target
+from vitalsd.discovery.runtime_file import ProcessRun
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import PooledTarget, Targets
 from vitalsd.sidecar.process_exit import death_of
@@ -22,7 +22,7 @@ SEARCH_S = 1.0
 """Between two looks for a target that has not started yet."""
 
 
-def end_with(target: Target, targets: Targets, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
+def end_with(target: ProcessRun, targets: Targets, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
     """
     Record the exit of the target at once, and end the sidecar `linger_s` seconds later.
 
@@ -73,7 +73,7 @@ def follow(
             except (SourceError, NoThread):
                 await asyncio.sleep(SEARCH_S)
                 continue
-            sidecar.retarget(Target(found.pid, found.start_key))
+            sidecar.retarget(ProcessRun(found.pid, found.start_key))
             dead = asyncio.create_task(death_of(found.pid, found.start_key, kernel, poll=poll))
             replaced = asyncio.create_task(_replaced(targets.default, has_successor))
             try:

@@ -23,7 +23,7 @@ from vitalsd.discovery import directories
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.atomic_file import is_gone
 from vitalsd.discovery.directories import EndpointError, private_directory
-from vitalsd.discovery.runtime_file import Endpoint, Target
+from vitalsd.discovery.runtime_file import Endpoint, ProcessRun
 from vitalsd.http.server.server import Server
 from vitalsd.sidecar.listeners import Listeners
 from vitalsd.sources.platform import births
@@ -66,7 +66,7 @@ class Service:
         listeners: Listeners,
         *,
         directory: Path | None = None,
-        target: Target | None = None,
+        target: ProcessRun | None = None,
         token: str | None = None,
         grace_s: float = GRACE_S,
         kernel: Births | None = None,
@@ -145,7 +145,7 @@ class Service:
         if self._server is not None:
             self._server.stop()
 
-    def retarget(self, target: Target | None) -> None:
+    def retarget(self, target: ProcessRun | None) -> None:
         """Tell clients that another run is being watched, or none for now."""
         self.endpoint = replace(self.endpoint, target=target)
         if self.runtime_file is not None:

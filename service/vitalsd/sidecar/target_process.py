@@ -7,7 +7,7 @@ from contextlib import closing, suppress
 from typing import NamedTuple
 
 from vitalsd.discovery.program_key import program_key
-from vitalsd.discovery.runtime_file import Target
+from vitalsd.discovery.runtime_file import ProcessRun
 from vitalsd.sidecar.config import SidecarConfig
 from vitalsd.snapshot import Identity
 from vitalsd.sources.base import NoSuchProcess, ProcessEntry, Source, SourceError
@@ -40,7 +40,7 @@ class TargetProcess:
         """Return it as a line of the log names it."""
         return f"the process called {self._name}" if self._name else f"process {self._pid}" if self._pid else "itself"
 
-    def check(self) -> Target | None:
+    def check(self) -> ProcessRun | None:
         """
         Return the run of the process; ``None`` for a name, of which there need not be a process yet.
 
@@ -54,7 +54,7 @@ class TargetProcess:
             found = source.identity()
             if self._pid is not None:
                 source.snapshot()  # a zombie can be opened
-        return Target(found.pid, found.start_key)
+        return ProcessRun(found.pid, found.start_key)
 
     def open(self) -> Source:
         """

@@ -18,7 +18,7 @@ from support.sidecars import eventually
 from support.workload import ChildWorkload
 from vitalsd.sources.base import Ending, SourceError, TargetGone
 from vitalsd.sources.darwin import libproc_source as libproc
-from vitalsd.sources.darwin.exit_status import NOTE_EXITSTATUS, ExitNote
+from vitalsd.sources.darwin.exit_status import NOTE_EXITSTATUS, ExitWatch
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.linux.procfs import parse_stat
 
@@ -84,7 +84,7 @@ def queues(monkeypatch: pytest.MonkeyPatch) -> list[Queue]:
 )
 def test_the_note_is_a_status_of_wait(queues: list[Queue], status: int, ending: Ending) -> None:
     """It is asked for with the exit, told once, and the queue is given back."""
-    note = ExitNote(4242)
+    note = ExitWatch(4242)
     assert queues[0].registered == Event(4242, -5, 1, NOTE_EXIT | NOTE_EXITSTATUS)
     note.drop_if_fired()
     assert note.ending(0) is None
@@ -99,7 +99,7 @@ def test_the_note_is_a_status_of_wait(queues: list[Queue], status: int, ending: 
 def test_without_a_note_nothing_is_known(queues: list[Queue], refusal: int) -> None:
     """The process is gone, or this user may not kill it: no ending, no descriptor."""
     Queue.refusal = refusal
-    note = ExitNote(4242)
+    note = ExitWatch(4242)
     assert queues[0].closed
     note.drop_if_fired()
     assert note.ending(0) is None
@@ -108,7 +108,7 @@ def test_without_a_note_nothing_is_known(queues: list[Queue], refusal: int) -> N
 
 def test_the_exit_of_an_earlier_process_of_the_pid_is_not_told(queues: list[Queue]) -> None:
     """One that ended while the source was being opened."""
-    note = ExitNote(4242)
+    note = ExitWatch(4242)
     queues[0].exits(11)
     note.drop_if_fired()
     assert queues[0].closed

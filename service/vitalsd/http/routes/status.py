@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from vitalsd import __version__
 from vitalsd.contract.application import Application
 from vitalsd.contract.encoding import unavailable_json
-from vitalsd.contract.host import Host
+from vitalsd.contract.host import RecordedHost
 from vitalsd.contract.shapes import APP, PROGRAM, Count, Doc, Lazy, Seconds, UtcTime
 from vitalsd.http.access.peer import peer_of
 from vitalsd.http.operation import CommandExample, Operation, OperationRoute
@@ -223,7 +223,7 @@ def _process_json(entry: ProcessEntry) -> ProcessJson:
 
 async def _info_json(target: PooledTarget, application: Application) -> InfoJson:
     replay = target.replay
-    host = Host.this() if replay is None else replay.host
+    host = RecordedHost.this() if replay is None else replay.host
     recorded = application if replay is None else replay.application
     return {
         "version": __version__,

@@ -5,12 +5,12 @@ from contextlib import suppress
 
 from vitalsd.sources.base import Ending
 
-__all__ = ["ExitNote"]
+__all__ = ["ExitWatch"]
 
 NOTE_EXITSTATUS = 0x04000000  # sys/event.h; the select module has not got it
 
 
-class ExitNote:
+class ExitWatch:
     """
     Where the kernel leaves the exit status of a process: an ``EVFILT_PROC`` of a queue, kqueue(2).
 

@@ -34,10 +34,10 @@ from vitalsd.sources.darwin.apple_headers import (
     proc_taskallinfo,
     proc_uniqidentifierinfo,
 )
-from vitalsd.sources.darwin.exit_status import ExitNote
+from vitalsd.sources.darwin.exit_status import ExitWatch
 from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libsystem import LibSystem, load
-from vitalsd.sources.darwin.task import Instant, Target, Totals, process_name, translated_errors
+from vitalsd.sources.darwin.task import Instant, OpenedProcess, Totals, process_name, translated_errors
 from vitalsd.sources.darwin.thread_rows import ThreadRows
 from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads
 from vitalsd.sources.programs import ProgramOf, no_program
@@ -85,9 +85,9 @@ class LibprocSource:
         program_of: ProgramOf = no_program,
     ) -> None:
         self._lib = lib or load()
-        self._exit = ExitNote(pid)
+        self._exit = ExitWatch(pid)
         try:
-            self._target = Target(self._lib, pid, os.getpid(), wall_clock, program_of)
+            self._target = OpenedProcess(self._lib, pid, os.getpid(), wall_clock, program_of)
             self._exit.drop_if_fired()
         except BaseException:
             self._exit.close()

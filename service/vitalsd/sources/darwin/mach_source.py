@@ -26,7 +26,7 @@ from vitalsd.sources.darwin.apple_headers import (
 )
 from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libsystem import LibSystem, load
-from vitalsd.sources.darwin.task import Instant, Target, Totals, translated_errors
+from vitalsd.sources.darwin.task import Instant, OpenedProcess, Totals, translated_errors
 from vitalsd.sources.darwin.thread_rows import ThreadRows
 from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads
 from vitalsd.sources.programs import ProgramOf, no_program
@@ -56,7 +56,7 @@ class MachSource:
     ) -> None:
         self._lib = lib or load()
         self._pid = os.getpid()
-        self._target = Target(self._lib, self._pid, self._pid, wall_clock, program_of)
+        self._target = OpenedProcess(self._lib, self._pid, self._pid, wall_clock, program_of)
         self._basic = mach_task_basic_info()
         self._times = task_absolutetime_info()
         self._events = task_events_info()

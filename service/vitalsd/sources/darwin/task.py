@@ -39,7 +39,7 @@ from vitalsd.sources.programs import Command, ProgramOf, no_program
 
 __all__ = [
     "Instant",
-    "Target",
+    "OpenedProcess",
     "Totals",
     "boot_id",
     "process_name",
@@ -154,7 +154,7 @@ class Instant(NamedTuple):
     uptime_ns: int
 
 
-class Target:
+class OpenedProcess:
     """
     The process a source was opened for.
 
