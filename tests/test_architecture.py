@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def modules(package: types.ModuleType) -> Iterator[str]:
             yield found.name
 
 
-def imports(file: Path, *, at_load: bool = False) -> set[str]:
+@cache
+def imports(file: Path, *, at_load: bool = False) -> frozenset[str]:
     """The modules that a file names in its imports, wherever they stand, or only those that it needs to load."""
     found: set[str] = set()
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -40,7 +42,12 @@ def imports(file: Path, *, at_load: bool = False) -> set[str]:
             assert node.level == 0, f"{file}: relative import"
             assert node.module is not None
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
+
+
+@cache
+def imported_by_the_service() -> frozenset[str]:
+    return frozenset().union(*map(imports, SERVICE.rglob("*.py")))
 
 
 @pytest.mark.parametrize("module", [*modules(vitalsd), *modules(vitalsd_client)])
@@ -65,7 +72,7 @@ def test_all_is_what_is_public(module: str) -> None:
 
 
 def _used_elsewhere(module: str, name: str) -> bool:
-    return any(f"{module}.{name}" in imports(file) for file in SERVICE.rglob("*.py"))
+    return f"{module}.{name}" in imported_by_the_service()
 
 
 def test_no_file_imports_through_the_source_root() -> None:
