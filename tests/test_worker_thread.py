@@ -67,17 +67,17 @@ def test_a_pause_is_granted_however_much_there_is_to_do() -> None:
         time.sleep(0.02)
         done.append(number)
 
-    for number in range(60):
+    for number in range(100):
         worker.post(partial(call, number))
     for _ in range(10):
-        assert worker.pause(0.2)
+        assert worker.pause(10)
         before = len(done)
         time.sleep(0.03)
-        assert len(done) == before < 60
+        assert len(done) == before < 100
         worker.resume()
         time.sleep(0.002)
     assert worker.stop(10)
-    assert done == list(range(60))
+    assert done == list(range(100))
 
 
 def test_a_call_that_does_not_return_holds_up_no_pause() -> None:
