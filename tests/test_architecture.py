@@ -202,6 +202,71 @@ def test_the_longest_files_are_there() -> None:
     assert [name for name in listed if not (ROOT / "tests" / name).exists()] == []
 
 
+MODULES_AT_THE_TOP = {"__init__", "__main__", "admission", "snapshot", "text", "worker_thread"}
+MAX_METHODS = 20
+MAX_LINES = 60
+"""Of a function, without its docstring."""
+TWICE = {
+    "Failed": "a public name of vitalsd_client, and the error of the command line",
+    "Host": "a part of the published schema of detail=full, and the host that a report describes",
+    "Target": "a part of the published schema, of a runtime file, and of the macOS sources",
+}
+"""Public names of several classes, each with the reason; four at most."""
+
+
+def definitions() -> Iterator[tuple[Path, ast.AST]]:
+    """Yield each node of the syntax trees of vitalsd and vitalsd_client, with its file."""
+    for folder in (SERVICE, ROOT / "clients" / "vitalsd_client"):
+        for file in sorted(folder.rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                yield file.relative_to(ROOT), node
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the lines from ``def`` to the end, without the docstring."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= (function.body[0].end_lineno or 0) - function.body[0].lineno + 1
+    return lines
+
+
+def test_few_modules_lie_outside_of_a_package() -> None:
+    """What every package may import, and the two that Python needs."""
+    assert {file.stem for file in SERVICE.glob("*.py")} == MODULES_AT_THE_TOP
+
+
+def test_class_has_at_most_twenty_methods() -> None:
+    """Beyond that it has more than one subject."""
+    large = {
+        f"{file}: {node.name}": count
+        for file, node in definitions()
+        if isinstance(node, ast.ClassDef)
+        and (count := sum(isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) for each in node.body)) > MAX_METHODS
+    }
+    assert large == {}
+
+
+def test_function_has_at_most_sixty_lines() -> None:
+    """Without its docstring; nested functions count as lines of the outer one."""
+    long = {
+        f"{file}: {node.name}": length(node)
+        for file, node in definitions()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and length(node) > MAX_LINES
+    }
+    assert long == {}
+
+
+def test_public_class_name_is_used_once() -> None:
+    """A name that is used twice says nothing; the exceptions are exactly those of the list."""
+    files: dict[str, list[str]] = {}
+    for file, node in definitions():
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            files.setdefault(node.name, []).append(str(file))
+    twice = {name: places for name, places in files.items() if len(places) > 1}
+    assert twice.keys() == TWICE.keys(), twice
+    assert len(TWICE) <= 4
+
+
 REPLACED = {
     "vitalsd.discovery.atomic_file.os.lstat",
     "vitalsd.http.access.peer.NETLINK_SOCK_DIAG",
