@@ -93,7 +93,7 @@ async def afetch(
     loop, done = asyncio.get_running_loop(), asyncio.Event()
 
     def wake() -> None:
-        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop has been closed: there is no waiter left
             loop.call_soon_threadsafe(done.set)
 
     try:

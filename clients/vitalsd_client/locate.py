@@ -1,4 +1,4 @@
-"""Finding the sidecar to ask, and making sure that it is the one before anything is told to it."""
+"""Find the sidecar to ask, and have it prove that it is ours before it gets the token."""
 
 import hmac
 import ipaddress
@@ -39,7 +39,7 @@ class NoSidecar(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RunningSidecar:
-    """Where one sidecar answers, and about whom it is asked."""
+    """Where one sidecar answers, and which process it is asked about."""
 
     socket: str | None
     address: tuple[str, int] | None
@@ -56,7 +56,7 @@ class RunningSidecar:
         deadline leaves `needs_s` seconds for the answer after the pause.
 
         Raises:
-            ExchangeError: nobody there, not ours, or no proof.
+            ExchangeError: no connection, another user's socket, or no proof.
         """
         with ExitStack() as stack:
             connection, headers = self._proven(stack, deadline)
@@ -151,7 +151,7 @@ def locate(
     Args:
         url: ``http://127.0.0.1:9779``: an IP address or localhost.
         socket: path of a Unix socket.
-        pid: of whom it is to speak; ``None``: of its own target if one was given, else of this process.
+        pid: the process to ask about; ``None``: of its own target if one was given, else of this process.
 
     Raises:
         NoSidecar: there is none.

@@ -10,7 +10,7 @@ __all__ = ["harmless"]
 
 MAX_SENTENCE = 400
 COMMON = frozenset(("", "root", "localhost"))
-"""Names that give nobody away, and would only make sentences unreadable."""
+"""Names that identify no user; without them sentences would be unreadable."""
 
 
 def harmless(text: str, limit: int = MAX_SENTENCE) -> str:

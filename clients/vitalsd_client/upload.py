@@ -1,8 +1,8 @@
 """
-One attempt to send one report: multipart over httpx, a total deadline, and a receipt or it did not happen.
+Make one attempt to send one report: multipart over httpx, with a total deadline; without a receipt it has failed.
 
-httpx limits each read and write but not their number, so a server that drips one byte at a time keeps
-it for ever. The attempt runs on a thread of its own; at the deadline its socket is shut down under it.
+httpx limits each read and write but not their number, so a server that sends one byte at a time keeps it
+without end. The attempt runs on a thread of its own; at the deadline its socket is shut down under it.
 
 Its transport is used without `httpx.Client`: that would write a line with the URL to the log of the host program for
 every request, at level INFO.
@@ -242,7 +242,7 @@ class _Attempt:
 
 
 class _Counted:
-    """The report as a file that tells how much of it has been read, and ends when the attempt does."""
+    """The report as a file that counts what has been read of it, and ends when the attempt does."""
 
     def __init__(self, attempt: _Attempt) -> None:
         self._attempt = attempt

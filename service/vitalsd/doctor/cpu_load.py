@@ -38,7 +38,7 @@ __all__ = [
 
 PERIOD_S = 0.02
 PIECE = bytes(1 << 20)
-"""Worked on without the interpreter's lock, so that threads burn side by side and hold up nobody."""
+"""Worked on without the interpreter's lock, so that threads burn side by side and hold up no other thread."""
 LOG_EVERY_NS = 150_000
 ANSWER_S = 15.0
 

@@ -86,7 +86,7 @@ def age(platform: Platform) -> Iterator[Finding]:
 
 
 class _Worker(threading.Thread):
-    """Burns a known CPU time when told, then waits for its end, or ends at once."""
+    """Burns a known CPU time on command, then waits for its end, or ends at once."""
 
     def __init__(self, name: str, *, lives: bool) -> None:
         super().__init__(name=name, daemon=True)

@@ -85,7 +85,7 @@ def _by_hand(pid: int) -> str:
 
 
 def _get(service: Spawned, path: str, *, uds: bool = False) -> httpx.Response:
-    # trust_env: a proxy of the environment is nobody to ask for what is on this machine.
+    # trust_env: a proxy of the environment cannot reach what is on this machine.
     transport = httpx.HTTPTransport(uds=service.socket if uds else None, trust_env=False)
     with httpx.Client(transport=transport, trust_env=False, timeout=START_S) as client:
         return client.get((("http://vitalsd" if uds else service.url) or "") + path)
@@ -99,18 +99,18 @@ def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
         begun = time.monotonic()
         try:
             answer = _get(service, f"/metrics?window_ms={WINDOW_MS}", uds=uds)
-            told = parse_runtime_metrics(answer.content)
+            answered = parse_runtime_metrics(answer.content)
         except (httpx.HTTPError, ValueError) as error:
             failure = f"{type(error).__name__}: {error}"
             yield judged(check, what, "an answer", failure, False, "is something between, a firewall or a sandbox?")
             continue
         took_ms = (time.monotonic() - begun) * 1000
-        if isinstance(told, Measured):
-            tids = {thread.tid for thread in told.threads}
-            good = set(burner.tids.values()) <= tids and told.sample_window_ms >= SHARED_MS
-            measured = f"{len(told.threads)} threads over {told.sample_window_ms} ms, after {took_ms:.0f} ms"
+        if isinstance(answered, Measured):
+            tids = {thread.tid for thread in answered.threads}
+            good = set(burner.tids.values()) <= tids and answered.sample_window_ms >= SHARED_MS
+            measured = f"{len(answered.threads)} threads over {answered.sample_window_ms} ms, after {took_ms:.0f} ms"
         else:
-            good, measured = False, told.reason
+            good, measured = False, answered.reason
         expected = f"its {len(burner.tids) + 1} threads, over {SHARED_MS} ms or more"
         yield judged(check, what, expected, measured, good, BUG)
 
@@ -143,7 +143,7 @@ def _modes(service: Spawned) -> Finding:
 
 
 def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
-    """Of the sidecar at its default of one snapshot a second, and nobody asking."""
+    """Judge the cost of the sidecar at its default of one snapshot a second, without requests."""
     time.sleep(0.5)  # what the last answer left to be done
     with closing(platform.open_source(service.pid)) as source:
         first, woken = source.snapshot(extras=True), _wakeups(platform, source.snapshot(extras=True), service.pid)
@@ -221,7 +221,7 @@ def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
 
 
 def _black_box(path: Path, burner: BurnerProcess) -> Finding:
-    """The sidecar has been killed by SIGKILL; nobody could write a last word."""
+    """Judge the black box of a sidecar that SIGKILL has ended, which could not close it."""
     try:
         run = next((run for run in RunDirectory(path).runs() if run.identity.pid == burner.pid), None)
         kept = len(read_run(run.path)[1]) if run else 0

@@ -60,7 +60,7 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
     Watch what is held while this and another process are read for `seconds`.
 
     Args:
-        progress: told the part that is done.
+        progress: called with the part that is done.
     """
     # The lowest of each segment: what comes and goes, as threads do, leaves the floor alone, and a leak lifts
     # it. And the record of a soak stays as small as it began.
