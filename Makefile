@@ -43,7 +43,9 @@ demo: $(INSTALLED) ## run an app with busy threads, and show what to curl
 	@exec $(BIN)/python clients/examples/threaded_app.py $(ARGS)
 
 # Three files at a time on two cores: most tests wait more than they compute. tests/conftest.py begins with the longest.
+# Compiled first: the tests start hundreds of programs, and where Python writes no bytecode each would compile vitalsd.
 test: $(READY) ## run the tests, three files at a time: make test ARGS="-k trailing", ARGS="-n 0 -s"
+	@$(BIN)/python -m compileall -q service clients
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # PyInstaller, Qt and others, too heavy for every contributor.
