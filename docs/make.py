@@ -82,10 +82,10 @@ def schema() -> dict[str, Any]:
     from vitalsd.http.app import create_app
     from vitalsd.sampling.sampler import Sampler
     from vitalsd.sampling.target_pool import Targets
-    from vitalsd.sources.base import NoSuchProcess, Source
+    from vitalsd.sources.base import NoSuchProcessError, Source
 
     def nobody(*_: object) -> Source:
-        raise NoSuchProcess("nobody is measured here")
+        raise NoSuchProcessError("nobody is measured here")
 
     async def ask() -> dict[str, Any]:
         transport = httpx.ASGITransport(app=create_app(Targets(Sampler(nobody), nobody), list))

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from support.stopwatch import Stopwatch
-from vitalsd.worker_thread import Stopped, Worker
+from vitalsd.worker_thread import StoppedError, Worker
 
 
 def test_what_a_call_raises_is_for_its_caller() -> None:
@@ -23,7 +23,7 @@ def test_a_call_after_the_end_is_not_waited_for() -> None:
     """Its future says so at once."""
     worker = Worker("w")
     assert worker.stop(5)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         worker.submit(lambda: 7).result(5)
 
 

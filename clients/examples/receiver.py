@@ -50,7 +50,7 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 MEMBER = re.compile(r"(attachments/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,100}", re.ASCII)
 
 
-class BadReport(Exception):
+class BadReportError(Exception):
     """Report that an upload is not a valid report; ``str(error)`` is the reason."""
 
 
@@ -59,25 +59,25 @@ def check(content: bytes, report_id: str) -> None:
     Check a zip against its manifest and its id, without writing to disk.
 
     Raises:
-        BadReport: the zip is damaged or too large, or differs from its manifest.
+        BadReportError: the zip is damaged or too large, or differs from its manifest.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = archive.infolist()
             if len(members) > MAX_MEMBERS:
-                raise BadReport(f"{len(members)} members")
+                raise BadReportError(f"{len(members)} members")
             found: dict[str, tuple[int, str]] = {}
             room = MAX_MEMBERS_BYTES
             for info in members:
                 if not MEMBER.fullmatch(info.filename) or info.filename in found:
-                    raise BadReport("a member has a bad name")
+                    raise BadReportError("a member has a bad name")
                 if info.file_size > min(MAX_MEMBER_BYTES, MAX_RATIO * max(info.compress_size, 1024)):
-                    raise BadReport(f"{info.filename} unpacks to {info.file_size} bytes")
+                    raise BadReportError(f"{info.filename} unpacks to {info.file_size} bytes")
                 room -= info.file_size
                 if room < 0:
-                    raise BadReport(f"its members unpack to more than {MAX_MEMBERS_BYTES} bytes")
+                    raise BadReportError(f"its members unpack to more than {MAX_MEMBERS_BYTES} bytes")
                 if info.compress_type not in METHODS:
-                    raise BadReport(f"{info.filename} is compressed by method {info.compress_type}")
+                    raise BadReportError(f"{info.filename} is compressed by method {info.compress_type}")
                 body = _unpacked(archive, info)
                 found[info.filename] = len(body), hashlib.sha256(body).hexdigest()
             manifest = json.loads(_unpacked(archive, archive.getinfo("manifest.json")))
@@ -85,11 +85,11 @@ def check(content: bytes, report_id: str) -> None:
             listed = {each["name"]: (each["size"], each["sha256"]) for each in manifest["members"]}
             named = manifest["report_id"]
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, EOFError, RuntimeError) as error:
-        raise BadReport(f"{type(error).__name__}: {error}") from None
+        raise BadReportError(f"{type(error).__name__}: {error}") from None
     if listed != found:
-        raise BadReport("its members are not those of its manifest")
+        raise BadReportError("its members are not those of its manifest")
     if named != report_id:
-        raise BadReport("it is another report than its key says")
+        raise BadReportError("it is another report than its key says")
 
 
 def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -184,7 +184,7 @@ def create_app(directory: Path) -> FastAPI:
             raise HTTPException(408, "the report was damaged on its way; send it again")
         try:
             check(content, idempotency_key)
-        except BadReport as error:
+        except BadReportError as error:
             raise HTTPException(422, str(error)) from None
         number, sha256 = store(directory, idempotency_key, content)
         if sha256 != x_content_sha256:

@@ -94,7 +94,7 @@ def _outcome(attachment: _Attachment, call: Call[bytes] | None, deadline: float,
         return Failure(attachment.member, "it did not come in time")
     try:
         content = call.result()
-    except _TooLarge as error:
+    except _TooLargeError as error:
         return Failure(attachment.member, str(error))
     except OSError as error:
         return Failure(attachment.member, f"it cannot be read: {error.strerror or type(error).__name__}")
@@ -107,7 +107,7 @@ def _outcome(attachment: _Attachment, call: Call[bytes] | None, deadline: float,
     return content
 
 
-class _TooLarge(Exception):
+class _TooLargeError(Exception):
     """An attachment over its limit."""
 
 
@@ -122,7 +122,7 @@ def _read(attachment: _Attachment) -> bytes:
     if not isinstance(content, bytes):
         raise TypeError
     if len(content) > attachment.limit:
-        raise _TooLarge(f"it has {len(content)} bytes, and the limit is {attachment.limit}")
+        raise _TooLargeError(f"it has {len(content)} bytes, and the limit is {attachment.limit}")
     return content
 
 
@@ -136,5 +136,5 @@ def _read_file(path: Path, limit: int, *, tail: bool) -> bytes:
             file.seek(max(0, found.st_size - limit))
             return file.read(limit)
         if found.st_size > limit:
-            raise _TooLarge(f"it has {found.st_size} bytes, and the limit is {limit}")
+            raise _TooLargeError(f"it has {found.st_size} bytes, and the limit is {limit}")
         return file.read(limit + 1)

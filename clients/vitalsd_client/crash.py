@@ -10,7 +10,7 @@ from typing import Any
 
 from vitalsd.contract.application import Application, check_app
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.recording.run_reader import Run, UnreadableRun, read_run
+from vitalsd.recording.run_reader import Run, UnreadableRunError, read_run
 from vitalsd.report.previous_run import ReportSubject, choose, find, is_alive, member
 from vitalsd_client.daemon_call import Call
 from vitalsd_client.recorded_data import own_subject, run_directory
@@ -54,7 +54,7 @@ class Crash:
         It is read from disk at the first use, which takes up to a second for a run of hours.
 
         Raises:
-            UnreadableRun: the file is damaged.
+            UnreadableRunError: the file is damaged.
             OSError: it cannot be read, or is no longer there.
         """
         table: dict[str, Any] = json.loads(member(self._run, read_run(self._run.path)[1]))
@@ -79,7 +79,7 @@ class Crash:
             alive = is_alive()
             while (run := choose([run.to_json() for run in runs.values()], self._subject, alive).run) is not None:
                 self._directory.mark_reported(runs.pop(run["id"]))
-        except (UnreadableRun, OSError) as error:
+        except (UnreadableRunError, OSError) as error:
             log.warning("the crashed run %s could not be dismissed: %s", self.run_id, harmless(str(error)))
             return False
         return True

@@ -20,7 +20,7 @@ from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unav
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.sources.names import publish_names
 from vitalsd_client.daemon_call import Call
-from vitalsd_client.locate import ANSWER_S, NoSidecar, RunningSidecar, answering, locate, refusal
+from vitalsd_client.locate import ANSWER_S, NoSidecarError, RunningSidecar, answering, locate, refusal
 from vitalsd_client.redaction import harmless
 
 __all__ = ["BUDGET_S", "Mode", "afetch", "fetch"]
@@ -166,7 +166,7 @@ class _Question:
     def _sidecars(self) -> RuntimeMetrics:
         try:
             sidecars = locate(url=self.url, socket=self.socket, pid=self.pid)
-        except NoSidecar as error:
+        except NoSidecarError as error:
             return unavailable(str(error))
         reasons: list[str] = []
         for sidecar in answering(sidecars, self.deadline, reasons):

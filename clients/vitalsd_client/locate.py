@@ -18,7 +18,7 @@ from vitalsd.discovery.http_connection import Answer, Connection, ExchangeError
 from vitalsd.discovery.own_sidecars import own_sidecars
 from vitalsd.discovery.runtime_file import Endpoint, Liveness, discover, proof, published, read
 
-__all__ = ["NoSidecar", "RunningSidecar", "answering", "locate", "refusal"]
+__all__ = ["NoSidecarError", "RunningSidecar", "answering", "locate", "refusal"]
 
 CONNECT_S = 0.5
 """For a connection while there is another place to try."""
@@ -33,7 +33,7 @@ TRY_AGAIN = (429, 503)
 """Statuses of a sidecar that has too much to do at the moment."""
 
 
-class NoSidecar(Exception):
+class NoSidecarError(Exception):
     """There is none to ask; ``str(error)`` says where was looked and why that was not it."""
 
 
@@ -154,7 +154,7 @@ def locate(
         pid: the process to ask about; ``None``: of its own target if one was given, else of this process.
 
     Raises:
-        NoSidecar: there is none.
+        NoSidecarError: there is none.
     """
     if url is not None or socket is not None:
         address = None if url is None else _address(url)
@@ -168,7 +168,7 @@ def locate(
     sidecars += [each for each in _of_this_process(wanted) if each not in sidecars]
     sidecars += [_sidecar(each, wanted) for each in found if each not in watching]
     if not sidecars:
-        raise NoSidecar(_why_none())
+        raise NoSidecarError(_why_none())
     return sidecars
 
 
@@ -199,7 +199,7 @@ def _address(url: str) -> tuple[str, int]:
         host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
         return str(ipaddress.ip_address(host)), parts.port or 80
     except ValueError:
-        raise NoSidecar(f"{url!r} is not a sidecar's URL; one looks like http://127.0.0.1:9779") from None
+        raise NoSidecarError(f"{url!r} is not a sidecar's URL; one looks like http://127.0.0.1:9779") from None
 
 
 def _token_for(address: tuple[str, int] | None) -> str | None:

@@ -8,7 +8,7 @@ import time
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources.names import publish_names
-from vitalsd_client.locate import NoSidecar, locate, refusal
+from vitalsd_client.locate import NoSidecarError, locate, refusal
 from vitalsd_client.redaction import harmless
 
 __all__ = ["mark"]
@@ -43,7 +43,7 @@ def mark(
     try:
         sidecar = locate(url=url, socket=socket, pid=pid)[0]
         if sidecar.pid is not None and url is None and socket is None:
-            raise NoSidecar("no sidecar records this process")
+            raise NoSidecarError("no sidecar records this process")
         answer = sidecar.get(
             "/marks",
             method="POST",
@@ -52,7 +52,7 @@ def mark(
             deadline=deadline,
         )
         reason = None if answer.status == 201 else refusal(answer)
-    except (NoSidecar, ExchangeError, OSError) as error:
+    except (NoSidecarError, ExchangeError, OSError) as error:
         reason = str(error)
     if reason is not None:
         log.warning("the mark %r was not recorded: %s", cleaned, harmless(reason))

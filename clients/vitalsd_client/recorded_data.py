@@ -14,7 +14,7 @@ from vitalsd.contract.report_archive import HISTORY, MARKS, PREVIOUS_RUN, Failur
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.report.builder import Collected
 from vitalsd.report.previous_run import TOP_THREADS, ReportSubject, choose, find, is_alive, member
-from vitalsd_client.locate import NoSidecar, RunningSidecar, answering, locate, refusal
+from vitalsd_client.locate import NoSidecarError, RunningSidecar, answering, locate, refusal
 from vitalsd_client.redaction import harmless
 
 __all__ = ["RecordedData", "own_subject", "run_directory"]
@@ -102,7 +102,7 @@ class RecordedData:
             sidecar = next(answering(found, deadline, []))
             if sidecar.pid is not None:
                 # Its record is of another process, which this report is not about.
-                raise NoSidecar("the sidecar that answers watches another process, and has no record of this one")
+                raise NoSidecarError("the sidecar that answers watches another process, and has no record of this one")
             with sidecar.connected(deadline) as request:
                 info = _json(request("/info"), dict)[0]
                 into.application = Application.checked(info.get("app"), info.get("app_version"))
@@ -123,7 +123,7 @@ class RecordedData:
                 asked = True
                 self._sidecar = sidecar
                 self._ask_for_run(request, info, into)
-        except (NoSidecar, ExchangeError) as error:
+        except (NoSidecarError, ExchangeError) as error:
             return harmless(str(error)), asked
         except Exception as error:  # noqa: BLE001 - a strange answer must not cost the report
             return f"the sidecar's record is not understood: {type(error).__name__}", asked

@@ -107,11 +107,11 @@ def send(
             return Failed(f"no answer within {attempt_s:g} s", final=False)
     try:
         return call.result()
-    except _Aborted:
+    except _AbortedError:
         return Failed(f"no answer within {attempt_s:g} s", final=False)
 
 
-class _Aborted(Exception):
+class _AbortedError(Exception):
     """The deadline has passed."""
 
 
@@ -193,9 +193,9 @@ class _Attempt:
         return httpx.HTTPTransport(verify=context, trust_env=False, proxy=proxy)
 
     def check(self) -> None:
-        """Raise `_Aborted` if the deadline has passed."""
+        """Raise `_AbortedError` if the deadline has passed."""
         if self._aborted or time.monotonic() > self._deadline:
-            raise _Aborted
+            raise _AbortedError
 
     def sent(self, size: int) -> None:
         if self._progress is not None:
@@ -205,7 +205,7 @@ class _Attempt:
         return self._parcel.file
 
     def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Take the socket that httpx has opened. Raises `_Aborted`."""
+        """Take the socket that httpx has opened. Raises `_AbortedError`."""
         self.check()
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             with self._lock:

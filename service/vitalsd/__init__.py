@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitalsd.__main__ import freeze_support
     from vitalsd.sidecar.in_process import Sidecar, StartError, start
-    from vitalsd.sidecar.listen_errors import ListenError, PortInUse
+    from vitalsd.sidecar.listen_errors import ListenError, PortInUseError
     from vitalsd.sidecar.spawn import SpawnError, spawn
     from vitalsd.sidecar.spawned import Spawned
 
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ListenError",
-    "PortInUse",
+    "PortInUseError",
     "Sidecar",
     "SpawnError",
     "Spawned",
@@ -27,7 +27,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # A host that only spawns, or a client that only reads runtime files, does not pay for a web framework.
-    if name in ("ListenError", "PortInUse"):
+    if name in ("ListenError", "PortInUseError"):
         from vitalsd.sidecar import listen_errors
 
         return getattr(listen_errors, name)

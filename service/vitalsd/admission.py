@@ -8,10 +8,10 @@ the three has limits of its own, and none of them can use up those of another.
 from collections import Counter
 from typing import Literal, NamedTuple
 
-__all__ = ["OWNER", "Busy", "Peer", "Shares"]
+__all__ = ["OWNER", "BusyError", "Peer", "Shares"]
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """More is under way than the limits allow; the client should try again later."""
 
 

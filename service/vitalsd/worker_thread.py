@@ -14,7 +14,7 @@ from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
-__all__ = ["PATIENCE_NS", "REFUSED", "Hung", "NoThread", "Stopped", "Worker", "seen", "start_thread"]
+__all__ = ["PATIENCE_NS", "REFUSED", "HungError", "NoThreadError", "StoppedError", "Worker", "seen", "start_thread"]
 
 log = logging.getLogger("vitalsd.worker_thread")
 
@@ -37,7 +37,7 @@ FATAL_SIGNALS = {
 """Sent to the thread that caused them: blocked there, they would bypass the crash handler of the host program."""
 
 
-class NoThread(RuntimeError):
+class NoThreadError(RuntimeError):
     """The system gives no more threads; ``str(error)`` names the limits."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ def start_thread(thread: threading.Thread) -> None:
     which a library starts from ours inherit it. What the host itself blocks of `FATAL_SIGNALS` is open in ours.
 
     Raises:
-        NoThread: the system gives no more threads.
+        NoThreadError: the system gives no more threads.
         RuntimeError: the interpreter ends.
     """
     before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - FATAL_SIGNALS)
@@ -62,12 +62,12 @@ def start_thread(thread: threading.Thread) -> None:
     except RuntimeError as error:
         if str(error) != REFUSED:  # at the end of the interpreter, for example
             raise
-        raise NoThread from error
+        raise NoThreadError from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class Hung(Exception):
+class HungError(Exception):
     """
     The call under way does not return, and whatever waits behind it does not begin.
 
@@ -79,7 +79,7 @@ class Hung(Exception):
         super().__init__(f"{what} has not returned for {PATIENCE_NS / 1e9:g} s")
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The thread was told to end before the call was given to it."""
 
 
@@ -150,11 +150,11 @@ class Worker:
         """
         Run `call` on the thread, at once or at a monotonic time; the future has its result or its exception.
 
-        After `stop` that is `Stopped`.
+        After `stop` that is `StoppedError`.
         """
         future: Future[T] = Future()
         if self._stopped:
-            future.set_exception(Stopped())
+            future.set_exception(StoppedError())
             return future
 
         def run() -> None:
@@ -176,16 +176,16 @@ class Worker:
         The same of a call that may block in the kernel, which is `what`.
 
         Raises:
-            Hung: the thread hangs. What was not begun by then is not done later either.
+            HungError: the thread hangs. What was not begun by then is not done later either.
         """
         if await self.hangs():
-            raise Hung(what)
+            raise HungError(what)
         future = asyncio.wrap_future(self.submit(call))
         try:
             return await self.answer(future)
-        except Hung:
+        except HungError:
             future.cancel()
-            raise Hung(what) from None
+            raise HungError(what) from None
 
     @property
     def overdue(self) -> bool:
@@ -207,12 +207,12 @@ class Worker:
         Wait for what was submitted, unless that is hopeless; whoever leaves cancels nothing.
 
         Raises:
-            Hung: the thread hangs.
+            HungError: the thread hangs.
         """
         while not (await asyncio.wait((future,), timeout=LOOK_S))[0]:
             if await self.hangs():
                 future.add_done_callback(seen)
-                raise Hung
+                raise HungError
         return future.result()
 
     def every(self, interval_ns: int, beat: Callable[[], bool]) -> None:

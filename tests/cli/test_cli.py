@@ -22,7 +22,7 @@ from support.target import Target
 from vitalsd.cli import main
 from vitalsd.cli.options import find_target
 from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
-from vitalsd.sources.base import NoSuchProcess, ProcessEntry
+from vitalsd.sources.base import NoSuchProcessError, ProcessEntry
 from vitalsd.sources.platform import this_platform
 
 pytestmark = pytest.mark.live
@@ -354,5 +354,5 @@ def test_name_on_macos_matches_without_case() -> None:
     )
     macos = this_platform()._replace(name="macos", list_processes=lambda: [entry])
     assert find_target(None, "python", macos) == 1
-    with pytest.raises(NoSuchProcess):
+    with pytest.raises(NoSuchProcessError):
         find_target(None, "python", macos._replace(name="linux"))

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from examples.receiver import MAX_MEMBER_BYTES, MAX_MEMBERS_BYTES, MAX_UPLOAD_BYTES, BadReport, check
+from examples.receiver import MAX_MEMBER_BYTES, MAX_MEMBERS_BYTES, MAX_UPLOAD_BYTES, BadReportError, check
 from support.paths import ROOT
 from support.sidecars import eventually
 
@@ -102,5 +102,5 @@ def test_report_whose_members_are_too_large_together_is_refused() -> None:
         for number in range(MAX_MEMBERS_BYTES // (40 << 20) + 1):
             archive.writestr(f"attachments/{number}", block * 40)
     assert len(block) * 40 < MAX_MEMBER_BYTES
-    with pytest.raises(BadReport, match="its members unpack to more than"):
+    with pytest.raises(BadReportError, match="its members unpack to more than"):
         check(content.getvalue(), "0" * 32)

@@ -18,7 +18,7 @@ from vitalsd.contract.host import RecordedHost, os_version
 from vitalsd.contract.limits import ANSWER_BYTES, ANSWER_THREADS
 from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
 from vitalsd.snapshot import Extras, Measurement, Snapshot, measure
-from vitalsd.sources.base import AccessDenied, TargetGone
+from vitalsd.sources.base import AccessDeniedError, TargetGoneError
 from vitalsd.text import iso
 
 details = st.sampled_from(["basic", "full"])
@@ -320,12 +320,12 @@ def test_a_basic_answer_that_was_not_cut_for_its_size_has_the_four_keys_alone() 
 
 def test_unavailable_is_the_other_variant() -> None:
     """A failure has exactly the three keys, in order, with the source's own sentence as reason."""
-    body = unavailable(TargetGone("target 4242 has exited"), platform="macos")
+    body = unavailable(TargetGoneError("target 4242 has exited"), platform="macos")
     assert body == b'{"platform":"macos","available":false,"reason":"target 4242 has exited"}'
     answer = parse_runtime_metrics(body)
     assert isinstance(answer, Unavailable)
     assert answer.reason == "target 4242 has exited"
-    assert unavailable(AccessDenied("\u202e"), "linux").isascii()
+    assert unavailable(AccessDeniedError("\u202e"), "linux").isascii()
 
 
 @pytest.mark.parametrize(

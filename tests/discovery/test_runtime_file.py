@@ -30,7 +30,7 @@ from vitalsd.discovery.unix_socket import SocketLock, answers
 from vitalsd.sources import open_source
 from vitalsd.sources.linux.process_identity import LinuxBirths
 from vitalsd.sources.platform import births
-from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Undecided
+from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, IdentityUnknownError
 
 
 class Kernel:
@@ -55,7 +55,7 @@ class Kernel:
 
     def start_key(self, pid: int) -> int | None:
         if pid == 666:
-            raise Undecided("hidden")
+            raise IdentityUnknownError("hidden")
         return self.starts.get(pid)
 
 
@@ -364,7 +364,7 @@ def test_a_dead_a_zombie_and_a_stopped_process() -> None:
 def test_without_a_procfs_nothing_is_called_dead(tmp_path: Path) -> None:
     """A process that exists and is not listed is undecided; the boot is not known."""
     kernel = LinuxBirths(str(tmp_path), str(tmp_path / "machine-id"))
-    with pytest.raises(Undecided):
+    with pytest.raises(IdentityUnknownError):
         kernel.start_key(os.getpid())
     assert kernel.boot_id() == UNKNOWN_BOOT
     assert ep.liveness(an_endpoint(), kernel) == "unknown"
@@ -375,7 +375,7 @@ def test_damaged_procfs_is_undecided(tmp_path: Path) -> None:
     """A stat line that no kernel writes decides nothing."""
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "stat").write_text("garbage")
-    with pytest.raises(Undecided, match="garbage"):
+    with pytest.raises(IdentityUnknownError, match="garbage"):
         LinuxBirths(str(tmp_path)).start_key(1)
 
 

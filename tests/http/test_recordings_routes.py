@@ -22,7 +22,7 @@ import pytest
 from support.serving import Serving
 from vitalsd.contract.metrics import FullMetrics, Measured, parse_runtime_metrics
 from vitalsd.recording.replay_file import read_replay_file
-from vitalsd.recording.run_reader import UnreadableRun
+from vitalsd.recording.run_reader import UnreadableRunError
 from vitalsd.sources import list_processes
 
 BUSY = """
@@ -409,7 +409,7 @@ def test_replay_unpacks_no_more_than_the_header_says(tmp_path: Path) -> None:
         archive.writestr("runtime-history.json", b"\0" * 50_000_000)
         archive.infolist()[0].file_size = 100
     tracemalloc.start()
-    with pytest.raises(UnreadableRun, match="bomb"):
+    with pytest.raises(UnreadableRunError, match="bomb"):
         read_replay_file(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

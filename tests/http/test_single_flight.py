@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from vitalsd.admission import OWNER, Busy, Peer
+from vitalsd.admission import OWNER, BusyError, Peer
 from vitalsd.http.single_flight import SingleFlight
 
 
@@ -35,7 +35,7 @@ def test_a_crowd_has_one_answer_made_at_a_time() -> None:
         waiting = [asyncio.create_task(turns.make(work, key)) for key in range(17)]
         await asyncio.sleep(0.01)
         assert work.begun == 1
-        with pytest.raises(Busy):
+        with pytest.raises(BusyError):
             await turns.make(work, "one more")
         work.finish.set()
         assert len({len(body) for body in await asyncio.gather(*waiting)}) == 17
@@ -96,7 +96,7 @@ def test_answers_of_one_kind_of_client_take_no_place_of_another() -> None:
         turns, work = SingleFlight(16), Work()
         waiting = [asyncio.create_task(turns.make(work, key, Peer("tcp"))) for key in range(17)]
         await asyncio.sleep(0.01)
-        with pytest.raises(Busy):
+        with pytest.raises(BusyError):
             await turns.make(work, "one more", Peer("tcp"))
         waiting.append(asyncio.create_task(turns.make(work, "one more", OWNER)))
         await asyncio.sleep(0.01)

@@ -25,7 +25,7 @@ from support.sidecars import environment
 from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.run_directory import MAX_RUNS, RunDirectory
 from vitalsd.recording.run_files import delete_run, is_being_written
-from vitalsd.recording.run_reader import Run, UnreadableRun, read_run
+from vitalsd.recording.run_reader import Run, UnreadableRunError, read_run
 from vitalsd.recording.run_writer import RunFile
 from vitalsd.recording.series import Mark, Record
 from vitalsd.snapshot import Snapshot
@@ -635,14 +635,14 @@ def test_a_foreign_file_is_not_a_run(tmp_path: Path, content: bytes) -> None:
     """What is not ours is refused with its name, left out of the list, and not touched."""
     path = tmp_path / "notes.sqlite"
     path.write_bytes(content)
-    with pytest.raises(UnreadableRun, match=r"notes\.sqlite"):
+    with pytest.raises(UnreadableRunError, match=r"notes\.sqlite"):
         read_run(path)
     assert RunDirectory(tmp_path).runs() == []
     assert path.read_bytes() == content
 
 
 def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
-    """Bytes flipped anywhere give UnreadableRun or a record, never another exception."""
+    """Bytes flipped anywhere give UnreadableRunError or a record, never another exception."""
     box, _ = write(tmp_path, [Process().snapshot()] * 1)
     box.close("over")
     path = next(tmp_path.glob("*.sqlite"))
@@ -651,7 +651,7 @@ def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
         path.write_bytes(good[:at] + bytes([good[at] ^ 0xFF]) + good[at + 1 :])
         try:
             read_run(path)
-        except UnreadableRun:
+        except UnreadableRunError:
             continue
 
 
@@ -670,7 +670,7 @@ def test_a_run_that_is_a_program_is_refused(tmp_path: Path, change: str) -> None
     (path,) = tmp_path.glob("*.sqlite")
     with closing(sqlite3.connect(path)) as db:
         db.executescript(change)
-    with pytest.raises(UnreadableRun, match="other tables than a run"):
+    with pytest.raises(UnreadableRunError, match="other tables than a run"):
         read_run(path)
     assert RunDirectory(tmp_path).runs() == []
 
@@ -794,7 +794,7 @@ def test_a_crashed_run_is_found_on_a_disk_that_takes_nothing(disk: str, tmp_path
             subprocess.run(["mount", "-o", "remount,ro", str(runs)], check=True)
         directory = RunDirectory(runs)
         assert [(run.id, run.state, run.snapshots) for run in directory.runs()] == [(box.run_id, "crashed", 1)]
-        with pytest.raises(UnreadableRun, match="cannot be opened"):
+        with pytest.raises(UnreadableRunError, match="cannot be opened"):
             directory.mark_reported(directory.runs()[0])
     finally:
         subprocess.run(["umount", "-l", str(runs)], check=True)

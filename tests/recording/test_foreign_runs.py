@@ -27,7 +27,7 @@ from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_files import is_being_written, is_own_run
 from vitalsd.recording.run_image import MAX_RUN_BYTES, read_image
-from vitalsd.recording.run_reader import Run, UnreadableRun, describe, read_run
+from vitalsd.recording.run_reader import Run, UnreadableRunError, describe, read_run
 from vitalsd_client import last_crash
 
 NAME = f"{IDENTITY.start_id}-77.sqlite"
@@ -108,7 +108,7 @@ def test_run_with_a_planted_journal_deletes_no_file(run: Path, tmp_path: Path, r
         if lock == "socket":
             os.chdir(run.parent)
             listener.bind(f"{run.stem}.lock")
-        with suppress(UnreadableRun):
+        with suppress(UnreadableRunError):
             READERS[reader](run)
     assert victim.read_text() == "years of work"
     assert journal.exists()
@@ -121,7 +121,7 @@ def test_mark_reported_of_a_run_with_a_planted_journal_is_refused(run: Path, tmp
     victim = tmp_path / "thesis.txt"
     victim.touch()
     plant_journal(run, str(victim))
-    with pytest.raises(UnreadableRun, match="rollback journal"):
+    with pytest.raises(UnreadableRunError, match="rollback journal"):
         RunDirectory(run.parent).mark_reported(found)
     assert victim.exists()
 
@@ -191,7 +191,7 @@ def test_run_that_vitalsd_did_not_write_is_not_changed(run: Path, kind: str) -> 
     FOREIGN[kind][0](run)
     before = state_of(run.parents[1])
     directory = RunDirectory(run.parent, max_bytes=1)
-    with pytest.raises(UnreadableRun, match=FOREIGN[kind][1]):
+    with pytest.raises(UnreadableRunError, match=FOREIGN[kind][1]):
         directory.mark_reported(found)
     directory.recover_crashed_runs(IDENTITY.start_id)
     directory.make_room(1)
@@ -204,7 +204,7 @@ def test_run_of_another_user_is_not_changed(run: Path) -> None:
     """In a directory that the user may write, as one that was copied with its owners."""
     found = listed(run)
     os.chown(run, 65501, 65501)
-    with pytest.raises(UnreadableRun, match="belongs to user 65501"):
+    with pytest.raises(UnreadableRunError, match="belongs to user 65501"):
         RunDirectory(run.parent).mark_reported(found)
     RunDirectory(run.parent, max_bytes=1).make_room(1)
     assert run.exists()
@@ -245,7 +245,7 @@ def test_recover_moves_the_log_of_a_crashed_run_into_its_file(logged: Path) -> N
 def test_run_whose_page_tree_has_no_end_is_refused(run: Path, table: str) -> None:
     """10^13 rows in 70 KiB: one sentence in a replay, and the listing has the other runs."""
     make_endless(run, table)
-    with pytest.raises(UnreadableRun, match=r"more rows than fit|hold more than|more threads than fit"):
+    with pytest.raises(UnreadableRunError, match=r"more rows than fit|hold more than|more threads than fit"):
         read_run(run)
     found = RunDirectory(run.parent).scan()
     assert (table == "frame") == (run.name in found.unreadable)
@@ -262,7 +262,7 @@ def test_run_whose_notes_have_no_end_is_read_up_to_a_bound(run: Path, table: str
     make_endless(run, table)
     try:
         _, record = read_run(run)
-    except UnreadableRun as error:
+    except UnreadableRunError as error:
         print(error)
     else:
         assert len(record.marks) <= 1000
@@ -274,7 +274,7 @@ def test_run_whose_values_are_one_endless_page_is_refused(run: Path) -> None:
     make_swollen(run)
     code = "import sys, resource, pathlib\nfrom vitalsd.recording.run_reader import *\n"
     code += "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-    code += "try: read_run(pathlib.Path(sys.argv[1]))\nexcept UnreadableRun as error: print(error)\n"
+    code += "try: read_run(pathlib.Path(sys.argv[1]))\nexcept UnreadableRunError as error: print(error)\n"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -300,14 +300,14 @@ def test_run_with_values_out_of_bounds_is_refused(run: Path, change: str, reason
     """Labels, details and numbers are held to what the recorder writes; nothing is sorted in memory or on disk."""
     with closing(sqlite3.connect(run)) as db:
         db.executescript(change)
-    with pytest.raises(UnreadableRun, match=reason):
+    with pytest.raises(UnreadableRunError, match=reason):
         read_run(run)
 
 
 def test_run_with_texts_in_utf_16_is_refused(run: Path) -> None:
     """Its names and labels would be others than they pass for."""
     patch(run, 56, b"\0\0\0\2")
-    with pytest.raises(UnreadableRun, match="not UTF-8"):
+    with pytest.raises(UnreadableRunError, match="not UTF-8"):
         read_run(run)
 
 
@@ -385,9 +385,9 @@ def test_run_with_a_strange_file_ends_in_time_and_space(run: Path, tmp_path: Pat
     env = environment(tmp_path) | {"VITALSD_STATE_DIR": str(run.parents[1]), "TMPDIR": str(temporary)}
     code = (
         "import sys, pathlib; from vitalsd.recording.replay_file import *\n"
-        "from vitalsd.recording.run_reader import UnreadableRun\n"
+        "from vitalsd.recording.run_reader import UnreadableRunError\n"
         "try: read_replay_file(pathlib.Path(sys.argv[1]))\n"
-        "except (UnreadableRun, OSError) as error: print(error)\n"
+        "except (UnreadableRunError, OSError) as error: print(error)\n"
     )
     for command in ([*VITALSD, "runs"], [sys.executable, "-c", code, str(run)]):
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, preexec_fn=limits)
@@ -560,7 +560,7 @@ def test_planted_log_is_bounded(run: Path) -> None:
     checksum = _checksum(_words(first[:8] + page, False), checksum)
     frame = FRAME_HEADER.pack(2**31, 2**31, 1, 2, *checksum) + page
     Path(f"{run}-wal").write_bytes(head + frame)
-    with pytest.raises(UnreadableRun, match="with its log; a run has at most"):
+    with pytest.raises(UnreadableRunError, match="with its log; a run has at most"):
         read_run(run)
     RunDirectory(run.parent).recover_crashed_runs()
     assert run.stat().st_size < 1 << 20

@@ -14,7 +14,7 @@ from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
 from vitalsd.recording.run_writer import RunFile
 from vitalsd.recording.series import Mark
-from vitalsd.sources.base import KernelError, TargetGone
+from vitalsd.sources.base import KernelError, TargetGoneError
 
 
 def recorded(*steps: tuple[int, dict[str, object]]) -> list[tuple[str, str]]:
@@ -100,7 +100,7 @@ def test_the_end_and_failures() -> None:
     recorder = Recorder(IDENTITY, RecorderConfig())
     assert recorder.failed(KernelError("too many open files"))
     assert recorder.failed(KernelError("too many open files"))
-    assert not recorder.failed(TargetGone("target 4242 has exited"))
+    assert not recorder.failed(TargetGoneError("target 4242 has exited"))
     assert [event.kind for event in recorder.record.events] == ["failed", "exited"]
     assert recorder.ended == "target 4242 has exited"
 

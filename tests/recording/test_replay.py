@@ -18,7 +18,7 @@ from support.serving import Serving
 from support.sidecars import VITALSD, ask, environment, eventually, serving
 from vitalsd.recording.replay_file import read_replay_file
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.recording.run_reader import UnreadableRun
+from vitalsd.recording.run_reader import UnreadableRunError
 from vitalsd_client import BugReport
 
 pytestmark = pytest.mark.live
@@ -272,7 +272,7 @@ def test_replay_of_another_file_is_one_sentence(report: Path, tmp_path: Path) ->
         if sentence != "other":
             assert sentence in done.stderr, done.stderr
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UnreadableRun, match="not a regular file"):
+    with pytest.raises(UnreadableRunError, match="not a regular file"):
         read_replay_file(tmp_path / "pipe")
 
 
@@ -305,7 +305,7 @@ def test_replay_of_a_run_that_returns_to_a_segment_is_refused(state: Path, tmp_p
             f"INSERT INTO frame (id, {columns}) SELECT ? + 2, {columns} FROM frame WHERE id = ?", (last, first)
         )
         copy.commit()
-    with pytest.raises(UnreadableRun, match="after those of"):
+    with pytest.raises(UnreadableRunError, match="after those of"):
         read_replay_file(path)
 
 

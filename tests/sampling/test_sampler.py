@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from support.fake_process import IDENTITY, FakeSource, Process
-from vitalsd.admission import OWNER, Busy, Peer
+from vitalsd.admission import OWNER, BusyError, Peer
 from vitalsd.contract.limits import WINDOWS
-from vitalsd.recording.recorder import NotRecording, RecorderConfig
+from vitalsd.recording.recorder import NotRecordingError, RecorderConfig
 from vitalsd.sampling.sampler import Sampler, sample
 from vitalsd.sampling.target_pool import Stream, Targets
 from vitalsd.sampling.windows import BUSY_WINDOW_COUNT, REUSE_PART
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources.base import KernelError, NoSuchProcess, Source, TargetGone
+from vitalsd.sources.base import KernelError, NoSuchProcessError, Source, TargetGoneError
 
 
 class CountingSource(FakeSource):
@@ -188,7 +188,7 @@ def test_windows_that_have_nothing_in_common_are_bounded() -> None:
         open_ones = [asyncio.ensure_future(sampler.window(500 + i)) for i in range(WINDOWS)]
         while len(sampler._windows) < WINDOWS:
             await asyncio.sleep(0.001)
-        with pytest.raises(Busy, match="64 different windows"):
+        with pytest.raises(BusyError, match="64 different windows"):
             await sampler.window(400)
         await asyncio.gather(*open_ones)
         await sampler.window(10)
@@ -305,7 +305,7 @@ def test_a_window_without_callers_fails_in_silence() -> None:
         caller = asyncio.create_task(sampler.window(60))
         await asyncio.sleep(0.02)
         caller.cancel()
-        source.error = TargetGone("target 1 has exited")
+        source.error = TargetGoneError("target 1 has exited")
         await asyncio.sleep(0.1)
         await sampler.close()
         import gc
@@ -324,10 +324,10 @@ def test_a_target_that_dies_in_the_window_fails_all_callers() -> None:
         sampler = Sampler(lambda: source)
         callers = [asyncio.create_task(sampler.window(60)) for _ in range(5)]
         await asyncio.sleep(0.02)
-        source.error = TargetGone("target 1 has exited")
+        source.error = TargetGoneError("target 1 has exited")
         answers = await asyncio.gather(*callers, return_exceptions=True)
         assert [str(answer) for answer in answers] == ["target 1 has exited"] * 5
-        with pytest.raises(TargetGone):
+        with pytest.raises(TargetGoneError):
             await sampler.window(10)
         await sampler.close()
 
@@ -341,12 +341,12 @@ def test_caller_that_gets_the_end_finds_it_in_the_record() -> None:
         source = CountingSource()
         sampler = Sampler(lambda: source, recording=RecorderConfig(3600))
         await sampler.window(10)
-        source.error = TargetGone("target 1 has exited")
-        with pytest.raises(TargetGone):
+        source.error = TargetGoneError("target 1 has exited")
+        with pytest.raises(TargetGoneError):
             await sampler.window(10)
         assert sampler.recorder.record is not None
         assert [event.kind for event in sampler.recorder.record.events] == ["exited"]
-        with pytest.raises(TargetGone):
+        with pytest.raises(TargetGoneError):
             await sampler.window(10)
         await sampler.close()
         assert [event.kind for event in sampler.recorder.record.events] == ["exited"]
@@ -407,7 +407,7 @@ def test_windows_of_one_kind_of_client_leave_the_places_of_the_others() -> None:
         while len(sampler._windows) < WINDOWS * 3 // 2:
             await asyncio.sleep(0.005)
         for peer, _ in crowd:
-            with pytest.raises(Busy):
+            with pytest.raises(BusyError):
                 await sampler.window(20, peer=peer)
         for peer in (OWNER, Peer("other", 1003)):
             await sampler.window(20, peer=peer)
@@ -428,12 +428,12 @@ def ask(targets: Targets, pid: int, window_ms: int = 10, peer: Peer = OWNER) -> 
 
 
 def test_more_targets_than_the_limit_are_refused() -> None:
-    """Beyond the limit a new target is Busy, while one that is open already may still be asked."""
+    """Beyond the limit a new target is BusyError, while one that is open already may still be asked."""
 
     async def main() -> None:
         targets = Targets(Sampler(CountingSource), lambda _: CountingSource(), limit=2)
         async with targets.target(1), targets.target(2):
-            with pytest.raises(Busy, match="2 other processes"):
+            with pytest.raises(BusyError, match="2 other processes"):
                 await ask(targets, 3)
             await ask(targets, 1)
         await targets.close()
@@ -459,7 +459,7 @@ def test_target_beyond_the_limit_evicts_the_one_idle_for_longest() -> None:
             await asyncio.sleep(0.05)
             assert [pid for pid, source in opened.items() if source.closed] == [3]
             async with targets.target(2), targets.target(5):
-                with pytest.raises(Busy):
+                with pytest.raises(BusyError):
                     await ask(targets, 3)
                 async with targets.target(2, Peer("tcp")):
                     pass
@@ -480,7 +480,7 @@ def test_target_is_refused_while_reads_of_as_many_as_the_limit_hang() -> None:
                 await asyncio.sleep(0.005)
             stuck.cancel()
             await asyncio.sleep(0)
-        with pytest.raises(Busy, match="reads of 2 other processes hang"):
+        with pytest.raises(BusyError, match="reads of 2 other processes hang"):
             await ask(targets, 3, peer=Peer("tcp"))
         for source in opened.values():
             source.may_answer.set()
@@ -513,7 +513,7 @@ def test_an_idle_target_is_closed_and_a_used_one_is_not() -> None:
 
 
 def test_a_pid_that_failed_is_opened_anew() -> None:
-    """After TargetGone the same pid may be another process: the dead one's source is not kept."""
+    """After TargetGoneError the same pid may be another process: the dead one's source is not kept."""
 
     async def main() -> None:
         opened: list[CountingSource] = []
@@ -521,11 +521,11 @@ def test_a_pid_that_failed_is_opened_anew() -> None:
         def open_source(pid: int) -> Source:
             opened.append(CountingSource())
             if len(opened) == 1:
-                opened[0].error = TargetGone(f"target {pid} has exited")
+                opened[0].error = TargetGoneError(f"target {pid} has exited")
             return opened[-1]
 
         targets = Targets(Sampler(CountingSource), open_source)
-        with pytest.raises(TargetGone):
+        with pytest.raises(TargetGoneError):
             await ask(targets, 7)
         await asyncio.sleep(0.01)
         await ask(targets, 7)
@@ -553,7 +553,7 @@ def test_a_pid_that_changed_hands_while_idle_is_opened_anew() -> None:
     async def main() -> None:
         targets, opened = pool_of_live_pids()
         await ask(targets, 7)
-        opened[0].error = TargetGone("target 7 has exited")
+        opened[0].error = TargetGoneError("target 7 has exited")
         await asyncio.gather(ask(targets, 7), ask(targets, 7))
         assert len(opened) == 2
         opened[1].error = KernelError("no")
@@ -572,9 +572,9 @@ def test_a_pid_that_changed_hands_while_in_use_is_opened_anew() -> None:
         targets, opened = pool_of_live_pids()
         waiting = asyncio.create_task(ask(targets, 7, 300))
         await asyncio.sleep(0.05)
-        opened[0].error = TargetGone("target 7 has exited")
+        opened[0].error = TargetGoneError("target 7 has exited")
         await ask(targets, 7)
-        with pytest.raises(TargetGone):
+        with pytest.raises(TargetGoneError):
             await waiting
         await targets.close()
         assert [source.closed for source in opened] == [True, True]
@@ -603,7 +603,7 @@ def test_target_stays_open_for_a_caller_that_waits_for_its_opening() -> None:
             while True:
                 try:
                     return await ask(targets, 2)
-                except Busy:
+                except BusyError:
                     await asyncio.sleep(0)
 
         third = asyncio.create_task(insist())
@@ -624,10 +624,10 @@ def test_caller_in_a_window_gets_an_error_when_the_sampler_closes() -> None:
         waiting = asyncio.create_task(sampler.window(5000))
         await asyncio.sleep(0.05)
         await sampler.close()
-        with pytest.raises(TargetGone):
+        with pytest.raises(TargetGoneError):
             await waiting
         for ask_late in (sampler.window(10), sampler.snapshot()):
-            with pytest.raises(TargetGone):
+            with pytest.raises(TargetGoneError):
                 await asyncio.wait_for(ask_late, 5)
         await sampler.close()
 
@@ -639,11 +639,11 @@ def test_a_target_that_cannot_be_opened_takes_no_place() -> None:
 
     async def main() -> None:
         def open_source(pid: int) -> Source:
-            raise NoSuchProcess(f"no process has pid {pid}")
+            raise NoSuchProcessError(f"no process has pid {pid}")
 
         targets = Targets(Sampler(CountingSource), open_source, limit=1)
         for pid in range(1, 6):
-            with pytest.raises(NoSuchProcess, match=str(pid)):
+            with pytest.raises(NoSuchProcessError, match=str(pid)):
                 await ask(targets, pid)
             await asyncio.sleep(0.01)
         await targets.close()
@@ -762,14 +762,14 @@ def test_why_nothing_is_recorded() -> None:
     """The reason says whether there is no recorder, or no process to record yet."""
 
     def absent() -> Source:
-        raise NoSuchProcess("no process of yours is called x; waiting for one")
+        raise NoSuchProcessError("no process of yours is called x; waiting for one")
 
     async def main() -> None:
         for recording, reason in ((None, "--record-interval 0"), (RecorderConfig(), "nothing has been recorded yet")):
             sampler = Sampler(absent, recording=recording)
-            with pytest.raises(NoSuchProcess):
+            with pytest.raises(NoSuchProcessError):
                 await sampler.identity()
-            with pytest.raises(NotRecording, match=reason):
+            with pytest.raises(NotRecordingError, match=reason):
                 await sampler.recorder.mark_async("x")
             assert reason in sampler.recorder.why_not_recorded
             await sampler.close()

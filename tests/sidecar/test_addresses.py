@@ -17,7 +17,7 @@ import pytest
 from support.edge import get
 from support.sidecars import VITALSD, ask, environment, serving
 from support.target import Target
-from vitalsd.sidecar.listen_errors import ListenError, PortInUse
+from vitalsd.sidecar.listen_errors import ListenError, PortInUseError
 from vitalsd.sidecar.listeners import adopt, listen
 from vitalsd.sidecar.tcp_listener import bind_tcp
 from vitalsd.sidecar.unix_listener import UnixListener
@@ -72,7 +72,7 @@ def test_listen_on_loopback_holds_both_addresses() -> None:
         assert names[0][1] == names[1][1]
         assert listeners.address == names[0]
         assert listeners.notes == []
-        with pytest.raises(PortInUse):
+        with pytest.raises(PortInUseError):
             bind_tcp("::1", names[0][1])
     bind_tcp("::1", names[0][1]).close()
 

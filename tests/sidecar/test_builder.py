@@ -13,7 +13,7 @@ from vitalsd.sidecar.config import SidecarConfig
 from vitalsd.sidecar.listen_errors import ListenError
 from vitalsd.sidecar.target_process import TargetProcess
 from vitalsd.sources.platform import Platform, this_platform
-from vitalsd.sources.process_identity import Births, Undecided
+from vitalsd.sources.process_identity import Births, IdentityUnknownError
 
 pytestmark = pytest.mark.live
 
@@ -25,14 +25,14 @@ def own_directories(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def undecided() -> Births:
-    raise Undecided("this machine has no boot id")
+    raise IdentityUnknownError("this machine has no boot id")
 
 
 @pytest.mark.parametrize(
     ("settings", "change", "error"),
     [
-        ({}, {"births": undecided}, Undecided),
-        ({"name": "viewer"}, {"births": undecided}, Undecided),
+        ({}, {"births": undecided}, IdentityUnknownError),
+        ({"name": "viewer"}, {"births": undecided}, IdentityUnknownError),
         ({"otlp": "nonsense"}, {}, BuildError),
         ({"host": "192.0.2.1"}, {}, ListenError),
     ],

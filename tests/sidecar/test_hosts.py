@@ -16,7 +16,7 @@ import vitalsd
 from support.host_programs import bare_environment, run_host, site_packages_without
 from support.paths import ROOT
 from support.sidecars import environment
-from vitalsd.worker_thread import NoThread
+from vitalsd.worker_thread import NoThreadError
 
 pytestmark = pytest.mark.live
 
@@ -220,7 +220,7 @@ def test_start_that_fails_at_any_thread_leaves_nothing_and_the_next_one_works(sh
     # A thread that the server's application begins is missed there, and the traceback is in the log.
     assert said == [
         "the sidecar could not be started: the application did not start; the log says why",
-        f"the sidecar could not be started: {NoThread()}",
+        f"the sidecar could not be started: {NoThreadError()}",
     ]
 
 

@@ -24,7 +24,7 @@ from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
 from vitalsd.recording.series import Record
-from vitalsd.sidecar.listen_errors import ListenError, PortInUse
+from vitalsd.sidecar.listen_errors import ListenError, PortInUseError
 from vitalsd.sidecar.tcp_listener import bind_tcp
 from vitalsd.snapshot import Snapshot
 from vitalsd.sources.names import PythonNames
@@ -109,7 +109,7 @@ def test_started_twice_is_the_first() -> None:
 def test_start_raises_what_is_wrong(short_path: Path) -> None:
     """A busy port, a remote host, a nonsense option: an exception in the caller, and nothing left behind."""
     before = set(threading.enumerate())
-    with bind_tcp("127.0.0.1", 0) as taken, pytest.raises(PortInUse):
+    with bind_tcp("127.0.0.1", 0) as taken, pytest.raises(PortInUseError):
         vitalsd.start(port=taken.getsockname()[1])
     with pytest.raises(ListenError, match="--allow-remote"):
         vitalsd.start(host="0.0.0.0", port=0)

@@ -10,7 +10,7 @@ import pytest
 
 from vitalsd.sidecar.process_exit import death_of
 from vitalsd.sources.platform import births
-from vitalsd.sources.process_identity import Undecided
+from vitalsd.sources.process_identity import IdentityUnknownError
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_undecided_is_not_dead() -> None:
             return 0
 
         def start_key(self, pid: int) -> int | None:
-            raise Undecided("hidden")
+            raise IdentityUnknownError("hidden")
 
     async def watch() -> None:
         with pytest.raises(TimeoutError):

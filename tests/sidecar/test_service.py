@@ -30,7 +30,7 @@ from support.stopwatch import Stopwatch
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.discovery.unix_socket import answers
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.sidecar.listen_errors import ListenError, PortInUse
+from vitalsd.sidecar.listen_errors import ListenError, PortInUseError
 from vitalsd.sidecar.listeners import adopt, listen
 from vitalsd.sidecar.service import Service
 from vitalsd.sidecar.socket_activation import inherited
@@ -277,7 +277,7 @@ def test_a_sidecar_with_nothing_to_do_sleeps(short_path: Path) -> None:
 def test_a_busy_default_port_is_replaced_and_said(short_path: Path) -> None:
     """With 9779 taken another free port is used, announced, and in the runtime file."""
     with ExitStack() as stack:
-        with suppress(PortInUse):  # somebody else's is as good
+        with suppress(PortInUseError):  # somebody else's is as good
             stack.enter_context(bind_tcp("127.0.0.1", 9779))
         process = stack.enter_context(
             subprocess.Popen([*VITALSD, "serve"], env=environment(short_path), stderr=subprocess.PIPE, text=True)

@@ -17,7 +17,7 @@ from support.fake_process import FakeSource, Process
 from support.target import OwnWorkload
 from support.workload import ChildWorkload, Workload
 from vitalsd.snapshot import measure
-from vitalsd.sources.base import Source, TargetGone
+from vitalsd.sources.base import Source, TargetGoneError
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.mach_source import MachSource
@@ -236,9 +236,9 @@ def test_a_dead_target_is_gone_for_ever(world: World, source: Source) -> None:
     source.snapshot()
     assert isinstance(world.workload, ChildWorkload | Process)
     world.workload.kill()
-    with pytest.raises(TargetGone):
+    with pytest.raises(TargetGoneError):
         source.snapshot()
     if isinstance(world.workload, ChildWorkload):
         world.workload.reap()
-    with pytest.raises(TargetGone):
+    with pytest.raises(TargetGoneError):
         source.snapshot()

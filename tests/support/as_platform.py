@@ -18,7 +18,7 @@ from typing import Any
 from vitalsd.cli import main
 from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 from vitalsd.sources import platform as platforms
-from vitalsd.sources.base import Source, TargetGone
+from vitalsd.sources.base import Source, TargetGoneError
 from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.platform import Platform, this_platform
 from vitalsd.sources.programs import ProgramOf, no_program
@@ -117,8 +117,8 @@ class Untold:
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
         try:
             return self.source.snapshot(extras=extras, names=names)
-        except TargetGone as error:
-            raise TargetGone(str(error)) from None
+        except TargetGoneError as error:
+            raise TargetGoneError(str(error)) from None
 
     def restart(self) -> None:
         self.source.restart()

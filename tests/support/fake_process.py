@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hypothesis import strategies as st
 
 from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras, ThreadRoster
-from vitalsd.sources.base import TargetGone
+from vitalsd.sources.base import TargetGoneError
 
 __all__ = ["IDENTITY", "SECOND_NS", "FakeSource", "Process", "lives", "same"]
 
@@ -145,7 +145,7 @@ class FakeSource:
         if self.closed:
             raise ValueError("the source is closed")
         if self.process.gone:
-            raise TargetGone(f"target {self.process.pid} has exited")
+            raise TargetGoneError(f"target {self.process.pid} has exited")
         self.process.pass_time(self._step_ns)
         return self.process.snapshot(extras=extras)
 

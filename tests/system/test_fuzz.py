@@ -31,8 +31,8 @@ from vitalsd.http.routes.recordings import HistoryQuery
 from vitalsd.http.routes.report import ReportQuery
 from vitalsd.recording.history import history
 from vitalsd.recording.history_import import read_history
-from vitalsd.recording.run_reader import UnreadableRun, read_run
-from vitalsd.sources.linux.procfs import Malformed, parse_run_times, parse_stat, parse_statm, parse_status
+from vitalsd.recording.run_reader import UnreadableRunError, read_run
+from vitalsd.sources.linux.procfs import MalformedError, parse_run_times, parse_stat, parse_statm, parse_status
 from vitalsd.sources.names import decode_name
 
 CAPTURE = DATA / "proc" / "4242"
@@ -63,14 +63,14 @@ PARSERS: dict[str, tuple[Callable[[bytes], object], list[Path]]] = {
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("which", PARSERS)
 def test_what_the_kernel_might_write(which: str, size: int, told: Counter[str]) -> None:
-    """Counters, or `Malformed`; whatever a name holds, it can be written as JSON and as UTF-8."""
+    """Counters, or `MalformedError`; whatever a name holds, it can be written as JSON and as UTF-8."""
     parse, files = PARSERS[which]
     originals, dice = [file.read_bytes() for file in files], random.Random(which)
     for _ in range(1600 * size):
         content = mutated(dice, dice.choice(originals))
         try:
             found = parse(content)
-        except Malformed:
+        except MalformedError:
             told["refused"] += 1
         else:
             told["read"] += 1
@@ -125,7 +125,7 @@ def test_runtime_files(tmp_path: Path, size: int, told: Counter[str]) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_run_files(tmp_path: Path, size: int, told: Counter[str]) -> None:
-    """A run with its history, or `UnreadableRun`: pages flipped, cut and exchanged, and values of any kind."""
+    """A run with its history, or `UnreadableRunError`: pages flipped, cut and exchanged, and values of any kind."""
     process, snapshots = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 5)}), []
     for number in range(20):
         process.pass_time(1_000_000_000, [number, 5, 0, 1])
@@ -142,7 +142,7 @@ def test_run_files(tmp_path: Path, size: int, told: Counter[str]) -> None:
             exchange_values(dice, path)
         try:
             _, record = read_run(path)
-        except UnreadableRun:
+        except UnreadableRunError:
             told["refused"] += 1
             continue
         told["read"] += 1

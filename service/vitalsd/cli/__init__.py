@@ -66,10 +66,10 @@ class _Program(click.Group):
         try:
             return super().main(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - printed here, because Python would print its text as it is
-            from vitalsd.worker_thread import REFUSED, NoThread
+            from vitalsd.worker_thread import REFUSED, NoThreadError
 
-            if isinstance(error, NoThread) or str(error) == REFUSED:  # of a thread that a library starts
-                click.echo(f"vitalsd: {NoThread()}", err=True)
+            if isinstance(error, NoThreadError) or str(error) == REFUSED:  # of a thread that a library starts
+                click.echo(f"vitalsd: {NoThreadError()}", err=True)
             elif isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries once more
                 click.echo(f"vitalsd: cannot write to standard output: {error.strerror}", err=True)

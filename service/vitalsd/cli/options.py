@@ -226,7 +226,7 @@ def find_target(pid: int | None, name: str | None, platform: "Platform") -> int 
     On macOS the case of letters does not count, as in its file systems: a framework build of Python runs as ``Python``.
 
     Raises:
-        NoSuchProcess: there is none.
+        NoSuchProcessError: there is none.
     """
     if name is None:
         return pid

@@ -28,12 +28,12 @@ def replay(context: click.Context, /, file: Path, log_format: str, **_: Any) -> 
     """
     from vitalsd.recording.replay import Replay
     from vitalsd.recording.replay_file import read_replay_file
-    from vitalsd.recording.run_reader import UnreadableRun
+    from vitalsd.recording.run_reader import UnreadableRunError
 
     with logging_as(log_format):
         try:
             replayed = Replay(read_replay_file(file))
-        except UnreadableRun as error:
+        except UnreadableRunError as error:
             raise CommandFailed(str(error)) from None
         except OSError as error:
             raise CommandFailed(f"cannot read {file}: {error.strerror}") from None

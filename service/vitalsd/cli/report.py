@@ -144,11 +144,11 @@ def _replayed(url: str) -> "tuple[RunningSidecar, str] | None":
     import time
 
     from vitalsd.discovery.http_connection import ExchangeError
-    from vitalsd_client.locate import NoSidecar, locate
+    from vitalsd_client.locate import NoSidecarError, locate
 
     try:
         (sidecar,) = locate(url=url)
-    except NoSidecar as error:
+    except NoSidecarError as error:
         raise UsageRefused(str(error)) from None
     try:
         info = json.loads(sidecar.get("/info", deadline=time.monotonic() + REPLAY_S).body)

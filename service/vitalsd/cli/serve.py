@@ -52,14 +52,14 @@ def check(context: click.Context) -> "SidecarConfig":
 
 
 def _check_otlp(url: str) -> None:
-    from vitalsd.exporters.otlp import NotInstalled, check_installed, endpoint_of
+    from vitalsd.exporters.otlp import NotInstalledError, check_installed, endpoint_of
 
     try:
         endpoint_of(url)
         check_installed()
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    except NotInstalled as error:
+    except NotInstalledError as error:
         raise UsageRefused(str(error)) from None
 
 
@@ -80,7 +80,7 @@ def serve(context: click.Context, /, ready_fd: int | None, exit_note_fd: int | N
     from vitalsd.sidecar.marker import take_marker
     from vitalsd.sidecar.ready_fd import ReadyFd
     from vitalsd.text import one_line
-    from vitalsd.worker_thread import NoThread
+    from vitalsd.worker_thread import NoThreadError
 
     spawned = take_marker(ready_fd)
     try:
@@ -92,8 +92,8 @@ def serve(context: click.Context, /, ready_fd: int | None, exit_note_fd: int | N
         try:
             config = check(context)
             _serve(config, platform_of(context, config.proc_root), waiting, exit_note, spawned=spawned)
-        except (click.ClickException, NoThread) as error:
-            failure = CommandFailed(str(error)) if isinstance(error, NoThread) else error
+        except (click.ClickException, NoThreadError) as error:
+            failure = CommandFailed(str(error)) if isinstance(error, NoThreadError) else error
             waiting.send(error=one_line(failure.message))
             raise failure from None
 

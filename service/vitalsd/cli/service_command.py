@@ -91,11 +91,11 @@ def import_service() -> None:
 def refusing() -> "Iterator[None]":
     """Raise `UsageRefused` where settings and this machine do not go together."""
     from vitalsd.sidecar.builder import BuildError
-    from vitalsd.sidecar.listen_errors import ListenError, PortInUse
+    from vitalsd.sidecar.listen_errors import ListenError, PortInUseError
 
     try:
         yield
-    except PortInUse as error:
+    except PortInUseError as error:
         raise UsageRefused(f"{error}; choose another with --port, or 0 for a free one") from None
     except (ListenError, BuildError) as error:
         raise UsageRefused(str(error)) from None
@@ -124,7 +124,7 @@ def serve_until_signal(
     Raises:
         CommandFailed: the application did not start.
     """
-    from vitalsd.sidecar.service import NotStarted, serve
+    from vitalsd.sidecar.service import NotStartedError, serve
 
     def ready() -> None:
         for note in service.notes:
@@ -141,7 +141,7 @@ def serve_until_signal(
 
     try:
         serve(service, ready=ready, companions=companions)
-    except NotStarted as error:
+    except NotStartedError as error:
         raise CommandFailed(str(error)) from None
 
 

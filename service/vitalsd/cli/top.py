@@ -68,7 +68,7 @@ def top(
     from vitalsd.discovery.http_connection import ExchangeError
     from vitalsd.sources.base import SourceError
     from vitalsd.top import fullscreen, line_output
-    from vitalsd_client.locate import NoSidecar
+    from vitalsd_client.locate import NoSidecarError
 
     full_screen = fullscreen.fits() and count is None and not as_json
     # A sidecar may follow a name; a caller that wants N lines does not wait for the next process of it.
@@ -90,7 +90,7 @@ def top(
             raise SystemExit(1)
     except (SourceError, ExchangeError) as error:
         raise CommandFailed(str(error)) from None
-    except NoSidecar as error:
+    except NoSidecarError as error:
         raise UsageRefused(str(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -121,11 +121,11 @@ def _end_by(number: int) -> None:
 
 
 def _watched() -> int:
-    """Return the target of this user's newest sidecar. Raise `NoSidecar`."""
+    """Return the target of this user's newest sidecar. Raise `NoSidecarError`."""
     from vitalsd.discovery.runtime_file import discover
-    from vitalsd_client.locate import NoSidecar
+    from vitalsd_client.locate import NoSidecarError
 
     for each in discover():
         if each.target is not None:
             return each.target.pid
-    raise NoSidecar("no sidecar of yours watches a process; name one with --pid or --name")
+    raise NoSidecarError("no sidecar of yours watches a process; name one with --pid or --name")

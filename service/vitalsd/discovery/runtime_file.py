@@ -26,7 +26,7 @@ from vitalsd.discovery.atomic_file import draft, sync_directory
 from vitalsd.discovery.directories import EndpointError, runtime_directories
 from vitalsd.discovery.unix_socket import SocketLock, answers
 from vitalsd.sources.platform import births
-from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Births, Undecided
+from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Births, IdentityUnknownError
 
 __all__ = [
     "PAGE_FILE",
@@ -256,7 +256,7 @@ def liveness(endpoint: Endpoint, kernel: Births) -> Liveness:
         if found:
             return "unknown" if before else "alive"
         return "dead" if before else "unknown"
-    except Undecided:
+    except IdentityUnknownError:
         return "unknown"
 
 
@@ -290,7 +290,7 @@ def discover(
     if pid is not None:
         try:
             watched = ProcessRun(pid, kernel.start_key(pid) or 0)
-        except Undecided:
+        except IdentityUnknownError:
             return found
         found.sort(key=lambda endpoint: endpoint.target != watched)
     return found

@@ -18,7 +18,7 @@ from vitalsd.discovery.runtime_file import discover
 from vitalsd.doctor.cpu_load import BurnerProcess
 from vitalsd.doctor.finding import BUG, Finding, judged, not_here
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.recording.run_reader import UnreadableRun, read_run
+from vitalsd.recording.run_reader import UnreadableRunError, read_run
 from vitalsd.sidecar.spawn import SpawnError, spawn
 from vitalsd.sidecar.spawned import Spawned
 from vitalsd.snapshot import Snapshot, measure
@@ -226,7 +226,7 @@ def _black_box(path: Path, burner: BurnerProcess) -> Finding:
         run = next((run for run in RunDirectory(path).runs() if run.identity.pid == burner.pid), None)
         kept = len(read_run(run.path)[1]) if run else 0
         measured = f"{run.state}, {kept} snapshots" if run else "no run on disk"
-    except (UnreadableRun, OSError) as error:
+    except (UnreadableRunError, OSError) as error:
         run, kept, measured = None, 0, str(error)
     return judged(
         "blackbox",

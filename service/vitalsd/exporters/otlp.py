@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CREDENTIALS",
     "DEFAULT_URL",
-    "NotInstalled",
+    "NotInstalledError",
     "Push",
     "check_installed",
     "endpoint_of",
@@ -76,19 +76,19 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 log = logging.getLogger("vitalsd.exporters.otlp")
 
 
-class NotInstalled(Exception):
+class NotInstalledError(Exception):
     """The packages of the extra are missing; ``str(error)`` says how to get them."""
 
 
 def check_installed() -> None:
-    """Look for what sends, without importing it. Raises `NotInstalled`."""
+    """Look for what sends, without importing it. Raises `NotInstalledError`."""
     for name in ("requests", "opentelemetry.exporter.otlp.proto.http"):
         try:
             found = find_spec(name)
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise NotInstalled(f"{HOW_TO_INSTALL} (there is no {name})")
+            raise NotInstalledError(f"{HOW_TO_INSTALL} (there is no {name})")
 
 
 def endpoint_of(url: str) -> str:
@@ -240,7 +240,7 @@ class Push:
         threads: see `metrics_data`.
 
     Raises:
-        NotInstalled: the extra is not there.
+        NotInstalledError: the extra is not there.
     """
 
     def __init__(self, targets: Targets, url: str, *, interval_s: float, threads: int) -> None:
@@ -248,7 +248,7 @@ class Push:
             from opentelemetry.exporter.otlp.proto.http import Compression
             from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
         except ImportError as error:
-            raise NotInstalled(f"{HOW_TO_INSTALL} ({error})") from None
+            raise NotInstalledError(f"{HOW_TO_INSTALL} ({error})") from None
 
         # Failures are logged by `_Failures`, and not once per try.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)

@@ -17,7 +17,14 @@ from vitalsd.http.access.access_control import OPEN_PATHS
 from vitalsd.http.operation import Operation, OperationRoute
 from vitalsd.http.parameters import JsonBody, QueryParams
 from vitalsd.http.responses import MEDIA_TYPE, STATUS, TITLES, ProblemJson, Reason
-from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
+from vitalsd.sources.base import (
+    AccessDeniedError,
+    KernelError,
+    NoSuchProcessError,
+    SourceError,
+    TargetGoneError,
+    UnsupportedError,
+)
 
 __all__ = ["openapi", "shape_adapter"]
 
@@ -37,10 +44,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 """Of media types that are not text."""
 FAILURES: dict[type[SourceError], str] = {
-    AccessDenied: "This user may not read the target.",
-    NoSuchProcess: "No such process.",
-    TargetGone: "The target has exited.",
-    Unsupported: "Not on this platform.",
+    AccessDeniedError: "This user may not read the target.",
+    NoSuchProcessError: "No such process.",
+    TargetGoneError: "The target has exited.",
+    UnsupportedError: "Not on this platform.",
     KernelError: "The kernel refused, or the target does not answer.",
 }
 DETAILS: dict[Reason, str] = {

@@ -15,14 +15,21 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 from typing_extensions import TypedDict
 
-from vitalsd.admission import Busy
+from vitalsd.admission import BusyError
 from vitalsd.contract.encoding import unavailable
 from vitalsd.contract.json_pieces import to_json
 from vitalsd.contract.limits import DETAIL_CHARACTERS
 from vitalsd.contract.shapes import Doc
-from vitalsd.recording.recorder import NotRecording
-from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
-from vitalsd.worker_thread import Hung, NoThread
+from vitalsd.recording.recorder import NotRecordingError
+from vitalsd.sources.base import (
+    AccessDeniedError,
+    KernelError,
+    NoSuchProcessError,
+    SourceError,
+    TargetGoneError,
+    UnsupportedError,
+)
+from vitalsd.worker_thread import HungError, NoThreadError
 
 __all__ = [
     "JSON",
@@ -170,20 +177,20 @@ def install_problem_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     async def hung_up(_: Request, error: ClientDisconnect) -> Response:
         return problem("bad_request", "the connection was closed before the body was whole")
 
-    @app.exception_handler(Busy)
-    async def busy(_: Request, error: Busy) -> Response:
+    @app.exception_handler(BusyError)
+    async def busy(_: Request, error: BusyError) -> Response:
         return problem("busy", str(error), headers={"Retry-After": "1"})
 
-    @app.exception_handler(Hung)
-    async def hung(_: Request, error: Hung) -> Response:
+    @app.exception_handler(HungError)
+    async def hung(_: Request, error: HungError) -> Response:
         return problem("hung", str(error))
 
-    @app.exception_handler(NoThread)
-    async def no_thread(_: Request, error: NoThread) -> Response:
+    @app.exception_handler(NoThreadError)
+    async def no_thread(_: Request, error: NoThreadError) -> Response:
         return problem("no_thread", str(error), headers={"Retry-After": "1"})
 
-    @app.exception_handler(NotRecording)
-    async def not_recording(_: Request, error: NotRecording) -> Response:
+    @app.exception_handler(NotRecordingError)
+    async def not_recording(_: Request, error: NotRecordingError) -> Response:
         return problem("not_recording", str(error))
 
     @app.exception_handler(Exception)
@@ -192,10 +199,10 @@ def install_problem_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 
 STATUS: dict[type[SourceError], int] = {
-    AccessDenied: 403,
-    NoSuchProcess: 404,
-    TargetGone: 410,
-    Unsupported: 501,
+    AccessDeniedError: 403,
+    NoSuchProcessError: 404,
+    TargetGoneError: 410,
+    UnsupportedError: 501,
     KernelError: 503,
 }
 

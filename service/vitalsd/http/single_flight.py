@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from vitalsd.admission import OWNER, Busy, Peer, Shares
+from vitalsd.admission import OWNER, BusyError, Peer, Shares
 from vitalsd.contract.limits import WAITING_ANSWERS
 from vitalsd.worker_thread import seen
 
@@ -54,13 +54,13 @@ class SingleFlight:
             peer: the client that asks.
 
         Raises:
-            Busy: the client waits for too many answers already.
+            BusyError: the client waits for too many answers already.
         """
         key = object() if key is None else (peer.kind, key)
         order: _Order[T] | None = self._orders.get(key)
         if order is None:
             if not self._shares.take(peer):
-                raise Busy(f"{self._shares.limit - 1} large answers are being waited for already")
+                raise BusyError(f"{self._shares.limit - 1} large answers are being waited for already")
             order = self._orders[key] = _Order()
             order.task = asyncio.create_task(self._in_turn(work, order, peer))
             order.task.add_done_callback(partial(self._done, key, order, peer))

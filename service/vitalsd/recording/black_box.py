@@ -49,7 +49,7 @@ class BlackBox:
         application: what the client says it is.
 
     Raises:
-        NoThread: the system gives no more threads.
+        NoThreadError: the system gives no more threads.
     """
 
     def __init__(

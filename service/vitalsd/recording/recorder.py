@@ -14,10 +14,10 @@ from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import State
 from vitalsd.recording.series import EventKind, Mark, Record
 from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Snapshot
-from vitalsd.sources.base import SourceError, TargetGone
+from vitalsd.sources.base import SourceError, TargetGoneError
 from vitalsd.worker_thread import seen
 
-__all__ = ["NoRecorder", "NotRecording", "Recorder", "RecorderConfig", "RecorderJson", "TargetRecorder"]
+__all__ = ["NoRecorder", "NotRecordingError", "Recorder", "RecorderConfig", "RecorderJson", "TargetRecorder"]
 
 CLOCK_STEP_NS = 500_000_000
 """A wall clock that moves by less against the clock since boot was not set but slewed, or read late."""
@@ -62,7 +62,7 @@ class RecorderConfig(NamedTuple):
     """Whether the target has noted that it exits by itself; asked where the kernel does not tell how it ended."""
 
 
-class NotRecording(Exception):
+class NotRecordingError(Exception):
     """There is no recorder, and what was asked for needs one."""
 
 
@@ -93,12 +93,12 @@ class NoRecorder:
         self.why_not_recorded = why_not_recorded
 
     def mark(self, label: str) -> Mark:
-        """Raise `NotRecording`."""
-        raise NotRecording(self.why_not_recorded)
+        """Raise `NotRecordingError`."""
+        raise NotRecordingError(self.why_not_recorded)
 
     async def mark_async(self, label: str) -> Mark:
-        """Raise `NotRecording`."""
-        raise NotRecording(self.why_not_recorded)
+        """Raise `NotRecordingError`."""
+        raise NotRecordingError(self.why_not_recorded)
 
     def info(self) -> RecorderJson | None:
         """Return ``None``."""
@@ -191,7 +191,7 @@ class Recorder:
         if self.ended is not None:
             return False
         reason = str(error)
-        if isinstance(error, TargetGone):
+        if isinstance(error, TargetGoneError):
             ending = error.ending
             if ending is not None:
                 reason = f"target {self.record.identity.pid} has exited: {ending.words}"

@@ -8,12 +8,12 @@ from vitalsd.admission import OWNER, Peer
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import RecordedHost
 from vitalsd.contract.shapes import Doc
-from vitalsd.recording.recorder import NotRecording, RecorderJson
+from vitalsd.recording.recorder import NotRecordingError, RecorderJson
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile, ReportCardJson
 from vitalsd.recording.run_reader import RunJson
 from vitalsd.recording.series import Mark, Record
 from vitalsd.snapshot import Identity, Measurement, Snapshot
-from vitalsd.sources.base import TargetGone
+from vitalsd.sources.base import TargetGoneError
 from vitalsd.text import iso
 
 __all__ = ["Replay", "ReplayRecorder", "ReplayedJson"]
@@ -44,8 +44,8 @@ class ReplayRecorder:
         self._ended = ended
 
     async def mark_async(self, label: str) -> Mark:
-        """Raise `NotRecording`."""
-        raise NotRecording(f"{self._ended}; it takes no marks")
+        """Raise `NotRecordingError`."""
+        raise NotRecordingError(f"{self._ended}; it takes no marks")
 
     def info(self) -> RecorderJson:
         """Return the state of the record as ``GET /info`` shows it."""
@@ -120,16 +120,16 @@ class Replay:
         return self.recorder.record.identity
 
     async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement:
-        """Raise `TargetGone`: there is no coming window."""
-        raise TargetGone(f"{self._reason}; ask with mode=trailing or /history")
+        """Raise `TargetGoneError`: there is no coming window."""
+        raise TargetGoneError(f"{self._reason}; ask with mode=trailing or /history")
 
     async def snapshot(self) -> Snapshot:
-        """Raise `TargetGone`: nothing is measured now."""
-        raise TargetGone(f"{self._reason}; it has no current counters")
+        """Raise `TargetGoneError`: nothing is measured now."""
+        raise TargetGoneError(f"{self._reason}; it has no current counters")
 
     async def confirm(self) -> None:
-        """Raise `TargetGone`."""
-        raise TargetGone(self._reason)
+        """Raise `TargetGoneError`."""
+        raise TargetGoneError(self._reason)
 
     async def hangs(self) -> bool:
         """Return False: nothing is read."""

@@ -2,7 +2,7 @@
 Read the file that ``vitalsd replay`` serves: a bug report, a member of one, or a run.
 
 The file may come from another machine and another user. Nothing in it is believed but its own numbers and texts, and
-whatever does not fit is an `UnreadableRun` with one sentence.
+whatever does not fit is an `UnreadableRunError` with one sentence.
 """
 
 import errno
@@ -24,7 +24,7 @@ from vitalsd.contract.report_archive import HISTORY, MANIFEST, METADATA, METRICS
 from vitalsd.contract.shapes import Count, Doc, Lazy
 from vitalsd.recording.history_import import check_json, parse_json, read_history
 from vitalsd.recording.run_files import MAGIC, open_regular
-from vitalsd.recording.run_reader import Run, State, UnreadableRun, read_run
+from vitalsd.recording.run_reader import Run, State, UnreadableRunError, read_run
 from vitalsd.recording.series import Record
 
 __all__ = ["Card", "RecordedRun", "ReplayFile", "ReportCardJson", "read_replay_file"]
@@ -148,7 +148,7 @@ def read_replay_file(path: Path) -> ReplayFile:
     Read a report (``.zip``), its ``previous-run.json`` or ``runtime-history.json``, or a run (``.sqlite``).
 
     Raises:
-        UnreadableRun: the file is none of them, or damaged; ``str(error)`` names the file and the reason.
+        UnreadableRunError: the file is none of them, or damaged; ``str(error)`` names the file and the reason.
         OSError: it cannot be read.
     """
     file_path = path.resolve(strict=True)  # A link is followed for the file that the user names, and for no other.
@@ -156,37 +156,39 @@ def read_replay_file(path: Path) -> ReplayFile:
         fd = open_regular(file_path)
     except OSError as error:
         if error.errno == errno.EINVAL:
-            raise UnreadableRun(f"{path.name} is not a regular file") from None
+            raise UnreadableRunError(f"{path.name} is not a regular file") from None
         raise
     with os.fdopen(fd, "rb") as file:
         magic, size = file.read(len(MAGIC)), os.fstat(fd).st_size
         if magic == MAGIC:
             return ReplayFile(path.name, RecordedRun(*read_run(file_path)), (), None, None)
         if size > MAX_REPORT_BYTES:
-            raise UnreadableRun(f"{path.name} has {size} bytes; a report has at most {MAX_REPORT_BYTES}")
+            raise UnreadableRunError(f"{path.name} has {size} bytes; a report has at most {MAX_REPORT_BYTES}")
         content = magic + file.read(size)
     if content.startswith(b"PK"):
         return _read_report(path, content)
     if content.lstrip()[:1] == b"{":
         return ReplayFile(path.name, _read_member(path.name, content, RecordedHost(), {}), (), None, None)
-    raise UnreadableRun(f"{path.name} is not a bug report (no zip archive), not a run and not a member of a report")
+    raise UnreadableRunError(
+        f"{path.name} is not a bug report (no zip archive), not a run and not a member of a report"
+    )
 
 
 def _read_report(path: Path, content: bytes) -> ReplayFile:
     if content.count(CENTRAL_HEADER) > MAX_FILES:  # Python would make an object for each.
-        raise UnreadableRun(f"{path.name} has more than {MAX_FILES} files; a report has a few")
+        raise UnreadableRunError(f"{path.name} has more than {MAX_FILES} files; a report has a few")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             infos = archive.infolist()
             names = [info.filename for info in infos]
             for name in (METADATA, MANIFEST, HISTORY, PREVIOUS_RUN):
                 if names.count(name) > 1:
-                    raise UnreadableRun(
+                    raise UnreadableRunError(
                         f"{path.name} has {names.count(name)} members named {name}; a report has one."
                         " Unpack it and replay one of the files"
                     )
             if not {METADATA, MANIFEST, METRICS, HISTORY, PREVIOUS_RUN} & set(names):
-                raise UnreadableRun(f"{path.name} is not a bug report: it has no {METADATA}")
+                raise UnreadableRunError(f"{path.name} is not a bug report: it has no {METADATA}")
             about = _object(archive, path, METADATA)
             card = _card(about, _object(archive, path, MANIFEST), infos, _metrics(archive, path))
             runs = [
@@ -195,11 +197,11 @@ def _read_report(path: Path, content: bytes) -> ReplayFile:
                 if name in names
             ]
     except zipfile.BadZipFile as error:
-        raise UnreadableRun(f"{path.name} is damaged or incomplete: {error}") from None
+        raise UnreadableRunError(f"{path.name} is damaged or incomplete: {error}") from None
     except (zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise UnreadableRun(f"{path.name}: {error}") from None
+        raise UnreadableRunError(f"{path.name}: {error}") from None
     if not runs:
-        raise UnreadableRun(
+        raise UnreadableRunError(
             f"{path.name} has neither {HISTORY} nor {PREVIOUS_RUN}: nothing was recorded, so there is nothing to replay"
         )
     crashed = [each for each in runs if each.run.state == "crashed"]
@@ -210,10 +212,10 @@ def _read_report(path: Path, content: bytes) -> ReplayFile:
 def _unpacked(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:
     info = archive.getinfo(name)
     if info.file_size > MAX_MEMBER_BYTES:
-        raise UnreadableRun(f"{name} in {path.name} has {info.file_size} bytes; it may have {MAX_MEMBER_BYTES}")
+        raise UnreadableRunError(f"{name} in {path.name} has {info.file_size} bytes; it may have {MAX_MEMBER_BYTES}")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         # By the other methods, and by ZipFile.read, everything is unpacked, whatever size the header states.
-        raise UnreadableRun(f"{name} in {path.name} is compressed as in no report")
+        raise UnreadableRunError(f"{name} in {path.name} is compressed as in no report")
     with archive.open(info) as member:
         return member.read(info.file_size + 1)
 
@@ -281,7 +283,7 @@ def _read_member(file: str, body: bytes, host: RecordedHost, about: Mapping[str,
         table = parse_json(body)
         record = read_history(table)
     except (ValueError, RecursionError) as error:
-        raise UnreadableRun(f"{file}: {error}") from None
+        raise UnreadableRunError(f"{file}: {error}") from None
     described = _mapping(table.get("run"))
     target, app = _mapping(about.get("target")), _mapping(about.get("app"))
     previous = bool(described)

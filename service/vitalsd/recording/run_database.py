@@ -18,13 +18,13 @@ from vitalsd.recording.run_files import (
     APPLICATION_ID,
     HEADER_BYTES,
     MAGIC,
-    ForeignRun,
+    ForeignRunError,
     check_own_run,
     disk_bytes,
     is_being_written,
     is_own_writer,
 )
-from vitalsd.recording.run_image import UnreadableRun, read_image
+from vitalsd.recording.run_image import UnreadableRunError, read_image
 from vitalsd.recording.sqlite import sqlite3
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Tables", "readable", "writable"]
@@ -105,7 +105,7 @@ def readable(path: Path) -> Iterator[Tables]:
     Give the tables of a run as of one moment; neither the file nor what is beside it is written.
 
     Raises:
-        UnreadableRun: it is not a run of ours, is damaged, or so is what the caller finds in it.
+        UnreadableRunError: it is not a run of ours, is damaged, or so is what the caller finds in it.
         OSError: it cannot be read.
     """
     with _explained(path.name):
@@ -134,7 +134,7 @@ def writable(path: Path) -> Iterator[sqlite3.Connection]:
     Give the database of a run that vitalsd wrote, for writing. What is in its log moves to the file afterwards.
 
     Raises:
-        UnreadableRun: vitalsd did not write it, or it is damaged, or cannot be written now.
+        UnreadableRunError: vitalsd did not write it, or it is damaged, or cannot be written now.
         OSError: it cannot be read.
     """
     with _explained(path.name):
@@ -153,17 +153,17 @@ def _uri(path: Path) -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Raise what goes wrong with the database of a run as `UnreadableRun`."""
+    """Raise what goes wrong with the database of a run as `UnreadableRunError`."""
     try:
         yield
-    except ForeignRun as error:
-        raise UnreadableRun(str(error)) from None
+    except ForeignRunError as error:
+        raise UnreadableRunError(str(error)) from None
     except sqlite3.OperationalError as error:
         if str(error) == "interrupted":
-            raise UnreadableRun(f"{name} is damaged: it has more rows than fit into a file of its size") from None
-        raise UnreadableRun(f"{name} cannot be opened: {error!s:.200}") from None
+            raise UnreadableRunError(f"{name} is damaged: it has more rows than fit into a file of its size") from None
+        raise UnreadableRunError(f"{name} cannot be opened: {error!s:.200}") from None
     except (sqlite3.Error, KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
-        raise UnreadableRun(f"{name} is damaged: {error!s:.200}") from None
+        raise UnreadableRunError(f"{name} is damaged: {error!s:.200}") from None
 
 
 @contextmanager
@@ -195,20 +195,20 @@ def _restrict(db: sqlite3.Connection, size_bytes: int) -> None:
 
 
 def _check_header(image: bytearray, name: str) -> None:
-    """Raise `UnreadableRun` unless the header is that of a run, in the format that this version reads."""
+    """Raise `UnreadableRunError` unless the header is that of a run, in the format that this version reads."""
     if len(image) < HEADER_BYTES or not image.startswith(MAGIC):
-        raise UnreadableRun(f"{name} is not a black box of vitalsd: it is no SQLite database")
+        raise UnreadableRunError(f"{name} is not a black box of vitalsd: it is no SQLite database")
     if int.from_bytes(image[68:72], "big") != APPLICATION_ID:
-        raise UnreadableRun(f"{name} is not a black box of vitalsd")
+        raise UnreadableRunError(f"{name} is not a black box of vitalsd")
     if image[56:60] != b"\0\0\0\1":
-        raise UnreadableRun(f"{name} has texts that are not UTF-8, as another program writes them")
+        raise UnreadableRunError(f"{name} has texts that are not UTF-8, as another program writes them")
     if (version := int.from_bytes(image[60:64], "big")) != SCHEMA_VERSION:
-        raise UnreadableRun(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
+        raise UnreadableRunError(f"{name} has format {version}; this vitalsd reads {SCHEMA_VERSION}")
 
 
 def _check_tables(db: sqlite3.Connection, name: str) -> None:
     """
-    Raise `UnreadableRun` unless the tables are those of `SCHEMA` with their columns, and nothing else.
+    Raise `UnreadableRunError` unless the tables are those of `SCHEMA` with their columns, and nothing else.
 
     A view or a trigger is a program, and may be one that never ends. The text of the statements is not compared: it may
     be written otherwise by another version.
@@ -217,10 +217,10 @@ def _check_tables(db: sqlite3.Connection, name: str) -> None:
         (kind, table): sql for kind, table, sql in db.execute("SELECT type, name, sql FROM sqlite_master LIMIT 99")
     }
     if {table for _, table in kinds} != set(COLUMNS) or {kind for kind, _ in kinds} != {"table"}:
-        raise UnreadableRun(f"{name} has other tables than a run of vitalsd")
+        raise UnreadableRunError(f"{name} has other tables than a run of vitalsd")
     for table, columns in COLUMNS.items():
         if any(word in str(kinds["table", table]).upper() for word in PROGRAMS):
-            raise UnreadableRun(f"{name} has a table that computes")
+            raise UnreadableRunError(f"{name} has a table that computes")
         declared = [(column, hidden) for _, column, _, _, _, _, hidden in db.execute(f"PRAGMA table_xinfo({table})")]
         if declared != [(column, 0) for column in columns]:
-            raise UnreadableRun(f"{name} has other columns in {table} than a run of vitalsd")
+            raise UnreadableRunError(f"{name} has other columns in {table} than a run of vitalsd")

@@ -15,7 +15,7 @@ from vitalsd.recording.run_files import (
     is_of,
     is_own_run,
 )
-from vitalsd.recording.run_reader import Run, UnreadableRun, describe
+from vitalsd.recording.run_reader import Run, UnreadableRunError, describe
 
 __all__ = ["RunDirectory", "Scan"]
 
@@ -68,7 +68,7 @@ class RunDirectory:
                 continue
             try:
                 runs.append(describe(path))
-            except UnreadableRun as error:
+            except UnreadableRunError as error:
                 unreadable[path.name] = str(error)
             except OSError as error:
                 unreadable[path.name] = f"{path.name} cannot be read: {error.strerror or error}"
@@ -83,7 +83,7 @@ class RunDirectory:
         The id is compared with the names of files and never becomes a path.
 
         Raises:
-            UnreadableRun: the file of that run cannot be read.
+            UnreadableRunError: the file of that run cannot be read.
             OSError: the file of that run cannot be read.
         """
         path = next((path for path in self._files() if path.stem == run_id and has_run_name(path)), None)
@@ -99,14 +99,14 @@ class RunDirectory:
             Whether it was noted.
 
         Raises:
-            UnreadableRun: this one cannot be written.
+            UnreadableRunError: this one cannot be written.
         """
         if run.state != "crashed":
             return False
         now = str(time.time_ns())
         self._note(run.path, "reported", now)
         for path in self._files():
-            with suppress(UnreadableRun, OSError):
+            with suppress(UnreadableRunError, OSError):
                 if is_of(path, run.identity.start_id) and not is_being_written(path):
                     self._note(path, "reported", now)
         return True
@@ -120,7 +120,7 @@ class RunDirectory:
                 sidecar that was killed, or before it executed itself anew, has ended and not crashed.
         """
         for path in self._files():
-            with suppress(UnreadableRun, OSError):
+            with suppress(UnreadableRunError, OSError):
                 if has_run_name(path) and not is_being_written(path):
                     if living is not None and is_of(path, living):
                         self._note(path, "ended", "the process went on without it")

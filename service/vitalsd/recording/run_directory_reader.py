@@ -17,7 +17,7 @@ class RunDirectoryReader:
     """
     Read the directory of runs, for the routes.
 
-    A file system that hangs blocks this thread alone: callers get `Hung` after 5 s, and from then on at once, until the
+    A file system that hangs blocks this thread alone: callers get `HungError` after 5 s, and then at once until the
     call returns.
 
     Args:
@@ -34,7 +34,7 @@ class RunDirectoryReader:
         Return or raise what `call` does, which is called on the thread with the directory.
 
         Raises:
-            Hung: the file system hangs. What was not begun by then is not done later either.
+            HungError: the file system hangs. What was not begun by then is not done later either.
         """
         return await self.worker.ask(lambda: call(self._runs), "the directory of runs: a read")
 
@@ -43,7 +43,7 @@ class RunDirectoryReader:
         Return whether there is a run with this id, by the name of its file, which is not read.
 
         Raises:
-            Hung: the file system hangs.
+            HungError: the file system hangs.
         """
 
         def found(runs: RunDirectory) -> bool:

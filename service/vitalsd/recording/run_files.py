@@ -16,7 +16,7 @@ from pathlib import Path
 
 __all__ = [
     "APPLICATION_ID",
-    "ForeignRun",
+    "ForeignRunError",
     "check_own_run",
     "delete_run",
     "disk_bytes",
@@ -38,7 +38,7 @@ HEADER_BYTES = 100
 MAGIC = b"SQLite format 3\0"
 
 
-class ForeignRun(Exception):
+class ForeignRunError(Exception):
     """vitalsd did not write the file, so it neither changes nor deletes it; ``str(error)`` is the reason."""
 
 
@@ -128,7 +128,7 @@ def is_being_written(path: Path) -> bool:
 
 def check_own_run(path: Path, *, empty: bool = False) -> None:
     """
-    Raise `ForeignRun` unless vitalsd wrote the run `path`, and `OSError` if the file cannot be read.
+    Raise `ForeignRunError` unless vitalsd wrote the run `path`, and `OSError` if the file cannot be read.
 
     It is a regular file of this user with one name, which is one that `new_run` gives; its header has the application
     id and the log of SQLite's WAL mode; so has SQLite no rollback journal to apply, which could delete any file; and
@@ -138,7 +138,7 @@ def check_own_run(path: Path, *, empty: bool = False) -> None:
         empty: also accept an empty file: its writer died before it wrote the header.
     """
     if not has_run_name(path):
-        raise ForeignRun(f"{path.name} does not have the name of a run")
+        raise ForeignRunError(f"{path.name} does not have the name of a run")
     for part in (path, *_sqlite_parts(path)):
         try:
             found = os.lstat(part)
@@ -147,13 +147,13 @@ def check_own_run(path: Path, *, empty: bool = False) -> None:
                 raise
             continue
         if not stat.S_ISREG(found.st_mode):
-            raise ForeignRun(f"{part.name} is not a regular file")
+            raise ForeignRunError(f"{part.name} is not a regular file")
         if found.st_uid != os.geteuid():
-            raise ForeignRun(f"{part.name} belongs to user {found.st_uid}")
+            raise ForeignRunError(f"{part.name} belongs to user {found.st_uid}")
         if found.st_nlink != 1:
-            raise ForeignRun(f"{part.name} has {found.st_nlink} names (hard links), so other programs use it")
+            raise ForeignRunError(f"{part.name} has {found.st_nlink} names (hard links), so other programs use it")
     if os.path.lexists(f"{path}-journal"):
-        raise ForeignRun(f"{path.name} has a rollback journal, {path.name}-journal, which vitalsd never makes")
+        raise ForeignRunError(f"{path.name} has a rollback journal, {path.name}-journal, which vitalsd never makes")
     fd = open_regular(path)
     try:
         header = os.pread(fd, HEADER_BYTES, 0)
@@ -161,14 +161,14 @@ def check_own_run(path: Path, *, empty: bool = False) -> None:
         os.close(fd)
     if header or not empty:
         if not header.startswith(MAGIC) or header[68:72] != APPLICATION_ID.to_bytes(4, "big"):
-            raise ForeignRun(f"{path.name} is not a black box of vitalsd")
+            raise ForeignRunError(f"{path.name} is not a black box of vitalsd")
         if header[18:20] != b"\2\2":
-            raise ForeignRun(f"{path.name} is not in WAL mode, so another program has changed it")
+            raise ForeignRunError(f"{path.name} is not in WAL mode, so another program has changed it")
 
 
 def is_own_run(path: Path) -> bool:
     """Return whether vitalsd wrote the run, so that it may be deleted to make room."""
-    with suppress(ForeignRun, OSError):
+    with suppress(ForeignRunError, OSError):
         check_own_run(path, empty=True)
         return True
     return False

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from vitalsd.recording.run_files import HEADER_BYTES, MAGIC, open_regular
 
-__all__ = ["MAX_RUN_BYTES", "UnreadableRun", "read_image"]
+__all__ = ["MAX_RUN_BYTES", "UnreadableRunError", "read_image"]
 
 MAX_RUN_BYTES = 32 << 20
 """Of the database of a run, with its log applied: twice what its writer keeps."""
@@ -29,7 +29,7 @@ LOG_MAGIC = 0x377F0682
 """The lowest bit says that the words of the checksum are big-endian."""
 
 
-class UnreadableRun(Exception):
+class UnreadableRunError(Exception):
     """The file is not a run of ours, or is damaged; ``str(error)`` says which."""
 
 
@@ -41,12 +41,12 @@ def read_image(path: Path) -> bytearray:
     lose its locks when the file is closed here (close in fcntl_locking(2)); use SQLite there.
 
     Raises:
-        UnreadableRun: it has a rollback journal, or is larger than a run may be.
+        UnreadableRunError: it has a rollback journal, or is larger than a run may be.
         OSError: it cannot be read.
     """
     log_path = Path(f"{path}-wal")
     if os.path.lexists(f"{path}-journal"):
-        raise UnreadableRun(
+        raise UnreadableRunError(
             f"{path.name} has a rollback journal, {path.name}-journal, which vitalsd never makes: another program has"
             " changed the run. It is not read"
         )
@@ -57,7 +57,7 @@ def read_image(path: Path) -> bytearray:
         log = _read(log_path, missing=True) if before else bytearray()
         if _read(log_path, missing=True, most=LOG_HEADER.size) == before == log[: LOG_HEADER.size]:
             return _with_log(path, content, log)
-    raise UnreadableRun(f"{path.name} is being written faster than it can be read; try again")
+    raise UnreadableRunError(f"{path.name} is being written faster than it can be read; try again")
 
 
 def _read(path: Path, *, missing: bool = False, most: int | None = None) -> bytearray:
@@ -69,7 +69,7 @@ def _read(path: Path, *, missing: bool = False, most: int | None = None) -> byte
         most: read only the first bytes, that many; ``None``: all.
 
     Raises:
-        UnreadableRun: it is larger than a run may be.
+        UnreadableRunError: it is larger than a run may be.
         OSError: it cannot be read.
     """
     try:
@@ -83,7 +83,7 @@ def _read(path: Path, *, missing: bool = False, most: int | None = None) -> byte
         if most is not None:
             size = min(size, most)
         elif size > MAX_RUN_BYTES:
-            raise UnreadableRun(f"{path.name} has {size} bytes; a run has at most {MAX_RUN_BYTES}")
+            raise UnreadableRunError(f"{path.name} has {size} bytes; a run has at most {MAX_RUN_BYTES}")
         content = bytearray(size)
         view, at = memoryview(content), 0
         while at < size and (count := file.readinto(view[at:])):
@@ -122,7 +122,7 @@ def _with_log(path: Path, content: bytearray, log: bytearray) -> bytearray:
     if head is not None:
         pages, size = _committed(log, head)
         if size * head.page_bytes > MAX_RUN_BYTES:
-            raise UnreadableRun(
+            raise UnreadableRunError(
                 f"{path.name} has {size * head.page_bytes} bytes with its log; a run has at most {MAX_RUN_BYTES}"
             )
         if size:

@@ -20,13 +20,13 @@ from vitalsd.contract.limits import LABEL_CHARACTERS
 from vitalsd.contract.shapes import APP, PROGRAM, Count, Doc, Lazy, UtcTime
 from vitalsd.recording.run_database import Tables, readable
 from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of
-from vitalsd.recording.run_image import UnreadableRun
+from vitalsd.recording.run_image import UnreadableRunError
 from vitalsd.recording.segment import CpuDeltas, Segment
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 from vitalsd.text import iso
 
-__all__ = ["UNKNOWN_END", "Run", "RunJson", "State", "UnreadableRun", "describe", "read_run"]
+__all__ = ["UNKNOWN_END", "Run", "RunJson", "State", "UnreadableRunError", "describe", "read_run"]
 
 SCALARS_BYTES = 8 * len(Segment.SCALARS)
 CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image", "reading")
@@ -112,7 +112,7 @@ def read_run(path: Path) -> tuple[Run, Record]:
     Return a run and its record, exact to the last snapshot that was written. Nothing on disk is changed.
 
     Raises:
-        UnreadableRun: it is not a run of ours, or damaged.
+        UnreadableRunError: it is not a run of ours, or damaged.
         OSError: it cannot be read.
     """
     with readable(path) as tables:

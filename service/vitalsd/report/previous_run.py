@@ -14,10 +14,10 @@ from vitalsd.contract.report_archive import PREVIOUS_RUN, Failure, previous_run
 from vitalsd.recording.history import history
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_files import has_run_name
-from vitalsd.recording.run_reader import UNKNOWN_END, Run, UnreadableRun, read_run
+from vitalsd.recording.run_reader import UNKNOWN_END, Run, UnreadableRunError, read_run
 from vitalsd.recording.series import Record
 from vitalsd.sources.platform import births
-from vitalsd.sources.process_identity import Births, Undecided
+from vitalsd.sources.process_identity import Births, IdentityUnknownError
 from vitalsd.sources.programs import may_be_versions
 
 __all__ = ["TOP_THREADS", "Choice", "Found", "Listing", "ReportSubject", "choose", "find", "is_alive", "member"]
@@ -141,7 +141,7 @@ def is_alive(kernel: Births | None = None) -> Callable[[Listing], bool]:
         try:
             pid = int(run["pid"])
             start = kernel.start_key(pid)
-        except (Undecided, KeyError, TypeError, ValueError, OSError):
+        except (IdentityUnknownError, KeyError, TypeError, ValueError, OSError):
             return False
         return start is not None and f"{run['id']}-".startswith(f"{pid}-{start}-{boot}-")
 
@@ -194,7 +194,7 @@ def find(
                 return Found(choice=choice, failure=failure)
             run = runs[choice.run["id"]]
         return Found(run, read_run(run.path)[1] if read else None, choice)
-    except UnreadableRun as error:
+    except UnreadableRunError as error:
         return Found(choice=choice, failure=Failure(PREVIOUS_RUN, f"the file of the run cannot be read: {error}"))
     except OSError as error:
         reason = f"the file of the run cannot be read: {error.strerror or type(error).__name__}"

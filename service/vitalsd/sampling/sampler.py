@@ -18,7 +18,7 @@ from vitalsd.sampling.windows import Windows
 from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 from vitalsd.sources import platform_name
 from vitalsd.sources.base import KernelError, Source
-from vitalsd.worker_thread import Hung, Stopped, Worker, seen
+from vitalsd.worker_thread import HungError, StoppedError, Worker, seen
 
 if TYPE_CHECKING:
     from vitalsd.recording.replay import Replay
@@ -131,7 +131,7 @@ class Sampler:
 
         Raises:
             SourceError: the target cannot be read, exited inside the window, or a read of it hangs.
-            Busy: `peer` waits for too many windows that have nothing in common.
+            BusyError: `peer` waits for too many windows that have nothing in common.
         """
         await self.identity()
         return await self._windows.measure(window_ms, extras, peer)
@@ -190,10 +190,10 @@ class Sampler:
     async def _answered(self, future: asyncio.Future[T]) -> T:
         try:
             return await self.worker.answer(future)
-        except Hung:
+        except HungError:
             process = f"process {self.pid}" if self.pid else "the process"
-            raise KernelError(str(Hung(f"{process}: a read"))) from None
-        except Stopped:
+            raise KernelError(str(HungError(f"{process}: a read"))) from None
+        except StoppedError:
             raise self._reader.gone() from None
 
     def _opened(self, future: asyncio.Future[Identity]) -> None:

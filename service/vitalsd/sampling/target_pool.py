@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from vitalsd.admission import OWNER, Busy, Peer, Shares
+from vitalsd.admission import OWNER, BusyError, Peer, Shares
 from vitalsd.contract.limits import OTHER_PROCESSES, STREAM_QUEUE
 from vitalsd.recording.recorder import TargetRecorder
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.snapshot import Identity, Measurement, Snapshot
-from vitalsd.sources.base import Source, SourceError, TargetGone
+from vitalsd.sources.base import Source, SourceError, TargetGoneError
 
 if TYPE_CHECKING:
     from vitalsd.recording.replay import Replay
@@ -85,7 +85,7 @@ class Stream:
             while True:
                 try:
                     measurement = await self._target.window(self._interval_ms, peer=self._peer)
-                except Busy:  # the stream stays open and misses one
+                except BusyError:  # the stream stays open and misses one
                     self.dropped += 1
                     await asyncio.sleep(self._interval_ms / 1000)
                     continue
@@ -148,7 +148,7 @@ class Targets:
         Give the target with this `pid`, or the default one. It stays open as long as the context.
 
         Raises:
-            Busy: `peer` uses too many other targets at once, or reads of too many hang.
+            BusyError: `peer` uses too many other targets at once, or reads of too many hang.
         """
         if pid is None or pid == self.default.pid:
             yield self.default
@@ -203,7 +203,7 @@ class Targets:
             return
         try:
             await pooled.sampler.confirm()
-        except TargetGone:
+        except TargetGoneError:
             if self._pooled.get(pid) is pooled and pooled.users:
                 del self._pooled[pid]  # the last of them closes it
             elif self._pooled.get(pid) is pooled:
@@ -215,7 +215,7 @@ class Targets:
         pooled = self._pooled.get(pid)
         joins = pooled is None or not pooled.users[peer]
         if joins and not self._shares.take(peer):
-            raise Busy(f"{self._limit} other processes are being sampled already")
+            raise BusyError(f"{self._limit} other processes are being sampled already")
         try:
             if pooled is None:
                 self._make_room()
@@ -235,7 +235,8 @@ class Targets:
         """
         Close the target that has been idle for the longest, if there are `limit`.
 
-        A target of which a read hangs is not closed, because its thread stays. Raises `Busy` if there are `limit` such.
+        A target of which a read hangs is not closed, because its thread stays. Raises `BusyError` if all
+        are such.
         """
         if len(self._pooled) < self._limit:
             return
@@ -244,7 +245,7 @@ class Targets:
         if able:
             self._drop(min(able)[1])
         elif len(idle) >= self._limit:
-            raise Busy(f"reads of {len(idle)} other processes hang")
+            raise BusyError(f"reads of {len(idle)} other processes hang")
 
     def _expire(self, pid: int) -> None:
         pooled = self._pooled[pid]

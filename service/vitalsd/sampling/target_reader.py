@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.snapshot import Identity, Snapshot, contradiction
-from vitalsd.sources.base import Source, SourceError, TargetGone
+from vitalsd.sources.base import Source, SourceError, TargetGoneError
 from vitalsd.worker_thread import Worker
 
 __all__ = ["SNAPSHOT_REUSE_NS", "TargetReader"]
@@ -89,7 +89,7 @@ class TargetReader:
                 last = self._read(extras, names)
             self._last, self._has_current_names = last, names
             self.identity = self._source.identity()
-        except TargetGone as error:
+        except TargetGoneError as error:
             # A caller that gets the error may look at once into the record for how the target ended.
             if self.recorder is not None:
                 self.recorder.failed(error)
@@ -106,10 +106,10 @@ class TargetReader:
         last = self.last_since(not_before_ns, extras)
         return last if last is not None and self._has_current_names else self.take(extras)
 
-    def gone(self) -> TargetGone:
+    def gone(self) -> TargetGoneError:
         """Return the error for a target that is not read any more."""
         pid = self.identity.pid if self.identity else None
-        return TargetGone(f"target {pid} has exited, or is not measured any more")
+        return TargetGoneError(f"target {pid} has exited, or is not measured any more")
 
     def close(self) -> None:
         """End the record and release the target."""

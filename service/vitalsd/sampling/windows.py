@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from vitalsd.admission import Busy, Peer, Shares
+from vitalsd.admission import BusyError, Peer, Shares
 from vitalsd.contract.limits import WINDOWS
 from vitalsd.sampling.target_reader import SNAPSHOT_REUSE_NS
 from vitalsd.snapshot import Measurement, Snapshot, measure
-from vitalsd.sources.base import TargetGone
+from vitalsd.sources.base import TargetGoneError
 from vitalsd.worker_thread import seen
 
 __all__ = ["Windows"]
@@ -54,7 +54,7 @@ class Windows:
         self,
         take: Callable[[int, bool], Awaitable[Snapshot]],
         take_at: Callable[[int, int, bool], Awaitable[Snapshot]],
-        gone: Callable[[], TargetGone],
+        gone: Callable[[], TargetGoneError],
     ) -> None:
         self._take = take
         self._take_at = take_at
@@ -81,7 +81,7 @@ class Windows:
         key = (first, window_ms, extras)
         window = self._open.get(key)
         if (window is None or not window.waiting[peer]) and not self._shares.take(peer):
-            raise Busy(f"{WINDOWS} different windows of this process are open already")
+            raise BusyError(f"{WINDOWS} different windows of this process are open already")
         if window is None:
             window = self._begin(key, window_ns, slack_ns)
         window.waiting[peer] += 1

@@ -31,7 +31,7 @@ from vitalsd.sidecar.service import GRACE_S, Companion, Service
 from vitalsd.sidecar.socket_activation import Notifier, activated
 from vitalsd.sidecar.target_process import TargetProcess
 from vitalsd.snapshot import Identity
-from vitalsd.sources.base import NoSuchProcess, Source
+from vitalsd.sources.base import NoSuchProcessError, Source
 from vitalsd.sources.names import PythonNames
 from vitalsd.sources.platform import Platform, this_platform
 from vitalsd.sources.programs import ProgramDigest, main_script
@@ -66,7 +66,7 @@ def build_in_process(config: SidecarConfig) -> InProcess:
         ListenError: the sidecar cannot listen where `config` says.
         RuntimeError: the system gives no more threads.
         OSError: the system refuses anything else.
-        Undecided: the system does not tell which run of a process this is.
+        IdentityUnknownError: the system does not tell which run of a process this is.
     """
     platform = this_platform()
     with ExitStack() as undo:
@@ -101,7 +101,7 @@ def build_service(
     Raises:
         ListenError: the sidecar cannot listen where `config` or the supervisor says.
         BuildError: a setting does nothing under a supervisor, or nothing can be pushed to `SidecarConfig.otlp`.
-        NoThread: the system gives no more threads.
+        NoThreadError: the system gives no more threads.
     """
     with ExitStack() as undo:
         base = _open(config, undo, environ)
@@ -134,11 +134,11 @@ def build_replay(config: SidecarConfig, replay: Replay, environ: MutableMapping[
     Raises:
         ListenError: the sidecar cannot listen where `config` or the supervisor says.
         BuildError: a setting does nothing under a supervisor.
-        NoThread: the system gives no more threads.
+        NoThreadError: the system gives no more threads.
     """
 
     def no_process(pid: int) -> Source:
-        raise NoSuchProcess(f"this is a replay of {replay.file.name}; it has no process {pid}")
+        raise NoSuchProcessError(f"this is a replay of {replay.file.name}; it has no process {pid}")
 
     platform = this_platform()._replace(list_processes=list, hides_processes=lambda: False)
     with ExitStack() as undo:
@@ -312,12 +312,12 @@ def _responds(targets: Targets) -> Callable[[], Awaitable[None]]:
 
 def _push(config: SidecarConfig, url: str, targets: Targets, environ: MutableMapping[str, str]) -> Companion:
     """Return what pushes to the Collector at `url`. Raise `BuildError`."""
-    from vitalsd.exporters.otlp import NotInstalled, Push, endpoint_of, isolate
+    from vitalsd.exporters.otlp import NotInstalledError, Push, endpoint_of, isolate
 
     ignored = isolate(environ)
     try:
         push = Push(targets, endpoint_of(url), interval_s=config.otlp_interval_s, threads=config.thread_series)
-    except (ValueError, NotInstalled) as error:
+    except (ValueError, NotInstalledError) as error:
         raise BuildError(str(error)) from None
     if ignored:
         log.warning("options alone say what is sent and where; ignored: %s", ", ".join(ignored))

@@ -16,12 +16,12 @@ from types import TracebackType
 from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
 from vitalsd.discovery.runtime_file import Endpoint
-from vitalsd.recording.recorder import NotRecording
+from vitalsd.recording.recorder import NotRecordingError
 from vitalsd.sidecar.builder import InProcess, build_in_process
 from vitalsd.sidecar.config import DEFAULTS, TIMEOUT, Auth, SidecarConfig
 from vitalsd.sidecar.exit_note import died_of_exception
 from vitalsd.sidecar.fork import ForkHooks, Pausable, PausableLoop, pause_all
-from vitalsd.sources.process_identity import Undecided
+from vitalsd.sources.process_identity import IdentityUnknownError
 from vitalsd.worker_thread import start_thread
 
 __all__ = ["Sidecar", "StartError", "start"]
@@ -95,7 +95,7 @@ class Sidecar:
             return False
         try:
             self._sampler.recorder.mark(cleaned)
-        except NotRecording as error:
+        except NotRecordingError as error:
             if not self._stopping:
                 log.warning("the mark %r was not recorded: %s", cleaned, error)
             return False
@@ -231,7 +231,9 @@ class _Process:
                 except BaseException as error:
                     self._sidecar = None
                     # TimeoutError is an OSError, and raised as it is.
-                    if isinstance(error, TimeoutError) or not isinstance(error, RuntimeError | Undecided | OSError):
+                    if isinstance(error, TimeoutError) or not isinstance(
+                        error, RuntimeError | IdentityUnknownError | OSError
+                    ):
                         raise
                     why = error.strerror if isinstance(error, OSError) and error.filename is None else None
                     raise StartError(f"the sidecar could not be started: {why or error}") from error

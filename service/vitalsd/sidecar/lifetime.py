@@ -12,7 +12,7 @@ from vitalsd.sidecar.service import Companion, Service
 from vitalsd.snapshot import Identity
 from vitalsd.sources.base import SourceError
 from vitalsd.sources.process_identity import Births
-from vitalsd.worker_thread import NoThread
+from vitalsd.worker_thread import NoThreadError
 
 __all__ = ["end_with", "follow"]
 
@@ -36,7 +36,9 @@ def end_with(target: ProcessRun, targets: Targets, kernel: Births, *, linger_s: 
 
     async def companion(sidecar: Service) -> None:
         await death_of(target.pid, target.start, kernel, poll=poll)
-        with suppress(SourceError):  # TargetGone, which the recorder notes: a client that starts again asks for it now
+        with suppress(
+            SourceError
+        ):  # TargetGoneError, which the recorder notes: a client that starts again asks for it now
             await targets.default.confirm()
         await asyncio.sleep(linger_s)
         sidecar.stop()
@@ -70,7 +72,7 @@ def follow(
         while True:
             try:
                 found = await targets.default.identity()
-            except (SourceError, NoThread):
+            except (SourceError, NoThreadError):
                 await asyncio.sleep(SEARCH_S)
                 continue
             sidecar.retarget(ProcessRun(found.pid, found.start_key))
@@ -93,7 +95,7 @@ async def _made(next_run: Callable[[], Sampler]) -> Sampler:
     while True:
         try:
             return next_run()
-        except NoThread:
+        except NoThreadError:
             await asyncio.sleep(SEARCH_S)
 
 

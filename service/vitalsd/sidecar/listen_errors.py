@@ -1,15 +1,15 @@
 """Why a sidecar cannot listen somewhere."""
 
-__all__ = ["ListenError", "NoAddress", "PortInUse"]
+__all__ = ["ListenError", "NoAddressError", "PortInUseError"]
 
 
 class ListenError(Exception):
     """The sidecar cannot listen there; ``str(error)`` is the reason, one sentence."""
 
 
-class PortInUse(ListenError):
+class PortInUseError(ListenError):
     """Another process listens on the port."""
 
 
-class NoAddress(ListenError):
+class NoAddressError(ListenError):
     """The machine has no such address: IPv6 is off, for example."""

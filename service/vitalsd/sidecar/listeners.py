@@ -84,7 +84,7 @@ def listen(
         allow_remote: another machine may connect; it needs `guarded` too.
 
     Raises:
-        PortInUse: the port that was asked for is taken.
+        PortInUseError: the port that was asked for is taken.
         ListenError: any other reason. Nothing is left open.
     """
     listeners = Listeners()

@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Iterator
 
-from vitalsd.sources.process_identity import Births, Undecided
+from vitalsd.sources.process_identity import Births, IdentityUnknownError
 
 __all__ = ["death_of"]
 
@@ -37,7 +37,7 @@ async def death_of(pid: int, start: int, kernel: Births, *, poll: bool = False) 
 def _lives(pid: int, start: int, kernel: Births) -> bool:
     try:
         return kernel.start_key(pid) == start
-    except Undecided:
+    except IdentityUnknownError:
         return True
 
 

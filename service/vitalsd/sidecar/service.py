@@ -29,7 +29,7 @@ from vitalsd.sidecar.listeners import Listeners
 from vitalsd.sources.platform import births
 from vitalsd.sources.process_identity import Births
 
-__all__ = ["Companion", "NotStarted", "Service", "serve"]
+__all__ = ["Companion", "NotStartedError", "Service", "serve"]
 
 log = logging.getLogger("vitalsd")
 
@@ -41,7 +41,7 @@ LOOK_S = 60.0
 """Between two looks whether the runtime file is still there: temporary files are cleaned up on many systems."""
 
 
-class NotStarted(RuntimeError):
+class NotStartedError(RuntimeError):
     """The web application failed at its start; the log has the reason."""
 
 
@@ -110,7 +110,7 @@ class Service:
             companions: run alongside; cancelled at the end.
 
         Raises:
-            NotStarted: the application did not start.
+            NotStartedError: the application did not start.
             Exception: whatever a companion raised.
         """
         tasks: list[asyncio.Task[None]] = []
@@ -128,7 +128,7 @@ class Service:
         try:
             await self._server.serve(sockets=self.listeners.sockets)
         except SystemExit:  # uvicorn's way to say it
-            raise NotStarted("the application did not start; the log says why") from None
+            raise NotStartedError("the application did not start; the log says why") from None
         finally:
             for task in tasks:
                 task.cancel()

@@ -10,10 +10,10 @@ from vitalsd.discovery.program_key import program_key
 from vitalsd.discovery.runtime_file import ProcessRun
 from vitalsd.sidecar.config import SidecarConfig
 from vitalsd.snapshot import Identity
-from vitalsd.sources.base import NoSuchProcess, ProcessEntry, Source, SourceError
+from vitalsd.sources.base import NoSuchProcessError, ProcessEntry, Source, SourceError
 from vitalsd.sources.platform import Platform
 from vitalsd.sources.programs import ProgramDigest
-from vitalsd.worker_thread import Hung, Worker
+from vitalsd.worker_thread import HungError, Worker
 
 __all__ = ["Taken", "TargetProcess", "choose_process"]
 
@@ -66,8 +66,8 @@ class TargetProcess:
         try:
             pid = self._pid if self._name is None else self._choose(self._name)
             source = self.platform.open_source(pid, program_of=self._program_of)
-        except NoSuchProcess as error:
-            raise NoSuchProcess(f"{error}; waiting for one" if self._name is not None else str(error)) from None
+        except NoSuchProcessError as error:
+            raise NoSuchProcessError(f"{error}; waiting for one" if self._name is not None else str(error)) from None
         self._opened_as = source.identity().name
         return source
 
@@ -89,7 +89,7 @@ class TargetProcess:
         if self._name is None or now.name == self._opened_as:  # without a change of name no list is needed
             return False
         name = self._name
-        with suppress(SourceError, Hung):
+        with suppress(SourceError, HungError):
             taken = await finder.ask(lambda: choose_process(name, self.platform), "the list of processes: a read")
             return now.pid not in taken.called
         return False
@@ -112,7 +112,7 @@ def choose_process(name: str, platform: Platform) -> Taken:
     does not count, as in its file systems: a framework build of Python runs as ``Python``.
 
     Raises:
-        NoSuchProcess: none has this name.
+        NoSuchProcessError: none has this name.
     """
     fold = str.casefold if platform.name == "macos" else str
     every = {entry.pid: entry for entry in platform.list_processes()}
@@ -122,7 +122,7 @@ def choose_process(name: str, platform: Platform) -> Taken:
         if entry.is_of(os.geteuid()) and entry.pid != os.getpid() and fold(name) in map(fold, entry.names)
     )
     if not called:
-        raise NoSuchProcess(
+        raise NoSuchProcessError(
             f"no process of yours is called {name}; a process is called as its main thread (on Linux its first 15"
             " bytes), its program or its #! script; what runs as `python app.py` is called python"
         )

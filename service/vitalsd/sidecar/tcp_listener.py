@@ -6,7 +6,7 @@ import socket
 
 from vitalsd.discovery.unix_socket import direct_socket
 from vitalsd.sidecar.config import DEFAULT_PORT
-from vitalsd.sidecar.listen_errors import ListenError, NoAddress, PortInUse
+from vitalsd.sidecar.listen_errors import ListenError, NoAddressError, PortInUseError
 
 __all__ = ["BACKLOG", "bind_port", "bind_tcp", "is_remote"]
 
@@ -42,8 +42,8 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     TCP; without it every answer on a kept connection waits 40 ms for an acknowledgement.
 
     Raises:
-        PortInUse: the port is taken.
-        NoAddress: this machine has no such address.
+        PortInUseError: the port is taken.
+        NoAddressError: this machine has no such address.
         ListenError: any other refusal.
     """
     address = _address(host)
@@ -59,9 +59,9 @@ def bind_tcp(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise PortInUse(f"port {port} on {address} is in use") from None
+            raise PortInUseError(f"port {port} on {address} is in use") from None
         if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-            raise NoAddress(f"this machine has no address {address}: {error.strerror}") from None
+            raise NoAddressError(f"this machine has no address {address}: {error.strerror}") from None
         raise ListenError(f"cannot listen on {address} port {port}: {error.strerror}") from None
     return listener
 
@@ -82,7 +82,7 @@ def bind_port(host: str, port: int | None, notes: list[str]) -> list[socket.sock
         return _bind(host, port, notes)
     try:
         return _bind(host, DEFAULT_PORT, notes)
-    except PortInUse as error:
+    except PortInUseError as error:
         notes.append(f"{error}; taking a free one")
         return _bind(host, 0, notes)
 
@@ -103,16 +103,16 @@ def _bind(host: str, port: int, notes: list[str]) -> list[socket.socket]:
         for _ in range(PAIR_TRIES if port == 0 else 1):
             try:
                 listener = bind_tcp(host, port)
-            except PortInUse:
+            except PortInUseError:
                 if not passed_over:
                     raise
                 break
             number = listener.getsockname()[1]
             try:
                 return [listener, bind_tcp(LOOPBACK_6, number)]
-            except NoAddress:
+            except NoAddressError:
                 return [listener]
-            except PortInUse:
+            except PortInUseError:
                 reason = "is held by another process"
                 passed_over.append(listener)
             except ListenError as error:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 
-from vitalsd.sources.base import ProcessEntry, Source, Unsupported
+from vitalsd.sources.base import ProcessEntry, Source, UnsupportedError
 from vitalsd.sources.programs import ProgramOf, no_program
 
 __all__ = ["hides_processes", "list_processes", "open_source", "platform_name"]
@@ -24,7 +24,7 @@ def open_source(pid: int | None = None, *, proc_root: str = "/proc", program_of:
         program_of: makes `Identity.program` of what the process executes; by default it stays empty.
 
     Raises:
-        SourceError: `NoSuchProcess`, `AccessDenied`, or `Unsupported` on another platform.
+        SourceError: `NoSuchProcessError`, `AccessDeniedError`, or `UnsupportedError` on another platform.
     """
     if sys.platform == "linux":
         from vitalsd.sources.linux.source import LinuxSource
@@ -34,7 +34,7 @@ def open_source(pid: int | None = None, *, proc_root: str = "/proc", program_of:
         from vitalsd.sources.darwin.processes import open_process
 
         return open_process(pid, program_of=program_of)
-    raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")
+    raise UnsupportedError(f"vitalsd reads macOS and Linux; this is {sys.platform}")
 
 
 def hides_processes(*, proc_root: str = "/proc") -> bool:
@@ -55,7 +55,7 @@ def list_processes(*, proc_root: str = "/proc") -> Iterator[ProcessEntry]:
     The processes this user may sample, by ascending pid; those that vanish meanwhile are skipped.
 
     Raises:
-        Unsupported: on another platform.
+        UnsupportedError: on another platform.
     """
     if sys.platform == "linux":
         from vitalsd.sources.linux.processes import list_processes as processes
@@ -65,4 +65,4 @@ def list_processes(*, proc_root: str = "/proc") -> Iterator[ProcessEntry]:
         from vitalsd.sources.darwin.processes import list_processes as darwin_processes
 
         return darwin_processes()
-    raise Unsupported(f"vitalsd reads macOS and Linux; this is {sys.platform}")
+    raise UnsupportedError(f"vitalsd reads macOS and Linux; this is {sys.platform}")

@@ -4,11 +4,11 @@ The `Source` protocol: one source reads one process, one module per kernel.
 Errors a source may raise, each with a sentence that reaches the user as it is::
 
     SourceError
-    ├── NoSuchProcess    there is no such process
-    ├── AccessDenied     it exists, and this user may not read it
-    ├── TargetGone       it was being read and has exited (a reused pid counts as that)
-    ├── Unsupported      this platform or kernel cannot give the number
-    └── KernelError      the kernel answered something else
+    ├── NoSuchProcessError  there is no such process
+    ├── AccessDeniedError   it exists, and this user may not read it
+    ├── TargetGoneError     it was being read and has exited (a reused pid counts as that)
+    ├── UnsupportedError    this platform or kernel cannot give the number
+    └── KernelError         the kernel answered something else
 """
 
 import os
@@ -19,15 +19,15 @@ from typing import NamedTuple, Protocol
 from vitalsd.snapshot import Identity, Snapshot
 
 __all__ = [
-    "AccessDenied",
+    "AccessDeniedError",
     "Ending",
     "KernelError",
-    "NoSuchProcess",
+    "NoSuchProcessError",
     "ProcessEntry",
     "Source",
     "SourceError",
-    "TargetGone",
-    "Unsupported",
+    "TargetGoneError",
+    "UnsupportedError",
 ]
 
 
@@ -35,11 +35,11 @@ class SourceError(Exception):
     """The numbers cannot be had; ``str(error)`` says why in a sentence."""
 
 
-class NoSuchProcess(SourceError):
+class NoSuchProcessError(SourceError):
     """There is no such process."""
 
 
-class AccessDenied(SourceError):
+class AccessDeniedError(SourceError):
     """The process exists and this user may not read it."""
 
 
@@ -65,7 +65,7 @@ class Ending(NamedTuple):
         return cls(False, f"killed by signal {-code}")
 
 
-class TargetGone(SourceError):
+class TargetGoneError(SourceError):
     """The process has exited since it was opened, or is a zombie."""
 
     def __init__(self, reason: str, ending: Ending | None = None) -> None:
@@ -74,7 +74,7 @@ class TargetGone(SourceError):
         """``None`` where the kernel tells only the parent."""
 
 
-class Unsupported(SourceError):
+class UnsupportedError(SourceError):
     """This platform or kernel cannot give the numbers."""
 
 
@@ -87,7 +87,7 @@ class Source(Protocol):
     Reads one process. Not thread-safe: all calls come from one thread.
 
     A source holds on to the process it was opened for: when that exits, even if its pid is given
-    to another process, every later call raises `TargetGone`.
+    to another process, every later call raises `TargetGoneError`.
     """
 
     def identity(self) -> Identity:

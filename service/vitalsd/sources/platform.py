@@ -51,7 +51,7 @@ def macos(library: str | None = None, tape: "Tape | None" = None) -> Platform:
         tape: gets every call and its reply.
 
     Raises:
-        Unsupported: the library does not load or lacks a function.
+        UnsupportedError: the library does not load or lacks a function.
     """
     from vitalsd.sources.darwin.libsystem import load
 

@@ -8,7 +8,7 @@ whether the process that wrote something is still the one that has its pid.
 import hashlib
 from typing import Protocol
 
-__all__ = ["ANY_MACHINE", "UNKNOWN_BOOT", "Births", "Undecided", "anonymous"]
+__all__ = ["ANY_MACHINE", "UNKNOWN_BOOT", "Births", "IdentityUnknownError", "anonymous"]
 
 
 ANY_MACHINE = "?"
@@ -16,7 +16,7 @@ UNKNOWN_BOOT = "unknown"
 """Where the system does not tell which boot it is, as with ``ProcSubset=pid`` of systemd.exec(5) and in gVisor."""
 
 
-class Undecided(Exception):
+class IdentityUnknownError(Exception):
     """The kernel does not tell whether the process lives."""
 
 
@@ -45,7 +45,7 @@ class Births(Protocol):
         """
         The kernel's start time of `pid`, equal to `Identity.start_key`; ``None``: no such process.
 
-        A zombie counts as no process. Raises `Undecided`.
+        A zombie counts as no process. Raises `IdentityUnknownError`.
         """
         ...
 

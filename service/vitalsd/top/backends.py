@@ -14,7 +14,7 @@ from vitalsd.contract.metrics import FullMetrics, Unavailable, parse_runtime_met
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.snapshot import measure
-from vitalsd.sources.base import Source, SourceError, TargetGone
+from vitalsd.sources.base import Source, SourceError, TargetGoneError
 from vitalsd.text import one_line
 from vitalsd.top.events import FeedEvent, InitialHistory, Note, Sample, TargetInfo
 from vitalsd_client.locate import RunningSidecar
@@ -143,7 +143,7 @@ class SidecarBackend:
             if self.final:
                 yield from self._last_window(table)
             if ended:
-                raise TargetGone(one_line(str(ended)))
+                raise TargetGoneError(one_line(str(ended)))
         else:
             yield self._target_info(self._json("/metrics", {"window_ms": 10, "detail": "full", **process})["target"])
         window_ms = min(60_000, max(10, round(self._interval_s * 1000)))
@@ -161,7 +161,7 @@ class SidecarBackend:
             # No new sample: the recorder is slower than this view, or it has stopped.
             elif recorded and (ended := (self._json("/info")["recorder"] or {}).get("ended")):
                 yield from self._latest()
-                raise TargetGone(one_line(str(ended)))
+                raise TargetGoneError(one_line(str(ended)))
             uptime_s = now_s
             due = max(due + self._interval_s, time.monotonic())
             if not pause(due):
@@ -207,7 +207,7 @@ class SidecarBackend:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             reason = f"{path} was answered with status {answer.status}"
         if answer.status == 410:
-            raise TargetGone(one_line(reason))
+            raise TargetGoneError(one_line(reason))
         raise ExchangeError(reason)
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 
 from vitalsd.discovery.http_connection import ExchangeError
-from vitalsd.sources.base import Source, SourceError, TargetGone
+from vitalsd.sources.base import Source, SourceError, TargetGoneError
 from vitalsd.top.backends import DirectBackend, SidecarBackend
 from vitalsd.top.events import Ended, FeedEvent, Interrupted, TargetInfo
-from vitalsd_client.locate import NoSidecar, RunningSidecar, locate
+from vitalsd_client.locate import NoSidecarError, RunningSidecar, locate
 
 __all__ = ["Feed"]
 
@@ -88,7 +88,7 @@ class Feed:
         Yield events, waiting in between; to be called once.
 
         Raises:
-            SourceError, NoSidecar, ExchangeError: there is no target from the start.
+            SourceError, NoSidecarError, ExchangeError: there is no target from the start.
         """
         reason = ""
         while not self._stopped.is_set():
@@ -98,12 +98,12 @@ class Feed:
                     for each in self._session.events(self._pause):
                         if isinstance(each, TargetInfo):
                             if each.start_id == self._over:
-                                raise TargetGone(reason)  # Its sidecar lingers; it has been shown.
+                                raise TargetGoneError(reason)  # Its sidecar lingers; it has been shown.
                             if self._is_another(each):
-                                raise TargetGone(f"process {each.pid} has exited; its pid is another process now")
+                                raise TargetGoneError(f"process {each.pid} has exited; its pid is another process now")
                             self._target = each
                         yield each
-            except TargetGone as error:
+            except TargetGoneError as error:
                 if self._target is None:
                     raise
                 final = self._session is not None and self._session.final
@@ -111,7 +111,7 @@ class Feed:
                 yield Ended(reason)
                 if final or not self.follow:
                     return
-            except (SourceError, NoSidecar, ExchangeError) as error:
+            except (SourceError, NoSidecarError, ExchangeError) as error:
                 if isinstance(self._session, SidecarBackend) and self._url is None:
                     self._unanswered = self._session.sidecar, time.monotonic() + SIDECAR_RETRY_S
                     continue  # At once, without it.
@@ -137,7 +137,7 @@ class Feed:
         )
 
     def _watching(self, pid: int) -> RunningSidecar | None:
-        with suppress(NoSidecar):
+        with suppress(NoSidecarError):
             if self._sidecars:
                 # Those that watch another process could be asked as well, but have no past of this one.
                 watching = (each for each in locate(pid=pid) if each.pid is None)

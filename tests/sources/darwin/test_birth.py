@@ -15,7 +15,7 @@ from vitalsd.sidecar.listeners import Listeners
 from vitalsd.sidecar.service import Service
 from vitalsd.sources.darwin.process_identity import DarwinBirths
 from vitalsd.sources.darwin.processes import open_process
-from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Undecided
+from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, IdentityUnknownError
 
 
 def test_start_and_boot_are_those_of_the_source(simulator: Simulator) -> None:
@@ -45,7 +45,7 @@ def test_no_process_has_no_start(simulator: Simulator) -> None:
 def test_a_refusal_decides_nothing(simulator: Simulator, code: int) -> None:
     """Another user's process, or an error of the kernel, is undecided and not dead."""
     simulator.fault("proc_pidinfo", code)
-    with pytest.raises(Undecided):
+    with pytest.raises(IdentityUnknownError):
         DarwinBirths(simulator.lib).start_key(os.getpid())
 
 

@@ -16,7 +16,7 @@ from support.as_darwin.emulation import TEARDOWN_MS, Kevent, Kqueue
 from support.darwin.simulator import Simulator
 from support.sidecars import eventually
 from support.workload import ChildWorkload
-from vitalsd.sources.base import Ending, SourceError, TargetGone
+from vitalsd.sources.base import Ending, SourceError, TargetGoneError
 from vitalsd.sources.darwin import libproc_source as libproc
 from vitalsd.sources.darwin.exit_status import NOTE_EXITSTATUS, ExitWatch
 from vitalsd.sources.darwin.libproc_source import LibprocSource
@@ -122,7 +122,7 @@ def test_the_source_tells_it_with_the_end(queues: list[Queue], simulator: Simula
     simulator.reuse_pid(child.pid)
     queues[0].exits(int(signal.SIGTERM))
     for _ in range(2):
-        with pytest.raises(TargetGone) as gone:
+        with pytest.raises(TargetGoneError) as gone:
             source.snapshot()
         assert gone.value.ending == Ending(True, "killed by SIGTERM")
     assert not queues[0].closed
@@ -169,13 +169,13 @@ def test_snapshot_during_teardown_waits_for_the_status(
         assert child.stdin is not None
         child.stdin.close()
         errors: list[SourceError] = []
-        while not (errors and isinstance(errors[-1], TargetGone)):
+        while not (errors and isinstance(errors[-1], TargetGoneError)):
             try:
                 source.snapshot()
             except SourceError as error:
                 errors.append(error)
         *before, last = errors
-        assert isinstance(last, TargetGone)
+        assert isinstance(last, TargetGoneError)
         assert last.ending == ending
         assert [str(error) for error in before] == [
             f"target {child.pid} is exiting: the kernel still frees its memory and files; ask again"
@@ -194,7 +194,7 @@ def test_snapshot_after_an_endless_teardown_gives_up(
         assert child.stdin is not None
         child.stdin.close()
         await_state(child.pid, "Z")
-        with pytest.raises(TargetGone) as gone:
+        with pytest.raises(TargetGoneError) as gone:
             source.snapshot()
         assert gone.value.ending is None
 
@@ -205,7 +205,7 @@ def test_snapshot_without_a_note_does_not_wait(simulator: Simulator, child: Chil
     with closing(LibprocSource(child.pid, lib=simulator.lib)) as source:
         source.snapshot()
         child.kill()
-        with pytest.raises(TargetGone) as gone:
+        with pytest.raises(TargetGoneError) as gone:
             source.snapshot()
         assert gone.value.ending is None
 

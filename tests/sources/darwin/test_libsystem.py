@@ -14,7 +14,7 @@ from support.darwin.abi import zig
 from support.darwin.simulator import SHORT_REPLY, Simulator
 from support.sidecars import eventually
 from support.target import OwnWorkload
-from vitalsd.sources.base import Unsupported
+from vitalsd.sources.base import UnsupportedError
 from vitalsd.sources.darwin.apple_headers import (
     MACH_TASK_BASIC_INFO,
     PROC_PIDTASKALLINFO,
@@ -56,31 +56,31 @@ def stub_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestLoading:
     def test_a_library_that_is_not_there(self, tmp_path: Path) -> None:
-        """`Unsupported`, with its path."""
-        with pytest.raises(Unsupported, match=re.escape(f"cannot load libSystem: {tmp_path}")):
+        """`UnsupportedError`, with its path."""
+        with pytest.raises(UnsupportedError, match=re.escape(f"cannot load libSystem: {tmp_path}")):
             load(str(tmp_path / "libSystem.dylib"))
 
     def test_a_library_that_is_none(self, tmp_path: Path) -> None:
-        """`Unsupported`, and the loader's own words."""
+        """`UnsupportedError`, and the loader's own words."""
         (tmp_path / "libSystem.dylib").write_text("no library")
-        with pytest.raises(Unsupported, match=r"cannot load libSystem: .*libSystem\.dylib"):
+        with pytest.raises(UnsupportedError, match=r"cannot load libSystem: .*libSystem\.dylib"):
             load(str(tmp_path / "libSystem.dylib"))
 
     @pytest.mark.parametrize("missing", [*FUNCTIONS, "mach_task_self_"])
     def test_a_symbol_that_is_not_there(self, missing: str, stub_directory: Path, tmp_path: Path) -> None:
-        """`Unsupported`, and its name: each single one is looked for."""
+        """`UnsupportedError`, and its name: each single one is looked for."""
         library = tmp_path / "stub.so"
         stub = (stub_directory / "stub.so").read_bytes()
         # In place, so that no offset in the file moves.
         assert stub.count(b"\0" + missing.encode() + b"\0") >= 1
         library.write_bytes(stub.replace(b"\0" + missing.encode() + b"\0", b"\0" + b"_" * len(missing) + b"\0"))
-        with pytest.raises(Unsupported, match=f"libSystem lacks a symbol: .*{missing}"):
+        with pytest.raises(UnsupportedError, match=f"libSystem lacks a symbol: .*{missing}"):
             load(str(library))
 
     @pytest.mark.skipif(sys.platform == "darwin", reason="there it is no other system")
     def test_another_system_lacks_them(self) -> None:
         """On Linux the module imports, and loading says what is missing."""
-        with pytest.raises(Unsupported, match="mach_task_self_"):
+        with pytest.raises(UnsupportedError, match="mach_task_self_"):
             load()
 
     def test_importing_loads_nothing(self) -> None:

@@ -21,7 +21,7 @@ from support.sidecars import eventually
 from vitalsd.sidecar.socket_activation import inherited
 from vitalsd.sidecar.tcp_listener import bind_tcp
 from vitalsd.snapshot import measure
-from vitalsd.sources.base import AccessDenied, Ending, KernelError, TargetGone
+from vitalsd.sources.base import AccessDeniedError, Ending, KernelError, TargetGoneError
 from vitalsd.sources.darwin.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.libsystem import load
@@ -175,7 +175,7 @@ def test_another_users_process_is_denied() -> None:
     if os.geteuid() == 0:
         assert LibprocSource(1).identity().pid == 1
         return
-    with pytest.raises(AccessDenied):
+    with pytest.raises(AccessDeniedError):
         LibprocSource(1)
 
 
@@ -185,7 +185,7 @@ def test_a_zombie_is_gone_and_its_usage_is_not() -> None:
         assert child.stdout is not None
         child.stdout.read()
         time.sleep(0.5)
-        with pytest.raises(TargetGone):
+        with pytest.raises(TargetGoneError):
             LibprocSource(child.pid)
         usage = rusage_info_v6()
         load().proc.rusage(child.pid, usage, 4)
@@ -203,12 +203,12 @@ def sleeping(code: str = "") -> "subprocess.Popen[bytes]":
     return child
 
 
-def last_error(source: LibprocSource) -> TargetGone:
+def last_error(source: LibprocSource) -> TargetGoneError:
     """Take snapshots until the target is gone."""
     while True:
         try:
             source.snapshot()
-        except TargetGone as error:
+        except TargetGoneError as error:
             return error
         except KernelError:  # it is exiting
             pass

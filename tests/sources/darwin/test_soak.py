@@ -152,5 +152,5 @@ def test_nothing_is_lost(simulator: Simulator, capsys: pytest.CaptureFixture[str
     assert simulator.violations == []
     assert rss_after <= rss_before + RSS_ALLOWANCE_BYTES
     assert outcomes["whole"] >= snapshots * 9 // 10
-    assert min(outcomes["KernelError"], outcomes["Unsupported"], outcomes["AccessDenied"], born[0]) > 0
+    assert min(outcomes["KernelError"], outcomes["UnsupportedError"], outcomes["AccessDeniedError"], born[0]) > 0
     assert outcomes["backwards"] == 0

@@ -18,7 +18,14 @@ from support.sidecars import eventually
 from support.target import OwnWorkload
 from support.workload import ChildWorkload
 from vitalsd.snapshot import measure
-from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, Source, TargetGone, Unsupported
+from vitalsd.sources.base import (
+    AccessDeniedError,
+    KernelError,
+    NoSuchProcessError,
+    Source,
+    TargetGoneError,
+    UnsupportedError,
+)
 from vitalsd.sources.darwin.apple_headers import (
     MACH_TASK_BASIC_INFO,
     PROC_PIDLISTFDS,
@@ -70,29 +77,31 @@ class TestOpening:
     @pytest.mark.parametrize("pid", [2**30, 0, -1, 2**31, 2**32 + 1, 2**64])
     def test_a_pid_that_nobody_has(self, simulator: Simulator, pid: int) -> None:
         """Also one that 32 bits would turn into somebody's."""
-        with pytest.raises(NoSuchProcess, match=f"no process has pid {pid}"):
+        with pytest.raises(NoSuchProcessError, match=f"no process has pid {pid}"):
             open_process(pid, lib=simulator.lib)
 
     def test_another_users_process(self, simulator: Simulator, child: ChildWorkload) -> None:
-        """`AccessDenied`, with the call and why."""
+        """`AccessDeniedError`, with the call and why."""
         simulator.caller_euid(os.geteuid() + 12345)
         simulator.fault("proc_pidinfo", 0)
-        with pytest.raises(AccessDenied, match=rf"process {child.pid} belongs to another user.*PROC_PIDTASKALLINFO"):
+        with pytest.raises(
+            AccessDeniedError, match=rf"process {child.pid} belongs to another user.*PROC_PIDTASKALLINFO"
+        ):
             open_process(child.pid, lib=simulator.lib)
 
     def test_a_zombie(self, simulator: Simulator, child: ChildWorkload) -> None:
-        """`TargetGone`, which says what it waits for."""
+        """`TargetGoneError`, which says what it waits for."""
         child.kill()
-        with pytest.raises(TargetGone, match="zombie"):
+        with pytest.raises(TargetGoneError, match="zombie"):
             open_process(child.pid, lib=simulator.lib)
         child.reap()
-        with pytest.raises(NoSuchProcess):
+        with pytest.raises(NoSuchProcessError):
             open_process(child.pid, lib=simulator.lib)
 
     def test_a_kernel_without_the_flavor(self, simulator: Simulator, child: ChildWorkload) -> None:
-        """`Unsupported`, with the call and the errno."""
+        """`UnsupportedError`, with the call and the errno."""
         simulator.fault("proc_pidinfo", errno.EINVAL, flavor=PROC_PIDTASKALLINFO)
-        with pytest.raises(Unsupported, match=rf"proc_pidinfo\(PROC_PIDTASKALLINFO\).*\({errno.EINVAL}\)"):
+        with pytest.raises(UnsupportedError, match=rf"proc_pidinfo\(PROC_PIDTASKALLINFO\).*\({errno.EINVAL}\)"):
             open_process(child.pid, lib=simulator.lib)
 
 
@@ -142,9 +151,9 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("flavor", "code", "error", "text"),
         [
-            (28, errno.EINVAL, Unsupported, "proc_pidinfo(PROC_PIDLISTTHREADIDS) failed: Invalid argument"),
-            (28, errno.EPERM, AccessDenied, "proc_pidinfo(PROC_PIDLISTTHREADIDS) failed: Operation not permitted"),
-            (28, errno.ESRCH, TargetGone, "has exited"),
+            (28, errno.EINVAL, UnsupportedError, "proc_pidinfo(PROC_PIDLISTTHREADIDS) failed: Invalid argument"),
+            (28, errno.EPERM, AccessDeniedError, "proc_pidinfo(PROC_PIDLISTTHREADIDS) failed: Operation not permitted"),
+            (28, errno.ESRCH, TargetGoneError, "has exited"),
             (
                 PROC_PIDTASKALLINFO,
                 SHORT_REPLY,
@@ -163,8 +172,8 @@ class TestFailures:
                 KernelError,
                 "proc_pidinfo(PROC_PIDTHREADID64INFO) answered 108 bytes",
             ),
-            (PROC_PIDTHREADID64INFO, errno.EPERM, AccessDenied, "proc_pidinfo(PROC_PIDTHREADID64INFO) failed"),
-            (PROC_PIDUNIQIDENTIFIERINFO, errno.ESRCH, TargetGone, "has exited"),
+            (PROC_PIDTHREADID64INFO, errno.EPERM, AccessDeniedError, "proc_pidinfo(PROC_PIDTHREADID64INFO) failed"),
+            (PROC_PIDUNIQIDENTIFIERINFO, errno.ESRCH, TargetGoneError, "has exited"),
         ],
     )
     def test_libproc(
@@ -196,7 +205,7 @@ class TestFailures:
         if child == 0:
             try:
                 source.snapshot()
-            except TargetGone:
+            except TargetGoneError:
                 os._exit(0)
             os._exit(1)
         assert os.waitpid(child, 0)[1] == 0
@@ -368,7 +377,7 @@ class TestIdentity:
         source.snapshot()
         simulator.reuse_pid(child.pid)
         for _ in range(2):
-            with pytest.raises(TargetGone, match="its pid belongs to another process now"):
+            with pytest.raises(TargetGoneError, match="its pid belongs to another process now"):
                 source.snapshot()
         assert LibprocSource(child.pid, lib=simulator.lib).identity().start_id != source.identity().start_id
 
@@ -536,9 +545,9 @@ class TestTicks:
         assert "24000000" in open_own().snapshot().warnings[0]
 
     def test_no_frequency_at_all(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
-        """`Unsupported`, with the name of the variable."""
+        """`UnsupportedError`, with the name of the variable."""
         simulator.state_tick_frequency(0)
-        with pytest.raises(Unsupported, match=r"sysctlbyname\(hw\.tbfrequency\)"):
+        with pytest.raises(UnsupportedError, match=r"sysctlbyname\(hw\.tbfrequency\)"):
             open_own()
 
 

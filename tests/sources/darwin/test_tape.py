@@ -25,7 +25,7 @@ from support.sidecars import environment
 from support.target import OwnWorkload
 from support.workload import ChildWorkload
 from vitalsd.snapshot import Snapshot, measure
-from vitalsd.sources.base import NoSuchProcess, ProcessEntry
+from vitalsd.sources.base import NoSuchProcessError, ProcessEntry
 from vitalsd.sources.darwin.functions import FUNCTIONS
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.libsystem import LibSystem, load
@@ -57,7 +57,7 @@ def scene(lib: LibSystem, pid: int) -> tuple[list[Snapshot], list[ProcessEntry],
         taken += [own.snapshot(extras=True), own.snapshot()]
     with closing(LibprocSource(pid, lib=lib, program_of=ProgramDigest(b"k" * 32))) as other:
         taken += [other.snapshot(extras=True), other.snapshot()]
-    with pytest.raises(NoSuchProcess):
+    with pytest.raises(NoSuchProcessError):
         LibprocSource(2**31 - 2, lib=lib)
     lib.host.uuid()
     return taken, list(list_processes(lib)), holdings(lib)

@@ -478,7 +478,7 @@ def test_own_process_that_proc_hides_is_called_so(begin: Begin, hidepid: int) ->
     target = begin("hidden", user=NOBODY, group=NOBODY, extra_groups=[])
     with closing(Snapshots(target.pid, hidepid)) as stranger:
         answer = stranger.take()
-    assert answer["error"] == "AccessDenied"
+    assert answer["error"] == "AccessDeniedError"
     assert answer["reason"].startswith(f"process {target.pid} is yours and /proc hides it")
     assert "PR_SET_DUMPABLE" in answer["reason"]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from support.paths import DATA
 from vitalsd.sources.linux.procfs import (
-    Malformed,
+    MalformedError,
     Stat,
     parse_run_times,
     parse_stat,
@@ -101,13 +101,13 @@ def test_image_is_empty_without_permission() -> None:
 def test_a_truncated_stat_is_malformed(length: int) -> None:
     """A line cut anywhere before the fields in use is refused, not read as smaller numbers."""
     content = (DATA / "stat-parentheses").read_bytes()
-    with pytest.raises(Malformed, match="stat"):
+    with pytest.raises(MalformedError, match="stat"):
         parse_stat(content[: min(length, content.index(b" 3582 "))])
 
 
 def test_malformed_says_what_stood_there() -> None:
     """The error carries the file's name and the start of the content, and no more of it."""
-    with pytest.raises(Malformed) as caught:
+    with pytest.raises(MalformedError) as caught:
         parse_statm(b"x" * 5000)
     assert str(caught.value) == f"unreadable content in statm: {b'x' * 64!r}"
 
@@ -134,7 +134,7 @@ def test_run_times_come_back(threads: list[tuple[int, int, int]]) -> None:
 )
 def test_schedstat_of_another_shape_is_malformed(contents: list[bytes]) -> None:
     """A thread's missing or surplus numbers are never made up by a neighbour's."""
-    with pytest.raises(Malformed, match="schedstat"):
+    with pytest.raises(MalformedError, match="schedstat"):
         parse_run_times(contents)
 
 
@@ -164,6 +164,6 @@ def test_names_are_text_without_surrogates(raw: bytes) -> None:
     )
 )
 def test_any_bytes_are_parsed_or_malformed(parse: Callable[[bytes], object], content: bytes) -> None:
-    """No content makes a parser raise anything but Malformed."""
-    with suppress(Malformed):
+    """No content makes a parser raise anything but MalformedError."""
+    with suppress(MalformedError):
         parse(content)

@@ -29,7 +29,14 @@ from support.sidecars import eventually
 from support.target import Target, cpu_at, set_name, spin
 from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources import list_processes, open_source
-from vitalsd.sources.base import AccessDenied, Ending, NoSuchProcess, Source, TargetGone, Unsupported
+from vitalsd.sources.base import (
+    AccessDeniedError,
+    Ending,
+    NoSuchProcessError,
+    Source,
+    TargetGoneError,
+    UnsupportedError,
+)
 from vitalsd.sources.linux.cpu_counters import KERNEL_TICK_NS, USER_TICK_NS
 from vitalsd.sources.linux.source import LinuxSource
 from vitalsd.sources.linux.thread_times import NAMES_EVERY_NS
@@ -374,7 +381,7 @@ def test_how_it_ended_is_told(code: str, ending: Ending, reaped: bool) -> None:
                 victim.stdin.write(b"\n")
             while Path(f"/proc/{victim.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0] != "Z":
                 time.sleep(0.001)
-        with pytest.raises(TargetGone, match="has exited") as error:
+        with pytest.raises(TargetGoneError, match="has exited") as error:
             source.snapshot()
     victim.wait()
     kernel = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
@@ -397,9 +404,9 @@ def test_a_reused_pid_is_target_gone() -> None:
             try:
                 if stranger.pid != victim.pid:
                     continue
-                with pytest.raises(TargetGone, match="has exited"):
+                with pytest.raises(TargetGoneError, match="has exited"):
                     source.snapshot()
-                with pytest.raises(TargetGone):
+                with pytest.raises(TargetGoneError):
                     source.snapshot(extras=True)
                 with opened(stranger.pid) as other:
                     assert other.identity().start_id != before.start_id
@@ -417,7 +424,7 @@ def test_a_thread_is_no_process(start: Start) -> None:
     """/proc answers for the id of any thread; it is said whose it is."""
     target = start("--idle", "1")
     tid = next(tid for tid in target.tids.values() if tid != target.pid)
-    with pytest.raises(NoSuchProcess, match=f"no process has pid {tid}; it is a thread of process {target.pid}"):
+    with pytest.raises(NoSuchProcessError, match=f"no process has pid {tid}; it is a thread of process {target.pid}"):
         LinuxSource(tid)
 
 
@@ -429,14 +436,14 @@ def test_a_zombie_is_gone() -> None:
         process.kill()
         while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.001)
-        with pytest.raises(TargetGone, match=str(process.pid)):
+        with pytest.raises(TargetGoneError, match=str(process.pid)):
             source.snapshot()
-        with pytest.raises(TargetGone, match="zombie"), opened(process.pid) as late:
+        with pytest.raises(TargetGoneError, match="zombie"), opened(process.pid) as late:
             late.snapshot()
         process.wait()
-        with pytest.raises(TargetGone):
+        with pytest.raises(TargetGoneError):
             source.snapshot()
-    with pytest.raises(NoSuchProcess, match=f"no process has pid {process.pid}"):
+    with pytest.raises(NoSuchProcessError, match=f"no process has pid {process.pid}"):
         LinuxSource(process.pid)
 
 
@@ -543,9 +550,9 @@ def test_a_stopped_target_reads_zero(start: Start) -> None:
 
 
 def test_there_is_no_such_process() -> None:
-    """A pid above the kernel's maximum and one that was never given are NoSuchProcess."""
+    """A pid above the kernel's maximum and one that was never given are NoSuchProcessError."""
     for pid in (2**31 - 1, 2**22 + 1):
-        with pytest.raises(NoSuchProcess, match=str(pid)):
+        with pytest.raises(NoSuchProcessError, match=str(pid)):
             LinuxSource(pid)
 
 
@@ -583,11 +590,11 @@ def test_hidepid_is_access_denied_and_not_gone(start: Start) -> None:
     target = start()
     with closing(Stranger(2, target.pid)) as stranger:
         assert stranger.snapshot() == {
-            "error": "AccessDenied",
+            "error": "AccessDeniedError",
             "reason": f"process {target.pid} belongs to another user and /proc hides it (hidepid)",
         }
     with closing(Stranger(2, 2**31 - 1)) as stranger:
-        assert stranger.snapshot()["error"] == "NoSuchProcess"
+        assert stranger.snapshot()["error"] == "NoSuchProcessError"
 
 
 @as_root
@@ -598,7 +605,7 @@ def test_a_target_that_hides_in_mid_window_is_access_denied(start: Start) -> Non
     with closing(Stranger(2, target.pid)) as stranger:
         assert len(stranger.snapshot()["tids"]) == 3
         target.ask("dumpable 0")
-        assert stranger.snapshot()["error"] == "AccessDenied"
+        assert stranger.snapshot()["error"] == "AccessDeniedError"
 
 
 @as_root
@@ -712,10 +719,10 @@ def test_a_captured_tree_lists_its_processes(capture: Path) -> None:
 
 
 def test_a_directory_that_is_no_procfs(tmp_path: Path) -> None:
-    """An empty root is Unsupported with what to do, not a missing process."""
-    with pytest.raises(Unsupported, match="not a procfs"):
+    """An empty root is UnsupportedError with what to do, not a missing process."""
+    with pytest.raises(UnsupportedError, match="not a procfs"):
         open_source(1, proc_root=str(tmp_path))
-    with pytest.raises(Unsupported, match="cannot list"):
+    with pytest.raises(UnsupportedError, match="cannot list"):
         list(list_processes(proc_root=str(tmp_path / "none")))
 
 
@@ -840,7 +847,7 @@ def test_no_descriptor_is_left_behind(start: Start) -> None:
         with opened(target.pid) as source:
             source.snapshot(extras=True)
         source.close()
-        with pytest.raises(NoSuchProcess):
+        with pytest.raises(NoSuchProcessError):
             LinuxSource(2**31 - 1)
     with opened() as own:
         own.snapshot(extras=True)
@@ -888,9 +895,9 @@ def test_every_listed_process_can_be_read() -> None:
         try:
             with opened(entry.pid) as source:
                 assert source.snapshot(extras=True).roster.tids
-        except (TargetGone, NoSuchProcess):
+        except (TargetGoneError, NoSuchProcessError):
             eventually(partial(has_ended, entry.pid))
-        except AccessDenied:
+        except AccessDeniedError:
             assert os.geteuid() != 0
 
 

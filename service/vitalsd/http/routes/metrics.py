@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 from starlette.types import Receive, Scope, Send
 
-from vitalsd.admission import Busy, Peer, Shares
+from vitalsd.admission import BusyError, Peer, Shares
 from vitalsd.contract.encoding import Detail, Labels, encode, unavailable
 from vitalsd.contract.limits import STREAMS, WINDOW_MS
 from vitalsd.contract.shapes import Lazy
@@ -236,7 +236,7 @@ class _Streams:
     async def answer(self, request: Request, query: Annotated[StreamQuery, query_params(StreamQuery)]) -> Response:
         peer = peer_of(request.scope)
         if not self._open.take(peer):
-            raise Busy(f"{STREAMS} streams are open already")
+            raise BusyError(f"{STREAMS} streams are open already")
         async with AsyncExitStack() as stack:
             stack.callback(self._open.release, peer)
             if request.method == "HEAD":

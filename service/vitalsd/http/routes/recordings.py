@@ -22,9 +22,9 @@ from vitalsd.http.parameters import (
 from vitalsd.http.responses import JSON, bare, problem
 from vitalsd.http.routes.context import RouteContext
 from vitalsd.http.single_flight import SingleFlight
-from vitalsd.recording.recorder import NotRecording
+from vitalsd.recording.recorder import NotRecordingError
 from vitalsd.recording.run_directory import RunDirectory
-from vitalsd.recording.run_reader import RunJson, UnreadableRun, read_run
+from vitalsd.recording.run_reader import RunJson, UnreadableRunError, read_run
 from vitalsd.recording.series import Mark, Record
 from vitalsd.sources.base import SourceError
 from vitalsd.text import iso
@@ -263,9 +263,9 @@ class _History:
                 return self._context.unavailable(error)
         record = target.recorder.record
         if record is None:
-            raise NotRecording(target.recorder.why_not_recorded)
+            raise NotRecordingError(target.recorder.why_not_recorded)
         if query.pid not in (None, record.identity.pid):
-            raise NotRecording(
+            raise NotRecordingError(
                 f"process {record.identity.pid} is recorded here; to record another: vitalsd serve --pid {query.pid}"
             )
         csv = _is_csv(request)
@@ -336,7 +336,7 @@ class _Runs:
         async def answer() -> Response:
             try:
                 record = await self._record(run_id)
-            except (UnreadableRun, OSError) as error:
+            except (UnreadableRunError, OSError) as error:
                 return problem("unreadable_run", str(error))
             if record is None:
                 return problem("no_such_run", NO_SUCH_RUN)
@@ -354,7 +354,7 @@ class _Runs:
         Return the record of an earlier run; None if there is no such run.
 
         Raises:
-            UnreadableRun: its file is damaged.
+            UnreadableRunError: its file is damaged.
             OSError: its file cannot be read.
         """
         if (replay := self._targets.default.replay) is not None:

@@ -28,12 +28,12 @@ from vitalsd.http.server.delivery import TAKEN
 from vitalsd.http.single_flight import SingleFlight
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_directory_reader import RunDirectoryReader
-from vitalsd.recording.run_reader import Run, UnreadableRun
+from vitalsd.recording.run_reader import Run, UnreadableRunError
 from vitalsd.recording.series import Record
 from vitalsd.sampling.target_pool import Targets
 from vitalsd.snapshot import Identity
 from vitalsd.sources.base import SourceError
-from vitalsd.worker_thread import Hung
+from vitalsd.worker_thread import HungError
 
 if TYPE_CHECKING:
     from vitalsd.report.builder import Collected
@@ -165,7 +165,7 @@ class _Reports:
 
         try:
             run = await self._reports.make(mark, peer=peer_of(request.scope))
-        except (UnreadableRun, OSError) as error:
+        except (UnreadableRunError, OSError) as error:
             return problem("unreadable_run", str(error))
         if run is None:
             return problem("no_such_run", NO_SUCH_RUN)
@@ -267,7 +267,7 @@ async def _past(
         subject = ReportSubject(app, identity.start_id, identity.name, identity.program, target_app)
     try:
         found = await shelf.read(lambda runs: find(runs, subject, query.run))
-    except Hung as error:
+    except HungError as error:
         found = Found(failure=Failure(PREVIOUS_RUN, str(error)))
     if found.failure is not None:
         collected.failures.append(found.failure)
@@ -291,7 +291,7 @@ def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
 def _marking(shelf: RunDirectoryReader, run_ids: Sequence[str]) -> Callable[[], Awaitable[None]]:
     async def mark() -> None:
         for run_id in run_ids:
-            with suppress(UnreadableRun, OSError, Hung):  # Then the next report contains the run again.
+            with suppress(UnreadableRunError, OSError, HungError):  # Then the next report contains the run again.
                 await shelf.read(partial(_mark, run_id=run_id))
 
     return mark

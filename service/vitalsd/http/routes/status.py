@@ -27,7 +27,7 @@ from vitalsd.recording.recorder import RecorderJson
 from vitalsd.sampling.target_pool import PooledTarget
 from vitalsd.sources.base import KernelError, ProcessEntry, SourceError
 from vitalsd.text import iso
-from vitalsd.worker_thread import Hung
+from vitalsd.worker_thread import HungError
 
 __all__ = ["status_routes"]
 
@@ -188,7 +188,7 @@ class _Status:
             entries = await self._listings.make(self._list, peer=peer_of(request.scope))
         except SourceError as error:
             return self._context.unavailable(error)
-        except Hung as error:
+        except HungError as error:
             return self._context.unavailable(KernelError(str(error)))
         return JSON([_process_json(entry) for entry in entries])
 
@@ -199,11 +199,11 @@ class _Status:
     async def health(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
         targets, lister, shelf = self._context.targets, self._context.lister, self._context.shelf
         if await targets.hangs() or await lister.hangs():
-            return problem("hung", str(Hung("a read of the kernel")))
+            return problem("hung", str(HungError("a read of the kernel")))
         if shelf is not None and await shelf.worker.hangs():
-            return problem("hung", str(Hung("the directory of runs: a read")))
+            return problem("hung", str(HungError("the directory of runs: a read")))
         if await targets.default.recorder.hangs():
-            return problem("hung", str(Hung("the directory of runs: a write")))
+            return problem("hung", str(HungError("the directory of runs: a write")))
         return JSON(HealthJson(status="ok"))
 
     async def info(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:

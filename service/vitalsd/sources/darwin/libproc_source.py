@@ -25,7 +25,7 @@ from ctypes import c_uint64
 from operator import add
 
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources.base import Ending, KernelError, TargetGone
+from vitalsd.sources.base import Ending, KernelError, TargetGoneError
 from vitalsd.sources.darwin.apple_headers import (
     PROC_FLAG_INEXIT,
     SSTOP,
@@ -72,7 +72,8 @@ class LibprocSource:
             each exec.
 
     Raises:
-        SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone` (a zombie), `Unsupported`, `KernelError`.
+        SourceError: `NoSuchProcessError`, `AccessDeniedError`, `TargetGoneError` (a zombie), `UnsupportedError` or
+            `KernelError`.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class LibprocSource:
         try:
             with translated_errors(self._target.pid):
                 return self._snapshot(extras)
-        except TargetGone as error:
+        except TargetGoneError as error:
             error.ending = self._await_ending()
             raise
 

@@ -9,7 +9,7 @@ import ctypes
 from ctypes import c_uint32
 from typing import TYPE_CHECKING, Any
 
-from vitalsd.sources.base import Unsupported
+from vitalsd.sources.base import UnsupportedError
 from vitalsd.sources.darwin.functions import DATA, bind
 from vitalsd.sources.darwin.host_info import HostInfo
 from vitalsd.sources.darwin.libproc import Libproc
@@ -31,7 +31,7 @@ class LibSystem:
         task: ``mach_task_self_``.
 
     Raises:
-        Unsupported: a function is missing; the text names it.
+        UnsupportedError: a function is missing; the text names it.
     """
 
     def __init__(self, quick: Any, slow: Any, task: c_uint32) -> None:
@@ -39,7 +39,7 @@ class LibSystem:
             bind(quick)
             bind(slow)
         except AttributeError as error:
-            raise Unsupported(f"libSystem lacks a symbol: {error}") from None
+            raise UnsupportedError(f"libSystem lacks a symbol: {error}") from None
         self.mach = MachTask(quick, slow, task)
         """Our own task."""
         self.proc = Libproc(slow)
@@ -56,17 +56,17 @@ def load(path: str | None = None, tape: "Tape | None" = None) -> LibSystem:
         tape: gets every call and its reply.
 
     Raises:
-        Unsupported: it does not load or lacks a function; the text names it.
+        UnsupportedError: it does not load or lacks a function; the text names it.
     """
     try:
         quick: Any = ctypes.PyDLL(path)
         slow: Any = ctypes.CDLL(path, use_errno=True)
     except OSError as error:
-        raise Unsupported(f"cannot load libSystem: {error}") from None
+        raise UnsupportedError(f"cannot load libSystem: {error}") from None
     try:
         task = DATA["mach_task_self_"].in_dll(quick, "mach_task_self_")
     except ValueError as error:
-        raise Unsupported(f"libSystem lacks a symbol: {error}") from None
+        raise UnsupportedError(f"libSystem lacks a symbol: {error}") from None
     if tape is not None:
         quick, slow = tape.of(quick), tape.of(slow)
     return LibSystem(quick, slow, task)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from operator import add
 
 from vitalsd.snapshot import Extras, Identity, Snapshot
-from vitalsd.sources.base import KernelError, TargetGone
+from vitalsd.sources.base import KernelError, TargetGoneError
 from vitalsd.sources.darwin.apple_headers import (
     mach_task_basic_info,
     task_absolutetime_info,
@@ -44,7 +44,7 @@ class MachSource:
         program_of: makes `Identity.program` of what the process executes.
 
     Raises:
-        SourceError: `Unsupported` or `KernelError`.
+        SourceError: `UnsupportedError` or `KernelError`.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class MachSource:
         if self._closed:
             raise ValueError("the source is closed")
         if os.getpid() != self._pid:
-            raise TargetGone(f"target {self._pid} is the parent of this process, and a task port names only oneself")
+            raise TargetGoneError(
+                f"target {self._pid} is the parent of this process, and a task port names only oneself"
+            )
         with translated_errors(self._pid):
             return self._snapshot(extras)
 

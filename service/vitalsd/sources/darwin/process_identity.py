@@ -6,7 +6,7 @@ from vitalsd.sources.darwin.apple_headers import proc_taskallinfo
 from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.darwin.task import boot_id, start_key
-from vitalsd.sources.process_identity import Undecided, anonymous
+from vitalsd.sources.process_identity import IdentityUnknownError, anonymous
 
 __all__ = ["DarwinBirths"]
 
@@ -38,5 +38,5 @@ class DarwinBirths:
         except ProcessLookupError:
             return None
         except (OSError, MachError) as error:
-            raise Undecided(f"process {pid}: {error}") from None
+            raise IdentityUnknownError(f"process {pid}: {error}") from None
         return start_key(info.pbsd)

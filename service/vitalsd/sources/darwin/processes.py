@@ -33,7 +33,8 @@ def open_process(
         program_of: makes `Identity.program` of what the process executes.
 
     Raises:
-        SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone` (a zombie), `Unsupported`, `KernelError`.
+        SourceError: `NoSuchProcessError`, `AccessDeniedError`, `TargetGoneError` (a zombie), `UnsupportedError` or
+            `KernelError`.
     """
     if pid is None or pid == os.getpid():
         return MachSource(lib=lib, wall_clock=wall_clock, program_of=program_of)
@@ -45,7 +46,7 @@ def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
     Processes this user may sample, by ascending pid; those that may not be read or vanish are skipped.
 
     Raises:
-        SourceError: `Unsupported` or `KernelError`.
+        SourceError: `UnsupportedError` or `KernelError`.
     """
     lib = lib or load()
     info = proc_taskallinfo()

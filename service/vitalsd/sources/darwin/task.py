@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from vitalsd.snapshot import Extras, Identity, ThreadExtras
-from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, TargetGone, Unsupported
+from vitalsd.sources.base import AccessDeniedError, KernelError, NoSuchProcessError, TargetGoneError, UnsupportedError
 from vitalsd.sources.darwin.apple_headers import (
     RUSAGE_INFO_V4,
     RUSAGE_INFO_V6,
@@ -76,12 +76,16 @@ def translated_errors(pid: int) -> Iterator[None]:
     try:
         yield
     except ProcessLookupError:
-        raise TargetGone(f"target {pid} has exited") from None
+        raise TargetGoneError(f"target {pid} has exited") from None
     except PermissionError as error:
-        raise AccessDenied(f"process {pid} belongs to another user, or a sandbox hides it: {error.strerror}") from None
+        raise AccessDeniedError(
+            f"process {pid} belongs to another user, or a sandbox hides it: {error.strerror}"
+        ) from None
     except OSError as error:
         unknown = error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOENT)
-        raise (Unsupported if unknown else KernelError)(f"process {pid}: {error.strerror} ({error.errno})") from None
+        raise (UnsupportedError if unknown else KernelError)(
+            f"process {pid}: {error.strerror} ({error.errno})"
+        ) from None
     except MachError as error:
         raise KernelError(f"process {pid}: {error}") from None
 
@@ -163,7 +167,8 @@ class OpenedProcess:
         program_of: makes `Identity.program` of what the process executes.
 
     Raises:
-        SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone` (a zombie), `Unsupported`, `KernelError`.
+        SourceError: `NoSuchProcessError`, `AccessDeniedError`, `TargetGoneError` (a zombie), `UnsupportedError` or
+            `KernelError`.
     """
 
     def __init__(
@@ -214,11 +219,11 @@ class OpenedProcess:
         Identity and totals, of one instant.
 
         Raises:
-            TargetGone: it has exited, even if its pid is in use again.
+            TargetGoneError: it has exited, even if its pid is in use again.
         """
         self._lib.proc.info(self.pid, self.info)
         if start_key(self.info.pbsd) != self.identity.start_key:
-            raise TargetGone(f"target {self.pid} has exited; its pid belongs to another process now")
+            raise TargetGoneError(f"target {self.pid} has exited; its pid belongs to another process now")
         name = process_name(self.info.pbsd)
         if name != self.identity.name:  # it has executed another program
             self.identity = self.identity._replace(name=name)
@@ -299,7 +304,7 @@ class OpenedProcess:
     def _attach(self) -> proc_taskallinfo:
         info = proc_taskallinfo()
         if not 0 < self.pid < 2**31:
-            raise NoSuchProcess(f"no process has pid {self.pid}")
+            raise NoSuchProcessError(f"no process has pid {self.pid}")
         with translated_errors(self.pid):
             try:
                 self._lib.proc.info(self.pid, info)
@@ -323,13 +328,13 @@ class OpenedProcess:
             Command(os.path.join(directory, executable), words[1:], directory, words[0] if words else b"")
         )
 
-    def _absent(self) -> NoSuchProcess | TargetGone:
+    def _absent(self) -> NoSuchProcessError | TargetGoneError:
         """Why the calls that want a live process do not find it; this one finds zombies too."""
         try:
             self._lib.proc.info(self.pid, proc_bsdshortinfo(), 1)
         except (OSError, MachError):
-            return NoSuchProcess(f"no process has pid {self.pid}")
-        return TargetGone(f"target {self.pid} has exited; its parent has not yet collected it (zombie)")
+            return NoSuchProcessError(f"no process has pid {self.pid}")
+        return TargetGoneError(f"target {self.pid} has exited; its parent has not yet collected it (zombie)")
 
     def _age_ns(self) -> int:
         """

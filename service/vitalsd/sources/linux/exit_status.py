@@ -6,7 +6,7 @@ import struct
 
 from vitalsd.sources.base import Ending
 from vitalsd.sources.linux.cpu_counters import reread
-from vitalsd.sources.linux.procfs import Malformed, parse_stat
+from vitalsd.sources.linux.procfs import MalformedError, parse_stat
 
 __all__ = ["ending"]
 
@@ -42,7 +42,7 @@ def _of_zombie(process_fd: int, stat_fd: int) -> int | None:
         os.readlink("exe", dir_fd=process_fd)
     except FileNotFoundError:  # and not EACCES: to whom it is forbidden, stat shows a status of 0
         return int(content.rsplit(None, 1)[1])
-    except (OSError, Malformed):
+    except (OSError, MalformedError):
         pass
     return None
 

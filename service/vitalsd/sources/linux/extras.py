@@ -18,7 +18,7 @@ def read_extras(files: ProcessFiles, threads: list[Stat | None], warnings: list[
         threads: the ``stat`` of each, ``None`` for one that has exited.
 
     Raises:
-        OSError, Malformed: as a file of the process gave it.
+        OSError, MalformedError: as a file of the process gave it.
     """
     total, sizes = files.process_stat(), files.status()
     return Extras(

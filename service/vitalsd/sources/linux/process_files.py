@@ -15,10 +15,17 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
-from vitalsd.sources.base import AccessDenied, KernelError, NoSuchProcess, SourceError, TargetGone, Unsupported
+from vitalsd.sources.base import (
+    AccessDeniedError,
+    KernelError,
+    NoSuchProcessError,
+    SourceError,
+    TargetGoneError,
+    UnsupportedError,
+)
 from vitalsd.sources.linux.cpu_counters import GONE, read_file, reread
 from vitalsd.sources.linux.exit_status import ending
-from vitalsd.sources.linux.procfs import Malformed, Stat, parse_stat, parse_statm, parse_status, parse_tgid
+from vitalsd.sources.linux.procfs import MalformedError, Stat, parse_stat, parse_statm, parse_status, parse_tgid
 
 __all__ = ["MemoryPages", "ProcessFiles"]
 
@@ -46,7 +53,7 @@ class ProcessFiles:
         has_pidfd: whether to open a pidfd, which needs a pid of our own pid namespace.
 
     Raises:
-        SourceError: `NoSuchProcess`, `AccessDenied`, `Unsupported` or `KernelError`.
+        SourceError: `NoSuchProcessError`, `AccessDeniedError`, `UnsupportedError` or `KernelError`.
     """
 
     def __init__(self, pid: int, root: str, *, has_pidfd: bool) -> None:
@@ -73,13 +80,13 @@ class ProcessFiles:
             self._pidfd = self._open_pidfd() if has_pidfd else -1
             process = parse_tgid(read_file("status", self.directory))
             if process not in (self.pid, None):
-                raise NoSuchProcess(f"no process has pid {self.pid}; it is a thread of process {process}")
+                raise NoSuchProcessError(f"no process has pid {self.pid}; it is a thread of process {process}")
             stat = self.leader_stat()
         except (FileNotFoundError, ProcessLookupError):
             raise self._absent() from None
         except PermissionError:
             raise self._denied(f"{self.root} hides it") from None
-        except Malformed as error:
+        except MalformedError as error:
             raise KernelError(f"process {self.pid}: {error}") from None
         except OSError as error:
             raise KernelError(f"cannot open {directory}: {error.strerror}") from None
@@ -143,7 +150,7 @@ class ProcessFiles:
         Where a thread is executing a program, the others end first; then it takes the place of the main one.
 
         Raises:
-            TargetGone: there is none.
+            TargetGoneError: there is none.
         """
         for _ in range(ATTEMPTS):
             for tid in self._candidates():
@@ -169,22 +176,22 @@ class ProcessFiles:
 
     # What their errors mean
 
-    def translated(self, error: OSError | Malformed) -> SourceError:
+    def translated(self, error: OSError | MalformedError) -> SourceError:
         """Return the error of a source for one that a file of this process gave."""
         match error:
             case ProcessLookupError() | FileNotFoundError():
                 if self._is_hidden():
-                    return AccessDenied(f"process {self.pid} does not let this user read it any more (hidepid)")
+                    return AccessDeniedError(f"process {self.pid} does not let this user read it any more (hidepid)")
                 return self._gone()
             case PermissionError():
-                return AccessDenied(f"process {self.pid}: {error.strerror}: {error.filename}")
-            case Malformed():
+                return AccessDeniedError(f"process {self.pid}: {error.strerror}: {error.filename}")
+            case MalformedError():
                 return KernelError(f"process {self.pid}: {error}")
             case _:
                 return KernelError(f"process {self.pid}: {error.strerror}")
 
-    def _gone(self, more: str = "") -> TargetGone:
-        return TargetGone(f"target {self.pid} has exited{more}", ending(self.directory, self._leader, self._pidfd))
+    def _gone(self, more: str = "") -> TargetGoneError:
+        return TargetGoneError(f"target {self.pid} has exited{more}", ending(self.directory, self._leader, self._pidfd))
 
     def _is_hidden(self) -> bool:
         """Whether it lives and /proc now hides it: what was open still answers, and nothing more can be opened."""
@@ -193,7 +200,7 @@ class ProcessFiles:
         except FileNotFoundError:
             try:
                 return self.leader_stat().state not in "ZX"
-            except (OSError, Malformed):
+            except (OSError, MalformedError):
                 return False
         except OSError:
             pass
@@ -202,7 +209,7 @@ class ProcessFiles:
     def _absent(self) -> SourceError:
         """Return why ``/proc/<pid>`` is not there; under hidepid=2 the process may be all the same."""
         if not os.path.exists(f"{self.root}/stat") and not os.path.exists(f"{self.root}/self"):
-            return Unsupported(f"{self.root} is not a procfs; mount it or name another with --proc-root")
+            return UnsupportedError(f"{self.root} is not a procfs; mount it or name another with --proc-root")
         if self.root == "/proc":
             try:
                 os.kill(self.pid, 0)
@@ -213,15 +220,15 @@ class ProcessFiles:
             else:
                 if not os.path.exists(f"/proc/{self.pid}"):  # else it has only just been there
                     return self._denied("/proc hides it (hidepid)")
-        return NoSuchProcess(f"no process has pid {self.pid}")
+        return NoSuchProcessError(f"no process has pid {self.pid}")
 
-    def _denied(self, how: str) -> AccessDenied:
+    def _denied(self, how: str) -> AccessDeniedError:
         """Return why a process that exists cannot be read; kill(2) shows whether it is of this user."""
         try:
             os.kill(self.pid, 0)
         except OSError:
-            return AccessDenied(f"process {self.pid} belongs to another user and {how}")
-        return AccessDenied(
+            return AccessDeniedError(f"process {self.pid} belongs to another user and {how}")
+        return AccessDeniedError(
             f"process {self.pid} is yours and {how}: it does not let itself be read (PR_SET_DUMPABLE, or a program"
             " with privileges of its own); ask as root, or mount /proc without hidepid"
         )

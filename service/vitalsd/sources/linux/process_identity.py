@@ -4,8 +4,8 @@ import os
 import time
 from contextlib import suppress
 
-from vitalsd.sources.linux.procfs import Malformed, parse_stat
-from vitalsd.sources.process_identity import UNKNOWN_BOOT, Undecided, anonymous
+from vitalsd.sources.linux.procfs import MalformedError, parse_stat
+from vitalsd.sources.process_identity import UNKNOWN_BOOT, IdentityUnknownError, anonymous
 
 __all__ = ["LinuxBirths", "boottime_offset_ticks"]
 
@@ -76,10 +76,10 @@ class LinuxBirths:
                 stat = parse_stat(file.read())
         except (FileNotFoundError, ProcessLookupError):
             if self._is_hidden(pid):
-                raise Undecided(f"process {pid} is not in {self._root}, and yet it exists") from None
+                raise IdentityUnknownError(f"process {pid} is not in {self._root}, and yet it exists") from None
             return None
-        except (OSError, Malformed) as error:
-            raise Undecided(f"process {pid}: {error}") from None
+        except (OSError, MalformedError) as error:
+            raise IdentityUnknownError(f"process {pid}: {error}") from None
         dead = stat.state in "ZX" and stat.thread_count <= 1
         return None if dead else stat.start_ticks - boottime_offset_ticks()
 

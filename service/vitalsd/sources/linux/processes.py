@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from vitalsd.sources.base import ProcessEntry, Unsupported
+from vitalsd.sources.base import ProcessEntry, UnsupportedError
 from vitalsd.sources.linux.cpu_counters import USER_TICK_NS, read_file
-from vitalsd.sources.linux.procfs import Malformed, parse_stat, parse_statm, parse_uids
+from vitalsd.sources.linux.procfs import MalformedError, parse_stat, parse_statm, parse_uids
 from vitalsd.sources.names import decode_name
 from vitalsd.sources.programs import Command
 
@@ -71,9 +71,9 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
     try:
         pids = sorted(int(name) for name in os.listdir(root) if name.isdecimal())
     except OSError as error:
-        raise Unsupported(f"cannot list {root}: {error.strerror}") from None
+        raise UnsupportedError(f"cannot list {root}: {error.strerror}") from None
     if not pids:
-        raise Unsupported(f"{root} is not a procfs; mount it or name another with --proc-root")
+        raise UnsupportedError(f"{root} is not a procfs; mount it or name another with --proc-root")
     boot_unix_ns = time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME)
     for pid in pids:
         try:
@@ -87,7 +87,7 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
             if not pages[0] and stat.thread_count > 1:
                 pages, command = _of_sibling(directory)
             uids = parse_uids(read_file("status", directory))
-        except (OSError, Malformed):
+        except (OSError, MalformedError):
             continue
         finally:
             os.close(directory)
@@ -107,7 +107,11 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
 
 
 def _of_sibling(process_fd: int) -> tuple[tuple[int, int, int], bytes]:
-    """Return pages in use and command line of a process with an exited main thread. Raises `OSError`, `Malformed`."""
+    """Return pages in use and command line of a process with an exited main thread.
+
+    Raises:
+        OSError, MalformedError: its files cannot be read.
+    """
     task = os.open("task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=process_fd)
     try:
         for tid in os.listdir(task):

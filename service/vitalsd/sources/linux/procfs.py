@@ -1,7 +1,7 @@
 """
 Parsers of Linux ``/proc`` text. Reading is `vitalsd.sources.linux.source`; nothing is opened here.
 
-Every parser takes the whole content of one file as bytes and raises `Malformed` and nothing else
+Every parser takes the whole content of one file as bytes and raises `MalformedError` and nothing else
 on content that no kernel writes. Formats: proc(5); fs/proc/array.c, fs/proc/task_mmu.c,
 kernel/sched/stats.h.
 """
@@ -15,7 +15,7 @@ from vitalsd.sources.names import decode_name
 
 __all__ = [
     "STATES",
-    "Malformed",
+    "MalformedError",
     "Stat",
     "freezer_paths",
     "parse_run_times",
@@ -43,7 +43,7 @@ STATES = {
 """The state letter of stat (fs/proc/array.c task_state_array), in words."""
 
 
-class Malformed(ValueError):
+class MalformedError(ValueError):
     """Content that the kernel does not write, with the start of it."""
 
     def __init__(self, file: str, content: bytes) -> None:
@@ -81,7 +81,7 @@ def parse_stat(content: bytes) -> Stat:
     opened, closed = content.find(b"("), content.rfind(b")")
     fields = content[closed + 2 :].split()
     if not 0 < opened < closed or len(fields) < 22:
-        raise Malformed("stat", content)
+        raise MalformedError("stat", content)
     try:
         start_code = int(fields[23]) if len(fields) > 25 else 0
         return Stat(
@@ -100,7 +100,7 @@ def parse_stat(content: bytes) -> Stat:
             image=tuple(map(int, fields[23:26])) if start_code > 1 else (),
         )
     except ValueError:
-        raise Malformed("stat", content) from None
+        raise MalformedError("stat", content) from None
 
 
 def parse_statm(content: bytes) -> tuple[int, int, int]:
@@ -109,7 +109,7 @@ def parse_statm(content: bytes) -> tuple[int, int, int]:
     try:
         return int(fields[0]), int(fields[1]), int(fields[3])
     except (ValueError, IndexError):
-        raise Malformed("statm", content) from None
+        raise MalformedError("statm", content) from None
 
 
 def parse_run_times(contents: Sequence[bytes]) -> list[int]:
@@ -120,13 +120,13 @@ def parse_run_times(contents: Sequence[bytes]) -> list[int]:
     """
     fields = b"".join(contents).split()
     if len(fields) != 3 * len(contents):
-        raise Malformed("schedstat", next((c for c in contents if len(c.split()) != 3), b""))
+        raise MalformedError("schedstat", next((c for c in contents if len(c.split()) != 3), b""))
     try:
         times = list(map(int, fields[::3]))
     except ValueError:
-        raise Malformed("schedstat", b" ".join(fields)) from None
+        raise MalformedError("schedstat", b" ".join(fields)) from None
     if times and min(times) < 0:
-        raise Malformed("schedstat", b" ".join(fields))
+        raise MalformedError("schedstat", b" ".join(fields))
     return times
 
 
@@ -145,7 +145,7 @@ def parse_status(content: bytes) -> dict[str, int]:
             try:
                 sizes[key.decode("ascii")] = int(value[:-3]) * 1024
             except ValueError:
-                raise Malformed("status", line) from None
+                raise MalformedError("status", line) from None
     return sizes
 
 
@@ -155,7 +155,7 @@ def parse_tgid(content: bytes) -> int | None:
     try:
         return int(rest.partition(b"\n")[0]) if found else None
     except ValueError:
-        raise Malformed("status", content) from None
+        raise MalformedError("status", content) from None
 
 
 def freezer_paths(content: bytes) -> list[tuple[int, str]]:

@@ -78,7 +78,7 @@ class RunningProgram:
             closely: read the main thread's stat also if it is not due.
 
         Raises:
-            OSError, Malformed, TargetGone: as a file of the process gave it.
+            OSError, MalformedError, TargetGoneError: as a file of the process gave it.
         """
         memory = self._files.memory()
         # At exec by another thread than the main one all others end.

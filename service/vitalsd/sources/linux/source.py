@@ -17,7 +17,7 @@ import time
 from typing import NamedTuple
 
 from vitalsd.snapshot import Identity, Snapshot
-from vitalsd.sources.base import Unsupported
+from vitalsd.sources.base import UnsupportedError
 from vitalsd.sources.linux.cpu_counters import (
     USER_TICK_NS,
     CommFiles,
@@ -31,7 +31,7 @@ from vitalsd.sources.linux.cpu_counters import (
 from vitalsd.sources.linux.extras import read_extras
 from vitalsd.sources.linux.process_files import ProcessFiles
 from vitalsd.sources.linux.processes import CLOCK_BOOTTIME, PAGE_BYTES
-from vitalsd.sources.linux.procfs import Malformed
+from vitalsd.sources.linux.procfs import MalformedError
 from vitalsd.sources.linux.running_program import RunningProgram
 from vitalsd.sources.linux.thread_times import ThreadTimes
 from vitalsd.sources.linux.threads import ThreadList
@@ -69,7 +69,7 @@ class LinuxSource:
         program_of: makes `Identity.program`; called when the source is opened and after each exec.
 
     Raises:
-        SourceError: `NoSuchProcess`, `AccessDenied`, `TargetGone`, `Unsupported` or `KernelError`.
+        SourceError: `NoSuchProcessError`, `AccessDeniedError`, `TargetGoneError`, `UnsupportedError` or `KernelError`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LinuxSource:
         own = _own_pid(root)
         same_namespace = own == os.getpid()
         if pid is not None and own and not same_namespace and root == "/proc":
-            raise Unsupported(
+            raise UnsupportedError(
                 "/proc is of another pid namespace, where this number is another process's; mount a procfs of our own"
                 " there (unshare --mount-proc), or name that one by another path with --proc-root"
             )
@@ -124,7 +124,7 @@ class LinuxSource:
             self._program.set_executed()
             assert taken is not None
             return taken
-        except (OSError, Malformed) as error:
+        except (OSError, MalformedError) as error:
             raise self._files.translated(error) from None
 
     def restart(self) -> None:
@@ -213,7 +213,7 @@ class LinuxSource:
         kept = 0 if self._is_own else min(KEPT_NAMES, self._fd_budget // 2)  # Its descriptors are the program's own.
         try:
             self._times = ThreadTimes(ThreadList(task, self._choose_counter(), CommFiles(task, kept)))
-        except (OSError, Malformed) as error:
+        except (OSError, MalformedError) as error:
             raise self._files.translated(error) from None
         return self._times
 
