@@ -791,7 +791,7 @@ def test_the_proc_of_another_pid_namespace_is_not_taken_for_ours() -> None:
     own, other = done.stdout.splitlines()
     assert own.split()[0] == "1"
     assert own.split()[-2:] == ["2", "True"]
-    assert other.startswith("Unsupported /proc is of another pid namespace")
+    assert other.startswith("UnsupportedError /proc is of another pid namespace")
 
 
 # Descriptors
