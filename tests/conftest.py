@@ -44,9 +44,11 @@ LONGEST = (
 settings.register_profile("vitalsd", deadline=None, max_examples=int(os.environ.get("VITALSD_EXAMPLES", "50")))
 settings.load_profile("vitalsd")
 
-# In the background of a script SIGINT is ignored, and would be by all that is started here.
+# In the background of a script both are ignored, and would be by all programs that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -154,7 +154,7 @@ class TestTask:
             tid = threads.start_thread("busy")
             before = basic_ns()
             used = threads.burn(tid, BURN_NS)
-            assert basic_ns() == before
+            assert basic_ns() - before < used // 100  # microseconds of the kernel, rounded anew at each call
             threads.end_thread(tid)
             eventually(lambda: basic_ns() - before >= used)  # joined is not yet reaped
 

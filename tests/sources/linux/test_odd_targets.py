@@ -88,8 +88,9 @@ def test_parent_in_vfork_is_idle_and_its_child_is_another_process(begin: Begin) 
     _, pid, _ = begin("vfork")
     eventually(lambda: parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).state == "D")
     with closing(LinuxSource(pid)) as source:
-        found = [(m.cpu_ns, m.last.state, m.warnings) for m in windows(source, 5)][1:]
-    assert set(found) == {(0, "uninterruptible", ())}
+        found = list(windows(source, 5))[1:]
+    assert {(m.last.state, m.warnings) for m in found} == {("uninterruptible", ())}
+    assert all(m.cpu_ns < MS for m in found)  # It may have been falling asleep at the first snapshot.
 
 
 def test_process_that_shares_its_memory_is_counted_by_itself(begin: Begin) -> None:
