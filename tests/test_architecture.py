@@ -51,7 +51,7 @@ def imported_by_the_service() -> frozenset[str]:
 
 
 @pytest.mark.parametrize("module", [*modules(vitalsd), *modules(vitalsd_client)])
-def test_all_is_what_is_public(module: str) -> None:
+def test_modules_export_exactly_their_public_names(module: str) -> None:
     """__all__ names what a module defines without an underscore and others may use, sorted, and nothing else."""
     if module == "vitalsd.sources.darwin.apple_headers":
         return  # names of Apple's headers, all of them
@@ -75,7 +75,7 @@ def _used_elsewhere(module: str, name: str) -> bool:
     return f"{module}.{name}" in imported_by_the_service()
 
 
-def test_no_file_imports_through_the_source_root() -> None:
+def test_no_file_imports_the_source_root_package() -> None:
     """`service.vitalsd` would load every module a second time."""
     for folder in ("service", "clients", "tests", "benchmarks"):
         for file in (ROOT / folder).rglob("*.py"):
@@ -83,14 +83,14 @@ def test_no_file_imports_through_the_source_root() -> None:
                 assert imported.split(".")[0] not in ("service", "clients"), file
 
 
-def test_a_client_loads_no_server() -> None:
+def test_import_of_vitalsd_client_loads_no_server() -> None:
     """A program that imports vitalsd_client gets neither FastAPI nor uvicorn nor Starlette with it."""
     code = "import sys, vitalsd_client; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"fastapi", "uvicorn", "starlette"} & set(out.stdout.split())
 
 
-def test_help_loads_no_server() -> None:
+def test_help_option_loads_no_server() -> None:
     """`vitalsd --help` answers before anything heavy is imported."""
     code = "import sys, vitalsd.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -98,7 +98,7 @@ def test_help_loads_no_server() -> None:
 
 
 @pytest.mark.parametrize("command", [["runs"], ["endpoints"], ["report", "--help"], ["spool", "list"]])
-def test_a_command_that_reads_the_disk_loads_no_server(command: list[str], short_path: Path) -> None:
+def test_commands_that_read_the_disk_load_no_server(command: list[str], short_path: Path) -> None:
     """It answers in the time of an interpreter's start, and not of a web framework's."""
     code = (
         "import sys; from vitalsd.cli import main\n"
@@ -111,7 +111,7 @@ def test_a_command_that_reads_the_disk_loads_no_server(command: list[str], short
     assert not {"fastapi", "uvicorn", "starlette"} & set(out.stdout.split())
 
 
-def test_importing_has_no_effect() -> None:
+def test_import_of_any_module_has_no_effect() -> None:
     """Importing a module starts no thread, opens no descriptor and touches no signal handler or logger."""
     code = (
         "import importlib, logging, os, signal, sys, threading\n"
@@ -135,7 +135,7 @@ def test_make_help_lists_every_target() -> None:
     assert out == subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_contributing_names_what_there_is() -> None:
+def test_contributing_names_existing_targets_and_files() -> None:
     """Every make target and every file that CONTRIBUTING.md speaks of exists."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -146,7 +146,7 @@ def test_contributing_names_what_there_is() -> None:
         assert (ROOT / "".join(path)).exists(), path
 
 
-def test_make_says_what_is_missing(tmp_path: Path) -> None:
+def test_make_without_a_suitable_python_names_the_remedy(tmp_path: Path) -> None:
     """Without a Python that will do, make tells which one is needed and how to name it."""
     for file in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / file).write_bytes((ROOT / file).read_bytes())
@@ -164,7 +164,7 @@ def test_make_says_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", [*modules(vitalsd), *modules(vitalsd_client)])
-def test_module_has_a_docstring_and_stands_in_the_design(module: str) -> None:
+def test_modules_have_a_docstring_and_a_row_in_the_design(module: str) -> None:
     """docs/design.md lists modules with the first paragraph of their docstrings; `make reference` writes the list."""
     loaded = importlib.import_module(module)
     assert loaded.__doc__
@@ -173,7 +173,7 @@ def test_module_has_a_docstring_and_stands_in_the_design(module: str) -> None:
     assert f"{name}`" in (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 
-def test_imports_have_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     """As modules load, none needs one that needs it."""
     every = {*modules(vitalsd), *modules(vitalsd_client)}
     needs = {
@@ -184,7 +184,7 @@ def test_imports_have_no_circle() -> None:
     order.prepare()  # raises CycleError
 
 
-def test_the_tests_that_reliability_names_are_there() -> None:
+def test_reliability_page_names_existing_tests() -> None:
     """docs/reliability.md claims nothing whose test has been renamed or removed."""
     named = re.findall(
         r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
@@ -317,7 +317,7 @@ LINUX_ALONE = {
 """Names that Python lacks on macOS, where they are used behind a test of ``sys.platform``."""
 
 
-def test_names_that_python_lacks_on_macos_are_used_for_linux_alone() -> None:
+def test_names_missing_on_macos_are_used_in_linux_code_only() -> None:
     """Of os, socket, select, resource, fcntl, signal, time and mmap; a new one needs a branch for macOS first."""
     lacking = {(module.__name__, name) for module, names in LACKING.items() for name in names.split()}
     used = {

@@ -14,7 +14,7 @@ MS = 1_000_000
 
 
 @given(pairs())
-def test_any_two_snapshots_give_finite_figures_that_are_not_negative(pair: tuple[Snapshot, Snapshot]) -> None:
+def test_measure_of_any_two_snapshots_is_finite_and_not_negative(pair: tuple[Snapshot, Snapshot]) -> None:
     """Whatever the kernel answered, no CPU time is below zero and every rate is finite."""
     m = measure(*pair)
     assert m.elapsed_ns > 0
@@ -30,7 +30,7 @@ def test_any_two_snapshots_give_finite_figures_that_are_not_negative(pair: tuple
 
 
 @given(pairs())
-def test_the_books_balance_to_the_nanosecond(pair: tuple[Snapshot, Snapshot]) -> None:
+def test_measure_cpu_accounting_balances_to_the_nanosecond(pair: tuple[Snapshot, Snapshot]) -> None:
     """process = living + exited + unattributed, and living is the sum over the threads, for any counters."""
     m = measure(*pair)
     assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
@@ -41,7 +41,7 @@ lives = st.dictionaries(st.integers(1, 30), st.tuples(st.integers(0, SECOND), st
 
 
 @given(stayed=lives, went=lives, came=lives, before=st.integers(0, SECOND))
-def test_nothing_is_unattributed_when_the_kernel_is_exact(
+def test_measure_of_exact_counters_has_nothing_unattributed(
     stayed: dict[int, tuple[int, int]],
     went: dict[int, tuple[int, int]],
     came: dict[int, tuple[int, int]],
@@ -64,13 +64,13 @@ def test_nothing_is_unattributed_when_the_kernel_is_exact(
     assert m.warnings == ()
 
 
-def test_a_rate_is_over_the_measured_time() -> None:
+def test_measure_rate_is_over_the_measured_time() -> None:
     """300 ms of CPU time in 1200 ms measured is that, whatever window was asked for."""
     m = measure(snapshot(0, [(1, 1, 0)]), snapshot(1200 * MS, [(1, 1, 300 * MS)]))
     assert (m.elapsed_ns, m.cpu_ns, m.thread_cpu_ns) == (1200 * MS, 300 * MS, [300 * MS])
 
 
-def test_a_reused_tid_is_another_thread() -> None:
+def test_measure_of_a_reused_tid_counts_its_own_time() -> None:
     """A thread is its tid and its birth: the newcomer's life counts for itself, not minus the other's."""
     m = measure(
         snapshot(0, [(7, 1, 900 * MS)]),
@@ -81,7 +81,7 @@ def test_a_reused_tid_is_another_thread() -> None:
     assert (m.exited_ns, m.unattributed_ns) == (0, 0)
 
 
-def test_a_counter_that_went_backwards_is_unknown() -> None:
+def test_measure_of_a_counter_that_went_back_is_null_with_a_warning() -> None:
     """Neither a thread nor the process ever has negative CPU time, and the answer warns."""
     m = measure(snapshot(0, [(1, 1, 50), (2, 1, 5)]), snapshot(SECOND, [(1, 1, 40), (2, 1, 6)], cpu_ns=7))
     assert (m.cpu_ns, m.thread_cpu_ns) == (0, [0, 1])
@@ -93,7 +93,7 @@ def test_a_counter_that_went_backwards_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("stated", [{"thread_grain_ns": 10 * MS}, {"thread_lag_ns": 5 * MS}, {"skew_ns": 5 * MS}])
-def test_a_thread_with_more_cpu_than_its_process_is_unknown(stated: dict[str, int]) -> None:
+def test_measure_of_a_thread_above_its_process_is_null(stated: dict[str, int]) -> None:
     """Beyond the stated errors of both figures; the process's total stays, and the rest is unattributed."""
     for excess_ns, unknown in ((9 * MS, set()), (11 * MS, {1})):
         first = snapshot(0, [(1, 1, 0), (2, 1, 0)], **stated)
@@ -107,7 +107,7 @@ def test_a_thread_with_more_cpu_than_its_process_is_unknown(stated: dict[str, in
         assert contradiction(m.first, m.last) == m.contradiction
 
 
-def test_idle_threads_of_a_process_that_ran_are_unknown() -> None:
+def test_measure_of_idle_threads_in_a_busy_process_is_null() -> None:
     """Beyond the stated errors: 3 threads of a lag of 4 ms may hide 12 ms. Nothing counts as exited either."""
     threads: list[Thread] = [(1, 1, 7), (2, 1, 7), (3, 1, 7)]
     first = snapshot(0, threads, thread_lag_ns=4 * MS)
@@ -120,14 +120,14 @@ def test_idle_threads_of_a_process_that_ran_are_unknown() -> None:
     assert m.contradiction == contradiction(first, last) == "no thread used CPU while the process used 13.0 ms"
 
 
-def test_idle_threads_beside_a_birth_contradict_nothing() -> None:
+def test_contradiction_of_idle_threads_beside_a_birth_is_none() -> None:
     """A thread that is new may have been made by one that came and went."""
     first = snapshot(0, [(1, 1, 7)])
     m = measure(first, snapshot(SECOND, [(1, 1, 7), (2, 5, 0)], cpu_ns=500 * MS))
     assert (m.unknown, m.exited_ns) == (frozenset(), 500 * MS - 7)
 
 
-def test_counters_that_were_read_anew_have_no_difference() -> None:
+def test_measure_across_a_reread_has_no_thread_figures() -> None:
     """The threads have no figure, and the process's total stays."""
     m = measure(snapshot(0, [(1, 1, 5)]), snapshot(SECOND, [(1, 1, 9)], reading=1))
     assert (set(m.unknown), m.thread_cpu_ns, m.cpu_ns) == ({0}, [0], 4)
@@ -135,7 +135,7 @@ def test_counters_that_were_read_anew_have_no_difference() -> None:
 
 
 @given(pairs())
-def test_contradiction_is_that_of_the_measurement(pair: tuple[Snapshot, Snapshot]) -> None:
+def test_contradiction_equals_that_of_measure(pair: tuple[Snapshot, Snapshot]) -> None:
     """Found with less arithmetic where the threads are the same."""
     first, last = pair
     assert contradiction(first, last) == measure(first, last).contradiction
@@ -173,7 +173,7 @@ def test_roster_shares_what_is_equal_with_the_one_before() -> None:
     assert not reused.has_same_threads(before)
 
 
-def test_exec_inside_the_window_makes_every_thread_new() -> None:
+def test_measure_across_an_exec_treats_every_thread_as_new() -> None:
     """The old leader's counter is not subtracted from the thread that took its id over."""
     first = snapshot(0, [(1, 1, 500), (2, 1, 700)], image=("old",))
     m = measure(first, snapshot(SECOND, [(1, 1, 800)], cpu_ns=1500, image=("new",)))
@@ -183,14 +183,14 @@ def test_exec_inside_the_window_makes_every_thread_new() -> None:
     assert "executed another program" in m.warnings[0]
 
 
-def test_an_unknown_image_is_no_exec() -> None:
+def test_measure_with_an_unknown_image_is_no_exec() -> None:
     """Where the kernel does not show the image, nothing is claimed about it."""
     m = measure(snapshot(0, [(1, 1, 5)], image=None), snapshot(SECOND, [(1, 1, 9)], image=("new",)))
     assert m.thread_cpu_ns == [4]
     assert m.warnings == ()
 
 
-def test_sleep_of_the_machine_is_said_and_not_counted() -> None:
+def test_measure_across_sleep_excludes_it_with_a_warning() -> None:
     """Rates are over the time awake; a difference between the clocks below 20 ms is no sleep."""
     first = snapshot(0, [(1, 1, 0)])
     slept = measure(first, snapshot(SECOND, [(1, 1, 5)], boottime_ns=9 * SECOND))
@@ -200,13 +200,13 @@ def test_sleep_of_the_machine_is_said_and_not_counted() -> None:
 
 
 @pytest.mark.parametrize("later", [0, -1])
-def test_a_window_without_length_is_refused(later: int) -> None:
+def test_measure_of_a_window_without_length_raises(later: int) -> None:
     """No rate is made from two snapshots of the same instant or in the wrong order."""
     with pytest.raises(ValueError, match="before first"):
         measure(snapshot(5, []), snapshot(5 + later, []))
 
 
-def test_the_split_follows_the_coarser_counters() -> None:
+def test_measure_user_and_system_time_add_up_to_cpu_time() -> None:
     """User and system time of a thread add up to its CPU time even though ticks are coarser."""
     threads: list[Thread] = [(1, 1, 0)]
     first = with_extras(snapshot(0, threads), user_ns=0, system_ns=0)
@@ -216,13 +216,13 @@ def test_the_split_follows_the_coarser_counters() -> None:
     assert m.user_ns == 10 * MS
 
 
-def test_warnings_are_said_once() -> None:
+def test_measure_warnings_of_both_snapshots_appear_once() -> None:
     """What both snapshots warn of stands once in the answer."""
     m = measure(snapshot(0, [], warnings=("a", "b")), snapshot(1, [], warnings=("b", "c")))
     assert m.warnings == ("a", "b", "c")
 
 
-def test_identity_names_a_run_and_not_a_pid() -> None:
+def test_identity_of_a_reused_pid_differs() -> None:
     """The same pid started at another tick has another start_id."""
 
     assert IDENTITY.start_id == "4242-217667-0b7e5a4e"
@@ -230,7 +230,7 @@ def test_identity_names_a_run_and_not_a_pid() -> None:
 
 
 @given(st.data())
-def test_a_thread_that_ran_while_it_was_read_is_within_its_error_bar(data: st.DataObject) -> None:
+def test_measure_of_a_thread_that_ran_while_read_is_within_its_error(data: st.DataObject) -> None:
     """A thread runs or does not: between its reading and its snapshot's instant it may have run all the time."""
     skew_ns = [data.draw(st.integers(0, 1_000_000)) for _ in range(2)]
     read_early_ns = [data.draw(st.integers(0, each)) for each in skew_ns]

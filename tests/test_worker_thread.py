@@ -10,7 +10,7 @@ from support.stopwatch import Stopwatch
 from vitalsd.worker_thread import StoppedError, Worker
 
 
-def test_what_a_call_raises_is_for_its_caller() -> None:
+def test_worker_call_that_raises_sets_its_future() -> None:
     """The future of a call has its exception, and the next call runs."""
     worker = Worker("w")
     with pytest.raises(ZeroDivisionError):
@@ -19,7 +19,7 @@ def test_what_a_call_raises_is_for_its_caller() -> None:
     assert worker.stop(5)
 
 
-def test_a_call_after_the_end_is_not_waited_for() -> None:
+def test_worker_call_after_close_fails_at_once() -> None:
     """Its future says so at once."""
     worker = Worker("w")
     assert worker.stop(5)
@@ -27,7 +27,7 @@ def test_a_call_after_the_end_is_not_waited_for() -> None:
         worker.submit(lambda: 7).result(5)
 
 
-def test_a_bug_in_a_call_nobody_waits_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_worker_call_without_a_waiter_that_raises_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """The thread goes on, and the log has the traceback."""
     worker = Worker("w")
     worker.post(lambda: 1 // 0)
@@ -38,7 +38,7 @@ def test_a_bug_in_a_call_nobody_waits_for_is_logged(caplog: pytest.LogCaptureFix
     assert "ZeroDivisionError" in str(record.exc_text)
 
 
-def test_a_beat_that_raises_is_followed_by_the_next(caplog: pytest.LogCaptureFixture) -> None:
+def test_worker_timer_call_that_raises_is_logged_and_repeated(caplog: pytest.LogCaptureFixture) -> None:
     """On the same grid of time, and it is logged once for each reason."""
     worker, times = Worker("w"), list[float]()
 
@@ -59,7 +59,7 @@ def test_a_beat_that_raises_is_followed_by_the_next(caplog: pytest.LogCaptureFix
     assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["a bug", "another"]
 
 
-def test_a_pause_is_granted_however_much_there_is_to_do() -> None:
+def test_worker_pause_with_a_full_queue_is_granted() -> None:
     """Between two calls that follow each other without a gap; nothing runs until it is over, and then all of it."""
     worker, done = Worker("w"), list[int]()
 
@@ -80,7 +80,7 @@ def test_a_pause_is_granted_however_much_there_is_to_do() -> None:
     assert done == list(range(100))
 
 
-def test_a_call_that_does_not_return_holds_up_no_pause() -> None:
+def test_worker_pause_during_a_hung_call_times_out() -> None:
     """Longer than was allowed; afterwards all is as before."""
     worker, begun, over = Worker("w"), threading.Event(), threading.Event()
     worker.post(begun.set)

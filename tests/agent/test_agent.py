@@ -51,7 +51,7 @@ def verbs(fake: FakeSupervisor) -> list[str]:
 # The property list
 
 
-def test_the_property_list_says_what_it_should(short_path: Path) -> None:
+def test_property_list_has_the_expected_keys(short_path: Path) -> None:
     """Absolute program, sockets on loopback and of mode 0600 on demand, umask, timeouts, logs; nothing at login."""
     [(path, content)] = launchd(short_path).files().items()
     job = plistlib.loads(content)
@@ -75,7 +75,7 @@ def test_the_property_list_says_what_it_should(short_path: Path) -> None:
     assert not {"KeepAlive", "RunAtLoad", "EnvironmentVariables"} & set(job)
 
 
-def test_with_a_name_it_runs_from_the_login_on(short_path: Path) -> None:
+def test_property_list_with_a_name_runs_at_login(short_path: Path) -> None:
     """A recorder that follows a process must run before somebody asks; awkward names and paths survive."""
     name = "a <b> & \"c\" 'd' é $HOME %n"
     changes = {"name": name, "port": 1234, "environment": {"VITALSD_STATE_DIR": "/s & t"}}
@@ -87,7 +87,7 @@ def test_with_a_name_it_runs_from_the_login_on(short_path: Path) -> None:
     assert job["EnvironmentVariables"] == {"VITALSD_STATE_DIR": "/s & t"}
 
 
-def test_an_independent_reader_agrees(short_path: Path) -> None:
+def test_property_list_reads_the_same_with_libplist(short_path: Path) -> None:
     """libplist reads the template and the installed file to the same content as Python."""
     template = ROOT / "launchd" / f"{LABEL}.plist"
     [rendered] = launchd(short_path, name="<&>").files().values()
@@ -135,7 +135,7 @@ def test_agent_of_a_vendored_copy_starts(kind: str, short_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["launchd", "systemd"])
 @pytest.mark.parametrize("wrong", ["missing", "plain", "directory", "bare-name-of-nothing"])
-def test_agent_whose_program_cannot_be_run_is_refused_with_what_to_do(
+def test_agent_with_an_unrunnable_program_is_refused_with_the_remedy(
     kind: str, wrong: str, short_path: Path, fake: FakeSupervisor
 ) -> None:
     """Status 1 and one sentence, and nothing is written: the supervisor would say it in its log alone."""
@@ -155,7 +155,7 @@ def test_agent_whose_program_cannot_be_run_is_refused_with_what_to_do(
     assert not list(short_path.rglob("vitalsd.service"))
 
 
-def test_agent_whose_program_is_a_bare_name_is_found_by_path(short_path: Path, fake: FakeSupervisor) -> None:
+def test_agent_with_a_bare_program_name_is_found_by_path(short_path: Path, fake: FakeSupervisor) -> None:
     """It has the absolute path, and not one in the working directory."""
     [content] = launchd(short_path, program=("launchctl", "vitalsd")).files().values()
     assert plistlib.loads(content)["ProgramArguments"] == [shutil.which("launchctl"), "vitalsd", "serve"]
@@ -164,7 +164,7 @@ def test_agent_whose_program_is_a_bare_name_is_found_by_path(short_path: Path, f
 # launchctl
 
 
-def test_install_bootstraps_and_uninstall_removes(short_path: Path, fake: FakeSupervisor) -> None:
+def test_launchd_install_bootstraps_and_uninstall_removes(short_path: Path, fake: FakeSupervisor) -> None:
     """The first install writes the file and bootstraps it into the user's session; uninstall undoes both."""
     agent = launchd(short_path)
     agent.install()
@@ -184,7 +184,7 @@ def test_install_bootstraps_and_uninstall_removes(short_path: Path, fake: FakeSu
     assert not agent.uninstall()
 
 
-def test_installed_again_unchanged_it_is_restarted(short_path: Path, fake: FakeSupervisor) -> None:
+def test_launchd_install_unchanged_restarts_the_agent(short_path: Path, fake: FakeSupervisor) -> None:
     """The same property list needs no new bootstrap: kickstart -k takes up new code."""
     launchd(short_path).install()
     fake.calls()
@@ -192,7 +192,7 @@ def test_installed_again_unchanged_it_is_restarted(short_path: Path, fake: FakeS
     assert verbs(fake) == ["kickstart"]
 
 
-def test_a_change_waits_for_the_old_job_to_end(short_path: Path, fake: FakeSupervisor) -> None:
+def test_launchd_install_changed_waits_for_the_old_job(short_path: Path, fake: FakeSupervisor) -> None:
     """bootout returns early: bootstrap is not tried before print fails, because it would fail with 5."""
     launchd(short_path).install()
     fake.set(drains=4)
@@ -205,7 +205,7 @@ def test_a_change_waits_for_the_old_job_to_end(short_path: Path, fake: FakeSuper
     assert fake.loaded
 
 
-def test_bootstrap_is_tried_again(short_path: Path, fake: FakeSupervisor) -> None:
+def test_launchd_bootstrap_that_fails_with_5_or_37_is_retried(short_path: Path, fake: FakeSupervisor) -> None:
     """5 and 37 may pass; three of them do not fail an install."""
     fake.set(fail={"bootstrap": [5, 37, 5]})
     launchd(short_path).install()
@@ -225,7 +225,7 @@ def test_bootstrap_is_tried_again(short_path: Path, fake: FakeSupervisor) -> Non
         ({"enable": [125]}, r"launchctl enable: 125"),
     ],
 )
-def test_error_codes_are_sentences(
+def test_launchctl_error_code_is_explained_with_its_number(
     short_path: Path, fake: FakeSupervisor, fail: dict[str, list[int]], sentence: str
 ) -> None:
     """What launchctl says by number is said in words, with the number."""
@@ -234,7 +234,7 @@ def test_error_codes_are_sentences(
         launchd(short_path).install()
 
 
-def test_a_job_that_does_not_end_is_said(short_path: Path, fake: FakeSupervisor) -> None:
+def test_launchd_job_that_does_not_end_is_reported_in_time(short_path: Path, fake: FakeSupervisor) -> None:
     """A job that drains for ever is not waited for for ever."""
     launchd(short_path).install()
     fake.set(drains=1000)
@@ -245,7 +245,7 @@ def test_a_job_that_does_not_end_is_said(short_path: Path, fake: FakeSupervisor)
         launchd(short_path).uninstall()
 
 
-def test_without_a_screen_the_user_domain_is_used(short_path: Path, fake: FakeSupervisor) -> None:
+def test_launchd_install_over_ssh_uses_the_user_domain(short_path: Path, fake: FakeSupervisor) -> None:
     """Over SSH there is no gui/ domain, and user/ takes a job for Background sessions alone."""
     fake.set(domains=["user"])
     launchd(short_path).install()
@@ -255,7 +255,7 @@ def test_without_a_screen_the_user_domain_is_used(short_path: Path, fake: FakeSu
     assert plistlib.loads(path.read_bytes())["LimitLoadToSessionType"] == "Background"
 
 
-def test_install_at_the_screen_replaces_an_agent_of_ssh(short_path: Path, fake: FakeSupervisor) -> None:
+def test_launchd_install_in_a_gui_session_replaces_the_agent_of_ssh(short_path: Path, fake: FakeSupervisor) -> None:
     """The agent is found in the other domain: there are never two of them on one port."""
     fake.set(domains=["user"])
     launchd(short_path).install()
@@ -270,7 +270,7 @@ def test_install_at_the_screen_replaces_an_agent_of_ssh(short_path: Path, fake: 
     assert not fake.loaded
 
 
-def test_uninstall_waits_for_a_job_that_takes_its_time(short_path: Path, fake: FakeSupervisor) -> None:
+def test_launchd_uninstall_waits_for_a_slow_job(short_path: Path, fake: FakeSupervisor) -> None:
     """bootout answers 36 (EINPROGRESS) and carries on."""
     launchd(short_path).install()
     fake.set(drains=3)
@@ -278,7 +278,7 @@ def test_uninstall_waits_for_a_job_that_takes_its_time(short_path: Path, fake: F
     assert not launchd(short_path).status().loaded
 
 
-def test_without_launchctl_it_is_a_sentence(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchd_install_without_launchctl_is_an_agent_error(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another system the program is missing, and that is said."""
     monkeypatch.setenv("PATH", str(short_path))
     with pytest.raises(AgentError, match="there is no launchctl on this system"):
@@ -287,7 +287,7 @@ def test_without_launchctl_it_is_a_sentence(short_path: Path, monkeypatch: pytes
         supervisor("systemd", a_plan(short_path)).status()
 
 
-def test_a_file_that_cannot_be_written_is_a_sentence(short_path: Path, fake: FakeSupervisor) -> None:
+def test_install_with_a_file_that_cannot_be_written_is_an_agent_error(short_path: Path, fake: FakeSupervisor) -> None:
     """A file in the place of the directory is the user's, and stays."""
     (short_path / ".config").touch()
     with pytest.raises(AgentError, match="cannot write"):
@@ -297,7 +297,7 @@ def test_a_file_that_cannot_be_written_is_a_sentence(short_path: Path, fake: Fak
         launchd(short_path).install()
 
 
-def test_a_file_that_cannot_be_removed_is_a_sentence(short_path: Path, fake: FakeSupervisor) -> None:
+def test_uninstall_with_a_file_that_cannot_be_removed_is_an_agent_error(short_path: Path, fake: FakeSupervisor) -> None:
     """A directory in the place of a file is named, and stays."""
     units = short_path / ".config/systemd/user"
     for path in (*launchd(short_path).files(), units / "vitalsd.service"):
@@ -308,7 +308,9 @@ def test_a_file_that_cannot_be_removed_is_a_sentence(short_path: Path, fake: Fak
         Systemd(a_plan(short_path)).uninstall()
 
 
-def test_a_supervisor_that_may_not_be_run_is_a_sentence(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supervisor_without_permission_to_run_is_an_agent_error(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A systemctl without the permission to run it is one that says nothing."""
     (short_path / "systemctl").touch(0o600)
     monkeypatch.setenv("PATH", str(short_path))
@@ -325,7 +327,7 @@ def unit(files: dict[Path, bytes], suffix: str) -> str:
     return next(content.decode() for path, content in files.items() if path.suffix == suffix)
 
 
-def test_units_escape_what_systemd_would_read(short_path: Path) -> None:
+def test_systemd_units_escape_special_characters(short_path: Path) -> None:
     """Percent, dollar, quote and backslash reach the sidecar as they are."""
     service = unit(Systemd(a_plan(short_path, name=AWKWARD)).files(), ".service")
     assert r'"--name" "a b%%n $$HOME \"c\" ' + r"'d' \\ é" in service
@@ -333,14 +335,14 @@ def test_units_escape_what_systemd_would_read(short_path: Path) -> None:
         Systemd(a_plan(short_path, name="a\nExecStartPre=/bin/rm")).files()
 
 
-def test_unit_lets_the_sidecar_determine_the_users_of_connections(short_path: Path) -> None:
+def test_systemd_unit_allows_netlink_in_the_clients_namespace(short_path: Path) -> None:
     """It may open a netlink socket, in the network namespace of its clients."""
     service = unit(Systemd(a_plan(short_path)).files(), ".service")
     assert "AF_NETLINK" in service.partition("\nRestrictAddressFamilies=")[2].splitlines()[0].split()
     assert "\nPrivateNetwork=" not in service
 
 
-def test_more_options_reach_the_sidecar(short_path: Path) -> None:
+def test_agent_options_reach_the_sidecar(short_path: Path) -> None:
     """Options of serve are in both supervisors' files; the service may reach this machine and no other."""
     plan: dict[str, Any] = {"name": "x", "options": ("--otlp", "http://127.0.0.1:4318", "--log-format", "json")}
     service = unit(Systemd(a_plan(short_path, **plan)).files(), ".service")
@@ -364,7 +366,7 @@ def test_more_options_reach_the_sidecar(short_path: Path) -> None:
         (["--otlp", "foo"], "'foo' is not the URL of a Collector"),
     ],
 )
-def test_options_that_serve_would_not_take_are_refused_at_once(options: list[str], said: str, short_path: Path) -> None:
+def test_install_with_invalid_serve_options_is_refused(options: list[str], said: str, short_path: Path) -> None:
     """A mistake in them is told when the agent is installed and not in its log."""
     env = {"HOME": str(short_path), "VITALSD_RUNTIME_DIR": str(short_path), "VITALSD_STATE_DIR": str(short_path)}
     out = CliRunner().invoke(main, ["agent", "print", "--supervisor", "systemd", "--", *options], env=env)
@@ -372,13 +374,13 @@ def test_options_that_serve_would_not_take_are_refused_at_once(options: list[str
     assert said in out.stderr.splitlines()[-1]
 
 
-def test_no_placeholder_is_left(short_path: Path) -> None:
+def test_templates_after_install_have_no_placeholder(short_path: Path) -> None:
     """Every @...@ of the templates is filled."""
     for content in [*Systemd(a_plan(short_path)).files().values(), *launchd(short_path).files().values()]:
         assert b"@" not in content.replace(b"@system-service", b"").replace(b"~@privileged", b"")
 
 
-def test_systemctl_is_told_and_told_back(short_path: Path, fake: FakeSupervisor) -> None:
+def test_systemd_install_enables_and_uninstall_disables_the_units(short_path: Path, fake: FakeSupervisor) -> None:
     """Install enables the socket alone, with a name the service too; uninstall removes both."""
     agent = Systemd(a_plan(short_path))
     agent.install()
@@ -400,7 +402,7 @@ def test_systemctl_is_told_and_told_back(short_path: Path, fake: FakeSupervisor)
     assert list((short_path / ".config/systemd/user").iterdir()) == []
 
 
-def test_systemd_that_refuses_or_is_not_there(short_path: Path, fake: FakeSupervisor) -> None:
+def test_systemd_install_refused_or_unavailable_is_an_agent_error(short_path: Path, fake: FakeSupervisor) -> None:
     """A refusal is told with its first line; without a user's systemd the remedy is named."""
     fake.set(fail={"enable": [1]})
     with pytest.raises(AgentError, match="systemctl enable: Failed to enable: recorded"):
@@ -418,7 +420,7 @@ def test_systemd_that_refuses_or_is_not_there(short_path: Path, fake: FakeSuperv
     assert list(units.iterdir()) == []
 
 
-def test_systemd_itself_accepts_the_units(short_path: Path) -> None:
+def test_systemd_units_pass_systemd_analyze(short_path: Path) -> None:
     """systemd-analyze finds nothing to say about them, with awkward names too, and their exposure is low."""
     analyze = program("systemd-analyze", package="systemd")
     for name in (None, AWKWARD):
@@ -440,7 +442,7 @@ def test_systemd_itself_accepts_the_units(short_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["launchd", "systemd"])
-def test_the_command_line(kind: str, short_path: Path, fake: FakeSupervisor) -> None:
+def test_agent_commands_exit_as_documented(kind: str, short_path: Path, fake: FakeSupervisor) -> None:
     """install, status, print and uninstall do what they say and exit as documented."""
     env = os.environ | {
         "HOME": str(short_path),

@@ -58,7 +58,7 @@ def test_sample_without_a_target_measures_itself() -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["sample --window-ms 10", "runs", "completion bash", "serve --help"])
-def test_a_full_standard_output_is_one_line(command: str, unbuffered: str) -> None:
+def test_sample_to_a_full_standard_output_exits_with_1_and_one_line(command: str, unbuffered: str) -> None:
     """The reason and status 1; no traceback, and nothing more as the interpreter ends."""
     with open("/dev/full", "w") as full:
         out = subprocess.run(
@@ -74,7 +74,7 @@ def test_a_full_standard_output_is_one_line(command: str, unbuffered: str) -> No
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_nothing_of_ours_is_where_standard_streams_belong(tmp_path: Path) -> None:
+def test_serve_with_closed_standard_streams_uses_none_of_their_numbers(tmp_path: Path) -> None:
     """Started with all three closed, as some supervisors do, no socket or file has their numbers."""
     code = "import os, sys; os.closerange(0, 3); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     command = [sys.executable, "-c", code, "-m", "vitalsd", "serve", "--port", "0", "--uds", str(tmp_path / "s")]
@@ -86,7 +86,7 @@ def test_nothing_of_ours_is_where_standard_streams_belong(tmp_path: Path) -> Non
             process.terminate()
 
 
-def test_sample_of_nobody_says_so() -> None:
+def test_sample_of_an_unused_pid_exits_with_1_and_the_reason() -> None:
     """The answer is the Unavailable variant on stdout, the status 1."""
     out = vitalsd("sample", "--pid", "2147483647", "--window-ms", "10")
     assert out.returncode == 1
@@ -95,7 +95,7 @@ def test_sample_of_nobody_says_so() -> None:
     assert answer.reason == "no process has pid 2147483647"
 
 
-def test_sample_of_a_target_that_ends_in_the_window(start: Start) -> None:
+def test_sample_of_a_target_that_ends_in_the_window_has_the_reason(start: Start) -> None:
     """A target that is killed meanwhile gives the reason and no numbers."""
     target = start()
     running = subprocess.Popen(
@@ -111,7 +111,7 @@ def test_sample_of_a_target_that_ends_in_the_window(start: Start) -> None:
     assert str(target.pid) in json.loads(out)["reason"]
 
 
-def test_sample_interrupted_is_130() -> None:
+def test_sample_interrupted_exits_with_130() -> None:
     """Ctrl-C ends a window without a traceback, with the status shells expect."""
     running = subprocess.Popen(
         [sys.executable, "-m", "vitalsd", "sample", "--window-ms", "60000"], stderr=subprocess.PIPE, text=True
@@ -128,7 +128,7 @@ def test_sample_interrupted_is_130() -> None:
     assert (running.returncode, "Traceback" in err) == (130, False)
 
 
-def test_name_picks_the_newest(start: Start) -> None:
+def test_name_of_several_processes_selects_the_newest(start: Start) -> None:
     """Of several processes of that name the one started last is meant."""
     name = f"vitals{os.getpid()}"
     targets = []
@@ -147,7 +147,7 @@ def test_name_picks_the_newest(start: Start) -> None:
     )
 
 
-def test_serve_says_where(short_path: Path) -> None:
+def test_serve_ready_line_has_the_address(short_path: Path) -> None:
     """The line on stderr is the address that answers."""
     with Serving(short_path) as serving:
         assert re.fullmatch(
@@ -156,7 +156,7 @@ def test_serve_says_where(short_path: Path) -> None:
         assert serving.get("/healthz") == {"status": "ok"}
 
 
-def test_serve_takes_no_plugin_of_pydantic(short_path: Path) -> None:
+def test_serve_loads_no_pydantic_plugin(short_path: Path) -> None:
     """One that the environment of the application has is not imported, which could take its time or fail."""
     code = "open(__file__ + '.was-here', 'w').close()\ndef new_schema_validator(*_, **__): return None, None, None\n"
     (short_path / "nosy.py").write_text(code, encoding="utf-8")
@@ -173,7 +173,7 @@ def test_serve_takes_no_plugin_of_pydantic(short_path: Path) -> None:
     assert not imported.exists()
 
 
-def test_serving_builds_no_models_that_nobody_uses() -> None:
+def test_serve_defers_unused_openapi_models() -> None:
     """FastAPI's models of OpenAPI wait for whoever uses them, who finds them as ever; models made later do not wait."""
     document = """
 from fastapi import FastAPI
@@ -197,7 +197,7 @@ print(built, BaseModel.model_config, app.openapi(), OpenAPI.model_json_schema())
     assert serving == plain.replace("(True, True)", "(False, True)", 1)
 
 
-def test_serve_needs_no_stdin(tmp_path: Path) -> None:
+def test_serve_without_standard_streams_serves(tmp_path: Path) -> None:
     """Started with stdin, stdout and stderr closed, as some supervisors do, it serves all the same."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -227,7 +227,7 @@ def test_serve_needs_no_stdin(tmp_path: Path) -> None:
         server.wait()
 
 
-def test_a_taken_port_is_one_clear_line() -> None:
+def test_serve_with_a_busy_port_exits_with_2_and_one_line() -> None:
     """A port that was asked for and is in use is wrong usage, said in one sentence; nothing is taken over."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
@@ -272,28 +272,28 @@ def test_a_taken_port_is_one_clear_line() -> None:
         (["smaple"], "smaple"),
     ],
 )
-def test_wrong_usage_is_2(arguments: list[str], said: str) -> None:
+def test_wrong_usage_exits_with_2_and_names_the_error(arguments: list[str], said: str) -> None:
     """Wrong usage has status 2 and a last line that names what is wrong."""
     out = CliRunner().invoke(main, arguments)
     assert (out.exit_code, out.stdout) == (2, "")
     assert said in out.stderr.splitlines()[-1]
 
 
-def test_serve_of_nobody_is_1() -> None:
+def test_serve_of_an_unused_pid_exits_with_1() -> None:
     """A target that does not exist ends `serve` at once with the reason."""
     out = vitalsd("serve", "--port", "0", "--pid", "2147483647")
     assert (out.returncode, out.stderr) == (1, "vitalsd: no process has pid 2147483647\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has no procfs")
-def test_a_name_is_not_waited_for_where_nothing_can_be_listed(tmp_path: Path) -> None:
+def test_serve_name_without_procfs_exits_at_once(tmp_path: Path) -> None:
     """What is no procfs has nobody to wait for."""
     out = vitalsd("serve", "--port", "0", "--name", "x", "--proc-root", str(tmp_path))
     assert (out.returncode, out.stdout) == (1, "")
     assert out.stderr == f"vitalsd: {tmp_path} is not a procfs; mount it or name another with --proc-root\n"
 
 
-def test_serve_of_a_zombie_is_1(start: Start) -> None:
+def test_serve_of_a_zombie_exits_with_1(start: Start) -> None:
     """It can be opened, and has no numbers."""
     target = start()
     os.kill(target.pid, signal.SIGKILL)
@@ -303,7 +303,7 @@ def test_serve_of_a_zombie_is_1(start: Start) -> None:
     assert out.stderr == f"vitalsd: target {target.pid} has exited; its parent has not yet collected it (zombie)\n"
 
 
-def test_help_is_enough_to_get_going() -> None:
+def test_help_has_commands_examples_and_exit_statuses() -> None:
     """--help names the commands, an example of each, and the exit statuses."""
     out = vitalsd("--help")
     assert out.returncode == 0
@@ -315,7 +315,7 @@ def test_help_is_enough_to_get_going() -> None:
 
 
 @pytest.mark.parametrize("command", ["sample --window-ms 10", "runs", "endpoints", "--help", "--version"])
-def test_closed_standard_output_is_status_1_with_the_reason(tmp_path: Path, command: str) -> None:
+def test_sample_to_a_closed_standard_output_exits_with_1_and_the_reason(tmp_path: Path, command: str) -> None:
     """As with a full disk, the answer is lost; with status 0 a script would go on without it."""
     out = subprocess.run(
         ["sh", "-c", f'exec "$0" -m vitalsd {command} >&-', sys.executable],
@@ -328,7 +328,7 @@ def test_closed_standard_output_is_status_1_with_the_reason(tmp_path: Path, comm
     assert out.returncode == 1
 
 
-def test_a_reader_that_leaves_early() -> None:
+def test_sample_into_a_closed_pipe_ends_without_a_traceback() -> None:
     """Into a closed pipe, `sample` ends without a traceback."""
     out = subprocess.run(
         ["sh", "-c", '"$0" -m vitalsd sample --window-ms 10 | true', sys.executable],
@@ -339,7 +339,7 @@ def test_a_reader_that_leaves_early() -> None:
     assert "Traceback" not in out.stderr
 
 
-def test_name_on_macos_matches_without_case() -> None:
+def test_name_on_macos_ignores_case() -> None:
     """A framework build of Python runs as `Python`; on Linux the case of letters counts."""
     entry = ProcessEntry(
         pid=1,

@@ -53,7 +53,7 @@ def test_bash_completes_commands_options_values_and_processes(path: str, start: 
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_script_is_one_the_shell_can_read(path: str, shell: str) -> None:
+def test_completion_script_parses_in_its_shell(path: str, shell: str) -> None:
     """The script is printed for each shell, and parsed by it where it is installed."""
     out = subprocess.run(["vitalsd", "completion", shell], env={"PATH": path}, capture_output=True, text=True)
     assert (out.returncode, out.stderr) == (0, "")
@@ -62,7 +62,7 @@ def test_each_script_is_one_the_shell_can_read(path: str, shell: str) -> None:
         subprocess.run([shell, "-n"], input=out.stdout, text=True, check=True)
 
 
-def test_an_unknown_shell_is_wrong_usage(path: str) -> None:
+def test_completion_of_an_unknown_shell_is_wrong_usage(path: str) -> None:
     """The shells that there are scripts for are named."""
     out = subprocess.run(["vitalsd", "completion", "csh"], env={"PATH": path}, capture_output=True, text=True)
     assert out.returncode == 2

@@ -23,14 +23,14 @@ def opened(directory: Path, *options: str) -> tuple[subprocess.CompletedProcess[
     return ran, seen.read_text(encoding="utf-8") if seen.exists() else ""
 
 
-def test_without_a_sidecar_it_says_how_to_start_one(short_path: Path) -> None:
+def test_open_without_a_sidecar_exits_with_1_and_the_remedy(short_path: Path) -> None:
     """Nothing is opened, and the status is 1."""
     ran, seen = opened(short_path, "--pid", "1")
     assert (ran.returncode, ran.stdout, seen) == (1, "", "")
     assert ran.stderr == ("vitalsd: no sidecar of process 1 listens on TCP; start one with: vitalsd serve --pid 1\n")
 
 
-def test_the_newest_sidecar_is_opened(short_path: Path) -> None:
+def test_open_without_arguments_opens_the_newest_sidecar(short_path: Path) -> None:
     """Without a token the address is that of the page."""
     with serving(short_path) as (_, ready):
         ran, seen = opened(short_path)
@@ -39,7 +39,7 @@ def test_the_newest_sidecar_is_opened(short_path: Path) -> None:
         assert opened(short_path, "--no-browser")[1] == ""
 
 
-def test_no_command_line_shows_the_token(short_path: Path) -> None:
+def test_open_with_a_token_passes_it_in_a_private_file(short_path: Path) -> None:
     """The browser is given a file of mode 0600 that leads to the page; each call makes it anew, the end removes it."""
     with serving(short_path, "--auth", "token") as (_, ready):
         token = json.loads(Path(ready["runtime_file"]).read_text(encoding="utf-8"))["token"]

@@ -88,7 +88,7 @@ def reason(found: RuntimeMetrics) -> str:
 
 
 @pytest.mark.parametrize("tcp", [True, False])
-def test_the_sidecar_that_watches_this_process_is_found(home: Path, tcp: bool) -> None:
+def test_fetch_finds_the_sidecar_of_this_process(home: Path, tcp: bool) -> None:
     """Over the Unix socket, or over TCP with a token if the socket is gone: numbers of this very process."""
     options = ["--pid", str(os.getpid()), "--record-interval", "0"]
     with serving(home, *options, *(["--auth", "token"] if tcp else ["--no-tcp"])) as (_, ready):
@@ -102,7 +102,7 @@ def test_the_sidecar_that_watches_this_process_is_found(home: Path, tcp: bool) -
         assert full.target.pid == os.getpid()
 
 
-def test_another_processs_sidecar_is_asked_about_this_one(home: Path) -> None:
+def test_fetch_asks_another_sidecar_by_pid(home: Path) -> None:
     """A sidecar found by chance is asked by pid, and not for its own target."""
     with serving(home, "--record-interval", "0"):
         full = fetch(50, detail="full")
@@ -114,7 +114,7 @@ def test_another_processs_sidecar_is_asked_about_this_one(home: Path) -> None:
         assert reason(fetch(50, pid=2**31 - 1)) == "no process has pid 2147483647"
 
 
-def test_auto_waits_only_until_the_recorder_covers_the_window(home: Path) -> None:
+def test_fetch_auto_waits_only_until_the_recording_covers_the_window(home: Path) -> None:
     """Young: the window is waited for. Old enough: the answer comes at once, for the window just past."""
     with serving(home, "--pid", str(os.getpid()), "--record-interval", "0.1") as (_, ready):
         begun = time.monotonic()
@@ -135,7 +135,7 @@ def test_auto_waits_only_until_the_recorder_covers_the_window(home: Path) -> Non
         assert short.sample_window_ms < 60_000
 
 
-def test_a_loop_goes_on_while_afetch_waits(home: Path) -> None:
+def test_afetch_does_not_block_the_loop_and_can_be_cancelled(home: Path) -> None:
     """The event loop beats through the window; a cancelled question raises CancelledError and nothing later."""
 
     async def scenario() -> None:
@@ -162,7 +162,7 @@ def test_a_loop_goes_on_while_afetch_waits(home: Path) -> None:
         asyncio.run(scenario())
 
 
-def test_a_stopped_sidecar_costs_the_budget_and_no_more(home: Path) -> None:
+def test_fetch_of_a_stopped_sidecar_returns_within_the_budget(home: Path) -> None:
     """SIGSTOP: a reason in time. SIGCONT: numbers again."""
     with serving(home, "--pid", str(os.getpid()), "--record-interval", "0") as (process, _):
         process.send_signal(signal.SIGSTOP)
@@ -171,7 +171,7 @@ def test_a_stopped_sidecar_costs_the_budget_and_no_more(home: Path) -> None:
         assert isinstance(eventually(lambda: isinstance(fetch(20), Measured)), bool)
 
 
-def test_a_stopped_sidecar_does_not_cost_the_answer_of_another(home: Path) -> None:
+def test_fetch_with_one_stopped_sidecar_asks_the_other(home: Path) -> None:
     """Of two that watch the same process the one that hangs is passed over, for numbers and for a report."""
     options = ("--pid", str(os.getpid()), "--record-interval", "0.05")
     with serving(home, *options), serving(home, *options) as (newest, _):
@@ -184,7 +184,7 @@ def test_a_stopped_sidecar_does_not_cost_the_answer_of_another(home: Path) -> No
 # No sidecar
 
 
-def test_without_a_sidecar_the_reason_says_what_to_do(home: Path) -> None:
+def test_fetch_without_a_sidecar_has_a_reason_with_a_remedy(home: Path) -> None:
     """Nobody has run one; one has died; its file is open to others, broken, or of another container."""
     watch = Stopwatch()
     assert "no runtime file in" in reason(fetch())
@@ -208,7 +208,7 @@ def test_without_a_sidecar_the_reason_says_what_to_do(home: Path) -> None:
         assert "belongs to user 65534, so nothing in it is believed" in reason(fetch())
 
 
-def test_direct_measures_this_process_from_within(home: Path) -> None:
+def test_fetch_direct_without_a_sidecar_measures_this_process(home: Path) -> None:
     """Without a sidecar and with direct=True the numbers are ours, and the window was waited for."""
     begun = time.monotonic()
     found = fetch(200, direct=True)
@@ -223,7 +223,7 @@ def test_direct_measures_this_process_from_within(home: Path) -> None:
     assert other.target.pid == os.getppid()
 
 
-def test_direct_is_in_time_even_after_a_sidecar_that_hung(home: Path) -> None:
+def test_fetch_direct_after_a_hung_sidecar_is_in_time(home: Path) -> None:
     """The window runs while the sidecar is asked, so there are numbers before the budget ends."""
     with Misbehaving(FAULTS["hung at the head"][0]) as server:
         publish(home, host="127.0.0.1", port=server.port)
@@ -231,7 +231,7 @@ def test_direct_is_in_time_even_after_a_sidecar_that_hung(home: Path) -> None:
         assert isinstance(found, Measured)
 
 
-def test_a_dead_sidecar_makes_way_for_the_next_one(home: Path) -> None:
+def test_fetch_after_a_refused_socket_tries_tcp_and_the_next_sidecar(home: Path) -> None:
     """If the socket of the first is refused, TCP is tried, and then the next sidecar."""
     with Misbehaving(says(answer(METRICS))) as server:
         publish(home, socket=str(home / "gone.sock"), host="127.0.0.1", port=server.port)
@@ -286,7 +286,7 @@ def test_fetch_of_a_sidecar_that_stays_busy_is_unavailable_within_the_budget(hom
         assert watch.elapsed_s < watch.allowed_s(0.01 + BUDGET_S)
 
 
-def test_a_path_is_a_path(home: Path) -> None:
+def test_fetch_socket_accepts_text_and_path(home: Path) -> None:
     """Of the socket, as text or as an object."""
     with Misbehaving(says(answer(METRICS)), home / "b.sock"):
         assert isinstance(fetch(10, socket=home / "b.sock"), Measured)
@@ -294,7 +294,7 @@ def test_a_path_is_a_path(home: Path) -> None:
 
 
 @pytest.mark.parametrize("window_ms", [9, 60_001, 0, -1, 10**12, "x", None, float("nan"), True])
-def test_a_strange_window_is_a_reason(home: Path, window_ms: Any) -> None:
+def test_fetch_with_a_bad_window_is_unavailable(home: Path, window_ms: Any) -> None:
     """Not even a wrong argument raises."""
     assert "window_ms must be 10 to 60000" in reason(timed(lambda: fetch(window_ms), 0))
 
@@ -311,7 +311,7 @@ def test_a_strange_window_is_a_reason(home: Path, window_ms: Any) -> None:
         "http://127.0.0.1:99999",
     ],
 )
-def test_a_strange_url_is_a_reason(home: Path, url: str) -> None:
+def test_fetch_with_a_bad_url_is_unavailable_and_sends_nothing(home: Path, url: str) -> None:
     """Names are not looked up, because that has no deadline; nothing is sent anywhere."""
     assert "is not a sidecar's URL" in reason(timed(lambda: fetch(10, url=url), 10))
 
@@ -319,7 +319,7 @@ def test_a_strange_url_is_a_reason(home: Path, url: str) -> None:
 # A sidecar that is not
 
 
-def test_every_fault_is_a_reason_in_time(home: Path) -> None:
+def test_fetch_of_a_faulty_server_over_tcp_is_unavailable_in_time(home: Path) -> None:
     """Whatever a server does over TCP: an answer within the window and 2 s, with a sentence of what it did."""
     with ExitStack() as stack, ThreadPoolExecutor(len(FAULTS)) as pool:
         servers = {fault: stack.enter_context(Misbehaving(behaviour)) for fault, (behaviour, _) in FAULTS.items()}
@@ -336,7 +336,7 @@ def test_every_fault_is_a_reason_in_time(home: Path) -> None:
             assert len(said) <= 400
 
 
-def test_every_fault_at_once_over_the_unix_socket(home: Path) -> None:
+def test_afetch_of_many_faulty_servers_over_unix_sockets_is_in_time(home: Path) -> None:
     """The same over Unix sockets, from one event loop, all at the same time and each in time."""
 
     async def scenario(servers: dict[str, Misbehaving]) -> dict[str, RuntimeMetrics]:
@@ -355,7 +355,7 @@ def test_every_fault_at_once_over_the_unix_socket(home: Path) -> None:
 
 
 @pytest.mark.parametrize("unix", [True, False])
-def test_nobody_accepts(home: Path, unix: bool) -> None:
+def test_fetch_with_a_full_backlog_gives_up_in_time(home: Path, unix: bool) -> None:
     """A full backlog: the connection is given up in time."""
     with Misbehaving(None, home / "full.sock" if unix else None) as server:
         where = {"socket": server.address} if unix else {"url": server.url}
@@ -363,13 +363,13 @@ def test_nobody_accepts(home: Path, unix: bool) -> None:
         assert "did not accept a connection within" in reason(found)
 
 
-def test_a_mixed_up_answer_does_not_pass_for_numbers(home: Path) -> None:
+def test_fetch_of_a_measurement_with_status_404_is_unavailable(home: Path) -> None:
     """Status 404 with the body of a measurement is no measurement."""
     with Misbehaving(says(answer(METRICS, status="404 Not Found"))) as server:
         assert "answered 404" in reason(fetch(10, url=server.url))
 
 
-def test_a_hung_file_system_costs_the_budget_and_no_more(home: Path) -> None:
+def test_fetch_on_a_hung_file_system_returns_within_the_budget(home: Path) -> None:
     """What blocks outside of any socket is left behind on its thread."""
     code = (
         "import os, time, vitalsd.discovery.runtime_file as e\n"
@@ -386,7 +386,7 @@ def test_a_hung_file_system_costs_the_budget_and_no_more(home: Path) -> None:
     assert watch.elapsed_s < watch.allowed_s(10), "and its exit waits for nothing"
 
 
-def test_at_exit_there_is_still_an_answer(home: Path) -> None:
+def test_fetch_at_interpreter_exit_returns_without_raising(home: Path) -> None:
     """From atexit, where no thread may be started any more, fetch neither raises nor hangs."""
     code = (
         "import atexit, vitalsd_client\n"
@@ -401,7 +401,7 @@ def test_at_exit_there_is_still_an_answer(home: Path) -> None:
 # Whom to trust
 
 
-def test_the_proxies_of_the_environment_are_not_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_ignores_proxies_of_the_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No request, and no token, ever reaches them."""
     with Misbehaving(says(b"")) as proxy:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY"):
@@ -412,7 +412,7 @@ def test_the_proxies_of_the_environment_are_not_used(home: Path, monkeypatch: py
         assert proxy.requests == []
 
 
-def test_a_squatter_of_the_port_gets_no_token(home: Path) -> None:
+def test_fetch_sends_no_token_without_a_proof(home: Path) -> None:
     """Whoever cannot prove to know the token is not told it, whatever they answer."""
     wrong = hmac.new(b"guess", b"", "sha256").hexdigest()
     for reply in (answer(b"{}"), answer(json.dumps({"proof": wrong}).encode()), answer(METRICS), answer(b"[")):
@@ -425,7 +425,7 @@ def test_a_squatter_of_the_port_gets_no_token(home: Path) -> None:
                 assert b"authorization" not in request.lower()
 
 
-def test_a_proof_cannot_be_passed_on_from_elsewhere(home: Path) -> None:
+def test_fetch_refuses_a_proof_relayed_from_another_port(home: Path) -> None:
     """The live sidecar's answer to the same nonce is no proof on the port of a squatter."""
     with serving(home, "--pid", str(os.getpid()), "--auth", "token", "--record-interval", "0") as (_, ready):
         (found,) = endpoints.discover()
@@ -445,7 +445,7 @@ def test_a_proof_cannot_be_passed_on_from_elsewhere(home: Path) -> None:
             assert all(found.token.encode() not in request for request in relaying.requests)
 
 
-def test_hello_proves_the_token_and_nothing_else(home: Path) -> None:
+def test_hello_with_a_valid_nonce_returns_the_proof_only(home: Path) -> None:
     """A fresh nonce, well-formed, gives the HMAC over nonce and port; anything else is refused, without the token."""
     with serving(home, "--auth", "token", "--record-interval", "0") as (_, ready):
         (found,) = endpoints.discover()
@@ -469,7 +469,7 @@ def test_hello_proves_the_token_and_nothing_else(home: Path) -> None:
         assert ask(ready["url"], f"/hello?nonce={nonce}")[0] == 404
 
 
-def test_a_socket_of_another_user_is_not_asked(short_path: Path) -> None:
+def test_fetch_of_a_socket_of_another_user_sends_nothing(short_path: Path) -> None:
     """The peer's user is looked at before anything is said; as root, one that another user serves is planted."""
     path = short_path / "theirs.sock"
     if os.geteuid() != 0:
@@ -495,7 +495,7 @@ def test_a_socket_of_another_user_is_not_asked(short_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_a_reason_names_neither_home_nor_user(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_reason_contains_neither_home_nor_user(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reasons end up in reports: the home directory is ~ there, and the user's own name is left out."""
     user = pwd.getpwuid(os.geteuid()).pw_name
     monkeypatch.setenv("HOME", str(home))
@@ -520,7 +520,7 @@ def test_a_reason_names_neither_home_nor_user(home: Path, monkeypatch: pytest.Mo
         ("from vitalsd_client import Spool", "fastapi uvicorn starlette httpx rich pydantic vitalsd.contract.metrics"),
     ],
 )
-def test_imports_are_light(code: str, absent: str) -> None:
+def test_import_of_vitalsd_client_loads_no_service(code: str, absent: str) -> None:
     """The package loads nothing, and each name only what it needs; never the service."""
     out = subprocess.run(
         [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"], capture_output=True, text=True, check=True
@@ -528,7 +528,7 @@ def test_imports_are_light(code: str, absent: str) -> None:
     assert not set(absent.split()) & set(out.stdout.split())
 
 
-def test_the_client_knows_the_contract_and_the_runtime_file_only() -> None:
+def test_client_imports_only_contract_and_discovery_modules() -> None:
     """The client imports these modules of the service and no others; none of them loads the web framework."""
     allowed = {
         "vitalsd",
@@ -590,7 +590,7 @@ def test_mark_is_recorded_by_the_sidecar_of_this_process(home: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_mark_of_a_sidecar_that_does_not_answer_costs_a_quarter_of_a_second(home: Path, how: str) -> None:
+def test_mark_of_a_hung_sidecar_returns_within_a_quarter_of_a_second(home: Path, how: str) -> None:
     """The thread that marks may be that of a user interface."""
     with vitalsd.spawn(port=0) as spawned:
         os.kill(spawned.pid, signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
@@ -630,7 +630,7 @@ def test_fetch_of_a_spawned_sidecar_with_a_token_needs_no_runtime_file(
         assert spawned.mark("two")
 
 
-def test_all_is_what_can_be_had() -> None:
+def test_vitalsd_client_exports_every_name_in_all() -> None:
     """Every name of __all__ is there, dir() shows it, and any other is an AttributeError."""
     import vitalsd_client
 

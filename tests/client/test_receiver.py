@@ -94,7 +94,7 @@ def test_upload_that_is_too_large_is_413_before_it_is_on_disk(
     eventually(lambda: not list(temporary.iterdir()))
 
 
-def test_report_whose_members_are_too_large_together_is_refused() -> None:
+def test_report_with_members_too_large_together_is_refused() -> None:
     """Each of them is within its own bound, and is not compressed."""
     content = io.BytesIO()
     block = bytes(1 << 20)

@@ -116,7 +116,7 @@ def vitalsd(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 # What is in it
 
 
-def test_a_report_has_it_all(home: Path) -> None:
+def test_report_contains_metrics_history_marks_attachments_and_manifest(home: Path) -> None:
     """Metrics of this process, its history and marks, who and when, the attachments, and a true manifest."""
     with serving(home, "--pid", str(os.getpid()), "--record-interval", "0.05") as (_, ready):
         with httpx.Client(trust_env=False) as client:
@@ -160,7 +160,7 @@ def test_a_report_has_it_all(home: Path) -> None:
     assert read_replay_file(path).opened.record.identity.pid == os.getpid(), "and the zip can be replayed"
 
 
-def test_without_a_sidecar_there_is_still_a_report(home: Path) -> None:
+def test_report_without_a_sidecar_states_the_reason(home: Path) -> None:
     """It says why there are no numbers; with direct=True it has those of this process."""
     members = opened(BugReport("ryll").save(home))
     metrics = parse_runtime_metrics(members["runtime-metrics.json"])
@@ -173,7 +173,7 @@ def test_without_a_sidecar_there_is_still_a_report(home: Path) -> None:
     assert isinstance(parse_runtime_metrics(members["runtime-metrics.json"]), Measured)
 
 
-def test_the_history_of_another_process_stays_out(home: Path) -> None:
+def test_report_with_a_sidecar_of_another_process_has_no_history(home: Path) -> None:
     """A sidecar of somebody else's process is asked for the numbers of this one, and for nothing else."""
     with serving(home, "--record-interval", "0.05"):
         members = opened(BugReport("ryll", window_ms=50).save(home))
@@ -182,7 +182,7 @@ def test_the_history_of_another_process_stays_out(home: Path) -> None:
     assert "watches another process" in failures(members)["runtime-history.json"]
 
 
-def test_what_cannot_be_attached_does_not_sink_the_report(home: Path) -> None:
+def test_report_with_bad_attachments_lists_the_reasons(home: Path) -> None:
     """Too large, missing, a directory, a pipe, raising, of a wrong type or not returning: each is a reason."""
     os.mkfifo(home / "pipe")
     (home / "large").write_bytes(b"x" * 1001)
@@ -245,7 +245,7 @@ def test_attach_refuses_text_that_is_the_path_of_a_file(home: Path) -> None:
     assert [each.member for each in report.failures if "attachments" in each.member] == ["attachments/06-app.log"]
 
 
-def test_a_hung_sidecar_delays_a_report_by_the_budget_and_no_more(home: Path) -> None:
+def test_report_with_a_hung_sidecar_is_made_within_the_budget(home: Path) -> None:
     """Whatever hangs, the report is there within the window and 2 s."""
     with Misbehaving(FAULTS["endless drip"][0]) as server:
         watch = Stopwatch()
@@ -255,7 +255,7 @@ def test_a_hung_sidecar_delays_a_report_by_the_budget_and_no_more(home: Path) ->
         assert "had not sent all of its answer" in failures(dict(report.preview()))["runtime-history.json"]
 
 
-def test_attachments_are_bounded_in_number_and_in_sum(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attachments_beyond_50_or_32_mib_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The 51st is refused, and so is one after the report was collected; beyond 32 MiB they are left out."""
     report = BugReport("ryll", window_ms=10)
     for _ in range(50):
@@ -272,7 +272,7 @@ def test_attachments_are_bounded_in_number_and_in_sum(home: Path, monkeypatch: p
 # What is not in it
 
 
-def test_nothing_of_user_host_or_environment_gets_in(home: Path) -> None:
+def test_report_contains_nothing_of_user_host_or_environment(home: Path) -> None:
     """A program in a strange home, with secrets in its environment and arguments: none of them is in the zip."""
     code = (
         "import sys; from pathlib import Path; from vitalsd_client import BugReport\n"
@@ -307,7 +307,7 @@ def test_nothing_of_user_host_or_environment_gets_in(home: Path) -> None:
             assert not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", everything), name
 
 
-def test_redact_hooks_see_everything_before_it_is_written(home: Path) -> None:
+def test_redact_hooks_change_and_drop_members_before_writing(home: Path) -> None:
     """A hook changes a member, drops one, and loses the one it fails on; preview shows what is left."""
 
     def hook(name: str, content: bytes) -> Any:
@@ -335,7 +335,7 @@ def test_redact_hooks_see_everything_before_it_is_written(home: Path) -> None:
     assert members["attachments/03-good"] == b"good"
 
 
-def test_one_function_may_redact(home: Path) -> None:
+def test_redact_accepts_a_single_function(home: Path) -> None:
     """It need not be in a list."""
 
     def hook(_: str, content: bytes) -> bytes:
@@ -345,7 +345,7 @@ def test_one_function_may_redact(home: Path) -> None:
     assert b"card *" in report.preview()["metadata.json"]
 
 
-def test_the_preview_is_what_is_written(home: Path) -> None:
+def test_preview_equals_the_written_report(home: Path) -> None:
     """To the byte; a description set after it makes a new preview, of the same report."""
     report = BugReport("ryll", window_ms=10)
     first = dict(report.preview())
@@ -364,7 +364,7 @@ def a_bundle(app: str = "ryll") -> Bundle:
     return seal(app, new_report_id(), MOMENT, {"a": b"a" * 1000}, [Failure("b", "gone")])
 
 
-def test_reports_of_the_same_second_all_survive(tmp_path: Path) -> None:
+def test_reports_saved_in_the_same_second_have_distinct_names(tmp_path: Path) -> None:
     """However many threads write at once, each gets a name of its own, and nothing is left besides."""
     threads = [threading.Thread(target=lambda: a_bundle().write(tmp_path)) for _ in range(12)]
     for thread in threads:
@@ -377,7 +377,7 @@ def test_reports_of_the_same_second_all_survive(tmp_path: Path) -> None:
     assert len({(tmp_path / name).read_bytes() for name in names}) == 12
 
 
-def test_what_is_there_is_never_replaced(tmp_path: Path) -> None:
+def test_report_save_never_replaces_a_file_or_link(tmp_path: Path) -> None:
     """Neither a file nor a link that somebody put in the way."""
     stem = a_bundle().stem
     (tmp_path / f"{stem}.zip").write_text("mine")
@@ -387,7 +387,7 @@ def test_what_is_there_is_never_replaced(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_report_save_on_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
     """A write that fails in the middle is an OSError, no file, and the report can be saved elsewhere."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -403,7 +403,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     assert bundle.write(tmp_path).exists()
 
 
-def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+def test_report_save_creates_a_missing_directory_but_no_parents(tmp_path: Path) -> None:
     """It is made; one whose parent is missing too is more likely a mistake."""
     assert a_bundle().write(tmp_path / "reports").parent == tmp_path / "reports"
     with pytest.raises(FileNotFoundError):
@@ -411,7 +411,7 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("app", ["", ".", "../x", "a/b", "-rf", "a b", "ä", "a\n", "a" * 65, "\0"])
-def test_a_name_that_is_no_file_name_is_refused(app: str) -> None:
+def test_report_name_that_is_no_file_name_is_refused(app: str) -> None:
     """At once, and not when the user has something to report."""
     with pytest.raises(ValueError, match="application"):
         check_app(app)
@@ -423,7 +423,7 @@ def test_a_name_that_is_no_file_name_is_refused(app: str) -> None:
     ("name", "values"),
     [("window_ms", ["x", None, 9, 60_001, 100.0]), ("history_s", ["x", None, 0, 86_401, float("nan")])],
 )
-def test_a_number_out_of_range_is_refused(name: str, values: list[Any]) -> None:
+def test_report_argument_out_of_range_is_refused(name: str, values: list[Any]) -> None:
     """At once too, by its name; the limits themselves are fine."""
     for value in values:
         with pytest.raises(ValueError, match=f"{name} is a whole number from 1"):
@@ -483,7 +483,7 @@ def next_run(home: Path, *options: str, program: Sequence[str] = VITALSD) -> Ite
             target.kill()
 
 
-def test_a_crashed_run_is_told_of_once(home: Path) -> None:
+def test_report_contains_a_crashed_run_once(home: Path) -> None:
     """The next report of the same program has previous-run.json, and the one after it has not."""
     crash_one(home, "just before")
     with next_run(home) as (pid, _):
@@ -499,7 +499,7 @@ def test_a_crashed_run_is_told_of_once(home: Path) -> None:
         assert "previous-run.json" not in BugReport("ryll", window_ms=50, pid=pid).preview()
 
 
-def test_a_crash_is_told_of_while_its_sidecar_lingers(home: Path) -> None:
+def test_report_while_the_sidecar_lingers_contains_the_crash(home: Path) -> None:
     """Whoever starts the program again at once need not wait for it; the lingering one does not tell of itself."""
     with (
         subprocess.Popen([sys.executable, "-c", SLEEPER]) as target,
@@ -529,7 +529,7 @@ def test_a_crash_is_told_of_while_its_sidecar_lingers(home: Path) -> None:
             assert [mark["label"] for mark in previous["marks"]] == ["after the end"]
 
 
-def test_a_sidecar_that_was_killed_is_no_crash_of_its_target(home: Path) -> None:
+def test_killed_sidecar_of_a_living_target_is_no_crash(home: Path) -> None:
     """It goes on, with another sidecar; where it does not, the run says that its end is not known."""
     with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
         try:
@@ -552,7 +552,7 @@ def test_a_sidecar_that_was_killed_is_no_crash_of_its_target(home: Path) -> None
         assert "previous-run.json" in BugReport("ryll", window_ms=50, pid=pid).preview()
 
 
-def test_one_crash_that_two_sidecars_saw_is_told_of_once(home: Path) -> None:
+def test_crash_recorded_by_two_sidecars_is_reported_once(home: Path) -> None:
     """As by one inside a launcher and the agent."""
     with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
         options = ("--pid", str(target.pid), "--record-interval", "0.05", "--linger", "0")
@@ -569,14 +569,14 @@ def test_one_crash_that_two_sidecars_saw_is_told_of_once(home: Path) -> None:
         assert told == [True, False, False]
 
 
-def test_a_crash_is_told_of_without_a_black_box(home: Path) -> None:
+def test_report_of_a_sidecar_without_a_black_box_contains_the_crash(home: Path) -> None:
     """By the program that the sidecar watches, though that is not being recorded on disk this time."""
     crash_one(home, "just before")
     with next_run(home, "--no-black-box") as (pid, _):
         assert "previous-run.json" in BugReport("ryll", window_ms=50, pid=pid).preview()
 
 
-def test_a_replay_of_a_run_counts_nothing_as_reported(home: Path) -> None:
+def test_replay_of_a_run_leaves_the_crash_unreported(home: Path) -> None:
     """A run's file is no report, so there is none to download; the next report contains the crash."""
     crash_one(home, "just before")
     (run,) = (home / "state" / "runs").glob("*.sqlite")
@@ -588,7 +588,7 @@ def test_a_replay_of_a_run_counts_nothing_as_reported(home: Path) -> None:
 
 
 @pytest.mark.parametrize("kernel", as_platform.KERNELS)
-def test_a_crash_of_another_script_is_not_told_of(kernel: str, home: Path, request: pytest.FixtureRequest) -> None:
+def test_report_excludes_the_crash_of_another_script(kernel: str, home: Path, request: pytest.FixtureRequest) -> None:
     """Both are called python; what the other one did is none of this one's business."""
     program: Sequence[str] = VITALSD
     if kernel == "simulated":
@@ -603,7 +603,7 @@ def test_a_crash_of_another_script_is_not_told_of(kernel: str, home: Path, reque
         assert [run["reported"] for run in httpx.get(f"{ready['url']}/runs", trust_env=False).json()] == [False, False]
 
 
-def test_a_report_by_post_has_the_same_members_and_the_crashed_run_once(home: Path) -> None:
+def test_post_report_has_the_same_members_and_the_crashed_run_once(home: Path) -> None:
     """POST /report.zip: application, version and message are in it; the next one leaves the crashed run out."""
     crash_one(home, "just before")
     with next_run(home) as (_, ready):
@@ -651,7 +651,7 @@ def test_a_report_by_post_has_the_same_members_and_the_crashed_run_once(home: Pa
         (b'{"message": "two\\nlines"}', {}, 200, None),
     ],
 )
-def test_post_of_a_report_is_guarded_as_marks_are(
+def test_post_report_with_a_bad_type_size_or_origin_is_refused(
     idle: str, content: bytes, headers: dict[str, str], status: int, reason: str | None
 ) -> None:
     """JSON alone, of 16 KiB, from no other site; what is wrong is a problem that says so."""
@@ -696,7 +696,7 @@ def report_over(source: Callable[[], Source]) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="the simulator needs Linux beneath it")
-def test_reports_of_a_mac_and_of_linux_differ_in_platform_alone(request: pytest.FixtureRequest) -> None:
+def test_report_of_macos_and_linux_differ_only_in_platform(request: pytest.FixtureRequest) -> None:
     """Same members, same keys, same kinds; only the value of `platform` tells which it was."""
     from vitalsd.sources.darwin.processes import open_process
 
@@ -716,7 +716,7 @@ def test_reports_of_a_mac_and_of_linux_differ_in_platform_alone(request: pytest.
 # The command
 
 
-def test_the_command_writes_a_report(home: Path) -> None:
+def test_report_command_writes_a_report_and_exits_with_0(home: Path) -> None:
     """The path on stdout, what is missing on stderr; status 0 once the report is written."""
     (home / "notes.txt").write_text("notes")
     with serving(home, "--pid", str(os.getpid()), "--record-interval", "0.05", "--app", "ryll"):

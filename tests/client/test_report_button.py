@@ -195,7 +195,7 @@ def crashed(home: Path) -> list[Run]:
     return [run for run in RunDirectory(home / "state" / "runs").runs() if run.state == "crashed"]
 
 
-def test_page_all_programs_are_tested() -> None:
+def test_report_button_page_has_a_test_for_each_program() -> None:
     """Find no program on the page that no test runs."""
     assert sorted(FILES) == ["report.sh", "report_button.py"]
     assert len(BLOCKS) == len(FILES)
@@ -350,7 +350,7 @@ def test_spool_unusable_report_is_saved(home: Path, receiver: tuple[str, Path]) 
     assert {name: len(content) for name, content in members(home / path).items()} == listed
 
 
-def test_other_languages_http_and_command_make_reports(home: Path, receiver: tuple[str, Path]) -> None:
+def test_report_from_other_languages_by_http_and_command_is_made(home: Path, receiver: tuple[str, Path]) -> None:
     """Make one report over HTTP and send another by the command."""
     tools.program("curl", package="curl")
     (home / "viewer.log").write_text("GET /\n", encoding="utf-8")

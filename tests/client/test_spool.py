@@ -84,7 +84,7 @@ def spooling(directory: Path, url: str | None = None, **options: Any) -> Spool:
 # Well
 
 
-def test_a_report_is_sent_and_receipted(tmp_path: Path, receiver: str) -> None:
+def test_spool_sent_report_has_a_receipt_and_is_removed(tmp_path: Path, receiver: str) -> None:
     """Stored once at the other end; the receipt is here, and the report is not any more."""
     spool = spooling(tmp_path, receiver)
     bundle = a_bundle(500_000)
@@ -104,7 +104,7 @@ def test_a_report_is_sent_and_receipted(tmp_path: Path, receiver: str) -> None:
     assert seen == sorted(seen)
 
 
-def test_everything_in_a_spool_is_private(tmp_path: Path, receiver: str) -> None:
+def test_spool_files_are_private_under_every_umask(tmp_path: Path, receiver: str) -> None:
     """0700 and 0600 under every umask, in every state."""
     old = os.umask(0)
     try:
@@ -119,7 +119,7 @@ def test_everything_in_a_spool_is_private(tmp_path: Path, receiver: str) -> None
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e18", "1" + 400 * "0", "NaN", '"soon"'])
-def test_a_damaged_note_blocks_nothing(tmp_path: Path, receiver: str, number: str) -> None:
+def test_spool_with_a_damaged_note_lists_and_sends_the_report(tmp_path: Path, receiver: str, number: str) -> None:
     """Numbers that are none: the report is listed, and sent."""
     spool = spooling(tmp_path, receiver)
     report_id = spool.add(a_bundle())
@@ -130,7 +130,7 @@ def test_a_damaged_note_blocks_nothing(tmp_path: Path, receiver: str, number: st
     assert [outcome.report_id for outcome in spool.send()] == [report_id]
 
 
-def test_a_spool_survives_restarts(tmp_path: Path, receiver: str) -> None:
+def test_spool_after_a_restart_keeps_reports_urls_and_attempts(tmp_path: Path, receiver: str) -> None:
     """Reports, their URL, and the number of attempts are there for the next process; it needs no URL of its own."""
     with Misbehaving(says(answer(b"", status="500 No"))) as bad:
         spooling(tmp_path, bad.url).add(a_bundle())
@@ -143,7 +143,7 @@ def test_a_spool_survives_restarts(tmp_path: Path, receiver: str) -> None:
     assert isinstance(spooling(tmp_path, receiver).send()[0].attempt, Receipt)
 
 
-def test_the_receiver_refuses_what_is_no_report(tmp_path: Path, receiver: str) -> None:
+def test_receiver_refuses_invalid_reports_and_stores_nothing(tmp_path: Path, receiver: str) -> None:
     """Not what its manifest says, too much unpacked, bad names, another's key: refused, and nothing stored."""
 
     def post(content: bytes, key: str = "0" * 32, sha256: str | None = None) -> int:
@@ -227,7 +227,7 @@ ENDINGS: dict[str, tuple[Behaviour, str, bool]] = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_bad_server_ends_in_a_reason_and_loses_nothing(tmp_path: Path, ending: str, receiver: str) -> None:
+def test_spool_with_a_faulty_server_keeps_the_report_with_a_reason(tmp_path: Path, ending: str, receiver: str) -> None:
     """In time, bounded, retried or final as it deserves; and then the report goes to a good one."""
     behaviour, expected, final = ENDINGS[ending]
     with Misbehaving(behaviour) as server:
@@ -250,7 +250,7 @@ def test_a_bad_server_ends_in_a_reason_and_loses_nothing(tmp_path: Path, ending:
     assert isinstance(outcome.attempt, Receipt)
 
 
-def test_every_attempt_sends_the_same_bytes(tmp_path: Path) -> None:
+def test_spool_retries_send_identical_bytes(tmp_path: Path) -> None:
     """Key, boundary and body are those of the first attempt."""
     with Misbehaving(says(answer(b"", status="503 No"))) as server:
         spool = spooling(tmp_path, server.url)
@@ -261,7 +261,7 @@ def test_every_attempt_sends_the_same_bytes(tmp_path: Path) -> None:
     assert len(set(server.requests)) == 1
 
 
-def test_retry_after_is_kept_and_a_wrong_clock_is_not(tmp_path: Path) -> None:
+def test_spool_retry_after_survives_a_restart_and_a_wrong_clock_is_ignored(tmp_path: Path) -> None:
     """The server's wish outlasts a restart and a user's impatience; a time that is far too far away is ignored."""
     now = [1_000_000.0]
     with Misbehaving(says(answer(b"", status="503 No", extra="Retry-After: 600\r\n"))) as server:
@@ -279,7 +279,7 @@ def test_retry_after_is_kept_and_a_wrong_clock_is_not(tmp_path: Path) -> None:
         assert len(spool().send()) == 1
 
 
-def test_delays_double_up_to_a_bound_with_full_jitter(tmp_path: Path) -> None:
+def test_spool_backoff_doubles_up_to_900_s_with_full_jitter(tmp_path: Path) -> None:
     """1, 2, 4 … 900 s times a number from 0 to 1; a user need not wait for them."""
     now, part = [0.0], [1.0]
     with Misbehaving(says(answer(b"", status="500 No"))) as server:
@@ -317,12 +317,12 @@ def test_delays_double_up_to_a_bound_with_full_jitter(tmp_path: Path) -> None:
         ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400),
     ],
 )
-def test_retry_after_in_all_its_forms(header: str | None, seconds: float) -> None:
+def test_retry_after_seconds_dates_and_nonsense_are_parsed(header: str | None, seconds: float) -> None:
     """Seconds or a date, a day at most, and nonsense is nothing."""
     assert retry_after_s(header, now=1000) == seconds
 
 
-def test_going_on_until_it_works(tmp_path: Path) -> None:
+def test_spool_send_with_wait_retries_until_all_are_sent(tmp_path: Path) -> None:
     """send(wait_s=) tries again at the due times, and ends as soon as nothing is left."""
     with receiving_badly(tmp_path / "store", seed=3, fraction=0.8) as url:
         spool = spooling(tmp_path, url, attempt_s=0.5, longest_delay_s=0.05, first_delay_s=0.01)
@@ -345,7 +345,7 @@ def test_going_on_until_it_works(tmp_path: Path) -> None:
         "http://",
     ],
 )
-def test_a_report_does_not_go_just_anywhere(tmp_path: Path, url: str) -> None:
+def test_spool_url_must_be_https_or_this_machine(tmp_path: Path, url: str) -> None:
     """https, or http on this machine, and no password in the URL; not even if a note says so."""
     with pytest.raises(ValueError, match=r"https|password"):
         check_url(url)
@@ -359,7 +359,7 @@ def test_a_report_does_not_go_just_anywhere(tmp_path: Path, url: str) -> None:
     assert states(spool) == {report_id: "pending"}
 
 
-def test_the_proxies_of_the_environment_are_not_used(
+def test_spool_ignores_proxies_of_the_environment(
     tmp_path: Path, receiver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A report never reaches them; one that is given is used."""
@@ -375,14 +375,14 @@ def test_the_proxies_of_the_environment_are_not_used(
 
 
 @pytest.mark.parametrize("proxy", ["", "foo", "user:secret@proxy:3128", "ftp://127.0.0.1/", "http://", "http://h:x"])
-def test_what_is_no_proxy_is_refused_at_once(tmp_path: Path, proxy: str) -> None:
+def test_spool_with_a_bad_proxy_is_refused_at_once(tmp_path: Path, proxy: str) -> None:
     """When the spool is made and not when a report is sent; a password stays out of it."""
     with pytest.raises(ValueError, match="proxy is not the URL of one") as raised:
         spooling(tmp_path, proxy=proxy)
     assert "secret" not in str(raised.value)
 
 
-def test_progress_that_raises_does_not_stop_the_sending(
+def test_spool_progress_that_raises_is_logged_once_and_sending_continues(
     tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of no report; it is logged once, and not called again."""
@@ -444,7 +444,7 @@ def test_send_logs_no_request_of_its_own(tmp_path: Path, receiver: str, caplog: 
     assert logging.getLogger("httpx").filters == []
 
 
-def test_a_time_to_wait_is_a_number(tmp_path: Path) -> None:
+def test_spool_wait_of_nan_is_refused(tmp_path: Path) -> None:
     """With nan it would never end."""
     spool = spooling(tmp_path, "https://example.com/")
     with pytest.raises(ValueError, match="wait_s"):
@@ -454,7 +454,7 @@ def test_a_time_to_wait_is_a_number(tmp_path: Path) -> None:
 # Bounds
 
 
-def test_the_oldest_make_room(tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_spool_at_its_limits_evicts_the_oldest(tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture) -> None:
     """By number and by bytes; receipts go first, and what was never sent goes with a warning."""
     now = [1000.0]
     spool = spooling(tmp_path, receiver, max_reports=3, max_bytes=9000, clock=lambda: now[0])
@@ -635,7 +635,7 @@ def test_sweep_clock_set_spares_a_file_being_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "spool" / "new").iterdir()] == [begun]
 
 
-def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
+def test_sweep_removes_old_unfinished_files_of_dead_writers(tmp_path: Path) -> None:
     """Unfinished files and notes without a report, once they are old; what others put there is no report."""
     spool = spooling(tmp_path, "https://example.com/")
     folder = tmp_path / "spool"
@@ -656,7 +656,7 @@ def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
     assert spool.send() == []
 
 
-def test_drop_and_retry(tmp_path: Path) -> None:
+def test_spool_drop_and_retry_by_id_leave_a_report_being_sent(tmp_path: Path) -> None:
     """By id, which never becomes a path; what is being sent is left alone."""
     with Misbehaving(says(answer(b"", status="400 No"))) as server:
         spool = spooling(tmp_path, server.url)
@@ -762,7 +762,9 @@ def test_locked_forked_child_inherits_no_claim(tmp_path: Path, monkeypatch: pyte
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_send_lock_held_as_nfs_says_it_leaves_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_with_eacces_or_eagain_for_the_lock_leaves_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Take EACCES and EAGAIN for the lock of another process, and any other error for a reason."""
     spool = spooling(tmp_path, "https://example.com/")
     report_id = spool.add(a_bundle())
@@ -825,7 +827,7 @@ def test_send_report_unreadable_has_a_reason(tmp_path: Path, receiver: str, monk
 # Bad disks
 
 
-def test_strange_directories_are_refused(tmp_path: Path) -> None:
+def test_spool_directory_that_is_no_private_directory_is_refused(tmp_path: Path) -> None:
     """A link, a file, one that others may write or that is another user's."""
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -917,7 +919,7 @@ def with_file_limit(size: int, call: Callable[[], object]) -> object:
         signal.signal(signal.SIGXFSZ, old)
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_spool_on_a_full_disk_loses_no_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """add says so and leaves nothing half done; what is there already is sent even though nothing can be noted."""
     stack = ExitStack()
     receiver = stack.enter_context(receiving_badly(tmp_path / "store", 0, 0.0))
@@ -973,7 +975,7 @@ print(len(spool.send()))
 """
 
 
-def test_a_read_only_spool_says_so_and_loses_nothing(short_path: Path) -> None:
+def test_spool_read_only_fails_with_a_reason_and_loses_no_report(short_path: Path) -> None:
     """Neither added, nor sent without being able to note it, nor dropped; as soon as it can be written it goes on."""
     short_path.chmod(0o777)
     with receiving(short_path / "store") as url:
@@ -989,7 +991,7 @@ def test_a_read_only_spool_says_so_and_loses_nothing(short_path: Path) -> None:
     assert [path.stem for path in (short_path / "store").iterdir()] == ["1" * 32]
 
 
-def test_a_sender_killed_after_the_receipt_does_not_send_again(tmp_path: Path) -> None:
+def test_spool_sender_killed_after_the_receipt_does_not_send_again(tmp_path: Path) -> None:
     """Between the note in done/ and the removal of the report there is nothing left to do but that."""
     with Misbehaving(says(b"")) as server:
         spool = spooling(tmp_path, server.url)
@@ -1051,14 +1053,14 @@ def torture(tmp_path: Path, count: int, senders: int, seed: int) -> int:
     return killed
 
 
-def test_nothing_is_lost_and_nothing_is_there_twice(tmp_path: Path) -> None:
+def test_spool_with_killed_senders_and_faulty_server_stores_each_report_once(tmp_path: Path) -> None:
     """30 reports, 2 senders, a server that fails, drops, stalls and lies, and kill -9: one stored copy each."""
     assert torture(tmp_path, count=30, senders=2, seed=7) > 0
 
 
 @pytest.mark.torture
 @pytest.mark.timeout(3600)
-def test_nothing_is_lost_in_a_thousand(tmp_path: Path) -> None:
+def test_spool_of_a_thousand_reports_stores_each_once(tmp_path: Path) -> None:
     """The same with 1000 reports (VITALSD_TORTURE: another number) and 3 senders."""
     count = int(os.environ.get("VITALSD_TORTURE", "1000"))
     killed = torture(tmp_path, count=count, senders=3, seed=int(time.time()))
@@ -1075,7 +1077,7 @@ def vitalsd(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_the_commands(tmp_path: Path, receiver: str) -> None:
+def test_spool_commands_list_send_and_drop_with_statuses(tmp_path: Path, receiver: str) -> None:
     """report --upload keeps and sends; spool list shows, send goes on, drop forgets; statuses tell."""
 
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -1102,7 +1104,7 @@ def test_the_commands(tmp_path: Path, receiver: str) -> None:
     assert (out.returncode, out.stdout) == (0, "")
 
 
-def test_what_cannot_be_written_is_sent_and_what_cannot_be_spooled_is_written(tmp_path: Path, receiver: str) -> None:
+def test_report_upload_with_a_bad_out_or_spool_still_sends_or_writes(tmp_path: Path, receiver: str) -> None:
     """A bad --out does not cost the upload, nor a bad spool the file; both are complained of."""
     out = vitalsd(tmp_path, "report", "--upload", receiver, "--direct", "--out", "/nowhere/at/all")
     assert (out.returncode, "sent, receipt R-" in out.stdout) == (1, True)
@@ -1124,7 +1126,7 @@ def test_what_cannot_be_written_is_sent_and_what_cannot_be_spooled_is_written(tm
     assert len(stored(tmp_path)) == 1
 
 
-def test_without_a_spool_the_report_is_written(tmp_path: Path) -> None:
+def test_report_upload_without_a_spool_writes_a_file(tmp_path: Path) -> None:
     """Where there can be no state directory, what was to be uploaded is a file."""
     (tmp_path / "state").touch()
     out = vitalsd(tmp_path, "report", "--upload", "http://127.0.0.1:1/", "--direct")
@@ -1135,7 +1137,7 @@ def test_without_a_spool_the_report_is_written(tmp_path: Path) -> None:
     assert vitalsd(tmp_path, "spool", "list").returncode == 1
 
 
-def test_a_report_that_is_not_sent_has_a_reason(tmp_path: Path) -> None:
+def test_spool_send_prints_a_reason_for_each_unsent_report(tmp_path: Path) -> None:
     """Refused before, or the server asked for time: a line each, status 1, and no request."""
     with Misbehaving(says(answer(b"", status="503 No", extra="Retry-After: 600\r\n"))) as busy:
         vitalsd(tmp_path, "report", "--upload", busy.url, "--direct")
@@ -1159,7 +1161,7 @@ def test_a_report_that_is_not_sent_has_a_reason(tmp_path: Path) -> None:
         assert len(server.requests) == 2
 
 
-def test_a_wrong_url_can_be_corrected(tmp_path: Path, receiver: str) -> None:
+def test_spool_send_with_url_and_id_corrects_the_url(tmp_path: Path, receiver: str) -> None:
     """By --url with the report's id, refused or waiting; without an id the reports keep theirs, and that is said."""
     with Misbehaving(says(answer(b"", status="503 No", extra="Retry-After: 600\r\n"))) as busy:
         vitalsd(tmp_path, "report", "--upload", busy.url, "--direct")

@@ -134,7 +134,7 @@ def read(measurement: Measurement, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("detail", "expected"), [("basic", BASIC), ("full", FULL)])
-def test_keys_order_and_types_are_those_of_the_contract(detail: Detail, expected: Any) -> None:
+def test_basic_answer_has_the_keys_order_and_types_of_the_contract(detail: Detail, expected: Any) -> None:
     """Each key stands where existing readers know it, with the type they know."""
     measurement = full_measurement()
     answer = read(measurement, detail=detail)
@@ -143,7 +143,7 @@ def test_keys_order_and_types_are_those_of_the_contract(detail: Detail, expected
     assert ordered(shape(answer)) == ordered(expected)
 
 
-def test_full_begins_as_basic() -> None:
+def test_full_answer_begins_with_the_basic_keys() -> None:
     """detail=full adds keys after those of the basic answer and takes none away."""
     basic, full = read(full_measurement()), read(full_measurement(), detail="full")
     assert list(full)[:4] == list(basic)
@@ -152,7 +152,7 @@ def test_full_begins_as_basic() -> None:
 
 
 @given(st.integers(10_000_000, 60_000_000_000), st.integers(0, 10_000_000), st.integers(0, 1000))
-def test_an_error_bar_holds_the_figure_as_it_is_written(elapsed_ns: int, cpu_ns: int, skew_ns: int) -> None:
+def test_error_bar_contains_the_rounded_figure(elapsed_ns: int, cpu_ns: int, skew_ns: int) -> None:
     """What was counted lies within the bar around the rounded figure, so that rounding is part of the bar."""
     first = with_extras(snapshot(SECOND, [(1, 1, 0)], skew_ns=skew_ns))
     last = with_extras(snapshot(SECOND + elapsed_ns, [(1, 1, cpu_ns)]))
@@ -167,7 +167,7 @@ def test_an_error_bar_holds_the_figure_as_it_is_written(elapsed_ns: int, cpu_ns:
         assert told["cpu_percent_error"] <= bar + 0.002
 
 
-def test_figures_of_a_known_window() -> None:
+def test_basic_answer_of_a_known_window_has_the_expected_figures() -> None:
     """Percent of one core over the measured time, KiB, seconds; a newborn reads 0 in the basic answer only."""
     basic = read(full_measurement())
     assert basic == {
@@ -192,7 +192,7 @@ def test_figures_of_a_known_window() -> None:
     }
 
 
-def test_what_nobody_knows_is_null() -> None:
+def test_unknown_figure_is_null_in_the_full_answer() -> None:
     """What the threads did before the target executed another program, and the machine that a replay comes from."""
     first = with_extras(snapshot(SECOND, [(1, 1, 5)], image=("a",)))
     executed = measure(first, with_extras(snapshot(2 * SECOND, [(1, 1, 7)], image=("b",))))
@@ -208,7 +208,7 @@ def test_what_nobody_knows_is_null() -> None:
 
 
 @given(pairs(), details, sorts, limits)
-def test_every_answer_reads_back_through_the_model(
+def test_answers_read_back_through_the_model_are_equal(
     pair: tuple[Snapshot, Snapshot], detail: Detail, sort: Sort, limit: int | None
 ) -> None:
     """The hand-written bytes and the declared model agree in every value, for any snapshots."""
@@ -224,7 +224,7 @@ def test_every_answer_reads_back_through_the_model(
 
 
 @given(pairs(extras=True), details)
-def test_every_answer_is_finite_ascii_json(pair: tuple[Snapshot, Snapshot], detail: Detail) -> None:
+def test_answers_with_any_names_are_finite_ascii_json(pair: tuple[Snapshot, Snapshot], detail: Detail) -> None:
     """No NaN, no infinity, and no control or bidirectional character unescaped, whatever threads are called."""
     body = encode(measure(*pair), IDENTITY, requested_ms=1000, detail=detail)
     assert all(0x20 <= byte < 0x7F for byte in body)
@@ -233,7 +233,7 @@ def test_every_answer_is_finite_ascii_json(pair: tuple[Snapshot, Snapshot], deta
 
 
 @given(pairs(extras=True))
-def test_a_basic_answer_has_no_null(pair: tuple[Snapshot, Snapshot]) -> None:
+def test_basic_answer_has_no_null(pair: tuple[Snapshot, Snapshot]) -> None:
     """A strict reader that knows no null can read every basic answer."""
     answer = read(measure(*pair))
     values = [answer, answer["process"], *answer["threads"]]
@@ -241,9 +241,7 @@ def test_a_basic_answer_has_no_null(pair: tuple[Snapshot, Snapshot]) -> None:
 
 
 @given(pairs(extras=True), sorts, limits)
-def test_sort_and_limit_choose_from_the_same_threads(
-    pair: tuple[Snapshot, Snapshot], sort: Sort, limit: int | None
-) -> None:
+def test_sort_before_limit_sets_truncated(pair: tuple[Snapshot, Snapshot], sort: Sort, limit: int | None) -> None:
     """sort orders the whole list, limit cuts it afterwards, and `truncated` tells."""
     m = measure(*pair)
     everything = read(m, detail="full")["threads"]
@@ -259,7 +257,7 @@ def test_sort_and_limit_choose_from_the_same_threads(
     assert answer["process"] == read(m, detail="full")["process"]
 
 
-def test_equal_threads_stay_in_order_of_tid() -> None:
+def test_threads_with_equal_cpu_are_sorted_by_tid() -> None:
     """Busiest first, and among equals the lower tid first."""
     answer = read(full_measurement(), sort="cpu", detail="full")
     assert [t["tid"] for t in answer["threads"]] == [2, 9, 3, 1]
@@ -267,7 +265,7 @@ def test_equal_threads_stay_in_order_of_tid() -> None:
     assert [t["tid"] for t in read(idle, sort="cpu")["threads"]] == [3, 5, 9]
 
 
-def test_those_who_share_a_measurement_share_the_bytes() -> None:
+def test_answer_to_the_same_question_is_the_same_object() -> None:
     """The second caller with the same question gets the same object, not another rendering."""
     m = full_measurement()
     assert encode(m, IDENTITY, requested_ms=1000) is encode(m, IDENTITY, requested_ms=1000)
@@ -293,7 +291,7 @@ def of_many_threads(count: int, name: str) -> Measurement:
 
 @pytest.mark.parametrize("detail", ["basic", "full"])
 @pytest.mark.parametrize(("name", "least"), [("x", ANSWER_THREADS), ("\u202e" * 64, 7000)])
-def test_an_answer_has_so_many_threads_and_bytes_and_no_more(detail: Detail, name: str, least: int) -> None:
+def test_answer_beyond_20000_threads_or_8_mib_is_truncated(detail: Detail, name: str, least: int) -> None:
     """Beyond 20 000 threads or 8 MiB the idlest are left out; the answer says so, and stays what readers know."""
     m = of_many_threads(ANSWER_THREADS + 1000, name)
     body = encode(m, IDENTITY, requested_ms=1000, detail=detail)
@@ -310,7 +308,7 @@ def test_an_answer_has_so_many_threads_and_bytes_and_no_more(detail: Detail, nam
         assert list(json.loads(body)) == [*BASIC, "truncated"]
 
 
-def test_a_basic_answer_that_was_not_cut_for_its_size_has_the_four_keys_alone() -> None:
+def test_basic_answer_within_its_size_has_four_keys() -> None:
     """Whoever asks for a limit knows; and readers that know four keys get four."""
     m = of_many_threads(ANSWER_THREADS, "x")
     for limit in (None, 1, 0):
@@ -318,7 +316,7 @@ def test_a_basic_answer_that_was_not_cut_for_its_size_has_the_four_keys_alone() 
     assert read(m, limit=1, detail="full")["truncated"] is True
 
 
-def test_unavailable_is_the_other_variant() -> None:
+def test_unavailable_answer_has_three_keys_and_the_reason() -> None:
     """A failure has exactly the three keys, in order, with the source's own sentence as reason."""
     body = unavailable(TargetGoneError("target 4242 has exited"), platform="macos")
     assert body == b'{"platform":"macos","available":false,"reason":"target 4242 has exited"}'
@@ -342,13 +340,13 @@ def test_unavailable_is_the_other_variant() -> None:
         b'"threads":[],"platform":"linux"}',
     ],
 )
-def test_what_is_no_answer_is_refused_by_the_model(body: bytes) -> None:
+def test_model_refuses_null_nan_and_a_third_variant(body: bytes) -> None:
     """Neither null nor NaN nor a third variant passes for an answer."""
     with pytest.raises(ValidationError):
         parse_runtime_metrics(body)
 
 
-def test_times_are_utc_with_milliseconds() -> None:
+def test_times_are_iso_8601_utc_with_milliseconds() -> None:
     """ISO 8601 that sorts as text."""
     assert iso(1_790_000_000_123_456_789) == "2026-09-21T14:13:20.123Z"
     assert iso(0) == "1970-01-01T00:00:00.000Z"
@@ -365,7 +363,7 @@ def test_times_are_utc_with_milliseconds() -> None:
         ("", "6.1.0-amd64", "6.1.0-amd64"),
     ],
 )
-def test_os_version_of_a_python_built_with_an_older_sdk_is_that_of_the_system(
+def test_os_version_of_a_python_with_an_older_sdk_is_the_real_one(
     monkeypatch: pytest.MonkeyPatch, mac_version: str, release: str, shown: str
 ) -> None:
     """macOS 26 says 16 to it (python/cpython#135675); Darwin's release tells the truth."""

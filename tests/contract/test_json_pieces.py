@@ -20,7 +20,7 @@ values = st.recursive(
 
 
 @given(values, st.integers(1, 12))
-def test_bytes_of_any_value_are_those_of_json_dumps(value: Any, piece: int) -> None:
+def test_json_pieces_of_any_value_equal_json_dumps(value: Any, piece: int) -> None:
     """However small the pieces are."""
     whole = encoding.PIECE
     encoding.PIECE = piece
@@ -40,12 +40,12 @@ def test_bytes_of_any_value_are_those_of_json_dumps(value: Any, piece: int) -> N
         (1, 2, 3) * 1000,
     ],
 )
-def test_bytes_of_a_large_value_are_those_of_json_dumps(value: Any) -> None:
+def test_json_pieces_of_a_large_value_equal_json_dumps(value: Any) -> None:
     """Tables and lists of threads."""
     assert to_json(value) == json.dumps(value, separators=(",", ":")).encode()
 
 
-def test_other_threads_run_while_a_large_value_is_encoded() -> None:
+def test_json_pieces_of_a_large_value_let_other_threads_run() -> None:
     """With a switch interval beyond the time of the whole, a thread that waits for the lock still gets it often."""
     table = {"threads": [{"tid": i, "cpu_percent": [0.125] * 5000} for i in range(100)]}
     interval = sys.getswitchinterval()

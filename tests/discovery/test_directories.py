@@ -18,7 +18,7 @@ from vitalsd.discovery.directories import (
 )
 
 
-def test_the_override_stands_alone(tmp_path: Path) -> None:
+def test_directory_variables_replace_all_defaults(tmp_path: Path) -> None:
     """VITALSD_RUNTIME_DIR and VITALSD_STATE_DIR win over everything."""
     environ = {"VITALSD_RUNTIME_DIR": str(tmp_path / "r"), "VITALSD_STATE_DIR": str(tmp_path / "s")}
     environ |= {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)}
@@ -28,7 +28,7 @@ def test_the_override_stands_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o700
 
 
-def test_the_directories_of_a_login(tmp_path: Path) -> None:
+def test_directories_of_a_login_are_below_xdg_or_home(tmp_path: Path) -> None:
     """On Linux the runtime directory is under XDG_RUNTIME_DIR, else under the home; state is too."""
     if sys.platform == "darwin":
         expected = tmp_path / "Library/Application Support/vitalsd"
@@ -44,7 +44,7 @@ def test_the_directories_of_a_login(tmp_path: Path) -> None:
     assert state_directory(relative) == tmp_path / ".local/state/vitalsd"
 
 
-def test_another_users_environment_is_not_used(tmp_path: Path) -> None:
+def test_directories_under_sudo_ignore_the_other_users_environment(tmp_path: Path) -> None:
     """Under sudo -E nothing of ours is put into the directories that the environment still names."""
     if os.geteuid() != 0:
         pytest.skip("only root can give a directory away")
@@ -55,7 +55,7 @@ def test_another_users_environment_is_not_used(tmp_path: Path) -> None:
     assert not [path for path in runtime_directories(environ) if path.is_relative_to(theirs)]
 
 
-def test_strange_directories_are_refused(tmp_path: Path) -> None:
+def test_directory_that_is_no_private_directory_is_refused(tmp_path: Path) -> None:
     """A symlink, a file, another user's directory, one for others and one that they may write: each in a sentence."""
     real = private_directory(tmp_path / "real")
     (tmp_path / "link").symlink_to(real)
@@ -83,7 +83,7 @@ def test_strange_directories_are_refused(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o755
 
 
-def test_a_state_directory_that_cannot_be_used_says_how_to_name_another(tmp_path: Path) -> None:
+def test_state_directory_unusable_has_a_reason_with_the_variable(tmp_path: Path) -> None:
     """Whatever is in its way below the home directory."""
     for parent in (".local", "Library"):
         (tmp_path / parent).touch()
@@ -91,7 +91,7 @@ def test_a_state_directory_that_cannot_be_used_says_how_to_name_another(tmp_path
         state_directory({"HOME": str(tmp_path)})
 
 
-def test_a_readable_directory_of_ours_is_closed(tmp_path: Path) -> None:
+def test_directory_readable_by_others_becomes_0700(tmp_path: Path) -> None:
     """A directory of ours that others could only read becomes 0700; missing parents are made private too."""
     (tmp_path / "mine").mkdir(0o755)
     old = os.umask(0o777)
@@ -104,7 +104,7 @@ def test_a_readable_directory_of_ours_is_closed(tmp_path: Path) -> None:
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
 
 
-def test_runtime_directory_whose_path_is_too_long_for_a_socket_is_taken_for_its_file(tmp_path: Path) -> None:
+def test_runtime_directory_too_long_for_a_socket_still_has_the_file(tmp_path: Path) -> None:
     """Only if there is no other; the limit of sun_path is in bytes, and is checked before a socket is bound."""
     too_long = tmp_path / ("ü" * 60)
     assert runtime_directory({"VITALSD_RUNTIME_DIR": str(too_long)}) == too_long

@@ -109,7 +109,7 @@ def as_nobody(call: Callable[[], object]) -> str:
 # The file
 
 
-def test_what_is_published_is_read_back_the_same(directory: Path) -> None:
+def test_runtime_file_published_reads_back_equal(directory: Path) -> None:
     """publish and read are inverse, with and without target, socket, port and token."""
     for each in (
         an_endpoint(),
@@ -119,7 +119,7 @@ def test_what_is_published_is_read_back_the_same(directory: Path) -> None:
         assert each == ep.read(ep.publish(each, directory))
 
 
-def test_a_runtime_file_is_private_under_every_umask(directory: Path) -> None:
+def test_runtime_file_is_private_under_every_umask(directory: Path) -> None:
     """The file has mode 0600 whether the umask is 0 or takes everything away."""
     for umask in (0o000, 0o777):
         old = os.umask(umask)
@@ -130,7 +130,7 @@ def test_a_runtime_file_is_private_under_every_umask(directory: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(directory: Path) -> None:
+def test_runtime_file_write_that_fails_leaves_the_old_file(directory: Path) -> None:
     """An endpoint that cannot be written changes nothing on disk."""
     path = ep.publish(an_endpoint(), directory)
     before = path.read_bytes()
@@ -143,7 +143,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(directory: Path) -> No
     assert sorted(os.listdir(directory)) == ["sidecar-100.json", "sidecar-101.json"]
 
 
-def test_a_writer_killed_at_any_time_leaves_a_whole_file_or_none(directory: Path) -> None:
+def test_runtime_file_writer_killed_leaves_a_complete_file_or_none(directory: Path) -> None:
     """20 SIGKILLs during writes: what is there under the final name can always be read."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
@@ -169,7 +169,7 @@ def test_a_writer_killed_at_any_time_leaves_a_whole_file_or_none(directory: Path
         assert ep.read(directory / "sidecar-100.json").version == "x" * 9000
 
 
-def test_an_old_temporary_file_is_swept_and_a_young_one_is_not(directory: Path) -> None:
+def test_sweep_removes_only_old_temporary_files(directory: Path) -> None:
     """A temporary file is only an orphan once it is older than any writer takes."""
     old, young = directory / f".sidecar-1.{'0' * 16}.tmp", directory / f".sidecar-1.{'1' * 16}.tmp"
     old.touch()
@@ -196,7 +196,7 @@ def test_an_old_temporary_file_is_swept_and_a_young_one_is_not(directory: Path) 
         b"x" * (ep.MAX_FILE_BYTES + 1),
     ],
 )
-def test_foreign_content_is_refused_with_a_reason(directory: Path, content: bytes) -> None:
+def test_runtime_file_of_foreign_content_is_an_endpoint_error(directory: Path, content: bytes) -> None:
     """Anything but a runtime file of the known schema is an EndpointError, and no sidecar."""
     path = directory / "sidecar-1.json"
     path.write_bytes(content)
@@ -206,7 +206,7 @@ def test_foreign_content_is_refused_with_a_reason(directory: Path, content: byte
     assert ep.discover(directories=[directory]) == []
 
 
-def test_a_field_of_another_type_is_refused(directory: Path) -> None:
+def test_runtime_file_with_a_field_of_another_type_is_refused(directory: Path) -> None:
     """No field is taken at anything but its own type: true is not a pid."""
     path = ep.publish(an_endpoint(), directory)
     good = json.loads(path.read_text())
@@ -216,7 +216,7 @@ def test_a_field_of_another_type_is_refused(directory: Path) -> None:
             ep.read(path)
 
 
-def test_links_pipes_and_open_files_are_refused(directory: Path) -> None:
+def test_runtime_file_that_is_a_link_fifo_or_public_is_refused(directory: Path) -> None:
     """A runtime file must be a regular file that nobody else can read; a FIFO does not hold us up."""
     path = ep.publish(an_endpoint(), directory)
     (directory / "sidecar-2.json").symlink_to(path)
@@ -234,12 +234,12 @@ def test_links_pipes_and_open_files_are_refused(directory: Path) -> None:
         ep.read(directory / "sidecar-4.json")
 
 
-def test_a_token_does_not_show_in_a_traceback() -> None:
+def test_endpoint_repr_omits_the_token() -> None:
     """repr() of an endpoint leaves its token out."""
     assert "secret" not in repr(an_endpoint(token="secret"))
 
 
-def test_withdraw_removes_its_own_file_and_nobody_elses(directory: Path) -> None:
+def test_withdraw_removes_only_its_own_file(directory: Path) -> None:
     """A file that a later sidecar with the same pid wrote stays."""
     path = ep.publish(an_endpoint(start=8), directory)
     ep.withdraw(path, an_endpoint(start=7))
@@ -259,7 +259,7 @@ def test_withdraw_removes_its_own_file_and_nobody_elses(directory: Path) -> None
         (None, None),
     ],
 )
-def test_url_is_one_that_a_client_here_can_open(host: str | None, url: str | None) -> None:
+def test_endpoint_url_of_a_wildcard_address_is_loopback(host: str | None, url: str | None) -> None:
     """A wildcard address is reached over loopback."""
     assert url == an_endpoint(host=host).url
 
@@ -299,12 +299,12 @@ def test_url_is_one_that_a_client_here_can_open(host: str | None, url: str | Non
         ({"pid": 666}, Kernel({}), "unknown"),
     ],
 )
-def test_liveness(changes: dict[str, Any], kernel: Kernel, expected: str) -> None:
+def test_liveness_is_decided_by_boot_pid_and_start(changes: dict[str, Any], kernel: Kernel, expected: str) -> None:
     """Boot, pid and start time decide; another machine's or container's sidecar is unknown, not dead."""
     assert expected == ep.liveness(an_endpoint(**changes), kernel)
 
 
-def test_sweep_deletes_the_dead_and_nothing_else(directory: Path) -> None:
+def test_sweep_deletes_only_stale_runtime_files(directory: Path) -> None:
     """Alive and unknown runtime files survive a sweep."""
     alive = ep.publish(an_endpoint(pid=100), directory)
     dead = ep.publish(an_endpoint(pid=101), directory)
@@ -338,13 +338,13 @@ def test_discover_prefers_the_watcher_of_the_pid_then_the_newest(directory: Path
 # The real kernel
 
 
-def test_the_start_key_is_that_of_the_source() -> None:
+def test_start_key_equals_that_of_the_source() -> None:
     """A runtime file and a Source name one run of a process by the same number."""
     assert open_source().identity().start_key == births().start_key(os.getpid())
     assert open_source().identity().boot_id == births().boot_id()
 
 
-def test_a_dead_a_zombie_and_a_stopped_process() -> None:
+def test_start_key_of_a_process_exists_until_it_exits() -> None:
     """A process is there until it has exited, reaped or not."""
     kernel = births()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -361,7 +361,7 @@ def test_a_dead_a_zombie_and_a_stopped_process() -> None:
     assert kernel.start_key(child.pid) is None
 
 
-def test_without_a_procfs_nothing_is_called_dead(tmp_path: Path) -> None:
+def test_liveness_without_procfs_is_undecided(tmp_path: Path) -> None:
     """A process that exists and is not listed is undecided; the boot is not known."""
     kernel = LinuxBirths(str(tmp_path), str(tmp_path / "machine-id"))
     with pytest.raises(IdentityUnknownError):
@@ -371,7 +371,7 @@ def test_without_a_procfs_nothing_is_called_dead(tmp_path: Path) -> None:
     assert kernel.realm().startswith(ANY_MACHINE)
 
 
-def test_damaged_procfs_is_undecided(tmp_path: Path) -> None:
+def test_liveness_with_a_damaged_procfs_is_undecided(tmp_path: Path) -> None:
     """A stat line that no kernel writes decides nothing."""
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "stat").write_text("garbage")
@@ -382,7 +382,7 @@ def test_damaged_procfs_is_undecided(tmp_path: Path) -> None:
 # Users
 
 
-def test_two_users_do_not_see_each_others_sidecars(tmp_path: Path) -> None:
+def test_runtime_files_of_another_user_are_neither_read_nor_trusted(tmp_path: Path) -> None:
     """Another user can neither list nor read a runtime file, and one of theirs planted here is not believed."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
@@ -413,7 +413,7 @@ def listening(directory: Path) -> Iterator[tuple[Path, socket.socket]]:
         yield path, listener
 
 
-def test_a_live_socket_is_not_swept_and_a_dead_one_is(listening: tuple[Path, socket.socket], directory: Path) -> None:
+def test_sweep_removes_stale_sockets_only(listening: tuple[Path, socket.socket], directory: Path) -> None:
     """A socket file goes only when nobody accepts there, and its lock file goes with it."""
     path, listener = listening
     assert ep.sweep(directory) == []
@@ -422,7 +422,7 @@ def test_a_live_socket_is_not_swept_and_a_dead_one_is(listening: tuple[Path, soc
     assert os.listdir(directory) == []
 
 
-def test_a_socket_whose_owner_has_not_listened_yet_is_not_swept(directory: Path) -> None:
+def test_sweep_leaves_a_socket_bound_but_not_listening(directory: Path) -> None:
     """Between bind and listen a connect is refused, and only the lock shows that the owner lives."""
     path = directory / socket_name(6)
     held = SocketLock(path)
@@ -435,7 +435,7 @@ def test_a_socket_whose_owner_has_not_listened_yet_is_not_swept(directory: Path)
     assert [path] == ep.sweep(directory)
 
 
-def test_the_agents_socket_is_left_alone(directory: Path) -> None:
+def test_sweep_never_connects_to_the_agents_socket(directory: Path) -> None:
     """A sweep never probes the socket of the agent, because a connection would start it."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(agent_socket(directory)))
@@ -443,7 +443,7 @@ def test_the_agents_socket_is_left_alone(directory: Path) -> None:
     assert agent_socket(directory).exists()
 
 
-def test_a_lock_is_held_once(directory: Path) -> None:
+def test_socket_lock_held_refuses_a_second_holder(directory: Path) -> None:
     """The second holder is refused in a sentence; after the release, or in a fork that forgets it, it is free."""
     path = directory / "a.sock"
     first = SocketLock(path)
@@ -454,7 +454,7 @@ def test_a_lock_is_held_once(directory: Path) -> None:
     assert os.listdir(directory) == []
 
 
-def test_a_lock_removed_while_waiting_is_taken_anew(directory: Path) -> None:
+def test_socket_lock_removed_while_waiting_is_created_again(directory: Path) -> None:
     """A lock on a file that is no longer there protects nothing, so the file is made again."""
     path = directory / "a.sock"
     first = SocketLock(path)
@@ -465,7 +465,7 @@ def test_a_lock_removed_while_waiting_is_taken_anew(directory: Path) -> None:
     second.release()
 
 
-def test_clients_import_this_without_the_service() -> None:
+def test_import_of_the_runtime_file_loads_no_service() -> None:
     """Importing the endpoint loads no web framework, no server and no pydantic."""
     code = (
         "import sys, vitalsd.discovery.runtime_file; print([m for m in sys.modules if m.split('.')[0] in sys.argv[1:]])"

@@ -73,7 +73,9 @@ def healthy(request: pytest.FixtureRequest, module_path: Path) -> dict[str, tupl
 
 
 @pytest.mark.parametrize("where", ["native", *SIMULATED])
-def test_it_passes_where_all_is_well(where: str, healthy: dict[str, tuple[int, str, str, list[str]]]) -> None:
+def test_doctor_on_a_sound_system_passes_and_leaves_nothing(
+    where: str, healthy: dict[str, tuple[int, str, str, list[str]]]
+) -> None:
     """Each of its lines says what should be and what is; the status is 0; not a directory is left."""
     status, out, errors, left = healthy[where]
     report = json.loads(out)
@@ -148,7 +150,7 @@ CONTRADICTED = {f"cpu.{place}.{duty}" for place in ("own", "other") for duty in 
         ("descriptor", {"left.descriptors"}, set()),
     ],
 )
-def test_a_defect_makes_the_right_line_fail(
+def test_doctor_with_a_planted_defect_fails_only_its_line(
     platform: Platform, defect: str, must_fail: set[str], may_fail: set[str]
 ) -> None:
     """And no other; with the next step to take. Where threads get little CPU, a longer reading shows it."""
@@ -170,7 +172,7 @@ def test_a_defect_makes_the_right_line_fail(
     assert all(findings[check].next_step for check in failed)
 
 
-def test_a_thread_less_is_not_more_than_expected() -> None:
+def test_thread_count_below_the_limit_is_no_failure() -> None:
     """What was held before is the most; the line of one that ended meanwhile does not contradict itself."""
     counted = threading.Event()
     passing = threading.Thread(target=counted.wait)
@@ -190,7 +192,7 @@ def test_a_thread_less_is_not_more_than_expected() -> None:
 
 
 @pytest.mark.skipif(not SIMULATED, reason="the leak is planted in the simulated kernel's library")
-def test_a_leaked_port(lawless_simulator: Simulator) -> None:
+def test_doctor_with_a_leaked_port_fails_the_port_line(lawless_simulator: Simulator) -> None:
     """A release that is forgotten now and then shows in the ports or the references on them, and in nothing else."""
     platform = over_libsystem(as_platform.leaking(lawless_simulator.lib))
     failed = failures({finding.check: finding for finding in process.leftovers(platform, 0.5)})
@@ -199,7 +201,7 @@ def test_a_leaked_port(lawless_simulator: Simulator) -> None:
 
 
 @pytest.mark.skipif(not SIMULATED, reason="the leak is planted in the simulated kernel's library")
-def test_a_leaked_port_in_a_soak(simulated_libsystem: Path, tmp_path: Path) -> None:
+def test_soak_with_a_leaked_port_has_a_slope_above_0(simulated_libsystem: Path, tmp_path: Path) -> None:
     """Its slope is above 0 with certainty."""
     platform = over_libsystem(as_platform.leaking(Simulator(simulated_libsystem, tmp_path).lib))
     findings = {finding.check: finding for finding in soak(platform, 2, lambda done: None)}
@@ -210,7 +212,7 @@ def test_a_leaked_port_in_a_soak(simulated_libsystem: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not SIMULATED, reason="ticks are simulated")
-def test_a_tick_frequency_that_lies_is_made_good(simulator: Simulator) -> None:
+def test_doctor_with_a_wrong_tick_frequency_passes_with_a_warning(simulator: Simulator) -> None:
     """An emulated sysctl is found out by the source itself; the doctor passes, and says so."""
     while time.process_time() < 0.1:
         pass  # the source compares only what is worth comparing
@@ -222,7 +224,7 @@ def test_a_tick_frequency_that_lies_is_made_good(simulator: Simulator) -> None:
 
 @pytest.mark.torture
 @pytest.mark.timeout(200)
-def test_a_minute_of_soak(platform: Platform) -> None:
+def test_soak_of_a_minute_finds_no_leak(platform: Platform) -> None:
     """Tens of thousands of snapshots under churn leave nothing behind, with certainty."""
     findings = {finding.check: finding for finding in soak(platform, 60, lambda done: None)}
     assert failures(findings) == set(), findings
@@ -231,7 +233,7 @@ def test_a_minute_of_soak(platform: Platform) -> None:
 # What it judges by
 
 
-def test_bounds_hold_what_a_thread_burnt() -> None:
+def test_cpu_load_bounds_contain_the_thread_clock() -> None:
     """The CPU clock of a thread, asked at any instant, lies between the two."""
     with BurnerProcess((30, 100)) as burner:
         instant = time.monotonic_ns()
@@ -244,7 +246,7 @@ def test_bounds_hold_what_a_thread_burnt() -> None:
         assert first[name][-1][0] > instant
 
 
-def test_a_slope_and_its_margin() -> None:
+def test_slope_of_a_known_line_is_within_its_margin() -> None:
     """Of a line with noise that is known; too few points are refused."""
     points = [(float(x), 3.0 * x + (-1) ** x) for x in range(SEGMENTS)]
     found = slope(points)
@@ -255,7 +257,7 @@ def test_a_slope_and_its_margin() -> None:
         slope(points[1:])
 
 
-def test_what_breaks_a_check_is_a_line() -> None:
+def test_doctor_check_that_raises_is_a_failed_line() -> None:
     """A source that raises what it may not is a finding; the rest is examined all the same."""
     from vitalsd.doctor.runner import examine
 
@@ -272,7 +274,7 @@ def test_what_breaks_a_check_is_a_line() -> None:
     assert "/nonexistent" in findings["service.start"].measured
 
 
-def test_what_a_killed_one_left_is_cleared_away(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_removes_directories_of_killed_doctors_only(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Directories of doctors that are dead go at the next start; those of others stay, however they are named."""
     from vitalsd.doctor.runner import MARKER, examine
 
@@ -323,7 +325,7 @@ Troubled = dict[str, tuple[Path, subprocess.Popen[str]]]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_interrupted_it_leaves_nothing(troubled: Troubled, name: str) -> None:
+def test_doctor_interrupted_leaves_no_process_or_file(troubled: Troubled, name: str) -> None:
     """Neither a process nor a file; the status says which signal it was."""
     place, doctor = troubled[name]
     assert doctor.stdout is not None
@@ -341,7 +343,7 @@ def test_interrupted_it_leaves_nothing(troubled: Troubled, name: str) -> None:
         eventually(lambda: not marked(str(place)))
 
 
-def test_few_descriptors(troubled: Troubled) -> None:
+def test_doctor_with_few_descriptors_says_so_without_a_traceback(troubled: Troubled) -> None:
     """The line about them says so and what to do; what needs more of them fails without a traceback."""
     place, doctor = troubled["poor"]
     out, errors = doctor.communicate(timeout=100)
@@ -352,7 +354,7 @@ def test_few_descriptors(troubled: Troubled) -> None:
     assert listing(place) == []
 
 
-def test_nowhere_to_write(troubled: Troubled) -> None:
+def test_doctor_without_a_writable_directory_fails_two_lines(troubled: Troubled) -> None:
     """Two lines fail, for people to read: no colour in a pipe, and the next step below. All others pass."""
     place, doctor = troubled["homeless"]
     out, errors = doctor.communicate(timeout=100)
@@ -377,7 +379,7 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-def test_the_library_of_this_system_is_the_default() -> None:
+def test_doctor_without_a_library_uses_that_of_the_system() -> None:
     """Ports are counted on a Mac and nothing is made up elsewhere."""
     assert set(this_platform().holdings()) == ({"ports", "references"} if sys.platform == "darwin" else set())
     if sys.platform == "darwin":

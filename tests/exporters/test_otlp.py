@@ -160,7 +160,9 @@ def values(metric: Any) -> dict[tuple[Any, ...], float]:
     }
 
 
-def test_a_collector_gets_the_conventions(tmp_path: Path, start: Start, collector: Collector) -> None:
+def test_otlp_push_has_the_names_and_units_of_the_conventions(
+    tmp_path: Path, start: Start, collector: Collector
+) -> None:
     """Names, units, kinds and attributes are those of the conventions; rates agree with cpu_percent."""
     target = start("--burn", "35", "--idle", "2")
     target.ask("name " + b"\xff\x1b[2J".hex())
@@ -243,7 +245,7 @@ def test_a_collector_gets_the_conventions(tmp_path: Path, start: Start, collecto
     assert "process.pid" not in attributes(gone.resource_metrics[0].resource.attributes)
 
 
-def test_a_collector_that_is_down_disturbs_nothing(tmp_path: Path) -> None:
+def test_otlp_collector_down_is_logged_once_and_retried(tmp_path: Path) -> None:
     """While it is down the service answers and says so once; when it is back it is sent to again; SIGTERM is obeyed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -268,7 +270,7 @@ def test_a_collector_that_is_down_disturbs_nothing(tmp_path: Path) -> None:
         assert service.process.wait(10) == 0
 
 
-def test_a_collector_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
+def test_otlp_collector_hung_delays_neither_answers_nor_exit(tmp_path: Path) -> None:
     """One that accepts and never answers costs nobody else their answer, nor SIGTERM its promptness."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -363,7 +365,7 @@ def test_keys_of_a_connection_to_a_collector_are_not_logged(tmp_path: Path, coll
     assert not keys.exists()
 
 
-def test_the_environment_changes_nothing_but_credentials(tmp_path: Path, collector: Collector) -> None:
+def test_otlp_environment_sets_credentials_only(tmp_path: Path, collector: Collector) -> None:
     """Of the OTEL_ variables only headers and certificates count; the others are named and ignored; so are proxies."""
     env = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
@@ -391,7 +393,7 @@ def test_the_environment_changes_nothing_but_credentials(tmp_path: Path, collect
     assert metrics(collector.pushes[0])["process.cpu.time"].sum.aggregation_temporality == CUMULATIVE
 
 
-def test_unasked_nothing_is_sent(tmp_path: Path, collector: Collector) -> None:
+def test_otlp_without_its_option_sends_and_loads_nothing(tmp_path: Path, collector: Collector) -> None:
     """Without --otlp no variable of the environment makes it send anything, or load what sends."""
     env = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
@@ -416,14 +418,14 @@ def test_unasked_nothing_is_sent(tmp_path: Path, collector: Collector) -> None:
         (["--otlp", "--otlp-interval", "0.1"], "--otlp-interval"),
     ],
 )
-def test_wrong_options_are_2(arguments: list[str], said: str) -> None:
+def test_otlp_with_wrong_options_exits_with_2(arguments: list[str], said: str) -> None:
     """What cannot be sent to is wrong usage, said in one line."""
     out = CliRunner().invoke(main, ["serve", "--port", "0", *arguments])
     assert out.exit_code == 2
     assert said in out.stderr.splitlines()[-1]
 
 
-def test_without_the_extra_it_says_how_to_get_it(tmp_path: Path) -> None:
+def test_otlp_without_the_extra_exits_with_2_and_the_remedy(tmp_path: Path) -> None:
     """Where the packages are missing, --otlp is one clear line and status 2, and serving without it works."""
     code = "import sys; sys.modules['opentelemetry.exporter'] = None; from vitalsd.cli import main; main(sys.argv[1:])"
     out = subprocess.run(
@@ -447,12 +449,12 @@ def test_without_the_extra_it_says_how_to_get_it(tmp_path: Path) -> None:
         ("http://[::1]:4318/v1/metrics", "http://[::1]:4318/v1/metrics"),
     ],
 )
-def test_where_metrics_go(url: str, endpoint: str) -> None:
+def test_otlp_endpoint_has_the_metrics_path(url: str, endpoint: str) -> None:
     """The URL is that of the Collector; its path for metrics is added unless it is there."""
     assert endpoint_of(url) == endpoint
 
 
-def test_what_is_taken_out_of_the_environment() -> None:
+def test_otlp_removes_all_variables_but_credentials() -> None:
     """Every OTEL_ variable but those that hold credentials, and no other."""
     environ = {"PATH": "/bin", "OTEL_SERVICE_NAME": "x", "OTEL_ANYTHING": "y", **dict.fromkeys(CREDENTIALS, "z")}
     environ["SSLKEYLOGFILE"] = "/keys"
@@ -460,7 +462,7 @@ def test_what_is_taken_out_of_the_environment() -> None:
     assert environ == {"PATH": "/bin", **dict.fromkeys(CREDENTIALS, "z")}
 
 
-def test_in_a_host_with_telemetry_nothing_of_ours_is_in_it(tmp_path: Path) -> None:
+def test_otlp_in_a_host_with_telemetry_adds_nothing_to_it(tmp_path: Path) -> None:
     """A host's own tracing and metrics do not fill up with the requests of its sidecar."""
     code = """
 import http.client, sys, vitalsd

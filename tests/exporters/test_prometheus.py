@@ -47,7 +47,7 @@ def scrape(serving: Serving, accept: str = "text/plain", **parameters: int) -> d
 
 
 @pytest.mark.parametrize("accept", ["text/plain", "text/plain;version=1.0.0", "application/openmetrics-text"])
-def test_every_form_has_the_standard_names(served: Serving, start: Start, accept: str) -> None:
+def test_scrape_in_every_format_has_the_standard_names(served: Serving, start: Start, accept: str) -> None:
     """In each form, without waiting, stand the standard process_* names with the target's figures."""
     target = start("--idle", "3", "--burn", "30")
     watch = Stopwatch()
@@ -69,7 +69,7 @@ def test_every_form_has_the_standard_names(served: Serving, start: Start, accept
     )
 
 
-def test_promtool_finds_nothing_to_say(served: Serving) -> None:
+def test_scrape_passes_promtool(served: Serving) -> None:
     """`promtool check metrics` passes names, types, units and help."""
     promtool = program("promtool", package="prometheus")
     text = served.client.get("/metrics", headers={"Accept": "text/plain"}).content
@@ -77,7 +77,7 @@ def test_promtool_finds_nothing_to_say(served: Serving) -> None:
     assert (out.returncode, out.stdout, out.stderr) == (0, b"", b"")
 
 
-def test_a_dead_target_is_down_and_the_service_is_not(served: Serving, start: Start) -> None:
+def test_scrape_of_a_dead_target_has_target_up_0(served: Serving, start: Start) -> None:
     """A scrape never fails for its target: it says vitalsd_target_up 0 and has no process_* series."""
     target = start()
     assert scrape(served, pid=target.pid)["vitalsd_target_up"][0].value == 1
@@ -89,7 +89,7 @@ def test_a_dead_target_is_down_and_the_service_is_not(served: Serving, start: St
     assert found["vitalsd_cpu_seconds_total"][0].value > 0
 
 
-def test_threads_are_capped_and_can_be_left_out(tmp_path: Path, start: Start) -> None:
+def test_scrape_threads_are_limited_and_can_be_left_out(tmp_path: Path, start: Start) -> None:
     """Of more threads than the cap those with the most CPU time have series; --no-thread-metrics leaves all out."""
     target = start("--idle", "6", "--burn", "40")
     with Serving(tmp_path, "--pid", str(target.pid), "--max-thread-metrics", "2") as serving:
@@ -104,7 +104,7 @@ def test_threads_are_capped_and_can_be_left_out(tmp_path: Path, start: Start) ->
         assert found["process_threads"][0].value == 8
 
 
-def test_hostile_names_stay_in_their_label(served: Serving, start: Start) -> None:
+def test_scrape_with_hostile_names_escapes_its_labels(served: Serving, start: Start) -> None:
     """Quotes, line ends, escapes and bidi marks in a thread's name neither break the text nor reach a terminal."""
     target = start()
     target.ask(f"name {HOSTILE.encode()[:15].hex()}")
@@ -118,21 +118,21 @@ def test_hostile_names_stay_in_their_label(served: Serving, start: Start) -> Non
         assert 'a"\\\\n\\x1b[2J\\u202e<b>' in names
 
 
-def test_nobody_is_scraped_in_the_wrong_form(served: Serving) -> None:
+def test_accept_header_without_a_known_format_is_406(served: Serving) -> None:
     """An Accept that takes none of the forms is refused with a list of them."""
     answer = served.client.get("/metrics", headers={"Accept": "text/html"})
     assert (answer.status_code, answer.json()["reason"]) == (406, "not_acceptable")
     assert "text/plain" in answer.json()["detail"]
 
 
-def test_without_a_scraper_nothing_is_loaded() -> None:
+def test_sidecar_without_scrapes_loads_no_exporter() -> None:
     """A sidecar that is not scraped never imports prometheus-client, nor rich, nor OpenTelemetry."""
     code = "import sys, vitalsd.http.app, vitalsd.cli, vitalsd.exporters.otlp; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"prometheus_client", "rich", "opentelemetry.sdk"} & set(out.stdout.split())
 
 
-def test_a_dead_scrape_has_text_too() -> None:
+def test_scrape_without_target_values_ends_as_the_format_demands() -> None:
     """With nothing to tell of a target the text still ends as the format demands."""
     body, content_type = expose(Scrape(None, 10, 0, None), "application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
@@ -146,7 +146,7 @@ def free_port() -> int:
         return port
 
 
-def test_prometheus_scrapes_and_agrees(tmp_path: Path, start: Start) -> None:
+def test_prometheus_rate_agrees_with_cpu_percent(tmp_path: Path, start: Start) -> None:
     """rate(process_cpu_seconds_total) of a real Prometheus is within 2 points of cpu_percent over the same time."""
     prometheus = program("prometheus", package="prometheus")
     target = start("--burn", "35", "--idle", "2")

@@ -154,7 +154,7 @@ def run(executable: Path, environ: dict[str, str], *arguments: str) -> "subproce
     return subprocess.run([str(executable), *arguments], env=environ, capture_output=True, text=True, timeout=120)
 
 
-def test_wheel_contains_the_hooks_and_names_them(wheel: Path) -> None:
+def test_wheel_contains_the_pyinstaller_hooks_and_entry_point(wheel: Path) -> None:
     """PyInstaller finds the hooks by the entry point of the installed distribution."""
     (entry_points,) = wheel.glob("vitalsd-*.dist-info/entry_points.txt")
     assert "[pyinstaller40]\nhook-dirs = vitalsd.pyinstaller_hooks:get_hook_dirs" in entry_points.read_text()
@@ -173,7 +173,7 @@ def test_spawn_without_freeze_support_raises_at_once_and_starts_nothing(applicat
     assert sidecars == []
 
 
-def test_spawn_where_nothing_says_frozen_starts_one_copy_which_refuses(application: Path, home: Home) -> None:
+def test_spawn_in_an_unmarked_frozen_application_starts_one_copy_which_refuses(application: Path, home: Home) -> None:
     """The second copy starts no third one, and the first is given the reason without waiting for the time-out."""
     begun = time.monotonic()
     done = run(application, home.environ("unmarked"))

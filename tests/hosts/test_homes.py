@@ -85,7 +85,7 @@ def test_home_on_a_file_system_without_sockets_is_served_over_tcp_with_a_runtime
     assert [note for note in of_start[2] if "Operation not permitted" in note]
 
 
-def test_serve_with_a_home_without_sockets_says_so_and_is_found(home: Path) -> None:
+def test_serve_with_a_home_without_sockets_has_a_note_and_is_found(home: Path) -> None:
     """Status 2 before; now it is ready, and `vitalsd endpoints` lists it."""
     env = bare_environment(home)
     with serving(home, env=env) as (process, ready):
@@ -164,9 +164,7 @@ def test_reports_at_a_wrong_clock_are_saved_sent_and_served(short_path: Path, mo
     check_dates(reports)
 
 
-def test_clock_that_is_set_by_years_meanwhile_loses_no_report_and_no_window(
-    short_path: Path, moved_clock: Path
-) -> None:
+def test_clock_set_by_years_loses_no_report_and_no_window(short_path: Path, moved_clock: Path) -> None:
     """An empty battery, then NTP, then years ahead: windows go on, and all three reports are sent."""
     year = datetime.now(UTC).year
     steps = [f"{year + years}-06-01 00:00:00" for years in (-3, 0, 5)]

@@ -111,13 +111,13 @@ UNIX_WRONG = ["127.0.0.1", "localhost:80", "localhost:9779", "evil.test", "[::1]
 
 
 @pytest.mark.parametrize("form", RIGHT, ids=ascii)
-def test_a_host_that_is_right(edge: Edge, form: str) -> None:
+def test_host_of_the_listener_address_or_localhost_is_accepted(edge: Edge, form: str) -> None:
     """The address and port that the connection was made to, or localhost with that port, in any case."""
     assert get(edge.url, host=form.replace("{P}", port(edge))).status == 200
 
 
 @pytest.mark.parametrize("form", WRONG, ids=lambda form: ascii(form[:24]))
-def test_a_host_that_is_wrong(edge: Edge, counted: Counted, form: str) -> None:
+def test_host_of_another_server_is_421(edge: Edge, counted: Counted, form: str) -> None:
     """Any other is another server, 421, and nothing behind the gate runs."""
     before = len(counted.reached)
     host = form.replace("{P}", port(edge)).replace("{Q}", str(int(port(edge)) % 65535 + 1))
@@ -135,13 +135,13 @@ def test_refusal_of_a_forwarder_on_another_port_says_to_use_the_same_port_number
 
 
 @pytest.mark.parametrize("form", UNIX_RIGHT)
-def test_a_host_that_is_right_on_the_unix_socket(edge: Edge, form: str) -> None:
+def test_host_that_programs_send_over_the_unix_socket_is_accepted(edge: Edge, form: str) -> None:
     """There the name is of no consequence to the way taken, so those that programs write are known by heart."""
     assert get(edge.socket, host=form).status == 200
 
 
 @pytest.mark.parametrize("form", UNIX_WRONG)
-def test_a_host_that_is_wrong_on_the_unix_socket(edge: Edge, form: str) -> None:
+def test_host_with_a_forwarded_port_over_the_unix_socket_is_421(edge: Edge, form: str) -> None:
     """What a browser would send through a forwarder to the socket, with the port of that, is none of them."""
     assert get(edge.socket, host=form).status == 421
 
@@ -158,7 +158,7 @@ def test_a_host_that_is_wrong_on_the_unix_socket(edge: Edge, form: str) -> None:
     ],
 )
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_not_one_host(edge: Edge, counted: Counted, lines: bytes, version: bytes) -> None:
+def test_host_missing_empty_or_sent_twice_is_400(edge: Edge, counted: Counted, lines: bytes, version: bytes) -> None:
     """None, an empty one or two of them is a bad request, in HTTP/1.0 too."""
     before = len(counted.reached)
     head = b"GET /healthz HTTP/" + version + b"\r\n" + lines.replace(b"{}", f"localhost:{port(edge)}".encode())
@@ -168,7 +168,7 @@ def test_not_one_host(edge: Edge, counted: Counted, lines: bytes, version: bytes
     assert len(counted.reached) == before
 
 
-def test_ipv6_is_right_where_it_is_listened_on() -> None:
+def test_ipv6_literal_on_an_ipv6_listener_is_accepted() -> None:
     """On ::1 its literal is right, in brackets, and 127.0.0.1 is not."""
     try:
         running = Edge(whole_app(), host="::1")
@@ -239,7 +239,9 @@ async def teapot(scope: Scope, receive: Receive, send: Send) -> None:
         (("192.168.7.5", 9779), "a b", 421),
     ],
 )
-def test_where_it_arrived_says_which_host_is_right(server: tuple[str, int], host: str, status: int) -> None:
+def test_host_on_a_remote_listener_may_be_any_name_of_this_machine(
+    server: tuple[str, int], host: str, status: int
+) -> None:
     """On loopback that address and port alone; where other machines get to, any address or name of this one."""
     assert asked(AccessControl(teapot), server, (b"host", host.encode())) == status
 
@@ -309,7 +311,7 @@ def test_absolute_target_is_served_if_it_names_the_server_of_the_host_header(
     ],
     ids=lambda value: ascii(value),
 )
-def test_request_of_a_browser_for_data_passes_for_our_own_page_alone(
+def test_browser_request_for_data_is_accepted_from_the_own_page_only(
     edge: Edge, counted: Counted, headers: tuple[str, ...], status: int
 ) -> None:
     """A page of any other origin, a typed address and a prefetch do not get as far as a handler."""
@@ -336,7 +338,9 @@ def test_request_of_a_browser_for_data_passes_for_our_own_page_alone(
         ("/metrics", b"document", b"navigate", True, 403),
     ],
 )
-def test_what_leads_to_the_page(path: str, dest: bytes, mode: bytes, guarded: bool, status: int) -> None:
+def test_page_link_from_a_file_with_a_token_is_accepted_and_from_a_site_refused(
+    path: str, dest: bytes, mode: bytes, guarded: bool, status: int
+) -> None:
     """A file of `vitalsd open` does, to the document without data, if a token guards all else; no site does more."""
     host, site = (b"host", b"127.0.0.1:9779"), (b"sec-fetch-site", b"cross-site")
     gate = AccessControl(teapot, token="secret" if guarded else None)
@@ -361,7 +365,7 @@ def test_typed_address_leads_to_pages_without_data_only(path: str, status: int, 
 
 
 @pytest.mark.parametrize("origin", ["http://evil.test", "null", "http://{H}"])
-def test_a_preflight_is_refused(edge: Edge, counted: Counted, origin: str) -> None:
+def test_cors_preflight_of_any_origin_is_refused(edge: Edge, counted: Counted, origin: str) -> None:
     """No origin is told that it may, not even ours, and no answer has a header of CORS."""
     before = len(counted.reached)
     reply = get(
@@ -395,7 +399,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("which", ANSWERS)
-def test_every_answer_keeps_browsers_from_making_other_use_of_it(edge: Edge, which: str) -> None:
+def test_answers_have_headers_against_caching_sniffing_framing_and_embedding(edge: Edge, which: str) -> None:
     """Not cached, not sniffed, not framed, not embedded, no scripts; nothing of CORS and no server's name."""
     method, path, status = ANSWERS[which]
     reply = get(edge.url, path, "Origin: " + edge.url, method=method)
@@ -429,7 +433,7 @@ def test_every_answer_keeps_browsers_from_making_other_use_of_it(edge: Edge, whi
         ((), None, "/ /", 400),
     ],
 )
-def test_head_passes_the_gate_where_get_does(
+def test_access_control_treats_head_like_get(
     edge: Edge, counted: Counted, headers: tuple[str, ...], host: str | None, path: str, status: int
 ) -> None:
     """The same status and headers as for GET, no body, and nothing behind the gate runs for what is refused."""
@@ -470,7 +474,9 @@ def guarded(secret: Counted) -> Iterator[Edge]:
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_the_token(guarded: Edge, secret: Counted, headers: tuple[str, ...], status: int) -> None:
+def test_token_in_one_authorization_header_is_accepted(
+    guarded: Edge, secret: Counted, headers: tuple[str, ...], status: int
+) -> None:
     """It is taken from one Authorization header and from nowhere else."""
     before = len(secret.reached)
     reply = get(guarded.url, "/info", *headers)
@@ -481,7 +487,7 @@ def test_the_token(guarded: Edge, secret: Counted, headers: tuple[str, ...], sta
         assert len(secret.reached) == before
 
 
-def test_a_reset_is_no_way_around_the_token(guarded: Edge, secret: Counted) -> None:
+def test_token_is_required_on_a_connection_reset_before_accept(guarded: Edge, secret: Counted) -> None:
     """What was sent on a connection that is gone before it is accepted can be read, but not who sent it: nobody."""
     body = b'{"label": "x"}'
     head = f"POST /marks HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
@@ -494,19 +500,19 @@ def test_a_reset_is_no_way_around_the_token(guarded: Edge, secret: Counted) -> N
     assert secret.reached == [*before, "GET /healthz"]
 
 
-def test_the_token_is_not_taken_from_the_query(guarded: Edge) -> None:
+def test_token_in_the_query_is_refused(guarded: Edge) -> None:
     """Queries end up in logs and histories."""
     assert get(guarded.url, f"/info?token={TOKEN}").status == 401
 
 
 @pytest.mark.parametrize("wrong", ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), TOKEN[::-1], "\xff" * len(TOKEN)])
-def test_a_wrong_token(wrong: str) -> None:
+def test_token_longer_shorter_or_different_is_refused(wrong: str) -> None:
     """Longer, shorter or other than the right one."""
     headers = ((b"host", b"127.0.0.1:9"), (b"authorization", f"Bearer {wrong}".encode("latin-1")))
     assert asked(AccessControl(teapot, token=TOKEN), ("127.0.0.1", 9), *headers) == 401
 
 
-def test_proxy_headers_open_nothing(guarded: Edge) -> None:
+def test_proxy_headers_grant_no_access(guarded: Edge) -> None:
     """Nobody becomes a caller on the Unix socket, or another host, by saying so."""
     for line in ("X-Forwarded-For: unix", "Forwarded: for=unix", "X-Real-IP: ", "X-Forwarded-Host: localhost"):
         assert get(guarded.url, "/info", line).status == 401
@@ -514,7 +520,7 @@ def test_proxy_headers_open_nothing(guarded: Edge) -> None:
     assert get(guarded.url, "/info", f"X-Forwarded-Host: {guarded.url[7:]}", host="evil.test").status == 421
 
 
-def test_what_needs_no_token_says_nothing(guarded: Edge) -> None:
+def test_routes_without_token_contain_no_data(guarded: Edge) -> None:
     """Alive or not, our own code, and the proof of the sidecar: all else asks for the token."""
     open_paths = {
         path
@@ -531,7 +537,7 @@ PATHS = [
 ]
 
 
-def test_guesses_are_throttled_and_lock_nobody_out() -> None:
+def test_wrong_tokens_above_the_rate_limit_are_429_and_the_right_one_passes() -> None:
     """After ten wrong tokens in a second the next is 429; the right one passes all the while."""
     now = [0.0]
     gate = AccessControl(teapot, token=TOKEN, clock=lambda: now[0])
@@ -554,7 +560,7 @@ def test_guesses_are_throttled_and_lock_nobody_out() -> None:
 @pytest.mark.parametrize(
     ("length", "status"), [(2048 - len("/healthz?"), 422), (2049 - len("/healthz?"), 414), (9000, 414)]
 )
-def test_a_target_that_is_too_long(edge: Edge, length: int, status: int) -> None:
+def test_request_target_above_2_kib_is_414(edge: Edge, length: int, status: int) -> None:
     """Path and query together have 2 KiB."""
     assert get(edge.url, "/healthz?" + "a" * length).status == status
 
@@ -571,7 +577,9 @@ def test_a_target_that_is_too_long(edge: Edge, length: int, status: int) -> None
     ],
     ids=["64 headers", "65 headers", "15 KiB", "17 KiB", "60 kB", "300 kB"],
 )
-def test_a_head_that_is_too_large(edge: Edge, counted: Counted, lines: list[str], status: int) -> None:
+def test_request_head_above_16_kib_or_64_headers_is_431(
+    edge: Edge, counted: Counted, lines: list[str], status: int
+) -> None:
     """64 headers and 16 KiB of them, whether they arrive in one piece or in many."""
     before = len(counted.reached)
     reply = get(edge.url, "/healthz", *lines)

@@ -235,7 +235,7 @@ def arrives(edge: Edge, before: int) -> None:
 
 
 @pytest.mark.parametrize("origin", ["evil.test", "localhost", "127.0.0.1"])
-def test_a_page_of_another_origin_reaches_nothing(
+def test_page_of_another_origin_runs_no_handler_and_reads_nothing(
     browser: Browser, edge: Edge, counted: Counted, attacker: Attacker, origin: str
 ) -> None:
     """
@@ -257,7 +257,7 @@ def test_a_page_of_another_origin_reaches_nothing(
 
 
 @pytest.mark.parametrize("path", ["/report.zip", "/metrics?window_ms=60000", "/stream", "/openapi.json"])
-def test_typed_address_of_another_site_that_redirects_reaches_nothing(
+def test_typed_address_of_another_site_that_redirects_reads_no_data(
     browser: Browser, edge: Edge, counted: Counted, attacker: Attacker, path: str
 ) -> None:
     """To the sidecar it looks like an address of its own that was typed, and only pages without data have those."""
@@ -273,7 +273,7 @@ def test_typed_address_of_another_site_that_redirects_reaches_nothing(
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics?window_ms=60000", "/report.zip", "/stream", "/openapi.json"])
-def test_a_link_from_another_site_leads_to_no_data(
+def test_link_from_another_site_without_a_token_is_refused(
     browser: Browser, edge: Edge, counted: Counted, attacker: Attacker, path: str
 ) -> None:
     """Without a token, with which it may lead to the page, it leads nowhere: in the same window or a new one."""
@@ -287,7 +287,7 @@ def test_a_link_from_another_site_leads_to_no_data(
     assert counted.reached == []
 
 
-def test_a_link_may_open_our_page_and_whoever_has_set_it_sees_nothing(counted: Counted, attacker: Attacker) -> None:
+def test_link_from_another_site_opens_the_page_without_access_to_it(counted: Counted, attacker: Attacker) -> None:
     """
     Where a token guards the rest. The page is then on its own: the window that opened it has no hold on it, and
     does not learn what it shows.
@@ -303,7 +303,7 @@ def test_a_link_may_open_our_page_and_whoever_has_set_it_sees_nothing(counted: C
         assert browser.run("(() => { try { return opened.document.title } catch { return 'hidden' } })()") == "hidden"
 
 
-def test_a_rebound_name_reaches_nothing(browser: Browser, edge: Edge, counted: Counted, rebinding: Attacker) -> None:
+def test_dns_rebinding_page_reads_only_421(browser: Browser, edge: Edge, counted: Counted, rebinding: Attacker) -> None:
     """To the browser it is one origin, so the page reads every answer; and all that any of them says is 421."""
     counted.reached.clear()
     origin = f"http://rebound.test:{rebinding.port}"
@@ -321,7 +321,7 @@ def test_a_rebound_name_reaches_nothing(browser: Browser, edge: Edge, counted: C
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_our_own_page_works(edge: Edge, counted: Counted, name: str) -> None:
+def test_page_opened_by_a_typed_address_gets_its_data(edge: Edge, counted: Counted, name: str) -> None:
     """An address that was typed opens it, and what it asks for it gets."""
     counted.reached.clear()
     with Browser() as browser:

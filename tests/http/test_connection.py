@@ -56,7 +56,7 @@ def head(where: str, path: str = "/healthz", *lines: str, method: str = "GET") -
 # Deadlines
 
 
-def test_a_stream_ends_after_its_hour(short_path: Path) -> None:
+def test_stream_ends_after_its_time_limit_and_frees_its_slot(short_path: Path) -> None:
     """Here of half a second: the answer ends as a whole one does, and its place is free for the next."""
     with Edge(whole_app(stream_s=0.5), directory=short_path) as running:
         for _ in range(9):
@@ -65,7 +65,7 @@ def test_a_stream_ends_after_its_hour(short_path: Path) -> None:
             assert 1 <= reply.body.count(b"data: ") <= 7
 
 
-def test_stalled_clients_are_closed_and_served_ones_are_not(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+def test_stalled_connections_are_closed_and_served_ones_are_not(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
     """
     Half a head, a byte at a time, half a body: 408 after 5 s; silent ones are closed without a word. Not reading: 10 s.
 
@@ -182,7 +182,7 @@ def read_reply_exactly(connection: socket.socket) -> int:
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_a_body_in_pieces(edge: Edge, size: int) -> None:
+def test_request_body_in_pieces_arrives_whole(edge: Edge, size: int) -> None:
     """Chunked or of a known length, in however many pieces, a body arrives."""
     body = json.dumps({"label": "x" * 100}).encode()
     pieces = [body[at : at + size] for at in range(0, len(body), size)]
@@ -195,7 +195,7 @@ def test_a_body_in_pieces(edge: Edge, size: int) -> None:
 # Limits
 
 
-def test_a_quarter_of_the_descriptors() -> None:
+def test_connection_limit_is_a_quarter_of_the_descriptors_up_to_1024() -> None:
     """There is room for so many connections as fit, and for a thousand at most."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -206,7 +206,7 @@ def test_a_quarter_of_the_descriptors() -> None:
     assert ConnectionLimiter.fitting().limit <= CONNECTIONS
 
 
-def test_five_hundred_stalled_sockets(short_path: Path) -> None:
+def test_five_hundred_stalled_sockets_delay_no_other_client(short_path: Path) -> None:
     """
     With 64 places and 500 who stall, everybody else is served: over TCP in far less than 6 s, over the Unix socket too.
     """
@@ -230,7 +230,7 @@ def test_five_hundred_stalled_sockets(short_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_a_crowd_that_is_being_served_keeps_out_its_like_and_nobody_else(short_path: Path) -> None:
+def test_connections_at_the_limit_all_served_get_503_over_tcp_only(short_path: Path) -> None:
     """Once every place over TCP has a window, the next is told 503; on the Unix socket nothing of it is felt."""
     arguments = ("--record-interval", "0", "--uds", str(short_path / "a.sock"))
     with ExitStack() as stack:
@@ -248,7 +248,7 @@ def test_a_crowd_that_is_being_served_keeps_out_its_like_and_nobody_else(short_p
         assert eventually(lambda: get(server.url).status == 200)
 
 
-def test_nobody_makes_way_whose_request_is_there(tmp_path: Path) -> None:
+def test_connections_with_a_complete_request_are_never_evicted(tmp_path: Path) -> None:
     """More callers at once than there are places: each gets its answer or is told 503, and none is cut off."""
     with ExitStack() as stack:
         server = stack.enter_context(Serving(tmp_path, python=(sys.executable, "-c", LIMITED.format(64))))
@@ -262,7 +262,7 @@ def test_nobody_makes_way_whose_request_is_there(tmp_path: Path) -> None:
         assert statuses[200] >= 16
 
 
-def test_a_place_is_free_again_however_it_was_left(edge: Edge) -> None:
+def test_connection_slot_is_released_however_the_connection_ends(edge: Edge) -> None:
     """Closed, reset, refused, timed out: nothing of a connection is kept."""
     rooms = [each for each in live(ConnectionLimiter) if each.limit == ConnectionLimiter.fitting().limit]
     assert rooms
@@ -287,7 +287,7 @@ def live(kind: type[ConnectionLimiter]) -> list[ConnectionLimiter]:
 # Who is at the other end of the Unix socket: see also tests/system/test_strangers.py
 
 
-def test_this_user_may_come_in_over_the_unix_socket(edge: Edge) -> None:
+def test_unix_socket_accepts_its_own_user(edge: Edge) -> None:
     """The check lets its own user pass."""
     assert get(edge.socket, "/info").status == 200
 
@@ -295,7 +295,7 @@ def test_this_user_may_come_in_over_the_unix_socket(edge: Edge) -> None:
 # The log
 
 
-def test_whatever_comes_over_the_wire_is_not_logged(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+def test_garbage_resets_and_refusals_are_not_logged(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
     """Garbage, upgrades, resets and refusals leave not a line: whoever sends them decides how many there are."""
     caplog.set_level(logging.INFO)
     for _ in range(50):
@@ -309,7 +309,7 @@ def test_whatever_comes_over_the_wire_is_not_logged(edge: Edge, caplog: pytest.L
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_a_bug_is_logged_once_a_minute_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_of_repeated_internal_errors_is_throttled_to_one_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     """A traceback for the first one; the requests all get their 500."""
 
     async def buggy(scope: Scope, receive: Receive, send: Send) -> None:
@@ -332,7 +332,7 @@ async def lifespan(receive: Receive, send: Send) -> None:
             return
 
 
-def test_a_kind_of_line_is_said_once_a_second_with_a_count(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_of_repeated_lines_is_throttled_to_one_a_second_with_a_count(caplog: pytest.LogCaptureFixture) -> None:
     """A flood becomes a line a second that tells how many there were; another kind is not held back by it."""
     now = [0.0]
     log = ThrottledLogger(logging.getLogger("vitalsd.test"), clock=lambda: now[0])
@@ -354,7 +354,7 @@ def test_a_kind_of_line_is_said_once_a_second_with_a_count(caplog: pytest.LogCap
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit(2) is of Linux")
-def test_without_descriptors_it_waits_and_says_so_once_a_second(short_path: Path) -> None:
+def test_accept_without_descriptors_waits_and_logs_once_a_second(short_path: Path) -> None:
     """With not one descriptor left new connections wait, the log stays short, and it passes at once."""
     with serving(short_path, "--record-interval", "0") as (process, ready):
         assert get(ready["url"]).status == 200
@@ -399,13 +399,13 @@ def limit_descriptors(pid: int, soft: int, hard: int) -> None:
         ("_unsupported_upgrade_warning", []),
     ],
 )
-def test_what_is_overridden_is_there(method: str, parameters: list[str]) -> None:
+def test_overridden_uvicorn_methods_exist(method: str, parameters: list[str]) -> None:
     """An override of a method that uvicorn has renamed would never be called."""
     assert list(inspect.signature(getattr(H11Protocol, method)).parameters) == ["self", *parameters]
     assert method in vars(ServerConnection)
 
 
-def test_the_parts_that_are_used_are_there() -> None:
+def test_used_attributes_of_uvicorn_and_h11_exist() -> None:
     """Attributes of a connection and of a request under way, and the h11 states they go by."""
     source = inspect.getsource(H11Protocol) + inspect.getsource(RequestResponseCycle)
     for used in (
@@ -428,7 +428,7 @@ def test_the_parts_that_are_used_are_there() -> None:
     assert (conn.their_state, conn.our_state, conn.trailing_data) == (h11.IDLE, h11.IDLE, (b"", False))
 
 
-def test_uvicorn_calls_400_while_it_handles_what_h11_found(edge: Edge) -> None:
+def test_uvicorn_calls_the_400_handler_during_the_h11_error(edge: Edge) -> None:
     """So the answer can tell what is wrong, and 431 from 400."""
     told = {
         content: exchange(edge.url, content)
@@ -446,7 +446,7 @@ def test_uvicorn_calls_400_while_it_handles_what_h11_found(edge: Edge) -> None:
     assert "Transfer-Encoding" in details[2]
 
 
-def test_a_request_that_breaks_off_in_its_body_is_over_for_the_application(caplog: pytest.LogCaptureFixture) -> None:
+def test_request_cut_in_its_body_is_a_disconnect_for_the_application(caplog: pytest.LogCaptureFixture) -> None:
     """It hears of a disconnect and what it then sends goes nowhere, without a traceback."""
     heard: list[str] = []
 
@@ -469,7 +469,7 @@ def test_a_request_that_breaks_off_in_its_body_is_over_for_the_application(caplo
     assert not caplog.records
 
 
-def test_garbage_after_an_answer_has_begun_closes_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_garbage_after_an_answer_began_closes_the_connection_silently(caplog: pytest.LogCaptureFixture) -> None:
     """Where no second answer can be given none is tried; uvicorn's own would raise in the event loop."""
 
     async def eager(scope: Scope, receive: Receive, send: Send) -> None:
@@ -491,7 +491,7 @@ def test_garbage_after_an_answer_has_begun_closes_without_a_word(caplog: pytest.
     assert not caplog.records
 
 
-def test_the_end_comes_also_while_a_refused_connection_closes(caplog: pytest.LogCaptureFixture) -> None:
+def test_shutdown_while_a_400_is_being_written_succeeds(caplog: pytest.LogCaptureFixture) -> None:
     """A connection whose 400 is still being written is no reason for the shutdown to fail."""
     with ExitStack() as stack, Edge(whole_app()) as running:
         for _ in range(20):
@@ -500,7 +500,7 @@ def test_the_end_comes_also_while_a_refused_connection_closes(caplog: pytest.Log
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_connections_that_come_at_the_end_are_closed() -> None:
+def test_connections_accepted_during_shutdown_are_closed() -> None:
     """asyncio takes some turns of its loop to make one of what it accepted; the host program keeps none of them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
@@ -512,7 +512,7 @@ def test_connections_that_come_at_the_end_are_closed() -> None:
     assert [str(warning.message) for warning in caught] == []
 
 
-def test_uvicorns_access_log_is_not_written(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+def test_access_log_of_uvicorn_is_never_written(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
     """Not even in a host program that has configured it for a server of its own."""
     caplog.set_level(logging.INFO, "uvicorn.access")
     assert get(edge.url).status == 200
@@ -522,7 +522,7 @@ def test_uvicorns_access_log_is_not_written(edge: Edge, caplog: pytest.LogCaptur
 # A crowd
 
 
-def test_a_thousand_callers_of_one_window(tmp_path: Path) -> None:
+def test_window_of_a_thousand_callers_shares_few_snapshots(tmp_path: Path) -> None:
     """All of them are answered 200, and share the snapshots of a few."""
     with ExitStack() as stack:
         server = stack.enter_context(Serving(tmp_path, "--record-interval", "0"))
@@ -536,7 +536,7 @@ def test_a_thousand_callers_of_one_window(tmp_path: Path) -> None:
         assert snapshots <= 80
 
 
-def test_windows_that_have_nothing_in_common_are_too_many(tmp_path: Path) -> None:
+def test_windows_beyond_64_distinct_ones_are_429_with_retry_after(tmp_path: Path) -> None:
     """64 windows that have nothing in common are measured; whoever wants another is told when to ask again."""
     with ExitStack() as stack:
         server = stack.enter_context(Serving(tmp_path, "--record-interval", "0"))

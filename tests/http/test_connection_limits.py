@@ -206,7 +206,7 @@ def test_client_that_takes_a_large_answer_too_slowly_is_cut(edge: Edge, answers:
     assert answers.sent == 0
 
 
-def test_the_refusal_is_whole_and_says_when_to_come_again(edge: Edge, answers: Answers) -> None:
+def test_refused_large_answer_is_a_complete_503_with_retry_after(edge: Edge, answers: Answers) -> None:
     """503 in place of an answer that was begun by the application already; what follows it is not done."""
     tcp, _ = budgets(edge)
 
@@ -229,7 +229,7 @@ def test_the_refusal_is_whole_and_says_when_to_come_again(edge: Edge, answers: A
     eventually(lambda: answers.sent == 1)
 
 
-def test_all_who_share_an_answer_have_it(edge: Edge) -> None:
+def test_shared_answer_reaches_all_its_readers(edge: Edge) -> None:
     """Twenty clients of one body of 8 MiB count as one, also those who are slow."""
     tcp, _ = budgets(edge)
     with ExitStack() as stack:
@@ -240,7 +240,7 @@ def test_all_who_share_an_answer_have_it(edge: Edge) -> None:
     eventually(lambda: tcp.size == 0)
 
 
-def test_strangers_over_tcp_take_nothing_from_the_unix_socket(edge: Edge) -> None:
+def test_send_budget_of_tcp_takes_nothing_from_the_unix_socket(edge: Edge) -> None:
     """Each kind of listener has a budget of its own."""
     tcp, unix = budgets(edge)
     with ExitStack() as stack:
@@ -277,7 +277,7 @@ WAYS: dict[str, tuple[str, str, Callable[[socket.socket], object]]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_held_however_a_client_left(edge: Edge, way: str) -> None:
+def test_send_budget_is_released_however_the_client_disconnects(edge: Edge, way: str) -> None:
     """Whole, cut, broken off, at once or in the middle: the bytes are off the account."""
     tcp, _ = budgets(edge)
     method, path, leave = WAYS[way]
@@ -289,7 +289,7 @@ def test_nothing_is_held_however_a_client_left(edge: Edge, way: str) -> None:
         eventually(lambda: (tcp.size, tcp._clients) == (0, {}))
 
 
-def test_nothing_is_done_after_an_answer_that_did_not_get_there(edge: Edge, answers: Answers) -> None:
+def test_background_task_of_an_undelivered_answer_does_not_run(edge: Edge, answers: Answers) -> None:
     """Neither when the client left in the middle nor when it was cut; and no line is logged of it."""
     tcp, _ = budgets(edge)
     for leave in (reset, socket.socket.close):
@@ -301,7 +301,7 @@ def test_nothing_is_done_after_an_answer_that_did_not_get_there(edge: Edge, answ
     eventually(lambda: answers.sent == 1)
 
 
-def test_the_end_comes_also_while_answers_are_not_read(
+def test_shutdown_with_unread_answers_disconnects_their_readers(
     answers: Answers, caplog: pytest.LogCaptureFixture, short_path: Path
 ) -> None:
     """At the end what is not read is cut, soon, and without a word."""
@@ -317,7 +317,7 @@ def test_the_end_comes_also_while_answers_are_not_read(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_who_pipelines_has_one_answer_made_at_a_time(edge: Edge, answers: Answers) -> None:
+def test_pipelined_requests_are_handled_one_at_a_time(edge: Edge, answers: Answers) -> None:
     """Until the one before has been taken, the application is not asked for the next."""
     with dial(edge.url) as connection:
         request = f"GET /own?mib=8 HTTP/1.1\r\nHost: {edge.url[7:]}\r\n\r\n".encode()

@@ -46,7 +46,7 @@ def parsed(lines: list[str]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.live
-def test_a_service_that_is_well_says_one_line(tmp_path: Path) -> None:
+def test_log_of_a_healthy_service_is_one_line(tmp_path: Path) -> None:
     """Ready is one line in either form; nothing is said of the end."""
     (line,), status = said(tmp_path, "serve", "--port", "0", until="serving")
     assert line.startswith("vitalsd: serving itself on http://127.0.0.1:")
@@ -58,7 +58,7 @@ def test_a_service_that_is_well_says_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.live
-def test_warnings_of_every_part_are_in_the_form(tmp_path: Path) -> None:
+def test_log_warnings_of_every_part_have_the_chosen_format(tmp_path: Path) -> None:
     """What the recorder warns of, and what was other than expected at the start, are lines like all others."""
     (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "state" / "runs").write_text("in the way", encoding="ascii")
@@ -72,7 +72,7 @@ def test_warnings_of_every_part_are_in_the_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.live
-def test_names_of_strangers_break_no_line(tmp_path: Path) -> None:
+def test_log_line_with_a_hostile_name_is_escaped(tmp_path: Path) -> None:
     """A name with escapes and a line end is spelled out in text and escaped in JSON."""
     arguments = ("serve", "--port", "0", "--name", HOSTILE)
     lines, _ = said(tmp_path, *arguments, until="serving")
@@ -97,7 +97,7 @@ def test_names_of_strangers_break_no_line(tmp_path: Path) -> None:
         (["replay", "pyproject.toml"], 1, "pyproject.toml"),
     ],
 )
-def test_what_ends_it_is_a_line_too(arguments: list[str], status: int, message: str) -> None:
+def test_log_of_a_start_error_is_one_line_with_its_status(arguments: list[str], status: int, message: str) -> None:
     """An error at the start has its status, and with JSON its line."""
     out = CliRunner().invoke(main, [*arguments, "--log-format", "json"])
     (entry,) = parsed(out.stderr.splitlines())
@@ -108,7 +108,7 @@ def test_what_ends_it_is_a_line_too(arguments: list[str], status: int, message: 
     assert out.exit_code == status
 
 
-def test_a_bug_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_of_an_internal_error_in_json_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """An exception that nobody expected is told with its traceback, on one line, with status 1."""
     with pytest.raises(SystemExit) as ended, logging_as("json"):
         raise RuntimeError(HOSTILE)
@@ -119,7 +119,7 @@ def test_a_bug_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in entry["exception"]
 
 
-def test_a_traceback_in_text_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_traceback_in_text_escapes_each_line(capsys: pytest.CaptureFixture[str]) -> None:
     """In text a traceback keeps its lines, and what is in them is spelled out."""
     with logging_as("text"):
         try:
@@ -132,7 +132,7 @@ def test_a_traceback_in_text_is_escaped(capsys: pytest.CaptureFixture[str]) -> N
     assert all(line.isprintable() for line in lines)
 
 
-def test_logging_is_left_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+def test_logging_configuration_is_restored_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     """Afterwards handlers, levels and warnings are those of before; inside, warnings are lines too."""
     root, ours, shown = logging.getLogger(), logging.getLogger("vitalsd"), warnings.showwarning
     before = (list(root.handlers), root.level, ours.level)

@@ -87,7 +87,7 @@ def test_stream_asks_proxies_not_to_buffer_it(served: Serving) -> None:
     assert served.client.head("/stream", params=query).headers["x-accel-buffering"] == "no"
 
 
-def test_metrics_of_the_service_itself(served: Serving) -> None:
+def test_metrics_without_a_target_measure_the_service(served: Serving) -> None:
     """Without a target the answer is about the service: its threads, its memory, over the measured time."""
     answer = served.client.get("/metrics", params={"window_ms": 100})
     assert answer.status_code == 200
@@ -103,7 +103,7 @@ def test_metrics_of_the_service_itself(served: Serving) -> None:
     assert metrics.process.uptime_secs == pytest.approx(time.time() - oracle.create_time(), abs=1.5)
 
 
-def test_metrics_of_another_process(served: Serving, start: Start) -> None:
+def test_metrics_with_pid_measure_that_process(served: Serving, start: Start) -> None:
     """pid= chooses another process; what burns is seen, under its name, and the books balance."""
     target = start("--burn", "30", "--idle", "3")
     full = parse_runtime_metrics(
@@ -123,7 +123,7 @@ def test_metrics_of_another_process(served: Serving, start: Start) -> None:
     assert full.window.requested_ms == 300
 
 
-def test_the_books_balance_over_http_while_threads_come_and_go(served: Serving, start: Start) -> None:
+def test_metrics_cpu_accounting_balances_during_thread_churn(served: Serving, start: Start) -> None:
     """With threads born and dying by the hundred, process = living + exited + unattributed in every answer."""
     target = start("--idle", "2")
     target.tell("churn_for 1.5 300")
@@ -139,7 +139,7 @@ def test_the_books_balance_over_http_while_threads_come_and_go(served: Serving, 
     assert max(exited) > 0
 
 
-def test_sort_and_limit(served: Serving, start: Start) -> None:
+def test_metrics_sort_and_limit_return_the_busiest_threads(served: Serving, start: Start) -> None:
     """The busiest thread comes first and the list is cut where asked."""
     target = start("--idle", "5", "--burn", "30")
     ask = {"pid": target.pid, "window_ms": 100, "sort": "cpu", "limit": 2}
@@ -150,7 +150,7 @@ def test_sort_and_limit(served: Serving, start: Start) -> None:
     assert served.get("/metrics", pid=target.pid, window_ms=20, limit=0)["threads"] == []
 
 
-def test_processes_lists_what_may_be_sampled(served: Serving, start: Start) -> None:
+def test_processes_lists_own_processes_with_the_figures_of_psutil(served: Serving, start: Start) -> None:
     """A process of ours is on the list under its name, with the figures psutil has."""
     target = start("--idle", "2")
     listed = {process["pid"]: process for process in served.get("/processes")}
@@ -161,7 +161,7 @@ def test_processes_lists_what_may_be_sampled(served: Serving, start: Start) -> N
     assert entry["name"] == psutil.Process(target.pid).name()[:15]
 
 
-def test_health_info_and_schema(served: Serving) -> None:
+def test_healthz_info_and_schema_describe_the_service(served: Serving) -> None:
     """Liveness is one word; info tells version, target and own cost; the schema names every route's model."""
     assert served.get("/healthz") == {"status": "ok"}
     info = served.get("/info")
@@ -204,19 +204,19 @@ BAD_WINDOWS = [
 
 
 @pytest.mark.parametrize("value", BAD_WINDOWS, ids=lambda value: ascii(value[:8]))
-def test_a_window_that_is_no_plain_number_in_range(served: Serving, value: str) -> None:
+def test_window_ms_not_a_decimal_in_range_is_422(served: Serving, value: str) -> None:
     """Only ASCII digits from 10 to 60000 are a window; all else is refused by name."""
     body = problem(served.client.get("/metrics", params={"window_ms": value}), 422)
     assert (body["reason"], body["parameter"]) == ("bad_parameter", "window_ms")
 
 
 @pytest.mark.parametrize("query", ["window_ms=10", "window_ms=000050", "window_ms=%35%30"])
-def test_windows_that_are_right(served: Serving, query: str) -> None:
+def test_window_ms_minimum_zero_padded_or_percent_encoded_is_accepted(served: Serving, query: str) -> None:
     """The least window, leading zeros and percent-encoded digits are numbers like others."""
     assert served.client.get(f"/metrics?{query}").status_code == 200
 
 
-def test_the_longest_window_is_taken(served: Serving) -> None:
+def test_window_ms_maximum_is_accepted(served: Serving) -> None:
     """60000 is not refused: the answer is still being measured when the client gives up."""
     with pytest.raises(httpx.ReadTimeout):
         served.client.get("/metrics?window_ms=60000", timeout=0.3)
@@ -254,19 +254,19 @@ def test_the_longest_window_is_taken(served: Serving) -> None:
         ("pid=99999999999999999999", "pid"),
     ],
 )
-def test_bad_parameters(served: Serving, query: str, parameter: str) -> None:
+def test_parameters_unknown_duplicate_or_out_of_range_are_422(served: Serving, query: str, parameter: str) -> None:
     """Unknown, duplicate, empty, misspelt and out-of-range parameters are refused, and the refusal names them."""
     body = problem(served.client.get(f"/metrics?{query}"), 422)
     assert (body["reason"], body["parameter"]) == ("bad_parameter", parameter)
 
 
 @pytest.mark.parametrize("route", ["/processes", "/healthz", "/info"])
-def test_routes_without_parameters_take_none(served: Serving, route: str) -> None:
+def test_routes_without_parameters_refuse_any(served: Serving, route: str) -> None:
     """A parameter where there is none to give is a mistake that is said."""
     assert problem(served.client.get(f"{route}?pid=1"), 422)["parameter"] == "pid"
 
 
-def test_a_thousand_parameters_are_refused_quickly_enough(served: Serving) -> None:
+def test_query_of_a_thousand_parameters_does_not_block_the_loop(served: Serving) -> None:
     """A query full of names costs no more than one refusal; the loop goes on answering."""
     query = "&".join(f"{i:x}" for i in range(500))
     begun = time.monotonic()
@@ -282,7 +282,7 @@ def test_a_thousand_parameters_are_refused_quickly_enough(served: Serving) -> No
     name=st.sampled_from(["window_ms", "pid", "limit", "sort", "detail", "mode"]) | st.text(max_size=20),
     value=st.text(max_size=40),
 )
-def test_no_parameter_makes_a_server_error(served: Serving, name: str, value: str) -> None:
+def test_query_of_any_content_is_never_a_500(served: Serving, name: str, value: str) -> None:
     """Whatever is sent, the answer is an answer or a refusal under 1 KiB, never a 500."""
     query = str(httpx.QueryParams([(name, value)]))
     valid_window = name == "window_ms" and value.isascii() and value.isdecimal() and 10 <= int(value) <= 60_000
@@ -295,14 +295,14 @@ def test_no_parameter_makes_a_server_error(served: Serving, name: str, value: st
 
 
 @pytest.mark.parametrize("path", ["/metric", "/metrics/", "/METRICS", "/metrics%00", "/\u202e", "/" + "a" * 2000])
-def test_routes_that_are_not(served: Serving, path: str) -> None:
+def test_unknown_path_is_404_and_lists_the_routes(served: Serving, path: str) -> None:
     """An unknown path is a short 404 that lists the known ones, and nobody is redirected."""
     body = problem(served.client.get(path), 404)
     assert body["reason"] == "no_such_route"
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
-def test_methods_that_are_not(served: Serving, method: str) -> None:
+def test_unknown_method_is_405_and_lists_the_allowed_ones(served: Serving, method: str) -> None:
     """Another method is refused with the ones that are allowed."""
     answer = served.client.request(method, "/metrics")
     assert problem(answer, 405)["reason"] == "method_not_allowed"
@@ -312,14 +312,14 @@ def test_methods_that_are_not(served: Serving, method: str) -> None:
 # Targets that fail
 
 
-def test_an_unknown_pid_is_404(served: Serving) -> None:
+def test_pid_without_a_process_is_404(served: Serving) -> None:
     """A process that does not exist is said not to exist."""
     assert unavailable(served.client.get("/metrics?pid=2147483647&window_ms=10"), 404) == (
         "no process has pid 2147483647"
     )
 
 
-def test_a_target_killed_in_mid_window_is_410(served: Serving, start: Start) -> None:
+def test_target_killed_in_mid_window_is_410(served: Serving, start: Start) -> None:
     """At whatever moment the target is killed, the answer is 410 and says why."""
     for delay in (0.02, 0.1, 0.2):
         for longer in (1, 5, 20):
@@ -336,7 +336,7 @@ def test_a_target_killed_in_mid_window_is_410(served: Serving, start: Start) -> 
         assert unavailable(answer, 410).startswith(f"target {target.pid} has exited")
 
 
-def test_the_own_target_stays_gone(tmp_path: Path, start: Start) -> None:
+def test_default_target_after_its_exit_stays_410(tmp_path: Path, start: Start) -> None:
     """The service was told which process: after its end it answers 410 for ever, also if nobody had asked before."""
     target = start()
     with Serving(tmp_path, "--pid", str(target.pid), "--record-interval", "0") as serving:
@@ -346,7 +346,7 @@ def test_the_own_target_stays_gone(tmp_path: Path, start: Start) -> None:
         assert serving.get("/healthz") == {"status": "ok"}
 
 
-def test_a_zombie_is_410(served: Serving, start: Start) -> None:
+def test_zombie_target_is_410(served: Serving, start: Start) -> None:
     """A target that has ended and waits for its parent is gone."""
     target = start()
     target.process.kill()
@@ -359,7 +359,7 @@ def test_a_zombie_is_410(served: Serving, start: Start) -> None:
     sys.platform != "linux" or os.geteuid() != 0, reason="needs root on Linux to mount /proc and act as another user"
 )
 @pytest.mark.parametrize("hidepid", [1, 2])
-def test_a_process_that_proc_hides_is_403(start: Start, tmp_path: Path, hidepid: int) -> None:
+def test_process_hidden_by_hidepid_is_403(start: Start, tmp_path: Path, hidepid: int) -> None:
     """Another user's process on a /proc with hidepid is forbidden, and never a server error."""
     target = start()
     home = tmp_path / "home"
@@ -375,7 +375,7 @@ def test_a_process_that_proc_hides_is_403(start: Start, tmp_path: Path, hidepid:
 
 
 @pytest.mark.parametrize("window_ms", [100, 1000])
-def test_two_hundred_callers_cause_a_handful_of_snapshots(served: Serving, window_ms: int) -> None:
+def test_window_of_200_callers_takes_few_snapshots(served: Serving, window_ms: int) -> None:
     """Callers who ask for the same window together share it: all get 200, and few snapshots are taken."""
     before = served.get("/info")["self"]["snapshots"]
     with ExitStack() as stack:
@@ -389,7 +389,7 @@ def test_two_hundred_callers_cause_a_handful_of_snapshots(served: Serving, windo
     assert served.get("/info")["self"]["snapshots"] - before <= 40
 
 
-def test_the_loop_answers_while_windows_are_open(served: Serving) -> None:
+def test_event_loop_answers_while_windows_are_open(served: Serving) -> None:
     """A long window holds up no other question."""
     waiting = threading.Thread(target=served.get, args=("/metrics",), kwargs={"window_ms": 1500})
     waiting.start()
@@ -399,7 +399,7 @@ def test_the_loop_answers_while_windows_are_open(served: Serving) -> None:
     waiting.join()
 
 
-def test_an_answer_comes_soon_after_its_window(served: Serving, start: Start) -> None:
+def test_answer_arrives_soon_after_its_window(served: Serving, start: Start) -> None:
     """The answer is there within a small part of its window, in the median of ten; see benchmarks/ for the figure."""
     target = start("--idle", "49")
     late = []
@@ -414,7 +414,7 @@ def test_an_answer_comes_soon_after_its_window(served: Serving, start: Start) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_it_cleanly(tmp_path: Path, number: int) -> None:
+def test_serve_sigterm_and_sigint_exit_with_status_0(tmp_path: Path, number: int) -> None:
     """SIGTERM and Ctrl-C end the service with status 0 and nothing more in the log."""
     with Serving(tmp_path, "--record-interval", "0") as serving:
         serving.get("/metrics", window_ms=10)
@@ -424,7 +424,7 @@ def test_signals_end_it_cleanly(tmp_path: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_open_window_is_told_that_the_service_ends(tmp_path: Path, number: int) -> None:
+def test_open_window_at_shutdown_is_503_with_the_reason(tmp_path: Path, number: int) -> None:
     """Who waits for a long window when the service is ended gets the reason, and the log no traceback."""
     with Serving(tmp_path, "--record-interval", "0") as serving, connect(serving) as waiting:
         waiting.sendall(request(serving, "/metrics?window_ms=60000"))
@@ -440,7 +440,7 @@ def test_an_open_window_is_told_that_the_service_ends(tmp_path: Path, number: in
         assert "Traceback" not in serving.process.stderr.read()
 
 
-def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+def test_serve_second_signal_exits_at_once(tmp_path: Path) -> None:
     """Who presses Ctrl-C twice is not kept waiting for open windows."""
     with Serving(tmp_path, "--record-interval", "0") as serving, connect(serving) as waiting:
         waiting.sendall(request(serving, "/metrics?window_ms=60000"))
@@ -450,7 +450,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         assert serving.stop(signal.SIGINT) in (0, -signal.SIGINT)
 
 
-def test_two_servers_side_by_side(tmp_path: Path) -> None:
+def test_two_servers_measure_each_other(tmp_path: Path) -> None:
     """Each has its own port and target, and each may sample the other."""
     with (
         Serving(tmp_path, "--record-interval", "0") as one,
@@ -461,7 +461,7 @@ def test_two_servers_side_by_side(tmp_path: Path) -> None:
         assert full["target"]["pid"] == two.process.pid
 
 
-def test_a_client_that_speaks_no_http(served: Serving) -> None:
+def test_non_http_client_is_closed_without_effect_on_others(served: Serving) -> None:
     """Garbage on the socket ends that connection and nothing else."""
     for garbage in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"\0" * 5000, b"GET /metrics HTTP/1.1\r\n\r\n"):
         with connect(served) as connection:
@@ -471,7 +471,7 @@ def test_a_client_that_speaks_no_http(served: Serving) -> None:
     assert served.get("/healthz") == {"status": "ok"}
 
 
-def test_a_crowd_without_descriptors_left(tmp_path: Path) -> None:
+def test_connections_that_exhaust_descriptors_are_logged_and_served_again(tmp_path: Path) -> None:
     """When connections use up all descriptors that is said once a second, and it passes with the crowd."""
     code = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (32, 32)); import vitalsd.cli as c; c.main()"
     with Serving(tmp_path, "--no-black-box", python=(sys.executable, "-c", code)) as serving:
@@ -493,7 +493,7 @@ def test_a_crowd_without_descriptors_left(tmp_path: Path) -> None:
     assert log.count("\n") < 20
 
 
-def test_with_32_descriptors(tmp_path: Path, start: Start) -> None:
+def test_target_of_100_threads_with_32_descriptors_is_measured(tmp_path: Path, start: Start) -> None:
     """Under RLIMIT_NOFILE=32 a target of 100 threads is still measured whole."""
     target = start("--idle", "99")
     code = "import resource as r, sys; r.setrlimit(r.RLIMIT_NOFILE, (32, 32)); import vitalsd.cli as c; c.main()"

@@ -155,7 +155,7 @@ def test_another_user_over_tcp_sees_what_ps_and_top_show_and_changes_nothing(
     assert not crashed["reported"]
 
 
-def test_trailing_window_for_another_user_is_the_coming_one(sidecar: dict[str, Any], tries: Neighbour) -> None:
+def test_trailing_window_of_another_user_is_the_coming_window(sidecar: dict[str, Any], tries: Neighbour) -> None:
     """What was recorded before is for the owner, and a client of another user works all the same."""
     content = request(sidecar, "/metrics?window_ms=400&mode=trailing", head="Connection: close\r\n")
     begun = time.monotonic()
@@ -224,9 +224,7 @@ def test_another_user_sees_the_names_of_threads_that_top_shows(home: Path, tries
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_another_user_that_closes_at_once_forges_no_mark(
-    sidecar: dict[str, Any], tries: Neighbour, reset: bool
-) -> None:
+def test_another_user_that_closes_at_once_sets_no_mark(sidecar: dict[str, Any], tries: Neighbour, reset: bool) -> None:
     """The kernel reports root for a socket that no process holds any more, and nothing for one that was reset."""
     for path, body, times in (("/marks", '{"label":"forged"}', 300), ("/runs/{run}/reported", "{}", 50)):
         tries(leave=sidecar["url"], send=request(sidecar, path, "POST", body=body), reset=reset, times=times)
@@ -301,7 +299,7 @@ class Replayed:
 # What it takes from the owner
 
 
-def test_windows_and_processes_of_clients_that_leave_are_free_at_once(home: Path) -> None:
+def test_windows_and_targets_of_disconnected_clients_are_released_at_once(home: Path) -> None:
     """64 windows of a minute, and as many other processes as there may be, left by the owner over TCP."""
     with Target() as target, serving(home, "--record-interval", "0") as (_, ready), Neighbour(0) as root:
         for i in range(64):
@@ -312,7 +310,7 @@ def test_windows_and_processes_of_clients_that_leave_are_free_at_once(home: Path
             assert send(ready["url"], "GET", f"/metrics?{query}").status == 200
 
 
-def test_streams_of_clients_that_leave_at_once_take_no_place(home: Path, tries: Neighbour) -> None:
+def test_streams_of_clients_that_disconnect_at_once_take_no_slot(home: Path, tries: Neighbour) -> None:
     """Whenever the client leaves, before the first event or after it."""
     with serving(home, "--record-interval", "0.1") as (_, ready):
         content = request(ready, "/stream?interval_ms=10")

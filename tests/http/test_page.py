@@ -93,7 +93,7 @@ def tick(page: Browser) -> None:
     page.eventually(f"document.querySelector('#uptime').textContent !== {json.dumps(uptime)}")
 
 
-def test_the_busiest_are_first_and_the_idle_are_dim(page: Browser, served: Serving) -> None:
+def test_page_threads_are_sorted_by_cpu_and_idle_ones_dimmed(page: Browser, served: Serving) -> None:
     """Threads stand by CPU; an idle one is called idle and dimmed, and none of them shows a zero."""
     shown(page, served.url)
     page.eventually(f"{NAMES}[0] === 'burn-0' && {NAMES}[1] === 'burn-1'")
@@ -111,7 +111,7 @@ def test_the_busiest_are_first_and_the_idle_are_dim(page: Browser, served: Servi
     page.eventually("document.querySelectorAll('#legend li').length >= 3")
 
 
-def test_a_burning_thread_rises_to_the_top(page: Browser, served: Serving, burner: Target) -> None:
+def test_page_thread_that_becomes_busy_moves_to_the_first_row(page: Browser, served: Serving, burner: Target) -> None:
     """A thread that begins to burn is the first row; goal 3 s, of which a loaded machine may take some more."""
     shown(page, served.url)
     begun = time.monotonic()
@@ -124,7 +124,7 @@ def test_a_burning_thread_rises_to_the_top(page: Browser, served: Serving, burne
     page.eventually("[...document.querySelectorAll('#rows tr.gone')].some((row) => row.textContent.includes('ended'))")
 
 
-def test_windows_and_pause(page: Browser, served: Serving) -> None:
+def test_page_selected_window_is_drawn_and_pause_loses_nothing(page: Browser, served: Serving) -> None:
     """The picked window is the one drawn; paused, the page stands still, and afterwards nothing is missing."""
     shown(page, served.url)
     pressed = "[...document.querySelectorAll('[data-window][aria-pressed=true]')].map((each) => each.textContent)"
@@ -144,7 +144,9 @@ def test_windows_and_pause(page: Browser, served: Serving) -> None:
     tick(page)
 
 
-def test_sorting_and_filtering(page: Browser, served: Serving, burner: Target) -> None:
+def test_page_table_sorts_by_headers_and_filters_by_name_and_tid(
+    page: Browser, served: Serving, burner: Target
+) -> None:
     """Heads sort both ways and say so; the filter takes names and ids; what matches nothing says that."""
     shown(page, served.url)
     page.click('[data-sort="name"] button')
@@ -172,7 +174,7 @@ def test_sorting_and_filtering(page: Browser, served: Serving, burner: Target) -
     assert page.run("document.querySelector('#none').innerText") == "No thread has such a name or id."
 
 
-def test_marks_by_keyboard_and_from_outside(page: Browser, served: Serving) -> None:
+def test_page_shows_marks_from_keyboard_and_other_clients(page: Browser, served: Serving) -> None:
     """m, a label, Enter puts a mark; marks and events that others put appear by themselves."""
     shown(page, served.url)
     page.press("Escape")
@@ -187,7 +189,7 @@ def test_marks_by_keyboard_and_from_outside(page: Browser, served: Serving) -> N
     page.eventually(f"{notes}.includes('<b>from outside')")
 
 
-def test_keys(page: Browser, served: Serving) -> None:
+def test_page_keys_pause_move_the_cursor_and_release_it(page: Browser, served: Serving) -> None:
     """Space pauses; the plots are reached by Tab, arrows move their cursor, Enter holds it, Escape lets go."""
     shown(page, served.url)
     order = []
@@ -212,7 +214,7 @@ def test_keys(page: Browser, served: Serving) -> None:
     assert page.run("document.querySelector('#at').textContent") == ""
 
 
-def test_a_copied_command_works(page: Browser, served: Serving) -> None:
+def test_page_copied_curl_command_returns_an_answer(page: Browser, served: Serving) -> None:
     """The button's command is a curl that answers."""
     page.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
     shown(page, served.url)
@@ -236,7 +238,7 @@ def downloaded(page: Browser, directory: Path) -> Path:
     return found[0]
 
 
-def test_a_report_is_downloaded_and_replayed(page: Browser, served: Serving, tmp_path: Path) -> None:
+def test_page_downloaded_report_opens_in_replay_without_marks(page: Browser, served: Serving, tmp_path: Path) -> None:
     """The report keeps the name it was given; a replay of it fills the page, says so, and takes no marks."""
     served.client.post("/marks", json={"label": "before the report"})
     shown(page, served.url)
@@ -259,7 +261,7 @@ def test_a_report_is_downloaded_and_replayed(page: Browser, served: Serving, tmp
         page.eventually(f"{SAID}.includes('/history?seconds=')")
 
 
-def test_a_report_of_the_page_contains_the_run_that_is_selected(page: Browser, tmp_path: Path) -> None:
+def test_page_report_contains_the_selected_run(page: Browser, tmp_path: Path) -> None:
     """ "Download report" with an earlier run chosen: that run is in it; with none chosen, what belongs there."""
     with Target("--idle", "2") as first, Serving(tmp_path, "--pid", str(first.pid), "--app", "editor") as serving:
         eventually(lambda: serving.get("/info")["recorder"]["snapshots"] > 2, 10)
@@ -285,7 +287,7 @@ def test_a_report_of_the_page_contains_the_run_that_is_selected(page: Browser, t
         eventually(lambda: [run["reported"] for run in serving.get("/runs") if run["state"] == "crashed"] == [True])
 
 
-def test_the_page_recovers_from_a_restart(page: Browser, start: Any, tmp_path: Path) -> None:
+def test_page_after_a_sidecar_restart_continues(page: Browser, start: Any, tmp_path: Path) -> None:
     """When the sidecar goes the page says so and waits; when one comes back, on another run too, it goes on."""
     one, two = start("--burn", "5", "--idle", "1"), start("--idle", "3", "--burn", "5", "5")
     with Serving(tmp_path, "--pid", str(one.pid), "--record-interval", "0.1") as first:
@@ -324,7 +326,7 @@ def test_the_page_recovers_from_a_restart(page: Browser, start: Any, tmp_path: P
 
 
 @pytest.mark.torture
-def test_a_sidecar_that_hangs_is_called_silent(page: Browser, tmp_path: Path) -> None:
+def test_page_with_a_hung_sidecar_says_silent(page: Browser, tmp_path: Path) -> None:
     """Without an event for 6 s the page does not go on calling itself live; when it goes on, so does the page."""
     with Serving(tmp_path) as serving:
         shown(page, serving.url)
@@ -335,7 +337,7 @@ def test_a_sidecar_that_hangs_is_called_silent(page: Browser, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("path", "dark"), [("/", False), ("/", True), ("/docs", False)])
-def test_narrow_and_legible(page: Browser, served: Serving, path: str, dark: bool) -> None:
+def test_page_at_360_px_fits_and_has_enough_contrast(page: Browser, served: Serving, path: str, dark: bool) -> None:
     """At 360 px nothing sticks out; in light and dark every text has a contrast of 4.5 and more (WCAG 2.2, AA)."""
     page.emulate(dark=dark)
     page.resize(360, 780)
@@ -349,7 +351,7 @@ def test_narrow_and_legible(page: Browser, served: Serving, path: str, dark: boo
     assert page.run(CONTRAST) == []
 
 
-def test_the_table_is_one_to_a_screen_reader(page: Browser, served: Serving) -> None:
+def test_page_table_has_headers_and_names_for_screen_readers(page: Browser, served: Serving) -> None:
     """Rows have a header each, columns too, everything that can be pressed has a name, and motion can be off."""
     shown(page, served.url)
     assert page.run("document.querySelectorAll('#rows tr > th[scope=row]:first-child').length") >= 50
@@ -370,7 +372,7 @@ def test_the_table_is_one_to_a_screen_reader(page: Browser, served: Serving) -> 
     assert page.run(moving) == "0s"
 
 
-def test_markup_from_text_is_impossible(page: Browser, served: Serving, burner: Target) -> None:
+def test_page_renders_hostile_thread_names_as_text(page: Browser, served: Serving, burner: Target) -> None:
     """A thread's name is text, whatever is in it; the policy would refuse anything else, and any other script."""
     burner.ask("born <b>\\u202ex</b> 300")
     shown(page, served.url)
@@ -389,7 +391,7 @@ def test_markup_from_text_is_impossible(page: Browser, served: Serving, burner: 
     burner.ask("end <b>\\u202ex</b>")
 
 
-def test_a_second_costs_little_script(page: Browser, served: Serving) -> None:
+def test_page_update_of_50_threads_costs_little_script_time(page: Browser, served: Serving) -> None:
     """With 50 threads an update takes a fraction of what counting to 20 million does; goal: 10 ms a second."""
     shown(page, served.url)
     counting = (
@@ -406,7 +408,7 @@ def test_a_second_costs_little_script(page: Browser, served: Serving) -> None:
     assert 0 < min(costs) < yardstick / 2
 
 
-def test_a_thousand_threads(page: Browser, start: Any, tmp_path: Path) -> None:
+def test_page_with_a_thousand_threads_sorts_and_draws_all(page: Browser, start: Any, tmp_path: Path) -> None:
     """The busiest are shown; all are one click away, sort at once, and are drawn down to the last."""
     target = start("--burn", "10", "--idle", "998")
     with Serving(tmp_path, "--pid", str(target.pid)) as serving:
@@ -427,7 +429,7 @@ def test_a_thousand_threads(page: Browser, start: Any, tmp_path: Path) -> None:
         page.eventually(f"{NAMES}.length === 9")  # idle-99 and idle-990 to -997
 
 
-def test_a_token_is_brought_along_or_asked_for(page: Browser, start: Any, tmp_path: Path) -> None:
+def test_page_takes_the_token_from_open_or_asks_for_it(page: Browser, start: Any, tmp_path: Path) -> None:
     """`vitalsd open` leads to the page with the token, which is in no address; without it the page asks."""
     target = start("--burn", "5")
     with serving(tmp_path, "--pid", str(target.pid), "--auth", "token") as (_, ready):

@@ -57,7 +57,7 @@ def snapshots(serving: Serving) -> int:
     return int(serving.get("/info")["recorder"]["snapshots"])
 
 
-def test_a_trailing_window_needs_no_waiting(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
+def test_trailing_window_answers_at_once_without_a_snapshot(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """mode=trailing covers the asked past, agrees with a waited window, and takes no snapshot of its own."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as serving:
         wait_until(lambda: snapshots(serving) > 15)
@@ -81,7 +81,7 @@ def test_a_trailing_window_needs_no_waiting(tmp_path: Path, busy: subprocess.Pop
         assert any("reaches back only" in warning for warning in young["warnings"])
 
 
-def test_without_a_record_trailing_waits(tmp_path: Path) -> None:
+def test_trailing_window_without_a_recording_waits(tmp_path: Path) -> None:
     """With recording off, a trailing window is measured like any other, and history says what is missing."""
     with Serving(tmp_path, "--record-interval", "0") as serving:
         answer = serving.get("/metrics", mode="trailing", window_ms=100, detail="full")
@@ -93,7 +93,7 @@ def test_without_a_record_trailing_waits(tmp_path: Path) -> None:
         assert serving.get("/marks") == []
 
 
-def test_history_and_marks(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
+def test_history_has_json_csv_and_marks(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """The record comes as JSON and as CSV, with the busiest thread first and the marks on its clock."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as serving:
         wait_until(lambda: snapshots(serving) > 5)
@@ -135,7 +135,7 @@ def test_history_and_marks(tmp_path: Path, busy: subprocess.Popen[bytes]) -> Non
         (json.dumps({"label": "x" * 5000}).encode(), 413),
     ],
 )
-def test_bad_marks_are_refused(shared: Serving, body: bytes, status: int) -> None:
+def test_mark_with_a_bad_body_is_refused_and_not_recorded(shared: Serving, body: bytes, status: int) -> None:
     """A bad body is a problem that says what is wrong; nothing is recorded."""
     answer = shared.client.post("/marks", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status
@@ -144,13 +144,13 @@ def test_bad_marks_are_refused(shared: Serving, body: bytes, status: int) -> Non
     assert shared.get("/marks") == []
 
 
-def test_a_chunked_body_is_bounded_too(shared: Serving) -> None:
+def test_mark_with_a_long_chunked_body_is_413(shared: Serving) -> None:
     """A body without a declared length is refused as soon as it is too long."""
     answer = shared.client.post("/marks", content=iter([b"x" * 1000] * 6), headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["reason"]) == (413, "body_too_large")
 
 
-def test_history_is_of_the_target_only(shared: Serving) -> None:
+def test_history_of_another_pid_is_refused(shared: Serving) -> None:
     """pid= may name the target; for any other process the refusal says who is recorded."""
     own = shared.get("/info")["target"]["pid"]
     assert shared.get("/history", pid=own)["target"]["pid"] == own
@@ -159,7 +159,7 @@ def test_history_is_of_the_target_only(shared: Serving) -> None:
     assert str(own) in other.json()["detail"]
 
 
-def test_a_black_box_that_is_off_is_said(tmp_path: Path) -> None:
+def test_black_box_off_is_stated_in_info_and_metrics(tmp_path: Path) -> None:
     """Where the disk does not take the record, metrics go on, and /info and detail=full say why."""
     (tmp_path / "runs").write_text("in the way")
     with Serving(tmp_path, "--record-interval", "0.1") as serving:
@@ -195,7 +195,7 @@ def events(serving: Serving, count: int, **parameters: object) -> list[dict[str,
     return found
 
 
-def test_a_stream_is_window_after_window(shared: Serving) -> None:
+def test_stream_events_are_consecutive_windows(shared: Serving) -> None:
     """Each event is an answer of /metrics; they are numbered and follow each other without a gap."""
     found = events(shared, 4, interval_ms=100)
     assert [event["id"] for event in found] == ["1", "2", "3", "4"]
@@ -212,7 +212,7 @@ def has_room(serving: Serving) -> bool:
         return answer.status_code == 200
 
 
-def test_at_most_eight_streams(shared: Serving) -> None:
+def test_stream_beyond_eight_is_refused(shared: Serving) -> None:
     """The ninth stream is refused with a problem; when one ends there is room again."""
     with httpx.Client(base_url=shared.url, trust_env=False, timeout=10) as client:
         streams = [client.send(client.build_request("GET", "/stream"), stream=True) for _ in range(8)]
@@ -224,7 +224,7 @@ def test_at_most_eight_streams(shared: Serving) -> None:
     wait_until(lambda: has_room(shared))
 
 
-def test_at_most_eight_streams_that_begin_together(shared: Serving) -> None:
+def test_stream_beyond_eight_started_together_is_refused(shared: Serving) -> None:
     """Each has its place from the first moment, though its process has yet to be opened."""
     pids = [entry.pid for entry in islice(list_processes(), 12)]
 
@@ -240,7 +240,7 @@ def test_at_most_eight_streams_that_begin_together(shared: Serving) -> None:
     wait_until(lambda: has_room(shared))
 
 
-def test_no_stream_of_a_target_that_has_exited(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
+def test_stream_of_an_exited_target_is_410(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """It is told before there is a head of 200."""
     with Serving(tmp_path, "--pid", str(busy.pid)) as serving:
         busy.kill()
@@ -249,7 +249,7 @@ def test_no_stream_of_a_target_that_has_exited(tmp_path: Path, busy: subprocess.
         assert (answer.status_code, answer.json()["available"]) == (410, False)
 
 
-def test_a_stream_ends_when_its_target_does(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
+def test_stream_ends_with_the_reason_when_its_target_exits(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """The last event says why there are no more, and the connection closes."""
     with Serving(tmp_path, "--pid", str(busy.pid)) as serving:
         threading.Timer(0.5, busy.kill).start()
@@ -260,7 +260,7 @@ def test_a_stream_ends_when_its_target_does(tmp_path: Path, busy: subprocess.Pop
         assert "has exited" in last
 
 
-def test_a_slow_reader_loses_the_oldest_and_nobody_else_does(shared: Serving) -> None:
+def test_stream_of_a_slow_reader_drops_its_oldest_events_only(shared: Serving) -> None:
     """A client that does not read holds up neither the sampler nor other streams."""
     with httpx.Client(base_url=shared.url, trust_env=False, timeout=10) as client:
         with client.stream("GET", "/stream", params={"interval_ms": 10}):
@@ -269,7 +269,7 @@ def test_a_slow_reader_loses_the_oldest_and_nobody_else_does(shared: Serving) ->
         assert client.get("/healthz").status_code == 200
 
 
-def test_a_dead_target_leaves_its_past(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
+def test_history_of_an_exited_target_is_still_served(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """After the target's death a waited window is gone, the past is still served, and the event says when."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as serving:
         wait_until(lambda: snapshots(serving) > 5)
@@ -282,7 +282,7 @@ def test_a_dead_target_leaves_its_past(tmp_path: Path, busy: subprocess.Popen[by
         assert serving.get("/history")["events"][-1]["kind"] == "exited"
 
 
-def test_a_stopped_target_is_an_event(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
+def test_history_has_an_event_for_stop_and_continue(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """SIGSTOP and SIGCONT of the target are in the record, and its CPU is 0 in between."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as serving:
         wait_until(lambda: snapshots(serving) > 3)
@@ -305,7 +305,7 @@ def vitalsd(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("victims", ["target", "sidecar", "both"])
-def test_a_crashed_run_comes_back(tmp_path: Path, busy: subprocess.Popen[bytes], victims: str) -> None:
+def test_runs_after_sigkill_list_the_crashed_run(tmp_path: Path, busy: subprocess.Popen[bytes], victims: str) -> None:
     """Whoever is killed, the next start lists the run as crashed, with thread names, marks and the last seconds."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as serving:
         wait_until(lambda: snapshots(serving) > 5)
@@ -336,7 +336,7 @@ def test_a_crashed_run_comes_back(tmp_path: Path, busy: subprocess.Popen[bytes],
         assert serving.client.get("/runs/nope/history").json()["reason"] == "no_such_run"
 
 
-def test_a_clean_end_is_marked(tmp_path: Path) -> None:
+def test_runs_after_a_clean_stop_list_no_crash(tmp_path: Path) -> None:
     """A sidecar that is told to stop leaves no crashed run."""
     with Serving(tmp_path) as serving:
         assert serving.stop() == 0
@@ -344,7 +344,7 @@ def test_a_clean_end_is_marked(tmp_path: Path) -> None:
     assert (run["state"], run["ended"]) == ("clean", "the sidecar was stopped")
 
 
-def test_replay(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
+def test_replay_serves_a_black_box_and_a_report(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
     """The same API answers from a black box, and from a report with the history in it."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as serving:
         wait_until(lambda: snapshots(serving) > 12)
@@ -373,7 +373,7 @@ def test_replay(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\3\4 not really"])
-def test_replay_of_something_else(tmp_path: Path, content: bytes) -> None:
+def test_replay_of_another_file_exits_with_1(tmp_path: Path, content: bytes) -> None:
     """A file that is no run ends with one clear line and status 1."""
     path = tmp_path / "notes.sqlite"
     path.write_bytes(content)
@@ -387,7 +387,7 @@ def test_replay_of_something_else(tmp_path: Path, content: bytes) -> None:
     ("method", "said"),
     [(zipfile.ZIP_DEFLATED, "invalid block type"), (zipfile.ZIP_LZMA, "compressed as in no report")],
 )
-def test_replay_of_a_damaged_report(tmp_path: Path, method: int, said: str) -> None:
+def test_replay_of_a_damaged_report_names_the_file(tmp_path: Path, method: int, said: str) -> None:
     """What cannot be unpacked is one line that names the file."""
     path = tmp_path / "report.zip"
     with zipfile.ZipFile(path, "w", method) as archive:

@@ -53,7 +53,7 @@ def operations(schema: Any) -> Iterator[tuple[str, str, Any]]:
             yield method, path, operation
 
 
-def test_starting_imports_nothing_for_later() -> None:
+def test_create_app_imports_no_schema_or_format_modules() -> None:
     """The application is made without schemas, models of answers, histories, archives and the formats of others."""
     code = (
         "import sys\n"
@@ -68,7 +68,7 @@ def test_starting_imports_nothing_for_later() -> None:
     assert out.stdout.split() == []
 
 
-def test_every_route_is_described(served: Serving, schema: Any) -> None:
+def test_schema_and_served_routes_are_equal(served: Serving, schema: Any) -> None:
     """
     What the service says it serves, and the schema, are the same list; each has a summary, units and refusals.
 
@@ -94,7 +94,7 @@ def test_every_route_is_described(served: Serving, schema: Any) -> None:
             assert unit is None or re.search(rf"\b{unit}\b", parameter["description"]), parameter
 
 
-def test_every_reason_is_described(schema: Any) -> None:
+def test_schema_has_an_example_of_each_problem_reason(schema: Any) -> None:
     """Each refusal of the closed set is an example at some route, under its status."""
     seen = {
         reason: status
@@ -108,7 +108,7 @@ def test_every_reason_is_described(schema: Any) -> None:
     assert seen == {reason: str(status) for reason, (status, _) in TITLES.items() if reason not in never}
 
 
-def test_references_lead_somewhere(schema: Any) -> None:
+def test_schema_references_resolve(schema: Any) -> None:
     """Every $ref names a shape that is there."""
     for name in re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(schema)):
         assert name in schema["components"]["schemas"]
@@ -120,7 +120,7 @@ def read(shape: Any, content: bytes) -> Any:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: f"{operation.method} {operation.path}")
-def test_examples_are_of_the_shape(operation: Operation) -> None:
+def test_schema_examples_match_their_models(operation: Operation) -> None:
     """An example is what its shape reads."""
     if not operation.shapes:
         assert operation.media_types, operation.path
@@ -135,7 +135,7 @@ def test_every_operation_is_in_the_schema(schema: Any) -> None:
     assert declared == sorted((method, path) for method, path, _ in operations(schema))
 
 
-def test_answers_are_of_the_shape(served: Serving) -> None:
+def test_answers_have_exactly_the_fields_of_the_schema(served: Serving) -> None:
     """Real answers hold the fields of the schema, all of them and no other."""
     for operation in OPERATIONS:
         method, path = operation.method, operation.path
@@ -160,7 +160,7 @@ def test_answers_are_of_the_shape(served: Serving) -> None:
     assert refused["reason"] == "bad_parameter"
 
 
-def test_a_replay_has_the_same_shapes(served: Serving, tmp_path: Path) -> None:
+def test_replay_info_matches_the_schema(served: Serving, tmp_path: Path) -> None:
     """/info of a replay is described by the same schema."""
     report = tmp_path / "report.zip"
     report.write_bytes(served.client.get("/report.zip", params={"window_ms": 20}).content)
@@ -187,7 +187,7 @@ def test_a_replay_has_the_same_shapes(served: Serving, tmp_path: Path) -> None:
         ("/healthz?x", "this route takes none"),
     ],
 )
-def test_an_error_tells_what_would_be_right(served: Serving, path: str, meant: str) -> None:
+def test_error_for_a_wrong_path_or_parameter_suggests_the_nearest(served: Serving, path: str, meant: str) -> None:
     """A wrong path or parameter is answered with the nearest right one, and with all of them."""
     answer = served.client.get(path)
     assert answer.status_code in (404, 422)
@@ -198,7 +198,7 @@ def test_an_error_tells_what_would_be_right(served: Serving, path: str, meant: s
 @pytest.mark.parametrize(
     "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
 )
-def test_a_mark_is_json(served: Serving, content_type: str | None) -> None:
+def test_mark_sent_as_a_form_is_refused_with_the_missing_header(served: Serving, content_type: str | None) -> None:
     """What a form of another site could send is no mark; the refusal says which header is missing."""
     before = served.get("/marks")
     headers = {"Content-Type": content_type} if content_type else {}
@@ -211,7 +211,7 @@ def test_a_mark_is_json(served: Serving, content_type: str | None) -> None:
 # README, docs/
 
 
-def test_commands_to_copy_name_the_address(schema: Any) -> None:
+def test_commands_to_copy_name_127_0_0_1(schema: Any) -> None:
     """No URL says localhost, which may be ::1 first, where no sidecar listens."""
     root = DOCS.parent
     files = [root / "README.md", *DOCS.glob("*.md"), *(root / "clients" / "examples").glob("*.[ps][yh]")]
@@ -222,7 +222,7 @@ def test_commands_to_copy_name_the_address(schema: Any) -> None:
     assert [name for name, text in texts.items() if re.search(r"\blocalhost[:/]|//localhost", text)] == []
 
 
-def test_the_first_curl_of_the_readme_asks_no_proxy() -> None:
+def test_readme_first_curl_ignores_proxies() -> None:
     """It works where http_proxy is set, and the page says why."""
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     first = next(line for line in text.splitlines() if "curl " in line)
@@ -230,7 +230,7 @@ def test_the_first_curl_of_the_readme_asks_no_proxy() -> None:
     assert "http_proxy" in text
 
 
-def test_the_files_are_as_made() -> None:
+def test_reference_files_equal_the_generated_ones() -> None:
     """docs/api.md and the JSON Schema are what the program says of itself now."""
     made = subprocess.run(
         [sys.executable, DOCS / "make.py", "reference", "--check"], capture_output=True, text=True, check=False
@@ -238,7 +238,7 @@ def test_the_files_are_as_made() -> None:
     assert (made.returncode, made.stderr) == (0, "")
 
 
-def test_the_reference_has_a_section_per_route(schema: Any) -> None:
+def test_reference_has_one_section_per_route(schema: Any) -> None:
     """Each route has one, with the fixed parts."""
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     for method, path, operation in operations(schema):
@@ -265,7 +265,7 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
                 yield serving
 
 
-def test_every_command_works(crashed: Serving, tmp_path: Path) -> None:
+def test_reference_commands_print_an_answer(crashed: Serving, tmp_path: Path) -> None:
     """Each line of curl and jq prints something and complains of nothing, against a real sidecar."""
     program("jq", package="jq")
     program("curl", package="curl")
@@ -284,7 +284,7 @@ def test_every_command_works(crashed: Serving, tmp_path: Path) -> None:
         assert ran.stdout.strip() not in ("", "null"), command
 
 
-def test_answers_fit_the_published_schema(crashed: Serving) -> None:
+def test_answers_validate_against_the_published_schema(crashed: Serving) -> None:
     """A validator that knows nothing of our models takes every variant that is served, and no broken one."""
     validate = fastjsonschema.compile(
         json.loads((DOCS / "runtime-metrics.schema.json").read_text(encoding="utf-8")), use_default=False
@@ -328,7 +328,7 @@ class _Reader(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_reference_is_read_offline(served: Serving, schema: Any) -> None:
+def test_docs_page_is_complete_without_network_or_script(served: Serving, schema: Any) -> None:
     """/docs is well-formed, has no script, leads only to this server, and names every route and parameter."""
     answer = served.client.get("/docs")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"

@@ -109,7 +109,7 @@ ROUTES = (
 )
 
 
-def test_routes_with_get_are_all_tested_here(guarded: Guarded) -> None:
+def test_head_tests_cover_every_get_route(guarded: Guarded) -> None:
     """The schema has no other route with GET."""
     paths = guarded.get("/openapi.json")["paths"]
     assert {path for path, methods in paths.items() if "get" in methods} == set(ROUTES)
@@ -209,7 +209,7 @@ def test_head_with_accept_has_the_content_type_of_get(recording: Serving, path: 
         ("/?" + "a" * 2050, 414),
     ],
 )
-def test_head_that_is_wrong_is_refused_as_get_is(recording: Serving, path: str, status: int) -> None:
+def test_head_of_a_bad_request_is_refused_as_get_is(recording: Serving, path: str, status: int) -> None:
     """Wrong parameters, unknown runs and routes have the status and headers of GET."""
     asked, expected = (get(recording.url, path, method=method) for method in ("HEAD", "GET"))
     assert (asked.status, expected.status, asked.body) == (status, status, b"")
@@ -228,7 +228,7 @@ def test_head_of_the_history_without_a_record_is_refused(idle: Serving) -> None:
     assert get(idle.url, "/history", method="HEAD").status == get(idle.url, "/history").status == 409
 
 
-def test_head_measures_nothing(idle: Serving) -> None:
+def test_head_of_a_window_takes_no_snapshot(idle: Serving) -> None:
     """Windows of a minute are answered at once, and no snapshot is taken for any route."""
     before = idle.get("/info")["self"]["snapshots"]
     for path in (
@@ -245,7 +245,7 @@ def test_head_measures_nothing(idle: Serving) -> None:
     assert idle.get("/info")["self"]["snapshots"] == before
 
 
-def test_head_with_a_pid_opens_no_process(idle: Serving) -> None:
+def test_head_with_a_pid_takes_no_target_slot(idle: Serving) -> None:
     """None of 100 processes, most of which do not exist, takes one of the 32 places."""
     for pid in range(1, 101):
         assert get(idle.url, f"/metrics?pid={pid}", method="HEAD").status == 200
@@ -253,7 +253,7 @@ def test_head_with_a_pid_opens_no_process(idle: Serving) -> None:
     assert idle.client.get("/metrics", params={"pid": os.getpid(), "window_ms": 10}).status_code == 200
 
 
-def test_head_of_the_stream_opens_none(idle: Serving) -> None:
+def test_head_of_the_stream_takes_no_stream_slot(idle: Serving) -> None:
     """After 20 of them all 8 places are free; with all 8 taken HEAD is refused as GET is."""
     for _ in range(20):
         assert get(idle.url, "/stream", method="HEAD").status == 200
@@ -298,7 +298,7 @@ def test_head_of_a_replay_is_refused_as_get_is(tmp_path: Path, recording: Servin
                 assert get(replay.url, path, method="HEAD").status == expected, path
 
 
-def test_405_lists_head_wherever_it_lists_get(recording: Serving) -> None:
+def test_method_refusal_lists_head_with_get(recording: Serving) -> None:
     """A route without GET does not list HEAD either."""
     for path in recording.get("/openapi.json")["paths"]:
         if path != "/hello":
@@ -306,7 +306,7 @@ def test_405_lists_head_wherever_it_lists_get(recording: Serving) -> None:
             assert ("GET" in allowed.split(", ")) == ("HEAD" in allowed.split(", ")), path
 
 
-def test_the_schema_says_that_head_is_answered(recording: Serving) -> None:
+def test_schema_states_that_head_is_answered(recording: Serving) -> None:
     """One sentence for all routes, which the reference shows as well."""
     schema = recording.get("/openapi.json")
     assert "answers HEAD" in schema["info"]["description"]
@@ -315,7 +315,7 @@ def test_the_schema_says_that_head_is_answered(recording: Serving) -> None:
 
 
 @pytest.mark.parametrize("end", [b"zz\r\n", b"1\r\nx\r\nzz\r\n"], ids=["at once", "after a chunk"])
-def test_head_whose_body_breaks_off_is_refused_without_a_body(end: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_head_with_a_cut_body_is_refused_without_a_body(end: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """400 without a body: a byte after the head of such an answer is an error of the server, and would be logged."""
 
     async def patient(scope: Any, receive: Any, send: Any) -> None:

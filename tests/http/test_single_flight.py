@@ -27,7 +27,7 @@ class Work:
         return b"x" * self.begun
 
 
-def test_a_crowd_has_one_answer_made_at_a_time() -> None:
+def test_single_flight_makes_one_answer_at_a_time_and_refuses_beyond_16() -> None:
     """Seventeen different ones are made one after the other; who comes beyond those is told to come again."""
 
     async def crowd() -> None:
@@ -45,7 +45,7 @@ def test_a_crowd_has_one_answer_made_at_a_time() -> None:
     asyncio.run(crowd())
 
 
-def test_a_thousand_who_ask_for_the_same_share_it() -> None:
+def test_single_flight_with_the_same_key_is_made_once_for_a_thousand() -> None:
     """It is made once, and all have the very same bytes; who asks afterwards has a new one."""
 
     async def crowd() -> None:
@@ -61,7 +61,7 @@ def test_a_thousand_who_ask_for_the_same_share_it() -> None:
     asyncio.run(crowd())
 
 
-def test_turn_goes_to_each_kind_of_client_in_order() -> None:
+def test_single_flight_turns_alternate_between_kinds_of_client() -> None:
     """An answer for the Unix socket waits for one answer of TCP and not for sixteen."""
 
     async def crowd() -> None:
@@ -89,7 +89,7 @@ def test_turn_goes_to_each_kind_of_client_in_order() -> None:
     asyncio.run(crowd())
 
 
-def test_answers_of_one_kind_of_client_take_no_place_of_another() -> None:
+def test_single_flight_queue_of_one_kind_takes_no_slot_of_another() -> None:
     """With 17 answers of TCP under way, TCP is refused and the Unix socket is not."""
 
     async def crowd() -> None:
@@ -106,7 +106,7 @@ def test_answers_of_one_kind_of_client_take_no_place_of_another() -> None:
     asyncio.run(crowd())
 
 
-def test_answer_for_which_no_client_waits_is_not_begun() -> None:
+def test_single_flight_call_without_a_waiting_client_is_not_started() -> None:
     """Its place is free at once, and a request with the same key gets an answer of its own."""
 
     async def crowd() -> None:
@@ -127,7 +127,7 @@ def test_answer_for_which_no_client_waits_is_not_begun() -> None:
     asyncio.run(crowd())
 
 
-def test_what_nobody_keys_is_shared_with_nobody() -> None:
+def test_single_flight_without_a_key_shares_nothing() -> None:
     """Two who ask without a key have one each."""
 
     async def two() -> None:
@@ -139,7 +139,7 @@ def test_what_nobody_keys_is_shared_with_nobody() -> None:
     asyncio.run(two())
 
 
-def test_who_leaves_stops_nobody_else(recwarn: pytest.WarningsRecorder) -> None:
+def test_single_flight_client_that_disconnects_leaves_the_call_to_others(recwarn: pytest.WarningsRecorder) -> None:
     """One of two who share leaves; the other has the answer. A failure reaches both, and leaves the turn free."""
 
     async def leaving() -> None:

@@ -53,7 +53,7 @@ def write(directory: Path, snapshots: list[Snapshot], **bounds: Any) -> tuple[Bl
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lives(max_steps=60))
-def test_what_was_written_reads_back(tmp_path: Path, snapshots: list[Snapshot]) -> None:
+def test_run_read_back_equals_the_snapshots_written(tmp_path: Path, snapshots: list[Snapshot]) -> None:
     """A run read back holds every snapshot exactly, even while it is still being written."""
     box, _ = write(tmp_path, snapshots)
     assert box.run_id is not None
@@ -67,7 +67,7 @@ def test_what_was_written_reads_back(tmp_path: Path, snapshots: list[Snapshot]) 
     assert len(list(record.snapshots())) == len(snapshots)
 
 
-def test_marks_and_events_read_back(tmp_path: Path) -> None:
+def test_run_read_back_has_marks_and_events(tmp_path: Path) -> None:
     """Marks and events are on disk too."""
     box, record = write(tmp_path, [Process().snapshot()])
     box.write_mark(record.add_mark("F12 pressed"))
@@ -78,7 +78,7 @@ def test_marks_and_events_read_back(tmp_path: Path) -> None:
     assert list(back.events) == list(record.events)
 
 
-def test_what_is_dropped_is_missing_and_nothing_after_it_is_wrong(tmp_path: Path) -> None:
+def test_black_box_with_dropped_snapshots_is_exact_afterwards(tmp_path: Path) -> None:
     """A disk that hangs loses what may not wait for it; what is written once it answers again is exact."""
 
     class Hanging(RunDirectory):
@@ -109,7 +109,7 @@ def test_what_is_dropped_is_missing_and_nothing_after_it_is_wrong(tmp_path: Path
     assert all(same(snapshot, at[snapshot.monotonic_ns]) for snapshot in kept)
 
 
-def test_marks_and_events_are_bounded_on_disk_as_in_memory(tmp_path: Path) -> None:
+def test_run_keeps_the_last_thousand_marks_and_events(tmp_path: Path) -> None:
     """A client that marks each frame of a game keeps the history in the file; the last thousand marks are kept."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
@@ -129,7 +129,7 @@ def test_marks_and_events_are_bounded_on_disk_as_in_memory(tmp_path: Path) -> No
     assert box.dropped == 0
 
 
-def test_without_a_descriptor_left_no_run_is_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_eviction_without_descriptors_deletes_no_live_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether its writer lives cannot be determined then, so `make_room` deletes no run."""
     box, _ = write(tmp_path, [Process().snapshot()])
     path = next(tmp_path.glob("*.sqlite"))
@@ -146,7 +146,7 @@ def test_without_a_descriptor_left_no_run_is_taken_for_dead(tmp_path: Path, monk
     assert not is_being_written(path)
 
 
-def test_only_its_user_can_read_it(tmp_path: Path) -> None:
+def test_run_directory_and_files_are_private_under_every_umask(tmp_path: Path) -> None:
     """The directory is 0700 and every file in it 0600, under an open umask too."""
     before = os.umask(0)
     try:
@@ -191,7 +191,7 @@ def ends(directory: Path) -> tuple[Run, list[int]]:
 
 
 @pytest.mark.parametrize("interval_s", [0.01, 2])
-def test_killed_at_any_moment_it_loses_at_most_one_interval(tmp_path: Path, interval_s: float) -> None:
+def test_black_box_killed_at_any_moment_loses_at_most_one_interval(tmp_path: Path, interval_s: float) -> None:
     """
     After SIGKILL at random moments every file opens, no row is torn, and at most the last snapshot is missing;
     so it is when the next start has moved the log into the file.
@@ -311,7 +311,7 @@ def test_run_without_its_lock_is_recovered_and_still_written(tmp_path: Path) -> 
     assert (run.state, len(times), box.dropped) == ("clean", 321, 0)
 
 
-def test_a_file_that_was_deleted_is_followed_by_another(tmp_path: Path) -> None:
+def test_run_file_deleted_is_replaced_from_the_next_segment(tmp_path: Path) -> None:
     """From the next snapshot on, and nothing after it is lost."""
     process, record = Process(), Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
     box = BlackBox(RunDirectory(tmp_path / "runs"), IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62)
@@ -326,7 +326,7 @@ def test_a_file_that_was_deleted_is_followed_by_another(tmp_path: Path) -> None:
     assert all(map(same, kept, taken[-len(kept) :]))
 
 
-def test_an_event_takes_along_what_came_before_it(tmp_path: Path) -> None:
+def test_event_flushes_the_snapshots_before_it_to_disk(tmp_path: Path) -> None:
     """The end of the target is on disk with the snapshots before it, though none follows."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
@@ -345,7 +345,7 @@ def test_an_event_takes_along_what_came_before_it(tmp_path: Path) -> None:
     box.close("over")
 
 
-def test_a_listing_never_goes_back(tmp_path: Path) -> None:
+def test_listing_during_a_flush_never_loses_rows(tmp_path: Path) -> None:
     """However often the log moves into the file meanwhile, a listing counts all snapshots of the one before."""
     process, over = Process(), threading.Event()
     box, record = write(tmp_path, [process.snapshot()])
@@ -368,7 +368,7 @@ def test_a_listing_never_goes_back(tmp_path: Path) -> None:
     box.close("over")
 
 
-def test_a_file_that_was_deleted_in_mid_segment_is_followed_by_another_soon(tmp_path: Path) -> None:
+def test_run_file_deleted_in_mid_segment_is_replaced_at_the_next_write(tmp_path: Path) -> None:
     """Not only when a segment begins, which may be an hour away: with what is written next."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
@@ -384,7 +384,7 @@ def test_a_file_that_was_deleted_in_mid_segment_is_followed_by_another_soon(tmp_
     assert (run.snapshots, [mark.label for mark in back.marks]) == (3, ["after that"])
 
 
-def test_a_file_that_follows_after_the_end_knows_of_it(tmp_path: Path) -> None:
+def test_run_file_replaced_after_the_exit_has_the_exit(tmp_path: Path) -> None:
     """The target has died, its run is deleted, and a client sets a mark."""
     box, record = write(tmp_path, [Process().snapshot()])
     box.end("killed by SIGKILL", crashed=True)
@@ -398,7 +398,7 @@ def test_a_file_that_follows_after_the_end_knows_of_it(tmp_path: Path) -> None:
     box.close("killed by SIGKILL", crashed=True)
 
 
-def test_what_was_recorded_of_a_living_process_has_ended_and_not_crashed(tmp_path: Path) -> None:
+def test_dead_run_of_a_living_process_is_ended_and_not_crashed(tmp_path: Path) -> None:
     """By any sidecar, and nothing of a process with an identity that begins like its own."""
     living, other = IDENTITY.start_id, IDENTITY._replace(boot_id=f"{IDENTITY.boot_id[:7]}0").start_id
     states = {
@@ -419,7 +419,7 @@ def test_what_was_recorded_of_a_living_process_has_ended_and_not_crashed(tmp_pat
     assert {name: read_run(path)[0].state for name, path in left.items()} == states
 
 
-def test_a_directory_that_cannot_be_looked_into_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_directory_unreadable_for_a_moment_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a moment, after a change of its mode or on a file server: what is open is written, and nothing is lost."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
@@ -442,7 +442,7 @@ def test_a_directory_that_cannot_be_looked_into_is_not_empty(tmp_path: Path, mon
     assert read_run(path)[0].snapshots == 10
 
 
-def test_another_name_is_written_once_that_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_name_changed_on_a_full_disk_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full when the target executes another program: the name goes with the next write, or at the end."""
     for closes in (False, True):
         box, _ = write(tmp_path / str(closes), [Process().snapshot()])
@@ -460,7 +460,9 @@ def test_another_name_is_written_once_that_can_be(tmp_path: Path, monkeypatch: p
         box.close("over")
 
 
-def test_a_file_that_cannot_be_trimmed_is_still_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_file_that_cannot_be_trimmed_is_written_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What went wrong is said; nothing that is on disk counts as dropped."""
 
     def full(self: RunFile) -> None:
@@ -476,7 +478,7 @@ def test_a_file_that_cannot_be_trimmed_is_still_written(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_fails_each_snapshot_is_kept_whole_or_counted(
+def test_black_box_under_random_failures_keeps_or_counts_each_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """
@@ -535,7 +537,7 @@ def test_whatever_fails_each_snapshot_is_kept_whole_or_counted(
     assert read_run(path)[0].state == "clean"
 
 
-def test_a_full_file_forgets_the_oldest(tmp_path: Path) -> None:
+def test_run_file_at_its_limit_evicts_the_oldest_segments(tmp_path: Path) -> None:
     """A run stays near its byte bound, keeps the end, and is still whole."""
     process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 501)})
     snapshots = []
@@ -551,7 +553,7 @@ def test_a_full_file_forgets_the_oldest(tmp_path: Path) -> None:
     assert all(map(same, kept, snapshots[-len(kept) :]))
 
 
-def test_all_runs_share_a_budget(tmp_path: Path) -> None:
+def test_run_directory_at_its_byte_limit_evicts_the_oldest_ended_runs(tmp_path: Path) -> None:
     """The oldest ended runs make room; one that is being written never does."""
     process, snapshots = Process(), []
     for _ in range(5):
@@ -573,7 +575,7 @@ def test_all_runs_share_a_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("being_written", [0, 5])
-def test_there_are_never_more_runs_than_fit_a_list(being_written: int, tmp_path: Path) -> None:
+def test_run_directory_at_100_runs_evicts_the_oldest_ended_runs(being_written: int, tmp_path: Path) -> None:
     """The oldest ended ones go, also if those that are still being written are older."""
     box, _ = write(tmp_path, [Process().snapshot()])
     box.close("over")
@@ -591,7 +593,7 @@ def test_there_are_never_more_runs_than_fit_a_list(being_written: int, tmp_path:
     assert f"1-2-boot-{MAX_RUNS + 2}" in left
 
 
-def test_an_end_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_exit_that_cannot_be_written_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The run will pass for one that crashed, and the log has the reason; all snapshots are there."""
     process = Process()
     box, record = write(tmp_path, [process.snapshot()])
@@ -608,7 +610,7 @@ def test_an_end_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.Lo
     assert (run.state, len(list(back.snapshots()))) == ("crashed", 11)
 
 
-def test_crashed_runs_come_first(tmp_path: Path) -> None:
+def test_runs_are_listed_crashed_first_then_newest(tmp_path: Path) -> None:
     """Runs are listed crashed first, then newest first."""
     for ended in ("over", None, "over"):
         box, _ = write(tmp_path, [Process().snapshot()])
@@ -617,7 +619,7 @@ def test_crashed_runs_come_first(tmp_path: Path) -> None:
     assert states == ["crashed", "clean", "clean"]
 
 
-def test_a_reported_run_says_so(tmp_path: Path) -> None:
+def test_run_in_a_report_is_marked_with_runs_of_the_same_process(tmp_path: Path) -> None:
     """A run that has gone into a report is marked, and so is what another sidecar recorded of the same process."""
     for _ in range(2):
         box, _ = write(tmp_path, [Process().snapshot()])
@@ -631,7 +633,7 @@ def test_a_reported_run_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"SQLite format 3\0" + bytes(200), b"PK\3\4"])
-def test_a_foreign_file_is_not_a_run(tmp_path: Path, content: bytes) -> None:
+def test_foreign_file_is_refused_unlisted_and_unchanged(tmp_path: Path, content: bytes) -> None:
     """What is not ours is refused with its name, left out of the list, and not touched."""
     path = tmp_path / "notes.sqlite"
     path.write_bytes(content)
@@ -641,7 +643,7 @@ def test_a_foreign_file_is_not_a_run(tmp_path: Path, content: bytes) -> None:
     assert path.read_bytes() == content
 
 
-def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
+def test_damaged_run_raises_only_unreadable_run(tmp_path: Path) -> None:
     """Bytes flipped anywhere give UnreadableRunError or a record, never another exception."""
     box, _ = write(tmp_path, [Process().snapshot()] * 1)
     box.close("over")
@@ -663,7 +665,7 @@ def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
         "CREATE TRIGGER busy BEFORE INSERT ON frame BEGIN SELECT 1; END",
     ],
 )
-def test_a_run_that_is_a_program_is_refused(tmp_path: Path, change: str) -> None:
+def test_run_with_views_or_triggers_is_refused(tmp_path: Path, change: str) -> None:
     """A view would run when it is read, even without end, and a trigger when the run is recovered."""
     box, _ = write(tmp_path, [Process().snapshot()])
     box.close("over")
@@ -712,14 +714,14 @@ def check_it_is_off(box: BlackBox, reason: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the read-only mount covers it")
-def test_an_unwritable_directory_is_said(tmp_path: Path) -> None:
+def test_black_box_in_an_unwritable_directory_is_off_with_the_reason(tmp_path: Path) -> None:
     """Without permission the black box is off, with the reason, and nothing is raised."""
     tmp_path.chmod(0o500)
     box, _ = write(tmp_path / "runs", [Process().snapshot()])
     check_it_is_off(box, "Permission denied")
 
 
-def test_a_planted_symlink_is_refused(tmp_path: Path) -> None:
+def test_run_directory_that_is_a_symlink_is_refused(tmp_path: Path) -> None:
     """A directory that is a symlink is not followed."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "elsewhere")
@@ -728,7 +730,7 @@ def test_a_planted_symlink_is_refused(tmp_path: Path) -> None:
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_file_in_place_of_the_directory_is_said(tmp_path: Path) -> None:
+def test_run_directory_that_is_a_file_turns_the_black_box_off(tmp_path: Path) -> None:
     """A file where the directory should be turns the black box off."""
     (tmp_path / "runs").write_text("hello")
     box, _ = write(tmp_path / "runs", [Process().snapshot()])
@@ -736,7 +738,7 @@ def test_a_file_in_place_of_the_directory_is_said(tmp_path: Path) -> None:
 
 
 @root_only
-def test_a_full_disk_is_said_and_healed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_black_box_on_a_full_disk_warns_once_and_recovers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """On a full disk it says why, once; what was written stays whole; with room again it is written by itself."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path)], check=True)
     try:
@@ -776,7 +778,7 @@ def test_a_full_disk_is_said_and_healed(tmp_path: Path, caplog: pytest.LogCaptur
 
 @root_only
 @pytest.mark.parametrize("disk", ["full", "read-only"])
-def test_a_crashed_run_is_found_on_a_disk_that_takes_nothing(disk: str, tmp_path: Path) -> None:
+def test_crashed_run_on_a_full_or_read_only_disk_is_listed(disk: str, tmp_path: Path) -> None:
     """Which may be why it crashed. It is listed and read, though SQLite can make no files of its own beside it."""
     box, _ = write(tmp_path / "first", [Process().snapshot()])
     box.flush()
@@ -802,7 +804,7 @@ def test_a_crashed_run_is_found_on_a_disk_that_takes_nothing(disk: str, tmp_path
 
 
 @root_only
-def test_a_read_only_disk_is_said(tmp_path: Path) -> None:
+def test_black_box_on_a_read_only_disk_is_off_with_the_reason(tmp_path: Path) -> None:
     """On a read-only file system the black box is off, with the reason."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(tmp_path)], check=True)
     try:
@@ -812,7 +814,7 @@ def test_a_read_only_disk_is_said(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_a_slow_disk_drops_and_counts(tmp_path: Path) -> None:
+def test_black_box_on_a_slow_disk_drops_and_counts_without_waiting(tmp_path: Path) -> None:
     """While the writer hangs, snapshots beyond a few are dropped and counted; the caller never waits."""
     process = Process()
     record = Record(IDENTITY, interval_ns=SECOND_NS)
@@ -829,7 +831,7 @@ def test_a_slow_disk_drops_and_counts(tmp_path: Path) -> None:
     box.close("over")
 
 
-def test_python_without_sqlite_records_in_memory_and_says_so(short_path: Path) -> None:
+def test_python_without_sqlite_records_in_memory_with_the_reason(short_path: Path) -> None:
     """`start` and its routes work; the black box is off with the reason, and a report has everything but runs."""
     code = (
         "import json, sys, time, urllib.request\n"

@@ -242,7 +242,7 @@ def test_recover_moves_the_log_of_a_crashed_run_into_its_file(logged: Path) -> N
 
 
 @pytest.mark.parametrize("table", ["frame", "thread"])
-def test_run_whose_page_tree_has_no_end_is_refused(run: Path, table: str) -> None:
+def test_run_with_an_endless_page_tree_is_refused(run: Path, table: str) -> None:
     """10^13 rows in 70 KiB: one sentence in a replay, and the listing has the other runs."""
     make_endless(run, table)
     with pytest.raises(UnreadableRunError, match=r"more rows than fit|hold more than|more threads than fit"):
@@ -257,7 +257,7 @@ def test_run_whose_page_tree_has_no_end_is_refused(run: Path, table: str) -> Non
 
 
 @pytest.mark.parametrize("table", ["segment", "mark", "event"])
-def test_run_whose_notes_have_no_end_is_read_up_to_a_bound(run: Path, table: str) -> None:
+def test_run_with_endless_notes_is_read_up_to_a_bound(run: Path, table: str) -> None:
     """Of 10^13 marks the last 1000; of segments those that snapshots name."""
     make_endless(run, table)
     try:
@@ -269,7 +269,7 @@ def test_run_whose_notes_have_no_end_is_read_up_to_a_bound(run: Path, table: str
         assert len(record.events) <= 1000
 
 
-def test_run_whose_values_are_one_endless_page_is_refused(run: Path) -> None:
+def test_run_with_values_in_one_endless_page_is_refused(run: Path) -> None:
     """1000 marks of 1 MiB each in 4 MiB: refused, in bounded memory."""
     make_swollen(run)
     code = "import sys, resource, pathlib\nfrom vitalsd.recording.run_reader import *\n"
@@ -373,7 +373,7 @@ def sparse(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BESIDE)
-def test_run_with_a_strange_file_ends_in_time_and_space(run: Path, tmp_path: Path, kind: str) -> None:
+def test_run_with_a_special_file_is_read_within_bounds(run: Path, tmp_path: Path, kind: str) -> None:
     """A FIFO, a device, a directory or 3 GiB of nothing: neither a hang, nor a copy in the temporary directory."""
     BESIDE[kind](run)
     (temporary := tmp_path / "tmp").mkdir()
@@ -396,7 +396,7 @@ def test_run_with_a_strange_file_ends_in_time_and_space(run: Path, tmp_path: Pat
     assert list(temporary.iterdir()) == []
 
 
-def test_lock_that_is_no_regular_file_is_held_by_no_process(run: Path) -> None:
+def test_lock_that_is_no_regular_file_counts_as_not_held(run: Path) -> None:
     """The run has crashed, and does not pass for one that is being written."""
     lock = run.with_suffix(".lock")
     lock.unlink()
@@ -481,7 +481,7 @@ def numbers_of(image: bytearray) -> list[int]:
 
 
 @pytest.mark.parametrize("page_bytes", [512, 4096, 65536])
-def test_read_image_has_what_sqlite_reads(tmp_path: Path, page_bytes: int) -> None:
+def test_read_image_equals_what_sqlite_reads(tmp_path: Path, page_bytes: int) -> None:
     """After transactions, rollbacks, checkpoints, and whatever a log is cut to or overwritten with."""
     dice, path = random.Random(page_bytes), tmp_path / "run.sqlite"
     steps = 120 if page_bytes < 65536 else 40  # The checksum of a log of large pages takes long.
@@ -514,7 +514,7 @@ def test_read_image_has_what_sqlite_reads(tmp_path: Path, page_bytes: int) -> No
         assert compared > steps // 3
 
 
-def test_run_is_whole_however_often_it_is_read_while_it_is_written(tmp_path: Path) -> None:
+def test_run_read_during_writes_is_always_complete(tmp_path: Path) -> None:
     """By another process, and by this one: marks are a row of numbers without a gap, and never fewer than before."""
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
@@ -594,7 +594,7 @@ def test_serve_deletes_no_database_of_another_program(short_path: Path) -> None:
     assert "does not have the name of a run, so it is left alone" in done.stderr
 
 
-def test_make_room_deletes_only_what_has_the_application_id(run: Path) -> None:
+def test_make_room_deletes_only_files_with_the_application_id(run: Path) -> None:
     """A database of another program with a name like that of a run stays; an empty file of a killed writer goes."""
     (foreign,) = databases(run.parent, 1, 100)
     foreign = foreign.rename(run.with_name(f"{run.stem}-1.sqlite"))
@@ -605,7 +605,7 @@ def test_make_room_deletes_only_what_has_the_application_id(run: Path) -> None:
     assert [path.exists() for path in (run, foreign, empty)] == [False, True, False]
 
 
-def test_new_run_does_not_take_a_name_beside_which_files_lie(tmp_path: Path) -> None:
+def test_new_run_avoids_a_name_with_leftover_files(tmp_path: Path) -> None:
     """SQLite would take the log or the journal of another run for that of the new one."""
     tmp_path.chmod(0o700)
     stem = f"{IDENTITY.start_id}-{os.getpid()}"

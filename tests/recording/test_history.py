@@ -21,7 +21,7 @@ from vitalsd.snapshot import Snapshot
 
 
 @given(lives())
-def test_rows_are_the_differences_of_the_snapshots(snapshots: list[Snapshot]) -> None:
+def test_history_rows_are_differences_of_snapshots(snapshots: list[Snapshot]) -> None:
     """A row has the CPU burnt since the snapshot before, of the process and, unless it executed, of each thread."""
     table = history(record_of(snapshots), top=10_000)
     pairs = list(pairwise(snapshots))
@@ -42,7 +42,7 @@ def test_rows_are_the_differences_of_the_snapshots(snapshots: list[Snapshot]) ->
 
 
 @given(lives(), st.integers(0, 5))
-def test_the_busiest_threads_are_shown(snapshots: list[Snapshot], top: int) -> None:
+def test_history_top_keeps_the_busiest_threads(snapshots: list[Snapshot], top: int) -> None:
     """`top` cuts the list of threads after the ones that burnt most."""
     record = record_of(snapshots)
     every = history(record, top=10_000).threads
@@ -51,7 +51,7 @@ def test_the_busiest_threads_are_shown(snapshots: list[Snapshot], top: int) -> N
 
 
 @given(lives(), st.integers(1, 30 * SECOND_NS))
-def test_coarser_rows_keep_the_sum(snapshots: list[Snapshot], step_ns: int) -> None:
+def test_history_downsampled_keeps_the_total_cpu_time(snapshots: list[Snapshot], step_ns: int) -> None:
     """Down-sampling changes how the CPU time is divided over rows, not how much there is."""
     record = record_of(snapshots)
     fine, coarse = history(record), history(record, step_ns=step_ns)
@@ -60,7 +60,7 @@ def test_coarser_rows_keep_the_sum(snapshots: list[Snapshot], step_ns: int) -> N
     assert all(ns >= step_ns for ns in coarse.elapsed_ns[:-1])
 
 
-def test_exec_leaves_one_row_without_a_figure() -> None:
+def test_history_row_of_an_exec_is_null() -> None:
     """The thread that called exec has the id of the main thread afterwards, and its CPU time."""
     process = Process({(1, 1): ("main", 7), (2, 1): ("worker", 4 * SECOND_NS)})
     snapshots = [process.snapshot()]
@@ -84,7 +84,7 @@ def test_exec_leaves_one_row_without_a_figure() -> None:
     assert {thread.tid: thread.cpu_ns for thread in merged.threads} == {1: [2000, None], 2: [0, None]}
 
 
-def test_row_that_contradicts_the_process_has_no_figure() -> None:
+def test_history_row_that_violates_an_invariant_is_null() -> None:
     """A thread that used more than its process, or idle threads of a process that ran; the others have theirs."""
     process = Process({(1, 1): ("main", 0), (2, 1): ("worker", 0)})
     snapshots = [process.snapshot()]
@@ -100,7 +100,7 @@ def test_row_that_contradicts_the_process_has_no_figure() -> None:
     assert table.cpu_ns == [15_000, 0, 50_000, 7]
 
 
-def test_counters_that_were_read_anew_leave_one_row_without_a_figure() -> None:
+def test_history_row_across_a_reread_of_counters_is_null() -> None:
     """No difference spans that, in the record and in the file of a run."""
     process = Process()
     snapshots = []
@@ -111,7 +111,7 @@ def test_counters_that_were_read_anew_leave_one_row_without_a_figure() -> None:
     assert thread.cpu_ns == [1000, None, 1000]
 
 
-def test_since() -> None:
+def test_history_since_a_time_has_only_later_rows() -> None:
     """Only rows that end after the given time are shown, the first of them whole."""
     process, snapshots = Process(), []
     for _ in range(20):
@@ -121,7 +121,7 @@ def test_since() -> None:
     assert table.elapsed_ns == [SECOND_NS] * 5
 
 
-def test_a_label_from_before_the_first_snapshot_is_not_lost() -> None:
+def test_history_mark_before_the_first_snapshot_is_kept() -> None:
     """A mark on a sidecar that is just ready may be before its first snapshot; the long past is not shown."""
     process, snapshots = Process(), []
     for _ in range(4):
@@ -134,14 +134,14 @@ def test_a_label_from_before_the_first_snapshot_is_not_lost() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_too_few_snapshots_make_no_row(count: int) -> None:
+def test_history_of_one_snapshot_has_no_row(count: int) -> None:
     """A row needs two snapshots."""
     table = history(record_of([Process().snapshot()] * count))
     assert json.loads(table.to_json())["time_ms"] == []
     assert len(table.to_csv().splitlines()) == 1
 
 
-def test_two_lives_of_one_tid_read_back_as_two() -> None:
+def test_history_of_a_reused_tid_has_two_threads() -> None:
     """Each with its name and what it burnt."""
     process = Process()
     snapshots = [process.snapshot()]
@@ -162,7 +162,7 @@ def test_two_lives_of_one_tid_read_back_as_two() -> None:
     assert [(each.tid, each.name) for each in back.threads] == [(each.tid, each.name) for each in table.threads]
 
 
-def test_the_start_of_the_target_reads_back_to_the_millisecond() -> None:
+def test_history_read_back_has_the_start_of_the_target_in_ms() -> None:
     """What a replay says is what the report says."""
     record = record_of([Process().snapshot()])
     for ms in range(1000):
@@ -172,7 +172,7 @@ def test_the_start_of_the_target_reads_back_to_the_millisecond() -> None:
 
 
 @given(lives(max_steps=40))
-def test_json_reads_back_to_itself(snapshots: list[Snapshot]) -> None:
+def test_history_json_read_back_is_equal(snapshots: list[Snapshot]) -> None:
     """A record rebuilt from the JSON gives the same table, to the digits that the JSON has."""
     table = json.loads(history(record_of(snapshots), top=10_000).to_json())
     again = json.loads(history(read_history(json.dumps(table).encode()), top=10_000).to_json())
@@ -186,7 +186,7 @@ def test_json_reads_back_to_itself(snapshots: list[Snapshot]) -> None:
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_a_clock_that_is_set_moves_no_mark(hours: int) -> None:
+def test_history_marks_keep_their_row_after_a_clock_step(hours: int) -> None:
     """The monotonic clock, which cannot be set, decides the row; a replay of the table has it there too."""
     process, snapshots = Process(), []
     for second in range(10):
@@ -205,7 +205,7 @@ def test_a_clock_that_is_set_moves_no_mark(hours: int) -> None:
         assert [i for i, row in enumerate(rows) if row["events"]] == [8]
 
 
-def test_a_table_read_back_invents_nothing() -> None:
+def test_history_read_back_adds_no_sleep_and_no_thread_time() -> None:
     """A step of the wall clock is no sleep, and what threads burnt that are not shown is the process's alone."""
     process, snapshots = Process(), []
     process.threads[4243, 7] = "ends", 0
@@ -224,7 +224,7 @@ def test_a_table_read_back_invents_nothing() -> None:
     assert not any("slept" in warning for warning in m.warnings)
 
 
-def test_marks_and_events_of_a_table_are_as_old_as_they_were() -> None:
+def test_history_of_the_last_seconds_excludes_older_marks() -> None:
     """Of its last seconds, those from before them are no part."""
     process = Process()
     record = Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
@@ -251,7 +251,7 @@ def test_marks_and_events_of_a_table_are_as_old_as_they_were() -> None:
         {"cpu_percent": [float("inf")]},
     ],
 )
-def test_a_damaged_history_is_refused(damage: dict[str, Any]) -> None:
+def test_history_damaged_is_refused(damage: dict[str, Any]) -> None:
     """What others may have put into a report that is replayed."""
     process = Process()
     record = record_of([process.snapshot()])
@@ -267,13 +267,13 @@ def test_a_damaged_history_is_refused(damage: dict[str, Any]) -> None:
         st.binary(), st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
     )
 )
-def test_anything_else_is_refused_in_one_way(body: bytes) -> None:
+def test_history_of_other_content_raises_only_value_error(body: bytes) -> None:
     """What is not a history raises ValueError and nothing else."""
     with pytest.raises(ValueError, match="not a history"):
         read_history(body)
 
 
-def test_csv_is_a_table_that_hostile_names_cannot_break() -> None:
+def test_csv_with_hostile_names_has_the_columns_of_its_header() -> None:
     """Every row has the columns of the header; names and labels are escaped and never begin a cell as a formula."""
     process = Process(threads={(1, 1): ('=cmd|"/c calc"\n,\x1b[31m', 0)})
     record = record_of([process.snapshot()])
@@ -294,7 +294,7 @@ FORMULAS = [f"{lead}{sign}1+2" for lead in (";", "a;", "a,", "\t", "a\t", "\r", 
 
 @pytest.mark.parametrize("text", FORMULAS)
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_csv_has_no_cell_that_begins_a_formula_whichever_separator_a_reader_takes(text: str, delimiter: str) -> None:
+def test_csv_cells_never_begin_a_formula_with_any_separator(text: str, delimiter: str) -> None:
     """Names, labels, kinds and details of events: spreadsheets of many locales separate cells by `;`."""
     process = Process(threads={(1, 1): (text, 0), (2, 1): ("plain", 0)})
     record = record_of([process.snapshot()])
@@ -308,7 +308,7 @@ def test_csv_has_no_cell_that_begins_a_formula_whichever_separator_a_reader_take
             assert not cell.lstrip(' \t\r\n"').startswith(("=", "+", "-", "@")), (cell, line)
 
 
-def test_more_rows_than_an_answer_has_are_put_together() -> None:
+def test_history_beyond_10000_rows_is_downsampled() -> None:
     """A long record comes in longer rows, at most 10 000, and no CPU time is lost by it."""
     process = Process()
     snapshots = [process.snapshot()]
@@ -321,7 +321,7 @@ def test_more_rows_than_an_answer_has_are_put_together() -> None:
     assert sum(table.cpu_ns) == 1000 * (len(snapshots) - 1)
 
 
-def test_more_threads_than_an_answer_has_are_left_out_and_it_says_so() -> None:
+def test_history_beyond_the_cell_limit_is_truncated() -> None:
     """Rows times threads are bounded: the idlest threads go, and `truncated` is in the answer then alone."""
     process = Process(threads={(tid, 1): ("", 0) for tid in range(1, 3001)})
     snapshots = [process.snapshot()]

@@ -30,28 +30,28 @@ def recorded(*steps: tuple[int, dict[str, object]]) -> list[tuple[str, str]]:
     return [(event.kind, event.detail) for event in recorder.record.events]
 
 
-def test_an_even_row_has_no_events() -> None:
+def test_recorder_at_a_regular_interval_notes_no_event() -> None:
     """Nothing is noted while nothing happens, give or take a late beat."""
     assert recorded((SECOND_NS, {}), (SECOND_NS * 14 // 10, {}), (SECOND_NS * 7 // 10, {})) == []
 
 
-def test_missed_beats_are_counted() -> None:
+def test_recorder_gap_is_an_event_with_a_count() -> None:
     """A gap is an event, with the number of snapshots that are not there."""
     assert recorded((5 * SECOND_NS, {})) == [("missed", "4 snapshots are missing before this one")]
 
 
-def test_sleep_is_not_a_gap() -> None:
+def test_recorder_after_machine_sleep_notes_no_gap() -> None:
     """The two clocks show the time that the machine slept, which is no missed snapshot."""
     assert recorded((SECOND_NS, {"asleep_ns": 3600 * SECOND_NS})) == [("suspended", "the machine slept 3600.0 s")]
 
 
-def test_stop_and_continue() -> None:
+def test_recorder_notes_stop_and_continue_of_the_target() -> None:
     """A target stopped and continued is noted both times."""
     events = recorded((SECOND_NS, {"state": "stopped"}), (SECOND_NS, {}), (SECOND_NS, {"state": "sleeping"}))
     assert [kind for kind, _ in events] == ["stopped", "continued"]
 
 
-def test_a_traced_target_that_runs_is_not_stopped() -> None:
+def test_recorder_of_a_traced_running_target_notes_no_stop() -> None:
     """As below strace, which stops it for a moment at each system call; one that a debugger stopped does not run."""
     process = Process(state="traced")
     recorder = Recorder(IDENTITY, RecorderConfig())
@@ -64,7 +64,7 @@ def test_a_traced_target_that_runs_is_not_stopped() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(86400, "forward by 86400.0 s"), (-172800, "back by 172800.0 s")])
-def test_a_wall_clock_that_is_set_is_noted_where_it_was(seconds: int, words: str) -> None:
+def test_recorder_notes_a_clock_step_once_at_its_time(seconds: int, words: str) -> None:
     """Once, at the first snapshot after it."""
     process = Process()
     recorder = Recorder(IDENTITY, RecorderConfig())
@@ -77,7 +77,7 @@ def test_a_wall_clock_that_is_set_is_noted_where_it_was(seconds: int, words: str
     assert event.monotonic_ns == process.monotonic_ns - 2 * SECOND_NS
 
 
-def test_a_wall_clock_that_is_read_late_or_slewed_was_not_set() -> None:
+def test_recorder_of_a_late_or_slewed_clock_notes_no_step() -> None:
     """One snapshot was interrupted between its clocks; and a slewed clock moves by less than a step at a time."""
     process = Process()
     recorder = Recorder(IDENTITY, RecorderConfig())
@@ -88,14 +88,14 @@ def test_a_wall_clock_that_is_read_late_or_slewed_was_not_set() -> None:
     assert not recorder.record.events
 
 
-def test_exec() -> None:
+def test_recorder_notes_an_exec_with_the_new_name() -> None:
     """Another program in the same process is noted, and what it is."""
     assert recorded((SECOND_NS, {"image": 2})) == [
         ("executed", f"the target executed another program: {IDENTITY.name}")
     ]
 
 
-def test_the_end_and_failures() -> None:
+def test_recorder_notes_a_failure_once_and_the_exit() -> None:
     """A failure is noted once while it lasts, and does not end the record; the target's end does."""
     recorder = Recorder(IDENTITY, RecorderConfig())
     assert recorder.failed(KernelError("too many open files"))
@@ -105,7 +105,7 @@ def test_the_end_and_failures() -> None:
     assert recorder.ended == "target 4242 has exited"
 
 
-def test_a_snapshot_shared_with_a_caller_is_recorded_once() -> None:
+def test_recorder_keeps_a_shared_snapshot_once() -> None:
     """The same snapshot again is not another row."""
     recorder = Recorder(IDENTITY, RecorderConfig())
     snapshot = Process().snapshot()
@@ -114,7 +114,7 @@ def test_a_snapshot_shared_with_a_caller_is_recorded_once() -> None:
     assert len(recorder.record) == 1
 
 
-def test_a_mark_that_comes_too_late_for_the_disk_is_no_error(tmp_path: Path) -> None:
+def test_mark_after_the_writer_ended_raises_nothing(tmp_path: Path) -> None:
     """It is on the clock; that its writer has ended raises no exception that is never retrieved."""
     recorder = Recorder(IDENTITY, RecorderConfig(runs=RunDirectory(tmp_path)))
     recorder.close()
@@ -129,7 +129,7 @@ def test_a_mark_that_comes_too_late_for_the_disk_is_no_error(tmp_path: Path) -> 
     assert unseen == []
 
 
-def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mark_on_a_slow_disk_does_not_block_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A caller that sets a mark waits until it is on disk; other callers are served meanwhile."""
     runs = RunDirectory(tmp_path)
     recorder = Recorder(IDENTITY, RecorderConfig(runs=runs))

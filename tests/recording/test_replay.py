@@ -112,7 +112,7 @@ def test_replay_of_a_report_opens_at_the_crashed_run(replayed: Serving, report: 
     assert replayed.client.get("/runs/nope/history").json()["reason"] == "no_such_run"
 
 
-def test_replay_shows_what_the_report_says_about_itself(replayed: Serving, report: Path) -> None:
+def test_replay_shows_the_metadata_of_the_report(replayed: Serving, report: Path) -> None:
     """Description, application, system, time zone, members and failures."""
     card = replayed.get("/info")["replay"]["report"]
     assert (card["app"], card["app_version"]) == ("viewer", "3.1")
@@ -128,7 +128,7 @@ def test_replay_shows_what_the_report_says_about_itself(replayed: Serving, repor
     assert (run["app"], run["app_version"]) == ("viewer", "3.0")
 
 
-def test_replay_hands_out_the_original_report(replayed: Serving, report: Path) -> None:
+def test_replay_report_zip_is_the_original_report(replayed: Serving, report: Path) -> None:
     """To the byte, by GET and POST, under its name: with description and attachments."""
     for answer in (replayed.client.get("/report.zip"), replayed.client.post("/report.zip", json={"message": "x"})):
         assert answer.content == report.read_bytes()
@@ -205,7 +205,7 @@ def test_replay_of_a_member_or_a_run_shows_its_record(report: Path, state: Path)
         assert replay.client.get("/report.zip").json()["reason"] == "no_report"
 
 
-def test_top_of_a_replay_shows_the_record(replayed: Serving, state: Path) -> None:
+def test_top_of_a_replay_shows_the_recording_and_ends(replayed: Serving, state: Path) -> None:
     """The last window, how it ended, and an end: no process can follow."""
     done = subprocess.run(
         [*VITALSD, "top", "--url", replayed.url],
@@ -240,7 +240,7 @@ def twice(report: Path, name: str) -> bytes:
     return out.getvalue()
 
 
-def test_replay_of_another_file_is_one_sentence(report: Path, tmp_path: Path) -> None:
+def test_replay_of_another_file_is_one_error_line(report: Path, tmp_path: Path) -> None:
     """Not a report, no record in it, two members of one name, cut, not JSON: status 1, one line, no traceback."""
     whole = report.read_bytes()
     crashed = member(report, "previous-run.json")
@@ -309,7 +309,7 @@ def test_replay_of_a_run_that_returns_to_a_segment_is_refused(state: Path, tmp_p
         read_replay_file(path)
 
 
-def test_replay_of_a_report_with_strange_texts_is_served(report: Path, state: Path) -> None:
+def test_replay_of_a_report_with_values_of_wrong_types_is_served(report: Path, state: Path) -> None:
     """Other types than they should be are left out; the rest is shown, and text is text."""
     crashed = member(report, "previous-run.json")
     crashed["run"] |= {"app": 5, "app_version": 3.1, "state": 7, "ended": ["x"], "host": {"cpu_count": -1, "arch": 5}}

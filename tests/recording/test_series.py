@@ -20,7 +20,7 @@ def record_of(snapshots: list[Snapshot], **bounds: int) -> Record:
 
 
 @given(lives())
-def test_it_equals_the_snapshots_it_was_fed(snapshots: list[Snapshot]) -> None:
+def test_series_returns_the_snapshots_it_was_given(snapshots: list[Snapshot]) -> None:
     """Every snapshot comes back as it was, whatever threads and program did in between."""
     back = list(record_of(snapshots).snapshots())
     assert len(back) == len(snapshots)
@@ -28,7 +28,7 @@ def test_it_equals_the_snapshots_it_was_fed(snapshots: list[Snapshot]) -> None:
 
 
 @given(lives(), st.data())
-def test_at_or_before(snapshots: list[Snapshot], data: st.DataObject) -> None:
+def test_series_at_or_before_returns_the_latest_not_after(snapshots: list[Snapshot], data: st.DataObject) -> None:
     """The snapshot found for a time is the latest one not after it, or the oldest of all."""
     record = record_of(snapshots)
     at_ns = data.draw(st.integers(snapshots[0].monotonic_ns - 5, snapshots[-1].monotonic_ns + 5))
@@ -39,7 +39,7 @@ def test_at_or_before(snapshots: list[Snapshot], data: st.DataObject) -> None:
 
 
 @given(lives(), st.integers(10, 60_000))
-def test_a_past_window_is_the_measurement_of_two_of_its_snapshots(snapshots: list[Snapshot], window_ms: int) -> None:
+def test_series_window_equals_measuring_its_two_ends(snapshots: list[Snapshot], window_ms: int) -> None:
     """A window read from the record has the numbers that measuring its two ends gives."""
     found = record_of(snapshots).window(window_ms)
     if found is None:
@@ -52,7 +52,7 @@ def test_a_past_window_is_the_measurement_of_two_of_its_snapshots(snapshots: lis
     assert (found.cpu_ns, found.exited_ns, found.born) == (expected.cpu_ns, expected.exited_ns, expected.born)
 
 
-def test_a_young_record_says_what_it_covers() -> None:
+def test_series_window_longer_than_the_recording_is_cut_with_a_warning() -> None:
     """A window longer than the record is cut to what there is, with a warning."""
     process = Process()
     record = record_of([process.snapshot()])
@@ -81,7 +81,7 @@ def test_callers_with_one_window_share_one_measurement() -> None:
     assert record.window(500) is not before
 
 
-def test_it_forgets_what_is_older_than_the_retention() -> None:
+def test_series_evicts_segments_older_than_the_retention() -> None:
     """The record reaches back as far as asked, give or take a segment, and no further."""
     process, record = Process(), record_of([], retention_ns=100 * SECOND_NS)
     for _ in range(1000):
@@ -93,7 +93,7 @@ def test_it_forgets_what_is_older_than_the_retention() -> None:
     assert 100 <= (process.monotonic_ns - oldest.monotonic_ns) / SECOND_NS <= 164
 
 
-def test_it_stays_within_its_bytes() -> None:
+def test_series_at_its_byte_limit_keeps_less_time() -> None:
     """With thousands of threads that all run, the bound shortens how far back it reaches."""
     process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 3001)})
     record = record_of([], max_bytes=1 << 20)
@@ -105,7 +105,7 @@ def test_it_stays_within_its_bytes() -> None:
     assert 1 <= len(record) < 300
 
 
-def test_fifteen_minutes_of_a_thousand_threads_fit_eight_mebibytes() -> None:
+def test_series_of_a_thousand_threads_for_15_minutes_fits_8_mib() -> None:
     """The worst case at one snapshot a second: every one of 1000 threads runs every second."""
     process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 1001)})
     record = record_of([])
@@ -117,7 +117,7 @@ def test_fifteen_minutes_of_a_thousand_threads_fit_eight_mebibytes() -> None:
 
 
 @pytest.mark.parametrize(("threads", "changing"), [(500, False), (5, True), (100, True)])
-def test_the_account_of_its_bytes_is_true(threads: int, changing: bool) -> None:
+def test_series_byte_count_matches_the_allocated_memory(threads: int, changing: bool) -> None:
     """What it says it holds is what was allocated, or up to half more if changing threads share their numbers."""
     import tracemalloc
 
@@ -150,13 +150,13 @@ def test_record_of_equal_copies_of_a_roster_keeps_one() -> None:
 
 
 @pytest.mark.parametrize("label", ["", "x" * 201, "two\nlines", "bell\a", "\x1b[31m", "\u202eevil"])
-def test_labels_that_are_refused(label: str) -> None:
+def test_label_empty_too_long_or_not_printable_is_refused(label: str) -> None:
     """A label is one line of 1 to 200 printable characters."""
     with pytest.raises(ValueError, match="a label"):
         record_of([]).add_mark(label)
 
 
-def test_the_oldest_of_too_many_marks_goes() -> None:
+def test_series_beyond_1000_marks_evicts_the_oldest() -> None:
     """At most 1000 marks are kept."""
     record = record_of([])
     for number in range(MAX_MARKS + 5):

@@ -351,7 +351,7 @@ def test_bug_report_finds_the_crash_however_the_script_is_started(home: Path, mo
         assert client(home, [*command, mode], directory) == "True", command
 
 
-def test_bug_report_finds_the_crash_of_a_run_whose_main_thread_was_renamed(home: Path) -> None:
+def test_bug_report_finds_the_crash_of_a_run_with_a_renamed_main_thread(home: Path) -> None:
     """The name of the process at the crash was another one than at the next start."""
     path = script(home / "app")
     client(home, [sys.executable, "main.py", "alongside", "crash", "rename"], path.parent)
@@ -600,7 +600,7 @@ def test_crash_is_known_as_soon_as_the_process_is_gone(home: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["in_process", "alongside"])
 @pytest.mark.parametrize(("end", "state"), [("1 / 0", "crashed"), ("sys.exit()", "clean"), ("pass", "clean")])
-def test_exception_that_is_not_caught_is_a_crash(home: Path, mode: str, end: str, state: str) -> None:
+def test_run_that_ends_by_an_uncaught_exception_is_a_crash(home: Path, mode: str, end: str, state: str) -> None:
     """As the kernel sees it by the exit status, and within the process by what the interpreter reports."""
     make = "start(port=0, " if mode == "in_process" else "spawn(port=0, options=['--linger', '0'], "
     code = f"import sys, time, vitalsd\nvitalsd.{make}app='viewer')\ntime.sleep(0.3)\n{end}\n"
@@ -800,7 +800,7 @@ def test_choose_for_a_sidecar_that_waits_takes_no_run_of_another_name() -> None:
     assert (left.run, list(left.left_out)) == (None, runs)
 
 
-def test_choose_leaves_out_a_run_whose_process_ended_well_by_another_record() -> None:
+def test_choose_leaves_out_a_run_that_another_recording_shows_clean() -> None:
     """One of two sidecars was killed; the other saw a normal end. A crash that was seen remains one."""
     lost = listing("7-8-9-1", app="viewer", ended=UNKNOWN_END)
     well = listing("7-8-9-2", app="viewer", state="clean", ended="exit status 0", recorded_to="7-9")

@@ -66,7 +66,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     assert unseen == []
 
 
-def test_a_busy_event_loop_makes_no_window_longer() -> None:
+def test_window_under_a_busy_event_loop_keeps_its_length() -> None:
     """The second snapshot is taken when it is due, also while the loop is busy; only the answer is late."""
 
     async def main() -> None:
@@ -85,7 +85,7 @@ def test_a_busy_event_loop_makes_no_window_longer() -> None:
     run(main())
 
 
-def test_a_window_is_as_long_as_asked() -> None:
+def test_window_has_the_requested_length_and_rate() -> None:
     """A window never ends early by more than a twentieth, and its figure is the source's rate."""
 
     async def main() -> None:
@@ -101,7 +101,7 @@ def test_a_window_is_as_long_as_asked() -> None:
     run(main())
 
 
-def test_a_snapshot_that_fails_is_not_counted() -> None:
+def test_snapshot_that_fails_is_not_counted() -> None:
     """Neither in /info nor for a scraper: none was taken."""
 
     async def main() -> None:
@@ -118,7 +118,7 @@ def test_a_snapshot_that_fails_is_not_counted() -> None:
     run(main())
 
 
-def test_hundreds_of_windows_share_a_handful_of_snapshots() -> None:
+def test_windows_of_300_callers_share_few_snapshots() -> None:
     """300 callers at the same time cause fewer than ten snapshots, and get the same measurement."""
 
     async def main() -> None:
@@ -133,7 +133,7 @@ def test_hundreds_of_windows_share_a_handful_of_snapshots() -> None:
     run(main())
 
 
-def test_different_windows_share_their_beginning() -> None:
+def test_windows_of_different_length_share_their_first_snapshot() -> None:
     """Windows of different length that start together begin with one snapshot and end each on its own."""
 
     async def main() -> None:
@@ -146,7 +146,7 @@ def test_different_windows_share_their_beginning() -> None:
     run(main())
 
 
-def test_windows_one_after_the_other_do_not_share_their_time() -> None:
+def test_windows_in_sequence_do_not_overlap() -> None:
     """The second of two windows in a row does not begin before the first one ended."""
 
     async def main() -> None:
@@ -160,7 +160,7 @@ def test_windows_one_after_the_other_do_not_share_their_time() -> None:
     run(main())
 
 
-def test_a_crowd_that_drops_in_one_by_one_shares_too() -> None:
+def test_windows_started_one_by_one_are_shared_without_refusal() -> None:
     """However many ask for windows of one length, and whenever, a few dozen are open and no caller is refused."""
 
     async def main() -> None:
@@ -180,7 +180,7 @@ def test_a_crowd_that_drops_in_one_by_one_shares_too() -> None:
     run(main())
 
 
-def test_windows_that_have_nothing_in_common_are_bounded() -> None:
+def test_windows_beyond_64_distinct_ones_are_refused() -> None:
     """The 65th different window is refused, a caller that joins an open one is not, and later there is room."""
 
     async def main() -> None:
@@ -197,7 +197,7 @@ def test_windows_that_have_nothing_in_common_are_bounded() -> None:
     run(main())
 
 
-def test_a_slow_kernel_is_not_asked_again_before_it_has_answered() -> None:
+def test_snapshots_of_a_slow_kernel_queue_at_most_one() -> None:
     """While one snapshot is being taken at most one more waits for its turn, however many callers come."""
 
     async def main() -> None:
@@ -217,7 +217,7 @@ def test_a_slow_kernel_is_not_asked_again_before_it_has_answered() -> None:
     run(main())
 
 
-def test_a_stream_misses_a_window_that_there_is_no_room_for() -> None:
+def test_stream_at_the_window_limit_skips_and_counts_a_window() -> None:
     """An open stream stays open: it has windows when there is room again, and counts those that it missed."""
 
     async def main() -> None:
@@ -235,7 +235,7 @@ def test_a_stream_misses_a_window_that_there_is_no_room_for() -> None:
     run(main())
 
 
-def test_all_kernel_reads_are_on_one_thread() -> None:
+def test_source_calls_run_on_one_thread() -> None:
     """Opening, reading and closing happen on one thread that is not the event loop's."""
 
     async def main() -> None:
@@ -249,7 +249,7 @@ def test_all_kernel_reads_are_on_one_thread() -> None:
     run(main())
 
 
-def test_a_kernel_that_hangs_holds_up_no_other_target() -> None:
+def test_hung_kernel_read_delays_no_other_target() -> None:
     """While one target's read hangs the loop turns and other targets answer; closing does not wait for it."""
 
     async def main() -> None:
@@ -277,7 +277,7 @@ def test_a_kernel_that_hangs_holds_up_no_other_target() -> None:
     run(main())
 
 
-def test_one_caller_that_leaves_hurts_no_other() -> None:
+def test_window_cancelled_by_one_caller_serves_the_others() -> None:
     """Of callers that share a window any may be cancelled; the rest get their answer."""
 
     async def main() -> None:
@@ -296,7 +296,7 @@ def test_one_caller_that_leaves_hurts_no_other() -> None:
     run(main())
 
 
-def test_a_window_without_callers_fails_in_silence() -> None:
+def test_window_without_callers_that_fails_logs_nothing() -> None:
     """When all callers have gone and the target dies, no error is left over for the log."""
 
     async def main() -> None:
@@ -316,7 +316,7 @@ def test_a_window_without_callers_fails_in_silence() -> None:
     run(main())
 
 
-def test_a_target_that_dies_in_the_window_fails_all_callers() -> None:
+def test_window_of_a_target_that_exits_fails_for_all_callers() -> None:
     """All callers that wait get the reason, and so do later ones."""
 
     async def main() -> None:
@@ -393,7 +393,7 @@ def test_window_of_two_callers_survives_one_that_leaves() -> None:
     run(main())
 
 
-def test_windows_of_one_kind_of_client_leave_the_places_of_the_others() -> None:
+def test_windows_of_one_kind_of_client_take_no_slot_of_another() -> None:
     """With 64 windows of TCP, and 32 of one other user, the Unix socket and another user still have theirs."""
 
     async def main() -> None:
@@ -427,7 +427,7 @@ def ask(targets: Targets, pid: int, window_ms: int = 10, peer: Peer = OWNER) -> 
     return asked()
 
 
-def test_more_targets_than_the_limit_are_refused() -> None:
+def test_target_beyond_the_limit_is_refused() -> None:
     """Beyond the limit a new target is BusyError, while one that is open already may still be asked."""
 
     async def main() -> None:
@@ -492,7 +492,7 @@ def test_target_is_refused_while_reads_of_as_many_as_the_limit_hang() -> None:
     run(main())
 
 
-def test_an_idle_target_is_closed_and_a_used_one_is_not() -> None:
+def test_target_idle_is_closed_and_a_used_one_is_not() -> None:
     """A target without a caller for a while gives its descriptors back."""
 
     async def main() -> None:
@@ -512,7 +512,7 @@ def test_an_idle_target_is_closed_and_a_used_one_is_not() -> None:
     run(main())
 
 
-def test_a_pid_that_failed_is_opened_anew() -> None:
+def test_pid_after_target_gone_is_opened_again() -> None:
     """After TargetGoneError the same pid may be another process: the dead one's source is not kept."""
 
     async def main() -> None:
@@ -547,7 +547,7 @@ def pool_of_live_pids() -> tuple[Targets, list[CountingSource]]:
     return Targets(Sampler(CountingSource), open_source), opened
 
 
-def test_a_pid_that_changed_hands_while_idle_is_opened_anew() -> None:
+def test_pid_reused_while_idle_is_opened_again() -> None:
     """A caller that asks for a live process does not get the end of the one before it, of the same pid."""
 
     async def main() -> None:
@@ -565,7 +565,7 @@ def test_a_pid_that_changed_hands_while_idle_is_opened_anew() -> None:
     run(main())
 
 
-def test_a_pid_that_changed_hands_while_in_use_is_opened_anew() -> None:
+def test_pid_reused_while_in_use_is_opened_again() -> None:
     """A caller waits for a long window of the dead one: the next caller gets the living one all the same."""
 
     async def main() -> None:
@@ -634,7 +634,7 @@ def test_caller_in_a_window_gets_an_error_when_the_sampler_closes() -> None:
     run(main())
 
 
-def test_a_target_that_cannot_be_opened_takes_no_place() -> None:
+def test_target_that_cannot_be_opened_takes_no_slot() -> None:
     """A pid that does not exist is asked for again and again and never fills the list."""
 
     async def main() -> None:
@@ -651,7 +651,7 @@ def test_a_target_that_cannot_be_opened_takes_no_place() -> None:
     run(main())
 
 
-def test_the_default_target_by_its_pid_is_the_default() -> None:
+def test_default_target_by_its_pid_opens_nothing() -> None:
     """Asking for the sidecar's own target by number opens nothing anew."""
 
     async def main() -> None:
@@ -668,7 +668,7 @@ def test_the_default_target_by_its_pid_is_the_default() -> None:
     run(main())
 
 
-def test_closing_ends_the_threads() -> None:
+def test_sampler_close_ends_its_threads() -> None:
     """No sampler thread outlives its targets."""
     before = set(threading.enumerate())
 
@@ -681,7 +681,7 @@ def test_closing_ends_the_threads() -> None:
     assert {thread for thread in threading.enumerate() if thread.name.startswith("vitalsd")} <= before
 
 
-def test_a_window_ends_with_the_names_of_now() -> None:
+def test_window_end_has_current_thread_names() -> None:
     """A snapshot of the recorder, with names that may be old, begins a window and does not end one."""
 
     class Renaming(CountingSource):
@@ -716,7 +716,7 @@ class Contradicting(CountingSource):
         return replace(taken, thread_cpu_ns=[used_ns + 3600 * 10**9])
 
 
-def test_counters_that_contradict_each_other_are_an_event_and_read_anew() -> None:
+def test_counters_that_violate_an_invariant_are_an_event_and_reread() -> None:
     """Once, and no window spans it: its thread has no figure, and its process has."""
     sources: list[Contradicting] = []
 
@@ -740,7 +740,7 @@ def test_counters_that_contradict_each_other_are_an_event_and_read_anew() -> Non
     assert sources[0].restarts == 1
 
 
-def test_kernel_that_counts_wrong_again_and_again_is_one_event() -> None:
+def test_counters_that_stay_inconsistent_are_one_event() -> None:
     """Or it would fill the record: no event follows until two snapshots agree."""
 
     class Wrong(CountingSource):
@@ -758,7 +758,7 @@ def test_kernel_that_counts_wrong_again_and_again_is_one_event() -> None:
     run(main())
 
 
-def test_why_nothing_is_recorded() -> None:
+def test_recording_missing_has_a_reason() -> None:
     """The reason says whether there is no recorder, or no process to record yet."""
 
     def absent() -> Source:
@@ -777,7 +777,7 @@ def test_why_nothing_is_recorded() -> None:
     run(main())
 
 
-def test_nothing_is_recorded_of_a_source_that_is_closed() -> None:
+def test_recorder_of_a_released_target_records_nothing() -> None:
     """A beat of the recorder that falls due while the target is being released is left out."""
 
     class SlowToClose(CountingSource):
@@ -804,7 +804,7 @@ def test_nothing_is_recorded_of_a_source_that_is_closed() -> None:
     assert unraised == []
 
 
-def test_one_window_without_a_loop() -> None:
+def test_sample_blocks_for_the_window_and_measures_it() -> None:
     """`sample` blocks for the window and measures it."""
     source = CountingSource()
     m = sample(conforms(source), 30)

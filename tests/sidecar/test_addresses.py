@@ -78,7 +78,7 @@ def test_listen_on_loopback_holds_both_addresses() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
-def test_listen_on_another_address_holds_that_alone(host: str) -> None:
+def test_listen_on_another_address_holds_one_listener(host: str) -> None:
     """Only the default address has a second one."""
     try:
         listeners = listen(host=host, port=0)
@@ -211,7 +211,7 @@ def test_adopted_listeners_are_published_by_their_ipv4_address() -> None:
 
 @needs_root
 @needs_ipv6
-def test_other_user_is_known_on_both_addresses(short_path: Path) -> None:
+def test_other_user_is_determined_on_both_addresses(short_path: Path) -> None:
     """Over [::1] another user gets what he gets over 127.0.0.1, and no more."""
     code = (
         "for host in ('127.0.0.1', '::1'):\n"
@@ -269,7 +269,7 @@ def test_name_passes_over_set_user_id_program_of_another_user(short_path: Path, 
     assert f"no process of yours is called {name}" in done.stdout + done.stderr
 
 
-def test_every_process_of_ours_lists_its_user_ids() -> None:
+def test_process_list_has_all_user_ids_of_this_process() -> None:
     """All four ids of this process are its own."""
     (own,) = (each for each in list_processes() if each.pid == os.getpid())
     assert own.uids == {os.geteuid()}
@@ -341,7 +341,7 @@ def test_lock_that_is_no_file_is_named(short_path: Path, make: Callable[[str], N
     assert stat.S_IFMT(os.lstat(lock).st_mode) == stat.S_IFMT(before.st_mode)
 
 
-def test_own_files_and_processes_in_the_way_are_named_with_a_remedy(short_path: Path) -> None:
+def test_path_held_by_this_user_is_named_with_a_remedy(short_path: Path) -> None:
     """A sidecar of this user, another program of this user, and a file: each error says what to do."""
     path = short_path / "a.sock"
     with UnixListener(path), pytest.raises(ListenError, match=r"another sidecar .*stop it, or name another socket"):
@@ -357,7 +357,7 @@ def test_own_files_and_processes_in_the_way_are_named_with_a_remedy(short_path: 
         UnixListener(path)
 
 
-def test_squatted_default_socket_is_a_note(short_path: Path) -> None:
+def test_default_socket_path_held_by_another_process_is_a_note(short_path: Path) -> None:
     """The default path of a pid that another process took is a note with its reason; TCP is served."""
     program = textwrap.dedent(
         """

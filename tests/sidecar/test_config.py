@@ -122,7 +122,7 @@ def test_value_out_of_range_is_refused_as_argument_and_as_option(name: str, valu
 
 @pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("value", [nan, -inf])
-def test_number_that_is_none_is_refused(name: str, value: float) -> None:
+def test_setting_of_nan_or_infinity_is_refused(name: str, value: float) -> None:
     """It is in no range."""
     with pytest.raises(ValueError, match=f"{name} is "):
         SidecarConfig.checked(**{name: value})
@@ -145,12 +145,12 @@ def test_retention_has_one_range_in_minutes_and_in_seconds() -> None:
         (Setting("a", choices=("a", "b")), "'a' or 'b'"),
     ],
 )
-def test_range_of_a_setting_in_words(setting: Setting, text: str) -> None:
+def test_range_of_a_setting_is_described_in_words(setting: Setting, text: str) -> None:
     """As errors and the documentation say it."""
     assert setting.range_text == text
 
 
-def test_config_costs_a_client_the_standard_library_alone() -> None:
+def test_import_of_config_loads_only_the_standard_library() -> None:
     """`vitalsd.spawn` and ``vitalsd --help`` import it."""
     code = "import sys; before = {*sys.modules}; import vitalsd.sidecar.config; print(*{*sys.modules} - before)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -17,7 +17,7 @@ from vitalsd.pyinstaller_hooks import get_hook_dirs
 @pytest.mark.parametrize(
     "command", [["agent", "install"], ["agent", "print"], ["agent", "print", "--supervisor", "launchd"], ["doctor"]]
 )
-def test_command_that_needs_a_python_that_is_unknown_says_so_in_a_line(
+def test_command_without_a_known_python_exits_with_1_and_one_line(
     command: list[str], state: str, short_path: Path
 ) -> None:
     """Status 1 and a sentence with the remedy, no traceback."""
@@ -51,7 +51,7 @@ def test_burner_process_of_a_vendored_vitalsd_starts(short_path: Path) -> None:
     assert done.stdout == "burn-0\n", done.stderr
 
 
-def test_burner_process_is_not_among_the_commands() -> None:
+def test_help_does_not_list_the_burner_command() -> None:
     """`vitalsd burn` is there for the doctor alone, and help does not list it."""
     help_ = subprocess.run([sys.executable, "-m", "vitalsd", "--help"], capture_output=True, text=True, check=True)
     assert "burn" not in help_.stdout

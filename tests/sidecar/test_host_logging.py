@@ -48,7 +48,7 @@ print("ended")
 """
 
 
-def test_host_at_info_gets_no_line_of_a_sidecar_that_is_well(short_path: Path) -> None:
+def test_host_at_info_gets_no_line_of_a_healthy_sidecar(short_path: Path) -> None:
     """Two starts, answers, refusals and ends: no line, although uvicorn's loggers and asyncio's are at DEBUG."""
     said = said_by(ASKED, short_path)
     assert [line for line in said if not line.startswith("DEBUG asyncio ")] == ["ended"]

@@ -125,9 +125,7 @@ def test_host_with_closed_standard_descriptors_gets_its_sidecar(short_path: Path
 
 
 @linux_only
-def test_sidecar_of_a_systemd_service_sends_its_manager_nothing(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sidecar_of_a_systemd_service_sends_no_notification(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host of Type=notify: `spawn` and `start` send nothing to NOTIFY_SOCKET, and do not pass the variables on."""
     of_the_manager = {
         "NOTIFY_SOCKET": str(short_path / "notify"),
@@ -155,7 +153,7 @@ def test_sidecar_of_a_systemd_service_sends_its_manager_nothing(
 
 
 @linux_only
-def test_working_directory_of_a_host_is_not_held_by_its_sidecar(
+def test_sidecar_does_not_hold_the_working_directory_of_its_host(
     short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A volume can be unmounted; paths and a command that are relative mean what they mean to the host."""
@@ -311,7 +309,7 @@ def test_start_without_proc_is_a_start_error_and_the_next_one_works(short_path: 
         ("'/bin/false'", "the sidecar ended with status 1 before it was ready"),
     ],
 )
-def test_host_whose_executable_is_unknown_or_wrong_starts_or_is_given_the_reason(
+def test_host_with_an_unknown_executable_starts_or_gets_the_reason(
     short_path: Path, executable: str, reason: str
 ) -> None:
     """`start` needs none; `spawn` raises SpawnError, and works with the command that the error asks for."""
@@ -452,7 +450,7 @@ DEMANDS = {
 
 
 @pytest.mark.parametrize("demand", DEMANDS)
-def test_host_with_other_demands_gets_all_answers(short_path: Path, demand: str) -> None:
+def test_host_with_unusual_settings_gets_all_answers(short_path: Path, demand: str) -> None:
     """`start` and `spawn`; the spawned sidecar ends, by itself and with status 0 as far as the kernel tells."""
     host = f"""
         import os, signal, socket, sys, vitalsd

@@ -72,7 +72,7 @@ def run(code: str, *, python: str = sys.executable) -> "subprocess.CompletedProc
 # Start and stop
 
 
-def test_it_serves_when_start_returns(sidecar: vitalsd.Sidecar, short_path: Path) -> None:
+def test_start_returns_when_both_listeners_answer(sidecar: vitalsd.Sidecar, short_path: Path) -> None:
     """Both listeners answer for this very process, and the runtime file says where they are."""
     for where in (sidecar.url, sidecar.socket):
         assert where is not None
@@ -83,7 +83,7 @@ def test_it_serves_when_start_returns(sidecar: vitalsd.Sidecar, short_path: Path
     assert sidecar.running
 
 
-def test_stop_leaves_nothing(short_path: Path) -> None:
+def test_stop_leaves_no_file_socket_or_thread(short_path: Path) -> None:
     """After stop no file, socket or thread is there; a second stop does nothing."""
     before = set(threading.enumerate())
     sidecar = vitalsd.start(port=0)
@@ -95,7 +95,7 @@ def test_stop_leaves_nothing(short_path: Path) -> None:
     assert not sidecar.running
 
 
-def test_started_twice_is_the_first() -> None:
+def test_start_twice_returns_the_running_sidecar() -> None:
     """Whoever comes second, from any thread, gets the one that runs; after stop there is a new one."""
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: vitalsd.start(port=0), range(16)))
@@ -106,7 +106,7 @@ def test_started_twice_is_the_first() -> None:
         assert later.running
 
 
-def test_start_raises_what_is_wrong(short_path: Path) -> None:
+def test_start_with_a_bad_argument_or_busy_port_raises(short_path: Path) -> None:
     """A busy port, a remote host, a nonsense option: an exception in the caller, and nothing left behind."""
     before = set(threading.enumerate())
     with bind_tcp("127.0.0.1", 0) as taken, pytest.raises(PortInUseError):
@@ -125,7 +125,7 @@ def test_start_raises_what_is_wrong(short_path: Path) -> None:
     assert set(threading.enumerate()) == before
 
 
-def test_a_start_that_takes_too_long_leaves_nothing(short_path: Path) -> None:
+def test_start_that_times_out_leaves_nothing(short_path: Path) -> None:
     """Wherever it had got to: no thread, no file, no run that passes for crashed; and the next start is a new one."""
     threads, refused = set(threading.enumerate()), []
     for timeout_ms in (0, 0, 0, 1, 2, 3, 4, 5, 6, 8):
@@ -143,7 +143,7 @@ def test_a_start_that_takes_too_long_leaves_nothing(short_path: Path) -> None:
     assert refused[:3] == ["the sidecar was not ready within 0 s"] * 3
 
 
-def test_a_token_is_asked_for() -> None:
+def test_start_with_auth_token_demands_the_token() -> None:
     """auth="token" demands the token that the endpoint has."""
     with vitalsd.start(port=0, auth="token") as sidecar:
         assert sidecar.url is not None
@@ -151,7 +151,9 @@ def test_a_token_is_asked_for() -> None:
         assert ask(sidecar.url, "/info", {"Authorization": f"Bearer {sidecar.endpoint.token}"})[0] == 200
 
 
-def test_unusable_directories_cost_no_more_than_they_must(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_without_usable_directories_serves_over_tcp_with_notes(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a runtime or state directory the host is served over TCP all the same, and can read why."""
     (short_path / "file").touch()
     monkeypatch.setenv("VITALSD_RUNTIME_DIR", str(short_path / "file"))
@@ -165,7 +167,7 @@ def test_unusable_directories_cost_no_more_than_they_must(short_path: Path, monk
         ]
 
 
-def test_a_host_that_executes_itself_anew_has_not_crashed(short_path: Path) -> None:
+def test_host_that_executes_itself_again_is_no_crash(short_path: Path) -> None:
     """As one that has updated itself: its run has ended, and the next report tells of no crash."""
     run("""
         import os, sys, time, vitalsd
@@ -183,7 +185,7 @@ def test_a_host_that_executes_itself_anew_has_not_crashed(short_path: Path) -> N
     ]
 
 
-def test_a_mark_is_on_the_recorders_clock(sidecar: vitalsd.Sidecar) -> None:
+def test_mark_records_a_cleaned_label_and_never_raises(sidecar: vitalsd.Sidecar) -> None:
     """mark() puts a label into the record; what cannot be a label is replaced or left out, and never raises."""
     assert sidecar.mark("F12 pressed")
     assert sidecar.mark("two\nlines\x1b[0m")
@@ -194,7 +196,7 @@ def test_a_mark_is_on_the_recorders_clock(sidecar: vitalsd.Sidecar) -> None:
     assert labels == ["F12 pressed", "two lines?[0m", f"{'x' * 199}…"]
 
 
-def test_a_mark_survives_what_it_announces(short_path: Path) -> None:
+def test_mark_before_a_crash_is_on_disk(short_path: Path) -> None:
     """The program marks what it is about to do, and is killed by it at once."""
     for _ in range(5):
         run("""
@@ -237,7 +239,7 @@ def test_start_and_stop_many_times_leaks_nothing(short_path: Path, cycles: int) 
 # The host
 
 
-def test_nothing_of_the_host_is_touched() -> None:
+def test_start_changes_no_global_state_of_the_host() -> None:
     """Signal handlers, logging, loop policy, environment, hooks, umask and directory are as they were."""
     done = run(
         """
@@ -271,7 +273,7 @@ def test_nothing_of_the_host_is_touched() -> None:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_a_host_with_an_event_loop(loop: str) -> None:
+def test_start_in_a_running_event_loop_leaves_the_loop_unchanged(loop: str) -> None:
     """A host on asyncio or uvloop starts it from a coroutine; its own loop goes on, ours stays asyncio's."""
     done = run(
         f"""
@@ -293,7 +295,7 @@ def test_a_host_with_an_event_loop(loop: str) -> None:
     assert (done.stdout, done.returncode) == ("True 200 True\n", 0), done.stderr
 
 
-def test_unnamed_threads_are_called_as_python_calls_them(sidecar: vitalsd.Sidecar) -> None:
+def test_threads_without_a_kernel_name_have_their_python_name(sidecar: vitalsd.Sidecar) -> None:
     """A thread that the kernel has no name for goes by its Python name, and by its new one once renamed."""
     done = threading.Event()
     thread = threading.Thread(target=done.wait, name="render")
@@ -313,7 +315,7 @@ def test_unnamed_threads_are_called_as_python_calls_them(sidecar: vitalsd.Sideca
         thread.join()
 
 
-def test_a_name_of_its_own_stays(sidecar: vitalsd.Sidecar) -> None:
+def test_threads_with_a_kernel_name_keep_it(sidecar: vitalsd.Sidecar) -> None:
     """A name that somebody gave to the kernel wins over Python's."""
     if sys.platform != "linux":
         pytest.skip("sets the name through /proc")
@@ -338,7 +340,7 @@ def test_a_name_of_its_own_stays(sidecar: vitalsd.Sidecar) -> None:
 # Fork
 
 
-def test_a_forked_child_lets_go_and_the_parent_goes_on(short_path: Path) -> None:
+def test_forked_child_closes_its_copy_and_the_parent_continues(short_path: Path) -> None:
     """
     While a forked child lives on: the parent answers, its connections close, its port can be bound
     again at once, and at its end the child removes nothing. The child may start its own.
@@ -385,7 +387,7 @@ def test_a_forked_child_lets_go_and_the_parent_goes_on(short_path: Path) -> None
     assert (done.stdout, done.returncode, done.stderr) == ("7\n", 0, "")
 
 
-def test_a_fork_waits_for_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fork_waits_for_a_write_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """What SQLite has locked at that moment would stay locked in the child, for whoever uses it there."""
     writing = threading.Event()
 
@@ -406,7 +408,7 @@ def test_a_fork_waits_for_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
             marked.result(5)
 
 
-def test_a_fork_in_the_middle_of_a_fork(short_path: Path) -> None:
+def test_fork_during_a_fork_keeps_the_black_box_working(short_path: Path) -> None:
     """By a signal handler, as one that starts another worker for one that ended: the black box goes on afterwards."""
     run("""
         import os, signal, vitalsd
@@ -431,7 +433,7 @@ def test_a_fork_in_the_middle_of_a_fork(short_path: Path) -> None:
     assert (found.state, [mark.label for mark in record.marks]) == ("clean", ["after it"])
 
 
-def test_a_stop_while_a_read_takes_long(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_during_a_long_read_leaves_it_to_its_thread(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is left to its thread, which ends the run when it is through; nothing is taken from under it."""
     before = set(threading.enumerate())
     sidecar = vitalsd.start(port=0)
@@ -459,7 +461,7 @@ def test_a_stop_while_a_read_takes_long(short_path: Path, monkeypatch: pytest.Mo
         pytest.param("sidecar.mark('x')", 1, 4000, marks=pytest.mark.torture),
     ],
 )
-def test_children_use_sqlite(call: str, callers: int, children: int, short_path: Path) -> None:
+def test_forked_children_can_use_sqlite(call: str, callers: int, children: int, short_path: Path) -> None:
     """Forked while marks are written, or earlier runs read, as fast as can be: none hangs in a database of its own."""
     done = run(f"""
         import os, signal, sqlite3, threading, httpx, vitalsd
@@ -490,7 +492,7 @@ def test_children_use_sqlite(call: str, callers: int, children: int, short_path:
     assert done.stdout == "0\n"
 
 
-def test_a_pool_of_forked_workers(short_path: Path) -> None:
+def test_multiprocessing_pool_by_fork_ends_with_status_0(short_path: Path) -> None:
     """multiprocessing by fork works in a host with a sidecar, and its workers end with status 0."""
     done = run(
         """
@@ -508,7 +510,7 @@ def test_a_pool_of_forked_workers(short_path: Path) -> None:
     assert listing(short_path / "run") == []
 
 
-def test_a_child_that_outlives_its_parent_does_not_hide_the_crash(short_path: Path) -> None:
+def test_run_of_a_killed_host_with_a_living_child_is_a_crash(short_path: Path) -> None:
     """The host is killed and a forked worker lives on: the run of the host has crashed all the same."""
     done = run(
         """
@@ -560,7 +562,9 @@ ENDINGS = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("python", PYTHONS)
-def test_interpreter_exit(python: str, ending: str, short_path: Path) -> None:
+def test_interpreter_exit_keeps_its_status_and_is_delayed_by_2_5_s_at_most(
+    python: str, ending: str, short_path: Path
+) -> None:
     """However the host ends, its exit status is its own, and vitalsd holds it up for less than 2.5 s."""
     code, status = ENDINGS[ending]
     watch, begun = Stopwatch(), time.monotonic()
@@ -574,7 +578,7 @@ def test_interpreter_exit(python: str, ending: str, short_path: Path) -> None:
     assert "Exception ignored" not in done.stderr
 
 
-def test_importing_vitalsd_is_cheap() -> None:
+def test_import_of_vitalsd_loads_no_other_module() -> None:
     """The package alone loads nothing; what it exports is loaded when it is asked for."""
     done = run("import sys, vitalsd; print(sorted(m for m in sys.modules if m.startswith(('vitalsd', 'asyncio'))))")
     assert done.stdout == "['vitalsd']\n"

@@ -131,7 +131,7 @@ def test_serve_without_a_thread_is_one_line_and_leaves_nothing(short_path: Path,
     assert len(said) >= 3
 
 
-def test_follow_without_a_thread_goes_on_when_there_is_one(short_path: Path, group: Group, start: Start) -> None:
+def test_follow_without_a_thread_continues_when_one_is_available(short_path: Path, group: Group, start: Start) -> None:
     """With --name the next process is measured as soon as the system gives the thread for it."""
     name = f"vitals{os.getpid()}"
     with serving(short_path, "--name", name) as (process, ready):

@@ -33,18 +33,18 @@ async def latency_s(target: "subprocess.Popen[bytes]", *, poll: bool) -> float:
 
 
 @pytest.mark.parametrize(("poll", "limit_s"), [(False, 0.3), (True, 1.5)])
-def test_death_is_noticed(target: "subprocess.Popen[bytes]", poll: bool, limit_s: float) -> None:
+def test_watch_of_a_process_that_exits_returns(target: "subprocess.Popen[bytes]", poll: bool, limit_s: float) -> None:
     """The kernel tells it at once; polling takes up to a second more."""
     assert asyncio.run(latency_s(target, poll=poll)) < limit_s
 
 
-def test_a_reused_pid_is_a_death(target: "subprocess.Popen[bytes]") -> None:
+def test_watch_of_a_reused_pid_returns(target: "subprocess.Popen[bytes]") -> None:
     """The pid lives, but under another start: the one that was meant is gone, and nobody waits for the other."""
     asyncio.run(asyncio.wait_for(death_of(target.pid, 1, births()), 1))
     asyncio.run(asyncio.wait_for(death_of(2**22 + 1, 1, births()), 1))
 
 
-def test_cancelling_leaves_no_descriptor(target: "subprocess.Popen[bytes]") -> None:
+def test_watch_cancelled_leaks_no_descriptor(target: "subprocess.Popen[bytes]") -> None:
     """A watch that is given up closes what it opened."""
     import os
 
@@ -61,7 +61,7 @@ def test_cancelling_leaves_no_descriptor(target: "subprocess.Popen[bytes]") -> N
     asyncio.run(watch())
 
 
-def test_undecided_is_not_dead() -> None:
+def test_watch_of_an_undecided_process_continues() -> None:
     """As long as the kernel does not tell, the watch goes on."""
 
     class Silent:

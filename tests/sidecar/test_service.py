@@ -54,7 +54,7 @@ def last_words(process: "subprocess.Popen[str]") -> str:
 # Listeners
 
 
-def test_the_unix_socket_is_private_under_every_umask(short_path: Path) -> None:
+def test_unix_socket_is_private_under_every_umask(short_path: Path) -> None:
     """The socket has mode 0600 in a directory of mode 0700, whether the umask is 0 or not."""
     for umask in (0o000, 0o077, 0o777):
         path = short_path / f"run{umask}" / "a.sock"
@@ -68,7 +68,7 @@ def test_the_unix_socket_is_private_under_every_umask(short_path: Path) -> None:
         assert listing(path.parent) == []
 
 
-def test_a_live_socket_is_never_stolen(short_path: Path) -> None:
+def test_listen_on_a_live_socket_is_refused(short_path: Path) -> None:
     """A second sidecar on the path is refused, and the first one goes on answering there."""
     path = short_path / "a.sock"
     with UnixListener(path) as first:
@@ -79,7 +79,7 @@ def test_a_live_socket_is_never_stolen(short_path: Path) -> None:
             first.socket.accept()[0].close()
 
 
-def test_a_socket_of_a_stranger_is_never_stolen(short_path: Path) -> None:
+def test_listen_on_a_live_socket_without_a_lock_is_refused(short_path: Path) -> None:
     """A live socket without a lock of ours is refused as well."""
     path = short_path / "a.sock"
     with socket.socket(socket.AF_UNIX) as stranger:
@@ -90,7 +90,7 @@ def test_a_socket_of_a_stranger_is_never_stolen(short_path: Path) -> None:
         assert listing(short_path) == ["a.sock"]
 
 
-def test_a_dead_socket_is_replaced(short_path: Path) -> None:
+def test_listen_on_a_stale_socket_replaces_it(short_path: Path) -> None:
     """What a killed sidecar left is no reason not to start."""
     path = short_path / "a.sock"
     with socket.socket(socket.AF_UNIX) as dead:
@@ -101,7 +101,7 @@ def test_a_dead_socket_is_replaced(short_path: Path) -> None:
     assert listing(short_path) == []
 
 
-def test_a_file_at_the_path_is_left_alone(short_path: Path) -> None:
+def test_listen_on_a_path_with_a_file_leaves_it(short_path: Path) -> None:
     """Anything but a socket at the path, a symlink too, is never removed."""
     (short_path / "file").write_text("mine")
     (short_path / "link").symlink_to(short_path / "file")
@@ -112,7 +112,7 @@ def test_a_file_at_the_path_is_left_alone(short_path: Path) -> None:
     assert listing(short_path) == ["file", "link"]
 
 
-def test_a_socket_that_took_our_place_is_not_removed(short_path: Path) -> None:
+def test_close_removes_only_its_own_socket(short_path: Path) -> None:
     """At the end only the very socket that was made is removed."""
     path = short_path / "a.sock"
     listener = UnixListener(path)
@@ -123,7 +123,7 @@ def test_a_socket_that_took_our_place_is_not_removed(short_path: Path) -> None:
     assert listing(short_path) == ["a.sock"]
 
 
-def test_a_directory_where_others_could_replace_the_socket_is_refused(short_path: Path) -> None:
+def test_listen_in_a_directory_writable_by_others_is_refused(short_path: Path) -> None:
     """Writable by others without the sticky bit, or another user's: no socket goes there."""
     short_path.chmod(0o777)
     with pytest.raises(ListenError, match="may be written by other users"):
@@ -136,7 +136,7 @@ def test_a_directory_where_others_could_replace_the_socket_is_refused(short_path
             UnixListener(short_path / "a.sock")
 
 
-def test_a_path_that_is_too_long_or_nowhere_is_a_sentence(short_path: Path) -> None:
+def test_listen_on_a_path_too_long_or_missing_is_a_listen_error(short_path: Path) -> None:
     """What the kernel would refuse is told in words, and nothing is left open."""
     (short_path / "file").touch()
     for path, reason in (
@@ -150,7 +150,7 @@ def test_a_path_that_is_too_long_or_nowhere_is_a_sentence(short_path: Path) -> N
 
 
 @pytest.mark.parametrize("left", [0, 1, 2])
-def test_without_descriptors_it_is_a_sentence(short_path: Path, left: int) -> None:
+def test_listen_without_descriptors_is_a_listen_error_and_leaves_nothing(short_path: Path, left: int) -> None:
     """Whichever of TCP, lock and Unix socket gets none: a ListenError, and neither a socket nor a file is left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
@@ -175,18 +175,18 @@ def test_without_descriptors_it_is_a_sentence(short_path: Path, left: int) -> No
     ("host", "remote"),
     [("127.0.0.1", False), ("localhost", False), ("127.8.8.8", False), ("::1", False), ("0.0.0.0", True), ("::", True)],
 )
-def test_only_loopback_is_not_remote(host: str, remote: bool) -> None:
+def test_address_other_than_loopback_is_remote(host: str, remote: bool) -> None:
     """A wildcard address is as remote as any other."""
     assert is_remote(host) is remote
 
 
-def test_listen_needs_something_to_listen_on() -> None:
+def test_listen_without_tcp_and_path_is_an_error() -> None:
     """No TCP and no path for a Unix socket is an error, not a sidecar nobody can reach."""
     with pytest.raises(ListenError, match="nothing to listen on"):
         listen(tcp=False)
 
 
-def test_inherited_listeners_are_taken_as_what_they_are(short_path: Path) -> None:
+def test_inherited_descriptor_becomes_a_socket_of_its_family(short_path: Path) -> None:
     """A descriptor becomes a socket of the right family and protocol that no child inherits."""
     tcp = bind_tcp("127.0.0.1", 0)
     taken = inherited(tcp.detach())
@@ -199,7 +199,7 @@ def test_inherited_listeners_are_taken_as_what_they_are(short_path: Path) -> Non
                 inherited(number)
 
 
-def test_a_remote_listener_of_a_supervisor_is_refused_too() -> None:
+def test_inherited_remote_listener_needs_both_options() -> None:
     """A unit that listens on every interface needs the same two options as --host."""
     remote = bind_tcp("0.0.0.0", 0)
     with pytest.raises(ListenError, match="--allow-remote"):
@@ -210,7 +210,7 @@ def test_a_remote_listener_of_a_supervisor_is_refused_too() -> None:
 # Options
 
 
-def test_one_server_answers_on_both(short_path: Path) -> None:
+def test_server_answers_on_unix_socket_and_tcp(short_path: Path) -> None:
     """The Unix socket and TCP lead to the same service."""
     with serving(short_path) as (process, ready):
         over_tcp, over_unix = ask(ready["url"], "/info"), ask(ready["socket"], "/info")
@@ -218,7 +218,7 @@ def test_one_server_answers_on_both(short_path: Path) -> None:
         assert over_tcp[1]["self"]["pid"] == over_unix[1]["self"]["pid"] == process.pid == ready["pid"]
 
 
-def test_no_tcp_and_uds(short_path: Path) -> None:
+def test_serve_no_tcp_and_uds_listens_on_the_given_path_only(short_path: Path) -> None:
     """--no-tcp listens on the Unix socket alone, and --uds puts it where it is wanted."""
     path = str(short_path / "my.sock")
     with serving(short_path, "--no-tcp", "--uds", path) as (_, ready):
@@ -226,7 +226,7 @@ def test_no_tcp_and_uds(short_path: Path) -> None:
         assert ask(path, "/healthz")[0] == 200
 
 
-def test_keep_alive_requests_do_not_wait_for_an_acknowledgement(short_path: Path) -> None:
+def test_keep_alive_request_is_answered_within_10_ms(short_path: Path) -> None:
     """A kept connection is answered in less than 10 ms, over TCP and over the Unix socket; Nagle costs 40."""
     with serving(short_path) as (_, ready):
         for connection in (
@@ -243,7 +243,7 @@ def test_keep_alive_requests_do_not_wait_for_an_acknowledgement(short_path: Path
             assert sorted(spent)[25] < 0.01
 
 
-def test_the_date_is_that_of_the_answer(short_path: Path) -> None:
+def test_date_header_is_the_time_of_the_answer(short_path: Path) -> None:
     """Of every answer, also a second later, though nothing in between has wakened the sidecar."""
     with serving(short_path, "--record-interval", "0") as (_, ready):
         connection = http.client.HTTPConnection(ready["url"].removeprefix("http://"))
@@ -257,7 +257,7 @@ def test_the_date_is_that_of_the_answer(short_path: Path) -> None:
         connection.close()
 
 
-def test_a_sidecar_with_nothing_to_do_sleeps(short_path: Path) -> None:
+def test_sidecar_without_a_recorder_wakes_no_thread(short_path: Path) -> None:
     """Without a recorder no thread of it wakes until somebody asks."""
 
     def naps(pid: int) -> int:
@@ -274,7 +274,7 @@ def test_a_sidecar_with_nothing_to_do_sleeps(short_path: Path) -> None:
         assert naps(process.pid) == before
 
 
-def test_a_busy_default_port_is_replaced_and_said(short_path: Path) -> None:
+def test_serve_with_the_default_port_busy_takes_another_with_a_note(short_path: Path) -> None:
     """With 9779 taken another free port is used, announced, and in the runtime file."""
     with ExitStack() as stack:
         with suppress(PortInUseError):  # somebody else's is as good
@@ -292,7 +292,7 @@ def test_a_busy_default_port_is_replaced_and_said(short_path: Path) -> None:
         assert f"{found.url}/metrics" in said
 
 
-def test_a_busy_explicit_port_is_one_line_and_status_2(short_path: Path) -> None:
+def test_serve_with_an_explicit_port_busy_exits_with_2_and_one_line(short_path: Path) -> None:
     """A port that was asked for by number is not replaced."""
     with bind_tcp("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
@@ -304,14 +304,14 @@ def test_a_busy_explicit_port_is_one_line_and_status_2(short_path: Path) -> None
 
 @pytest.mark.parametrize("options", [(), ("--auth", "token"), ("--allow-remote",)])
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_other_machines_are_let_in_only_by_two_options(short_path: Path, host: str, options: tuple[str, ...]) -> None:
+def test_serve_on_a_remote_address_needs_two_options(short_path: Path, host: str, options: tuple[str, ...]) -> None:
     """Anything but loopback without both --auth token and --allow-remote is refused with status 2."""
     status, said = refused(short_path, "--host", host, "--port", "0", *options)
     assert status == 2
     assert "needs both --auth token and --allow-remote" in said
 
 
-def test_a_remote_sidecar_warns_and_demands_the_token(short_path: Path) -> None:
+def test_serve_on_a_remote_address_warns_and_demands_the_token(short_path: Path) -> None:
     """With both options it serves, and says at each start that nothing is encrypted."""
     with serving(short_path, "--host", "0.0.0.0", "--auth", "token", "--allow-remote") as (process, ready):
         assert ask(ready["url"], "/metrics?window_ms=10")[0] == 401
@@ -319,12 +319,12 @@ def test_a_remote_sidecar_warns_and_demands_the_token(short_path: Path) -> None:
         assert "nothing is encrypted" in last_words(process)
 
 
-def test_a_nonsense_host_is_status_2(short_path: Path) -> None:
+def test_serve_with_a_host_name_exits_with_2(short_path: Path) -> None:
     """A name is not resolved: which address it would be is anybody's guess."""
     assert refused(short_path, "--host", "example.com")[0] == 2
 
 
-def test_the_token_is_asked_for_over_tcp_and_nowhere_else(short_path: Path) -> None:
+def test_token_is_required_over_tcp_only(short_path: Path) -> None:
     """No token, a wrong one, two of them: 401 and a problem; the right one, the Unix socket, /healthz: 200."""
     with serving(short_path, "--auth", "token") as (process, ready):
         found = endpoint.read(Path(ready["runtime_file"]))
@@ -343,7 +343,7 @@ def test_the_token_is_asked_for_over_tcp_and_nowhere_else(short_path: Path) -> N
         assert found.token not in last_words(process)
 
 
-def test_without_a_home_it_serves_over_tcp_and_says_what_is_missing(short_path: Path) -> None:
+def test_serve_without_a_runtime_directory_serves_over_tcp_with_a_note(short_path: Path) -> None:
     """No usable runtime directory costs the Unix socket and the discovery, not the service."""
     (short_path / "file").touch()
     env = environment(short_path) | {"VITALSD_RUNTIME_DIR": str(short_path / "file")}
@@ -354,7 +354,7 @@ def test_without_a_home_it_serves_over_tcp_and_says_what_is_missing(short_path: 
         assert "no Unix socket and no runtime file" in last_words(process)
 
 
-def test_failure_is_told_on_the_ready_fd(short_path: Path) -> None:
+def test_serve_that_fails_writes_the_reason_to_the_ready_fd(short_path: Path) -> None:
     """Whoever waits for the ready-fd reads the reason there, whatever it is."""
     with bind_tcp("127.0.0.1", 0) as taken, serving(short_path, port=str(taken.getsockname()[1])) as (process, ready):
         assert "is in use" in ready["error"]
@@ -371,7 +371,7 @@ def test_failure_is_told_on_the_ready_fd(short_path: Path) -> None:
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "Error: --ready-fd 0: it cannot be written to")
 
 
-def test_a_reader_that_has_gone_is_no_reason_to_fail(short_path: Path) -> None:
+def test_serve_with_a_closed_ready_fd_reader_serves(short_path: Path) -> None:
     """A client that dies before its sidecar is ready leaves a closed pipe, and the sidecar serves."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -395,7 +395,7 @@ def home(directory: Path) -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "HOME": str(directory)}
 
 
-def test_endpoints_lists_the_live_and_sweeps_the_dead(short_path: Path) -> None:
+def test_endpoints_lists_live_sidecars_and_removes_stale_files(short_path: Path) -> None:
     """After kill -9 nothing of the sidecar is listed or left; a live one is, without its token."""
     env = environment(short_path)
 
@@ -418,7 +418,7 @@ def test_endpoints_lists_the_live_and_sweeps_the_dead(short_path: Path) -> None:
         assert token not in endpoints("--json") + endpoints()
 
 
-def test_endpoints_check_is_a_health_check(short_path: Path) -> None:
+def test_endpoints_check_exits_with_0_only_if_all_answer(short_path: Path) -> None:
     """Exit status 0 while all sidecars are well; 1, with the reason, if one does not answer or there is none."""
 
     def check(*options: str) -> tuple[int, str, str]:
@@ -443,7 +443,7 @@ def test_endpoints_check_is_a_health_check(short_path: Path) -> None:
 @pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="needs root on Linux to start a sidecar as another user"
 )
-def test_two_users_have_each_their_own(short_path: Path) -> None:
+def test_endpoints_of_two_users_list_their_own_sidecars(short_path: Path) -> None:
     """Sidecars of two users side by side: each user finds only the own one, and its files are nobody else's."""
     short_path.chmod(0o755)
     stranger = (sys.executable, str(SUPPORT / "stranger.py"), "0")
@@ -489,7 +489,7 @@ def test_two_users_have_each_their_own(short_path: Path) -> None:
             process.stderr.close()
 
 
-def test_the_runtime_file_says_who_is_watched(short_path: Path) -> None:
+def test_runtime_file_names_the_target(short_path: Path) -> None:
     """A client that looks for the sidecar of a pid finds the one that watches it first."""
     target = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -506,7 +506,9 @@ def test_the_runtime_file_says_who_is_watched(short_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_it_cleanly(short_path: Path, number: signal.Signals) -> None:
+def test_serve_sigterm_sigint_or_sighup_exits_with_0_and_leaves_nothing(
+    short_path: Path, number: signal.Signals
+) -> None:
     """SIGTERM, SIGINT and SIGHUP: status 0, no file, no socket, no black box left open."""
     with serving(short_path) as (process, _):
         process.send_signal(number)
@@ -514,7 +516,7 @@ def test_a_signal_ends_it_cleanly(short_path: Path, number: signal.Signals) -> N
         assert listing(short_path / "run") == []
 
 
-def test_without_a_state_directory_it_serves_all_the_same(short_path: Path) -> None:
+def test_serve_without_a_state_directory_serves_with_a_note(short_path: Path) -> None:
     """What it then lacks is said once, and an earlier run is not to be had."""
     env = environment(short_path) | {"VITALSD_STATE_DIR": str(short_path / "file")}
     (short_path / "file").touch()
@@ -524,7 +526,7 @@ def test_without_a_state_directory_it_serves_all_the_same(short_path: Path) -> N
         assert ask(ready["url"], "/info")[1]["recorder"]["black_box"] is None
 
 
-def test_nohup_is_respected(short_path: Path) -> None:
+def test_serve_with_sighup_ignored_keeps_ignoring_it(short_path: Path) -> None:
     """A SIGHUP that was ignored at the start stays ignored."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -544,7 +546,7 @@ def stalled(url: str, content: bytes) -> socket.socket:
     return client
 
 
-def test_sigterm_with_open_windows_streams_and_stalled_clients(short_path: Path) -> None:
+def test_serve_sigterm_with_open_requests_exits_with_0_within_3_s(short_path: Path) -> None:
     """Exit 0 in under 3 s; open windows are answered 503, streams end whole, files and sockets are gone."""
     with ExitStack() as stack:
         process, ready = stack.enter_context(serving(short_path))
@@ -578,7 +580,7 @@ def test_sigterm_with_open_windows_streams_and_stalled_clients(short_path: Path)
         assert "Traceback" not in last_words(process)
 
 
-def test_a_short_window_is_still_answered_in_full(short_path: Path) -> None:
+def test_serve_sigterm_answers_a_window_that_ends_within_a_second(short_path: Path) -> None:
     """A window that ends within the second of grace gets its numbers."""
     with serving(short_path) as (process, ready):
         with stalled(ready["url"], b"GET /metrics?window_ms=400 HTTP/1.1\r\nHost: HERE\r\n\r\n") as window:
@@ -588,7 +590,7 @@ def test_a_short_window_is_still_answered_in_full(short_path: Path) -> None:
         assert process.wait(5) == 0
 
 
-def test_a_signal_that_comes_twice_is_one(short_path: Path) -> None:
+def test_serve_sigterm_to_process_and_group_ends_cleanly(short_path: Path) -> None:
     """To the process and to its group, a moment apart: the end is as clean as after one."""
     for pause_s in (0, 0.001, 0.01, 0.02, 0.03, 0.05):
         with serving(short_path) as (process, _):
@@ -599,7 +601,7 @@ def test_a_signal_that_comes_twice_is_one(short_path: Path) -> None:
     assert {run.state for run in RunDirectory(short_path / "state" / "runs").runs()} == {"clean"}
 
 
-def test_a_second_signal_ends_it_at_once(short_path: Path) -> None:
+def test_serve_second_sigterm_exits_at_once_and_leaves_no_file(short_path: Path) -> None:
     """The second SIGTERM does not wait for open windows, and still leaves no file."""
     with serving(short_path) as (process, ready):
         with stalled(ready["url"], b"GET /metrics?window_ms=60000 HTTP/1.1\r\nHost: HERE\r\n\r\n"):
@@ -625,7 +627,7 @@ def test_a_second_signal_ends_it_at_once(short_path: Path) -> None:
         ("kill -ABRT $$", "crashed", "killed by SIGABRT"),
     ],
 )
-def test_a_target_that_ends_well_has_not_crashed(short_path: Path, code: str, state: str, how: str) -> None:
+def test_run_of_a_target_that_exits_with_0_is_clean(short_path: Path, code: str, state: str, how: str) -> None:
     """Its run says how it ended, and no report takes one that just ended for a crash."""
     target = subprocess.Popen(["sh", "-c", f"read _; ulimit -c 0; {code}"], stdin=subprocess.PIPE)
     options = ("--pid", str(target.pid), "--exit-with-target", "--record-interval", "0.05")
@@ -638,7 +640,7 @@ def test_a_target_that_ends_well_has_not_crashed(short_path: Path, code: str, st
     assert (run.ended or "").replace(zombie, "") == f"target {target.pid} has exited: {how}"
 
 
-def test_a_runtime_file_that_was_removed_is_written_again(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtime_file_removed_is_written_again(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the directory, as whoever cleans temporary files does it; from then on without the socket, which is gone."""
     monkeypatch.setattr("vitalsd.sidecar.service.LOOK_S", 0.05)
     directory = short_path / "run"
@@ -658,7 +660,7 @@ def test_a_runtime_file_that_was_removed_is_written_again(short_path: Path, monk
     assert listing(directory) == []
 
 
-def test_what_a_companion_raises_is_not_a_clean_end() -> None:
+def test_serve_with_a_background_task_that_raises_fails() -> None:
     """Whoever supervises the sidecar is to start it again; nothing of it is left."""
 
     async def broken(_: Service) -> None:
@@ -674,7 +676,7 @@ def test_what_a_companion_raises_is_not_a_clean_end() -> None:
 # --name
 
 
-def test_name_waits_follows_and_says_so(short_path: Path) -> None:
+def test_serve_name_waits_and_follows_restarts(short_path: Path) -> None:
     """It waits for the process, measures it, says Unavailable when it is gone, and takes up the next run."""
     program = short_path / "ryll-test"
     program.symlink_to("/bin/sleep")
@@ -720,7 +722,7 @@ def target_of(ready: dict[str, Any]) -> int | None:
     return None if target is None else target.pid
 
 
-def test_a_name_is_followed_to_the_next_process_that_has_it(short_path: Path) -> None:
+def test_serve_name_follows_an_exec_until_the_next_start(short_path: Path) -> None:
     """A launcher that executes the program stays the target, by its new name, until it is started again."""
     program = short_path / "ryll-test"
     program.symlink_to(sys.executable)
@@ -751,7 +753,7 @@ def test_a_name_is_followed_to_the_next_process_that_has_it(short_path: Path) ->
 # The environment
 
 
-def test_a_hostile_environment_changes_nothing(short_path: Path) -> None:
+def test_serve_ignores_a_hostile_environment(short_path: Path) -> None:
     """Variables for proxies, certificates, workers and telemetry are not ours: it serves, and calls nobody."""
     with socket.create_server(("127.0.0.1", 0)) as spy:
         spy.settimeout(0.2)

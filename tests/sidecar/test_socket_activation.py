@@ -84,15 +84,13 @@ def unix_listener(path: Path) -> socket.socket:
 # launchd
 
 
-def test_from_a_shell_launchd_gives_nothing(launchd: Launchd) -> None:
+def test_launchd_activation_from_a_shell_returns_no_socket(launchd: Launchd) -> None:
     """ESRCH: launchd did not start us, and that is no error."""
     launchd.stub.stub_reset(0)
     assert launchd_sockets(launchd.lib) == []
 
 
-def test_launchd_sockets_where_the_kernel_has_no_acceptconn_are_taken(
-    xnu: None, launchd: Launchd, short_path: Path
-) -> None:
+def test_launchd_sockets_without_acceptconn_are_accepted(xnu: None, launchd: Launchd, short_path: Path) -> None:
     """The supervisor is trusted; a connected socket is refused all the same."""
     launchd.key(b"http", bind_tcp("127.0.0.1", 0).detach())
     launchd.key(b"unix", unix_listener(short_path / "a.sock").detach())
@@ -105,7 +103,7 @@ def test_launchd_sockets_where_the_kernel_has_no_acceptconn_are_taken(
         launchd_sockets(launchd.lib)
 
 
-def test_all_descriptors_of_all_keys_are_taken(launchd: Launchd, short_path: Path) -> None:
+def test_launchd_activation_takes_all_descriptors_of_all_keys(launchd: Launchd, short_path: Path) -> None:
     """Both families of the one key and the Unix socket of the other: none is forgotten, each array is freed once."""
     first, second = bind_tcp("127.0.0.1", 0), bind_tcp("127.0.0.1", 0)
     ports = {first.getsockname()[1], second.getsockname()[1]}
@@ -119,14 +117,14 @@ def test_all_descriptors_of_all_keys_are_taken(launchd: Launchd, short_path: Pat
         assert not any(each.get_inheritable() for each in taken)
 
 
-def test_a_key_that_is_not_in_the_plist_is_left_out(launchd: Launchd) -> None:
+def test_launchd_activation_without_a_key_takes_the_others(launchd: Launchd) -> None:
     """ENOENT for one key says nothing about the other."""
     launchd.key(b"http", bind_tcp("127.0.0.1", 0).detach())
     with ExitStack() as stack:
         assert len([stack.enter_context(each) for each in launchd_sockets(launchd.lib)]) == 1
 
 
-def test_another_error_is_a_sentence(launchd: Launchd) -> None:
+def test_launchd_activation_with_another_error_raises_it(launchd: Launchd) -> None:
     """EALREADY, or anything else, is told and not taken for "run from a shell"."""
     launchd.key(b"http", code=errno.EALREADY)
     with pytest.raises(ListenError, match="keeps the socket 'http' to itself"):
@@ -139,7 +137,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 
 
 @linux_only
-def test_variables_for_another_process_are_not_believed() -> None:
+def test_listen_pid_of_another_process_is_ignored() -> None:
     """LISTEN_PID names somebody else, or is nonsense: nothing is taken, and nothing is left for children."""
     for pid in (str(os.getpid() + 1), "", "x", "²"):
         environ = {"LISTEN_PID": pid, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "a", "OTHER": "stays"}
@@ -179,7 +177,7 @@ def activated(
     )
 
 
-def test_real_descriptors_are_served(short_path: Path) -> None:
+def test_systemd_descriptors_are_served_and_published(short_path: Path) -> None:
     """
     A request that queued before the start is answered; both sockets are, and are in the runtime file.
 
@@ -202,7 +200,7 @@ def test_real_descriptors_are_served(short_path: Path) -> None:
     assert path.exists()
 
 
-def test_a_unit_that_listens_everywhere_is_refused(short_path: Path) -> None:
+def test_systemd_wildcard_listener_needs_both_options(short_path: Path) -> None:
     """A wildcard ListenStream needs the same two options as --host."""
     with bind_tcp("0.0.0.0", 0) as tcp, activated(short_path, [tcp]) as process:
         assert process.wait(10) == 2
@@ -211,7 +209,7 @@ def test_a_unit_that_listens_everywhere_is_refused(short_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [("--port", "0"), ("--uds", "other.sock"), ("--no-tcp",)])
-def test_an_option_about_listening_is_refused(short_path: Path, options: tuple[str, ...]) -> None:
+def test_socket_activation_with_a_listen_option_is_refused(short_path: Path, options: tuple[str, ...]) -> None:
     """The supervisor has decided where: an option that would do nothing is not taken silently."""
     with bind_tcp("127.0.0.1", 0) as tcp, activated(short_path, [tcp], *options) as process:
         assert process.wait(10) == 2
@@ -220,7 +218,7 @@ def test_an_option_about_listening_is_refused(short_path: Path, options: tuple[s
 
 
 @linux_only
-def test_readiness_and_watchdog(short_path: Path) -> None:
+def test_systemd_gets_ready_and_watchdog_notifications(short_path: Path) -> None:
     """READY=1 comes when requests are answered, WATCHDOG=1 from then on as long as the sampler works."""
     address = str(short_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, bind_tcp("127.0.0.1", 0) as tcp:
@@ -234,7 +232,7 @@ def test_readiness_and_watchdog(short_path: Path) -> None:
             assert process.wait(5) == 0
 
 
-def test_a_sampler_that_hangs_is_not_fed(short_path: Path) -> None:
+def test_systemd_watchdog_with_a_hung_sampler_gets_nothing(short_path: Path) -> None:
     """The watchdog hears nothing while the kernel does not answer, although the event loop runs."""
     address = str(short_path / "notify")
 
@@ -258,7 +256,7 @@ def test_a_sampler_that_hangs_is_not_fed(short_path: Path) -> None:
             channel.recv(100)
 
 
-def test_without_systemd_nothing_is_sent() -> None:
+def test_notify_without_systemd_sends_nothing() -> None:
     """No NOTIFY_SOCKET, or one where nobody listens: silence, and no error."""
 
     async def alive() -> None:
@@ -269,7 +267,7 @@ def test_without_systemd_nothing_is_sent() -> None:
         asyncio.run(Notifier(environ, alive).companion(nobody))
 
 
-def test_abstract_notify_sockets_are_understood() -> None:
+def test_notify_to_an_abstract_socket_arrives() -> None:
     """An address that begins with @ is in the abstract namespace of Linux."""
     if sys.platform != "linux":
         pytest.skip("only Linux has the abstract namespace")

@@ -49,7 +49,7 @@ def target() -> Iterator["subprocess.Popen[bytes]"]:
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of macOS tells how a process ended")
-def test_exit_of_a_client_is_no_crash_where_the_kernel_does_not_tell(short_path: Path, end: str, state: str) -> None:
+def test_exit_of_a_client_with_a_hidden_status_is_clean(short_path: Path, end: str, state: str) -> None:
     """On Linux before 6.15 the exit of the interpreter is noted; a crash, or a forked child's exit, is not."""
     command = as_platform.program("linux", as_platform.UNTOLD)
     code = (
@@ -77,7 +77,7 @@ def client(code: str) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize("how", ["pthread_sigmask(signal.SIG_BLOCK, numbers)", "signal(numbers[0], signal.SIG_IGN)"])
-def test_a_sidecar_of_who_takes_signals_otherwise_is_stopped(how: str) -> None:
+def test_stop_in_a_client_that_blocks_sigterm_ends_the_sidecar(how: str) -> None:
     """As with signalfd or sigwait: what the client blocks or ignores ends the sidecar all the same, and well."""
     with client(f"""
         import signal
@@ -105,7 +105,7 @@ def test_stop_of_sidecars_leaves_no_descriptor() -> None:
         assert program.communicate(timeout=30)[0] == "0\n"
 
 
-def test_it_answers_when_spawn_returns(short_path: Path) -> None:
+def test_spawn_returns_when_the_sidecar_answers(short_path: Path) -> None:
     """The spawned sidecar measures its client, is another process, and stop ends it with status 0."""
     with vitalsd.spawn(port=0) as sidecar:
         assert sidecar.pid != os.getpid()
@@ -121,7 +121,7 @@ def test_it_answers_when_spawn_returns(short_path: Path) -> None:
     assert listing(short_path / "run") == []
 
 
-def test_options_reach_the_sidecar(target: "subprocess.Popen[bytes]", short_path: Path) -> None:
+def test_spawn_options_reach_the_sidecar(target: "subprocess.Popen[bytes]", short_path: Path) -> None:
     """Another target, no TCP, a socket of one's own, a token, and any option of serve."""
     path = short_path / "my.sock"
     with vitalsd.spawn(target.pid, tcp=False, uds=path, auth="token", options=["--record-interval", "0"]) as sidecar:
@@ -143,7 +143,9 @@ def test_options_reach_the_sidecar(target: "subprocess.Popen[bytes]", short_path
         ({"command": [sys.executable, "-c", CLOSES], "timeout_s": 2.0}, "closed its ready-fd"),
     ],
 )
-def test_a_sidecar_that_does_not_get_ready_is_a_sentence(arguments: dict[str, object], reason: str) -> None:
+def test_spawn_of_a_sidecar_that_does_not_get_ready_raises_spawn_error(
+    arguments: dict[str, object], reason: str
+) -> None:
     """spawn raises SpawnError with the reason, and leaves no process behind."""
     with pytest.raises(vitalsd.SpawnError, match=reason):
         vitalsd.spawn(port=0, **arguments)  # type: ignore[arg-type]
@@ -152,21 +154,21 @@ def test_a_sidecar_that_does_not_get_ready_is_a_sentence(arguments: dict[str, ob
 
 
 @pytest.mark.parametrize("timeout_s", [nan, inf, 1e300, -5])
-def test_a_timeout_out_of_range_is_refused(timeout_s: float) -> None:
+def test_spawn_with_a_timeout_out_of_range_raises_value_error(timeout_s: float) -> None:
     """What nobody can wait for is the caller's error, and nothing is run."""
     with pytest.raises(ValueError, match="timeout_s is from 0 to 3600"):
         vitalsd.spawn(command=["/nonexistent"], timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize("said", ["nonsense", "[]", '{"pid": 1}'])
-def test_an_answer_out_of_contract_is_refused(said: str) -> None:
+def test_spawn_with_an_invalid_ready_line_raises_spawn_error(said: str) -> None:
     """Whatever else is run instead of a sidecar is not taken for one."""
     script = f"for last; do [ \"$flag\" = --ready-fd ] && fd=$last; flag=$last; done; echo '{said}' >&$fd; sleep 60"
     with pytest.raises(vitalsd.SpawnError, match="this is no sidecar"):
         vitalsd.spawn(command=["/bin/bash", "-c", script, "sh"])
 
 
-def test_a_client_with_many_descriptors_has_one_too() -> None:
+def test_spawn_in_a_client_with_many_descriptors_works() -> None:
     """Descriptors above 1023, of which select(2) knows nothing, are none the worse."""
     process = client("""
         import resource
@@ -178,7 +180,7 @@ def test_a_client_with_many_descriptors_has_one_too() -> None:
     assert process.communicate(timeout=20) == ("0\n", "")
 
 
-def test_one_that_was_dropped_is_collected() -> None:
+def test_spawn_collects_an_ended_sidecar_that_was_dropped() -> None:
     """A sidecar that nobody kept, and that has ended, is a zombie until the next spawn and no longer."""
     pid = vitalsd.spawn(port=0).pid
     os.kill(pid, signal.SIGKILL)
@@ -187,7 +189,7 @@ def test_one_that_was_dropped_is_collected() -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-def test_the_client_does_not_load_the_service() -> None:
+def test_spawn_loads_no_web_framework() -> None:
     """spawn costs the client no web framework."""
     code = (
         "import sys, vitalsd\nvitalsd.spawn(port=0).stop()\n"
@@ -196,7 +198,7 @@ def test_the_client_does_not_load_the_service() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_it_outlives_a_crash_of_the_client_and_knows_what_happened(short_path: Path) -> None:
+def test_spawned_sidecar_after_a_client_crash_serves_the_history(short_path: Path) -> None:
     """SIGKILL to the client's whole process group: the sidecar answers 410, and still has the history."""
     process = client("sidecar = vitalsd.spawn(port=0); print(sidecar.pid, sidecar.url, flush=True); time.sleep(60)")
     assert process.stdout is not None
@@ -215,7 +217,7 @@ def test_it_outlives_a_crash_of_the_client_and_knows_what_happened(short_path: P
     assert listing(short_path / "run") == []
 
 
-def test_the_pipes_of_the_client_are_not_kept_open() -> None:
+def test_spawned_sidecar_holds_no_pipe_of_the_client() -> None:
     """Whoever reads the output of the client sees its end, although the sidecar lives on."""
     process = client("sidecar = vitalsd.spawn(port=0); print(sidecar.pid)")
     out, err = process.communicate(timeout=20)
@@ -224,7 +226,7 @@ def test_the_pipes_of_the_client_are_not_kept_open() -> None:
     eventually(lambda: not alive(int(out)))
 
 
-def test_signals_of_a_terminal_do_not_reach_it() -> None:
+def test_spawned_sidecar_gets_no_signal_of_the_terminal() -> None:
     """Ctrl-C and a hangup go to the client's process group, which is not the sidecar's."""
     process = client("sidecar = vitalsd.spawn(port=0); print(sidecar.pid, flush=True); input()")
     assert process.stdout is not None
@@ -243,7 +245,9 @@ def test_signals_of_a_terminal_do_not_reach_it() -> None:
 
 
 @pytest.mark.parametrize("reaped", [True, False])
-def test_exit_with_target_ends_at_once(target: "subprocess.Popen[bytes]", short_path: Path, reaped: bool) -> None:
+def test_spawned_sidecar_with_exit_with_target_ends_at_once(
+    target: "subprocess.Popen[bytes]", short_path: Path, reaped: bool
+) -> None:
     """The death of the target is noticed within a moment, collected by its parent or not, and ends the sidecar."""
     with serving(short_path, "--pid", str(target.pid), "--exit-with-target") as (process, _):
         watch = Stopwatch()
@@ -255,7 +259,7 @@ def test_exit_with_target_ends_at_once(target: "subprocess.Popen[bytes]", short_
     assert listing(short_path / "run") == []
 
 
-def test_it_lingers_and_then_ends(target: "subprocess.Popen[bytes]", short_path: Path) -> None:
+def test_spawned_sidecar_lingers_and_then_ends(target: "subprocess.Popen[bytes]", short_path: Path) -> None:
     """After the target it answers for the time that was given, and then ends by itself: never an orphan for ever."""
     with serving(short_path, "--pid", str(target.pid), "--linger", "0.7") as (process, ready):
         target.kill()
@@ -266,7 +270,7 @@ def test_it_lingers_and_then_ends(target: "subprocess.Popen[bytes]", short_path:
         assert process.wait(5) == 0
 
 
-def test_a_target_that_execs_is_still_the_target(short_path: Path) -> None:
+def test_spawned_sidecar_keeps_a_target_that_execs(short_path: Path) -> None:
     """exec is not death: pid and start stay, and so does the sidecar."""
     program = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
     with ExitStack() as stack:
@@ -287,7 +291,7 @@ def test_a_target_that_execs_is_still_the_target(short_path: Path) -> None:
     assert record.events[0].detail == "the target executed another program: sleep"
 
 
-def test_two_for_one_target_are_both_found(short_path: Path) -> None:
+def test_two_sidecars_of_one_target_are_found_newest_first(short_path: Path) -> None:
     """Two live sidecars for one target: the newest first, and neither disturbs the other."""
     with vitalsd.spawn(port=0) as first, vitalsd.spawn(port=0) as second:
         found = endpoint.discover(os.getpid(), directories=[short_path / "run"])

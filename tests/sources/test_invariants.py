@@ -17,7 +17,7 @@ WINDOWS = int(os.environ.get("VITALSD_WINDOWS", "6000"))
 
 @pytest.mark.live
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_window_over_random_targets_violates_an_invariant(short_path: Path) -> None:
+def test_windows_over_random_targets_violate_no_invariant(short_path: Path) -> None:
     """
     Births, exits, exec from any thread, renames, stops: no thread used more than its process, not all were idle while
     it ran, the books balance, and where the target rested, its own clocks agree within the stated errors.
@@ -100,7 +100,7 @@ def window(cpu: float, *threads: float | None, exited: float = 0.0) -> str:
         (30.0, (10.0, 0.0), "process 30.0 %, and it used 100000000"),
     ],
 )
-def test_oracle_finds_what_is_wrong(cpu: float, threads: tuple[float | None, ...], words: str | None) -> None:
+def test_oracle_of_a_wrong_figure_reports_it(cpu: float, threads: tuple[float | None, ...], words: str | None) -> None:
     """The first thread of a target used 100 ms in a second, as its own clocks said."""
     truths = [
         f"T {json.dumps([number, number * 10**9, cpu_ns, 0, {1: [cpu_ns, 'n'], 2: [0, 'n']}])}"

@@ -35,7 +35,7 @@ def comm(thread: threading.Thread) -> str:
 
 
 @linux_only
-def test_publish_names_names_threads_that_have_none(sleeper: threading.Thread) -> None:
+def test_publish_names_sets_names_of_unnamed_threads(sleeper: threading.Thread) -> None:
     """In whole characters of 15 bytes; the main thread and a thread that was named keep their names."""
     main = comm(threading.main_thread())
     publish_names()
@@ -50,7 +50,7 @@ def test_publish_names_names_threads_that_have_none(sleeper: threading.Thread) -
 
 @linux_only
 @pytest.mark.parametrize("call", ["vitalsd.spawn(port=0)", "sidecar.mark('x')", "mark('x')", "fetch(50)", "report()"])
-def test_sidecar_beside_a_program_sees_the_names_of_its_threads(short_path: Path, call: str) -> None:
+def test_spawned_sidecar_reads_python_thread_names(short_path: Path, call: str) -> None:
     """`spawn`, `mark`, `fetch` and `BugReport` give them to the kernel; `threading` is not patched."""
     code = (
         "import json, threading, time, vitalsd\n"
@@ -78,7 +78,7 @@ def test_sidecar_beside_a_program_sees_the_names_of_its_threads(short_path: Path
 
 
 @linux_only
-def test_names_of_threads_that_a_named_thread_started_are_their_own(short_path: Path) -> None:
+def test_names_of_threads_started_by_a_named_thread_are_their_own(short_path: Path) -> None:
     """Beside the process and in it: a thread inherits the name that its parent was given by `publish_names`."""
     code = """
         import json, threading, vitalsd
@@ -130,7 +130,7 @@ def test_names_in_process_after_a_publication_are_those_of_python(short_path: Pa
 
 @linux_only
 @pytest.mark.parametrize("kind", ["interpreter", "link"])
-def test_names_of_threads_older_than_a_new_name_of_the_main_thread_are_given(short_path: Path, kind: str) -> None:
+def test_names_of_threads_older_than_a_main_thread_rename_are_published(short_path: Path, kind: str) -> None:
     """The name that the process began with, be it that of a link, is not taken for one of a thread's own."""
     code = """
         import threading, vitalsd
@@ -197,7 +197,7 @@ def test_publish_names_of_odd_threads_does_not_raise(short_path: Path) -> None:
     run_host(code, environment(short_path), directory=short_path)
 
 
-def test_inherited_names_that_are_many_are_forgotten_oldest_first() -> None:
+def test_inherited_names_beyond_the_limit_evict_the_oldest() -> None:
     """A program that names each of its threads anew does not grow by that."""
     inherited = Inherited(limit=2)
     for name in ("a", "b", "a", "c"):

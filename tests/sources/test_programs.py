@@ -153,7 +153,7 @@ def test_program_digest_in_doubt_is_empty(
     assert digest(executable, line, directory.replace("DIR", str(folders[0]))) == ""
 
 
-def test_program_digest_of_an_executable_with_several_programs_differs_by_the_name_it_is_called(tmp_path: Path) -> None:
+def test_program_digest_of_a_multi_call_executable_differs_by_name(tmp_path: Path) -> None:
     """As of busybox. A full path to it is the same as its name; an interpreter may be called by any name."""
     box = tmp_path / "box"
     box.touch()
@@ -257,7 +257,7 @@ SCRIPT = f"#!{sys.executable}\nprint('ready', flush=True)\ninput()\n"
 
 
 @pytest.mark.live
-def test_program_of_a_real_script_is_one_however_it_is_started(tmp_path: Path) -> None:
+def test_program_of_a_real_script_is_equal_for_every_way_to_start_it(tmp_path: Path) -> None:
     """By its name, its path, an option before it, as a module, and by itself: as `start` sees it from within."""
     script = tmp_path / "client.py"
     script.write_text(SCRIPT)

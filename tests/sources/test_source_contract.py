@@ -78,7 +78,7 @@ def source(world: World) -> Iterator[Source]:
     source.close()
 
 
-def test_identity_names_one_run_of_the_process(world: World, source: Source) -> None:
+def test_identity_is_equal_for_two_sources_of_one_process(world: World, source: Source) -> None:
     """Pid, platform, start and name; two sources of one process agree, so that a reused pid can differ."""
     identity = source.identity()
     assert identity.pid == world.workload.pid
@@ -91,7 +91,7 @@ def test_identity_names_one_run_of_the_process(world: World, source: Source) -> 
     assert source.identity() == identity
 
 
-def test_columns_are_parallel_and_ascending(world: World, source: Source) -> None:
+def test_snapshot_columns_are_parallel_and_ascending(world: World, source: Source) -> None:
     """One entry per thread in each column, by ascending tid, without a negative or a made-up size."""
     for i in range(5):
         world.workload.start_thread(f"worker-{i}")
@@ -109,13 +109,13 @@ def test_columns_are_parallel_and_ascending(world: World, source: Source) -> Non
     assert snapshot.source
 
 
-def test_every_thread_is_listed(world: World, source: Source) -> None:
+def test_snapshot_lists_every_thread_by_its_native_id(world: World, source: Source) -> None:
     """By the id it has for Python (threading.get_native_id), also when there are hundreds."""
     tids = {world.workload.start_thread(f"t{i}") for i in range(150)}
     assert tids <= set(source.snapshot().roster.tids)
 
 
-def test_clocks_go_forward_together(source: Source) -> None:
+def test_snapshot_clocks_advance_together(source: Source) -> None:
     """Uptime advances exactly as the clock that goes on in sleep, and no snapshot is older than the last."""
     first, last = source.snapshot(), source.snapshot()
     assert last.monotonic_ns > first.monotonic_ns
@@ -125,7 +125,7 @@ def test_clocks_go_forward_together(source: Source) -> None:
     assert first.skew_ns >= 0
 
 
-def test_cpu_time_is_seen_in_the_thread_that_used_it(world: World, source: Source) -> None:
+def test_snapshot_cpu_time_is_in_the_thread_that_used_it(world: World, source: Source) -> None:
     """To the error bar that the source itself states, in the thread and in the process."""
     busy, idle = world.workload.start_thread("busy"), world.workload.start_thread("idle")
     first = source.snapshot()
@@ -140,7 +140,7 @@ def test_cpu_time_is_seen_in_the_thread_that_used_it(world: World, source: Sourc
     assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
 
 
-def test_a_thread_has_its_name_and_its_new_name(world: World, source: Source) -> None:
+def test_snapshot_thread_name_follows_a_rename(world: World, source: Source) -> None:
     """The operating system's, byte for byte in UTF-8."""
     tid = world.workload.start_thread("décodeur")
     first = source.snapshot()
@@ -151,7 +151,7 @@ def test_a_thread_has_its_name_and_its_new_name(world: World, source: Source) ->
     assert last.roster.names[last.roster.tids.index(tid)] == "encoder"
 
 
-def test_births_and_deaths_keep_the_books(world: World, source: Source) -> None:
+def test_snapshot_cpu_accounting_balances_over_births_and_deaths(world: World, source: Source) -> None:
     """A thread born in the window is said to be, one that died is not listed, and both are accounted for."""
     old = world.workload.start_thread("old")
     world.workload.burn(old, BURN_NS)
@@ -171,7 +171,7 @@ def test_births_and_deaths_keep_the_books(world: World, source: Source) -> None:
     assert abs(m.unattributed_ns) <= error_ns + SLACK_NS
 
 
-def test_a_thread_that_lived_inside_the_window_is_accounted_for(world: World, source: Source) -> None:
+def test_snapshot_accounts_for_a_thread_that_lived_inside_the_window(world: World, source: Source) -> None:
     """No snapshot ever saw it; its CPU time is in the process and among the exited."""
     first = source.snapshot()
     brief = world.workload.start_thread("brief")
@@ -189,7 +189,7 @@ def test_roster_of_an_unchanged_process_is_the_same_object(source: Source) -> No
     assert first.roster is last.roster
 
 
-def test_extras_are_read_only_on_request(world: World, source: Source) -> None:
+def test_snapshot_extras_are_read_on_request_only(world: World, source: Source) -> None:
     """And they are columns parallel to the threads; user and system time add up to the whole."""
     tid = world.workload.start_thread("worker")
     world.workload.burn(tid, BURN_NS)
@@ -207,7 +207,7 @@ def test_extras_are_read_only_on_request(world: World, source: Source) -> None:
     assert snapshot.extras.user_ns + snapshot.extras.system_ns > 0
 
 
-def test_a_closed_source_refuses(source: Source) -> None:
+def test_source_after_close_refuses(source: Source) -> None:
     """And closing it again does nothing."""
     source.snapshot()
     source.close()
@@ -217,7 +217,7 @@ def test_a_closed_source_refuses(source: Source) -> None:
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="no list of descriptors")
-def test_a_source_leaves_no_descriptor(world: World) -> None:
+def test_source_after_close_leaks_no_descriptor(world: World) -> None:
     """Opened, used and closed: as many descriptors as before."""
     world.open().close()
     before = len(os.listdir("/dev/fd"))
@@ -228,7 +228,7 @@ def test_a_source_leaves_no_descriptor(world: World) -> None:
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_a_dead_target_is_gone_for_ever(world: World, source: Source) -> None:
+def test_source_of_a_dead_target_stays_target_gone(world: World, source: Source) -> None:
     """As a zombie and after its parent has collected it. One's own death cannot be observed."""
     if isinstance(world.workload, OwnWorkload):
         assert source.identity().pid == os.getpid()

@@ -64,7 +64,7 @@ def session_of(serving: Serving) -> requests.Session:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["positive", "negative"])
-def test_requests_made_from_the_schema(served: Serving, kind: str, size: int) -> None:
+def test_schema_generated_requests_are_answered_as_documented(served: Serving, kind: str, size: int) -> None:
     """
     What the schema allows is answered as the schema says, and what it forbids is refused as it says.
 
@@ -193,7 +193,7 @@ def wrong_request(dice: random.Random, host: str) -> tuple[str, str, list[str], 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_requests_that_are_wrong(served: Serving, size: int) -> None:
+def test_wrong_requests_are_4xx_problems(served: Serving, size: int) -> None:
     """Every one is refused with a problem of less than 1 KiB, and none of them is our fault: never a 5xx."""
     dice = random.Random(8)
     statuses: Counter[int] = Counter()
@@ -276,7 +276,7 @@ def mutated(dice: random.Random, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bytes_that_are_no_request(served: Serving, size: int) -> None:
+def test_bytes_that_are_no_request_are_refused_or_closed(served: Serving, size: int) -> None:
     """Mutations of requests, in one piece or in several: an answer that is none of our fault, or a closed door."""
     dice = random.Random(88)
     statuses: Counter[str] = Counter()

@@ -76,7 +76,7 @@ def session(request: pytest.FixtureRequest, module_path: Path) -> Iterator[Sessi
         client.close()
 
 
-def test_it_is_measured_and_not_unavailable(session: Session) -> None:
+def test_metrics_on_this_platform_are_measured(session: Session) -> None:
     """The top-level JSON is the measured variant of RuntimeMetrics for this platform and not Unavailable."""
     body = session.report()
     assert list(body) == ["sample_window_ms", "process", "threads", "platform"]
@@ -84,13 +84,13 @@ def test_it_is_measured_and_not_unavailable(session: Session) -> None:
     assert "available" not in body
 
 
-def test_not_implemented_is_said_nowhere(session: Session) -> None:
+def test_metrics_never_state_not_implemented(session: Session) -> None:
     """That per-thread metrics are not implemented on macos appears in no field of any report."""
     for name, content in session.archive().items():
         assert b"not implemented" not in content, name
 
 
-def test_cpu_percent_is_real_usage(session: Session) -> None:
+def test_cpu_percent_agrees_with_another_monitor(session: Session) -> None:
     """process.cpu_percent reflects real CPU usage over the window, within sampling skew of another monitor's figure."""
     monitor = psutil.Process(session.client.pid)
     for window_ms in WINDOWS_MS:
@@ -114,7 +114,7 @@ def test_cpu_percent_is_real_usage(session: Session) -> None:
     assert abs(measured_ms - used_ms) <= LAG_MS
 
 
-def test_sizes_are_plausible(session: Session) -> None:
+def test_rss_and_vm_size_agree_with_another_monitor(session: Session) -> None:
     """RSS is in the megabytes an idle client takes, as another monitor sees it; VmSize is larger, but bounded."""
     process = session.report()["process"]
     seen_kb = psutil.Process(session.client.pid).memory_info().rss / 1024
@@ -123,7 +123,7 @@ def test_sizes_are_plausible(session: Session) -> None:
     assert process["rss_kb"] < process["vm_size_kb"] < ADDRESS_SPACE_KB
 
 
-def test_uptime_advances(session: Session) -> None:
+def test_uptime_secs_advances_with_the_clock(session: Session) -> None:
     """process.uptime_secs advances from report to report of one session, and by as much as the clock does."""
     begun = time.monotonic()
     first = session.report()["process"]["uptime_secs"]
@@ -134,14 +134,14 @@ def test_uptime_advances(session: Session) -> None:
     assert abs(time.time() - psutil.Process(session.client.pid).create_time() - last) < 2
 
 
-def test_threads_are_there_sorted_by_tid(session: Session) -> None:
+def test_threads_are_listed_sorted_by_tid(session: Session) -> None:
     """threads is populated, and sorted by tid."""
     tids = [thread["tid"] for thread in session.report()["threads"]]
     assert len(tids) >= len(NAMES) + 1
     assert tids == sorted(tids)
 
 
-def test_one_entry_for_each_thread_alive(session: Session) -> None:
+def test_threads_have_one_entry_per_living_thread(session: Session) -> None:
     """There is one entry per thread alive across the window."""
     tids = [thread["tid"] for thread in session.report()["threads"]]
     assert len(set(tids)) == len(tids)
@@ -150,14 +150,14 @@ def test_one_entry_for_each_thread_alive(session: Session) -> None:
         assert tids == sorted(map(int, os.listdir(f"/proc/{session.client.pid}/task")))
 
 
-def test_threads_have_the_names_they_were_given(session: Session) -> None:
+def test_threads_have_the_names_of_the_system_call(session: Session) -> None:
     """name is what the system's own call tells, where the thread has been named."""
     names = {thread["tid"]: thread["name"] for thread in session.report()["threads"]}
     for name, tid in session.tids.items():
         assert names[tid] == name
 
 
-def test_the_total_is_read_and_not_summed(session: Session) -> None:
+def test_process_total_includes_exited_threads(session: Session) -> None:
     """A decision: the process is read once, from its own total, so threads that are gone by the end count."""
     for window_ms in WINDOWS_MS:
         brief = session.client.start_thread("brief")
@@ -181,7 +181,7 @@ def test_the_total_is_read_and_not_summed(session: Session) -> None:
     assert (body["process"]["cpu_percent"] - listed) * body["sample_window_ms"] / 100 >= 150
 
 
-def test_a_thread_that_disappears_is_treated_as_on_linux(session: Session) -> None:
+def test_threads_that_end_in_the_window_are_not_listed(session: Session) -> None:
     """A decision: one that ended inside the window is not listed, and one born inside it shows 0."""
     for _ in range(4):
         ending = session.client.start_thread("ending")

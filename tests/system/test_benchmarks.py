@@ -21,7 +21,7 @@ def test_performance_page_holds_the_recorded_figures() -> None:
 @pytest.mark.torture
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks measure Linux")
-def test_the_guard_compares_every_recorded_line() -> None:
+def test_benchmark_guard_compares_every_recorded_line() -> None:
     lines = sum(map(len, json.loads(RECORDED.read_text())["results"].values()))
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "guard.py", "--slack", "4"], capture_output=True, text=True, check=False

@@ -76,7 +76,7 @@ def crashed(tmp_path: Path) -> Path:
     return run
 
 
-def test_a_directory_of_runs_that_hangs_costs_the_runs_alone(tmp_path: Path, crashed: Path, patience_s: int) -> None:
+def test_hung_run_directory_affects_only_the_runs(tmp_path: Path, crashed: Path, patience_s: int) -> None:
     """
     Who asks for a run is told after some seconds, then at once; /healthz is 503 and says which disk it is; all else
     goes on, the report without the previous run. When the read returns all is well again.
@@ -121,7 +121,7 @@ def test_a_directory_of_runs_that_hangs_costs_the_runs_alone(tmp_path: Path, cra
         assert served.process.stderr.read() == ""
 
 
-def test_who_asks_again_and_again_for_a_run_costs_nothing_more(tmp_path: Path, crashed: Path) -> None:
+def test_hung_run_directory_uses_one_thread_for_all_requests(tmp_path: Path, crashed: Path) -> None:
     """While it hangs there is one thread for it, however many ask; and the end comes in time."""
     with Serving(tmp_path, "--record-interval", "0.1", python=python(1)) as served, leased(crashed):
         before = threads(served.process.pid)
@@ -145,7 +145,7 @@ def threads(pid: int) -> int:
 
 
 @pytest.mark.parametrize("freed", [False, True], ids=["to the end", "until it returns"])
-def test_a_black_box_that_cannot_be_opened_delays_nothing(tmp_path: Path, patience_s: int, freed: bool) -> None:
+def test_hung_black_box_delays_neither_start_nor_exit(tmp_path: Path, patience_s: int, freed: bool) -> None:
     """
     The first file that has to make room for it cannot be looked at: the sidecar starts, records, says what is off, and
     ends in time. Once it can, the run goes to disk.
@@ -225,7 +225,7 @@ def frozen(mounted: Path) -> Iterator[None]:
         subprocess.run(thaw, check=True)
 
 
-def test_a_frozen_disk_costs_the_black_box_alone(short_path: Path, disk: Path, patience_s: int) -> None:
+def test_frozen_disk_affects_only_the_black_box(short_path: Path, disk: Path, patience_s: int) -> None:
     """
     Recording, metrics and history go on at their beat, and what is off is said; afterwards the black box goes on, and
     what it has is as it was.

@@ -47,7 +47,7 @@ def end_sidecars(directory: Path) -> int:
     return len(found)
 
 
-def test_all_of_them_are_run_here() -> None:
+def test_embedding_page_has_a_test_for_each_program() -> None:
     """No program on the page is without a test."""
     assert sorted(FILES) == [
         "alongside.c",
@@ -60,32 +60,32 @@ def test_all_of_them_are_run_here() -> None:
     assert len(BLOCKS) == len(FILES)
 
 
-def test_in_process(env: dict[str, str], short_path: Path) -> None:
+def test_in_process_program_serves_and_leaves_nothing(env: dict[str, str], short_path: Path) -> None:
     """It serves, takes a mark, and leaves nothing at its end."""
     assert re.fullmatch(r"http://127\.0\.0\.1:[0-9]+ /\S+\.sock\n", python("in_process.py", env, short_path))
     assert listing(short_path / "run") == []
 
 
-def test_forking(env: dict[str, str], short_path: Path) -> None:
+def test_forking_program_serves_parent_and_child(env: dict[str, str], short_path: Path) -> None:
     """A child has none, may have its own, and the parent's goes on; its exit ends it."""
     assert "still served on http://" in python("forking.py", env, short_path)
     assert listing(short_path / "run") == []
 
 
-def test_alongside(env: dict[str, str], short_path: Path) -> None:
+def test_alongside_program_is_measured_and_its_sidecar_lingers(env: dict[str, str], short_path: Path) -> None:
     """It is found, measures its program, and is still there afterwards."""
     assert re.fullmatch(r"[0-9.]+ \[.+\]\n", python("alongside.py", env, short_path))
     assert end_sidecars(short_path) == 1
 
 
-def test_can_do_without(env: dict[str, str], short_path: Path) -> None:
+def test_can_do_without_program_prints_the_reason(env: dict[str, str], short_path: Path) -> None:
     """One sentence says why there is none, and what asks gets that answer too."""
     why, answer = python("can_do_without.py", env, short_path).splitlines()
     assert why == "no metrics: cannot run /nonexistent/vitalsd: No such file or directory"
     assert "available=False reason='no sidecar to ask: " in answer
 
 
-def test_a_c_program(env: dict[str, str], short_path: Path) -> None:
+def test_c_program_reads_the_ready_line_and_its_sidecar_ends(env: dict[str, str], short_path: Path) -> None:
     """It reads the line, and its sidecar ends with it."""
     program = short_path / "alongside"
     source = program.with_suffix(".c")
@@ -100,14 +100,14 @@ def test_a_c_program(env: dict[str, str], short_path: Path) -> None:
     eventually(lambda: listing(short_path / "run") == [])
 
 
-def test_a_shell_script(env: dict[str, str], short_path: Path) -> None:
+def test_shell_script_prints_metrics_and_its_sidecar_ends(env: dict[str, str], short_path: Path) -> None:
     """It prints one answer about its program; the sidecar ends with that."""
     body = json.loads(run(["bash", "-c", "set -m\n" + FILES["alongside.sh"]], env, short_path))
     assert body["threads"]
     assert listing(short_path / "run") == []
 
 
-def test_threads_are_those_it_names(env: dict[str, str], short_path: Path) -> None:
+def test_threads_in_process_are_those_on_the_embedding_page(env: dict[str, str], short_path: Path) -> None:
     """In process no thread is added but those the page tells of, and none is left after stop()."""
     code = (
         "import threading, urllib.request, vitalsd\n"
@@ -125,7 +125,7 @@ def test_threads_are_those_it_names(env: dict[str, str], short_path: Path) -> No
     assert left == "1"
 
 
-def test_the_lifetime_it_promises(env: dict[str, str], short_path: Path) -> None:
+def test_spawned_sidecar_has_the_lifetime_of_the_embedding_page(env: dict[str, str], short_path: Path) -> None:
     """A spawned sidecar answers after its target has gone; with `exit_with_target` it ends with it."""
     with subprocess.Popen(["sleep", "60"]) as target:
         stays = spawn(target.pid, port=0, env=env)

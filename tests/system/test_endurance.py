@@ -62,9 +62,7 @@ def growing_at_most(pid: int, size: int) -> Iterator[None]:
     assert peak - before <= size, f"{before / MIB:.1f} MiB grew by {(peak - before) / MIB:.1f} MiB"
 
 
-def test_answers_that_nobody_reads_take_no_more_than_their_share(
-    short_path: Path, start: Callable[..., Target]
-) -> None:
+def test_unread_shared_answers_take_bounded_memory(short_path: Path, start: Callable[..., Target]) -> None:
     """400 clients of the Unix socket ask for 400 KiB each and read none of it; who does read is answered."""
     target = start("--idle", "2500")
     with serving(short_path, "--pid", str(target.pid), "--no-tcp") as (process, ready), ExitStack() as stack:
@@ -79,7 +77,7 @@ def test_answers_that_nobody_reads_take_no_more_than_their_share(
             assert len(get(ready["socket"], path).body) > size / 2
 
 
-def test_what_is_kept_of_a_dead_process_is_bounded(short_path: Path, start: Callable[..., Target]) -> None:
+def test_answers_about_a_dead_process_take_bounded_memory(short_path: Path, start: Callable[..., Target]) -> None:
     """Its last measurement stays; hundreds of different answers from it do not."""
     target = start("--idle", "1000")
     with serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as (process, ready):
@@ -96,7 +94,7 @@ def test_what_is_kept_of_a_dead_process_is_bounded(short_path: Path, start: Call
 
 @pytest.mark.torture
 @pytest.mark.timeout(900)
-def test_tables_that_nobody_reads_are_bounded_as_a_whole(short_path: Path, start: Callable[..., Target]) -> None:
+def test_unread_tables_take_bounded_memory_in_total(short_path: Path, start: Callable[..., Target]) -> None:
     """120 clients ask for another table of megabytes each and take none of it; one that reads has its table in time."""
     clients, making, waiting = 120, 64 * MIB, 32 * MIB
     target = start("--idle", "3000")
@@ -227,7 +225,7 @@ def soak(places: list[str], count: int, seed: int) -> Counter[str]:
         pytest.param(200_000, 10 * MIB, id="torture", marks=[pytest.mark.torture, pytest.mark.timeout(1200)]),
     ],
 )
-def test_a_soak_leaves_nothing(short_path: Path, count: int, grown: int) -> None:
+def test_soak_of_all_kinds_of_requests_leaks_nothing(short_path: Path, count: int, grown: int) -> None:
     """After so many requests of every kind: descriptors, sockets and threads as before, memory nearly so."""
     # Snapshots far apart: the record may grow to its bound, and is not what is measured here.
     with serving(short_path, "--record-interval", "20") as (process, ready):

@@ -228,7 +228,7 @@ def test_bug_with_hostile_text_prints_plain_traceback(tmp_path: Path) -> None:
     assert is_harmless(out.stderr), out.stderr[:2000]
 
 
-def test_spawn_whose_command_writes_hostile_text_raises_bounded_plain_text(tmp_path: Path) -> None:
+def test_spawn_with_hostile_command_output_raises_bounded_plain_text(tmp_path: Path) -> None:
     """What another program writes to standard error or to the ready-fd is quoted escaped and cut."""
     program = tmp_path / "program.py"
     program.write_text(
@@ -270,7 +270,7 @@ def test_log_of_long_hostile_message_and_traceback_is_bounded(form: str, capfd: 
     assert is_harmless(text)
 
 
-def test_mark_that_a_hostile_server_refuses_logs_plain_text(caplog: pytest.LogCaptureFixture) -> None:
+def test_mark_refused_by_a_hostile_server_logs_plain_text(caplog: pytest.LogCaptureFixture) -> None:
     """In the log of the host program there is no control character of a server, and no megabyte of it."""
     from vitalsd_client import mark
 

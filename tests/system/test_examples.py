@@ -23,7 +23,7 @@ def env(short_path: Path) -> dict[str, str]:
     return environment(short_path) | {"VITALSD": " ".join(VITALSD)}
 
 
-def test_all_of_them_are_run_here() -> None:
+def test_examples_have_a_test_each() -> None:
     """No example is without a test."""
     assert [name for name in listing(EXAMPLES) if name != "__pycache__"] == [
         "agent.sh",
@@ -34,7 +34,7 @@ def test_all_of_them_are_run_here() -> None:
     ]
 
 
-def test_threaded_app(short_path: Path, env: dict[str, str]) -> None:
+def test_threaded_app_prints_commands_that_answer(short_path: Path, env: dict[str, str]) -> None:
     """Every command it prints answers, and names its busy threads by the names that Python knows."""
     with subprocess.Popen(
         [sys.executable, str(EXAMPLES / "threaded_app.py")], env=env, stdout=subprocess.PIPE, text=True
@@ -62,7 +62,7 @@ def test_threaded_app(short_path: Path, env: dict[str, str]) -> None:
     assert listing(short_path / "run") == []
 
 
-def test_spawning_app(env: dict[str, str]) -> None:
+def test_spawning_app_leaves_a_sidecar_with_its_history(env: dict[str, str]) -> None:
     """The application is dead, and its sidecar tells what it did last."""
     app = subprocess.run([sys.executable, str(EXAMPLES / "spawning_app.py")], env=env, capture_output=True, text=True)
     assert app.returncode == -signal.SIGKILL
@@ -79,7 +79,7 @@ def test_spawning_app(env: dict[str, str]) -> None:
     eventually(lambda: listing(Path(env["VITALSD_RUNTIME_DIR"])) == [])
 
 
-def test_watch_script(short_path: Path, env: dict[str, str]) -> None:
+def test_watch_script_prints_metrics_and_keeps_the_status(short_path: Path, env: dict[str, str]) -> None:
     """It prints one answer about its program, ends with that program's status, and leaves nothing."""
     command = ["sh", str(EXAMPLES / "watch.sh"), "sh", "-c", "sleep 2; exit 7"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
@@ -88,7 +88,7 @@ def test_watch_script(short_path: Path, env: dict[str, str]) -> None:
     assert listing(short_path / "run") == []
 
 
-def test_watch_script_without_a_sidecar(env: dict[str, str]) -> None:
+def test_watch_script_without_a_sidecar_runs_the_program(env: dict[str, str]) -> None:
     """A sidecar that does not start is said, and the program is run all the same."""
     command = ["sh", str(EXAMPLES / "watch.sh"), "echo", "ran"]
     done = subprocess.run(command, env=env | {"VITALSD": "false"}, capture_output=True, text=True, timeout=30)
@@ -97,7 +97,7 @@ def test_watch_script_without_a_sidecar(env: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["launchd", "systemd"])
-def test_agent_script(kind: str, short_path: Path, env: dict[str, str]) -> None:
+def test_agent_script_installs_asks_and_uninstalls(kind: str, short_path: Path, env: dict[str, str]) -> None:
     """It installs, asks, and takes everything back."""
     (short_path / "bin").mkdir()
     fake = FakeSupervisor(short_path / "bin")

@@ -89,7 +89,7 @@ def served(tree: Path, tmp_path: Path, patience_s: int) -> Iterator[Serving]:
         yield serving
 
 
-def test_a_read_that_hangs_fails_that_process_alone(served: Serving, tree: Path, patience_s: int) -> None:
+def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, patience_s: int) -> None:
     """
     Who asks for the process is told after some seconds, then at once; /healthz is 503; all else goes on, and so does
     the process when the read returns.
@@ -131,9 +131,7 @@ def test_a_read_that_hangs_fails_that_process_alone(served: Serving, tree: Path,
     assert served.process.stderr.read() == ""
 
 
-def test_who_asks_again_and_again_for_what_hangs_costs_no_thread_more(
-    tree: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hung_kernel_read_uses_one_thread_per_target(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process than the target, and the list of all: each has one thread, also after a while."""
     monkeypatch.setattr("vitalsd.worker_thread.PATIENCE_NS", 300_000_000)
     root = str(tree)
@@ -161,7 +159,7 @@ def test_who_asks_again_and_again_for_what_hangs_costs_no_thread_more(
 # No descriptors
 
 
-def test_two_hundred_clients_of_a_service_with_64_descriptors(tmp_path: Path) -> None:
+def test_service_with_64_descriptors_survives_200_clients(tmp_path: Path) -> None:
     """All get an answer or a closed door, the log stays short, and afterwards it serves as before."""
     limited = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (64, 64)); import vitalsd.cli as c; c.main()"
     with Serving(tmp_path, "--record-interval", "0.1", python=(sys.executable, "-c", limited)) as serving:
@@ -190,7 +188,7 @@ def test_two_hundred_clients_of_a_service_with_64_descriptors(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "stopped_s", [0.5, pytest.param(7, marks=pytest.mark.torture, id="torture: longer than a read that hangs")]
 )
-def test_a_service_that_was_stopped_goes_on(short_path: Path, stopped_s: float) -> None:
+def test_service_stopped_in_mid_window_answers_after_sigcont(short_path: Path, stopped_s: float) -> None:
     """SIGSTOP in the middle of windows: after SIGCONT all are answered 200, and nothing is taken for hung."""
     with serving(short_path, "--record-interval", "0.05") as (process, ready), ExitStack() as stack:
         where = ready["socket"]
@@ -208,7 +206,7 @@ def test_a_service_that_was_stopped_goes_on(short_path: Path, stopped_s: float) 
             assert {read_reply(connection).status for connection in waiting} == {200}
 
 
-def test_a_target_that_is_stopped_reads_zero(short_path: Path, start: Callable[..., Target]) -> None:
+def test_target_stopped_has_zero_cpu_and_events(short_path: Path, start: Callable[..., Target]) -> None:
     """SIGSTOP of the target: 200, no CPU, `stopped`; SIGCONT: it burns again. The record has both as events."""
     target = start("--burn", "50")
     with serving(short_path, "--pid", str(target.pid), "--record-interval", "0.05") as (_, ready):
@@ -248,7 +246,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.torture)])
-def test_thousands_of_threads(native: Path, short_path: Path, count: int) -> None:
+def test_target_of_10000_threads_is_answered_completely(native: Path, short_path: Path, count: int) -> None:
     """Every one of them is in the answer, busy ones with their share, and other requests are answered meanwhile."""
     with subprocess.Popen([native, str(count), "4", "2000", "20000"], stdout=subprocess.PIPE) as target:
         try:
@@ -276,7 +274,9 @@ def test_thousands_of_threads(native: Path, short_path: Path, count: int) -> Non
 
 
 @pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.torture)])
-def test_a_thousand_births_a_second(short_path: Path, start: Callable[..., Target], seconds: int) -> None:
+def test_target_with_1000_births_a_second_balances_and_leaks_nothing(
+    short_path: Path, start: Callable[..., Target], seconds: int
+) -> None:
     """Whoever comes and goes costs no answer and no descriptor, and the books balance: none of the CPU time is lost."""
     target = start()
     with serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as (process, ready):
@@ -306,7 +306,7 @@ def test_a_thousand_births_a_second(short_path: Path, start: Callable[..., Targe
     not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("unshare"), reason="needs a pid namespace"
 )
 @pytest.mark.parametrize("rounds", [8, pytest.param(1000, marks=[pytest.mark.torture, pytest.mark.timeout(600)])])
-def test_a_report_is_never_of_two_processes(short_path: Path, rounds: int) -> None:
+def test_pid_reused_in_mid_window_never_mixes_two_processes(short_path: Path, rounds: int) -> None:
     """The pid goes to another process in mid-window: the answer is of the first one or none, never of both."""
     out = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, __file__, str(rounds)],
@@ -378,7 +378,7 @@ vitalsd.cli.main()
 """
 
 
-def test_a_wall_clock_that_steps_moves_no_rate(short_path: Path, start: Callable[..., Target]) -> None:
+def test_wall_clock_step_in_mid_window_changes_no_rate(short_path: Path, start: Callable[..., Target]) -> None:
     """A day forth and back in mid-window: windows and rates are over monotonic time, and no sleep is made of it."""
     step = short_path / "step"
     step.write_text("0", encoding="ascii")
@@ -406,7 +406,7 @@ def test_a_wall_clock_that_steps_moves_no_rate(short_path: Path, start: Callable
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk")
-def test_a_full_disk_costs_the_black_box_alone(short_path: Path) -> None:
+def test_full_disk_affects_only_the_black_box(short_path: Path) -> None:
     """Metrics, history and marks go on, the answer says what is off, and it heals by itself."""
     state = short_path / "state"
     state.mkdir(mode=0o700)

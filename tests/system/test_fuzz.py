@@ -62,7 +62,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], object], list[Path]]] = {
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("which", PARSERS)
-def test_what_the_kernel_might_write(which: str, size: int, told: Counter[str]) -> None:
+def test_fuzzed_proc_content_is_parsed_or_malformed(which: str, size: int, told: Counter[str]) -> None:
     """Counters, or `MalformedError`; whatever a name holds, it can be written as JSON and as UTF-8."""
     parse, files = PARSERS[which]
     originals, dice = [file.read_bytes() for file in files], random.Random(which)
@@ -79,7 +79,7 @@ def test_what_the_kernel_might_write(which: str, size: int, told: Counter[str]) 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_queries(size: int, told: Counter[str]) -> None:
+def test_fuzzed_queries_are_parsed_or_refused(size: int, told: Counter[str]) -> None:
     """A model, or a refusal that is short and printable."""
     dice = random.Random("query")
     originals = [b"window_ms=500&detail=full&sort=cpu&limit=20&pid=4242&mode=trailing", b"seconds=60&top=5&step_ms=100"]
@@ -100,7 +100,7 @@ def test_queries(size: int, told: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_runtime_files(tmp_path: Path, size: int, told: Counter[str]) -> None:
+def test_fuzzed_runtime_files_are_read_or_endpoint_error(tmp_path: Path, size: int, told: Counter[str]) -> None:
     """An endpoint, or `EndpointError`."""
     dice, path = random.Random("runtime"), tmp_path / "sidecar-1.json"
     original = json.dumps(
@@ -124,7 +124,7 @@ def test_runtime_files(tmp_path: Path, size: int, told: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_run_files(tmp_path: Path, size: int, told: Counter[str]) -> None:
+def test_fuzzed_run_files_are_read_or_unreadable_run(tmp_path: Path, size: int, told: Counter[str]) -> None:
     """A run with its history, or `UnreadableRunError`: pages flipped, cut and exchanged, and values of any kind."""
     process, snapshots = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 5)}), []
     for number in range(20):

@@ -68,7 +68,7 @@ def watched() -> Iterator[Watched]:
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_a_name_of_a_thread_is_harmless_wherever_it_goes(watched: Watched, name: bytes) -> None:
+def test_hostile_thread_name_is_escaped_in_every_format(watched: Watched, name: bytes) -> None:
     """JSON has the name itself, escaped; text for scrapers and tables have it spelled out, inside its field."""
     where, wanted = watched.where, name.decode("utf-8", "backslashreplace")
     watched.target.ask(f"name {name.hex() or '-'}")
@@ -95,7 +95,7 @@ def test_a_name_of_a_thread_is_harmless_wherever_it_goes(watched: Watched, name:
     assert not any(cell.startswith(("=", "+", "@", "\t")) for line in lines for cell in line)
 
 
-def test_a_name_of_a_process_is_harmless_on_a_terminal(short_path: Path, start: Callable[..., Target]) -> None:
+def test_hostile_process_name_is_escaped_on_a_terminal(short_path: Path, start: Callable[..., Target]) -> None:
     """Whatever lists processes, runs and threads spells it out; a log has one line for each thing said."""
     target, name = start("--burn", "20"), b"\x1b]0\n\xff<\xe2\x80\xae\xc2\x9b\xe2\x80\xa8"
     target.ask(f"name {name.hex()}")

@@ -47,7 +47,7 @@ def vitalsd(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("vitalsd ")])
-def test_our_commands_are_commands(line: str) -> None:
+def test_operations_page_commands_parse(line: str) -> None:
     """Each line that calls vitalsd is one that it takes."""
     words = list(shlex.shlex(line, posix=True, punctuation_chars="|>"))
     arguments = shlex.split(line.partition("|")[0])[1:]
@@ -55,7 +55,7 @@ def test_our_commands_are_commands(line: str) -> None:
     vitalsd(arguments)
 
 
-def test_the_page_shows_what_it_promises() -> None:
+def test_operations_page_has_the_expected_commands_and_files() -> None:
     """There are commands and files, or the tests above and below test nothing; and the shell can read the commands."""
     assert len(COMMANDS) > 10
     assert set(FILES) == {
@@ -71,7 +71,7 @@ def test_the_page_shows_what_it_promises() -> None:
         vitalsd(["serve", "--otpl"])
 
 
-def test_promtool_accepts_configuration_and_rules(tmp_path: Path) -> None:
+def test_operations_page_configuration_passes_promtool(tmp_path: Path) -> None:
     """promtool finds no fault in the scrape configuration, in the rules, nor in what the Collector is to scrape."""
     promtool = program("promtool", package="prometheus")
     for name in ("prometheus.yml", "vitalsd.rules.yml"):
@@ -85,7 +85,7 @@ def test_promtool_accepts_configuration_and_rules(tmp_path: Path) -> None:
 
 
 @pytest.mark.live
-def test_prometheus_runs_on_it(tmp_path: Path, start: Start) -> None:
+def test_operations_page_configuration_runs_in_prometheus(tmp_path: Path, start: Start) -> None:
     """A Prometheus with this very configuration, but for port and pace, has the target up and the rules recorded."""
     prometheus = program("prometheus", package="prometheus")
     jq = program("jq", package="jq")
@@ -134,7 +134,7 @@ def ask(client: httpx.Client, query: str) -> list[float]:
 
 
 @pytest.mark.live
-def test_about_twenty_series_remain(tmp_path: Path) -> None:
+def test_scrape_without_thread_metrics_has_about_twenty_series(tmp_path: Path) -> None:
     """Without threads of its own a scrape is as small as the page says."""
     with Serving(tmp_path, "--no-thread-metrics") as served:
         text = served.client.get("/metrics", headers={"Accept": "text/plain"}).text
@@ -142,7 +142,7 @@ def test_about_twenty_series_remain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", COLLECTORS)
-def test_pipelines_are_made_of_what_is_there(name: str) -> None:
+def test_operations_page_pipelines_use_exactly_what_they_define(name: str) -> None:
     """Each Collector configuration is YAML whose pipelines name only what it defines, and all of that."""
     config: dict[str, Any] = yaml.safe_load(FILES[name])
     for part in ("receivers", "processors", "exporters"):
@@ -150,13 +150,13 @@ def test_pipelines_are_made_of_what_is_there(name: str) -> None:
         assert used == set(config[part])
 
 
-def test_the_collector_listens_where_we_push() -> None:
+def test_operations_page_collector_listens_at_the_default_url() -> None:
     """Its receiver is at the address that --otlp means by default."""
     receiver = yaml.safe_load(FILES["collector-otlp.yaml"])["receivers"]["otlp"]
     assert endpoint_of(DEFAULT_URL) == f"http://{receiver['protocols']['http']['endpoint']}/v1/metrics"
 
 
-def test_every_metric_that_is_pushed_is_in_the_table() -> None:
+def test_operations_page_lists_every_pushed_metric() -> None:
     """The table of metrics and the tested list are one; so are the variables that are let through."""
     from exporters.test_otlp import UNITS
 
@@ -166,7 +166,7 @@ def test_every_metric_that_is_pushed_is_in_the_table() -> None:
     assert set(re.findall(r"`(OTEL_[A-Z_]+)`", TEXT)) == CREDENTIALS
 
 
-def test_a_line_of_the_log_looks_like_that(capsys: pytest.CaptureFixture[str]) -> None:
+def test_operations_page_log_example_has_the_real_keys(capsys: pytest.CaptureFixture[str]) -> None:
     """The example of a log line has the keys that a log line has."""
     (example,) = [body for kind, body in BLOCKS if kind == "json"]
     with logging_as("json") as log:
@@ -174,7 +174,7 @@ def test_a_line_of_the_log_looks_like_that(capsys: pytest.CaptureFixture[str]) -
     assert list(json.loads(example)) == list(json.loads(capsys.readouterr().err))
 
 
-def test_systemd_accepts_the_drop_in(short_path: Path) -> None:
+def test_operations_page_drop_in_passes_systemd_analyze(short_path: Path) -> None:
     """The drop-in fits the unit that agent install writes."""
     for path, content in Systemd(a_plan(short_path, name="myapp", options=("--otlp",))).files().items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def mebibytes(text: str) -> float:
     return float(number) / {"KiB": 1024, "MiB": 1, "GiB": 1 / 1024}[unit]
 
 
-def test_report_of_a_crash_with_nothing_running_tells_the_story_in_its_replay(short_path: Path) -> None:
+def test_replay_of_a_crash_report_shows_leak_hang_and_signal(short_path: Path) -> None:
     """In Chromium, without a click: the leak, the runaway thread, the hang and SIGABRT."""
     program = short_path / "shake-viewer"
     subprocess.run(

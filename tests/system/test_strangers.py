@@ -77,7 +77,7 @@ def sidecar(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
     started.__exit__(None, None, None)
 
 
-def test_over_tcp_without_the_token(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
+def test_another_user_over_tcp_without_the_token_gets_401(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
     """The port is there for everybody; what it says is 401, with a token that was guessed too."""
     url = sidecar[1]["url"]
     for authorization in ("", "Authorization: Bearer \r\n", f"Authorization: Bearer {'A' * 43}\r\n"):
@@ -86,7 +86,7 @@ def test_over_tcp_without_the_token(sidecar: tuple[Path, dict[str, Any]], tries:
         assert '"pid"' not in answer
 
 
-def test_over_the_unix_socket(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
+def test_another_user_cannot_open_the_unix_socket(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
     """Its directory lets nobody in, and neither does its own mode."""
     path, ready = sidecar
     assert tries(dial=ready["socket"], send="") == "PermissionError"
@@ -94,7 +94,7 @@ def test_over_the_unix_socket(sidecar: tuple[Path, dict[str, Any]], tries: Attem
     assert tries(dial=ready["socket"], send="") == "PermissionError"
 
 
-def test_over_a_unix_socket_that_was_opened_to_all(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
+def test_another_user_over_an_opened_unix_socket_gets_403(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
     """Somebody did chmod 666: the kernel tells who connects, and they are shown the door. We are not."""
     path, ready = sidecar
     (path / "run").chmod(0o755)
@@ -108,7 +108,7 @@ def test_over_a_unix_socket_that_was_opened_to_all(sidecar: tuple[Path, dict[str
     assert get(ready["socket"], "/info").status == 200
 
 
-def test_the_token_cannot_be_read(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
+def test_another_user_cannot_read_the_token(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
     """Neither the directory nor the runtime file lets anybody else read, under whatever umask they were made."""
     path, ready = sidecar
     assert tries(list=str(path / "run")) == "PermissionError"
@@ -119,7 +119,7 @@ def test_the_token_cannot_be_read(sidecar: tuple[Path, dict[str, Any]], tries: A
     assert tries(read=f"/proc/{ready['pid']}/environ") == "PermissionError"
 
 
-def test_the_black_box_cannot_be_read(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
+def test_another_user_cannot_read_the_black_box(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
     """What was recorded is on disk for its user alone; so is all else below the state directory."""
     path, _ = sidecar
     deadline = time.monotonic() + 10
@@ -136,7 +136,7 @@ def test_the_black_box_cannot_be_read(sidecar: tuple[Path, dict[str, Any]], trie
         assert tries(read=str(file)) == "PermissionError"
 
 
-def test_a_squatter_of_the_port_is_not_told_the_token(
+def test_another_user_on_the_port_gets_no_token(
     sidecar: tuple[Path, dict[str, Any]], intruder: subprocess.Popen[str], tries: Attempt
 ) -> None:
     """

@@ -51,7 +51,7 @@ def on_a_mac(simulated_libsystem: Path, short_path: Path) -> dict[str, str]:
     }
 
 
-def test_each_step_of_a_mac_has_its_own_limit(mac: dict[str, Any]) -> None:
+def test_workflow_mac_steps_have_their_own_time_limits(mac: dict[str, Any]) -> None:
     """The three systems, three numbered steps, and together less than the limit of the job."""
     assert mac["strategy"]["matrix"]["os"] == ["macos-15", "macos-15-intel", "macos-26"]
     assert list(steps(mac)) == ["1", "2", "3"]
@@ -60,7 +60,7 @@ def test_each_step_of_a_mac_has_its_own_limit(mac: dict[str, Any]) -> None:
     assert all(step["if"] == "${{ !cancelled() }}" for number, step in steps(mac).items() if number != "1")
 
 
-def test_step_of_the_kernel_runs_what_there_is(mac: dict[str, Any], on_a_mac: dict[str, str]) -> None:
+def test_workflow_kernel_step_runs_existing_tests_and_options(mac: dict[str, Any], on_a_mac: dict[str, str]) -> None:
     """Its tests have the marker `mac`, and doctor has the option; the tests themselves run in `test_as_on_a_mac`."""
     first, second = steps(mac)["1"]["run"].splitlines()
     assert first.startswith('make test ARGS="-m mac ')
@@ -72,7 +72,7 @@ def test_step_of_the_kernel_runs_what_there_is(mac: dict[str, Any], on_a_mac: di
     assert tape.stat().st_size > 10_000
 
 
-def test_step_of_the_agent_passes_over_a_stub(mac: dict[str, Any], on_a_mac: dict[str, str]) -> None:
+def test_workflow_agent_step_passes_over_a_stub(mac: dict[str, Any], on_a_mac: dict[str, str]) -> None:
     """Install, curl, update and uninstall, with sockets that the stub passes to the agent as launchd does."""
     script, vitalsd = steps(mac)["2"]["run"].split()
     assert vitalsd == ".venv/bin/vitalsd"

@@ -58,7 +58,7 @@ def rows(text: str) -> list[str]:
     return found
 
 
-def test_a_burning_thread_rises_to_the_top(tmp_path: Path, start: Start) -> None:
+def test_top_thread_that_becomes_busy_moves_to_the_first_row(tmp_path: Path, start: Start) -> None:
     """A thread that begins to burn is the first row within a few samples, with its figure and its bar."""
     target = start("--idle", "5")
     with top("--pid", str(target.pid), directory=tmp_path) as view:
@@ -77,7 +77,7 @@ def test_a_burning_thread_rises_to_the_top(tmp_path: Path, start: Start) -> None
         assert view.raw.rindex(ALT_OFF) > view.raw.rindex(ALT_ON)
 
 
-def test_each_key_works(tmp_path: Path, start: Start) -> None:
+def test_top_keys_do_what_help_says(tmp_path: Path, start: Start) -> None:
     """Sorting, turning round, filtering, scrolling, pausing, marking and help do what the help says."""
     target = start("--idle", "40", "--burn", "30")
     with top("--pid", str(target.pid), directory=tmp_path) as view:
@@ -124,7 +124,7 @@ def test_each_key_works(tmp_path: Path, start: Start) -> None:
         assert view.end() == 0
 
 
-def test_it_follows_the_size_of_the_window(tmp_path: Path, start: Start) -> None:
+def test_top_after_a_resize_fits_the_window(tmp_path: Path, start: Start) -> None:
     """It is drawn anew for 40 columns, for 120, and for 20 by 5, whatever COLUMNS says."""
     target = start("--idle", "3", "--burn", "30")
     with top("--pid", str(target.pid), directory=tmp_path, env={"COLUMNS": "80", "LINES": "24"}) as view:
@@ -141,7 +141,7 @@ def test_it_follows_the_size_of_the_window(tmp_path: Path, start: Start) -> None
         assert view.end() == 0
 
 
-def test_it_keeps_the_last_picture_of_a_dead_target(tmp_path: Path, start: Start) -> None:
+def test_top_of_an_exited_target_keeps_the_last_table(tmp_path: Path, start: Start) -> None:
     """When the target dies it says so and the last table stays; q still ends it."""
     target = start("--idle", "3")
     with top("--pid", str(target.pid), directory=tmp_path) as view:
@@ -157,7 +157,7 @@ def test_it_keeps_the_last_picture_of_a_dead_target(tmp_path: Path, start: Start
         assert view.end() == 0
 
 
-def test_a_thousand_threads_stay_usable(tmp_path: Path, start: Start) -> None:
+def test_top_with_a_thousand_threads_responds_to_keys(tmp_path: Path, start: Start) -> None:
     """Among 1000 threads the busy one is first, keys are obeyed, and the view costs little itself."""
     target = start("--idle", "1000", "--burn", "30")
     arguments = ("--pid", str(target.pid), "--interval", "1")
@@ -181,7 +181,7 @@ def cpu_s(pid: int) -> float:
     return times.user + times.system
 
 
-def test_names_are_harmless(tmp_path: Path, start: Start) -> None:
+def test_top_escapes_hostile_names(tmp_path: Path, start: Start) -> None:
     """A name that would set the window's title or turn the writing round is spelled out."""
     target = start()
     target.ask(f"name {HOSTILE.encode()[:15].hex()}")
@@ -205,7 +205,7 @@ def test_names_are_harmless(tmp_path: Path, start: Start) -> None:
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGQUIT, -3), (signal.SIGTERM, -15), (signal.SIGHUP, -1)],
 )
-def test_signals_leave_the_terminal_as_it_was(
+def test_top_ended_by_a_signal_restores_the_terminal(
     tmp_path: Path, start: Start, number: signal.Signals, status: int
 ) -> None:
     """Each ends it with the status shells expect; modes, screen and cursor are given back."""
@@ -224,7 +224,7 @@ def test_signals_leave_the_terminal_as_it_was(
         assert view.raw.rindex(CURSOR_ON) > view.raw.rindex(b"\x1b[?25l")
 
 
-def test_a_window_that_is_closed_ends_it(tmp_path: Path, start: Start) -> None:
+def test_top_without_its_terminal_ends(tmp_path: Path, start: Start) -> None:
     """When the terminal is gone, it ends and does not spin."""
     target = start()
     with top("--pid", str(target.pid), directory=tmp_path) as view:
@@ -233,7 +233,7 @@ def test_a_window_that_is_closed_ends_it(tmp_path: Path, start: Start) -> None:
         view.process.wait(15)
 
 
-def test_a_crash_gives_the_terminal_back_first(tmp_path: Path, start: Start) -> None:
+def test_top_with_an_internal_error_restores_the_terminal_first(tmp_path: Path, start: Start) -> None:
     """A bug shows its traceback on the ordinary screen, in ordinary modes."""
     target = start()
     code = (
@@ -253,7 +253,7 @@ def test_a_crash_gives_the_terminal_back_first(tmp_path: Path, start: Start) -> 
         assert view.modes() == before
 
 
-def test_stopped_and_continued_in_a_shell(tmp_path: Path, start: Start) -> None:
+def test_top_stopped_and_continued_restores_the_terminal(tmp_path: Path, start: Start) -> None:
     """Ctrl-Z gives the shell a sane terminal, fg brings the view back, q the shell again."""
     bash = program("bash", package="bash")
     target = start("--idle", "2")
@@ -283,7 +283,7 @@ def test_stopped_and_continued_in_a_shell(tmp_path: Path, start: Start) -> None:
         shell.until(lambda text: "status 0" in text)
 
 
-def test_colours_only_where_they_are_welcome(tmp_path: Path, start: Start) -> None:
+def test_top_with_no_color_has_no_colours(tmp_path: Path, start: Start) -> None:
     """There are colours; with NO_COLOR there are none."""
     target = start("--burn", "30")
     for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
@@ -294,7 +294,7 @@ def test_colours_only_where_they_are_welcome(tmp_path: Path, start: Start) -> No
             assert bool(re.search(rb"\x1b\[[0-9;]*3[0-7][;m]", view.raw)) is coloured
 
 
-def test_a_terminal_without_utf8_gets_ascii(tmp_path: Path, start: Start) -> None:
+def test_top_without_utf8_draws_ascii(tmp_path: Path, start: Start) -> None:
     """Where the encoding has no blocks, bars and sparklines are of ASCII."""
     target = start("--burn", "60")
     env = {"PYTHONIOENCODING": "ascii"}
@@ -305,7 +305,7 @@ def test_a_terminal_without_utf8_gets_ascii(tmp_path: Path, start: Start) -> Non
         assert view.end() == 0
 
 
-def test_keys_come_from_the_terminal_even_if_stdin_does_not(tmp_path: Path, start: Start) -> None:
+def test_top_with_redirected_stdin_reads_keys_from_the_terminal(tmp_path: Path, start: Start) -> None:
     """With stdin from a file the keyboard is that of the terminal."""
     target = start()
     command = ("sh", "-c", 'exec "$0" -m vitalsd "$@" </dev/null', sys.executable)
@@ -315,7 +315,7 @@ def test_keys_come_from_the_terminal_even_if_stdin_does_not(tmp_path: Path, star
         assert view.end() == 0
 
 
-def test_nobody_to_look_at_is_one_line(tmp_path: Path) -> None:
+def test_top_without_a_target_exits_with_one_line(tmp_path: Path) -> None:
     """What is wrong from the start is said on the ordinary screen, with a status."""
     with top("--pid", "2147483647", directory=tmp_path) as view:
         assert view.end() == 1
@@ -326,7 +326,7 @@ def test_nobody_to_look_at_is_one_line(tmp_path: Path) -> None:
         assert "name one with --pid or --name" in view.text.replace("\n", "")
 
 
-def test_it_asks_the_sidecar_and_does_without(tmp_path: Path, start: Start) -> None:
+def test_top_without_its_sidecar_continues_and_reconnects(tmp_path: Path, start: Start) -> None:
     """With a sidecar its past and marks are shown; without it the view goes on, and with the next one again."""
     target = start("--idle", "2", "--burn", "30")
     pid = str(target.pid)
@@ -347,7 +347,7 @@ def test_it_asks_the_sidecar_and_does_without(tmp_path: Path, start: Start) -> N
 
 
 @pytest.mark.torture
-def test_a_slow_view_misses_no_mark(tmp_path: Path, start: Start) -> None:
+def test_top_with_slow_samples_shows_every_mark(tmp_path: Path, start: Start) -> None:
     """One that is made right after a sample is told with the next one, however long that takes."""
     target = start("--idle", "1")
     with serving(tmp_path, "--pid", str(target.pid), "--record-interval", "0.2") as (_, ready):
@@ -361,7 +361,7 @@ def test_a_slow_view_misses_no_mark(tmp_path: Path, start: Start) -> None:
             assert "mark: look here" in view.stdout.read()
 
 
-def test_a_sidecar_by_its_url_restarts(tmp_path: Path, start: Start) -> None:
+def test_top_with_url_reconnects_to_the_same_address_only(tmp_path: Path, start: Start) -> None:
     """Of --url nobody else is asked: it is lost, said so, and found again on the same address."""
     target = start("--burn", "30")
     with socket.socket() as probe:
@@ -380,7 +380,7 @@ def test_a_sidecar_by_its_url_restarts(tmp_path: Path, start: Start) -> None:
                 assert view.end() == 0
 
 
-def test_a_sidecar_that_hangs_is_done_without(tmp_path: Path, start: Start) -> None:
+def test_top_with_a_hung_sidecar_continues(tmp_path: Path, start: Start) -> None:
     """A sidecar that is stopped while it is asked costs a few seconds and not the view."""
     target = start("--burn", "30")
     with (
@@ -394,7 +394,7 @@ def test_a_sidecar_that_hangs_is_done_without(tmp_path: Path, start: Start) -> N
         assert view.end() == 0
 
 
-def test_of_no_arguments_the_newest_sidecar_is_meant(tmp_path: Path, start: Start) -> None:
+def test_top_without_arguments_uses_the_newest_sidecar(tmp_path: Path, start: Start) -> None:
     """Its record's past is there from the first picture on."""
     target = start("--burn", "40")
     with serving(tmp_path, "--pid", str(target.pid), "--no-tcp", "--record-interval", "0.1") as (_, ready):
@@ -405,7 +405,7 @@ def test_of_no_arguments_the_newest_sidecar_is_meant(tmp_path: Path, start: Star
             assert view.end() == 0
 
 
-def test_into_a_pipe_it_is_a_line_a_sample(tmp_path: Path, start: Start) -> None:
+def test_top_into_a_pipe_prints_one_line_per_sample(tmp_path: Path, start: Start) -> None:
     """Without a terminal: a head and lines, or JSON; a reader that leaves ends it; so does the end of the target."""
     target = start("--burn", "30")
     command = [*VITALSD, "top", "--pid", str(target.pid), "--interval", "0.1"]
@@ -430,7 +430,7 @@ def test_into_a_pipe_it_is_a_line_a_sample(tmp_path: Path, start: Start) -> None
         assert running.wait(15) == 0
 
 
-def test_fewer_lines_than_asked_for_are_status_1(tmp_path: Path, start: Start) -> None:
+def test_top_with_fewer_samples_than_requested_exits_with_1(tmp_path: Path, start: Start) -> None:
     """A target that ends meanwhile, or has ended already, cannot give the numbers."""
     target = start()
     command = [*VITALSD, "top", "--pid", str(target.pid), "--interval", "0.1", "--count"]
@@ -448,7 +448,7 @@ def test_fewer_lines_than_asked_for_are_status_1(tmp_path: Path, start: Start) -
     assert "zombie" in out.stderr
 
 
-def test_the_last_window_of_a_dead_target_is_no_line(short_path: Path, start: Start) -> None:
+def test_top_of_an_exited_target_into_a_pipe_prints_no_sample(short_path: Path, start: Start) -> None:
     """A sidecar that lingers has it still; that the target has exited is all that is said."""
     target = start()
     with serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as (_, ready):
@@ -468,7 +468,7 @@ def test_the_last_window_of_a_dead_target_is_no_line(short_path: Path, start: St
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_target_that_executes_is_called_otherwise(short_path: Path, recorded: bool) -> None:
+def test_top_after_an_exec_shows_the_new_name(short_path: Path, recorded: bool) -> None:
     """In the head and in the event, be it sampled directly or by a sidecar."""
     code = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
     with ExitStack() as stack:
@@ -483,7 +483,7 @@ def test_a_target_that_executes_is_called_otherwise(short_path: Path, recorded: 
         view.until(lambda text: f"sleep {target.pid}" in text and "another program: sleep" in text)
 
 
-def test_with_name_it_goes_on_with_the_next_one(tmp_path: Path, start: Start) -> None:
+def test_top_with_name_follows_a_restart(tmp_path: Path, start: Start) -> None:
     """After a restart of the program the view is of the new process, whose counters start anew."""
     name = f"vtop{os.getpid()}"
     first = start()
@@ -521,7 +521,7 @@ def test_with_name_it_goes_on_with_the_next_one(tmp_path: Path, start: Start) ->
         ("é漢", ["é", "漢"], ""),
     ],
 )
-def test_what_was_typed_becomes_keys(typed: str, found: list[str], rest: str) -> None:
+def test_key_parser_turns_sequences_into_keys(typed: str, found: list[str], rest: str) -> None:
     """Known sequences are keys, unknown ones are swallowed whole, half ones wait for the rest."""
     assert keys(typed) == (found, rest)
 
@@ -553,7 +553,7 @@ def picture(names: list[str]) -> View:
 
 
 @pytest.mark.parametrize("state", ["", "?", "/漢字", "m" + "w" * 250, "p", "n"])
-def test_every_size_is_filled_exactly(state: str) -> None:
+def test_render_of_any_size_fills_it_exactly(state: str) -> None:
     """From one cell to a wall, whatever the names are, no line is too long, none is missing, none holds a control."""
     view = picture(NAMES)
     for key in state:
@@ -568,7 +568,7 @@ def test_every_size_is_filled_exactly(state: str) -> None:
                 assert glyphs is BLOCKS or all(line.plain.isascii() for line in lines)
 
 
-def test_a_long_pause_forgets_nothing_that_it_can_hold() -> None:
+def test_top_after_a_long_pause_shows_what_arrived() -> None:
     """While paused nothing moves; afterwards all that came is there."""
     view = picture(["a"])
     view.press("p")
@@ -582,7 +582,7 @@ def test_a_long_pause_forgets_nothing_that_it_can_hold() -> None:
     assert any("gone" in line.plain for line in Renderer(view, 80).lines(24))
 
 
-def test_a_record_that_has_just_begun_takes_nothing_away() -> None:
+def test_top_with_a_new_recording_keeps_its_samples() -> None:
     """The past of a sidecar that has none yet leaves what was seen so far."""
     view = picture(["a"])
     view.apply(InitialHistory((), (), {}))
@@ -593,7 +593,7 @@ def test_a_record_that_has_just_begun_takes_nothing_away() -> None:
 @pytest.mark.parametrize(
     "body", [b"{}", b"[]", b"[" * 100_000, b'{"recorder": {}}', b'{"recorder": null, "target": 5}', b"\xff"]
 )
-def test_what_is_no_sidecar_is_said(body: bytes) -> None:
+def test_top_with_url_of_another_server_exits_with_a_reason(body: bytes) -> None:
     """Something else at --url ends it with a sentence, whatever it answers."""
 
     class Handler(BaseHTTPRequestHandler):

@@ -34,14 +34,14 @@ def claims(
 
 @pytest.mark.parametrize("target", abi.TARGETS)
 class TestProof:
-    def test_everything_we_claim_is_so(self, target: str, tmp_path: Path, cache: Path) -> None:
+    def test_abi_claims_compile_and_link_against_apple_headers(self, target: str, tmp_path: Path, cache: Path) -> None:
         """Sizes, offsets, constants, prototypes compile against Apple's headers, and all symbols link."""
         compiled = abi.compile_claims(claims(), target, tmp_path, cache)
         assert (compiled.returncode, compiled.stderr) == (0, "")
         linked = abi.link(target, tmp_path, cache)
         assert (linked.returncode, linked.stderr) == (0, "")
 
-    def test_a_wrong_offset_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
+    def test_abi_struct_with_a_wrong_offset_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """A struct with two fields exchanged, of the right size, does not compile."""
 
         class exchanged(ctypes.Structure):
@@ -56,13 +56,13 @@ class TestProof:
         assert compiled.returncode != 0
         assert "offsetof(struct thread_extended_info, pth_user_time) is 8" in compiled.stderr
 
-    def test_a_wrong_constant_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
+    def test_abi_wrong_constant_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """A flavor that is off by one does not compile."""
         compiled = abi.compile_claims(claims(constants={"THREAD_EXTENDED_INFO": 6}), target, tmp_path, cache)
         assert compiled.returncode != 0
         assert "THREAD_EXTENDED_INFO is 6" in compiled.stderr
 
-    def test_proof_of_a_nested_struct_with_a_shorter_path_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
+    def test_abi_nested_struct_with_a_shorter_path_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """Plant a wrong size inside: the inner struct and the offsets of the outer one do not compile."""
 
         class shorter(ctypes.Structure):
@@ -81,7 +81,7 @@ class TestProof:
         assert "sizeof(((struct vnode_info_path *)0)->vip_path) is 1016" in compiled.stderr
         assert "offsetof(struct proc_vnodepathinfo, pvi_rdir) is 1168" in compiled.stderr
 
-    def test_a_wrong_private_offset_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
+    def test_abi_private_struct_with_a_wrong_offset_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """Structs that are not in the SDK are held to the definition retyped from the reference."""
 
         class narrower(ctypes.Structure):
@@ -94,7 +94,7 @@ class TestProof:
         assert compiled.returncode != 0
         assert "proc_uniqidentifierinfo" in compiled.stderr
 
-    def test_a_wrong_argument_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
+    def test_abi_address_passed_as_32_bits_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """An address passed as 32 bits does not compile."""
         right = FUNCTIONS["vm_deallocate"]
         wrong = right._replace(argtypes=(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_size_t))
@@ -102,7 +102,7 @@ class TestProof:
         assert compiled.returncode != 0
         assert "sizeof(vm_address_t) is 4" in compiled.stderr
 
-    def test_a_prototype_that_differs_from_the_header_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
+    def test_abi_prototype_that_differs_from_the_header_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """The header and we have to agree on every parameter."""
         right = FUNCTIONS["proc_pid_rusage"]
         wrong = right._replace(prototype="int proc_pid_rusage(int, unsigned int, rusage_info_t *)")
@@ -110,7 +110,7 @@ class TestProof:
         assert compiled.returncode != 0
         assert "conflicting types for 'proc_pid_rusage'" in compiled.stderr
 
-    def test_a_symbol_that_libsystem_lacks_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
+    def test_abi_symbol_that_libsystem_lacks_fails_to_link(self, target: str, tmp_path: Path, cache: Path) -> None:
         """It compiles by our own prototype, and does not link."""
         absent = Function("int proc_pid_vitals(int)", ctypes.c_int, (ctypes.c_int,), "errno")
         compiled = abi.compile_claims(claims(functions={"proc_pid_vitals": absent}), target, tmp_path, cache)
@@ -120,7 +120,7 @@ class TestProof:
         assert "_proc_pid_vitals" in linked.stderr
 
 
-def test_the_proof_finds_every_struct_and_constant() -> None:
+def test_abi_claims_cover_every_struct_and_constant() -> None:
     """Whatever the headers module defines is claimed."""
     found = {*abi.structs(apple_headers), *abi.constants(apple_headers)}
     imported = {"Structure", "c_char", "c_int32", "c_int64", "c_uint16", "c_uint32", "c_uint64", "c_uint8"}

@@ -27,7 +27,7 @@ GROUPS = {
 
 LIMIT_S = 300
 """For one group of files, on a busy machine; it takes less than a minute on an idle one."""
-PORTABLE = "bad_marks or chunked or eight_streams or slow_reader or replay"
+PORTABLE = "bad_body or chunked or beyond_eight or slow_reader or replay"
 """Tests of the service that read nothing of the platform: as on a Mac they run with ``make torture`` alone."""
 
 
@@ -41,7 +41,7 @@ PORTABLE = "bad_marks or chunked or eight_streams or slow_reader or replay"
         pytest.param("service", PORTABLE, id="service, portable", marks=pytest.mark.torture),
     ],
 )
-def test_files_pass_as_on_a_mac(
+def test_files_under_the_darwin_emulation_pass(
     group: str, chosen: str, simulated_libsystem: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """All tests of the group pass or say why they are skipped; none of them runs into its timeout."""

@@ -18,7 +18,7 @@ from vitalsd.sources.darwin.processes import open_process
 from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, IdentityUnknownError
 
 
-def test_start_and_boot_are_those_of_the_source(simulator: Simulator) -> None:
+def test_process_identity_equals_that_of_the_source(simulator: Simulator) -> None:
     """A runtime file and a Source name one run of a process by the same numbers."""
     kernel = DarwinBirths(simulator.lib)
     with closing(open_process(lib=simulator.lib)) as source:
@@ -26,7 +26,7 @@ def test_start_and_boot_are_those_of_the_source(simulator: Simulator) -> None:
     assert (kernel.boot_id(), kernel.start_key(os.getpid())) == (identity.boot_id, identity.start_key)
 
 
-def test_no_process_has_no_start(simulator: Simulator) -> None:
+def test_process_identity_of_no_process_or_a_zombie_is_none(simulator: Simulator) -> None:
     """Nobody, and a zombie, have no start; after a reuse of the pid the start is another."""
     kernel = DarwinBirths(simulator.lib)
     assert kernel.start_key(2**22 + 1) is None
@@ -42,14 +42,14 @@ def test_no_process_has_no_start(simulator: Simulator) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EINVAL])
-def test_a_refusal_decides_nothing(simulator: Simulator, code: int) -> None:
+def test_process_identity_of_a_refused_process_is_undecided(simulator: Simulator, code: int) -> None:
     """Another user's process, or an error of the kernel, is undecided and not dead."""
     simulator.fault("proc_pidinfo", code)
     with pytest.raises(IdentityUnknownError):
         DarwinBirths(simulator.lib).start_key(os.getpid())
 
 
-def test_without_a_boot_or_a_machine_id(simulator: Simulator) -> None:
+def test_process_identity_without_boot_or_machine_id_is_unknown(simulator: Simulator) -> None:
     """Without a boot id the boot is not known; without a host UUID this machine is not known among others."""
     kernel = DarwinBirths(simulator.lib)
     known = kernel.realm()

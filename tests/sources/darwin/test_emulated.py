@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(LIBRARY not in os.environ, reason="a Mac's kerne
 
 
 @pytest.mark.parametrize(("code", "state"), [("", "clean"), ("os.kill(os.getpid(), 11)", "crashed")])
-def test_run_of_a_target_with_a_slow_teardown_has_its_ending(short_path: Path, code: str, state: str) -> None:
+def test_run_of_a_target_with_a_slow_teardown_has_its_exit_status(short_path: Path, code: str, state: str) -> None:
     """Beats every 0.1 s fall into a teardown of 0.6 s, in which libproc has no process and kqueue no note."""
     program = f"import os, sys; sys.stdin.readline(); {code}"
     env = environment(short_path) | {TEARDOWN_MS: "600"}
@@ -39,7 +39,7 @@ def test_run_of_a_target_with_a_slow_teardown_has_its_ending(short_path: Path, c
     assert state in listed.splitlines()[1]
 
 
-def test_interpreter_and_its_children_run_as_on_darwin(short_path: Path) -> None:
+def test_emulation_makes_interpreter_and_children_run_as_on_darwin(short_path: Path) -> None:
     """The platform, the names, the socket options, the paths and the units of XNU; `psutil` still judges."""
     code = "import os, sys; print(sys.platform, hasattr(os, 'waitid'), os.path.exists('/proc/self'))"
     child = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
@@ -63,12 +63,12 @@ def test_interpreter_and_its_children_run_as_on_darwin(short_path: Path) -> None
     assert this_platform().name == "macos"
 
 
-def test_home_too_long_for_a_socket_leads_to_the_temporary_directory() -> None:
+def test_runtime_directory_of_a_long_home_is_below_the_temporary_directory() -> None:
     """The runtime directory is below TMPDIR, as for a home of more than 42 bytes on a Mac."""
     assert str(runtime_directory()) == f"{os.environ['TMPDIR']}/vitalsd"
 
 
-def test_kqueue_reports_an_exit_and_refuses_what_is_gone() -> None:
+def test_kqueue_reports_an_exit_and_refuses_an_exited_process() -> None:
     """NOTE_EXIT of a child; ESRCH for a process that has exited."""
     queue = Kqueue()
     assert getattr(select, "kqueue") is Kqueue  # noqa: B009 - Linux has no such name

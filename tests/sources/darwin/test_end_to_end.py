@@ -63,7 +63,7 @@ async def burn_inside(workload: Workload, tid: int, cpu_ns: int) -> int:
     return await asyncio.get_running_loop().run_in_executor(None, burn)
 
 
-def test_metrics_of_our_own_process(simulator: Simulator, threads: OwnWorkload) -> None:
+def test_metrics_of_the_own_process_are_within_their_error(simulator: Simulator, threads: OwnWorkload) -> None:
     """``"platform":"macos"`` with true numbers: what a thread burnt in the window, to the error bar it comes with."""
     tid = threads.start_thread("render")
 
@@ -92,7 +92,7 @@ def test_metrics_of_our_own_process(simulator: Simulator, threads: OwnWorkload) 
     serve(simulator, scenario)
 
 
-def test_metrics_of_another_process(simulator: Simulator, child: ChildWorkload) -> None:
+def test_metrics_of_another_process_end_with_410_or_404(simulator: Simulator, child: ChildWorkload) -> None:
     """By ``?pid=``, through libproc; afterwards 410 or 404, with the reason."""
     tid = child.start_thread("decode")
 
@@ -129,7 +129,7 @@ def test_metrics_of_another_process(simulator: Simulator, child: ChildWorkload) 
         ("task_info", 1, -1, "TASK_ABSOLUTETIME_INFO: task_info answered 7 words of 8"),
     ],
 )
-def test_a_failing_kernel_is_unavailable(
+def test_metrics_of_a_failing_kernel_call_are_unavailable(
     simulator: Simulator, function: str, flavor: int, code: int, reason: str
 ) -> None:
     """With a reason that names the call and the code; never zeros."""
@@ -146,7 +146,7 @@ def test_a_failing_kernel_is_unavailable(
 
 
 @pytest.mark.parametrize("path", ["/metrics?pid=2147483647", "/stream?pid=2147483647", "/history", "/metrics"])
-def test_a_refusal_names_the_platform_that_was_asked(simulator: Simulator, path: str) -> None:
+def test_unavailable_names_the_platform_of_the_kernel_asked(simulator: Simulator, path: str) -> None:
     """Also where no source was ever open: it is that of the kernel asked, not of the machine beneath."""
 
     async def scenario(get: Get) -> None:
@@ -164,7 +164,7 @@ def replay_file(record: Record) -> ReplayFile:
     return ReplayFile("run.sqlite", RecordedRun(run, record), (), None, None)
 
 
-def test_a_replay_names_the_platform_of_its_run(simulator: Simulator) -> None:
+def test_replay_names_the_platform_of_its_run(simulator: Simulator) -> None:
     """A run of a Mac that is looked at elsewhere is still one of a Mac."""
     source = open_process(lib=simulator.lib)
     record = Record(source.identity(), interval_ns=1_000_000_000)

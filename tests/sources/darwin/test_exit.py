@@ -82,7 +82,7 @@ def queues(monkeypatch: pytest.MonkeyPatch) -> list[Queue]:
         (int(signal.SIGSEGV) | 0x80, Ending(False, "killed by SIGSEGV")),
     ],
 )
-def test_the_note_is_a_status_of_wait(queues: list[Queue], status: int, ending: Ending) -> None:
+def test_exit_note_is_the_status_of_wait_and_closes_the_queue(queues: list[Queue], status: int, ending: Ending) -> None:
     """It is asked for with the exit, told once, and the queue is given back."""
     note = ExitWatch(4242)
     assert queues[0].registered == Event(4242, -5, 1, NOTE_EXIT | NOTE_EXITSTATUS)
@@ -96,7 +96,7 @@ def test_the_note_is_a_status_of_wait(queues: list[Queue], status: int, ending: 
 
 
 @pytest.mark.parametrize("refusal", [errno.ESRCH, errno.EACCES])
-def test_without_a_note_nothing_is_known(queues: list[Queue], refusal: int) -> None:
+def test_exit_watch_refused_leaves_the_status_unknown(queues: list[Queue], refusal: int) -> None:
     """The process is gone, or this user may not kill it: no ending, no descriptor."""
     Queue.refusal = refusal
     note = ExitWatch(4242)
@@ -106,7 +106,7 @@ def test_without_a_note_nothing_is_known(queues: list[Queue], refusal: int) -> N
     note.close()
 
 
-def test_the_exit_of_an_earlier_process_of_the_pid_is_not_told(queues: list[Queue]) -> None:
+def test_exit_of_an_earlier_process_of_the_pid_is_ignored(queues: list[Queue]) -> None:
     """One that ended while the source was being opened."""
     note = ExitWatch(4242)
     queues[0].exits(11)
@@ -115,7 +115,9 @@ def test_the_exit_of_an_earlier_process_of_the_pid_is_not_told(queues: list[Queu
     assert note.ending(0) is None
 
 
-def test_the_source_tells_it_with_the_end(queues: list[Queue], simulator: Simulator, child: ChildWorkload) -> None:
+def test_source_after_the_exit_reports_the_status_each_time(
+    queues: list[Queue], simulator: Simulator, child: ChildWorkload
+) -> None:
     """Each time it is asked from then on; closing the source gives the queue back."""
     source = LibprocSource(child.pid, lib=simulator.lib)
     source.snapshot()

@@ -55,19 +55,21 @@ def stub_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestLoading:
-    def test_a_library_that_is_not_there(self, tmp_path: Path) -> None:
+    def test_load_of_a_missing_library_is_unsupported_with_its_path(self, tmp_path: Path) -> None:
         """`UnsupportedError`, with its path."""
         with pytest.raises(UnsupportedError, match=re.escape(f"cannot load libSystem: {tmp_path}")):
             load(str(tmp_path / "libSystem.dylib"))
 
-    def test_a_library_that_is_none(self, tmp_path: Path) -> None:
+    def test_load_of_a_file_that_is_no_library_is_unsupported(self, tmp_path: Path) -> None:
         """`UnsupportedError`, and the loader's own words."""
         (tmp_path / "libSystem.dylib").write_text("no library")
         with pytest.raises(UnsupportedError, match=r"cannot load libSystem: .*libSystem\.dylib"):
             load(str(tmp_path / "libSystem.dylib"))
 
     @pytest.mark.parametrize("missing", [*FUNCTIONS, "mach_task_self_"])
-    def test_a_symbol_that_is_not_there(self, missing: str, stub_directory: Path, tmp_path: Path) -> None:
+    def test_load_without_a_symbol_is_unsupported_with_its_name(
+        self, missing: str, stub_directory: Path, tmp_path: Path
+    ) -> None:
         """`UnsupportedError`, and its name: each single one is looked for."""
         library = tmp_path / "stub.so"
         stub = (stub_directory / "stub.so").read_bytes()
@@ -78,12 +80,12 @@ class TestLoading:
             load(str(library))
 
     @pytest.mark.skipif(sys.platform == "darwin", reason="there it is no other system")
-    def test_another_system_lacks_them(self) -> None:
+    def test_load_on_linux_names_what_is_missing(self) -> None:
         """On Linux the module imports, and loading says what is missing."""
         with pytest.raises(UnsupportedError, match="mach_task_self_"):
             load()
 
-    def test_importing_loads_nothing(self) -> None:
+    def test_import_of_libsystem_loads_no_library(self) -> None:
         """No dlopen and no ctypes call before `load`."""
         code = (
             "import sys, ctypes\n"
@@ -98,19 +100,19 @@ class TestLoading:
 class TestThreadPorts:
     """The `simulator` fixture fails each of these if a reference or an array is still owed afterwards."""
 
-    def test_released_on_the_ordinary_way_out(self, simulator: Simulator) -> None:
+    def test_thread_ports_after_the_body_are_released_once(self, simulator: Simulator) -> None:
         """Each once, and the array."""
         with simulator.lib.mach.thread_ports() as ports:
             assert simulator.arrays == 1
             assert simulator.references_owed == len(ports)
 
-    def test_released_when_the_body_raises(self, simulator: Simulator) -> None:
+    def test_thread_ports_are_released_if_the_body_raises(self, simulator: Simulator) -> None:
         """And the error of the body is the one that is seen."""
         with pytest.raises(KeyboardInterrupt), simulator.lib.mach.thread_ports():
             raise KeyboardInterrupt
 
     @pytest.mark.parametrize("at", [1, 5, 9])
-    def test_released_when_a_read_in_the_middle_fails(self, simulator: Simulator, at: int) -> None:
+    def test_thread_ports_are_released_if_a_read_fails(self, simulator: Simulator, at: int) -> None:
         """Whichever thread it was, and nothing is returned."""
         simulator.fault("thread_info", KERN_FAILURE, at=at)
         threads = OwnWorkload()
@@ -123,7 +125,7 @@ class TestThreadPorts:
             simulator.lib.mach.thread_infos(ports, ThreadRows())
         threads.close()
 
-    def test_dead_entries_are_not_released(self, simulator: Simulator) -> None:
+    def test_thread_ports_null_or_dead_are_not_released(self, simulator: Simulator) -> None:
         """A name of 0 or MACH_PORT_DEAD is nobody's; the others are released all the same."""
         simulator.hide_real_threads()
         simulator.reap_delay(5)
@@ -135,7 +137,7 @@ class TestThreadPorts:
             assert len(ports) == 8
         assert simulator.references_owed == 0
 
-    def test_no_list_owes_nothing(self, simulator: Simulator) -> None:
+    def test_thread_ports_after_a_failed_task_threads_are_none(self, simulator: Simulator) -> None:
         """``task_threads`` failed: the code is named and nothing is released."""
         simulator.fault("task_threads", KERN_RESOURCE_SHORTAGE)
         with (
@@ -144,7 +146,7 @@ class TestThreadPorts:
         ):
             raise AssertionError("there is no list to work on")
 
-    def test_one_that_cannot_be_released_keeps_no_other_from_it(self, lawless_simulator: Simulator) -> None:
+    def test_thread_ports_after_a_failed_release_release_the_others(self, lawless_simulator: Simulator) -> None:
         """The failure is an error, and only that one reference is lost."""
         threads = OwnWorkload()
         for i in range(4):
@@ -155,7 +157,7 @@ class TestThreadPorts:
         assert (lawless_simulator.references_owed, lawless_simulator.arrays) == (1, 0)
         threads.close()
 
-    def test_an_array_that_is_not_taken_back_is_an_error(self, lawless_simulator: Simulator) -> None:
+    def test_thread_ports_array_not_freed_is_an_error(self, lawless_simulator: Simulator) -> None:
         """With the ports released before it."""
         lawless_simulator.fault("vm_deallocate", KERN_FAILURE)
         with pytest.raises(MachError, match="vm_deallocate failed"), lawless_simulator.lib.mach.thread_ports():
@@ -171,7 +173,7 @@ class TestErrors:
             (MACH_TASK_BASIC_INFO, mach_task_basic_info, "MACH_TASK_BASIC_INFO"),
         ],
     )
-    def test_task_info_names_flavor_and_code(
+    def test_task_info_error_names_flavor_and_code(
         self, simulator: Simulator, flavor: int, info: type[ctypes.Structure], name: str
     ) -> None:
         """In words and as a number; a short reply in words of 4 bytes."""
@@ -191,13 +193,13 @@ class TestErrors:
             (THREAD_IDENTIFIER_INFO, "thread_info(THREAD_IDENTIFIER_INFO) answered 5 words of 6"),
         ],
     )
-    def test_a_short_thread_is_an_error(self, simulator: Simulator, flavor: int, text: str) -> None:
+    def test_thread_info_short_reply_is_an_error(self, simulator: Simulator, flavor: int, text: str) -> None:
         """Never a thread with half of its fields."""
         simulator.fault("thread_info", SHORT_REPLY, flavor=flavor)
         with pytest.raises(MachError, match=re.escape(text)), simulator.lib.mach.thread_ports() as ports:
             simulator.lib.mach.thread_infos(ports, ThreadRows())
 
-    def test_buffers_forget_a_short_reply(self, simulator: Simulator) -> None:
+    def test_task_info_after_a_short_reply_asks_for_the_full_count(self, simulator: Simulator) -> None:
         """The count the kernel wrote does not become the count asked for."""
         rows = ThreadRows()
         simulator.fault("thread_info", SHORT_REPLY)
@@ -206,7 +208,7 @@ class TestErrors:
         with simulator.lib.mach.thread_ports() as ports:
             assert os.getpid() in simulator.lib.mach.thread_infos(ports, rows)
 
-    def test_proc_calls_raise_by_errno(self, simulator: Simulator) -> None:
+    def test_proc_pidinfo_error_raises_by_errno_with_the_flavor(self, simulator: Simulator) -> None:
         """With the flavor in the text, and Python's own subclass where there is one."""
         with pytest.raises(ProcessLookupError, match=r"proc_pidinfo\(PROC_PIDTASKALLINFO\) failed"):
             simulator.lib.proc.info(2**30, proc_taskallinfo())
@@ -219,13 +221,13 @@ class TestErrors:
         with pytest.raises(OSError, match="proc_listallpids failed"):
             simulator.lib.proc.pids()
 
-    def test_a_short_process_is_an_error(self, simulator: Simulator) -> None:
+    def test_proc_pidinfo_short_process_reply_is_an_error(self, simulator: Simulator) -> None:
         """In bytes, with the flavor."""
         simulator.fault("proc_pidinfo", SHORT_REPLY, flavor=PROC_PIDTASKALLINFO)
         with pytest.raises(MachError, match=re.escape("proc_pidinfo(PROC_PIDTASKALLINFO) answered 228 bytes of 232")):
             simulator.lib.proc.info(os.getpid(), proc_taskallinfo())
 
-    def test_a_short_or_forbidden_thread_of_a_process_is_an_error(self, simulator: Simulator) -> None:
+    def test_proc_pidinfo_short_or_refused_thread_reply_is_an_error(self, simulator: Simulator) -> None:
         """But one that has ended is an answer."""
         lib, pid, rows = simulator.lib, os.getpid(), ThreadRows()
         assert lib.proc.thread_infos(pid, [pid], rows) == [pid]
@@ -238,7 +240,7 @@ class TestErrors:
         with pytest.raises(PermissionError, match="PROC_PIDTHREADID64INFO"):
             lib.proc.thread_infos(pid, [pid], rows)
 
-    def test_a_command_line_without_its_environment(self, simulator: Simulator) -> None:
+    def test_procargs_return_the_command_line_without_the_environment(self, simulator: Simulator) -> None:
         """Every word of it, empty ones too, and nothing of what follows; EINVAL whoever may not be read."""
         words = [b"cat", b"-u", b"", b"two words", "\u00fcml\u00e4ut".encode(), b""]
         with subprocess.Popen(
@@ -313,26 +315,26 @@ class TestErrors:
             simulator.lib.proc.working_directory(os.getpid())
         assert simulator.lib.proc.working_directory(os.getpid()) == os.getcwd()
 
-    def test_a_port_of_any_name_is_passed_whole(self, simulator: Simulator) -> None:
+    def test_port_name_of_32_bits_is_passed_whole(self, simulator: Simulator) -> None:
         """Names have 32 bits, and the upper half of them is not negative."""
         with simulator.lib.mach.thread_ports() as ports:
             found = simulator.lib.mach.thread_infos([0xFFFF_FF03, *ports, 0x8000_0000 | ports[0]], ThreadRows())
         assert (found[0], found[-1]) == (0, 0)
         assert 0 not in found[1:-1]
 
-    def test_an_unknown_code_has_its_number(self, simulator: Simulator) -> None:
+    def test_error_of_an_unknown_code_has_its_number(self, simulator: Simulator) -> None:
         """The library has no words for it."""
         library = ctypes.PyDLL(simulator.path)
         bind(library)
         assert str(mach_error(library, "task_info", 0x1234)) == "task_info failed: unknown error code (0x1234)"
 
-    def test_a_variable_that_is_no_integer_is_an_error(self, simulator: Simulator) -> None:
+    def test_sysctl_integer_of_another_size_is_an_error(self, simulator: Simulator) -> None:
         """The boot's UUID has 37 bytes."""
         with pytest.raises(MachError, match=r"sysctlbyname\(kern.bootsessionuuid\) answered 37 bytes"):
             simulator.lib.host.sysctl_int("kern.bootsessionuuid")
 
 
-def test_processes_are_listed_whole(simulator: Simulator) -> None:
+def test_process_list_that_fills_its_buffer_is_read_again(simulator: Simulator) -> None:
     """Also if more are born than the estimate had room for: a list that fills its buffer is not believed."""
     pids = simulator.lib.proc.pids()
     assert pids == sorted(pids)

@@ -37,7 +37,7 @@ def burn(cpu_ns: int) -> None:
         pass
 
 
-def test_ports_and_descriptors_stay() -> None:
+def test_snapshots_during_thread_churn_leak_no_port_or_descriptor() -> None:
     """A thousand snapshots while threads come and go: as many as before, once the threads have ended."""
     lib = load()
     source = MachSource(lib=lib)
@@ -55,7 +55,7 @@ def test_ports_and_descriptors_stay() -> None:
     assert descriptors == before[1]
 
 
-def test_no_reference_stays_on_a_living_thread() -> None:
+def test_snapshots_leak_no_reference_on_a_living_thread() -> None:
     """References on a name coalesce, so a leak would not show in the number of ports."""
     lib = load()
     source = MachSource(lib=lib)
@@ -68,7 +68,7 @@ def test_no_reference_stays_on_a_living_thread() -> None:
         assert lib.mach.send_references(port) == before
 
 
-def test_the_command_line_is_told(tmp_path: Path) -> None:
+def test_command_line_of_the_own_process_is_read(tmp_path: Path) -> None:
     """The words of our own, as the interpreter got them; a framework build has another name for itself."""
     _, words = load().proc.command_line(os.getpid())
     assert [os.fsdecode(word) for word in words[1:]] == sys.orig_argv[1:]
@@ -99,7 +99,7 @@ def test_working_directory_of_a_child_is_the_one_it_changed_to(tmp_path: Path) -
         lib.proc.working_directory(child.pid)
 
 
-def test_ticks_have_the_scale_of_the_kernel() -> None:
+def test_ticks_agree_with_getrusage() -> None:
     """``hw.tbfrequency`` and getrusage agree, also in a process translated by Rosetta."""
     source = MachSource()
     burn(100_000_000)
@@ -110,7 +110,7 @@ def test_ticks_have_the_scale_of_the_kernel() -> None:
     assert 0.8 * used_ns <= snapshot.cpu_ns <= used_ns * 1.05
 
 
-def test_basic_times_leave_living_threads_out() -> None:
+def test_mach_task_basic_info_excludes_living_threads() -> None:
     """The trap of MACH_TASK_BASIC_INFO, and the reason why the total is read elsewhere."""
     lib = load()
     info = mach_task_basic_info()
@@ -125,7 +125,7 @@ def test_basic_times_leave_living_threads_out() -> None:
     assert measure(first, source.snapshot()).cpu_ns > 250_000_000
 
 
-def test_both_ways_to_our_own_process_agree() -> None:
+def test_mach_and_libproc_of_the_own_process_agree() -> None:
     """Mach and libproc: the same threads, names and, to a quantum, the same times."""
     mach, libproc = MachSource(), LibprocSource(os.getpid())
     assert mach.identity() == libproc.identity()
@@ -140,7 +140,7 @@ def test_both_ways_to_our_own_process_agree() -> None:
     assert b.extras.footprint_bytes
 
 
-def test_a_thread_of_python_has_its_native_id() -> None:
+def test_thread_id_equals_the_native_id_of_python() -> None:
     """``thread_id`` is what threading.get_native_id() says."""
     assert threading.get_native_id() in MachSource().snapshot().roster.tids
 
@@ -154,7 +154,7 @@ def test_a_thread_of_python_has_its_native_id() -> None:
         ("os.kill(os.getpid(), 9)", Ending(False, "killed by SIGKILL")),
     ],
 )
-def test_how_a_process_ended_is_known(code: str, ending: Ending) -> None:
+def test_exit_status_of_a_process_that_is_no_child_is_known(code: str, ending: Ending) -> None:
     """Of one that is no child: kqueue(2) tells whoever may kill it, whatever sys/event.h says."""
     program = f"import os, sys; print(os.getpid(), flush=True); sys.stdin.readline(); {code}"
     script = ["sh", "-c", 'exec 3<&0; "$@" <&3 & wait; sleep 1', "sh", sys.executable, "-c", program]
@@ -170,7 +170,7 @@ def test_how_a_process_ended_is_known(code: str, ending: Ending) -> None:
         source.close()
 
 
-def test_another_users_process_is_denied() -> None:
+def test_source_of_another_users_process_is_access_denied() -> None:
     """launchd is root's. Skipped for root, who may."""
     if os.geteuid() == 0:
         assert LibprocSource(1).identity().pid == 1
@@ -179,7 +179,7 @@ def test_another_users_process_is_denied() -> None:
         LibprocSource(1)
 
 
-def test_a_zombie_is_gone_and_its_usage_is_not() -> None:
+def test_zombie_is_target_gone_though_rusage_answers() -> None:
     """Private knowledge of the kernel: proc_pid_rusage answers for a zombie, PROC_PIDTASKALLINFO does not."""
     with subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -214,7 +214,7 @@ def last_error(source: LibprocSource) -> TargetGoneError:
             pass
 
 
-def test_stopped_process_is_stopped_and_its_threads_wait() -> None:
+def test_stopped_process_has_state_stopped_and_waiting_threads() -> None:
     """SIGSTOP sets p_stat to SSTOP and suspends the task; no thread is TH_STATE_STOPPED."""
     with sleeping() as child, closing(LibprocSource(child.pid)) as source:
         try:
@@ -235,7 +235,7 @@ def test_exit_of_a_process_with_much_memory_keeps_its_status() -> None:
         assert last_error(source).ending == Ending(True, "exit status 0")
 
 
-def test_inherited_listener_is_taken() -> None:
+def test_inherited_listener_without_acceptconn_is_accepted() -> None:
     """launchd's sockets listen; XNU has no SO_ACCEPTCONN to prove it."""
     with bind_tcp("127.0.0.1", 0) as listener, inherited(os.dup(listener.fileno())) as taken:
         assert taken.getsockname() == listener.getsockname()

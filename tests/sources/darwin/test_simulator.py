@@ -125,7 +125,7 @@ class TestTask:
         ("flavor", "info"),
         [(TASK_ABSOLUTETIME_INFO, task_absolutetime_info), (MACH_TASK_BASIC_INFO, mach_task_basic_info)],
     )
-    def test_a_count_below_the_flavors_is_refused(
+    def test_task_info_count_below_the_flavor_is_refused(
         self, simulator: Simulator, flavor: int, info: type[ctypes.Structure]
     ) -> None:
         """Counts are words, in and out: one less is KERN_INVALID_ARGUMENT, more is answered by the true one (§1)."""
@@ -138,11 +138,11 @@ class TestTask:
 
         assert call_task_info(simulator, flavor, roomy()) == (KERN_SUCCESS, words)
 
-    def test_an_unknown_flavor_is_refused(self, simulator: Simulator) -> None:
+    def test_task_info_unknown_flavor_is_refused(self, simulator: Simulator) -> None:
         """KERN_INVALID_ARGUMENT (§1)."""
         assert call_task_info(simulator, 999, task_vm_info())[0] == KERN_INVALID_ARGUMENT
 
-    def test_basic_times_are_of_terminated_threads_only(self, simulator: Simulator) -> None:
+    def test_mach_task_basic_info_has_times_of_terminated_threads_only(self, simulator: Simulator) -> None:
         """A busy living thread is not in MACH_TASK_BASIC_INFO; once it has ended, all of it is (§1, key trap)."""
 
         def basic_ns() -> int:
@@ -158,7 +158,7 @@ class TestTask:
             threads.end_thread(tid)
             eventually(lambda: basic_ns() - before >= used)  # joined is not yet reaped
 
-    def test_one_call_has_total_and_living_in_24_mhz_ticks(self, simulator: Simulator) -> None:
+    def test_task_absolutetime_info_has_total_and_living_in_24_mhz_ticks(self, simulator: Simulator) -> None:
         """TASK_ABSOLUTETIME_INFO.total_* is what the process used, live and terminated (§1)."""
         info = task_absolutetime_info()
         before = time.process_time_ns()
@@ -169,7 +169,7 @@ class TestTask:
         assert total * 10**9 // TICKS_PER_S <= after
         assert info.threads_user + info.threads_system <= total
 
-    def test_an_ended_thread_is_reaped_late(self, simulator: Simulator) -> None:
+    def test_ended_thread_counts_as_living_until_reaped(self, simulator: Simulator) -> None:
         """Its time stays with the living until then, and the total never falls meanwhile (§1, atomicity)."""
 
         def times() -> tuple[int, int]:
@@ -192,7 +192,7 @@ class TestTask:
                 grown = (times()[1] - exited) * 10**9 // TICKS_PER_S
                 assert (grown < used // 2) is still
 
-    def test_vm_info_ends_where_the_buffer_does(self, lawless_simulator: Simulator) -> None:
+    def test_task_vm_info_ends_at_the_end_of_the_buffer(self, lawless_simulator: Simulator) -> None:
         """36 words have no footprint, 38 have; above 93 the kernel logs each call (§1, TASK_VM_INFO)."""
         info = task_vm_info()
         assert call_task_info(lawless_simulator, TASK_VM_INFO, info, 35)[0] == KERN_INVALID_ARGUMENT
@@ -204,7 +204,7 @@ class TestTask:
         call_task_info(lawless_simulator, TASK_VM_INFO, info, 94)
         assert "macOS 15 logs each such call" in lawless_simulator.violations[0]
 
-    def test_another_task_is_not_ours(self, simulator: Simulator) -> None:
+    def test_task_info_of_a_name_that_is_no_task_port_is_invalid_dest(self, simulator: Simulator) -> None:
         """A name that is no task port: MACH_SEND_INVALID_DEST (§1)."""
         count = ctypes.c_uint32(8)
         info = task_absolutetime_info()
@@ -215,7 +215,7 @@ class TestTask:
 class TestThreads:
     """docs/macos-proof.md, section 2."""
 
-    def test_each_entry_is_a_reference_under_one_name(self, simulator: Simulator) -> None:
+    def test_task_threads_twice_has_twice_the_references(self, simulator: Simulator) -> None:
         """Two lists have the same names, and twice the references to give back (§2, lifecycle)."""
         first, second = list_threads(simulator), list_threads(simulator)
         assert first[0] == second[0]
@@ -226,7 +226,7 @@ class TestThreads:
         assert references(simulator, second[0][0]) == 2
         release(simulator, *second)
 
-    def test_a_dying_thread_is_listed_without_a_port(self, simulator: Simulator) -> None:
+    def test_task_threads_lists_a_dying_thread_without_a_port(self, simulator: Simulator) -> None:
         """As MACH_PORT_NULL or MACH_PORT_DEAD, and to release those is right and does nothing (§2)."""
         simulator.hide_real_threads()
         simulator.reap_delay(3)
@@ -243,7 +243,9 @@ class TestThreads:
             )
 
     @pytest.mark.parametrize(("shown_as", "code"), [(2, KERN_TERMINATED), (3, KERN_INVALID_ARGUMENT)])
-    def test_a_dying_thread_may_keep_its_port(self, simulator: Simulator, shown_as: int, code: int) -> None:
+    def test_thread_info_of_a_dying_thread_with_a_port_is_an_error(
+        self, simulator: Simulator, shown_as: int, code: int
+    ) -> None:
         """Inactive: KERN_TERMINATED, detached: KERN_INVALID_ARGUMENT; the reference is to be released (§2)."""
         simulator.hide_real_threads()
         simulator.reap_delay(3)
@@ -258,7 +260,7 @@ class TestThreads:
         assert simulator.references_owed == 1
         release(simulator, ports, address)
 
-    def test_a_thread_that_ends_after_the_list_is_a_dead_name(self, simulator: Simulator) -> None:
+    def test_thread_info_of_a_thread_that_ended_is_a_dead_name(self, simulator: Simulator) -> None:
         """MACH_SEND_INVALID_DEST, and the name stays until its reference is released (§2)."""
         with workload() as threads:
             tid = threads.start_thread("brief")
@@ -274,7 +276,7 @@ class TestThreads:
             release(simulator, ports, address)
             assert simulator.lib.mach.ports_in_use() == in_use - 1
 
-    def test_a_forgotten_reference_is_a_leaked_name(self, lawless_simulator: Simulator) -> None:
+    def test_port_reference_not_released_is_a_leaked_name(self, lawless_simulator: Simulator) -> None:
         """It does not show while the thread lives: references coalesce; afterwards it does (§6)."""
         with workload() as threads:
             tid = threads.start_thread("brief")
@@ -286,7 +288,7 @@ class TestThreads:
             assert lawless_simulator.references_owed > 0
             assert lawless_simulator.arrays == 1
 
-    def test_to_release_what_names_nothing_is_a_violation(self, lawless_simulator: Simulator) -> None:
+    def test_port_release_of_an_invalid_name_is_a_violation(self, lawless_simulator: Simulator) -> None:
         """The guard kGUARD_EXC_INVALID_NAME (§2, never over-release)."""
         with workload() as threads:
             tid = threads.start_thread("brief")
@@ -298,27 +300,27 @@ class TestThreads:
             assert lawless_simulator.function("mach_port_deallocate")(TASK, port) != KERN_SUCCESS
             assert "kGUARD_EXC_INVALID_NAME" in lawless_simulator.violations[0]
 
-    def test_to_release_libpthreads_reference_is_a_violation(self, lawless_simulator: Simulator) -> None:
+    def test_port_release_of_the_last_reference_is_a_violation(self, lawless_simulator: Simulator) -> None:
         """The guard kGUARD_EXC_MOD_REFS, fatal for a pinned port (§2)."""
         ports, address = list_threads(lawless_simulator)
         release(lawless_simulator, ports, address)
         assert lawless_simulator.function("mach_port_deallocate")(TASK, ports[0]) != KERN_SUCCESS
         assert "kGUARD_EXC_MOD_REFS" in lawless_simulator.violations[0]
 
-    def test_an_array_of_the_wrong_size_is_a_violation(self, lawless_simulator: Simulator) -> None:
+    def test_vm_deallocate_with_the_wrong_size_is_a_violation(self, lawless_simulator: Simulator) -> None:
         """Elements are 4 bytes wide; 8 frees what is not ours (§2)."""
         ports, address = list_threads(lawless_simulator)
         lawless_simulator.function("vm_deallocate")(TASK, address, 8 * len(ports))
         assert lawless_simulator.violations == [f"vm_deallocate of {8 * len(ports)} bytes, not {4 * len(ports)}"]
 
-    def test_an_array_given_back_twice_is_a_violation(self, lawless_simulator: Simulator) -> None:
+    def test_vm_deallocate_twice_is_a_violation(self, lawless_simulator: Simulator) -> None:
         """By then the address may be somebody else's (§2)."""
         ports, address = list_threads(lawless_simulator)
         release(lawless_simulator, ports, address)
         assert lawless_simulator.function("vm_deallocate")(TASK, address, 4 * len(ports)) == KERN_INVALID_ARGUMENT
         assert "for the second time" in lawless_simulator.violations[0]
 
-    def test_times_are_nanoseconds_cut_to_microseconds(self, simulator: Simulator) -> None:
+    def test_thread_extended_info_times_are_ns_cut_to_us(self, simulator: Simulator) -> None:
         """Of the thread, to the microsecond, user and system (§2, THREAD_EXTENDED_INFO)."""
         with workload() as threads:
             tid = threads.start_thread("worker")
@@ -332,7 +334,7 @@ class TestThreads:
             assert info.pth_name == b"worker"
 
     @pytest.mark.parametrize(("flavor", "words"), [(THREAD_EXTENDED_INFO, 28), (THREAD_IDENTIFIER_INFO, 6)])
-    def test_a_count_below_the_threads_flavor_is_refused(self, simulator: Simulator, flavor: int, words: int) -> None:
+    def test_thread_info_count_below_the_flavor_is_refused(self, simulator: Simulator, flavor: int, words: int) -> None:
         """As for the task (§2)."""
         ports, address = list_threads(simulator)
         info = thread_extended_info()
@@ -341,7 +343,7 @@ class TestThreads:
         assert call_thread_info(simulator, ports[0], 99, info)[0] == KERN_INVALID_ARGUMENT
         release(simulator, ports, address)
 
-    def test_a_name_has_at_most_63_bytes(self, simulator: Simulator) -> None:
+    def test_thread_name_above_63_bytes_is_enametoolong(self, simulator: Simulator) -> None:
         """More is ENAMETOOLONG, so that the NUL always fits (§2)."""
         assert simulator.set_own_thread_name(b"x" * 64) == errno.ENAMETOOLONG
         assert simulator.set_own_thread_name(b"x" * 63) == 0
@@ -352,7 +354,7 @@ class TestThreads:
         assert bytes(info)[48:] == b"x" * 63 + b"\0"
         release(simulator, ports, address)
 
-    def test_every_thread_has_one_port_of_its_own(self, simulator: Simulator) -> None:
+    def test_port_table_counts_each_thread_once(self, simulator: Simulator) -> None:
         """The table of names counts each thread once (§6)."""
         before = simulator.lib.mach.ports_in_use()
         with workload() as threads:
@@ -371,7 +373,7 @@ class TestProcesses:
             yield child
             child.kill()
 
-    def test_errors_are_zero_and_errno(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+    def test_proc_pidinfo_error_is_zero_with_errno(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
         """Too small ENOMEM, unknown flavor EINVAL, unknown process or thread ESRCH (§3)."""
         info = proc_taskallinfo()
         assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, info, 231) == (0, errno.ENOMEM)
@@ -380,7 +382,9 @@ class TestProcesses:
         assert call_pidinfo(simulator, 2**30, PROC_PIDTASKALLINFO, 0, info) == (0, errno.ESRCH)
         assert call_pidinfo(simulator, child.pid, PROC_PIDTHREADID64INFO, 2**40, info) == (0, errno.ESRCH)
 
-    def test_the_effective_user_decides(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+    def test_proc_pidinfo_of_another_users_process_is_eperm(
+        self, simulator: Simulator, child: subprocess.Popen[bytes]
+    ) -> None:
         """Another's process is EPERM, but for the flavors that tell nothing secret (§3)."""
         simulator.caller_euid(os.geteuid() + 12345)
         assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, proc_taskallinfo()) == (0, errno.EPERM)
@@ -391,7 +395,9 @@ class TestProcesses:
         simulator.caller_euid(0)
         assert call_pidinfo(simulator, child.pid, PROC_PIDTASKALLINFO, 0, proc_taskallinfo()) == (232, 0)
 
-    def test_zombies_are_found_only_where_asked_for(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+    def test_proc_pidinfo_of_a_zombie_is_esrch_except_shortbsdinfo(
+        self, simulator: Simulator, child: subprocess.Popen[bytes]
+    ) -> None:
         """ESRCH for a live process's flavors; SHORTBSDINFO with arg 1 and proc_pid_rusage answer (§3)."""
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
@@ -404,7 +410,7 @@ class TestProcesses:
         simulator.lib.proc.rusage(child.pid, usage, RUSAGE_INFO_V6)
         assert (usage.ri_phys_footprint, usage.ri_proc_exit_abstime > 0) == (0, True)
 
-    def test_a_list_of_threads_ends_where_the_buffer_does(self, simulator: Simulator) -> None:
+    def test_proc_pidlistthreadids_ends_at_the_end_of_the_buffer(self, simulator: Simulator) -> None:
         """Silently: a full buffer means that there may be more (§3, truncation)."""
         with workload() as threads:
             for i in range(8):
@@ -416,7 +422,7 @@ class TestProcesses:
             assert call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, few) == (24, 0)
             assert call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, few, 7) == (0, errno.ENOMEM)
 
-    def test_a_burst_of_threads_is_cut_at_ten(self, simulator: Simulator) -> None:
+    def test_proc_pidlistthreadids_of_a_burst_has_ten_more_at_most(self, simulator: Simulator) -> None:
         """The number plus ten is taken before the list is made, whatever the buffer (§3, truncation)."""
         ids = (ctypes.c_uint64 * 64)()
         before, _ = call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, ids)
@@ -428,7 +434,7 @@ class TestProcesses:
             size, _ = call_pidinfo(simulator, os.getpid(), PROC_PIDLISTTHREADIDS, 0, ids)
             assert size == before + 15 * 8
 
-    def test_an_ended_thread_is_listed_as_halted_until_reaped(self, simulator: Simulator) -> None:
+    def test_proc_pidlistthreadids_lists_an_ended_thread_until_reaped(self, simulator: Simulator) -> None:
         """With its final times; then it is ESRCH (§3)."""
         simulator.reap_delay(2)
         simulator.add_thread(7 << 32, user_ns=5_000_000, name=b"late")
@@ -507,7 +513,9 @@ class TestProcesses:
             assert os.fsdecode(info.pvi_cdir.vip_path) == str(tmp_path.resolve())
             child.kill()
 
-    def test_rusage_writes_its_whole_flavor(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+    def test_proc_pid_rusage_writes_its_whole_flavor(
+        self, simulator: Simulator, child: subprocess.Popen[bytes]
+    ) -> None:
         """296 bytes of V4 and 464 of V6, whatever room there is; a newer flavor than known is EINVAL (§3)."""
         buffer = (ctypes.c_uint8 * 512)(*[0xAA] * 512)
         call = simulator.function("proc_pid_rusage")
@@ -521,7 +529,7 @@ class TestProcesses:
         assert call(child.pid, RUSAGE_INFO_V6, ctypes.addressof(buffer)) == -1
         assert ctypes.get_errno() == errno.EINVAL
 
-    def test_the_list_of_processes_is_cut_and_estimated(self, simulator: Simulator) -> None:
+    def test_proc_listallpids_estimates_and_cuts_the_list(self, simulator: Simulator) -> None:
         """Without a buffer the number and 20 more; with one as many as fit (§7)."""
         call = simulator.function("proc_listallpids")
         estimate = call(None, 0)
@@ -531,7 +539,7 @@ class TestProcesses:
         assert number < estimate
         assert call(ctypes.addressof(pids), 4) == 1
 
-    def test_room_that_is_short_gets_the_end_of_the_arguments(self, simulator: Simulator) -> None:
+    def test_procargs2_with_a_short_buffer_returns_the_end(self, simulator: Simulator) -> None:
         """Which is the environment; more room than arguments may take is EINVAL, as is a pid of nobody (§7)."""
         call, oid = simulator.function("sysctl"), (ctypes.c_int * 3)(1, 49, 0)
 
@@ -560,14 +568,14 @@ class TestProcesses:
 class TestClocks:
     """docs/macos-proof.md, sections 4 and 5."""
 
-    def test_only_one_clock_goes_on_in_sleep(self, simulator: Simulator) -> None:
+    def test_mach_continuous_time_alone_includes_sleep(self, simulator: Simulator) -> None:
         """mach_continuous_time adds the time slept, mach_absolute_time stops (§4)."""
         absolute, continuous = simulator.lib.host.absolute_ns(), simulator.lib.host.continuous_ns()
         simulator.sleep(3600 * 10**9)
         assert simulator.lib.host.continuous_ns() - continuous >= 3600 * 10**9
         assert simulator.lib.host.absolute_ns() - absolute < 3600 * 10**9
 
-    def test_rosetta_changes_the_clocks_of_user_space_only(self, simulator: Simulator) -> None:
+    def test_rosetta_changes_user_space_clocks_and_no_kernel_ticks(self, simulator: Simulator) -> None:
         """A timebase of 1/1, clocks in ns, and kernel ticks as before (§5)."""
         timebase = (ctypes.c_uint32 * 2)()
         timebase_info, absolute = simulator.function("mach_timebase_info"), simulator.function("mach_absolute_time")
@@ -581,14 +589,14 @@ class TestClocks:
         call_task_info(simulator, TASK_ABSOLUTETIME_INFO, info)
         assert info.total_user + info.total_system <= time.process_time_ns() * 3 // 125
 
-    def test_an_unknown_variable_is_enoent(self, simulator: Simulator) -> None:
+    def test_sysctl_of_an_unknown_name_is_enoent(self, simulator: Simulator) -> None:
         """And hw.tbfrequency is an integer of 8 bytes (§5)."""
         assert simulator.lib.host.sysctl("hw.tbfrequency") == (24_000_000).to_bytes(8, "little")
         with pytest.raises(FileNotFoundError, match=r"sysctlbyname\(hw.vitals\)"):
             simulator.lib.host.sysctl("hw.vitals")
 
 
-def test_a_fault_comes_at_the_call_it_was_ordered_for(simulator: Simulator) -> None:
+def test_injected_fault_occurs_at_the_requested_call(simulator: Simulator) -> None:
     """At the n-th, and then each m-th."""
     simulator.fault("task_info", 5, flavor=TASK_ABSOLUTETIME_INFO, at=2, every=3)
     codes = [call_task_info(simulator, TASK_ABSOLUTETIME_INFO, task_absolutetime_info())[0] for _ in range(9)]

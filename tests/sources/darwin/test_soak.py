@@ -123,7 +123,9 @@ def run(sources: list[Source], snapshots: int) -> Counter[str]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("snapshots", SIZES)
-def test_nothing_is_lost(simulator: Simulator, capsys: pytest.CaptureFixture[str], snapshots: int) -> None:
+def test_snapshots_under_churn_and_faults_leak_nothing(
+    simulator: Simulator, capsys: pytest.CaptureFixture[str], snapshots: int
+) -> None:
     """
     Ports, references, arrays, descriptors and memory end where they began, and no rule was broken.
 

@@ -68,19 +68,23 @@ def executed(simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
 
 
 class TestOpening:
-    def test_mach_for_us_and_libproc_for_others(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_open_source_uses_mach_for_the_own_process_and_libproc_for_others(
+        self, simulator: Simulator, child: ChildWorkload
+    ) -> None:
         """By pid; none means this process."""
         assert isinstance(open_process(lib=simulator.lib), MachSource)
         assert isinstance(open_process(os.getpid(), lib=simulator.lib), MachSource)
         assert isinstance(open_process(child.pid, lib=simulator.lib), LibprocSource)
 
     @pytest.mark.parametrize("pid", [2**30, 0, -1, 2**31, 2**32 + 1, 2**64])
-    def test_a_pid_that_nobody_has(self, simulator: Simulator, pid: int) -> None:
+    def test_open_source_of_an_unused_pid_is_no_such_process(self, simulator: Simulator, pid: int) -> None:
         """Also one that 32 bits would turn into somebody's."""
         with pytest.raises(NoSuchProcessError, match=f"no process has pid {pid}"):
             open_process(pid, lib=simulator.lib)
 
-    def test_another_users_process(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_open_source_of_another_users_process_is_access_denied(
+        self, simulator: Simulator, child: ChildWorkload
+    ) -> None:
         """`AccessDeniedError`, with the call and why."""
         simulator.caller_euid(os.geteuid() + 12345)
         simulator.fault("proc_pidinfo", 0)
@@ -89,7 +93,7 @@ class TestOpening:
         ):
             open_process(child.pid, lib=simulator.lib)
 
-    def test_a_zombie(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_open_source_of_a_zombie_is_target_gone(self, simulator: Simulator, child: ChildWorkload) -> None:
         """`TargetGoneError`, which says what it waits for."""
         child.kill()
         with pytest.raises(TargetGoneError, match="zombie"):
@@ -98,7 +102,7 @@ class TestOpening:
         with pytest.raises(NoSuchProcessError):
             open_process(child.pid, lib=simulator.lib)
 
-    def test_a_kernel_without_the_flavor(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_open_source_without_the_flavor_is_unsupported(self, simulator: Simulator, child: ChildWorkload) -> None:
         """`UnsupportedError`, with the call and the errno."""
         simulator.fault("proc_pidinfo", errno.EINVAL, flavor=PROC_PIDTASKALLINFO)
         with pytest.raises(UnsupportedError, match=rf"proc_pidinfo\(PROC_PIDTASKALLINFO\).*\({errno.EINVAL}\)"):
@@ -140,7 +144,9 @@ class TestFailures:
             ),
         ],
     )
-    def test_mach(self, simulator: Simulator, function: str, flavor: int, code: int, text: str) -> None:
+    def test_mach_source_after_a_failed_call_recovers(
+        self, simulator: Simulator, function: str, flavor: int, code: int, text: str
+    ) -> None:
         """Our own process; the next snapshot is whole again."""
         source = MachSource(lib=simulator.lib)
         simulator.fault(function, code, flavor=flavor)
@@ -176,7 +182,7 @@ class TestFailures:
             (PROC_PIDUNIQIDENTIFIERINFO, errno.ESRCH, TargetGoneError, "has exited"),
         ],
     )
-    def test_libproc(
+    def test_libproc_source_after_a_failed_call_recovers(
         self, simulator: Simulator, child: ChildWorkload, flavor: int, code: int, error: type[Exception], text: str
     ) -> None:
         """Another process; the next snapshot is whole again."""
@@ -187,7 +193,7 @@ class TestFailures:
         simulator.clear_faults()
         assert child.pid in source.snapshot().roster.tids
 
-    def test_nobody_alive(self, simulator: Simulator) -> None:
+    def test_snapshot_with_an_empty_thread_list_reads_it_again(self, simulator: Simulator) -> None:
         """Whoever asks is alive, so the list is made again, and such an answer is not given in the end."""
         simulator.hide_real_threads()
         simulator.add_thread(1 << 40)
@@ -198,7 +204,7 @@ class TestFailures:
         with pytest.raises(KernelError, match="none of its threads alive"):
             source.snapshot()
 
-    def test_a_forked_child_does_not_speak_for_its_parent(self, simulator: Simulator) -> None:
+    def test_mach_source_in_a_forked_child_is_refused(self, simulator: Simulator) -> None:
         """The task port names whoever asks, so the numbers would be the child's."""
         source = MachSource(lib=simulator.lib)
         child = os.fork()
@@ -214,7 +220,7 @@ class TestFailures:
 
 class TestBooks:
     @pytest.mark.parametrize("reap_delay", [0, 1, 3])
-    def test_they_balance_while_the_kernel_reaps_late(
+    def test_cpu_accounting_balances_during_late_reaping(
         self, simulator: Simulator, open_own: Callable[..., Source], threads: OwnWorkload, reap_delay: int
     ) -> None:
         """
@@ -241,14 +247,16 @@ class TestBooks:
                 assert m.exited_ns <= 10_000_000
                 assert not any("backwards" in warning for warning in m.warnings)
 
-    def test_exited_time_is_exact_while_nobody_is_dying(
+    def test_exited_cpu_time_without_dying_threads_is_exact(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
         """One call tells the total and the living, so both bounds are one number."""
         low, high = open_own().snapshot().exited_cpu_ns
         assert low == high
 
-    def test_a_busy_process_is_not_idle(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_snapshot_of_a_busy_process_includes_living_threads(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """What MACH_TASK_BASIC_INFO would say: its times leave living threads out."""
         source = open_own()
         first = source.snapshot()
@@ -257,7 +265,9 @@ class TestBooks:
             pass
         assert measure(first, source.snapshot()).cpu_ns >= 50_000_000
 
-    def test_dying_threads_are_left_out(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_snapshot_excludes_dying_threads_of_every_kind(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """However they are shown: no port, a dead one, inactive, detached, or halted."""
         simulator.reap_delay(100)
         for shown_as in range(4):
@@ -269,7 +279,9 @@ class TestBooks:
 
 
 class TestThreads:
-    def test_ids_are_64_bits_wide_and_sorted(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_snapshot_thread_ids_are_64_bits_and_sorted(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """The kernel lists threads in no promised order."""
         for tid in (2**63 + 5, 2**40, 2**52 + 1):
             simulator.add_thread(tid, user_ns=tid % 1000 * 1000, name=str(tid).encode())
@@ -290,7 +302,7 @@ class TestThreads:
             (b"\xff\xfe", "\\xff\\xfe"),
         ],
     )
-    def test_names_are_told_apart(
+    def test_thread_names_with_invalid_utf8_stay_distinct(
         self, simulator: Simulator, open_own: Callable[..., Source], raw: bytes, name: str
     ) -> None:
         """As UTF-8; other bytes as they are, so that no two names fall together."""
@@ -298,11 +310,13 @@ class TestThreads:
         simulator.add_thread(1 << 40, name=raw)
         assert open_own().snapshot().roster.names == (name,)
 
-    def test_a_thread_has_the_id_python_knows(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_snapshot_thread_id_equals_the_native_id(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """threading.get_native_id()."""
         assert threading.get_native_id() in open_own().snapshot().roster.tids
 
-    def test_states_are_words(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_thread_state_unknown_is_null(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """And one that no header names is null, not a number."""
         for i, state in enumerate((1, 2, 3, 4, 77)):
             simulator.add_thread((i + 1) << 40, run_state=state)
@@ -310,7 +324,7 @@ class TestThreads:
         assert snapshot.extras is not None
         assert snapshot.extras.threads.states[-5:] == ["running", "stopped", "waiting", "uninterruptible", None]
 
-    def test_lag_covers_the_quantum_of_a_realtime_thread(
+    def test_snapshot_lag_with_a_realtime_thread_is_50_ms(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
         """10 ms, and 50 ms as soon as one thread has a time constraint policy."""
@@ -320,7 +334,9 @@ class TestThreads:
         simulator.make_realtime(1 << 40)
         assert source.snapshot().thread_lag_ns == 50_000_000
 
-    def test_more_threads_than_there_was_room_for(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_snapshot_of_more_threads_than_the_buffer_grows_it(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """Buffers grow; columns stay aligned."""
         source = open_own()
         source.snapshot()
@@ -335,7 +351,7 @@ class TestThreads:
             assert (snapshot.roster.names[at], snapshot.thread_cpu_ns[at]) == ("t49", 49_000)
         assert len(snapshot.roster) == 2050 + sum(tid < 2**32 for tid in snapshot.roster.tids)
 
-    def test_a_quadratic_walk_is_bounded(self, simulator: Simulator) -> None:
+    def test_snapshot_beyond_2048_threads_reads_a_part_with_a_warning(self, simulator: Simulator) -> None:
         """Those that run are read each time, the others in turn, and the answer says so."""
         simulator.hide_real_threads()
         tids = [(1 << 40) + i for i in range(100)]
@@ -365,13 +381,13 @@ class TestThreads:
         snapshot = source.snapshot()
         assert list(snapshot.roster.tids) == sorted({*tids, tids[-1] + 1} - {tids[3]})
 
-    def test_below_the_bound_nothing_is_said(self, simulator: Simulator) -> None:
+    def test_snapshot_up_to_2048_threads_has_no_warning(self, simulator: Simulator) -> None:
         """Every thread is read."""
         assert LibprocSource(os.getpid(), lib=simulator.lib).snapshot().warnings == ()
 
 
 class TestIdentity:
-    def test_a_reused_pid_is_not_the_target(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_snapshot_of_a_reused_pid_is_target_gone(self, simulator: Simulator, child: ChildWorkload) -> None:
         """The start time in the very reply that has the numbers differs."""
         source = LibprocSource(child.pid, lib=simulator.lib)
         source.snapshot()
@@ -381,7 +397,7 @@ class TestIdentity:
                 source.snapshot()
         assert LibprocSource(child.pid, lib=simulator.lib).identity().start_id != source.identity().start_id
 
-    def test_exec_is_seen(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_snapshot_after_exec_has_another_identity_version(self, simulator: Simulator, child: ChildWorkload) -> None:
         """By the version of the identity; the process stays the same."""
         source = LibprocSource(child.pid, lib=simulator.lib)
         first = source.snapshot()
@@ -390,7 +406,7 @@ class TestIdentity:
         assert first.image != last.image
         assert any("executed another program" in text for text in measure(first, last).warnings)
 
-    def test_exec_of_a_real_program(self, simulator: Simulator) -> None:
+    def test_snapshot_after_exec_of_a_real_program_has_its_name(self, simulator: Simulator) -> None:
         """And what was read from then on is of the new one."""
         code = "import os; os.read(0, 1); os.execv('/bin/cat', ['cat'])"
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -407,7 +423,7 @@ class TestIdentity:
             assert source.identity().name == "cat"
             child.stdin.close()
 
-    def test_scripts_of_one_interpreter_are_told_apart(self, simulator: Simulator) -> None:
+    def test_program_of_two_scripts_of_one_interpreter_differs(self, simulator: Simulator) -> None:
         """As Linux tells them, from the process itself and from another one."""
         pid = os.getpid()
         own = MachSource(lib=simulator.lib, program_of=PROGRAM_OF).identity().program
@@ -421,7 +437,7 @@ class TestIdentity:
             )
             child.kill()
 
-    def test_another_script_of_the_same_interpreter(self, simulator: Simulator) -> None:
+    def test_program_after_exec_of_another_script_differs(self, simulator: Simulator) -> None:
         """After exec the name is the same and the script is not; one that was not told at once is asked for again."""
         code = "import os, sys; sys.stdin.readline(); os.execv(sys.executable, [sys.executable, '-c', 'input()'])"
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
@@ -440,14 +456,16 @@ class TestIdentity:
             assert after.program not in ("", before.program)
             child.kill()
 
-    def test_a_kernel_without_identity_versions(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_exec_without_identity_versions_is_detected_by_name(
+        self, simulator: Simulator, child: ChildWorkload
+    ) -> None:
         """The flavor is private: without it the name has to tell one program from the next."""
         source = LibprocSource(child.pid, lib=simulator.lib)
         simulator.fault("proc_pidinfo", errno.EINVAL, flavor=PROC_PIDUNIQIDENTIFIERINFO)
         first, last = source.snapshot(), source.snapshot()
         assert first.image == last.image == (source.identity().name,)
 
-    def test_a_target_inside_exec(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_snapshot_inside_exec_lists_threads_again(self, simulator: Simulator, child: ChildWorkload) -> None:
         """All threads of a list made just before it are gone: the list is made again."""
         source = LibprocSource(child.pid, lib=simulator.lib)
         simulator.fault("proc_pidinfo", errno.ESRCH, flavor=PROC_PIDTHREADID64INFO)
@@ -459,7 +477,7 @@ class TestIdentity:
 
 
 class TestClocks:
-    def test_uptime_is_the_age_of_the_process(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_uptime_equals_the_age_of_the_process(self, simulator: Simulator, child: ChildWorkload) -> None:
         """To the tick of 10 ms to which Linux, behind the simulator, knows the start."""
         with open(f"/proc/{child.pid}/stat", encoding="utf-8") as file:
             start_ns = int(file.read().rpartition(")")[2].split()[19]) * 10_000_000
@@ -469,7 +487,7 @@ class TestClocks:
         assert before - 1_000_000 <= uptime_ns <= after + 1_000_000
 
     @pytest.mark.parametrize("step_ns", [HOUR_NS, -HOUR_NS, 10 * 365 * 24 * HOUR_NS])
-    def test_a_step_of_the_wall_clock_does_not_age_anybody(
+    def test_uptime_after_a_wall_clock_step_is_unchanged(
         self, simulator: Simulator, open_own: Callable[..., Source], step_ns: int
     ) -> None:
         """Neither before the source is opened, nor while it is open."""
@@ -483,7 +501,7 @@ class TestClocks:
         opened_later = open_own(wall_clock=lambda: time.time_ns() + clock[0]).snapshot()
         assert last.uptime_ns - 1_000_000 <= opened_later.uptime_ns <= true_ns + 60 * 10**9
 
-    def test_without_rusage_the_wall_clock_tells_the_age(
+    def test_uptime_without_rusage_comes_from_the_wall_clock(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
         """A sandbox may hide it. Nobody is older than the machine is up, whatever the clock says."""
@@ -493,7 +511,9 @@ class TestClocks:
         oldest = open_own(wall_clock=lambda: time.time_ns() + 10**6 * HOUR_NS).snapshot()
         assert oldest.uptime_ns <= oldest.boottime_ns
 
-    def test_sleep_ages_and_is_told(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_uptime_includes_sleep_and_the_rate_does_not(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """It is in the uptime and not in the rate: the window is the time awake."""
         source = open_own()
         first = source.snapshot()
@@ -504,7 +524,7 @@ class TestClocks:
         assert abs(m.suspended_ns - HOUR_NS) < 10**9
         assert m.elapsed_ns < 60 * 10**9
 
-    def test_sleep_before_opening_is_in_the_uptime(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_uptime_includes_sleep_before_opening(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """The wall clock tells how much of it came after the start, as far as the machine did sleep."""
         before_ns = open_own().snapshot().uptime_ns
         simulator.sleep(HOUR_NS)
@@ -515,7 +535,7 @@ class TestClocks:
 
 
 class TestTicks:
-    def test_rosetta_does_not_slow_cpu_time_down(self, simulator: Simulator) -> None:
+    def test_cpu_time_under_rosetta_uses_native_ticks(self, simulator: Simulator) -> None:
         """A translated process is told a timebase of 1/1 while the kernel's ticks stay: 41.67 times too low."""
         simulator.rosetta()
         translated = load(simulator.path)
@@ -527,7 +547,9 @@ class TestTicks:
         assert abs(snapshot.boottime_ns - time.clock_gettime_ns(CLOCK_BOOTTIME)) < 10**9
         assert snapshot.uptime_ns < 24 * HOUR_NS
 
-    def test_an_emulated_frequency_is_found_out(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_tick_frequency_that_disagrees_with_getrusage_is_replaced_with_a_warning(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """getrusage, converted by the kernel, disagrees by 41.67: the other scale is taken, and said."""
         simulator.state_tick_frequency(1_000_000_000)
         before = time.process_time_ns()
@@ -537,14 +559,14 @@ class TestTicks:
             "hw.tbfrequency says 1000000000 and getrusage agrees with 24000000 ticks per second",
         )
 
-    def test_a_frequency_that_no_mac_has_is_replaced(
+    def test_tick_frequency_of_nonsense_is_replaced(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
         """Zero or nonsense: the scale that getrusage agrees with."""
         simulator.state_tick_frequency(3)
         assert "24000000" in open_own().snapshot().warnings[0]
 
-    def test_no_frequency_at_all(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_tick_frequency_missing_is_unsupported(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """`UnsupportedError`, with the name of the variable."""
         simulator.state_tick_frequency(0)
         with pytest.raises(UnsupportedError, match=r"sysctlbyname\(hw\.tbfrequency\)"):
@@ -552,7 +574,9 @@ class TestTicks:
 
 
 class TestExtras:
-    def test_what_only_macos_has(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_extras_on_macos_have_footprint_and_energy_and_no_swap(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """Footprint, wakeups, energy and time on performance cores; no swap, which is Linux's."""
         extras = open_own().snapshot(extras=True).extras
         assert extras is not None
@@ -566,7 +590,7 @@ class TestExtras:
         assert extras.swap_bytes is None
         assert extras.open_fds == len(os.listdir("/proc/self/fd"))
 
-    def test_without_kinds_of_cores_there_is_no_share_of_one(
+    def test_performance_core_share_with_one_core_level_is_null(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
         """An Intel Mac has one level; null, not 0."""
@@ -575,7 +599,7 @@ class TestExtras:
         assert extras is not None
         assert extras.p_core_ns is None
 
-    def test_an_older_kernel(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_extras_before_macos_13_use_rusage_v4(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """Before macOS 13 there is no V6: what V4 has is there, the rest null."""
         simulator.newest_rusage(RUSAGE_INFO_V4)
         extras = open_own().snapshot(extras=True).extras
@@ -584,7 +608,7 @@ class TestExtras:
         assert extras.interrupt_wakeups is not None
         assert (extras.energy_nj, extras.p_core_ns) == (None, None)
 
-    def test_the_footprint_is_optional(self, simulator: Simulator) -> None:
+    def test_footprint_without_vm_info_comes_from_rusage_or_is_null(self, simulator: Simulator) -> None:
         """TASK_VM_INFO may fail: the same ledger is in proc_pid_rusage; without either it is null, and said."""
         source = MachSource(lib=simulator.lib)
         simulator.fault("task_info", KERN_FAILURE, flavor=TASK_VM_INFO, every=1)
@@ -598,7 +622,9 @@ class TestExtras:
         assert snapshot.warnings == ("footprint, wakeups, energy: proc_pid_rusage failed: Operation not permitted",)
         assert snapshot.rss_bytes > 0
 
-    def test_open_descriptors_are_optional(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_open_descriptors_refused_are_null_with_a_warning(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """Null, and said."""
         source = open_own()
         simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDLISTFDS)
@@ -607,7 +633,9 @@ class TestExtras:
         assert snapshot.extras.open_fds is None
         assert snapshot.warnings == ("open_fds: proc_pidinfo(PROC_PIDLISTFDS) failed: Operation not permitted",)
 
-    def test_many_open_descriptors_are_all_counted(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
+    def test_open_descriptors_beyond_the_buffer_are_counted(
+        self, simulator: Simulator, open_own: Callable[..., Source]
+    ) -> None:
         """A buffer that comes back full is not believed."""
         held = [os.open("/dev/null", os.O_RDONLY) for _ in range(200)]
         try:
@@ -620,7 +648,9 @@ class TestExtras:
 
 
 class TestProcessList:
-    def test_lists_what_may_be_sampled(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_process_list_has_name_start_cpu_memory_and_threads(
+        self, simulator: Simulator, child: ChildWorkload
+    ) -> None:
         """Each with its name, start, CPU time, memory and threads, by ascending pid."""
         tid = child.start_thread("worker")
         used_ns = child.burn(tid, 30_000_000)
@@ -635,7 +665,7 @@ class TestProcessList:
         assert entry.thread_count == 2
         assert entry.uids == {os.geteuid()}
 
-    def test_other_users_and_zombies_are_left_out(self, simulator: Simulator, child: ChildWorkload) -> None:
+    def test_process_list_excludes_other_users_and_zombies(self, simulator: Simulator, child: ChildWorkload) -> None:
         """They cannot be sampled; the list goes on."""
         child.kill()
         assert child.pid not in [entry.pid for entry in list_processes(simulator.lib)]

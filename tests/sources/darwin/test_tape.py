@@ -148,7 +148,7 @@ def test_tape_plays_as_it_was_recorded(
     assert not any(player.left(name) for name in ARGUMENTS)
 
 
-def test_every_function_of_the_library_is_on_a_tape(simulator: Simulator, child: ChildWorkload) -> None:
+def test_tape_covers_every_function_of_the_library(simulator: Simulator, child: ChildWorkload) -> None:
     """The table of the tape is that of the library, and a run calls all of it but the text of an error."""
     assert ARGUMENTS.keys() == FUNCTIONS.keys()
     file = io.StringIO()
@@ -157,7 +157,7 @@ def test_every_function_of_the_library_is_on_a_tape(simulator: Simulator, child:
     assert FUNCTIONS.keys() - called == {"mach_error_string"}
 
 
-def test_player_refuses_what_is_no_tape() -> None:
+def test_tape_of_another_format_is_refused() -> None:
     """A file of another format, or of none."""
     for line in ('{"tape": 99, "pid": 1}', "{}"):
         with pytest.raises(ValueError, match="no tape of format"):

@@ -95,7 +95,7 @@ def no_more_than_its_process(table: dict[str, Any]) -> bool:
 # CPU time of the right thread
 
 
-def test_exec_by_a_second_thread_charges_no_row_of_the_record(begin: Begin, short_path: Path) -> None:
+def test_exec_by_a_second_thread_leaves_a_null_row_in_the_recording(begin: Begin, short_path: Path) -> None:
     """The row of the exec has no figure for the thread, those around it have, and the event is there."""
     target = begin("exec", "600")
     with Serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as server:
@@ -116,7 +116,7 @@ def test_exec_by_a_second_thread_charges_no_row_of_the_record(begin: Begin, shor
     assert basic["process"] == {key: trailing["process"][key] for key in basic["process"]}
 
 
-def test_exec_by_a_second_thread_reaches_csv_and_runs_without_a_wrong_figure(begin: Begin, short_path: Path) -> None:
+def test_exec_by_a_second_thread_is_null_in_csv_and_runs(begin: Begin, short_path: Path) -> None:
     """The file of the run has what the record has."""
     target = begin("exec", "600")
     with Serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as server:
@@ -135,7 +135,7 @@ def test_exec_by_a_second_thread_reaches_csv_and_runs_without_a_wrong_figure(beg
 
 
 @pytest.mark.parametrize("before", [(), ("setarch", "-R")])
-def test_exec_of_the_same_program_is_noticed(begin: Begin, before: Sequence[str]) -> None:
+def test_exec_of_the_same_program_is_detected(begin: Begin, before: Sequence[str]) -> None:
     """Also where it has the same addresses, without their randomisation: its memory map is another one."""
     target = begin("again", "300", before=before, env={"STAGE": "1"})
     with closing(LinuxSource(target.pid)) as source:
@@ -171,7 +171,7 @@ class Snapshots:
 
 
 @as_root
-def test_exec_of_another_users_process_is_noticed(begin: Begin) -> None:
+def test_exec_of_another_users_process_is_detected(begin: Begin) -> None:
     """The kernel hides its addresses."""
     target = begin("again", "300", env={"STAGE": "1"})
     with closing(Snapshots(target.pid)) as stranger:
@@ -288,7 +288,7 @@ def test_names_given_to_sleeping_threads_are_in_the_next_answer(begin: Begin) ->
     assert sorted(last.roster.names) == sorted(["linux_cases", *(f"job-{i}" for i in range(200))])
 
 
-def test_names_given_to_sleeping_threads_are_in_the_record_within_two_seconds(begin: Begin, short_path: Path) -> None:
+def test_names_given_to_sleeping_threads_are_recorded_within_two_seconds(begin: Begin, short_path: Path) -> None:
     """No caller asked for a window meanwhile."""
     target = begin("pool", "40")
     with Serving(short_path, "--pid", str(target.pid), "--record-interval", "0.5") as server:
@@ -331,7 +331,7 @@ def names_of(pid: int, name: str) -> frozenset[str] | None:
     return next((each.names for each in list_processes() if each.pid == pid and name in each.names), None)
 
 
-def test_name_of_a_tree_means_its_root_and_says_so(tmp_path: Path) -> None:
+def test_name_of_a_process_tree_selects_its_root_with_a_note(tmp_path: Path) -> None:
     """Though the children are newer; a process that runs in between has another name."""
     program = tmp_path / f"tree{os.getpid()}"
     shutil.copy(os.path.realpath("/bin/sh"), program)
@@ -358,7 +358,7 @@ def test_name_of_a_tree_means_its_root_and_says_so(tmp_path: Path) -> None:
 # A main thread that has exited
 
 
-def test_process_whose_main_thread_has_exited_is_read_through_another(begin: Begin) -> None:
+def test_process_with_an_exited_main_thread_is_read_through_another(begin: Begin) -> None:
     """Descriptors, peak, swap and RSS, in the answer and in the list of processes."""
     target = begin("leave")
     eventually(lambda: parse_stat(Path(f"/proc/{target.pid}/stat").read_bytes()).state == "Z")
@@ -461,7 +461,7 @@ def test_halted_target_is_an_event_and_a_warning(
 
 
 @as_root
-def test_frozen_group_of_another_users_process_is_seen(begin: Begin) -> None:
+def test_frozen_group_of_another_users_process_is_detected(begin: Begin) -> None:
     """Where it waits, which the kernel shows to its own user alone, is not needed for that."""
     target = begin("idle")
     with frozen_2(begin, target.pid), closing(Snapshots(target.pid)) as stranger:
@@ -473,7 +473,7 @@ def test_frozen_group_of_another_users_process_is_seen(begin: Begin) -> None:
 
 @as_root
 @pytest.mark.parametrize("hidepid", [1, 2, 4])
-def test_own_process_that_proc_hides_is_called_so(begin: Begin, hidepid: int) -> None:
+def test_own_process_hidden_by_proc_has_that_reason(begin: Begin, hidepid: int) -> None:
     """It is not dumpable, so it is neither missing nor another user's."""
     target = begin("hidden", user=NOBODY, group=NOBODY, extra_groups=[])
     with closing(Snapshots(target.pid, hidepid)) as stranger:

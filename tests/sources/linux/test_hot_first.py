@@ -96,7 +96,7 @@ def taken(tree: Tree, steps: list[tuple[str, int]], *, few: bool) -> Iterator[No
 
 @settings(max_examples=60)
 @given(st.integers(9, 40), STEPS, st.booleans())
-def test_what_is_proved_is_true(
+def test_hot_first_accepted_reading_is_exact(
     tmp_path_factory: pytest.TempPathFactory, threads: int, steps: list[tuple[str, int]], few: bool
 ) -> None:
     """Whoever runs, is born or exits between two readings: an accepted reading has every value right."""
@@ -120,7 +120,7 @@ def test_what_is_proved_is_true(
 
 @settings(max_examples=60)
 @given(st.integers(1, 40), st.lists(STEPS, max_size=20), st.data())
-def test_looking_only_at_what_changed_is_looking_at_all(
+def test_hot_first_reading_equals_a_full_reading(
     tmp_path_factory: pytest.TempPathFactory, threads: int, between: list[list[tuple[str, int]]], data: st.DataObject
 ) -> None:
     """
@@ -149,7 +149,7 @@ def test_looking_only_at_what_changed_is_looking_at_all(
     assert all(cpu_ns == as_it_was for cpu_ns, as_it_was in handed_out)
 
 
-def test_a_few_hot_threads_are_proved_and_many_are_read(tmp_path: Path) -> None:
+def test_hot_first_with_few_busy_threads_accepts_nearly_all_readings(tmp_path: Path) -> None:
     """With one thread of forty running, nearly every reading is proved; with all running, none is tried for long."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
@@ -172,7 +172,7 @@ def test_a_few_hot_threads_are_proved_and_many_are_read(tmp_path: Path) -> None:
     os.close(task_fd)
 
 
-def test_who_has_never_run_is_seen_within_a_second(tmp_path: Path) -> None:
+def test_hot_first_finds_a_thread_that_never_ran_within_a_second(tmp_path: Path) -> None:
     """A thread that was created and has not run for a nanosecond is missing for a second at most."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
@@ -195,7 +195,7 @@ def test_who_has_never_run_is_seen_within_a_second(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reached", range(12))
-def test_out_of_descriptors_nothing_is_read_that_is_closed(
+def test_hot_first_listing_that_fails_leaks_no_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: int
 ) -> None:
     """A listing that fails on its way leaves no descriptor behind, and the next reading finds who is there."""
@@ -238,7 +238,7 @@ def test_out_of_descriptors_nothing_is_read_that_is_closed(
     os.close(task_fd)
 
 
-def test_newcomers_do_not_keep_names_from_being_read(tmp_path: Path) -> None:
+def test_hot_first_with_new_threads_still_reads_names(tmp_path: Path) -> None:
     """Though each second a new thread is found, a name given by another thread is seen at once."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)

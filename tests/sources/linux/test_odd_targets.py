@@ -106,7 +106,7 @@ def test_process_that_shares_its_memory_is_counted_by_itself(begin: Begin) -> No
     assert used.thread_cpu_ns[0] == pytest.approx(used.cpu_ns, abs=2 * KERNEL_TICK_NS)
 
 
-def test_ten_thousand_short_threads_are_in_the_books(begin: Begin) -> None:
+def test_ten_thousand_short_threads_are_in_the_cpu_accounting(begin: Begin) -> None:
     """None of them lives for long enough to be seen; what they used is among the exited."""
     process, pid, _ = begin("short")
     assert process.stdin is not None
@@ -125,7 +125,7 @@ def test_ten_thousand_short_threads_are_in_the_books(begin: Begin) -> None:
     assert abs(whole.unattributed_ns) <= 0.02 * whole.cpu_ns + 2 * KERNEL_TICK_NS
 
 
-def test_storm_of_exec_from_other_threads_is_never_taken_for_dead(begin: Begin) -> None:
+def test_exec_storm_from_other_threads_is_never_reported_as_exited(begin: Begin) -> None:
     """While a thread executes a program, all others are ended and the main one is a zombie for a moment."""
     _, pid, _ = begin("storm")
     with closing(LinuxSource(pid)) as source:
@@ -133,7 +133,7 @@ def test_storm_of_exec_from_other_threads_is_never_taken_for_dead(begin: Begin) 
     assert executed > 20
 
 
-def test_zombie_children_disturb_nothing(begin: Begin) -> None:
+def test_zombie_children_leave_the_figures_unchanged(begin: Begin) -> None:
     """Fifty that their parent does not collect."""
     _, pid, _ = begin("zombies")
     with closing(LinuxSource(pid)) as source:
@@ -142,7 +142,7 @@ def test_zombie_children_disturb_nothing(begin: Begin) -> None:
             assert len(m.last.roster) == 1
 
 
-def test_exec_of_a_process_without_a_main_thread_has_no_figure(begin: Begin) -> None:
+def test_exec_of_a_process_without_a_main_thread_is_null(begin: Begin) -> None:
     """It has a main thread again, with the CPU time of the one that called exec."""
     process, pid, _ = begin("headless", "300")
     assert process.stdin is not None

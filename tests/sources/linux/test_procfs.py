@@ -57,12 +57,12 @@ stats = st.builds(
 
 
 @given(stats, comms)
-def test_stat_comes_back_from_what_the_kernel_writes(stat: Stat, comm: bytes) -> None:
+def test_parse_stat_of_any_name_returns_the_written_fields(stat: Stat, comm: bytes) -> None:
     """Every stat line parses to the fields it was written from, whatever the thread is called."""
     assert parse_stat(render_stat(stat, comm)) == stat._replace(name=decode_name(comm))
 
 
-def test_stat_of_a_real_process() -> None:
+def test_parse_stat_of_a_capture_returns_its_figures() -> None:
     """The capture of a running interpreter gives the figures that stand in it."""
     stat = parse_stat((CAPTURE / "stat").read_bytes())
     assert (stat.name, stat.state, stat.thread_count) == ("python3", "S", 4)
@@ -84,7 +84,7 @@ def test_stat_of_a_real_process() -> None:
         ("stat-kernel-thread", "kthreadd"),
     ],
 )
-def test_names_in_captured_stats(file: str, name: str) -> None:
+def test_parse_stat_name_ends_at_the_last_parenthesis(file: str, name: str) -> None:
     """A name ends at the last parenthesis, and a byte that is no UTF-8 shows as \\xNN."""
     stat = parse_stat((DATA / file).read_bytes())
     assert stat.name == name
@@ -92,27 +92,27 @@ def test_names_in_captured_stats(file: str, name: str) -> None:
     assert stat.start_ticks >= 0
 
 
-def test_image_is_empty_without_permission() -> None:
+def test_parse_stat_hidden_addresses_are_empty() -> None:
     """The kernel writes 1 for addresses this user may not see, which is not taken for an address."""
     assert parse_stat((DATA / "stat-another-user").read_bytes()).image == ()
 
 
 @pytest.mark.parametrize("length", range(0, 150, 7))
-def test_a_truncated_stat_is_malformed(length: int) -> None:
+def test_parse_stat_truncated_is_malformed(length: int) -> None:
     """A line cut anywhere before the fields in use is refused, not read as smaller numbers."""
     content = (DATA / "stat-parentheses").read_bytes()
     with pytest.raises(MalformedError, match="stat"):
         parse_stat(content[: min(length, content.index(b" 3582 "))])
 
 
-def test_malformed_says_what_stood_there() -> None:
+def test_malformed_names_the_file_and_quotes_its_start() -> None:
     """The error carries the file's name and the start of the content, and no more of it."""
     with pytest.raises(MalformedError) as caught:
         parse_statm(b"x" * 5000)
     assert str(caught.value) == f"unreadable content in statm: {b'x' * 64!r}"
 
 
-def test_real_statm_status_and_schedstat() -> None:
+def test_parse_statm_status_and_schedstat_of_captures_return_their_figures() -> None:
     """The other captures give the figures that stand in them, sizes in bytes."""
     assert parse_statm((CAPTURE / "statm").read_bytes()) == (59498, 3461, 1)
     sizes = parse_status((CAPTURE / "status").read_bytes())
@@ -122,7 +122,7 @@ def test_real_statm_status_and_schedstat() -> None:
 
 
 @given(st.lists(st.tuples(counters, counters, counters)))
-def test_run_times_come_back(threads: list[tuple[int, int, int]]) -> None:
+def test_parse_schedstats_returns_each_run_time_in_order(threads: list[tuple[int, int, int]]) -> None:
     """The first number of each schedstat is that thread's run time, in order, however many there are."""
     contents = [f"{run} {wait} {slices}\n".encode() for run, wait, slices in threads]
     assert parse_run_times(contents) == [run for run, _, _ in threads]
@@ -132,14 +132,14 @@ def test_run_times_come_back(threads: list[tuple[int, int, int]]) -> None:
     "contents",
     [[b""], [b"1 2"], [b"1 2 3", b""], [b"1 2 3 4"], [b"1 2", b"3 4 5 6"], [b"-1 2 3"], [b"x 2 3"], [b"1.5 2 3"]],
 )
-def test_schedstat_of_another_shape_is_malformed(contents: list[bytes]) -> None:
+def test_parse_schedstats_of_another_shape_is_malformed(contents: list[bytes]) -> None:
     """A thread's missing or surplus numbers are never made up by a neighbour's."""
     with pytest.raises(MalformedError, match="schedstat"):
         parse_run_times(contents)
 
 
 @given(comms)
-def test_names_are_text_without_surrogates(raw: bytes) -> None:
+def test_decode_name_of_any_bytes_has_no_surrogates(raw: bytes) -> None:
     """Any name can be written as UTF-8, and one that was UTF-8 comes back byte for byte."""
     written = decode_name(raw).encode("utf-8")
     try:
@@ -163,7 +163,7 @@ def test_names_are_text_without_surrogates(raw: bytes) -> None:
         lambda words: " ".join(words).encode()
     )
 )
-def test_any_bytes_are_parsed_or_malformed(parse: Callable[[bytes], object], content: bytes) -> None:
+def test_parsers_of_any_bytes_raise_only_malformed(parse: Callable[[bytes], object], content: bytes) -> None:
     """No content makes a parser raise anything but MalformedError."""
     with suppress(MalformedError):
         parse(content)

@@ -98,7 +98,7 @@ def parked(name: bytes = b"parked", cpu_ms: float = 0) -> Iterator[threading.Thr
 # The numbers
 
 
-def test_own_threads_are_what_their_clocks_say() -> None:
+def test_thread_times_lie_between_readings_of_their_clocks() -> None:
     """Each reading of an own thread lies between two readings of its POSIX clock, to the nanosecond."""
     with parked(cpu_ms=20) as thread, opened() as source:
         assert thread.ident is not None
@@ -116,7 +116,7 @@ def test_own_threads_are_what_their_clocks_say() -> None:
         assert (snapshot.thread_grain_ns, snapshot.thread_lag_ns, snapshot.source) == (1, 0, "clock_gettime")
 
 
-def test_another_process_is_what_psutil_says(start: Start) -> None:
+def test_source_of_another_process_agrees_with_psutil(start: Start) -> None:
     """CPU time of each thread, memory, thread count and start of a target agree with psutil."""
     target = start("--idle", "5", "--spin-first", "50")
     oracle = psutil.Process(target.pid)
@@ -134,7 +134,7 @@ def test_another_process_is_what_psutil_says(start: Start) -> None:
         assert source.identity().name == oracle.name()[:15]
 
 
-def test_the_target_agrees_about_its_own_clock(start: Start) -> None:
+def test_process_total_lies_between_readings_of_the_target(start: Start) -> None:
     """The process total lies between what the target itself read before and after."""
     target = start("--idle", "2")
     with opened(target.pid) as source:
@@ -154,7 +154,7 @@ def windows(source: Source, count: int, seconds: float) -> list[tuple[Snapshot, 
     return taken
 
 
-def test_percentages_are_those_of_the_kernel(start: Start) -> None:
+def test_cpu_percent_is_within_its_error_of_thread_clocks(start: Start) -> None:
     """
     12 threads, 2 of which burn 30 %: each thread within 1 point of its own clock over 1000 ms, within 2
     points (median) over 100 ms, and the process within 1 point over 1000 ms.
@@ -193,7 +193,7 @@ def test_percentages_are_those_of_the_kernel(start: Start) -> None:
         assert min(busy) > 0.1 * m.elapsed_ns, "the threads that burn did not burn: nothing was proven"
 
 
-def test_uptime_follows_the_boot_clock(start: Start) -> None:
+def test_uptime_advances_with_the_boot_clock(start: Start) -> None:
     """Uptime grows exactly as CLOCK_BOOTTIME does, whatever the wall clock says, and agrees with psutil."""
     target = start()
     with opened(target.pid) as source:
@@ -211,7 +211,7 @@ NAMES = [b"a) R 1 (", b"(a b ) ( c d) ", b"x\ny\x1b[31m", b"\xff\xfe\xfd", b"", 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_of_own_threads(name: bytes) -> None:
+def test_thread_names_of_any_bytes_are_listed(name: bytes) -> None:
     """Whatever bytes a thread is called, it is listed under them, and its neighbours are not disturbed."""
     with parked(name) as thread, opened() as source:
         assert thread.native_id is not None
@@ -224,7 +224,7 @@ def test_names_of_own_threads(name: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_process_that_renames_itself(start: Start, name: bytes) -> None:
+def test_thread_rename_is_in_the_next_snapshot(start: Start, name: bytes) -> None:
     """A thread that renames itself is shown under the new name by the very next snapshot."""
     target = start()
     with opened(target.pid) as source:
@@ -235,7 +235,7 @@ def test_a_process_that_renames_itself(start: Start, name: bytes) -> None:
         assert source.identity().name == name.decode("utf-8", "backslashreplace")
 
 
-def test_names_that_no_caller_asked_for_are_two_seconds_old_at_most(start: Start) -> None:
+def test_thread_names_not_requested_are_at_most_two_seconds_old(start: Start) -> None:
     """Snapshots without names read them every other second; the next with names has those of now."""
     target = start()
     with opened(target.pid) as source:
@@ -248,7 +248,7 @@ def test_names_that_no_caller_asked_for_are_two_seconds_old_at_most(start: Start
         assert name_of(source.snapshot(names=False), target.pid) == "second"
 
 
-def test_names_of_many_threads_that_run_are_those_of_now(start: Start) -> None:
+def test_thread_names_of_many_running_threads_are_current(start: Start) -> None:
     """Twelve threads run, and one of them has renamed itself."""
     target = start("--burn", *["20"] * 12)
     with opened(target.pid) as source:
@@ -259,7 +259,7 @@ def test_names_of_many_threads_that_run_are_those_of_now(start: Start) -> None:
         assert sorted(set(snapshot.roster.names) - {"renamed"}) == sorted(f"burn-{i}" for i in range(12))
 
 
-def test_a_rename_beside_a_birth_is_not_missed(start: Start) -> None:
+def test_thread_rename_beside_a_birth_is_in_the_next_snapshot(start: Start) -> None:
     """The new name is there at once also when the list of threads changes in the same window."""
     target = start("--idle", "40")
     with opened(target.pid) as source:
@@ -272,7 +272,7 @@ def test_a_rename_beside_a_birth_is_not_missed(start: Start) -> None:
 # Births and deaths
 
 
-def test_the_books_balance_while_threads_come_and_go(start: Start) -> None:
+def test_cpu_accounting_balances_during_thread_churn(start: Start) -> None:
     """Over hundreds of births and deaths nearly all CPU time is given to the living and the exited."""
     target = start("--idle", "3")
     with opened(target.pid) as source:
@@ -296,7 +296,7 @@ def test_the_books_balance_while_threads_come_and_go(start: Start) -> None:
     assert abs(whole.unattributed_ns) <= 0.02 * whole.cpu_ns + 2 * KERNEL_TICK_NS
 
 
-def test_a_newborn_thread_is_marked_and_counted_whole(start: Start) -> None:
+def test_thread_born_in_the_window_is_counted_whole(start: Start) -> None:
     """A thread born inside the window has its whole life in it; the dead one's part is `exited`."""
     target = start()
     target.ask("born old 5")
@@ -313,7 +313,7 @@ def test_a_newborn_thread_is_marked_and_counted_whole(start: Start) -> None:
 
 
 @forced_ids
-def test_a_reused_tid_is_a_new_thread(start: Start) -> None:
+def test_reused_tid_inherits_no_cpu_time(start: Start) -> None:
     """A thread that got a dead one's number does not inherit its CPU time."""
     target = start()
     for attempt in range(50):
@@ -335,7 +335,7 @@ def test_a_reused_tid_is_a_new_thread(start: Start) -> None:
 
 
 @forced_ids
-def test_a_reused_tid_in_our_own_process_is_a_new_thread() -> None:
+def test_reused_tid_in_the_own_process_inherits_no_cpu_time() -> None:
     """The thread clocks know a thread by number only; its birth tells the newcomer from the dead."""
     for _ in range(50):
         with opened() as source:
@@ -368,7 +368,7 @@ def test_a_reused_tid_in_our_own_process_is_a_new_thread() -> None:
         ("kill -40 $$", Ending(False, "killed by signal 40")),
     ],
 )
-def test_how_it_ended_is_told(code: str, ending: Ending, reaped: bool) -> None:
+def test_exit_status_is_known_whether_collected_or_not(code: str, ending: Ending, reaped: bool) -> None:
     """Whether its parent has collected it or not, and whoever its parent is."""
     victim = subprocess.Popen(["sh", "-c", f"read _; ulimit -c 0; {code}"], stdin=subprocess.PIPE)
     with opened(victim.pid) as source:
@@ -389,7 +389,7 @@ def test_how_it_ended_is_told(code: str, ending: Ending, reaped: bool) -> None:
 
 
 @forced_ids
-def test_a_reused_pid_is_target_gone() -> None:
+def test_reused_pid_is_target_gone() -> None:
     """The source of a dead process never reads the stranger that got its pid."""
     for _ in range(50):
         victim = subprocess.Popen(["sleep", "60"])
@@ -420,7 +420,7 @@ def test_a_reused_pid_is_target_gone() -> None:
 # Death and transfiguration
 
 
-def test_a_thread_is_no_process(start: Start) -> None:
+def test_pid_of_a_thread_is_refused_with_its_process(start: Start) -> None:
     """/proc answers for the id of any thread; it is said whose it is."""
     target = start("--idle", "1")
     tid = next(tid for tid in target.tids.values() if tid != target.pid)
@@ -428,7 +428,7 @@ def test_a_thread_is_no_process(start: Start) -> None:
         LinuxSource(tid)
 
 
-def test_a_zombie_is_gone() -> None:
+def test_zombie_is_target_gone() -> None:
     """A process that nobody has collected yet is gone, for the old source and for a new one."""
     process = subprocess.Popen(["sleep", "60"])
     with opened(process.pid) as source:
@@ -448,7 +448,7 @@ def test_a_zombie_is_gone() -> None:
 
 
 @pytest.mark.skipif(target_program.SYS_EXIT is None, reason="exit's number is known for x86_64 and aarch64")
-def test_a_dead_main_thread_is_no_dead_process(start: Start) -> None:
+def test_process_with_a_dead_main_thread_is_read(start: Start) -> None:
     """While other threads live, the process answers with its memory and with them."""
     target = start("--burn", "20", "--idle", "2")
     with opened(target.pid) as source:
@@ -468,7 +468,7 @@ def test_a_dead_main_thread_is_no_dead_process(start: Start) -> None:
 
 
 @pytest.mark.parametrize("command", ["exec", "exec_from_thread"])
-def test_exec_in_mid_window(start: Start, command: str) -> None:
+def test_exec_in_mid_window_keeps_the_process_with_new_threads(start: Start, command: str) -> None:
     """The process stays the same, its threads begin anew, and the answer says so."""
     target = start("--idle", "3", "--spin-first", "40")
     with opened(target.pid) as source:
@@ -485,7 +485,7 @@ def test_exec_in_mid_window(start: Start, command: str) -> None:
     assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
 
 
-def test_who_executes_is_called_as_what_it_executes() -> None:
+def test_process_after_exec_has_the_name_of_the_new_program() -> None:
     """The name, and what tells scripts apart, are those of the program that runs; the process stays the same one."""
     code = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
     with subprocess.Popen([sys.executable, "-c", code, "a script"], stdin=subprocess.PIPE) as process:
@@ -504,7 +504,7 @@ def test_who_executes_is_called_as_what_it_executes() -> None:
             process.kill()
 
 
-def test_a_script_is_known_though_its_interpreter_was_replaced(tmp_path: Path) -> None:
+def test_program_of_a_script_with_a_replaced_interpreter_is_known(tmp_path: Path) -> None:
     """As by an update while it runs: the file that the kernel names is not there any more."""
     interpreter = tmp_path / "sh"
     shutil.copy(os.path.realpath("/bin/sh"), interpreter)
@@ -519,7 +519,7 @@ def test_a_script_is_known_though_its_interpreter_was_replaced(tmp_path: Path) -
         process.kill()
 
 
-def test_a_target_that_executes_again_and_again() -> None:
+def test_snapshot_during_an_exec_storm_is_never_an_error() -> None:
     """Any snapshot in a storm of exec is an answer; none is an error."""
     code = "import os, sys; os.execv(sys.executable, [sys.executable, '-S', '-E', '-c', sys.argv[1], sys.argv[1]])"
     process = subprocess.Popen([sys.executable, "-S", "-E", "-c", code, code])
@@ -535,7 +535,7 @@ def test_a_target_that_executes_again_and_again() -> None:
         process.wait()
 
 
-def test_a_stopped_target_reads_zero(start: Start) -> None:
+def test_stopped_target_has_zero_cpu_and_state_stopped(start: Start) -> None:
     """SIGSTOP makes the figures 0 and the state `stopped`; nothing hangs."""
     target = start("--burn", "30")
     target.process.send_signal(19)
@@ -549,7 +549,7 @@ def test_a_stopped_target_reads_zero(start: Start) -> None:
     assert set(m.last.extras.threads.states) == {"stopped"}
 
 
-def test_there_is_no_such_process() -> None:
+def test_pid_out_of_range_or_unused_is_no_such_process() -> None:
     """A pid above the kernel's maximum and one that was never given are NoSuchProcessError."""
     for pid in (2**31 - 1, 2**22 + 1):
         with pytest.raises(NoSuchProcessError, match=str(pid)):
@@ -598,7 +598,7 @@ def test_hidepid_is_access_denied_and_not_gone(start: Start) -> None:
 
 
 @as_root
-def test_a_target_that_hides_in_mid_window_is_access_denied(start: Start) -> None:
+def test_target_that_becomes_hidden_is_access_denied(start: Start) -> None:
     """A process that turns away its user while it is measured has not exited."""
     target = start("--idle", "2")
     target.ask("uid 65534")
@@ -609,7 +609,7 @@ def test_a_target_that_hides_in_mid_window_is_access_denied(start: Start) -> Non
 
 
 @as_root
-def test_a_target_that_hides_its_memory_has_not_executed_another_program(start: Start) -> None:
+def test_target_that_hides_its_memory_is_no_exec(start: Start) -> None:
     """As a keyring does, by PR_SET_DUMPABLE; where it shows it again neither."""
     target = start()
     target.ask("uid 65534")
@@ -624,7 +624,7 @@ def test_a_target_that_hides_its_memory_has_not_executed_another_program(start: 
 
 
 @as_root
-def test_a_target_that_shows_itself_later_is_known_from_then_on(start: Start) -> None:
+def test_program_of_a_target_readable_later_is_known_then(start: Start) -> None:
     """Which script it is could not be told before, as inside exec; it is still the same program."""
     target = start()
     target.ask("uid 65534")
@@ -662,7 +662,7 @@ def capture(tmp_path: Path) -> Path:
     return shutil.copytree(CAPTURE, tmp_path / "proc")
 
 
-def test_a_captured_tree_reads_as_it_was_written(capture: Path) -> None:
+def test_captured_proc_tree_is_read_without_clocks(capture: Path) -> None:
     """`root` may be any directory: figures are those of its files, and no clock of ours is mixed in."""
     with opened(4242, root=str(capture)) as source:
         snapshot = source.snapshot(extras=True)
@@ -681,7 +681,7 @@ def test_a_captured_tree_reads_as_it_was_written(capture: Path) -> None:
     assert snapshot.warnings == (f"open_fds: {capture} does not list the descriptors of this process",)
 
 
-def test_descriptors_are_counted_by_listing_where_the_size_does_not_tell(capture: Path) -> None:
+def test_descriptor_count_outside_procfs_comes_from_a_listing(capture: Path) -> None:
     """A directory's size is taken for the count of its entries on a real procfs only."""
     (capture / "4242" / "fd").mkdir()
     for fd in range(3):
@@ -693,7 +693,7 @@ def test_descriptors_are_counted_by_listing_where_the_size_does_not_tell(capture
 
 
 @pytest.mark.parametrize("content", [None, "0 0 0\n"])
-def test_a_kernel_without_schedstat(capture: Path, content: str | None) -> None:
+def test_kernel_without_schedstat_is_read_by_ticks(capture: Path, content: str | None) -> None:
     """Where run times are missing or not counted, stat's ticks are used, and the resolution says so."""
     for file in capture.glob("4242/task/*/schedstat"):
         if content is None:
@@ -708,7 +708,7 @@ def test_a_kernel_without_schedstat(capture: Path, content: str | None) -> None:
     assert snapshot.thread_lag_ns >= KERNEL_TICK_NS
 
 
-def test_a_captured_tree_lists_its_processes(capture: Path) -> None:
+def test_captured_proc_tree_lists_its_processes(capture: Path) -> None:
     """The list is that of the tree; what is no process, or unreadable, is left out."""
     (capture / "999").mkdir()
     (capture / "998").write_text("no directory")
@@ -718,7 +718,7 @@ def test_a_captured_tree_lists_its_processes(capture: Path) -> None:
     assert entry.cpu_ns == 34 * USER_TICK_NS
 
 
-def test_a_directory_that_is_no_procfs(tmp_path: Path) -> None:
+def test_proc_root_without_procfs_is_unsupported(tmp_path: Path) -> None:
     """An empty root is UnsupportedError with what to do, not a missing process."""
     with pytest.raises(UnsupportedError, match="not a procfs"):
         open_source(1, proc_root=str(tmp_path))
@@ -726,7 +726,7 @@ def test_a_directory_that_is_no_procfs(tmp_path: Path) -> None:
         list(list_processes(proc_root=str(tmp_path / "none")))
 
 
-def test_proc_by_another_path(start: Start) -> None:
+def test_proc_root_of_the_same_procfs_gives_the_same_process(start: Start) -> None:
     """The same procfs under another name gives the same process, clocks included."""
     target = start("--idle", "2")
     root = "/proc/self/root/proc"
@@ -742,7 +742,7 @@ def test_proc_by_another_path(start: Start) -> None:
 
 
 @as_root
-def test_another_pid_namespace_is_read_without_our_clocks() -> None:
+def test_proc_of_another_pid_namespace_is_read_without_clocks() -> None:
     """A container's /proc names processes by its own numbers; our clock of the same number is not read."""
     inside = subprocess.Popen(
         ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", "echo; exec sleep 60"],
@@ -768,7 +768,7 @@ def test_another_pid_namespace_is_read_without_our_clocks() -> None:
 
 
 @as_root
-def test_the_proc_of_another_pid_namespace_is_not_taken_for_ours() -> None:
+def test_proc_of_another_pid_namespace_is_not_mistaken_for_the_own() -> None:
     """As in a sandbox that mounts none of its own: this process is read as itself, and no pid is guessed at."""
     code = """
         import os, sys, threading, time
@@ -798,7 +798,7 @@ def test_the_proc_of_another_pid_namespace_is_not_taken_for_ours() -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 5])
-def test_few_descriptors_give_the_same_numbers(start: Start, budget: int) -> None:
+def test_source_with_few_descriptors_gives_the_same_numbers(start: Start, budget: int) -> None:
     """Threads beyond the budget are opened at each read; that costs time and changes no figure."""
     target = start("--idle", "20", "--spin-first", "10")
     before = descriptors()
@@ -828,7 +828,7 @@ def descriptor_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_two_targets_leave_descriptors_for_others(start: Start) -> None:
+def test_sources_of_two_targets_leave_descriptors_free(start: Start) -> None:
     """However many threads the targets have, a socket can still be opened and both still be read."""
     targets = [start("--idle", "60") for _ in range(2)]
     with descriptor_limit(len(descriptors()) + 80), opened(targets[0].pid) as a, opened(targets[1].pid) as b:
@@ -839,7 +839,7 @@ def test_two_targets_leave_descriptors_for_others(start: Start) -> None:
             os.close(fd)
 
 
-def test_no_descriptor_is_left_behind(start: Start) -> None:
+def test_source_opened_and_closed_leaks_no_descriptor(start: Start) -> None:
     """A hundred rounds of open, snapshot and close, and of refusals, end with the descriptors they began with."""
     target = start("--idle", "5")
     before = descriptors()
@@ -856,7 +856,7 @@ def test_no_descriptor_is_left_behind(start: Start) -> None:
         own.snapshot()
 
 
-def test_churn_leaves_no_descriptor_behind(start: Start) -> None:
+def test_source_during_thread_churn_leaks_no_descriptor(start: Start) -> None:
     """Descriptors of threads that died are given back."""
     target = start("--idle", "2")
     with opened(target.pid) as source:
@@ -874,7 +874,7 @@ def test_churn_leaves_no_descriptor_behind(start: Start) -> None:
         assert descriptors() == before
 
 
-def test_listed_processes_agree_with_psutil(start: Start) -> None:
+def test_process_list_agrees_with_psutil(start: Start) -> None:
     """The list holds this user's processes with the figures psutil has, and no kernel thread."""
     target = start("--idle", "4")
     entries = {entry.pid: entry for entry in list_processes()}
@@ -889,7 +889,7 @@ def test_listed_processes_agree_with_psutil(start: Start) -> None:
             assert not entry.name.startswith("kworker/"), pid
 
 
-def test_every_listed_process_can_be_read() -> None:
+def test_process_list_has_only_readable_processes() -> None:
     """What the list offers can be sampled, unless it has ended meanwhile."""
     for entry in list_processes():
         try:
@@ -909,7 +909,7 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def test_the_tick_is_that_of_the_kernel() -> None:
+def test_stated_lag_is_the_period_of_the_coarse_clock() -> None:
     """The lag that is stated is the period of the coarse clock, below a tenth of a second."""
     assert round(time.clock_getres(6) * 1e9) == KERNEL_TICK_NS
     assert 0 < KERNEL_TICK_NS <= 10 * MS
