@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vitalsd.discovery import directories
 from vitalsd.discovery.directories import EndpointError
@@ -19,7 +19,6 @@ from vitalsd.discovery.program_key import program_key
 from vitalsd.discovery.runtime_file import ProcessRun, new_token
 from vitalsd.http.app import create_app
 from vitalsd.recording.recorder import RecorderConfig
-from vitalsd.recording.replay import Replay
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.sampling.sampler import Sampler
@@ -36,6 +35,9 @@ from vitalsd.sources.names import PythonNames
 from vitalsd.sources.platform import Platform, this_platform
 from vitalsd.sources.programs import ProgramDigest, main_script
 from vitalsd.worker_thread import Worker
+
+if TYPE_CHECKING:  # Its models would be built in every sidecar before the first answer.
+    from vitalsd.recording.replay import Replay
 
 __all__ = ["BuildError", "InProcess", "build_in_process", "build_replay", "build_service"]
 
@@ -122,7 +124,7 @@ def build_service(
     return parts.service, companions
 
 
-def build_replay(config: SidecarConfig, replay: Replay, environ: MutableMapping[str, str]) -> Service:
+def build_replay(config: SidecarConfig, replay: "Replay", environ: MutableMapping[str, str]) -> Service:
     """
     Assemble a sidecar that shows a file, without a runtime file and without the runs of this machine.
 
