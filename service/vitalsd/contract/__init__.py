@@ -1,1 +1,1 @@
-"""Formats that other programs read."""
+"""Define the formats that other programs read."""

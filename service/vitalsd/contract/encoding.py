@@ -1,9 +1,9 @@
 """
-The wire contract as bytes: a `Measurement`, or the reason why there is none, in JSON.
+Encode the wire contract as bytes: a `Measurement`, or the reason why there is none, in JSON.
 
-Written by hand and not through `vitalsd.contract.metrics`, because a pydantic dump costs more than the whole
-measurement; a property test holds the two together. JSON is ASCII: control characters and
-bidirectional marks in a thread's name reach nobody's terminal unescaped.
+This module does not use the models of `vitalsd.contract.metrics`, because a pydantic dump costs more than the whole
+measurement; a property test compares the two. The JSON is ASCII, so that control characters and bidirectional marks
+in a thread's name reach no terminal unescaped.
 """
 
 import json
@@ -28,29 +28,29 @@ Detail = Literal["basic", "full"]
 Sort = Literal["tid", "cpu", "name"]
 
 MAX_KEPT = 16
-"""Different answers kept of one measurement, of no more than `ANSWER_BYTES` together."""
+"""Different answers of one measurement that are cached; together they have at most `ANSWER_BYTES`."""
 
 SIZES = tuple(name for name in Extras._fields if name.endswith("_bytes"))
-"""Shown in KiB, as a field that ends in ``_kb``."""
+"""Extras in bytes; the answer has each in KiB, with a name that ends in ``_kb``."""
 COUNTS = tuple(name for name in Extras._fields if name != "threads" and not name.endswith(("_bytes", "_ns")))
-"""Shown as they are. What ends in ``_ns`` is shown as a rate, by `measure`."""
+"""Extras that the answer has unchanged. Those that end in ``_ns`` become rates, by `measure`."""
 
 DECIMALS = 3
-"""Of every percentage: 0.001 % of a second is 10 µs."""
+"""Decimals of every percentage: 0.001 % of a second is 10 µs."""
 
 
 def unavailable(error: SourceError | str, platform: str) -> bytes:
-    """The `Unavailable` variant, as bytes."""
+    """Encode the `Unavailable` variant as bytes."""
     return json.dumps(unavailable_json(error, platform), separators=(",", ":")).encode()
 
 
 def unavailable_json(error: SourceError | str, platform: str) -> dict[str, Any]:
-    """The `Unavailable` variant: the one place where a source's error becomes an answer."""
+    """Make the `Unavailable` variant of an error of a source; no other function turns such an error into an answer."""
     return {"platform": platform, "available": False, "reason": str(error)}
 
 
 def target_json(identity: Identity) -> dict[str, Any]:
-    """Which run of which process, as every answer that speaks of one has it."""
+    """Return the JSON object that names one run of one process, as all answers have it."""
     return {
         "pid": identity.pid,
         "name": identity.name,
@@ -61,12 +61,13 @@ def target_json(identity: Identity) -> dict[str, Any]:
 
 class Labels:
     """
-    The part of each thread's JSON that stays as long as its threads do, for the last few sets of threads.
+    Cache the part of each thread's JSON that does not change while its threads do not, for the last few rosters.
 
-    Writing it anew costs most of an answer.
+    To write that part anew is most of the cost of an answer.
     """
 
     KEPT = 8
+    """Rosters in the cache."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[ThreadRoster, list[str]]] = []
@@ -98,14 +99,18 @@ def encode(
     host: RecordedHost | None = None,
 ) -> bytes:
     """
-    The answer of ``GET /metrics``. All who share a measurement and ask alike share the bytes.
+    Encode the answer of ``GET /metrics``; equal requests for one measurement share the bytes.
 
     Args:
-        requested_ms: the window that was asked for; the answer holds the measured one.
-        sort: ``cpu`` is busiest first; equal ones by tid.
-        limit: at most so many threads, after sorting.
-        labels: keeps what is the same in the next answer.
-        warnings: more than those of the measurement, for ``detail=full``.
+        measurement: the figures.
+        identity: the process that was measured.
+        requested_ms: the requested window, ms; the answer holds the measured one.
+        mode: how the window was chosen, for ``detail=full``.
+        detail: which fields the answer has.
+        sort: order of the threads; ``cpu`` is busiest first, and equal threads are in the order of their tids.
+        limit: maximum number of threads, applied after sorting.
+        labels: a cache for what is the same in the next answer.
+        warnings: added to those of the measurement, for ``detail=full``.
         host: the machine that was recorded; ``None``: this one.
     """
     key = (requested_ms, mode, detail, sort, limit, warnings, host)
@@ -135,7 +140,7 @@ def encode(
 
 
 def _fitting(m: Measurement, order: Sequence[int], render: Callable[[Sequence[int]], bytes]) -> bytes:
-    """`render` with as many threads of `order` as there may be, the busiest ones, still in that order."""
+    """Render as many threads of `order` as the limits of an answer allow: the busiest ones, in that order."""
     most = ANSWER_THREADS
     while True:
         shown = order
@@ -275,7 +280,7 @@ def _percent(m: Measurement, ns: int | None) -> float | None:
 
 
 def _error_percent(m: Measurement, ns: int) -> float:
-    # Rounded up, with room for what rounding does to the figure that it is the error bar of.
+    # Rounded up, and half a unit more, because rounding moves the figure that this is the error bar of.
     unit = float(10**DECIMALS)
     return math.ceil(ns * 100 * unit / m.elapsed_ns + 0.5) / unit
 

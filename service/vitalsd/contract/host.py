@@ -1,4 +1,4 @@
-"""The machine that was recorded, as far as a report or a run tells: no user, host or network name."""
+"""Describe the machine that was recorded, without a user, host or network name."""
 
 import os
 import platform
@@ -14,6 +14,7 @@ from vitalsd.contract.shapes import Count, Doc
 __all__ = ["HostFactsJson", "RecordedHost", "os_version"]
 
 MAX_TEXT = 64
+"""Characters of a fact that is read from a file; more are cut off."""
 
 
 class HostFactsJson(TypedDict):
@@ -44,7 +45,7 @@ class RecordedHost(NamedTuple):
     @classmethod
     def this(cls) -> "RecordedHost":
         """Return the facts about this machine, now."""
-        kernel = os.uname()  # its nodename stays out
+        kernel = os.uname()  # nodename is not used, because it names the machine
         offset = datetime.now().astimezone().utcoffset()
         return cls(
             system=kernel.sysname,
@@ -57,7 +58,7 @@ class RecordedHost(NamedTuple):
 
     @classmethod
     def read(cls, found: object) -> "RecordedHost":
-        """Return the facts in JSON from a file; what has another type than it should have is ``None``."""
+        """Return the facts in JSON from a file; a fact of another type, or out of its range, is ``None``."""
         facts: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
 
         def text(key: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["LockRelease", "to_json"]
 
 PIECE = 2000
-"""Values that are encoded at once: less than a millisecond."""
+"""Values that one call of json.dumps encodes, in less than a millisecond."""
 
 
 def to_json(value: Any) -> bytes:
@@ -32,7 +32,7 @@ def _dumps(value: Any) -> str:
 
 
 def _weight(value: Any) -> int:
-    """Return about how many values there are in `value`; more than `PIECE`: too many to be encoded at once."""
+    """Return the approximate number of values in `value`; more than `PIECE` are too many for one call of json.dumps."""
     if isinstance(value, dict):
         inner = value.values()
     elif isinstance(value, list | tuple):
@@ -84,6 +84,7 @@ def _slices(values: list[Any] | tuple[Any, ...]) -> Iterator[list[Any] | tuple[A
 
 
 HELD_NS = 1_000_000
+"""Time after which `LockRelease` releases the interpreter lock, ns."""
 
 
 class LockRelease:
@@ -98,7 +99,7 @@ class LockRelease:
         self._since_ns = time.monotonic_ns()
 
     def __call__(self) -> None:
-        """Release the lock if the last release was more than a millisecond ago; to be called between pieces of work."""
+        """Release the lock if the last release was more than a millisecond ago; call this between pieces of work."""
         if time.monotonic_ns() - self._since_ns > HELD_NS:
-            time.sleep(0)  # On Linux some 50 µs, in which a thread that waits for the lock takes it.
+            time.sleep(0)  # On Linux this takes about 50 µs, in which a thread that waits for the lock takes it.
             self._since_ns = time.monotonic_ns()

@@ -1,4 +1,4 @@
-"""The label of a mark, as clients give it."""
+"""Clean the label of a mark, as a client passed it."""
 
 import logging
 
@@ -11,13 +11,13 @@ log = logging.getLogger("vitalsd")
 
 def clean_label(label: object) -> str | None:
     """
-    Return a label that can be recorded, made from what a program passed; never raises.
+    Return a label that can be recorded, made from what a program passed; never raise.
 
-    A mark is an instrument: a program is not to fail over its text. Each run of white space, such as a line break,
-    becomes one space, characters that do not print become ``?``, and the 200th character of longer text ``…``.
+    A program must not fail because of the text of a mark. Each run of white space, such as a line break, becomes one
+    space, characters that do not print become ``?``, and the 200th character of longer text becomes ``…``.
 
     Returns:
-        The label; ``None``, and a warning in the log, for what is not text or is empty.
+        The label; ``None``, with a warning in the log, for a value that is empty or no text.
     """
     if not isinstance(label, str):
         log.warning("a mark was not recorded: a label is text, not %s", type(label).__name__)

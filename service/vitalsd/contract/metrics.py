@@ -1,8 +1,8 @@
 """
-The wire contract: what ``GET /metrics`` answers and ``runtime-metrics.json`` holds.
+Model the wire contract: the answer of ``GET /metrics`` and the content of ``runtime-metrics.json``.
 
-These models declare the schema and read answers on the client's side. The service itself writes
-prepared bytes (`vitalsd.contract.encoding`); a property test holds the two together.
+These models declare the schema and read answers on the client's side. The sidecar writes bytes with
+`vitalsd.contract.encoding`; a property test compares the two.
 
 Units are in the names: ``_ms``, ``_secs``, ``_kb`` (KiB), ``_ns``, ``_percent`` (100 = one core busy).
 """
@@ -71,7 +71,7 @@ class ThreadMetrics(_Thread):
 
 
 ThreadT = TypeVar("ThreadT", default=ThreadMetrics)
-"""`ThreadMetrics`, whose figure is never null, or `FullThread`."""
+"""`ThreadMetrics`, with a figure that is never null, or `FullThread`."""
 
 
 class Measured(_Wire, Generic[ThreadT]):
@@ -199,7 +199,7 @@ class FullMetrics(Measured[FullThread]):
 
 
 RuntimeMetrics = FullMetrics | Measured | Unavailable
-"""Untagged: a reader tells `Unavailable` by ``available``, `FullMetrics` by ``schema``."""
+"""A union without a tag: only `Unavailable` has ``available``, and only `FullMetrics` has ``schema``."""
 
 _adapter: TypeAdapter[RuntimeMetrics] = TypeAdapter(RuntimeMetrics)
 

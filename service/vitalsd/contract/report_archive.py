@@ -1,7 +1,7 @@
 """
-Write a bug report as a file: its members, the manifest over them, the zip.
+Write a bug report as a file: its members, the manifest of them, the zip.
 
-Needs the standard library alone, because a client builds reports in its own process.
+It imports only the standard library, because a client builds reports in its own process.
 """
 
 import errno
@@ -46,15 +46,16 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 
 UNNAMED = "vitalsd"
-"""Begins the file name of a report that names no application."""
+"""Start of the file name of a report that names no application."""
 MAX_SAME_SECOND = 1000
+"""Upper bound, exclusive, of the number in file names of reports of the same second."""
 
 ZIP_DATES = (1980, 1, 1, 0, 0, 0), (2107, 12, 31, 23, 59, 58)
-"""First and last moment that a ZIP can say: 7 bits for the year, and 5 for every other second."""
+"""First and last moment that a ZIP can store: it has 7 bits for the year, and 5 for the second halved."""
 
 
 def new_report_id() -> str:
-    """Make 128 random bits, hexadecimal: they name the report, its file in a spool, and its upload."""
+    """Make an id of 128 random bits, hexadecimal, for the report, its file in a spool, and its upload."""
     return secrets.token_hex(16)
 
 
@@ -72,7 +73,7 @@ def timestamp(moment: datetime) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A member that is not in the report, and why."""
+    """A member that is missing in the report, and the reason."""
 
     member: str
     reason: str
@@ -80,16 +81,16 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A sealed report: exactly these bytes are written and sent."""
+    """A sealed report: the client writes and sends exactly these bytes."""
 
     report_id: str
     app: str | None
     """Application id; ``None``: the report names no application."""
     created: datetime
     members: Mapping[str, bytes]
-    """By name, `MANIFEST` last."""
+    """The content of each member by its name, `MANIFEST` last."""
     failures: Sequence[Failure] = ()
-    """What is missing, and why; the manifest lists it too."""
+    """Missing members; the manifest lists them too."""
 
     @property
     def stem(self) -> str:
@@ -100,8 +101,8 @@ class Bundle:
         """
         Return the archive. The same bundle gives the same bytes.
 
-        The date of the members is that of the report, or the nearest one that a ZIP can say: a wrong clock must not
-        cost the report.
+        The date of the members is that of the report, or the nearest one that a ZIP can store, because a report must
+        not fail over a wrong clock.
         """
         first, last = ZIP_DATES
         date = min(max(_in_utc(self.created).timetuple()[:6], first), last)
@@ -116,12 +117,12 @@ class Bundle:
 
     def write(self, directory: str | Path) -> Path:
         """
-        Write the zip into `directory`, which is made if it alone is missing; whole or not at all, mode 0600.
+        Write the zip into `directory` atomically, with mode 0600; create `directory` if its parent exists.
 
-        A file that is there is never replaced.
+        An existing file is never replaced.
 
         Raises:
-            OSError: it could not be written; nothing is left behind.
+            OSError: the zip could not be written; no part of it is left.
         """
         Path(directory).mkdir(exist_ok=True)
         return write_new(Path(directory), self.stem, ".zip", self.zip())
@@ -130,7 +131,7 @@ class Bundle:
 def seal(
     app: str | None, report_id: str, created: datetime, members: Mapping[str, bytes], failures: Sequence[Failure]
 ) -> Bundle:
-    """Add the manifest: size and SHA-256 of each member, and what is missing."""
+    """Add the manifest: size and SHA-256 of each member, and the missing members."""
     manifest = {
         "schema": SCHEMA,
         "report_id": report_id,
@@ -159,11 +160,20 @@ def metadata(
     target: Mapping[str, Any] | None = None,
 ) -> bytes:
     """
-    Return the content of `METADATA`: the application, the system and the moment; no user or host name.
+    Return the content of `METADATA`: the application, the system and the time; no user or host name.
 
     Args:
+        app: id of the application; ``None``: the report names none.
+        app_version: version of the application.
+        vitalsd_version: version of the program that makes the report.
+        report_id: as `new_report_id` makes it.
+        triggered: when the report was requested.
+        submitted: when the report was submitted.
+        description: the user's message.
+        platform: name of the platform, as in answers.
         host: the machine that was recorded.
-        target: how the recorded process is: ``{"state": "running" | "clean" | "crashed", "ended": sentence or None}``.
+        target: state of the recorded process: ``{"state": "running" | "clean" | "crashed", "ended": sentence or
+            None}``.
     """
     return _json(
         {
@@ -185,7 +195,7 @@ def metadata(
 
 def previous_run(listing: Mapping[str, Any], history: bytes) -> bytes:
     """
-    Return the content of `PREVIOUS_RUN`: the history of a dead run, and under ``run`` what is known of it.
+    Return the content of `PREVIOUS_RUN`: the history of an ended run, and its facts under ``run``.
 
     Raises:
         ValueError: `history` is not a JSON object.
@@ -205,7 +215,7 @@ def write_new(directory: Path, stem: str, suffix: str, content: bytes) -> Path:
     Write a new file ``<stem><suffix>``, or ``<stem>-2<suffix>`` and so on; atomic, durable, mode 0600.
 
     Raises:
-        OSError: it could not be written; nothing is left behind.
+        OSError: the file could not be written; no part of it is left.
     """
     temporary = directory / f".{stem}.{secrets.token_hex(8)}.tmp"
     with draft(temporary, content):
@@ -215,7 +225,7 @@ def write_new(directory: Path, stem: str, suffix: str, content: bytes) -> Path:
 
 
 def _name(temporary: Path, directory: Path, stem: str, suffix: str) -> Path:
-    """Give the file its name, the first that is free. Unlike rename(2), link(2) replaces nothing."""
+    """Give the file the first name that is free, with link(2), because rename(2) would replace an existing file."""
     for number in range(1, MAX_SAME_SECOND):
         path = directory / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
         try:
@@ -225,7 +235,7 @@ def _name(temporary: Path, directory: Path, stem: str, suffix: str) -> Path:
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                 raise
-            # A file system without links: take the name first, then put the content there.
+            # A file system without links: reserve the name with an empty file, then rename the file to it.
             try:
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
             except FileExistsError:

@@ -1,9 +1,9 @@
 """
-What the typed dictionaries of JSON answers are made of: field types and descriptions for mypy and for the schema.
+Declare field types and descriptions of the typed dictionaries of JSON answers, for mypy and for the schema.
 
 A function that makes a JSON object returns a `TypedDict` declared beside it. mypy checks the function against it, and
-`vitalsd.http.openapi` makes the schema from it when a client asks. Pydantic calls the methods here; to declare a shape
-neither pydantic nor its models are loaded.
+`vitalsd.http.openapi` makes the schema from it when a client asks. Only pydantic calls the methods here, so a module
+that declares a `TypedDict` does not load pydantic.
 """
 
 from datetime import datetime
@@ -19,6 +19,7 @@ class Doc(NamedTuple):
     text: str
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        """Return the JSON schema of the field with the description."""
         return {**handler(schema), "description": self.text}
 
 
@@ -38,6 +39,7 @@ class Lazy(NamedTuple):
         return getattr(import_module(module), name)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Return the schema of the loaded type."""
         return handler.generate_schema(self.resolve())
 
 
