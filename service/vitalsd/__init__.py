@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vitalsd.sidecar.spawned import Spawned
 
 __version__ = "0.1.0"
-"""A constant: where a program is vendored or frozen there may be no metadata of the distribution to read it from."""
+"""A constant, because a vendored or frozen program may have no metadata of the distribution to read it from."""
 
 __all__ = [
     "ListenError",

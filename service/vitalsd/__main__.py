@@ -9,7 +9,7 @@ __all__ = ["freeze_support"]
 
 def freeze_support() -> None:
     """
-    Let a frozen application be its own sidecar; to be called before anything else in its main module.
+    Let a frozen application be its own sidecar; its main module calls this before anything else.
 
     ``spawn()``, ``vitalsd doctor`` and ``vitalsd agent install`` run a frozen application again. In that second process
     this function runs vitalsd and does not return. In the application itself it returns at once.

@@ -52,10 +52,11 @@ class Shares:
         self._used: Counter[Peer | str] = Counter()
 
     def __len__(self) -> int:
+        """Return the number of uses under way, of all peers."""
         return sum(count for key, count in self._used.items() if isinstance(key, str))
 
     def exhausted(self, peer: Peer) -> bool:
-        """Return whether `peer` has used its own share, whatever the others of its kind use."""
+        """Return whether `peer` has used its own share; the uses of other peers of its kind do not count."""
         share = self.limit if peer.is_owner else max(1, self.limit // 2)
         return self._used[peer] >= share
 

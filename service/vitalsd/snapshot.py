@@ -1,8 +1,8 @@
 """
-What a source reads at one instant (`Snapshot`), and the arithmetic between two of them (`measure`).
+Hold what a source reads at one instant (`Snapshot`), and compute the difference of two snapshots (`measure`).
 
-Pure: no clock is read here and no kernel is asked. All counters are integers, in nanoseconds and
-bytes, and cumulative since the process or thread started.
+Pure functions: none reads a clock or calls the kernel. All counters are integers in nanoseconds or bytes, and
+cumulative since the process or thread started.
 """
 
 import math
@@ -27,16 +27,19 @@ __all__ = [
 ]
 
 SUSPEND_GRAIN_NS = 20_000_000
-"""The two clocks are read one after the other; a smaller difference between them is that, not sleep."""
+"""
+Least time asleep in a window, ns. The two clocks are read one after the other, so a smaller difference between them is
+not sleep.
+"""
 
 MAKING_NS = 10_000
-"""To make a thread costs its maker more CPU time than that."""
+"""CPU time that a thread uses at least to make another thread, ns."""
 HALTED = {
     "stopped": "the target is stopped by a signal (SIGSTOP, job control)",
     "traced": "the target is stopped by a debugger",
     "frozen": "the target is frozen (cgroup freezer)",
 }
-"""By `Snapshot.state`: what keeps a process from running, as a sentence."""
+"""Sentences for warnings, by `Snapshot.state`: what keeps the target from running."""
 
 
 class Identity(NamedTuple):
@@ -56,22 +59,22 @@ class Identity(NamedTuple):
     started_unix_ns: int
     program: str = ""
     """
-    Keyed digest of the executed file and of what it was told to run, see `vitalsd.sources.programs`; empty: unknown.
+    Keyed digest of the executed file and of what it runs, see `vitalsd.sources.programs`; empty: unknown.
     """
 
     @property
     def start_id(self) -> str:
-        """Pid, start and boot in one short string without meaning outside this machine."""
+        """Pid, start and boot in one short string, which has no meaning outside this machine."""
         return f"{self.pid}-{self.start_key}-{self.boot_id[:8]}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ThreadRoster:
     """
-    The threads of a process at one instant: what stays as long as no thread starts, ends or is renamed.
+    The threads of a process at one instant; equal as long as no thread starts, ends or is renamed.
 
-    A source returns the same roster until something of it changes, so most comparisons are of one object with itself.
-    An equal copy is compared by value: it costs time (10 µs per 1000 threads), never memory or a wrong result.
+    A source returns the same roster until a thread changes, so most comparisons are of one object with itself. An
+    equal copy is compared by value, which costs 10 µs per 1000 threads and no memory.
     """
 
     tids: tuple[int, ...] = ()
@@ -91,7 +94,7 @@ class ThreadRoster:
         return isinstance(other, ThreadRoster) and self.has_same_threads(other) and self.names == other.names
 
     def has_same_threads(self, other: "ThreadRoster") -> bool:
-        """Return whether both have the same threads, under whatever names."""
+        """Return whether both have the same threads; the names may differ."""
         return self is other or (self.tids == other.tids and self.births == other.births)
 
     def sharing(self, previous: "ThreadRoster") -> "ThreadRoster":
@@ -102,7 +105,7 @@ class ThreadRoster:
 
 
 class ThreadExtras(NamedTuple):
-    """Per thread, in the order of `ThreadRoster.tids`; read only for ``detail=full``."""
+    """Figures of each thread, in the order of `ThreadRoster.tids`; read only for ``detail=full``."""
 
     user_ns: Sequence[int]
     """CPU time in user mode by the kernel's own split; on Linux an estimate from ticks."""
@@ -112,7 +115,7 @@ class ThreadExtras(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What only ``detail=full`` asks for. ``None``: this platform or permission does not give it."""
+    """Figures that are read only for ``detail=full``; ``None``: the platform or the permission does not give it."""
 
     threads: ThreadExtras
     user_ns: int | None = None
@@ -136,45 +139,50 @@ class Snapshot:
     """
     Cumulative counters of a process and its threads; those of threads in the order of the roster.
 
-    Two snapshots are the same only if they are one object: `eq` is identity. Nobody changes one: it is
-    shared. That it is not frozen makes it a fifth as dear to create.
+    Equality is identity. A snapshot is shared and must not be changed. It is not frozen, because to create a frozen one
+    takes five times as long.
     """
 
     monotonic_ns: int
     """When the process total was read; a clock that stops while the machine sleeps."""
     boottime_ns: int
-    """The same instant on a clock that goes on in sleep."""
+    """The same instant on a clock that counts the time asleep."""
     wall_ns: int
     """The same instant, Unix time."""
     uptime_ns: int
-    """Since the process started, by the kernel's own clock: immune to wall-clock steps."""
+    """Time since the process started, by the kernel's own clock: steps of the wall clock do not change it."""
     skew_ns: int
-    """From the first to the last kernel read of this snapshot."""
+    """Time from the first to the last kernel read of this snapshot."""
 
     cpu_ns: int
     """The process's own total: living and exited threads, user and system."""
     cpu_grain_ns: int
     """Step of that total, ns."""
     exited_cpu_ns: tuple[int, int]
-    """Bounds of the CPU time of exited threads, ns. Equal where the kernel tells it atomically."""
+    """Lower and upper bound of the CPU time of exited threads, ns; equal if the kernel reports it atomically."""
     rss_bytes: int
     vm_bytes: int
     state: str | None = None
-    """Of the main thread, as in `ThreadExtras.states`, or ``"frozen"``; of another thread if that one has exited."""
+    """
+    State of the main thread, or of another thread if that one has exited: as in `ThreadExtras.states`, or ``"frozen"``.
+    """
     image: Hashable
-    """Changes when the process executes another program; ``None`` if that cannot be seen."""
+    """A value that changes when the process executes another program; ``None`` if the kernel does not show that."""
     reading: int = 0
-    """Grows when the counters are read anew because they contradicted each other: no difference spans that."""
+    """Number of times that contradictory counters were read anew. Snapshots with different numbers are not compared."""
 
     roster: ThreadRoster
     public_roster: ThreadRoster | None = None
-    """The threads by the names that ps(1) and top(1) show, where `roster` has names that only the process knows."""
+    """The threads by the names that ps(1) and top(1) show, if `roster` has names that only the process knows."""
     thread_cpu_ns: Sequence[int]
-    """The counter of a thread that was not read again is the same object as in the snapshot before, if possible."""
+    """
+    CPU time of each thread. The counter of a thread that was not read again is the same object as in the snapshot
+    before, if possible.
+    """
     thread_grain_ns: int
-    """Step of a thread's counter, ns; of one that is the sum of two, of both."""
+    """Step of a thread's counter, ns; the sum of both steps for a counter that is a sum of two."""
     thread_lag_ns: int
-    """How far behind the counter of a thread that runs right now may be, ns."""
+    """Most by which the counter of a running thread may be behind, ns."""
     source: str
     """Which kernel interface the thread counters came from."""
 
@@ -189,9 +197,9 @@ class Snapshot:
 @dataclass(slots=True, kw_only=True, eq=False)
 class Measurement:
     """
-    What happened between two snapshots of one process. CPU figures in ns over `elapsed_ns`.
+    Difference of two snapshots of one process; CPU figures in ns over `elapsed_ns`.
 
-    The books balance exactly: ``cpu_ns == living_ns + exited_ns + unattributed_ns``.
+    The parts add up exactly: ``cpu_ns == living_ns + exited_ns + unattributed_ns``.
     """
 
     first: Snapshot
@@ -199,7 +207,7 @@ class Measurement:
     elapsed_ns: int
     """Measured time awake between the two, > 0."""
     suspended_ns: int
-    """Time the machine slept in between."""
+    """Time that the machine slept between the two."""
     cpu_ns: int
     living_ns: int
     exited_ns: int
@@ -207,7 +215,9 @@ class Measurement:
     """May be negative: the readings of one snapshot are not simultaneous."""
     cpu_error_ns: int
     thread_cpu_ns: Sequence[int]
-    """Per thread of `last`, >= 0; for one born inside the window, its whole life. 0 where it is in `unknown`."""
+    """
+    CPU time of each thread of `last`, >= 0: for a thread born inside the window, all of it; for one in `unknown`, 0.
+    """
     born: frozenset[int]
     """Indexes of the threads that were not there at `first`."""
     unknown: frozenset[int]
@@ -216,15 +226,15 @@ class Measurement:
     that contradict the process's clock.
     """
     contradiction: str | None
-    """How the counters contradict each other, as a sentence."""
+    """Sentence that states how the counters contradict each other; ``None``: they do not."""
     thread_user_ns: Sequence[int | None] | None
-    """The user-mode part of `thread_cpu_ns`; ``None`` where the split is unknown."""
+    """The user-mode part of `thread_cpu_ns`; ``None`` if the split is unknown."""
     user_ns: int | None
     p_core_ns: int | None
     qos_ns: Mapping[str, int] | None
     warnings: tuple[str, ...]
     encoded: dict[Hashable, bytes] = field(default_factory=dict)
-    """Renderings of this measurement, so that all who share a window share them too."""
+    """Encoded answers of this measurement, which clients that share a window share too."""
 
     def public(self) -> "Measurement":
         """Return it with the names that every user of the machine can read."""
@@ -235,7 +245,7 @@ class Measurement:
         """Half-width of the error bar of ``thread_cpu_ns[index]``, ns."""
         last = self.last
         ran = self.thread_cpu_ns[index] > 0 or _is_running(last, index)
-        # Whatever its share, while it was being read it may have run all the time at one end and never at the other.
+        # While it was being read, it may have run all the time at one end of the window and never at the other.
         return last.thread_grain_ns + ran * (last.thread_lag_ns + max(self.first.skew_ns, last.skew_ns))
 
 
@@ -251,9 +261,10 @@ def allowance_ns(first_skew_ns: int, last: Snapshot) -> int:
 
 def idle_allowance_ns(first_skew_ns: int, last: Snapshot) -> float:
     """
-    Return how far the process's clock may run while the counter of every thread stands still, ns.
+    Return the CPU time that the process may have used while no thread's counter changed, ns.
 
-    Without bound if the counters are too coarse to show that a thread was made, which may have come and gone since.
+    Infinite if the counters are too coarse to show that a thread was made: such a thread may have started and exited
+    in the window.
     """
     if last.thread_grain_ns > MAKING_NS:
         return math.inf
@@ -265,7 +276,7 @@ def contradiction(first: Snapshot, last: Snapshot) -> str | None:
     """
     Return how the counters of two snapshots contradict each other, as a sentence; ``None``: they do not.
 
-    It is `Measurement.contradiction`, for less than a measurement where the threads are the same.
+    It is `Measurement.contradiction`, and costs less than a measurement if both have the same threads.
     """
     if not _comparable(first, last):
         return None
@@ -388,18 +399,20 @@ def _cpu_error_ns(first: Snapshot, last: Snapshot, deltas: list[int], elapsed_ns
 
 
 def _comparable(first: Snapshot, last: Snapshot) -> bool:
-    """Whether the counters of a thread in both are of one thread."""
+    """Return whether the counters of a thread in both are of one thread."""
     executed = None not in (first.image, last.image) and first.image != last.image
     return not executed and first.reading == last.reading
 
 
 def _all_idle(first: Snapshot, last: Snapshot, deltas: Sequence[int]) -> bool:
     """
-    Return whether all threads were idle, as their counters have it, while the process's clock ran.
+    Return whether all threads were idle by their counters while the process used CPU time.
 
-    Where no thread is known to have come or gone, one that came and went unseen was made by one that is still there.
+    If no thread is known to have started or exited, a thread that did both unseen was made by one that is still alive.
 
     Args:
+        first: the earlier snapshot.
+        last: the later snapshot.
         deltas: CPU time of threads, ns; those that are left out were idle.
     """
     return not any(deltas) and last.cpu_ns - first.cpu_ns > idle_allowance_ns(first.skew_ns, last)
@@ -427,19 +440,19 @@ def _wrong_words(first: Snapshot, last: Snapshot, thread: int, delta_ns: int) ->
 
 
 class _Match(NamedTuple):
-    """Which threads of two snapshots are the same."""
+    """The threads of two snapshots, matched."""
 
     comparable: bool
     pairs: Sequence[tuple[int, int]] | None = None
-    """(index in last, index in first); ``None``: every thread is at its old place."""
+    """(index in last, index in first) of the threads in both; ``None``: each thread has the same index in both."""
     born: Sequence[int] = ()
-    """Indexes of those that are only in the last."""
+    """Indexes of the threads that are only in the last."""
     gone_ns: Sequence[int] = ()
-    """CPU time of those that are only in the first, ns."""
+    """CPU time of the threads that are only in the first, ns."""
 
     @property
     def counted_born(self) -> Sequence[int]:
-        """Those of `born` whose counter began in the window."""
+        """Indexes in `born` of threads with a counter that began in the window."""
         return self.born if self.comparable else ()
 
 
@@ -462,11 +475,11 @@ def _match(first: Snapshot, last: Snapshot) -> _Match:
 
 def _exited(first: Snapshot, last: Snapshot, gone_ns: int, limit: int) -> int:
     """
-    CPU time burnt inside the window by threads that did not live to its end.
+    Return the CPU time that threads which exited in the window used inside it, ns.
 
-    The growth of "exited" holds the whole lives of the threads that went; `gone_ns` of it was burnt
-    before the window. Both ends are known as intervals: an interval that allows 0 while nobody is
-    known to have gone means 0, otherwise its middle is the estimate.
+    The growth of the exited total holds all CPU time of those threads; they used `gone_ns` of it before the window.
+    Both totals are known as intervals. If no thread is known to have exited and the interval of the difference
+    contains 0, the result is 0; otherwise it is the middle of the interval.
     """
     low = last.exited_cpu_ns[0] - first.exited_cpu_ns[1] - gone_ns
     high = last.exited_cpu_ns[1] - first.exited_cpu_ns[0] - gone_ns
@@ -499,7 +512,7 @@ def _split(
 
 
 def _grown(first: Snapshot, last: Snapshot, counter: Callable[[Extras], int | None]) -> int | None:
-    """How much a counter of the extras grew; ``None`` if either end lacks it."""
+    """Return how much a counter of the extras grew; ``None`` if either end lacks it."""
     if first.extras is None or last.extras is None:
         return None
     before, after = counter(first.extras), counter(last.extras)
@@ -507,14 +520,14 @@ def _grown(first: Snapshot, last: Snapshot, counter: Callable[[Extras], int | No
 
 
 def _qos(before: Extras | None, after: Extras | None) -> dict[str, int] | None:
-    """CPU time that was burnt in each quality-of-service class, ns."""
+    """Return the CPU time used in each quality-of-service class, ns."""
     if before is None or after is None or before.qos_ns is None or after.qos_ns is None:
         return None
     return {name: max(0, ns - before.qos_ns.get(name, 0)) for name, ns in after.qos_ns.items()}
 
 
 def _user_part(cpu_ns: int, user_ns: int, system_ns: int) -> int | None:
-    """`cpu_ns` divided as the coarser counters are; ``None`` if they did not move and it did."""
+    """Return the user-mode part of `cpu_ns`, in proportion to the coarser counters; ``None`` if only `cpu_ns` grew."""
     if cpu_ns == 0:
         return 0
     user_ns, system_ns = max(0, user_ns), max(0, system_ns)

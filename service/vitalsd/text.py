@@ -5,20 +5,18 @@ from datetime import UTC, datetime
 __all__ = ["iso", "one_line", "printable", "shortened"]
 
 MAX_LINE = 1000
-"""Characters of an error message or of a line of a log."""
+"""Characters of an error message or of a line of a log; `shortened` cuts longer text in its middle."""
 
 
 def iso(unix_ns: int, precision: str = "milliseconds") -> str:
-    """A Unix time in ns as ISO 8601 in UTC, with ``milliseconds`` or ``microseconds``."""
+    """Format a Unix time in ns as ISO 8601 in UTC; `precision`: ``milliseconds`` or ``microseconds``."""
     seconds, rest_ns = divmod(unix_ns, 1_000_000_000)
     moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest_ns // 1000)
     return moment.isoformat(timespec=precision).replace("+00:00", "Z")
 
 
 def printable(text: str) -> str:
-    """
-    `text` for eyes: what a terminal would obey, what hides and what turns the direction round is spelled out.
-    """
+    """Escape control, invisible and bidirectional characters of `text`, which a terminal would act on or not show."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

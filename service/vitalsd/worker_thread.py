@@ -1,4 +1,4 @@
-"""One thread for calls that may block: kernel reads of one target, or writes to disk."""
+"""Run calls that may block on one daemon thread: kernel reads of one target, or writes to disk."""
 
 import asyncio
 import heapq
@@ -21,20 +21,24 @@ log = logging.getLogger("vitalsd.worker_thread")
 T = TypeVar("T")
 
 PATIENCE_NS = 5_000_000_000
-"""A call that has taken so long is taken for one that hangs."""
+"""Time limit of a call, ns: one that takes longer counts as hung."""
 LOOK_S = 0.1
-"""Between two looks at a call that is waited for."""
+"""Poll interval of a coroutine that waits for a call, s."""
 NEVER_NS = 1 << 63
+"""A monotonic time, ns, that is never reached: no beat is due."""
 MOST_TIMED = 256
-"""With this many calls on the heap, those that were cancelled are removed from it."""
+"""Calls on the heap of timed calls from which on the cancelled ones are removed."""
 
 
 REFUSED = "can't start new thread"
-"""Text of the RuntimeError of `threading.Thread.start` where the system gives no thread."""
+"""Text of the RuntimeError of `threading.Thread.start` if the system gives no thread."""
 FATAL_SIGNALS = {
     *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT, signal.SIGSYS)
 }
-"""Sent to the thread that caused them: blocked there, they would bypass the crash handler of the host program."""
+"""
+Signals that the kernel sends to the thread that caused them. They stay unblocked in our threads, because a blocked one
+ends the process without the crash handler of the host program.
+"""
 
 
 class NoThreadError(RuntimeError):
@@ -48,13 +52,14 @@ def start_thread(thread: threading.Thread) -> None:
     """
     Start a thread that takes no signals of the host program.
 
-    A host that collects signals by sigwait(3) or signalfd(2) blocks them in its own threads. One that is not blocked in
-    ours would be delivered there, and most of them end the process. The mask is set around the start, so that threads
-    which a library starts from ours inherit it. What the host itself blocks of `FATAL_SIGNALS` is open in ours.
+    A host that collects signals by sigwait(3) or signalfd(2) blocks them in its own threads. The kernel would deliver
+    to our thread a signal that is not blocked there, and most signals end the process. The mask is set around the
+    start, so that threads which a library starts from ours inherit it. `FATAL_SIGNALS` are not blocked in our thread,
+    even if the host blocks them.
 
     Raises:
         NoThreadError: the system gives no more threads.
-        RuntimeError: the interpreter ends.
+        RuntimeError: the interpreter is shutting down.
     """
     before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - FATAL_SIGNALS)
     try:
@@ -69,10 +74,10 @@ def start_thread(thread: threading.Thread) -> None:
 
 class HungError(Exception):
     """
-    The call under way does not return, and whatever waits behind it does not begin.
+    The call under way does not return, and no call that waits behind it begins.
 
     Args:
-        what: is under way, and where.
+        what: description of the call and of where it runs.
     """
 
     def __init__(self, what: str = "a call") -> None:
@@ -80,40 +85,40 @@ class HungError(Exception):
 
 
 class StoppedError(Exception):
-    """The thread was told to end before the call was given to it."""
+    """`Worker.stop` was called before the call was submitted."""
 
 
 class Worker:
     """
-    A daemon thread that runs what it is given, in order, and one call at a steady beat.
+    A daemon thread that runs submitted calls in order, and one periodic call, the beat.
 
-    Not an executor: that one's threads are joined when the interpreter exits, and a kernel call that
-    hangs would hang the exit of the host program.
+    Not an executor: the interpreter joins the threads of an executor when it exits, so a hung kernel call would hang
+    the exit of the host program.
     """
 
     def __init__(self, name: str) -> None:
         self._calls: deque[Callable[[], object] | None] = deque()
         self._bell = threading.Lock()
         """
-        Free when something was given that the thread has not looked at.
+        Unlocked if a call was submitted that the thread has not looked at.
 
-        A lock and not a queue, whose timeout is an exception, and the beat not on the heap: an idle beat at 4 Hz takes
-        76 µs of CPU, and 103 µs with `queue.SimpleQueue` and the heap for 13 lines less.
+        A lock and not a queue, because the timeout of a queue is an exception; and the beat is not on the heap. So an
+        idle beat at 4 Hz takes 76 µs of CPU; `queue.SimpleQueue` and the heap take 103 µs, and 13 lines less.
         """
         self._bell.acquire()
         self._timed: list[tuple[int, int, Future[Any], Callable[[], object]]] = []
-        """A heap: monotonic time, number, future, call. Of the thread alone."""
+        """A heap: monotonic time, number, future, call. Only the thread uses it."""
         self._most_timed = MOST_TIMED
         self._numbers = count()
         self._beat: Callable[[], bool]
         self._interval_ns = 0
         self._beat_ns = NEVER_NS
-        """When the next beat is due."""
+        """Monotonic time at which the next beat is due, ns."""
         self._said = ""
         self._stopped = False
         self._calling = threading.Lock()
         self._gate = threading.Lock()
-        """Passed before each call: who holds it waits for one call, and not for all that are given without a gap."""
+        """The thread takes it before each call: its holder waits for one call, not for all calls without a gap."""
         self.busy_since_ns: int | None = None
         """Monotonic time at which the call under way began; ``None`` when idle."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -121,9 +126,9 @@ class Worker:
 
     def pause(self, timeout_s: float) -> bool:
         """
-        Let the call under way end and none begin until `resume`; False if it takes longer, or hangs.
+        Let the call under way end and none begin until `resume`; return False if it takes longer, or hangs.
 
-        For who is about to fork: what a call holds at that moment is held in the child for ever.
+        A caller of fork needs this: a lock that a call holds at the fork is never released in the child.
         """
         if self.overdue or not self._gate.acquire(timeout=timeout_s):
             return False
@@ -133,24 +138,24 @@ class Worker:
         return False
 
     def resume(self) -> None:
-        """After a `pause` that was granted; in the child likewise."""
+        """End a `pause` that returned True, in the parent and in the child."""
         self._calling.release()
         self._gate.release()
 
     @property
     def pending(self) -> int:
-        """Calls that wait for their turn."""
+        """Number of calls that have not begun."""
         return len(self._calls)
 
     def post(self, call: Callable[[], object]) -> None:
-        """Run `call` on the thread; nobody waits for it, which is cheaper than a future. What it raises is logged."""
+        """Run `call` on the thread, without a future, which would cost more; an exception of it is logged."""
         self._give(call)
 
     def submit(self, call: Callable[[], T], at_ns: int | None = None) -> "Future[T]":
         """
-        Run `call` on the thread, at once or at a monotonic time; the future has its result or its exception.
+        Run `call` on the thread, at once or at a monotonic time in ns; the future gets its result or its exception.
 
-        After `stop` that is `StoppedError`.
+        After `stop` the exception is `StoppedError`.
         """
         future: Future[T] = Future()
         if self._stopped:
@@ -161,22 +166,26 @@ class Worker:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(call())
-                except BaseException as error:  # noqa: BLE001 - handed to whoever waits, not swallowed
+                except BaseException as error:  # noqa: BLE001 - the future passes it on
                     future.set_exception(error)
 
         self._give(run if at_ns is None else partial(self._put_off, at_ns, future, run))
         return future
 
     async def result(self, call: Callable[[], T]) -> T:
-        """What `call` returns or raises on the thread, however long it takes."""
+        """Return or raise what `call` does on the thread, without a time limit."""
         return await asyncio.wrap_future(self.submit(call))
 
     async def ask(self, call: Callable[[], T], what: str) -> T:
         """
-        The same of a call that may block in the kernel, which is `what`.
+        Return or raise what `call`, which may block in the kernel, does on the thread.
+
+        Args:
+            call: runs on the thread.
+            what: description of the call, for `HungError`.
 
         Raises:
-            HungError: the thread hangs. What was not begun by then is not done later either.
+            HungError: the thread hangs. If `call` has not begun by then, it never does.
         """
         if await self.hangs():
             raise HungError(what)
@@ -189,12 +198,12 @@ class Worker:
 
     @property
     def overdue(self) -> bool:
-        """Whether the call under way has taken longer than `PATIENCE_NS`, be it that the process was stopped."""
+        """Whether the call under way has taken longer than `PATIENCE_NS`, also if the process was stopped meanwhile."""
         since_ns = self.busy_since_ns
         return since_ns is not None and time.monotonic_ns() - since_ns >= PATIENCE_NS
 
     async def hangs(self) -> bool:
-        """Whether the call under way has taken longer than `PATIENCE_NS`, and not because the process was stopped."""
+        """Return whether the call under way has taken longer than `PATIENCE_NS` while the process was running."""
         since_ns = self.busy_since_ns
         if not self.overdue:
             return False
@@ -204,7 +213,7 @@ class Worker:
 
     async def answer(self, future: asyncio.Future[T]) -> T:
         """
-        Wait for what was submitted, unless that is hopeless; whoever leaves cancels nothing.
+        Wait for the result of a submitted call; a waiter that is cancelled does not cancel the call.
 
         Raises:
             HungError: the thread hangs.
@@ -217,10 +226,10 @@ class Worker:
 
     def every(self, interval_ns: int, beat: Callable[[], bool]) -> None:
         """
-        Call `beat` on the thread now and at each `interval_ns`, until it returns False. A second one replaces it.
+        Call `beat` on the thread now and every `interval_ns`, until it returns False. A second beat replaces the first.
 
-        Beats stay on one grid of time; those that were missed are left out, not made up for. One that raises is
-        logged, if it is for another reason than the one before, and the next comes as if it had not.
+        Beats stay on one grid of time, and a missed beat is not made up for. An exception of a beat is logged, unless
+        it repeats the last one that was logged, and does not end the beats.
         """
 
         def begin() -> None:
@@ -229,7 +238,7 @@ class Worker:
         self._give(begin)
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread after what it was given before; False if it is still at that after `timeout_s`."""
+        """End the thread after the calls submitted before; return False if it still runs after `timeout_s`."""
         self._stopped = True
         self._give(None)
         self._thread.join(timeout_s)
@@ -237,7 +246,7 @@ class Worker:
 
     def _give(self, call: Callable[[], object] | None) -> None:
         self._calls.append(call)
-        with suppress(RuntimeError):  # free already: it rings
+        with suppress(RuntimeError):  # unlocked already: the thread will look
             self._bell.release()
 
     def _run(self) -> None:
@@ -266,20 +275,20 @@ class Worker:
                     call()
                 finally:
                     self._calling.release()
-            except Exception as error:  # a bug; whoever else depends on this thread is not to wait for ever
+            except Exception as error:  # a bug; the thread continues, because other callers wait for it
                 if self._said != (said := repr(error)):
                     self._said = said
                     log.exception("%s: a call failed", self._thread.name)
             self.busy_since_ns = None
 
     def _beat_now(self) -> None:
-        goes_on = True
+        continues = True
         try:
-            goes_on = self._beat()
+            continues = self._beat()
         finally:
             late_ns = time.monotonic_ns() - self._beat_ns
             due_ns = self._beat_ns + (1 + late_ns // self._interval_ns) * self._interval_ns
-            self._beat_ns = due_ns if goes_on else NEVER_NS
+            self._beat_ns = due_ns if continues else NEVER_NS
 
     def _put_off(self, at_ns: int, future: "Future[Any]", call: Callable[[], object]) -> None:
         timed = self._timed
@@ -291,6 +300,6 @@ class Worker:
 
 
 def seen(future: asyncio.Future[T]) -> None:
-    """Look at what nobody waits for any more, or asyncio logs it."""
+    """Retrieve the exception of a future without a waiter, so that asyncio does not log it."""
     if not future.cancelled():
         future.exception()
