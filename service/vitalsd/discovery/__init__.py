@@ -1,1 +1,1 @@
-"""Files by which the programs of one user find each other."""
+"""Let the programs of one user find each other through files."""

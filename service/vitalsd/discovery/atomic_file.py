@@ -1,8 +1,9 @@
 """
-Files that are there whole or not at all, also after a crash of the program, and may be removed by anybody.
+Write files atomically and durably: after a crash of the program a file is complete or absent.
 
-fsync(2) hands a file to the disk. Platform limit: macOS returns before the drive has written its cache (fsync(2) there;
-F_FULLFSYNC, which waits for that, takes tens of milliseconds), so a power failure may lose what was written last.
+Any program may remove such a file. Its content is written with fsync(2). Platform limit: on macOS fsync(2) returns
+before the drive has written its cache, so a power failure may lose the last writes. F_FULLFSYNC waits for the drive,
+but takes tens of milliseconds.
 """
 
 import errno
@@ -17,14 +18,15 @@ __all__ = ["draft", "is_gone", "sync_directory"]
 @contextmanager
 def draft(path: Path, content: bytes, *, mode: int = 0o600) -> Iterator[None]:
     """
-    A new file with `content`, on disk, which the context gives its name; what is left of it then is removed.
+    Write a temporary file, which the body of the context renames or links; remove the rest of it afterwards.
 
     Args:
-        path: a name that nobody looks at, in the directory it is meant for.
-        mode: whatever the umask.
+        path: the temporary name, which no reader looks for, in the directory of the final name.
+        content: written to the disk before the body runs.
+        mode: permissions; the umask does not change them.
 
     Raises:
-        OSError: it could not be written; nothing is left.
+        OSError: the file could not be written; no part of it is left.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -40,7 +42,7 @@ def draft(path: Path, content: bytes, *, mode: int = 0o600) -> Iterator[None]:
 
 
 def is_gone(path: Path) -> bool:
-    """Whether somebody has removed it; not if it only cannot be looked at just now."""
+    """Return whether the file was removed; False if it cannot be examined."""
     try:
         os.lstat(path)
     except OSError as error:
@@ -49,12 +51,15 @@ def is_gone(path: Path) -> bool:
 
 
 def sync_directory(directory: Path) -> None:
-    """Hand a rename or link in it to the disk, as `draft` does the content. Raises `OSError`."""
+    """Write renames and links in a directory to the disk with fsync(2). Raises `OSError`."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some file systems do not support it for directories, and do not need it
             raise
     finally:
         os.close(fd)

@@ -1,8 +1,8 @@
 """
-Where the files of this user are: runtime files and sockets, and what outlives a reboot.
+Find the directories of this user: for runtime files and sockets, and for state that outlives a reboot.
 
-Nothing is trusted that others may have put there. Of the standard library alone: clients import this
-without the service.
+No directory is trusted in which another user can write. This module imports only the standard library, because clients
+import it without the service.
 """
 
 import os
@@ -27,19 +27,19 @@ __all__ = [
 ]
 
 MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
-"""Bytes of a Unix socket's path; sun_path holds one more, the NUL."""
+"""Longest path of a Unix socket, bytes; sun_path of the kernel has one byte more, for the NUL."""
 
 
 class EndpointError(Exception):
-    """A runtime file, a socket or a directory cannot be trusted or used; ``str(error)`` says why in a sentence."""
+    """A runtime file, a socket or a directory cannot be trusted or used; ``str(error)`` states why in a sentence."""
 
 
 def runtime_directories(environ: Mapping[str, str] | None = None) -> list[Path]:
     """
-    Where runtime files may be, the preferred place first. Nothing is created or checked.
+    Return the directories in which runtime files may be, the preferred one first; create and check none.
 
-    ``VITALSD_RUNTIME_DIR`` stands alone. Otherwise a sidecar started in a login session and a client
-    started by cron see different environments, so a client looks in all of these.
+    If ``VITALSD_RUNTIME_DIR`` is set, it is the only one. Otherwise a client looks in all of them, because a sidecar
+    that is started in a login session and a client that is started by cron have different environments.
     """
     environ = os.environ if environ is None else environ
     if given := environ.get("VITALSD_RUNTIME_DIR"):
@@ -47,7 +47,7 @@ def runtime_directories(environ: Mapping[str, str] | None = None) -> list[Path]:
     found: list[Path] = []
     if sys.platform == "darwin":
         found += [home / "Library/Application Support/vitalsd/run" for home in _homes(environ)]
-        # Per user on macOS, and short enough for a socket where the home's path is not.
+        # macOS: one per user, with a path short enough for a socket if that of the home directory is too long.
         found += [Path(base) / "vitalsd" for base in (environ.get("TMPDIR", ""),) if _private(base)]
     else:
         for base in (environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.geteuid()}"):
@@ -59,9 +59,9 @@ def runtime_directories(environ: Mapping[str, str] | None = None) -> list[Path]:
 
 def runtime_directory(environ: Mapping[str, str] | None = None) -> Path:
     """
-    Return the directory for this user's runtime files and sockets, made if need be.
+    Return the directory for this user's runtime files and sockets; create it if it does not exist.
 
-    A directory with a path too long for a socket is used only if there is no other.
+    A directory with a path too long for a socket is used only if no other can be.
 
     Raises:
         EndpointError: none of the candidates can be used.
@@ -78,7 +78,7 @@ def runtime_directory(environ: Mapping[str, str] | None = None) -> Path:
             return private_directory(path)
         except EndpointError as error:
             reasons.append(str(error))
-    for path in too_long:  # A runtime file fits there, if no socket does.
+    for path in too_long:  # Too long for a socket, and usable for a runtime file.
         try:
             return private_directory(path)
         except EndpointError as error:
@@ -88,7 +88,7 @@ def runtime_directory(environ: Mapping[str, str] | None = None) -> Path:
 
 def state_path(environ: Mapping[str, str] | None = None) -> Path:
     """
-    Where what outlives a reboot is kept. Nothing is created or checked.
+    Return the directory for state that outlives a reboot; do not create or check it.
 
     Raises:
         EndpointError: this user has no home directory.
@@ -105,10 +105,10 @@ def state_path(environ: Mapping[str, str] | None = None) -> Path:
 
 def state_directory(environ: Mapping[str, str] | None = None) -> Path:
     """
-    The directory for what outlives a reboot, made if need be.
+    Return the directory for state that outlives a reboot; create it if it does not exist.
 
     Raises:
-        EndpointError: it cannot be made, or others may write it.
+        EndpointError: the directory cannot be created or used, see `private_directory`.
     """
     path = state_path(environ)
     try:
@@ -119,14 +119,14 @@ def state_directory(environ: Mapping[str, str] | None = None) -> Path:
 
 def private_directory(path: Path) -> Path:
     """
-    Make `path` (mode 0700) or check that it is a directory of ours that nobody else can enter.
+    Create `path` with mode 0700, or check that it is a directory that only this user can enter.
 
-    An empty one of ours that others may read is closed to them. One with something in it is refused: it may be
-    there for them; and so is one that they may write, for it may hold their files already.
+    An empty directory of this user that other users may read gets mode 0700. One that is not empty is refused, because
+    its files may be meant for them. One that they may write is refused, because it may already have files of theirs.
 
     Raises:
-        EndpointError: it is a symlink, not a directory, somebody else's, writable by others, not empty and
-            open to others, or cannot be made.
+        EndpointError: `path` is a symlink, is not a directory, belongs to another user, is writable by other users, is
+            not empty and open to other users, or cannot be created.
     """
     try:
         _make(path)
@@ -157,13 +157,15 @@ def _make(path: Path) -> None:
     _make(path.parent)
     with suppress(FileExistsError):
         path.mkdir(0o700)
-        os.chmod(path, 0o700)  # a strange umask may have taken our own bits away
+        os.chmod(path, 0o700)  # the umask may have removed permissions of the owner
 
 
 def _owned(path: str) -> bool:
     """
-    A directory of this user's. Under ``sudo -E`` or ``su`` the environment still names another
-    user's, where ours would be in the way of theirs.
+    Return whether this user owns a directory.
+
+    Under ``sudo -E`` and ``su`` the environment names directories of the other user, and our files there would disturb
+    that user's programs.
     """
     try:
         return os.stat(path).st_uid == os.geteuid()
@@ -187,20 +189,20 @@ def _homes(environ: Mapping[str, str]) -> Iterator[Path]:
 
 
 def socket_name(pid: int) -> str:
-    """File name of the Unix socket of the sidecar `pid`."""
+    """Return the file name of the Unix socket of the sidecar `pid`."""
     return f"metrics-{pid}.sock"
 
 
 def agent_socket(directory: Path) -> Path:
     """
-    The Unix socket that launchd or systemd listens on for the background agent.
+    Return the path of the Unix socket on which launchd or systemd listens for the background agent.
 
-    `sweep` does not know the name on purpose: to probe this socket would start the agent.
+    `sweep` does not match this name, because a connection to the socket would start the agent.
     """
     return directory / "agent.sock"
 
 
 def check_socket_path(path: Path) -> None:
-    """Raises `EndpointError`: `path` does not fit into a socket address."""
+    """Raise `EndpointError` if `path` does not fit into a socket address."""
     if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
         raise EndpointError(f"{path} is {size} bytes long and a socket's path may have {MAX_SOCKET_PATH}")

@@ -1,9 +1,9 @@
 """
-Send HTTP requests to a sidecar on one connection, under one deadline.
+Send HTTP requests to a sidecar on one connection, with one deadline.
 
-httpx is not used: it has no deadline for a whole request, takes proxies and certificates from the environment, and does
-not report the user at the other end of a Unix socket. h11 parses the answers; every operation of the socket gets the
-time that remains.
+This module does not use httpx, which has no deadline for a whole request, takes proxies and certificates from the
+environment, and does not report the user at the other end of a Unix socket. h11 parses the answers; the timeout of each
+operation of the socket is the time that remains.
 """
 
 import errno
@@ -24,18 +24,20 @@ from vitalsd.text import one_line
 __all__ = ["Answer", "Connection", "ExchangeError"]
 
 MAX_HEAD_BYTES = 16 * 1024
+"""Longest head of an answer, bytes."""
 MAX_INTERIM = 8
-"""``100 Continue`` and the like before the answer; more only delay the answer."""
+"""Interim answers, such as ``100 Continue``, that are accepted before the answer; more would only delay it."""
 READ_BYTES = 65536
+"""Bytes of one recv(2)."""
 RETRY_AFTER = re.compile(rb"[0-9]{1,5}")
 
 
 class ExchangeError(Exception):
     """
-    Report that there is no answer; ``str(error)`` says what happened instead.
+    The request got no complete answer; ``str(error)`` states the reason.
 
     Args:
-        reason: may quote what the other end sent; it is escaped and cut.
+        reason: may quote bytes that the server sent; it is escaped and cut.
     """
 
     def __init__(self, reason: str) -> None:
@@ -44,13 +46,13 @@ class ExchangeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer."""
+    """A complete answer."""
 
     status: int
     content_type: str
     body: bytes
     retry_after_s: int | None = None
-    """Whole seconds of the header ``Retry-After``; None: there is none, or it is a date."""
+    """Whole seconds of the header ``Retry-After``; ``None``: there is no such header, or it has a date."""
 
 
 class Connection:
@@ -58,9 +60,9 @@ class Connection:
     A connection to a Unix socket, or to an IP address over TCP; closed with the context.
 
     Args:
-        place: path of the socket, or (address, port). Names are not looked up: that has no deadline.
-        deadline: monotonic time, s, at which whatever is under way fails.
-        connect_s: at most so much of it for connecting.
+        place: path of the socket, or (address, port). A host name is not resolved, because that has no deadline.
+        deadline: monotonic time, s, at which every operation fails.
+        connect_s: time limit for connecting, s.
 
     Raises:
         ExchangeError: no connection was accepted, or the socket belongs to another user.
@@ -103,7 +105,7 @@ class Connection:
                 raise ExchangeError(f"cannot connect to {self.place}: {error.strerror or error}") from None
 
     def _check_owner(self) -> None:
-        """Accept a socket of this user or of root, as which launchd listens and which needs no tricks."""
+        """Accept a socket of this user or of root: launchd listens as root, and root can read the target anyway."""
         try:
             uid = peer_uid(self._socket)
         except OSError as error:
@@ -122,13 +124,17 @@ class Connection:
         max_bytes: int,
     ) -> Answer:
         """
-        Send one request and read its whole answer. Redirects are answers like any other.
+        Send one request and read its complete answer; redirects are not followed.
 
         Args:
-            max_bytes: of the answer's body; one byte more is an error.
+            target: path and query.
+            method: of HTTP.
+            headers: added to the default ones.
+            body: sent with every method but GET.
+            max_bytes: longest accepted body of the answer.
 
         Raises:
-            ExchangeError: there was no complete, well-formed answer in time.
+            ExchangeError: no complete, well-formed answer arrived before the deadline.
         """
         fields = {"Host": self._host, "Accept": "application/json", **(headers or {})}
         if method != "GET":
@@ -144,7 +150,7 @@ class Connection:
 
     @property
     def is_reusable(self) -> bool:
-        """Whether another request may follow on this connection."""
+        """Whether another request can be sent on this connection."""
         return {self._http.our_state, self._http.their_state} <= {h11.IDLE, h11.DONE}
 
     def _receive(self, max_bytes: int) -> Answer:
@@ -179,7 +185,7 @@ class Connection:
 
     def _send(self, data: bytes) -> None:
         self._arm("took no request")
-        with suppress(BrokenPipeError):  # A server that refuses early may have answered before.
+        with suppress(BrokenPipeError):  # A server that refuses the request may have answered before it read all of it.
             self._socket.sendall(data)
 
     def _arm(self, complaint: str) -> None:
@@ -208,13 +214,15 @@ class Connection:
         return f"{time.monotonic() - self._begun:.1f} s"
 
     def close(self) -> None:
-        """Close it. A second call does nothing."""
+        """Close the connection. A second call does nothing."""
         self._socket.close()
 
     def __enter__(self) -> "Connection":
+        """Return this connection, which is connected already."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Close the connection."""
         self.close()

@@ -1,8 +1,8 @@
 """
-The sidecars that this process has started, inside itself or beside it.
+Keep a list of the sidecars that this process has started, in a thread or as another process.
 
-A client finds them here even where no runtime file can be written: in a container without a home, with a home that is
-read-only, or has a path that is too long.
+A client in this process finds them here even if no runtime file can be written: in a container without a home
+directory, or with one that is read-only or has a path that is too long.
 """
 
 import os
@@ -14,31 +14,31 @@ __all__ = ["OwnSidecar", "announce", "own_sidecars", "withdraw"]
 
 
 class OwnSidecar(NamedTuple):
-    """Where a sidecar of this process answers."""
+    """The addresses of a sidecar of this process."""
 
     socket: str | None
     host: str | None
     port: int | None
     token: str | None
     alive: Callable[[], bool]
-    """Return whether it still runs: another sidecar may have its port since."""
+    """Return whether the sidecar still runs. After it has ended, another sidecar may get its port."""
 
     @classmethod
     def at(cls, socket: str | None, url: str | None, token: str | None, alive: Callable[[], bool]) -> "OwnSidecar":
-        """Return the one with this socket and base URL."""
+        """Make an entry from a socket and a base URL."""
         parts = urlsplit(url or "")
         return cls(socket, parts.hostname, parts.port, token, alive)
 
 
 class _Registry:
     """
-    What is one per process.
+    The list, one per process.
 
-    A tuple that is replaced needs no lock: a lock that another thread holds at a fork would stay held in the child. The
-    sidecars of a process are not those of its forked child.
+    A tuple that is replaced needs no lock; a lock that another thread holds at a fork is never released in the child.
     """
 
     found: tuple[tuple[int, OwnSidecar], ...] = ()
+    """(pid, sidecar): a forked child does not own the sidecars of its parent."""
 
 
 def announce(sidecar: OwnSidecar) -> None:
@@ -52,7 +52,7 @@ def withdraw(sidecar: OwnSidecar) -> None:
 
 
 def own_sidecars() -> list[OwnSidecar]:
-    """Return the sidecars of this process that run, the newest first; those that have ended are removed."""
+    """Return the running sidecars of this process, the newest first; remove those that have ended."""
     found = []
     for pid, sidecar in reversed(_Registry.found):
         if pid != os.getpid():

@@ -1,8 +1,8 @@
 """
-The key of this user with which `vitalsd.sources.programs` makes digests of programs.
+Read or create the key of this user with which `vitalsd.sources.programs` makes digests of programs.
 
-It is in the state directory, so that all sidecars and clients of one user make the same digests, and no report contains
-it, so that a receiver cannot search likely paths for one that fits a digest.
+The key is in the state directory, so that all sidecars and clients of one user make the same digests. No report
+contains it, so that the receiver of a report cannot find the path of a program by trying likely ones.
 """
 
 import os
@@ -21,13 +21,13 @@ KEY_BYTES = 32
 
 def program_key(directory: Path | None = None) -> bytes | None:
     """
-    Return the key, which is made if there is none yet.
+    Return the key; create it if there is none.
 
     Args:
-        directory: where it is kept; default: the state directory.
+        directory: contains the file of the key; default: the state directory.
 
     Returns:
-        32 bytes; ``None`` if the file can neither be read nor made, or is not a private file of this user.
+        32 bytes; ``None`` if the file can be neither read nor created, or is not a private file of this user.
     """
     try:
         path = (state_directory() if directory is None else directory) / FILE
@@ -50,13 +50,13 @@ def _read(path: Path) -> bytes | None:
 
 
 def _make(path: Path) -> bytes | None:
-    """Write a new key, or read the one of another process that was faster."""
+    """Write a new key, or read the key that another process has written meanwhile."""
     temporary = path.with_name(f".{FILE}.{secrets.token_hex(8)}.tmp")
     with draft(temporary, secrets.token_bytes(KEY_BYTES)):
         try:
             os.link(temporary, path, follow_symlinks=False)
         except FileExistsError:
-            if _read(path) is None:  # of another length: a file system lost its content
+            if _read(path) is None:  # of another length, because a file system lost its content
                 os.rename(temporary, path)
         except OSError:  # a file system without links
             os.rename(temporary, path)

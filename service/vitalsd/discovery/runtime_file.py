@@ -1,12 +1,11 @@
 """
-The runtime file by which clients find a sidecar.
+Write and read the runtime file through which clients find a sidecar.
 
-A sidecar writes ``sidecar-<pid>.json`` once its listeners accept, and removes it when it ends. A file
-left behind by one that was killed names a pid that may be somebody else's by now, so a reader
-compares boot, pid and start time, and only ever deletes what is surely dead. Whatever cannot be
-decided is left alone.
+A sidecar writes ``sidecar-<pid>.json`` once its listeners accept connections, and removes it when it ends. After a
+sidecar was killed, its file remains, and another process may have its pid. So a reader compares boot, pid and start
+time, and deletes only the files of sidecars that are certainly dead. If that cannot be decided, the file stays.
 
-Of the standard library and `vitalsd.sources` alone: clients import this without the service.
+This module imports only the standard library and `vitalsd.sources`, because clients import it without the service.
 """
 
 import hmac
@@ -49,10 +48,11 @@ __all__ = [
 SCHEMA = 2
 SERVICE = "vitalsd"
 MAX_FILE_BYTES = 16 * 1024
+"""Longest runtime file that is read, bytes."""
 PAGE_FILE = "open.html"
-"""Leads a browser to the page of the sidecar that was opened last, with its token; see `vitalsd open`."""
+"""File that redirects a browser to the page of the sidecar that was opened last, with its token; see `vitalsd open`."""
 ORPHAN_S = 60
-"""A temporary file older than this was left by a writer that died; writing one takes milliseconds."""
+"""Age of a temporary file, s, from which on it is removed: its writer has died, because to write it takes ms."""
 
 FILE = re.compile(r"sidecar-([0-9]{1,10})\.json", re.ASCII)
 SOCKET = re.compile(r"metrics-([0-9]{1,10})\.sock", re.ASCII)
@@ -63,7 +63,7 @@ Liveness = Literal["alive", "dead", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class ProcessRun:
-    """The process a sidecar watches: pid and `Identity.start_key`."""
+    """The target of a sidecar: pid and `Identity.start_key`."""
 
     pid: int
     start: int
@@ -71,7 +71,7 @@ class ProcessRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a sidecar answers, and which run of which process it is."""
+    """The addresses of a sidecar, and which run of which process it is."""
 
     version: str
     pid: int
@@ -87,16 +87,16 @@ class Endpoint:
     """TCP address."""
     port: int | None
     token: str | None = field(repr=False)
-    """To be sent as ``Authorization: Bearer`` over TCP; ``None``: none is asked for."""
+    """The client sends it as ``Authorization: Bearer`` over TCP; ``None``: the sidecar requires no token."""
     started_at: str
-    """ISO 8601, UTC, microseconds: sorts as text."""
+    """ISO 8601 in UTC with microseconds, so that it sorts as text."""
     app: str | None = None
     """The application id that the client passed."""
     app_version: str | None = None
 
     @property
     def url(self) -> str | None:
-        """Base URL over TCP, without a slash at the end."""
+        """Base URL over TCP, without a slash at the end; ``None``: the sidecar does not listen there."""
         if self.host is None or self.port is None:
             return None
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
@@ -104,7 +104,7 @@ class Endpoint:
 
 
 class Published(NamedTuple):
-    """A runtime file that was found, and whether its sidecar lives."""
+    """A runtime file, and whether its sidecar runs."""
 
     path: Path
     endpoint: Endpoint
@@ -115,22 +115,22 @@ class Published(NamedTuple):
 
 
 def new_token() -> str:
-    """A secret of 256 bits that fits into a header."""
+    """Make a secret of 256 random bits in characters that a header may have."""
     return secrets.token_urlsafe(32)
 
 
 def proof(token: str, nonce: str, port: int) -> str:
     """
-    What a sidecar on `port` answers to ``GET /hello?nonce=``, and nobody can who lacks its token.
+    Compute the answer of a sidecar on `port` to ``GET /hello?nonce=``, which only a process that has its token can.
 
-    A client asks before it sends the token: another user may have taken the port of a sidecar that
-    died. With the port in it, the answer of a live sidecar cannot be passed on from elsewhere.
+    A client requests it before it sends the token, because another user may have taken the port of a sidecar that has
+    ended. The port is part of the proof, so that another process cannot forward the answer of a live sidecar.
     """
     return hmac.new(token.encode(), f"{nonce}:{port}".encode(), "sha256").hexdigest()
 
 
 def now() -> str:
-    """The wall clock, as `Endpoint.started_at` has it."""
+    """Return the time of the wall clock in the format of `Endpoint.started_at`."""
     return _iso(time.time_ns())
 
 
@@ -142,10 +142,10 @@ def _iso(unix_ns: int) -> str:
 
 def publish(endpoint: Endpoint, directory: Path) -> Path:
     """
-    Write the runtime file: a reader sees the old content, the new, or no file, and never a part.
+    Write the runtime file atomically: a reader gets the old content, the new content, or no file.
 
     Raises:
-        OSError: it could not be written; an older file of the same pid is as it was.
+        OSError: the file could not be written; an older file of the same pid is unchanged.
     """
     body = {"schema": SCHEMA, "service": SERVICE, **asdict(endpoint)}
     path = directory / f"sidecar-{endpoint.pid}.json"
@@ -157,7 +157,7 @@ def publish(endpoint: Endpoint, directory: Path) -> Path:
 
 
 def withdraw(path: Path, endpoint: Endpoint) -> None:
-    """Remove the runtime file at `path` if it is still that of this very run, and the file that has its token."""
+    """Remove the runtime file at `path` if this run wrote it, and `PAGE_FILE` if it has the token of this run."""
     with suppress(EndpointError, OSError):
         found = read(path)
         if (found.pid, found.start, found.boot_id) == (endpoint.pid, endpoint.start, endpoint.boot_id):
@@ -173,15 +173,15 @@ def withdraw(path: Path, endpoint: Endpoint) -> None:
 
 def read(path: Path) -> Endpoint:
     """
-    The content of a runtime file, if it can only have been written by this user.
+    Read a runtime file that only this user can have written.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        EndpointError: it is a link, another user's, readable by others, too large, or not in a
-            schema that is known here.
+        FileNotFoundError: the file does not exist.
+        EndpointError: the file is a link, belongs to another user, is open to other users, is too large, or has an
+            unknown schema.
     """
     try:
-        # NONBLOCK: a FIFO planted here must not hold us up.
+        # O_NONBLOCK: open(2) of a FIFO in its place must not block.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
@@ -237,10 +237,10 @@ def _parse(body: Any) -> Endpoint:
 
 def liveness(endpoint: Endpoint, kernel: Births) -> Liveness:
     """
-    Return whether the sidecar that wrote `endpoint` still runs. Unknown is not dead.
+    Return whether the sidecar that wrote `endpoint` still runs; ``unknown`` if that cannot be decided.
 
-    Two containers may see another boot id of the same boot, or one of them none. Then a process with the same pid and
-    start is that sidecar, and one that is not found is dead only if it wrote before this boot.
+    Two containers may see different boot ids in the same boot, or one of them none. Then a process with the same pid
+    and start is that sidecar; if there is no such process, the sidecar is dead only if it wrote before this boot.
     """
     try:
         if endpoint.realm != kernel.realm():
@@ -261,7 +261,7 @@ def liveness(endpoint: Endpoint, kernel: Births) -> Liveness:
 
 
 def published(directory: Path, kernel: Births | None = None) -> list[Published]:
-    """Every readable runtime file in `directory`, the newest first. Others' and broken ones are left out."""
+    """Return the readable runtime files of this user in `directory`, the newest first."""
     kernel = kernel or births()
     found = []
     for path in _entries(directory, FILE):
@@ -275,9 +275,9 @@ def discover(
     pid: int | None = None, *, directories: list[Path] | None = None, kernel: Births | None = None
 ) -> list[Endpoint]:
     """
-    The sidecars of this user that are alive: those that watch `pid` first, then the newest first.
+    Return the running sidecars of this user: those with the target `pid` first, and then the newest first.
 
-    Changes nothing on disk and raises nothing for what it finds there.
+    This changes no file and raises no error about a file.
     """
     kernel = kernel or births()
     found = [
@@ -301,10 +301,10 @@ def discover(
 
 def sweep(directory: Path, kernel: Births | None = None) -> list[Path]:
     """
-    Remove what dead sidecars left in `directory`: runtime files, sockets with their locks, temporary files.
+    Remove the files of dead sidecars in `directory`: runtime files, sockets with their locks, temporary files.
 
     Returns:
-        What was removed.
+        The paths of the removed files.
     """
     kernel = kernel or births()
     removed = [entry.path for entry in published(directory, kernel) if entry.liveness == "dead" and _remove(entry.path)]
@@ -324,7 +324,7 @@ def sweep(directory: Path, kernel: Births | None = None) -> list[Path]:
 
 
 def _entries(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """Paths in `directory`, if only this user can have put them there."""
+    """Return the paths in `directory` that match, or none if another user can write there."""
     try:
         found = os.lstat(directory)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:

@@ -1,7 +1,7 @@
 """
-Create sockets, and examine the file of a Unix socket: which sidecar owns it, and which process answers there.
+Create sockets, lock the path of a Unix socket, and find out whether a process answers there and of which user.
 
-Of the standard library alone: clients import this without the service.
+This module imports only the standard library, because clients import it without the service.
 """
 
 import _socket
@@ -23,27 +23,27 @@ __all__ = ["ELSEWHERE", "SocketLock", "answers", "direct_socket", "peer_uid"]
 if TYPE_CHECKING:
     _Standard = socket.socket
 else:
-    # A host may have replaced that name before; eventlet makes a copy of the class, so it is the first one.
+    # The host may have replaced ``socket.socket`` already. eventlet copies the class, so the first one is the original.
     _Standard = next(each for each in _socket.socket.__subclasses__() if each.__module__ == "socket")
 
 OF_GREENLETS = ("gevent", "eventlet")
 """Packages that replace `socket.socket` so that other greenlets run while one waits."""
 ELSEWHERE = "name another socket with --uds (in Python uds=)"
-"""What a user can do where another file or process is in the way."""
+"""The remedy in errors about a path that another file or process occupies."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-"""Of flock(2) where the file system has no locks, such as NFS without its daemon."""
+"""Errors of flock(2) on a file system without locks, such as NFS without its lock daemon."""
 
 
 class SocketLock:
     """
-    The lock of the socket at `path`, held for as long as a sidecar owns that socket.
+    The lock of the socket at `path`, which a sidecar holds as long as it owns that socket.
 
-    A connect alone does not tell a dead socket from one whose owner is between bind and listen. The
-    lock file goes with the lock; the kernel lets go of it when the owner dies.
+    It exists because connect(2) fails in the same way for a dead socket and for one with an owner between bind(2) and
+    listen(2). The lock file is removed with the lock; the kernel releases the lock when the owner dies.
 
     Raises:
-        EndpointError: another process holds it, or what is at its path is not a file of this user.
-        OSError: it cannot be made.
+        EndpointError: another process holds the lock, or the lock file is not a regular file of this user.
+        OSError: the lock file cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +58,7 @@ class SocketLock:
             try:
                 self._check_owner(path)
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever held it before us may have removed the file that we have open.
+                # The process that held the lock before may have removed the file that we have open.
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(fd), os.lstat(self._path)):
                         self._fd = fd
@@ -67,13 +67,13 @@ class SocketLock:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                self._fd = fd  # A file system without locks: whether a connection is accepted must do.
+                self._fd = fd  # A file system without locks: the caller relies on connect(2) alone.
             finally:
                 if self._fd < 0:
                     os.close(fd)
 
     def _check_owner(self, path: Path) -> None:
-        """Raise `EndpointError` if what is there is not a regular file of this user: others could keep us waiting."""
+        """Raise `EndpointError` unless the lock file is a regular file of this user: others could keep it locked."""
         try:
             found = os.lstat(self._path)
         except OSError:
@@ -91,14 +91,14 @@ class SocketLock:
             )
 
     def release(self) -> None:
-        """Let go of it and remove its file."""
+        """Release the lock and remove its file."""
         if self._fd >= 0:
             with suppress(OSError):
                 os.unlink(self._path)
         self.forget()
 
     def forget(self) -> None:
-        """Close it in a forked child: the parent goes on holding it."""
+        """Close the file in a forked child; the parent still holds the lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -106,9 +106,9 @@ class SocketLock:
 
 def answers(path: Path) -> bool:
     """
-    Somebody accepts connections on the socket at `path`, or may do so.
+    Return whether a process accepts connections on the socket at `path`, or may do so.
 
-    Only a refusal, or no socket there, is a no; a full backlog or a missing permission is not.
+    False only if the connection is refused or there is no socket; True for a full backlog or a missing permission.
     """
     with direct_socket(socket.AF_UNIX) as probe:
         probe.settimeout(0.5)
@@ -123,11 +123,11 @@ def answers(path: Path) -> bool:
 
 def direct_socket(family: int, proto: int = 0) -> socket.socket:
     """
-    Return a stream socket that connects to where it is told, whatever the host program has put in its place.
+    Return a stream socket that connects directly, even if the host program has replaced ``socket.socket``.
 
-    A host replaces ``socket.socket``, by that of PySocks for instance, so that all of its connections go through a
-    proxy; there is none on the way to a sidecar. What gevent and eventlet put there is used: a greenlet that waited
-    otherwise would hold up the sidecar in the same thread.
+    A host replaces it, by that of PySocks for instance, to send its connections through a proxy, which is wrong for a
+    sidecar. The sockets of gevent and eventlet are used, because a greenlet that waited on another socket would block
+    the sidecar in the same thread.
 
     Raises:
         OSError: there are no descriptors left, or the family is not known.
@@ -139,7 +139,7 @@ def direct_socket(family: int, proto: int = 0) -> socket.socket:
 
 
 class _Direct(_Standard):
-    """A socket whose accepted connections are of the standard library as well: its own takes ``socket.socket``."""
+    """A socket that accepts connections of the standard library; the inherited `accept` makes ``socket.socket``."""
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Return a connection that does not block only if the listener does not, and the address of its client."""
@@ -151,13 +151,13 @@ class _Direct(_Standard):
 
 def peer_uid(connected: socket.socket) -> int:
     """
-    The user at the other end of a Unix socket, as of connect(2) or listen(2) there.
+    Return the user id at the other end of a Unix socket, as of its connect(2) or listen(2).
 
     Linux: struct ucred of SO_PEERCRED (unix(7)): pid, uid, gid. macOS: struct xucred of
     LOCAL_PEERCRED (bsd/sys/ucred.h): version, uid, groups.
 
     Raises:
-        OSError: nobody can tell.
+        OSError: the kernel does not report it.
     """
     if sys.platform == "darwin":
         sol_local, local_peercred, size = 0, 1, 76
