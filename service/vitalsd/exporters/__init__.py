@@ -1,1 +1,1 @@
-"""The counters of a target for Prometheus and OpenTelemetry."""
+"""Export the counters of a target to Prometheus and OpenTelemetry."""

@@ -1,8 +1,8 @@
 """
-The numbers that Prometheus scrapes and OpenTelemetry gets, as tables: a row here is all that a new one takes.
+Define the counters for Prometheus and OpenTelemetry in tables: a new counter is one new row.
 
-Names and units are those of Prometheus' client libraries and of OpenTelemetry's conventions for processes. What
-neither of them knows has ``vitalsd`` in its name.
+Names and units are those of the client libraries of Prometheus and of OpenTelemetry's conventions for processes. A
+counter without a name in either has ``vitalsd`` in its name.
 """
 
 import resource
@@ -32,45 +32,45 @@ __all__ = [
 
 ReadingT = TypeVar("ReadingT")
 Point = tuple[dict[str, Any], float]
-"""Attributes, and a value."""
+"""Attributes and a value of OpenTelemetry."""
 
 
 class TargetReading(NamedTuple):
-    """What the counters of the target are read from."""
+    """The data from which the counters of the target are read."""
 
     identity: Identity
     snapshot: Snapshot
 
 
 class OwnReading(NamedTuple):
-    """What the counters of vitalsd itself are read from."""
+    """The data from which the counters of vitalsd itself are read."""
 
     snapshots_taken: int
     recorder: Mapping[str, Any] | None = None
-    """As in ``/info``; ``None`` without one."""
+    """The state of the recorder, as in ``/info``; ``None``: there is no recorder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counter(Generic[ReadingT]):
-    """One number. Without `prometheus` or `otel` that exporter leaves it out."""
+    """One counter. An exporter leaves it out if its name for that exporter, `prometheus` or `otel`, is empty."""
 
     kind: Literal["counter", "gauge", "level"]
-    """A level is a gauge for Prometheus, and what the conventions of OpenTelemetry call an UpDownCounter."""
+    """A level is a gauge for Prometheus and an UpDownCounter for OpenTelemetry."""
     value: Callable[[ReadingT], float | None]
-    """In the unit of the name; ``None``: it is not known, and the counter is left out."""
+    """Return the value in the unit of the name; ``None``: it is unknown, and the counter is left out."""
     prometheus: str = ""
     help: str = ""
     otel: str = ""
     unit: str = ""
     description: str = ""
-    """What OpenTelemetry gets in place of `help`."""
+    """Text for OpenTelemetry, in place of `help`."""
     points_of: Callable[[ReadingT], Sequence[Point]] | None = None
-    """What OpenTelemetry gets in place of `value`."""
+    """Return the points for OpenTelemetry, in place of `value`."""
     is_private: bool = False
-    """The kernel shows it to the user of the target alone."""
+    """Whether the kernel shows it only to the user of the target."""
 
     def points(self, reading: ReadingT) -> Sequence[Point]:
-        """Return what OpenTelemetry gets; if there are none, it gets no such metric."""
+        """Return the points for OpenTelemetry; if there are none, the metric is left out."""
         if self.points_of is not None:
             return self.points_of(reading)
         value = self.value(reading)
@@ -78,10 +78,10 @@ class Counter(Generic[ReadingT]):
 
 
 class PerThreadCounter(NamedTuple):
-    """One number of each thread. ``{limit}`` in a text is how many threads have a series of their own."""
+    """One counter of each thread. ``{limit}`` in a text stands for the number of threads with a series of their own."""
 
     values: Callable[[Snapshot], Sequence[float]]
-    """In the order of the roster and the unit of the name."""
+    """Return the values in the order of the roster, in the unit of the name."""
     prometheus: str
     help: str
     otel: str
@@ -257,6 +257,6 @@ OWN_COUNTERS = (
 
 
 def busiest_threads(snapshot: Snapshot, limit: int) -> list[int]:
-    """Return the places in the roster of the threads with the most CPU time, at most `limit`, in its order."""
+    """Return the indexes in the roster, ascending, of the `limit` threads with the most CPU time."""
     cpu_ns = snapshot.thread_cpu_ns
     return sorted(nlargest(limit, range(len(cpu_ns)), key=lambda i: (cpu_ns[i], -i)))

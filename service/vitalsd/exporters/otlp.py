@@ -1,12 +1,13 @@
 """
-Pushing to an OpenTelemetry Collector over OTLP/HTTP, if asked to (``pip install vitalsd[otlp]``).
+Push metrics to an OpenTelemetry Collector over OTLP/HTTP, if enabled (``pip install vitalsd[otlp]``).
 
-The counters of the target go out as they are, under the names, units and attributes of the semantic conventions
-for processes; those know no CPU time of a thread and no kernel's thread id, so these are in a namespace of ours.
+The counters of the target are sent unchanged, with the names, units and attributes of the semantic conventions for
+processes. The conventions have no name for the CPU time of a thread and the kernel's thread id, so these are in the
+namespace ``vitalsd``.
 
-The data points are made from a snapshot with the SDK's own classes and sent by its exporter. Its instruments are
-left out: they would begin each counter at the start of this service and not of the target, fix the target of a
-resource for ever, and keep every thread that ever was.
+The data points are made from a snapshot with the classes of the SDK and sent by its exporter. Its instruments are not
+used: they would begin each counter at the start of this service and not of the target, could not change the target of
+a resource, and would keep every thread that has exited.
 """
 
 import asyncio
@@ -63,25 +64,28 @@ ReadingT = TypeVar("ReadingT")
 DEFAULT_URL = "http://127.0.0.1:4318"
 PATH = "/v1/metrics"
 TIMEOUT_S = 10.0
+"""Longest time limit of one push, s; a shorter interval of pushes shortens it."""
 QUIET_S = 600.0
-"""A Collector that is down is told of this often at most."""
+"""Least time between two warnings in the log about a Collector that is down, s."""
 CREDENTIALS = frozenset(
     f"OTEL_EXPORTER_OTLP_{name}" for name in ("HEADERS", "CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
 )
-"""What is taken from the environment, because everybody can read a command line."""
+"""Variables of the environment that the SDK may use: every user of the machine could read a command line."""
 HOW_TO_INSTALL = "--otlp needs more: pip install 'vitalsd[otlp]'"
 NAMESPACE = uuid.UUID("0b6c1a52-6f0e-5d8e-9d5a-3c0f3f1f7a11")
+"""Namespace of the UUIDs (version 5) that name a host and a run of a target."""
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+"""Names of OpenTelemetry for architectures, by the name that the kernel uses."""
 
 log = logging.getLogger("vitalsd.exporters.otlp")
 
 
 class NotInstalledError(Exception):
-    """The packages of the extra are missing; ``str(error)`` says how to get them."""
+    """The packages of the extra ``otlp`` are missing; ``str(error)`` states how to install them."""
 
 
 def check_installed() -> None:
-    """Look for what sends, without importing it. Raises `NotInstalledError`."""
+    """Check that the packages of the extra exist, without importing them. Raises `NotInstalledError`."""
     for name in ("requests", "opentelemetry.exporter.otlp.proto.http"):
         try:
             found = find_spec(name)
@@ -93,10 +97,10 @@ def check_installed() -> None:
 
 def endpoint_of(url: str) -> str:
     """
-    Where metrics go on the Collector at `url`: ``/v1/metrics`` below it, unless it says so itself.
+    Return the URL to which metrics are sent: `url` with ``/v1/metrics`` added, unless it ends so.
 
     Raises:
-        ValueError: it is no such URL.
+        ValueError: `url` is not the http or https URL of a Collector.
     """
     try:
         parts = urlsplit(url)
@@ -111,13 +115,13 @@ def endpoint_of(url: str) -> str:
 
 def isolate(environ: MutableMapping[str, str]) -> list[str]:
     """
-    Take out of the environment whatever would change what is sent, where to or how, but for `CREDENTIALS`.
+    Remove the variables that would change the content, the destination or the transport of pushes.
 
-    For a process that is ours alone: the SDK reads a good deal of its environment, some of it at import. To the file
-    that SSLKEYLOGFILE names, urllib3 would write the keys of the connection.
+    `CREDENTIALS` stay. Call this only in a process of our own, before the SDK is imported, because the SDK reads many
+    variables, some of them at import. To the file in SSLKEYLOGFILE, urllib3 would write the keys of the connection.
 
     Returns:
-        The names that were taken out.
+        The names of the removed variables.
     """
     ignored = sorted(
         name for name in environ if (name.startswith("OTEL_") and name not in CREDENTIALS) or name == "SSLKEYLOGFILE"
@@ -131,13 +135,14 @@ def metrics_data(
     target: tuple[Identity, Snapshot] | None, *, threads: int, snapshots_taken: int, since_ns: int
 ) -> "MetricsData":
     """
-    What one push tells.
+    Return the data of one push.
 
     Args:
-        target: who, and a snapshot with extras; ``None`` when it cannot be read, which ``vitalsd.target.up`` says.
-        threads: at most so many with a series of their own: those with the most CPU time; 0 for none.
-        snapshots_taken: by this service.
-        since_ns: Unix time since when that is counted, ns.
+        target: identity, and a snapshot with extras; ``None`` if the target cannot be read, which
+            ``vitalsd.target.up`` reports.
+        threads: maximum number of threads with a series of their own, those with the most CPU time; 0: none.
+        snapshots_taken: number of snapshots by this service.
+        since_ns: Unix time, ns, at which the count of snapshots began.
     """
     from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
     from opentelemetry.sdk.resources import Resource
@@ -158,7 +163,7 @@ def metrics_data(
 
 
 def _host() -> dict[str, Any]:
-    """Of the machine nothing that tells whose it is: no name, no address, no machine id."""
+    """Return the attributes of the machine; none identifies it: no name, no address, no machine id."""
     machine = platform.machine()
     return {
         "service.name": "vitalsd",
@@ -169,7 +174,7 @@ def _host() -> dict[str, Any]:
 
 
 def _resource(identity: Identity) -> dict[str, Any]:
-    """The target: its program, and which run of it. The ids of host and run change with every boot."""
+    """Return the attributes of the target: its program and its run. The ids of host and run change with every boot."""
     return {
         "service.name": printable(identity.name) or "vitalsd",
         "service.instance.id": str(uuid.uuid5(NAMESPACE, f"{identity.start_id} {identity.boot_id}")),
@@ -193,7 +198,7 @@ def _threads(points: "_Points", snapshot: Snapshot, limit: int) -> Iterator["Met
 
 
 class _Points:
-    """Metrics of one instant, counted since another; both in Unix time, ns."""
+    """Make metrics of one instant that are counted since another; both are Unix times in ns."""
 
     def __init__(self, since_ns: int, now_ns: int) -> None:
         self._since_ns = since_ns
@@ -216,7 +221,7 @@ class _Points:
         return Metric(name, text, unit, Sum(points, AggregationTemporality.CUMULATIVE, is_monotonic))
 
     def gauge(self, name: str, unit: str, text: str, values: Iterable[Point]) -> "Metric":
-        """Return values of this instant alone."""
+        """Return a gauge: values of this instant."""
         from opentelemetry.sdk.metrics.export import Gauge, Metric, NumberDataPoint
 
         return Metric(
@@ -229,18 +234,18 @@ class _Points:
 
 class Push:
     """
-    Sends the default target's counters every `interval_s`. A Collector that is down or slow holds up nothing else.
+    Push the counters of the default target every `interval_s`. A Collector that is down or slow blocks nothing else.
 
-    What it could not take is not sent again: the counters are cumulative, so the next push makes up for it.
+    A push that failed is not repeated: the counters are cumulative, so the next push includes it.
 
     Args:
-        targets: whose default target is told of.
-        url: as `endpoint_of` makes it.
-        interval_s: between two pushes; the first one is sent at once.
+        targets: has the default target.
+        url: as `endpoint_of` returns it.
+        interval_s: time between two pushes, s; the first one is sent at once.
         threads: see `metrics_data`.
 
     Raises:
-        NotInstalledError: the extra is not there.
+        NotInstalledError: the packages of the extra are missing.
     """
 
     def __init__(self, targets: Targets, url: str, *, interval_s: float, threads: int) -> None:
@@ -250,7 +255,7 @@ class Push:
         except ImportError as error:
             raise NotInstalledError(f"{HOW_TO_INSTALL} ({error})") from None
 
-        # Failures are logged by `_Failures`, and not once per try.
+        # `_Failures` logs failures, and not every one.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         self.url = url
         self._targets = targets
@@ -277,7 +282,7 @@ class Push:
                 due = max(due + self._interval_s, loop.time())
                 await asyncio.sleep(due - loop.time())
         except Exception:
-            # Whatever is wrong with pushing, the sidecar goes on answering.
+            # A failure of pushes must not end the sidecar.
             log.exception("nothing more is sent to %s", self.url)
         finally:
             self._exporter.shutdown()
@@ -297,19 +302,19 @@ class Push:
 
         self._failures.accepted = True
         exported = self._exporter.export(data) is MetricExportResult.SUCCESS
-        # The exporter takes a redirect, which it does not follow, for a success.
+        # The exporter counts a redirect as success, although it does not follow it.
         self._failures.note(exported and self._failures.accepted)
 
 
 def _session(failures: "_Failures") -> "requests.Session":
-    """Return the HTTP session of one `Push`, which gives `failures` each answer and each reason why there is none."""
+    """Return the HTTP session of one `Push`; it reports each answer, and each error instead of one, to `failures`."""
     import requests
 
     class Session(requests.Session):
         """
-        Takes neither proxies nor passwords from the environment, and remembers why it failed.
+        A session that reads only the head of an answer: a body may be endless, or expand to any size.
 
-        It reads the head of an answer alone: a body may have no end, or be a compressed one of any size.
+        It takes neither proxies nor passwords from the environment, and reports the reason of a failure.
         """
 
         def request(self, *arguments: Any, **options: Any) -> requests.Response:
@@ -320,7 +325,7 @@ def _session(failures: "_Failures") -> "requests.Session":
                 raise
             with answer:
                 if answer.headers.get("Content-Length") == "0":
-                    answer.content  # noqa: B018 - read to its end, so that the connection is used again
+                    answer.content  # noqa: B018 - reads to the end, so that the connection is reused
                 head = requests.Response()
                 head.status_code, head.reason, head.url = answer.status_code, answer.reason, answer.url
                 head.headers = answer.headers
@@ -336,7 +341,7 @@ def _session(failures: "_Failures") -> "requests.Session":
 
 
 class _Failures:
-    """Says when the Collector begins to fail and when it is back, and not much in between."""
+    """Log when the Collector begins to fail and when it accepts metrics again, and once in `QUIET_S` in between."""
 
     def __init__(self, url: str) -> None:
         self.reason = "it cannot be sent"
@@ -348,7 +353,7 @@ class _Failures:
         self._said = False
 
     def answered(self, status: int, reason: str) -> None:
-        """Remember what the Collector answers: a status and a reason phrase, which is escaped and cut."""
+        """Store the answer of the Collector: its status, and its reason phrase, which is escaped and cut."""
         self.accepted = not 300 <= status < 400
         self.reason = f"it answers {status} {one_line(reason, 100)}".rstrip()
         if not self.accepted:
@@ -367,7 +372,7 @@ class _Failures:
 
 
 def _root(error: BaseException) -> str:
-    """The system's word for it at the bottom of a chain of exceptions, or else the kind of the first one."""
+    """Return the last text of the operating system in a chain of exceptions, or the type of the first exception."""
     found: BaseException | None = error
     word = type(error).__name__
     while found is not None:

@@ -1,7 +1,8 @@
 """
-Counters as Prometheus text or OpenMetrics, for scrapers of ``GET /metrics``.
+Encode counters as Prometheus text or OpenMetrics, for scrapers of ``GET /metrics``.
 
-Cumulative counters and gauges of one instant: a scraper brings its own windows, so nothing is waited for.
+All are cumulative counters and gauges of one instant. A scraper computes rates over its own interval, so the sidecar
+does not wait for a window.
 """
 
 import platform
@@ -31,22 +32,22 @@ ReadingT = TypeVar("ReadingT")
 __all__ = ["THREAD_METRICS", "Form", "Scrape", "content_type_of", "expose"]
 
 Form = Literal["text/plain;version=0.0.4", "text/plain;version=1.0.0", "application/openmetrics-text"]
-"""As `prometheus_client.exposition.choose_encoder` reads it."""
+"""Media types that `prometheus_client.exposition.choose_encoder` accepts."""
 
 THREAD_METRICS = 256
-"""Threads with a series of their own. A target with thousands would drown the database that scrapes it."""
+"""Threads with a series of their own: thousands of series of one target would overload the scraper's database."""
 
 
 class Scrape(NamedTuple):
     """
-    What one scrape shows.
+    The content of one scrape.
 
     Args:
-        target: who and what; ``None`` when it cannot be read, which is said by ``vitalsd_target_up``.
-        threads: at most so many with series of their own: those with the most CPU time; 0 for none.
-        snapshots_taken: of this target, by this service.
-        recorder: as in ``/info``; ``None`` without one.
-        private: also show what the kernel shows to the user of the target alone.
+        target: identity and counters; ``None`` if the target cannot be read, which ``vitalsd_target_up`` reports.
+        threads: maximum number of threads with a series of their own, those with the most CPU time; 0: none.
+        snapshots_taken: number of snapshots of this target by this sidecar.
+        recorder: its state, as in ``/info``; ``None``: there is no recorder.
+        private: also export counters that the kernel shows only to the user of the target.
     """
 
     target: tuple[Identity, Snapshot] | None
@@ -56,7 +57,7 @@ class Scrape(NamedTuple):
     private: bool = True
 
     def collect(self) -> "Iterator[Metric]":
-        """Yield the families, as prometheus-client's encoders ask for them."""
+        """Yield the metric families; the encoders of prometheus-client call this."""
         target = None if self.target is None else TargetReading(*self.target)
         yield from _families((TARGET_UP,), target)
         if target is not None:
@@ -94,7 +95,7 @@ def content_type_of(form: Form) -> str:
 
 
 def _encoder(form: Form) -> tuple[Callable[[Any], bytes], str]:
-    """Return what encodes `form`. It loads prometheus-client, which a sidecar that is not scraped does without."""
+    """Return encoder and content type of `form`; load prometheus-client, which is not needed before a scrape."""
     from prometheus_client.exposition import choose_encoder
 
     return choose_encoder("application/openmetrics-text;version=1.0.0" if "open" in form else form)
