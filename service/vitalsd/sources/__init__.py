@@ -1,4 +1,4 @@
-"""Sources of numbers: which one reads a process on this system. `vitalsd.sources.base` has what they all offer."""
+"""Open the source that reads a process on this platform, and list processes. `vitalsd.sources.base` has the types."""
 
 import sys
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ __all__ = ["hides_processes", "list_processes", "open_source", "platform_name"]
 
 
 def platform_name() -> str:
-    """``"linux"``, ``"macos"`` or Python's own name of another system."""
+    """Return ``"linux"``, ``"macos"``, or Python's name of another platform."""
     return "macos" if sys.platform == "darwin" else sys.platform
 
 
@@ -20,8 +20,8 @@ def open_source(pid: int | None = None, *, proc_root: str = "/proc", program_of:
 
     Args:
         pid: target process id.
-        proc_root: Linux only: where procfs is mounted, e.g. ``/host/proc`` in a container.
-        program_of: makes `Identity.program` of what the process executes; by default it stays empty.
+        proc_root: Linux only: mount point of procfs, e.g. ``/host/proc`` in a container.
+        program_of: makes `Identity.program` from the command of the process; by default it is empty.
 
     Raises:
         SourceError: `NoSuchProcessError`, `AccessDeniedError`, or `UnsupportedError` on another platform.
@@ -41,7 +41,7 @@ def hides_processes(*, proc_root: str = "/proc") -> bool:
     """
     Return whether the kernel hides processes from other users.
 
-    Platform limit: Linux; on macOS, where other users see all processes with ps(1), False.
+    Platform limit: only Linux can hide them. On macOS the answer is False, because ps(1) shows all processes.
     """
     if sys.platform != "linux":
         return False
@@ -52,7 +52,7 @@ def hides_processes(*, proc_root: str = "/proc") -> bool:
 
 def list_processes(*, proc_root: str = "/proc") -> Iterator[ProcessEntry]:
     """
-    The processes this user may sample, by ascending pid; those that vanish meanwhile are skipped.
+    Yield the processes that this user may sample, by ascending pid; skip those that exit meanwhile.
 
     Raises:
         UnsupportedError: on another platform.

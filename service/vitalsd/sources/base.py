@@ -1,14 +1,14 @@
 """
-The `Source` protocol: one source reads one process, one module per kernel.
+Define the `Source` protocol and its errors. One source reads one process; each kernel has its own package.
 
-Errors a source may raise, each with a sentence that reaches the user as it is::
+A source raises these errors; the user gets the text of each unchanged::
 
     SourceError
     ├── NoSuchProcessError  there is no such process
-    ├── AccessDeniedError   it exists, and this user may not read it
-    ├── TargetGoneError     it was being read and has exited (a reused pid counts as that)
-    ├── UnsupportedError    this platform or kernel cannot give the number
-    └── KernelError         the kernel answered something else
+    ├── AccessDeniedError   the process exists, and this user may not read it
+    ├── TargetGoneError     the process was being read and has exited, also if its pid was reused
+    ├── UnsupportedError    this platform or kernel cannot give the numbers
+    └── KernelError         the kernel gave an unexpected answer
 """
 
 import os
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class SourceError(Exception):
-    """The numbers cannot be had; ``str(error)`` says why in a sentence."""
+    """The numbers cannot be read; ``str(error)`` states why in a sentence."""
 
 
 class NoSuchProcessError(SourceError):
@@ -44,18 +44,20 @@ class AccessDeniedError(SourceError):
 
 
 GENTLE = frozenset((signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
+"""Signals that request termination: an exit by one of them is clean, as in systemd.service(5) under ``Restart=``."""
 
 
 class Ending(NamedTuple):
     """How a process ended."""
 
     well: bool
-    """With status 0, or by a signal that asked it to end, as systemd.service(5) has it under ``Restart=``."""
+    """Whether it ended with status 0 or by a signal in `GENTLE`."""
     words: str
+    """Description of the end: the exit status or the signal."""
 
     @classmethod
     def of(cls, status: int) -> "Ending":
-        """What a status of wait(2) says."""
+        """Decode a status of wait(2)."""
         code = os.waitstatus_to_exitcode(status)
         if code >= 0:
             return cls(code == 0, f"exit status {code}")
@@ -71,7 +73,7 @@ class TargetGoneError(SourceError):
     def __init__(self, reason: str, ending: Ending | None = None) -> None:
         super().__init__(reason)
         self.ending = ending
-        """``None`` where the kernel tells only the parent."""
+        """How it ended; ``None``: unknown, because the kernel reports it only to the parent."""
 
 
 class UnsupportedError(SourceError):
@@ -79,22 +81,22 @@ class UnsupportedError(SourceError):
 
 
 class KernelError(SourceError):
-    """The kernel refused or answered out of contract."""
+    """The kernel refused a call, or its answer does not have the documented form."""
 
 
 class Source(Protocol):
     """
-    Reads one process. Not thread-safe: all calls come from one thread.
+    A reader of one process. Not thread-safe: call it from one thread only.
 
-    A source holds on to the process it was opened for: when that exits, even if its pid is given
-    to another process, every later call raises `TargetGoneError`.
+    A source stays bound to the process for which it was opened: after that has exited, every call raises
+    `TargetGoneError`, even if another process gets the pid.
     """
 
     def identity(self) -> Identity:
         """
-        Which run of which process this reads. Raises `SourceError`.
+        Return which run of which process this reads. Raises `SourceError`.
 
-        A process that executes another program stays the same one; it is called as that from the next snapshot on.
+        A process that executes another program stays the same one; its name changes with the next snapshot.
         """
         ...
 
@@ -103,12 +105,12 @@ class Source(Protocol):
         Read the counters now.
 
         Args:
-            extras: also read what only ``detail=full`` shows (dearer: one more file per thread).
-            names: read again what the threads are called. If not, a name may be up to 2 s old where it costs
-                a read of its own (Linux), or as in the snapshot before.
+            extras: also read what only ``detail=full`` shows; on Linux that is one more file per thread.
+            names: read the names of the threads again. If False, a name may be up to 2 s old on Linux, where it
+                costs a read of its own, or as in the snapshot before.
 
         Raises:
-            SourceError: one of its subclasses; no partial snapshot is ever returned.
+            SourceError: one of its subclasses; a partial snapshot is never returned.
         """
         ...
 
@@ -116,7 +118,7 @@ class Source(Protocol):
         """
         Read every thread anew with the next snapshot, because the counters contradicted each other.
 
-        Linux: which counter is used is decided again, too. Raises `SourceError`.
+        On Linux also choose the counter again. Raises `SourceError`.
         """
         ...
 
@@ -126,19 +128,24 @@ class Source(Protocol):
 
 
 class ProcessEntry(NamedTuple):
-    """A process this user may sample, as listed by `list_processes`."""
+    """A process that this user may sample, as `list_processes` returns it."""
 
     pid: int
     name: str
     names: frozenset[str]
-    """What ``--name`` may call it: its main thread, cut by Linux to 15 bytes, its program, and (Linux) its script."""
+    """
+    Names that ``--name`` matches: of its main thread, which Linux cuts to 15 bytes, of its program, and on Linux of its
+    script.
+    """
     started_unix_ns: int
     cpu_ns: int
     rss_bytes: int
     thread_count: int
     uids: frozenset[int]
-    """Real, effective and saved user id, and that for file access on Linux: a set-user-ID program has several.
-    Empty if the system does not tell."""
+    """
+    Real, effective and saved user id, and on Linux that for file access; a set-user-ID program has several of them.
+    Empty if the system does not report them.
+    """
     parent: int
     """The pid of its parent."""
 

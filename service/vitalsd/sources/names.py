@@ -1,4 +1,4 @@
-"""Names of the threads of this very process, from `threading`, where the kernel has none."""
+"""Name the threads of this process as `threading` does, where the kernel has no name for them."""
 
 import os
 import sys
@@ -13,18 +13,18 @@ from vitalsd.sources.base import Source
 __all__ = ["Inherited", "PythonNames", "decode_name", "names_by_id", "publish_names"]
 
 COMM_BYTES = 15
-"""Of a thread's name, as Linux keeps it."""
+"""Bytes of a thread's name that Linux keeps."""
 MAX_INHERITED = 4096
-"""Names that are remembered: a program may name each of a million threads anew."""
+"""Names that `Inherited` remembers; a limit, because a program may name each of a million threads differently."""
 
 
 class PythonNames:
     """
-    A source of this process whose unnamed threads are called as Python calls them.
+    A source of this process that gives unnamed threads the names that Python has for them.
 
-    Before 3.14 Python names its threads for itself alone. On Linux such a thread goes by the name of
-    the thread that made it: that of the main thread, or one that `publish_names` gave; on macOS it has none. A thread
-    that was named otherwise keeps that name.
+    Before 3.14 Python does not pass the names of its threads to the kernel. On Linux such a thread has the name of the
+    thread that made it: that of the main thread, or one that `publish_names` set; on macOS it has none. A thread that
+    was named in another way keeps that name.
 
     Args:
         source: of this process.
@@ -39,17 +39,21 @@ class PythonNames:
         self._roster = ThreadRoster()
 
     def identity(self) -> Identity:
+        """Return the identity that the wrapped source has."""
         return self._source.identity()
 
     def restart(self) -> None:
+        """Restart the wrapped source."""
         self._source.restart()
 
     def close(self) -> None:
+        """Close the wrapped source."""
         self._source.close()
 
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        """Return a snapshot of the wrapped source with the names of Python; the kernel's are in `public_roster`."""
         taken = self._source.snapshot(extras=extras, names=names)
-        # Of a thread that eventlet or gevent made there is no id of the kernel.
+        # A thread that eventlet or gevent made has no id of the kernel.
         known = [
             (getattr(thread, "native_id", None), _name(thread))
             for thread in self._threads()
@@ -74,10 +78,11 @@ class PythonNames:
 
 def publish_names() -> None:
     """
-    Give the kernel the names of the threads that Python knows, so that a sidecar beside this process sees them.
+    Pass the names of the threads that Python knows to the kernel, so that a sidecar in another process sees them.
 
-    Python does that itself since 3.14. On Linux such a thread has the name of the thread that made it until then; a
-    thread that was named otherwise keeps its name. macOS lets a thread name itself alone, so nothing is done there.
+    Python 3.14 and later do that themselves. On Linux a thread has the name of the thread that made it until then; a
+    thread that was named in another way keeps its name. Platform limit: nothing is done on macOS, where a thread can
+    name only itself.
     """
     if sys.platform != "linux" or sys.version_info >= (3, 14):
         return
@@ -89,11 +94,13 @@ def publish_names() -> None:
         if present != decode_name(given):
             with suppress(OSError), open(f"/proc/self/task/{tid}/comm", "wb") as file:
                 file.write(given)
-        _inherited.add(decode_name(given))  # also that of before: the names of living threads are the newest ones
+        _inherited.add(
+            decode_name(given)
+        )  # also if it has this name already: so names of living threads stay among the newest
 
 
 def names_by_id() -> dict[int, str]:
-    """Return the names of the threads that Python knows, but for the main thread, by the kernel's id."""
+    """Return the names of the threads that Python knows, except the main thread, by the kernel's id."""
     main = threading.main_thread()
     # A thread that eventlet or gevent made is a greenlet, with the id of the main thread or none.
     others = (None, os.getpid(), getattr(main, "native_id", None))
@@ -104,10 +111,10 @@ def names_by_id() -> dict[int, str]:
 
 class Inherited:
     """
-    The names that a thread of this process may have from another one, and not for itself.
+    The names that a thread of this process may have inherited from the thread that made it.
 
     Args:
-        limit: so many are remembered; those that were added longest ago go first.
+        limit: number of names that are remembered; the oldest ones are removed first.
     """
 
     def __init__(self, limit: int = MAX_INHERITED) -> None:
@@ -116,18 +123,19 @@ class Inherited:
         self._of_exec: frozenset[str] | None = None
 
     def __contains__(self, name: str) -> bool:
-        if self._of_exec is None:  # only now: importing has no effect
+        """Return whether a thread may have inherited `name`."""
+        if self._of_exec is None:  # read on first use, so that an import has no effect
             self._of_exec = _names_of_exec() if sys.platform == "linux" else frozenset(("",))
         return name in self._of_exec or name in self._names
 
     def add(self, name: str | None) -> None:
-        """Remember a name that threads may have from now on; of the main thread, or of one that was named by us."""
+        """Remember a name that threads may inherit from now on: of the main thread, or one that `publish_names` set."""
         if name is None:
             return
         self._names.pop(name, None)
         self._names[name] = None
         while len(self._names) > self._limit:
-            # Another thread may do the same: then there is one less to drop.
+            # Another thread may do the same at this moment: then the name is gone already.
             with suppress(StopIteration, RuntimeError):
                 self._names.pop(next(iter(self._names)), None)
 
@@ -137,9 +145,10 @@ _inherited = Inherited()
 
 def _names_of_exec() -> frozenset[str]:
     """
-    Return the names that the kernel may have given the process as it began.
+    Return the names that the kernel may have given the process at exec.
 
-    That is the file which was executed, be it a script or a link; later the main thread may have another name.
+    The kernel uses the name of the executed file, also if that is a script or a link. Later the main thread may get
+    another name.
     """
     paths: list[object] = [sys.executable, *sys.orig_argv[:1], *sys.argv[:1]]
     with suppress(OSError):
@@ -149,7 +158,7 @@ def _names_of_exec() -> frozenset[str]:
 
 
 def _is_named_by_python(thread: threading.Thread) -> bool:
-    """Return whether `threading` started it: another one is called Dummy-1 there, which says less than the kernel."""
+    """Return whether `threading` started it: it calls others Dummy-1, so the kernel's name is better for those."""
     return not isinstance(thread, threading._DummyThread)
 
 
@@ -157,7 +166,7 @@ def _name(thread: threading.Thread) -> str:
     """Return the name of a thread in valid UTF-8; "" if the name is not text."""
     try:
         name: object = thread.name
-    except Exception:  # noqa: BLE001 - a property of the host's class; a mark or a fetch must not fail of it
+    except Exception:  # noqa: BLE001 - a property of the host's class may raise; a mark or a fetch must not
         return ""
     # A surrogate could neither be recorded nor sent.
     return name.encode("utf-8", "replace").decode() if isinstance(name, str) else ""
@@ -172,11 +181,11 @@ def _comm(tid: int) -> str | None:
 
 
 def _cut(name: str) -> bytes:
-    """Return as much of a name as Linux keeps, in whole characters and up to a NUL."""
+    """Return the part of a name that Linux keeps, in complete characters and up to a NUL."""
     kept = name.encode()[:COMM_BYTES].decode("utf-8", "ignore").encode()
     return kept.partition(b"\0")[0]
 
 
 def decode_name(raw: bytes) -> str:
-    """A comm as text: UTF-8, and any other byte as ``\\xNN``, so that no two names fall together."""
+    r"""Decode a comm: UTF-8, and any other byte as ``\xNN``, so that two names never have the same text."""
     return raw.decode("utf-8", "backslashreplace")

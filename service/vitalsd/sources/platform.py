@@ -1,4 +1,4 @@
-"""What one operating system offers, as a value: so that a whole program can be run over another one."""
+"""Bundle the functions of one operating system in a value, so that tests can run the program over another one."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,36 +19,39 @@ __all__ = ["OpenSource", "Platform", "births", "macos", "over_libsystem", "this_
 
 
 class OpenSource(Protocol):
-    """Open the source of one process; see `vitalsd.sources.open_source`."""
+    """The type of a function that opens the source of one process."""
 
-    def __call__(self, pid: int | None = None, *, program_of: ProgramOf = no_program) -> Source: ...
+    def __call__(self, pid: int | None = None, *, program_of: ProgramOf = no_program) -> Source:
+        """Open the source of `pid`; see `vitalsd.sources.open_source`."""
+        ...
 
 
 class Platform(NamedTuple):
-    """Who opens, lists and tells apart the processes of a system."""
+    """The functions that open, list and identify the processes of one operating system."""
 
     name: str
-    """As in answers: ``"linux"`` or ``"macos"``."""
+    """Name in answers: ``"linux"`` or ``"macos"``."""
     open_source: OpenSource
-    """For a pid, or ``None`` for this process. Raises `SourceError`."""
+    """Open the source of a pid, or of this process (``None``). Raises `SourceError`."""
     list_processes: Callable[[], Iterable[ProcessEntry]]
     births: Callable[[], Births]
     holdings: Callable[[], Mapping[str, int]]
-    """What this process holds in the kernel besides descriptors, counted: on macOS ports and references on them."""
+    """Count the resources of this process in the kernel besides descriptors: on macOS ports and their references."""
     hides_processes: Callable[[], bool] = lambda: False
-    """Whether the kernel hides processes from other users."""
+    """Return whether the kernel hides processes from other users."""
     command: Sequence[str] | None = None
-    """How another process runs ``vitalsd`` over this platform; ``None``: as always."""
+    """Command with which another process runs ``vitalsd`` over this platform; ``None``: the usual command."""
     taped: "Callable[[Tape], Platform] | None" = None
-    """Return the same platform with the calls of this process on a tape; ``None``: it calls no libSystem."""
+    """Return the same platform with the calls of this process on a tape; ``None``: it does not call libSystem."""
 
 
 def macos(library: str | None = None, tape: "Tape | None" = None) -> Platform:
     """
-    Return macOS over libSystem, or over the library at the path `library`.
+    Return the platform macOS over libSystem or another library.
 
     Args:
-        tape: gets every call and its reply.
+        library: path of the library; default: libSystem.
+        tape: records every call and its reply.
 
     Raises:
         UnsupportedError: the library does not load or lacks a function.
@@ -59,7 +62,7 @@ def macos(library: str | None = None, tape: "Tape | None" = None) -> Platform:
 
 
 def over_libsystem(lib: "LibSystem") -> Platform:
-    """Return macOS over a library that is loaded already."""
+    """Return the platform macOS over a loaded library."""
     from vitalsd.sources.darwin import processes as darwin
     from vitalsd.sources.darwin.process_identity import DarwinBirths
 
@@ -74,10 +77,10 @@ def over_libsystem(lib: "LibSystem") -> Platform:
 
 def this_platform(proc_root: str = "/proc") -> Platform:
     """
-    That of the running kernel.
+    Return the platform of the running kernel.
 
     Args:
-        proc_root: Linux only: where procfs is mounted.
+        proc_root: Linux only: mount point of procfs.
     """
     return Platform(
         name=platform_name(),
@@ -99,7 +102,7 @@ def _holdings() -> Mapping[str, int]:
 
 
 def births() -> Births:
-    """Of the running kernel. Another system than Linux and macOS is undecided about everything."""
+    """Return the `Births` of the running kernel; on a system other than Linux and macOS they identify no process."""
     if sys.platform == "darwin":
         from vitalsd.sources.darwin.libsystem import load
         from vitalsd.sources.darwin.process_identity import DarwinBirths

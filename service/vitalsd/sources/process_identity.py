@@ -1,8 +1,8 @@
 """
-Which run of a process a pid names: the machine and boot it belongs to, and its start time there.
+Identify the run of a process that has a pid, by machine, boot and start time.
 
-A pid alone names nobody for long. These few reads let a client tell, without opening a `Source`,
-whether the process that wrote something is still the one that has its pid.
+The kernel reuses pids. With these few reads a client finds out, without opening a `Source`, whether the process that
+wrote a file is still the one that has its pid.
 """
 
 import hashlib
@@ -12,38 +12,38 @@ __all__ = ["ANY_MACHINE", "UNKNOWN_BOOT", "Births", "IdentityUnknownError", "ano
 
 
 ANY_MACHINE = "?"
+"""Start of the realm of a machine without a readable id."""
 UNKNOWN_BOOT = "unknown"
-"""Where the system does not tell which boot it is, as with ``ProcSubset=pid`` of systemd.exec(5) and in gVisor."""
+"""Boot id if the system does not report it, as with ``ProcSubset=pid`` of systemd.exec(5) and in gVisor."""
 
 
 class IdentityUnknownError(Exception):
-    """The kernel does not tell whether the process lives."""
+    """The kernel does not show whether the process lives."""
 
 
 class Births(Protocol):
-    """What a kernel says about the lives of its processes."""
+    """A reader of the start times of processes, and of the machine and boot that they are valid for."""
 
     def realm(self) -> str:
         """
-        Within which pids and boots can be compared: this machine and, on Linux, the pid namespace.
+        Return the scope in which pids and boots can be compared: this machine and, on Linux, the pid namespace.
 
-        A home directory may be shared between machines or containers, and then a dead pid here is
-        nothing to go by for a file written there. It starts with `ANY_MACHINE` where this machine
-        cannot be told from others.
+        Machines or containers may share a home directory, and a pid that is dead here may be alive where a file in it
+        was written. The scope starts with `ANY_MACHINE` if this machine cannot be distinguished from others.
         """
         ...
 
     def boot_id(self) -> str:
-        """Differs after each boot; `UNKNOWN_BOOT`: the system does not tell."""
+        """Return the id of this boot, which is new after each boot; `UNKNOWN_BOOT`: the system does not report it."""
         ...
 
     def booted_unix_ns(self) -> int:
-        """When this boot began, Unix time by the wall clock of now, ns."""
+        """Return when this boot began, as Unix time by the present wall clock, ns."""
         ...
 
     def start_key(self, pid: int) -> int | None:
         """
-        The kernel's start time of `pid`, equal to `Identity.start_key`; ``None``: no such process.
+        Return the kernel's start time of `pid`, equal to `Identity.start_key`; ``None``: there is no such process.
 
         A zombie counts as no process. Raises `IdentityUnknownError`.
         """
@@ -51,5 +51,5 @@ class Births(Protocol):
 
 
 def anonymous(machine: bytes) -> str:
-    """A machine's id made useless elsewhere: machine-id(5) asks not to expose the id itself."""
+    """Hash the id of a machine, because machine-id(5) requires that the id itself is not exposed."""
     return hashlib.sha256(b"vitalsd " + machine).hexdigest()[:16] if machine else ANY_MACHINE

@@ -1,9 +1,9 @@
 """
 Identify the program that a process runs, without storing a path.
 
-Two processes run one program if the kernel executed the same file for both and told it to run the same thing: the
-script of an interpreter, the class of a Java machine, the files named on the command line. `program_digest` turns that
-into a keyed digest, which can be compared on this machine and reveals no path.
+Two processes run one program if the kernel executed the same file for both and both have the same payload: the script
+of an interpreter, the class of a Java machine, or the files named on the command line. `program_digest` makes a keyed
+digest of both, which can be compared on this machine and reveals no path.
 
 Source of the option tables: the manual pages python(1), node(1), java(1), perlrun(1), ruby(1), php(1), lua(1),
 julia(1), bash(1) and zsh(1).
@@ -28,29 +28,31 @@ __all__ = [
 ]
 
 VERSION = r"([-.0-9]*|[-.0-9]*[0-9][a-z])$"
-"""As in ``python3.11``, ``python3.13t`` and ``perl5.36``."""
+"""Pattern of the version at the end of a name, as in ``python3.11``, ``python3.13t`` and ``perl5.36``."""
 
 INTERPRETERS = re.compile(
     r"(bash|bun|dash|deno|dotnet|electron|java|julia|ksh|lua|luajit|mono|node|nodejs|perl|php|pypy|python|Rscript|ruby"
     rf"|sh|tclsh|wish|zsh){VERSION}",
     re.IGNORECASE,  # The executable of a framework build on macOS is named "Python".
 )
-"""Executables that run other programs."""
+"""Names of executables that run other programs."""
 
 PYTHON = re.compile(rf"(python|pypy){VERSION}", re.IGNORECASE)
 JAVA = re.compile(rf"java{VERSION}", re.IGNORECASE)
 SCRIPT = re.compile(r".*\.(bat|cjs|dll|exe|jar|jl|js|lua|love|mjs|php|pl|py|pyw|pyz|r|rb|sh|tcl|ts)$", re.IGNORECASE)
-"""Names of programs, on the command line of an executable that is not known as an interpreter."""
+"""Words that name a program, on the command line of an executable that is not in `INTERPRETERS`."""
 MAX_PATH = 4096
-"""Bytes of a path (PATH_MAX in limits.h)."""
+"""Longest path that is looked up, bytes (PATH_MAX in limits.h)."""
 
 PYTHON_VALUES = "XWQ"
-"""Letters of Python that take a value, in the same word or as the next one."""
+"""Option letters of Python that take a value, in the same word or as the next one."""
 JAVA_PATHS = ("-cp", "-classpath", "--class-path", "-p", "--module-path")
+"""Options of Java that take a list of paths."""
 JAVA_VALUES = (
     *("--add-modules", "--add-exports", "--add-opens", "--add-reads", "--limit-modules"),
     *("--patch-module", "--upgrade-module-path", "--enable-native-access", "--source"),
 )
+"""Options of Java that take the next word as their value."""
 VALUES: dict[str, tuple[str, ...]] = {
     "bash": ("-o", "+o", "-O", "+O", "--rcfile", "--init-file"),
     "sh": ("-o", "+o"),
@@ -89,23 +91,24 @@ CODE_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """By interpreter: options that are followed by the code itself."""
 ALIASES = {"nodejs": "node", "electron": "node"}
+"""Interpreters with the options of another one."""
 INSIDE = ("package.json", "index.js", "main.js")
-"""Files that make a directory one that Node.js runs."""
+"""Files in a directory that Node.js can run."""
 SUBCOMMANDS = ("run", "exec")
-"""Of ``deno run``, ``bun run`` and ``dotnet exec``: no file of that name is meant."""
+"""Words of ``deno run``, ``bun run`` and ``dotnet exec`` that are not names of files."""
 
 
 class Command(NamedTuple):
-    """What the kernel was told to execute."""
+    """The arguments with which the kernel executed a program."""
 
     executable: str
-    """Absolute path of the file that runs."""
+    """Absolute path of the executed file."""
     words: Sequence[bytes]
     """The command line without the name of the program."""
     directory: str
-    """The working directory, against which relative names are resolved; empty: unknown."""
+    """The working directory, to which relative names are resolved; empty: unknown."""
     name: bytes = b""
-    """The first word of the command line, by which an executable with several programs in it chooses one."""
+    """The first word of the command line; an executable that contains several programs chooses one by it."""
 
 
 ProgramOf = Callable[[Command], str]
@@ -113,7 +116,7 @@ ProgramOf = Callable[[Command], str]
 
 
 def no_program(_: Command) -> str:
-    """Return the empty string: the caller does not compare programs, so nothing is read and hashed for it."""
+    """Return the empty string, for a caller that does not compare programs: so no file is read and hashed."""
     return ""
 
 
@@ -123,8 +126,8 @@ class ProgramDigest:
 
     Args:
         key: see `vitalsd.discovery.program_key`; ``None``: there is none, so no program can be determined.
-        script: absolute path of what the target runs, if the client itself said so. It is used for the command that
-            is seen first; a target that executes another program is identified by its command line from then on.
+        script: absolute path of the script of the target, if the client passed it. It is valid for the first command;
+            a target that executes another program is identified by its command line from then on.
     """
 
     def __init__(self, key: bytes | None, script: str | None = None) -> None:
@@ -137,20 +140,21 @@ class ProgramDigest:
         if self._key is None:
             return ""
         self._first = self._first or command
-        told = [os.path.realpath(self._script)] if self._script and command == self._first else None
-        return program_digest(self._key, command, told)
+        payload = [os.path.realpath(self._script)] if self._script and command == self._first else None
+        return program_digest(self._key, command, payload)
 
 
-def program_digest(key: bytes, command: Command, told: Sequence[str] | None = None) -> str:
+def program_digest(key: bytes, command: Command, payload: Sequence[str] | None = None) -> str:
     """
     Return 32 hexadecimal digits that are equal for two processes of one program.
 
-    The last 16 are of the names without their directories: two programs with the same may be two versions of one.
+    The last 16 digits are a digest of the names without their directories: if they are equal, the two may be versions
+    of one program.
 
     Args:
-        key: up to 64 bytes; without it, a digest could be searched for among likely paths.
-        command: what was executed.
-        told: what it was told to run, if that is known better than from the command line.
+        key: up to 64 bytes; without a key, the path of a digest could be found by trying likely ones.
+        command: the executed command.
+        payload: resolved paths of what the executable runs; default: determined from the command line.
 
     Returns:
         The digest; empty if the program cannot be determined: the executable is unknown, the script of an interpreter
@@ -158,28 +162,28 @@ def program_digest(key: bytes, command: Command, told: Sequence[str] | None = No
     """
     if not os.path.isabs(command.executable):
         return ""
-    if told is None:
-        told = _told(command)
-    if told is None:
+    if payload is None:
+        payload = _payload(command)
+    if payload is None:
         return ""
     executable = os.path.realpath(command.executable)
     scripted = INTERPRETERS.match(os.path.basename(executable)) is not None
     called = os.path.basename(os.fsdecode(command.name))
     if called and not scripted and called != os.path.basename(executable):
-        told = [called, *told]
-    # What a viewer is opened with is not part of its name; the script of an interpreter is.
-    names = [os.path.basename(executable), *(map(os.path.basename, told) if scripted else ())]
-    return _digest(key, [executable, *told]) + _digest(key, names)
+        payload = [called, *payload]
+    # The script of an interpreter is part of the name; a file that a viewer opens is not.
+    names = [os.path.basename(executable), *(map(os.path.basename, payload) if scripted else ())]
+    return _digest(key, [executable, *payload]) + _digest(key, names)
 
 
 def _digest(key: bytes, parts: Sequence[str]) -> str:
     encoded = map(os.fsencode, parts)
-    counted = b"".join(b"%d:%b" % (len(part), part) for part in encoded)  # no two lists have one encoding
+    counted = b"".join(b"%d:%b" % (len(part), part) for part in encoded)  # different lists have different encodings
     return hashlib.blake2b(counted, key=key, digest_size=8, person=b"vitalsd program").hexdigest()
 
 
 def may_be_versions(one: str, other: str) -> bool:
-    """Return whether two digests may be of two versions of one program; an unknown one may be of any."""
+    """Return whether two digests may be of two versions of one program; True if either is unknown."""
     return not one or not other or one[16:] == other[16:]
 
 
@@ -199,8 +203,8 @@ def main_script(main: ModuleType | None = None) -> str | None:
     return folder if os.path.isfile(folder) else path  # the second name of PROGRAM.pyz/__main__.py
 
 
-def _told(command: Command) -> list[str] | None:
-    """Return what the executable was told to run, as resolved paths or code; ``None`` if that cannot be determined."""
+def _payload(command: Command) -> list[str] | None:
+    """Return what the executable runs, as resolved paths or code; ``None`` if that cannot be determined."""
     name = os.path.basename(command.executable)
     words = [os.fsdecode(word) for word in command.words]
     if not INTERPRETERS.match(name):
@@ -208,14 +212,18 @@ def _told(command: Command) -> list[str] | None:
             return None  # a relative name could be that of any file
         return _named(words, command.directory)
     if PYTHON.match(name):
-        return _told_python(words, command.directory)
+        return _python_payload(words, command.directory)
     if JAVA.match(name):
-        return _told_java(words, command.directory)
-    return _told_other(re.sub(VERSION, "", name.lower()), words, command.directory)
+        return _java_payload(words, command.directory)
+    return _other_payload(re.sub(VERSION, "", name.lower()), words, command.directory)
 
 
 def _named(words: Sequence[str], directory: str) -> list[str] | None:
-    """Return the files and directories that words name, also as ``--option=PATH``; ``None``: a program is not found."""
+    """
+    Return the files and directories that words name, also as ``--option=PATH``.
+
+    ``None`` if a word names a program that does not exist.
+    """
     found = []
     for word in words:
         option, assigned, value = word.partition("=")
@@ -223,12 +231,12 @@ def _named(words: Sequence[str], directory: str) -> list[str] | None:
         if path:
             found.append(path)
         elif SCRIPT.match(word) and not word.startswith("-"):
-            return None  # The process has left the directory in which it was started.
+            return None  # The process has changed its working directory since its start.
     return found
 
 
-def _told_python(words: Sequence[str], directory: str) -> list[str] | None:
-    searched = True  # the working directory, for -m
+def _python_payload(words: Sequence[str], directory: str) -> list[str] | None:
+    searched = True  # whether -m searches the working directory
     remaining = iter(words)
     for word in remaining:
         if word == "--check-hash-based-pycs":
@@ -254,7 +262,7 @@ def _told_python(words: Sequence[str], directory: str) -> list[str] | None:
 
 
 def _module(name: str, directory: str) -> str | None:
-    """Return the file of a module beside the working directory; an installed one cannot be found from outside."""
+    """Return the file of a module in the working directory; an installed one cannot be found from another process."""
     if not directory or not re.fullmatch(r"\w+(\.\w+)*", name):
         return None
     stem = os.path.join(directory, *name.split("."))
@@ -264,7 +272,7 @@ def _module(name: str, directory: str) -> str | None:
     return None
 
 
-def _told_java(words: Sequence[str], directory: str) -> list[str] | None:
+def _java_payload(words: Sequence[str], directory: str) -> list[str] | None:
     entries: list[str] = []
     remaining = iter(words)
     for word in remaining:
@@ -290,7 +298,7 @@ def _classpath(entries: Sequence[str], directory: str) -> list[str]:
     return [os.path.realpath(os.path.join(directory, entry)) for entry in entries]
 
 
-def _told_other(name: str, words: Sequence[str], directory: str) -> list[str] | None:
+def _other_payload(name: str, words: Sequence[str], directory: str) -> list[str] | None:
     """Return the script, or all words if code is among them."""
     name = ALIASES.get(name, name)
     values, codes = VALUES.get(name, ()), CODE_OPTIONS.get(name, ())
@@ -303,7 +311,7 @@ def _told_other(name: str, words: Sequence[str], directory: str) -> list[str] | 
         if word in values:
             next(remaining, None)
         elif word.startswith(("-", "+")):
-            may_be_value = word.startswith("--") and "=" not in word  # that of an option which is not listed above
+            may_be_value = word.startswith("--") and "=" not in word  # of an option that `VALUES` does not have
         elif word not in SUBCOMMANDS:
             script = _script(word, directory, INSIDE, (".js", ".mjs", ".cjs"))
             if script is None:
@@ -316,7 +324,7 @@ def _told_other(name: str, words: Sequence[str], directory: str) -> list[str] | 
 
 
 def _has_code(name: str, word: str) -> bool:
-    """Return whether a group of letters, as in ``sh -ec CODE`` or ``perl -we CODE``, says that code follows."""
+    """Return whether code follows a group of option letters, as in ``sh -ec CODE`` or ``perl -we CODE``."""
     letters = {"perl": "[eE]", "ruby": "e"}.get(name, "c[A-Za-z]*" if name.endswith("sh") else "")
     return bool(letters) and re.fullmatch(f"-[A-Za-z]*{letters}", word) is not None
 
@@ -326,10 +334,10 @@ def _script(word: str, directory: str, inside: Sequence[str] = (), suffixes: Seq
     Return the resolved path of a script.
 
     Args:
-        word: as the command line names it.
+        word: name on the command line.
         directory: working directory.
-        inside: files that stand for a directory.
-        suffixes: of names that may be given without.
+        inside: files that the interpreter runs if the name is that of a directory.
+        suffixes: suffixes that may be left out of a name.
     """
     path = os.path.join(directory, word)
     if not word or len(path) > MAX_PATH or not os.path.isabs(path):
@@ -350,7 +358,7 @@ def _file(word: str, directory: str) -> str | None:
 
 
 def _existing(word: str, directory: str) -> str | None:
-    """Return the resolved path of what `word` names; ``None``: nothing that exists."""
+    """Return the resolved path of the file or directory that `word` names; ``None``: there is none."""
     path = os.path.join(directory, word)
     named = word and len(path) <= MAX_PATH and os.path.isabs(path) and os.path.exists(path)
     return os.path.realpath(path) if named else None

@@ -1,1 +1,1 @@
-"""Processes of macOS, read through Mach and libproc."""
+"""Read processes of macOS through Mach and libproc."""

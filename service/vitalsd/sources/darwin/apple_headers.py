@@ -1,14 +1,14 @@
 """
-Structs and constants of Apple's headers, as far as our calls of libSystem need them.
+Declare the structs and constants of Apple's headers that our calls of libSystem need.
 
-Spelled as in the headers, so that a search finds them there; each public upper-case integer *is*
-such a constant, and the ABI proof compiles every one of them, and every offset, against the headers:
-mach/task_info.h, mach/thread_info.h, mach/message.h, mach/kern_return.h, mach_debug/ipc_info.h,
-sys/mount.h, sys/param.h, sys/proc_info.h, sys/proc.h, sys/resource.h, sys/sysctl.h, sys/syslimits.h. What is marked
-*private* is only in bsd/sys/proc_info_private.h of xnu-11417.
+Their names are those in the headers, so that a search finds them there. Each public upper-case integer *is* such a
+constant. The ABI proof compiles all constants and offsets against the headers: mach/task_info.h, mach/thread_info.h,
+mach/message.h, mach/kern_return.h, mach_debug/ipc_info.h, sys/mount.h, sys/param.h, sys/proc_info.h, sys/proc.h,
+sys/resource.h, sys/sysctl.h, sys/syslimits.h. Names marked *private* are only in bsd/sys/proc_info_private.h of
+xnu-11417.
 
-task_info.h packs to 4 bytes. Every field here lies where natural alignment puts it all the same;
-`task_vm_info` ends before the first for which that is not so.
+task_info.h packs to 4 bytes. All fields here have the offset of natural alignment; `task_vm_info` ends before the first
+field that does not.
 """
 
 from ctypes import Structure, c_char, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
@@ -57,11 +57,13 @@ MAXPATHLEN = 1024
 
 
 class time_value(Structure):
+    """A duration."""
+
     _fields_ = (("seconds", c_int32), ("microseconds", c_int32))
 
 
 class mach_task_basic_info(Structure):
-    """Sizes in bytes. The times cover *terminated* threads only, and are no total."""
+    """Memory and times of a task. Sizes are in bytes; the times are of *terminated* threads only."""
 
     _fields_ = (
         ("virtual_size", c_uint64),
@@ -75,7 +77,7 @@ class mach_task_basic_info(Structure):
 
 
 class task_absolutetime_info(Structure):
-    """Ticks; ``total_*`` of all threads that ever were, ``threads_*`` of the living, of one instant."""
+    """CPU times of a task at one instant, in ticks: ``total_*`` of all threads, ``threads_*`` of the living ones."""
 
     _fields_ = (
         ("total_user", c_uint64),
@@ -86,7 +88,7 @@ class task_absolutetime_info(Structure):
 
 
 class task_events_info(Structure):
-    """Counts since the start; each stops at 2**31 - 1."""
+    """Counts of events since the start of a task; each stops at 2**31 - 1."""
 
     _fields_ = (
         ("faults", c_int32),
@@ -101,7 +103,7 @@ class task_events_info(Structure):
 
 
 class task_vm_info(Structure):
-    """Bytes. The first revision (TASK_VM_INFO_REV1_COUNT words) of a struct that grew since."""
+    """Memory of a task, bytes. This is the first revision (TASK_VM_INFO_REV1_COUNT words); later ones are longer."""
 
     _fields_ = (
         ("virtual_size", c_uint64),
@@ -128,11 +130,13 @@ class task_vm_info(Structure):
 
 
 class thread_identifier_info(Structure):
+    """Ids of a thread; ``thread_id`` is unique since boot."""
+
     _fields_ = (("thread_id", c_uint64), ("thread_handle", c_uint64), ("dispatch_qaddr", c_uint64))
 
 
 class thread_extended_info(Structure):
-    """``pth_user_time`` and ``pth_system_time`` in ns, each cut to a microsecond."""
+    """Figures of a thread; ``pth_user_time`` and ``pth_system_time`` are in ns, each rounded down to a microsecond."""
 
     _fields_ = (
         ("pth_user_time", c_uint64),
@@ -150,13 +154,13 @@ class thread_extended_info(Structure):
 
 
 class proc_threadinfo(Structure):
-    """As `thread_extended_info`, by another way."""
+    """The fields of `thread_extended_info`, as libproc returns them."""
 
     _fields_ = thread_extended_info._fields_
 
 
 class ipc_info_space_basic(Structure):
-    """``iisb_table_inuse``: port names this task holds."""
+    """Sizes of the port name space of a task; ``iisb_table_inuse`` is the number of names that it holds."""
 
     _fields_ = (
         ("iisb_genno_mask", c_uint32),
@@ -168,11 +172,13 @@ class ipc_info_space_basic(Structure):
 
 
 class mach_timebase_info(Structure):
+    """Factor from ticks of the clocks of user space to ns, as a fraction."""
+
     _fields_ = (("numer", c_uint32), ("denom", c_uint32))
 
 
 class proc_bsdinfo(Structure):
-    """``pbi_start_*``: wall clock at fork, kept across exec and never corrected."""
+    """Identity of a process; ``pbi_start_*`` is the wall clock at fork, never corrected and not changed by exec."""
 
     _fields_ = (
         ("pbi_flags", c_uint32),
@@ -201,7 +207,7 @@ class proc_bsdinfo(Structure):
 
 
 class proc_taskinfo(Structure):
-    """Sizes in bytes; times in ticks, ``pti_total_*`` of all threads and ``pti_threads_*`` of the living."""
+    """Figures of a task: bytes and ticks; ``pti_total_*`` is of all threads, ``pti_threads_*`` of the living ones."""
 
     _fields_ = (
         ("pti_virtual_size", c_uint64),
@@ -226,13 +232,13 @@ class proc_taskinfo(Structure):
 
 
 class proc_taskallinfo(Structure):
-    """Both halves come from one process, so a start time and a CPU time that belong together."""
+    """Identity and figures of one process, in one reply, so that start time and CPU time belong together."""
 
     _fields_ = (("pbsd", proc_bsdinfo), ("ptinfo", proc_taskinfo))
 
 
 class proc_bsdshortinfo(Structure):
-    """Of any user's process, zombies too."""
+    """Identity of a process of any user, also of a zombie."""
 
     _fields_ = (
         ("pbsi_pid", c_uint32),
@@ -252,7 +258,7 @@ class proc_bsdshortinfo(Structure):
 
 
 class proc_uniqidentifierinfo(Structure):
-    """Private. ``p_idversion`` changes at fork and at exec."""
+    """Unique ids of a process. Private. ``p_idversion`` changes at fork and at exec."""
 
     _fields_ = (
         ("p_uuid", c_uint8 * 16),
@@ -318,7 +324,7 @@ class proc_vnodepathinfo(Structure):
 
 
 class rusage_info_v4(Structure):
-    """Every ``*_time`` and ``*_abstime`` in ticks, sizes in bytes."""
+    """Resources that a process has used: every ``*_time`` and ``*_abstime`` in ticks, sizes in bytes."""
 
     _fields_ = (
         ("ri_uuid", c_uint8 * 16),
@@ -361,7 +367,7 @@ class rusage_info_v4(Structure):
 
 
 class rusage_info_v6(Structure):
-    """`rusage_info_v4` and more: time and energy on performance cores. Since xnu-8792 (macOS 13)."""
+    """The fields of `rusage_info_v4`, and time and energy on performance cores. Since xnu-8792 (macOS 13)."""
 
     _fields_ = (
         *rusage_info_v4._fields_,
@@ -385,4 +391,6 @@ class rusage_info_v6(Structure):
 
 
 class proc_fdinfo(Structure):
+    """An open descriptor and its type."""
+
     _fields_ = (("proc_fd", c_int32), ("proc_fdtype", c_uint32))

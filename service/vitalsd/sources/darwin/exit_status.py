@@ -1,4 +1,4 @@
-"""How a process of macOS ended that is no child of ours."""
+"""Read how a process of macOS ended that is not a child of ours."""
 
 import select
 from contextlib import suppress
@@ -12,14 +12,14 @@ NOTE_EXITSTATUS = 0x04000000  # sys/event.h; the select module has not got it
 
 class ExitWatch:
     """
-    Where the kernel leaves the exit status of a process: an ``EVFILT_PROC`` of a queue, kqueue(2).
+    A queue in which the kernel reports the exit status of a process: ``EVFILT_PROC`` of kqueue(2).
 
-    sys/event.h says that the status is for a parent only, but every process that may kill it gets it
-    (bsd/kern/kern_event.c, filt_procattach, xnu-11417). Where there is none, nothing is known. Platform limit: the
-    kernel sends no note to other processes while a debugger traces this one (filt_procevent).
+    According to sys/event.h only a parent gets the status, but every process that may kill the target gets it
+    (bsd/kern/kern_event.c, filt_procattach, xnu-11417). If there is no queue, the status stays unknown. Platform limit:
+    the kernel sends no note to other processes while a debugger traces the target (filt_procevent).
 
     Args:
-        pid: of the process. To be made before it is known which run of it that is.
+        pid: of the process. Make the watch before the identity of the process is read, see `drop_if_fired`.
     """
 
     def __init__(self, pid: int) -> None:
@@ -37,7 +37,7 @@ class ExitWatch:
             self._queue = queue
 
     def drop_if_fired(self) -> None:
-        """The process that had the pid when this was made has exited since: what is measured is another."""
+        """Close the queue if it already has a note: that is of an earlier process with the same pid."""
         if self._queue is not None and self._queue.control(None, 1, 0):
             self.close()
 
@@ -59,7 +59,7 @@ class ExitWatch:
         return None
 
     def close(self) -> None:
-        """Give back the queue. A second call does nothing."""
+        """Close the queue. A second call does nothing."""
         if self._queue is not None:
             self._queue.close()
             self._queue = None

@@ -1,7 +1,7 @@
 """
-The functions of libSystem that are called, as a table, and how their results become errors.
+Declare the functions of libSystem that vitalsd calls, in a table, and turn their error codes into exceptions.
 
-Nothing is loaded here, so the module imports on every system. Error channels are dealt with here and nowhere above.
+This module loads no library, so it can be imported on every system. No module above it handles error codes.
 """
 
 import ctypes
@@ -15,18 +15,21 @@ __all__ = ["DATA", "FUNCTIONS", "Function", "MachError", "as_passed", "bind", "m
 
 
 class MachError(Exception):
-    """A Mach call failed, or an answer is shorter than its contract; the text names call and code."""
+    """A Mach call failed, or a reply is shorter than documented; the text names call and code."""
 
 
 class Function(NamedTuple):
-    """How one function of libSystem is called."""
+    """The declaration of one function of libSystem."""
 
     prototype: str
-    """As in Apple's header; the ABI proof redeclares the function by it."""
+    """Declaration in Apple's header; the ABI proof redeclares the function with it."""
     restype: Any
     argtypes: tuple[Any, ...]
     check: Literal["kern_return", "errno", "caller"]
-    """Who looks at the result: it is a code, -1 or 0 means errno, or the caller has to."""
+    """
+    How the result is checked: ``kern_return``: it is an error code; ``errno``: a failure sets errno; ``caller``: the
+    caller checks it.
+    """
 
 
 FUNCTIONS = {
@@ -36,21 +39,21 @@ FUNCTIONS = {
         (c_uint32, c_uint32, c_void_p, c_void_p),
         "kern_return",
     ),
-    # The array is ours: vm_deallocate it, and release each port in it.
+    # The caller owns the array: it has to release each port in it, and the array with vm_deallocate.
     "task_threads": Function(
         "kern_return_t task_threads(task_inspect_t, thread_act_array_t *, mach_msg_type_number_t *)",
         c_int,
         (c_uint32, c_void_p, c_void_p),
         "kern_return",
     ),
-    # Three of its codes are an answer: the thread has ended.
+    # Three of its codes are no errors: they mean that the thread has ended.
     "thread_info": Function(
         "kern_return_t thread_info(thread_inspect_t, thread_flavor_t, thread_info_t, mach_msg_type_number_t *)",
         c_int,
         (c_uint32, c_uint32, c_void_p, c_void_p),
         "caller",
     ),
-    # An exception halfway through the releases would leak the others.
+    # An exception after some of the releases would leak the other ports.
     "mach_port_deallocate": Function(
         "kern_return_t mach_port_deallocate(ipc_space_t, mach_port_name_t)", c_int, (c_uint32, c_uint32), "caller"
     ),
@@ -73,7 +76,7 @@ FUNCTIONS = {
         (c_uint32, c_uint32, c_uint32, c_void_p),
         "kern_return",
     ),
-    # The text is static: not to be freed.
+    # The text is static and must not be freed.
     "mach_error_string": Function("char *mach_error_string(mach_error_t)", c_char_p, (c_int,), "caller"),
     "mach_timebase_info": Function(
         "kern_return_t mach_timebase_info(mach_timebase_info_t)", c_int, (c_void_p,), "kern_return"
@@ -108,14 +111,14 @@ FUNCTIONS = {
 }
 
 DATA = {"mach_task_self_": c_uint32}
-"""Variables, by their type; a child re-initialises its own after fork, so the value is not kept."""
+"""Types of variables of libSystem. A forked child initialises its own anew, so the value is never stored."""
 
 
 def bind(library: Any) -> None:
     """
-    Declare the functions of `FUNCTIONS` in a library of ctypes, with errors raised as they say.
+    Declare the functions of `FUNCTIONS` in a library of ctypes, so that they raise errors according to `check`.
 
-    `OSError` (by errno) is raised by ``proc_*``, ``sysctl*`` and ``gethostuuid``, `MachError` by the others.
+    ``proc_*``, ``sysctl*`` and ``gethostuuid`` raise `OSError` with errno; the others raise `MachError`.
 
     Raises:
         AttributeError: the library lacks a function; the text names it.
@@ -138,9 +141,10 @@ def bind(library: Any) -> None:
 
 def as_passed(library: Any, name: str) -> Any:
     """
-    Return a function that is called once a thread: ints of 32 bits, ctypes' own integers and `byref` go on as they are.
+    Return a function without ``argtypes``, for calls that are made once for each thread.
 
-    To look each argument over by ``argtypes`` first takes ctypes longer than the call.
+    ctypes passes ints as 32 bits, and its own integers and `byref` unchanged. To convert each argument by ``argtypes``
+    takes ctypes longer than the call.
     """
     function = library[name]
     function.restype = FUNCTIONS[name].restype
@@ -154,7 +158,7 @@ def mach_error(library: Any, call: str, code: int) -> MachError:
 
 
 def os_error(call: str, number: int) -> OSError:
-    """Return the error for the errno that `call` left."""
+    """Return the error for the errno that `call` set."""
     return OSError(number, f"{call} failed: {os.strerror(number)}")
 
 

@@ -1,4 +1,4 @@
-"""The machine, in Mach's words the host: sysctl variables, clocks and UUID."""
+"""Read sysctl variables, clocks and UUID of the machine, which Mach calls the host."""
 
 import ctypes
 from ctypes import c_size_t
@@ -12,14 +12,14 @@ __all__ = ["HostInfo"]
 
 class HostInfo:
     """
-    The running machine.
+    Calls on the running machine.
 
     Args:
         quick, slow: see `vitalsd.sources.darwin.libsystem.LibSystem`.
 
     Raises:
-        OSError: by errno.
-        MachError: an answer is not what it has to be.
+        OSError: a call failed, with its errno.
+        MachError: a reply does not have the documented form.
     """
 
     def __init__(self, quick: Any, slow: Any) -> None:
@@ -30,7 +30,7 @@ class HostInfo:
         self._numer, self._denom = int(timebase.numer), int(timebase.denom)
 
     def uuid(self) -> bytes:
-        """What tells this machine from others, across reboots; empty where it is not told within a second."""
+        """Return the UUID of this machine, the same across reboots; empty if the system does not give it within 1 s."""
         uuid = (ctypes.c_ubyte * 16)()
         wait = (ctypes.c_long * 2)(1, 0)  # struct timespec
         try:
@@ -40,7 +40,7 @@ class HostInfo:
         return bytes(uuid)
 
     def sysctl(self, name: str) -> bytes:
-        """The value of a variable, at most 256 bytes of it."""
+        """Return the value of a variable, at most 256 bytes."""
         buffer = ctypes.create_string_buffer(256)
         size = c_size_t(len(buffer))
         try:
@@ -50,7 +50,7 @@ class HostInfo:
         return buffer.raw[: size.value]
 
     def sysctl_int(self, name: str) -> int:
-        """The value of an integer variable of 4 or 8 bytes."""
+        """Return the value of an integer variable of 4 or 8 bytes."""
         value = self.sysctl(name)
         if len(value) not in (4, 8):
             raise MachError(f"sysctlbyname({name}) answered {len(value)} bytes, not an integer")
@@ -58,15 +58,15 @@ class HostInfo:
 
     def absolute_ns(self) -> int:
         """
-        Since boot, sleep left out, ns.
+        Return the time since boot without the time asleep, ns.
 
-        Scaled by ``mach_timebase_info``, which is right for the clocks of user space, also under
-        Rosetta, and wrong there for every tick the kernel writes (see `vitalsd.sources.darwin.task`).
+        It is scaled by ``mach_timebase_info``. That is correct for the clocks of user space, also under Rosetta, and
+        under Rosetta wrong for ticks that the kernel writes (see `vitalsd.sources.darwin.task`).
         """
         return self._user_clock_ns(self._quick.mach_absolute_time())
 
     def continuous_ns(self) -> int:
-        """Since boot, sleep included, ns."""
+        """Return the time since boot with the time asleep, ns."""
         return self._user_clock_ns(self._quick.mach_continuous_time())
 
     def _user_clock_ns(self, ticks: int) -> int:

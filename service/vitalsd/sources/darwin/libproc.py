@@ -1,10 +1,10 @@
 """
-libproc: what the kernel shows of any process of our effective user.
+Call libproc, which reads any process of our effective user.
 
-Facts that shape the calls (xnu-11417):
+Facts about the functions on which the calls depend (xnu-11417):
 
-- ``proc_pidinfo`` answers 0 for an error *and* for an empty list; only errno tells them apart.
-- ``proc_pid_rusage`` is not told the size of the buffer, and writes all of its flavor.
+- ``proc_pidinfo`` returns 0 for an error *and* for an empty list; only errno distinguishes them.
+- ``proc_pid_rusage`` has no argument for the size of the buffer, and writes the whole struct of its flavor.
 """
 
 import ctypes
@@ -49,14 +49,14 @@ _PROC_FLAVORS: dict[type[Structure], tuple[str, int]] = {
 
 class Libproc:
     """
-    Processes by their pids. Every call gives up the interpreter lock: it may wait for a target inside exec.
+    Calls on processes by their pids. Each releases the interpreter lock, because it may wait for a target inside exec.
 
     Args:
         slow: see `vitalsd.sources.darwin.libsystem.LibSystem`.
 
     Raises:
-        OSError: by errno.
-        MachError: an answer is shorter than its contract.
+        OSError: a call failed, with its errno.
+        MachError: a reply is shorter than documented.
     """
 
     def __init__(self, slow: Any) -> None:
@@ -64,7 +64,7 @@ class Libproc:
         self._pidinfo_as_passed = as_passed(slow, "proc_pidinfo")
 
     def info(self, pid: int, info: Structure, arg: int = 0) -> None:
-        """Fill `info`, whose type tells the flavor."""
+        """Fill `info`; its type determines the flavor."""
         name, flavor = _PROC_FLAVORS[type(info)]
         size = ctypes.sizeof(info)
         got = self._pidinfo(name, pid, flavor, arg, ctypes.addressof(info), size)
@@ -72,25 +72,25 @@ class Libproc:
             raise MachError(f"proc_pidinfo({name}) answered {got} bytes of {size}")
 
     def list_of(self, pid: int, flavor: Literal["PROC_PIDLISTFDS", "PROC_PIDLISTTHREADIDS"], buffer: Any) -> int:
-        """Bytes written to `buffer`; as many as it has room for may mean that there is more."""
+        """Fill `buffer` with a list, and return its length in bytes; if the buffer is full, the list may be longer."""
         number = PROC_PIDLISTFDS if flavor == "PROC_PIDLISTFDS" else PROC_PIDLISTTHREADIDS
         return self._pidinfo(flavor, pid, number, 0, ctypes.addressof(buffer), ctypes.sizeof(buffer))
 
     def rusage(self, pid: int, info: rusage_info_v6, flavor: int) -> None:
-        """Fill `info` as far as `flavor` (RUSAGE_INFO_V6 or an older one) goes."""
+        """Fill the fields of `info` that `flavor` has: RUSAGE_INFO_V6 or an older one."""
         self._slow.proc_pid_rusage(pid, flavor, ctypes.addressof(info))
 
     def command_line(self, pid: int) -> tuple[str, list[bytes]]:
         """
-        Path of the executable, and the words of the command line, the name of the program first.
+        Return the path of the executable, and the words of the command line, first the name of the program.
 
-        What follows them in the answer, the environment, goes no further.
+        The reply also contains the environment, which is not returned.
 
         Raises:
-            OSError: EINVAL for a process that is gone, a zombie or another user's.
+            OSError: EINVAL for a process that is gone, is a zombie or belongs to another user.
         """
         oid = (c_int * 3)(CTL_KERN, KERN_PROCARGS2, pid)
-        # Of less room than the answer takes the kernel fills in the end of it, which is the environment.
+        # Into a buffer shorter than the reply the kernel writes the end of the reply, which is the environment.
         buffer = (c_char * ARG_MAX)()
         size = c_size_t(ARG_MAX)
         try:
@@ -125,7 +125,7 @@ class Libproc:
         return path
 
     def pids(self) -> list[int]:
-        """Every process, zombies and other users' too."""
+        """Return the pids of all processes, also of zombies and of other users' processes, ascending."""
         room = int(self._slow.proc_listallpids(None, 0))
         while True:
             buffer = (c_int32 * (room + 32))()
@@ -143,9 +143,9 @@ class Libproc:
 
     def thread_infos(self, pid: int, thread_ids: Sequence[int], rows: ThreadRows) -> Sequence[int]:
         """
-        Fill `rows` with the threads `thread_ids` of any process, and return these, 0 for one that has ended.
+        Fill `rows` with the threads `thread_ids` of a process, and return these ids, 0 for a thread that has ended.
 
-        Per thread one call. Whoever is not found in it is asked for again, for what errno said is gone by then.
+        It makes one call per thread. If that fails, a second call reads the errno, which later calls have overwritten.
         """
         size = ctypes.sizeof(proc_threadinfo)
         rows.reserve(len(thread_ids))

@@ -1,20 +1,20 @@
 """
-The macOS source for another process: libproc, which asks for no task port and no privilege.
+Read another process of macOS through libproc, which needs no task port and no privilege.
 
-Some facts about the kernel (xnu-11417; each has a test over the simulator):
+Facts about the kernel (xnu-11417; each has a test over the simulator):
 
-- One reply of ``PROC_PIDTASKALLINFO`` holds the start time and the totals: a reused pid is seen in
-  the very reply that would have lied.
-- The list of threads ends silently where the buffer does, and where the number of threads plus 10
-  was before the list was made.
-- Each thread is looked up by a walk through the list of all: N threads cost N²/2 steps under the
-  lock that a thread's birth and death need too.
+- One reply of ``PROC_PIDTASKALLINFO`` contains the start time and the totals, so a reused pid is detected in the same
+  reply.
+- The kernel silently cuts the list of threads at the end of the buffer, and at 10 more than the number of threads
+  before it made the list.
+- The kernel finds each thread by a walk through the list of all: N threads cost N²/2 steps under the lock that the
+  start and the exit of a thread need too.
 - A thread that has ended is listed until it is reaped, with its final times and TH_STATE_HALTED.
-- Zombies are not found; nor is a process of another effective user readable.
-- A process that exits is not found from the moment its teardown begins; NOTE_EXIT comes after the teardown, which
+- Zombies are not found, and a process of another effective user cannot be read.
+- A process that exits is not found from the moment its teardown begins. NOTE_EXIT comes after the teardown, which
   frees memory and descriptors (exit1 and proc_exit, bsd/kern/kern_exit.c). PROC_PIDT_SHORTBSDINFO with arg 1 finds
   such a process.
-- Inside exec the calls wait, and afterwards all thread ids are new.
+- During exec the calls wait, and afterwards all thread ids are new.
 """
 
 import ctypes
@@ -45,31 +45,31 @@ from vitalsd.sources.programs import ProgramOf, no_program
 __all__ = ["WALK_LIMIT", "LibprocSource"]
 
 EXIT_STEP_S = 0.05
+"""Time limit of one wait for NOTE_EXIT, s; after it the state of the target is read again."""
 EXIT_WAIT_S = 0.5
 """
-How long one snapshot waits for NOTE_EXIT, s: below the 1 s that a sidecar has to close a target. Only the thread that
-samples this target waits, and only once the target cannot be sampled any more.
+Time that one snapshot waits for NOTE_EXIT, s: less than the 1 s that a sidecar has to close a target. Only the thread
+that samples this target waits, and only after the target cannot be sampled any more.
 """
 EXIT_LIMIT_S = 30.0
-"""How long an exit may take before its status counts as unknown, s."""
+"""Time that an exit may take before its status counts as unknown, s."""
 
 WALK_LIMIT = 2048
-"""Threads looked up per snapshot at most, but for the first: 2 million steps in the kernel."""
+"""Most threads that a snapshot after the first looks up: 2 million steps in the kernel."""
 
 
 class LibprocSource:
     """
-    Reads any process of our effective user on macOS; see `vitalsd.sources.base.Source`.
+    The source of any process of our effective user on macOS; see `vitalsd.sources.base.Source`.
 
     Args:
         pid: target.
-        lib: libSystem; by default that of the system is loaded.
-        wall_clock: Unix time, ns.
-        walk_limit: threads to look up per snapshot at most, new ones apart; above it the threads that
-            ran lately and those not read for longest take their turns, and the others show their
-            last reading.
-        program_of: makes `Identity.program` of what the process executes; called when the source is opened and after
-            each exec.
+        lib: libSystem; default: that of the system is loaded.
+        wall_clock: returns the Unix time, ns.
+        walk_limit: most threads that a snapshot looks up, besides new ones. Of more threads it looks up those that ran
+            lately and those with the oldest readings, and shows the last reading of the others.
+        program_of: makes `Identity.program` from the command of the process; called when the source is opened and
+            after each exec.
 
     Raises:
         SourceError: `NoSuchProcessError`, `AccessDeniedError`, `TargetGoneError` (a zombie), `UnsupportedError` or
@@ -95,7 +95,7 @@ class LibprocSource:
             raise
         self._ending: Ending | None = None
         self._exit_seen = 0.0
-        """When the target was first not found, on the monotonic clock; 0 while it is."""
+        """Monotonic time at which the target was first not found, s; 0: it was found so far."""
         self._walk_limit = walk_limit
         self._ids = (c_uint64 * 64)()
         self._rows = ThreadRows()
@@ -104,22 +104,27 @@ class LibprocSource:
         self._program: tuple[int | str, ...] = ()
         """The image for which `Identity.program` was determined."""
         self._turns: dict[int, tuple[int, ...]] = {}
+        """Last reading of each thread by its id, the oldest reading first; empty if all threads are looked up."""
         self._active: frozenset[int] = frozenset()
+        """Ids of the threads that were new, or had used CPU time, when they were looked up last."""
         self._closed = False
 
     def identity(self) -> Identity:
+        """Return the identity as of the last snapshot."""
         return self._target.identity
 
     def restart(self) -> None:
-        """Look every thread up again."""
+        """Look every thread up again with the next snapshot."""
         self._turns.clear()
 
     def close(self) -> None:
+        """Close the queue of the exit status. A second call does nothing."""
         self._closed = True
         self._exit.close()
 
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
-        # The names come with the times, at no cost of their own.
+        """Read the counters; wait up to `EXIT_WAIT_S` if the target is exiting. See `Source.snapshot`."""
+        # The reply with the times of a thread has its name too, so `names` is not needed.
         if self._closed:
             raise ValueError("the source is closed")
         try:
@@ -134,13 +139,12 @@ class LibprocSource:
         Return how the target ended; wait up to `EXIT_WAIT_S` for the end of its teardown.
 
         Raises:
-            KernelError: the teardown takes longer: ask again. After `EXIT_LIMIT_S` seconds of it the ending counts as
-                unknown.
+            KernelError: the teardown takes longer; call again. After `EXIT_LIMIT_S` the ending counts as unknown.
         """
         if self._ending is None:
             self._exit_seen = self._exit_seen or time.monotonic()
             until = time.monotonic() + EXIT_WAIT_S
-            # The kernel sends the note before it makes the process a zombie: look for the note after the state.
+            # The kernel sends the note before it makes the process a zombie, so read the state first and then the note.
             while True:
                 exiting = self._exit.is_expected and self._is_exiting()
                 waits = exiting and time.monotonic() < until
@@ -201,10 +205,14 @@ class LibprocSource:
         )
 
     def _read(self, warnings: list[str]) -> tuple[Living, Totals, Totals, Instant]:
-        """The threads, and the totals before and, if any thread had ended, after reading them."""
+        """
+        Return the threads, the totals before and after, and the instant of the totals.
+
+        The totals after the threads are read only if a thread has ended; otherwise they are those before.
+        """
         target = self._target
         for _ in range(ATTEMPTS):
-            # Listed before the total is read: whoever is reaped between the two is then found missing.
+            # Listed before the total is read, so that a thread that is reaped between the two is found missing.
             thread_ids = self._list()
             info, instant = target.refresh(), target.now()
             if info.ptinfo.pti_threadnum > len(thread_ids):
@@ -228,7 +236,7 @@ class LibprocSource:
             self._ids = (c_uint64 * (2 * len(buffer)))()
 
     def _walk(self, thread_ids: Sequence[int], warnings: list[str]) -> tuple[Living, int]:
-        """The threads alive, and how many of those listed had ended."""
+        """Return the living threads, and how many of those that were looked up had ended."""
         if len(thread_ids) <= self._walk_limit:
             self._turns.clear()
             living = self._look_up(thread_ids)
@@ -252,7 +260,7 @@ class LibprocSource:
         return Living(*zip(*(known[tid] for tid in sorted(known)), strict=True)), len(chosen) - len(read.tids)
 
     def _choose(self, thread_ids: Sequence[int]) -> list[int]:
-        """New threads, then active ones, then those not read for longest (`_turns` is in that order)."""
+        """Choose new threads, then active ones, then those with the oldest readings, which are first in `_turns`."""
         listed = set(thread_ids)
         chosen = [tid for tid in thread_ids if tid not in self._turns]
         active = dict.fromkeys(sorted(self._active & listed)[: self._walk_limit // 2])
@@ -264,7 +272,7 @@ class LibprocSource:
         return living_threads(self._lib.proc.thread_infos(self._target.pid, thread_ids, self._rows), self._rows)
 
     def _image(self) -> tuple[int | str, ...]:
-        """Changes at exec. A kernel without the private flavor leaves only the name to tell."""
+        """Return a value that changes at exec: a version from the private flavor, or without that only the name."""
         if self._unique is not None:
             try:
                 self._lib.proc.info(self._target.pid, self._unique)

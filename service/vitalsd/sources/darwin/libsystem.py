@@ -1,8 +1,8 @@
 """
-libSystem of macOS: loaded once, and its calls by subject.
+Load libSystem of macOS, and group its calls by subject.
 
-Nothing is loaded before `load`, so the module imports on every system. Word counts, sizes, releases
-and error channels are dealt with in the modules that this one joins, and nowhere above.
+Only `load` loads it, so this module can be imported on every system. The modules that it imports handle word counts,
+sizes, releases and error codes, so that no module above has to.
 """
 
 import ctypes
@@ -26,8 +26,8 @@ class LibSystem:
     The loaded library.
 
     Args:
-        quick: the functions of libSystem, to be called with the interpreter lock; they leave errno alone.
-        slow: the same, to be called without it, with ctypes' copy of errno.
+        quick: the functions of libSystem, called with the interpreter lock held; errno is not saved.
+        slow: the same functions, called with the interpreter lock released, and errno saved in ctypes' copy.
         task: ``mach_task_self_``.
 
     Raises:
@@ -41,22 +41,23 @@ class LibSystem:
         except AttributeError as error:
             raise UnsupportedError(f"libSystem lacks a symbol: {error}") from None
         self.mach = MachTask(quick, slow, task)
-        """Our own task."""
+        """Calls on our own task."""
         self.proc = Libproc(slow)
-        """Any process of our effective user."""
+        """Calls on any process of our effective user."""
         self.host = HostInfo(quick, slow)
-        """The machine."""
+        """Calls on the machine."""
 
 
 def load(path: str | None = None, tape: "Tape | None" = None) -> LibSystem:
     """
-    Load libSystem, or the library at `path`.
+    Load libSystem or another library with its functions.
 
     Args:
-        tape: gets every call and its reply.
+        path: of the library; default: libSystem.
+        tape: records every call and its reply.
 
     Raises:
-        UnsupportedError: it does not load or lacks a function; the text names it.
+        UnsupportedError: the library does not load or lacks a function; the text names it.
     """
     try:
         quick: Any = ctypes.PyDLL(path)

@@ -1,14 +1,14 @@
 """
-The macOS source for our own process: the Mach calls on our own task port.
+Read our own process on macOS, through Mach calls on its own task port.
 
-Some facts about the kernel (xnu-11417; each has a test over the simulator):
+Facts about the kernel (xnu-11417; each has a test over the simulator):
 
-- ``MACH_TASK_BASIC_INFO`` counts the CPU time of *terminated* threads only: a busy process whose
-  threads live on reads 0 there. ``TASK_ABSOLUTETIME_INFO`` has the total and the living part, both
-  of one instant; their difference is what exited threads used, exactly.
-- A thread that ends goes from "living" to "terminated" late, when the reaper comes to it. Meanwhile
-  it is still listed, with a port that is null, dead or answers one of three codes.
-- The name and both times of a thread come in one reply, its id in another.
+- ``MACH_TASK_BASIC_INFO`` counts the CPU time of *terminated* threads only, so it is 0 for a busy process without
+  terminated threads. ``TASK_ABSOLUTETIME_INFO`` has the total and the part of living threads, both of one instant;
+  their difference is exactly the time of exited threads.
+- The kernel counts a thread that has ended as terminated only after the reaper has handled it. Until then the thread
+  is listed, with a port that is null, dead or answers one of three codes.
+- One reply has the name and both times of a thread, another one its id.
 """
 
 import os
@@ -36,12 +36,12 @@ __all__ = ["MachSource"]
 
 class MachSource:
     """
-    Reads this process on macOS; see `vitalsd.sources.base.Source`. Needs no privilege.
+    The source of this process on macOS, which needs no privilege; see `vitalsd.sources.base.Source`.
 
     Args:
-        lib: libSystem; by default that of the system is loaded.
-        wall_clock: Unix time, ns.
-        program_of: makes `Identity.program` of what the process executes.
+        lib: libSystem; default: that of the system is loaded.
+        wall_clock: returns the Unix time, ns.
+        program_of: makes `Identity.program` from the command of the process.
 
     Raises:
         SourceError: `UnsupportedError` or `KernelError`.
@@ -66,16 +66,19 @@ class MachSource:
         self._closed = False
 
     def identity(self) -> Identity:
+        """Return the identity, which does not change."""
         return self._target.identity
 
     def restart(self) -> None:
-        """Do nothing: nothing is kept from one snapshot to the next but names."""
+        """Do nothing, because only names are kept from one snapshot to the next."""
 
     def close(self) -> None:
+        """Refuse further snapshots; no resource is held between snapshots."""
         self._closed = True
 
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
-        # The names come with the times, at no cost of their own.
+        """Read the counters. Raises `TargetGoneError` in a forked child; see `Source.snapshot`."""
+        # The reply with the times of a thread has its name too, so `names` is not needed.
         if self._closed:
             raise ValueError("the source is closed")
         if os.getpid() != self._pid:
@@ -118,9 +121,13 @@ class MachSource:
         )
 
     def _read(self) -> tuple[Living, Totals, Totals, Instant]:
-        """The threads, and the totals before and, if any thread had ended, after reading them."""
+        """
+        Return the threads, the totals before and after, and the instant of the totals.
+
+        The totals after the threads are read only if a thread has ended; otherwise they are those before.
+        """
         for _ in range(ATTEMPTS):
-            # Listed before the total is read: whoever is reaped between the two is then found missing.
+            # Listed before the total is read, so that a thread that is reaped between the two is found missing.
             with self._lib.mach.thread_ports() as ports:
                 before = after = self._totals()
                 instant = self._target.now()
@@ -151,10 +158,10 @@ class MachSource:
 
     def _footprint_bytes(self) -> int | None:
         """
-        ``None`` if TASK_VM_INFO fails; the same ledger is in the reply of ``proc_pid_rusage``.
+        Return the footprint; ``None`` if TASK_VM_INFO fails. The reply of ``proc_pid_rusage`` has the same ledger.
 
-        The call may wait for the lock of our own memory map, with the interpreter lock given up: no
-        longer than any thread waits for it at its next page fault.
+        The call may wait for the lock of our own memory map, without the interpreter lock, and no longer than any
+        thread waits for it at its next page fault.
         """
         try:
             self._lib.mach.task_info(self._vm)

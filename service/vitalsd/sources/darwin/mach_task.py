@@ -1,11 +1,11 @@
 """
-The Mach calls on our own task: its threads, times, memory and ports.
+Make the Mach calls on our own task: on its threads, times, memory and ports.
 
-Facts that shape the calls (xnu-11417):
+Facts about the kernel on which the calls depend (xnu-11417):
 
-- ``task_info`` and ``thread_info`` count in words of 4 bytes, in and out; a smaller count than the
-  flavor's own is KERN_INVALID_ARGUMENT.
-- Each entry of ``task_threads`` carries one reference, also when its thread is dead by then.
+- ``task_info`` and ``thread_info`` count in words of 4 bytes, in arguments and replies; a smaller count than that of
+  the flavor is KERN_INVALID_ARGUMENT.
+- Each entry of ``task_threads`` has one reference, also if its thread has died meanwhile.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ from vitalsd.sources.darwin.thread_rows import ThreadRows
 __all__ = ["MachTask"]
 
 THREAD_GONE = frozenset((KERN_INVALID_ARGUMENT, KERN_TERMINATED, MACH_SEND_INVALID_DEST))
-"""How ``thread_info`` says that the thread has ended: detached, inactive, dead name."""
+"""Codes of ``thread_info`` for a thread that has ended: detached, inactive, dead name."""
 
 _TASK_FLAVORS: dict[type[Structure], tuple[str, int]] = {
     task_absolutetime_info: ("TASK_ABSOLUTETIME_INFO", TASK_ABSOLUTETIME_INFO),
@@ -53,17 +53,17 @@ _TASK_FLAVORS: dict[type[Structure], tuple[str, int]] = {
 
 class MachTask:
     """
-    Our own task, by its port.
+    Calls on our own task.
 
-    The calls are short and keep the interpreter lock: taking it back after each of 3000 calls would cost a wait of
-    up to the switch interval each. What can wait in the kernel gives it up: ``TASK_VM_INFO`` (map lock).
+    The calls are short and hold the interpreter lock: to take it again after each of 3000 calls would cost a wait of up
+    to the switch interval each time. ``TASK_VM_INFO`` releases it, because it can wait for the map lock in the kernel.
 
     Args:
         quick, slow: see `vitalsd.sources.darwin.libsystem.LibSystem`.
-        task: ``mach_task_self_``; a child has its own after fork, so the value is read at each call.
+        task: ``mach_task_self_``; its value is read at each call, because a forked child has another one.
 
     Raises:
-        MachError: a call failed, or its answer is short.
+        MachError: a call failed, or its reply is short.
     """
 
     def __init__(self, quick: Any, slow: Any, task: c_uint32) -> None:
@@ -74,7 +74,7 @@ class MachTask:
         self._release = as_passed(quick, "mach_port_deallocate")
 
     def task_info(self, info: Structure) -> None:
-        """Fill `info`, whose type tells the flavor."""
+        """Fill `info`; its type determines the flavor."""
         name, flavor = _TASK_FLAVORS[type(info)]
         library = self._slow if flavor == TASK_VM_INFO else self._quick
         words = ctypes.sizeof(info) // 4
@@ -89,11 +89,11 @@ class MachTask:
     @contextmanager
     def thread_ports(self) -> Iterator[Sequence[int]]:
         """
-        Ports of our own threads; one that is dying may be MACH_PORT_NULL or MACH_PORT_DEAD.
+        Yield the ports of our own threads; that of a dying thread may be MACH_PORT_NULL or MACH_PORT_DEAD.
 
-        On leaving, however that happens, each of the others is released once and the array is freed.
-        The two variables filled by the kernel are themselves the record of what is owed, so that no
-        exception can come between the call and the record.
+        At the end of the context, also after an exception, each other port is released once and the array is freed.
+        The two variables that the kernel fills record what has to be released, so that an exception cannot come between
+        the call and the record.
         """
         array = POINTER(c_uint32)()
         count = c_uint32()
@@ -117,22 +117,22 @@ class MachTask:
                 raise mach_error(self._quick, "mach_port_deallocate", code)
 
     def ports_in_use(self) -> int:
-        """Port names our task holds, of any kind."""
+        """Return the number of port names of any kind that our task holds."""
         info = ipc_info_space_basic()
         self._quick.mach_port_space_basic_info(self._task.value, ctypes.addressof(info))
         return int(info.iisb_table_inuse)
 
     def send_references(self, port: int) -> int:
-        """User references on the send right named `port`."""
+        """Return the number of user references on the send right `port`."""
         references = c_uint32()
         self._quick.mach_port_get_refs(self._task.value, port, MACH_PORT_RIGHT_SEND, ctypes.addressof(references))
         return references.value
 
     def thread_infos(self, ports: Sequence[int], rows: ThreadRows) -> Sequence[int]:
         """
-        Fill `rows` with the threads behind `ports`, and return the ids of those, 0 for one that has ended.
+        Fill `rows` with the threads of `ports`, and return their ids, 0 for a thread that has ended.
 
-        Per thread two calls, without a line of Python run in between.
+        It makes two calls per thread, without a line of Python in between.
         """
         number = len(ports)
         rows.reserve(number)

@@ -1,4 +1,4 @@
-"""`vitalsd.sources.process_identity` on macOS."""
+"""Identify on macOS the run of a process that has a pid, through libproc."""
 
 import time
 
@@ -13,7 +13,7 @@ __all__ = ["DarwinBirths"]
 
 class DarwinBirths:
     """
-    Asks libproc, which answers for processes of this user and not for zombies.
+    The `Births` of macOS, from libproc, which finds the processes of this user without zombies.
 
     Args:
         lib: libSystem.
@@ -23,15 +23,19 @@ class DarwinBirths:
         self._lib = lib
 
     def realm(self) -> str:
+        """Return a digest of the UUID of this machine."""
         return anonymous(self._lib.host.uuid())
 
     def boot_id(self) -> str:
+        """Return the UUID of this boot."""
         return boot_id(self._lib)
 
     def booted_unix_ns(self) -> int:
+        """Return the wall clock less the time since boot, ns."""
         return time.time_ns() - self._lib.host.continuous_ns()
 
     def start_key(self, pid: int) -> int | None:
+        """Return the wall clock at fork, µs; ``None``: no such process. Raises `IdentityUnknownError`."""
         info = proc_taskallinfo()
         try:
             self._lib.proc.info(pid, info)

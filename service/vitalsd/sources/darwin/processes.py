@@ -1,4 +1,4 @@
-"""The macOS sources: which one reads a process, and the list of those this user may sample."""
+"""Open the macOS source that reads a process, and list the processes that this user may sample."""
 
 import os
 import time
@@ -25,12 +25,13 @@ def open_process(
     program_of: ProgramOf = no_program,
 ) -> Source:
     """
-    Open the source for `pid`: Mach for this process (``None``), libproc for another.
+    Open the source of a process: over Mach for this process, over libproc for another.
 
     Args:
-        lib: libSystem; by default that of the system is loaded.
-        wall_clock: Unix time, ns.
-        program_of: makes `Identity.program` of what the process executes.
+        pid: target; ``None``: this process.
+        lib: libSystem; default: that of the system is loaded.
+        wall_clock: returns the Unix time, ns.
+        program_of: makes `Identity.program` from the command of the process.
 
     Raises:
         SourceError: `NoSuchProcessError`, `AccessDeniedError`, `TargetGoneError` (a zombie), `UnsupportedError` or
@@ -43,7 +44,7 @@ def open_process(
 
 def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
     """
-    Processes this user may sample, by ascending pid; those that may not be read or vanish are skipped.
+    Yield the processes that this user may sample, by ascending pid; skip those that cannot be read or have exited.
 
     Raises:
         SourceError: `UnsupportedError` or `KernelError`.
@@ -76,9 +77,9 @@ def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
 
 def holdings(lib: LibSystem | None = None) -> dict[str, int]:
     """
-    Port names that this process holds, and the references on those of its living threads.
+    Count the port names that this process holds, and the references on the ports of its living threads.
 
-    References of one thread coalesce under one name, so a leak of them does not show in the names.
+    All references on the port of a thread have one name, so the number of names does not show a leak of references.
     """
     lib = lib or load()
     references = 0

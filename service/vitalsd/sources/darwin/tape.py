@@ -1,9 +1,9 @@
 """
-A tape: every call of libSystem in one run, its arguments and the bytes of its reply, without what identifies a user.
+Record every call of libSystem, its arguments and the bytes of its reply, on a tape that does not identify a user.
 
-One run on one Mac becomes a test that needs no Mac: ``tests/support/darwin/tape_player.py`` plays a tape in place of
-libSystem.
-The format is JSON lines: `HEAD`, then one object per call, in the order in which the calls returned::
+A tape of one run on one Mac becomes a test that needs no Mac: ``tests/support/darwin/tape_player.py`` plays it in place
+of libSystem.
+The format is JSON lines: a head, then one object per call, in the order in which the calls returned::
 
     {"call": "proc_pidinfo", "args": [4242, 2, 0, 232], "result": 232, "errno": 0, "reply": ["10000000..."]}
 
@@ -46,7 +46,7 @@ __all__ = ["ARGUMENTS", "FORMAT", "Tape"]
 
 FORMAT = 1
 MAX_BYTES = 256 << 20
-"""Length of a tape; later calls are left out, and a last line says so."""
+"""Longest tape, bytes; later calls are left out, and a last line marks that."""
 USER, GROUP = 501, 20
 """Ids of the first user of a Mac, and of its group."""
 
@@ -69,7 +69,9 @@ ARGUMENTS: dict[str, tuple[int, ...]] = {
     "sysctl": (),
     "sysctlbyname": (),
 }
-"""By function: the positions of its arguments that are on the tape; the others are addresses, or always the same."""
+"""
+Positions of the arguments that are on the tape, by function. The other arguments are addresses, or always the same.
+"""
 
 PROC_STRUCTS: dict[int, type[Structure]] = {
     PROC_PIDTASKALLINFO: proc_taskallinfo,
@@ -86,18 +88,18 @@ class Reply(NamedTuple):
     address: int
     size: int
     struct: type[Structure] | None = None
-    """Its layout, if names or ids are in it."""
+    """Layout of the buffer, if it contains names or ids."""
     hidden_from: int | None = None
-    """Everything from this byte on is a name."""
+    """Offset from which on all bytes are a name, and are replaced."""
 
 
 class Tape:
     """
-    Write the calls of a library to `file`; see the module.
+    Write the calls of a library to a file; the docstring of this module has the format.
 
     Args:
-        file: for text; the caller closes it.
-        pid: of this process, whose own source needs it to play.
+        file: open for text; the caller closes it.
+        pid: of this process; the source of this process needs it when the tape is played.
     """
 
     def __init__(self, file: IO[str], pid: int) -> None:
@@ -108,7 +110,7 @@ class Tape:
         self._write(head | {"macos": platform.mac_ver()[0]})
 
     def of(self, library: ctypes.CDLL) -> "_Taped":
-        """Return `library` with its calls on the tape."""
+        """Return `library` with its calls recorded on the tape."""
         return _Taped(self, library)
 
     def add(self, name: str, arguments: Sequence[Any], result: Any, errno: int) -> None:
@@ -142,7 +144,7 @@ class Tape:
 
 
 class _Taped:
-    """A library of ctypes with its functions called through the tape."""
+    """A library of ctypes that records its calls on a tape."""
 
     def __init__(self, tape: Tape, library: ctypes.CDLL) -> None:
         self._tape = tape
@@ -158,7 +160,7 @@ class _Taped:
 
 
 class _TapedFunction:
-    """A function of ctypes; its result is on the tape before it is checked."""
+    """A function of ctypes that records its result on a tape before `errcheck` checks it."""
 
     def __init__(self, tape: Tape, function: Any) -> None:
         self._tape = tape
@@ -183,7 +185,7 @@ def _number(argument: Any) -> int:
 
 
 def _address(argument: Any) -> int:
-    """Return where a pointer argument points, be it a number, ``None`` or what `ctypes.byref` returns."""
+    """Return the address in a pointer argument: a number, ``None`` or a result of `ctypes.byref`."""
     if argument is None or isinstance(argument, int):
         return argument or 0
     return ctypes.cast(argument, ctypes.c_void_p).value or 0
@@ -195,7 +197,7 @@ def _word(argument: Any) -> int:
 
 
 def _replies(name: str, arguments: Sequence[Any], result: Any) -> list[Reply]:
-    """Return the buffers that a call filled which succeeded."""
+    """Return the buffers that a successful call filled."""
     match name:
         case "task_info" | "thread_info":
             count = _word(arguments[3])
@@ -219,7 +221,7 @@ def _replies(name: str, arguments: Sequence[Any], result: Any) -> list[Reply]:
             return [Reply(address, 4 * result)] if (address := _address(arguments[0])) else []
         case "gethostuuid":
             return [Reply(_address(arguments[0]), 16, hidden_from=0)]
-        case "sysctl":  # KERN_PROCARGS2: the number of words, and then what they are
+        case "sysctl":  # KERN_PROCARGS2: the number of words, then the words
             return [Reply(_address(arguments[2]), c_size_t.from_address(_address(arguments[3])).value, hidden_from=4)]
         case "sysctlbyname":
             size = c_size_t.from_address(_address(arguments[2])).value
@@ -237,7 +239,7 @@ def _redacted(reply: Reply) -> bytes:
 
 
 def _redact(content: bytearray, at: int, struct: type[Structure]) -> None:
-    """Cross out the names and UUIDs in the struct at `at`, and replace the ids."""
+    """Replace the names, UUIDs and ids in the struct at offset `at`."""
     for name, kind, *_ in struct._fields_:
         field = getattr(struct, name)
         begin, end = at + field.offset, at + field.offset + field.size
@@ -252,5 +254,5 @@ def _redact(content: bytearray, at: int, struct: type[Structure]) -> None:
 
 
 def _crossed(name: bytes | bytearray) -> bytes:
-    """Return `name` with every byte but NUL replaced: what follows the first NUL may be left of an older name."""
+    """Return `name` with every byte but NUL replaced, because bytes after the first NUL may be of an older name."""
     return bytes(0 if byte == 0 else ord("x") for byte in name)

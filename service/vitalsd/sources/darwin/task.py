@@ -1,14 +1,14 @@
 """
-What both macOS sources have in common: who the target is, the scale of kernel ticks, its age.
+Read what both macOS sources need of a process: its identity, the length of kernel ticks, its age and its extras.
 
-Some facts about the kernel (xnu-11417 and the `docs/macos-proof.md` of this project):
+Facts about the kernel (xnu-11417, and `docs/macos-proof.md` of this project):
 
-- Times the kernel writes in ticks (``task_absolutetime_info``, ``pti_*``, ``ri_*``) run at sysctl
-  ``hw.tbfrequency``. ``mach_timebase_info`` says 1/1 to a process translated by Rosetta while those
-  ticks stay at 24 MHz: 41.67 times too low, a defect most monitors had once.
-- The start of a process is known twice, as wall clock (never corrected when the clock is stepped)
-  and in ticks that stop in sleep; both are kept across exec.
-- Thread ids are unique since boot, so a thread needs no birth to be told from another.
+- Times that the kernel writes in ticks (``task_absolutetime_info``, ``pti_*``, ``ri_*``) have the frequency of sysctl
+  ``hw.tbfrequency``. ``mach_timebase_info`` returns 1/1 to a process that Rosetta translates, although those ticks are
+  of 24 MHz. With that scale CPU times are 41.67 times too low, a defect that most monitors once had.
+- The kernel has the start of a process twice, as wall clock, which it never corrects when the clock is stepped, and in
+  ticks that stop in sleep. Exec changes neither.
+- Thread ids are unique since boot, so a tid alone identifies a thread.
 """
 
 import errno
@@ -58,21 +58,21 @@ QOS_CLASSES = (
     "user_initiated",
     "user_interactive",
 )
-"""The ``ri_cpu_time_qos_*`` fields of rusage_info_v4 (bsd/sys/resource.h)."""
+"""Quality-of-service classes: the ends of the ``ri_cpu_time_qos_*`` fields of rusage_info_v4 (bsd/sys/resource.h)."""
 
 SATURATED = 2**31 - 1
-"""Event counters of a task stop here (osfmk/kern/task.c)."""
+"""Highest value of the event counters of a task, which do not wrap (osfmk/kern/task.c)."""
 
 MAC_FREQUENCIES = (24_000_000, 1_000_000_000)
-"""Ticks per second of the kernels known so far: Apple silicon, Intel."""
+"""Ticks per second of the known kernels: Apple silicon, Intel."""
 
 SCALE_CHECK_NS = 5_000_000
-"""CPU time this process must have used before its two totals can be compared."""
+"""CPU time that this process must have used before its totals in ticks and in ns are compared, ns."""
 
 
 @contextmanager
 def translated_errors(pid: int) -> Iterator[None]:
-    """Errors of `LibSystem` about an open target as those of a source."""
+    """Translate errors of `LibSystem` about the target `pid` into errors of a source."""
     try:
         yield
     except ProcessLookupError:
@@ -91,7 +91,7 @@ def translated_errors(pid: int) -> Iterator[None]:
 
 
 def boot_id(lib: LibSystem) -> str:
-    """The UUID of this boot of the machine."""
+    """Return the UUID of this boot; `UNKNOWN_BOOT` if it cannot be read."""
     try:
         return lib.host.sysctl("kern.bootsessionuuid").rstrip(b"\0").decode("ascii", "backslashreplace").lower()
     except OSError:
@@ -99,30 +99,33 @@ def boot_id(lib: LibSystem) -> str:
 
 
 def process_name(info: proc_bsdinfo) -> str:
-    """Up to 31 bytes; the 15 of ``pbi_comm`` where a process has no longer one."""
+    """Return the name of a process: up to 31 bytes of ``pbi_name``, or the 15 of ``pbi_comm`` if that is empty."""
     return decode_name(info.pbi_name or info.pbi_comm)
 
 
 def process_names(info: proc_bsdinfo) -> frozenset[str]:
-    """What somebody may call the process: the 31 and the 15 bytes that the kernel keeps of its name."""
+    """Return the names that ``--name`` matches: the 31 and the 15 bytes that the kernel keeps of the name."""
     return frozenset(decode_name(name) for name in (info.pbi_name, info.pbi_comm) if name)
 
 
 def start_key(info: proc_bsdinfo) -> int:
-    """Wall clock at fork, µs."""
+    """Return the wall clock at fork, µs."""
     return int(info.pbi_start_tvsec) * 1_000_000 + int(info.pbi_start_tvusec)
 
 
 def tick_frequency(lib: LibSystem, own: proc_taskallinfo) -> tuple[int, str | None]:
     """
-    Kernel ticks per second, and what is odd about that.
+    Return the frequency of kernel ticks, Hz, and a warning, or ``None``.
 
-    ``hw.tbfrequency`` is checked against ``getrusage``, which the kernel converts itself: `own` has
-    to be a recent reading of this very process. Should the two disagree (an emulated sysctl), the
-    frequency that does agree is taken.
+    ``hw.tbfrequency`` is compared with ``getrusage``, of which the kernel converts the times. If they contradict each
+    other, as with an emulated sysctl, a known frequency that agrees with ``getrusage`` is used, with a warning.
+
+    Args:
+        lib: libSystem.
+        own: a recent reading of this process.
 
     Raises:
-        MachError: no known frequency agrees.
+        MachError: no known frequency agrees with ``getrusage``.
     """
     stated = lib.host.sysctl_int("hw.tbfrequency")
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -141,16 +144,16 @@ def tick_frequency(lib: LibSystem, own: proc_taskallinfo) -> tuple[int, str | No
 
 
 class Totals(NamedTuple):
-    """CPU time of a task, of one instant, in ticks."""
+    """CPU times of a task at one instant, in ticks."""
 
     user: int
     system: int
     living: int
-    """The part of threads that the kernel has not yet reaped."""
+    """User and system time of the threads that the kernel has not reaped yet."""
 
 
 class Instant(NamedTuple):
-    """One moment on the clocks of a `Snapshot`, ns."""
+    """One instant on each clock of a `Snapshot`, ns."""
 
     monotonic_ns: int
     boottime_ns: int
@@ -160,11 +163,14 @@ class Instant(NamedTuple):
 
 class OpenedProcess:
     """
-    The process a source was opened for.
+    The process for which a source was opened.
 
     Args:
-        wall_clock: Unix time, ns.
-        program_of: makes `Identity.program` of what the process executes.
+        lib: libSystem.
+        pid: of the process.
+        own_pid: pid of this process.
+        wall_clock: returns the Unix time, ns.
+        program_of: makes `Identity.program` from the command of the process.
 
     Raises:
         SourceError: `NoSuchProcessError`, `AccessDeniedError`, `TargetGoneError` (a zombie), `UnsupportedError` or
@@ -201,25 +207,27 @@ class OpenedProcess:
         self._has_p_cores = self._perf_levels() > 1
 
     def ns(self, ticks: int) -> int:
-        """Kernel ticks as ns."""
+        """Convert kernel ticks to ns."""
         return ticks * 1_000_000_000 // self.frequency
 
     @property
     def tick_ns(self) -> int:
-        """Length of a tick, rounded up."""
+        """Length of a tick, ns, rounded up."""
         return -(-1_000_000_000 // self.frequency)
 
     def now(self) -> Instant:
+        """Read the clocks."""
         monotonic_ns = time.monotonic_ns()
         boottime_ns = self._lib.host.continuous_ns()
         return Instant(monotonic_ns, boottime_ns, self._wall_clock(), max(0, self._age_base_ns + boottime_ns))
 
     def refresh(self) -> proc_taskallinfo:
         """
-        Identity and totals, of one instant.
+        Read identity and totals, of one instant.
 
         Raises:
-            TargetGoneError: it has exited, even if its pid is in use again.
+            TargetGoneError: the process has exited, and its pid was reused.
+            ProcessLookupError: the process has exited.
         """
         self._lib.proc.info(self.pid, self.info)
         if start_key(self.info.pbsd) != self.identity.start_key:
@@ -230,23 +238,23 @@ class OpenedProcess:
         return self.info
 
     def read_program(self) -> bool:
-        """Determine `Identity.program` again, after exec; return whether the kernel told what was executed."""
+        """Determine `Identity.program` again, after exec; return whether the kernel showed the command."""
         program = self._program()
         self.identity = self.identity._replace(program=program or "")
         return program is not None
 
     def exited_ns(self, before: Totals, after: Totals, living_ns: int) -> tuple[int, int]:
         """
-        Bounds of the CPU time of exited threads, ns.
+        Return the lower and the upper bound of the CPU time of exited threads, ns.
 
-        The kernel tells that of the reaped ones exactly. A thread that has ended without being reaped
-        has exited for us and lives on for the kernel: then, that is if `after` was read as well, what
-        the living do not account for is meant.
+        The kernel counts the time of reaped threads exactly. It counts a thread that has ended and is not reaped yet
+        as living, while its time is not in `living_ns`. In that case, if `after` was read too, the bounds are the
+        totals less `living_ns`, but not less than the time of reaped threads.
 
         Args:
             before: read before the threads.
-            after: read after them, or `before` if none of them has ended.
-            living_ns: sum of the threads alive.
+            after: read after the threads, or `before` if none of them has ended.
+            living_ns: sum of the CPU times of the living threads.
         """
         reaped_ns = self.ns(before.user + before.system) - self.ns(before.living)
         if after is before:
@@ -268,10 +276,16 @@ class OpenedProcess:
         footprint_bytes: int | None = None,
     ) -> Extras:
         """
-        What ``detail=full`` shows. A part that cannot be had is ``None`` and named in `warnings`.
+        Read the extras of a snapshot. A field that cannot be read is ``None``.
 
         Args:
-            footprint_bytes: if it is already known; otherwise it is taken from ``ri_phys_footprint``.
+            living: the threads.
+            totals: CPU times of the process.
+            warnings: gets the reason why a field cannot be read.
+            faults: page faults since the start.
+            pageins: those that needed IO.
+            peak_rss_bytes: ``None``: unknown.
+            footprint_bytes: ``None``: it is taken from ``ri_phys_footprint``.
         """
         usage, v6 = self._read_usage(warnings)
         saturated = SATURATED in (faults, pageins)
@@ -291,7 +305,7 @@ class OpenedProcess:
             major_faults=None if saturated else pageins,
             idle_wakeups=usage.ri_pkg_idle_wkups if usage else None,
             interrupt_wakeups=usage.ri_interrupt_wkups if usage else None,
-            # 0 is what a kernel without the counter writes.
+            # A kernel without the counter writes 0.
             energy_nj=usage.ri_energy_nj or None if usage and v6 else None,
             p_core_ns=self.ns(usage.ri_user_ptime + usage.ri_system_ptime)
             if usage and v6 and self._has_p_cores
@@ -313,7 +327,7 @@ class OpenedProcess:
         return info
 
     def _program(self) -> str | None:
-        """Return `Identity.program`; ``None`` if the kernel does not tell what was executed."""
+        """Return `Identity.program`; ``None`` if the kernel does not show the command."""
         if self._program_of is no_program:
             return ""
         try:
@@ -329,7 +343,7 @@ class OpenedProcess:
         )
 
     def _absent(self) -> NoSuchProcessError | TargetGoneError:
-        """Why the calls that want a live process do not find it; this one finds zombies too."""
+        """Return why the process was not found; the call made here finds zombies too."""
         try:
             self._lib.proc.info(self.pid, proc_bsdshortinfo(), 1)
         except (OSError, MachError):
@@ -338,11 +352,11 @@ class OpenedProcess:
 
     def _age_ns(self) -> int:
         """
-        Since the start, sleep included, ns.
+        Return the time since the start of the process, with the time asleep, ns.
 
-        Time awake is known from the kernel's ticks. How much of the sleep since boot came after the
-        start only the wall clock tells, and it is believed as far as the machine did sleep: a
-        stepped clock cannot make a process younger than its time awake, nor older than that and all sleep.
+        The kernel's ticks give the time awake. Only the wall clock shows how much of the sleep since boot came after
+        the start; it is limited by the total sleep. So a stepped clock cannot make a process younger than its time
+        awake, or older than that and all sleep.
         """
         continuous_ns, absolute_ns = self._lib.host.continuous_ns(), self._lib.host.absolute_ns()
         wall_age_ns = self._wall_clock() - self.identity.started_unix_ns
@@ -350,7 +364,7 @@ class OpenedProcess:
             self._read_rusage()
         except ProcessLookupError:
             raise
-        except OSError:  # a sandbox may hide it; the wall clock is then all there is
+        except OSError:  # a sandbox may hide it; then only the wall clock is left
             return min(max(0, wall_age_ns), continuous_ns)
         self._start_abstime = self._usage.ri_proc_start_abstime
         awake_ns = max(0, absolute_ns - self.ns(self._start_abstime))

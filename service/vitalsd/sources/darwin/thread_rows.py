@@ -1,4 +1,4 @@
-"""Room for what the kernel writes of many threads, laid out so that no line of Python runs per thread."""
+"""Allocate buffers that the kernel fills for many threads, in a layout that is read without a loop in Python."""
 
 import ctypes
 from ctypes import c_uint32
@@ -13,7 +13,7 @@ __all__ = ["ThreadRows"]
 
 
 class ThreadRows:
-    """Room for one `thread_extended_info` (or `proc_threadinfo`) per thread, reused and grown by need."""
+    """Buffers with one `thread_extended_info` or `proc_threadinfo` per thread; they are reused, and grow as needed."""
 
     _name = Struct(f"{thread_extended_info.pth_name.offset}x{MAXTHREADNAMESIZE}s")
     _info_count = ctypes.sizeof(thread_extended_info) // 4
@@ -24,7 +24,7 @@ class ThreadRows:
         self.reserve(64)
 
     def reserve(self, number: int) -> None:
-        """Make room for `number` threads; what is there may be lost."""
+        """Make room for `number` threads; the present content may be lost."""
         if number > self._room:
             self._room = room = max(number, 2 * self._room)
             self._infos = (thread_extended_info * room)()
@@ -38,12 +38,12 @@ class ThreadRows:
             self.info_counts = _references(self._info_counts)
             self.ids = _references(self._ids)
             self.id_counts = _references(self._id_counts)
-        # The kernel writes the counts back, also to those it answered short.
+        # The kernel overwrites the counts, with lower ones for a short reply.
         ctypes.memmove(self._info_counts, self._asked, 4 * number)
         ctypes.memmove(self._id_counts, self._asked_ids, 4 * number)
 
     def require_counts(self, number: int) -> None:
-        """Raises `MachError` if ``thread_info`` answered any of the first `number` threads short."""
+        """Raise `MachError` if a reply of ``thread_info`` for any of the first `number` threads was short."""
         for flavor, counts, asked in (
             ("THREAD_EXTENDED_INFO", self._info_counts, self._asked),
             ("THREAD_IDENTIFIER_INFO", self._id_counts, self._asked_ids),
@@ -54,23 +54,28 @@ class ThreadRows:
                 raise MachError(f"thread_info({flavor}) answered {min(counts[:number])} words of {words}")
 
     def thread_ids(self, number: int) -> list[int]:
+        """Return the ids of the first `number` threads."""
         ids: list[int] = memoryview(self._ids).cast("B").cast("Q")[: 3 * number : 3].tolist()
         return ids
 
     def user_ns(self, number: int) -> list[int]:
+        """Return the user times of the first `number` threads, ns."""
         return self._column("Q", thread_extended_info.pth_user_time.offset // 8, number)
 
     def system_ns(self, number: int) -> list[int]:
+        """Return the system times of the first `number` threads, ns."""
         return self._column("Q", thread_extended_info.pth_system_time.offset // 8, number)
 
     def run_states(self, number: int) -> list[int]:
+        """Return the states of the first `number` threads, ``TH_STATE_*``."""
         return self._column("i", thread_extended_info.pth_run_state.offset // 4, number)
 
     def priorities(self, number: int) -> list[int]:
+        """Return the current priorities of the first `number` threads."""
         return self._column("i", thread_extended_info.pth_curpri.offset // 4, number)
 
     def names(self, number: int) -> list[tuple[bytes]]:
-        """As the kernel wrote them, padding and all."""
+        """Return the 64 bytes of each name, with padding, of the first `number` threads."""
         size = number * ctypes.sizeof(thread_extended_info)
         return list(self._name.iter_unpack(memoryview(self._infos).cast("B")[:size]))
 
@@ -87,5 +92,5 @@ def _addresses(array: Any) -> list[int]:
 
 
 def _references(array: Any) -> list[Any]:
-    """What `ctypes.byref` makes of each element."""
+    """Return the result of `ctypes.byref` for each element."""
     return list(map(ctypes.byref, repeat(array), range(0, ctypes.sizeof(array), ctypes.sizeof(array._type_))))

@@ -1,4 +1,4 @@
-"""What both macOS sources make of the threads that they have read: who is alive, in order, and their names."""
+"""Filter and sort the threads that either macOS source has read, and decode their names."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,19 +26,22 @@ __all__ = [
 ]
 
 THREAD_GRAIN_NS = 2_000
-"""User and system time of a thread are each cut to a microsecond."""
+"""Step of a thread's CPU time, ns: user and system time are each rounded down to a microsecond."""
 
 QUANTUM_NS = 10_000_000
-"""The time of a thread that runs on another CPU is added at the latest after a quantum (osfmk/kern/sched_prim.c)."""
+"""
+Quantum of the scheduler, ns (osfmk/kern/sched_prim.c): the time of a thread that runs on another CPU is added after a
+quantum at the latest.
+"""
 
 REALTIME_QUANTUM_NS = 50_000_000
-"""The quantum of a real-time thread is its own ``computation``, at most this (max_rt_quantum, the same file)."""
+"""Longest quantum of a real-time thread, ns; it is the thread's ``computation`` (max_rt_quantum, the same file)."""
 
 BASEPRI_RTQUEUES = 97
 """From this priority on a thread is real-time (osfmk/kern/sched.h)."""
 
 ATTEMPTS = 3
-"""Lists of threads to make before believing that nobody on them is alive: an exec replaces them all."""
+"""Attempts to list the threads until one of them is alive, because an exec replaces all of them."""
 
 RUN_STATES = {
     TH_STATE_RUNNING: "running",
@@ -61,21 +64,22 @@ class Living(NamedTuple):
 
     @property
     def lag_ns(self) -> int:
-        """How much of its CPU time a running thread may not show yet, ns."""
+        """Most by which the CPU time of a running thread may be behind, ns."""
         return REALTIME_QUANTUM_NS if max(self.priorities) >= BASEPRI_RTQUEUES else QUANTUM_NS
 
     @property
     def main_state(self) -> str | None:
-        """State of the oldest thread, in words."""
+        """Name of the state of the oldest thread."""
         return RUN_STATES.get(self.run_states[0])
 
 
 def living_threads(thread_ids: Sequence[int], rows: ThreadRows) -> Living:
     """
-    What was read of each thread, without those that have ended.
+    Return the figures of the threads that are alive, by ascending id.
 
     Args:
-        thread_ids: in the order of `rows`; 0 for a thread that could no longer be read.
+        thread_ids: ids in the order of `rows`; 0 for a thread that could not be read any more.
+        rows: as the kernel filled them.
     """
     number = len(thread_ids)
     run_states = rows.run_states(number)
@@ -104,7 +108,7 @@ def living_threads(thread_ids: Sequence[int], rows: ThreadRows) -> Living:
 
 
 class RosterReader:
-    """Makes the roster of one snapshot after the other. Threads have no start here: their ids are unique since boot."""
+    """Make the rosters of successive snapshots. All births are 0, because ids of threads are unique since boot."""
 
     def __init__(self) -> None:
         self._raw: Sequence[tuple[bytes]] = ()
@@ -116,7 +120,8 @@ class RosterReader:
         Return the roster of the threads with these ids, ascending; the same object while nothing changes.
 
         Args:
-            raw_names: the 64 bytes of ``pth_name`` of each, in a tuple of their own.
+            tids: ascending.
+            raw_names: the 64 bytes of ``pth_name`` of each thread, in a tuple of one element.
         """
         names = self._roster.names
         if raw_names != self._raw:

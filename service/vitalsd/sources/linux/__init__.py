@@ -1,1 +1,1 @@
-"""Processes of Linux, read from /proc."""
+"""Read processes of Linux from /proc."""

@@ -1,8 +1,8 @@
 """
-Three ways to read how long the threads of a Linux process ran, and its own clock.
+Read the CPU times of the threads of a Linux process in one of three ways, and its CPU clock.
 
-`ThreadClocks` for our own process, `SchedstatFiles` for any other, `StatFiles` on a kernel without
-schedstat. `vitalsd.sources.linux.thread_times` reads by them.
+`ThreadClocks` is for our own process, `SchedstatFiles` for any other, and `StatFiles` for a kernel without schedstat.
+`vitalsd.sources.linux.thread_times` uses them.
 """
 
 import errno
@@ -38,18 +38,18 @@ KERNEL_TICK_NS = round(time.clock_getres(6) * 1e9)
 """Period of the scheduler's tick, ns: the resolution of CLOCK_MONOTONIC_COARSE (6 in linux/time.h)."""
 
 FD_RESERVE = 64
-"""Descriptors left to sockets and to files that are opened for a moment, however many threads the targets have."""
+"""Descriptors that are kept free for sockets and short-lived files, for any number of threads."""
 
 GONE = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
-"""How the kernel says that a thread has exited; EINVAL is the CPU clock's way."""
+"""Errors of the kernel for a thread that has exited; EINVAL is that of a CPU clock."""
 
 
 CONTENT_BYTES = 4096
-"""More than most files of /proc have. A list of groups or a command line may be longer."""
+"""Bytes of the first read: most files of /proc are shorter. A list of groups or a command line may be longer."""
 
 
 def read_file(path: str, dir_fd: int) -> bytes:
-    """Return the whole of a procfs file; most are read at once. Raises `OSError`."""
+    """Return the whole content of a procfs file, mostly with one read. Raises `OSError`."""
     fd = os.open(path, os.O_RDONLY, dir_fd=dir_fd)
     try:
         content = part = os.read(fd, CONTENT_BYTES)
@@ -62,7 +62,7 @@ def read_file(path: str, dir_fd: int) -> bytes:
 
 
 def reread(fd: int) -> bytes:
-    """Return the whole of a procfs file that is held open. Raises `OSError`."""
+    """Return the whole content of an open procfs file. Raises `OSError`."""
     size = CONTENT_BYTES
     while len(content := os.pread(fd, size, 0)) == size:
         size *= 4
@@ -70,38 +70,43 @@ def reread(fd: int) -> bytes:
 
 
 Reading = Any
-"""What a `ThreadCounter` read of a thread: compared with the one before, and only looked into if it is another."""
+"""Undecoded reading of a `ThreadCounter` for one thread; it is decoded only if it differs from the one before."""
 
 
 class ThreadCounter(Protocol):
-    """One way to read the CPU time of threads. A handle is whatever `open` returned."""
+    """One way to read the CPU time of threads. A handle is the result of `open`."""
 
     source: str
     grain_ns: int
-    """Step of the counter; of one that is the sum of two, of both."""
+    """Step of the counter, ns; the sum of both steps for a counter that is a sum of two."""
     lag_ns: int
-    """How far behind the counter of a running thread may be."""
+    """Most by which the counter of a running thread may be behind, ns."""
     cut_ns: int
-    """How much a reading may be too low because the kernel rounds down."""
+    """Most by which a reading is too low because the kernel rounds down, ns."""
     provable: bool
-    """Equal, to the nanosecond, to what the process's CPU clock sums up."""
+    """Whether the process's CPU clock is the sum of these counters, to the nanosecond."""
     bound: bool
-    """A handle can never name another thread, even if the tid is given away again."""
+    """Whether a handle never names another thread, even if the kernel reuses the tid."""
 
-    def open(self, tid: int) -> int: ...
-    def close(self, handle: int) -> None: ...
+    def open(self, tid: int) -> int:
+        """Return a handle of a thread. Raises `OSError`."""
+        ...
+
+    def close(self, handle: int) -> None:
+        """Release a handle."""
+        ...
 
     def read(self, handles: Collection[int]) -> list[Reading]:
-        """One reading of each. Raises `OSError` with an errno of `GONE` if any of them has exited."""
+        """Return one reading of each thread. Raises `OSError` with an errno in `GONE` if any of them has exited."""
         ...
 
     def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
-        """The CPU time in each, ns. Equal readings of a thread: the same time."""
+        """Return the CPU time in each reading, ns; equal readings of a thread have the same time."""
         ...
 
 
 class ThreadClocks:
-    """The CPU clock of each thread of our own process: ns, and settled to now by the reading."""
+    """The CPU clock of each thread of our own process: ns, as of the moment of the read."""
 
     source = "clock_gettime"
     grain_ns = 1
@@ -111,15 +116,18 @@ class ThreadClocks:
     bound = False
 
     def open(self, tid: int) -> int:
+        """Return the id of the thread's CPU clock; the kernel does not check it here."""
         return (~tid << 3) | 6  # CPUCLOCK_PERTHREAD | CPUCLOCK_SCHED, linux/posix-timers_types.h
 
     def close(self, handle: int) -> None:
-        pass
+        """Do nothing: the id of a clock needs no release."""
 
     def read(self, handles: Collection[int]) -> list[Reading]:
+        """Read each clock, ns. Raises `OSError` with EINVAL if a thread has exited."""
         return list(map(time.clock_gettime_ns, handles))
 
     def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
+        """Return the readings, which are in ns already."""
         return list(readings)
 
 
@@ -142,15 +150,15 @@ def counts_run_times(task_fd: int, total_ns: Callable[[], int]) -> bool:
     """
     Return whether the kernel counts run times in ``schedstat``.
 
-    One that does not has no such file, or "0 0 0" for every thread, while the process has used CPU time. A thread
-    that has run once has more than 0.
+    A kernel that does not has no such file, or "0 0 0" for every thread although the process has used CPU time. A
+    thread that has run has more than 0.
 
     Args:
-        task_fd: ``/proc/<pid>/task``.
+        task_fd: descriptor of ``/proc/<pid>/task``.
         total_ns: reads the CPU time of the process, ns.
 
     Raises:
-        OSError: a file cannot be read, and not because its thread has exited.
+        OSError: a file cannot be read for another reason than the exit of its thread.
     """
     found = False
     for tid in os.listdir(task_fd):
@@ -165,7 +173,7 @@ def counts_run_times(task_fd: int, total_ns: Callable[[], int]) -> bool:
 
 
 class _Files:
-    """One file per thread, held open up to a budget; a handle below 0 is a tid opened at each read."""
+    """One file per thread, kept open up to a budget; a handle below 0 is -tid, and its file is opened at each read."""
 
     file: str
     bound = True
@@ -186,7 +194,7 @@ class _Files:
                     raise
                 self._budget = 0
             else:
-                # The kernel gives the lowest free number, so a high one means that few are left.
+                # The kernel returns the lowest free descriptor, so a high one means that few are left.
                 if handle < self._highest:
                     self._budget -= 1
                     return handle
@@ -212,7 +220,7 @@ class _Files:
 
 
 class SchedstatFiles(_Files):
-    """``schedstat`` of each thread: ns, as fresh as the last scheduler tick."""
+    """The ``schedstat`` of each thread: ns, as of the last tick of the scheduler."""
 
     source = file = "schedstat"
     grain_ns = 1
@@ -221,14 +229,16 @@ class SchedstatFiles(_Files):
     provable = True
 
     def read(self, handles: Collection[int]) -> list[Reading]:
+        """Return the content of each file."""
         return self.contents(handles, 64)
 
     def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
+        """Return the run time in each content, ns. Raises `MalformedError`."""
         return parse_run_times(readings)
 
 
 class StatFiles(_Files):
-    """``stat`` of each thread: user and system time, each cut to a tick of 10 ms."""
+    """The ``stat`` of each thread: user and system time, each rounded down to a tick, mostly 10 ms."""
 
     source = file = "stat"
     grain_ns = 2 * USER_TICK_NS
@@ -237,18 +247,20 @@ class StatFiles(_Files):
     provable = False
 
     def read(self, handles: Collection[int]) -> list[Reading]:
+        """Return user and system time of each thread, added, ns. Raises `MalformedError`."""
         stats = map(parse_stat, self.contents(handles, CONTENT_BYTES))
         return [(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS for stat in stats]
 
     def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
+        """Return the readings, which are in ns already."""
         return list(readings)
 
 
 class CommFiles(_Files):
-    """``comm`` of each thread: its name, which any thread of the process may change."""
+    """The ``comm`` of each thread: its name, which any thread of the process may change."""
 
     file = "comm"
 
     def read(self, handles: Collection[int]) -> list[bytes]:
-        """Return the names as the kernel has them. Raises `OSError` with an errno of `GONE` if a thread has exited."""
+        """Return the contents of the files. Raises `OSError` with an errno in `GONE` if a thread has exited."""
         return self.contents(handles, 64)

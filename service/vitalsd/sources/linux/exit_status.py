@@ -1,4 +1,4 @@
-"""How a process of Linux ended that is no child of ours."""
+"""Read how a process of Linux ended that is not a child of ours."""
 
 import fcntl
 import os
@@ -13,19 +13,19 @@ __all__ = ["ending"]
 PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), linux/pidfd.h
 PIDFD_INFO_EXIT = 1 << 3
 INFO = struct.Struct("=Q52xi")
-"""Of ``struct pidfd_info``: mask, and exit_code."""
+"""Fields of ``struct pidfd_info``: mask and exit_code."""
 
 
 def ending(process_fd: int, stat_fd: int, pidfd: int) -> Ending | None:
     """
-    How it ended; ``None`` if the kernel does not tell.
+    Return how a process ended; ``None`` if the kernel does not show it.
 
-    Until its parent has collected it, ``stat`` has its status for whoever may trace it (proc_pid_stat(5));
-    after that, since Linux 6.15, a pidfd that was opened before.
+    Until its parent has collected it, ``stat`` has its status for a user that may trace it (proc_pid_stat(5)). After
+    that, since Linux 6.15, a pidfd has it that was opened before.
 
     Args:
-        process_fd: ``/proc/<pid>``, opened while it lived.
-        stat_fd: the ``stat`` below it.
+        process_fd: descriptor of ``/proc/<pid>``, opened while the process lived.
+        stat_fd: descriptor of the ``stat`` of its main thread.
         pidfd: of the same process, or -1.
     """
     status = _of_zombie(process_fd, stat_fd)
@@ -40,7 +40,7 @@ def _of_zombie(process_fd: int, stat_fd: int) -> int | None:
         if parse_stat(content).state not in "ZX":
             return None
         os.readlink("exe", dir_fd=process_fd)
-    except FileNotFoundError:  # and not EACCES: to whom it is forbidden, stat shows a status of 0
+    except FileNotFoundError:  # not EACCES: to a user that may not trace it, stat shows a status of 0
         return int(content.rsplit(None, 1)[1])
     except (OSError, MalformedError):
         pass

@@ -1,4 +1,4 @@
-"""What only ``detail=full`` shows of a Linux process: a field of `Extras` is read here."""
+"""Read the fields of `Extras` of a Linux process, which only ``detail=full`` shows."""
 
 import os
 
@@ -12,13 +12,15 @@ __all__ = ["read_extras"]
 
 def read_extras(files: ProcessFiles, threads: list[Stat | None], warnings: list[str]) -> Extras:
     """
-    Read the extras of a snapshot. What cannot be read is ``None``, with the reason in `warnings`.
+    Read the extras of a snapshot. A field that cannot be read is ``None``.
 
     Args:
-        threads: the ``stat`` of each, ``None`` for one that has exited.
+        files: of the process.
+        threads: the ``stat`` of each thread, ``None`` for one that has exited.
+        warnings: gets the reason why a field cannot be read.
 
     Raises:
-        OSError, MalformedError: as a file of the process gave it.
+        OSError, MalformedError: a file of the process cannot be read.
     """
     total, sizes = files.process_stat(), files.status()
     return Extras(
@@ -39,7 +41,7 @@ def read_extras(files: ProcessFiles, threads: list[Stat | None], warnings: list[
 
 
 def _open_fds(files: ProcessFiles, warnings: list[str]) -> int | None:
-    # Since 6.2 the size of fd/ is the count, for any user; a procfs gives every other directory size 0.
+    # Since Linux 6.2 the size of fd/ is the count, for any user; procfs gives other directories the size 0.
     has_sizes = os.fstat(files.task).st_size == 0
 
     def count(path: str, directory: int) -> int:
@@ -56,6 +58,6 @@ def _open_fds(files: ProcessFiles, warnings: list[str]) -> int | None:
     except PermissionError:
         warnings.append("open_fds: only its own user may count the descriptors of this process")
     except FileNotFoundError:
-        files.leader_stat()  # raises if the process is gone: then it is not only the list that lacks
+        files.leader_stat()  # raises if the process is gone, and not only the list
         warnings.append(f"open_fds: {files.root} does not list the descriptors of this process")
     return None

@@ -1,4 +1,4 @@
-"""Whether a cgroup freezer holds a Linux process, as ``docker pause`` does."""
+"""Find out whether a cgroup freezer stops a Linux process, as ``docker pause`` does."""
 
 from vitalsd.sources.linux.cpu_counters import read_file
 from vitalsd.sources.linux.process_files import ProcessFiles
@@ -7,23 +7,24 @@ from vitalsd.sources.linux.procfs import freezer_paths
 __all__ = ["is_frozen"]
 
 FREEZING = ("get_signal", "do_freezer_trap")
-"""Where a thread sleeps that the freezer of cgroup v2 holds (kernel/signal.c)."""
+"""Functions of the kernel in which a thread sleeps that the freezer of cgroup v2 stops (kernel/signal.c)."""
 CGROUPS = {1: ("/sys/fs/cgroup/freezer",), 2: ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")}
-"""By version: where control groups are mounted."""
+"""Mount points of control groups, by version."""
 FROZEN = {1: ("freezer.state", b"FROZEN"), 2: ("cgroup.events", b"\nfrozen 1")}
-"""By version: the file of a control group and what it contains while that is frozen."""
+"""File of a control group, and its content while the group is frozen, by version."""
 
 
 def is_frozen(files: ProcessFiles, state: str) -> bool:
     """
-    Return whether a freezer holds the process; False if that cannot be read.
+    Return whether a freezer stops the process; False if that cannot be read.
 
     Args:
-        state: letter of the main thread: the freezer of cgroup v1 holds threads in state D, that of v2 in S.
+        files: of the process.
+        state: letter of the main thread: the freezer of cgroup v1 stops threads in state D, that of v2 in S.
     """
     try:
         if state == "S" and files.of_member(_wait_channel) in FREEZING:
-            return True  # without looking for the mounted control groups, which may not be there
+            return True  # without control groups, which may not be mounted here
         groups = files.of_member(lambda path, directory: freezer_paths(read_file(f"{path}cgroup", directory)))
     except OSError:
         return False

@@ -1,14 +1,14 @@
 """
-The open files of one Linux process, and what their errors mean.
+Keep the files of one Linux process open, and translate their errors.
 
-Some facts about the kernel on which the design rests (v6.18; each has a test):
+Facts about the kernel on which this module depends (v6.18; each has a test):
 
-- A descriptor of ``/proc/<pid>`` or of a file below it stays bound to that process or thread: after
-  its exit every read fails with ESRCH, even when the number has been given away again.
-- A dead main thread whose siblings live on is a zombie without memory, while ``task/`` still lists
-  the others. Only a zombie that is alone is a dead process.
-- Files below ``task/<tid>/`` tell of the whole process too: memory, descriptors, command line. They do so for a
-  living thread when the main thread has exited.
+- A descriptor of ``/proc/<pid>`` or of a file below it stays bound to that process or thread: after its exit every read
+  fails with ESRCH, even if the kernel has reused the id.
+- If the main thread has exited before the others, it is a zombie without memory, and ``task/`` still lists the others.
+  The process is dead only if the zombie is its only thread.
+- Files below ``task/<tid>/`` also show the whole process: memory, descriptors, command line. Those of a living thread
+  still do after the main thread has exited.
 """
 
 import os
@@ -30,13 +30,13 @@ from vitalsd.sources.linux.procfs import MalformedError, Stat, parse_stat, parse
 __all__ = ["MemoryPages", "ProcessFiles"]
 
 ATTEMPTS = 8
-"""Lists of threads to make while the target executes a program, in which all threads but one end."""
+"""Attempts to list the threads while the target executes a program, because all threads but one end in exec."""
 
 T = TypeVar("T")
 
 
 class MemoryPages(NamedTuple):
-    """Memory of a process, as one of its threads shows it."""
+    """Memory of a process in pages, read through one of its threads."""
 
     vm: int
     rss: int
@@ -45,12 +45,12 @@ class MemoryPages(NamedTuple):
 
 class ProcessFiles:
     """
-    What is held open of a process as long as its source, from which everything but its threads is read.
+    The files of a process that stay open as long as its source; all data but that of its threads come from them.
 
     Args:
         pid: target, in the pid namespace of the procfs.
-        root: where procfs is mounted.
-        has_pidfd: whether to open a pidfd, which needs a pid of our own pid namespace.
+        root: mount point of procfs.
+        has_pidfd: whether to open a pidfd, which needs a pid in our own pid namespace.
 
     Raises:
         SourceError: `NoSuchProcessError`, `AccessDeniedError`, `UnsupportedError` or `KernelError`.
@@ -60,7 +60,7 @@ class ProcessFiles:
         self.pid = pid
         self.root = root
         self.member = pid
-        """The thread through which the process is read: the main one, or another if that has exited."""
+        """Id of the thread through which the process is read: the main one, or another if that has exited."""
         self._fds: list[int] = []
         try:
             self.start_ticks, self.first_name = self._attach(has_pidfd)
@@ -69,14 +69,14 @@ class ProcessFiles:
             raise
 
     def _attach(self, has_pidfd: bool) -> tuple[int, str]:
-        """Open all, and return the start and the name of the main thread."""
+        """Open the files, and return the start and the name of the main thread."""
         directory = f"{self.root}/{self.pid}"
         try:
             self.directory = self._keep(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
             self.task = self._keep(os.open("task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.directory))
             self._leader = self._keep(os.open(f"{self.pid}/stat", os.O_RDONLY, dir_fd=self.task))
             self._statm = self._keep(os.open("statm", os.O_RDONLY, dir_fd=self.directory))
-            # By number: that it is of this process, the reading below proves.
+            # Opened by pid; the reads below prove that it is of this process.
             self._pidfd = self._open_pidfd() if has_pidfd else -1
             process = parse_tgid(read_file("status", self.directory))
             if process not in (self.pid, None):
@@ -97,7 +97,7 @@ class ProcessFiles:
         return fd
 
     def _open_pidfd(self) -> int:
-        """Return a pidfd, -1 where there is none: it shows how the process ended, see `exit_status`."""
+        """Return a pidfd, which shows how the process ended (see `exit_status`), or -1 if it cannot be opened."""
         try:
             return self._keep(os.pidfd_open(self.pid))  # type: ignore[attr-defined, unused-ignore]
         except OSError:
@@ -113,14 +113,14 @@ class ProcessFiles:
         while self._fds:
             os.close(self._fds.pop())
 
-    # What they contain
+    # Content
 
     def leader_stat(self) -> Stat:
         """Read the ``stat`` of the main thread, which may have exited."""
         return parse_stat(reread(self._leader))
 
     def process_stat(self) -> Stat:
-        """Read the ``stat`` of the process, whose times and faults are sums over all threads."""
+        """Read the ``stat`` of the process, in which times and faults are sums over all threads."""
         return parse_stat(read_file("stat", self.directory))
 
     def memory(self) -> MemoryPages:
@@ -128,11 +128,15 @@ class ProcessFiles:
         return MemoryPages(*parse_statm(os.pread(self._statm, 256, 0)))
 
     def status(self) -> dict[str, int]:
-        """Read the sizes in ``status``, in bytes."""
+        """Read the sizes in ``status``, bytes."""
         return self.of_member(lambda path, directory: parse_status(read_file(f"{path}status", directory)))
 
     def of_member(self, read: Callable[[str, int], T]) -> T:
-        """Return what `read` does with the files of a living thread, a path and a directory; one may exit meanwhile."""
+        """
+        Call `read` with the path prefix and directory of a living thread's files, and return its result.
+
+        If the thread exits meanwhile, call it again with another one.
+        """
         while True:
             try:
                 if self.member == self.pid:
@@ -145,12 +149,12 @@ class ProcessFiles:
 
     def find_member(self) -> tuple[MemoryPages, Stat]:
         """
-        Find a living thread and read of it what the main one, which has exited, does not show any more.
+        Find a living thread, and read from it what the main thread, which has exited, does not show any more.
 
-        Where a thread is executing a program, the others end first; then it takes the place of the main one.
+        If a thread executes a program, the kernel ends the others first, and then gives it the id of the main thread.
 
         Raises:
-            TargetGoneError: there is none.
+            TargetGoneError: no thread lives.
         """
         for _ in range(ATTEMPTS):
             for tid in self._candidates():
@@ -169,15 +173,15 @@ class ProcessFiles:
         raise self._gone("; its parent has not yet collected it (zombie)")
 
     def _candidates(self) -> Iterator[int]:
-        """Yield threads through which the process may be read: the last such, those listed, the main one of now."""
+        """Yield ids of threads through which the process may be read: the last one, those listed, the main one."""
         yield self.member
         yield from map(int, os.listdir(self.task))
         yield self.pid
 
-    # What their errors mean
+    # Errors
 
     def translated(self, error: OSError | MalformedError) -> SourceError:
-        """Return the error of a source for one that a file of this process gave."""
+        """Return the error of a source for an error of a file of this process."""
         match error:
             case ProcessLookupError() | FileNotFoundError():
                 if self._is_hidden():
@@ -194,7 +198,7 @@ class ProcessFiles:
         return TargetGoneError(f"target {self.pid} has exited{more}", ending(self.directory, self._leader, self._pidfd))
 
     def _is_hidden(self) -> bool:
-        """Whether it lives and /proc now hides it: what was open still answers, and nothing more can be opened."""
+        """Return whether /proc now hides the living process: open files can be read, and no other can be opened."""
         try:
             os.close(os.open("stat", os.O_RDONLY, dir_fd=self.directory))
         except FileNotFoundError:
@@ -207,7 +211,7 @@ class ProcessFiles:
         return False
 
     def _absent(self) -> SourceError:
-        """Return why ``/proc/<pid>`` is not there; under hidepid=2 the process may be all the same."""
+        """Return why ``/proc/<pid>`` does not exist; under hidepid=2 the process may exist."""
         if not os.path.exists(f"{self.root}/stat") and not os.path.exists(f"{self.root}/self"):
             return UnsupportedError(f"{self.root} is not a procfs; mount it or name another with --proc-root")
         if self.root == "/proc":
@@ -218,12 +222,12 @@ class ProcessFiles:
             except (ProcessLookupError, OverflowError):
                 pass
             else:
-                if not os.path.exists(f"/proc/{self.pid}"):  # else it has only just been there
+                if not os.path.exists(f"/proc/{self.pid}"):  # otherwise it has just started
                     return self._denied("/proc hides it (hidepid)")
         return NoSuchProcessError(f"no process has pid {self.pid}")
 
     def _denied(self, how: str) -> AccessDeniedError:
-        """Return why a process that exists cannot be read; kill(2) shows whether it is of this user."""
+        """Return why an existing process cannot be read; kill(2) shows whether this user owns it."""
         try:
             os.kill(self.pid, 0)
         except OSError:

@@ -1,4 +1,4 @@
-"""Read from /proc which run of a process a pid names."""
+"""Identify on Linux the run of a process that has a pid, from /proc."""
 
 import os
 import time
@@ -19,7 +19,7 @@ def boottime_offset_ticks() -> int:
     """
     Return by how many clock ticks the start times in ``/proc`` differ in our time namespace, see time_namespaces(7).
 
-    0 if the offset is no multiple of a tick: the kernel rounds the sum, and the difference is not exact.
+    0 if the offset is not a multiple of a tick, because the kernel rounds the sum and the difference is not exact.
     """
     ticks, rest_ns = divmod(_boottime_offset_ns() * TICKS_PER_S, 1_000_000_000)
     return 0 if rest_ns else ticks
@@ -39,11 +39,11 @@ def _boottime_offset_ns() -> int:
 
 class LinuxBirths:
     """
-    Reads ``/proc``.
+    The `Births` of Linux, read from ``/proc``.
 
     Args:
-        root: where procfs is mounted.
-        machine_id: machine-id(5), which survives reboots.
+        root: mount point of procfs.
+        machine_id: path of machine-id(5), which stays the same across reboots.
     """
 
     def __init__(self, root: str = "/proc", machine_id: str = "/etc/machine-id") -> None:
@@ -51,16 +51,20 @@ class LinuxBirths:
         self._machine_id = machine_id
 
     def realm(self) -> str:
+        """Return a digest of the machine id, and the pid namespace; the time namespace if start times depend on it."""
         machine, namespace = b"", ""
         with suppress(OSError), open(self._machine_id, "rb") as file:
             machine = file.read(64).strip()
         with suppress(OSError):
             namespace = os.readlink(f"{self._root}/self/ns/pid")
-            if _boottime_offset_ns() * TICKS_PER_S % 1_000_000_000:  # start times cannot be compared with others'
+            if (
+                _boottime_offset_ns() * TICKS_PER_S % 1_000_000_000
+            ):  # start times cannot be compared with those of other time namespaces
                 namespace += " " + os.readlink(f"{self._root}/self/ns/time")
         return f"{anonymous(machine)} {namespace}"
 
     def boot_id(self) -> str:
+        """Return the random id that the kernel makes at each boot."""
         try:
             with open(f"{self._root}/sys/kernel/random/boot_id", encoding="ascii") as file:
                 return file.read().strip() or UNKNOWN_BOOT
@@ -68,9 +72,11 @@ class LinuxBirths:
             return UNKNOWN_BOOT
 
     def booted_unix_ns(self) -> int:
+        """Return the wall clock less CLOCK_BOOTTIME without the offset of the time namespace, ns."""
         return time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME) + _boottime_offset_ns()
 
     def start_key(self, pid: int) -> int | None:
+        """Return the start in clock ticks after boot; ``None``: no such process. Raises `IdentityUnknownError`."""
         try:
             with open(f"{self._root}/{pid}/stat", "rb") as file:
                 stat = parse_stat(file.read())
@@ -84,7 +90,7 @@ class LinuxBirths:
         return None if dead else stat.start_ticks - boottime_offset_ticks()
 
     def _is_hidden(self, pid: int) -> bool:
-        """Without a procfs, and under hidepid, nothing is listed that the kernel knows all the same."""
+        """Return whether the kernel has the process although /proc does not list it: without procfs, or by hidepid."""
         try:
             os.kill(pid, 0)
         except (ProcessLookupError, OverflowError):

@@ -1,4 +1,4 @@
-"""Which processes of Linux there are, and which programs they run."""
+"""List the processes of Linux, and read their command lines."""
 
 import os
 import time
@@ -16,18 +16,20 @@ __all__ = ["hides_processes", "list_processes", "running_command"]
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 PF_KTHREAD = 0x00200000  # linux/sched.h
 COMM_BYTES = 15
-"""Of a thread's name, as the kernel keeps it (TASK_COMM_LEN in linux/sched.h)."""
+"""Bytes of a thread's name that the kernel keeps (TASK_COMM_LEN in linux/sched.h, less the NUL)."""
 MAX_WORDS = 8
-"""Of a command line, within which a script follows its interpreter: that may be a script, too, five times over."""
+"""
+First words of a command line among which a script is looked for: its interpreter may be a script too, up to five times.
+"""
 CLOCK_BOOTTIME = 7  # linux/time.h; the time module has it on Linux only, and types are checked for macOS too
 
 
 def running_command(process_fd: int) -> Command | None:
     """
-    Return what a process executes; ``None`` if this user may not read it, or sees another file by the same path.
+    Return the command of a process; ``None`` if this user may not read it, or its path names another file here.
 
     Args:
-        process_fd: ``/proc/<pid>``.
+        process_fd: descriptor of ``/proc/<pid>``.
     """
     try:
         executable = os.readlink("exe", dir_fd=process_fd)
@@ -36,7 +38,7 @@ def running_command(process_fd: int) -> Command | None:
         directory = os.readlink("cwd", dir_fd=process_fd)
         name, *words = read_file("cmdline", process_fd).removesuffix(b"\0").split(b"\0")
         if not deleted:
-            with suppress(PermissionError):  # A folder on the way may be closed to this user.
+            with suppress(PermissionError):  # This user may not be allowed to search a directory in the path.
                 if not os.path.samestat(os.stat("exe", dir_fd=process_fd), os.stat(executable)):
                     return None  # It runs in another mount namespace.
     except OSError:
@@ -48,7 +50,7 @@ def hides_processes(root: str = "/proc") -> bool:
     """
     Return whether the procfs at `root` hides processes from other users (hidepid in proc(5)).
 
-    It is an option of the mount that this process sees. If the mounts cannot be read, the answer is True.
+    This is an option of the mount that this process sees. If the mounts cannot be read, the answer is True.
     """
     try:
         with open("/proc/self/mountinfo", "rb") as file:
@@ -59,15 +61,15 @@ def hides_processes(root: str = "/proc") -> bool:
     hides = False
     for line in mounts:
         mount, _, system = line.partition(b" - ")
-        # The kernel writes blanks of a path as \040; such a path is not compared, and counts as not hidden.
+        # The kernel writes a space in a path as \040; such a path does not match, and counts as not hidden.
         if mount.split()[4] == place:
             option = next((each for each in system.split()[-1].split(b",") if each.startswith(b"hidepid=")), b"")
-            hides = option not in (b"", b"hidepid=0", b"hidepid=off")  # The last mount at a place is the visible one.
+            hides = option not in (b"", b"hidepid=0", b"hidepid=off")  # The last mount at a path is the visible one.
     return hides
 
 
 def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
-    """Processes this user may sample, by ascending pid; kernel threads are left out."""
+    """Yield the processes that this user may sample, by ascending pid, without kernel threads."""
     try:
         pids = sorted(int(name) for name in os.listdir(root) if name.isdecimal())
     except OSError as error:
@@ -107,7 +109,8 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
 
 
 def _of_sibling(process_fd: int) -> tuple[tuple[int, int, int], bytes]:
-    """Return pages in use and command line of a process with an exited main thread.
+    """
+    Return pages in use and command line of a process with an exited main thread.
 
     Raises:
         OSError, MalformedError: its files cannot be read.
@@ -126,10 +129,10 @@ def _of_sibling(process_fd: int) -> tuple[tuple[int, int, int], bytes]:
 
 def _names(name: str, command: bytes) -> frozenset[str]:
     """
-    Return what ``--name`` may call a process: its main thread, its program, and the script that was executed.
+    Return the names that ``--name`` matches: of the main thread, of the program, and of the executed script.
 
-    A script is executed by its interpreter, which has the path of the script among its first arguments. The kernel
-    names the process after the script, cut to 15 bytes.
+    An interpreter executes a script, and has the path of the script among its first arguments. The kernel names the
+    process after the script, cut to 15 bytes.
     """
     program, *arguments = command.split(b"\0", MAX_WORDS)
     names = {name, decode_name(os.path.basename(program))}

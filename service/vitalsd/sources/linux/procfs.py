@@ -1,9 +1,8 @@
 """
-Parsers of Linux ``/proc`` text. Reading is `vitalsd.sources.linux.source`; nothing is opened here.
+Parse text of Linux ``/proc``; this module opens no file.
 
-Every parser takes the whole content of one file as bytes and raises `MalformedError` and nothing else
-on content that no kernel writes. Formats: proc(5); fs/proc/array.c, fs/proc/task_mmu.c,
-kernel/sched/stats.h.
+Each parser takes the whole content of one file as bytes, and raises only `MalformedError` for content that no kernel
+writes. Sources of the formats: proc(5); fs/proc/array.c, fs/proc/task_mmu.c, kernel/sched/stats.h.
 """
 
 import os
@@ -40,18 +39,18 @@ STATES = {
     "P": "parked",
     "I": "idle",
 }
-"""The state letter of stat (fs/proc/array.c task_state_array), in words."""
+"""Names of states, by the letter in ``stat`` (fs/proc/array.c, task_state_array)."""
 
 
 class MalformedError(ValueError):
-    """Content that the kernel does not write, with the start of it."""
+    """A file has content that the kernel does not write; the text quotes its start."""
 
     def __init__(self, file: str, content: bytes) -> None:
         super().__init__(f"unreadable content in {file}: {content[:64]!r}")
 
 
 class Stat(NamedTuple):
-    """The fields of ``/proc/<pid>/stat`` and ``/proc/<pid>/task/<tid>/stat`` in use here."""
+    """The fields of ``/proc/<pid>/stat`` and ``/proc/<pid>/task/<tid>/stat`` that vitalsd uses."""
 
     name: str
     state: str
@@ -60,23 +59,23 @@ class Stat(NamedTuple):
     minor_faults: int
     major_faults: int
     utime_ticks: int
-    """1/``sysconf(SC_CLK_TCK)`` s, scaled by the kernel so that utime + stime follows the run time."""
+    """Time in user mode in 1/``sysconf(SC_CLK_TCK)`` s; the kernel scales it so that utime + stime is the run time."""
     stime_ticks: int
     priority: int
     thread_count: int
     start_ticks: int
-    """After boot, on the clock that goes on in sleep."""
+    """Start time after boot, on the clock that counts the time asleep."""
     vm_bytes: int
     image: tuple[int, ...]
-    """Addresses fixed at exec; empty without ptrace permission (the kernel then writes 0 or 1)."""
+    """Addresses that are fixed at exec; empty without ptrace permission, because the kernel then writes 0 or 1."""
 
 
 def parse_stat(content: bytes) -> Stat:
     """
-    One ``stat`` line.
+    Parse a ``stat`` file.
 
-    The name stands in parentheses and may itself hold any byte but NUL, among them ``)``, spaces and
-    newlines: it ends at the *last* parenthesis, because all that follows is numbers.
+    The name is in parentheses and may contain any byte but NUL, such as ``)``, spaces and newlines. It ends at the
+    *last* parenthesis, because only numbers follow it.
     """
     opened, closed = content.find(b"("), content.rfind(b")")
     fields = content[closed + 2 :].split()
@@ -104,7 +103,7 @@ def parse_stat(content: bytes) -> Stat:
 
 
 def parse_statm(content: bytes) -> tuple[int, int, int]:
-    """Pages of address space, resident and program text, from ``statm``. All 0: no memory map."""
+    """Return the pages of address space, resident memory and program text in ``statm``; all are 0 without memory."""
     fields = content.split()
     try:
         return int(fields[0]), int(fields[1]), int(fields[3])
@@ -114,9 +113,9 @@ def parse_statm(content: bytes) -> tuple[int, int, int]:
 
 def parse_run_times(contents: Sequence[bytes]) -> list[int]:
     """
-    The CPU time of each thread in ns, from its ``schedstat`` ("run wait slices").
+    Return the CPU time of each thread in ns, from its ``schedstat`` ("run wait slices").
 
-    All in one join and one split: no bytecode is run per thread.
+    One join and one split parse all files, so that no bytecode runs per thread.
     """
     fields = b"".join(contents).split()
     if len(fields) != 3 * len(contents):
@@ -131,13 +130,13 @@ def parse_run_times(contents: Sequence[bytes]) -> list[int]:
 
 
 def parse_uids(content: bytes) -> frozenset[int]:
-    """Return the real, effective, saved and file system user id of ``status``; empty if it does not have them."""
+    """Return the real, effective, saved and file system user id in ``status``; empty if it does not have them."""
     found = re.search(rb"^Uid:((?:\t[0-9]{1,10}){4})$", content, re.MULTILINE)
     return frozenset() if found is None else frozenset(map(int, found[1].split()))
 
 
 def parse_status(content: bytes) -> dict[str, int]:
-    """The ``Vm*`` sizes of ``status`` (``VmHWM``, ``VmSwap``, ...), in bytes."""
+    """Return the ``Vm*`` sizes in ``status`` (``VmHWM``, ``VmSwap``, ...), bytes."""
     sizes = {}
     for line in content.split(b"\n"):
         key, _, value = line.partition(b":")
@@ -150,7 +149,7 @@ def parse_status(content: bytes) -> dict[str, int]:
 
 
 def parse_tgid(content: bytes) -> int | None:
-    """``Tgid`` of ``status``: the process that a thread is of, in the pid namespace of this procfs."""
+    """Return ``Tgid`` in ``status``: the process of a thread, in the pid namespace of this procfs."""
     _, found, rest = content.partition(b"\nTgid:\t")
     try:
         return int(rest.partition(b"\n")[0]) if found else None
@@ -159,7 +158,7 @@ def parse_tgid(content: bytes) -> int | None:
 
 
 def freezer_paths(content: bytes) -> list[tuple[int, str]]:
-    """Version and path of the control groups of ``cgroup`` that can freeze a process, see cgroups(7)."""
+    """Return version and path of the control groups in ``cgroup`` that can freeze a process, see cgroups(7)."""
     found = []
     for line in content.splitlines():
         _, _, rest = line.partition(b":")

@@ -1,10 +1,10 @@
 """
-Which program a Linux process runs, and its state: what is looked at with each snapshot and read anew now and then.
+Detect when a Linux process executes another program, and read its state.
 
-Some facts about the kernel on which the design rests (v6.18; each has a test):
+Facts about the kernel on which this module depends (v6.18; each has a test):
 
-- At exec the calling thread takes over the id and the start time of the main thread, and keeps its own run time.
-- ``VmPeak`` of ``status`` never falls in the life of a memory map, and a program that is executed gets a new one.
+- At exec the calling thread gets the id and the start time of the main thread, and keeps its own run time.
+- ``VmPeak`` in ``status`` never decreases during the life of a memory map, and an executed program gets a new map.
 """
 
 import os
@@ -23,17 +23,20 @@ from vitalsd.sources.programs import Command, ProgramOf, no_program
 __all__ = ["RunningProgram"]
 
 LOOK_EVERY_NS = 1_000_000_000
-"""The main thread's stat is read that often, and whenever the memory map or the set of threads has changed."""
+"""
+Interval at which the ``stat`` of the main thread is read, ns. It is also read when the memory map or the set of threads
+has changed.
+"""
 
 
 class RunningProgram:
     """
-    What a process executes, and whether it is stopped.
+    The program that a process runs, and whether the process is stopped.
 
     Args:
         files: of the process.
         program_of: makes `Identity.program`; called now and after each exec.
-        is_own: whether it is this process, which is not frozen when it looks.
+        is_own: whether it is this process, which cannot be frozen while it runs this code.
     """
 
     def __init__(self, files: ProcessFiles, program_of: ProgramOf, *, is_own: bool) -> None:
@@ -41,23 +44,24 @@ class RunningProgram:
         self._program_of = program_of
         self._is_own = is_own
         self._seen_memory = -1, -1
-        """Pages of address space and of text when the main thread's stat was read last; and the threads of then."""
+        """Pages of address space and of text when the ``stat`` of the main thread was read last."""
         self._seen_threads = ThreadRoster()
+        """The threads when the ``stat`` of the main thread was read last."""
         self._looked_ns = 0
         self._looked_cpu_ns = -1
         self._peak_pages = 0
-        """The largest address space that the running program was seen with."""
+        """Largest address space of the running program in any snapshot, pages."""
         self._addresses: tuple[int, ...] = ()
         self._text_pages = -1
         self._executions = 0
         self._named: ThreadRoster | None = None
-        """In which the name of the main thread was looked up last."""
+        """The roster in which `follow_name` looked up the name of the main thread last."""
         self.image: tuple[int, ...] = ()
-        """See `Snapshot.image`; the same object until the process executes another program."""
+        """Value of `Snapshot.image`; the same object until the process executes another program."""
         self.state: str | None = None
-        """See `Snapshot.state`."""
+        """Value of `Snapshot.state`."""
         self.start_ns = files.start_ticks * USER_TICK_NS
-        """On CLOCK_BOOTTIME."""
+        """Start of the process on CLOCK_BOOTTIME, ns."""
         self.identity = Identity(
             platform="linux",
             pid=files.pid,
@@ -70,18 +74,19 @@ class RunningProgram:
 
     def look(self, roster: ThreadRoster, now_ns: int, cpu_ns: int, *, closely: bool) -> MemoryPages:
         """
-        Return the pages in use; on the way, find out whether it was stopped or has executed a program.
+        Return the pages in use, and find out whether the process was stopped or has executed a program.
 
         Args:
             roster: the threads that were read.
-            cpu_ns: CPU time of the process: one that used some since the last look is not frozen.
-            closely: read the main thread's stat also if it is not due.
+            now_ns: monotonic time, ns.
+            cpu_ns: CPU time of the process; if it has grown since the last call, the process is not frozen.
+            closely: read the ``stat`` of the main thread also if it is not due.
 
         Raises:
-            OSError, MalformedError, TargetGoneError: as a file of the process gave it.
+            OSError, MalformedError, TargetGoneError: a file of the process cannot be read.
         """
         memory = self._files.memory()
-        # At exec by another thread than the main one all others end.
+        # When another thread than the main one calls exec, all other threads end.
         replaced = not roster.has_same_threads(self._seen_threads)
         due = closely or replaced or now_ns - self._looked_ns >= LOOK_EVERY_NS
         if due or not memory.vm or (memory.vm, memory.text) != self._seen_memory:
@@ -100,12 +105,12 @@ class RunningProgram:
         return memory
 
     def set_executed(self) -> None:
-        """Take it for another program from now on: no difference between snapshots spans that."""
+        """Count the program as another one from now on, so that no measurement spans this moment."""
         self._executions += 1
         self.image = self._executions, *self._addresses, self._text_pages
 
     def follow_name(self, roster: ThreadRoster) -> None:
-        """Take over the name of the main thread, which may rename itself, as that of the process."""
+        """Use the name of the main thread, which may rename itself, as the name of the process."""
         if self._named is roster:
             return
         self._named = roster
@@ -116,14 +121,17 @@ class RunningProgram:
 
     def _follow_exec(self, addresses: tuple[int, ...], memory: MemoryPages, name: str, *, replaced: bool) -> None:
         """
-        Find out whether it is another program now, and what it is called.
+        Find out whether the process runs another program now, and read its name.
 
-        Without addresses that stays open: a process may hide them, and it has none as it dies, nor inside exec,
-        when its command line is not there yet either. The same program may have the same ones. Then a memory map that
-        has never been as large as it was shows that it is another one.
+        Addresses may be missing: a process can hide them, and has none as it dies and inside exec, when its command
+        line is missing too. A program that executes itself may have the same addresses. Then a ``VmPeak`` below the
+        largest size in an earlier snapshot shows that the memory map is new.
 
         Args:
-            replaced: other threads were found than before.
+            addresses: fixed at exec; empty: not shown.
+            memory: pages in use.
+            name: of the main thread.
+            replaced: whether the threads are others than before.
         """
         known, known_text = self._addresses, self._text_pages
         self._addresses, self._text_pages = addresses or known, memory.text

@@ -1,14 +1,14 @@
 """
-The Linux source: ``/proc`` and the CPU clocks.
+Read one process of Linux from ``/proc`` and its CPU clocks.
 
-Some facts about the kernel on which the design rests (v6.18; each has a test):
+Facts about the kernel on which this module depends (v6.18; each has a test):
 
-- ``schedstat`` is the run time in ns, but of a thread that is running now it is only as fresh as the
-  last tick. ``clock_gettime`` on the clock of a thread of one's own process settles it first.
-- The CPU clock of a process is the sum of its living threads' run times plus that of its exited
-  ones, and may be read for any pid of our pid namespace by any user.
-- ``st_nlink`` of ``task/`` is 2 + the number of threads. Equal to the threads held open, and all of
-  them then readable: no thread came or went.
+- ``schedstat`` is the run time in ns; for a running thread it is as of the last tick of the scheduler.
+  ``clock_gettime`` on the clock of a thread of the calling process brings it up to date first.
+- The CPU clock of a process is the sum of the run times of its living and its exited threads. Any user may read it for
+  any pid in our pid namespace.
+- ``st_nlink`` of ``task/`` is 2 + the number of threads. If that is the number of threads held open, and all of them
+  can then be read, no thread has started or exited.
 """
 
 import os
@@ -40,32 +40,36 @@ from vitalsd.sources.programs import ProgramOf, no_program
 __all__ = ["LinuxSource"]
 
 DECIDE_EVERY_NS = 60_000_000_000
-"""A kernel may begin to count run times while it runs (kernel.task_delayacct), so that often it is looked at again."""
+"""
+Interval at which the counter is chosen again, ns, because a running kernel may begin to count run times
+(kernel.task_delayacct).
+"""
 ATTEMPTS = 8
-"""Readings of all threads, until the target does not execute a program meanwhile."""
+"""Attempts to read a snapshot during which the target does not execute a program."""
 KEPT_NAMES = 1024
-"""Descriptors kept for names: the kernel holds a page for each."""
+"""Descriptors that stay open for names; a limit, because the kernel holds a page for each."""
 
 
 class _CpuTimes(NamedTuple):
-    """CPU times as they were read one after the other, ns."""
+    """CPU times of one snapshot, ns; they are read one after the other."""
 
     threads: list[int]
     total_ns: int
     exited_ns: tuple[int, int]
+    """Lower and upper bound."""
 
 
 class LinuxSource:
     """
-    Reads one process of Linux; see `vitalsd.sources.base.Source`.
+    The source of one process on Linux; see `vitalsd.sources.base.Source`.
 
     Args:
-        pid: target; ``None`` is this process.
-        root: where procfs is mounted. One of another pid namespace (a container's ``/host/proc``) is
-            read without CPU clocks, because those take pids of our own namespace. ``/proc`` itself has to be of our
-            own, or a pid would name another process there.
-        fd_budget: descriptors that may be kept open for threads of another process; the rest are
-            opened at each read, three times dearer. Default: half of the soft limit.
+        pid: target; ``None``: this process.
+        root: mount point of procfs. One of another pid namespace (a container's ``/host/proc``) is
+            read without CPU clocks, because those take pids of our own namespace. ``/proc`` itself must be of our
+            own namespace, because a pid would name another process there.
+        fd_budget: descriptors that may stay open for threads of another process; the files of other threads are
+            opened at each read, which takes three times as long. Default: half of the soft limit.
         program_of: makes `Identity.program`; called when the source is opened and after each exec.
 
     Raises:
@@ -103,14 +107,17 @@ class LinuxSource:
             raise
 
     def identity(self) -> Identity:
+        """Return the identity as of the last snapshot."""
         return self._program.identity
 
     def close(self) -> None:
+        """Close all files. A second call does nothing."""
         if self._times is not None:
             self._times.threads.close()
         self._files.close()
 
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        """Read the counters in up to `ATTEMPTS` attempts; see `vitalsd.sources.base.Source.snapshot`."""
         if self._files.is_closed:
             raise ValueError("the source is closed")
         try:
@@ -118,7 +125,7 @@ class LinuxSource:
                 taken = self._snapshot(extras, names)
                 if taken is not None:
                     return taken
-            # It executes one program after the other: what was read is of several, and no difference spans it.
+            # The target executes one program after the other: the figures are of several, so no measurement spans them.
             self._program.set_executed()
             taken = self._snapshot(extras, names, torn=True)
             self._program.set_executed()
@@ -128,10 +135,11 @@ class LinuxSource:
             raise self._files.translated(error) from None
 
     def restart(self) -> None:
+        """Choose the counter again and read all threads. Raises `SourceError`."""
         self._open_threads()
 
     def _snapshot(self, extras: bool, names: bool, *, torn: bool = False) -> Snapshot | None:
-        """Return ``None``, unless `torn`, if other threads or another program were read than there are."""
+        """Return ``None`` if the threads or the program changed during the reads, unless `torn` allows that."""
         times, program = self._times or self._open_threads(), self._program
         begun_ns = time.monotonic_ns()
         cpu = self._read_times(times)
@@ -139,13 +147,13 @@ class LinuxSource:
         boottime_ns = time.clock_gettime_ns(CLOCK_BOOTTIME)
         wall_ns = time.time_ns()
 
-        # Read last: a descriptor that still answers proves that the pid, and its clock, were ours all along.
+        # Read last: if the descriptor can still be read, pid and clock belonged to the target during all reads.
         image = program.image
         memory = program.look(times.threads.roster, monotonic_ns, cpu.total_ns, closely=extras)
         if not times.refresh_list(monotonic_ns, names=names) and not torn:
             return None
         if program.image is not image and not torn:
-            return None  # The main thread may be another one than was read.
+            return None  # Another thread may have become the main thread since it was read.
         if self._is_miscounted(times, cpu.total_ns, monotonic_ns):
             self._open_threads()
             if not torn:
@@ -178,7 +186,7 @@ class LinuxSource:
         )
 
     def _read_times(self, times: ThreadTimes) -> _CpuTimes:
-        """Read the process's clock and its threads, few of them where that proves the others."""
+        """Read the process's clock and its threads; only the hot ones if that proves the times of the others."""
         counter = times.threads.counter
         before_ns = self._total_ns()
         proved = times.read_hot(before_ns, self._total_ns) if counter.provable and self._clock else None
@@ -210,7 +218,9 @@ class LinuxSource:
             before.threads.close()
         self._decided_ns = time.monotonic_ns()
         task = self._files.task
-        kept = 0 if self._is_own else min(KEPT_NAMES, self._fd_budget // 2)  # Its descriptors are the program's own.
+        kept = (
+            0 if self._is_own else min(KEPT_NAMES, self._fd_budget // 2)
+        )  # Descriptors of this process belong to the host program.
         try:
             self._times = ThreadTimes(ThreadList(task, self._choose_counter(), CommFiles(task, kept)))
         except (OSError, MalformedError) as error:
@@ -224,7 +234,7 @@ class LinuxSource:
         return (SchedstatFiles if counted else StatFiles)(self._files.task, self._fd_budget)
 
     def _is_miscounted(self, times: ThreadTimes, cpu_ns: int, now_ns: int) -> bool:
-        """Return whether another counter has to be used: the kernel stopped counting in ``schedstat``, or began."""
+        """Return whether to choose the counter again: the kernel stopped or began to count in ``schedstat``."""
         source = times.threads.counter.source
         if source == "schedstat":
             idle = times.living_ns == 0 < cpu_ns
@@ -236,7 +246,7 @@ class LinuxSource:
 
 
 def _own_pid(root: str) -> int:
-    """Return the pid of this process in the procfs, which may be of another pid namespace; 0 if it is not in there."""
+    """Return the pid of this process in the pid namespace of the procfs; 0 if it does not exist there."""
     try:
         return int(os.readlink(f"{root}/self"))
     except (OSError, ValueError):

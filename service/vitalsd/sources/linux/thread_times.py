@@ -1,12 +1,12 @@
 """
-How long the threads of one Linux process ran, read from few of them where that is proved to be enough.
+Read the CPU times of the threads of one Linux process, from few of them if that is proved to be enough.
 
-Reading all of them costs a system call each. Most threads of most programs sleep, so `ThreadTimes`
-can also read only those that ran lately and *prove* that no other did: the CPU clock of the process is
-the sum of its threads, to the nanosecond, and no thread's time ever shrinks. If what was read, what is
-remembered and what exited threads left add up to the clock, every remembered value is exact, and no thread
-came or went: neither is done without running. Only a thread that has been created and has not run yet, not for a
-nanosecond, is not seen by that; so once a second the threads are counted as well.
+To read all of them costs a system call for each. Most threads of most programs sleep, so `ThreadTimes` can also read
+only those that ran lately, the hot ones, and *prove* that no other thread ran: the CPU clock of the process is the sum
+of its threads, to the nanosecond, and the time of a thread never decreases. If the times just read, the remembered
+times and the time of exited threads add up to the clock, every remembered time is exact, and no thread has started or
+exited, because both take CPU time. The proof does not see a thread that was created and has not run yet, so the threads
+are also counted once a second.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,34 +19,37 @@ from vitalsd.sources.linux.threads import ThreadList
 __all__ = ["COUNT_EVERY_NS", "NAMES_EVERY_NS", "ThreadTimes"]
 
 COUNT_EVERY_NS = 1_000_000_000
-"""So often the threads are counted, however they are read."""
+"""Interval at which the threads are counted, ns."""
 NAMES_EVERY_NS = 1_020_000_000
-"""Names older than this are read though no caller asked for them. At one snapshot a second that is every other one."""
+"""
+Age from which on names are read although the caller does not need them, ns. At one snapshot a second they are read with
+every other one.
+"""
 HOT_FOR = 8
-"""A thread counts as hot until it has not run for so many readings, or for up to twice as many."""
+"""Readings without CPU time after which a thread is not hot any more; it may take up to twice as many."""
 HOT_PART = 8
-"""With more than 1/8 of the threads hot, reading all of them is as cheap."""
+"""If more than 1/8 of the threads are hot, all are read, which then costs as much as a proof."""
 MAX_PAUSE = 16
-"""Readings without an attempt to prove, after one that failed again and again."""
+"""Most readings without an attempt to prove, after repeated failures."""
 
 
 class ThreadTimes:
     """
-    The CPU times of the threads of a list, which it keeps up to date from one reading to the next.
+    The CPU times of the threads in a list, and what is remembered of them from one reading to the next.
 
     Args:
-        threads: which threads there are; this object alone lists them anew.
+        threads: the list; only this object may list them anew.
 
     Raises:
-        OSError: from any method, with an errno of `GONE` when the process has no thread any more.
+        OSError: from any method, with an errno in `GONE` if the process has no thread left.
     """
 
     def __init__(self, threads: ThreadList) -> None:
         self.threads = threads
         self.living_ns = 0
-        """The CPU time of all of them as last read."""
+        """Sum of the CPU times of the threads as of the last reading, ns."""
         self.proved = 0
-        """Readings that were proved instead of read in full."""
+        """Number of readings that were proved instead of read in full."""
         self._counter = threads.counter
         self._exited_ns: int | None = None
         self._total_ns = -1
@@ -54,14 +57,14 @@ class ThreadTimes:
         self._counted_ns = 0
         self._named_ns = 0
         self._may_be_renamed = True
-        """Whether any thread ran since the names were read: without running none renames itself or another."""
+        """Whether any thread ran since the names were read: only a running thread can rename itself or another."""
         self._begin()
 
     def read(self) -> list[int]:
         """
         Read the CPU time of each thread, ns, in the order of the roster.
 
-        The last thing done is the reading itself, so that a total read next is read at the same time.
+        The counters are read last, so that a total that the caller reads next is of nearly the same time.
         """
         self._exited_ns = None
         threads = self.threads
@@ -72,15 +75,15 @@ class ThreadTimes:
 
     def read_hot(self, total_ns: int, clock: Callable[[], int]) -> tuple[list[int], int, int] | None:
         """
-        Return the CPU time of each thread, ns, read from the hot ones and proved for the others.
+        Return the CPU time of each thread, ns: read for the hot threads and proved for the others.
 
         Args:
-            total_ns: CPU time of the process, read just now.
+            total_ns: CPU time of the process, read just before.
             clock: reads it again.
 
         Returns:
-            The times, the process's CPU time and that of its exited threads, all of one instant and
-            exact; ``None`` if it cannot be proved this time and all must be read.
+            The times, the process's CPU time and that of its exited threads, exact and all of one instant; ``None``
+            if the proof fails and all threads must be read.
         """
         exited_ns = self._exited_ns
         if exited_ns is None or not self.threads.is_countable:
@@ -110,18 +113,22 @@ class ThreadTimes:
         return self._cpu_ns, total_ns, exited_ns
 
     def set_exited_total(self, total_ns: int, exited_ns: int) -> None:
-        """Take over the exact totals that go with the last `read`: from now on `read_hot` can prove."""
+        """Store the exact totals that belong to the last `read`, which `read_hot` needs for its proof."""
         self._total_ns, self._exited_ns = total_ns, exited_ns
 
     def refresh_list(self, now_ns: int, *, names: bool) -> bool:
         """
-        Read the names again, and once a second count the threads.
+        Read the names again, and count the threads once a second.
 
-        Without `names` they are read if they are older than `NAMES_EVERY_NS`. They are read only if a thread ran, for
-        a thread is renamed by itself or by another thread of its process.
+        If `names` is False, names are read only if they are older than `NAMES_EVERY_NS`. They are read only if a thread
+        has run, because only threads of the process can rename a thread.
+
+        Args:
+            now_ns: monotonic time, ns.
+            names: whether the caller needs the present names.
 
         Returns:
-            False if there are other threads than those that were read: read again.
+            False if the threads are not those that were read: read again.
         """
         threads = self.threads
         due = now_ns - self._counted_ns >= COUNT_EVERY_NS
@@ -143,11 +150,11 @@ class ThreadTimes:
     def _relist(self) -> None:
         try:
             self.threads.relist()
-        finally:  # After an error fewer are listed, and what is remembered has to be of those.
+        finally:  # After an error the list is shorter, and the remembered times must match it.
             self._begin()
 
     def _begin(self) -> None:
-        """Remember the readings of the last listing, and nothing else."""
+        """Remember only the readings of the last listing."""
         rows = self.threads.rows
         self._handles = [thread.handle for thread in rows]
         self._readings: list[Reading] = [thread.reading for thread in rows]
@@ -155,16 +162,16 @@ class ThreadTimes:
         self.living_ns = sum(self._cpu_ns)
         self._exited_ns = None
         self._hot: dict[int, int] = {}
-        """Handles of the threads that ran lately, by their places in the roster."""
+        """Handles of the hot threads, by their indexes in the roster."""
         self._ran: set[int] = set()
-        """Places of those that ran in the last `_age` readings: the hot ones from `HOT_FOR` on."""
+        """Indexes of the threads that ran in the last `_age` readings; they become the hot ones at `HOT_FOR`."""
         self._age = 0
         self._may_be_renamed = True
         self._unsure: set[int] = set()
-        """Threads that ran since their births were read, if another thread may have their handles since."""
+        """Indexes of threads that ran since their births were read, if their handles may be of other threads now."""
 
     def _read_all(self) -> bool:
-        """Read every thread, and look closer at those whose reading is another; False if any has exited."""
+        """Read every thread, and decode the readings that have changed; return False if any thread has exited."""
         try:
             readings = self._counter.read(self._handles)
         except OSError as error:
@@ -181,7 +188,7 @@ class ThreadTimes:
         return True
 
     def _add(self, places: Iterable[int], burnt: list[int]) -> None:
-        """Add what the threads at these places burnt, ns; a list that was handed out stays as it is."""
+        """Add the CPU time that the threads at these indexes used, ns; do not change a list that a caller may have."""
         if any(burnt):
             cpu_ns = self._cpu_ns = self._cpu_ns.copy()
             for i, ns in zip(places, burnt, strict=True):

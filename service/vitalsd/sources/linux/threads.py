@@ -1,4 +1,4 @@
-"""Which threads one Linux process has, and what they are called. How long they ran is in `thread_times`."""
+"""List the threads of one Linux process and read their names. `thread_times` reads their CPU times."""
 
 import errno
 import os
@@ -15,32 +15,34 @@ __all__ = ["ListedThread", "ThreadList"]
 
 @dataclass(slots=True, eq=False)
 class ListedThread:
-    """One thread of a list, with the handles through which it is read."""
+    """A thread in the list, with the handles through which it is read."""
 
     birth: int
     name: str
     handle: int
-    """Of the counter of its CPU time."""
+    """Handle of the counter of its CPU time."""
     name_handle: int | None = field(default=None, init=False)
+    """Handle of the file of its name; ``None`` until that is opened."""
     reading: Reading
-    """As of the last listing, as is `cpu_ns`."""
+    """Reading of its counter when the threads were listed last."""
     cpu_ns: int
+    """CPU time in `reading`, ns."""
 
 
 class ThreadList:
     """
-    The threads below ``task/``: opened one by one, and told apart from threads that get their numbers later.
+    The threads below ``task/``, opened one by one, and distinguished from threads that get their ids later.
 
-    `roster`, with starts in clock ticks after boot, stays the same object while nothing changes. `rows` are in its
+    `roster` stays the same object while no thread changes; its births are in clock ticks after boot. `rows` are in its
     order.
 
     Args:
-        task_fd: ``/proc/<pid>/task``.
-        counter: how to read CPU time.
+        task_fd: descriptor of ``/proc/<pid>/task``.
+        counter: reads the CPU times.
         names: the files of the threads' names.
 
     Raises:
-        OSError: from any method, with an errno of `GONE` when the process has no thread any more.
+        OSError: from any method, with an errno in `GONE` if the process has no thread left.
     """
 
     def __init__(self, task_fd: int, counter: ThreadCounter, names: CommFiles) -> None:
@@ -48,14 +50,14 @@ class ThreadList:
         self._names = names
         self._threads: dict[int, ListedThread] = {}
         self._name_contents: list[bytes] = []
-        """The names as they were read last."""
+        """The bytes of the names as of the last read."""
         self.counter = counter
         self.rows: list[ListedThread] = []
         self.roster = ThreadRoster()
         try:
             self.relist()
             self.is_countable = self.count() == len(self.rows)
-            """Whether `count` is right on this kernel."""
+            """Whether `count` is correct on this kernel."""
         except BaseException:
             self.close()
             raise
@@ -67,14 +69,14 @@ class ThreadList:
         self._threads.clear()
 
     def count(self) -> int:
-        """Return how many threads there are now, by the number of links of ``task/``."""
+        """Return the present number of threads, from the number of links of ``task/``."""
         return os.fstat(self._task_fd).st_nlink - 2
 
     def relist(self) -> None:
         """
-        List ``task/`` and read thread by thread; one that exits meanwhile is left out.
+        List ``task/`` and read each thread; leave out one that exits meanwhile.
 
-        After an error those are held that had been reached: too few, so the next reading has to list again.
+        After an error the list has only the threads read until then, so the next reading has to list again.
         """
         before, found = self._threads, dict[int, ListedThread]()
         try:
@@ -96,7 +98,7 @@ class ThreadList:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
     def read_names(self) -> None:
-        """Read what all threads are called. A thread that has exited meanwhile keeps the name it had."""
+        """Read the names of all threads. A thread that has exited meanwhile keeps its last name."""
         try:
             for tid, thread in self._threads.items():
                 if thread.name_handle is None:
@@ -118,7 +120,7 @@ class ThreadList:
                 thread.name = name
 
     def have_births(self, places: Iterable[int]) -> bool:
-        """Return whether the threads at these places of the roster are those that were listed, or have exited."""
+        """Return whether the threads at these indexes of the roster are those that were listed, or have exited."""
         for i in places:
             stat = self._stat(self.roster.tids[i])
             if stat is not None and stat.start_ticks != self.roster.births[i]:
@@ -126,7 +128,7 @@ class ThreadList:
         return True
 
     def stats(self) -> list[Stat | None]:
-        """Return the ``stat`` of each thread; ``None`` for one that exited just now."""
+        """Return the ``stat`` of each thread; ``None`` for one that has exited since."""
         stats = map(self._stat, self.roster.tids)
         births = self.roster.births
         return [stat if stat and stat.start_ticks == birth else None for stat, birth in zip(stats, births, strict=True)]
@@ -148,10 +150,10 @@ class ThreadList:
 
     def _open(self, tid: int) -> ListedThread | None:
         """
-        Open a thread, or ``None`` if it exits meanwhile.
+        Open a thread; return ``None`` if it exits meanwhile.
 
-        The stat is read between opening and reading the counter: a handle that is bound and still
-        answers proves that both are of one thread.
+        The ``stat`` is read after the counter is opened and before it is read: if a bound handle can still be read,
+        both are of one thread.
         """
         handle = None
         try:
@@ -168,9 +170,10 @@ class ThreadList:
 
     def _advance(self, tid: int, thread: ListedThread) -> bool:
         """
-        Read a known thread; False if its handle names it no longer.
+        Read a known thread; return False if its handle is not of this thread any more.
 
-        One that ran may have renamed itself, or be another that got its number: its stat tells.
+        If the thread has run, its ``stat`` is read, because it may have renamed itself, or be another thread with the
+        same id.
         """
         try:
             (reading,) = self.counter.read((thread.handle,))
