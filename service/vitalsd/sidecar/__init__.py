@@ -1,1 +1,1 @@
-"""One sidecar: its configuration, its start inside the client or beside it, and its end."""
+"""Configure one sidecar, start it inside its client or as a process of its own, and end it."""

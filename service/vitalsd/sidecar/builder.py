@@ -1,8 +1,8 @@
 """
-The only place that assembles a sidecar: listeners, recorder, sampler, application, service and its companions.
+Assemble a sidecar: listeners, recorder, sampler, application, service and its companions; no other module does.
 
-There are three: `build_in_process` for a thread of the client, `build_service` and `build_replay` for a process of its
-own. Whatever a build has opened is closed again if it fails.
+`build_in_process` is for a thread of the client, `build_service` and `build_replay` are for a process of its own. A
+build that fails closes what it has opened.
 """
 
 import logging
@@ -44,7 +44,7 @@ __all__ = ["BuildError", "InProcess", "build_in_process", "build_replay", "build
 log = logging.getLogger("vitalsd")
 
 IN_PROCESS_GRACE_S = 0.5
-"""Windows under way when the client ends or stops the sidecar may finish for so long."""
+"""Windows under way when the client exits or stops the sidecar may take this long to finish, s."""
 
 
 class BuildError(Exception):
@@ -68,7 +68,7 @@ def build_in_process(config: SidecarConfig) -> InProcess:
         ListenError: the sidecar cannot listen where `config` says.
         RuntimeError: the system gives no more threads.
         OSError: the system refuses anything else.
-        IdentityUnknownError: the system does not tell which run of a process this is.
+        IdentityUnknownError: the kernel does not report which run of a process this is.
     """
     platform = this_platform()
     with ExitStack() as undo:
@@ -152,11 +152,11 @@ def build_replay(config: SidecarConfig, replay: "Replay", environ: MutableMappin
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """What is opened first: where it listens, and the directories that it uses."""
+    """Hold what is opened first: the listeners of the sidecar and the directories that it uses."""
 
     listeners: Listeners
     directory: Path | None
-    """Of runtime files; ``None``: there is none, or none is wanted."""
+    """Directory of runtime files; ``None``: there is none, or none is wanted."""
     runs: RunDirectory | None
     token: str | None
 
@@ -168,7 +168,7 @@ def _open(
     *,
     published: bool = True,
 ) -> _Base:
-    """Open listeners and directories; see `build_service`. Without `environ` no supervisor is asked for listeners."""
+    """Open listeners and directories; see `build_service`. Without `environ`, take no listeners of a supervisor."""
     notes: list[str] = []
     directory = _runtime_directory(notes) if published else None
     inherited = None if environ is None else _inherited(config, environ)
@@ -285,7 +285,7 @@ def _companions(
     next_sampler: Callable[[], Sampler],
     undo: ExitStack,
 ) -> list[Companion]:
-    """Return what happens when the target ends: with a name the next one is watched, with a pid it is over."""
+    """Return what handles the end of the target: with a name it goes to the next process, with a pid it ends."""
     births = process.platform.births()
     poll = config.proc_root != SETTINGS["proc_root"].default  # its pids are not of this pid namespace
     if config.name is not None:
@@ -303,7 +303,7 @@ def _companions(
 
 
 def _responds(targets: Targets) -> Callable[[], Awaitable[None]]:
-    """Return what waits until the sampler of the default target has got through the calls before."""
+    """Return a function that waits until the sampler of the default target has done the calls before."""
 
     async def responds() -> None:
         if isinstance(targets.default, Sampler):

@@ -1,5 +1,5 @@
 """
-Every setting of a sidecar, declared once: default, range, unit, help and the option of `vitalsd serve`.
+Declare every setting of a sidecar once: default, range, unit, help and the option of `vitalsd serve`.
 
 The options of the commands, the defaults and checks of `start`, the command line of `spawn`, the options that an agent
 refuses and the table in docs/operations.md (`make reference`) are made from it. A new setting is a field here and its
@@ -19,22 +19,22 @@ from vitalsd.contract.application import Application
 __all__ = ["DEFAULTS", "DEFAULT_PORT", "SETTINGS", "TIMEOUT", "Auth", "Setting", "SidecarConfig", "serve_arguments"]
 
 DEFAULT_PORT = 9779
-"""TCP port; a sidecar to which none is given takes a free one if another process has it."""
+"""Default TCP port. If another process listens on it, a sidecar without an explicit port takes a free one."""
 COLLECTOR_URL = "http://127.0.0.1:4318"
-"""Where an OpenTelemetry Collector on this machine takes OTLP/HTTP."""
+"""Default URL of an OpenTelemetry Collector: 4318 is its port for OTLP/HTTP, on this machine."""
 Auth = Literal["none", "token"]
 LogFormat = Literal["text", "json"]
 SECONDS = {"seconds": 1, "minutes": 60}
-"""Units of an option that is a time."""
+"""Units of an option that is a time, with the seconds in each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting. `default`, `low`, `high` and all values are in seconds if it is a time."""
+    """Describe one setting. `default`, `low`, `high` and all values are in seconds if it is a time."""
 
     default: Any
     option: str = ""
-    """Of `vitalsd serve`: ``--name``; ``--name/--no-name`` for the two values of a flag; one word alone reverses it."""
+    """Option of `vitalsd serve`: ``--name``, for a flag ``--name/--no-name``; one word alone reverses the default."""
     help: str = ""
     default_text: str = ""
     """What a default of ``None`` means."""
@@ -67,7 +67,7 @@ class Setting:
 
     @property
     def scale(self) -> int:
-        """Return the seconds in one unit of the option; 1 if it is no time."""
+        """Return the seconds in one unit of the option; 1 if the setting is not a time."""
         return SECONDS.get(self.time, 1)
 
     @property
@@ -233,22 +233,24 @@ class SidecarConfig:
 
     @property
     def application(self) -> Application:
-        """Return what the client says it is."""
+        """Return the application that the client named."""
         return Application(self.app, self.app_version)
 
     @property
     def needs_token(self) -> bool:
-        """Return whether a token is asked for over TCP."""
+        """Return whether a client on TCP must send the token."""
         return self.auth == "token"
 
     @property
     def thread_series(self) -> int:
-        """Return how many threads a scraper is shown."""
+        """Return the number of threads that the answer to a scraper has."""
         return self.max_thread_metrics if self.thread_metrics else 0
 
 
 SETTINGS: dict[str, Setting] = {each.name: each.metadata["setting"] for each in fields(SidecarConfig)}
+"""Description of each field of `SidecarConfig`, in order."""
 DEFAULTS = SidecarConfig()
+"""The configuration without any option."""
 TIMEOUT = Setting(10.0, help="Time for the start as a whole.", time="seconds", low=0, high=3600)
 """`timeout_s` of `start` and `spawn`."""
 

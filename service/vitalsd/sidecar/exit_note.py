@@ -1,5 +1,5 @@
 """
-The note by which a client says that it exits by itself: one word on a pipe to its sidecar.
+Pass a note from a client to its sidecar that the client exits by itself: one word on a pipe.
 
 Linux before 6.15 shows the exit status of a process to its parent alone, so without the note each normal exit of a
 client would pass for a crash.
@@ -14,14 +14,12 @@ from contextlib import suppress
 __all__ = ["ExitNoteReader", "ExitNoteWriter", "died_of_exception"]
 
 EXIT_NOTE = b"exit"
+"""The word that the client writes; the sidecar accepts no other."""
 
 
 class ExitNoteReader:
     """
-    The sidecar's end of a pipe on which the client notes that it exits by itself.
-
-    Linux before 6.15 shows the exit status of a process to its parent alone, so without this note each normal exit of a
-    client would pass for a crash. A client that crashes writes nothing.
+    Read the note, at the sidecar's end of the pipe. A client that crashes writes nothing.
 
     Args:
         fd: ``None``: the client gives no notes.
@@ -47,10 +45,10 @@ class ExitNoteReader:
 
 class ExitNoteWriter:
     """
-    The client's end of that pipe: the note is written at the exit of the interpreter.
+    Write the note at the exit of the interpreter, at the client's end of the pipe.
 
     Args:
-        fd: it is kept open until `close`, or until this process ends.
+        fd: the pipe; it stays open until `close`, or until this process ends.
     """
 
     def __init__(self, fd: int) -> None:

@@ -1,5 +1,5 @@
 """
-A fork of the host: the threads of the sidecar rest meanwhile, and the child lets go of its copy.
+Pause the threads of the sidecar while its host forks, and release the sidecar's copy in the child.
 
 What SQLite, the allocator or an import has locked on another thread at the moment of a fork stays locked in the child.
 """
@@ -18,26 +18,26 @@ __all__ = ["ForkHooks", "Pausable", "PausableLoop", "pause_all"]
 IMPORTLIB = "<frozen importlib._bootstrap>"
 """File name of the frames of an import."""
 FORK_S = 0.5
-"""A fork waits so long for each thread that reads or writes; one that hangs does not hold it up for more."""
+"""A fork waits at most this long for each thread that reads or writes, s: one that hangs must not block the host."""
 IMPORT_S = 5.0
-"""A fork waits so long for a thread of the sidecar that imports: the lock of that import would stay in the child."""
+"""A fork waits at most this long for a thread of the sidecar that imports, s: the child would inherit the held lock."""
 
 
 class PausableLoop:
     """
-    The event loop of a sidecar, which rests while the host forks.
+    Pause the event loop of a sidecar while the host forks.
 
     Args:
-        loop: runs on another thread.
+        loop: the event loop, which runs on another thread.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._resting = threading.Lock()
-        """Held until `resume`. Not an Event, which has a lock of its own that could stay held in the child."""
+        """Held until `resume`. An Event would not do: its own lock could stay held in the child."""
 
     def pause(self, timeout_s: float) -> bool:
-        """Let the callback under way end and none begin until `resume`; False if it takes longer."""
+        """Let the callback under way end and none begin until `resume`; False after `timeout_s` seconds."""
         rests, resting = threading.Event(), threading.Lock()
         resting.acquire()
 
@@ -56,22 +56,23 @@ class PausableLoop:
         return False
 
     def resume(self) -> None:
-        """After a `pause` that was granted; in the child as well."""
+        """Let callbacks run again after a `pause` that returned True; in the child as well."""
         self._resting.release()
 
 
 Pausable = Worker | PausableLoop
-"""What uses SQLite, the kernel or an import on a thread of its own, and rests while the host forks."""
+"""What uses SQLite, the kernel or an import on a thread of its own, and can be paused while the host forks."""
 
 
 def pause_all(each: Iterable[Pausable]) -> list[Pausable]:
     """
-    Pause one after the other, and return those that rest now until their `resume`.
+    Pause one after the other, and return those that are paused now, until their `resume`.
 
-    One that takes longer than `FORK_S` is left out, or, while a thread of the sidecar imports, `IMPORT_S` in all.
+    One that takes longer than `FORK_S` is left out. While a thread of the sidecar imports, the limit is `IMPORT_S` for
+    all of them together.
 
     Args:
-        each: asked for the next one only once the one before rests, or does not.
+        each: what to pause; its next one is requested only after the one before has been paused or left out.
     """
     deadline = time.monotonic() + IMPORT_S
 
@@ -82,7 +83,7 @@ def pause_all(each: Iterable[Pausable]) -> list[Pausable]:
         return True
 
     paused = [pausable for pausable in each if rests(pausable)]
-    while _imports() and time.monotonic() < deadline:  # a thread of the client, which does not rest
+    while _imports() and time.monotonic() < deadline:  # a thread of the client, which is not paused
         time.sleep(0.001)
     return paused
 
@@ -102,11 +103,11 @@ def _imports() -> bool:
 
 class ForkHooks:
     """
-    What a process does at each fork from `install` on.
+    Run callbacks at each fork of this process, from `install` on.
 
     Args:
-        pause: called in the parent before a fork; what it returns is resumed after it, in parent and child.
-        in_child: called in the child then.
+        pause: called in the parent before a fork; what it returns is resumed after the fork, in parent and child.
+        in_child: called in the child after the fork.
     """
 
     def __init__(self, pause: Callable[[], list[Pausable]], in_child: Callable[[], None]) -> None:
@@ -123,7 +124,7 @@ class ForkHooks:
 
     def _before(self) -> None:
         forks: list[list[Pausable]] = self._forking.__dict__.setdefault("forks", [])
-        # A signal handler may fork in the middle of a fork: then all rests already.
+        # A signal handler may fork in the middle of a fork: then all threads are paused already.
         forks.append([] if any(forks) else self._pause())
 
     def _after(self) -> None:

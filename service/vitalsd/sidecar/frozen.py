@@ -28,12 +28,13 @@ __all__ = [
 ]
 
 FLAG = "--vitalsd-sidecar"
-"""The first argument of a frozen application that is to be vitalsd."""
+"""First argument by which a frozen application is run as vitalsd."""
 
 BOOTSTRAP = (
     "import json, os, sys; path = json.loads(os.environ.pop('VITALSD_SYS_PATH'));"
     " sys.path[:] = dict.fromkeys([*path, *sys.path]); from vitalsd.cli import main; main(prog_name='vitalsd')"
 )
+"""Program that runs vitalsd with the directories of VITALSD_SYS_PATH, which its children do not inherit."""
 
 LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FRAMEWORK_PATH")
 """Variables by which a frozen application finds its own libraries; another program must not load those."""
@@ -41,7 +42,7 @@ OF_THE_SERVICE = (
     *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
     *("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID"),
 )
-"""Variables by which systemd speaks with the client alone; a sidecar that answered would speak for the client."""
+"""Variables of systemd for the client alone; a sidecar that inherited them would send notifications in its name."""
 
 
 class NotRunnableError(RuntimeError):
@@ -114,8 +115,8 @@ def child_environment(environ: Mapping[str, str], *, own: bool) -> dict[str, str
     Return the environment for a sidecar.
 
     Args:
-        environ: of this process.
-        own: the sidecar is run by `own_command`; else by another program, which has libraries of its own.
+        environ: the environment of this process.
+        own: whether the sidecar is run by `own_command`; another program has libraries of its own.
     """
     child = {name: value for name, value in environ.items() if name not in OF_THE_SERVICE and name != "PYTHONINSPECT"}
     for name in ("VITALSD_RUNTIME_DIR", "VITALSD_STATE_DIR"):
@@ -132,7 +133,7 @@ def with_own_files(child: MutableMapping[str, str]) -> None:
     """
     Have a frozen application that is its own sidecar unpack its files once more.
 
-    A one-file application would share the directory that it has unpacked, which goes when it ends.
+    A one-file application would share its unpacked directory, which its launcher removes when the application ends.
 
     Args:
         child: environment of the sidecar.
@@ -143,7 +144,7 @@ def with_own_files(child: MutableMapping[str, str]) -> None:
 
 def restore_libraries(environ: MutableMapping[str, str]) -> None:
     """
-    Put back the library paths of before a frozen application was started, for a program that is another one.
+    Restore the library paths from before the start of the frozen application, for the run of another program.
 
     PyInstaller keeps them as NAME_ORIG, also in the environment of an interpreter that a frozen application started.
     """

@@ -1,4 +1,4 @@
-"""The sidecar inside its client: one thread with an event loop of its own."""
+"""Run the sidecar inside its client: one thread with an event loop of its own."""
 
 import asyncio
 import atexit
@@ -29,7 +29,7 @@ __all__ = ["Sidecar", "StartError", "start"]
 log = logging.getLogger("vitalsd")
 
 STOP_S = 2.0
-"""How long the exit of the host may be held up. A thread that does not end is left behind: it is a daemon."""
+"""The sidecar delays the exit of the host at most this long, s. A thread that has not ended then is a daemon."""
 
 
 class StartError(RuntimeError):
@@ -38,9 +38,10 @@ class StartError(RuntimeError):
 
 class Sidecar:
     """
-    A sidecar running in this process; made by `start`.
+    Control the sidecar that runs in this process; made by `start`.
 
-    A context manager that stops it. In a forked child it is closed, and the child may `start` its own.
+    As a context manager it stops the sidecar at the end. In a forked child it is closed, and the child may `start` its
+    own.
     """
 
     def __init__(self, parts: InProcess) -> None:
@@ -72,12 +73,12 @@ class Sidecar:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is other than was to be expected, such as a port that was taken, in sentences."""
+        """What differs from what was requested or expected, such as a port that was taken, in sentences."""
         return tuple(self._service.notes)
 
     @property
     def running(self) -> bool:
-        """Whether it answers, in this process."""
+        """Whether it answers requests; False in a forked child."""
         return os.getpid() == self._pid and self._thread.is_alive()
 
     def mark(self, label: str) -> bool:
@@ -102,7 +103,7 @@ class Sidecar:
         return True
 
     def stop(self) -> None:
-        """End it, within 2 s. A second call does nothing, and neither does one in a forked child."""
+        """End the sidecar within 2 s. A second call does nothing, nor does a call in a forked child."""
         atexit.unregister(self._exit)
         withdraw(self._own)
         if os.getpid() != self._pid:
@@ -114,15 +115,17 @@ class Sidecar:
         if self._thread.ident is not None:
             self._thread.join(STOP_S)
         self._service.close()
-        # FastAPI keeps the functions of thousands of routes, and with them all that ours know.
+        # FastAPI caches the functions of thousands of routes, and with ours all objects that they refer to.
         self._sampler.discard()
 
     def __enter__(self) -> "Sidecar":
+        """Return this sidecar, which runs already."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """End the sidecar, see `stop`."""
         self.stop()
 
     def _pause(self) -> list[Pausable]:
@@ -145,7 +148,7 @@ class Sidecar:
         self._sampler.recorder.forget()
 
     def _exit(self) -> None:
-        """End it with the interpreter: an exception that the program did not catch is a crash of it."""
+        """End the sidecar with the interpreter; an exception that the program did not catch is recorded as a crash."""
         if died_of_exception() and self.running:
             self._sampler.recorder.crashed("an exception that was not caught ended the program")
         self.stop()
@@ -190,9 +193,9 @@ class Sidecar:
 
 class _EventLoop(asyncio.SelectorEventLoop):
     """
-    An event loop that leaves nothing if it cannot be made, for want of descriptors.
+    Run callbacks on a selector, and clean up without a message if no descriptor was left to make the loop.
 
-    Python closes such a one when it is collected, and prints that it lacks an attribute.
+    Python closes a loop that is only partly made when it is collected, and prints that it lacks an attribute.
     """
 
     _made = False
@@ -212,7 +215,7 @@ class _EventLoop(asyncio.SelectorEventLoop):
 
 
 class _Process:
-    """What is one per process and not per caller: the sidecar that was started first."""
+    """Keep what is one per process and not per caller: the sidecar that was started first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -221,12 +224,12 @@ class _Process:
         self._fork_hooks = ForkHooks(self._pause, self._in_child)
 
     def start(self, make: Callable[[], Sidecar], timeout_s: float) -> Sidecar:
-        """Return the sidecar that runs, else what `make` makes, started; see `start` for what is raised."""
+        """Return the sidecar that runs, or start the one that `make` returns. Raise as `start` does."""
         with self._lock:
             if self._sidecar is None or not self._sidecar.running:
                 self._fork_hooks.install()
                 try:
-                    self._sidecar = make()  # before the start: a child that is forked meanwhile lets go of it
+                    self._sidecar = make()  # before the start: a child that is forked meanwhile releases it
                     self._sidecar._start(timeout_s)
                 except BaseException as error:
                     self._sidecar = None
@@ -270,11 +273,11 @@ def start(
     timeout_s: float = TIMEOUT.default,
 ) -> Sidecar:
     """
-    Serve this process's own metrics from a thread of it; return once requests are answered.
+    Serve the metrics of this process from one of its threads; return once requests are answered.
 
-    Started again while it runs, the first one is returned, whatever the arguments. No signal handler,
-    logging configuration, event loop policy or environment variable of the host is touched. It
-    ends with the process, or by `Sidecar.stop`.
+    While a sidecar runs, another call returns that sidecar, whatever the arguments. It changes no signal handler,
+    logging configuration, event loop policy or environment variable of the host. It ends with the process, or by
+    `Sidecar.stop`.
 
     Args:
         port: ``None`` is 9779, or a free one if that is taken; 0 is a free one.
@@ -285,16 +288,16 @@ def start(
         allow_remote: with a token, `host` may be an address that other machines reach.
         record_interval_s: time between two recorded snapshots; 0 records nothing.
         retention_s: how far back the recorder reaches.
-        black_box: keep the record on disk, to survive a crash.
+        black_box: whether the record is kept on disk too, where it survives a crash.
         app: application id, 1 to 64 of ``A-Z a-z 0-9 . _ -``: reports with this id find the runs of this program, from
             wherever and however it is started. Without it, the file of the main module decides.
         app_version: up to 64 printable characters.
-        timeout_s: for the start as a whole.
+        timeout_s: limit of the start as a whole.
 
     Raises:
-        ListenError: it cannot be listened there, or `port` is taken.
-        StartError: the system gives no more threads or descriptors, or does not tell what this process is.
-        TimeoutError: it was not ready in time.
+        ListenError: the sidecar cannot listen there, or `port` is taken.
+        StartError: the system gives no more threads or descriptors, or does not report which run of a process this is.
+        TimeoutError: the sidecar was not ready in time.
         ValueError: an argument is out of range.
     """
     TIMEOUT.check("timeout_s", timeout_s)

@@ -1,4 +1,4 @@
-"""What a sidecar does when its target ends: end with it, or go on with the next process of the same name."""
+"""Handle the end of the target: end the sidecar too, or continue with the next process of the same name."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,9 +17,9 @@ from vitalsd.worker_thread import NoThreadError
 __all__ = ["end_with", "follow"]
 
 RENAMED_S = 5.0
-"""Between two looks whether a target that executed another program has made way for another process."""
+"""Interval of the checks whether a target that executed another program has been replaced by another process, s."""
 SEARCH_S = 1.0
-"""Between two looks for a target that has not started yet."""
+"""Interval of the searches for a target that has not started yet, s."""
 
 
 def end_with(target: ProcessRun, targets: Targets, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
@@ -28,9 +28,9 @@ def end_with(target: ProcessRun, targets: Targets, kernel: Births, *, linger_s: 
 
     Args:
         target: the process.
-        targets: the default one measures it.
-        kernel: determines whether it lives.
-        linger_s: until then the last minutes of the target can still be asked for.
+        targets: the pool; its default target measures that process.
+        kernel: reports whether the process lives.
+        linger_s: clients can request the last minutes of the target for so long.
         poll: see `death_of`.
     """
 
@@ -38,7 +38,7 @@ def end_with(target: ProcessRun, targets: Targets, kernel: Births, *, linger_s: 
         await death_of(target.pid, target.start, kernel, poll=poll)
         with suppress(
             SourceError
-        ):  # TargetGoneError, which the recorder notes: a client that starts again asks for it now
+        ):  # TargetGoneError, which the recorder notes: a client that starts again requests it now
             await targets.default.confirm()
         await asyncio.sleep(linger_s)
         sidecar.stop()
@@ -57,14 +57,14 @@ def follow(
     """
     Keep the default target on the newest process of one name, through its restarts.
 
-    One that executes another program stays the target until there is another process of the name.
+    A process that executes another program stays the target until there is another process of the name.
 
     Args:
-        targets: the default one is a sampler from `next_run`.
-        next_run: a sampler that, when it opens, looks for the process, and raises as long as there
-            is none. Each one measures and records one run.
-        has_successor: whether what is measured is not called so any more, and `next_run` would open another process.
-        kernel: determines whether it lives.
+        targets: the pool; its default target is a sampler from `next_run`.
+        next_run: makes a sampler that looks for the process when it opens, and raises as long as there is none. Each
+            sampler measures and records one run.
+        has_successor: returns whether the measured process has lost the name and `next_run` would open another one.
+        kernel: reports whether a process lives.
         poll: see `death_of`.
     """
 
@@ -100,7 +100,7 @@ async def _made(next_run: Callable[[], Sampler]) -> Sampler:
 
 
 async def _replaced(target: PooledTarget, has_successor: Callable[[Identity], Awaitable[bool]]) -> None:
-    """Return once `target` has made way for another process."""
+    """Return once another process has the name of `target`."""
     while True:
         await asyncio.sleep(RENAMED_S)
         with suppress(SourceError):

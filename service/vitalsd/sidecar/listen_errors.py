@@ -1,15 +1,15 @@
-"""Why a sidecar cannot listen somewhere."""
+"""Define the errors of a sidecar that cannot listen on an address or a path."""
 
 __all__ = ["ListenError", "NoAddressError", "PortInUseError"]
 
 
 class ListenError(Exception):
-    """The sidecar cannot listen there; ``str(error)`` is the reason, one sentence."""
+    """Report that the sidecar cannot listen there; ``str(error)`` is the reason, one sentence."""
 
 
 class PortInUseError(ListenError):
-    """Another process listens on the port."""
+    """Report that another process listens on the port."""
 
 
 class NoAddressError(ListenError):
-    """The machine has no such address: IPv6 is off, for example."""
+    """Report that the machine has no such address: IPv6 is off, for example."""

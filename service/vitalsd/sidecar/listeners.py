@@ -1,8 +1,8 @@
 """
-The sockets a sidecar listens on: TCP, a Unix socket of its own, and those inherited from a supervisor.
+Open the sockets of a sidecar: TCP, a Unix socket of its own, and those inherited from a supervisor.
 
-Each is made here and not by the HTTP server, which would make the Unix socket writable by every user, take over a live
-one, and learn of a busy port only in its own thread.
+Each is made here and not by the HTTP server, which would make the Unix socket writable by every user, replace the
+socket of a live process, and notice a busy port only on its own thread.
 """
 
 import os
@@ -21,28 +21,30 @@ __all__ = ["Listeners", "adopt", "listen"]
 
 @dataclass(slots=True)
 class Listeners:
-    """The sockets of one sidecar."""
+    """Hold the sockets on which one sidecar listens."""
 
     tcp: list[socket.socket] = field(default_factory=list)
     unix: UnixListener | None = None
     others: list[socket.socket] = field(default_factory=list)
     """Unix sockets that a supervisor made, and removes."""
     notes: list[str] = field(default_factory=list)
-    """What is other than was to be expected, in sentences for the user."""
+    """What differs from what was requested or expected, in sentences for the user."""
 
     @property
     def sockets(self) -> list[socket.socket]:
+        """All sockets that listen."""
         return [*self.tcp, *self.others, *([self.unix.socket] if self.unix else [])]
 
     @property
     def socket_path(self) -> str | None:
+        """Path of the Unix socket, its own before one of a supervisor; ``None`` without any."""
         if self.unix is not None:
             return str(self.unix.path)
         return next((str(name) for each in self.others if (name := each.getsockname())), None)
 
     @property
     def address(self) -> tuple[str, int] | tuple[None, None]:
-        """Host and port over TCP, of IPv4 if it listens there; ``None`` for both without TCP."""
+        """Host and TCP port, those of IPv4 if it listens there; ``None`` for both without TCP."""
         first = min(self.tcp, key=lambda each: each.family != socket.AF_INET, default=None)
         return (None, None) if first is None else first.getsockname()[:2]
 
@@ -54,7 +56,7 @@ class Listeners:
             self.unix.close()
 
     def forget(self) -> None:
-        """Close them in a forked child, and leave the socket's file to the parent."""
+        """Close them in a forked child; the file of the Unix socket stays the parent's."""
         for each in (*self.tcp, *self.others):
             each.close()
         if self.unix is not None:
@@ -75,16 +77,16 @@ def listen(
     Open the listeners of a sidecar.
 
     Args:
-        host: TCP address; with 127.0.0.1 the same port of ::1 is held too, where it can be had.
+        host: TCP address; with 127.0.0.1 the same port of ::1 too, if it is free.
         port: ``None`` is 9779, or a free one if that is taken; 0 is a free one.
         tcp: whether to listen on TCP at all.
         uds: path of the Unix socket; ``None`` puts it into `directory`.
         directory: of the runtime files; ``None``: no Unix socket unless `uds` names one.
-        guarded: a token will be asked for.
-        allow_remote: another machine may connect; it needs `guarded` too.
+        guarded: whether clients on TCP must send a token.
+        allow_remote: whether other machines may connect; needs `guarded` too.
 
     Raises:
-        PortInUseError: the port that was asked for is taken.
+        PortInUseError: another process listens on `port`.
         ListenError: any other reason. Nothing is left open.
     """
     listeners = Listeners()

@@ -1,8 +1,8 @@
 """
-The marker in the environment of a sidecar that `spawn` started.
+Mark the environment of a sidecar that `spawn` starts, and read the mark in the new process.
 
-A sidecar knows by it that a client reads its standard error and its ready line. An application that is run again in
-place of a sidecar knows by it that it must start none.
+By the marker a sidecar knows that a client reads its standard error and its ready line. An application that is run
+again in place of a sidecar knows by it that it must start none.
 """
 
 import os
@@ -45,16 +45,16 @@ class _SecondGeneration:
     known = False
     """Whether the variable in the environment has been judged."""
     lock = Lock()
-    """It is held in a process that is the application once more, and in no other."""
+    """Held while the variable is judged, which happens only in a process that runs the application again."""
 
 
 def why_second_generation() -> str | None:
     """
     Return why this process may start no sidecar; ``None``: it may.
 
-    It may not if it was to be a sidecar, and is the application once more, as where `sys.executable` is the application
-    though nothing says that it is frozen. The first process, which waits for its sidecar, is given the reason. Each
-    later call returns it too, and so it is in processes that this one starts while the first one lives.
+    It may not if it was to be a sidecar and runs the application again, as where `sys.executable` is the application
+    without a sign that it is frozen. The first call also sends the reason to the first process, which waits for its
+    sidecar. Later calls return the reason too, as do calls in processes that this one starts while the first one lives.
     """
     if not _SecondGeneration.known and (marker := _marker()) is not None:
         with _SecondGeneration.lock:

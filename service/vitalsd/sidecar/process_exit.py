@@ -1,4 +1,4 @@
-"""Notice the death of a process that is not a child of ours: at once where the kernel reports it."""
+"""Detect the exit of a process that is not a child of ours: at once where the kernel reports it."""
 
 import asyncio
 import contextlib
@@ -12,22 +12,25 @@ from vitalsd.sources.process_identity import Births, IdentityUnknownError
 __all__ = ["death_of"]
 
 POLL_S = 1.0
+"""Interval at which the start time is read where the kernel reports no exit, s."""
 
 
 async def death_of(pid: int, start: int, kernel: Births, *, poll: bool = False) -> None:
     """
     Return once the run of `pid` that began at `start` has exited, reaped or not.
 
-    A pidfd (Linux) or kqueue (macOS) reports it within a millisecond; where neither can be had, the
-    start time is looked at once a second.
+    A pidfd (Linux) or kqueue (macOS) reports it within a millisecond. Where neither can be opened, the start time is
+    read once a second.
 
     Args:
-        start: `Identity.start_key`.
-        poll: do only that, because `pid` is not of our pid namespace.
+        pid: the process.
+        start: its `Identity.start_key`.
+        kernel: reads the start time of a process.
+        poll: whether only to poll, because `pid` is not of our pid namespace.
     """
     if not poll:
         with contextlib.suppress(OSError), _exit_descriptor(pid) as fd:
-            # Opened by number, so it may be another process by now: look after opening, not before.
+            # The descriptor is opened by pid, which may be that of another process now: check after opening.
             if _lives(pid, start, kernel):
                 await _readable(fd)
     while _lives(pid, start, kernel):

@@ -1,4 +1,4 @@
-"""The descriptor on which a sidecar reports once that it is ready, or why it is not."""
+"""Report once, on a descriptor, that the sidecar is ready, or why it is not."""
 
 import errno
 import fcntl
@@ -12,7 +12,7 @@ __all__ = ["ReadyFd"]
 
 class ReadyFd:
     """
-    The sidecar's end of the agreement: one line of JSON on a descriptor, which is then closed.
+    Write one line of JSON to a descriptor, and close it.
 
     ``{"pid": ..., "url": ..., "socket": ..., "runtime_file": ..., "notes": [...]}`` or ``{"error": "a sentence"}``; for
     `spawn` also the token.

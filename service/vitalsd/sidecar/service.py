@@ -1,5 +1,5 @@
 """
-One sidecar: its listeners, the server on them, and the runtime file by which clients find it.
+Serve one sidecar: its listeners, the server on them, and the runtime file by which clients find it.
 
 `vitalsd.sidecar.in_process` runs it on a thread of the host program, `serve` on the main thread of its own
 process, which `vitalsd.sidecar.spawn` starts.
@@ -34,30 +34,30 @@ __all__ = ["Companion", "NotStartedError", "Service", "serve"]
 log = logging.getLogger("vitalsd")
 
 GRACE_S = 1.0
-"""Windows under way at SIGTERM may finish for so long. With all the rest the end takes under 3 s."""
+"""Windows under way at SIGTERM may take this long to finish, s; the whole end then takes less than 3 s."""
 SAME_S = 0.3
-"""A signal so soon after another is the same one: some send it to the process and to its group, as timeout(1) does."""
+"""A second signal within this time counts as the first, s: timeout(1) signals the process and then its group."""
 LOOK_S = 60.0
-"""Between two looks whether the runtime file is still there: temporary files are cleaned up on many systems."""
+"""Interval of the checks that the runtime file is still there, s: many systems clean up temporary files."""
 
 
 class NotStartedError(RuntimeError):
-    """The web application failed at its start; the log has the reason."""
+    """Report that the web application failed at its start; the log has the reason."""
 
 
 class Service:
     """
-    An application being served on listeners, and its runtime file.
+    Serve an application on listeners, and keep its runtime file.
 
     Args:
         app: the application.
         listeners: open ones; they are closed at the end.
         directory: where the runtime file goes; ``None`` writes none.
-        target: what it watches, for the runtime file.
-        token: to be asked for over TCP; ``None`` for none.
+        target: the process that is watched, for the runtime file.
+        token: what clients on TCP must send; ``None``: nothing.
         grace_s: see `Server`.
         kernel: determines the run of this process, for the runtime file.
-        application: what the client says it is, for the runtime file.
+        application: the application that the client named, for the runtime file.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Service:
 
     async def run(self, ready: Callable[[], None], companions: Sequence["Companion"] = ()) -> None:
         """
-        Serve until `stop`, then remove every trace.
+        Serve until `stop`, then remove the sockets and the runtime file.
 
         Args:
             ready: called once requests are answered and the runtime file is there.
@@ -124,10 +124,10 @@ class Service:
 
         self._server = Server(self._app, token=self.endpoint.token, grace_s=self._grace_s, ready=serving)
         if self._stopping:
-            self._server.stop()  # what has been opened for it is closed on the way
+            self._server.stop()  # it then closes what has been opened for it
         try:
             await self._server.serve(sockets=self.listeners.sockets)
-        except SystemExit:  # uvicorn's way to say it
+        except SystemExit:  # by it uvicorn reports a failed start
             raise NotStartedError("the application did not start; the log says why") from None
         finally:
             for task in tasks:
@@ -146,7 +146,7 @@ class Service:
             self._server.stop()
 
     def retarget(self, target: ProcessRun | None) -> None:
-        """Tell clients that another run is being watched, or none for now."""
+        """Publish in the runtime file that another run is watched; ``None``: no process for now."""
         self.endpoint = replace(self.endpoint, target=target)
         if self.runtime_file is not None:
             self._publish()
@@ -158,7 +158,7 @@ class Service:
             self.listeners.close()
 
     def forget(self) -> None:
-        """In a forked child: let go of listeners and connections, which stay the parent's."""
+        """Close listeners and connections in a forked child; those of the parent stay open."""
         self.listeners.forget()
         if self._server is not None:
             self._server.forget()
@@ -235,14 +235,14 @@ async def _stay_findable(sidecar: Service) -> None:
 
 def serve(sidecar: Service, *, ready: Callable[[], None], companions: Sequence[Companion] = ()) -> None:
     """
-    Serve on this, the main thread, until a signal or a companion ends it.
+    Serve on the main thread until a signal or a companion ends it.
 
-    SIGTERM, SIGINT and SIGHUP end it cleanly; one of them again, later than `SAME_S`, ends it at once, by that
-    signal. SIGINT or SIGHUP that was ignored at the start (nohup, a shell's background job) stays ignored. SIGTERM
-    is taken in any case, and none of them stays blocked, as a parent may leave them that uses signalfd.
+    SIGTERM, SIGINT and SIGHUP end it cleanly; another signal more than `SAME_S` later ends it at once, by that signal.
+    SIGINT or SIGHUP that was ignored at the start (nohup, a shell's background job) stays ignored. SIGTERM is handled
+    in any case. None of them stays blocked, as a parent that uses signalfd may leave them.
 
-    The process is taken to be ours alone: whatever is there once it is ready, the garbage collector
-    leaves alone from then on. To walk all the modules takes it longer than many an answer.
+    The process must be ours alone: objects that exist when the sidecar is ready are exempt from garbage collection from
+    then on, because a walk through those of all modules takes longer than many answers.
     """
 
     def settled() -> None:
@@ -284,5 +284,5 @@ async def _serve(sidecar: Service, ready: Callable[[], None], companions: Sequen
         for number in taken:
             with suppress(ValueError):
                 loop.remove_signal_handler(number)
-            if stopping_s is not None:  # what is left is short, and the same signal once more would spoil it
+            if stopping_s is not None:  # the rest is short, and the same signal once more would interrupt it
                 signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """
-What a supervisor hands over: listeners from systemd or launchd, and systemd's notifications.
+Take what a supervisor hands over: listeners from systemd or launchd, and the socket of systemd's notifications.
 
-Run from a shell, none of it is there, and none of it is used.
+A sidecar that is run from a shell has none of these and uses none.
 """
 
 import asyncio
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LAUNCHD_SOCKETS", "Notifier", "activated", "inherited", "launchd_sockets", "systemd_sockets"]
 
-FIRST_FD = 3  # SD_LISTEN_FDS_START, sd-daemon.h
+FIRST_FD = 3
+"""Number of the first descriptor that systemd passes: SD_LISTEN_FDS_START, sd-daemon.h."""
 LAUNCHD_SOCKETS = ("http", "unix")
 """Keys of the Sockets dictionary in our property list."""
 
@@ -42,7 +43,7 @@ def activated(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     """
-    Return the listeners of sd_listen_fds(3), once: the variables are removed, so that no child believes them.
+    Return the listeners of sd_listen_fds(3), once: the variables are removed, so that no child takes them for its own.
 
     Raises:
         ListenError: one of them is not a listening stream socket.
@@ -75,7 +76,7 @@ def launchd_sockets(lib: Any) -> list[socket.socket]:
     Raises:
         ListenError: launchd refused, or one of them is not a listening stream socket.
     """
-    import ctypes  # here and not above: on Linux nothing else needs it
+    import ctypes  # imported here, because on Linux no other module needs it
 
     descriptors = ctypes.POINTER(ctypes.c_int)
     lib.launch_activate_socket.argtypes = (
@@ -107,8 +108,8 @@ def inherited(fd: int) -> socket.socket:
     """
     Return the listener that a supervisor passed as descriptor `fd`.
 
-    Not `socket.fromfd`, and with `proto` named: macOS cannot tell it from the descriptor, and asyncio
-    would leave Nagle's algorithm on.
+    `proto` is given, which `socket.fromfd` does not do: macOS does not report it for a descriptor, and without it
+    asyncio would leave Nagle's algorithm on.
 
     Raises:
         ListenError: it is not a listening stream socket, as far as the kernel reports that.
@@ -148,22 +149,22 @@ def _may_listen(stream: socket.socket) -> bool:
 
 class Notifier:
     """
-    sd_notify(3): report to systemd that the service is ready, and that it is alive.
+    Report to systemd, by sd_notify(3), that the service is ready, and that it is alive.
 
     Args:
-        environ: NOTIFY_SOCKET and WATCHDOG_USEC are taken out of it, so that no child believes them.
-        alive: returns once the sampler has got through the calls before this one.
+        environ: NOTIFY_SOCKET and WATCHDOG_USEC are removed from it, so that no child takes them for its own.
+        alive: returns once the sampler has done the calls before this one.
     """
 
     def __init__(self, environ: MutableMapping[str, str], alive: Callable[[], Awaitable[None]]) -> None:
         self._alive = alive
         self._address = environ.pop("NOTIFY_SOCKET", "")
         usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", str(os.getpid()))
-        # systemd restarts the service when it has heard nothing for so long; None: it does not listen.
+        # systemd restarts the service if it gets no message for so long; None: it has no watchdog.
         self._watchdog_s = int(usec) / 1e6 if usec.isdecimal() and _is_meant(pid) else None
 
     def send(self, message: str) -> None:
-        """Tell systemd `message`; without systemd, or if it does not take it, nothing happens."""
+        """Send `message` to systemd; without systemd, or if the message cannot be sent, do nothing."""
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
@@ -173,9 +174,9 @@ class Notifier:
 
     async def companion(self, _: "Service") -> None:
         """
-        Say that the service is ready, and go on feeding the watchdog, three times per period.
+        Report that the service is ready, then that it is alive, three times per period of the watchdog.
 
-        A kernel read that hangs stops it, although the event loop still answers.
+        A kernel read that hangs stops the reports, although the event loop still answers.
         """
         self.send("READY=1")
         while self._watchdog_s is not None:

@@ -1,7 +1,7 @@
 """
-The sidecar alongside its client: a process of its own that outlives a crash.
+Start the sidecar as a process of its own, which outlives a crash of its client.
 
-The client does not load the service for it.
+The client loads no module of the service for it.
 """
 
 import fcntl
@@ -40,6 +40,7 @@ from vitalsd.sources.programs import main_script
 __all__ = ["SpawnError", "spawn"]
 
 MAX_ANSWER_BYTES = 65536
+"""Limit of the ready line, and of the part of standard error that is searched for a reason, bytes."""
 
 
 class SpawnError(RuntimeError):
@@ -64,14 +65,13 @@ def spawn(
     """
     Start a sidecar for a process in a process of its own; return once it answers.
 
-    It has a session of its own, so neither the signals of a terminal nor those of the client's
-    process group reach it, its standard streams are /dev/null, and its working directory is ``/``. When the
-    target has exited it goes on for 30 s (``--linger`` in `options`), so that what led up to it can be fetched, and
-    then ends.
+    The sidecar has a session of its own, so neither the signals of a terminal nor those of the client's process group
+    reach it. Its standard streams are /dev/null, and its working directory is ``/``. It ends 30 s after the target
+    (``--linger`` in `options`), so that clients can fetch what was recorded before the exit.
 
     Args:
         pid: target; default: this process.
-        exit_with_target: end at once when the target does.
+        exit_with_target: whether the sidecar ends at once when the target does.
         port: ``None`` is 9779, or a free one if that is taken; 0 is a free one.
         tcp: whether to listen on TCP at all.
         uds: path of the Unix socket; default: in the runtime directory.
@@ -84,7 +84,7 @@ def spawn(
             `vitalsd.freeze_support`.
         env: its environment; default: that of this process, without the variables of a service manager, and for another
             `command` without the library paths of a frozen application.
-        timeout_s: to get ready.
+        timeout_s: limit of the time until it is ready.
 
     Raises:
         SpawnError: it did not get ready; no process is left behind.
@@ -119,7 +119,7 @@ def spawn(
         except OSError as error:
             raise SpawnError(f"cannot run {program[0]}: {error.strerror or error}") from None
         pipes.ready_writer.close()
-        import_module("vitalsd.discovery.http_connection")  # for `Spawned.mark`, while the sidecar starts
+        import_module("vitalsd.discovery.http_connection")  # `Spawned.mark` needs it; the sidecar starts meanwhile
         spawned = _ready(process, pipes, time.monotonic() + timeout_s, is_launcher=command is None and is_one_file())
         if own:
             spawned.watches_this_process(pipes.note_writer)
@@ -142,7 +142,7 @@ def _program(command: Sequence[str] | None, env: Mapping[str, str] | None) -> tu
 
 
 class _Pipes(NamedTuple):
-    """What connects a client with its sidecar."""
+    """Hold the pipes between a client and its sidecar."""
 
     ready_reader: IO[bytes]
     ready_writer: IO[bytes]
@@ -153,7 +153,7 @@ class _Pipes(NamedTuple):
 
 
 def _open_pipes(opened: ExitStack) -> _Pipes:
-    """Open them, to be closed by `opened`. Raise `OSError`."""
+    """Open the pipes, which `opened` closes. Raise `OSError`."""
     ready_reader, ready_writer = (opened.enter_context(end) for end in _pipe())
     note_reader, note_writer = (opened.enter_context(end) for end in _pipe())
     return _Pipes(ready_reader, ready_writer, note_reader, note_writer, opened.enter_context(_log_file()))
@@ -166,14 +166,14 @@ def _launch(
     Start the process of a sidecar.
 
     Args:
-        command: with the options that come first.
+        command: the program, with the options that come first.
         options: those that come last, and so take precedence.
-        pipes: to be inherited.
+        pipes: what the sidecar inherits.
         environ: the environment, without the marker.
-        notes_exit: this process is the target, and notes on the pipe that it exits by itself.
+        notes_exit: whether this process is the target, and notes on the pipe that it exits by itself.
 
     Raises:
-        OSError: the system starts none.
+        OSError: the system starts no process.
     """
     ready_fd, note_fd = pipes.ready_writer.fileno(), pipes.note_reader.fileno()
     descriptors = serve_arguments(ready_fd=ready_fd, exit_note_fd=note_fd if notes_exit else None)
@@ -217,10 +217,10 @@ def _ready(process: SidecarProcess, pipes: _Pipes, deadline: float, *, is_launch
     Wait until the sidecar answers. If it does not, no process is left behind.
 
     Args:
-        process: of the sidecar.
-        pipes: on which it reports.
-        deadline: on the monotonic clock.
-        is_launcher: `process` is the launcher of a one-file application, and the sidecar its child.
+        process: the process that was started.
+        pipes: those on which the sidecar reports.
+        deadline: on the monotonic clock, s.
+        is_launcher: whether `process` is the launcher of a one-file application, and the sidecar its child.
 
     Raises:
         SpawnError: it did not get ready.
@@ -228,7 +228,7 @@ def _ready(process: SidecarProcess, pipes: _Pipes, deadline: float, *, is_launch
     try:
         ready = _answer(process, pipes.ready_reader.fileno(), pipes.log, deadline)
         if not is_launcher:
-            ready["pid"] = process.pid  # what another command says may be of another pid namespace
+            ready["pid"] = process.pid  # the pid in the answer may be of another pid namespace
         return Spawned(process, ready)
     except BaseException:
         process.kill_all()
@@ -238,8 +238,8 @@ def _ready(process: SidecarProcess, pipes: _Pipes, deadline: float, *, is_launch
 
 def _answer(process: SidecarProcess, reader: int, log_file: IO[bytes], deadline: float) -> dict[str, Any]:
     """Return the line that the sidecar writes to its ready-fd."""
-    # Not poll(2), which eventlet removes from select, nor select(2), which knows no descriptor above 1023. The read
-    # of eventlet's os waits without an end.
+    # eventlet removes poll(2) from select, select(2) takes no descriptor above 1023, and eventlet's os.read has no
+    # time limit.
     os.set_blocking(reader, False)
     content, pause_s = b"", 0.001
     while not content.endswith(b"\n"):
@@ -286,7 +286,7 @@ def _last_line(log_file: IO[bytes]) -> str:
 
 
 def _one_line(text: str, *limit: int) -> str:
-    """See `vitalsd.text.one_line`, which is imported only for an error."""
+    """Call `vitalsd.text.one_line`, which is imported only for an error."""
     from vitalsd.text import one_line
 
     return one_line(text, *limit)

@@ -1,4 +1,4 @@
-"""A sidecar alongside its client, as the client sees it: where it is, a mark on it, its end."""
+"""Control a spawned sidecar from its client: find its address, put a mark on its record, end it."""
 
 import fcntl
 import json
@@ -24,16 +24,18 @@ __all__ = ["SidecarProcess", "Spawned"]
 log = logging.getLogger("vitalsd")
 
 MARK_S = 0.25
-"""For a mark to be recorded: the thread that sets it may be that of a user interface."""
+"""A mark may take this long to be recorded, s: the thread that sets it may be that of a user interface."""
 
 
 class SidecarProcess(subprocess.Popen[bytes]):
+    """Start a process that may outlive this object."""
+
     def __del__(self) -> None:
         """Suppress the ResourceWarning: a sidecar may outlive this object, and the next Popen reaps it."""
         super().__del__(_warn=lambda *_, **__: None)  # type: ignore[call-arg]
 
     def kill_all(self) -> None:
-        """Send SIGKILL to its process group: a one-file application is a launcher and the child that it waits for."""
+        """Send SIGKILL to its process group: a one-file application consists of a launcher and its child."""
         if self.poll() is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -41,23 +43,23 @@ class SidecarProcess(subprocess.Popen[bytes]):
 
 class Spawned:
     """
-    A sidecar running alongside; made by `spawn`.
+    Control a sidecar that runs as a process of its own; made by `spawn`.
 
-    It need not be kept. As a context manager it stops the sidecar at the end.
+    The sidecar runs on if this object is dropped. As a context manager it stops the sidecar at the end.
     """
 
     def __init__(self, process: SidecarProcess, ready: Mapping[str, Any]) -> None:
         self._process = process
         self.pid: int = ready["pid"]
-        """The sidecar's own process id; that of a one-file application is not that of its launcher."""
+        """Process id of the sidecar; for a one-file application not that of its launcher."""
         self.url: str | None = ready["url"]
         """Base URL over TCP; ``None`` without TCP."""
         self.socket: str | None = ready["socket"]
         """Path of the Unix socket; ``None`` if there is none."""
         self.runtime_file: Path | None = ready["runtime_file"] and Path(ready["runtime_file"])
-        """Where the token is, if there is one."""
+        """Path of the runtime file, which has the token if there is one; ``None`` if there is no file."""
         self.notes: tuple[str, ...] = ready["notes"]
-        """What is other than was to be expected, such as a port that was taken, in sentences."""
+        """What differs from what was requested or expected, such as a port that was taken, in sentences."""
         self._token: str | None = ready.get("token")
         self._owner = os.getpid()
         self._own_target = False
@@ -67,8 +69,8 @@ class Spawned:
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
-        if self._owner != os.getpid():  # In a forked child it is no child.
+        """Whether the process of the sidecar runs."""
+        if self._owner != os.getpid():  # To a forked child the sidecar is a sibling, which it cannot wait for.
             with suppress(PermissionError):
                 try:
                     os.kill(self.pid, 0)
@@ -123,7 +125,7 @@ class Spawned:
             else:
                 parts = urlsplit(self.url or "")
                 place = parts.hostname or "", parts.port or 0
-                # No proof is asked for: the process that has the port is a child of this one, and it runs.
+                # It needs no proof of the token: the process that has the port is a child of this one, and it runs.
                 if self._token is not None:
                     headers["Authorization"] = f"Bearer {self._token}"
             with Connection(place, time.monotonic() + MARK_S) as connection:
@@ -135,13 +137,13 @@ class Spawned:
 
     def stop(self, timeout_s: float = 5.0) -> int:
         """
-        End it by SIGTERM and, after `timeout_s`, by SIGKILL. A second call does nothing.
+        End the sidecar by SIGTERM and, after `timeout_s`, by SIGKILL. A second call does nothing.
 
         Returns:
-            Its exit status; negative: the signal.
+            Its exit status; if negative, the number of the signal that ended it.
         """
         if self.running:
-            # Of a one-file application not to the launcher, which may be removing the unpacked files already.
+            # For a one-file application to the child: its launcher may be removing the unpacked files already.
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
         try:
@@ -153,9 +155,11 @@ class Spawned:
             self._release()
 
     def __enter__(self) -> "Spawned":
+        """Return this object; its sidecar runs already."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """End the sidecar, see `stop`."""
         self.stop()

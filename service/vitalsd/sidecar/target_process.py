@@ -1,4 +1,4 @@
-"""The process that `vitalsd serve` watches, and how one is chosen by its name."""
+"""Find the process that `vitalsd serve` watches, by its pid or its name."""
 
 import logging
 import os
@@ -22,10 +22,10 @@ log = logging.getLogger("vitalsd")
 
 class TargetProcess:
     """
-    The process of `SidecarConfig.pid` or `SidecarConfig.name`; without either, this one.
+    Find and open the process of `SidecarConfig.pid` or `SidecarConfig.name`; without either, this one.
 
     Args:
-        config: says which one.
+        config: the settings, which have the pid or the name.
         platform: opens and lists processes.
     """
 
@@ -48,7 +48,7 @@ class TargetProcess:
             SourceError: it cannot be read, or with a name, processes cannot be listed.
         """
         if self._name is not None:
-            next(iter(self.platform.list_processes()), None)  # or it would wait without end for what cannot be listed
+            next(iter(self.platform.list_processes()), None)  # where this fails, the wait would never end
             return None
         with closing(self.open()) as source:
             found = source.identity()
@@ -58,7 +58,7 @@ class TargetProcess:
 
     def open(self) -> Source:
         """
-        Open it; with a name, the process that has it now.
+        Open the process; with a name, the one that has the name now.
 
         Raises:
             SourceError: there is none, or it cannot be read.
@@ -84,7 +84,7 @@ class TargetProcess:
 
         Args:
             now: the process that is watched.
-            finder: lists the processes, which may hang.
+            finder: the thread that lists the processes, because that may hang.
         """
         if self._name is None or now.name == self._opened_as:  # without a change of name no list is needed
             return False
@@ -96,7 +96,7 @@ class TargetProcess:
 
 
 class Taken(NamedTuple):
-    """A process chosen by its name."""
+    """Name the process that was chosen, and the reason."""
 
     pid: int
     called: frozenset[int]
@@ -108,7 +108,7 @@ def choose_process(name: str, platform: Platform) -> Taken:
     """
     Choose one of this user's processes by its name.
 
-    Of several it is the one from which the others descend; of several such, the newest. On macOS the case of letters
+    Of several, choose the one from which the others descend; of several such, the newest. On macOS the case of letters
     does not count, as in its file systems: a framework build of Python runs as ``Python``.
 
     Raises:
@@ -127,7 +127,7 @@ def choose_process(name: str, platform: Platform) -> Taken:
             " bytes), its program or its #! script; what runs as `python app.py` is called python"
         )
     eldest = [pid for pid in called if not _descends(pid, called, every)]
-    # All of them descend from another one if a pid was given to a new process while they were listed.
+    # They may all descend from each other if a pid was given to a new process while they were listed.
     pid = max(eldest or called, key=lambda pid: (every[pid].started_unix_ns, pid))
     why = "the others descend from it" if len(eldest) == 1 else "it descends from none of them and is the newest such"
     return Taken(pid, called, why)

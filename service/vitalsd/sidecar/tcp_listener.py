@@ -1,4 +1,4 @@
-"""TCP sockets that listen: on one address, or on 127.0.0.1 and ::1 with one port."""
+"""Open listening TCP sockets: on one address, or on 127.0.0.1 and ::1 with one port."""
 
 import errno
 import ipaddress
@@ -11,15 +11,20 @@ from vitalsd.sidecar.listen_errors import ListenError, NoAddressError, PortInUse
 __all__ = ["BACKLOG", "bind_port", "bind_tcp", "is_remote"]
 
 LOOPBACK, LOOPBACK_6 = "127.0.0.1", "::1"
+"""Loopback addresses of IPv4 and IPv6; ``localhost`` may mean either."""
 PAIR_TRIES = 8
-"""Free ports of 127.0.0.1 that are tried until one is free on ::1 too."""
+"""Number of free ports of 127.0.0.1 that are tried until one is free on ::1 too."""
 BACKLOG = 64
-"""Kept small: without free descriptors asyncio retries the whole backlog at once, a traceback each."""
+"""
+Connections that the kernel holds until they are accepted.
+
+It is small because asyncio, without free descriptors, tries to accept them all at once and logs a traceback for each.
+"""
 
 
 def is_remote(host: str) -> bool:
     """
-    Whether a listener on `host` could be reached from another machine.
+    Return whether another machine could reach a listener on `host`.
 
     Raises:
         ListenError: `host` is neither an address nor ``localhost``.
@@ -73,7 +78,7 @@ def bind_port(host: str, port: int | None, notes: list[str]) -> list[socket.sock
     Args:
         host: an IP address, or ``localhost``.
         port: ``None`` is 9779, or a free one if that is taken; 0 is a free one.
-        notes: what differs from what was asked for is added here.
+        notes: what differs from the request is added here.
 
     Raises:
         ListenError: see `bind_tcp`.
@@ -98,7 +103,7 @@ def _bind(host: str, port: int, notes: list[str]) -> list[socket.socket]:
     if _address(host) != _address(LOOPBACK):
         return [bind_tcp(host, port)]
     passed_over: list[socket.socket] = []
-    """Open until the end, so that the kernel gives another port at the next try."""
+    """Sockets that stay open until the end, so that the kernel gives another port at the next try."""
     try:
         for _ in range(PAIR_TRIES if port == 0 else 1):
             try:

@@ -1,4 +1,4 @@
-"""The Unix socket of a sidecar: a file of mode 0600 that it makes, and removes again."""
+"""Open the Unix socket of a sidecar: a file of mode 0600 that the sidecar makes, and removes again."""
 
 import os
 import socket
@@ -23,13 +23,13 @@ __all__ = ["UnixListener", "default_unix_listener"]
 
 class UnixListener:
     """
-    A listening Unix socket with mode 0600 that this process made, and removes again.
+    Listen on a Unix socket with mode 0600, which this process makes and removes again.
 
-    A socket left by a sidecar that died is replaced; that of a live one, or anything else at `path`,
-    is never touched. A missing directory is made private.
+    The socket of a sidecar that died is replaced. The socket of a live process, or any other file at `path`, stays as
+    it is. A missing directory is made with access for this user alone.
 
     Raises:
-        ListenError: it cannot be listened there.
+        ListenError: the sidecar cannot listen there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class UnixListener:
                 os.fchmod(self.socket.fileno(), 0o600)  # Linux: bind makes it with this mode; macOS refuses
             self.socket.bind(str(path))
             self._inode = os.lstat(path)
-            os.chmod(path, 0o600)  # before listen: nobody can have connected yet
+            os.chmod(path, 0o600)  # before listen: no client can have connected yet
             self.socket.listen(BACKLOG)
         except OSError as error:
             self.close()
@@ -61,7 +61,7 @@ class UnixListener:
             raise
 
     def _clear(self) -> None:
-        """Make way for the socket, if what is there is one of this user that no process has open."""
+        """Remove what is at the path, if it is a socket of this user that no process has open."""
         try:
             found = os.lstat(self.path)
         except FileNotFoundError:
@@ -85,16 +85,18 @@ class UnixListener:
         self._lock.release()
 
     def forget(self) -> None:
-        """Close it in a forked child, and leave everything to the parent."""
+        """Close the socket in a forked child; its file stays the parent's."""
         self.socket.close()
         self._lock.forget()
 
     def __enter__(self) -> "UnixListener":
+        """Return this listener, which is open already."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Stop listening, see `close`."""
         self.close()
 
 
@@ -111,13 +113,14 @@ def default_unix_listener(directory: Path, notes: list[str] | None) -> UnixListe
     """
     Open the Unix socket in `directory`, or else in another runtime directory of this user.
 
-    A home may be on a file system that makes no sockets (SMB, vboxsf, some FUSE), or have too long a path.
+    A home may be on a file system without sockets (SMB, vboxsf, some FUSE), or have too long a path.
 
     Args:
-        notes: the reason is added here if there can be none; ``None``: that is an error.
+        directory: the preferred directory of runtime files.
+        notes: if there can be no socket, the reason is added here and `None` is returned; ``None``: raise instead.
 
     Raises:
-        ListenError: there can be none, and there is no other listener.
+        ListenError: there can be no socket, and `notes` is ``None``.
     """
     reasons: list[str] = []
     for candidate in dict.fromkeys((directory, *runtime_directories())):
