@@ -1,4 +1,4 @@
-"""The background agent, under launchd or systemd."""
+"""Install the background agent under launchd or systemd."""
 
 from typing import Literal
 

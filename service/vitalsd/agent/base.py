@@ -1,7 +1,7 @@
 """
-The background agent: what is to be installed, and what the two supervisors have in common.
+Describe the background agent that is to be installed, and share what the two supervisors have in common.
 
-Both hold the sockets themselves and start the sidecar when a client connects.
+Both supervisors hold the sockets themselves and start the sidecar when a client connects.
 """
 
 import os
@@ -39,38 +39,38 @@ __all__ = [
 ]
 
 OVERRIDES = ("VITALSD_RUNTIME_DIR", "VITALSD_STATE_DIR")
-"""Variables that the agent must share with its clients."""
+"""Environment variables with which the agent must run if its clients do: both must use the same directories."""
 
 Run = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
 
 
 class AgentError(Exception):
-    """The agent could not be installed, removed or asked; ``str(error)`` says why in a sentence."""
+    """Report why the agent could not be installed, removed or queried; ``str(error)`` is the reason, a sentence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be installed, for which user and where."""
+    """Describe what is to be installed, for which user and where."""
 
     home: Path
     runtime: Path
     state: Path
     name: str | None = None
-    """Follow the newest process of this name; then it runs from the login on, to have recorded what was."""
+    """Name of the process to follow, the newest one. With it the agent runs from the login on, and so has a record."""
     port: int = DEFAULT_PORT
     options: Sequence[str] = ()
-    """More of `vitalsd serve`."""
+    """More options of `vitalsd serve`."""
     program: Sequence[str] = ()
     """How vitalsd is run; empty: see `own_command`."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Of the agent, besides what a login gives it."""
+    """Environment of the agent, besides that of a login."""
 
     def start(self) -> tuple[list[str], dict[str, str]]:
         """
-        Return the command with its arguments, and the environment besides what a login gives.
+        Return the command with its arguments, and the environment besides that of a login.
 
-        The command is absolute, because neither supervisor looks at PATH. A copy of vitalsd that was found by
-        PYTHONPATH is not found by what the supervisor runs, so the environment says where it is.
+        The command is an absolute path, because neither supervisor searches PATH. If this vitalsd was found by
+        PYTHONPATH, the environment has its directory, because the supervisor's process would not find it.
 
         Raises:
             AgentError: this program cannot be run as vitalsd.
@@ -91,23 +91,23 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the supervisor says of the agent."""
+    """Hold what the supervisor reports about the agent."""
 
     installed: bool
     loaded: bool
     pid: int | None
-    """``None``: it waits for a client to connect."""
+    """Process id of the agent; ``None``: it waits for a client to connect."""
 
 
 class Agent(Protocol):
-    """The agent under one supervisor."""
+    """Install, remove and query the agent under one supervisor."""
 
     def files(self) -> dict[Path, bytes]:
         """Return what `install` writes. Raise `AgentError`."""
         ...
 
     def install(self) -> None:
-        """Write the files and have them loaded; again, it brings a change into effect. Raise `AgentError`."""
+        """Write the files and load them; a second call brings a change into effect. Raise `AgentError`."""
         ...
 
     def uninstall(self) -> bool:
@@ -120,10 +120,11 @@ class Agent(Protocol):
 
 
 REMEDY = "run `/path/to/python -m vitalsd agent install` with a Python in which vitalsd is installed"
+"""The next step where this program cannot be the agent."""
 
 
 def _not_runnable() -> str:
-    """Return why `own_command` has none; its own words are for a program that calls `spawn`."""
+    """Return why this program cannot be the agent; the text of `NotRunnableError` is for callers of `spawn`."""
     if is_frozen():
         return (
             "this application is frozen, and to run its executable would start the application again: call"
@@ -137,7 +138,7 @@ def _executable(program: str) -> str:
     Return the absolute path of `program`.
 
     Raises:
-        AgentError: it cannot be run; the supervisor would say so in its log alone.
+        AgentError: it cannot be run; the supervisor would report that in its log alone.
     """
     path = os.path.abspath(program) if os.path.dirname(program) else shutil.which(program)
     if path is None or not (os.path.isfile(path) and os.access(path, os.X_OK)):
@@ -149,7 +150,7 @@ def _finds_vitalsd(python: str) -> bool:
     """
     Return whether `python` finds this vitalsd by itself, as in an editable installation or that of a user.
 
-    The agent outlives the shell that installs it, so as little as possible of that one's path goes into its files.
+    The agent outlives the shell that installs it, so its files hold as little as possible of the path of that shell.
     """
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     restore_libraries(environ)
@@ -164,7 +165,7 @@ def _finds_vitalsd(python: str) -> bool:
 
 @contextmanager
 def as_agent_errors() -> Iterator[None]:
-    """Raise `AgentError` for what the system refuses."""
+    """Raise `AgentError` in place of an `OSError`."""
     try:
         yield
     except OSError as error:
@@ -172,6 +173,12 @@ def as_agent_errors() -> Iterator[None]:
 
 
 def run_command(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    """
+    Run `command` for at most a minute, and return its output, whatever its exit status.
+
+    Raises:
+        AgentError: the command does not exist, or takes longer.
+    """
     environ = dict(os.environ)
     restore_libraries(environ)
     try:
@@ -183,6 +190,7 @@ def run_command(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
 
 
 def read_template(folder: str, name: str) -> bytes:
+    """Return the file `name` that vitalsd brings in `folder`. Raise `AgentError` if the installation lacks it."""
     here = Path(vitalsd.__file__).parent
     for root in (here, here.parent.parent):  # installed, or a checkout
         with suppress(FileNotFoundError):
@@ -198,7 +206,7 @@ def write_file(path: Path, content: bytes) -> bool:
                 return False
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        with draft(temporary, content, mode=0o644):  # launchd wants no group or world write
+        with draft(temporary, content, mode=0o644):  # launchd refuses a file that others may write
             os.rename(temporary, path)
     except OSError as error:
         raise AgentError(f"cannot write {path}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""The agent under launchd: a property list and launchctl(1)."""
+"""Install the agent under launchd, by a property list and launchctl(1)."""
 
 import os
 import plistlib
@@ -14,30 +14,35 @@ from vitalsd.discovery.directories import agent_socket
 __all__ = ["LABEL", "Launchd"]
 
 LABEL = "org.vitalsd.agent"
+"""Label of the job, and name of its property list."""
 
 
 class Launchd:
     """
-    A per-user launch agent (launchd.plist(5), launchctl(1)).
+    Install, remove and query a per-user launch agent (launchd.plist(5), launchctl(1)).
 
-    Some facts on which this rests: ``bootout`` returns before the job has ended, with 36 (EINPROGRESS) if the job takes
-    its time, and until it has ended ``bootstrap`` fails with 5; the same 5 means a bad property list. The text of
-    ``print`` is no interface, so only its status decides and its pid is a courtesy. ``gui/`` exists only once the
-    user has logged in at the screen. Of a set of changed sockets nothing is seen before a new bootstrap. A list without
-    ``LimitLoadToSessionType`` is for ``gui/`` alone, and one with ``Background`` for ``user/`` alone; the other
+    This depends on the following facts. ``bootout`` returns before the job has ended, with 36 (EINPROGRESS) if the job
+    takes long. Until it has ended, ``bootstrap`` fails with 5; the same 5 means an invalid property list. The text of
+    ``print`` is no stable interface, so only its exit status decides, and its pid is only shown. ``gui/`` exists only
+    once the user has logged in at the screen. A change of the sockets takes effect at the next bootstrap. A list
+    without ``LimitLoadToSessionType`` is for ``gui/`` alone, and one with ``Background`` for ``user/`` alone; the other
     domain refuses it with 134.
 
     Args:
         plan: what to install.
         run: runs launchctl.
-        sleep: between two tries.
-        uid: of the user.
+        sleep: waits between two tries, s.
+        uid: the user; default: the user of this process.
     """
 
     TRIES = 20
+    """Attempts of ``bootstrap``; after ``bootout``, twice as many checks, 20 s in all, that the agent has ended."""
     PAUSE_S = 0.5
+    """Pause between two attempts, s."""
     NOT_LOADED = (3, 113)
+    """Exit statuses of launchctl for an agent that is not loaded."""
     AGAIN = (5, 36, 37)
+    """Exit statuses of launchctl that may mean that the job has not ended yet."""
     SENTENCES: Mapping[int, str] = {
         3: "the agent is not loaded",
         5: "launchd cannot take it: the property list is invalid, or the agent before it has still not ended",
@@ -49,6 +54,7 @@ class Launchd:
         125: "this user has no session that launchd could run it in; log in at the screen, and not by SSH or sudo",
         134: "launchd does not run it in this kind of session; run `vitalsd agent uninstall`, then install it again",
     }
+    """Reason, for the user, by exit status of launchctl."""
 
     def __init__(
         self,
@@ -67,6 +73,7 @@ class Launchd:
 
     @as_agent_errors()
     def files(self) -> dict[Path, bytes]:
+        """Return the property list for a session at the screen. Raise `AgentError`."""
         return self._files(self._gui)
 
     def _files(self, domain: str) -> dict[Path, bytes]:
@@ -82,12 +89,13 @@ class Launchd:
         if plan.name is not None:
             job["KeepAlive"] = {"SuccessfulExit": False}  # implies RunAtLoad
         if domain == self._user:
-            # And not Aqua as well: with both, launchd would start two agents on one port.
+            # Not Aqua in addition: with both, launchd would start two agents on one port.
             job["LimitLoadToSessionType"] = "Background"
         return {self._path: plistlib.dumps(job)}
 
     @as_agent_errors()
     def install(self) -> None:
+        """Write the property list and load it; restart a loaded agent. Raise `AgentError`."""
         self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         domain = self._domain()
         service = f"{domain}/{LABEL}"
@@ -109,6 +117,7 @@ class Launchd:
 
     @as_agent_errors()
     def uninstall(self) -> bool:
+        """Unload the agent, remove its files; False if it was not installed. Raise `AgentError`."""
         service = self._loaded_service()
         if service is not None:
             self._bootout(service)
@@ -119,6 +128,7 @@ class Launchd:
 
     @as_agent_errors()
     def status(self) -> Status:
+        """Return what launchd reports about the agent. Raise `AgentError`."""
         service = self._loaded_service()
         if service is None:
             return Status(self._path.exists(), False, None)
@@ -131,14 +141,14 @@ class Launchd:
 
     @property
     def _user(self) -> str:
-        """The domain of a user without a session at the screen."""
+        """Domain of a user without a session at the screen."""
         return f"user/{self._uid}"
 
     def _domain(self) -> str:
         return self._gui if self._launchctl("print", self._gui).returncode == 0 else self._user
 
     def _loaded_service(self) -> str | None:
-        """Return the agent with its domain; it may have been installed over SSH, and be asked for at the screen."""
+        """Return the agent with its domain: it may have been installed over SSH, and be queried at the screen."""
         services = (f"{domain}/{LABEL}" for domain in (self._gui, self._user))
         return next(filter(self._loaded, services), None)
 

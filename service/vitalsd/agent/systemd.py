@@ -1,4 +1,4 @@
-"""The agent under systemd: a socket and a service of the user, and systemctl(1)."""
+"""Install the agent under systemd, by a socket and a service of the user and systemctl(1)."""
 
 import os
 from pathlib import Path
@@ -10,16 +10,17 @@ from vitalsd.sidecar.frozen import is_one_file
 __all__ = ["UNITS", "Systemd"]
 
 UNITS = ("vitalsd.socket", "vitalsd.service")
+"""Names of the socket unit and of the service unit that it starts."""
 
 
 class Systemd:
     """
-    A socket and a service of the user's own systemd (systemd.socket(5), systemd.service(5)).
+    Install, remove and query a socket and a service of the user's systemd (systemd.socket(5), systemd.service(5)).
 
     Args:
         plan: what to install.
         run: runs systemctl.
-        units: where the unit files go; default: that of the user.
+        units: directory of the unit files; default: that of the user.
     """
 
     def __init__(self, plan: Plan, *, run: Run = run_command, units: Path | None = None) -> None:
@@ -29,6 +30,7 @@ class Systemd:
 
     @as_agent_errors()
     def files(self) -> dict[Path, bytes]:
+        """Return the two unit files. Raise `AgentError`."""
         plan = self._plan
         command, environment = plan.start()
         values = {
@@ -46,7 +48,7 @@ class Systemd:
                 content = content.replace(mark, os.fsencode(value))
             if unit.endswith(".service"):
                 if is_one_file():
-                    # Its launcher is the main process and unpacks it, not to /tmp; the child of that says READY=1.
+                    # The launcher is the main process and does not unpack to /tmp; its child sends READY=1.
                     environment["TMPDIR"] = str(plan.state)
                     content = content.replace(b"Type=notify\n", b"Type=notify\nNotifyAccess=all\n")
                 lines = "".join(f"Environment={_quoted(f'{k}={v}')}\n" for k, v in environment.items())
@@ -56,10 +58,11 @@ class Systemd:
 
     @as_agent_errors()
     def install(self) -> None:
+        """Write the unit files and start the units; a second call restarts them. Raise `AgentError`."""
         self._systemctl("show", "--property=Version")  # before anything is written: there may be no systemd to read it
         changed = [write_file(path, content) for path, content in self.files().items()]
         self._systemctl("daemon-reload")
-        # An agent that follows a process by name records it, and so runs before a client connects.
+        # An agent that follows a process by name records it, so it runs before a client connects.
         units = UNITS if self._plan.name is not None else UNITS[:1]
         if any(changed):
             self._systemctl("stop", *UNITS)
@@ -69,6 +72,7 @@ class Systemd:
 
     @as_agent_errors()
     def uninstall(self) -> bool:
+        """Stop the units, remove their files; False if there were none. Raise `AgentError`."""
         paths = [self._units / unit for unit in UNITS]
         installed = [path for path in paths if path.exists()]
         if installed:
@@ -82,6 +86,7 @@ class Systemd:
 
     @as_agent_errors()
     def status(self) -> Status:
+        """Return what systemd reports about the agent. Raise `AgentError`."""
         shown = self._systemctl("show", "--property=ActiveState,MainPID", *UNITS)
         blocks = [
             dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in shown.split("\n\n")
