@@ -1,4 +1,4 @@
-"""The command line. A command is imported when it is asked for, and imports what it needs when it runs."""
+"""Run the command line. A command is imported when it is used, and imports what it needs when it runs."""
 
 import errno
 import os
@@ -29,11 +29,12 @@ COMMANDS = {
     "spool": "spool.spool",
     "top": "top.top",
 }
-"""Where each of them is, below this package."""
+"""Module and function of each command, below this package."""
 HIDDEN = {"burn": "doctor.burn"}
-"""Of the doctor alone: in a frozen application there is no ``python -m`` to run it with."""
+"""Commands that the doctor alone runs: in a frozen application there is no ``python -m`` to run them with."""
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""errno of a failed write to standard output; such an error names no file."""
 
 EPILOG = """\b
 Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted."""
@@ -54,7 +55,7 @@ class _Commands(Mapping[str, click.Command]):
 
 class _Program(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program; an error that is no error of click, such as a full disk, is one line as well."""
+        """Run the program; an error that click does not know, such as a full disk, is reported in one line too."""
         runs_as_vitalsd()
         for number in range(3):
             try:
@@ -78,12 +79,12 @@ class _Program(click.Group):
             sys.exit(1)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Parse the options that precede the command. Raises `click.UsageError`, with its text escaped and cut."""
+        """Parse the options that precede the command. Raise `click.UsageError`, with its text escaped and cut."""
         with _escaped():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Raises `click.ClickException`, with its text escaped and cut."""
+        """Run the command. Raise `click.ClickException`, with its text escaped and cut."""
         with _escaped():
             return super().invoke(ctx)
 

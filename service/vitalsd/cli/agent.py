@@ -1,4 +1,4 @@
-"""``vitalsd agent``: have launchd or systemd start a sidecar."""
+"""Run ``vitalsd agent``: have launchd or systemd start a sidecar."""
 
 import sys
 from pathlib import Path
@@ -37,7 +37,11 @@ def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":
 
 
 def _serve_options(context: click.Context, parameter: click.Parameter, options: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what follows ``--``, if `vitalsd serve` would take it: an error here is seen, one in a log may not be."""
+    """
+    Return what follows ``--``: options that `vitalsd serve` accepts.
+
+    They are checked here, because the user sees an error here, and may not see one in the log of the agent.
+    """
     from vitalsd.cli.serve import check, serve
 
     try:

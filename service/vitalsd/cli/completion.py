@@ -1,4 +1,4 @@
-"""``vitalsd completion``: what a shell needs to complete our commands and options."""
+"""Run ``vitalsd completion``: print what a shell needs to complete commands and options of vitalsd."""
 
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ def processes(context: click.Context, parameter: click.Parameter, incomplete: st
             if pid.startswith(incomplete)
         ]
     names = dict.fromkeys(name for entry in mine for name in sorted(entry.names))
-    # What would be several words to a shell, or a command, is left to be typed with care.
+    # A name that a shell would split or execute is not offered: the user has to quote it.
     return [CompletionItem(name) for name in names if name.startswith(incomplete) and _is_a_word(name)]
 
 

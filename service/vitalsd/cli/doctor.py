@@ -1,4 +1,4 @@
-"""``vitalsd doctor``: try out on this machine what vitalsd promises."""
+"""Run ``vitalsd doctor``: check on this machine what vitalsd promises."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["burn", "doctor"]
 
 STYLES = {"pass": "green", "fail": "bold red", "not here": "dim"}
+"""Style of each verdict on a terminal, in terms of rich."""
 
 
 @click.command()
@@ -61,7 +62,7 @@ def doctor(context: click.Context, as_json: bool, soak: float | None, tape: Path
 
 @contextmanager
 def _taped(platform: "Platform", tape: Path | None) -> "Iterator[Platform]":
-    """Yield `platform` with its calls on a new file `tape`, if one is wanted. Raises `CommandFailed`."""
+    """Yield `platform`; with `tape`, record its calls in that new file. Raise `CommandFailed`."""
     if tape is None:
         yield platform
         return
@@ -80,7 +81,7 @@ def _taped(platform: "Platform", tape: Path | None) -> "Iterator[Platform]":
 
 
 def _examine(platform: "Platform", as_json: bool, soak_s: float | None) -> bool:
-    """Examine, print, and say whether all is well."""
+    """Examine, print, and return whether no check has failed."""
     import json
     import signal
     import time
@@ -129,13 +130,13 @@ def burn(duties: tuple[int, ...]) -> None:
 
 
 def _end(number: int, frame: object) -> None:
-    """Of a signal: unwind, so that what was started is ended."""
+    """Handle a signal: raise, so that each context ends the process that it started."""
     raise SystemExit(128 + number)
 
 
 @contextmanager
 def _progress(*, quiet: bool) -> "Iterator[tuple[Progress, Callable[[Finding], None]]]":
-    """How to tell what is being done, and how to print a line."""
+    """Yield a function that shows the progress, and one that prints a finding."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.text import Text
@@ -143,7 +144,7 @@ def _progress(*, quiet: bool) -> "Iterator[tuple[Progress, Callable[[Finding], N
     from vitalsd.text import one_line
 
     out = Console(highlight=False, soft_wrap=True)
-    # Where the lines and the progress go to one terminal, one of them draws both.
+    # If findings and progress go to one terminal, one console has to draw both.
     console = out if out.is_terminal and not quiet else Console(stderr=True)
     columns = (
         SpinnerColumn(),

@@ -1,4 +1,4 @@
-"""``vitalsd endpoints``: list the running sidecars."""
+"""Run ``vitalsd endpoints``: list the running sidecars."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["endpoints"]
 
 HEALTH_S = 3.0
-"""For a sidecar to say how it is."""
+"""A sidecar has this long to answer ``GET /healthz``, s."""
 
 
 @click.command()
@@ -63,7 +63,7 @@ def endpoints(as_json: bool, check: bool) -> None:
 
 
 def _illness(endpoint: "Endpoint") -> str | None:
-    """Ask a sidecar for its health, and return what is wrong; ``None`` if nothing is."""
+    """Request the health of a sidecar; return what is wrong, ``None`` if nothing is."""
     import time
 
     from vitalsd.discovery.http_connection import ExchangeError

@@ -1,8 +1,7 @@
 """
-What a service says on stderr: a line when it is ready, and what goes wrong; as text or as JSON.
+Set up the log of a service on stderr, as text or as JSON: a line when it is ready, and what fails.
 
-For the commands that serve, whose process is ours. In the process of a client nothing of this is called: its
-logging is its own.
+Only the commands that serve call this, in a process of their own. The logging of a client stays as it is.
 """
 
 import json
@@ -17,7 +16,7 @@ __all__ = ["logging_as"]
 
 
 class _Text(logging.Formatter):
-    """``vitalsd: a sentence``, and after a bug its traceback."""
+    """Format a record as ``vitalsd: a sentence``, followed by the traceback of a bug."""
 
     def format(self, record: logging.LogRecord) -> str:
         from vitalsd.text import one_line
@@ -29,7 +28,7 @@ class _Text(logging.Formatter):
 
 
 class _Json(logging.Formatter):
-    """One object a line, in ASCII: what a stranger has named breaks neither the line nor a terminal."""
+    """Format a record as one object on one line, in ASCII: no name in it can break the line or control a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         from vitalsd.text import iso, shortened
@@ -48,14 +47,14 @@ class _Json(logging.Formatter):
 @contextmanager
 def logging_as(form: str) -> Iterator[logging.Logger]:
     """
-    Log to stderr for as long as the context lasts: our own news, everybody's warnings.
+    Log to stderr for as long as the context lasts: from INFO for vitalsd, from WARNING for other libraries.
 
-    With ``json`` whatever ends the command is a line of that too.
+    With ``json`` the error that ends the command is a line of JSON too.
 
     Args:
         form: ``text`` or ``json``.
     """
-    # Some supervisors start us without a stderr.
+    # Some supervisors start a process without a stderr.
     handler = logging.NullHandler() if sys.stderr is None else logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Text())
     log, root = logging.getLogger("vitalsd"), logging.getLogger()

@@ -1,4 +1,4 @@
-"""``vitalsd open``: the page of a running sidecar in a browser, its token brought along."""
+"""Run ``vitalsd open``: open the page of a running sidecar in a browser, with its token."""
 
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ REDIRECT = """<!doctype html>
 <title>vitalsd</title>
 <a href="{url}">To the page</a>
 """
+"""Content of the file that leads to the page: it sends no referrer, because the URL has the token."""
 
 
 @click.command("open")
@@ -40,8 +41,8 @@ def open_page(pid: int | None, no_browser: bool) -> None:
 
     served = [each for each in discover(pid) if each.url and (pid is None or (each.target and each.target.pid == pid))]
     if not served:
-        whom, how = ("", "") if pid is None else (f" of process {pid}", f" --pid {pid}")
-        raise CommandFailed(f"no sidecar{whom} listens on TCP; start one with: vitalsd serve{how}")
+        which, how = ("", "") if pid is None else (f" of process {pid}", f" --pid {pid}")
+        raise CommandFailed(f"no sidecar{which} listens on TCP; start one with: vitalsd serve{how}")
     try:
         address = _address(served[0], runtime_directory)
     except (OSError, EndpointError) as error:
@@ -58,7 +59,7 @@ def open_page(pid: int | None, no_browser: bool) -> None:
 
 
 def _address(endpoint: "Endpoint", directory: "Callable[[], Path]") -> str:
-    """Of the page, or of a file in `directory` that leads there with the token."""
+    """Return the URL of the page, or of a file in `directory` that leads to it with the token."""
     import os
     from tempfile import NamedTemporaryFile
 
@@ -66,7 +67,7 @@ def _address(endpoint: "Endpoint", directory: "Callable[[], Path]") -> str:
 
     if endpoint.token is None:
         return f"{endpoint.url}/"
-    path = directory() / PAGE_FILE  # one for all: the token that it held before was another sidecar's
+    path = directory() / PAGE_FILE  # one file for all sidecars: the token of another one is overwritten
     with NamedTemporaryFile("w", dir=path.parent, prefix=".open-", delete=False) as file:  # mode 0600
         file.write(REDIRECT.format(url=f"{endpoint.url}/#token={endpoint.token}"))
     os.replace(file.name, path)

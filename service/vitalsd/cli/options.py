@@ -1,4 +1,4 @@
-"""What the commands share: options, failures, tables, and where things are."""
+"""Share among the commands: options, errors, tables, and the location of directories and processes."""
 
 import sys
 from collections.abc import Callable
@@ -42,9 +42,10 @@ __all__ = [
 
 
 class Number(click.FloatRange):
-    """A finite number within a range."""
+    """Accept a finite number within a range."""
 
     def convert(self, value: "Any", param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number. Raise `click.BadParameter`: it is infinite, not a number, or out of range."""
         number = float(super().convert(value, param, ctx))
         if not isfinite(number):
             self.fail(f"{value} is not a number to count with.", param, ctx)
@@ -61,7 +62,7 @@ def _shown(bound: float) -> float:
 
 
 def not_empty(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    """Refuse an empty name of a process, which comes from a variable that was not set; a callback of click."""
+    """Refuse an empty name of a process, the value of a shell variable that is not set; a callback of click."""
     if value == "":
         raise click.BadParameter("it is empty")
     return value
@@ -97,7 +98,7 @@ def setting_option(name: str, **changes: "Any") -> Decorator:
     Return the option of a setting of the sidecar.
 
     Args:
-        name: of the setting.
+        name: the setting.
         changes: fields of `Setting` that differ for this command.
     """
     setting = replace(SETTINGS[name], **changes)
@@ -174,27 +175,28 @@ def application_of(app: str | None, app_version: str | None) -> "Application":
 
 
 def complain(text: str) -> None:
-    """Print one line on stderr; what others wrote is shown escaped and cut."""
+    """Print one line on stderr; text from other programs is escaped and cut."""
     from vitalsd.text import one_line
 
     click.echo(f"vitalsd: {one_line(text)}", err=True)
 
 
 class CommandFailed(click.ClickException):
-    """It cannot be done: one line, which the program escapes and cuts, and exit status 1."""
+    """Report that the command has failed: one line, which the program escapes and cuts, and exit status 1."""
 
     def show(self, file: "IO[Any] | None" = None) -> None:
+        """Print the line on stderr, whatever `file` is."""
         click.echo(f"vitalsd: {self.message}", err=True)
 
 
 class UsageRefused(CommandFailed):
-    """It was asked for what cannot be: one line and exit status 2."""
+    """Report that the request is impossible here: one line and exit status 2."""
 
     exit_code = 2
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """Print aligned columns; what others wrote is shown escaped and cut."""
+    """Print aligned columns; text from other programs is escaped and cut."""
     from vitalsd.text import one_line
 
     shown = [head, *(list(map(one_line, row)) for row in rows)]
@@ -204,6 +206,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def runs_path() -> Path:
+    """Return the directory of runs. Raise `CommandFailed`: this user has no state directory."""
     from vitalsd.discovery.directories import EndpointError, state_directory
 
     try:
@@ -221,12 +224,12 @@ def platform_of(context: click.Context, proc_root: str = "/proc") -> "Platform":
 
 def find_target(pid: int | None, name: str | None, platform: "Platform") -> int | None:
     """
-    Return the pid that ``--pid`` or ``--name`` means; which of several of that name it is goes to stderr.
+    Return the pid that ``--pid`` or ``--name`` means. If several processes have the name, print which one it is.
 
     On macOS the case of letters does not count, as in its file systems: a framework build of Python runs as ``Python``.
 
     Raises:
-        NoSuchProcessError: there is none.
+        NoSuchProcessError: no process of this user has the name.
     """
     if name is None:
         return pid
@@ -240,7 +243,7 @@ def find_target(pid: int | None, name: str | None, platform: "Platform") -> int 
 
 
 def raise_descriptor_limit() -> None:
-    """One descriptor per thread of the target is kept open, so take all that the system grants."""
+    """Raise the limit of descriptors to what the system allows: on Linux, one is open for each thread of the target."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

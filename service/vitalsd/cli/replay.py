@@ -1,4 +1,4 @@
-"""``vitalsd replay``: a recorded process over HTTP."""
+"""Run ``vitalsd replay``: serve a recorded process over HTTP."""
 
 import os
 from pathlib import Path

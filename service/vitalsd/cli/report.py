@@ -1,4 +1,4 @@
-"""``vitalsd report``: make a bug report, and hand it to the spool or to a file."""
+"""Run ``vitalsd report``: make a bug report, and give it to the spool or write it to a file."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["report"]
 
 SHOWN_RUNS = 10
+"""Number of runs or processes that a message lists; `vitalsd runs` lists all runs."""
 REPLAY_S = 5.0
-"""For the answer of a sidecar that replays a file."""
+"""A sidecar that replays a file has this long to answer, s."""
 MAX_REPORT_BYTES = 64 << 20
+"""Limit of a report from a sidecar that replays it, bytes: that of `vitalsd.recording.replay_file`."""
 
 
 @click.command()
@@ -117,11 +119,11 @@ def report(
 
 
 def _subject(app: str | None, pid: int | None, url: str | None, direct: bool) -> tuple[int | None, bool, bool]:
-    """Return the process to report, whether to measure it directly, and whether one runs at all."""
+    """Return the process to report, whether to measure it directly, and whether it runs."""
     if not (direct or pid is not None or url is not None):
         pid = _running_target(app)
         return pid, direct, pid is not None
-    # With --pid alone as `vitalsd sample --pid` does.
+    # With --pid alone the process is measured as by `vitalsd sample --pid`.
     return pid, direct or (pid is not None and url is None), True
 
 
@@ -235,7 +237,7 @@ def _say_what_is_missing(manifest: "dict[str, Any]") -> None:
 
 
 def _list_crashed_runs(app: str | None) -> None:
-    """Say which crashed runs are on disk that no report contains; with `app`, none of another application."""
+    """List the crashed runs on disk that no report contains; with `app`, only those of this application."""
     from vitalsd.recording.run_directory import RunDirectory
     from vitalsd.report.previous_run import is_alive
 
@@ -266,7 +268,7 @@ def _deliver(
     *,
     as_json: bool,
 ) -> bool:
-    """Write the report, or spool and send it; print what became of it, and return whether all of that worked."""
+    """Write the report, or spool and send it; print the result, and return whether all of that worked."""
     import json
 
     bundle = made.bundle()
@@ -298,7 +300,7 @@ def _deliver(
 
 
 def _keep(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tuple[Path | None, bool, list[str]]:
-    """Return the file, whether the spool has the report too, and what went wrong: one must not cost the other."""
+    """Return the file, whether the spool has the report too, and what failed: if one fails, try the other still."""
     from vitalsd_client.spool_store import SpoolError
 
     file, taken = None, False
@@ -327,7 +329,7 @@ def _keep(made: "BugReport", out: Path | None, outbox: "Spool | None") -> tuple[
 
 @contextmanager
 def _waiting(what: str, *, quiet: bool) -> "Iterator[None]":
-    """A spinner on a terminal, for what may take more than a second."""
+    """Show a spinner on a terminal, for what may take more than a second."""
     from rich.console import Console
 
     console = Console(stderr=True, quiet=quiet)

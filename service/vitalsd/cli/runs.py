@@ -1,4 +1,4 @@
-"""``vitalsd runs``: list the runs on disk."""
+"""Run ``vitalsd runs``: list the runs on disk."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""``vitalsd sample``: one answer, no server."""
+"""Run ``vitalsd sample``: print one answer, without a server."""
 
 from contextlib import closing
 

@@ -1,4 +1,4 @@
-"""``vitalsd serve``: a living process over HTTP."""
+"""Run ``vitalsd serve``: serve the metrics of a process over HTTP."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def check(context: click.Context) -> "SidecarConfig":
     Return the configuration of the options of `serve`.
 
     Raises:
-        click.UsageError: they do not make sense together.
+        click.UsageError: the options contradict each other.
         UsageRefused: what they need is not installed.
     """
     config = config_of(context)

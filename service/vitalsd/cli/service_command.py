@@ -1,4 +1,4 @@
-"""What ``vitalsd serve`` and ``vitalsd replay`` share: a quick start, errors before it, serving until a signal."""
+"""Share between ``vitalsd serve`` and ``vitalsd replay``: a quick start, errors before it, serving until a signal."""
 
 import gc
 import logging
@@ -28,7 +28,7 @@ P = ParamSpec("P")
 
 
 class Serving(click.Command):
-    """A command that serves: it reports wrong usage as its options say, although they could not all be read."""
+    """Report wrong usage of a command that serves as its options demand, although not all of them could be read."""
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
         """Parse the options. Raise `click.UsageError`, reported to ``--ready-fd`` and in ``--log-format``."""
@@ -54,7 +54,7 @@ class Serving(click.Command):
 
 
 def starts(command: Callable[P, None]) -> Callable[P, None]:
-    """Until it is ready, see `sidecar.serve`, a command runs without the collector: what is made until then is kept."""
+    """Switch the garbage collector off until the command is ready (`sidecar.serve`): all objects from then stay."""
 
     @wraps(command)
     def starting(*args: "P.args", **kwargs: "P.kwargs") -> None:
@@ -71,11 +71,11 @@ def import_service() -> None:
     """
     Import what serving needs, for a process of our own.
 
-    A sidecar takes no part in what the application beside it has pydantic's models do: plugins would be imported
-    before the first answer, and fail with it.
+    The plugins that the application has installed for pydantic are disabled: a sidecar would import them before the
+    first answer, and fail if one of them does.
 
-    FastAPI's models of an OpenAPI document, which take a twelfth of the start, are built when they are used: here they
-    never are. Only a process of our own may decide so for all models that are declared meanwhile.
+    FastAPI's models of an OpenAPI document, a twelfth of the start, are built only when they are used, and here they
+    never are. That applies to all models that are declared meanwhile, so only a process of our own may do it.
     """
     os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
     from pydantic import BaseModel
@@ -89,7 +89,7 @@ def import_service() -> None:
 
 @contextmanager
 def refusing() -> "Iterator[None]":
-    """Raise `UsageRefused` where settings and this machine do not go together."""
+    """Raise `UsageRefused` where this machine cannot do what the settings demand."""
     from vitalsd.sidecar.builder import BuildError
     from vitalsd.sidecar.listen_errors import ListenError, PortInUseError
 
@@ -114,12 +114,13 @@ def serve_until_signal(
     Serve until a signal or a companion ends it.
 
     Args:
-        service: what serves.
-        what: it shows, for the log.
-        page: that the log names.
+        service: the service.
+        what: what the service shows, for the log.
+        page: URL of the page, for the log.
         companions: see `Service.run`.
-        ready_fd: where it is reported.
-        spawned: `spawn` reads standard error until the sidecar is ready, and not after that; it gets the token.
+        ready_fd: reports that the service is ready.
+        spawned: whether `spawn` started this process: it gets the token, and reads standard error only until the
+            service is ready.
 
     Raises:
         CommandFailed: the application did not start.
@@ -146,7 +147,7 @@ def serve_until_signal(
 
 
 def _ready_line(service: "Service", *, with_token: bool) -> dict[str, Any]:
-    """Return what is reported. The token is for `spawn` alone: another program may print or store the line."""
+    """Return the fields of the ready line; the token is for `spawn` alone, as other programs may print the line."""
     from vitalsd.text import one_line
 
     endpoint = service.endpoint

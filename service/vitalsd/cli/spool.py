@@ -1,4 +1,4 @@
-"""``vitalsd spool``: list, send and drop the bug reports that wait for their upload."""
+"""Run ``vitalsd spool``: list, send and drop the bug reports that wait for their upload."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,6 +107,17 @@ def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
 
 
 def open_spool(url: str | None = None, ca_file: Path | None = None) -> "Spool":
+    """
+    Open the spool of this user.
+
+    Args:
+        url: where reports without a URL of their own go; ``None``: nowhere.
+        ca_file: PEM file with certificates of authorities to trust besides those of the system.
+
+    Raises:
+        click.UsageError: `url` is not accepted.
+        CommandFailed: the spool cannot be used.
+    """
     from vitalsd.discovery.directories import EndpointError, state_directory
     from vitalsd_client.spool import Spool
     from vitalsd_client.spool_store import SpoolError
@@ -120,7 +131,7 @@ def open_spool(url: str | None = None, ca_file: Path | None = None) -> "Spool":
 
 
 def _readdress(kept: "Spool", url: str, report_id: str | None) -> None:
-    """Send one report to `url`, wherever it was to go; of all that have another URL only say how."""
+    """Direct one report to `url`; without `report_id`, only print how to redirect those with another URL."""
     others = [entry for entry in kept.entries() if entry.state == "pending" and entry.url not in (None, url)]
     if report_id is None and others:
         complain(
@@ -128,11 +139,12 @@ def _readdress(kept: "Spool", url: str, report_id: str | None) -> None:
             "to change that, one at a time: vitalsd spool send REPORT_ID --url URL"
         )
     if report_id is not None and any(entry.report_id == report_id for entry in others):
-        # Only then: what its server asked for is not undone by naming that server again.
+        # Only for another URL: to name the same server again must not cancel the delay that this server demanded.
         kept.readdress(report_id)
 
 
 def utc_time(moment: float) -> str:
+    """Return a Unix time, in seconds, as ``2026-01-31 12:00:00Z``."""
     from datetime import UTC, datetime
 
     return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%SZ}"
@@ -185,7 +197,7 @@ def _result(outcome: "Outcome", quiet: bool) -> "dict[str, Any]":
 
 
 def _kept_back(left: "list[Entry]", tried: set[str], quiet: bool) -> "list[dict[str, Any]]":
-    """Return the JSON of the reports that were not tried, because the server asked for time; print their lines."""
+    """Return the JSON of the reports that were not tried because the server demanded a delay; print their lines."""
     import time
 
     results: list[dict[str, Any]] = []

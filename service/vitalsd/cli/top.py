@@ -1,4 +1,4 @@
-"""``vitalsd top``: look on, live."""
+"""Run ``vitalsd top``: show a process live."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ def _feed(platform: "Platform", pid: int | None, name: str | None, url: str | No
 
 
 def _end_by(number: int) -> None:
-    """End as any program ends by that signal, so that its sender sees that it worked; return for 0."""
+    """End by the signal `number`, so that the parent process sees it in the exit status; return if it is 0."""
     import os
     import signal
 
