@@ -1,1 +1,1 @@
-"""``vitalsd doctor``: what a sidecar promises, tried out on this machine, one line each."""
+"""Check for `vitalsd doctor`, on this machine, what a sidecar promises: one line for each check."""

@@ -1,4 +1,4 @@
-"""CPU time read back: of threads at a known duty, of their process, and the scale of the kernel's ticks."""
+"""Check the CPU time of threads at a known duty, that of their process, and the scale of the kernel's ticks."""
 
 import resource
 import time
@@ -15,20 +15,24 @@ from vitalsd.sources.platform import Platform
 __all__ = ["DUTIES", "another_process", "own_process"]
 
 DUTIES = (0, 5, 30, 100)
+"""Percent of a core at which the threads burn, one thread each."""
 WINDOW_S = 1.0
+"""Time between the two snapshots that are compared, s."""
 ALLOWANCE_PERCENT = 0.5
-"""Points of a core by which a reading may miss, over the error it states, what the thread's own clock allows."""
+"""Percent of a core by which a reading may miss the bounds of the thread's own clock, beyond the error it states."""
 TOTAL_ALLOWANCE = 0.02
-"""Part of the process's CPU time; getrusage of a process with running threads lags by up to a tick for each."""
+"""Part of the CPU time of the process by which its reading may miss the bounds, beyond the error and `LAG_NS`."""
 LAG_NS = 10_000_000
+"""A total of the process may lag by this much for each running thread, ns: a tick of Linux, as getrusage does."""
 WIDE_NS = 3_000_000
-"""A snapshot that took longer than this is taken again, a few times: the truth at it would be vague."""
+"""A snapshot that took longer than this is taken again, ns: the bounds of the true values would be too wide."""
 ATTEMPTS = 5
+"""Number of snapshots until one that took longer than `WIDE_NS` is accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """A snapshot, and when it was taken at the earliest and at the latest, by the monotonic clock, ns."""
+    """Hold a snapshot, and the earliest and latest monotonic time at which it may have been taken, ns."""
 
     snapshot: Snapshot
     earliest_ns: int
@@ -36,9 +40,9 @@ class _Reading:
 
 
 def own_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Finding]:
-    """Threads of this process, and its total against getrusage."""
+    """Compare the threads of this process with their own clocks, and its total with getrusage."""
     with BurnerThreads(DUTIES) as burner, closing(platform.open_source(None)) as source:
-        _read(source)  # the first one opens what the others keep open
+        _read(source)  # the first snapshot opens files that stay open for the others
         low = _usage_ns()
         first = _read(source)
         high = _usage_ns()
@@ -54,7 +58,7 @@ def own_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Find
 
 
 def another_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Finding]:
-    """The same of another process, whose total is judged by the clocks of all its threads."""
+    """Compare the threads of another process with their own clocks, and its total with the sum of these clocks."""
     with BurnerProcess(DUTIES) as burner, closing(platform.open_source(burner.pid)) as source:
         burner.note()
         _read(source)
@@ -85,7 +89,7 @@ def _usage_ns() -> int:
 
 
 def _spent(log: Log, first: _Reading, last: _Reading) -> tuple[int, int]:
-    """Bounds of what a thread burnt between two readings, ns."""
+    """Return the bounds of the CPU time that a thread used between two readings, ns."""
     a = bounds_ns(log, first.earliest_ns, first.latest_ns)
     b = bounds_ns(log, last.earliest_ns, last.latest_ns)
     return max(0, b[0] - a[1]), b[1] - a[0]
@@ -132,7 +136,7 @@ def _total(place: str, what: str, measured: Measurement, spent: tuple[int, int])
 
 
 def _ticks(place: str, what: str, measured: Measurement, spent: tuple[int, int]) -> Finding:
-    """User and system time come from the kernel's own ticks, on Linux of 10 ms, on macOS of 1 or 41.67 ns."""
+    """Compare user and system time with the bounds; the kernel counts ticks of 10 ms (Linux), 1 or 41.67 ns (macOS)."""
     check = f"ticks.{place}"
     a, b = measured.first.extras, measured.last.extras
     if a is None or b is None or None in (a.user_ns, a.system_ns, b.user_ns, b.system_ns):

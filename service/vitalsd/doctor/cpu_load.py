@@ -1,9 +1,9 @@
 """
-Threads that burn a known part of a core and keep a record of it by their own CPU clocks.
+Burn a known part of a core with threads that record their CPU time by their own CPU clocks.
 
-The record is the truth that readings are judged by, and not the part that was asked for: on a busy
-machine a thread gets what is left. A CPU clock never goes back, so the last entry before an instant
-and the first one after it are bounds of what the thread had burnt then, however it was scheduled.
+Readings are compared with this record and not with the requested part, which a thread does not get on a busy machine.
+A CPU clock never goes back, so the last entry before an instant and the first one after it are bounds of the CPU time
+that the thread had used then, however it was scheduled.
 
 `BurnerProcess` burns in a process of its own, ``vitalsd burn``: it obeys words on standard input, answers each with a
 line of JSON, and ends when standard input does.
@@ -37,39 +37,45 @@ __all__ = [
 ]
 
 PERIOD_S = 0.02
+"""Period in which a thread burns its percentage and then sleeps, s."""
 PIECE = bytes(1 << 20)
-"""Worked on without the interpreter's lock, so that threads burn side by side and hold up no other thread."""
+"""Input of crc32, which releases the interpreter's lock for it, so that the threads run in parallel."""
 LOG_EVERY_NS = 150_000
+"""Least time between two entries of the record while a thread burns, ns."""
 ANSWER_S = 15.0
+"""A thread or a process has this long to complete its record, s: on a busy machine it may not run at once."""
 
 Log = list[tuple[int, int, int]]
 """Entries of a thread: the monotonic clock before, its CPU time, the monotonic clock after; ns."""
 
 
 class Burner(Protocol):
-    """Threads at work, in this process or another."""
+    """Burn CPU time with threads, in this process or another."""
 
     @property
-    def pid(self) -> int: ...
+    def pid(self) -> int:
+        """Process id of the process with the threads."""
+        ...
+
     @property
     def tids(self) -> Mapping[str, int]:
         """Thread ids by name."""
         ...
 
     def logs(self) -> Mapping[str, Log]:
-        """What each thread burnt, from before its start to beyond now."""
+        """Return the record of each thread, by name, from its start to an entry later than this call."""
         ...
 
 
 def bounds_ns(log: Log, earliest_ns: int, latest_ns: int) -> tuple[int, int]:
-    """The least and the most CPU time that the thread can have had between two instants of the monotonic clock, ns."""
+    """Return the least CPU time, ns, that a thread had used at monotonic `earliest_ns`, and the most at `latest_ns`."""
     before = bisect_right(log, earliest_ns, key=lambda entry: entry[2]) - 1
     after = bisect_left(log, latest_ns, key=lambda entry: entry[0])
     return log[before][1] if before >= 0 else 0, log[min(after, len(log) - 1)][1]
 
 
 def name_this_thread(name: str) -> None:
-    """Give the calling thread a name that the kernel knows, of at most 15 bytes."""
+    """Give the calling thread a name in the kernel, of at most 15 bytes."""
     if sys.platform == "darwin":
         ctypes.PyDLL(None).pthread_setname_np(name.encode())
     else:
@@ -78,7 +84,7 @@ def name_this_thread(name: str) -> None:
 
 
 class _Duty(threading.Thread):
-    """One thread at `percent` of a core; at 0 it sleeps but to write its record."""
+    """Burn `percent` of a core; at 0, sleep except to write the record."""
 
     def __init__(self, percent: int) -> None:
         super().__init__(name=f"burn-{percent}", daemon=True)
@@ -130,7 +136,7 @@ class _Duty(threading.Thread):
 
 class BurnerThreads:
     """
-    Threads of this process, called ``burn-<percent>``, as a context manager.
+    Burn with threads of this process, named ``burn-<percent>``, for as long as the context lasts.
 
     Args:
         duties: percent of a core, one thread each.
@@ -142,6 +148,7 @@ class BurnerThreads:
         self.tids: dict[str, int] = {}
 
     def __enter__(self) -> "BurnerThreads":
+        """Start the threads; `tids` has all of them then."""
         for thread in self._threads:
             thread.start()
         for thread in self._threads:
@@ -151,11 +158,13 @@ class BurnerThreads:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """End the threads."""
         for thread in self._threads:
             if thread.is_alive():
                 thread.end()
 
     def logs(self) -> dict[str, Log]:
+        """Return the record of each thread. Raise `TimeoutError`: one did not run for `ANSWER_S`."""
         deadline = time.monotonic() + ANSWER_S
         for thread in self._threads:
             thread.note_down(deadline)
@@ -164,16 +173,16 @@ class BurnerThreads:
 
 class BurnerProcess:
     """
-    Such threads in a process of their own, which ends with the context, and with this process.
+    Burn with threads of a process of their own, which ends with the context, and with this process.
 
     Raises:
-        OSError: no process can be started, or it does not answer.
+        OSError: the process cannot be started, or does not answer.
         NotRunnableError: this program cannot be run as vitalsd.
     """
 
     def __init__(self, duties: Sequence[int]) -> None:
         self.begun_ns = time.monotonic_ns()
-        # Not `child_environment`: it ends before this process, whose files it can use in a one-file application.
+        # Not `child_environment`: it ends before this process and can use the unpacked files of a one-file application.
         environ = dict(os.environ)
         program = with_own_path(own_command(), environ)
         self._process = subprocess.Popen(
@@ -181,16 +190,17 @@ class BurnerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # Ctrl-C is for the doctor, who then ends it.
+            # Ctrl-C must reach the doctor alone, which then ends this process.
             start_new_session=True,
             env=environ,
         )
         self.started_ns = time.monotonic_ns()
-        """The process was born between `begun_ns` and this, by the monotonic clock."""
+        """Monotonic time at which the process had started, ns; at `begun_ns` it had not."""
         self.pid = self._process.pid
         self.tids: dict[str, int] = {}
 
     def __enter__(self) -> "BurnerProcess":
+        """Wait until the threads burn; `tids` has all of them then."""
         try:
             self.tids = self._answer()
         except BaseException:
@@ -199,19 +209,20 @@ class BurnerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """End the process by SIGKILL."""
         self._process.kill()
         self._process.communicate()
 
     def logs(self) -> dict[str, Log]:
-        """As `Burner.logs`, and the main thread's under ``main``."""
+        """Return the record of each thread, that of the main thread under ``main``."""
         return {name: [(a, b, c) for a, b, c in log] for name, log in self._ask("logs").items()}
 
     def note(self) -> None:
-        """Let its main thread, which else does nothing, write down what it used so far."""
+        """Make its main thread, which otherwise does nothing, add an entry to its record."""
         self._ask("note")
 
     def hold(self, size: int) -> None:
-        """Let it hold `size` bytes of touched memory more than it needs; 0: none."""
+        """Make it hold `size` bytes of touched memory more than it needs; 0: none."""
         self._ask(f"hold {size}")
 
     def _ask(self, order: str) -> Any:
@@ -228,7 +239,7 @@ class BurnerProcess:
 
 
 def touched(size: int) -> mmap.mmap:
-    """Anonymous memory of `size` bytes, a multiple of the page size, every page of it written to."""
+    """Return anonymous memory of `size` bytes, a multiple of the page size, with every page written to."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     for page in range(0, size, mmap.PAGESIZE):
         memory[page] = 1
@@ -251,7 +262,7 @@ def burn_for_doctor(duties: Sequence[int]) -> None:
             own.append((before, time.thread_time_ns(), time.monotonic_ns()))
             answer: Any = None
             match line.split():
-                case ["logs"]:  # "note" is just an entry of this thread
+                case ["logs"]:  # "note" needs no case: each order adds an entry for this thread
                     answer = {"main": own, **burner.logs()}
                 case ["hold", size]:
                     if held is not None:

@@ -1,4 +1,4 @@
-"""What vitalsd finds on this machine: the platform, what it may read, and where it may write."""
+"""Check what vitalsd finds on this machine: the platform, what it may read, and where it may write."""
 
 import os
 import platform as python_platform
@@ -17,11 +17,11 @@ from vitalsd.sources.platform import Platform
 __all__ = ["descriptors", "directories", "permission", "source"]
 
 DESCRIPTORS = 64
-"""Enough for a sidecar with a few clients; more threads in the target want more."""
+"""Descriptors for a sidecar with a few clients; on Linux each thread of the target needs one more."""
 
 
 def source(platform: Platform) -> Iterator[Finding]:
-    """The platform, and the kernel interface that is used."""
+    """Check that the platform is supported and its kernel interface answers."""
     here = f"{platform.name} {python_platform.machine()}, {python_platform.release()}, Python {sys.version.split()[0]}"
     try:
         with closing(platform.open_source(None)) as own:
@@ -39,7 +39,7 @@ def source(platform: Platform) -> Iterator[Finding]:
 
 
 def permission(platform: Platform) -> Iterator[Finding]:
-    """Whether a process of this user may be read, and how many others there are."""
+    """Check that another process of this user may be read, and count the processes."""
     try:
         with BurnerProcess(()) as other:
             with closing(platform.open_source(other.pid)) as opened:
@@ -62,7 +62,7 @@ def permission(platform: Platform) -> Iterator[Finding]:
 
 
 def descriptors(platform: Platform) -> Iterator[Finding]:
-    """Room for descriptors."""
+    """Check the limit of open descriptors."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
     yield judged(
@@ -76,7 +76,7 @@ def descriptors(platform: Platform) -> Iterator[Finding]:
 
 
 def directories(platform: Platform) -> Iterator[Finding]:
-    """Where sidecars are found, and where the black box and the spool are."""
+    """Check the directories of runtime files, and of the black box and the spool."""
     for check, what, find, variable in (
         ("directory.runtime", "directory of runtime files", runtime_directory, "VITALSD_RUNTIME_DIR"),
         ("directory.state", "directory of black box and spool", state_directory, "VITALSD_STATE_DIR"),

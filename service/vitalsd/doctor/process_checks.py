@@ -1,4 +1,4 @@
-"""What is read of a process besides CPU time: memory, age, threads; and what reading it leaves behind."""
+"""Check what is read of a process besides CPU time: memory, age and threads; and that reading it leaks nothing."""
 
 import os
 import threading
@@ -17,20 +17,25 @@ __all__ = ["age", "held", "leftovers", "memory", "threads"]
 
 MIB = 1 << 20
 ALLOCATED_BYTES = 32 * MIB
+"""Memory that a process allocates, touches and frees for the check, bytes."""
 STRAY_BYTES = 4 * MIB
-"""What a process may grow or shrink by besides, between two snapshots."""
+"""A process may grow or shrink by this much for other reasons between two snapshots, bytes."""
 CLOCK_ALLOWANCE_S = 0.05
+"""The age of a process may miss the bounds by this much, s: ticks of the kernel, and two clocks read in turn."""
 WORK_NS = 60_000_000
+"""CPU time that each thread burns between the two snapshots, ns."""
 EXIT_NS = 5_000_000
-"""CPU time of a thread before and after its own clock can be asked by it."""
+"""CPU time that a thread may use before it first reads its own clock and after it last does, ns."""
 SNAPSHOTS = 200
+"""Number of snapshots after which nothing may be left behind."""
 QUIET_S = 5.0
+"""The kernel has this long to remove threads that have ended, s."""
 ALLOWED = {"ports": 4, "references": 4}
-"""What the libraries of macOS may come to hold by themselves; a release forgotten in one snapshot of 50 is more."""
+"""Number that the libraries of macOS may acquire by themselves. A leak in one snapshot of 50 would exceed it."""
 
 
 def memory(platform: Platform) -> Iterator[Finding]:
-    """Resident memory against an allocation of known size that is touched and given back."""
+    """Compare resident memory with an allocation of known size that is touched and freed."""
     with closing(platform.open_source(None)) as source:
         before = source.snapshot().rss_bytes
         block = touched(ALLOCATED_BYTES)
@@ -58,7 +63,7 @@ def _memory(check: str, what: str, before: int, with_it: int, after: int) -> Fin
 
 
 def age(platform: Platform) -> Iterator[Finding]:
-    """The time since a process that was started just now, and its progress."""
+    """Compare the age of a process that was just started, and its growth, with the monotonic clock."""
     with BurnerProcess(()) as other, closing(platform.open_source(other.pid)) as source:
         first = source.snapshot()
         time.sleep(0.2)
@@ -86,14 +91,14 @@ def age(platform: Platform) -> Iterator[Finding]:
 
 
 class _Worker(threading.Thread):
-    """Burns a known CPU time on command, then waits for its end, or ends at once."""
+    """Burn a known CPU time on command, then wait for the order to end, or end at once."""
 
     def __init__(self, name: str, *, lives: bool) -> None:
         super().__init__(name=name, daemon=True)
         self._lives = lives
         self.named, self.go, self.done, self.leave = (threading.Event() for _ in range(4))
         self.waited_ns = self.cpu_ns = 0
-        """CPU time before it burnt, and in all, by its own clock."""
+        """CPU time before it burns, and in all, by its own clock, ns."""
 
     def run(self) -> None:
         name_this_thread(self.name)
@@ -109,7 +114,7 @@ class _Worker(threading.Thread):
 
 
 class _Cast(NamedTuple):
-    """Threads of this process around two snapshots."""
+    """Group threads of this process by the snapshots, of two, in which they live."""
 
     old: list[_Worker]
     """Alive in the first snapshot alone."""
@@ -160,7 +165,7 @@ def _snapshots_around(cast: _Cast, source: Source) -> tuple[Snapshot, Snapshot]:
         thread.join()
     last = source.snapshot()
     deadline = time.monotonic() + QUIET_S
-    # Python is done with a thread a little before the kernel is.
+    # `join` returns a little before the kernel has removed the thread.
     while {thread.native_id for thread in ending} & set(last.roster.tids) and time.monotonic() < deadline:
         time.sleep(0.005)
         last = source.snapshot()
@@ -226,7 +231,7 @@ def _books(cast: _Cast, measured: Measurement) -> Iterator[Finding]:
 
 
 def held(platform: Platform) -> dict[str, int]:
-    """What this process holds that a leak would be of: descriptors, threads and, on macOS, ports and references."""
+    """Count what this process may leak: descriptors, threads and, on macOS, ports and references."""
     return {
         "descriptors": len(os.listdir("/dev/fd")),
         "threads": threading.active_count(),
@@ -236,10 +241,11 @@ def held(platform: Platform) -> dict[str, int]:
 
 def leftovers(platform: Platform, quiet_s: float = QUIET_S) -> Iterator[Finding]:
     """
-    Snapshots of this and of another process, whose threads come and go: afterwards all is as before.
+    Check that snapshots of this and another process leave nothing behind, while threads are born and end here.
 
     Args:
-        quiet_s: until then the kernel has to have collected the dead threads.
+        platform: opens the processes.
+        quiet_s: the kernel has this long to remove threads that have ended, s.
     """
     before = held(platform)
     with (
@@ -255,7 +261,7 @@ def leftovers(platform: Platform, quiet_s: float = QUIET_S) -> Iterator[Finding]
             passing.join()
     deadline = time.monotonic() + quiet_s
     while _grown(before, after := held(platform)) and time.monotonic() < deadline:
-        time.sleep(0.05)  # the kernel collects dead threads late
+        time.sleep(0.05)  # the kernel removes threads some time after their end
         with closing(platform.open_source(None)) as source:
             source.snapshot()
     for kind in ("descriptors", "threads", "ports", "references"):

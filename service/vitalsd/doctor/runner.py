@@ -1,4 +1,4 @@
-"""All that a doctor looks at, in order, and what becomes of a check that cannot be made."""
+"""Run all checks of the doctor in order; a check that raises becomes a failed finding."""
 
 import os
 import re
@@ -31,11 +31,12 @@ from vitalsd.sources.platform import Platform
 __all__ = ["Progress", "examine"]
 
 Progress = Callable[[str, float | None], None]
-"""Told what is being looked at, and how much of that is done, if that is known."""
+"""Called with what is being checked, and the part of it that is done, from 0 to 1; ``None``: not known."""
 
 OURS = re.compile(r"doctor-([0-9]{1,10})", re.ASCII)
+"""Name of a directory that a doctor made, with its pid."""
 MARKER = ".made-by-vitalsd-doctor"
-"""File in such a directory: without it the directory is not removed."""
+"""Empty file in a directory that a doctor made: a directory without it is not removed."""
 
 
 def examine(
@@ -45,13 +46,14 @@ def examine(
     progress: Progress = lambda what, done: None,
 ) -> Generator[Finding, None, None]:
     """
-    Look at everything; about ten seconds, and the soak.
+    Yield the findings of all checks; they take about 10 s, plus the soak.
 
-    When the iterator is closed or has ended, nothing is left of it: no file, process or socket.
+    When the iterator is closed or has ended, no file, process or socket of it is left.
 
     Args:
-        platform: whose sources are examined.
-        soak_s: also soak for so long.
+        platform: the platform; its sources are examined.
+        progress: called as `Progress` describes.
+        soak_s: duration of the soak, s; ``None``: no soak.
     """
     checks: list[tuple[str, Callable[[Platform], Iterator[Finding]]]] = [
         ("the platform", machine.source),
@@ -74,7 +76,7 @@ def examine(
             progress(what, None)
             try:
                 yield from check(platform)
-            except Exception as error:  # noqa: BLE001 - what a check did not reckon with is a finding, and the rest goes on
+            except Exception as error:  # noqa: BLE001 - an unexpected error is a finding, and the other checks follow
                 yield _broken(what, error)
 
 
@@ -91,7 +93,7 @@ def _broken(what: str, error: Exception) -> Finding:
 
 @contextmanager
 def _unmade() -> Iterator[None]:
-    """Take away the empty directories that were not there before."""
+    """Remove, at the end, the empty directories that did not exist before."""
     wanted = list(runtime_directories())
     with suppress(EndpointError):
         wanted.append(state_path())
@@ -107,9 +109,10 @@ def _unmade() -> Iterator[None]:
 @contextmanager
 def _places() -> Iterator[tuple[Path, Path] | None]:
     """
-    Directories for a sidecar's runtime files and state, on the file systems where those of others go.
+    Yield two directories for the runtime files and the state of a sidecar, on the file systems of the real ones.
 
-    Apart from those, so that no bug report takes the doctor's sidecar, or its crash, for a real one.
+    They are apart from the real ones, so that no bug report contains the doctor's sidecar or its crash. ``None``: they
+    cannot be made.
     """
     made: list[Path] = []
     try:
@@ -126,7 +129,7 @@ def _places() -> Iterator[tuple[Path, Path] | None]:
 
 
 def _place(parent: Path) -> Path:
-    """A directory of ours in `parent`; those of doctors that were killed go."""
+    """Make a directory in `parent`, and remove those of doctors that were killed."""
     for path in parent.iterdir():
         if (found := OURS.fullmatch(path.name)) and not _lives(int(found[1])) and _is_ours(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -138,7 +141,7 @@ def _place(parent: Path) -> Path:
 
 
 def _is_ours(place: Path) -> bool:
-    """Whether a doctor made the directory."""
+    """Return whether a doctor of this user made the directory."""
     try:
         found = place.lstat(), (place / MARKER).lstat()
     except OSError:

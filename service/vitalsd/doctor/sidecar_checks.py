@@ -1,4 +1,4 @@
-"""A real sidecar beside a real process: asked, found, looked at, killed, started again, ended."""
+"""Check a real sidecar of a real process: its answers, runtime file, cost, black box and end."""
 
 import math
 import os
@@ -27,25 +27,33 @@ from vitalsd.sources.platform import Platform
 __all__ = ["sidecar"]
 
 WINDOW_MS = 200
+"""Length of the windows that are requested, ms."""
 SHARED_MS = 190
-"""The least that such a window lasts: it may begin with a snapshot that another one took just before."""
+"""Least length of such a window, ms: it may begin with a snapshot from just before the request, see `REUSE_PART`."""
 COST_S = 2.5
+"""Time over which the cost of the sidecar is measured, s."""
 CPU_PERCENT = 1.0
+"""Limit of the CPU time of a sidecar that only records, percent of a core."""
 RSS_MIB = 96
+"""Limit of the resident memory of a sidecar, MiB."""
 WAKEUPS_PER_S = 20
+"""Limit of the wakeups of all threads of a sidecar together, per second."""
 LATE_MS = 900
-"""A window of a second that is waited for takes longer; one that is recorded takes as long as the machine is busy."""
+"""Limit of the time for a recorded window of a second, ms: one that is measured takes more than a second."""
 END_S = 3.0
+"""Limit of the time from SIGTERM to the exit, s."""
 START_S = 30.0
+"""Limit of the time to start a sidecar, and of the time for an answer, s."""
 
 
 def sidecar(platform: Platform, places: tuple[Path, Path] | None) -> Iterator[Finding]:
     """
-    Everything about one sidecar whose target burns.
+    Check one sidecar, with a target that burns CPU time.
 
     Args:
-        places: private directories for its runtime files and its state, in which no other sidecar has any; ``None``:
-            there is no place for them.
+        platform: the platform; it runs the sidecar.
+        places: private directories for its runtime files and its state, with those of no other sidecar; ``None``: they
+            could not be made.
     """
     if places is None:
         yield not_here("service", "sidecar", "no place for its files: see the directories above")
@@ -144,7 +152,7 @@ def _modes(service: Spawned) -> Finding:
 
 def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
     """Judge the cost of the sidecar at its default of one snapshot a second, without requests."""
-    time.sleep(0.5)  # what the last answer left to be done
+    time.sleep(0.5)  # until the sidecar has done the rest of the work for the last answer
     with closing(platform.open_source(service.pid)) as source:
         first, woken = source.snapshot(extras=True), _wakeups(platform, source.snapshot(extras=True), service.pid)
         time.sleep(COST_S)
@@ -185,7 +193,7 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
 
 
 def _wakeups(platform: Platform, snapshot: Snapshot, pid: int) -> int | None:
-    """How often its threads were woken so far: on Linux how often one of them began to wait."""
+    """Return how often its threads were woken so far; on Linux, how often one of them began to wait."""
     extras = snapshot.extras
     if extras is not None and extras.interrupt_wakeups is not None:
         return extras.interrupt_wakeups + (extras.idle_wakeups or 0)
@@ -201,7 +209,11 @@ def _wakeups(platform: Platform, snapshot: Snapshot, pid: int) -> int | None:
 
 
 def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
-    """By now it has been recording for longer than the window. The quickest of three answers counts."""
+    """
+    Check that the record answers for the second that just ended. The quickest of three answers counts.
+
+    The sidecar must have recorded for longer than the window.
+    """
     took_ms = math.inf
     for _ in range(3):
         begun = time.monotonic()
@@ -240,9 +252,11 @@ def _black_box(path: Path, burner: BurnerProcess) -> Finding:
 
 def _end(service: Spawned, run: Path, present: frozenset[str]) -> Finding:
     """
-    Started in the place of the killed one, whose files it clears away, and ended by SIGTERM.
+    Check that a sidecar ends by SIGTERM and leaves no file, not even of the killed one that it replaced.
 
     Args:
+        service: the sidecar.
+        run: its directory of runtime files.
         present: names in `run` before the first sidecar.
     """
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Snapshots as fast as they come while threads are born and die, and what that slowly costs."""
+"""Take snapshots as fast as possible while threads are born and end, and check that nothing grows."""
 
 import math
 import threading
@@ -15,32 +15,32 @@ from vitalsd.sources.platform import Platform
 __all__ = ["Slope", "slope", "soak"]
 
 BATCH = 50
+"""Snapshots between two counts."""
 CHURNED = 4
-"""Threads that live at once while others are counted: by so many a count may differ that nothing was left behind."""
+"""Short-lived threads that run at once. A count may differ by so many although nothing leaks."""
 SEGMENTS = 20
+"""Parts of the soak, after the warm-up, that give one point each for the slope."""
 STUDENT = 2.101
-"""Of 18 degrees of freedom, which 20 points leave to a line: 95 % of slopes are within so many standard errors."""
+"""Standard errors on each side of a slope that hold 95 %: Student's t for 18 degrees of freedom, 20 points."""
 WARM_UP = 0.2
-"""Part of the time after which caches and the allocator's arenas are as large as they get."""
+"""Part of the soak after which caches and the arenas of the allocator have reached their full size."""
 RSS_BYTES = 1 << 20
+"""Growth of resident memory over the soak that is allowed in any case, bytes: allocators fragment."""
 RSS_BYTES_PER_SNAPSHOT = 1
-"""
-Certain growth of memory that is put up with, of everything else none: allocators fragment. The smallest
-object has 16 bytes, so one that is lost in every 16th snapshot shows.
-"""
+"""More growth that is allowed, bytes per snapshot: the smallest object, of 16 bytes, lost in every 16th."""
 
 
 class Slope(NamedTuple):
-    """How fast something grows, per unit of x."""
+    """Hold how fast a quantity grows, per unit of x."""
 
     per_unit: float
     margin: float
-    """Half of its 95 % interval."""
+    """Half of the 95 % interval of `per_unit`."""
 
 
 def slope(points: Sequence[tuple[float, float]]) -> Slope:
     """
-    The straight line of least squares through `SEGMENTS` points.
+    Return the slope of the line of least squares through `SEGMENTS` points.
 
     Raises:
         ValueError: there are more or fewer.
@@ -57,13 +57,15 @@ def slope(points: Sequence[tuple[float, float]]) -> Slope:
 
 def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) -> Iterator[Finding]:
     """
-    Watch what is held while this and another process are read for `seconds`.
+    Check what this process holds while it reads itself and another process for `seconds`.
 
     Args:
-        progress: called with the part that is done.
+        platform: opens the processes.
+        seconds: duration, s.
+        progress: called with the part that is done, from 0 to 1.
     """
-    # The lowest of each segment: what comes and goes, as threads do, leaves the floor alone, and a leak lifts
-    # it. And the record of a soak stays as small as it began.
+    # The lowest count of each segment: a leak raises it, and what comes and goes, as threads do, does not. It also
+    # bounds the memory of the soak itself.
     floors: dict[str, dict[int, tuple[float, float]]] = {}
     taken = segment = 0
     begun = time.monotonic()
@@ -86,7 +88,7 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
                 floor = floors.setdefault(kind, {})
                 if segment not in floor or value < floor[segment][1]:
                     floor[segment] = taken, value
-            # One by one, however late: no segment stays empty.
+            # At most one segment further, however late it is: no segment stays empty.
             segment += done >= WARM_UP + (1 - WARM_UP) * (segment + 1) / SEGMENTS
     for kind in ("descriptors", "threads", "ports", "references", "rss"):
         check, what = f"soak.{kind}", f"{'resident memory' if kind == 'rss' else kind} over {taken} snapshots"
@@ -114,7 +116,7 @@ def _judged(check: str, what: str, kind: str, points: Sequence[tuple[float, floa
 
 @contextmanager
 def _churn() -> Iterator[list[int]]:
-    """Threads are born and die all the time; how many, in the list."""
+    """Start and end threads all the time; yield a list with their number so far."""
     over = threading.Event()
     born = [0]
 
