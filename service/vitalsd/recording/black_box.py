@@ -3,7 +3,7 @@ Give snapshots, marks and events to the thread that writes the black box, and co
 
 `vitalsd.recording.black_box_writer` has what runs on that thread. A snapshot is given to it at once and is on disk
 within milliseconds: a sidecar that is killed loses the snapshot under way, or those that wait for a slow disk. A power
-failure takes in addition what the system had not written yet.
+failure also loses what the kernel had not yet written to the disk.
 """
 
 import logging
@@ -25,17 +25,20 @@ __all__ = ["BlackBox"]
 log = logging.getLogger("vitalsd.recording.black_box")
 
 RUN_BYTES = 16 << 20
+"""Size of the file of one run at which its oldest segments are deleted, bytes."""
 MAX_PENDING = 64
-"""Snapshots, marks and events that wait for a slow disk; beyond that they are dropped and counted."""
+"""Snapshots, marks and events that may wait for a slow disk; more are dropped and counted."""
 MAX_WAIT_S = 0.05
-"""The sampler waits at most this long for the snapshot before, and at most half an interval."""
+"""The sampler waits at most this long for the write of the snapshot before, s, and at most half an interval."""
 OPEN_WAIT_S = 1.0
+"""The constructor waits at most this long for the file, s: the disk may hang."""
 HANGS = "the black box is off: the disk does not answer"
+"""The error while a write does not return."""
 
 
 class BlackBox:
     """
-    Record one run on disk. Never raises to the sampler: `error` has what fails, and the log states it once.
+    Record one run on disk. No method raises to the sampler: `error` has what failed, and the log has it once.
 
     The file is there when the constructor returns, unless the disk takes longer than a second. `append`, `write_event`,
     `identify`, `end` and `close` are called by one thread, the sampler's; the other methods by any.
@@ -45,8 +48,8 @@ class BlackBox:
         identity: the process being recorded.
         interval_ns: intended distance of two snapshots.
         retention_ns: how far back the file reaches.
-        max_bytes: of this run; the oldest segments go when it is passed.
-        application: what the client says it is.
+        max_bytes: limit of the file; beyond it the oldest segments are deleted.
+        application: the application that the client named.
 
     Raises:
         NoThreadError: the system gives no more threads.
@@ -77,15 +80,15 @@ class BlackBox:
         self._counting = Lock()
         """Held while `_refused` changes: the sampler and the threads that set marks do that."""
         self._submitted = 0
-        """Snapshots that were given to the writer. The sampler's alone, as are those below."""
+        """Snapshots that were given to the writer. Only the sampler uses this and the attributes below."""
         self._caught_up: Future[None] | None = None
-        """Done when the writer has what was given to it before."""
+        """Done when the writer has done all calls before it."""
         self._gap = False
-        """A snapshot was dropped since the last one that was given to the writer."""
+        """Whether a snapshot was dropped since the last one that was given to the writer."""
         self._busy_since_ns: int | None = None
-        """When the call began with which the writer was busy at the snapshot before."""
+        """Start of the call that kept the writer busy at the snapshot before, monotonic time, ns."""
         self._hung_since_ns: int | None = None
-        """When the call began that does not return."""
+        """Start of the call that does not return, monotonic time, ns; ``None``: there is none."""
         self.worker = Worker("vitalsd-blackbox")
         """The thread that writes."""
         wait((self.worker.submit(self._writer.open),), OPEN_WAIT_S)
@@ -116,9 +119,9 @@ class BlackBox:
         """
         Write the snapshot that `segment` has at `position`.
 
-        Returns at once, unless the snapshot before is still on its way to the disk: then it waits for it up to half an
-        interval. So a killed process loses one snapshot at most, and a slow disk delays but never stops the sampler.
-        It does not wait for a disk that hangs, once that is clear.
+        Return at once, unless the snapshot before is not yet on disk: then wait for it, for `MAX_WAIT_S` and half an
+        interval at most. So a killed process loses one snapshot at most, and a slow disk delays the sampler but never
+        stops it. There is no wait for a disk that is known to hang.
         """
         if self._submitted != self._writer.finished and not self._hangs_again():
             if self._caught_up is None or self._caught_up.done():
@@ -151,7 +154,7 @@ class BlackBox:
         Write how the run ended, though marks may follow; returns at once.
 
         Args:
-            ended: in words.
+            ended: how it ended, in words.
             crashed: the target died and, as far as is known, did not exit by itself.
         """
         self._post(partial(self._writer.end, ended, crashed))
@@ -166,11 +169,11 @@ class BlackBox:
         self.worker.stop(0 if self.worker.overdue else timeout_s)
 
     def forget(self) -> None:
-        """Release the lock, in a forked child: it would say that a run is being written after its writer died."""
+        """Release the lock in a forked child: held, it would mark the run as being written after its writer died."""
         self._writer.forget()
 
     def _post(self, call: Callable[[], None]) -> bool:
-        """Give `call` to the writer; False if too much waits for it already."""
+        """Give `call` to the writer; without backpressure: False, and counted, if too much waits for it already."""
         if self._is_full():
             return False
         self.worker.post(call)
@@ -187,7 +190,7 @@ class BlackBox:
         """
         Return whether the writer has been at one write for too long.
 
-        It was seen at that write before; else the whole process may have been stopped meanwhile.
+        It must have been at the same write at the snapshot before: otherwise the whole process may have been stopped.
         """
         before_ns, self._busy_since_ns = self._busy_since_ns, self.worker.busy_since_ns
         if not self.worker.overdue or before_ns != self._busy_since_ns:

@@ -23,22 +23,22 @@ __all__ = ["BlackBoxWriter"]
 log = logging.getLogger("vitalsd.recording.black_box")
 
 RETRY_NS = 2_000_000_000
-"""Between two attempts to open the file."""
+"""Least time between two attempts to open the file, ns."""
 
 
 class BlackBoxWriter:
     """
-    Write one run. Each method but `forget` runs on the thread of the black box, and raises nothing for what fails.
+    Write one run. Each method but `forget` runs on the thread of the black box, and raises no error of the disk.
 
-    The attributes belong to that thread, and others read them, except `identity`.
+    That thread sets the attributes and other threads read them; `identity` is set by the sampler.
 
     Args:
         directory: where the file goes.
         identity: the process being recorded.
         interval_ns: intended distance of two snapshots.
         retention_ns: how far back the file reaches.
-        max_bytes: of this run; the oldest segments go when it is passed.
-        application: what the client says it is.
+        max_bytes: limit of the file; beyond it the oldest segments are deleted.
+        application: the application that the client named.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class BlackBoxWriter:
         application: Application,
     ) -> None:
         self.identity = identity
-        """What the process is by now. The sampler sets it; it is in the file after the next write that succeeds."""
+        """Current identity of the process. The sampler sets it; the file has it after the next write that succeeds."""
         self.error: str | None = None
         """Why nothing can be written; ``None``: the last write succeeded."""
         self.dropped = 0
@@ -73,10 +73,10 @@ class BlackBoxWriter:
         self._retry_ns = 0
         """Monotonic time before which the file is not opened again."""
         self._segment: Segment | None = None
-        """The one that is in the file as `_segment_id`, for the snapshots to come."""
+        """The segment that the file has as `_segment_id`; the next snapshots are added to it."""
         self._segment_id = 0
         self._ending: tuple[str, bool] | None = None
-        """Arguments of `end`: a file that replaces a deleted one has them from its beginning."""
+        """Arguments of `end`, for a file that replaces a deleted one; ``None``: the run has not ended."""
 
     def open(self) -> None:
         """Make the file."""
@@ -87,9 +87,9 @@ class BlackBoxWriter:
         Write the snapshot that `segment` has at `position`.
 
         Args:
-            segment: of the record in memory.
-            position: of the snapshot in it.
-            after_gap: the snapshot before is missing.
+            segment: a segment of the record in memory.
+            position: the index of the snapshot in it.
+            after_gap: whether the snapshot before is missing.
         """
         self._leave_deleted_file()
         begins = after_gap or segment is not self._segment
@@ -110,7 +110,7 @@ class BlackBoxWriter:
         self._write(RunFile.insert_event, event)
 
     def write_identity(self) -> None:
-        """Write `identity` unless it is in the file. What fails is done the next time."""
+        """Write `identity` unless it is in the file; a write that fails is repeated at the next call."""
         self._leave_deleted_file()
         if self._file is not None and self._file.identity != self.identity:
             self._with_file(RunFile.set_identity, self.identity)
@@ -148,7 +148,7 @@ class BlackBoxWriter:
         file.insert_snapshot(self._segment_id, segment, position)
 
     def _with_file(self, write: Callable[..., object], *arguments: object) -> bool:
-        """Call `write` with the file, which is opened if need be, and `arguments`; False if that failed."""
+        """Open the file if need be, and call `write` with it and `arguments`; False if that failed."""
         try:
             if self._file is None:
                 if time.monotonic_ns() < self._retry_ns:
@@ -169,7 +169,7 @@ class BlackBoxWriter:
         return True
 
     def _leave_deleted_file(self) -> None:
-        """Release a file that was deleted: what follows goes to a new one."""
+        """Release the file if it was deleted; the next write makes a new one."""
         if self._file is not None and is_gone(self._file.path):
             self._release()
 

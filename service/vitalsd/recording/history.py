@@ -1,5 +1,5 @@
 """
-Make a table over time of a record: the process, its busiest threads, marks and events.
+Make a table over time of a record, downsampled on request: the process, its busiest threads, marks and events.
 
 Columnar: one list per quantity, all of one length, ``null`` where a thread did not exist or its CPU time is unknown.
 A row covers the time since the row before it; the first row of a record has no such time and is left out.
@@ -29,7 +29,7 @@ FORMULA = ("=", "+", "-", "@")
 """Characters with which a formula begins. A tab and CR, which some spreadsheets skip, are escaped in any case."""
 
 ThreadKey = tuple[int, int]
-"""tid and birth."""
+"""Thread id and birth of a thread, which together distinguish it from a later one with the same id."""
 
 
 class ThreadColumnJson(TypedDict):
@@ -82,7 +82,7 @@ class HistoryJson(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class ThreadHistory:
-    """One thread: CPU time used in each row, ns; ``None`` where it did not live or its figure is unknown."""
+    """Hold the CPU time of one thread in each row, ns; ``None`` where it did not live or its CPU time is unknown."""
 
     tid: int
     name: str
@@ -92,7 +92,7 @@ class ThreadHistory:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Rows by ascending time. Times in ns, sizes in bytes, CPU in ns per row."""
+    """Hold rows by ascending time, as columns. Times in ns, sizes in bytes, CPU in ns per row."""
 
     record: Record
     monotonic_ns: Sequence[int]
@@ -104,7 +104,7 @@ class History:
     thread_count: Sequence[int]
     threads: Sequence[ThreadHistory]
     truncated: bool
-    """Threads that were asked for are left out."""
+    """Whether threads that were requested are left out, because of `HISTORY_CELLS`."""
     marks: Sequence[Mark]
     events: Sequence[Event]
 
@@ -195,10 +195,10 @@ def _by_row(rows: Sequence[int], notes: Sequence[tuple[int, str]]) -> list[str]:
 
 def _cell(text: str) -> str:
     """
-    Return `text` for a cell of CSV, so that no spreadsheet takes a part of it for a formula.
+    Return `text` for a cell of CSV, so that no spreadsheet executes a part of it as a formula.
 
-    Where ``;`` or a tab separates cells, as in many locales, quotes in the middle of a line protect nothing: these two
-    are escaped.
+    ``;`` and the tab are escaped: in locales in which they separate cells, quotes in the middle of a line do not
+    protect them.
     """
     shown = printable(text).replace(";", "\\x3b")
     return f"'{shown}" if shown.startswith(FORMULA) else shown
@@ -206,7 +206,7 @@ def _cell(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """The snapshot at the end of a row."""
+    """Point to the snapshot at the end of a row."""
 
     segment: Segment
     position: int
@@ -221,9 +221,10 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     Return the rows of `record` that end after monotonic `since_ns`.
 
     Args:
-        top: how many threads to show: those that used most CPU time in the time shown; less if
-            they fill `HISTORY_CELLS`.
-        step_ns: at least so long a time per row; 0 shows every snapshot, up to `HISTORY_ROWS`.
+        record: the record.
+        since_ns: monotonic time, ns; 0: all rows.
+        top: number of threads to show, those with the most CPU time in the rows; fewer if they fill `HISTORY_CELLS`.
+        step_ns: least duration of a row, to downsample; 0 shows every snapshot, up to `HISTORY_ROWS`.
     """
     rows = _rows(record.segments(), since_ns, step_ns)
     if len(rows) > HISTORY_ROWS + 1:
@@ -237,7 +238,7 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     segments = dict.fromkeys(row.segment for row in rows) if busiest else ()
     names = {key: name for segment in segments for key, name in _names(segment).items()}
     ends, starts = rows[1:], rows[:-1]
-    # A label may be put on the clock before the first snapshot, which follows at once, is taken.
+    # A client may set a mark just before the first snapshot.
     noted_ns = rows[0]["monotonic_ns"] - record.interval_ns if rows else 0
     return History(
         record=record,
@@ -294,7 +295,7 @@ def _walk(rows: Sequence[_Row], release: LockRelease) -> Iterator[tuple[int, Seg
     at = {(id(row.segment), row.position): number for number, row in enumerate(rows)}
     ran = False
     for segment in dict.fromkeys(row.segment for row in rows):
-        ran = True  # Between two segments: threads came or went, or ran.
+        ran = True  # between two segments threads were born or ended, or ran
         for position, cpu_ns in enumerate(segment.iter_cpu_ns()):
             release()
             ran = ran or len(segment.deltas[position][1]) > 0
@@ -305,7 +306,7 @@ def _walk(rows: Sequence[_Row], release: LockRelease) -> Iterator[tuple[int, Seg
 
 
 def _restarts(before: Segment | None, segment: Segment) -> bool:
-    """Return whether no difference spans the two: the process executed another program, or all was read anew."""
+    """Return whether the counters restarted: the process executed another program, or the source was restarted."""
     if before is None:
         return False
     old, new = before.first, segment.first
@@ -346,8 +347,8 @@ def _columns(
     """
     Return the CPU time that each of `keys` used in each row, ns; a thread born in a row with its whole life.
 
-    ``None`` where it did not live and where it is unknown: a row in which the process executed another program, and
-    what contradicts the process's clock, see `vitalsd.snapshot.measure`.
+    ``None`` where the thread did not live and where its CPU time is unknown: in a row in which the process executed
+    another program, and where the sum contradicts the clock of the process, see `vitalsd.snapshot.measure`.
     """
     columns: dict[ThreadKey, list[int | None]] = {key: [None] * (len(rows) - 1) for key in keys}
     reached: dict[ThreadKey, int] = {}

@@ -15,26 +15,28 @@ from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 __all__ = ["check_json", "parse_json", "read_history"]
 
 CLOCK_STEPS = 8
-"""Times that the clock may have been set back over one moment; beyond that a mark gets the time of a row near it."""
+"""Rows on each side that are searched for a mark: the wall clock may have been set back so often over one moment."""
 LAG_NS = 20_000_000
-"""The table does not state how far a counter may lag; on no platform is it more."""
+"""Lag of a CPU counter that is assumed, ns: the table does not state it, and it is more on no platform."""
 MS_NS = 1_000_000
-"""The JSON has times in milliseconds."""
+"""Nanoseconds in a millisecond, the unit of times in the JSON."""
 MAX_VALUES = HISTORY_CELLS + 10 * HISTORY_ROWS + 500_000
-"""Commas in the JSON of a history: between its numbers, between threads and notes, and in names and labels."""
+"""Limit of the commas in the JSON of a history: between numbers, threads, marks and events, and in names and labels."""
 MAX_CONTAINERS = 300_000
-"""Opening brackets in it: of threads and notes, and in labels."""
+"""Limit of the opening brackets in the JSON of a history: of threads, marks and events, and in labels."""
 MAX_DETAIL = 16_384
-"""Characters of the detail of an event; what is beyond is cut."""
+"""Limit of the detail of an event, characters; the rest is cut."""
 LARGEST = 2**63 - 1
+"""Largest number that a record holds: that of a signed integer of 64 bits."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+"""Zero of Unix time."""
 
 
 def check_json(body: bytes) -> None:
     """
     Raise `ValueError` unless `body` has at most as many values as a history.
 
-    Parsed, a value takes up to 250 bytes, a hundred times what it takes here.
+    A parsed value takes up to 250 bytes of memory, a hundred times its size in the text.
     """
     if body.count(b",") > MAX_VALUES or body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
         raise ValueError(f"it has more values than a history, which has at most {HISTORY_CELLS} numbers")
@@ -54,8 +56,9 @@ def parse_json(body: bytes) -> Any:
 
 def read_history(body: bytes | Mapping[str, Any]) -> Record:
     """
-    Return the record that `History.to_json` was made from, as far as the JSON has it: times to the
-    millisecond, percentages to three decimals, only the threads that were shown.
+    Return the record from which `History.to_json` was made, as far as the JSON has it.
+
+    It has times to the millisecond, percentages to three decimals, and only the threads that were shown.
 
     Raises:
         ValueError: it is not such JSON.
@@ -80,7 +83,7 @@ def read_history(body: bytes | Mapping[str, Any]) -> Record:
 
 
 def _whole(value: Any, most: int = LARGEST // MS_NS) -> int:
-    """Return `value` as an integer from 0 to `most`. Raises `ValueError`."""
+    """Return `value` as an integer from 0 to `most`. Raise `ValueError`."""
     number = int(value)
     if not 0 <= number <= most:
         raise ValueError("a number that is negative or too large")
@@ -90,7 +93,7 @@ def _whole(value: Any, most: int = LARGEST // MS_NS) -> int:
 def _timed(
     notes: Sequence[dict[str, Any]], clocks: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[dict[str, Any], tuple[int, int]]]:
-    """Yield each of `notes`, which are in order, with its time on both of the `clocks` that snapshots were taken by."""
+    """Yield each of `notes`, which are in order, with its wall and monotonic time by the `clocks` of the snapshots."""
     rows = _Rows(clocks)
     at = 0
     for note in notes:
@@ -108,7 +111,7 @@ def _timed(
 
 class _Rows:
     """
-    The rows of a table by wall clock, which may have been set meanwhile: its times need not ascend.
+    Find the row of a table by wall clock, which may have been set meanwhile: its times need not ascend.
 
     Args:
         clocks: wall and monotonic time of the snapshot at the end of each row, ns.
@@ -175,7 +178,7 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
             alive = now_alive
             roster = ThreadRoster(
                 tids=tuple(_whole(threads[i]["tid"]) for i in alive),
-                births=tuple(alive),  # a tid may have had several lives, each a thread of the table
+                births=tuple(alive),  # a tid may have been reused: each use is a thread of the table
                 names=tuple(str(threads[i]["name"]) for i in alive),
             )
         if row >= 0:
@@ -186,7 +189,7 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
         wall_ns = times[shown] * 1_000_000 - (elapsed_ns if row < 0 else 0)
         yield Snapshot(
             monotonic_ns=monotonic_ns,
-            boottime_ns=monotonic_ns,  # a step of the wall clock is no sleep; of that the events tell
+            boottime_ns=monotonic_ns,  # not by the wall clock: a step of it is no sleep, and events record sleeps
             wall_ns=wall_ns,
             uptime_ns=max(0, wall_ns - started_unix_ns),
             skew_ns=0,
@@ -209,7 +212,7 @@ def _lives(columns: Sequence[Sequence[float | None]], rows: int) -> list[list[in
     """
     Return for each row the columns of the threads that lived at its end.
 
-    A row without any figure is one in which the process executed another program: those of the next one live there.
+    In a row without any CPU time the process executed another program: it gets the threads of the next row.
     """
     lives = [[i for i, column in enumerate(columns) if column[row] is not None] for row in range(rows)]
     for row in range(rows - 2, -1, -1):

@@ -20,9 +20,9 @@ from vitalsd.worker_thread import seen
 __all__ = ["NoRecorder", "NotRecordingError", "Recorder", "RecorderConfig", "RecorderJson", "TargetRecorder"]
 
 CLOCK_STEP_NS = 500_000_000
-"""A wall clock that moves by less against the clock since boot was not set but slewed, or read late."""
+"""Least step of the wall clock against the clock since boot, ns: with less it was slewed or read late, and not set."""
 MARK_S = 0.05
-"""A caller that sets a mark waits at most this long for the disk."""
+"""A caller that sets a mark waits at most this long for the disk, s."""
 
 
 class BlackBoxJson(TypedDict):
@@ -49,33 +49,47 @@ class RecorderJson(TypedDict):
 
 
 class RecorderConfig(NamedTuple):
-    """How to record: every `interval_s` seconds, `retention_s` back, within `max_bytes` of memory."""
+    """Configure a recorder: a snapshot every `interval_s` seconds, `retention_s` back, within `max_bytes` of memory."""
 
     interval_s: float = 1.0
     retention_s: float = 900.0
     max_bytes: int = 32 << 20
     runs: RunDirectory | None = None
-    """Where the black box goes; ``None`` for none."""
+    """Directory of the black box; ``None``: there is no black box."""
     application: Application = Application()
-    """What the client says it is; stored in the black box."""
+    """The application that the client named; stored in the black box."""
     exits_itself: Callable[[], bool] = bool
-    """Whether the target has noted that it exits by itself; asked where the kernel does not tell how it ended."""
+    """Returns whether the target has noted that it exits by itself; called where the kernel does not report the end."""
 
 
 class NotRecordingError(Exception):
-    """There is no recorder, and what was asked for needs one."""
+    """Report that the request needs a recorder, and there is none."""
 
 
 class TargetRecorder(Protocol):
-    """What is asked of the recorder of any target: a live one (`Recorder`), a replay, or a target without one."""
+    """Record any target: a live one (`Recorder`), a replay, or one that is not recorded (`NoRecorder`)."""
 
     @property
-    def record(self) -> Record | None: ...
+    def record(self) -> Record | None:
+        """The record; ``None``: there is none."""
+        ...
+
     @property
-    def why_not_recorded(self) -> str: ...
-    async def mark_async(self, label: str) -> Mark: ...
-    def info(self) -> RecorderJson | None: ...
-    async def hangs(self) -> bool: ...
+    def why_not_recorded(self) -> str:
+        """Why there is no record, and what to do; empty: there is one."""
+        ...
+
+    async def mark_async(self, label: str) -> Mark:
+        """Put a label on the clock. Raise `NotRecordingError`, or `ValueError` as `Record.add_mark` does."""
+        ...
+
+    def info(self) -> RecorderJson | None:
+        """Return the state of the recorder for ``GET /info``; ``None``: there is none."""
+        ...
+
+    async def hangs(self) -> bool:
+        """Return whether the disk of the black box does not answer."""
+        ...
 
 
 class NoRecorder:
@@ -141,9 +155,9 @@ class Recorder:
             else None
         )
         self.missed = 0
-        """Beats that had no snapshot."""
+        """Intervals without a snapshot."""
         self.ended: str | None = None
-        """Why there will be no more snapshots."""
+        """Why there will be no more snapshots; ``None``: there will be."""
         self.why_not_recorded = ""
         self._exits_itself = config.exits_itself
         self._crashed = False
@@ -152,24 +166,24 @@ class Recorder:
         self._halted: str | None = None
         """What kept the target from running at the last snapshot, a key of `HALTED`."""
         self._offset_ns = 0
-        """Of the wall clock from the clock since boot."""
+        """Distance of the wall clock from the clock since boot, ns."""
         self._stepped: Snapshot | None = None
         """The last snapshot, if the wall clock seems to have been set before it."""
 
     @property
     def state(self) -> Literal["running", "clean", "crashed"]:
-        """Whether the target is recorded still, and if not, how it ended."""
+        """Whether the target is still recorded, and if not, how it ended."""
         return "running" if self.ended is None else "crashed" if self._crashed else "clean"
 
     def identify(self, identity: Identity) -> None:
-        """Note the current identity of the target, which changes its name at exec, for example."""
+        """Note the current identity of the target, which may change: exec changes its name, for example."""
         if identity != self.record.identity:
             self.record.identity = identity
             if self.blackbox is not None:
                 self.blackbox.identify(identity)
 
     def contradicted(self, why: str, snapshot: Snapshot) -> None:
-        """Note that the CPU counters contradicted each other before `snapshot`, with which they were read anew."""
+        """Note that the CPU counters contradicted each other, and were read again from the start for `snapshot`."""
         self._note("inconsistent", f"{why}; the threads have no figure there, and were read anew", snapshot)
 
     def observe(self, snapshot: Snapshot) -> None:
@@ -187,7 +201,7 @@ class Recorder:
             self.blackbox.append(segment, len(segment) - 1)
 
     def failed(self, error: SourceError) -> bool:
-        """Note that there is no snapshot this time; False if there never will be one again."""
+        """Note that there is no snapshot this time; False if there will be no other."""
         if self.ended is not None:
             return False
         reason = str(error)
@@ -207,15 +221,15 @@ class Recorder:
         return True
 
     def crashed(self, ended: str) -> None:
-        """Note that the target ends by a crash, though it runs still."""
+        """Note that the target, which still runs, is about to end by a crash."""
         self._last_words = ended
 
     def mark(self, label: str) -> Mark:
         """
-        Put a label on the clock. Raises `ValueError` as `Record.add_mark` does.
+        Put a label on the clock. Raise `ValueError` as `Record.add_mark` does.
 
-        A program may be killed by what it marks. So this returns when the mark is on disk, or after 50 ms; while the
-        disk is slow, only the first callers wait.
+        What a program marks may kill it. So this returns when the mark is on disk, or after 50 ms; while the disk is
+        slow, only the first callers wait.
         """
         slow = self.blackbox is not None and self.blackbox.is_lagging
         mark, written = self._mark(label)
@@ -292,13 +306,13 @@ class Recorder:
         """
         Note a wall clock that was set.
 
-        The two clocks are read one after the other, and the sidecar may have been interrupted in between: a step is one
-        that the next snapshot confirms.
+        The two clocks are read one after the other, and the kernel may have interrupted the sidecar in between. So only
+        a step that the next snapshot confirms is noted.
         """
         offset_ns = now.wall_ns - now.boottime_ns
         stepped, self._stepped = self._stepped, None
         if abs(offset_ns - self._offset_ns) < CLOCK_STEP_NS:
-            self._offset_ns = offset_ns  # follows a clock that is slewed
+            self._offset_ns = offset_ns  # the clock may be slewed
         elif stepped is not None and abs(offset_ns - (stepped.wall_ns - stepped.boottime_ns)) < CLOCK_STEP_NS:
             seconds = (offset_ns - self._offset_ns) / 1e9
             self._note("clock_set", f"the wall clock was set {_forward(seconds)}", stepped)
@@ -316,7 +330,7 @@ def _halted(before: Snapshot, now: Snapshot) -> str | None:
     """
     Return what keeps the target from running, a key of `HALTED`.
 
-    A program that is traced stops for a moment at each system call; a debugger has stopped it if it does not run.
+    A traced program stops for a moment at each system call, so only one that used no CPU time counts as stopped.
     """
     if now.state == "traced" and now.cpu_ns != before.cpu_ns:
         return None

@@ -1,4 +1,4 @@
-"""Serve a recorded run as a target: the same API over a run or a bug report, so that the same commands work."""
+"""Serve a recorded run, or a bug report, as a target: with the same API, so that the same commands work."""
 
 from typing import Annotated
 
@@ -64,7 +64,7 @@ class ReplayRecorder:
 
 class Replay:
     """
-    A `vitalsd.sampling.target_pool.PooledTarget` that has ended: its past is complete, and nothing is measured.
+    Serve as a `vitalsd.sampling.target_pool.PooledTarget` that has ended: with a record, but without measurements.
 
     Args:
         file: as read by `read_replay_file`.

@@ -1,8 +1,8 @@
 """
 Read the file that ``vitalsd replay`` serves: a bug report, a member of one, or a run.
 
-The file may come from another machine and another user. Nothing in it is believed but its own numbers and texts, and
-whatever does not fit is an `UnreadableRunError` with one sentence.
+The file may come from another machine and another user, so it is not trusted: its sizes are bounded, and whatever is
+not as vitalsd writes it raises an `UnreadableRunError` with one sentence.
 """
 
 import errno
@@ -30,22 +30,23 @@ from vitalsd.recording.series import Record
 __all__ = ["Card", "RecordedRun", "ReplayFile", "ReportCardJson", "read_replay_file"]
 
 MAX_REPORT_BYTES = 64 << 20
-"""Of a report; its attachments are limited to half of that."""
+"""Limit of a report, bytes. The attachments of one that vitalsd writes take at most half of that."""
 MAX_MEMBER_BYTES = 16 << 20
-"""Of one member that is read, unpacked. A history has at most 8 MiB."""
+"""Limit of one unpacked member that is read, bytes. A history that vitalsd writes has at most 8 MiB."""
 MAX_FILES = 20_000
-"""In the zip, with the attachments."""
+"""Limit of the files in the zip, attachments included."""
 CENTRAL_HEADER = b"PK\1\2"
-"""Before each file in the directory of a zip (APPNOTE.TXT of PKWARE, section 4.3.12)."""
+"""Signature of each file in the directory of a zip (APPNOTE.TXT of PKWARE, section 4.3.12)."""
 RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+"""Form of the id of a run."""
 MAX_ENTRIES = 200
-"""Members and failures that the card lists."""
+"""Limit of the members, and of the failures, that the card lists."""
 MAX_TEXT = 10_000
-"""Characters of a description."""
+"""Limit of a text in the card, characters; the rest is cut."""
 
 
 class RecordedRun(NamedTuple):
-    """One run in the file."""
+    """Hold one run in the file."""
 
     run: Run
     record: Record
@@ -90,7 +91,7 @@ class ReportCardJson(TypedDict):
 
 
 class Card(NamedTuple):
-    """What a report says about itself; each field is ``None`` where it says nothing."""
+    """Hold what a report states about itself; a field is ``None`` where it states nothing."""
 
     app: str | None
     app_version: str | None
@@ -101,9 +102,9 @@ class Card(NamedTuple):
     submitted_at: str | None
     vitalsd_version: str | None
     members: Sequence[tuple[str, int]]
-    """Name and size in bytes."""
+    """Name and size in bytes of each member."""
     failures: Sequence[tuple[str, str]]
-    """Name of a member that is missing, and why."""
+    """Name of each member that is missing, and the reason."""
     metrics: Measured | FullMetrics | None
     """The window that was measured when the report was requested."""
 
@@ -131,16 +132,16 @@ class Card(NamedTuple):
 
 
 class ReplayFile(NamedTuple):
-    """What the file holds."""
+    """Hold the content of the file."""
 
     name: str
     opened: RecordedRun
-    """The crashed run if there is one, else the run that the report was made in."""
+    """The crashed run if there is one, or else the run in which the report was made."""
     others: Sequence[RecordedRun]
     card: Card | None
-    """``None``: the file is not a report."""
+    """What the report states about itself; ``None``: the file is not a report."""
     content: bytes | None
-    """The report as it is; ``None``: the file is not a report."""
+    """The bytes of the report; ``None``: the file is not a report."""
 
 
 def read_replay_file(path: Path) -> ReplayFile:
@@ -151,7 +152,7 @@ def read_replay_file(path: Path) -> ReplayFile:
         UnreadableRunError: the file is none of them, or damaged; ``str(error)`` names the file and the reason.
         OSError: it cannot be read.
     """
-    file_path = path.resolve(strict=True)  # A link is followed for the file that the user names, and for no other.
+    file_path = path.resolve(strict=True)  # a link is followed only for the file that the user names
     try:
         fd = open_regular(file_path)
     except OSError as error:
@@ -175,7 +176,7 @@ def read_replay_file(path: Path) -> ReplayFile:
 
 
 def _read_report(path: Path, content: bytes) -> ReplayFile:
-    if content.count(CENTRAL_HEADER) > MAX_FILES:  # Python would make an object for each.
+    if content.count(CENTRAL_HEADER) > MAX_FILES:  # zipfile would make an object for each
         raise UnreadableRunError(f"{path.name} has more than {MAX_FILES} files; a report has a few")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -214,7 +215,7 @@ def _unpacked(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:
     if info.file_size > MAX_MEMBER_BYTES:
         raise UnreadableRunError(f"{name} in {path.name} has {info.file_size} bytes; it may have {MAX_MEMBER_BYTES}")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # By the other methods, and by ZipFile.read, everything is unpacked, whatever size the header states.
+        # ZipFile.read, and other compression methods, unpack everything, whatever size the header states.
         raise UnreadableRunError(f"{name} in {path.name} is compressed as in no report")
     with archive.open(info) as member:
         return member.read(info.file_size + 1)
@@ -274,8 +275,10 @@ def _read_member(file: str, body: bytes, host: RecordedHost, about: Mapping[str,
     Read ``previous-run.json``, which has the description of its run, or ``runtime-history.json``, which has none.
 
     Args:
-        host: the machine that made the report.
-        about: the metadata of the report, for the history of the process that ran meanwhile.
+        file: the name of the file that is replayed.
+        body: the content of the member.
+        host: the machine on which the report was made.
+        about: the metadata of the report, which describe the process of ``runtime-history.json``.
     """
     try:
         if len(body) > MAX_MEMBER_BYTES:

@@ -1,9 +1,9 @@
 """
 Open the database of a run, and bound what SQLite does with it.
 
-A run may come from another user or machine. What is read is a copy in memory, or the file of this very process opened
-read-only; how many instructions SQLite executes, and how much content comes out of it, are bounded by the size of the
-file. A page tree may be a graph in which 10 pages hold 10^13 rows, and a value may be a chain of pages without end.
+A run may come from another user or machine. It is read from a copy in memory, or, if this process writes it, from the
+file opened read-only. The size of the file bounds how many instructions SQLite executes and how much content it
+returns: a page tree may be a graph in which 10 pages hold 10^13 rows, and a value may be an endless chain of pages.
 """
 
 import tempfile
@@ -30,6 +30,7 @@ from vitalsd.recording.sqlite import sqlite3
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Tables", "readable", "writable"]
 
 SCHEMA_VERSION = 1
+"""Version of `SCHEMA`, in ``user_version`` of the database."""
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE thread (id INTEGER PRIMARY KEY, tid INTEGER, birth INTEGER, name TEXT);
@@ -48,22 +49,23 @@ COLUMNS: dict[str, list[str]] = {
     line.split()[2]: [column.split()[0] for column in line.partition("(")[2].rpartition(")")[0].split(", ")]
     for line in SCHEMA.strip().splitlines()
 }
-"""By table of `SCHEMA`."""
+"""Columns of each table of `SCHEMA`."""
 
 PROGRAMS = ("VIRTUAL", "CHECK", "DEFAULT", "GENERATED", "COLLATE")
 """Words of a table's declaration that make SQLite run code."""
 
 MAX_SQL = 10_000
-"""Characters of a statement, those of the schema included."""
+"""Limit of a statement, characters; applies to the statements of the schema too."""
 STEPS = 1000
-"""Instructions of SQLite's virtual machine between two looks at how many are left."""
+"""Instructions of SQLite's virtual machine between two checks of how many are left."""
 FREE_STEPS = 200_000
-"""Instructions that every run may take, however small."""
+"""Instructions that SQLite may execute for a run of any size."""
 STEP_BYTES = 2
-"""One more instruction for so many bytes. All tables of a real run together take one for 4 bytes at most."""
+"""Bytes of the run for each further instruction. To read all tables of a real run takes one for 4 bytes at most."""
 ROW_BYTES = 16
-"""What a row takes at least in a real run."""
+"""Bytes that each row counts for in the limit of the content: in a real run it takes at least that much."""
 FREE_BYTES = 1 << 16
+"""Content that may come out of a run of any size, bytes."""
 
 
 class Tables:
@@ -72,8 +74,8 @@ class Tables:
 
     Args:
         db: the connection.
-        size_bytes: of the database. No more than that comes out of it, with `ROW_BYTES` for each row, in all calls
-            together.
+        size_bytes: size of the database. All calls together return at most that much content and `FREE_BYTES`, each row
+            counted with `ROW_BYTES` more.
     """
 
     def __init__(self, db: sqlite3.Connection, size_bytes: int) -> None:
@@ -95,28 +97,28 @@ class Tables:
             yield row
 
     def row(self, sql: str, *values: Any) -> Any:
-        """Return the first row that a statement finds; ``None``: it finds none. Raises as `rows` does."""
+        """Return the first row that a statement finds; ``None``: it finds none. Raise as `rows` does."""
         return next(self.rows(sql, *values), None)
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[Tables]:
     """
-    Give the tables of a run as of one moment; neither the file nor what is beside it is written.
+    Yield the tables of a run as of one moment; neither the file nor those beside it are written.
 
     Raises:
-        UnreadableRunError: it is not a run of ours, is damaged, or so is what the caller finds in it.
+        UnreadableRunError: vitalsd did not write it, it is damaged, or the caller finds a value that is.
         OSError: it cannot be read.
     """
     with _explained(path.name):
         if is_own_writer(path) and is_being_written(path):
             check_own_run(path)
-            # Read-only, SQLite applies no journal and moves no log.
+            # Opened read-only, SQLite applies no journal and moves no log.
             with closing(sqlite3.connect(f"{_uri(path)}?mode=ro", uri=True, timeout=1)) as db:
                 size = disk_bytes(path)
                 _restrict(db, size)
                 _check_tables(db, path.name)
-                db.execute("BEGIN")  # One state for all statements, whatever is written meanwhile.
+                db.execute("BEGIN")  # one state for all statements, whatever the recorder writes meanwhile
                 yield Tables(db, size)
         else:
             image = read_image(path)
@@ -131,7 +133,7 @@ def readable(path: Path) -> Iterator[Tables]:
 @contextmanager
 def writable(path: Path) -> Iterator[sqlite3.Connection]:
     """
-    Give the database of a run that vitalsd wrote, for writing. What is in its log moves to the file afterwards.
+    Yield the database of a run that vitalsd wrote, for writing; then move the content of its log to the file.
 
     Raises:
         UnreadableRunError: vitalsd did not write it, or it is damaged, or cannot be written now.
@@ -139,7 +141,7 @@ def writable(path: Path) -> Iterator[sqlite3.Connection]:
     """
     with _explained(path.name):
         check_own_run(path)
-        with readable(path):  # Whatever a log would put into the file has been looked at before.
+        with readable(path):  # checks also what SQLite would move from a log to the file
             pass
         with closing(sqlite3.connect(f"{_uri(path)}?mode=rw", uri=True, timeout=1)) as db:
             _restrict(db, disk_bytes(path))
@@ -153,7 +155,7 @@ def _uri(path: Path) -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Raise what goes wrong with the database of a run as `UnreadableRunError`."""
+    """Raise `UnreadableRunError` in place of the errors that a database or its content causes."""
     try:
         yield
     except ForeignRunError as error:
@@ -168,7 +170,7 @@ def _explained(name: str) -> Iterator[None]:
 
 @contextmanager
 def _in_memory(image: bytearray) -> Iterator[sqlite3.Connection]:
-    """Give a database with the content `image`, which is emptied."""
+    """Yield a database with the content `image`, which is emptied."""
     with closing(sqlite3.connect(":memory:")) as db:
         if hasattr(db, "deserialize"):
             db.deserialize(image)
@@ -189,7 +191,7 @@ def _restrict(db: sqlite3.Connection, size_bytes: int) -> None:
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(MAX_SQL, size_bytes))
     db.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, MAX_SQL)
     looks = (FREE_STEPS + size_bytes // STEP_BYTES) // STEPS
-    # Without a line of Python: an exception of a signal handler, such as KeyboardInterrupt, would get lost in it.
+    # Not a function in Python: an exception of a signal handler in it, such as KeyboardInterrupt, would be lost.
     db.set_progress_handler(partial(next, repeat(0, looks), 1), STEPS)
     db.execute("PRAGMA temp_store = MEMORY")
 
@@ -210,8 +212,8 @@ def _check_tables(db: sqlite3.Connection, name: str) -> None:
     """
     Raise `UnreadableRunError` unless the tables are those of `SCHEMA` with their columns, and nothing else.
 
-    A view or a trigger is a program, and may be one that never ends. The text of the statements is not compared: it may
-    be written otherwise by another version.
+    A view or a trigger is a program, and it may never end. The text of the statements is not compared: another version
+    of vitalsd may write it in another form.
     """
     kinds = {
         (kind, table): sql for kind, table, sql in db.execute("SELECT type, name, sql FROM sqlite_master LIMIT 99")

@@ -1,4 +1,4 @@
-"""List the runs in a directory, delete the oldest beyond a budget, and recover those whose writer died."""
+"""List the runs in a directory, delete the oldest beyond a budget, and recover the runs of dead writers."""
 
 import os
 import time
@@ -20,33 +20,34 @@ from vitalsd.recording.run_reader import Run, UnreadableRunError, describe
 __all__ = ["RunDirectory", "Scan"]
 
 ALL_RUNS_BYTES = 64 << 20
+"""Budget of all runs in the directory together, bytes."""
 MAX_RUNS = 100
-"""Kept in the directory of a sidecar; more of them were put there by other programs."""
+"""Number of runs that a sidecar leaves in the directory; only other programs add more."""
 MAX_LISTED = 500
-"""Runs that are read for a list; each takes up to 1 ms."""
+"""Limit of the runs that are read for a list: each takes up to 1 ms."""
 
 
 class Scan(NamedTuple):
-    """What `RunDirectory.scan` found."""
+    """Hold what `RunDirectory.scan` found."""
 
     runs: list[Run]
-    """Crashed ones first, then the newest first."""
+    """Runs, the crashed ones first, then the newest first."""
     unreadable: dict[str, str]
-    """By file name: why it is not among `runs`."""
+    """Why a file is not among `runs`, by file name."""
     older: int
-    """Files that were not looked at, because there are more than `MAX_LISTED`."""
+    """Number of files that were not read, because there are more than `MAX_LISTED`."""
 
 
 class RunDirectory:
     """
     Manage all runs of this user, in one directory with a budget.
 
-    Listing and reading writes nothing. A file is changed or deleted only if vitalsd wrote it, see
-    `vitalsd.recording.run_files.check_own_run`; what else lies in the directory stays as it is and is not read.
+    To list and read runs writes nothing. A file is changed or deleted only if vitalsd wrote it, see
+    `vitalsd.recording.run_files.check_own_run`; other files in the directory stay as they are and are not read.
 
     Args:
-        path: made with mode 0700 if it is not there.
-        max_bytes: of all runs together; the oldest ones that have ended go first.
+        path: the directory; made with mode 0700 if it does not exist.
+        max_bytes: limit of all runs together; the oldest ones that have ended are deleted first.
     """
 
     def __init__(self, path: Path, *, max_bytes: int = ALL_RUNS_BYTES) -> None:
@@ -91,15 +92,15 @@ class RunDirectory:
 
     def mark_reported(self, run: Run) -> bool:
         """
-        Note that a crashed run has gone into a report, with whatever else was recorded of the same process.
+        Note that a report contains a crashed run; that applies to all records of the same process.
 
-        Nothing is noted of a run that has not crashed: it may crash yet, and that crash is in no report.
+        Nothing is noted for a run that has not crashed: it may still crash, and no report has that crash.
 
         Returns:
             Whether it was noted.
 
         Raises:
-            UnreadableRunError: this one cannot be written.
+            UnreadableRunError: the run cannot be written.
         """
         if run.state != "crashed":
             return False
@@ -113,11 +114,11 @@ class RunDirectory:
 
     def recover_crashed_runs(self, living: str | None = None) -> None:
         """
-        Move the logs of runs whose writer died to their files. What cannot be read or written stays as it is.
+        Move the logs of runs to their files if the writer has died. What cannot be read or written stays as it is.
 
         Args:
-            living: `Identity.start_id` of a process that lives: what was recorded of it and is unfinished, as by a
-                sidecar that was killed, or before it executed itself anew, has ended and not crashed.
+            living: `Identity.start_id` of a process that lives. Its unfinished runs, from a sidecar that was killed or
+                from before it executed itself again, count as ended and not as crashed.
         """
         for path in self._files():
             with suppress(UnreadableRunError, OSError):

@@ -21,20 +21,20 @@ class RunDirectoryReader:
     call returns.
 
     Args:
-        runs: where they are.
+        runs: the directory.
     """
 
     def __init__(self, runs: RunDirectory) -> None:
         self._runs = runs
         self.worker = Worker("vitalsd-runs")
-        """The thread."""
+        """The thread that reads the directory."""
 
     async def read(self, call: Callable[[RunDirectory], T]) -> T:
         """
-        Return or raise what `call` does, which is called on the thread with the directory.
+        Call `call` with the directory, on the thread, and return or raise what it does.
 
         Raises:
-            HungError: the file system hangs. What was not begun by then is not done later either.
+            HungError: the file system hangs. A call that has not begun by then is never made.
         """
         return await self.worker.ask(lambda: call(self._runs), "the directory of runs: a read")
 

@@ -1,9 +1,9 @@
 """
 List the files of one run: its database with SQLite's own two files, and its lock.
 
-All are named after the identity of the run, never after input. While it is being written the ``.lock`` is held with
-flock(2); the kernel releases it when the writer dies, however it dies. A file is changed or deleted only if
-`check_own_run` establishes that vitalsd wrote it.
+Their names come from the identity of the run, never from input. The writer holds the ``.lock`` with flock(2); the
+kernel releases it when the writer dies, however it dies. A file is changed or deleted only if `check_own_run`
+establishes that vitalsd wrote it.
 """
 
 import errno
@@ -30,16 +30,19 @@ __all__ = [
 ]
 
 MAX_FILES = 1000
-APPLICATION_ID = 0x76697461  # "vita", in the header of the file for file(1)
+"""Number of names that are tried for a new run of one process and one writer."""
+APPLICATION_ID = 0x76697461
+"""``vita`` in ASCII, in the header of the file, where file(1) shows it."""
 RUN_NAME = re.compile(r"[0-9]{1,20}-[0-9]{1,20}-[0-9A-Za-z]{1,8}-([0-9]{1,20})(-[0-9]{1,4})?\.sqlite", re.ASCII)
-"""`Identity.start_id`, the pid of the writer, and a number if that name was taken."""
+"""Name of a run: `Identity.start_id`, the pid of the writer, and a number if that name was taken."""
 HEADER_BYTES = 100
-"""Of a database file (fileformat2.html of SQLite, section 1.3)."""
+"""Size of the header of a database file (fileformat2.html of SQLite, section 1.3)."""
 MAGIC = b"SQLite format 3\0"
+"""First bytes of a database file (fileformat2.html of SQLite, section 1.3.1)."""
 
 
 class ForeignRunError(Exception):
-    """vitalsd did not write the file, so it neither changes nor deletes it; ``str(error)`` is the reason."""
+    """Report that vitalsd did not write the file, so it may not change or delete it; ``str(error)`` is the reason."""
 
 
 def new_run(directory: Path, stem: str) -> tuple[Path, int]:
@@ -47,7 +50,7 @@ def new_run(directory: Path, stem: str) -> tuple[Path, int]:
     for number in range(MAX_FILES):
         path = directory / f"{stem}-{number}.sqlite" if number else directory / f"{stem}.sqlite"
         if any(os.path.lexists(part) for part in _sqlite_parts(path)):
-            continue  # SQLite would take a log or a journal that lies there for that of the new file.
+            continue  # SQLite would use a log or a journal of that name for the new file
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             lock_fd = os.open(path.with_suffix(".lock"), flags, 0o600)
@@ -75,7 +78,7 @@ def has_run_name(path: Path) -> bool:
 
 
 def is_of(path: Path, start_id: str) -> bool:
-    """Return whether a run is of the process `start_id`; with ``-PID`` after it, and was recorded by that one."""
+    """Return whether a run is of the process `start_id`; with ``-PID`` added, whether that process recorded it too."""
     return f"{path.stem}-".startswith(f"{start_id}-")
 
 
@@ -89,7 +92,7 @@ def open_regular(path: Path) -> int:
     """
     Return a descriptor of the regular file `path`, for reading.
 
-    A FIFO is never waited for. A file server's lease on the file is (fcntl(2)).
+    A FIFO does not block the call; the lease of a file server on the file may (fcntl(2)).
 
     Raises:
         OSError: it cannot be opened, or it is a symbolic link or no regular file.
@@ -114,12 +117,12 @@ def is_being_written(path: Path) -> bool:
         fd = open_regular(lock)
     except OSError:
         try:
-            return stat.S_ISREG(os.lstat(lock).st_mode)  # No descriptor or no permission: it may be held.
+            return stat.S_ISREG(os.lstat(lock).st_mode)  # no descriptor or no permission: it may be held
         except OSError as error:
             return error.errno not in (errno.ENOENT, errno.ENOTDIR)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # It is held, or the file system cannot say.
+    except OSError:  # it is held, or the file system does not support flock
         return True
     finally:
         os.close(fd)
@@ -130,12 +133,13 @@ def check_own_run(path: Path, *, empty: bool = False) -> None:
     """
     Raise `ForeignRunError` unless vitalsd wrote the run `path`, and `OSError` if the file cannot be read.
 
-    It is a regular file of this user with one name, which is one that `new_run` gives; its header has the application
-    id and the log of SQLite's WAL mode; so has SQLite no rollback journal to apply, which could delete any file; and
-    what lies beside it is no link either.
+    It must be a regular file of this user with one name, which is one that `new_run` gives. Its header must have the
+    application id and the WAL mode of SQLite. There must be no rollback journal: SQLite would apply it, and delete any
+    file that it names. The files beside it must not be links either.
 
     Args:
-        empty: also accept an empty file: its writer died before it wrote the header.
+        path: the database of the run.
+        empty: whether to accept an empty file too: its writer died before it wrote the header.
     """
     if not has_run_name(path):
         raise ForeignRunError(f"{path.name} does not have the name of a run")
@@ -193,7 +197,7 @@ def disk_bytes(path: Path) -> int:
 
 
 def delete_run(path: Path) -> None:
-    """Remove a run that `is_own_run`, and what belongs to it, as far as that can be done."""
+    """Remove a run that `is_own_run`, with all its files, as far as the system permits."""
     for part in _parts(path):
         with suppress(OSError):
             part.unlink()

@@ -1,9 +1,9 @@
 """
 Read the database of a run as bytes, file and log as one, without SQLite and without changing either.
 
-SQLite trusts what lies beside a database. It applies a rollback journal, deletes the file that the journal names,
-moves the log into the database, and makes files of its own; none of which may happen to a file that only has to be
-read. So the committed pages of the log are put in place here (fileformat2.html of SQLite, section 4).
+SQLite trusts the files beside a database. It applies a rollback journal, deletes the file that the journal names,
+moves the log into the database, and makes files of its own. To read a run must do none of these. So the committed
+pages of the log are put in place here (fileformat2.html of SQLite, section 4).
 """
 
 import os
@@ -19,26 +19,31 @@ from vitalsd.recording.run_files import HEADER_BYTES, MAGIC, open_regular
 __all__ = ["MAX_RUN_BYTES", "UnreadableRunError", "read_image"]
 
 MAX_RUN_BYTES = 32 << 20
-"""Of the database of a run, with its log applied: twice what its writer keeps."""
+"""Limit of the database of a run with its log applied, bytes: twice what the writer keeps."""
 TRIES = 5
+"""Number of attempts to read file and log without a new log having begun in between."""
 LOG_HEADER = struct.Struct(">8I")
-"""Magic number, version, page size, number of the checkpoint, two salts, two checksums."""
+"""Header of a log: magic number, version, page size, number of the checkpoint, two salts, two checksums."""
 FRAME_HEADER = struct.Struct(">6I")
-"""Page, size of the database in pages if a transaction ends here or else 0, two salts, two checksums."""
+"""
+Header of a page in a log: page, size of the database in pages, two salts, two checksums.
+
+The size is 0 unless a transaction ends with this page.
+"""
 LOG_MAGIC = 0x377F0682
-"""The lowest bit says that the words of the checksum are big-endian."""
+"""Magic number of a log; the lowest bit is set if the words of the checksum are big-endian."""
 
 
 class UnreadableRunError(Exception):
-    """The file is not a run of ours, or is damaged; ``str(error)`` says which."""
+    """Report that vitalsd did not write the file, or that it is damaged; ``str(error)`` is the reason."""
 
 
 def read_image(path: Path) -> bytearray:
     """
     Return the database of the run `path`, as of its last committed transaction.
 
-    It does not matter whether the run is being written by another process. In the process that writes it, SQLite would
-    lose its locks when the file is closed here (close in fcntl_locking(2)); use SQLite there.
+    Another process may write the run meanwhile. The process that writes it must read it through SQLite instead: to
+    close the file here would release the locks of SQLite (close in fcntl_locking(2)).
 
     Raises:
         UnreadableRunError: it has a rollback journal, or is larger than a run may be.
@@ -51,7 +56,7 @@ def read_image(path: Path) -> bytearray:
             " changed the run. It is not read"
         )
     for _ in range(TRIES):
-        # Pages that a checkpoint writes meanwhile are in the log, until that begins anew and has other salts.
+        # Pages that a checkpoint writes meanwhile are in the log too, until it begins anew with other salts.
         before = _read(log_path, missing=True, most=LOG_HEADER.size)
         content = _read(path)
         log = _read(log_path, missing=True) if before else bytearray()
@@ -65,8 +70,9 @@ def _read(path: Path, *, missing: bool = False, most: int | None = None) -> byte
     Return the content of a file.
 
     Args:
-        missing: a file that is not there has none.
-        most: read only the first bytes, that many; ``None``: all.
+        path: the file.
+        missing: whether a file that does not exist counts as empty.
+        most: number of bytes to read, from the beginning; ``None``: all.
 
     Raises:
         UnreadableRunError: it is larger than a run may be.
@@ -94,7 +100,7 @@ def _read(path: Path, *, missing: bool = False, most: int | None = None) -> byte
 
 
 class _Log(NamedTuple):
-    """What the header of a log says."""
+    """Hold the header of a log."""
 
     page_bytes: int
     big_endian: bool
@@ -132,7 +138,7 @@ def _with_log(path: Path, content: bytearray, log: bytearray) -> bytearray:
                 if 0 < number <= size:
                     content[(number - 1) * head.page_bytes : number * head.page_bytes] = log[at : at + head.page_bytes]
     if len(content) >= HEADER_BYTES and content.startswith(MAGIC):
-        content[18:20] = b"\1\1"  # SQLite opens no database in memory that says it has a log.
+        content[18:20] = b"\1\1"  # SQLite opens no database in memory with a header that demands a log
     return content
 
 

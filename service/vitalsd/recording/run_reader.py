@@ -1,8 +1,8 @@
 """
 Read a run back from disk.
 
-`vitalsd.recording.run_files` has the files that belong to it. A run that is not being written any more and did not say
-how it ended has crashed.
+`vitalsd.recording.run_files` has the files that belong to it. A run that is no longer written and has no end on record
+has crashed.
 """
 
 import json
@@ -29,19 +29,22 @@ from vitalsd.text import iso
 __all__ = ["UNKNOWN_END", "Run", "RunJson", "State", "UnreadableRunError", "describe", "read_run"]
 
 SCALARS_BYTES = 8 * len(Segment.SCALARS)
+"""Size of the scalars of one snapshot on disk, bytes."""
 CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image", "reading")
-"""Of a segment, as JSON."""
+"""Fields of a snapshot that are the same in a whole segment, stored with it as JSON."""
 MAX_TEXT = 16_384
-"""Characters of a value in ``meta``, the constants of a segment or the detail of an event."""
+"""Limit of a value in ``meta``, the constants of a segment or the detail of an event, characters."""
 MAX_META = 100
-"""Values in ``meta``; a run has 10."""
+"""Limit of the values in ``meta``; a run that vitalsd writes has 10."""
 THREAD_BYTES = 32
-"""Of the file for each thread that it may have; in a run it takes 35 bytes, with its place in a segment."""
+"""Least size of a file for each of its threads, bytes: a real one takes 35, with its place in a segment."""
 LARGEST = 2**63 - 1
+"""Largest number that a run holds: that of a signed integer of 64 bits."""
 
 State = Literal["running", "clean", "crashed"]
 
 UNKNOWN_END = "the sidecar ended before the process or with it; how the process ended is not known"
+"""`Run.ended` of a run without an end on record that another process recorded."""
 
 
 class RunJson(TypedDict):
@@ -66,7 +69,7 @@ class RunJson(TypedDict):
 
 
 class Run(NamedTuple):
-    """A run found on disk; see `read_run` for what is in it."""
+    """Describe a run on disk; `read_run` returns its content too."""
 
     id: str
     path: Path
@@ -78,12 +81,12 @@ class Run(NamedTuple):
     last_wall_ns: int | None
     snapshots: int
     reported: bool
-    """Has gone into a bug report already."""
+    """Whether a bug report contains it."""
     size_bytes: int
     application: Application = Application()
-    """What the client said it is."""
+    """The application that the client named."""
     host: RecordedHost = RecordedHost()
-    """The machine it was recorded on."""
+    """The machine on which it was recorded."""
 
     def to_json(self) -> RunJson:
         """Return it as ``GET /runs`` and ``vitalsd runs --json`` list it."""
@@ -112,7 +115,7 @@ def read_run(path: Path) -> tuple[Run, Record]:
     Return a run and its record, exact to the last snapshot that was written. Nothing on disk is changed.
 
     Raises:
-        UnreadableRunError: it is not a run of ours, or damaged.
+        UnreadableRunError: vitalsd did not write it, or it is damaged.
         OSError: it cannot be read.
     """
     with readable(path) as tables:
@@ -123,7 +126,7 @@ def describe(path: Path) -> Run:
     """
     Return what a listing shows of a run, without reading all of it.
 
-    Nothing on disk is changed. Raises as `read_run` does.
+    Nothing on disk is changed. Raise as `read_run` does.
     """
     with readable(path) as tables:
         return _described(tables, path)
@@ -141,7 +144,7 @@ def _text(value: str) -> str:
 
 
 def _typed(row: Sequence[Any], kinds: Sequence[type]) -> Any:
-    """Return `row`, if its values are what we write: a column of SQLite takes any kind. Raises `TypeError`."""
+    """Return `row` if its values have the types `kinds`: a column of SQLite takes any type. Raise `TypeError`."""
     if tuple(map(type, row)) != tuple(kinds):
         raise TypeError(f"{row!r:.80} where there should be {', '.join(kind.__name__ for kind in kinds)}")
     return row
@@ -161,7 +164,7 @@ def _identity(meta: dict[str, str]) -> Identity:
 
 def _described(tables: Tables, path: Path) -> Run:
     meta = _meta(tables)
-    # Not count(*): SQLite executes that in one instruction, which nothing bounds.
+    # Not count(*): SQLite executes it in one instruction, so the limit of instructions would not bound it.
     (count,) = tables.row("SELECT count(rowid) FROM frame")
     wall = Segment.SCALARS.index("wall_ns")
     scalars = "SELECT substr(numbers, 1, ?) FROM frame WHERE rowid = (SELECT {}(rowid) FROM frame)"
@@ -207,7 +210,7 @@ def _record(tables: Tables) -> Record:
     frames = tables.rows("SELECT segment, numbers, moved, code FROM frame ORDER BY rowid")
     newest = 0
     for segment_id, group in groupby(frames, key=lambda row: row[0]):
-        if segment_id <= newest:  # A hostile file would make thousands of copies of one segment.
+        if segment_id <= newest:  # a hostile file could demand thousands of copies of one segment
             raise ValueError(f"snapshots of segment {segment_id!r:.20} after those of {newest}")
         newest = segment_id
         row = tables.row("SELECT threads, cpu_ns, constants FROM segment WHERE rowid = ?", segment_id)
@@ -248,7 +251,7 @@ def _segment(
 
 
 def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", CpuDeltas]:
-    """Return the scalars and deltas of one frame. Raises `ValueError` or `TypeError`."""
+    """Return the scalars and deltas of one frame. Raise `ValueError` or `TypeError`."""
     named = SCALARS_BYTES + 4 * (moved or 0)
     indexes = None if moved is None else _array("I", numbers[SCALARS_BYTES:named])
     return _array("q", numbers[:SCALARS_BYTES]), (indexes, _array(code, numbers[named:]))

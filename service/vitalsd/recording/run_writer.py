@@ -1,8 +1,8 @@
 """
 Write the database of one run; `vitalsd.recording.run_reader` has the format and reads it back.
 
-In WAL mode a commit is a ``write`` without ``fsync``: what was committed survives the process, and only a power
-failure may take what the system had not written yet.
+In WAL mode a commit is a ``write`` without ``fsync``: committed data survives the process, and only a power failure
+loses what the kernel had not yet written to the disk.
 """
 
 import json
@@ -28,16 +28,18 @@ __all__ = ["RunFile"]
 
 class RunFile:
     """
-    Write a new file, held by its lock until it is closed. Each method is one transaction: what fails changes nothing.
+    Write a new file, and hold its lock until it is closed.
+
+    Each method is one transaction: if it fails, it changes nothing.
 
     Args:
-        directory: where it goes, which is made if need be, and in which room is made.
+        directory: where the file goes; it is made if need be, and its oldest runs are deleted to make room.
         identity: the process being recorded.
-        lives: whether it does.
+        lives: whether that process lives.
         interval_ns: intended distance of two snapshots.
         retention_ns: how far back the file reaches.
-        max_bytes: of the file; the oldest segments go when it is passed.
-        application: what the client says it is.
+        max_bytes: limit of the file; beyond it the oldest segments are deleted.
+        application: the application that the client named.
 
     Raises:
         OSError, sqlite3.Error: it cannot be made; from any other method, it cannot be written.
@@ -56,7 +58,7 @@ class RunFile:
     ) -> None:
         self._application = application
         self.identity = identity
-        """As it is in it."""
+        """The identity of the process that the file has."""
         self._interval_ns = interval_ns
         self._retention_ns = retention_ns
         self._max_bytes = max_bytes
@@ -85,7 +87,7 @@ class RunFile:
                 segment_id = self._insert_segment_row(segment, position)
                 self._insert_frame(segment_id, segment, position, NO_DELTAS)
         except BaseException:
-            for key in list(self._thread_ids)[known:]:  # they are not in the file
+            for key in list(self._thread_ids)[known:]:  # the transaction failed: they are not in the file
                 del self._thread_ids[key]
             raise
         return segment_id
@@ -95,14 +97,14 @@ class RunFile:
         self._insert_frame(segment_id, segment, position, segment.deltas[position])
 
     def insert_mark(self, mark: Mark) -> None:
-        """Write a mark. The oldest of more than `MAX_MARKS` go, some at a time."""
+        """Write a mark. Beyond `MAX_MARKS` the oldest are deleted, some at a time."""
         number = self._db.execute("INSERT INTO mark VALUES (?,?,?)", mark).lastrowid
         assert number is not None
         if number % MAX_MARKS == 0:
             self._db.execute("DELETE FROM mark WHERE rowid <= ?", (number - MAX_MARKS,))
 
     def insert_event(self, event: Event) -> None:
-        """Write an event. The oldest of more than `MAX_EVENTS` go, some at a time."""
+        """Write an event. Beyond `MAX_EVENTS` the oldest are deleted, some at a time."""
         number = self._db.execute("INSERT INTO event VALUES (?,?,?,?)", event).lastrowid
         assert number is not None
         if number % MAX_EVENTS == 0:
@@ -114,7 +116,7 @@ class RunFile:
         self.identity = identity
 
     def trim(self) -> None:
-        """Drop what is older than the retention, and the oldest eighth when the file is full."""
+        """Delete segments beyond the retention, and the oldest eighth if the file is 7/8 full."""
         db = self._db
         (size,) = db.execute(
             "SELECT (page_count - freelist_count) * page_size"
@@ -148,7 +150,7 @@ class RunFile:
         self.release_lock()
 
     def release_lock(self) -> None:
-        """Release the lock alone: in a forked child, which must not use the database."""
+        """Release only the lock, as in a forked child, which must not use the database."""
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -167,9 +169,9 @@ class RunFile:
     def _create(self, identity: Identity) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=1, check_same_thread=False, isolation_level=None)
         try:
-            # First: else each statement here, before there is a WAL, waits for the disk three times.
+            # This comes first: without it, each statement before WAL mode waits for the disk three times.
             db.execute("PRAGMA synchronous = OFF")
-            # Or each would leave a rollback journal if this process were killed; a run that has one is refused.
+            # Without it, a process that is killed here leaves a rollback journal, and a run with one is refused.
             db.execute("PRAGMA journal_mode = MEMORY")
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -221,19 +223,19 @@ class RunFile:
 
     def _insert_frame(self, segment_id: int, segment: Segment, position: int, deltas: CpuDeltas) -> None:
         indexes, used_ns = deltas
-        numbers = bytearray(segment.scalars_at(position))  # for bytes, sqlite3 looks for an adapter
+        numbers = bytearray(segment.scalars_at(position))  # faster than bytes, for which sqlite3 searches an adapter
         if indexes is not None:
             numbers += indexes
         numbers += used_ns
         moved = None if indexes is None else len(indexes)
-        # One statement is a transaction of its own, without a BEGIN and COMMIT to prepare and step.
+        # One statement is a transaction of its own, and saves the execution of BEGIN and COMMIT.
         self._db.execute(
             "INSERT INTO frame (segment, numbers, moved, code) VALUES (?,?,?,?)",
             (segment_id, numbers, moved, used_ns.typecode),
         )
 
     def _delete_threads(self) -> set[int]:
-        """Delete the threads of which no segment is left. Returns the ids of the others."""
+        """Delete the threads that no segment has; return the ids of the others."""
         used: set[int] = set()
         for (threads,) in self._db.execute("SELECT threads FROM segment"):
             used.update(array("I", threads))
@@ -243,7 +245,7 @@ class RunFile:
 
 
 def _prepare(path: Path) -> None:
-    """Make the directory of runs, or check it. Raises `OSError`."""
+    """Make the directory of runs, or check it. Raise `OSError`."""
     try:
         private_directory(path)
     except EndpointError as error:

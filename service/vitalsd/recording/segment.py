@@ -1,7 +1,7 @@
 """
-Store up to 64 snapshots with one set of threads: the first whole, of the others what each thread used since.
+Store up to 64 snapshots with one set of threads: the first whole, of the others the CPU time since the one before.
 
-An idle thread costs nothing, and names and ids are held once.
+A thread that did not run takes no memory, and names and ids are stored once.
 """
 
 from array import array
@@ -17,19 +17,20 @@ from vitalsd.snapshot import Snapshot
 __all__ = ["NO_DELTAS", "CpuDeltas", "Segment"]
 
 SEGMENT_LENGTH = 64
+"""Limit of the snapshots in a segment."""
 SEGMENT_BYTES = 1280
-"""Of a segment and its first snapshot, without what is one for each thread."""
+"""Memory of a segment and its first snapshot, without that for each thread, bytes."""
 
 CpuDeltas = tuple["array[int] | None", "array[int]"]
 """CPU time used since the snapshot before, ns: (``None``, one per thread) or (indexes of threads, one each)."""
 
 NO_DELTAS: CpuDeltas = (array("I"), array("I"))
-"""Of a snapshot before which no thread ran."""
+"""Deltas of a snapshot before which no thread ran."""
 
 
 class Segment:
     """
-    Up to `SEGMENT_LENGTH` snapshots of one program with one set of threads.
+    Store up to `SEGMENT_LENGTH` snapshots of one program with one set of threads.
 
     `scalars` holds `SCALARS` integers per snapshot, one snapshot after another.
     """
@@ -46,6 +47,7 @@ class Segment:
         "rss_bytes",
         "vm_bytes",
     )
+    """Integers that are stored for each snapshot, in this order; the order is part of the format on disk."""
 
     @classmethod
     def snapshot_fields(cls, scalars: Sequence[int]) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class Segment:
         self.size_bytes = SEGMENT_BYTES + 16 * len(self.base_cpu_ns)
 
     def __len__(self) -> int:
+        """Return the number of snapshots."""
         return len(self.deltas)
 
     def accepts(self, snapshot: Snapshot) -> bool:
@@ -147,7 +150,7 @@ def _cpu_deltas(before: Sequence[int], after: Sequence[int]) -> CpuDeltas:
 
 
 def _compact(used_ns: list[int]) -> "array[int]":
-    """Return CPU times in four bytes each if they fit: less than 4.3 s."""
+    """Return CPU times as integers of four bytes each if all fit (less than 4.3 s), or else of eight."""
     try:
         return array("I", used_ns)
     except OverflowError:

@@ -1,9 +1,9 @@
 """
 Keep the last minutes of one process in memory, bounded in time and in bytes.
 
-Snapshots are kept in segments of up to 64 with one set of threads: the first of a segment whole, of
-the others only what each thread used since (`vitalsd.recording.segment`). Dropping the oldest is
-dropping a segment. Whatever changes the set of threads, or the program, begins a new segment.
+This is a time series in segments of up to 64 snapshots with one set of threads: the first snapshot whole, of the others
+only the CPU time since the one before (`vitalsd.recording.segment`). The oldest snapshots are evicted by segment. A
+change of the set of threads, or of the program, begins a new segment.
 """
 
 import threading
@@ -20,9 +20,11 @@ from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
 __all__ = ["MAX_EVENTS", "MAX_MARKS", "Event", "EventKind", "Mark", "Record"]
 
 MAX_MARKS = 1000
+"""Limit of the marks that are kept; beyond it the oldest is dropped."""
 MAX_EVENTS = 1000
+"""Limit of the events that are kept; beyond it the oldest is dropped."""
 MAX_WINDOWS = 8
-"""Measurements that are kept for callers with the same window. They hold answers of megabytes."""
+"""Limit of the measurements that are kept for callers with the same window: their answers may take megabytes."""
 
 EventKind = Literal[
     "missed",
@@ -38,7 +40,7 @@ EventKind = Literal[
 
 
 class Mark(NamedTuple):
-    """A label that a client put on the recorder's clock."""
+    """Hold a label that a client put on the recorder's clock."""
 
     wall_ns: int
     monotonic_ns: int
@@ -46,7 +48,7 @@ class Mark(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Why the record differs from an even row of snapshots, in words."""
+    """Hold the reason, in words, why the record differs from evenly spaced snapshots."""
 
     wall_ns: int
     monotonic_ns: int
@@ -61,8 +63,8 @@ class Record:
     Args:
         identity: the recorded process.
         interval_ns: the intended distance of two snapshots; 0 if there is none.
-        retention_ns: how far back it reaches, give or take a segment.
-        max_bytes: a bound of its memory; many threads shorten how far back it reaches.
+        retention_ns: how far back it reaches, to within a segment.
+        max_bytes: limit of its memory; with many threads it reaches less far back.
     """
 
     def __init__(
@@ -92,19 +94,20 @@ class Record:
 
     @property
     def size_bytes(self) -> int:
-        """Memory taken by the snapshots, bytes, as accounted against `max_bytes`."""
+        """Memory of the snapshots, bytes, as counted for `max_bytes`."""
         return self._size_bytes
 
     def __len__(self) -> int:
+        """Return the number of snapshots."""
         with self._lock:
             return sum(map(len, self._segments))
 
     def append(self, snapshot: Snapshot) -> Segment:
         """
-        Add a snapshot, taken after all others; the oldest segments go when a bound is passed.
+        Add a snapshot, taken after all others; evict the oldest segments beyond a limit.
 
         Returns:
-            The segment it went to, where it is the last one.
+            The segment that has it as its last snapshot.
         """
         with self._lock:
             segment = self._segments[-1] if self._segments else None
@@ -132,7 +135,7 @@ class Record:
             self._size_bytes -= self._segments.popleft().size_bytes
 
     def restore(self, segment: Segment) -> None:
-        """Add a whole segment as it was stored; none of the bounds applies to a record read back."""
+        """Add a whole segment as it was stored; the limits do not apply to a record that is read back."""
         with self._lock:
             self._segments.append(segment)
             self._size_bytes += segment.size_bytes
@@ -140,7 +143,7 @@ class Record:
 
     def add_mark(self, label: str) -> Mark:
         """
-        Put a label on the clock, now. The oldest of more than `MAX_MARKS` goes.
+        Put a label on the clock, now. Beyond `MAX_MARKS` the oldest is dropped.
 
         Raises:
             ValueError: the label is empty, longer than `LABEL_CHARACTERS` or not printable.
@@ -176,9 +179,9 @@ class Record:
         """
         Measure the last `window_ms` milliseconds of the record; ``None`` with fewer than two snapshots.
 
-        It begins at the latest snapshot at or before the asked start (up to 1 % after it is still good)
-        and ends at the last one. A record too young gives what it has and says so in `warnings`. All
-        callers with the same window share one measurement until the next snapshot.
+        It begins at the latest snapshot at or before the requested start, or up to 1 % after it, and ends at the last
+        snapshot. A record that is too short gives what it has, with a warning. All callers with the same window share
+        one measurement until the next snapshot.
         """
         last = self._last
         if last is None:

@@ -1,4 +1,4 @@
-"""Import SQLite, or stand in for it: some Pythons, above all embedded ones, are built without it."""
+"""Import SQLite, or a substitute: some Pythons, above all embedded ones, are built without it."""
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -6,10 +6,10 @@ __all__ = ["sqlite3"]
 
 
 class _Missing:
-    """What `sqlite3` is where it cannot be imported: no run is written or read, and the rest of the sidecar works."""
+    """Replace `sqlite3` where it cannot be imported: no run is written or read, and the rest of the sidecar works."""
 
     class Error(Exception):
-        """Never raised."""
+        """Take the place of `sqlite3.Error` in except clauses; it is never raised."""
 
     OperationalError = Error
     Connection = Any
