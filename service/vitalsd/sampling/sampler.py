@@ -1,8 +1,8 @@
 """
 Measure one target for many callers.
 
-All kernel reads of one target happen on one thread of its own (`vitalsd.sampling.target_reader`), so the event loop
-never blocks, and a kernel that hangs on one target holds up no other; a caller of that target gets the error after 5 s.
+Each target is read on one thread of its own (`vitalsd.sampling.target_reader`), so the event loop never blocks, and a
+read that hangs in the kernel delays no other target; the callers of that target get an error after 5 s.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ T = TypeVar("T")
 
 
 def sample(source: Source, window_ms: int, *, extras: bool = False) -> Measurement:
-    """Measure one window of `source`, blocking, for callers without an event loop. Raises `SourceError`."""
+    """Measure one window of `source`, blocking, for callers without an event loop. Raise `SourceError`."""
     first = source.snapshot(extras=extras, names=False)
     time.sleep(window_ms / 1000)
     return measure(first, source.snapshot(extras=extras))
 
 
 class _Pending:
-    """A snapshot that has been asked for. Until it is begun, it will be later than any caller needs it to be."""
+    """Take a snapshot once for several callers. Until it is begun, it will be late enough for each caller."""
 
     def __init__(self, extras: bool) -> None:
         self.extras = extras
@@ -44,7 +44,7 @@ class _Pending:
         self.future: asyncio.Future[Snapshot]
 
     def take(self, reader: TargetReader) -> Snapshot:
-        """Take it; on the sampler's thread."""
+        """Take the snapshot, on the sampler's thread."""
         self._since_ns = time.monotonic_ns()
         return reader.take(self.extras, names=False)
 
@@ -59,9 +59,9 @@ class Sampler:
 
     Args:
         open_source: opens the target; called on the sampler's own thread.
-        recording: whether and how to record it; ``None`` for not at all.
-        platform: which it is until the target has been opened; default: the running one.
-        name: of that thread, as debuggers show it.
+        recording: how to record it; ``None``: it is not recorded.
+        platform: the platform to name until the target has been opened; default: the running one.
+        name: name of the sampler's thread, as debuggers show it.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class Sampler:
 
     @property
     def snapshots_taken(self) -> int:
-        """How many snapshots of the target were taken."""
+        """Number of snapshots of the target that were taken."""
         return self._reader.snapshots_taken
 
     async def identity(self) -> Identity:
-        """Return the identity of the target, which is opened and recorded from then on. Raises `SourceError`."""
+        """Return the identity of the target, which is opened and recorded from then on. Raise `SourceError`."""
         identity = self._reader.identity
         if identity is None:
             if self._opening is None:
@@ -137,12 +137,12 @@ class Sampler:
         return await self._windows.measure(window_ms, extras, peer)
 
     async def snapshot(self) -> Snapshot:
-        """Return the counters, with extras, of now or of a few milliseconds ago. Raises `SourceError`."""
+        """Return the counters, with extras, of now or of a few milliseconds ago. Raise `SourceError`."""
         await self.identity()
         return await self._snapshot(time.monotonic_ns() - SNAPSHOT_REUSE_NS, extras=True)
 
     async def confirm(self) -> None:
-        """Read the target as it is now, not a few milliseconds ago. Raises `SourceError`, as when it has exited."""
+        """Read the target as it is now, not a few milliseconds ago. Raise `SourceError`, as when it has exited."""
         await self.identity()
         await self._snapshot(time.monotonic_ns(), False)
 
@@ -156,12 +156,12 @@ class Sampler:
             return
         self._closing = True
         self._windows.close()
-        # No executor here: at the exit of the interpreter none takes work any more.
+        # No executor here: at the exit of the interpreter an executor refuses work.
         await asyncio.wait({asyncio.wrap_future(self.worker.submit(self._reader.close))}, timeout=timeout_s)
         self.worker.stop(0.1)
 
     def discard(self) -> None:
-        """Drop what was recorded, if the thread has ended after `close`; for a client that will not ask any more."""
+        """Drop the record, if the thread has ended after `close`; for a client that makes no more requests."""
         if self._closing and self.worker.stop(0):
             self._reader.discard()
 
@@ -178,7 +178,7 @@ class Sampler:
         return await self._answered(pending.future)
 
     async def _snapshot_at(self, at_ns: int, not_before_ns: int, extras: bool) -> Snapshot:
-        """Return one that the sampler's thread takes at `at_ns`, even if the event loop is busy by then."""
+        """Return a snapshot that the sampler's thread takes at `at_ns`, even if the event loop is busy then."""
         taken = asyncio.wrap_future(self.worker.submit(partial(self._reader.take_since, not_before_ns, extras), at_ns))
         taken.add_done_callback(seen)
         try:

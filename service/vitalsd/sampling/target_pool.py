@@ -21,33 +21,62 @@ __all__ = ["PooledTarget", "Stream", "Targets"]
 
 
 class PooledTarget(Protocol):
-    """A process that is measured: live (`Sampler`) or read back from a file (`vitalsd.recording.replay`)."""
+    """Measure a process: a live one (`Sampler`) or one from a file (`vitalsd.recording.replay`)."""
 
     replay: "Replay | None"
     """The file that is replayed, perhaps of another machine; ``None``: a process of this machine."""
 
     @property
-    def platform(self) -> str: ...
+    def platform(self) -> str:
+        """Name of the platform."""
+        ...
+
     @property
-    def pid(self) -> int | None: ...
+    def pid(self) -> int | None:
+        """Process id; ``None``: not opened yet, or replayed."""
+        ...
+
     @property
-    def recorder(self) -> TargetRecorder: ...
+    def recorder(self) -> TargetRecorder:
+        """The recorder of the target; one that is not recorded has a `NoRecorder`."""
+        ...
+
     @property
-    def snapshots_taken(self) -> int: ...
-    async def identity(self) -> Identity: ...
-    async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement: ...
-    async def snapshot(self) -> Snapshot: ...
-    async def confirm(self) -> None: ...
-    async def hangs(self) -> bool: ...
-    async def close(self) -> None: ...
+    def snapshots_taken(self) -> int:
+        """Number of snapshots of the target that were taken."""
+        ...
+
+    async def identity(self) -> Identity:
+        """Return the identity of the target. Raise `SourceError`."""
+        ...
+
+    async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement:
+        """Measure the coming `window_ms` milliseconds. Raise `SourceError` or `BusyError`, see `Sampler.window`."""
+        ...
+
+    async def snapshot(self) -> Snapshot:
+        """Return the counters, with extras, of now or of a few milliseconds ago. Raise `SourceError`."""
+        ...
+
+    async def confirm(self) -> None:
+        """Return if the target can be read now. Raise `SourceError`, as when it has exited."""
+        ...
+
+    async def hangs(self) -> bool:
+        """Return whether a read of the target does not return."""
+        ...
+
+    async def close(self) -> None:
+        """Release the target and end its record."""
+        ...
 
 
 class Stream:
     """
-    Window after window of one target, for one reader: an async iterator of `Measurement`.
+    Measure window after window of one target, for one reader: an async iterator of `Measurement`.
 
-    A reader that is too slow loses the oldest, counted in `dropped`; it never holds up the sampler.
-    It ends with the `SourceError` that says why there is no more.
+    Without backpressure: a reader that is too slow loses the oldest windows, counted in `dropped`, and never delays the
+    sampler. The iterator ends with the `SourceError` of the target.
     """
 
     def __init__(self, target: PooledTarget, interval_ms: int, peer: Peer = OWNER) -> None:
@@ -61,9 +90,11 @@ class Stream:
         self.dropped = 0
 
     def __aiter__(self) -> "Stream":
+        """Return this stream: there is one reader."""
         return self
 
     async def __anext__(self) -> Measurement:
+        """Wait for the next window. Raise `SourceError` once the target ends, `StopAsyncIteration` after `close`."""
         while not self._waiting:
             if self._error is not None:
                 raise self._error
@@ -74,7 +105,7 @@ class Stream:
         return self._waiting.popleft()
 
     async def close(self) -> None:
-        """End it; a reader that waits gets no more."""
+        """End the stream; a reader that waits gets no other window."""
         self._producer.cancel()
         with suppress(asyncio.CancelledError):
             await self._producer
@@ -85,7 +116,7 @@ class Stream:
             while True:
                 try:
                     measurement = await self._target.window(self._interval_ms, peer=self._peer)
-                except BusyError:  # the stream stays open and misses one
+                except BusyError:  # the stream stays open and lacks this window
                     self.dropped += 1
                     await asyncio.sleep(self._interval_ms / 1000)
                     continue
@@ -102,13 +133,13 @@ class Stream:
 class _PooledSampler:
     sampler: Sampler
     users: Counter[Peer] = field(default_factory=Counter)
-    """Callers by peer."""
+    """Number of callers by peer."""
     expiry: asyncio.TimerHandle | None = None
-    """Closes it; there is one while it has no users."""
+    """Timer that closes the sampler; ``None`` while it has users."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether its thread is at work."""
+        """Whether its thread is executing a call."""
         return self.sampler.worker.busy_since_ns is not None
 
 
@@ -118,10 +149,10 @@ class Targets:
 
     Args:
         default: the target of this sidecar; it stays open.
-        open_source: opens any other pid; closed again after `idle_s` without a caller.
-        limit: of other targets in use at once by one kind of client, see `Shares`. If so many are open, the target that
-            has been idle for the longest is closed.
-        name: of the process for which the default target waits if there is none; ``None``: it waits for none.
+        open_source: opens any other pid; it is closed after `idle_s` without a caller.
+        limit: number of other targets that one kind of client may use at once, see `Shares`. If so many are open, the
+            one that has been idle for the longest is evicted.
+        name: name of the process for which the default target waits; ``None``: it waits for none.
     """
 
     def __init__(
@@ -145,7 +176,7 @@ class Targets:
     @asynccontextmanager
     async def target(self, pid: int | None, peer: Peer = OWNER) -> AsyncIterator[PooledTarget]:
         """
-        Give the target with this `pid`, or the default one. It stays open as long as the context.
+        Yield the target with this `pid`, or the default one; it stays open for as long as the context.
 
         Raises:
             BusyError: `peer` uses too many other targets at once, or reads of too many hang.
@@ -158,8 +189,8 @@ class Targets:
         try:
             yield pooled.sampler
         except SourceError:
-            # The pid may be another process the next time, so the next caller opens it anew. Unless a read of it
-            # hangs: its thread is kept, or each caller would leave another one behind.
+            # The pid may be that of another process at the next call, so the next caller opens it anew. If a read of
+            # it hangs, it stays: otherwise each caller would leave another thread that hangs.
             if not await pooled.sampler.hangs() and self._pooled.get(pid) is pooled:
                 del self._pooled[pid]
             raise
@@ -174,7 +205,7 @@ class Targets:
                 self._release(pooled)
 
     async def hangs(self) -> bool:
-        """Return whether a read of any of them does not return."""
+        """Return whether a read of any target does not return."""
         samplers = [pooled.sampler for pooled in self._pooled.values()]
         return await self.default.hangs() or any([await sampler.hangs() for sampler in samplers])
 
@@ -197,7 +228,7 @@ class Targets:
         await asyncio.gather(self.default.close(), *self._closing)
 
     async def _forget_if_gone(self, pid: int) -> None:
-        """Close the target of `pid` if it has exited: the pid may be that of another process by now."""
+        """Close the target of `pid` if it has exited: the pid may be that of another process now."""
         pooled = self._pooled.get(pid)
         if pooled is None or pooled.sampler.pid is None:
             return
@@ -205,11 +236,11 @@ class Targets:
             await pooled.sampler.confirm()
         except TargetGoneError:
             if self._pooled.get(pid) is pooled and pooled.users:
-                del self._pooled[pid]  # the last of them closes it
+                del self._pooled[pid]  # its last user closes it
             elif self._pooled.get(pid) is pooled:
                 self._drop(pid)
         except SourceError:
-            pass  # the caller gets it from `identity`
+            pass  # `identity` raises it to the caller
 
     def _enter(self, pid: int, peer: Peer) -> _PooledSampler:
         pooled = self._pooled.get(pid)
@@ -233,9 +264,9 @@ class Targets:
 
     def _make_room(self) -> None:
         """
-        Close the target that has been idle for the longest, if there are `limit`.
+        Evict the target that has been idle for the longest, if there are `limit`.
 
-        A target of which a read hangs is not closed, because its thread stays. Raises `BusyError` if all
+        A target with a read that hangs is not closed, because its thread would stay. Raise `BusyError` if all targets
         are such.
         """
         if len(self._pooled) < self._limit:
@@ -249,7 +280,7 @@ class Targets:
 
     def _expire(self, pid: int) -> None:
         pooled = self._pooled[pid]
-        if pooled.is_busy:  # with a read that no caller waits for: it hangs
+        if pooled.is_busy:  # no caller waits for this read, so it hangs
             pooled.expiry = asyncio.get_running_loop().call_later(self._idle_s, self._expire, pid)
         else:
             self._drop(pid)

@@ -1,7 +1,7 @@
 """
-Read one target and feed its recorder: what runs on the sampler's thread.
+Read one target and give the snapshots to its recorder, on the sampler's thread.
 
-The recorder's snapshots are taken here too and serve callers as well, but end no window: their names may be 2 s old.
+A snapshot for the recorder also serves callers, but ends no window: its names of threads may be 2 s old.
 """
 
 import time
@@ -16,7 +16,7 @@ from vitalsd.worker_thread import Worker
 __all__ = ["SNAPSHOT_REUSE_NS", "TargetReader"]
 
 SNAPSHOT_REUSE_NS = 10_000_000
-"""A snapshot up to 10 ms old serves another caller, and the recorder, too."""
+"""A snapshot up to this old serves another caller and the recorder too, ns: 10 ms."""
 
 
 class TargetReader:
@@ -25,7 +25,7 @@ class TargetReader:
 
     Args:
         open_source: opens the target.
-        recording: whether and how to record it; ``None`` for not at all.
+        recording: how to record it; ``None``: it is not recorded.
         worker: calls the recorder at each interval.
     """
 
@@ -36,24 +36,24 @@ class TargetReader:
         self._source: Source | None = None
         self._last: Snapshot | None = None
         self._has_current_names = False
-        """Whether the names in the last snapshot were read with it: the recorder does without."""
+        """Whether the names in the last snapshot were read with it; the recorder does not need that."""
         self._reading = 0
         """See `Snapshot.reading`."""
         self._contradicted = False
         """Whether the last two snapshots contradicted each other."""
         self._closed = False
         self.identity: Identity | None = None
-        """Of the target, once it has been opened."""
+        """Identity of the target; ``None``: it has not been opened."""
         self.recorder: Recorder | None = None
         self.snapshots_taken = 0
 
     @property
     def records(self) -> bool:
-        """Whether the target is recorded once it has been opened."""
+        """Whether the target is recorded once it is opened."""
         return self._recording is not None and self._recording.interval_s > 0
 
     def open(self) -> Identity:
-        """Open the target, and start to record it, unless that has been done. Raises `SourceError`."""
+        """Open the target, and start to record it, unless that has been done. Raise `SourceError`."""
         if self._source is None:
             self._source = self._open_source()
         identity = self._source.identity()
@@ -68,8 +68,8 @@ class TargetReader:
         Return the last snapshot if it is good enough; from any thread.
 
         Args:
-            not_before_ns: monotonic time; an older one is not.
-            extras: one without extras is not.
+            not_before_ns: monotonic time at which it must have been taken, or later.
+            extras: whether it must have extras.
         """
         last = self._last
         if last is not None and last.monotonic_ns >= not_before_ns and (last.extras is not None or not extras):
@@ -77,7 +77,7 @@ class TargetReader:
         return None
 
     def take(self, extras: bool, *, names: bool = True) -> Snapshot:
-        """Read the target. Raises `SourceError`; the record has the end of the target by then."""
+        """Read the target. Raise `SourceError`, after the end of the target has been recorded."""
         assert self._source is not None
         if self._closed:
             raise self.gone()
@@ -90,19 +90,19 @@ class TargetReader:
             self._last, self._has_current_names = last, names
             self.identity = self._source.identity()
         except TargetGoneError as error:
-            # A caller that gets the error may look at once into the record for how the target ended.
+            # A caller that gets the error may at once read in the record how the target ended.
             if self.recorder is not None:
                 self.recorder.failed(error)
             raise
         if self.recorder is not None:
             self.recorder.identify(self.identity)
-            if why is not None and not self._contradicted:  # else a kernel that counts wrong would fill the record
+            if why is not None and not self._contradicted:  # one event, or a kernel that miscounts fills the record
                 self.recorder.contradicted(why, last)
         self._contradicted = why is not None
         return last
 
     def take_since(self, not_before_ns: int, extras: bool) -> Snapshot:
-        """Return the last snapshot of a window, which has the current names; see `last_since`. Raises as `take`."""
+        """Return the last snapshot of a window, which has the current names; see `last_since`. Raise as `take`."""
         last = self.last_since(not_before_ns, extras)
         return last if last is not None and self._has_current_names else self.take(extras)
 
@@ -115,7 +115,7 @@ class TargetReader:
         """End the record and release the target."""
         if self.recorder is not None:
             if self.recorder.ended is None:
-                # One last look: a target that has just died is not to pass for one that was left alive.
+                # One last read: a target that has just died must not count as one that lives on.
                 self._last = None
                 self._record()
             self.recorder.close()
@@ -136,7 +136,7 @@ class TargetReader:
     def _record(self) -> bool:
         """Record a snapshot; False if there will be no other."""
         assert self.recorder is not None
-        if self._closed:  # due between the release of the target and the end of the thread
+        if self._closed:  # the thread has released the target but not yet ended
             return False
         try:
             last = self.last_since(time.monotonic_ns() - SNAPSHOT_REUSE_NS + 1, False)

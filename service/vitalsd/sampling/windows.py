@@ -1,8 +1,8 @@
 """
-Measure windows of one target, and share their snapshots among callers that ask at about the same time.
+Measure windows of one target, and share their snapshots among callers with requests at about the same time.
 
-Callers whose windows begin or end within a few milliseconds share the snapshots: a thousand of them cost about what one
-costs. All of this runs on the event loop; `vitalsd.sampling.sampler` takes the snapshots.
+Windows that begin or end within a few milliseconds of each other share the snapshots, so a thousand callers cost about
+as much as one. All of this runs on the event loop; `vitalsd.sampling.sampler` takes the snapshots.
 """
 
 import asyncio
@@ -24,17 +24,17 @@ __all__ = ["Windows"]
 REUSE_PART = 20
 """A snapshot serves another window only if it is at most 1/20 of that window old."""
 BUSY_WINDOW_COUNT = 8
-"""With so many windows of one target open, a snapshot of any age up to 1/20 of the window serves it."""
+"""With this many windows of one target open, `SNAPSHOT_REUSE_NS` no longer limits the age of a reused snapshot."""
 BUSY_REUSE_NS = 5_000_000
-"""With so many windows open, a snapshot up to 5 ms old, or half the window, serves a short window too."""
+"""With `BUSY_WINDOW_COUNT` windows open, a snapshot up to this old serves any window of twice that or more, ns."""
 
 Key = tuple[Snapshot, int, bool]
-"""Of a window: its first snapshot, its length in ms, and whether it has extras."""
+"""Identifies a window: its first snapshot, its length in ms, and whether it has extras."""
 
 
 @dataclass(slots=True, eq=False)
 class _Window:
-    """A window under way, and how many callers of each peer wait for it."""
+    """Hold a window under way, and the number of callers of each peer that wait for it."""
 
     task: asyncio.Task[Measurement]
     waiting: Counter[Peer] = field(default_factory=Counter)
@@ -42,7 +42,7 @@ class _Window:
 
 class Windows:
     """
-    Keep the windows of one target that are open.
+    Measure and share the windows of one target.
 
     Args:
         take: returns a snapshot, with extras or without, that is not older than a monotonic time in ns.
@@ -64,11 +64,12 @@ class Windows:
         self._closed = False
 
     def __len__(self) -> int:
+        """Return the number of open windows."""
         return len(self._open)
 
     @property
     def callers(self) -> int:
-        """Places that are taken, see `Shares`."""
+        """Number of places that callers occupy, see `Shares`."""
         return len(self._shares)
 
     async def measure(self, window_ms: int, extras: bool, peer: Peer) -> Measurement:
@@ -88,7 +89,7 @@ class Windows:
         try:
             return await asyncio.shield(window.task)
         except asyncio.CancelledError:
-            if window.task.cancelled() and self._closed:  # it has exited, and the next of its name is measured
+            if window.task.cancelled() and self._closed:  # it has exited, and the next process of its name is measured
                 raise self._gone() from None
             raise
         finally:
@@ -102,9 +103,10 @@ class Windows:
 
     def _slack_ns(self, window_ns: int) -> int:
         """
-        Return how far, in ns, a snapshot may lie from where a window begins or ends.
+        Return how far, in ns, a snapshot may lie from the beginning or end of a window.
 
-        Windows of one length have then at most `BUSY_WINDOW_COUNT` + 2 * `REUSE_PART` beginnings, however many ask.
+        Windows of one length thus have at most `BUSY_WINDOW_COUNT` + 2 * `REUSE_PART` beginnings, for any number of
+        callers.
         """
         if len(self._open) < BUSY_WINDOW_COUNT:
             return min(SNAPSHOT_REUSE_NS, window_ns // REUSE_PART)
