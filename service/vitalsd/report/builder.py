@@ -1,8 +1,8 @@
 """
-Build a bug report from its members: the one place, for a client, the command and a sidecar.
+Build a bug report from its members, for a client, the command line and a sidecar; no other module does.
 
-The members are collected first, by whichever program can ask for them. Here they are redacted, described and sealed, so
-it runs in the program that holds the redact hooks.
+The members are collected before, by the program that can request them. This module redacts, describes and seals them,
+so it runs in the program with the redact hooks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +18,12 @@ from vitalsd.contract.report_archive import METADATA, Bundle, Failure, metadata,
 __all__ = ["Collected", "Heading", "Redact", "build"]
 
 Redact = Callable[[str, bytes], bytes | None]
-"""Given a member's name and content, return what of it may leave the program; ``None``: nothing."""
+"""Gets the name and the content of a member, returns what may leave the program; ``None``: nothing."""
 
 
 @dataclass(slots=True)
 class Collected:
-    """The members of a report before redaction."""
+    """Hold the members of a report before redaction."""
 
     platform: str
     members: dict[str, bytes] = field(default_factory=dict)
@@ -31,16 +31,16 @@ class Collected:
     application: Application = Application()
     """The application as the client named it to the sidecar, or as the run on disk has it."""
     host: RecordedHost | None = None
-    """The recorded machine, if it is not this one: a file is replayed."""
+    """The machine of a file that is replayed; ``None``: this machine."""
     target: Mapping[str, Any] | None = None
     """State of the recorded process: ``{"state": …, "ended": …}``; ``None``: not known."""
     runs: dict[str, str] = field(default_factory=dict)
-    """By id of a crashed run: the member that contains it. It may be an earlier run, or that of the target itself."""
+    """Member that contains a crashed run, by id of the run: an earlier run, or that of the target itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """What the client says about a report."""
+    """Hold what the client states about a report."""
 
     app: str | None
     """Application id; ``None``: that of `Collected.application`."""
@@ -55,10 +55,10 @@ def build(heading: Heading, collected: Collected, redact: Sequence[Redact] = (),
     Return the sealed report.
 
     Args:
-        heading: what the client says.
-        collected: the members; not changed.
-        redact: each hook is given every member; a member that a hook fails on is left out.
-        created: when the report is submitted.
+        heading: what the client states.
+        collected: the members; they are not changed.
+        redact: hooks, each of which is called with every member; a member for which a hook fails is left out.
+        created: the time at which the report is submitted.
     """
     known = collected.application
     app = heading.app or known.app
@@ -92,7 +92,7 @@ def _redacted(name: str, content: bytes, redact: Sequence[Redact]) -> bytes | Fa
     for hook in redact:
         try:
             kept = hook(name, content)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - what a hook could not read does not leave the program
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a member that a hook cannot read stays in the program
             return Failure(name, f"left out: a redact hook raised {type(error).__name__}")
         if kept is None:
             return Failure(name, "left out by a redact hook")

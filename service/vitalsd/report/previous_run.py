@@ -2,7 +2,7 @@
 Decide which crashed run belongs to a report.
 
 A run with an application id belongs to reports with this id and to no other. Without ids the program decides, see
-`vitalsd.sources.programs`. In doubt the run is left out, and `Choice.reason` says so and names the run.
+`vitalsd.sources.programs`. In doubt the run is left out, and `Choice.reason` has the reason and the name of the run.
 """
 
 import time
@@ -23,43 +23,43 @@ from vitalsd.sources.programs import may_be_versions
 __all__ = ["TOP_THREADS", "Choice", "Found", "Listing", "ReportSubject", "choose", "find", "is_alive", "member"]
 
 TOP_THREADS = 50
-"""Threads of a run that a report shows: the busiest."""
+"""Number of threads of a run that a report shows, the busiest."""
 SETTLE_S = 0.5
-"""A sidecar notes the exit of its target within milliseconds; on a busy machine this long is waited for it."""
+"""A sidecar has this long to record the exit of its target, s: it takes milliseconds, more on a busy machine."""
 NAMED_RUNS = 5
-"""Runs that a sentence names."""
+"""Limit of the runs that a sentence names."""
 
 Listing = Mapping[str, Any]
 """A run as ``GET /runs`` lists it."""
 
 
 class ReportSubject(NamedTuple):
-    """What a report is about."""
+    """Describe the process of a report."""
 
     app: str | None = None
     """The application id that the report was given."""
     start_id: str | None = None
     """`Identity.start_id` of the process that runs now; ``None``: nothing is running."""
     name: str = ""
-    """Of its process, as the kernel has it, or the name for which the sidecar waits; empty: any."""
+    """Name of the process in the kernel, or the name for which the sidecar waits; empty: any."""
     program: str = ""
     target_app: str | None = None
     """The application id with which the sidecar of that process was started."""
 
     @classmethod
     def of(cls, app: str | None, target: Mapping[str, Any], target_app: str | None) -> "ReportSubject":
-        """Return the subject for a target as ``GET /info`` shows it. Raises `KeyError`: it is `Unavailable`."""
+        """Return the subject for a target as ``GET /info`` shows it. Raise `KeyError`: it is `Unavailable`."""
         return cls(app, str(target["start_id"]), str(target["name"]), str(target.get("program", "")), target_app)
 
 
 class Choice(NamedTuple):
-    """The run that belongs to a report, if any."""
+    """Hold the run that belongs to a report, if any."""
 
     run: Listing | None = None
     left_out: Sequence[Listing] = ()
     """Crashed runs that no report contains yet and that may belong to this one."""
     reason: str | None = None
-    """Why they were left out, and what to do."""
+    """Why the runs in doubt were left out, and what to do."""
 
 
 def choose(listings: Sequence[Listing], subject: ReportSubject, alive: Callable[[Listing], bool]) -> Choice:
@@ -69,7 +69,7 @@ def choose(listings: Sequence[Listing], subject: ReportSubject, alive: Callable[
     Args:
         listings: runs in any order.
         subject: what the report is about.
-        alive: whether the process of a run still lives; its recording ended before it did, so it has not crashed.
+        alive: returns whether the process of a run still lives; such a run has not crashed, its recording ended before.
     """
     crashed = [
         run
@@ -149,7 +149,7 @@ def is_alive(kernel: Births | None = None) -> Callable[[Listing], bool]:
 
 
 class Found(NamedTuple):
-    """The run for a report, read from disk, or why there is none."""
+    """Hold the run for a report, read from disk, or the reason for none."""
 
     run: Run | None = None
     record: Record | None = None
@@ -171,9 +171,9 @@ def find(
     Args:
         directory: the runs of this user.
         subject: what the report is about.
-        run_id: this run, whatever `choose` would say; ``None``: `choose`.
-        read: False: leave `Found.record` out, which takes longer than the choice.
-        kernel: knows which processes live.
+        run_id: id of the run to take, whatever `choose` would return; ``None``: as `choose` returns.
+        read: whether to read `Found.record`, which takes longer than the choice.
+        kernel: reports which processes live.
     """
     choice = Choice()
     try:
