@@ -1,5 +1,5 @@
 """
-What PyInstaller has to know of vitalsd: it finds this package by the entry point ``pyinstaller40``.
+Provide the hooks for PyInstaller, which finds this package by the entry point ``pyinstaller40``.
 
 The hooks themselves import PyInstaller, so they are in a directory that is no package.
 """

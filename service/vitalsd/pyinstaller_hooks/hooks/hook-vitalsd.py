@@ -1,5 +1,5 @@
 """
-Collect what PyInstaller does not see by itself: commands imported by name, the page, and the agent's templates.
+Collect what PyInstaller does not find by itself: commands imported by name, the page, and the templates of the agent.
 
 A client that is its own sidecar needs all of them.
 """
@@ -21,7 +21,7 @@ hiddenimports = collect_submodules("vitalsd", filter=lambda name: not name.start
 datas = collect_data_files("vitalsd", excludes=["pyinstaller_hooks"])
 root, package = map(Path, get_package_paths("vitalsd"))
 for folder in ("launchd", "systemd"):
-    if not (package / folder).is_dir():  # not installed but a checkout, where they are beside the source root
+    if not (package / folder).is_dir():  # in a checkout they are beside the source root
         datas += [(str(path), f"vitalsd/{folder}") for path in (root.parent / folder).glob("*")]
-with suppress(PackageNotFoundError):  # vendored
+with suppress(PackageNotFoundError):  # a vendored copy has no metadata
     datas += copy_metadata("vitalsd")

@@ -1,4 +1,4 @@
-"""Collect what a client imports by name."""
+"""Collect the modules that a client imports by name."""
 
 from PyInstaller.utils.hooks import collect_submodules  # type: ignore[import-untyped]
 
