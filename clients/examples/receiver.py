@@ -44,6 +44,7 @@ TOO_LARGE = f"the report is too large: send at most {MAX_UPLOAD_BYTES >> 20} MiB
 MAX_RATIO = 100
 """Limit for the compression ratio of a member, against zip bombs."""
 MAX_MEMBERS = 200
+"""Limit for the number of members."""
 KEY = re.compile(r"[0-9a-f]{32}", re.ASCII)
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Allowed compression methods. For the others, zipfile unpacks more bytes than a read asks for."""

@@ -1,8 +1,8 @@
 """
-Ask a sidecar, make and send bug reports: what a client application imports.
+Provide the public names of the client library: ask a sidecar, make and send bug reports.
 
-The import itself loads next to nothing; each name loads what it needs when it is first used. A program
-that wants its first report quick names it at its start: ``from vitalsd_client import BugReport``.
+The import itself loads no other module of the library; each name loads its module at its first use (PEP 562). A
+program that must not wait at its first report imports the name at its start: ``from vitalsd_client import BugReport``.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Attachments of a bug report: read each on a thread of its own, and say why one is missing."""
+"""Read the attachments of a bug report, each on a thread of its own, and return a reason for each missing one."""
 
 import errno
 import os
@@ -16,8 +16,11 @@ from vitalsd_client.daemon_call import Call, start_call
 __all__ = ["ATTACHMENT_BYTES", "Attachments", "Content", "check_content"]
 
 MAX_ATTACHMENTS = 50
+"""Attachments of one report: each has a reading thread of its own."""
 ATTACHMENT_BYTES = 5 << 20
+"""Default limit of one attachment, bytes."""
 ALL_ATTACHMENTS_BYTES = 32 << 20
+"""Limit of all attachments of a report together, bytes."""
 
 Content = bytes | str | os.PathLike[str] | Callable[[], bytes | str]
 """Bytes, text, the file at a `pathlib.Path`, or a function that returns bytes or text."""
@@ -29,18 +32,18 @@ class _Attachment:
     content: Content
     limit: int
     tail: bool = False
-    """Of a file over the limit: take the end of it."""
+    """Whether to take the last `limit` bytes of a larger file instead of failing."""
 
 
 class Attachments:
-    """What a program adds to one report, in order; at most `MAX_ATTACHMENTS`."""
+    """Hold the attachments of one report in the order of `add`; at most `MAX_ATTACHMENTS`."""
 
     def __init__(self) -> None:
         self._all: list[_Attachment] = []
         self._reading: list[tuple[_Attachment, Call[bytes] | None]] = []
 
     def add(self, name: str, content: Content, limit: int, *, tail: bool = False) -> None:
-        """Add one, to be read by `start`. Raises `ValueError` if it is one too many."""
+        """Add an attachment, to be read by `start`. Raises `ValueError` above `MAX_ATTACHMENTS`."""
         if len(self._all) >= MAX_ATTACHMENTS:
             raise ValueError(f"a report has at most {MAX_ATTACHMENTS} attachments")
         safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80].lstrip(".") or "attachment"
@@ -52,10 +55,12 @@ class Attachments:
 
     def collect(self, deadline: float, members: dict[str, bytes], failures: list[Failure]) -> None:
         """
-        Put what has been read into `members`, and a reason for each other into `failures`.
+        Put the attachments that have been read into `members`, and a reason for each of the others into `failures`.
 
         Args:
-            deadline: monotonic time, s.
+            deadline: monotonic time, s; the calls that still read then are abandoned.
+            members: content by the name of the member, extended in place.
+            failures: extended in place.
         """
         left = ALL_ATTACHMENTS_BYTES
         for attachment, call in self._reading:
@@ -82,7 +87,7 @@ def check_content(name: str, content: Content) -> None:
 
 
 def _names_file(text: str) -> bool:
-    """Return whether `text` is the path of a file: a program that passes one means the file."""
+    """Return whether `text` is the path of an existing file: the caller probably means its content."""
     try:
         return 0 < len(text) < 4096 and "\n" not in text and os.path.isfile(text)
     except ValueError:  # a NUL
@@ -90,6 +95,7 @@ def _names_file(text: str) -> bool:
 
 
 def _outcome(attachment: _Attachment, call: Call[bytes] | None, deadline: float, left: int) -> bytes | Failure:
+    """Return the content of an attachment, or why it is missing; `left` is the rest of the budget of bytes."""
     if call is None or not call.wait(deadline - time.monotonic()):
         return Failure(attachment.member, "it did not come in time")
     try:
@@ -108,10 +114,11 @@ def _outcome(attachment: _Attachment, call: Call[bytes] | None, deadline: float,
 
 
 class _TooLargeError(Exception):
-    """An attachment over its limit."""
+    """Report that an attachment is over its limit; ``str(error)`` has both sizes."""
 
 
 def _read(attachment: _Attachment) -> bytes:
+    """Return the content as bytes, on the thread of its `Call`. Raises `_TooLargeError`, `OSError`, `TypeError`."""
     content = attachment.content
     if callable(content):
         content = content()
@@ -127,6 +134,7 @@ def _read(attachment: _Attachment) -> bytes:
 
 
 def _read_file(path: Path, limit: int, *, tail: bool) -> bytes:
+    """Return the bytes of a regular file, or its last `limit` bytes. Raises `_TooLargeError`, `OSError`."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # NONBLOCK: a FIFO without a writer
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)

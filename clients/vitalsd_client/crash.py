@@ -1,4 +1,4 @@
-"""Ask at the start of a client whether its last run crashed."""
+"""Return the last crashed run of a client application, to ask its user about at the next start."""
 
 import json
 import logging
@@ -21,26 +21,26 @@ __all__ = ["Crash", "last_crash"]
 log = logging.getLogger("vitalsd_client")
 
 BUDGET_S = 2.0
-"""`last_crash` returns within this time, whatever the disk does."""
+"""Time limit of `last_crash`, s, even if the disk hangs: it runs at the start of the client."""
 
 
 @dataclass(frozen=True)
 class Crash:
-    """A run of the application that did not end well and that no report contains yet."""
+    """Describe a run of the application that ended by a crash and that no report contains yet."""
 
     run_id: str
     application: Application
     name: str
-    """Of its process, as the kernel has it."""
+    """Name of its process, from the kernel."""
     pid: int
     started_at: datetime
     """UTC."""
     last_seen: datetime | None
-    """When its last snapshot was taken, UTC; ``None``: none was."""
+    """Time of its last snapshot, UTC; ``None``: it has no snapshot."""
     ended: str | None
-    """How it ended, for a sentence, as in ``killed by SIGSEGV``; ``None``: its sidecar ended at the same time."""
+    """End of the process for use in a sentence, as ``killed by SIGSEGV``; ``None``: its sidecar ended with it."""
     snapshots: int
-    """Recorded."""
+    """Number of recorded snapshots."""
     _run: Run = field(repr=False)
     _directory: RunDirectory = field(repr=False)
     _subject: ReportSubject = field(repr=False)
@@ -49,9 +49,9 @@ class Crash:
     @cached_property
     def history(self) -> Mapping[str, Any]:
         """
-        What was recorded, as ``/runs/{id}/history`` shows it: CPU, memory, threads, marks and events.
+        Return the recording in the form of ``/runs/{id}/history``: CPU, memory, threads, marks and events.
 
-        It is read from disk at the first use, which takes up to a second for a run of hours.
+        The first use reads it from disk, which takes up to a second for a run of hours.
 
         Raises:
             UnreadableRunError: the file is damaged.
@@ -62,17 +62,17 @@ class Crash:
 
     @property
     def marks(self) -> list[str]:
-        """The labels of its marks, oldest first; raises what `history` raises."""
+        """Return the labels of its marks, oldest first. Raises what `history` raises."""
         return [mark["label"] for mark in self.history["marks"]]
 
     def dismiss(self) -> bool:
         """
-        Leave this run and older crashed ones of the application out of `last_crash` and of reports from now on.
+        Exclude this run and older crashed ones of the application from `last_crash` and from reports.
 
-        To be called when the user does not want to report it: no later start is to ask about an older one.
+        Call it when the user declines to report the crash, so that the next start does not ask about an older one.
 
         Returns:
-            False if that cannot be written; then the next start finds the run again.
+            False if the disk cannot be written; then the next start finds the run again.
         """
         try:
             runs = {run.id: run for run in self._directory.runs() if (run.last_wall_ns or 0) <= self._last_wall_ns}
@@ -89,8 +89,8 @@ def last_crash(app: str | None = None) -> Crash | None:
     """
     Return the newest crashed run of an application that no report contains yet; ``None``: there is none.
 
-    It reads the disk, with or without a sidecar, changes nothing, never raises for what it finds there, and returns
-    within 2 s. To call it does not count as reporting the run.
+    It reads the disk, with or without a running sidecar, and writes nothing: the run does not count as reported. It
+    returns within 2 s. Damaged files and a disk that hangs are logged, not raised.
 
     Args:
         app: application id, as given to ``spawn``, ``start`` or ``serve``; ``None``: the program of this process
@@ -113,6 +113,7 @@ def last_crash(app: str | None = None) -> Crash | None:
 
 
 def _read(app: str | None) -> Crash | None:
+    """Find the run on the disk; this may hang, so `last_crash` runs it on a thread of its own."""
     directory = run_directory()
     if directory is None:
         return None
@@ -126,6 +127,8 @@ def _read(app: str | None) -> Crash | None:
 
 
 def _crash(run: Run, directory: RunDirectory, subject: ReportSubject) -> Crash:
+    """Return the `Crash` of a run, with its times as UTC."""
+
     def moment(unix_ns: int) -> datetime:
         return datetime.fromtimestamp(unix_ns / 1e9, UTC)
 

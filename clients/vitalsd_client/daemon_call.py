@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 class Call(Generic[T]):
     """
-    `work` on a daemon thread of its own, which is left behind at the end of the wait.
+    Run `work` on a daemon thread of its own, which is abandoned if the wait ends first.
 
-    Not an executor: those are joined when the interpreter exits, and a hung call would hang the exit
-    of the host program.
+    An executor would not do: the interpreter joins its threads at exit, so a hung call would hang the exit of the
+    host program.
 
     Args:
-        work: what it returns or raises is what `result` returns or raises.
-        done: called on that thread when it is over.
+        work: `result` returns or raises what it returns or raises.
+        done: called on that thread after `work`.
 
     Raises:
         RuntimeError: no thread can be started, as at the end of the interpreter.
@@ -35,11 +35,11 @@ class Call(Generic[T]):
         start_thread(threading.Thread(target=self._run, name="vitalsd-client", daemon=True))
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is over, after at most so long."""
+        """Wait for at most `seconds`; return whether the call has ended."""
         return self._over.wait(max(0.0, seconds))
 
     def result(self) -> T:
-        """What the call returned. Raises what it raised; only once it is over."""
+        """Return what the call returned, or raise what it raised; only after `wait` has returned True."""
         if self._error is not None:
             raise self._error
         return self._value[0]
@@ -47,7 +47,7 @@ class Call(Generic[T]):
     def _run(self) -> None:
         try:
             self._value.append(self._work())
-        except BaseException as error:  # noqa: BLE001 - handed on by `result`
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
             self._error = error
         finally:
             self._over.set()
@@ -56,7 +56,7 @@ class Call(Generic[T]):
 
 
 def start_call(work: Callable[[], T]) -> Call[T] | None:
-    """Return the call; ``None`` where no thread can be started, as at the end of the interpreter."""
+    """Start a call and return it; ``None``: no thread can be started, as at the end of the interpreter."""
     try:
         return Call(work)
     except RuntimeError:

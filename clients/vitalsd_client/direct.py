@@ -1,4 +1,4 @@
-"""Measure a process without a sidecar. Loads the sources, so it is imported on demand."""
+"""Measure a process without a sidecar; imported on demand, because it loads the sources."""
 
 import time
 from types import TracebackType
@@ -14,16 +14,16 @@ __all__ = ["Own", "OwnError"]
 
 
 class OwnError(Exception):
-    """The process cannot be measured directly; ``str(error)`` says why."""
+    """Report that the process cannot be measured directly; ``str(error)`` is the reason."""
 
 
 class Own:
     """
-    One process, from now on: while a sidecar is being asked the window runs already.
+    Measure one process from now on: the window runs already while the client asks a sidecar.
 
     Args:
-        detail: ``full`` reads more.
-        pid: ``None``: this process.
+        detail: ``full`` also reads the counters of `FullMetrics`.
+        pid: the process to measure; ``None``: this process.
 
     Raises:
         OwnError: it cannot be read.
@@ -45,7 +45,7 @@ class Own:
         return self._source.snapshot(extras=self._detail == "full")
 
     def measured(self, window_ms: int) -> RuntimeMetrics:
-        """The window since the start, after sleeping until it is full. Raises `OwnError`."""
+        """Sleep until `window_ms` have passed since the first snapshot, and return the metrics. Raises `OwnError`."""
         time.sleep(max(0, self._first.monotonic_ns + window_ms * 1_000_000 - time.monotonic_ns()) / 1e9)
         try:
             measurement = measure(self._first, self._snapshot())
@@ -55,9 +55,11 @@ class Own:
         return parse_runtime_metrics(body)
 
     def __enter__(self) -> "Own":
+        """Return itself: the source is open since construction."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Close the source."""
         self._source.close()

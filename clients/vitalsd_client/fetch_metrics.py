@@ -1,9 +1,8 @@
 """
-Asking a sidecar for the metrics, at the moment when something is wrong already.
+Fetch the metrics from a sidecar within a time limit, also on a machine where something fails already.
 
-`fetch` promises an answer, and when: within the window and two seconds, whatever is broken. The work
-runs on a daemon thread that is left behind if even the file system hangs; every socket operation
-has the time that remains.
+`fetch` returns within the window and 2 s, whatever is broken. Every socket operation has the remaining time as its
+timeout. The work runs on a daemon thread, which is abandoned if the file system hangs.
 """
 
 import asyncio
@@ -29,18 +28,19 @@ Mode = Literal["auto", "wait", "trailing"]
 Detail = Literal["basic", "full"]
 
 BUDGET_S = 2.0
-"""`fetch` returns within the window and so much more."""
+"""Time limit of `fetch` beyond the window, s."""
 MARGIN_S = 0.3
-"""Of the budget, kept for reading a large answer and for a busy machine."""
+"""Part of `BUDGET_S` reserved for reading a large answer and for a busy machine, s."""
 DIRECT_S = 0.25
-"""Of the budget, kept for measuring from within when a sidecar hung to the end."""
+"""Part of the time reserved for the direct measurement after a sidecar that hung to the end, s."""
 COVERED = 0.99
-"""A trailing window of at least this part of the one asked for counts as covered."""
+"""A trailing window covers the requested one if it has at least this fraction of its length."""
 WINDOW_MS = range(10, 60_001)
+"""Windows that a sidecar accepts, ms."""
 MEASURED_STATUS = (200, 403, 404, 410, 501, 503)
-"""With these a sidecar sends a `RuntimeMetrics`, or else a problem."""
+"""HTTP statuses with which a sidecar may send a `RuntimeMetrics`; with all others it sends a problem."""
 MAX_PLATFORM = 32
-"""Characters of the name of a platform: Python's names of systems are shorter."""
+"""Limit for the name of a platform, characters; the names of ``sys.platform`` are shorter."""
 HUNG = "looking for a sidecar did not end in time: the machine or a file system hangs"
 
 
@@ -55,26 +55,26 @@ def fetch(
     direct: bool = False,
 ) -> RuntimeMetrics:
     """
-    The metrics of this process, or the reason why there are none; never an exception.
+    Return the metrics of this process, or the reason why there are none; it raises no exception.
 
-    Returns within the window and 2 s more. Proxies of the environment are not used.
+    It returns within the window and 2 s. It does not use the proxies of the environment.
 
     Args:
         window_ms: window to measure, 10 to 60000 ms.
-        mode: ``auto`` takes the window that has just passed if the sidecar's recorder covers it, and
-            otherwise waits for the coming one; ``trailing`` and ``wait`` insist. Of a process that has exited the
-            last window is what has just passed, as long as its sidecar lingers; ``wait`` says that it has exited.
-        url: of a sidecar, instead of looking for one: ``http://127.0.0.1:9779``. It speaks of its own target.
+        mode: ``trailing``: the window that has just passed. ``wait``: the coming window. ``auto``: ``trailing`` if the
+            sidecar's recorder covers that window, otherwise ``wait``. After the exit of the process, as long as its
+            sidecar lingers, ``trailing`` returns its last window and ``wait`` the reason that it has exited.
+        url: URL of a sidecar, such as ``http://127.0.0.1:9779``, instead of discovery. It returns its own target.
         socket: path of a sidecar's Unix socket; tried before `url`.
-        pid: another process than this one.
-        detail: ``full`` is `FullMetrics`.
-        direct: measure the process without a sidecar if none answers. It takes the window.
+        pid: the process to measure; ``None``: this process.
+        detail: ``full`` returns a `FullMetrics`.
+        direct: measure the process without a sidecar if none answers; this takes the window.
     """
     question = _Question(window_ms, mode, url, socket, pid, detail, direct)
     try:
         call = Call(question.ask)
     except RuntimeError:
-        return question.ask()  # no thread can be had; only the guard against a hung file system is missing
+        return question.ask()  # no thread can be started: without it a hung file system has no time limit
     return call.result() if call.wait(question.remaining_s + MARGIN_S / 2) else unavailable(HUNG)
 
 
@@ -88,7 +88,7 @@ async def afetch(
     detail: Detail = "basic",
     direct: bool = False,
 ) -> RuntimeMetrics:
-    """`fetch` for an event loop, which it does not block. Cancelled, its thread ends in the same time."""
+    """Do what `fetch` does without blocking the event loop. If cancelled, its thread ends within the same time."""
     question = _Question(window_ms, mode, url, socket, pid, detail, direct)
     loop, done = asyncio.get_running_loop(), asyncio.Event()
 
@@ -107,14 +107,14 @@ async def afetch(
 
 
 def unavailable(reason: str) -> Unavailable:
-    """No numbers, and why. The reason may quote what strangers sent, and is made harmless."""
+    """Return an answer without numbers. The reason may quote what another program sent, so it is redacted."""
     platform = {"darwin": "macos"}.get(sys.platform, sys.platform)
     return Unavailable(platform=platform, available=False, reason=harmless(reason))
 
 
 @dataclass(slots=True)
 class _Question:
-    """One call of `fetch`; its clock runs from here."""
+    """Hold the arguments of one call of `fetch`, and its deadline, which counts from the construction."""
 
     window_ms: Any
     mode: Mode
@@ -136,17 +136,18 @@ class _Question:
         return self.deadline - time.monotonic()
 
     def ask(self) -> RuntimeMetrics:
-        """The answer, whatever happens."""
+        """Return the answer; turn every exception into an `Unavailable`."""
         try:
             if not isinstance(self.window_ms, int) or self.window_ms not in WINDOW_MS:
                 return unavailable(f"window_ms must be 10 to 60000, not {self.window_ms!r}")
             if self.direct and self.url is None and self.socket is None:
                 return self._or_direct()
             return self._sidecars()
-        except Exception as error:  # noqa: BLE001 - the caller is in trouble already, and gets no exception on top
+        except Exception as error:  # noqa: BLE001 - `fetch` promises its caller an answer, not an exception
             return unavailable(f"vitalsd_client failed: {type(error).__name__}: {error}")
 
     def _or_direct(self) -> RuntimeMetrics:
+        """Ask the sidecars while the direct measurement runs; return the latter if no sidecar has an answer."""
         from vitalsd_client.direct import Own, OwnError
 
         try:
@@ -181,7 +182,7 @@ class _Question:
             trailing = self._metrics(sidecar, "trailing")
             if not isinstance(trailing, Measured) or self._covered(trailing):
                 return trailing
-            # The numbers at hand are too short a window, and still better than none.
+            # If the second request fails, a window of another length is better than no numbers.
             with suppress(ExchangeError):
                 waited = self._metrics(sidecar, "wait")
                 if isinstance(waited, Measured):
@@ -190,7 +191,7 @@ class _Question:
         return self._metrics(sidecar, self.mode)
 
     def _covered(self, answer: Measured | FullMetrics) -> bool:
-        """A recorder with a slow beat gives far longer windows than the one asked for."""
+        """Return whether the window has about the requested length; a recorder with a long interval has longer ones."""
         least, most = self.window_ms * COVERED, 2 * self.window_ms + 2000
         return bool(least <= answer.sample_window_ms <= most)
 
@@ -206,6 +207,7 @@ class _Question:
 
 
 def _read(answer: Answer) -> RuntimeMetrics:
+    """Return the metrics of an HTTP answer. Raises `ExchangeError`: it has none."""
     if answer.content_type == "application/json" and answer.status in MEASURED_STATUS:
         try:
             found = parse_runtime_metrics(answer.body)
@@ -213,7 +215,7 @@ def _read(answer: Answer) -> RuntimeMetrics:
             raise ExchangeError(f"the sidecar's answer is not a RuntimeMetrics: {_first(error)}") from None
         if answer.status == 200 or isinstance(found, Unavailable):
             if isinstance(found, Unavailable):
-                # A reason from there may quote its paths; the platform is text that any server may have written.
+                # The reason may quote paths of the sidecar; the platform is text of a server that need not be ours.
                 platform = harmless(found.platform, MAX_PLATFORM)
                 return found.model_copy(update={"reason": harmless(found.reason), "platform": platform})
             return found
@@ -221,5 +223,6 @@ def _read(answer: Answer) -> RuntimeMetrics:
 
 
 def _first(error: ValidationError) -> str:
+    """Return the first problem of a body that is not valid, with the path of the field."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return f"{'.'.join(str(part) for part in found['loc']) or 'body'}: {found['msg']}"

@@ -21,31 +21,32 @@ from vitalsd.discovery.runtime_file import Endpoint, Liveness, discover, proof, 
 __all__ = ["NoSidecarError", "RunningSidecar", "answering", "locate", "refusal"]
 
 CONNECT_S = 0.5
-"""For a connection while there is another place to try."""
+"""Time limit to connect to a Unix socket, s, if the sidecar has an address to try after it."""
 LOOK_S = 0.4
-"""For a sign of life while there is another sidecar to ask."""
+"""Time limit for an answer of ``/healthz``, s, if there is another sidecar to ask."""
 MAX_SIDECARS = 3
-"""So many are tried, if the better ones do not answer."""
+"""Sidecars to try at most, best first: each that hangs costs `LOOK_S`."""
 MAX_ANSWER_BYTES = 8 << 20
+"""Limit for the body of an answer, bytes."""
 ANSWER_S = 0.2
-"""An answer that is made at once needs this long."""
+"""Time to reserve for an answer that needs no measurement, s."""
 TRY_AGAIN = (429, 503)
-"""Statuses of a sidecar that has too much to do at the moment."""
+"""HTTP statuses of a sidecar that sheds load: with a ``Retry-After`` the request is sent again after it."""
 
 
 class NoSidecarError(Exception):
-    """There is none to ask; ``str(error)`` says where was looked and why that was not it."""
+    """Report that there is no sidecar to ask; ``str(error)`` has the places searched and what was wrong there."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunningSidecar:
-    """Where one sidecar answers, and which process it is asked about."""
+    """Hold the addresses of one sidecar, and the process to ask it about."""
 
     socket: str | None
     address: tuple[str, int] | None
     token: str | None = field(default=None, repr=False)
     pid: int | None = None
-    """Asked for by pid, because the sidecar's own target is another process; ``None``: its own target."""
+    """Pid to send in the query, because the sidecar's target is another process; ``None``: its own target."""
 
     @contextmanager
     def connected(self, deadline: float) -> Iterator[Callable[..., Answer]]:
@@ -83,7 +84,7 @@ class RunningSidecar:
             yield request
 
     def _proven(self, stack: ExitStack, deadline: float) -> tuple[Connection, dict[str, str]]:
-        """Connect until `stack` ends; return the connection, and the headers of a request on it."""
+        """Return a connection that `stack` closes, and the headers for its requests. Raises `ExchangeError`."""
         connection = stack.enter_context(self._connect(deadline))
         if self.token is None or connection.place == self.socket:
             return connection, {}
@@ -91,6 +92,7 @@ class RunningSidecar:
         return connection, {"Authorization": f"Bearer {self.token}"}
 
     def _connect(self, deadline: float) -> Connection:
+        """Connect to the Unix socket, else to the address. Raises `ExchangeError`."""
         if self.socket is None:
             assert self.address is not None
             return Connection(self.address, deadline)
@@ -105,18 +107,21 @@ class RunningSidecar:
                 raise ExchangeError(f"{error}; {other}") from None
 
     def get(self, path: str, query: Mapping[str, Any] | None = None, *, deadline: float, **options: Any) -> Answer:
-        """One request on a connection of its own. Raises `ExchangeError`."""
+        """Make one request on a connection of its own. Raises `ExchangeError`."""
         with self.connected(deadline) as request:
             return request(path, query, **options)
 
 
 def answering(sidecars: Sequence[RunningSidecar], deadline: float, reasons: list[str]) -> Iterator[RunningSidecar]:
     """
-    Those that are worth asking, of the first three: one that hangs is not to cost the time of one that does not.
+    Yield those of the first `MAX_SIDECARS` that respond, best first; the last one is yielded without a check.
+
+    A check costs at most `LOOK_S`, so a sidecar that hangs leaves time for the next one.
 
     Args:
+        sidecars: at least one, best first.
         deadline: monotonic time, s.
-        reasons: what was wrong with the others is added here.
+        reasons: extended in place by what was wrong with the skipped sidecars.
     """
     *better, last = sidecars[:MAX_SIDECARS]
     for each in better:
@@ -130,6 +135,7 @@ def answering(sidecars: Sequence[RunningSidecar], deadline: float, reasons: list
 
 
 def _demand_proof(connection: Connection, token: str, port: int) -> None:
+    """Have the other end prove that it knows the token (HMAC over a nonce). Raises `ExchangeError`."""
     nonce = secrets.token_urlsafe(24)
     answer = connection.request(f"/hello?nonce={nonce}", max_bytes=4096)
     try:
@@ -146,15 +152,15 @@ def locate(
     *, url: str | None = None, socket: str | os.PathLike[str] | None = None, pid: int | None = None
 ) -> list[RunningSidecar]:
     """
-    The sidecars to ask, the best first: the one that was given, else those that are found alive.
+    Return the sidecars to ask, best first: the one that the caller names, else the live ones that discovery finds.
 
     Args:
         url: ``http://127.0.0.1:9779``: an IP address or localhost.
         socket: path of a Unix socket.
-        pid: the process to ask about; ``None``: of its own target if one was given, else of this process.
+        pid: the process to ask about; ``None``: with `url` or `socket` the sidecar's own target, else this process.
 
     Raises:
-        NoSidecarError: there is none.
+        NoSidecarError: there is no sidecar to ask, or `url` is not the URL of one.
     """
     if url is not None or socket is not None:
         address = None if url is None else _address(url)
@@ -173,7 +179,7 @@ def locate(
 
 
 def _of_this_process(pid: int) -> list[RunningSidecar]:
-    """Return those that this process has started to watch itself, which may have no runtime file."""
+    """Return the sidecars that this process has started for itself; these may have no runtime file."""
     if pid != os.getpid():
         return []
     return [
@@ -192,6 +198,7 @@ def _sidecar(endpoint: Endpoint, pid: int | None) -> RunningSidecar:
 
 
 def _address(url: str) -> tuple[str, int]:
+    """Return the IP address and the port of a sidecar's URL. Raises `NoSidecarError`."""
     try:
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.path not in ("", "/") or parts.query or parts.username is not None:
@@ -203,7 +210,7 @@ def _address(url: str) -> tuple[str, int]:
 
 
 def _token_for(address: tuple[str, int] | None) -> str | None:
-    """That of the live sidecar with this very address, if it is one of ours."""
+    """Return the token of the live sidecar of this user with exactly this address; ``None``: there is none."""
     for each in discover() if address is not None else ():
         if each.token is not None and _sidecar(each, None).address == address:
             return each.token
@@ -211,7 +218,7 @@ def _token_for(address: tuple[str, int] | None) -> str | None:
 
 
 def _why_none() -> str:
-    """What was found instead of a live sidecar."""
+    """Return what is wrong with each runtime file, or that there is none, as text for a `NoSidecarError`."""
     reasons: list[str] = []
     directories = runtime_directories()
     for directory in directories:
@@ -234,7 +241,7 @@ def _why_none() -> str:
 
 
 def _why_not(path: Path, state: Liveness | None) -> str | None:
-    """``None``: there is nothing against it; it has come or gone meanwhile."""
+    """Return why a runtime file is not usable; ``None``: it is usable now, or it has been removed."""
     if state == "dead":
         return f"{path.name} was left behind by a sidecar that is no longer running"
     if state == "unknown":
@@ -249,7 +256,7 @@ def _why_not(path: Path, state: Liveness | None) -> str | None:
 
 
 def refusal(answer: Answer) -> str:
-    """Return what an answer says that is not the one hoped for, for a sentence."""
+    """Return the status and the detail of an answer without metrics, as a clause for a reason."""
     detail = ""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         detail = f": {json.loads(answer.body)['detail']}"

@@ -1,4 +1,4 @@
-"""Put labels on the clock of the sidecar that records this process."""
+"""Record labelled marks in the sidecar that records this process."""
 
 import json
 import logging
@@ -16,23 +16,23 @@ __all__ = ["mark"]
 log = logging.getLogger("vitalsd_client")
 
 MARK_S = 0.25
-"""For a mark to be recorded: the thread that sets it may be that of a user interface."""
+"""Time limit of `mark`, s: the calling thread may be that of a user interface."""
 
 
 def mark(
     label: str, *, url: str | None = None, socket: str | os.PathLike[str] | None = None, pid: int | None = None
 ) -> bool:
     """
-    Put a label on the clock of the sidecar that records this process. It never raises, and returns within 0.25 s.
+    Record a label with the current time in the sidecar of this process; return within 0.25 s, without exceptions.
 
     Args:
-        label: text; what a label cannot have is replaced, see `vitalsd.contract.labels.clean_label`.
-        url: of a sidecar, instead of looking for one.
+        label: text; `vitalsd.contract.labels.clean_label` replaces the characters that a label cannot have.
+        url: URL of a sidecar, instead of discovery.
         socket: path of a sidecar's Unix socket; tried before `url`.
-        pid: another process than this one.
+        pid: the recorded process; ``None``: this process.
 
     Returns:
-        Whether it was recorded; if not, the logger ``vitalsd_client`` has the reason.
+        Whether the sidecar recorded it; if not, the logger ``vitalsd_client`` has the reason.
     """
     cleaned = clean_label(label)
     if cleaned is None:

@@ -1,4 +1,4 @@
-"""Collect what was recorded, for a report: from the sidecar, or, where none can be asked, from the disk."""
+"""Collect the recorded members of a report from the sidecar, or from the disk if no sidecar can be asked."""
 
 import json
 import os
@@ -20,27 +20,28 @@ from vitalsd_client.redaction import harmless
 __all__ = ["RecordedData", "own_subject", "run_directory"]
 
 DISK_S = 0.5
-"""Of the time there is, kept for the disk where a sidecar hangs."""
+"""Part of the time reserved for the disk if a sidecar hangs, s."""
 STATES = ("running", "clean", "crashed")
 MAX_REASON = 1000
-"""Characters of the reason why runs were left out, which names them and the remedy."""
+"""Limit for the reason why runs were left out, characters: it lists the runs and the remedy."""
 MAX_RUN_ID = 128
+"""Limit for the id of a run that a sidecar sends, characters."""
 ALL_S = 86_400
-"""As far back as any record reaches, s."""
+"""Longest history that a sidecar returns, s: one day."""
 
 
 class RecordedData:
     """
-    The record of one process.
+    Collect the history, the marks and the crashed run of one application for a report.
 
     Args:
         app: application id of the report.
-        seconds: how far back its history goes.
-        url: of a sidecar, instead of looking for one.
-        socket: path of its Unix socket, instead of looking for one.
-        pid: another process than this one.
-        run_id: include this earlier run, whichever would be chosen.
-        running: False: no process of the application runs, and no sidecar is asked.
+        seconds: length of the history, s.
+        url: URL of a sidecar, instead of discovery.
+        socket: path of its Unix socket, instead of discovery.
+        pid: the recorded process; ``None``: this process.
+        run_id: the earlier run to include; ``None``: the newest crashed run that no report contains.
+        running: False: no process of the application runs, so no sidecar is asked.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class RecordedData:
         self._run_id = run_id
         self._running = running
         self._sidecar: RunningSidecar | None = None
-        """The one that knows the crashed run; ``None``: it was read from disk."""
+        """The sidecar that returned the crashed run; ``None``: the run was read from disk."""
 
     def collect(self, into: Collected, deadline: float) -> None:
         """
-        Add members and failures; never raises.
+        Add members and failures; turn errors of sidecars and of the disk into failures.
 
         Args:
-            into: what is added to.
+            into: extended in place.
             deadline: monotonic time, s.
         """
         reason, asked = "no process of the application is running", False
@@ -80,7 +81,7 @@ class RecordedData:
             self._read_disk(into)
 
     def mark_reported(self, run_ids: Sequence[str], deadline: float) -> None:
-        """Note that the runs are in a report. If that fails, the next report contains them again."""
+        """Mark the runs as reported, by the sidecar or on disk. If that fails, the next report contains them again."""
         for run_id in run_ids:
             if not self._marked_by_sidecar(run_id, deadline):
                 directory = run_directory()
@@ -88,6 +89,7 @@ class RecordedData:
                     directory.mark_reported(run)
 
     def _marked_by_sidecar(self, run_id: str, deadline: float) -> bool:
+        """Return whether the sidecar marked the run as reported."""
         if self._sidecar is not None:
             with suppress(ExchangeError):
                 path = f"/runs/{quote(run_id, safe='')}/reported"
@@ -101,7 +103,7 @@ class RecordedData:
             found = locate(url=self._url, socket=self._socket, pid=self._pid)
             sidecar = next(answering(found, deadline, []))
             if sidecar.pid is not None:
-                # Its record is of another process, which this report is not about.
+                # Its recording is of another process than that of this report.
                 raise NoSidecarError("the sidecar that answers watches another process, and has no record of this one")
             with sidecar.connected(deadline) as request:
                 info = _json(request("/info"), dict)[0]
@@ -125,11 +127,12 @@ class RecordedData:
                 self._ask_for_run(request, info, into)
         except (NoSidecarError, ExchangeError) as error:
             return harmless(str(error)), asked
-        except Exception as error:  # noqa: BLE001 - a strange answer must not cost the report
+        except Exception as error:  # noqa: BLE001 - an unexpected answer must not prevent the report
             return f"the sidecar's record is not understood: {type(error).__name__}", asked
         return "", asked
 
     def _ask_for_run(self, request: Callable[..., Answer], info: Mapping[str, Any], into: Collected) -> None:
+        """Add the crashed run that the sidecar lists, or a failure. Raises `ExchangeError`, `ValueError`."""
         runs, _ = _json(request("/runs"), list)
         if self._run_id is None:
             choice = choose(runs, ReportSubject.of(self._app, info["target"], into.application.app), is_alive())
@@ -147,6 +150,7 @@ class RecordedData:
             into.runs[run_id] = PREVIOUS_RUN
 
     def _read_disk(self, into: Collected) -> None:
+        """Add the crashed run from the directory of runs, or a failure."""
         directory = run_directory()
         if directory is None:
             refused = _is_there()
@@ -183,6 +187,7 @@ def run_directory() -> Any:
 
 
 def _is_there() -> bool:
+    """Return whether there is anything at the path of the directory of runs."""
     from vitalsd.discovery.directories import EndpointError, state_path
 
     with suppress(EndpointError, OSError):
@@ -191,7 +196,7 @@ def _is_there() -> bool:
 
 
 def own_subject(app: str | None, pid: int | None) -> ReportSubject:
-    """Return what a report of a process without a sidecar is about: of this process, or of `pid`."""
+    """Return the subject of a report without a sidecar: this process, or the process `pid`."""
     from vitalsd.discovery.program_key import program_key
     from vitalsd.sources import open_source
     from vitalsd.sources.base import SourceError
@@ -208,14 +213,14 @@ def own_subject(app: str | None, pid: int | None) -> ReportSubject:
 
 
 def _run_id(found: object) -> str:
-    """Return the id of a run that a sidecar names. Raises `ValueError`: it is none."""
+    """Return `found` if it can be the id of a run. Raises `ValueError`."""
     if not isinstance(found, str) or len(found) > MAX_RUN_ID:
         raise ValueError("not the id of a run")
     return found
 
 
 def _json(answer: Answer, kind: type) -> tuple[Any, bytes]:
-    """Return the parsed body and its bytes. Raises `ExchangeError`."""
+    """Return the parsed body and its bytes. Raises `ExchangeError`: the body is not JSON of type `kind`."""
     if answer.status != 200:
         raise ExchangeError(refusal(answer))
     try:

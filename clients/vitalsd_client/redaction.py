@@ -1,4 +1,4 @@
-"""What a sentence of ours may say about the machine: neither the user's name, nor the host's, nor the home."""
+"""Redact the names of the user and the host and the home directory from the reasons of the client library."""
 
 import os
 import pwd
@@ -9,21 +9,26 @@ from contextlib import suppress
 __all__ = ["harmless"]
 
 MAX_SENTENCE = 400
+"""Default limit of a redacted text, characters."""
 COMMON = frozenset(("", "root", "localhost"))
-"""Names that identify no user; without them sentences would be unreadable."""
+"""Names that identify no user: to replace them would make texts unreadable."""
 
 
 def harmless(text: str, limit: int = MAX_SENTENCE) -> str:
     """
-    `text` on one line, without control characters, with ``~`` for the home directory.
+    Return `text` on one line, with ``~``, ``(user)`` and ``(host)`` for the names, and control characters escaped.
 
-    For sentences of ours that end up in a report: they quote paths and what a stranger sent.
+    Reasons of the client library end up in reports, and quote paths and what other programs sent.
+
+    Args:
+        text: of any length.
+        limit: characters to return at most.
     """
     names: dict[str, str] = {}
     with suppress(KeyError):
         known = pwd.getpwuid(os.geteuid())
         names = {known.pw_dir: "~", os.path.realpath(known.pw_dir): "~", known.pw_name: "(user)"}
-    # HOME is asked for last: it need not be the one of the password file.
+    # HOME as well: it need not be the directory of the password file.
     home = os.path.expanduser("~")
     names |= {home: "~", os.path.realpath(home): "~", socket.gethostname(): "(host)"}
     for name in sorted(names, key=len, reverse=True):

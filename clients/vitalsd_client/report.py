@@ -1,8 +1,8 @@
 """
-Make a bug report of the calling program: what the sidecar knows, what the user says, what the program adds.
+Make a bug report of the calling program: data of the sidecar, a description by the user, attachments of the program.
 
-Three moments: `BugReport.collect` when the user asks for a report, within the window and two seconds;
-`BugReport.preview` before the user agrees; `BugReport.save` or `submit` after that, of the very bytes that were shown.
+There are three steps: `BugReport.collect` when the user asks for a report, within the window and 2 s;
+`BugReport.preview` before the user agrees; then `BugReport.save` or `submit`, which write exactly the shown bytes.
 """
 
 import json
@@ -33,41 +33,42 @@ NOT_RUNNING = "no sidecar to ask: none of yours watches a running process of thi
 
 
 class Outbox(Protocol):
-    """What `BugReport.submit` needs of a `Spool`."""
+    """Declare what `BugReport.submit` calls of a `Spool`."""
 
-    def add(self, bundle: Bundle) -> str: ...
+    def add(self, bundle: Bundle) -> str:
+        """Keep a report until it is sent, and return its id."""
 
 
 class BugReport:
     """
-    One report. Nothing of it is written anywhere before `save` or `submit`.
+    Hold one report; nothing of it is written to disk before `save` or `submit`.
 
-    Environment, command lines, user and host names and paths under the home directory never enter by
-    themselves. What the program attaches, names its threads, or the user writes, is theirs: see `redact`.
+    vitalsd itself adds no environment, command lines, user or host names, or paths under the home directory. The
+    attachments, the names of threads and the description may contain them: see `redact`.
 
-    Without a sidecar that can be asked, the run that crashed before is read from disk.
+    If no sidecar can be asked, the last crashed run is read from disk.
 
     Args:
-        app: application id: the report contains the crashed run that was recorded with it, and the name of the file
-            begins with it. 1 to 64 of ``A-Z a-z 0-9 . _ -``. ``None``: that of the sidecar.
-        app_version: as the program calls it; ``None``: that of the sidecar.
-        description: what the user says; may be set until the report is saved.
+        app: application id, 1 to 64 of ``A-Z a-z 0-9 . _ -``: the report contains the crashed run with this id, and
+            the name of the file begins with it. ``None``: the id that the sidecar was started with.
+        app_version: version of the application; ``None``: the version that the sidecar was started with.
+        description: text of the user; may be set until the report is saved.
         window_ms: window of the metrics, 10 to 60000 ms.
         mode: see `fetch`.
-        history_s: how far back the history goes, 1 to 86400 s.
-        url: of a sidecar, instead of looking for one; see `fetch`.
-        socket: path of its Unix socket, instead of looking for one.
-        pid: another process than this one.
+        history_s: length of the history, 1 to 86400 s.
+        url: URL of a sidecar, instead of discovery; see `fetch`.
+        socket: path of its Unix socket, instead of discovery.
+        pid: the process to report; ``None``: this process.
         direct: measure the process without a sidecar if none can be asked.
-        redact: a function, or several, given every member before it is shown or written; one that fails loses the
-            member.
-        triggered: when it was asked for; default: now.
-        run_id: include this earlier run, whether it is in a report already or not.
+        redact: a function, or several, called with every member before it is shown or written; a member for which one
+            raises is left out.
+        triggered: time of the request for the report; default: now.
+        run_id: include this earlier run, whether a report contains it already or not.
         running: False: no process of the application runs, as for a launcher that reports the crash of its client;
             no sidecar is asked.
 
     Raises:
-        ValueError: `app` or `app_version` cannot be one, or a number is out of range.
+        ValueError: `app` or `app_version` is not valid, or a number is out of range.
     """
 
     def __init__(
@@ -109,12 +110,12 @@ class BugReport:
 
     @property
     def report_id(self) -> str:
-        """128 random bits, hexadecimal: names the report in a spool and at the receiver."""
+        """Return the id of the report in a spool and at the receiver: 128 random bits, hexadecimal."""
         return self._heading.report_id
 
     @property
     def description(self) -> str:
-        """What the user says. Setting it after a preview makes a new preview due."""
+        """Return the text of the user. To set it seals the report anew, so `preview` has to be shown again."""
         return self._heading.description
 
     @description.setter
@@ -126,17 +127,17 @@ class BugReport:
         """
         Add a member ``attachments/<number>-<name>`` when the report is collected.
 
-        What is too large, cannot be read, raises or does not return in time is left out, and the manifest says so; the
-        report is made all the same.
+        An attachment that is too large, cannot be read, raises or does not return in time is left out; the report is
+        made without it, and the manifest has the reason.
 
         Args:
             name: characters other than ``A-Z a-z 0-9 . _ -`` become ``_``.
-            content: see `Content`; for files there is `attach_file` too.
-            limit: bytes.
+            content: see `Content`; `attach_file` has options for files.
+            limit: largest size, bytes.
 
         Raises:
-            ValueError: it comes after `collect`, is one too many, is not a `Content`, or is text that is the path of
-                a file.
+            ValueError: the report has been collected, it has the most attachments already, or `content` is not a
+                `Content` or is text that is the path of a file.
         """
         check_content(name, content)
         self._add(name, content, limit)
@@ -153,13 +154,13 @@ class BugReport:
         Add the content of a file when the report is collected; see `attach`.
 
         Args:
-            path: of the file, which is opened when the report is collected.
-            name: default: the name of the file, without its directory.
-            limit: bytes.
-            tail: of a larger file, take the last `limit` bytes, as for a log, instead of leaving it out.
+            path: path of the file, which is opened when the report is collected.
+            name: name of the member; default: the name of the file, without its directory.
+            limit: largest size, bytes.
+            tail: take the last `limit` bytes of a larger file, as for a log, instead of leaving it out.
 
         Raises:
-            ValueError: it comes after `collect`, or is one too many.
+            ValueError: the report has been collected, or it has the most attachments already.
         """
         self._add(os.path.basename(os.fspath(path)) if name is None else name, Path(path), limit, tail=tail)
 
@@ -170,9 +171,9 @@ class BugReport:
 
     def collect(self) -> None:
         """
-        Ask the sidecar and read the attachments, all at once, within the window and 2 s; never raises.
+        Ask the sidecar and read the attachments, concurrently, within the window and 2 s.
 
-        A second call does nothing.
+        A failure of any of them is a member of `failures`, not an exception. A second call does nothing.
         """
         if self._collected is not None:
             return
@@ -198,16 +199,16 @@ class BugReport:
         self._collected = found
 
     def preview(self) -> Mapping[str, bytes]:
-        """The members as they will be written, redacted, to the byte. Collects first if need be."""
+        """Return the redacted members, byte for byte as they will be written; call `collect` before if needed."""
         return self.bundle().members
 
     @property
     def failures(self) -> Sequence[Failure]:
-        """The members that are missing, and why. Collects first if need be."""
+        """Return the missing members and the reasons; call `collect` before if needed."""
         return self.bundle().failures
 
     def bundle(self) -> Bundle:
-        """The sealed report, for `Spool.add`. Collects first if need be; the same object until something changes."""
+        """Return the sealed report for `Spool.add`; call `collect` before if needed. The same object until a change."""
         if self._sealed is None:
             self.collect()
             assert self._collected is not None
@@ -216,12 +217,12 @@ class BugReport:
 
     def save(self, directory: str | os.PathLike[str] = ".") -> Path:
         """
-        Write ``<app>-bugreport-YYYY-MM-DDTHH-MM-SSZ.zip`` into `directory`, which is made if it alone is missing.
+        Write ``<app>-bugreport-YYYY-MM-DDTHH-MM-SSZ.zip`` into `directory`, and return its path.
 
-        Whole or not at all, mode 0600.
+        The write is atomic, and the mode of the file is 0600. `directory` is made if its parent exists.
 
         Raises:
-            OSError: it could not be written; nothing is left behind, and it can be tried elsewhere.
+            OSError: the file cannot be written; no part of it is left, and `save` can be called with another directory.
         """
         path = self.bundle().write(Path(directory))
         self._delivered()
@@ -229,17 +230,17 @@ class BugReport:
 
     def submit(self, spool: "Outbox") -> str:
         """
-        Put it into a `Spool`, from where it is uploaded, and return the report's id.
+        Add the report to a `Spool`, which uploads it, and return the report's id.
 
         Raises:
-            SpoolError: it cannot be kept there; nothing is lost, it can still be saved.
+            SpoolError: the spool cannot keep it; the report can still be saved.
         """
         report_id = spool.add(self.bundle())
         self._delivered()
         return report_id
 
     def _delivered(self) -> None:
-        """Note that the crashed runs in it are reported, now that it is on disk: the next one leaves them out."""
+        """Mark the crashed runs in the report as reported, so the next report omits them; wait at most 1 s."""
         assert self._collected is not None
         members = self.bundle().members
         run_ids = [run_id for run_id, member in self._collected.runs.items() if member in members]
@@ -254,9 +255,9 @@ class BugReport:
 
 def _name_threads(members: dict[str, bytes]) -> None:
     """
-    Put Python's names of this process's threads into the members where the kernel has none.
+    Add Python's names of this process's threads to the members where the kernel has no name.
 
-    Platform limit: that is so on macOS before Python 3.14; on Linux `publish_names` gives them to the kernel.
+    Platform limit: only macOS before Python 3.14 needs this; on Linux `publish_names` passes them to the kernel.
     """
     if sys.platform != "darwin" or sys.version_info >= (3, 14):
         return
@@ -270,5 +271,6 @@ def _name_threads(members: dict[str, bytes]) -> None:
 
 
 def _check(name: str, number: Any, least: int, most: int) -> None:
+    """Raise `ValueError` if `number` is not an `int` from `least` to `most`."""
     if not isinstance(number, int) or not least <= number <= most:
         raise ValueError(f"{name} is a whole number from {least} to {most}")

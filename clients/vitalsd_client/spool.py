@@ -1,20 +1,21 @@
 """
-Reports that wait to be sent: files that move between directories by rename(2), and so survive anything.
+Keep bug reports on disk until they are sent: a persistent queue of files that change state by rename(2).
 
-    new/       being written; swept when old
-    pending/   <id>.zip waits for its upload; <id>.json has its URL, its attempts and when to try again
-    done/      <id>.json is the receipt of the server; the report itself is gone
-    failed/    <id>.zip was refused for good; kept for a person to look at, until it is too old
-    clock      when the spool was last used, and by how much the clock was set since it was made
+    new/       files that are being written; old ones are removed
+    pending/   <id>.zip waits for its upload; <id>.json has its URL, its attempts and the time of the next one
+    done/      <id>.json is the receipt of the server; the report itself is removed
+    failed/    <id>.zip was refused with a final status; kept for inspection until it is too old
+    clock      time of the last use of the spool, and the steps of the clock since the spool was made
 
-A sender holds flock(2) on the report itself, and then makes sure that it still is in ``pending/``: two
-processes never send one report at the same time, and none sends it again once it is done. A sender
-that is killed between the server's receipt and the rename sends it once more, with the same
-idempotency key; the server knows it by that. Where the file system has no locks, as NFS without lockd,
-this holds for the threads of one process alone; a report that two processes send has the same key, too.
-Nothing here runs by itself, least of all at exit.
+A sender holds flock(2) on the report and then checks that it still is in ``pending/``. So two processes never send
+one report at the same time, and no process sends it again once it is done. After a sender is killed between the
+server's receipt and the rename, the next one sends the report again with the same idempotency key, by which the
+server recognizes it. On a file system without locks, as NFS without lockd, only the threads of one process exclude
+each other; if two processes send a report, its key is the same.
 
-A report ages from its first attempt on. A clock that is set by months makes none older: see `SpoolClock`.
+The spool starts no thread and no exit handler: only its methods do work.
+
+A report ages from its first attempt on. A step of the clock by months makes no report older: see `SpoolClock`.
 """
 
 import logging
@@ -38,36 +39,40 @@ from vitalsd_client.upload_url import check_proxy, check_url
 __all__ = ["Spool"]
 
 MAX_BYTES = 128 << 20
+"""Default limit for the size of all reports together, bytes."""
 MAX_REPORTS = 200
+"""Default limit for the number of reports in all states."""
 MAX_AGE_S = 30 * 86_400.0
+"""Default age, s, at which a report is dropped: 30 days after its first attempt."""
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 900.0
+"""Default first delay and upper bound of the exponential backoff between attempts, s."""
 PART_OF_AGE = 1 / 3
-"""The clock moving by more than this part of max_age_s between two uses, and by more than CLOCK_STEP_S, is no age: one
-step of the clock alone never makes a report too old. A program that is started weekly still ages its reports."""
+"""If the clock moves between two uses by more than this fraction of max_age_s, and by more than CLOCK_STEP_S, that is
+no age: a single step of the clock never makes a report too old. A program that runs weekly still ages its reports."""
 
 
 class Spool:
     """
-    The reports of this user that wait in one directory.
+    Keep and send the reports of this user in one directory.
 
     Args:
-        directory: made with mode 0700 if it is not there; one that others can write is refused.
-        url: where reports go: https, or http on this machine. ``None``: only to look, and to send what
-            was added with a URL.
-        max_bytes: of all reports together; the oldest go first.
-        max_reports: of all states together; the oldest go first.
-        max_age_s: since the first attempt, s. A report that was never tried does not get too old. What the clock moves
-            between two uses of the spool by more than a third of this, and more than a day, does not count: it is a
-            step of the clock, or a long pause.
-        attempt_s: for one attempt as a whole, s.
-        first_delay_s: before the second attempt at most; doubled for each one after.
-        longest_delay_s: bound of that.
-        proxy: of the network; those of the environment are not used.
+        directory: made with mode 0700 if it does not exist; a directory that other users can write is refused.
+        url: URL of the server: https, or http on this machine. ``None``: only list reports, and send those that were
+            added with a URL.
+        max_bytes: size of all reports together, bytes; above it the oldest are dropped first.
+        max_reports: number of reports in all states; above it the oldest are dropped first.
+        max_age_s: age since the first attempt, s, at which a report is dropped. A report without an attempt has no
+            age. If the clock moves between two uses of the spool by more than a third of this, and by more than a
+            day, that does not count as age: it is a step of the clock, or a long pause.
+        attempt_s: time limit for one whole attempt, s.
+        first_delay_s: upper bound of the delay before the second attempt, s; doubled for each further one.
+        longest_delay_s: upper bound of the doubled delays, s.
+        proxy: URL of a proxy; the proxies of the environment are not used.
         ca_file: file in PEM form with certificates of authorities to trust besides those of the system; read once, now.
-            The system's are, on Linux, the files of OpenSSL or those that SSL_CERT_FILE and SSL_CERT_DIR name; on
-            macOS, the keychains.
-        clock: Unix time, s.
-        jitter: a number from 0 to 1.
+            The authorities of the system are, on Linux, in the files of OpenSSL or those that SSL_CERT_FILE and
+            SSL_CERT_DIR name; on macOS, in the keychains.
+        clock: returns Unix time, s.
+        jitter: returns a number from 0 to 1, by which each delay is multiplied.
 
     Raises:
         ValueError: a report may not be sent to `url`, `proxy` is not the URL of one, or `ca_file` cannot be read or
@@ -118,13 +123,13 @@ class Spool:
 
     def add(self, bundle: Bundle) -> str:
         """
-        Keep a report until it is sent, and return its id. Durable once this returns.
+        Keep a report until it is sent, and return its id. The report is synced to disk when this returns.
 
-        Older reports make room, those first that need no sending any more; each that is lost to that
-        before it was sent is logged.
+        Above the limits of the spool older reports are dropped, those in done and failed first. Each drop of a report
+        that was not sent is logged.
 
         Raises:
-            SpoolError: it cannot be written, or is larger than the whole spool; nothing changed.
+            SpoolError: the report cannot be written, or is larger than the whole spool; nothing has changed.
         """
         content = bundle.zip()
         if len(content) > self._max_bytes:
@@ -143,21 +148,21 @@ class Spool:
         return report_id
 
     def entries(self) -> list[Entry]:
-        """Return all reports: pending ones, then done, then failed; in each the oldest first. Raises `SpoolError`."""
+        """Return all reports: pending, then done, then failed; in each state the oldest first. Raises `SpoolError`."""
         return self._states.all()
 
     def drop(self, report_id: str) -> bool:
         """
-        Forget a report, sent or not; False if there is none with this id.
+        Remove a report in any state; return False if there is none with this id.
 
         Raises:
-            SpoolError: it is being sent right now, or cannot be removed.
+            SpoolError: another sender is sending it, or it cannot be removed.
         """
         entry = self._states.find(report_id)
         return entry is not None and self._states.remove(entry)
 
     def retry(self, report_id: str) -> bool:
-        """Let a failed report be sent again, as if new; False if there is none. Raises `SpoolError`."""
+        """Move a failed report back to pending, with no attempts; False if there is none. Raises `SpoolError`."""
         entry = self._states.find(report_id)
         if entry is None or entry.state != "failed":
             return False
@@ -170,10 +175,10 @@ class Spool:
 
     def readdress(self, report_id: str) -> bool:
         """
-        Let a pending report go to `url` instead of where it was to go, as if new; False if there is none.
+        Replace the URL of a pending report by `url`, and reset its attempts; return False if there is none.
 
         Raises:
-            SpoolError: it is being sent right now.
+            SpoolError: another sender is sending it.
         """
         entry = self._states.find(report_id)
         if entry is None or entry.state != "pending":
@@ -186,10 +191,10 @@ class Spool:
 
     def prune(self, *, keep: str | None = None) -> list[Entry]:
         """
-        Drop what is too old or too much, and sweep what dead writers left; return what was dropped.
+        Evict reports above the limits, remove leftovers of killed writers, and return the evicted reports.
 
         Args:
-            keep: the id of a report that stays in any case.
+            keep: id of a report that is not evicted.
         """
         use = self._clock.use()
         self._states.sweep(use.before)
@@ -227,20 +232,20 @@ class Spool:
         report_id: str | None = None,
     ) -> list[Outcome]:
         """
-        Send what is due, the oldest first; blocks, for up to `attempt_s` per report.
+        Send the reports that are due, oldest first; block for up to `attempt_s` per report.
 
         Args:
-            wait_s: go on for so long with what failed, at the times when it is due again.
-            ignore_delays: also send what is not due yet, unless the server asked for time.
-            progress: called with the report, the bytes sent and all of them; on another thread. One that
-                raises is not called again.
-            report_id: send only this one.
+            wait_s: time, s, during which failed attempts are repeated when they are due again.
+            ignore_delays: also send reports that are not due yet, unless the server asked for the delay.
+            progress: called on another thread with the report, the bytes sent and its size. A function that raises is
+                not called again.
+            report_id: send only this report.
 
         Returns:
-            One outcome per attempt. A report that another process is sending is left to that one.
+            One outcome per attempt; none for a report that another process is sending.
 
         Raises:
-            SpoolError: the directory cannot be written, so it could not be noted what was sent.
+            SpoolError: the directory cannot be written, so the outcomes could not be recorded; nothing was sent.
             ValueError: `wait_s` is not a number.
         """
         return self._sender.send(wait_s, ignore_delays, progress, report_id)

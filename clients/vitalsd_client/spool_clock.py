@@ -1,4 +1,4 @@
-"""Ages of reports in the spool: what the clock moved between two uses, without its steps."""
+"""Compute the ages of reports in the spool from a clock without steps, such as corrections by months."""
 
 import json
 import os
@@ -14,30 +14,30 @@ CLOCK = "clock"
 """Name of the file with the last use of the spool and the steps of the clock."""
 
 FAR_S = 1e15
-"""Beyond this, some 30 million years, a clock counts as this. So every sum of clocks is a number that JSON has."""
+"""Limit to which every reading of the clock is clamped, s, about 30 million years: its sums stay numbers of JSON."""
 
 USE_S = 60.0
-"""A use so soon after the last one is not written down: each time costs two syncs of the disk."""
+"""Shortest time between two writes of the last use, s: each write costs two syncs of the disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One use of the spool."""
+    """Hold the two times of one use of the spool."""
 
     before: float
-    """Unix time, s, of the use before; of this one if there was none."""
+    """Unix time of the previous use, s; of this one if there is none."""
     age_clock: float
-    """Clock for ages, s: Unix time without the steps that were seen since the spool was made."""
+    """Clock for ages, s: Unix time minus the steps that were seen since the spool was made."""
 
 
 class SpoolClock:
     """
-    The clock of one spool, with a file that has its last use and the steps of the clock since the spool was made.
+    Keep the last use of one spool, and the sum of the steps of the clock since it was made, in a file.
 
     Args:
-        directory: of the spool.
-        write: writes a file of this name and content, whole or not at all; raises `OSError`.
-        now: Unix time, s.
+        directory: directory of the spool.
+        write: writes a file of this name and content atomically; raises `OSError`.
+        now: returns Unix time, s.
         longest_s: the longest time between two uses that counts as age, s.
     """
 
@@ -56,10 +56,10 @@ class SpoolClock:
 
     def use(self) -> Use:
         """
-        Note a use of the spool, and return what the clock did since the one before.
+        Record a use of the spool, and return the times of this use.
 
-        What it moved back, or forward by more than the longest time, is a step of the clock, or a long time without a
-        use; neither makes a report older.
+        A move of the clock backwards, or forwards by more than the longest time, is a step of the clock or a long
+        time without a use; neither makes a report older.
         """
         now = min(max(-FAR_S, self.now()), FAR_S)
         known = self._read() or self._last_use
@@ -69,11 +69,12 @@ class SpoolClock:
             steps += moved
         if known is None or not 0.0 <= moved < USE_S:
             self._last_use = now, steps
-            with suppress(OSError):  # then this object knows it, and the next one compares with an earlier use
+            with suppress(OSError):  # this object keeps it in memory; the next process compares with an earlier use
                 self._write(CLOCK, json.dumps({"used": now, "steps": steps}).encode())
         return Use(last, now - steps)
 
     def _read(self) -> tuple[float, float] | None:
+        """Return the last use and the sum of the steps, s; ``None``: there is no file, or it is damaged."""
         with suppress(OSError, ValueError, RecursionError, AttributeError):
             fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(fd, "rb") as file:
@@ -85,4 +86,5 @@ class SpoolClock:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value of parsed JSON is a number that a clock of the spool can have."""
     return isinstance(value, (int, float)) and abs(value) <= 2 * FAR_S

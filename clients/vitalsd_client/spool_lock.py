@@ -1,4 +1,4 @@
-"""Lock a report in the spool, so that one sender at a time has it, on file systems without locks as well."""
+"""Lock a report in the spool for one sender at a time; without file locks, for one thread of a process."""
 
 import errno
 import fcntl
@@ -11,33 +11,33 @@ from typing import BinaryIO
 __all__ = ["SpoolError", "locked"]
 
 NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF))
-"""What flock(2) says where the file system has no locks, as NFS without lockd and some of FUSE."""
+"""Errors of flock(2) on file systems without locks, such as NFS without lockd and some of FUSE."""
 
 _claims: dict[tuple[int, int, int], object] = {}
-"""The reports that a thread of this process has now, by pid, device and inode: where there are no locks, nothing else
+"""Reports that a thread of this process is sending, by pid, device and inode: on a file system without locks this alone
 keeps two threads from sending one report. A forked child has another pid, so it inherits no claim."""
 
 
 class SpoolError(Exception):
-    """The spool cannot keep or give the report; ``str(error)`` says why."""
+    """Report that the spool cannot keep or return a report; ``str(error)`` is the reason."""
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO | None]:
     """
-    Give the file at `path`, opened and locked; ``None`` if another sender has it, or it is there no longer.
+    Open and lock the file at `path`, and yield it; ``None``: another sender has the lock, or the file is removed.
 
-    On a file system without locks it keeps out the other threads of this process alone.
+    On a file system without locks only the other threads of this process are excluded.
 
     Raises:
-        SpoolError: the lock cannot be asked for.
+        SpoolError: flock(2) failed for another reason.
     """
     try:
         found = os.lstat(path)
     except OSError:
         yield None
         return
-    # Claimed before it is opened: on NFS the process has the lock, and loses it when any thread closes the file.
+    # Claim it before opening it: on NFS the process owns the lock, and loses it when any thread closes the file.
     key, claim = (os.getpid(), found.st_dev, found.st_ino), object()
     if _claims.setdefault(key, claim) is not claim:
         yield None
@@ -51,7 +51,7 @@ def locked(path: Path) -> Iterator[BinaryIO | None]:
 
 
 def _opened(path: Path) -> BinaryIO | None:
-    """Return the open file, or ``None`` if it cannot be opened. To lock it, NFS wants it open for writing."""
+    """Return the open file; ``None``: it cannot be opened. NFS locks only a file that is open for writing."""
     for mode in os.O_RDWR, os.O_RDONLY:
         with suppress(OSError):
             return os.fdopen(os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
@@ -59,11 +59,11 @@ def _opened(path: Path) -> BinaryIO | None:
 
 
 def _lock(file: BinaryIO, path: Path) -> bool:
-    """Return whether the file is locked now, or cannot be, and still is at `path`. Raises `SpoolError`."""
+    """Lock the file if its file system has locks; return whether it still is ours at `path`. Raises `SpoolError`."""
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # EACCES: what fcntl(2) may say, which NFS makes of it
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # EACCES: from fcntl(2), which NFS uses for it
             return False
         if error.errno not in NO_LOCKS:
             raise SpoolError(

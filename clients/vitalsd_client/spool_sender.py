@@ -1,4 +1,4 @@
-"""Send the reports that are due, one attempt after another, and write down how each ended."""
+"""Send the reports that are due, one attempt after another, and record the outcome of each in the spool."""
 
 import hashlib
 import logging
@@ -21,19 +21,19 @@ from vitalsd_client.upload_url import check_url
 __all__ = ["CLOCK_STEP_S", "EntryProgress", "Outcome", "Sender"]
 
 EntryProgress = Callable[[Entry, int, int], None]
-"""Called with the report, its bytes sent so far, and all of them."""
+"""Function called with the report, the bytes of it sent so far, and its size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one report in one `Spool.send`."""
+    """Hold the result of one attempt of `Spool.send` to send a report."""
 
     report_id: str
     attempt: Attempt
 
 
 CLOCK_STEP_S = 86_400.0
-"""A time to try again further away than any delay that is ever asked for is a clock that was wrong."""
+"""Longest delay of an attempt, s: a time of the next attempt beyond it comes from a wrong clock, and is ignored."""
 
 
 class Sender:
@@ -41,12 +41,14 @@ class Sender:
     Send reports of one spool, one at a time.
 
     Args:
-        url: for reports that were added without one.
-        attempt_s: for one attempt as a whole, s.
-        delays_s: before the second attempt at most, and the bound of its doublings, s.
-        proxy: of the network.
+        states: the reports on disk.
+        clock: the clock of the same spool.
+        url: URL for reports that were added without one.
+        attempt_s: time limit for one whole attempt, s.
+        delays_s: first delay and upper bound of the exponential backoff, s.
+        proxy: URL of a proxy; ``None``: none.
         authorities: certificates in PEM form, to trust besides those of the system.
-        jitter: a number from 0 to 1.
+        jitter: returns a number from 0 to 1, by which each delay is multiplied.
     """
 
     def __init__(
@@ -66,12 +68,12 @@ class Sender:
         self._delays_s, self._jitter = delays_s, jitter
         self._send_once = partial(send, attempt_s=attempt_s, proxy=proxy, authorities=authorities)
         self._settled: set[str] = set()
-        """Sent, and not moved on, because the directory could not be written."""
+        """Ids of reports that are sent but still in ``pending/``, because the directory could not be written."""
 
     def send(
         self, wait_s: float, ignore_delays: bool, progress: EntryProgress | None, report_id: str | None
     ) -> list[Outcome]:
-        """See `vitalsd_client.Spool.send`."""
+        """Do what `vitalsd_client.Spool.send` describes."""
         if math.isnan(wait_s):
             raise ValueError("wait_s is not a number")
         for state in STATES:
@@ -95,17 +97,19 @@ class Sender:
             if not left or time.monotonic() >= deadline:
                 return outcomes
             due_s = min(self._not_before(entry) for entry in left) - self._clock.now()
-            # Another process may be sending what is due here: look again, but not too often.
+            # Another process may be sending a report that is due here: look again, but at most every 50 ms.
             time.sleep(min(max(0.05, due_s), max(0.0, deadline - time.monotonic())))
 
     def _is_due(self, entry: Entry, ignore_delays: bool) -> bool:
-        # A clock before 1970 must not keep back what has no time to wait for.
+        # With a clock before 1970, a report without a delay must still be sent.
         return self._not_before(entry) <= max(0.0, self._clock.now()) or (ignore_delays and not entry.asked)
 
     def _not_before(self, entry: Entry) -> float:
+        """Return the time of the next attempt, Unix time in s; 0: any time, also if a wrong clock set it."""
         return entry.not_before if entry.not_before <= self._clock.now() + CLOCK_STEP_S else 0.0
 
     def _send(self, report_id: str, ignore_delays: bool, progress: EntryProgress | None) -> Outcome | None:
+        """Lock a report, send it and record the outcome; ``None``: another sender has it. Raises `SpoolError`."""
         with locked(self._states.path("pending", report_id, "zip")) as file:
             if file is None or report_id in self._settled:
                 return None
@@ -116,7 +120,7 @@ class Sender:
                     return None
                 entry = self._states.entry("pending", report_id)
             except FileNotFoundError:
-                return None  # another process has moved it on
+                return None  # another process has moved it
             except OSError as error:
                 raise SpoolError(f"cannot send {report_id} from {self._states.directory}: {error.strerror}") from None
             if not self._is_due(entry, ignore_delays):
@@ -132,8 +136,8 @@ class Sender:
             try:
                 self._settle(entry, attempt)
             except OSError as error:
-                # It stays where it is. If it has been sent, this object knows; another one sends it
-                # again, and the server knows it by its key.
+                # The report stays in pending/. If it has been sent, this object remembers that; another process sends
+                # it again, and the server recognizes its idempotency key.
                 logging.getLogger("vitalsd_client").warning("cannot move %s on: %s", report_id, error.strerror)
                 self._settled |= {report_id} if isinstance(attempt, Receipt) else set()
             return Outcome(report_id, attempt)
@@ -148,7 +152,7 @@ class Sender:
         )
 
     def _settle(self, entry: Entry, attempt: Attempt) -> None:
-        """Write down how it ended, while the lock is held."""
+        """Record the outcome of an attempt and move the report, while the lock is held. Raises `OSError`."""
         report_id, attempts = entry.report_id, entry.attempts + 1
         now = self._clock.use().age_clock
         tried = self._states.tried(entry)
@@ -156,11 +160,11 @@ class Sender:
             "url": entry.url or self._url,
             "added": entry.added,
             "attempts": attempts,
-            # Later than now: the file with the steps of the clock was lost.
+            # It is later than now only if the file with the steps of the clock was lost.
             "tried": now if tried is None else min(tried, now),
         }
         if isinstance(attempt, Receipt):
-            # Even on a full disk the rename takes it out of the way of other senders.
+            # The rename works on a full disk too, and then no other sender sends the report again.
             note |= {"receipt": attempt.number, "sent": self._clock.now()}
             self._states.note(report_id, note)
             self._states.move(report_id, "json", "pending", "done")
@@ -180,6 +184,7 @@ class Sender:
 
 
 def _until_it_raises(progress: EntryProgress) -> EntryProgress:
+    """Return `progress` without its exceptions: after the first one, which is logged, it is not called again."""
     raised = False
 
     def call(entry: Entry, sent: int, total: int) -> None:
@@ -188,7 +193,7 @@ def _until_it_raises(progress: EntryProgress) -> EntryProgress:
             return
         try:
             progress(entry, sent, total)
-        except Exception as error:  # noqa: BLE001 - the program's own function must not stop the sending
+        except Exception as error:  # noqa: BLE001 - the program's own function must not stop the upload
             raised = True
             logging.getLogger("vitalsd_client").warning(
                 "progress raised %s and is not called again", type(error).__name__
@@ -198,6 +203,7 @@ def _until_it_raises(progress: EntryProgress) -> EntryProgress:
 
 
 def _parcel(report_id: str, file: BinaryIO) -> Parcel:
+    """Return the report with its size and hash, and its file positioned at the start. Raises `OSError`."""
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):
         digest.update(chunk)

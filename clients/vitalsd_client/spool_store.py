@@ -1,7 +1,7 @@
 """
-The spool on disk: which report is in which state, what is known of it, and which process is sending it.
+Store the reports of a spool on disk, with the state and the note of each.
 
-A state is a directory, a report a file in it, and a change of state rename(2). See `vitalsd_client.spool`.
+A state is a directory, a report is a file in it, and rename(2) changes the state. See `vitalsd_client.spool`.
 """
 
 import json
@@ -27,50 +27,54 @@ from vitalsd_client.spool_lock import SpoolError, locked
 __all__ = ["STATES", "Entry", "SpoolError", "State", "States", "first_note"]
 
 ORPHAN_S = 3600.0
-"""A file in ``new/`` this old was left by a writer that died."""
+"""Age of a file in ``new/``, s, from which on it is a leftover of a writer that was killed."""
 
 LATEST_S = 253_402_300_799
-"""The end of the year 9999, Unix time."""
+"""Latest time that a note can have, Unix time in s: the end of the year 9999, which `datetime` can show."""
 
 NAME = re.compile(r"([0-9a-f]{32})\.(zip|json)", re.ASCII)
+"""Name of a file in the directory of a state: the id of the report and the kind of the file."""
 DRAFT = re.compile(rf"({NAME.pattern}|{CLOCK})\.[0-9a-f]{{16}}", re.ASCII)
-"""Name of a file in ``new/``: that which it gets when it is whole, and 64 random bits."""
+"""Name of a file in ``new/``: its final name and 64 random bits."""
 MAILDIR = frozenset(("cur", "new", "tmp"))
+"""Directories of a Maildir, of which ``new`` would be shared with a spool."""
 MAX_MANIFEST_BYTES = 1 << 20
+"""Limit to read of the manifest of a report, bytes."""
 State = Literal["pending", "done", "failed"]
 STATES: tuple[State, ...] = ("pending", "done", "failed")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A report in the spool."""
+    """Describe a report in the spool."""
 
     report_id: str
     state: State
     size: int
-    """Bytes; 0 once it is done."""
+    """Size of the zip, bytes; 0 when it is done."""
     added: float
-    """Unix time, s."""
+    """Time of `Spool.add`, Unix time in s."""
     url: str | None
     attempts: int
     not_before: float
-    """Unix time, s, of the next attempt; 0: any time."""
+    """Time of the next attempt, Unix time in s; 0: any time."""
     asked: bool
-    """The server asked for that time."""
+    """Whether the server asked for that time, by ``Retry-After``."""
     note: str
-    """The receipt, or what went wrong the last time."""
+    """Number of the receipt, or the reason why the last attempt failed."""
 
 
 class States:
     """
-    The directories of one spool.
+    Read and write the directories of one spool.
 
     Args:
-        directory: made with mode 0700 if it is not there. One that others can write is refused, and so is one that
-            another program keeps its files in. Files that are not reports of vitalsd are neither sent nor removed.
+        directory: made with mode 0700 if it does not exist. A directory that other users can write is refused, and so
+            is one with the files of another program. Files that are not reports of vitalsd are neither sent nor
+            removed.
 
     Raises:
-        SpoolError: it cannot be used.
+        SpoolError: the directory cannot be used.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -87,9 +91,11 @@ class States:
             raise SpoolError(f"cannot look into {directory}: {error.strerror}") from None
 
     def path(self, state: State, report_id: str, suffix: str) -> Path:
+        """Return the path of a file of a report; `suffix` is ``zip`` or ``json``."""
         return self.directory / state / f"{report_id}.{suffix}"
 
     def entries(self, state: State) -> list[Entry]:
+        """Return the reports in one state, in no order. Raises `SpoolError`."""
         suffix = "json" if state == "done" else "zip"
         found = []
         try:
@@ -99,21 +105,22 @@ class States:
         for name in names:
             match = NAME.fullmatch(name)
             if match is not None and match[2] == suffix:
-                with suppress(OSError):  # another process has just moved it on
+                with suppress(OSError):  # another process has just moved it
                     if self._is_report(state, match[1]):
                         found.append(self.entry(state, match[1]))
         return found
 
     def all(self) -> list[Entry]:
-        """Return pending reports, then done, then failed; in each the oldest first. Raises `SpoolError`."""
+        """Return pending reports, then done, then failed; in each state the oldest first. Raises `SpoolError`."""
         found = [entry for state in STATES for entry in self.entries(state)]
         return sorted(found, key=lambda entry: (STATES.index(entry.state), entry.added, entry.report_id))
 
     def find(self, report_id: str) -> Entry | None:
-        """Look a report up in the listing: an id never becomes a path. Raises `SpoolError`."""
+        """Return a report of the listing by its id, which never becomes part of a path here. Raises `SpoolError`."""
         return next((entry for entry in self.all() if entry.report_id == report_id), None)
 
     def entry(self, state: State, report_id: str) -> Entry:
+        """Read one report's entry. Raises `FileNotFoundError` if it is not in `state`, `OSError`."""
         found = os.lstat(self.path(state, report_id, "json" if state == "done" else "zip"))
         if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError
@@ -132,7 +139,7 @@ class States:
         )
 
     def note_of(self, state: State, report_id: str) -> dict[str, Any]:
-        """Read what is known of a report besides itself. A damaged note costs a delay, never the report."""
+        """Return the note of a report; empty if it is damaged, which costs a delay and never the report."""
         if report_id in self._unwritten:
             return self._unwritten[report_id]
         with suppress(OSError, ValueError, RecursionError):
@@ -147,9 +154,9 @@ class States:
 
     def _is_report(self, state: State, report_id: str) -> bool:
         """
-        Return whether vitalsd wrote the file: its note says when it was added, or its manifest has this id.
+        Return whether vitalsd wrote the file: its note has the time of `add`, or its manifest has this id.
 
-        Another program may name its files by 32 hexadecimal digits, too.
+        Another program may also name its files by 32 hexadecimal digits.
         """
         if self._is_noted(state, report_id):
             return True
@@ -174,7 +181,7 @@ class States:
         return float(tried) if is_number(tried) else None
 
     def note(self, report_id: str, note: dict[str, Any]) -> None:
-        """Write it down, or on a full disk at least remember it."""
+        """Write the note of a pending report; keep it in memory if the disk is full."""
         try:
             self.write("pending", f"{report_id}.json", json.dumps(note).encode())
             self._unwritten.pop(report_id, None)
@@ -183,22 +190,24 @@ class States:
             logging.getLogger("vitalsd_client").warning("cannot write into the spool: %s", error.strerror)
 
     def write(self, state: State, name: str, content: bytes) -> None:
-        """Write a file into the directory of a state, whole or not at all. Raises `OSError`."""
+        """Write a file into the directory of a state atomically. Raises `OSError`."""
         self.put(self.directory / state, name, content)
 
     def put(self, directory: Path, name: str, content: bytes) -> None:
-        """Write a file into a directory of the spool, whole or not at all. Raises `OSError`."""
+        """Write a file into a directory of the spool atomically, and sync it. Raises `OSError`."""
         temporary = self.directory / "new" / f"{name}.{secrets.token_hex(8)}"
         with draft(temporary, content):
             os.rename(temporary, directory / name)
         sync_directory(directory)
 
     def move(self, report_id: str, suffix: str, old: State, new: State) -> None:
+        """Move a file of a report to another state, if it exists, and sync the directory. Raises `OSError`."""
         with suppress(FileNotFoundError):
             os.rename(self.path(old, report_id, suffix), self.path(new, report_id, suffix))
         sync_directory(self.directory / new)
 
     def remove(self, entry: Entry) -> bool:
+        """Remove a report; return False if there is none. Raises `SpoolError`: a sender has it, or the disk fails."""
         report_id = entry.report_id
         try:
             if entry.state == "done":
@@ -220,11 +229,11 @@ class States:
 
     def sweep(self, before: float) -> None:
         """
-        Remove unfinished files of writers that have ended, and notes without a report; no files of other programs.
+        Remove unfinished files of killed writers, and notes without a report, but no files of other programs.
 
         Args:
-            before: Unix time, s, of the last use but this one. By then the file was old already: one that a
-                writer has begun just before the clock was set is not.
+            before: time of the previous use, Unix time in s. The file must have been old then: otherwise a file that a
+                writer has just begun would look old after a step of the clock.
         """
         old = min(time.time(), before) - ORPHAN_S
         with suppress(OSError):
@@ -242,12 +251,12 @@ class States:
 
 
 def _check_kind(directory: Path) -> None:
-    """Raise `SpoolError` if another program keeps its files in `directory`, as far as the names of directories tell."""
+    """Raise `SpoolError` if another program keeps its files in `directory`, as far as their names show it."""
     remedy = "name a directory that is empty or not there yet"
     if set(os.listdir(directory)) >= MAILDIR:
         raise SpoolError(f"{directory} is a Maildir, which is a mailbox and not a spool; {remedy}")
     folders = [path for name in ("new", *STATES) if (path := directory / name).is_dir()]
-    if len(folders) <= len(STATES):  # A spool has all of them.
+    if len(folders) <= len(STATES):  # a spool has all of them
         files = [path for folder in folders for path in folder.iterdir()]
         if files and not any(NAME.fullmatch(path.name) or DRAFT.fullmatch(path.name) for path in files):
             raise SpoolError(f"{files[0].parent} has files of another program: {directory} is no spool; {remedy}")
@@ -262,8 +271,10 @@ def _remove_old(path: Path, old: float) -> None:
 
 
 def first_note(url: str | None, added: float) -> bytes:
+    """Return the note of a report without attempts, as JSON."""
     return json.dumps({"url": url, "added": added, "attempts": 0}).encode()
 
 
 def _number(value: Any, default: float) -> float:
+    """Return `value` if it is a number that a note can have, else `default`."""
     return float(value) if isinstance(value, (int, float)) and 0 <= value <= LATEST_S else default

@@ -1,11 +1,11 @@
 """
 Make one attempt to send one report: multipart over httpx, with a total deadline; without a receipt it has failed.
 
-httpx limits each read and write but not their number, so a server that sends one byte at a time keeps it
-without end. The attempt runs on a thread of its own; at the deadline its socket is shut down under it.
+httpx limits the time of each read and write but not their number, so a server that sends one byte at a time would keep
+an attempt without end. The attempt runs on a thread of its own; at the deadline the caller shuts down its socket.
 
-Its transport is used without `httpx.Client`: that would write a line with the URL to the log of the host program for
-every request, at level INFO.
+The transport is used without `httpx.Client`, which would log a line with the URL for every request to the log of the
+host program, at level INFO.
 """
 
 import email.utils
@@ -36,42 +36,47 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of the report sent so far, and all of them."""
+"""Function called with the bytes of the report sent so far, and its size."""
 
 ATTEMPT_S = 120.0
+"""Default time limit for one whole attempt, s."""
 CONNECT_S, IDLE_S = 5.0, 30.0
+"""Time limits of an attempt to connect, and for each read and write, s."""
 MAX_RECEIPT_BYTES = 64 * 1024
+"""Limit for the body of a receipt, bytes."""
 MAX_RETRY_AFTER_S = 24 * 3600.0
+"""Longest delay that a server can ask for by ``Retry-After``, s."""
 RETRIED = frozenset((408, 425, 429))
+"""Statuses below 500 after which the report is sent again: timeout, too early, too many requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What is to be sent."""
+    """Describe the report to send."""
 
     report_id: str
     size: int
     sha256: str
     file: BinaryIO
-    """Positioned at its start."""
+    """The zip, positioned at its start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The server has the report, and named its hash to show it."""
+    """State that the server has stored the report: its answer contained the id and the hash."""
 
     number: str
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The server does not have the report, or it is not known whether it has."""
+    """State that an attempt has failed: the server does not have the report, or has not confirmed it."""
 
     reason: str
     final: bool
-    """Sending the same again would end the same."""
+    """Whether a further attempt would fail for the same reason."""
     retry_after_s: float = 0.0
-    """The server asked not to be asked again before."""
+    """Delay that the server asks for before the next attempt, s; 0: none."""
 
 
 Attempt = Receipt | Failed
@@ -87,11 +92,13 @@ def send(
     progress: Progress | None = None,
 ) -> Attempt:
     """
-    Send it once; never raises for what the network or the server does.
+    Send a report once; return a `Failed`, not an exception, for every error of the network and of the server.
 
     Args:
-        attempt_s: for all of it, s.
-        proxy: of the network; those of the environment are not used.
+        url: URL that `check_url` has accepted.
+        parcel: the report; its file is read on another thread.
+        attempt_s: time limit for the whole attempt, s.
+        proxy: URL of a proxy; the proxies of the environment are not used.
         authorities: certificates in PEM form, see `read_ca_file`, to trust besides those of the system.
         progress: called on another thread.
     """
@@ -132,7 +139,7 @@ class _Attempt:
         self._aborted = False
 
     def abort(self) -> None:
-        """Make whatever it is doing fail, now."""
+        """Shut down the socket, so that the running call on the other thread fails at once."""
         with self._lock:
             self._aborted = True
             if self._socket is not None:
@@ -140,7 +147,7 @@ class _Attempt:
                     sockets.socket.shutdown(self._socket, sockets.SHUT_RDWR)
 
     def run(self) -> Attempt:
-        import httpx  # only now: to keep a report it is not needed, and it brings half a command line with it
+        import httpx  # only here: to keep a report it is not needed, and its import is slow
 
         try:
             request = httpx.Request(
@@ -152,7 +159,7 @@ class _Attempt:
                     "X-Content-SHA256": self._parcel.sha256,
                     "Accept": "application/json",
                     "Accept-Encoding": "identity",
-                    # The same bytes on every attempt.
+                    # A fixed boundary: every attempt sends the same bytes.
                     "Content-Type": f"multipart/form-data; boundary={self._parcel.report_id}",
                     "User-Agent": "vitalsd",
                 },
@@ -188,7 +195,7 @@ class _Attempt:
             return httpx.HTTPTransport(verify=False, trust_env=False, proxy=proxy)
         context = tls_context(self._authorities)
         if tls_to_proxy:
-            # Of its own accord httpcore would make one that trusts certifi, and writes keys to SSLKEYLOGFILE.
+            # By default httpcore makes a context that trusts certifi, and writes keys to SSLKEYLOGFILE.
             proxy = httpx.Proxy(cast(str, self._proxy), ssl_context=context)
         return httpx.HTTPTransport(verify=context, trust_env=False, proxy=proxy)
 
@@ -205,7 +212,7 @@ class _Attempt:
         return self._parcel.file
 
     def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Take the socket that httpx has opened. Raises `_AbortedError`."""
+        """Keep the socket that httpx has opened, for `abort`. Raises `_AbortedError`."""
         self.check()
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             with self._lock:
@@ -213,6 +220,7 @@ class _Attempt:
             self.check()
 
     def _judged(self, answer: "httpx.Response") -> Attempt:
+        """Return the result of an attempt from the server's answer, by its status and receipt."""
         status = answer.status_code
         if 300 <= status < 400:
             return Failed(f"the server answered {status}: redirects are not followed", final=True)
@@ -228,7 +236,7 @@ class _Attempt:
         return self._receipt(status, bytes(body))
 
     def _receipt(self, status: int, body: bytes) -> Attempt:
-        """Read the receipt. A 200 alone is no proof: a captive portal sends one, and so does a cut connection."""
+        """Check the receipt: the status 200 alone proves nothing, a captive portal sends it too."""
         try:
             found = json.loads(body)
             number, report_id, sha256 = found["receipt"], found["report_id"], found["sha256"]
@@ -242,7 +250,7 @@ class _Attempt:
 
 
 class _Counted:
-    """The report as a file that counts what has been read of it, and ends when the attempt does."""
+    """Wrap the file of the report: count the bytes that are read, and raise `_AbortedError` after the deadline."""
 
     def __init__(self, attempt: _Attempt) -> None:
         self._attempt = attempt
@@ -262,7 +270,7 @@ class _Counted:
 
 
 def retry_after_s(header: str | None, now: float | None = None) -> float:
-    """Return the seconds that a Retry-After header asks for, 0 to a day; a date or a number, else 0."""
+    """Return the delay of a ``Retry-After`` header, a date or a number, from 0 s to a day; 0 if it is malformed."""
     if not header:
         return 0.0
     try:
@@ -273,4 +281,5 @@ def retry_after_s(header: str | None, now: float | None = None) -> float:
 
 
 def _until(date: str, now: float | None) -> float:
+    """Return the seconds from `now`, Unix time in s, until an HTTP date. Raises `ValueError`, `TypeError`."""
     return email.utils.parsedate_to_datetime(date).timestamp() - (time.time() if now is None else now)

@@ -1,4 +1,4 @@
-"""Certificates for uploads: which authorities are trusted, and why a certificate was refused."""
+"""Make the TLS context of uploads, and explain why it refused a certificate."""
 
 import os
 import re
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["explain_distrust", "read_ca_file", "tls_context"]
 
 MAX_CA_BYTES = 16 << 20
+"""Limit to read of a file of certificates, bytes."""
 
 STORES = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Arch
@@ -20,14 +21,15 @@ STORES = (
     "/etc/ssl/ca-bundle.pem",  # SUSE
     "/etc/ssl/cert.pem",  # Alpine
 )
-"""Certificates of authorities on Linux. A frozen program brings an OpenSSL that looks where its builder had them."""
+"""Files of the authorities on Linux, for a frozen program: its OpenSSL looks only where the build machine had them."""
 
 HASHED = re.compile(r"[0-9a-f]{8}\.[0-9]+", re.ASCII)
-"""The only names of files that OpenSSL looks at in a directory of certificates."""
+"""Names of the files that OpenSSL reads in a directory of certificates: a hash of the subject and a number."""
 
-# As OpenSSL and Apple's Security framework number them.
 WRONG_TIME = frozenset((9, 10, -67818, -67819))
+"""Codes for a certificate that is not valid now, of OpenSSL (positive) and Apple's Security framework (negative)."""
 WRONG_HOST = frozenset((62, 64, -67602))
+"""Codes for a certificate of another host, of OpenSSL (positive) and Apple's Security framework (negative)."""
 
 
 def read_ca_file(ca_file: str | os.PathLike[str]) -> str:
@@ -35,12 +37,12 @@ def read_ca_file(ca_file: str | os.PathLike[str]) -> str:
     Return the certificates in a PEM file as text, for `send`.
 
     Args:
-        ca_file: may hold other text between the certificates.
+        ca_file: path; the file may have other text between the certificates.
 
     Raises:
         ValueError: the file cannot be read, or has no certificate.
     """
-    import ssl  # only for an own authority: to keep a report it is not needed
+    import ssl  # only here: without an authority of its own a program does not need it
 
     try:
         with open(ca_file, "rb") as file:
@@ -50,7 +52,7 @@ def read_ca_file(ca_file: str | os.PathLike[str]) -> str:
         raise ValueError(
             f"cannot read the certificates in {os.fspath(ca_file)!r}: {why}; name a file in PEM form"
         ) from None
-    # What is not ASCII stands in comments, and OpenSSL's parser for text in memory refuses it.
+    # Bytes outside ASCII are in comments only, and OpenSSL's parser for text in memory refuses them.
     text = content.decode("ascii", "ignore")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
@@ -64,13 +66,12 @@ def read_ca_file(ca_file: str | os.PathLike[str]) -> str:
 
 def tls_context(authorities: str | None) -> "ssl.SSLContext":
     """
-    Return a TLS context that trusts the authorities of the system, and `authorities` besides.
+    Return a TLS context that trusts the authorities of the system and `authorities`.
 
     Linux: the files of OpenSSL, or those that SSL_CERT_FILE and SSL_CERT_DIR name. macOS: the keychains.
 
-    `ssl.create_default_context` would write the keys of the connection to the file that SSLKEYLOGFILE names, which
-    cannot be taken back, and since Python 3.13 it refuses the authorities that `openssl req -x509` makes, for an
-    extension that only VERIFY_X509_STRICT asks for.
+    `ssl.create_default_context` is not used: it writes the keys of the connection to the file that SSLKEYLOGFILE names,
+    and since Python 3.13 it sets VERIFY_X509_STRICT, which refuses the authorities that `openssl req -x509` makes.
 
     Args:
         authorities: certificates in PEM form, as `read_ca_file` returns them.
@@ -91,7 +92,7 @@ def tls_context(authorities: str | None) -> "ssl.SSLContext":
         context.load_default_certs()
         if (store := _store_elsewhere()) is not None:
             context.load_verify_locations(cafile=store)
-        # A certificate that was named is trusted even if it is not that of a root: an own server's, for example.
+        # Trust a named certificate even if it is no root: for example that of the receiving server itself.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if authorities is not None:
         context.load_verify_locations(cadata=authorities)
@@ -99,10 +100,10 @@ def tls_context(authorities: str | None) -> "ssl.SSLContext":
 
 
 def _store_elsewhere() -> str | None:
-    """Return the certificates of this Linux if OpenSSL was built to look for them where none are."""
+    """Return a file of authorities if OpenSSL was built with paths that do not exist here; ``None``: not needed."""
     import ssl
 
-    # Set to restrict what is trusted, so what they name is all, even if it is not there.
+    # The variables restrict what is trusted, so nothing is added, even if their files do not exist.
     if "SSL_CERT_FILE" in os.environ or "SSL_CERT_DIR" in os.environ:
         return None
     looked = ssl.get_default_verify_paths()
@@ -139,10 +140,10 @@ def explain_distrust(error: BaseException) -> str | None:
 
 
 def _fault_of_environment() -> str | None:
-    """Return what is wrong with SSL_CERT_FILE or SSL_CERT_DIR, which OpenSSL does not say; ``None``: nothing is."""
+    """Return what is wrong with SSL_CERT_FILE or SSL_CERT_DIR, which OpenSSL does not report; ``None``: nothing."""
     import ssl
 
-    if sys.platform == "darwin":  # the keychains are asked, and no variable
+    if sys.platform == "darwin":  # the keychains are used, not the variables
         return None
     file, directories = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     if file is not None:

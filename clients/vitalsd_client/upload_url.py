@@ -1,4 +1,4 @@
-"""Check where a report may be sent, and through which proxy."""
+"""Check the URL of the server for reports, and the URL of a proxy."""
 
 import ipaddress
 from urllib.parse import urlsplit
@@ -11,7 +11,7 @@ def check_url(url: str) -> str:
     Return `url` if a report may be sent there: https, or plain http on this machine.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: a report may not be sent there.
     """
     try:
         parts = urlsplit(url)
@@ -29,10 +29,10 @@ def check_url(url: str) -> str:
 
 def check_proxy(proxy: str) -> str:
     """
-    Return `proxy` if it is the URL of one.
+    Return `proxy` if it is the URL of a proxy.
 
     Raises:
-        ValueError: it is anything else; a password in it is not in the message.
+        ValueError: it is not; the message does not repeat it, because it may contain a password.
     """
     import httpx  # only where there is a proxy
 
@@ -46,6 +46,7 @@ def check_proxy(proxy: str) -> str:
 
 
 def _is_here(host: str) -> bool:
+    """Return whether `host` is localhost or a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
