@@ -1,1 +1,1 @@
-"""The HTTP side: routes (`app`), and what a request passes before it reaches them."""
+"""Serve the HTTP API: server, access control, routes and the live page."""

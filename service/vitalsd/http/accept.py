@@ -15,10 +15,11 @@ TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 RANGE = re.compile(rf"\s*({TOKEN})/({TOKEN})\s*((?:;[^;]*)*)", re.ASCII)
 QUALITY = re.compile(r"0?\.[0-9]+|0\.?|1(?:\.0*)?", re.ASCII)  # RFC 9110 has no `.2`, which Java 8 sends.
 MAX_RANGES = 64
+"""Media ranges of a header to read at most: the work for one request is bounded."""
 
 
 class Offer(NamedTuple):
-    """A form of an answer: its media type, and which values of the parameter ``version`` mean it."""
+    """Describe a form of an answer: its media type, and the value of the parameter ``version`` that selects it."""
 
     media_type: str
     version: str = ""
@@ -31,7 +32,7 @@ JSON_OFFER = Offer("application/json")
 
 
 class _Range(NamedTuple):
-    """One media range of the header."""
+    """Hold one media range of the header."""
 
     kind: str
     subtype: str

@@ -1,4 +1,4 @@
-"""The application: its routes, and what it starts and ends."""
+"""Make the FastAPI application with its routes, middleware and lifespan."""
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -34,7 +34,7 @@ NO_TELEMETRY: TelemetryConfig = {
     "operation_spans": False,
     "auto_configure": False,
 }
-"""FastAPI would trace requests into the providers of the host program and, if the environment says so, send them."""
+"""Off: FastAPI would trace requests into the providers of the host program, and export them by its environment."""
 
 
 def create_app(
@@ -48,9 +48,12 @@ def create_app(
     hides_processes: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """
-    Return the application over `targets`. It opens the default one when it starts and closes all when it ends.
+    Return the application over `targets`: it opens the default target when it starts, and closes all when it ends.
 
-    The other arguments are fields of `RouteContext`; `shelf` is stopped at the end as well.
+    The other arguments are fields of `RouteContext`; the worker of `shelf` is stopped at the end.
+
+    Raises:
+        RuntimeError: no thread can be started.
     """
     reader = Worker("vitalsd-reader")
     try:
@@ -72,7 +75,7 @@ def create_app(
     )
     routes = _routes(context)
     app = FastAPI(
-        routes=[*routes],  # Not by include_router, which looks for the route of a request twice.
+        routes=[*routes],  # Not by include_router, which searches the route of a request twice.
         openapi_url=None,  # FastAPI's own would build every schema while the sidecar starts; see http/openapi.py.
         redirect_slashes=False,  # A redirect would be built from the Host that a client sent.
         lifespan=partial(_lifespan, context),
@@ -98,12 +101,13 @@ def _routes(context: RouteContext) -> list[OperationRoute]:
 
 @asynccontextmanager
 async def _lifespan(context: RouteContext, _: FastAPI) -> AsyncIterator[None]:
+    """Open the default target, and at the end close the targets and stop the workers, within 0.5 s for the latter."""
     try:
         await context.targets.start()
         yield
-    finally:  # Of a start that failed as well.
+    finally:  # Also after a start that failed.
         await context.targets.close()
         context.lister.stop(0.1)
         context.reader.stop(0.1)
         if context.shelf is not None:
-            context.shelf.worker.stop(0.3)  # Otherwise it leaves the copy of a run behind.
+            context.shelf.worker.stop(0.3)  # Time to remove its copy of a run.

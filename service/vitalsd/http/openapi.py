@@ -2,7 +2,7 @@
 Make the OpenAPI document: every route with its parameters, units, answers, refusals, examples and commands to try.
 
 Each route declares its parameters (`vitalsd.http.parameters`), its documentation (`vitalsd.http.operation`) and the
-`TypedDict` of its answer. They meet here when a client asks, and not while the sidecar starts.
+`TypedDict` of its answer. This module combines them at the first request, not while the sidecar starts.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ REF = "#/components/schemas/{model}"
 UNAVAILABLE = Lazy("vitalsd.contract.metrics:Unavailable")
 
 KEYWORDS = ("type", "minimum", "maximum", "minLength", "maxLength", "enum", "pattern")
-"""Keywords of the schema of a query parameter."""
+"""JSON Schema keywords to keep of a query parameter."""
 SCHEMAS: dict[str, dict[str, Any]] = {
     JSON: {"type": "object"},
     "text/event-stream": {
@@ -42,7 +42,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
     },
 }
-"""Of media types that are not text."""
+"""Schemas of the media types that are not plain text."""
 FAILURES: dict[type[SourceError], str] = {
     AccessDeniedError: "This user may not read the target.",
     NoSuchProcessError: "No such process.",
@@ -59,12 +59,12 @@ DETAILS: dict[Reason, str] = {
     "unread": "32 MiB of answers wait already for clients that take them",
     "token": "send the token of the runtime file as Authorization: Bearer; `vitalsd endpoints` says where it is",
 }
-"""Examples."""
+"""Examples of the detail of a refusal; for the other reasons the title is used."""
 
 
 def openapi(routes: Sequence[OperationRoute], others: Sequence[Operation] = ()) -> dict[str, Any]:
     """
-    Return the document.
+    Return the OpenAPI document of the application.
 
     Args:
         routes: the routes of the application.
@@ -105,7 +105,7 @@ def openapi(routes: Sequence[OperationRoute], others: Sequence[Operation] = ()) 
 
 
 def shape_adapter(shapes: Sequence[Any]) -> TypeAdapter[Any]:
-    """Return what reads a list of `shapes` and makes their schema; an unknown field of a `TypedDict` is an error."""
+    """Return an adapter that validates a list of `shapes` and makes their schema; unknown fields are errors."""
     types = [Annotated[Any, shape] if isinstance(shape, Lazy) else shape for shape in shapes]
     item: Any = types[0]
     for other in types[1:]:
@@ -114,7 +114,7 @@ def shape_adapter(shapes: Sequence[Any]) -> TypeAdapter[Any]:
 
 
 class _Generator(GenerateJsonSchema):
-    """Leave the suffix of typed dictionaries out of the names in the schema."""
+    """Generate schemas without the suffix ``Json`` of typed dictionaries in their names."""
 
     def normalize_name(self, name: str) -> str:
         return super().normalize_name(name).removesuffix("Json")
@@ -125,7 +125,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
-    """Return the shapes of all answers by name."""
+    """Return the schemas of all answers, by name."""
     shapes = {_name(shape): shape for each in operations for shape in (*each.shapes, ProblemJson, UNAVAILABLE)}
     mode: JsonSchemaMode = "serialization"
     adapters = [(name, mode, shape_adapter([shapes[name]])) for name in sorted(shapes)]
@@ -140,6 +140,7 @@ def _name(shape: Any) -> str:
 
 
 def _described(operation: Operation, route: OperationRoute | None, common: Sequence[Reason]) -> dict[str, Any]:
+    """Return the OpenAPI object of one operation."""
     name = f"{operation.method.lower()}{operation.path}"
     described: dict[str, Any] = {
         "operationId": name.translate(str.maketrans("/.", "__", "{}")).strip("_"),
@@ -171,6 +172,7 @@ def _plain(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _query_parameters(route: OperationRoute | None) -> list[dict[str, Any]]:
+    """Return the OpenAPI objects of the query parameters."""
     found = []
     query = _model(route, QueryParams)
     for name, schema in (query.model_json_schema()["properties"] if query else {}).items():
@@ -192,6 +194,7 @@ def _query_parameters(route: OperationRoute | None) -> list[dict[str, Any]]:
 
 
 def _responses(operation: Operation, common: Sequence[Reason]) -> dict[str, Any]:
+    """Return the OpenAPI objects of the answers by status."""
     content: dict[str, Any] = {}
     if operation.shapes:
         refs = [{"$ref": REF.format(model=_name(shape))} for shape in operation.shapes]
@@ -241,6 +244,6 @@ def _refusals(operation: Operation, common: Sequence[Reason]) -> dict[int, dict[
 
 
 def _common_problems(operations: Sequence[Operation]) -> list[Reason]:
-    """Return the refusals that any request to a route of ours may meet: those that no operation names as its own."""
+    """Return the reasons of the refusals that every route has: those that no operation declares."""
     named = {reason for operation in operations for reason in operation.reasons}
     return [reason for reason in TITLES if reason not in named | {"no_such_route", "method_not_allowed"}]

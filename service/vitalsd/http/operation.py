@@ -1,4 +1,4 @@
-"""An operation of the API: method, path and documentation, declared beside the function that answers it."""
+"""Declare an operation of the API, with its method, path and documentation, beside the function that answers it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ __all__ = ["CommandExample", "Operation", "OperationRoute"]
 
 
 class CommandExample(NamedTuple):
-    """A command to try; ``$URL`` in it is the sidecar."""
+    """Hold a shell command to try, in which ``$URL`` is the URL of the sidecar."""
 
     title: str
     text: str
@@ -20,28 +20,28 @@ class CommandExample(NamedTuple):
 
 class Operation(NamedTuple):
     """
-    The documentation of one method of one path, besides the parameters that its function declares.
+    Document one method of one path, without the parameters that its function declares.
 
-    A named tuple: a dataclass takes 1 ms of the start to make.
+    A named tuple, because the definition of a dataclass takes 1 ms of the start.
     """
 
     path: str
     summary: str
     description: str
     answer: str
-    """Content of an answer with `status`."""
+    """Description of the answer with `status`."""
     method: Literal["GET", "POST"] = "GET"
     """GET includes HEAD."""
     status: int = 200
     shapes: tuple[Any, ...] = ()
-    """The JSON of such an answer is one of these: a `TypedDict` or a `vitalsd.contract.shapes.Lazy`."""
+    """Alternatives for the JSON of that answer, each a `TypedDict` or a `vitalsd.contract.shapes.Lazy`."""
     is_list: bool = False
-    """The answer is a list of `shapes`."""
+    """Whether the answer is a list of `shapes`."""
     example: Any = None
     media_types: Mapping[str, str] | None = None
     """Other media types of the answer, with an example of each; ``""`` for none."""
     reasons: tuple[Reason, ...] = ()
-    """Refusals that not every route has."""
+    """Reasons of the refusals that not every route has."""
     unavailable: bool = False
     """Whether it may answer `Unavailable`."""
     parameters: tuple[Mapping[str, Any], ...] = ()
@@ -51,10 +51,10 @@ class Operation(NamedTuple):
 
 class OperationRoute(APIRoute):
     """
-    The route of one operation.
+    Route requests to the function of one operation.
 
     Args:
-        operation: its method, path and documentation.
+        operation: method, path and documentation.
         endpoint: the function that answers it.
     """
 

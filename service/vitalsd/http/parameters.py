@@ -1,12 +1,12 @@
 """
-Query parameters and bodies, parsed strictly.
+Parse query parameters and bodies strictly.
 
-Digits only, no unknown names, each name once: a typo in ``windw_ms=5000`` must be an error and not a silent default.
+Only digits, no unknown names, each name once: a typo as in ``windw_ms=5000`` must be an error and no silent default.
 FastAPI alone would accept ``1_000``, ``+5``, `` 5`` and ``5.0`` for an integer, take the last of two duplicates and
 repeat kilobytes of input.
 
-Each route declares its models beside its function, by `query_params` and `json_body`. They are built when first used:
-a ``Query()`` of FastAPI builds its validators, and loads all of ``pydantic.v1``, while the sidecar starts.
+Each route declares its models beside its function, by `query_params` and `json_body`. Their validators are built at the
+first use: a ``Query()`` of FastAPI builds them, and loads all of ``pydantic.v1``, while the sidecar starts.
 `vitalsd.http.openapi` reads the same models.
 """
 
@@ -43,10 +43,11 @@ READING = ["GET", "HEAD"]
 """
 Methods of a route that changes nothing. The server leaves the body out of an answer to HEAD (RFC 9110 section 9.3.2).
 
-A function that would measure, read a file or build something asks for the method when the request is checked, and
-returns `vitalsd.http.responses.bare` for HEAD.
+A function that would measure, read a file or build something checks the method after the request, and returns
+`vitalsd.http.responses.bare` for HEAD.
 """
-CACHED_QUERIES = 32  # Of one route, as parsed: a client that repeats a request repeats its query.
+CACHED_QUERIES = 32
+"""Size of the cache of parsed queries of one route: clients repeat the same query at each poll."""
 
 Model = TypeVar("Model", bound="StrictModel")
 
@@ -59,7 +60,7 @@ class StrictModel(BaseModel):
 
 class QueryParams(Generic[Model]):
     """
-    A dependency: the query of a request, as `model`.
+    Parse the query of a request as `model`; a dependency of FastAPI.
 
     Raises:
         ProblemError: a parameter is unknown, given twice or wrong.
@@ -70,6 +71,7 @@ class QueryParams(Generic[Model]):
         self._parsed = lru_cache(CACHED_QUERIES)(self._parse)
 
     async def __call__(self, request: Request) -> Model:
+        """Return the model of the query. Raises `ProblemError`."""
         return self._parsed(request.scope["query_string"])
 
     def _parse(self, query_string: bytes) -> Model:
@@ -86,9 +88,9 @@ class QueryParams(Generic[Model]):
 
 class JsonBody(Generic[Model]):
     """
-    A dependency: the JSON in the body of a request, as `model`.
+    Parse the JSON body of a request as `model`; a dependency of FastAPI.
 
-    The content type must be JSON: a page of another site can send text/plain without a preflight request.
+    The content type must be JSON: a page of another site can send text/plain without a preflight request (CSRF).
 
     Raises:
         ProblemError: the content type or the body is wrong.
@@ -98,6 +100,7 @@ class JsonBody(Generic[Model]):
         self.model = model
 
     async def __call__(self, request: Request) -> Model:
+        """Read the body and return its model. Raises `ProblemError`."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ProblemError("bad_body", "send JSON, with the header Content-Type: application/json")
         try:
@@ -115,16 +118,17 @@ class JsonBody(Generic[Model]):
 
 
 def query_params(model: type[Model]) -> Any:
-    """Return a dependency: ``Annotated[model, query_params(model)]`` is the parameters of a route."""
+    """Return the dependency that parses the query of a route, for the annotation of its parameter."""
     return Depends(QueryParams(model))
 
 
 def json_body(model: type[Model]) -> Any:
-    """Return a dependency: ``Annotated[model, json_body(model)]`` is the body of a route."""
+    """Return the dependency that parses the JSON body of a route, for the annotation of its parameter."""
     return Depends(JsonBody(model))
 
 
 def _bad_parameter(error: ValidationError, known: tuple[str, ...]) -> ProblemError:
+    """Return the refusal for the first error of a query; `known` are the names of the parameters."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][-1])
     if first["type"] == "extra_forbidden":
@@ -137,16 +141,18 @@ def _bad_parameter(error: ValidationError, known: tuple[str, ...]) -> ProblemErr
 
 
 class Digits(NamedTuple):
-    """An integer from `low` to `high`, written in ASCII digits and nothing else."""
+    """Validate an integer from `low` to `high` that is written in ASCII digits only; an annotation of pydantic."""
 
     low: int
     high: int
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return the schema by which pydantic validates the parameter."""
         limits = core_schema.int_schema(ge=self.low, le=self.high)
         return core_schema.no_info_before_validator_function(self._check, limits)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the JSON schema of the parameter for the OpenAPI document."""
         return {"type": "integer", "minimum": self.low, "maximum": self.high}
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The reference of the API as Markdown, made from the OpenAPI document: ``docs/api.md`` and, as HTML, ``GET /docs``."""
+"""Make the reference of the API from the OpenAPI document: Markdown for ``docs/api.md``, HTML for ``GET /docs``."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def markdown(schema: dict[str, Any]) -> str:
 
 
 def html(text: str) -> str:
-    """Return Markdown as HTML whose headings have the anchors that the links of `markdown` lead to."""
+    """Return Markdown as HTML; its headings have the anchors of the links that `markdown` writes."""
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark").enable("table")
@@ -40,6 +40,7 @@ def html(text: str) -> str:
 
 
 def _operation(name: str, operation: dict[str, Any], common: Sequence[str]) -> str:
+    """Return the section of one operation; `name` is its heading."""
     parts = [f"\n## {name}\n\n**{operation['summary']}.** {operation['description']}\n\n### Parameters of {name}\n\n"]
     rows = [
         (f"`{each['name']}`", _type(each["schema"]), each["description"], f"`{each['example']}`")
@@ -105,6 +106,7 @@ def _example(operation: dict[str, Any]) -> Any:
 
 
 def _fields(shape: dict[str, Any]) -> str:
+    """Return the table of the fields of a shape."""
     required = shape.get("required", ())
     rows = [
         (f"`{name}`", _type(each), each.get("description", "") + ("" if name in required else " May be missing."))
@@ -114,7 +116,7 @@ def _fields(shape: dict[str, Any]) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """Return a type in words, with a link to each shape."""
+    """Return the text for a type, with a link to each shape."""
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[1]
         return f"[{name}](#{_anchor(name)})"
@@ -136,10 +138,11 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _anchor(heading: str) -> str:
-    """Return the anchor that GitHub gives to a heading."""
+    """Return the anchor that GitHub generates for a heading."""
     return "".join(c for c in heading.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Return a Markdown table; vertical bars in cells are escaped."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)

@@ -1,7 +1,7 @@
 """
-Refusals as ``application/problem+json`` (RFC 9457): one shape, a closed set of reasons, under 1 KiB.
+Make refusals as ``application/problem+json`` (RFC 9457): one shape, a closed set of reasons, under 1 KiB.
 
-A sampling failure is not one of these: it is the `Unavailable` variant of the contract.
+A failed measurement is no refusal: it is the `Unavailable` variant of the contract.
 """
 
 import json
@@ -121,7 +121,7 @@ class ProblemJson(TypedDict):
 
 
 class ProblemError(Exception):
-    """Raised by a route or what it calls; the answer is the problem of that `reason`."""
+    """Report the refusal of a request; raised by a route or a function it calls, and answered as a problem."""
 
     def __init__(self, reason: Reason, detail: str, parameter: str | None = None) -> None:
         super().__init__(detail)
@@ -131,7 +131,7 @@ class ProblemError(Exception):
 def problem(
     reason: Reason, detail: str, *, parameter: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    """Return one refusal; `detail` and `parameter` may have text of the client and are cut."""
+    """Return one refusal; `detail` and `parameter` may contain text of the client, and are truncated."""
     status, title = TITLES[reason]
     body: ProblemJson = {"title": title, "status": status, "reason": reason, "detail": detail[:DETAIL_CHARACTERS]}
     if parameter is not None:
@@ -140,13 +140,13 @@ def problem(
 
 
 def truncate_for_display(text: object, length: int = 32) -> str:
-    """Return text of a client escaped and cut, so that it can be repeated."""
+    """Return text of a client, escaped and truncated to `length` characters, for use in a refusal."""
     whole = str(text)
     return ascii(whole[:length])[1:-1] + ("..." if len(whole) > length else "")
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return ``did you mean X? `` for a misspelt name, or an empty string if it is like none of `known`."""
+    """Return ``did you mean X? `` for a misspelt name; empty if none of `known` is similar."""
     from difflib import get_close_matches
 
     found = get_close_matches(given[:64].lower(), list(known), 1)
@@ -154,7 +154,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def install_problem_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
-    """Make every refusal of `app` a problem; `routes` are all its routes."""
+    """Answer every exception of `app` with a problem; `routes` are all its routes."""
     served = [route for route in routes if isinstance(route, Route)]
     paths = sorted({route.path for route in served})
 
@@ -208,20 +208,21 @@ STATUS: dict[type[SourceError], int] = {
 
 
 class JSON(JSONResponse):
-    """JSON, of a value or ready as bytes, with ``Cache-Control: no-store``."""
+    """Answer with JSON, from a value or from encoded bytes, with ``Cache-Control: no-store``."""
 
     def __init__(self, content: Any, status_code: int = 200) -> None:
         super().__init__(content, status_code, {"Cache-Control": "no-store"})
 
     def render(self, content: Any) -> bytes:
+        """Return the body: bytes as they are, any other value encoded as JSON."""
         return content if isinstance(content, bytes) else to_json(content)
 
 
 def bare(content_type: str = JSON.media_type) -> Response:
     """
-    Return the answer to HEAD where GET would measure, read a file or build a report.
+    Return the answer to HEAD for a route that at GET measures, reads a file or builds a report.
 
-    It has the headers of GET except Content-Length: the body is not made, so its length is not known.
+    It has the headers of GET except Content-Length, because the body is not made.
     """
     response = Response(headers={"Content-Type": content_type, "Cache-Control": "no-store"})
     del response.headers["Content-Length"]

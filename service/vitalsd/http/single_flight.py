@@ -1,4 +1,4 @@
-"""Make large answers one at a time, in a fair order, so that many requests cost the memory of one answer."""
+"""Make large answers one at a time (single flight), in a fair order, so that they cost the memory of one answer."""
 
 import asyncio
 from collections import deque
@@ -18,40 +18,41 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class _Order(Generic[T]):
-    """An answer that is asked for."""
+    """Hold one answer that is requested, and the number of requests that share it."""
 
     task: asyncio.Task[T] = field(init=False)
     waiting: int = 0
-    """Requests that wait for it."""
+    """Number of requests that wait for it."""
     begun: bool = False
 
 
 class SingleFlight:
     """
-    Make answers one after the other, from the sources of an answer to its bytes.
+    Make answers one after the other, each from its sources to its bytes; equal requests share one answer.
 
-    Kinds of client take turns: one that asks for many answers delays another one by a single answer.
+    Kinds of client take turns (round robin): one that requests many answers delays another one by a single answer.
 
     Args:
-        limit: answers that one kind of client may wait for, besides the one being made; see `Shares`.
+        limit: queued answers of one kind of client, besides the one being made; see `Shares`.
     """
 
     def __init__(self, limit: int = WAITING_ANSWERS) -> None:
         self._shares = Shares(limit + 1)
         self._orders: dict[Hashable, _Order[Any]] = {}
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}
-        """By kind of client, in the order of their turns."""
+        """Waiting answers by kind of client, in the order of their turns."""
         self._taken = False
 
     async def make(self, work: Callable[[], Awaitable[T]], key: Hashable = None, peer: Peer = OWNER) -> T:
         """
-        Return what `work` returns, or raise what it raises, once it is its turn.
+        Wait for the turn of `work`, and return what it returns or raise what it raises.
 
-        An answer for which no client waits any more is not begun.
+        If all requests for an answer are cancelled before its turn, it is not made.
 
         Args:
+            work: makes the answer.
             key: requests of one kind of client with the same key share one answer; None: no sharing.
-            peer: the client that asks.
+            peer: the client that requests it.
 
         Raises:
             BusyError: the client waits for too many answers already.
@@ -84,13 +85,14 @@ class SingleFlight:
     def _done(self, key: Hashable, order: _Order[T], peer: Peer, task: asyncio.Task[T]) -> None:
         self._forget(key, order)
         self._shares.release(peer)
-        seen(task)  # Every client may have left.
+        seen(task)  # Every client may have disconnected.
 
     def _forget(self, key: Hashable, order: _Order[T]) -> None:
         if self._orders.get(key) is order:
             del self._orders[key]
 
     async def _begin(self, kind: str) -> None:
+        """Wait for the turn of this kind of client."""
         if not self._taken:
             self._taken = True
             return
@@ -104,7 +106,7 @@ class SingleFlight:
             raise
 
     def _end(self) -> None:
-        """Give the turn to the next kind of client that waits."""
+        """Pass the turn to the next waiting kind of client."""
         while self._queues:
             kind, queue = next(iter(self._queues.items()))
             turn = queue.popleft()

@@ -1,1 +1,1 @@
-"""The checks that a request passes before a route sees it."""
+"""Check each request before a route handles it."""

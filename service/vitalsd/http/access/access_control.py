@@ -1,4 +1,4 @@
-"""Access control, the first check of a request: size of its head, host, origin, token, user, and the end."""
+"""Check the head of each request: size, host (DNS rebinding), origin (CSRF), token and user; end requests at a stop."""
 
 import asyncio
 import hmac
@@ -24,23 +24,23 @@ from vitalsd.http.responses import problem, truncate_for_display
 __all__ = ["OPEN_PATHS", "AccessControl", "protected"]
 
 OPEN_PATHS = frozenset(("/", "/docs", "/healthz", "/hello"))
-"""Paths that need no token: they show that the sidecar is alive, its own code, and that it knows the token."""
+"""Paths that need no token: the two pages, which hold no data, liveness, and the proof that it knows the token."""
 
 PAGES = frozenset(("/", "/docs"))
-"""Paths that a typed address may open: they have no data."""
+"""Paths that an address typed into a browser may open: the pages hold no data."""
 PAGE = "/"
-"""The path that a file of `vitalsd open` leads to, with the token; to the browser the file is another site."""
+"""Path to which the file of `vitalsd open` links, with the token; for the browser that file is another site."""
 
 VISIBLE_PATHS = frozenset(("/", "/docs", "/healthz", "/metrics"))
 """
-Paths that another user of this machine may read over TCP without a token: what ps(1) and top(1) show, and pages.
-``/metrics`` refuses the parameters that ask for more.
+Paths that another user of this machine may read over TCP without a token: pages, and what ps(1) and top(1) show.
+``/metrics`` refuses the parameters that would show more.
 """
 
 UNIX_HOSTS = frozenset(("localhost", "vitalsd", "metrics", "unix"))
 """
-Hosts that programs name over the Unix socket. A browser gets there only through a forwarder, whose port it names, so
-its ``Host`` is none of these.
+Values of ``Host`` that programs send over the Unix socket. A browser reaches it only through a forwarder, and sends the
+port of that, so its ``Host`` is none of these.
 """
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z_.-]+))(?::[0-9]{1,5})?", re.ASCII)
 
@@ -56,7 +56,7 @@ PROTECTIVE_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
 )
-"""Headers of every answer; one that has such a header, as the page has its own policy, keeps it."""
+"""Headers added to every answer that does not have them; the page for example has a policy of its own."""
 
 IDENTIFYING_HEADERS = frozenset(
     (
@@ -71,16 +71,16 @@ IDENTIFYING_HEADERS = frozenset(
         b"sec-fetch-dest",
     )
 )
-"""Headers of a request by which the client is identified."""
+"""Headers of a request that show which client sends it, and for which site."""
 ABSOLUTE = re.compile(rb"http://([^/?#]*)", re.IGNORECASE)
 ADDRESSES = 16
-"""Addresses of this machine that are remembered with the hosts allowed there."""
+"""Size of the cache of allowed hosts, in addresses of this machine."""
 
 Headers = list[tuple[bytes, bytes]]
 
 
 def protected(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Return `headers` of an answer with those that keep browsers from other uses of it."""
+    """Return the headers of an answer with those of `PROTECTIVE_HEADERS` that it lacks."""
     own = list(headers)
     names = {name.lower() for name, _ in own}
     return own + [header for header in PROTECTIVE_HEADERS if header[0] not in names]
@@ -88,19 +88,18 @@ def protected(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 class AccessControl:
     """
-    ASGI middleware around everything else.
+    Refuse requests that are not allowed, and end the others at a stop; the outermost ASGI middleware.
 
-    - A page of another site gets no answer: under a name that was made to point here (DNS rebinding)
-      ``Host`` is wrong, with a plain fetch or an image (CSRF) ``Sec-Fetch-Site`` is, and ``Origin``
-      where that is missing. There is no CORS.
-    - Over TCP a request must carry the token, if there is one. The Unix socket needs none: its mode
-      and `Connection` let only this user in.
-    - `close` ends what is under way: an answer not yet begun becomes a 503, a stream ends.
+    - A page of another site gets no answer. With DNS rebinding ``Host`` is wrong; with CSRF, by a fetch or an image,
+      ``Sec-Fetch-Site`` is wrong, or ``Origin`` where that is missing. There is no CORS.
+    - Over TCP a request must carry the token, if there is one. The Unix socket needs none: its mode and
+      `ServerConnection` admit only this user and root.
+    - `close` ends the requests that are being served: an answer that has not begun becomes a 503, a stream ends.
 
     Args:
         app: the application.
-        token: ``Authorization: Bearer`` value; ``None`` for no check.
-        clock: monotonic seconds.
+        token: value for ``Authorization: Bearer``; ``None``: no token is checked.
+        clock: monotonic time, s.
     """
 
     def __init__(self, app: ASGIApp, *, token: str | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -114,12 +113,13 @@ class AccessControl:
         self._closed = False
 
     def close(self) -> None:
-        """End all answers now; to be called on the event loop."""
+        """End all answers now. Call it on the event loop."""
         self._closed = True
         for task in self._running:
             task.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse the request, or pass it to the application; add `PROTECTIVE_HEADERS` to the answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -136,9 +136,10 @@ class AccessControl:
         else:
             await self._forward(scope, receive, guarded)
 
-    # Checks, the cheap ones first
+    # Checks, cheapest first
 
     def _refusal(self, scope: Scope, authority: str | None) -> Response | None:
+        """Return the refusal of a request, None if it is allowed; `authority` is the host of an absolute target."""
         headers: Headers = scope["headers"]
         if len(scope["raw_path"]) + len(scope["query_string"]) >= TARGET_BYTES:
             return problem("target_too_long", f"path and query have at most {TARGET_BYTES} bytes")
@@ -163,13 +164,14 @@ class AccessControl:
         return self._without_token(self._token, identifying.get(b"authorization", []), scope)
 
     def _is_allowed_host(self, host: str, scope: Scope) -> bool:
+        """Return whether `host`, in lower case, is a name or an address of this server."""
         if scope["client"] is None:
             return host in UNIX_HOSTS
         hosts = self._loopback_hosts(*scope["server"])
         if hosts:
             return host in hosts
-        # Other machines get here, through forwarders too, so any port will do. What keeps a rebound page out
-        # is the token, which it has not; here it is enough that no foreign name is answered to.
+        # Other machines connect here, also through forwarders, so any port is allowed. The token keeps out a page
+        # with DNS rebinding; this check only refuses foreign names.
         found = HOST.fullmatch(host)
         if found is None:
             return False
@@ -179,6 +181,7 @@ class AccessControl:
             return found[1] is None and found[2] in self._machine
 
     def _expected_host(self, scope: Scope) -> str:
+        """Return the host to use instead, as text for a refusal."""
         if scope["client"] is None:
             return "http://localhost/ on this socket"
         hosts = self._loopback_hosts(*scope["server"])
@@ -187,13 +190,14 @@ class AccessControl:
         return f"{hosts[0]}, and forward it by the same port number"
 
     def _without_token(self, right: bytes, given: list[bytes], scope: Scope) -> Response | None:
+        """Return the refusal of a request over TCP without the right token; limit the rate of wrong tokens."""
         if scope["client"] is None or scope["path"] in OPEN_PATHS:
             return None
         if given:
             scheme, _, token = given[0].partition(b" ")
             if len(given) == 1 and scheme.lower() == b"bearer" and hmac.compare_digest(token, right):
                 scope[PEER] = Peer("tcp")  # The token gives the access of the owner to every user that knows it.
-                return None  # Also while others guess: they must not lock out a client that knows it.
+                return None  # Also at the rate limit: clients that guess must not lock out one with the token.
             now = self._clock()
             if len(self._guesses) == BAD_TOKENS_PER_S and now - self._guesses[0] < 1:
                 return problem("guessing", "wait a second", headers={"Retry-After": "1"})
@@ -204,9 +208,10 @@ class AccessControl:
             headers={"WWW-Authenticate": "Bearer"},
         )
 
-    # The end
+    # Stop
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application; if `close` cancels it, end the answer."""
         head: MutableMapping[str, Any] | None = None
 
         async def observed(message: MutableMapping[str, Any]) -> None:
@@ -236,12 +241,12 @@ class AccessControl:
 
 def _cross_site(identifying: dict[bytes, list[bytes]], scope: Scope, host: str, *, guarded: bool) -> Response | None:
     """
-    Return a refusal of what a page of another origin made the browser send, by its `identifying` headers.
+    Return a refusal of a request that a page of another origin made the browser send (CSRF); None if it is allowed.
 
-    Another port of this machine is another origin too, hence no ``same-site``. ``none`` is the user's own doing, an
-    address that was typed or a bookmark, but also a typed address of another site that redirects, and a prefetch that
-    another site asks for by speculation rules. So it leads to `PAGES` only, and a prefetch nowhere. Where everything
-    else is `guarded` by a token, a page of another site may link to the page, which holds no data.
+    ``same-site`` is refused, because another port of this machine is another origin. ``none`` is a typed address or a
+    bookmark, but also a typed address of another site that redirects here, and a prefetch by the speculation rules of
+    another site. So it may open `PAGES` only, and a prefetch is refused. If a token guards everything else (`guarded`),
+    a page of another site may link to `PAGE`, which holds no data.
     """
     if b"sec-purpose" in identifying or b"purpose" in identifying:
         return problem("cross_site", "a browser fetches this in advance, perhaps for another site; open it instead")
@@ -271,10 +276,10 @@ def _cross_site(identifying: dict[bytes, list[bytes]], scope: Scope, host: str, 
 
 def _made_relative(scope: Scope) -> str | None:
     """
-    Turn an absolute request target, as clients of a proxy send it, into a path (RFC 9112 section 3.2.2).
+    Replace an absolute request target, as clients of a proxy send it, by its path (RFC 9112 section 3.2.2).
 
     Returns:
-        The host and port in the target; None: it was a path already.
+        The host and port of the target; None: it was a path already.
     """
     raw_path: bytes = scope["raw_path"]
     found = ABSOLUTE.match(raw_path)
@@ -286,7 +291,7 @@ def _made_relative(scope: Scope) -> str | None:
 
 
 def _other_user(scope: Scope) -> Response | None:
-    """Return a refusal if another user asks for more than what ps(1) and top(1) show to it."""
+    """Return a refusal if another user requests more than ps(1) and top(1) show to it."""
     peer = peer_of(scope)
     if peer.is_owner or (scope["method"] in READING and scope["path"] in VISIBLE_PATHS):
         return None
@@ -300,8 +305,9 @@ def _other_user(scope: Scope) -> Response | None:
 
 def _loopback_hosts(address: str, port: int) -> tuple[str, ...]:
     """
-    Return the hosts that are allowed on a connection to that address; none if it is not loopback, and other machines
-    may connect.
+    Return the values of ``Host`` that are allowed on a connection to a loopback address.
+
+    For other addresses, to which other machines may connect, the result is empty.
     """
     found = ipaddress.ip_address(address.partition("%")[0])
     local = getattr(found, "ipv4_mapped", None) or found
@@ -313,6 +319,7 @@ def _loopback_hosts(address: str, port: int) -> tuple[str, ...]:
 
 
 def _names_of_this_machine() -> frozenset[str]:
+    """Return the names of this machine, in lower case, that may be in ``Host``."""
     full = socket.gethostname().lower()
     short = full.partition(".")[0]
     return frozenset(("localhost", full, short, f"{short}.local")) - {""}

@@ -1,4 +1,4 @@
-"""Limit the body of requests, whether its length is declared or not."""
+"""Limit the size of request bodies, with or without a declared length."""
 
 from collections.abc import Mapping
 
@@ -11,12 +11,12 @@ __all__ = ["BodyLimit"]
 
 class BodyLimit:
     """
-    Refuse a body that is too large, by its declared length before it is read, else as soon as that much has arrived.
+    Refuse a body that is too large: by its declared length before it is read, else when too many bytes have arrived.
 
     Args:
         app: the application.
-        max_body_bytes: of a body.
-        larger: by path: bytes of a body there.
+        max_body_bytes: limit of a body, bytes.
+        larger: limits of the paths with larger bodies, bytes.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, larger: Mapping[str, int]) -> None:
@@ -25,6 +25,7 @@ class BodyLimit:
         self.larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse the request, or pass it to the application with a body that is counted as it is read."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

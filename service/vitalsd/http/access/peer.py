@@ -4,7 +4,7 @@ Determine the user at the other end of a TCP connection within this machine.
 Linux: sock_diag(7) reports the owner of the socket with a given pair of addresses, in microseconds (struct
 inet_diag_req_v2 and inet_diag_msg in linux/inet_diag.h). The owner is that of the socket's inode, in the user namespace
 of this process. Platform limit: XNU does not report it, and neither does Linux for a listener in another network
-namespace. Such a peer counts as the owner of the sidecar; ``--auth token`` protects from it.
+namespace. Such a peer counts as the owner of the sidecar; ``--auth token`` keeps it out.
 """
 
 import _socket
@@ -22,7 +22,7 @@ from vitalsd.admission import OWNER, Peer
 __all__ = ["PEER", "PeerUsers", "is_open", "peer_of"]
 
 PEER = "vitalsd.peer"
-"""Key of an ASGI scope: the `Peer` of the connection."""
+"""Key in an ASGI scope for the `Peer` of the connection."""
 
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
@@ -33,20 +33,24 @@ HEADER = struct.Struct("=IHHII")
 REQUEST = struct.Struct("=BBBxI")
 """struct inet_diag_req_v2 up to its `id`: family, protocol, extensions, states."""
 PORTS = struct.Struct("!HH16s16s")
+"""First fields of struct inet_diag_sockid: local and remote port, local and remote address."""
 LOOPBACK_AND_ANY_COOKIE = struct.pack("=III", 1, 0xFFFFFFFF, 0xFFFFFFFF)
 """
 LOOPBACK_IFINDEX of include/net/flow.h: all traffic within a machine passes that interface. The kernel finds sockets
 that are bound to it (SO_BINDTODEVICE, socket(7)) and those that are bound to none.
 """
 REMOTE_PORT = struct.Struct("!H")
+"""Second field of struct inet_diag_sockid, in network byte order."""
 REMOTE_PORT_AT = HEADER.size + 4 + 2
-"""In the `id` of struct inet_diag_msg, behind the local port."""
+"""Offset of the remote port in the reply, bytes: in the `id` of struct inet_diag_msg, after the local port."""
 UID_AND_INODE = struct.Struct("=II")
+"""Last fields of struct inet_diag_msg: user id and inode of the socket."""
 UID_AT = HEADER.size + 4 + 48 + 12
-"""Behind struct inet_diag_msg's four bytes, its `id` of 48 bytes, and expires, rqueue and wqueue."""
+"""Offset of the user id in the reply, bytes: after four bytes, the `id` of 48 bytes, expires, rqueue and wqueue."""
 REPLY_BYTES = 4096
+"""Bytes to read of a reply; one about a single socket has under 200."""
 MAPPED = bytes(10) + b"\xff\xff"
-"""Before an IPv4 address in IPv6 form (RFC 4291 section 2.5.5.2)."""
+"""Prefix of an IPv4 address in IPv6 form (RFC 4291 section 2.5.5.2)."""
 TCP_ESTABLISHED = 1  # include/net/tcp_states.h; the first byte of struct tcp_info (linux/tcp.h)
 
 Address = tuple[str, int]
@@ -74,7 +78,7 @@ class PeerUsers:
                 self._netlink = None
 
     def forget(self, null: int) -> None:
-        """In a forked child, replace the netlink socket, which the parent uses, by the descriptor of /dev/null."""
+        """Replace the netlink socket, which the parent uses, by /dev/null; called in a forked child."""
         if self._netlink is not None:
             os.dup2(null, self._netlink.fileno(), inheritable=False)
 
@@ -88,10 +92,10 @@ class PeerUsers:
         """
         Return why the users of connections to `listener` cannot be determined; None if they can.
 
-        On macOS they never can, which is documented: there it returns None.
+        Platform limit: on macOS they never can, which is documented, and the result is None.
 
         Args:
-            listener: address and port of a listening socket of this process. The kernel is asked for it as a test.
+            listener: address and port of a listening socket of this process, for which the kernel is asked as a test.
         """
         if sys.platform != "linux":
             return None
@@ -104,9 +108,9 @@ class PeerUsers:
         """
         Return the peer of an accepted TCP connection; None if it cannot be determined.
 
-        A client on loopback is of this machine. If the kernel knows this end alone, the client has bound
-        its socket to an interface, which hides it from the request, has its address translated, or has closed its end.
-        Any user can do that, so it is not the owner.
+        A client on loopback is on this machine. If the kernel finds only this end, the client has bound its socket to
+        an interface, which hides it from the request, its address is translated, or it has closed its end. Any user
+        can do that, so the peer does not count as the owner.
 
         Args:
             client: address and port of the other end.
@@ -170,11 +174,12 @@ def is_open(connection: socket.socket) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
+    """Return whether an IP address is a loopback address, also an IPv4 one in IPv6 form."""
     return ipaddress.ip_address(_packed(address)).is_loopback
 
 
 def _packed(address: str) -> bytes:
-    """Return the bytes of an address; an IPv4 address in IPv6 form as IPv4, because its socket at the other end is."""
+    """Return the bytes of an address; of an IPv4 address in IPv6 form those of IPv4, the family of the other end."""
     if ":" not in address:
         return socket.inet_pton(socket.AF_INET, address)
     packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])

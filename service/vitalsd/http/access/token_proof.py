@@ -1,4 +1,4 @@
-"""``GET /hello?nonce=``: the sidecar proves that it is one before a client sends it the token."""
+"""Answer ``GET /hello?nonce=``: prove to a client that this is its sidecar, before it sends the token."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from vitalsd.http.responses import JSON, problem
 __all__ = ["HELLO", "TokenProof"]
 
 NONCE = re.compile(r"[0-9A-Za-z_-]{16,128}", re.ASCII)
+"""Number used once, chosen by the client: it prevents the replay of an earlier proof."""
 
 
 class HelloJson(TypedDict):
@@ -49,11 +50,11 @@ HELLO = Operation(
 
 class TokenProof:
     """
-    ASGI middleware for a path that `AccessControl` keeps open: the client has not sent the token yet.
+    Answer ``/hello`` in ASGI middleware; `AccessControl` asks for no token there, the client has not sent it yet.
 
     Args:
-        app: answers everything else.
-        token: the secret to prove; without one there is nothing to prove, and the route does not exist.
+        app: the application, for all other paths.
+        token: the secret to prove; ``None``: the route does not exist.
     """
 
     def __init__(self, app: ASGIApp, *, token: str | None) -> None:
@@ -61,6 +62,7 @@ class TokenProof:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer ``/hello``, or pass the request to the application."""
         if scope["type"] == "http" and scope["path"] == "/hello" and self._token is not None:
             await self._answer(self._token, scope)(scope, receive, send)
         else:
@@ -68,6 +70,7 @@ class TokenProof:
 
     @staticmethod
     def _answer(token: str, scope: Scope) -> Response:
+        """Return the proof for the nonce of a request, or the refusal of the request."""
         if scope["method"] not in READING:
             allowed = ", ".join(READING)
             return problem("method_not_allowed", f"use {allowed}", headers={"Allow": allowed})
@@ -76,6 +79,6 @@ class TokenProof:
             return problem(
                 "bad_parameter", "nonce must be 16 to 128 of the characters 0-9 A-Z a-z _ -", parameter="nonce"
             )
-        # On a Unix socket there is no port, and its mode is proof enough.
+        # A Unix socket has no port; its mode already proves that it is of this user.
         _, port = scope["server"] or (None, None)
         return JSON(HelloJson(app="vitalsd", proof=proof(token, pairs[0][1], port or 0)))

@@ -1,8 +1,8 @@
 """
-The live page: one document with its style and script inside, so that it asks for nothing but data.
+Serve the live page: one document with its style and script inside, so that it requests only data.
 
-The policy names both by their hashes, computed from the files, and lets the script reach this server
-alone. Trusted Types without a single policy turn every way of making markup from text into an error.
+The content security policy allows both by their hashes, computed from the files, and allows the script to connect to
+this server only. Trusted Types without any policy turn each way of making markup from text into an error.
 """
 
 import base64
@@ -26,7 +26,7 @@ const $ = (id) => document.getElementById(id);
 %s
 })();
 """
-"""The parts share one scope, and nothing of it is the window's."""
+"""Frame of the script: its files share one function scope, and define nothing on ``window``."""
 
 
 PAGE = Operation(
@@ -44,7 +44,7 @@ PAGE = Operation(
 
 
 def page_routes() -> list[OperationRoute]:
-    """Return the route ``/``; the page is made when first asked for."""
+    """Return the route ``/``; the first request makes the page."""
 
     @cache
     def document() -> tuple[str, dict[str, str]]:
@@ -69,7 +69,7 @@ def page_routes() -> list[OperationRoute]:
 
 
 def policy(*, style: str, script: str | None = None, more: str = "") -> str:
-    """A content security policy that lets in this very style and script and nothing else."""
+    """Return a content security policy that allows exactly this style and script, and the sources in `more`."""
     rules = ["default-src 'none'", f"style-src '{_hash(style)}'"]
     if script is not None:
         rules.append(f"script-src '{_hash(script)}'")
@@ -77,4 +77,5 @@ def policy(*, style: str, script: str | None = None, more: str = "") -> str:
 
 
 def _hash(text: str) -> str:
+    """Return the hash of an inline style or script as a CSP source, without quotes."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

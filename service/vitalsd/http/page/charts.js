@@ -1,4 +1,4 @@
-// The plots, drawn on canvas: an element for each point would be thousands.
+// Draw the plots on canvas: with an element for each point there would be thousands.
 
 const COLOURS = 8;
 
@@ -14,7 +14,7 @@ function colours() {
   return theme;
 }
 
-// A thread keeps its colour as long as it is among the busiest.
+// Give each of the busiest threads a colour, which it keeps as long as it is one of them.
 function palette() {
   const busiest = [...threads.values()].filter((thread) => thread.peak >= IDLE).sort((a, b) => b.mean - a.mean).slice(0, COLOURS);
   const taken = new Set();
@@ -137,7 +137,7 @@ function flagColour(note) {
   return note.kind === "mark" ? c.accent : note.kind === "exited" ? c.bad : c.warn;
 }
 
-// As much of a text as there is room for; nothing rather than a letter or two.
+// Return as much of a text as fits; nothing instead of one or two letters.
 function fit(pen, text, room) {
   if (text.length > 24) text = `${text.slice(0, 23)}\u2026`;
   if (pen.measureText(text).width <= room) return text;
@@ -146,7 +146,7 @@ function fit(pen, text, room) {
   return "";
 }
 
-// One point per pixel at most, as [x, first, after): a long time is drawn as the means of its parts.
+// Downsample: return at most one point per pixel, as [x, first, after): it shows the mean of these samples.
 function columns(r, width) {
   const count = r.last - r.first;
   const per = Math.max(1, Math.ceil(count / Math.max(60, (width - LEFT) / 1.5)));
@@ -207,7 +207,7 @@ function plotRss(r) {
     low = Math.min(low, value);
     high = Math.max(high, value);
   }
-  // The axis need not begin at zero: a leak of one percent is to be seen. It says where it begins.
+  // The axis does not begin at zero, so that a leak of 1 % is visible. Its label shows where it begins.
   const spare = Math.max((high - low) * 0.15, high * 0.02);
   low = Math.max(0, low - spare);
   high += spare;

@@ -1,4 +1,4 @@
-// What is shown besides plots and table, and what the user does.
+// Show everything besides plots and table, and handle the input of the user.
 
 function status(kind, text) {
   const element = $("status");
@@ -11,7 +11,7 @@ function banner(text) {
   $("banner").textContent = clean(text);
 }
 
-// The clock of the page and, for a report from elsewhere, UTC.
+// Return a time in the time zone of the browser, and in UTC: a report may come from another time zone.
 function moment(text) {
   const time = new Date(text);
   if (!text || Number.isNaN(time.getTime())) return "";
@@ -28,12 +28,12 @@ function systemOf(host, platform) {
   return [system, host.arch, host.cpu_count && `${host.cpu_count} CPUs`].filter(Boolean).join(", ");
 }
 
-// The window that was measured when the report was requested.
+// Return the numbers of the window that was measured at the request for the report.
 function atRequest({ process, threads, sample_window_ms }) {
   return `CPU ${process.cpu_percent.toFixed(1)} %, ${size(process.rss_kb)}, ${threads} threads, over ${(sample_window_ms / 1000).toFixed(1)} s`;
 }
 
-// What a replayed report says about itself.
+// Show the card of a replayed report: its description and facts.
 function card(replay) {
   const { report, run } = replay;
   $("card").hidden = false;
@@ -58,12 +58,12 @@ function card(replay) {
   }));
 }
 
-// Text of several lines, each of them cleaned.
+// Return text of several lines, each of them cleaned.
 function cleanLines(text) {
   return text.split("\n").map(clean).join("\n");
 }
 
-// How a run ended, in a sentence for the banner.
+// Return how a run ended, as text for the banner.
 function outcome(run) {
   const app = run.app ? [run.app, run.app_version].filter(Boolean).join(" ") : run.name;
   const how = { crashed: "crashed", running: "was running when the report was made", clean: "ended" }[run.state];
@@ -79,7 +79,7 @@ function show(target, platform) {
   $("target").textContent = target.pid ? `pid ${target.pid} \u00b7 ${platform} \u00b7 since ${new Date(target.started_at).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" })}` : "";
 }
 
-let cost = null; // of the sidecar when we last asked
+let cost = null; // cost of the sidecar in the last /info
 function own(info) {
   const now = performance.now();
   let uses = "";
@@ -118,7 +118,7 @@ function two(s, large, unit, small, rest) {
   return `${Math.floor(s / large)} ${unit}${left ? ` ${left} ${rest}` : ""}`;
 }
 
-const clocks = new Map(); // second -> text: formatting a time costs more than drawing it
+const clocks = new Map(); // second -> text; a cache, because formatting a time costs more than drawing it
 function clock(time) {
   const second = Math.floor(time / 1000);
   let text = clocks.get(second);
@@ -140,7 +140,7 @@ function draw() {
   });
 }
 
-let shown = null; // the last range and what was worked out for it
+let shown = null; // the range of the last rendering, and the numbers computed for it
 
 function render() {
   const r = range();
@@ -241,7 +241,7 @@ function timeAt(event) {
   return shown.r.start + Math.min(1, Math.max(0, part)) * (shown.r.end - shown.r.start);
 }
 
-// What the user does
+// Input of the user
 
 function say(text) {
   const toast = $("said");
@@ -283,7 +283,7 @@ function curlCommand() {
   const over = view.info && view.info.recorder && view.info.recorder.ended;
   const path = view.run ? `/runs/${encodeURIComponent(view.run)}/history` : over ? `/history?seconds=${reach(view.info)}` : "/metrics?window_ms=1000&sort=cpu&limit=20";
   const command = `curl -s '${`${location.origin}${path}`.replaceAll("'", "%27")}'`;
-  // On standard input: whatever stands in a command line, every user of the machine can read.
+  // The token goes to standard input: every user of the machine can read a command line.
   return token ? `printf 'Authorization: Bearer %s' "$VITALSD_TOKEN" | ${command} -H @-` : command;
 }
 $("curl").addEventListener("click", async () => {

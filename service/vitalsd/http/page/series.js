@@ -1,8 +1,8 @@
-// What is known: the samples of the last minutes, one column per thread, and what happened when.
+// Keep the data of the page: the samples of the last minutes, one column per thread, and the notes.
 
 const CAPACITY = 1200; // samples kept: 20 minutes at one a second
-const IDLE = 0.05; // percent; below it a figure would round to 0.0
-const LEAST_SPAN = 60000; // ms; a time axis of two seconds shows nothing
+const IDLE = 0.05; // percent; a smaller number would be shown as 0.0
+const LEAST_SPAN = 60000; // ms; shortest time axis: with few samples a shorter one would stretch them
 
 const samples = { n: 0, time: new Float64Array(CAPACITY), cpu: new Float32Array(CAPACITY),
   rss: new Float64Array(CAPACITY), count: new Float64Array(CAPACITY) };
@@ -71,12 +71,12 @@ function note(known, entry) {
   if (!known.has(entry.key)) view.notes.push(entry);
 }
 
-// What hides, what turns the direction of writing round: spelled out.
+// Escape invisible characters and those that change the direction of text.
 function clean(text) {
   return text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => "\\u{" + c.codePointAt(0).toString(16) + "}");
 }
 
-// What is shown: the window that was picked, or less as long as there is less.
+// Return the range of samples to show: the selected window, or all samples if there are fewer.
 function range() {
   const end = view.paused ? view.end : lastTime();
   const known = samples.n ? end - samples.time[slotOf(oldest())] : 0;
@@ -88,7 +88,7 @@ function range() {
   return { start, end: Math.max(end, start + 1), first, last };
 }
 
-// Mean, peak and present figure of each thread over the time shown.
+// Return mean, peak and current value of each thread in the range shown.
 function weigh(r, focus) {
   for (const thread of threads.values()) {
     let sum = 0, peak = 0;
@@ -106,12 +106,12 @@ function weigh(r, focus) {
     thread.now = now;
     thread.idle = idleTime(cpu, r, focus);
     const before = focus > r.first ? cpu[(focus - 1) % CAPACITY] : now;
-    // Two samples together, so that threads that take turns do not swap places every second.
+    // Mean of two samples, so that threads that alternate do not swap rows every second.
     thread.rank = Number.isNaN(now) ? -1 : now + (before > 0 ? before : 0) / 2;
   }
 }
 
-// How long before the focus a thread last ran, ms; 0 if it runs there or never did in the time shown.
+// Return the time from the last activity of a thread to the focus, ms; 0 if it is active there or never in the range.
 function idleTime(cpu, r, focus) {
   let i = focus;
   while (i >= r.first && cpu[i % CAPACITY] < IDLE) i--;

@@ -1,12 +1,12 @@
-// Where it comes from: /info and /history first, then /stream, and again from the start whenever that ends.
+// Fetch the data: first /info and /history, then /stream; when the stream ends, start again.
 
 const HISTORY_THREADS = 64;
-const PATIENCE = 20000; // ms for an answer
-const SILENCE = 6000; // ms without an event of a stream that has one a second
+const PATIENCE = 20000; // ms; timeout of an answer
+const SILENCE = 6000; // ms without an event until the stream, which has one each second, counts as silent
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
-// In the fragment, which is sent to nobody and taken out of the address at once. A cookie would go to every
-// other server on this machine.
+// The token comes in the fragment, which no browser sends to a server, and is removed from the address at once.
+// A cookie would be sent to every other server on this machine.
 let token = sessionStorage.getItem("vitalsd-token");
 const given = new URLSearchParams(location.hash.slice(1)).get("token");
 if (given) {
@@ -21,7 +21,7 @@ function keep(value) {
 
 class Refusal extends Error {}
 
-let skew = 0; // of the service's clock against this one, ms; its times are the ones shown
+let skew = 0; // ms; clock of the sidecar minus this one; the page shows times of the sidecar
 
 async function ask(path, options = {}) {
   const tried = token;
@@ -34,12 +34,12 @@ async function ask(path, options = {}) {
     return ask(path, options);
   }
   const ahead = Date.parse(answer.headers.get("date")) - Date.now();
-  skew = Math.abs(ahead) > 2000 ? ahead : 0; // the header counts whole seconds
+  skew = Math.abs(ahead) > 2000 ? ahead : 0; // the header has whole seconds, so less is no skew
   return answer;
 }
 
 async function askForToken(tried) {
-  if (token !== tried) return; // somebody else asked meanwhile
+  if (token !== tried) return; // another request has got a token meanwhile
   $("wrong").hidden = !tried;
   $("token-form").hidden = false;
   status("gone", "a token is needed");
@@ -53,10 +53,10 @@ async function json(path) {
   return body;
 }
 
-let reading = null; // aborts the stream
-let heard = null; // when its last event came; null without a stream
-let listed = false; // whether /runs has been asked for
-let generation = 0; // of what is being looked at; an older one ends by itself
+let reading = null; // AbortController of the stream
+let heard = null; // time of the last event of the stream, ms; null without a stream
+let listed = false; // whether /runs has been requested
+let generation = 0; // number of the view; a loop with an older number ends
 
 async function live() {
   const mine = ++generation;
@@ -68,7 +68,7 @@ async function live() {
       const info = await json("/info");
       if (mine !== generation) return;
       identify(info);
-      if (!listed) listRuns(); // only now is it known whether this is a replay
+      if (!listed) listRuns(); // only after /info, which shows whether this is a replay
       listed = true;
       const past = info.recorder && (await json(`/history?seconds=${reach(info)}&top=${HISTORY_THREADS}&step_ms=${step(info)}`));
       if (mine !== generation) return;
@@ -88,7 +88,7 @@ async function live() {
       await follow(mine);
     } catch (error) {
       if (error instanceof Refusal) trouble = `${error.message}; trying again`;
-      else if (!["TypeError", "AbortError", "TimeoutError"].includes(error.name)) throw error; // no lost connection: a bug
+      else if (!["TypeError", "AbortError", "TimeoutError"].includes(error.name)) throw error; // not a lost connection but a bug
     }
     if (mine !== generation) return;
     status("wait", trouble);
@@ -97,7 +97,8 @@ async function live() {
   }
 }
 
-// Nobody looks: the stream is a connection, of which a browser has six for all its tabs. The history fills the gap.
+// Wait until the page is visible. A hidden page has no stream: a browser allows six connections to a server, for all its
+// tabs. The history fills the gap later.
 function visible() {
   status("wait", "in the background");
   return new Promise((done) => {
@@ -131,18 +132,18 @@ function ended(info, over) {
   draw();
 }
 
-// How far back the record goes, s.
+// Return the length of the history, s.
 function reach(info) {
   return isReplay(info) ? 86400 : Math.max(900, info.recorder ? info.recorder.retention_secs : 0);
 }
 
-// Between two samples, so that as many as are kept reach that far, ms.
+// Return the time between two samples, ms, with which CAPACITY samples cover the history.
 function spacing(info) {
   if (isReplay(info)) return Math.floor((info.recorder.snapshots * info.recorder.interval_ms) / CAPACITY);
   return Math.ceil((reach(info) * 1000) / CAPACITY);
 }
 
-// Just under a second, so that snapshots a second apart are not taken two by two.
+// Return the step of the history, ms: just under 1 s, so that it does not merge two snapshots that are 1 s apart.
 function step(info) {
   return isReplay(info) ? spacing(info) : Math.max(950, spacing(info));
 }
@@ -178,7 +179,7 @@ async function follow(mine) {
 function take(answer) {
   if (answer.available === false) return;
   const { process } = answer;
-  // Of a long record the samples are kept further apart; the newest one is always there.
+  // Downsample a long recording: replace the newest sample until it is far enough from the one before.
   if (samples.n > 1 && Date.now() + skew - samples.time[slotOf(samples.n - 2)] < spacing(view.info)) samples.n -= 1;
   add(Date.now() + skew, process.cpu_percent, process.rss_kb, answer.threads.length, (put) => {
     for (const thread of answer.threads) put(thread.tid, thread.name, thread.cpu_percent);
@@ -187,7 +188,7 @@ function take(answer) {
   draw();
 }
 
-// A sidecar that hangs keeps its connections.
+// Detect a sidecar that hangs: its connections stay open.
 setInterval(() => {
   if (heard === null) return;
   const silence = performance.now() - heard;
@@ -195,7 +196,7 @@ setInterval(() => {
   if (silence > 4 * SILENCE) reading.abort();
 }, 1000);
 
-// What the stream does not tell: marks and events, and our own cost.
+// Poll what the stream does not contain: marks, events, and the cost of the sidecar.
 async function look() {
   for (;;) {
     await pause(2000);
@@ -210,7 +211,7 @@ async function look() {
       }
       own(info);
     } catch {
-      // the stream notices too, and says so
+      // the stream fails too, and live() shows the error
     }
   }
 }
@@ -230,7 +231,7 @@ async function listRuns() {
   try {
     runs = await json("/runs");
   } catch {
-    return; // live() says what is the matter
+    return; // live() shows the error
   }
   const replayed = view.info && isReplay(view.info);
   runs = runs.filter((run) => (replayed || run.state !== "running") && run.snapshots > 1).slice(0, 30);

@@ -1,4 +1,4 @@
-// The threads: rows are made once and only written to where something changed; their plots are drawn when in sight.
+// Show the threads: rows are created once, only changed cells are written, and only visible plots are drawn.
 
 const ROWS = 60;
 const pool = [];
@@ -68,7 +68,7 @@ function table(r, focus) {
     const part = idle ? 0 : Math.min(1, thread.now / scale);
     if (line.part !== part) line.fill.style.transform = `scaleX(${(line.part = part)})`;
     const y = frame.top + i * pitch;
-    if (y > -60 && y < innerHeight + 60) sparkline(line, thread, r, high, wide, ratio); // else scrolling draws it
+    if (y > -60 && y < innerHeight + 60) sparkline(line, thread, r, high, wide, ratio); // the others are drawn when the user scrolls
   });
   while (body.children.length > list.length) body.lastChild.remove();
   $("more").hidden = total <= ROWS;

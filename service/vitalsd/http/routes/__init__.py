@@ -1,1 +1,1 @@
-"""The routes, one module for each subject."""
+"""Answer requests: one module of routes for each subject."""

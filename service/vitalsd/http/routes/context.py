@@ -1,4 +1,4 @@
-"""What the routes answer from: the processes, the earlier runs, and the threads on which answers are made."""
+"""Share between routes what they answer from: the targets, the earlier runs, and the worker threads."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -18,25 +18,25 @@ __all__ = ["RouteContext"]
 
 
 class RouteContext(NamedTuple):
-    """What the routes of one application share."""
+    """Hold what the routes of one application share."""
 
     targets: Targets
     list_processes: Callable[[], Iterable[ProcessEntry]]
-    """Called on `lister`."""
+    """Lists the processes that this user may sample; called on `lister`."""
     reader: Worker
-    """Makes large answers."""
+    """Thread that makes large answers."""
     lister: Worker
-    """Lists processes, on a thread of its own: a read of one process of the machine may hang."""
+    """Thread that lists processes; of its own, because a read of any process of the machine may hang."""
     shelf: RunDirectoryReader | None = None
-    """Earlier runs; None without any."""
+    """Reader of the earlier runs; None: there is no run directory."""
     hides_processes: Callable[[], bool] = lambda: False
     """Whether the kernel hides processes from other users."""
     application: Application = Application()
-    """What the client says it is."""
+    """Id and version of the application, as the client declares them."""
     thread_metrics: int = THREAD_METRICS
-    """Threads that a scraper is shown; see `vitalsd.exporters.prometheus.Scrape`."""
+    """Limit of the threads in a scrape; see `vitalsd.exporters.prometheus.Scrape`."""
     stream_s: float = STREAM_S
 
     def unavailable(self, error: SourceError) -> Response:
-        """Return the `Unavailable` answer."""
+        """Return the `Unavailable` answer for an error of the default target's platform."""
         return failed(error, self.targets.default.platform)

@@ -1,4 +1,4 @@
-"""Routes that measure: ``/metrics`` and ``/stream``."""
+"""Answer ``/metrics`` and ``/stream``, the routes that measure."""
 
 import json
 import time
@@ -35,9 +35,10 @@ OFFERS: dict[Offer, Form | None] = {
     Offer("text/plain", "1.0.0", is_default_version=False): "text/plain;version=1.0.0",
     Offer("text/plain", "0.0.4"): "text/plain;version=0.0.4",
 }
-"""The forms of ``/metrics``. Text without a version is what scrapers accepted before there was a second one."""
+"""Forms of ``/metrics``. Text without a version means the oldest form, which all scrapers accept."""
 EVENTS = "text/event-stream; charset=utf-8"
-UNBUFFERED = {"X-Accel-Buffering": "no"}  # Otherwise nginx and others keep the events until a buffer is full.
+UNBUFFERED = {"X-Accel-Buffering": "no"}
+"""Header that keeps nginx and other proxies from buffering events."""
 
 EXAMPLE = {
     "sample_window_ms": 501,
@@ -135,7 +136,7 @@ def metrics_routes(context: RouteContext) -> list[OperationRoute]:
 
 
 class _Metrics:
-    """Answers ``GET /metrics``."""
+    """Answer ``GET /metrics``."""
 
     def __init__(self, context: RouteContext, labels: Labels) -> None:
         self._context = context
@@ -194,7 +195,7 @@ class _Metrics:
         return Scrape(read, self._context.thread_metrics, snapshots, recorder, private=peer.is_owner)
 
     def _private(self, query: MetricsQuery) -> Response | None:
-        """Return a refusal if `query` asks for more than ps(1) and top(1) show to another user of the machine."""
+        """Return a refusal if `query` requests more than ps(1) and top(1) show to another user."""
         if self._targets.default.replay is not None:
             return problem("another_user", "a recorded run is for the user that replays it")
         if query.detail != "basic":
@@ -207,26 +208,30 @@ class _Metrics:
 async def _measured(
     target: PooledTarget, query: MetricsQuery, peer: Peer
 ) -> tuple[Measurement, Identity, Literal["wait", "trailing"]]:
-    """Return the window, the target, and the mode by which the window was had."""
+    """Return the window, the identity of the target, and the mode that produced the window."""
     identity = await target.identity()
-    # The record is the past, which is for the owner: another user waits for the coming window.
+    # The recorded past is for the owner only: another user waits for the coming window.
     record = target.recorder.record if query.mode == "trailing" and peer.is_owner else None
     measurement = record.window(query.window_ms) if record else None
     if measurement is not None:
         return measurement, identity, query.mode
     measurement = await target.window(query.window_ms, extras=query.detail == "full", peer=peer)
-    return measurement, await target.identity(), "wait"  # By the end of the window it may have another name.
+    return (
+        measurement,
+        await target.identity(),
+        "wait",
+    )  # At the end of the window, because it may have another name then.
 
 
 def _recording_warnings(target: PooledTarget) -> tuple[str, ...]:
-    """Return what is wrong with the record of this process, if it is recorded."""
+    """Return warnings about the recording of this process; empty if it is complete or nothing is recorded."""
     recorder = target.recorder.info()
     black_box = recorder.get("black_box") if recorder is not None else None
     return (black_box["error"],) if black_box and black_box["error"] else ()
 
 
 class _Streams:
-    """Answers ``GET /stream``."""
+    """Answer ``GET /stream``."""
 
     def __init__(self, context: RouteContext, labels: Labels) -> None:
         self._context = context
@@ -246,7 +251,7 @@ class _Streams:
             try:
                 target = await stack.enter_async_context(self._context.targets.target(query.pid, peer))
                 identity = await target.identity()
-                await target.snapshot()  # Of a target that has exited the status must not be 200.
+                await target.snapshot()  # The status must not be 200 if the target has exited.
             except SourceError as error:
                 return self._context.unavailable(error)
             windows = Stream(target, query.interval_ms, peer)
@@ -275,11 +280,11 @@ class _Streams:
 
 class _EventResponse(StreamingResponse):
     """
-    Server-Sent Events, and what they need, which is released at the end.
+    Send Server-Sent Events, and release their resources at the end.
 
     Args:
         events: the bytes of the events.
-        needed: closed when the last event was sent or the client has left, even if that was before the first event.
+        needed: closed after the last event, or when the client disconnects, even before the first event.
     """
 
     def __init__(self, events: AsyncIterator[bytes], needed: AsyncExitStack) -> None:

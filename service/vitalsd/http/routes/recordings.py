@@ -1,4 +1,4 @@
-"""Routes of what was recorded: ``/history``, ``/marks``, ``/runs`` and ``/runs/{run_id}/history``."""
+"""Answer ``/history``, ``/marks``, ``/runs`` and ``/runs/{run_id}/history``, the routes of recordings."""
 
 from typing import Annotated, Any
 
@@ -236,7 +236,7 @@ class MarkRequest(StrictModel):
 
 
 def recordings_routes(context: RouteContext) -> list[OperationRoute]:
-    """Return the routes of the record, its marks and the earlier runs."""
+    """Return the routes of the recording, its marks and the earlier runs."""
     marks, runs = _Marks(context), _Runs(context)
     return [
         OperationRoute(HISTORY, _History(context).answer),
@@ -248,11 +248,11 @@ def recordings_routes(context: RouteContext) -> list[OperationRoute]:
 
 
 class _History:
-    """Answers ``GET /history``."""
+    """Answer ``GET /history``."""
 
     def __init__(self, context: RouteContext) -> None:
         self._context = context
-        self._tables = SingleFlight()  # Apart from those of earlier runs: what waits for a disk delays nothing else.
+        self._tables = SingleFlight()  # Separate from earlier runs: their reads may wait for the disk.
 
     async def answer(self, request: Request, query: Annotated[HistoryQuery, query_params(HistoryQuery)]) -> Response:
         target = self._context.targets.default
@@ -271,7 +271,7 @@ class _History:
         csv = _is_csv(request)
         if request.method == "HEAD":
             return _bare_table(csv=csv)
-        # Whatever is added to the record makes another table.
+        # The key of a table: each addition to the record changes it.
         newest = record, record.last, *(notes[-1] if notes else None for notes in (record.marks, record.events))
         key = newest, query.seconds, query.top, query.step_ms, csv
         return await self._tables.make(
@@ -280,7 +280,7 @@ class _History:
 
 
 class _Marks:
-    """Answers ``/marks``."""
+    """Answer ``/marks``."""
 
     def __init__(self, context: RouteContext) -> None:
         self._targets = context.targets
@@ -302,7 +302,7 @@ class _Marks:
 
 
 class _Runs:
-    """Answers ``/runs`` and ``/runs/{run_id}/history``."""
+    """Answer ``/runs`` and ``/runs/{run_id}/history``."""
 
     def __init__(self, context: RouteContext) -> None:
         self._context = context
@@ -320,7 +320,7 @@ class _Runs:
             return JSON([])
 
         async def listing() -> Response:
-            self._listings += 1  # A later request does not share what was read before it.
+            self._listings += 1  # A later request must not share a listing that was read before it.
             return JSON([run.to_json() for run in await shelf.read(RunDirectory.runs)])
 
         return await self._reads.make(listing, ("runs", self._listings), peer_of(request.scope))

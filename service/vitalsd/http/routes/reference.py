@@ -1,7 +1,7 @@
 """
-Routes that describe the API: ``/openapi.json`` for programs, and ``/docs``, the same as a page without a script.
+Answer ``/openapi.json``, the description of the API for programs, and ``/docs``, the same as a page without a script.
 
-Both are made when first asked for. The page works offline, and its policy lets in nothing but its own style.
+The first request makes each of them. The page works offline, and its content security policy allows only its style.
 """
 
 import json
@@ -47,7 +47,7 @@ def reference_routes(context: RouteContext, others: Sequence[OperationRoute]) ->
 
 
 class _Reference:
-    """Answers ``/docs`` and ``/openapi.json``."""
+    """Answer ``/docs`` and ``/openapi.json``."""
 
     def __init__(self, context: RouteContext) -> None:
         self._reader = context.reader
@@ -73,7 +73,7 @@ class _Reference:
 
     @cached_property
     def _page(self) -> tuple[str, dict[str, str]]:
-        """The reference as a page, and its policy."""
+        """Return the reference as a page, and the headers with its content security policy."""
         from importlib.resources import files
 
         from vitalsd.http.reference import html, markdown

@@ -1,7 +1,7 @@
 """
-``/report.zip``: the bug report of `vitalsd.report.builder` for clients that have only HTTP.
+Answer ``/report.zip``: the bug report of `vitalsd.report.builder` for clients that have only HTTP.
 
-What makes reports is imported when one is asked for, and not while the sidecar starts.
+The modules of `vitalsd.report` are imported at the first request, not while the sidecar starts.
 """
 
 import json
@@ -129,7 +129,7 @@ class ReportRequest(StrictModel):
 
 
 def report_routes(context: RouteContext) -> list[OperationRoute]:
-    """Return the routes of bug reports; the archive is made on the reader's thread."""
+    """Return the routes of bug reports; the archive is made on the thread of `RouteContext.reader`."""
     reports = _Reports(context)
     return [
         OperationRoute(REPORTED, reports.mark_reported),
@@ -139,7 +139,7 @@ def report_routes(context: RouteContext) -> list[OperationRoute]:
 
 
 class _Reports:
-    """Answers ``/report.zip`` and ``/runs/{run_id}/reported``."""
+    """Answer ``/report.zip`` and ``/runs/{run_id}/reported``."""
 
     def __init__(self, context: RouteContext) -> None:
         self._context = context
@@ -172,7 +172,7 @@ class _Reports:
         return JSON(ReportedJson(id=run.id, reported=run.state == "crashed"))
 
     async def _answer(self, request: Request, query: ReportQuery, sent: ReportRequest, *, counts: bool) -> Response:
-        """Answer with the archive; with `counts`, its crashed run counts as reported once the client has read it."""
+        """Return the archive; with `counts`, its crashed runs count as reported when the client has read all of it."""
         shelf = self._shelf
         if (replay := self._targets.default.replay) is not None:
             if replay.file.content is None:
@@ -209,13 +209,14 @@ class _Reports:
 
 
 def _zip(content: bytes, name: str) -> Response:
+    """Return the answer with an archive; `name` is reduced to printable ASCII for its header."""
     plain = "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "_" for c in name)
     headers = {"Content-Disposition": f'attachment; filename="{plain}"', "Cache-Control": "no-store"}
     return Response(content, media_type="application/zip", headers=headers)
 
 
 async def _metrics(targets: Targets, window_ms: int, collected: "Collected", peer: Peer) -> Identity | None:
-    """Collect the trailing window if the recorder covers it, else the coming one, or why there is none."""
+    """Collect the trailing window if the recorder covers it, else the coming one, or a failure."""
     from vitalsd.contract.report_archive import METRICS, Failure
 
     target, identity = targets.default, None
@@ -226,7 +227,7 @@ async def _metrics(targets: Targets, window_ms: int, collected: "Collected", pee
         if measurement is None or not covered:
             try:
                 measurement = await target.window(window_ms, peer=peer)
-                identity = await target.identity()  # It may have executed another program meanwhile.
+                identity = await target.identity()  # The process may have executed another program since.
             except SourceError:
                 if measurement is None:
                     raise
@@ -244,7 +245,7 @@ async def _past(
     identity: Identity | None,
     collected: "Collected",
 ) -> None:
-    """Collect history, marks and the crashed run."""
+    """Collect history, marks and the crashed run, or a failure for each that is missing."""
     from vitalsd.contract.report_archive import HISTORY, PREVIOUS_RUN, Failure
     from vitalsd.report.previous_run import Found, ReportSubject, find, member
 
@@ -277,6 +278,7 @@ async def _past(
 
 
 def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
+    """Return the members history and marks of the last `seconds`."""
     from vitalsd.contract.report_archive import HISTORY, MARKS
     from vitalsd.recording.history import history
     from vitalsd.report.previous_run import TOP_THREADS
@@ -289,6 +291,8 @@ def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
 
 
 def _marking(shelf: RunDirectoryReader, run_ids: Sequence[str]) -> Callable[[], Awaitable[None]]:
+    """Return a call that marks the runs as reported."""
+
     async def mark() -> None:
         for run_id in run_ids:
             with suppress(UnreadableRunError, OSError, HungError):  # Then the next report contains the run again.
@@ -298,6 +302,7 @@ def _marking(shelf: RunDirectoryReader, run_ids: Sequence[str]) -> Callable[[], 
 
 
 def _mark(runs: RunDirectory, run_id: str) -> Run | None:
+    """Mark a run as reported and return it; None: there is no such run."""
     run = runs.find(run_id)
     if run is not None:
         runs.mark_reported(run)

@@ -1,4 +1,4 @@
-"""Routes about the sidecar and its machine: ``/processes``, ``/healthz`` and ``/info``."""
+"""Answer ``/processes``, ``/healthz`` and ``/info``, the routes about the sidecar and its machine."""
 
 import os
 import platform
@@ -175,7 +175,7 @@ def status_routes(context: RouteContext) -> list[OperationRoute]:
 
 
 class _Status:
-    """Answers ``/processes``, ``/healthz`` and ``/info``."""
+    """Answer ``/processes``, ``/healthz`` and ``/info``."""
 
     def __init__(self, context: RouteContext) -> None:
         self._context = context

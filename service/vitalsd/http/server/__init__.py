@@ -1,1 +1,1 @@
-"""The HTTP server: connections, their limits and their log."""
+"""Run the HTTP server: connections, their limits and their log."""

@@ -1,8 +1,8 @@
 """
-Limits of connections, and of the large answers that their clients have yet to take.
+Limit the connections, and the bytes of large answers that clients have not taken yet (backpressure).
 
-At the limit of connections the one that has owed its request the longest is closed; if all are being served, the new
-one is refused. Large answers share a budget of bytes; an answer that does not fit is refused.
+At the limit of connections the longest idle one is evicted; if all are being served, the new one is refused. Large
+answers share a budget of bytes; an answer that does not fit is refused.
 """
 
 import asyncio
@@ -17,11 +17,12 @@ from vitalsd.contract.limits import CONNECTIONS, DESCRIPTOR_SHARE, SEND_BUDGET_B
 
 __all__ = ["Client", "ConnectionLimiter", "SendBudget"]
 
-EVICTION_SCAN = 64  # Connections that are looked at for one to close, those first that have been silent the longest.
+EVICTION_SCAN = 64
+"""Idle connections to check at most, longest idle first, for one to evict: each check is a system call."""
 
 
 class Client(Protocol):
-    """A connection."""
+    """Declare what the limiter uses of a connection."""
 
     transport: asyncio.Transport
 
@@ -30,11 +31,11 @@ class ConnectionLimiter:
     """
     Count the connections over one kind of listener.
 
-    At the limit the connection that has owed its request the longest is closed. So clients that stall cost others
-    nothing, and only clients that are all being served keep others out.
+    At the limit the longest idle connection is evicted. So idle clients take no place from others, and a new client is
+    refused only if all connections are being served.
 
     Args:
-        limit: connections; see `Shares`.
+        limit: number of connections; see `Shares`.
     """
 
     def __init__(self, limit: int) -> None:
@@ -42,23 +43,24 @@ class ConnectionLimiter:
         self._shares = Shares(limit)
         self.send_budget = SendBudget(SEND_BUDGET_BYTES)
         self.closing = 0
-        """Connections that are kept until their client has closed its half."""
+        """Number of connections that are kept until their client has closed its half."""
         self._present: dict[Client, Peer] = {}
         self._idle: dict[Client, None] = {}
-        """Connections that owe a request, those first that have owed it the longest."""
+        """Connections that wait for a request of their client, longest idle first."""
 
     @classmethod
     def fitting(cls) -> "ConnectionLimiter":
-        """Return one with at most a quarter of the descriptors that this process may have."""
+        """Return a limiter of `CONNECTIONS`, or of the share of the descriptors that this process may open."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         unlimited = soft == resource.RLIM_INFINITY
         return cls(CONNECTIONS if unlimited else max(2, min(CONNECTIONS, soft // DESCRIPTOR_SHARE)))
 
     def __len__(self) -> int:
+        """Return the number of admitted connections."""
         return len(self._present)
 
     def acquire(self, connection: Client, peer: Peer = OWNER) -> bool:
-        """Admit the connection of `peer`; return False if the limit is reached and none can be closed."""
+        """Admit the connection of `peer`; return False if the limit is reached and none can be evicted."""
         while not self._shares.take(peer):
             # A user that has its whole share must not evict the connections of another user.
             own_only = self._shares.exhausted(peer)
@@ -72,14 +74,14 @@ class ConnectionLimiter:
         return True
 
     def release(self, connection: Client) -> None:
-        """Count a connection that was closed no more; a second call does nothing."""
+        """Stop counting a connection; a second call does nothing."""
         self._idle.pop(connection, None)
         peer = self._present.pop(connection, None)
         if peer is not None:
             self._shares.release(peer)
 
     def set_idle(self, connection: Client, idle: bool) -> None:
-        """Note whether the connection owes a request (`idle`) or is owed an answer."""
+        """Record whether the connection waits for a request (`idle`), or is being served."""
         if idle and connection in self._present:
             self._idle.setdefault(connection)
         else:
@@ -87,7 +89,7 @@ class ConnectionLimiter:
 
 
 def _has_unread(connection: Client) -> bool:
-    """Return whether bytes of the client, perhaps its request, wait to be read."""
+    """Return whether the kernel holds bytes of the client, perhaps its request."""
     poll = select.poll()
     poll.register(connection.transport.get_extra_info("socket"), select.POLLIN)
     return bool(poll.poll(0))
@@ -95,20 +97,20 @@ def _has_unread(connection: Client) -> bool:
 
 class SendBudget:
     """
-    Count the bytes of large answers that clients have yet to take; bytes that several clients share count once.
+    Count the bytes of large answers that clients have not taken yet; bytes that several clients share count once.
 
     Args:
-        limit: bytes; a single answer is admitted whatever its size.
-        bytes_per_s: the rate at which a client must take an answer.
+        limit: limit, bytes; a single answer is admitted whatever its size.
+        bytes_per_s: lowest rate at which a client must take an answer.
     """
 
     def __init__(self, limit: int, bytes_per_s: int = SEND_BYTES_PER_S) -> None:
         self.limit = limit
         self.bytes_per_s = bytes_per_s
         self.size = 0
-        """Bytes that are counted."""
+        """Bytes counted now."""
         self._clients: Counter[int] = Counter()
-        """Clients by `id` of the answer, which lives until they have released it."""
+        """Number of clients by the `id` of the answer, which exists until all of them have released it."""
 
     def acquire(self, body: bytes) -> bool:
         """Count `body` for one more client; return False, and count nothing, if it does not fit."""
@@ -127,5 +129,5 @@ class SendBudget:
             self.size -= len(body)
 
     def seconds(self, body: bytes) -> float:
-        """Return how long a client may take for `body`."""
+        """Return the time limit to take `body`, s."""
         return WRITE_S + len(body) / self.bytes_per_s

@@ -1,4 +1,4 @@
-"""Throttle the log: clients decide how often an error happens, and must not fill a disk with it."""
+"""Limit the rate of log lines: clients decide how often an error happens, and must not fill a disk with lines."""
 
 import asyncio
 import errno
@@ -12,22 +12,23 @@ from vitalsd.contract.limits import LOG_LINE_S, LOG_TRACEBACK_S
 __all__ = ["ThrottledLogger"]
 
 MAX_KINDS = 64
+"""Kinds of errors to count at most; at the limit all counts start again."""
 
 
 class ThrottledLogger(logging.LoggerAdapter[logging.Logger]):
     """
-    Log errors: one line of a kind a second, with a traceback one a minute, and how many were suppressed.
+    Log errors with a rate limit for each kind: a line each second, a traceback each minute, with a suppressed count.
 
-    A line for each would fill a disk, and stop the sidecar once it blocks on a pipe that is not read. What a client did
-    wrong is answered, and not logged at all.
+    A line for each error would fill a disk, and stop the sidecar when it blocks on a pipe that is not read. An error of
+    a client is answered, not logged.
 
     Args:
         logger: writes the lines.
-        clock: monotonic seconds.
+        clock: monotonic time, s.
     """
 
     level = logging.ERROR
-    """uvicorn reads it as well, to decide whether to trace every connection."""
+    """Lowest level that is logged; uvicorn reads it too, to decide whether to trace every connection."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(logger)
@@ -35,6 +36,7 @@ class ThrottledLogger(logging.LoggerAdapter[logging.Logger]):
         self._kinds: dict[tuple[str, type], tuple[float, int]] = {}
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log a line if `level` is high enough and the rate limit allows it."""
         if level < self.level:
             return
         error = kwargs.get("exc_info")
@@ -45,10 +47,10 @@ class ThrottledLogger(logging.LoggerAdapter[logging.Logger]):
 
     def loop_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """
-        Handle an exception of the event loop.
+        Log an exception of the event loop, with the rate limit.
 
-        Without it asyncio logs a traceback for each connection that waits while there are no
-        descriptors left, and tries them all again at every turn.
+        By default asyncio logs a traceback for each connection that waits while no descriptor is free, and tries all of
+        them again at every turn.
         """
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -57,10 +59,11 @@ class ThrottledLogger(logging.LoggerAdapter[logging.Logger]):
             loop.default_exception_handler(context)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Return the message unchanged: there is no context to add."""
         return msg, kwargs
 
     def _suppressed_count(self, kind: str, error: object) -> int | None:
-        """Return how many of this kind were suppressed before this one; None if it is suppressed too."""
+        """Return the number of suppressed errors of this kind before this one; None: suppress this one too."""
         key = kind, type(error)
         now = self._clock()
         since, suppressed = self._kinds.get(key, (float("-inf"), 0))

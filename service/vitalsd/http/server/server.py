@@ -27,20 +27,20 @@ from vitalsd.http.server.log_throttle import ThrottledLogger
 __all__ = ["Server"]
 
 QUEUE = 1024
-"""Connections that the kernel completes in advance; with few, a client would try again only after a second."""
+"""Backlog of each listener, connections: if it is full, a client tries again only after a second."""
 ACCEPTED_AT_A_TURN = 16
 """
-asyncio uses its backlog for this as well. A connection that is closed for a new one keeps its descriptor for some turns
-of the loop after the new one was accepted; when no descriptor is left, asyncio accepts nothing for a second.
+Connections to accept at one turn of the event loop; asyncio uses its backlog for it. An evicted connection keeps its
+descriptor for some turns after the new one was accepted; without a free descriptor asyncio accepts nothing for 1 s.
 """
 TURNS_TO_ACCEPT = 3
-"""Of the event loop, until what asyncio has just accepted is a connection."""
+"""Turns of the event loop until an accepted socket is a connection of the server."""
 SETTLE_S = 0.5
-"""For the last answers to be sent, after access control has ended what was under way."""
+"""Time to send the last answers, s, after access control has ended the requests that were being served."""
 
 
 class _State(ServerState):
-    """Make the date header when it is needed; uvicorn would wake each second for it."""
+    """Make the date header for each answer; uvicorn would wake up every second for it."""
 
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
@@ -48,7 +48,7 @@ class _State(ServerState):
 
     @default_headers.setter
     def default_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """Do nothing: uvicorn sets an empty list."""
+        """Do nothing: uvicorn assigns an empty list."""
 
 
 @lru_cache(maxsize=1)
@@ -62,14 +62,14 @@ class _Config(uvicorn.Config):
 
     def load(self) -> None:
         super().load()
-        self.loaded_app = self.app  # uvicorn's would log each message if the host logs from level 5 on.
+        self.loaded_app = self.app  # Without the wrapper of uvicorn that logs each message if the level is 5 or less.
 
 
 class _Lifespan(LifespanOn):
     """
-    Log to `log` alone what fails at the start and at the end.
+    Log failures of the start and the end of the application, and only to `log`.
 
-    uvicorn's logs each step to ``uvicorn.error``, a logger that the host may have for a server of its own.
+    uvicorn logs each step to ``uvicorn.error``, which the host program may use for a server of its own.
     """
 
     def __init__(self, config: uvicorn.Config, log: ThrottledLogger) -> None:
@@ -79,16 +79,16 @@ class _Lifespan(LifespanOn):
 
 class Server(uvicorn.Server):
     """
-    Serve one application on sockets that listen already, until `stop`.
+    Serve one application on listening sockets, until `stop`.
 
-    uvicorn's loop wakes ten times a second to see whether it should end, and its shutdown waits for clients
-    that do not read; both are replaced here.
+    The main loop of uvicorn wakes up ten times a second to check whether it should end, and its shutdown waits for
+    clients that do not read; both are replaced here.
 
     Args:
         app: the application.
         token: see `AccessControl`.
-        grace_s: how long open windows may continue after `stop`.
-        ready: called once requests are answered; an exception of it ends the server.
+        grace_s: time that open requests, as for a window, have after `stop`, s.
+        ready: called when requests are answered; its exception ends the server.
     """
 
     def __init__(self, app: ASGIApp, *, token: str | None, grace_s: float, ready: Callable[[], None]) -> None:
@@ -97,13 +97,13 @@ class Server(uvicorn.Server):
         self._log = ThrottledLogger(logging.getLogger("vitalsd.http"))
         self._grace_s = grace_s
         self._stop = asyncio.Event()
-        # On h11: httptools takes two Host headers and 5 MB of head.
         self._users = PeerUsers()
         limiters = {
             "unix": ConnectionLimiter.fitting(),
             "tcp": ConnectionLimiter.fitting(),
             "other": ConnectionLimiter(OTHER_USERS_CONNECTIONS),
         }
+        # h11, because httptools accepts two Host headers and a head of 5 MB.
         protocol = partial(ServerConnection, limiters=limiters, users=self._users, log=self._log)
         super().__init__(
             _Config(
@@ -119,7 +119,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 log_level=None,
                 backlog=ACCEPTED_AT_A_TURN,
-                timeout_keep_alive=60,  # `ServerConnection` closes it long before.
+                timeout_keep_alive=60,  # `ServerConnection` closes it long before that.
                 h11_max_incomplete_event_size=16384,
             )
         )
@@ -130,16 +130,16 @@ class Server(uvicorn.Server):
         return self._users.why_not(address)
 
     def stop(self) -> None:
-        """End the server; to be called on its event loop."""
+        """End the server. Call it on its event loop."""
         self.should_exit = True
         self._stop.set()
 
     def forget(self) -> None:
         """
-        Give up, in a forked child, the connections that the parent is serving.
+        Replace the connections that the parent serves by /dev/null; called in a forked child.
 
-        They are replaced and not closed: the numbers stay taken, so whatever closes them later
-        closes nothing else. The event loop is not touched, because the child shares its epoll set.
+        The descriptors are not closed, so that a later close of the same numbers closes no other file. The event loop
+        is not used, because the child shares its epoll set.
         """
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for connection in list(self.server_state.connections):
@@ -152,8 +152,8 @@ class Server(uvicorn.Server):
         """
         Serve until `stop`.
 
-        uvicorn's would take over SIGINT and SIGTERM and raise them again at the end, and would log to
-        ``uvicorn.error`` that the process of the host starts and ends.
+        The method of uvicorn would handle SIGINT and SIGTERM and raise them again at the end, and would log the start
+        and the end of the host's process to ``uvicorn.error``.
         """
         try:
             self.config.load()
@@ -165,22 +165,25 @@ class Server(uvicorn.Server):
         finally:
             self._users.close()
 
-    # What `serve` calls
+    # Steps of `serve`
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application and the listeners."""
         asyncio.get_running_loop().set_exception_handler(self._log.loop_failed)
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(QUEUE)
 
     async def main_loop(self) -> None:
+        """Call `ready`, and wait for `stop`."""
         self._ready()
         await self._stop.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, wait for open requests at most the grace period, and close all connections."""
         for listener in sockets or ():
             asyncio.get_running_loop().remove_reader(listener.fileno())
-        for _ in range(TURNS_TO_ACCEPT):  # A closed server makes no connection of what it accepted, and closes none.
+        for _ in range(TURNS_TO_ACCEPT):  # A closed server would leave accepted sockets open, without a connection.
             await asyncio.sleep(0)
         for server in self.servers:
             server.close()
@@ -196,7 +199,7 @@ class Server(uvicorn.Server):
         await self.lifespan.shutdown()
 
     async def _settled(self, timeout_s: float) -> None:
-        """Wait until every request is answered and every connection closed, for up to `timeout_s`."""
+        """Wait until every request is answered and every connection is closed, at most `timeout_s`."""
         loop = asyncio.get_running_loop()
         deadline, pause_s = loop.time() + timeout_s, 0.001
         state = self.server_state
