@@ -1,6 +1,6 @@
 """
-``vitalsd top``: a live view in the terminal.
+Show a live view in the terminal: ``vitalsd top``.
 
-`feed` yields `events` of its `backends`. `view_state` has what is shown, `render` draws it, and `fullscreen` writes it
-to a `terminal`; `line_output` writes to pipes and files.
+`feed` yields the `events` of its `backends`. `view_state` holds the state of the view, `render` draws it, and
+`fullscreen` writes it to a `terminal`; `line_output` writes to pipes and files.
 """

@@ -1,4 +1,4 @@
-"""Two backends of the feed: read the target, or ask a sidecar for what its recorder has."""
+"""Get the samples of the feed: read the target directly, or ask a sidecar for what its recorder has."""
 
 import json
 import time
@@ -21,28 +21,36 @@ from vitalsd_client.locate import RunningSidecar
 
 __all__ = ["DirectBackend", "Pause", "SidecarBackend"]
 
-SIDECAR_POLL_S = 2.0  # While sampling directly: between two looks for a sidecar of the same target.
+SIDECAR_POLL_S = 2.0
+"""Interval of the discovery of a sidecar of the same target during direct sampling, s."""
 PAST_S = 300
+"""Length of the history to show at the start, s."""
 PAST_THREADS = 64
-ALL_S = 86_400  # As far back as any record reaches.
-TREND = 240  # Rows of a replayed record; no terminal is much wider.
-NOTES_S = 10  # Marks and events may arrive this much later than the sample that they belong to.
-LATEST_MS = 253_402_300_799_000  # The end of the year 9999, Unix time.
-ANSWER_S = 2.0  # For an answer, besides the window that the sidecar may have to wait for.
+"""Threads of that history to request, busiest first."""
+ALL_S = 86_400
+"""Longest history that a sidecar returns, s: one day."""
+TREND = 240
+"""Rows of a replayed recording to request; no terminal is much wider."""
+NOTES_S = 10
+"""Longest delay of a mark or an event after the sample that it belongs to, s."""
+LATEST_MS = 253_402_300_799_000
+"""Latest time that can be shown, Unix time in ms: the end of the year 9999."""
+ANSWER_S = 2.0
+"""Time limit of an answer, s, beyond the window for which the sidecar may have to wait."""
 
 Pause = Callable[[float], bool]
-"""Waits until a monotonic time, s; returns False if the feed is to end."""
+"""Function that waits until a monotonic time, s; returns False if the feed has to end."""
 
 
 class DirectBackend:
     """
-    Read the target; the record is in memory only, for its events and for marks.
+    Read the target directly; keep a recording in memory only, for its events and for marks.
 
     Args:
-        source: an open one; closed with this.
-        interval_s: between two samples.
-        first_s: until the first one.
-        relieved: whether a sidecar of the target can be asked by now; called every `SIDECAR_POLL_S`.
+        source: an open source; `close` closes it.
+        interval_s: time between two samples, s.
+        first_s: time until the first sample, s.
+        relieved: returns whether a sidecar of the target can be asked now; called every `SIDECAR_POLL_S`.
     """
 
     def __init__(self, source: Source, interval_s: float, first_s: float, relieved: Callable[[], bool]) -> None:
@@ -53,15 +61,18 @@ class DirectBackend:
         self._recorder = Recorder(source.identity(), RecorderConfig(interval_s, retention_s=PAST_S, max_bytes=4 << 20))
         self._seen_notes = _SeenNotes()
         self.final = False
-        """Whether no other process can follow the one that ended."""
+        """Whether no other process can follow the one that has ended: always False here."""
 
     def close(self) -> None:
+        """Close the source."""
         self._source.close()
 
     def mark(self, label: str) -> None:
+        """Record a mark in memory. Raises `ValueError`: it cannot be a label."""
         self._recorder.mark(label)
 
     def events(self, pause: Pause) -> Iterator[FeedEvent]:
+        """Yield the target, then a sample each interval, until the process ends or a sidecar can be asked."""
         last = self._source.snapshot()
         self._recorder.observe(last)
         identity = self._source.identity()
@@ -100,12 +111,12 @@ class DirectBackend:
 
 class SidecarBackend:
     """
-    Ask a sidecar for what its recorder has, each time on a new connection, so that nothing is held open.
+    Ask a sidecar for what its recorder has, each time on a new connection, so that no connection stays open.
 
     Args:
-        sidecar: the one to ask.
-        via: the sidecar, in words.
-        interval_s: between two samples.
+        sidecar: the sidecar to ask.
+        via: text for the sidecar in the view.
+        interval_s: time between two samples, s.
     """
 
     def __init__(self, sidecar: RunningSidecar, via: str, interval_s: float) -> None:
@@ -114,16 +125,18 @@ class SidecarBackend:
         self._interval_s = interval_s
         self._seen_notes = _SeenNotes()
         self.final = False
-        """Whether no other process can follow the one that ended: a file is replayed."""
+        """Whether no other process can follow the one that has ended: the sidecar replays a file."""
 
     def close(self) -> None:
-        """Do nothing: nothing is held."""
+        """Do nothing: no connection is open between two requests."""
 
     def mark(self, label: str) -> None:
+        """Record a mark in the sidecar. Raises `ExchangeError`."""
         body = json.dumps({"label": label}).encode()
         self._ask("/marks", {}, method="POST", body=body, headers={"Content-Type": "application/json"})
 
     def events(self, pause: Pause) -> Iterator[FeedEvent]:
+        """Yield the target, its history, then samples and notes. Raises `ExchangeError`."""
         try:
             yield from self._recorded_events(pause)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -153,12 +166,12 @@ class SidecarBackend:
             sample = _sample(self._ask("/metrics", {"window_ms": window_ms, "mode": "trailing", **process}))
             now_s = sample.metrics.process.uptime_secs
             if now_s < uptime_s:
-                return  # Another process: the sidecar measures the next one of that name now.
+                return  # The sidecar measures the next process of that name now.
             if recorded:
                 yield from self._latest()
             if now_s > uptime_s:
                 yield sample
-            # No new sample: the recorder is slower than this view, or it has stopped.
+            # Without a new sample the recorder has a longer interval than this view, or it has stopped.
             elif recorded and (ended := (self._json("/info")["recorder"] or {}).get("ended")):
                 yield from self._latest()
                 raise TargetGoneError(one_line(str(ended)))
@@ -168,7 +181,7 @@ class SidecarBackend:
                 return
 
     def _last_window(self, table: dict[str, Any]) -> Iterator[Sample]:
-        """Yield the last window of a replayed record, with the time at which it was taken."""
+        """Yield the last window of a replayed recording, with the time of its end."""
         if table["time_ms"]:
             window_ms = min(60_000, max(10, int(table["interval_ms"])))
             sample = _sample(self._ask("/metrics", {"window_ms": window_ms, "mode": "trailing"}))
@@ -212,19 +225,20 @@ class SidecarBackend:
 
 
 class _SeenNotes:
-    """The notes that were yielded already, so that none is yielded twice."""
+    """Remember the notes that were yielded, so that none is yielded twice."""
 
     def __init__(self) -> None:
         self._seen: deque[Note] = deque(maxlen=4096)
 
     def fresh(self, notes: list[Note]) -> list[Note]:
+        """Return the notes that were not returned before, oldest first."""
         fresh = sorted((note for note in notes if note not in self._seen), key=lambda note: note.wall_ms)
         self._seen.extend(fresh)
         return fresh
 
 
 def _wall_ms(note: dict[str, Any]) -> int:
-    """Return the time of a note, ms. Raises `ValueError` for one that no clock can show."""
+    """Return the time of a note, Unix time in ms. Raises `ValueError`: it is after the year 9999."""
     wall_ms = int(note["time_ms"])
     if not 0 <= wall_ms <= LATEST_MS:
         raise ValueError(f"a time of {wall_ms}")
@@ -232,7 +246,7 @@ def _wall_ms(note: dict[str, Any]) -> int:
 
 
 def _whole(recorder: dict[str, Any]) -> dict[str, int]:
-    """Return the query for all of a replayed record, in no more rows than a terminal is wide."""
+    """Return the query for a whole replayed recording, downsampled to about `TREND` rows."""
     step_ms = int(recorder["snapshots"]) * int(recorder["interval_ms"]) // TREND
     return {"seconds": ALL_S, "top": PAST_THREADS, "step_ms": min(step_ms, 3_600_000)}
 

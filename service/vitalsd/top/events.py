@@ -1,4 +1,4 @@
-"""The events of a feed: what it yields about one target, and what the views show."""
+"""Define the events that a feed yields about one target."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,18 @@ __all__ = ["Ended", "FeedEvent", "InitialHistory", "Interrupted", "Note", "Sampl
 
 @dataclass(frozen=True, slots=True)
 class TargetInfo:
-    """The process that the next events are about."""
+    """Announce the process of the following events."""
 
     pid: int
     name: str
     start_id: str
     via: str
-    """The backend, in words."""
+    """Text for the backend in the view."""
 
 
 @dataclass(frozen=True, slots=True)
 class InitialHistory:
-    """The recorded past, oldest first: percent, KiB, and percent by thread id."""
+    """Hold the recorded past, oldest first: percent of one core, KiB, and percent by thread id."""
 
     cpu_percent: tuple[float, ...]
     rss_kb: tuple[float, ...]
@@ -29,7 +29,7 @@ class InitialHistory:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One window; `body` is the answer of ``/metrics`` that `metrics` was read from."""
+    """Hold one window; `body` is the answer of ``/metrics`` from which `metrics` was parsed."""
 
     wall_ms: int
     metrics: Measured
@@ -38,7 +38,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A mark or an event of the record; `kind` is ``mark`` or that of the event."""
+    """Hold a mark or an event of the recording; `kind` is ``mark`` or the kind of the event."""
 
     wall_ms: int
     kind: str
@@ -47,14 +47,14 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """There are no numbers for now."""
+    """Report that there are no numbers at present."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The target has exited."""
+    """Report that the target has exited."""
 
     reason: str
 

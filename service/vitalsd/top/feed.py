@@ -1,8 +1,8 @@
 """
-The source of the live view: the sidecar that watches the target, or else the target itself.
+Yield the events of the live view from the sidecar that watches the target, or else from the target itself.
 
-A sidecar has recorded the past and the marks of other clients, and two views of it cost the target no more than one.
-When the sidecar ends, the feed reads the target itself; when a sidecar is there again, it asks that.
+A sidecar has a recording and the marks of other clients, and several views of it read the target only once. When the
+sidecar ends, the feed reads the target directly; when a sidecar is available again, the feed asks it.
 """
 
 import threading
@@ -18,22 +18,23 @@ from vitalsd_client.locate import NoSidecarError, RunningSidecar, locate
 
 __all__ = ["Feed"]
 
-SIDECAR_RETRY_S = 10.0  # A sidecar that did not answer is not asked for this long, if the target can be read.
+SIDECAR_RETRY_S = 10.0
+"""Time for which a sidecar that did not answer is not asked again, s, if the target can be read."""
 
 
 class Feed:
     """
-    The events of one target until it exits.
+    Yield the events of one target until it exits.
 
     Args:
-        find: the pid of the target, asked for at the start and after every loss. Raises `SourceError`.
-        open_source: opens a pid. Raises `SourceError`.
-        interval_s: between two samples.
-        first_s: until the first one; a screen that is empty for long looks broken.
-        url: ask this sidecar only.
-        pid: with `url`: about this process; ``None``: about the sidecar's own target.
-        follow: when the target has exited, wait for the next one.
-        sidecars: look for one that watches the target.
+        find: returns the pid of the target; called at the start and after each loss. Raises `SourceError`.
+        open_source: opens the process of a pid. Raises `SourceError`.
+        interval_s: time between two samples, s.
+        first_s: upper bound of the time until the first sample, s: an empty screen looks broken.
+        url: URL of the only sidecar to ask.
+        pid: with `url`, the process to ask about; ``None``: the sidecar's own target.
+        follow: wait for the next process when the target has exited.
+        sidecars: look for a sidecar that watches the target.
     """
 
     def __init__(
@@ -64,15 +65,15 @@ class Feed:
         self._unanswered: tuple[RunningSidecar, float] | None = None
 
     def stop(self) -> None:
-        """End `events` at its next wait; from any thread."""
+        """End `events` at its next wait. May be called on any thread."""
         self._stopped.set()
 
     def mark(self, label: str) -> str | None:
         """
-        Put a label on the record's clock; from any thread. It may take seconds.
+        Record a labelled mark; this may take seconds. May be called on any thread.
 
         Returns:
-            Why it could not be done; None if it was done.
+            Why it was not recorded; None if it was.
         """
         session = self._session
         if session is None:
@@ -85,10 +86,10 @@ class Feed:
 
     def events(self) -> Iterator[FeedEvent]:
         """
-        Yield events, waiting in between; to be called once.
+        Yield events, and wait between samples. Call it once.
 
         Raises:
-            SourceError, NoSidecarError, ExchangeError: there is no target from the start.
+            SourceError, NoSidecarError, ExchangeError: there is no target at the start.
         """
         reason = ""
         while not self._stopped.is_set():
@@ -98,7 +99,7 @@ class Feed:
                     for each in self._session.events(self._pause):
                         if isinstance(each, TargetInfo):
                             if each.start_id == self._over:
-                                raise TargetGoneError(reason)  # Its sidecar lingers; it has been shown.
+                                raise TargetGoneError(reason)  # Its sidecar lingers; its end has been shown.
                             if self._is_another(each):
                                 raise TargetGoneError(f"process {each.pid} has exited; its pid is another process now")
                             self._target = each
@@ -114,7 +115,7 @@ class Feed:
             except (SourceError, NoSidecarError, ExchangeError) as error:
                 if isinstance(self._session, SidecarBackend) and self._url is None:
                     self._unanswered = self._session.sidecar, time.monotonic() + SIDECAR_RETRY_S
-                    continue  # At once, without it.
+                    continue  # Read the target at once, without the sidecar.
                 if self._target is None:
                     raise
                 yield Interrupted(str(error))
@@ -127,6 +128,7 @@ class Feed:
         return not self.follow and self._target is not None and self._target.start_id != found.start_id
 
     def _open(self) -> SidecarBackend | DirectBackend:
+        """Return the backend to use now. Raises `SourceError`, `NoSidecarError`."""
         if self._url is not None:
             return SidecarBackend(locate(url=self._url, pid=self._pid)[0], self._url, self.interval_s)
         pid = self._find()
@@ -137,9 +139,10 @@ class Feed:
         )
 
     def _watching(self, pid: int) -> RunningSidecar | None:
+        """Return a sidecar that records the process `pid`; None: there is none that answers."""
         with suppress(NoSidecarError):
             if self._sidecars:
-                # Those that watch another process could be asked as well, but have no past of this one.
+                # Sidecars of other processes could be asked too, but have no recording of this one.
                 watching = (each for each in locate(pid=pid) if each.pid is None)
                 return next((each for each in watching if not self._is_unanswered(each)), None)
         return None
@@ -150,5 +153,5 @@ class Feed:
         )
 
     def _pause(self, until: float) -> bool:
-        """Wait until that monotonic time; return False if the feed is to end."""
+        """Wait until a monotonic time, s; return False if the feed has to end."""
         return not self._stopped.wait(max(0.0, until - time.monotonic()))

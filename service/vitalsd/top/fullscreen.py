@@ -1,4 +1,4 @@
-"""The full screen: one thread reads the feed, the main thread handles keys and draws."""
+"""Show the full screen: one thread reads the feed, the main thread handles keys and draws."""
 
 import os
 import queue
@@ -20,7 +20,7 @@ __all__ = ["fits", "show"]
 
 
 def fits() -> bool:
-    """Return whether standard output is a terminal that can be drawn on."""
+    """Return whether standard output is a terminal with cursor control."""
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
@@ -29,10 +29,10 @@ def show(feed: Feed) -> int:
     Show the feed until the user or a signal ends it.
 
     Returns:
-        The signal that ended it; 0 for none.
+        Number of the signal that ended it; 0 for none.
 
     Raises:
-        What `Feed.events` raises: there is nothing to show from the start.
+        SourceError, NoSidecarError, ExchangeError: there is no target at the start.
     """
     queued: queue.SimpleQueue[FeedEvent | BaseException | None] = queue.SimpleQueue()
     first = threading.Event()
@@ -44,7 +44,7 @@ def show(feed: Feed) -> int:
                 queued.put(event)
                 first.set()
                 terminal.wake()
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that draws
+        except BaseException as error:  # noqa: BLE001 - raised again on the thread that draws
             last = error
         queued.put(last)
         first.set()
@@ -67,7 +67,7 @@ def show(feed: Feed) -> int:
     with _keyboard() as keyboard, closing(Terminal(keyboard, sys.stdout.fileno(), console)) as terminal:
         start_thread(threading.Thread(target=read, name="vitalsd-feed", daemon=True))
         try:
-            # An error at the start belongs on the ordinary screen.
+            # An error at the start must appear on the normal screen.
             first.wait()
             _take(queued, view)
             with terminal.taken():
@@ -83,6 +83,7 @@ def show(feed: Feed) -> int:
 def _run(
     view: View, glyphs: Glyphs, terminal: Terminal, queued: "queue.SimpleQueue[FeedEvent | BaseException | None]"
 ) -> None:
+    """Draw, and handle keys, until the user ends the view. Raises what the reading thread raised."""
     while True:
         _take(queued, view)
         width, height = terminal.size
@@ -93,6 +94,7 @@ def _run(
 
 
 def _take(queued: "queue.SimpleQueue[FeedEvent | BaseException | None]", view: View) -> None:
+    """Apply all queued events to the view; raise a queued exception."""
     while not queued.empty():
         event = queued.get()
         if isinstance(event, BaseException):
@@ -103,7 +105,7 @@ def _take(queued: "queue.SimpleQueue[FeedEvent | BaseException | None]", view: V
 
 @contextmanager
 def _keyboard() -> Iterator[int | None]:
-    """Yield a descriptor of the terminal: standard input, or /dev/tty if that is a file or a pipe; None without one."""
+    """Yield the descriptor of the keyboard: standard input if it is a terminal, else /dev/tty; None: there is none."""
     if sys.stdin is not None and sys.stdin.isatty():
         yield sys.stdin.fileno()
         return

@@ -1,4 +1,4 @@
-"""The view without a screen: a line for each sample, for pipes, files and logs."""
+"""Write a line for each sample, for pipes, files and logs."""
 
 import json
 import time
@@ -12,6 +12,7 @@ from vitalsd.top.feed import Feed
 __all__ = ["lines"]
 
 BUSIEST = 5
+"""Threads in a line, busiest first."""
 HEAD = f"{'TIME':8}  {'CPU%':>6}  {'RSS_KB':>9}  {'THREADS':>7}  BUSIEST"
 
 
@@ -19,17 +20,20 @@ def lines(
     feed: Feed, *, count: int | None, as_json: bool, say: Callable[[str], None], note: Callable[[str], None]
 ) -> bool:
     """
-    Write a head and a line per sample by `say`, or with `as_json` each answer; marks and events by `note`, which
-    escapes and cuts them.
+    Write a heading and a line for each sample, or the answers as JSON; return whether there were enough samples.
 
     Args:
-        count: end after so many samples; ``None``: when the target does.
+        feed: yields the samples, marks and events.
+        count: number of samples after which to end; ``None``: end when the target exits.
+        as_json: write each answer of ``/metrics`` instead of a line.
+        say: writes a line.
+        note: writes a mark or an event; escapes and truncates its text.
 
     Returns:
-        False if it ended with fewer than that, or with none.
+        False if the target exited before `count` samples, or before the first one.
 
     Raises:
-        What `Feed.events` raises.
+        SourceError, NoSidecarError, ExchangeError: there is no target at the start.
     """
     count_written, last = 0, ""
     for event in feed.events():
@@ -53,7 +57,7 @@ def lines(
 
 
 def _ascii(body: bytes) -> str:
-    """Return an answer as one line of ASCII: that of another server may have line ends and C1 controls."""
+    """Return an answer as one line of ASCII: one of another server may have line ends and C1 control characters."""
     text = body.decode()
     return text if text.isascii() and text.isprintable() else json.dumps(json.loads(text))
 

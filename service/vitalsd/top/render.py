@@ -1,7 +1,7 @@
 """
-The live view as lines of text, for a terminal of a given size. Opens nothing.
+Draw the live view as lines of text for a terminal of a given size, without I/O.
 
-Names come from the program that is measured; they reach a line through `Renderer._name` only.
+Names come from the measured program and are untrusted; they reach a line through `Renderer._name` only.
 """
 
 import time
@@ -19,7 +19,7 @@ from vitalsd.top.view_state import SortKey, View
 __all__ = ["ASCII", "BLOCKS", "Glyphs", "Renderer"]
 
 IDLE_PERCENT = 0.05
-"""Below it a figure would read 0.0."""
+"""Percent of one core; a smaller number would be shown as 0.0."""
 
 HELP = """\
  c n t    sort by CPU, name, thread id
@@ -36,7 +36,7 @@ HELP = """\
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
-    """What bars and sparklines are made of, from nothing to full; and what stands for the rest of a name."""
+    """Hold the characters of bars and sparklines, from empty to full, and the mark of a truncated name."""
 
     bar: str
     spark: str
@@ -45,17 +45,17 @@ class Glyphs:
 
 BLOCKS = Glyphs(" ▏▎▍▌▋▊▉█", " ▁▂▃▄▅▆▇█", "…")
 ASCII = Glyphs(" #", " .:-=+*#", "~")
-"""For terminals that do not speak UTF-8."""
+"""Characters for terminals without UTF-8."""
 
 
 class Renderer:
     """
-    Draw a view.
+    Draw a view as lines of text.
 
     Args:
-        view: what to show.
-        width: cells of the terminal.
-        glyphs: what to draw with.
+        view: the state to show; `View.rows` and `View.first` are adjusted.
+        width: width of the terminal, cells.
+        glyphs: characters of bars and sparklines.
     """
 
     def __init__(self, view: View, width: int, glyphs: Glyphs = BLOCKS) -> None:
@@ -114,7 +114,7 @@ class Renderer:
         lines = []
         for title, figure, values, low, high, tail in (
             ("CPU", f"{process.cpu_percent:7.1f} %", view.cpu, 0.0, max(100.0, peak), f"peak {peak:.1f} %"),
-            # From the least, or no leak would ever be seen; a hundredth is noise.
+            # The scale begins at the minimum, otherwise a leak would not be visible; 1 % of it is noise.
             (
                 "RSS",
                 f"{_size(process.rss_kb):>9}",
@@ -186,7 +186,7 @@ class Renderer:
     def _foot(self) -> Text:
         view = self._view
         if view.prompt is not None:
-            # The end of what is typed stays in sight.
+            # Keep the end of the typed text visible.
             typed = self._name(view.typed) if view.typed else ""
             while typed and len(view.prompt) + cell_len(typed) + 4 > self._width:
                 typed = typed[1:]
@@ -200,12 +200,12 @@ class Renderer:
         return Text(" q quit  ? help  c n t sort  / filter  p pause  m mark", style="dim")
 
     def _name(self, text: str) -> str:
-        """Return text of another program as this terminal can show it."""
+        """Return text of another program without characters that this terminal cannot show."""
         shown = printable(text) or "(no name)"
         return shown if self._glyphs is BLOCKS else shown.encode("ascii", "backslashreplace").decode()
 
     def _cut(self, text: str, width: int) -> str:
-        """Return text of exactly that width."""
+        """Return text truncated or padded to exactly `width` cells."""
         return (
             set_cell_size(text, width)
             if cell_len(text) <= width
@@ -230,7 +230,7 @@ class Renderer:
 
 
 def _figure(percent: float) -> str:
-    """Never a 0.0 for what has run a little."""
+    """Return a percentage as text; a thread that has run a little is not shown as 0.0."""
     return "idle" if percent == 0 else "<0.1" if percent < IDLE_PERCENT else f"{percent:.1f}"
 
 

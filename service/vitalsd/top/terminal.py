@@ -1,8 +1,8 @@
 """
-The terminal as a full screen: taken, given back on every way out, taken again after a stop.
+Use the terminal as a full screen: enter it, restore the terminal at every exit, and enter it again after a stop.
 
-Signals only leave a byte in a pipe; all that follows from them happens in `Terminal.wait`, so no escape
-sequence is ever cut in half by one.
+A signal handler only writes a byte to a socket pair (self-pipe); `Terminal.wait` handles the signal, so no signal
+interrupts an escape sequence.
 """
 
 import codecs
@@ -22,7 +22,7 @@ from rich.text import Text
 __all__ = ["HangupError", "Terminal", "keys"]
 
 ESCAPE_S = 0.05
-"""After this a lone ESC is the key and not the begin of a sequence."""
+"""Time after which a single ESC is the key and not the start of a sequence, s."""
 ENDING = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 CONTROL = {
     "\r": "enter",
@@ -50,7 +50,7 @@ SEQUENCES = {
 
 
 class HangupError(Exception):
-    """The view is to end: by the signal `number`, or because the terminal is gone (0)."""
+    """Report that the view has to end: by the signal `number`, or because the terminal is closed (0)."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -59,10 +59,10 @@ class HangupError(Exception):
 
 def keys(typed: str) -> tuple[list[str], str]:
     """
-    Return the keys in what was typed, and the rest, which may be the begin of one.
+    Return the keys in the typed characters, and the rest, which may be the start of a sequence.
 
-    A key is a printable character or a word like ``up``, ``enter``, ``escape``. Sequences that mean
-    nothing here are swallowed whole, so none of their characters passes for a command.
+    A key is a printable character or a word such as ``up``, ``enter``, ``escape``. Unknown sequences are discarded
+    whole, so that none of their characters counts as a command.
     """
     found: list[str] = []
     while typed:
@@ -84,7 +84,7 @@ def keys(typed: str) -> tuple[list[str], str]:
 
 
 def _sequence_end(typed: str) -> int:
-    """How long the sequence at the begin of `typed` is; 0 if more of it may follow, 1 if it is just ESC."""
+    """Return the length of the sequence at the start of `typed`; 0 if more of it may follow, 1 if it is only ESC."""
     if len(typed) < 2:
         return 0
     if typed[1] == "O":
@@ -99,12 +99,12 @@ def _sequence_end(typed: str) -> int:
 
 class Terminal:
     """
-    The terminal in use, between `taken` and its end.
+    Read keys from a terminal and draw on it, within the context of `taken`.
 
     Args:
-        keyboard: descriptor of the terminal that keys come from; ``None`` if there is none.
-        screen: descriptor of the terminal that is written to.
-        console: writes to it.
+        keyboard: descriptor of the terminal to read keys from; ``None``: there is none.
+        screen: descriptor of the terminal to draw on.
+        console: writes to `screen`.
     """
 
     def __init__(self, keyboard: int | None, screen: int, console: Console) -> None:
@@ -119,14 +119,14 @@ class Terminal:
 
     @contextmanager
     def taken(self) -> Iterator["Terminal"]:
-        """Full screen for as long as the context lasts. To be used on the main thread."""
+        """Use the full screen during the context, and restore the terminal after it; main thread only."""
         for end in (self._reader, self._writer):
             end.setblocking(False)
 
         def nothing(number: int, frame: FrameType | None) -> None:
-            """The byte in the pipe is all."""
+            """Do nothing: `signal.set_wakeup_fd` writes the byte."""
 
-        # A signal that was ignored at the start (nohup) stays ignored.
+        # A signal that is ignored at the start, as under nohup, stays ignored.
         caught = [
             number
             for number in (*ENDING, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
@@ -144,21 +144,21 @@ class Terminal:
                 signal.signal(number, handler)
 
     def close(self) -> None:
-        """Release what it holds; `wake` may still be called."""
+        """Close the socket pair; `wake` may still be called."""
         self._reader.close()
         self._writer.close()
 
     def wake(self) -> None:
-        """Let `wait` return; from any thread."""
-        with suppress(OSError):  # Full: `wait` returns anyway. Closed: no thread waits.
+        """Make `wait` return. May be called on any thread."""
+        with suppress(OSError):  # If it is full, `wait` returns anyway; if it is closed, no thread waits.
             self._writer.send(b"\0")
 
     def wait(self, timeout_s: float | None) -> list[str]:
         """
-        Return the keys that were pressed, once there are any, `wake` was called, or the time is over.
+        Wait for keys, `wake` or the timeout, and return the pressed keys.
 
         Raises:
-            HangupError: a signal asks for the end, or the terminal is gone.
+            HangupError: a signal ends the view, or the terminal is closed.
         """
         sources: list[Any] = [self._reader] if self._keyboard is None else [self._reader, self._keyboard]
         ready, _, _ = select.select(sources, [], [], ESCAPE_S if self._typed else timeout_s)
@@ -173,7 +173,7 @@ class Terminal:
         return found
 
     def draw(self, lines: Sequence[Text]) -> None:
-        """Show as many lines as there are rows. Raises `HangupError`: the terminal is gone."""
+        """Draw as many lines as the terminal has rows. Raises `HangupError`: the terminal is closed."""
         try:
             self._console.update_screen(Group(*lines))
         except OSError:
@@ -200,7 +200,7 @@ class Terminal:
         self._measure()
 
     def _stop(self) -> None:
-        """Give the terminal back, stop as any program would, and take it again when it is continued."""
+        """Restore the terminal, stop the process by SIGTSTP, and enter the full screen after SIGCONT."""
         self._leave()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)

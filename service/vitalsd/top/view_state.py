@@ -1,4 +1,4 @@
-"""What the live view knows, and what keys do to it. `vitalsd.top.render` draws it."""
+"""Hold the state of the live view, and change it by events and keys; `vitalsd.top.render` draws it."""
 
 from collections import deque
 from collections.abc import Callable
@@ -12,15 +12,17 @@ from vitalsd.top.events import Ended, FeedEvent, InitialHistory, Interrupted, No
 
 __all__ = ["SortKey", "View"]
 
-TREND = 240  # Samples kept for the sparklines; no terminal is much wider.
-BACKLOG = 3600  # Events kept while paused: an hour at one a second.
+TREND = 240
+"""Samples to keep for the sparklines; no terminal is much wider."""
+BACKLOG = 3600
+"""Events to keep during a pause: an hour with one event each second."""
 
 SortKey = Literal["cpu", "name", "tid"]
 
 
 @dataclass(slots=True)
 class View:
-    """All that is shown. `apply` takes an event of the feed, `press` a key."""
+    """Hold everything that the view shows; `apply` handles an event of the feed, `press` a key."""
 
     target: TargetInfo | None = None
     metrics: Measured | None = None
@@ -35,22 +37,22 @@ class View:
     reverse: bool = False
     filter: str = ""
     first: int = 0
-    """Row of the table that is shown first."""
+    """Index of the first row of the table to show."""
     helping: bool = False
     prompt: Literal["filter", "mark"] | None = None
     typed: str = ""
     message: str = ""
     backlog: deque[FeedEvent] | None = None
-    """What came while paused; ``None`` when not."""
+    """Events that arrived during the pause; ``None``: the view is not paused."""
     mark: Callable[[str], None] | None = None
-    """Called with the label of a new mark."""
+    """Function called with the label of a new mark."""
     rows: int = 1
-    """Rows of the table in sight; set by the renderer."""
+    """Number of visible rows of the table; set by the renderer."""
 
     # Events
 
     def apply(self, event: FeedEvent) -> None:
-        """Show an event, or keep it for later while paused."""
+        """Apply an event, or keep it while the view is paused."""
         if self.backlog is not None:
             if len(self.backlog) == self.backlog.maxlen:
                 self._take(self.backlog.popleft())
@@ -78,7 +80,7 @@ class View:
                 self.ended = event.reason
 
     def _forget(self) -> None:
-        """Clear what belongs to the process before."""
+        """Clear the data of the previous process."""
         self.cpu.clear()
         self.rss_kb.clear()
         self.trends.clear()
@@ -97,7 +99,7 @@ class View:
             self.trends[thread.tid] = trend
 
     def _remember(self, past: InitialHistory) -> None:
-        """Show the record in place of what was seen here, unless the record is shorter."""
+        """Replace the samples of this view by the recorded ones, unless the recording is shorter."""
         if len(past.cpu_percent) < len(self.cpu):
             return
         self.cpu.clear()
@@ -110,7 +112,7 @@ class View:
     # Keys
 
     def press(self, key: str) -> bool:
-        """Handle a key; return False if it ends the view."""
+        """Handle a key; return False if the key ends the view."""
         self.message = ""
         if self.helping:
             self.helping = False
@@ -181,7 +183,7 @@ class View:
     # The table
 
     def chosen(self) -> list[ThreadMetrics]:
-        """Return the threads that pass the filter, in the order asked for."""
+        """Return the threads that match the filter, in the selected order."""
         if self.metrics is None:
             return []
         wanted = self.filter.casefold()
