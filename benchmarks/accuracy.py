@@ -78,7 +78,7 @@ def percent_of(log: Log, begin_ns: int, end_ns: int) -> Truth:
 
 
 class Duty:
-    """A program with a thread that works in bursts, and its log. `address` is what it printed first, if it serves."""
+    """Run a program with a thread that works in bursts, and read its log; `address` is its first line, if it serves."""
 
     def __init__(self, command: Sequence[str], state: str, *, serves: bool) -> None:
         self.process = subprocess.Popen(
@@ -109,6 +109,7 @@ class Duty:
 
 
 def environment(state: str) -> dict[str, str]:
+    """Return the environment of a sidecar with its state in `state`."""
     return {"PATH": "/usr/bin:/bin", "HOME": state, "VITALSD_STATE_DIR": state, "VITALSD_RUNTIME_DIR": state}
 
 
@@ -170,10 +171,12 @@ class Errors:
     """Answers left out."""
 
     def of_known(self, count: int) -> float:
+        """Return `count` as a fraction of the known answers."""
         return round(count / max(1, len(self.ours)), 3)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
+    """Return mean and 99th percentile of the absolute values."""
     ordered = sorted(map(abs, values))
     return {"mean": round(statistics.mean(ordered), 3), "p99": round(ordered[(len(ordered) - 1) * 99 // 100], 3)}
 
@@ -225,6 +228,7 @@ def errors(
 
 
 def of_another_process(window_ms: int, rounds: int) -> dict[str, object]:
+    """Return the line for a thread of another process."""
     found = errors(alongside, window_ms, rounds)
     ours, ticks = summary(found.ours), summary(found.ticks)
     return {
@@ -240,6 +244,7 @@ def of_another_process(window_ms: int, rounds: int) -> dict[str, object]:
 
 
 def of_the_own_process(window_ms: int, rounds: int) -> dict[str, object]:
+    """Return the line for a thread of the sidecar's process."""
     found = errors(inside, window_ms, rounds, KNOWN_POINTS)
     covered = found.of_known(found.covered)
     return {
@@ -251,6 +256,7 @@ def of_the_own_process(window_ms: int, rounds: int) -> dict[str, object]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, nargs="+", default=[50, 250, 1000])
     parser.add_argument("--rounds", type=int, default=60)

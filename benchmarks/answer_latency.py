@@ -48,12 +48,14 @@ def by_hand(process: psutil.Process, window_ms: int) -> bytes:
 
 
 def late_ms(ask: Callable[[], object], window_ms: int) -> float:
+    """Return the latency of one answer beyond its window, ms."""
     begun = time.perf_counter()
     ask()
     return (time.perf_counter() - begun) * 1000 - window_ms
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=50)
     parser.add_argument("--window-ms", type=int, default=100)

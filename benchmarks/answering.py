@@ -66,7 +66,7 @@ def cpu_ns(pid: int) -> int:
 
 
 class Client:
-    """A client with one kept-alive connection that takes little CPU itself."""
+    """Send requests over one persistent connection, with little CPU of its own."""
 
     def __init__(self, port: int) -> None:
         self._host = f"127.0.0.1:{port}"
@@ -87,6 +87,7 @@ class Client:
         return body
 
     def close(self) -> None:
+        """Close the connection."""
         self._socket.close()
 
     def _received(self) -> bytes:
@@ -122,6 +123,7 @@ def peer_us(lookups: int) -> float:
 
 
 def free_port() -> int:
+    """Return a TCP port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -155,6 +157,7 @@ async def together(port: int, callers: int, window_ms: int, seconds: float) -> t
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,5 +1,5 @@
 """
-One Python contender of `sampling.py`: for each line on stdin a snapshot of PID, and the CPU time it took, ns.
+Run one Python contender of `sampling.py`: for each line on stdin take a snapshot of PID, and print its CPU time, ns.
 
     python benchmarks/contender.py full|full_with_names|product|psutil PID
 """
@@ -27,7 +27,7 @@ def full(pid: int) -> Callable[[], object]:
     assert times is not None
 
     def snapshot() -> object:
-        times._exited_ns = None  # without it nothing can be proved
+        times._exited_ns = None  # without it the source cannot skip threads
         return source.snapshot(names=False)
 
     return snapshot
@@ -66,6 +66,7 @@ def with_psutil(pid: int) -> Callable[[], object]:
 
 
 def main() -> None:
+    """Run the command line."""
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

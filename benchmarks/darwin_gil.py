@@ -27,6 +27,7 @@ from vitalsd.sources.darwin.mach_source import MachSource
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=200)

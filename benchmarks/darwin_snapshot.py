@@ -36,6 +36,7 @@ from vitalsd.sources.darwin.mach_source import MachSource
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=200)
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def by_hand(path: str) -> dict[int, tuple[str, int, int]]:
-    """Name, CPU time in ns and state of each thread of this process, by id."""
+    """Return name, CPU time in ns and state of each thread of this process, by id."""
     library = ctypes.PyDLL(path)
     task = ctypes.c_uint32.in_dll(library, "mach_task_self_")
     ports = ctypes.POINTER(ctypes.c_uint32)()
@@ -69,6 +70,7 @@ def by_hand(path: str) -> dict[int, tuple[str, int, int]]:
 
 
 def measure(simulator: Simulator, threads: int, rounds: int) -> dict[str, float]:
+    """Return the costs of a snapshot as multiples of a bare call, from the best rounds."""
     source = MachSource(lib=simulator.lib)
     simulator.hide_real_threads()
     for i in range(threads):

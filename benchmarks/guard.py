@@ -62,6 +62,7 @@ def worse(recorded: Mapping[str, Any], now: Mapping[str, Any], slack: float) -> 
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--slack", type=float, default=1.6, help="factor by which a ratio may be worse (default: %(default)s)"

@@ -1,5 +1,5 @@
 """
-Measure what a program with a user interface feels: how long calls block, the longest gap of its event loop, its exit.
+Measure the delay of a program with a user interface: how long calls block, the gaps of its event loop, its exit.
 
     python benchmarks/gui.py [--rounds 20] [--call mark]
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from spread import spread
 
 SETUP = {"fetch": "vitalsd.spawn(port=0)", "report": "vitalsd.spawn(port=0)", "mark": "vitalsd.spawn(port=0)"}
-"""Statements that run in the loop before a call, unmeasured."""
+"""Statements that run in the loop before a call and are not measured."""
 CALLS: Mapping[str, str] = {
     "nothing": "None",
     "start": "vitalsd.start(port=0)",
@@ -111,6 +111,7 @@ def stop_sidecars(runtime: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(

@@ -81,6 +81,7 @@ WAYS: Mapping[str, Callable[[Iterator[Snapshot]], object]] = {"product": product
 
 
 def rss_bytes() -> int:
+    """Return the resident memory of this process, bytes (Linux: /proc/self/statm)."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -95,6 +96,7 @@ def grown_mib(way: str, threads: int, count: int, share: float) -> float:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1000)
     parser.add_argument("--snapshots", type=int, default=900)

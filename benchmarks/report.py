@@ -23,12 +23,14 @@ WINDOW_MS = 2000
 
 
 def took_ms(call: Callable[[], object]) -> float:
+    """Return the time of a call, ms."""
     begun = time.perf_counter()
     call()
     return (time.perf_counter() - begun) * 1000
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=20)
@@ -55,6 +57,8 @@ def main() -> None:
 
 
 def run(scratch: Path, threads: int, rounds: int) -> None:
+    """Measure in a process of `threads` threads, and print the result."""
+
     def report() -> None:
         made = BugReport("ryll", window_ms=WINDOW_MS)
         path = made.save(scratch)

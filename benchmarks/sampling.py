@@ -31,6 +31,7 @@ REST_S, COLD, WARM = 0.1, 4, 6
 
 
 def compiler() -> list[str]:
+    """Return the command of the C compiler: cc, else that of the ziglang package."""
     return ["cc"] if shutil.which("cc") else [sys.executable, "-m", "ziglang", "cc"]
 
 
@@ -55,7 +56,7 @@ def build_library(directory: Path, name: str) -> Path:
 
 
 class Contender:
-    """A program that takes a snapshot on request."""
+    """Run a program that takes a snapshot on request, and keep the CPU times."""
 
     def __init__(self, command: list[str]) -> None:
         cpu = max(os.sched_getaffinity(0))  # type: ignore[attr-defined, unused-ignore]
@@ -92,6 +93,7 @@ class Contender:
         return statistics.median(statistics.median(own) / statistics.median(others) for own, others in rounds)
 
     def close(self) -> None:
+        """End the program."""
         self.process.communicate()
 
 
@@ -150,6 +152,7 @@ def compare(
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--busy", type=int, default=4)

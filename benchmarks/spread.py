@@ -1,4 +1,4 @@
-"""Spread of the rounds of one run."""
+"""Compute the spread of the rounds of one run."""
 
 import statistics
 from collections.abc import Sequence

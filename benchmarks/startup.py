@@ -31,6 +31,7 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), http="h11", loop="asyn
 
 
 def free_port() -> int:
+    """Return a TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -61,6 +62,7 @@ def first_answer(command: list[str], port: int, state: str) -> tuple[float, int]
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
     rounds = parser.parse_args().rounds

@@ -30,7 +30,7 @@ Results = Mapping[str, Sequence[Row]]
 
 
 class Figure(NamedTuple):
-    """A figure of a table: its label with the unit, its dotted name in the JSON, and the name of its spread."""
+    """Describe a figure of a table: its label with unit, its dotted name in the JSON, and the name of its spread."""
 
     label: str
     name: str
@@ -39,7 +39,7 @@ class Figure(NamedTuple):
 
 class Table(NamedTuple):
     """
-    A table of the runs that have all of its figures.
+    Describe a table of the runs that have all of its figures.
 
     Args:
         run: format string for the label of a run; its fields are settings of the run.
@@ -53,7 +53,7 @@ class Table(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A limit for a figure of the runs with these settings; `direction` is `<=` or `>=`."""
+    """Set a limit for a figure of the runs with these settings; `direction` is `<=` or `>=`."""
 
     label: str
     run: Row
@@ -63,7 +63,7 @@ class Goal(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A section of the page: its program, and what a reader must know to understand the figures."""
+    """Describe a section of the page: its program, and the text that explains the figures."""
 
     program: str
     quick: Sequence[str]
@@ -427,7 +427,7 @@ SUMMARY: Sequence[tuple[str, str, Row, str, str]] = (
     ("Resident memory of a sidecar", STARTUP, {}, "rss_mib", "MiB"),
     ("Start of a sidecar to its first answer", STARTUP, {}, "first_answer_ms", "ms"),
 )
-"""What a reader wants first: label, section, settings of the run, figure, unit."""
+"""Most important figures: label, section, settings of the run, figure, unit."""
 
 COSTS: Sequence[tuple[str, str, Row, str, str]] = (
     ("1000 threads that all run, cold: recorder ÷ C program", SAMPLING, WORST, "cold.product_to_floor", ""),
@@ -440,7 +440,7 @@ COSTS: Sequence[tuple[str, str, Row, str, str]] = (
     ("Resident memory: a Python process with a web framework", STARTUP, {}, "rss_mib", "MiB"),
     ("First answer", STARTUP, {}, "first_answer_ms", "ms"),
 )
-"""What another program does better, or a user may wish cheaper: as in `SUMMARY`."""
+"""Figures of which another program has better ones, or that a user may want lower: fields as in `SUMMARY`."""
 
 
 WHERE = {"thread": "on a thread", "loop": "in the event loop"}

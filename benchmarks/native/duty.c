@@ -1,8 +1,8 @@
 /* duty BURST_US PERIOD_US: one thread burns in bursts and writes down its CPU clock at their edges only.
  *
- * Inside a burst it counts and asks no clock: reading a thread's CPU clock brings the kernel's own account
- * of it up to date, and whoever samples from outside would find it fresher than that of an ordinary
- * program. How far to count is corrected after each burst, for a core is not always as fast.
+ * Inside a burst it counts and reads no clock: to read a thread's CPU clock updates the kernel's account of it,
+ * so a sampler outside would find a newer account than that of an ordinary program. The length of the count is
+ * corrected after each burst, because the speed of a core changes.
  * Prints its tid; for each line on stdin, the edges since the last one: monotonic ns, CPU ns. */
 #define _GNU_SOURCE
 #include <pthread.h>

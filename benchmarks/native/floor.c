@@ -1,7 +1,7 @@
 /* floor PID [MS]: the least that a snapshot of all threads costs on Linux without privileges.
  *
  * Descriptors of every thread's schedstat are opened once; a snapshot is one fstat of task/ to see that
- * nobody came or went, one pread per thread, and the process's stat and statm. For each line on stdin it
+ * no thread was created or ended, one pread per thread, and the process's stat and statm. For each line on stdin it
  * takes one and prints the CPU time it took, ns; with MS it takes one every MS milliseconds until it is killed. */
 #define _GNU_SOURCE
 #include <dirent.h>

@@ -1,4 +1,4 @@
-//! naive PID: the sampler one writes first: per thread its stat and its comm as strings, by tid in a map.
+//! naive PID: a straightforward sampler: per thread its stat and its comm as strings, by tid in a map.
 //! For each line on stdin it takes a snapshot and prints the CPU time it took, ns.
 
 use std::collections::HashMap;

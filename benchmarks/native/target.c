@@ -1,5 +1,5 @@
 /* target THREADS BUSY BURN_US PERIOD_US: THREADS named threads, of which BUSY burn BURN_US of CPU every
- * PERIOD_US and the others sleep for ever. Prints its pid when all are there. */
+ * PERIOD_US and the others sleep without end. Prints its pid when all are there. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdio.h>
