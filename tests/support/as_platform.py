@@ -1,5 +1,5 @@
 """
-``vitalsd`` over another kernel, and with a defect planted in what is read from it.
+Run ``vitalsd`` over another kernel, with a defect in the snapshots.
 
     python tests/support/as_platform.py PLATFORM DEFECT COMMAND ...
 
@@ -26,16 +26,19 @@ from vitalsd.sources.programs import ProgramOf, no_program
 __all__ = ["DEFECTS", "KERNELS", "UNTOLD", "leaking", "planted", "program"]
 
 UNSCALED = 24_000_000, 1_000_000_000
-"""Ticks of Apple silicon taken for nanoseconds."""
+"""Ticks and ns of one second on Apple silicon: the factor of an error that takes ticks for ns."""
 LOST = ("burn-30", "young-1")
+"""Names of the threads that the defect `thread` leaves out."""
 UNTOLD = "untold"
-"""In place of a defect: a kernel that does not tell how a process ended."""
+"""Value for the defect: a kernel that does not report how a process ended."""
 
 KERNELS = ["native", "simulated"] if sys.platform == "linux" else ["native"]
-"""What a test can run over: the running kernel, and macOS' as it is simulated over Linux."""
+"""Kernels for a test: the running one, and on Linux the simulated one of macOS."""
 
 
 def ticks(snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot with times in ticks instead of ns."""
+
     def unscaled(ns: int | None) -> Any:
         return None if ns is None else ns * UNSCALED[0] // UNSCALED[1]
 
@@ -49,14 +52,17 @@ def ticks(snapshot: Snapshot) -> Snapshot:
 
 
 def terminated(snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot with only the CPU time of the exited threads."""
     return replace(snapshot, cpu_ns=max(0, snapshot.exited_cpu_ns[0]))
 
 
 def rss(snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot with resident memory in KiB instead of bytes."""
     return replace(snapshot, rss_bytes=snapshot.rss_bytes // 1024)
 
 
 def thread(snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot without the threads of `LOST`."""
     listed = snapshot.roster
     kept = [i for i, name in enumerate(listed.names) if name not in LOST]
 
@@ -72,6 +78,7 @@ def thread(snapshot: Snapshot) -> Snapshot:
 
 
 def descriptor(snapshot: Snapshot) -> Snapshot:
+    """Leak a descriptor, and return the snapshot."""
     os.dup(2)
     return snapshot
 
@@ -87,7 +94,7 @@ DEFECTS: dict[str, Callable[[Snapshot], Snapshot]] = {
 
 @dataclass
 class Spoilt:
-    """A source whose snapshots have a defect."""
+    """Read snapshots from a source, and add a defect."""
 
     source: Source
     defect: Callable[[Snapshot], Snapshot]
@@ -107,7 +114,7 @@ class Spoilt:
 
 @dataclass
 class Untold:
-    """A source on Linux before 6.15, which shows the exit status of a process to its parent alone."""
+    """Read from a source as on Linux before 6.15, which shows the exit status of a process only to its parent."""
 
     source: Source
 
@@ -135,17 +142,17 @@ def _open_spoilt(
 
 
 def planted(platform: Platform, defect: str) -> Platform:
-    """The same with a defect of `DEFECTS`."""
+    """Return the platform with a defect of `DEFECTS`."""
     return platform._replace(open_source=partial(_open_spoilt, platform, defect))
 
 
 def program(library: Path | str, defect: str = "none") -> tuple[str, ...]:
-    """How to run ``vitalsd`` as on macOS."""
+    """Return the command that runs ``vitalsd`` over the simulated libSystem."""
     return (sys.executable, "-P", os.path.abspath(__file__), str(library), defect)
 
 
 def leaking(lib: LibSystem) -> LibSystem:
-    """A library that forgets one release in ten."""
+    """Return the library with a defect: it omits one release of ten."""
     release, calls = lib.mach._release, [0]
 
     def forgetful(task: int, port: int) -> int:
@@ -157,6 +164,7 @@ def leaking(lib: LibSystem) -> LibSystem:
 
 
 def run() -> None:
+    """Run the command line."""
     where, defect, *arguments = sys.argv[1:]
     platform = this_platform() if where == "linux" else platforms.macos(where)
     platform = platform._replace(command=(sys.executable, "-P", os.path.abspath(__file__), where, defect))

@@ -1,5 +1,5 @@
 """
-A real headless Chromium, driven over its DevTools pipe: no driver program, no port, no library.
+Drive a real headless Chromium over its DevTools pipe: without a driver program, a port or a library.
 
 Commands and events are JSON, each ended by NUL, on descriptors 3 and 4 of the browser.
 """
@@ -43,7 +43,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends are not 3 or 4 already."""
+    """Return a pipe with descriptors other than 3 and 4."""
     ends = os.pipe()
     high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
     for end in ends:
@@ -53,9 +53,9 @@ def _pipe() -> tuple[int, int]:
 
 class Browser:
     """
-    One page of one browser with a fresh profile; ended with the context.
+    Open one page of a browser with a new profile; a context manager that ends it.
 
-    `complaints` holds what the page logged as an error, threw, or was refused by its policy.
+    `complaints` holds the logged errors, exceptions and violations of the content security policy of the page.
     """
 
     def __init__(self, *flags: str, width: int = 1280, height: int = 900, dark: bool = False, scale: float = 1) -> None:
@@ -91,11 +91,13 @@ class Browser:
         self.emulate(dark=dark)
 
     def __enter__(self) -> "Browser":
+        """Return the open browser."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """End the browser and remove its profile."""
         self._process.kill()
         self._process.wait()
         os.close(self._down)
@@ -103,7 +105,7 @@ class Browser:
         self._profile.cleanup()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One DevTools command, and its result."""
+        """Send one DevTools command and return its result."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -119,7 +121,7 @@ class Browser:
                 return result
 
     def listen(self, seconds: float) -> None:
-        """Let the page live for so long and hear what it complains about."""
+        """Receive events of the page for so long, and collect its complaints."""
         deadline = time.monotonic() + seconds
         while self._receive(deadline) is not None:
             pass
@@ -153,7 +155,7 @@ class Browser:
             self.requested.append(said["request"]["url"])
 
     def open(self, url: str) -> None:
-        """Go there; back when the page and its script have been loaded."""
+        """Open a URL; return when the page and its script are loaded."""
         before = self._loads
         self.call("Page.navigate", url=url)
         deadline = time.monotonic() + 30
@@ -161,13 +163,13 @@ class Browser:
             assert self._receive(deadline) is not None, f"{url} was not loaded"
 
     def resize(self, width: int, height: int, scale: float = 1) -> None:
-        """The size of the viewport in CSS pixels."""
+        """Set the size of the viewport, CSS pixels."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
         )
 
     def emulate(self, *, dark: bool = False, still: bool = False) -> None:
-        """What the user prefers: a dark page, less motion."""
+        """Emulate the preferences of the user: a dark page, reduced motion."""
         self.call(
             "Emulation.setEmulatedMedia",
             features=[
@@ -177,13 +179,13 @@ class Browser:
         )
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression in the page; a promise is awaited."""
+        """Return the value of a JavaScript expression in the page; a promise is awaited."""
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
     def eventually(self, script: str, accept: Callable[[Any], bool] = bool, seconds: float = 15) -> Any:
-        """The first value of `script` that will do."""
+        """Return the first value of `script` that `accept` accepts; an assertion fails if none comes in time."""
         deadline = time.monotonic() + seconds
         while not accept(value := self.run(script)):
             assert time.monotonic() < deadline, f"{script} was still {value!r} after {seconds} s"
@@ -191,7 +193,7 @@ class Browser:
         return value
 
     def click(self, selector: str) -> None:
-        """A real click in the middle of an element."""
+        """Click in the middle of an element."""
         self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
         box = self.run(
             f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
@@ -201,13 +203,15 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
     def hover(self, x: float, y: float) -> None:
+        """Move the mouse to a position, CSS pixels."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def type(self, text: str) -> None:
+        """Type text into the focused element."""
         self.call("Input.insertText", text=text)
 
     def press(self, key: str) -> None:
-        """A key as on a keyboard: a character, or a name as in `KeyboardEvent.key`."""
+        """Press a key: a character, or a name as in `KeyboardEvent.key`."""
         codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Tab": 9, " ": 32}
         text = "\r" if key == "Enter" else key if len(key) == 1 else ""
         code = codes.get(key, ord(key.upper()) if len(key) == 1 else 0)
@@ -215,11 +219,11 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def script_seconds(self) -> float:
-        """Time spent in the page's script so far."""
+        """Return the time spent in the page's script, s."""
         metrics = {each["name"]: each["value"] for each in self.call("Performance.getMetrics")["metrics"]}
         return float(metrics["ScriptDuration"])
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """A PNG of the viewport, or of the whole page."""
+        """Write a PNG of the viewport, or of the whole page."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))

@@ -1,4 +1,4 @@
-"""Runs as a hostile program may make them: pages that SQLite follows without end, and files that it would apply."""
+"""Make files of runs as a hostile program may: pages that SQLite follows without end, and files that it would apply."""
 
 import os
 import sqlite3
@@ -21,6 +21,7 @@ def root_of(path: Path, table: str) -> int:
 
 
 def varint(number: int) -> bytes:
+    """Return a number in the variable-length form of SQLite."""
     digits = [number & 127]
     while number := number >> 7:
         digits.insert(0, 128 | number & 127)
@@ -28,7 +29,7 @@ def varint(number: int) -> bytes:
 
 
 def page_of(kind: int, cells: list[bytes], rightmost: int | None = None) -> bytes:
-    """A page of a table: leaf (13) or interior (5); fileformat2.html of SQLite, section 1.6."""
+    """Return a page of a table: leaf (13) or interior (5); fileformat2.html of SQLite, section 1.6."""
     page, end = bytearray(PAGE), PAGE
     begin = 8 if rightmost is None else 12
     for number, cell in enumerate(cells):
@@ -89,7 +90,7 @@ def plant_journal(path: Path, victim: str) -> Path:
 
 
 def state_of(directory: Path) -> dict[str, tuple[object, ...]]:
-    """Every file below a directory: mode, times, and content of a regular one."""
+    """Return every file below a directory: mode, times, and content of a regular one."""
     found: dict[str, tuple[object, ...]] = {}
     for path in sorted(directory.rglob("*")):
         status = os.lstat(path)

@@ -1,4 +1,4 @@
-"""The edge of the service from outside: any ASGI application behind the real server, and bytes as they are sent."""
+"""Test the HTTP server from outside: any ASGI application behind the real server, and raw bytes as requests."""
 
 import asyncio
 import http.client
@@ -26,13 +26,14 @@ __all__ = ["Counted", "Edge", "Reply", "dial", "exchange", "get", "whole_app"]
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as it came; `status` 0 is a connection that was closed without one."""
+    """Hold an answer; `status` 0 is a connection that was closed without one."""
 
     status: int
     headers: list[tuple[str, str]]
     body: bytes
 
     def header(self, name: str) -> str | None:
+        """Return the value of a header, None if it is missing."""
         return next((value for each, value in self.headers if each.lower() == name), None)
 
 
@@ -40,7 +41,7 @@ NOTHING = Reply(0, [], b"")
 
 
 def dial(where: str, timeout: float = 20) -> socket.socket:
-    """A connection to a URL, or to the path of a Unix socket."""
+    """Return a connection to a URL, or to the path of a Unix socket."""
     if not where.startswith("http://"):
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(timeout)
@@ -51,7 +52,7 @@ def dial(where: str, timeout: float = 20) -> socket.socket:
 
 
 def exchange(where: str, content: bytes, method: str = "GET") -> Reply:
-    """Send these very bytes on a new connection and read one answer."""
+    """Send exactly these bytes on a new connection, and read one answer."""
     with dial(where) as connection:
         try:
             connection.sendall(content)
@@ -61,6 +62,7 @@ def exchange(where: str, content: bytes, method: str = "GET") -> Reply:
 
 
 def read_reply(connection: socket.socket, method: str = "GET") -> Reply:
+    """Read one answer from a connection."""
     answer = http.client.HTTPResponse(connection, method=method)
     try:
         answer.begin()
@@ -72,32 +74,33 @@ def read_reply(connection: socket.socket, method: str = "GET") -> Reply:
 
 
 def get(where: str, path: str = "/healthz", *headers: str, host: str | None = None, method: str = "GET") -> Reply:
-    """One request with the right Host, unless it is given, and these lines of head."""
+    """Send a request with these header lines, and the right Host unless `host` is given."""
     right = where.removeprefix("http://") if where.startswith("http://") else "localhost"
     lines = [f"{method} {path} HTTP/1.1", f"Host: {right if host is None else host}", *headers, "Connection: close"]
     return exchange(where, "\r\n".join([*lines, "", ""]).encode("latin-1"), method)
 
 
 class Counted:
-    """An application that counts the requests which get as far as it."""
+    """Wrap an application, and count the requests that reach it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self.reached: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count the request, and pass it to the application."""
         if scope["type"] == "http":
             self.reached.append(f"{scope['method']} {scope['path']}")
         await self._app(scope, receive, send)
 
 
 def whole_app(*, stream_s: float = STREAM_S) -> ASGIApp:
-    """The application of ``vitalsd serve`` over this process, which records nothing."""
+    """Return the application of ``vitalsd serve`` over this process, without a recorder."""
     return create_app(Targets(Sampler(open_source), open_source), list_processes, stream_s=stream_s)
 
 
 class Edge:
-    """`app` behind the real listeners and server, on a thread; ended with the context."""
+    """Serve `app` with the real listeners and server on a thread; a context manager that ends it."""
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class Edge:
 
     @property
     def answered(self) -> int:
-        """Requests that were answered or refused, by whatever part of it."""
+        """Return the number of requests that were answered or refused."""
         assert self._sidecar._server is not None
         return self._sidecar._server.server_state.total_requests
 
@@ -136,11 +139,13 @@ class Edge:
             self._started.set_exception(error)
 
     def __enter__(self) -> "Edge":
+        """Return the running server."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Stop the server and join its thread."""
         self._loop.call_soon_threadsafe(self._sidecar.stop)
         self._thread.join(10)
         assert not self._thread.is_alive()

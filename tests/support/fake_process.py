@@ -1,7 +1,7 @@
 """
-A process that exists only here: advanced by hand or by hypothesis, and read by a source without a kernel.
+Simulate a process that a test or hypothesis advances, and that a source reads without a kernel.
 
-`support.snapshots` builds snapshots whose counters have nothing to do with each other.
+`support.snapshots` builds snapshots with counters that are unrelated to each other.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ IDENTITY = Identity(
 
 @dataclass
 class Process:
-    """Advance it, then take its snapshot; also a `support.workload.Workload`. Time passes in calls alone."""
+    """Simulate a process: advance it, then take its snapshot. Only calls pass time. A `support.workload.Workload`."""
 
     threads: dict[tuple[int, int], tuple[str, int]] = field(default_factory=lambda: {(1, 1): ("main", 0)})
     """(tid, birth) -> (name, CPU ns)"""
     monotonic_ns: int = 100 * SECOND_NS
     asleep_ns: int = 0
     set_ns: int = 0
-    """By which the wall clock was set."""
+    """Sum of the steps of the wall clock, ns."""
     exited_ns: int = 0
     rss_bytes: int = 1 << 20
     image: int = 1
@@ -43,11 +43,11 @@ class Process:
     gone: bool = False
     pid: int = IDENTITY.pid
     newest_tid: int = 0
-    """Ids are not given again."""
+    """Highest thread id; ids are not reused."""
     _roster: ThreadRoster = field(default_factory=ThreadRoster)
 
     def pass_time(self, elapsed_ns: int, burnt_ns: Sequence[int] = ()) -> None:
-        """Let time pass in which the threads, in order, burn so much."""
+        """Let time pass, in which the threads, in order, use `burnt_ns` of CPU time."""
         self.monotonic_ns += elapsed_ns
         for (key, (name, cpu_ns)), ns in zip(list(sorted(self.threads.items())), burnt_ns, strict=False):
             self.threads[key] = name, cpu_ns + ns
@@ -60,11 +60,12 @@ class Process:
         return self.newest_tid
 
     def rename_thread(self, tid: int, name: str) -> None:
+        """Rename a thread."""
         key = self._key(tid)
         self.threads[key] = name, self.threads[key][1]
 
     def burn(self, tid: int, cpu_ns: int) -> int:
-        """Let a thread use so much CPU time, which takes as long."""
+        """Let a thread use CPU time, which takes the same elapsed time; return it."""
         self.pass_time(cpu_ns)
         key = self._key(tid)
         name, used_ns = self.threads[key]
@@ -76,17 +77,18 @@ class Process:
         self.exited_ns += self.threads.pop(self._key(tid) if birth is None else (tid, birth))[1]
 
     def kill(self) -> None:
+        """End the process."""
         self.gone = True
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no resource is open."""
 
     def _key(self, tid: int) -> tuple[int, int]:
         (key,) = (key for key in self.threads if key[0] == tid)
         return key
 
     def snapshot(self, *, extras: bool = False) -> Snapshot:
-        """Return what a source would: the same roster while nothing of it changes."""
+        """Return a snapshot as a source does: with the same roster as long as no thread or name changes."""
         rows = sorted(self.threads.items())
         self._roster = ThreadRoster(
             tuple(tid for (tid, _), _ in rows),
@@ -125,7 +127,7 @@ class Process:
 
 
 class FakeSource:
-    """See `vitalsd.sources.base.Source`: reads a `Process`, which takes `step_ns`."""
+    """Read a `Process` as a `vitalsd.sources.base.Source`; each read takes `step_ns`."""
 
     def __init__(self, process: Process, step_ns: int = 1000) -> None:
         self.process, self._step_ns = process, step_ns
@@ -133,15 +135,19 @@ class FakeSource:
         self.restarts = 0
 
     def identity(self) -> Identity:
+        """Return `IDENTITY`."""
         return IDENTITY
 
     def restart(self) -> None:
+        """Count the restarts."""
         self.restarts += 1
 
     def close(self) -> None:
+        """Record that the source is closed."""
         self.closed = True
 
     def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        """Return the snapshot of the process. Raises `TargetGoneError`."""
         if self.closed:
             raise ValueError("the source is closed")
         if self.process.gone:
@@ -155,7 +161,7 @@ NAMES = st.text(max_size=8)
 
 @st.composite
 def lives(draw: st.DrawFn, *, max_steps: int = 80) -> list[Snapshot]:
-    """A process's snapshots, one to many, while threads burn, idle, are born, renamed and exit."""
+    """Draw the snapshots of a process, at least one, while threads use CPU, idle, start, are renamed and exit."""
     process = Process()
     found = [process.snapshot()]
     for step in range(draw(st.integers(0, max_steps))):
@@ -182,7 +188,7 @@ def lives(draw: st.DrawFn, *, max_steps: int = 80) -> list[Snapshot]:
 
 
 def same(a: Snapshot, b: Snapshot) -> bool:
-    """Whether two snapshots say the same, leaving out what is not recorded."""
+    """Return whether two snapshots are equal in everything that is recorded."""
 
     def values(s: Snapshot) -> tuple[object, ...]:
         return (

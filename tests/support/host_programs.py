@@ -1,4 +1,4 @@
-"""Programs that use vitalsd in ways of their own: each runs in a process of its own and prints what it found."""
+"""Run programs that use vitalsd in unusual ways, each in a process of its own that prints its findings."""
 
 import json
 import os
@@ -48,10 +48,12 @@ def run_host(
     Run a program to its end; it can import the modules of the tests.
 
     Args:
-        env: its environment; ``PYTHONPATH`` is added to.
-        directory: its working directory, where the program itself is written to.
+        code: source of the program.
+        env: its environment; ``PYTHONPATH`` is extended.
+        directory: its working directory, to which the program is written.
         python: command of the interpreter.
-        succeeds: an assertion fails if its status is not 0.
+        succeeds: an assertion fails if its exit status is not 0.
+        timeout_s: time limit, s.
     """
     program = directory / "host.py"
     program.write_text(textwrap.dedent(code))

@@ -2,11 +2,11 @@
 Act as another user of this machine: one attempt per line of JSON, one line back. Started by root.
 
 ``{"dial": URL or path, "send": text}`` · ``{"read": path}`` · ``{"list": path}`` · ``{"squat": port}``, which
-answers twice: once it listens, and with what it was sent · ``{"leave": URL, "send": text, "reset": bool, "times": N}``,
+answers twice: when it listens, and with what it received · ``{"leave": URL, "send": text, "reset": bool, "times": N}``,
 which sends and closes without reading · ``{"flood": URL, "requests": [texts], "seconds": S}``, which sends each request
 again and again on a connection of its own and answers with the number of answers by status.
 
-``intruder.py [UID]``: the user id, by default that of nobody.
+``intruder.py [UID]``: the user id, by default 65534.
 """
 
 import encodings.idna  # noqa: F401 - what is loaded late could not be read any more
@@ -21,10 +21,11 @@ import time
 from collections import Counter
 from typing import Any
 
-NOBODY = 65534
+NOBODY_UID = 65534
 
 
 def attempt(what: dict[str, Any]) -> Any:
+    """Make one attempt, and return the JSON of its result."""
     try:
         if "dial" in what:
             return dial(what["dial"], what["send"])
@@ -43,6 +44,7 @@ def attempt(what: dict[str, Any]) -> Any:
 
 
 def dial(where: str, content: str) -> str:
+    """Send text to a URL or a Unix socket, and return the answer."""
     if where.startswith("http://"):
         host, port = where.removeprefix("http://").split(":")
         connection = socket.create_connection((host, int(port)), 10)
@@ -60,11 +62,13 @@ def dial(where: str, content: str) -> str:
 
 
 def connect(url: str) -> socket.socket:
+    """Return a connection to a URL."""
     host, port = url.removeprefix("http://").rsplit(":", 1)
     return socket.create_connection((host.strip("[]"), int(port)), 10)
 
 
 def leave(url: str, content: str, reset: bool, times: int) -> str:
+    """Send a request and close or reset without reading, `times` times."""
     for _ in range(times):
         connection = connect(url)
         if reset:
@@ -75,7 +79,7 @@ def leave(url: str, content: str, reset: bool, times: int) -> str:
 
 
 def flood(url: str, requests: list[str], seconds: float) -> dict[str, int]:
-    """Each request is complete and keeps its connection; one that the sidecar closes is opened again."""
+    """Send each request repeatedly on a connection, which is opened again if the sidecar closes it; count by status."""
     statuses: Counter[str] = Counter()
     end = time.monotonic() + seconds
 
@@ -102,7 +106,7 @@ def flood(url: str, requests: list[str], seconds: float) -> dict[str, int]:
 
 
 def squat(port: int) -> str:
-    """Everything that whoever comes within 3 s sends; they are told that all is well."""
+    """Listen on a port for 3 s, answer 200 to every client, and return everything that they sent."""
     received = b""
     with socket.create_server(("127.0.0.1", port)) as listener:
         print(json.dumps("listening"), flush=True)
@@ -124,7 +128,7 @@ def squat(port: int) -> str:
 
 
 if __name__ == "__main__":
-    user = int(sys.argv[1]) if len(sys.argv) > 1 else NOBODY
+    user = int(sys.argv[1]) if len(sys.argv) > 1 else NOBODY_UID
     os.setgroups([])
     os.setgid(user)
     os.setuid(user)

@@ -1,5 +1,5 @@
 """
-``launchctl`` and the launchd behind it, as far as one agent needs them, for Linux.
+Emulate ``launchctl`` and launchd on Linux, as far as one agent needs them.
 
     python launchd_stub.py STATE VERB ...
 
@@ -22,7 +22,7 @@ UNKNOWN_SERVICE, ALREADY_LOADED, ENDING, NO_SUCH_PROCESS = 113, 5, 36, 3
 
 
 def listener(description: dict[str, Any]) -> socket.socket:
-    """Listen as a dictionary under Sockets says."""
+    """Return a listener for a dictionary under Sockets."""
     if "SockPathName" in description:
         made = socket.socket(socket.AF_UNIX)
         Path(description["SockPathName"]).unlink(missing_ok=True)
@@ -90,7 +90,7 @@ def supervise(state: Path, plist: Path) -> None:
 
 
 def main(state: Path, verb: str, *arguments: str) -> int:
-    """Do as launchctl; return its exit status."""
+    """Run a verb of launchctl and return its exit status."""
     running = state / "supervisor"
     loaded = running.exists()
     if verb == "print":

@@ -1,4 +1,4 @@
-"""Servers that do what no server should, on real sockets."""
+"""Run servers that misbehave, on real sockets."""
 
 import json
 import re
@@ -13,11 +13,11 @@ from types import TracebackType
 __all__ = ["FAULTS", "METRICS", "Behaviour", "Misbehaving", "answer", "drips", "floods", "hangs", "resets", "says"]
 
 Behaviour = Callable[[socket.socket, threading.Event], None]
-"""Given a connection whose request has come, and an event that ends the server."""
+"""Function called with a connection, after its request has arrived, and with an event that ends the server."""
 
 
 def answer(body: bytes, *, status: str = "200 OK", kind: str = "application/json", extra: str = "") -> bytes:
-    """A well-formed answer."""
+    """Return a well-formed answer."""
     head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
     return head.encode() + body
 
@@ -33,12 +33,12 @@ METRICS = json.dumps(
 
 
 def says(data: bytes) -> Behaviour:
-    """Sends `data` and closes."""
+    """Return a behaviour: send `data` and close."""
     return lambda connection, _: connection.sendall(data)
 
 
 def hangs(after: bytes = b"") -> Behaviour:
-    """Sends `after`, and nothing more for ever."""
+    """Return a behaviour: send `after`, and then hang."""
 
     def behave(connection: socket.socket, over: threading.Event) -> None:
         connection.sendall(after)
@@ -48,7 +48,7 @@ def hangs(after: bytes = b"") -> Behaviour:
 
 
 def drips(data: bytes, then: bytes) -> Behaviour:
-    """Sends `data`, and then `then` for ever, one byte at a time."""
+    """Return a behaviour: send `data`, and then `then` without end, one byte at a time."""
 
     def behave(connection: socket.socket, over: threading.Event) -> None:
         connection.sendall(data)
@@ -60,7 +60,7 @@ def drips(data: bytes, then: bytes) -> Behaviour:
 
 
 def floods(data: bytes, then: bytes) -> Behaviour:
-    """Sends `data`, and then `then` for ever, as fast as it is taken."""
+    """Return a behaviour: send `data`, and then `then` without end, as fast as the client reads."""
 
     def behave(connection: socket.socket, over: threading.Event) -> None:
         connection.sendall(data)
@@ -71,7 +71,7 @@ def floods(data: bytes, then: bytes) -> Behaviour:
 
 
 def resets(connection: socket.socket, _: threading.Event) -> None:
-    """Ends the connection by a reset."""
+    """Reset the connection."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
@@ -113,15 +113,16 @@ FAULTS: dict[str, tuple[Behaviour, str]] = {
         r"^\\x1b\[31m\\n\\u202ered$",
     ),
 }
-"""What a sidecar may do wrong, and what the reason then says."""
+"""Faults of a sidecar by name: the behaviour, and a text that the reason must contain."""
 
 
 class Misbehaving:
     """
-    A server on a port of its own, or on the Unix socket `path`, that does the same to every connection.
+    Serve on a free port, or on the Unix socket `path`, with the same behaviour for every connection.
 
     Args:
-        behaviour: ``None`` never accepts a connection, and has no room for one that waits.
+        behaviour: ``None``: accept no connection, with a full backlog.
+        path: path of a Unix socket; ``None``: TCP on loopback.
     """
 
     def __init__(self, behaviour: Behaviour | None, path: Path | None = None) -> None:
@@ -146,10 +147,12 @@ class Misbehaving:
 
     @property
     def port(self) -> int:
+        """Return the port of the listener."""
         return int(self.address[1])
 
     @property
     def url(self) -> str:
+        """Return the URL of the server."""
         return f"http://127.0.0.1:{self.port}"
 
     def _fill(self) -> None:
@@ -188,11 +191,13 @@ class Misbehaving:
             self._behaviour(connection, self._over)
 
     def __enter__(self) -> "Misbehaving":
+        """Return the running server."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Stop the server and close its connections."""
         self._over.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)

@@ -1,17 +1,17 @@
 """
-Judge windows and tables of a sampler by what must hold whatever the sampler does. It shares no code with vitalsd.
+Check windows and tables of a sampler against invariants. It shares no code with vitalsd.
 
     python oracle.py < LINES
 
 Each line is a letter and JSON:
 
-    T [number, monotonic_ns, process_ns, executions, {tid: [cpu_ns, name]}]   what the clocks of the resting target said
+    T [number, monotonic_ns, process_ns, executions, {tid: [cpu_ns, name]}]   clocks of the resting target
     W [first, last, named, full, basic]      a window between the times of two such lines (-1: the target did not rest):
                                              the answer of detail=full, and the basic one of the same window or null
     H table                                  a table as /history has it
-    N                                        another target: what the clocks said is forgotten
+    N                                        another target: the earlier clocks are discarded
 
-The output is a JSON object with what was counted; ``violations`` holds the first ones in words. The exit status is 1 if
+The output is a JSON object with the counts; ``violations`` holds the texts of the first ones. The exit status is 1 if
 there are any.
 """
 
@@ -21,15 +21,18 @@ import sys
 from typing import Any
 
 DIGITS = 0.0011
-"""Percent: what rounding to three decimals does to two figures."""
+"""Rounding error of two numbers with three decimals, percent."""
 REST_NS = 1_000_000
-"""What a target that rests may use until it is read: the answer that it writes, and switching its threads."""
+"""CPU time that a resting target may use until it is read, ns: for its answer and for thread switches."""
 TABLE_MS = 12.0
-"""Of a table, which has no errors: two scheduler ticks of 4 ms, and the time of reading."""
+"""Tolerance of a table, which states no errors, ms: two scheduler ticks of 4 ms, and the time of a read."""
 SHOWN = 20
+"""Violations to report with their text."""
 
 
 class Oracle:
+    """Check lines, and count what was checked and violated."""
+
     def __init__(self) -> None:
         self.truths: dict[int, tuple[int, int, int, dict[int, tuple[int, str]]]] = {}
         self.counts = dict.fromkeys(("windows", "basic", "tables", "cells", "unknown", "compared", "names", "execs"), 0)
@@ -38,15 +41,18 @@ class Oracle:
         self.violated = 0
 
     def fail(self, words: str) -> None:
+        """Record a violation."""
         self.violated += 1
         if len(self.violations) < SHOWN:
             self.violations.append(words)
 
     def truth(self, line: list[Any]) -> None:
+        """Read a line T."""
         number, monotonic_ns, process_ns, executions, threads = line
         self.truths[number] = (monotonic_ns, process_ns, executions, {int(t): tuple(v) for t, v in threads.items()})
 
     def window(self, line: list[Any]) -> None:
+        """Check a line W."""
         first, last, named, full, basic = line
         self.counts["windows"] += 1
         process, threads, books = full["process"], full["threads"], full["accounting"]
@@ -79,6 +85,7 @@ class Oracle:
         self.compare(where, first, last, full, named=named)
 
     def basic(self, where: str, full: dict[str, Any], basic: dict[str, Any]) -> None:
+        """Check that the basic answer is consistent with the full one."""
         self.counts["basic"] += 1
         shown = [
             (t["tid"], 0.0 if t["cpu_percent"] is None or t["born_in_window"] else t["cpu_percent"])
@@ -90,7 +97,7 @@ class Oracle:
             self.fail(f"{where}: the basic answer has another total than the full one")
 
     def compare(self, where: str, first: int, last: int, full: dict[str, Any], *, named: bool) -> None:
-        """Compare a window between two rests of the target with what its own clocks said."""
+        """Compare a window between two rests of the target with the target's own clocks."""
         elapsed_ns = full["window"]["measured_ms"] * 1e6
         before, after = self.truths[first], self.truths[last]
         executed = before[2] != after[2]
@@ -141,6 +148,7 @@ class Oracle:
                 )
 
     def table(self, table: dict[str, Any]) -> None:
+        """Check a line H."""
         self.counts["tables"] += 1
         for thread in table["threads"]:
             for cell, total, elapsed_ms in zip(
@@ -154,6 +162,7 @@ class Oracle:
 
 
 def main() -> int:
+    """Check standard input, print the result, and return the exit status."""
     oracle = Oracle()
     for line in sys.stdin:
         kind, content = line[0], line[2:]

@@ -1,4 +1,4 @@
-"""Paths of the checkout, for tests and the programs that they start."""
+"""Define paths of the checkout, for tests and the programs that they start."""
 
 from pathlib import Path
 
@@ -8,4 +8,4 @@ SUPPORT = Path(__file__).parent
 TESTS = SUPPORT.parent
 ROOT = TESTS.parent
 DATA = TESTS / "data"
-"""What kernels wrote."""
+"""Recorded output of kernels."""

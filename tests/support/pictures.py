@@ -1,7 +1,7 @@
 """
-The pictures in docs/images: the page in a real Chromium, over a real sidecar of a process that is really busy.
+Take the pictures in docs/images: the page in a real Chromium, over a real sidecar of a busy process.
 
-Run as a program it is that process, a made-up one, so that no picture shows whose machine it was taken on.
+Run as a program, this module is that process. Its names are invented, so no picture shows data of a machine.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ __all__ = ["take"]
 
 SCENE_S = 100
 EXPORT_S = (38, 66)
-"""From when to when the made-up program exports, in seconds after its start."""
+"""Begin and end of the export of the invented program, s after its start."""
 
 BLOCK = bytes(1 << 20)
 

@@ -1,10 +1,10 @@
 """
-Take windows of targets that do at random what threads can do, and write them as `oracle.py` reads them.
+Take windows of targets with threads that act at random, and write them in the format of `oracle.py`.
 
     python random_windows.py PROGRAM WINDOWS SEED | python oracle.py
 
-Every other target obeys commands and rests while it is read, so that its own clocks tell what is right; the others do
-as they like, and are stopped and continued. Each snapshot ends several windows, which begin at snapshots before it.
+Every other target obeys commands and rests while it is read, so that its own clocks are the reference; the others run
+freely, and are stopped and continued. Each snapshot ends several windows, which begin at earlier snapshots.
 """
 
 import json
@@ -24,19 +24,20 @@ from vitalsd.sources.base import SourceError
 from vitalsd.sources.linux.source import LinuxSource
 
 SNAPSHOTS = 400
-"""Of one target."""
+"""Number of snapshots of one target."""
 WINDOWS = 12
-"""That one snapshot ends."""
+"""Number of windows that end at one snapshot."""
 BEGINNINGS = 60
-"""Snapshots that are kept as beginnings of windows."""
+"""Number of snapshots to keep as beginnings of windows."""
 
 
 def put(kind: str, content: str = "") -> None:
+    """Write a line of the format."""
     sys.stdout.write(f"{kind} {content}\n")
 
 
 class Obedient:
-    """A target that obeys."""
+    """Control a target that obeys commands."""
 
     def __init__(self, program: str, seed: int) -> None:
         self.process = subprocess.Popen(
@@ -47,7 +48,7 @@ class Obedient:
         self.read()
 
     def read(self) -> int:
-        """Write what its clocks say, and return the number of that line."""
+        """Write a line with its clocks, and return its number."""
         assert self.process.stdout is not None
         monotonic, cpu, executions, *threads = self.process.stdout.readline().split()
         found = {}
@@ -59,6 +60,7 @@ class Obedient:
         return self._number
 
     def step(self) -> int:
+        """Send a random command, and return the number of the line with the clocks after it."""
         pick = self._random
         thread, kind = pick.randrange(-1, 12), pick.random()
         if kind < 0.40:
@@ -81,7 +83,7 @@ class Obedient:
 
 
 class Free:
-    """A target that does as it likes."""
+    """Control a target that runs freely."""
 
     def __init__(self, program: str, seed: int) -> None:
         self.process = subprocess.Popen([program, "free", str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -89,6 +91,7 @@ class Free:
         self._stopped = False
 
     def step(self) -> int:
+        """Stop, continue or wait at random, and return -1."""
         if self._random.random() < 0.05:
             self._stopped = not self._stopped
             self.process.send_signal(signal.SIGSTOP if self._stopped else signal.SIGCONT)
@@ -123,6 +126,7 @@ def windows_of(target: Obedient | Free, pick: random.Random, wanted: int) -> int
 def write(
     source: LinuxSource, first: tuple[int, Snapshot], last: tuple[int, Snapshot], *, named: bool, basic: bool
 ) -> None:
+    """Write the line of one window."""
     m = measure(first[1], last[1])
 
     def answer(detail: Any) -> str:
@@ -132,6 +136,7 @@ def write(
 
 
 def main() -> None:
+    """Run the command line."""
     program, wanted, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     pick = random.Random(seed)
     written = 0
@@ -141,7 +146,7 @@ def main() -> None:
         try:
             written += windows_of(target, pick, wanted - written)
         except SourceError as error:
-            said = f"target {seed}, whose status is {target.process.poll()}: {type(error).__name__}: {error}"
+            said = f"target {seed}, with status {target.process.poll()}: {type(error).__name__}: {error}"
             raise SystemExit(said) from None
         finally:
             target.process.kill()

@@ -1,5 +1,5 @@
 """
-The example receiver behind a front that treats each upload badly at random.
+Run the example receiver behind a proxy that fails uploads at random.
 
     python receivers.py STORE SEED [FRACTION OF UPLOADS TREATED BADLY]
 
@@ -41,7 +41,7 @@ def _server(store: Path) -> tuple[_Server, socket.socket]:
 
 @contextlib.contextmanager
 def receiving(store: Path) -> Iterator[str]:
-    """The receiver as it is, on a thread; its URL."""
+    """Run the receiver on a thread, and yield its URL."""
     server, listener = _server(store)
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
@@ -55,7 +55,7 @@ def receiving(store: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def receiving_badly(store: Path, seed: int, fraction: float = 0.6) -> Iterator[str]:
-    """The receiver behind its bad front, in a process of its own; its URL."""
+    """Run the receiver behind the failing proxy in a process of its own, and yield its URL."""
     argv = [sys.executable, __file__, str(store), str(seed), str(fraction)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -65,9 +65,9 @@ def receiving_badly(store: Path, seed: int, fraction: float = 0.6) -> Iterator[s
 
 class _Front:
     """
-    Passes connections on to the receiver, or drops, stalls, cuts, fails or lies.
+    Forward a connection to the receiver, or drop, stall or cut it, or send an error or a wrong answer.
 
-    Some of these are done after the receiver has stored the report: then the sender cannot know.
+    Some of these happen after the receiver has stored the report, which the sender cannot know then.
     """
 
     def __init__(self, port: int, seed: int, fraction: float) -> None:
@@ -157,6 +157,7 @@ class _Front:
 
 
 async def main(store: Path, seed: int, fraction: float) -> None:
+    """Serve until killed."""
     server, listener = _server(store)
     front = await asyncio.start_server(_Front(listener.getsockname()[1], seed, fraction), "127.0.0.1", 0, limit=1 << 24)
     print(f"http://127.0.0.1:{front.sockets[0].getsockname()[1]}/reports", flush=True)

@@ -1,4 +1,4 @@
-"""A real `vitalsd` server in a process of its own, on a real socket."""
+"""Run a real `vitalsd` server in a process of its own, on a real socket."""
 
 import re
 import signal
@@ -15,7 +15,7 @@ PYTHON = (sys.executable, "-m", "vitalsd")
 
 
 class Serving:
-    """``vitalsd COMMAND ...`` on a free port, ended with the context; `client` talks to it."""
+    """Run ``vitalsd COMMAND ...`` on a free port; a context manager that ends it. `client` sends requests to it."""
 
     def __init__(self, state: Path, *arguments: str, command: str = "serve", python: Sequence[str] = PYTHON) -> None:
         self.process = subprocess.Popen(
@@ -34,7 +34,7 @@ class Serving:
         self.client = httpx.Client(base_url=self.url, trust_env=False, timeout=10)
 
     def get(self, path: str, **parameters: Any) -> Any:
-        """The JSON of a GET that must succeed."""
+        """Return the JSON of a GET, which must succeed."""
         answer = self.client.get(path, params=parameters)
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -45,9 +45,11 @@ class Serving:
         return self.process.wait(10)
 
     def __enter__(self) -> "Serving":
+        """Return the running server."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        """Kill the server."""
         self.client.close()
         self.process.kill()
         self.process.wait()

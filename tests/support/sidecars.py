@@ -1,4 +1,4 @@
-"""Running sidecars for tests: real processes, real sockets, directories of their own."""
+"""Run sidecars for tests: real processes, real sockets, directories of their own."""
 
 import http.client
 import json
@@ -19,25 +19,26 @@ VITALSD = (sys.executable, "-P", "-m", "vitalsd")
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """The environment with runtime and state directories below `directory`."""
+    """Return the environment with runtime and state directories below `directory`."""
     return os.environ | {"VITALSD_RUNTIME_DIR": str(directory / "run"), "VITALSD_STATE_DIR": str(directory / "state")}
 
 
 class UnixConnection(http.client.HTTPConnection):
-    """HTTP over the Unix socket at `path`."""
+    """Send HTTP requests over the Unix socket at `path`."""
 
     def __init__(self, path: str, timeout: float = 10) -> None:
         super().__init__("vitalsd", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
+        """Connect to the Unix socket."""
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
 
 
 def ask(where: str, path: str, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-    """Status and JSON of one GET; `where` is a URL or the path of a Unix socket."""
+    """Return status and JSON of one GET; `where` is a URL or the path of a Unix socket."""
     connection = (
         http.client.HTTPConnection(where.removeprefix("http://"), timeout=10)
         if where.startswith("http://")
@@ -59,7 +60,7 @@ def serving(
     port: str = "0",
     program: Sequence[str] = VITALSD,
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A ``vitalsd serve`` that is ready, and what it said on its ready-fd."""
+    """Run ``vitalsd serve``, and yield it with the JSON of its ready-fd."""
     reader, writer = os.pipe()
     tcp = [] if "--no-tcp" in options else ["--port", port]
     process = subprocess.Popen(
@@ -88,7 +89,7 @@ def serving(
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:
-    """The first true value of `condition`; an assertion fails if there is none in time."""
+    """Return the first true value of `condition`; an assertion fails if there is none in time."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, "it did not come true in time"
@@ -97,5 +98,5 @@ def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:
 
 
 def listing(directory: Path) -> list[str]:
-    """File names below `directory`, or nothing if it is not there."""
+    """Return the names of the files below `directory`; empty if it does not exist."""
     return sorted(os.listdir(directory)) if directory.exists() else []

@@ -1,4 +1,4 @@
-"""Snapshots as a kernel could give them, drawn by hypothesis or built by hand."""
+"""Build snapshots as a kernel could return them, by hand or by hypothesis."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,11 +20,11 @@ IDENTITY = Identity(
 SECOND = 1_000_000_000
 
 Thread = tuple[int, int, int]
-"""Tid, birth, CPU time in ns."""
+"""Thread id, birth, CPU time in ns."""
 
 
 def roster(threads: Sequence[Thread], names: Sequence[str] | None = None) -> ThreadRoster:
-    """The roster of `threads`; without `names` each is called after its tid."""
+    """Return the roster of `threads`; without `names` each is named after its thread id."""
     tids, births = tuple(tid for tid, _, _ in threads), tuple(birth for _, birth, _ in threads)
     return ThreadRoster(tids, births, tuple(f"thread-{tid}" for tid in tids) if names is None else tuple(names))
 
@@ -36,7 +36,7 @@ def snapshot(
     cpu_ns: int | None = None,
     **fields: Any,
 ) -> Snapshot:
-    """A snapshot at `at_ns` of exact counters; without `cpu_ns` no thread has exited yet."""
+    """Return a snapshot at `at_ns` with exact counters; without `cpu_ns` no thread has exited yet."""
     living_ns = sum(cpu for _, _, cpu in threads)
     cpu_ns = living_ns if cpu_ns is None else cpu_ns
     known: dict[str, Any] = {
@@ -61,7 +61,7 @@ def snapshot(
 
 
 def with_extras(snapshot: Snapshot, **fields: Any) -> Snapshot:
-    """The same with what ``detail=full`` reads, all in user mode."""
+    """Return the snapshot with the counters of ``detail=full``, all CPU time in user mode."""
     threads = ThreadExtras(
         user_ns=snapshot.thread_cpu_ns,
         system_ns=[0] * len(snapshot.roster),
@@ -79,7 +79,7 @@ names = st.text(max_size=15) | st.sampled_from(
 
 @st.composite
 def any_snapshot(draw: st.DrawFn, at_ns: st.SearchStrategy[int], *, extras: bool | None = None) -> Snapshot:
-    """A snapshot whose counters have nothing to do with each other: the worst a kernel could answer."""
+    """Draw a snapshot with counters that are unrelated to each other: the worst answer of a kernel."""
     threads = draw(
         st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2), counters), max_size=8, unique_by=lambda t: t[0])
     )
@@ -132,7 +132,7 @@ def any_snapshot(draw: st.DrawFn, at_ns: st.SearchStrategy[int], *, extras: bool
 
 
 def pairs(*, extras: bool | None = None) -> st.SearchStrategy[tuple[Snapshot, Snapshot]]:
-    """Two snapshots, the second one later by 1 ns to an hour."""
+    """Return a strategy of two snapshots, the second one later by 1 ns to an hour."""
     return st.tuples(
         any_snapshot(st.integers(0, 10**15), extras=extras),
         any_snapshot(st.integers(10**15 + 1, 10**15 + 3600 * SECOND), extras=extras),

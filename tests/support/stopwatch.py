@@ -1,21 +1,21 @@
-"""Bound how long something takes, on a machine that has other work to do."""
+"""Limit the time of an operation, on a machine that is busy with other work."""
 
 import time
 
 __all__ = ["Stopwatch"]
 
 SPIN_S = 0.02
-"""CPU time of a thread that measures how slow the machine is: several slices of Linux's scheduler."""
+"""CPU time of the thread that measures the slowness of the machine, s: several time slices of Linux."""
 WORST = 5.0
-"""The machine is never taken for slower than this: what hangs still fails."""
+"""Largest factor of slowness, so that a hang still fails."""
 
 
 class Stopwatch:
     """
-    The time since it was made, and what it may be.
+    Measure the time since the construction, and return the allowed time.
 
-    A bound on time holds where a thread that is ready to run gets a CPU. Tests run beside others, so the bound is
-    multiplied by what a thread that only computes needs at that time: its time on the clock over its CPU time.
+    A time limit holds only if a thread that is ready to run gets a CPU. Tests run in parallel, so the limit is
+    multiplied by the slowness of a thread that only computes: its elapsed time divided by its CPU time.
     """
 
     def __init__(self) -> None:
@@ -24,15 +24,16 @@ class Stopwatch:
 
     @property
     def elapsed_s(self) -> float:
+        """Return the time since the construction, s."""
         return time.monotonic() - self._begun
 
     def allowed_s(self, bound_s: float) -> float:
-        """Return `bound_s`, longer by as much as the machine was busy when this was made or is now."""
+        """Return `bound_s` times the slowness of the machine, at the construction or now, s."""
         return bound_s * min(WORST, max(self._slowness, _slowness()))
 
 
 def _slowness() -> float:
-    """Return 1 on an idle machine, 2 where a thread gets half a CPU."""
+    """Return the slowness: 1 on an idle machine, 2 if a thread gets half a CPU."""
     begun, used = time.monotonic(), time.thread_time()
     while time.thread_time() - used < SPIN_S:
         pass

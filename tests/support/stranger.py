@@ -1,7 +1,7 @@
 """
-A program that looks at processes as another user, on a /proc mounted with hidepid if so wished.
+Read processes as another user, optionally on a /proc that is mounted with hidepid.
 
-``stranger.py HIDEPID snapshots PID`` takes one snapshot per line of stdin and prints what came of it;
+``stranger.py HIDEPID snapshots PID`` takes one snapshot per line of stdin and prints the result;
 ``stranger.py HIDEPID serve ...`` is ``vitalsd serve ...``. Has to be started by root.
 """
 
@@ -17,7 +17,7 @@ from vitalsd.sources.linux.procfs import parse_stat
 from vitalsd.sources.linux.source import LinuxSource
 from vitalsd.sources.programs import ProgramDigest
 
-NOBODY = 65534
+NOBODY_UID = 65534
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 MS_REC, MS_PRIVATE = 0x4000, 1 << 18  # linux/mount.h
 PR_SET_KEEPCAPS = 8  # linux/prctl.h
@@ -26,7 +26,7 @@ CAPABILITY_VERSION_3 = 0x20080522
 
 
 def mount_proc(hidepid: int) -> None:
-    """A /proc of our own: hidepid belongs to the mount, and that of the others must not change."""
+    """Mount a private /proc: hidepid is an option of the mount, and the mount of other processes must not change."""
     libc = ctypes.CDLL(None, use_errno=True)
     for failed in (
         libc.unshare(CLONE_NEWNS),
@@ -38,12 +38,12 @@ def mount_proc(hidepid: int) -> None:
 
 
 def become_nobody(*, keep_reading_files: bool) -> None:
-    """Another user, who may yet read the files of an interpreter that is installed under /root."""
+    """Become another user; optionally keep access to the files of an interpreter that is installed below /root."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_KEEPCAPS, int(keep_reading_files), 0, 0, 0)
     os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+    os.setgid(NOBODY_UID)
+    os.setuid(NOBODY_UID)
     if keep_reading_files:
         header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
         bits = 1 << CAP_DAC_READ_SEARCH
@@ -53,6 +53,7 @@ def become_nobody(*, keep_reading_files: bool) -> None:
 
 
 def snapshots(pid: int) -> None:
+    """Take a snapshot per line of standard input, and print the result of each."""
     try:
         source = LinuxSource(pid, program_of=ProgramDigest(b"k" * 32))
         for _ in sys.stdin:

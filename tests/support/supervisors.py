@@ -1,4 +1,4 @@
-"""Recorded stand-ins for ``launchctl`` and ``systemctl``: real programs, with the manners of the real ones."""
+"""Emulate ``launchctl`` and ``systemctl`` by programs that behave like them and record their calls."""
 
 import json
 import os
@@ -85,9 +85,9 @@ sys.exit(status)
 
 class FakeSupervisor:
     """
-    ``launchctl`` and ``systemctl`` in a directory that can stand on PATH; what they were told is kept.
+    Install fake ``launchctl`` and ``systemctl`` in a directory for PATH, and keep their arguments.
 
-    As the real launchctl: ``bootout`` is asynchronous (``drains`` looks long) and fails with 36 while the job ends,
+    As in the real launchctl: ``bootout`` is asynchronous (``drains`` looks long) and fails with 36 while the job ends,
     ``bootstrap`` of what is loaded or still draining fails with 5, and with 134 in a domain that the property list is
     not for; of an unloaded label ``bootout`` says 3, ``print`` and ``kickstart`` 113, and ``gui/`` may be missing.
     """
@@ -105,21 +105,21 @@ class FakeSupervisor:
 
     @property
     def path(self) -> str:
-        """PATH with these programs first."""
+        """Return PATH with these programs first."""
         return f"{self.directory}{os.pathsep}{os.environ['PATH']}"
 
     def set(self, **values: Any) -> None:
-        """Change what they find."""
+        """Change the state that they find."""
         state = json.loads(self._state.read_text()) if self._state.exists() else {}
         self._state.write_text(json.dumps(state | values))
 
     def calls(self) -> list[list[str]]:
-        """What they were told since the last time."""
+        """Return the arguments of their calls since the last time."""
         calls: list[list[str]] = json.loads(self._state.read_text())["calls"]
         self.set(calls=[])
         return calls
 
     @property
     def loaded(self) -> bool:
-        """Whether the agent is."""
+        """Return whether the agent is loaded."""
         return bool(json.loads(self._state.read_text())["loaded"])

@@ -1,9 +1,9 @@
 """
-A process to be measured, and its remote control.
+Run a process to measure, and control it.
 
-As a program it starts threads that burn and threads that sleep, keeps a log of its own CPU clocks (the
-ground truth of the accuracy tests) and obeys one command per line of stdin. `Target` starts it. `OwnWorkload` are
-threads on command, of this program or of the process that imports it.
+As a program it starts threads that use CPU and threads that sleep, keeps a log of its own CPU clocks (the reference of
+the accuracy tests) and obeys one command per line of stdin. `Target` starts it. `OwnWorkload` controls threads of this
+program, or of the process that imports it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Log = list[tuple[int, int]]
 
 
 class Target:
-    """The program below, running; a context manager that kills it."""
+    """Run this module as a program; a context manager that kills it."""
 
     def __init__(self, *arguments: str, python: Sequence[str] = (sys.executable,)) -> None:
         self.process = subprocess.Popen(
@@ -42,31 +42,36 @@ class Target:
         self.tids: dict[str, int] = self.read()
 
     def read(self) -> Any:
+        """Return the JSON of the next line of the program."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the target has ended"
         return json.loads(line)
 
     def tell(self, command: str) -> None:
-        """Give a command and do not wait for its answer."""
+        """Send a command, and do not wait for its answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
 
     def ask(self, command: str) -> Any:
+        """Send a command, and return its answer."""
         self.tell(command)
         return self.read()
 
     def kill(self) -> None:
+        """Kill the program and wait for its end."""
         self.process.kill()
         self.process.wait()
 
     def __enter__(self) -> "Target":
+        """Return the running program."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Kill the program and close its pipes."""
         self.kill()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
@@ -75,7 +80,7 @@ class Target:
 
 
 def cpu_at(log: Sequence[Sequence[int]], instant_ns: int) -> float:
-    """CPU time at `instant_ns` of the monotonic clock, between two entries of a log."""
+    """Return the CPU time at `instant_ns` of the monotonic clock, interpolated between two entries of a log, ns."""
     after = bisect_right(log, instant_ns, key=lambda entry: entry[0])
     assert 0 < after < len(log), "the log does not cover that instant"
     (t0, c0), (t1, c1) = log[after - 1], log[after]
@@ -86,13 +91,14 @@ def cpu_at(log: Sequence[Sequence[int]], instant_ns: int) -> float:
 
 
 class OwnWorkload:
-    """Threads of this process."""
+    """Control threads of this process; a `support.workload.Workload`."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._threads: dict[int, tuple[threading.Thread, queue.SimpleQueue[Any]]] = {}
 
     def start_thread(self, name: str) -> int:
+        """Start a thread and return its id."""
         orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
         named: Future[None] = Future()
         thread = threading.Thread(target=_obey, args=(orders,), daemon=True)
@@ -104,13 +110,16 @@ class OwnWorkload:
         return thread.native_id
 
     def rename_thread(self, tid: int, name: str) -> None:
+        """Rename a thread."""
         self._order(tid, lambda: set_name(name.encode()))
 
     def burn(self, tid: int, cpu_ns: int) -> int:
+        """Let a thread use CPU time, and return how much it used, ns."""
         used: int = self._order(tid, lambda: spin(cpu_ns / 1e6))
         return used
 
     def end_thread(self, tid: int) -> None:
+        """End a thread, and wait until the kernel no longer lists it."""
         thread, orders = self._threads.pop(tid)
         orders.put(None)
         thread.join()
@@ -119,6 +128,7 @@ class OwnWorkload:
             time.sleep(0.001)
 
     def close(self) -> None:
+        """End all threads."""
         for tid in list(self._threads):
             self.end_thread(tid)
 
@@ -148,6 +158,7 @@ def _exists(tid: int) -> bool:
 
 
 def libc() -> Any:
+    """Return the C library, with errno."""
     return ctypes.CDLL(None, use_errno=True)
 
 
@@ -188,7 +199,7 @@ def spin(cpu_ms: float) -> int:
 
 
 def churn(count: int, cpu_ms: float) -> None:
-    """Let `count` threads be born, work and die, a few at a time."""
+    """Let `count` threads start, work and end, a few at a time."""
     alive: list[threading.Thread] = []
     for _ in range(count):
         thread = threading.Thread(target=spin, args=(cpu_ms,))
@@ -201,6 +212,7 @@ def churn(count: int, cpu_ms: float) -> None:
 
 
 def answer(value: object) -> None:
+    """Print the answer to a command."""
     print(json.dumps(value), flush=True)
 
 
@@ -208,6 +220,7 @@ living: dict[str, tuple[threading.Thread, threading.Event]] = {}
 
 
 def obey(arguments: list[str], logs: dict[str, Log], process_log: Log, workload: OwnWorkload) -> None:
+    """Obey one command, and print its answer."""
     match arguments:
         case ["start_thread", *hexadecimal]:
             answer(workload.start_thread(bytes.fromhex("".join(hexadecimal)).decode()))
@@ -239,7 +252,7 @@ def obey(arguments: list[str], logs: dict[str, Log], process_log: Log, workload:
                 time.sleep(max(0, begun + born / float(per_second) - time.monotonic()))
             answer(born)
         case ["born", name, cpu_ms, *last_pid]:
-            # With `last_pid` the kernel gives the new thread the number after it, unless somebody forks first.
+            # With `last_pid` the kernel gives the new thread the number after it, unless another process forks first.
             if last_pid:
                 with open("/proc/sys/kernel/ns_last_pid", "w", encoding="ascii") as file:
                     file.write(last_pid[0])
@@ -286,6 +299,7 @@ def obey(arguments: list[str], logs: dict[str, Log], process_log: Log, workload:
 
 
 def main() -> None:
+    """Start the threads of the command line, and obey standard input."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--burn", type=float, nargs="*", default=[], metavar="PERCENT")
     parser.add_argument("--idle", type=int, default=0, metavar="N")

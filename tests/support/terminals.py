@@ -1,4 +1,4 @@
-"""A program in a pseudo-terminal, and what a person would see of it."""
+"""Run a program in a pseudo-terminal, and read what its screen shows."""
 
 import fcntl
 import os
@@ -22,7 +22,7 @@ LEADER = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); 
 
 
 class PseudoTerminal:
-    """`command` in a terminal of its own; a context manager that ends it. `raw` is all that was written."""
+    """Run `command` in a terminal of its own; a context manager that ends it. `raw` is its whole output."""
 
     def __init__(
         self, command: Sequence[str], *, columns: int = 80, rows: int = 24, env: Mapping[str, str] | None = None
@@ -46,23 +46,27 @@ class PseudoTerminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def resize(self, columns: int, rows: int) -> None:
+        """Change the size of the terminal, cells."""
         self._screen.resize(rows, columns)
         self._screen.reset()
         self._size(columns, rows)
 
     def press(self, keys: str) -> None:
+        """Type keys."""
         os.write(self._master, keys.encode())
 
     def modes(self) -> list[object]:
-        """Those of the terminal: echo, line by line, and so on."""
+        """Return the modes of the terminal: echo, canonical input, and so on."""
         return termios.tcgetattr(self._master)
 
     @property
     def lines(self) -> list[str]:
+        """Return the lines of the screen."""
         return list(self._screen.display)
 
     @property
     def text(self) -> str:
+        """Return the text of the screen, without trailing spaces."""
         return "\n".join(line.rstrip() for line in self.lines)
 
     def until(self, seen: Callable[[str], object], timeout_s: float = 20) -> str:
@@ -75,7 +79,7 @@ class PseudoTerminal:
         return self.text
 
     def _read(self, timeout_s: float) -> bool:
-        """Take in what was written meanwhile; False if there will be no more."""
+        """Read new output; return False at its end."""
         ready, _, _ = select.select([self._master], [], [], timeout_s)
         if not ready:
             return True
@@ -87,27 +91,30 @@ class PseudoTerminal:
         return bool(data)
 
     def end(self, timeout_s: float = 15) -> int:
-        """Wait for the end of the program; its status."""
+        """Wait for the end of the program, and return its exit status."""
         deadline = time.monotonic() + timeout_s
         while self._read(max(0.0, deadline - time.monotonic())) and time.monotonic() < deadline:
             pass
         return self.process.wait(30)
 
     def send(self, number: signal.Signals) -> None:
+        """Send a signal to the program."""
         self.process.send_signal(number)
 
     def close(self) -> None:
-        """The window is closed: SIGHUP to everybody in it."""
+        """Close the terminal: the kernel sends SIGHUP to every process in it."""
         if self._master >= 0:
             os.close(self._master)
             self._master = -1
 
     def __enter__(self) -> "PseudoTerminal":
+        """Return the running program."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Kill the program and close the terminal."""
         self.process.kill()
         self.process.wait()
         self.close()

@@ -1,4 +1,4 @@
-"""Programs that pip cannot bring. Without one a user's tests are skipped, and CI, which installs them, fails."""
+"""Find programs that pip cannot install. Without one its tests are skipped; CI, which installs all, fails."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ __all__ = ["program"]
 
 
 def program(*names: str, package: str) -> str:
-    """The path of the first of `names` that is installed."""
+    """Return the path of the first of `names` that is installed."""
     for name in names:
         if found := shutil.which(name):
             return found

@@ -19,7 +19,7 @@ import pytest
 
 from support import as_platform
 from support.darwin.simulator import Simulator
-from support.darwin.tape_player import EndOfTape, TapePlayer
+from support.darwin.tape_player import EndOfTapeError, TapePlayer
 from support.paths import DATA
 from support.sidecars import environment
 from support.target import OwnWorkload
@@ -184,7 +184,7 @@ def test_tape_plays_as_snapshots(
     taken: list[Snapshot] = []
     with closing(MachSource(lib=as_on_tape(player))) as source:
         while player.left("task_threads"):
-            with suppress(EndOfTape):  # a list that was made to count references, and not to read the threads
+            with suppress(EndOfTapeError):  # a list that was made to count references, and not to read the threads
                 taken.append(source.snapshot())
     assert len(taken) > 50
     for before, after in pairwise(taken):

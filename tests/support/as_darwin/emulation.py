@@ -1,5 +1,5 @@
 """
-Darwin as Python and the sockets of its kernel show it, emulated on Linux.
+Emulate on Linux what Python and the sockets of the kernel show on Darwin.
 
 `install` changes the running interpreter: it takes away the names that Python lacks on macOS, has socket options, Unix
 addresses and ``getrusage`` answer as XNU, hides ``/proc``, ``/sys`` and ``/dev/shm``, and lets ``ctypes.CDLL(None)``
@@ -65,7 +65,7 @@ LACKING: dict[types.ModuleType, str] = {
 """Names that Python 3.11 has on Linux and not on macOS, as far as a program could come to use them."""
 
 HIDDEN = ("/proc", "/sys", "/dev/shm")
-"""Directories that macOS has not got."""
+"""Directories that macOS does not have."""
 SUN_PATH = 104
 """Bytes of ``sun_path``, the NUL among them (bsd/sys/un.h)."""
 LOCAL_PEERCRED = 0, 1
@@ -85,7 +85,7 @@ _pidfd_open = getattr(os, "pidfd_open", None)
 
 
 class Kevent(NamedTuple):
-    """``struct kevent`` (kqueue(2)), as far as it is used."""
+    """Hold the used fields of ``struct kevent`` (kqueue(2))."""
 
     ident: int
     filter: int = -1
@@ -97,7 +97,7 @@ class Kevent(NamedTuple):
 
 class Kqueue:
     """
-    A kqueue(2) for ``EVFILT_PROC`` with ``NOTE_EXIT``: one event per process, once its teardown is over.
+    Emulate kqueue(2) for ``EVFILT_PROC`` with ``NOTE_EXIT``: one event per process, after its teardown.
 
     Attaching fails with ESRCH for a process that has begun to exit, and with EACCES if the status is wanted of a
     process that the caller may not kill (filt_procattach, bsd/kern/kern_event.c).
@@ -219,7 +219,7 @@ def install(library: str) -> None:
     _sockets()
     _files()
     usage = resource.getrusage
-    resource.getrusage = lambda who: _in_bytes(usage(who))
+    resource.getrusage = lambda target: _in_bytes(usage(target))
 
 
 def enable(library: str, home: Path) -> None:

@@ -1,5 +1,5 @@
 """
-The suite as a Mac runs it: ``PYTHONPATH=tests python -m pytest -p support.as_darwin.plugin FILES``.
+Run tests as on a Mac: ``PYTHONPATH=tests python -m pytest -p support.as_darwin.plugin FILES``.
 
 All tests and the programs that they start run in an interpreter that `as_darwin.emulation` has changed, over the
 simulated libSystem, with a home too long for a socket in it and a private TMPDIR, as a Mac has.

@@ -1,4 +1,4 @@
-"""Python imports this at its start, where `as_darwin.emulation` has put it on the path of a program."""
+"""Install the emulation at the start of Python, in programs with this directory on their path."""
 
 import os
 

@@ -1,0 +1,1 @@
+"""Simulate the kernel and libSystem of macOS on Linux."""

@@ -1,5 +1,5 @@
 """
-The ABI proof: what `vitalsd` says about Apple's structs, constants and functions, as a C program.
+Prove the ABI: translate the claims of `vitalsd` about Apple's structs, constants and functions to a C program.
 
 Each claim becomes a ``_Static_assert`` or a redeclaration, compiled against the headers of Apple that
 come with the ``ziglang`` wheel; the linker then looks for every symbol in libSystem.
@@ -51,7 +51,7 @@ struct proc_uniqidentifierinfo {
 """
 
 REVISIONS = {"task_vm_info": "TASK_VM_INFO_REV1_COUNT * 4"}
-"""Structs that grew: ours is the revision of this size."""
+"""Structs with several revisions: the C expression for the size of the declared one."""
 
 
 def structs(headers: ModuleType) -> dict[str, type[Structure]]:
@@ -72,7 +72,7 @@ def program(
     functions: Mapping[str, Function],
     data: Mapping[str, Any],
 ) -> str:
-    """The C program that compiles and links if, and only if, every claim holds."""
+    """Return the C program that compiles and links if, and only if, every claim holds."""
     lines = [HEADERS, PRIVATE]
 
     def claim(expression: str, value: int) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures over the simulated libSystem."""
+"""Provide fixtures over the simulated libSystem."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +12,13 @@ from support.workload import ChildWorkload
 
 @pytest.fixture(scope="session")
 def simulated_libsystem(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, built once per run."""
+    """Return the path of the library, built once per run."""
     return build(tmp_path_factory.mktemp("libsystem"))
 
 
 @pytest.fixture
 def simulator(simulated_libsystem: Path, tmp_path: Path) -> Iterator[Simulator]:
-    """A fresh kernel; at the end of the test nothing may be owed to it and no rule may have been broken."""
+    """Yield a new kernel; check after the test that no reference is leaked and no rule is broken."""
     simulator = Simulator(simulated_libsystem, tmp_path)
     yield simulator
     assert simulator.violations == []
@@ -27,13 +27,13 @@ def simulator(simulated_libsystem: Path, tmp_path: Path) -> Iterator[Simulator]:
 
 @pytest.fixture
 def lawless_simulator(simulated_libsystem: Path, tmp_path: Path) -> Simulator:
-    """A fresh kernel whose rules the test means to break."""
+    """Return a new kernel for a test that breaks its rules."""
     return Simulator(simulated_libsystem, tmp_path)
 
 
 @pytest.fixture
 def child() -> Iterator[ChildWorkload]:
-    """A process that does as it is told."""
+    """Yield a child process with threads on command."""
     workload = ChildWorkload()
     yield workload
     workload.close()
@@ -41,7 +41,7 @@ def child() -> Iterator[ChildWorkload]:
 
 @pytest.fixture
 def threads() -> Iterator[OwnWorkload]:
-    """Threads of ours that do as they are told."""
+    """Yield threads on command of this process."""
     workload = OwnWorkload()
     yield workload
     workload.close()

@@ -392,8 +392,8 @@ static void rebuild_table(long entries)
 }
 
 /*
- * Bring our list of threads up to date, reap, and add up. The total is read first, so that whoever
- * ends meanwhile is missing among the living, and counts with the exited.
+ * Bring our list of threads up to date, reap, and add up. The total is read first, so that a
+ * thread that ends meanwhile is missing in the list, and counts with the exited ones.
  */
 static struct totals refresh(void)
 {
@@ -650,7 +650,7 @@ int task_threads(uint32_t task, uint32_t **list, uint32_t *count)
             struct port *p = port_named(t->port);
             if (p)
                 p->references++;
-            /* Dying: no port, dead, or a port whose thread is inactive (2) or detached (3). */
+            /* Dying: no port, dead, or the port of a thread that is inactive (2) or detached (3). */
             out[n++] = p ? t->port : t->kind ? MACH_PORT_DEAD : 0;
         }
         *list = out;
@@ -711,7 +711,7 @@ int mach_port_space_basic_info(uint32_t task, uint32_t info[6])
     return KERN_SUCCESS;
 }
 
-/* User references beyond those of libpthread: 0 unless somebody forgot one. */
+/* User references beyond those of libpthread: 0 unless one was not released. */
 long sim_references_owed(void)
 {
     long owed = 0;

@@ -1,4 +1,4 @@
-"""The simulated libSystem (``libsystem_sim.c``): how it is built, and its handles for tests."""
+"""Build the simulated libSystem (``libsystem_sim.c``), and control it from tests."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ from vitalsd.sources.darwin.libsystem import LibSystem, load
 __all__ = ["SHORT_REPLY", "Simulator", "build"]
 
 SHORT_REPLY = -1
-"""As the code of a fault: the call succeeds with a word less than its contract."""
+"""Code of a fault: the call succeeds with a reply that is one word too short."""
 
 SOURCES = (
     Path(__file__).with_name("libsystem_sim.c"),
@@ -38,12 +38,11 @@ def build(directory: Path) -> Path:
 
 class Simulator:
     """
-    A kernel of its own: port names, arrays, faults and violations start from nothing.
+    Load a copy of the library: a new kernel without port names, arrays, faults and violations.
 
     Args:
-        library: as `build` made it; it is copied, because the loader gives two users of one file the
-            same variables.
-        directory: for the copy.
+        library: path returned by `build`; it is copied, because two users of one file share its variables.
+        directory: directory for the copy.
     """
 
     def __init__(self, library: Path, directory: Path) -> None:
@@ -85,57 +84,61 @@ class Simulator:
             function.argtypes = argtypes
 
     def fault(self, function: str, code: int, *, flavor: int = -1, at: int = 1, every: int = 0) -> None:
-        """From now on call number `at` of `function` fails with `code`, and then each `every`-th (0: no more)."""
+        """Let call number `at` of `function` fail with `code`, and then each `every`-th (0: no more)."""
         self._raw.sim_fault(function.encode(), flavor, at, every, code)
 
     def clear_faults(self) -> None:
+        """Remove all faults."""
         self._raw.sim_clear_faults()
 
     @property
     def violations(self) -> list[str]:
-        """Rules of the kernel that were broken; each would have killed, corrupted or leaked."""
+        """Return the broken rules of the kernel; each would have killed the process, corrupted memory or leaked."""
         number = self._raw.sim_violations()
         return [self._raw.sim_violation(i).decode() for i in range(number)]
 
     @property
     def arrays(self) -> int:
-        """Arrays of `task_threads` not given back."""
+        """Return the number of arrays of `task_threads` that were not released."""
         return int(self._raw.sim_arrays())
 
     @property
     def references_owed(self) -> int:
-        """References on ports not given back."""
+        """Return the number of port references that were not released."""
         return int(self._raw.sim_references_owed())
 
     def sleep(self, ns: int) -> None:
-        """The machine sleeps, as far as clocks can tell."""
+        """Simulate a sleep of the machine, as its clocks show it."""
         self._raw.sim_sleep(ns)
 
     def rosetta(self) -> None:
-        """From now on this process is translated. Load the library anew to see it."""
+        """Translate this process by Rosetta from now on; load the library again to see it."""
         self._raw.sim_rosetta(1)
 
     def state_tick_frequency(self, stated: int) -> None:
-        """What ``hw.tbfrequency`` says; 0: there is none. The ticks stay at 24 MHz."""
+        """Set the value of ``hw.tbfrequency``; 0: there is none. The ticks stay at 24 MHz."""
         self._raw.sim_tbfrequency(stated)
 
     def perf_levels(self, levels: int) -> None:
+        """Set the number of performance levels of the CPU."""
         self._raw.sim_perf_levels(levels)
 
     def reap_delay(self, lists: int) -> None:
-        """How many lists of threads an ended thread stays on."""
+        """Set the number of lists of threads in which an ended thread still appears."""
         self._raw.sim_reap_delay(lists)
 
     def hide_real_threads(self) -> None:
-        """From now on only threads of `add_thread` exist."""
+        """Hide all threads but those of `add_thread`."""
         self._raw.sim_hide_real_threads()
 
     def add_thread(
         self, tid: int, *, user_ns: int = 0, system_ns: int = 0, name: bytes = b"", run_state: int = 3
     ) -> None:
+        """Add a simulated thread."""
         self._raw.sim_add_thread(tid, user_ns, system_ns, name, run_state)
 
     def advance_thread(self, tid: int, *, user_ns: int = 0, system_ns: int = 0) -> None:
+        """Let a simulated thread use CPU time."""
         self._raw.sim_advance_thread(tid, user_ns, system_ns)
 
     def make_realtime(self, tid: int) -> None:
@@ -143,39 +146,39 @@ class Simulator:
         self._raw.sim_realtime(tid)
 
     def end_thread(self, tid: int, *, shown_as: int) -> None:
-        """It ends; until reaped it is 0: no port, 1: MACH_PORT_DEAD, 2: inactive, 3: detached."""
+        """End a thread; until it is reaped it is 0: no port, 1: MACH_PORT_DEAD, 2: inactive, 3: detached."""
         self._raw.sim_end_thread(tid, shown_as)
 
     def set_own_thread_name(self, name: bytes) -> int:
-        """As ``pthread_setname_np`` of macOS. 0 or an errno."""
+        """Name the calling thread as ``pthread_setname_np`` of macOS does; return 0 or an errno."""
         return int(self._raw.sim_pthread_setname_np(name))
 
     def caller_euid(self, euid: int) -> None:
-        """Judge permission as if we were this user."""
+        """Check permissions as for this user."""
         self._raw.sim_caller_euid(euid)
 
     def newest_rusage(self, flavor: int) -> None:
-        """The newest flavor of ``proc_pid_rusage`` that the kernel knows."""
+        """Set the newest flavor of ``proc_pid_rusage`` that the kernel knows."""
         self._raw.sim_newest_rusage(flavor)
 
     def teardown(self, ns: int) -> None:
-        """Let the kernel take `ns` to free what a process had: from the first ESRCH to NOTE_EXIT."""
+        """Set the time of the teardown of a process, from the first ESRCH to NOTE_EXIT, ns."""
         self._raw.sim_teardown(ns)
 
     def reuse_pid(self, pid: int) -> None:
-        """From now on the pid is of a process that started an hour later."""
+        """Reuse the pid for a process that started an hour later."""
         self._raw.sim_reuse_pid(pid, 3600)
 
     def pid_estimate(self, pids: int) -> None:
-        """The number of processes before some more were born."""
+        """Set the estimated number of processes, as before some more were started."""
         self._raw.sim_pid_estimate(pids)
 
     def exec(self, pid: int) -> None:
-        """The process executes a program."""
+        """Let the process execute a program."""
         self._raw.sim_exec(pid)
 
     def function(self, name: str) -> Any:
-        """A function of libSystem without its error check."""
+        """Return a function of libSystem without its error check."""
         function = getattr(self._raw, name)
         if name in FUNCTIONS:
             function.argtypes, function.restype = FUNCTIONS[name].argtypes, FUNCTIONS[name].restype

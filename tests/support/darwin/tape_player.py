@@ -1,4 +1,4 @@
-"""Play a tape of `vitalsd doctor --tape` in place of libSystem: no kernel stands behind it."""
+"""Replay a tape of `vitalsd doctor --tape` in place of libSystem, without a kernel."""
 
 import ctypes
 import json
@@ -10,21 +10,21 @@ from typing import Any
 from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.darwin.tape import ARGUMENTS, FORMAT
 
-__all__ = ["EndOfTape", "TapePlayer"]
+__all__ = ["EndOfTapeError", "TapePlayer"]
 
 
-class EndOfTape(Exception):
-    """The tape has no more replies to a call."""
+class EndOfTapeError(Exception):
+    """Report that the tape has no more replies to a call."""
 
 
 class TapePlayer:
     """
-    A kernel that gives the replies of a tape again.
+    Replay the replies of a tape.
 
     Each call gets the next reply to the same function with the same arguments; ports and pids are those of the tape.
 
     Args:
-        lines: of the tape.
+        lines: lines of the tape.
 
     Raises:
         ValueError: it is no tape, or one of another format.
@@ -51,15 +51,17 @@ class TapePlayer:
         return sum(len(replies) for (function, *_), replies in self._replies.items() if function == name)
 
     def __getattr__(self, name: str) -> "_Played":
+        """Return a function of the tape by attribute, as of a ctypes library."""
         if name not in ARGUMENTS:
             raise AttributeError(name)
         return self._functions.setdefault(name, _Played(self, name))
 
     def __getitem__(self, name: str) -> "_Played":
+        """Return a new object of a function of the tape, as of a ctypes library."""
         return _Played(self, name)
 
     def play(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """Give the next reply: fill the buffers, set errno, return the result."""
+        """Replay the next reply: fill the buffers, set errno, return the result."""
         key: tuple[Any, ...] = tuple(int(getattr(arguments[i], "value", arguments[i])) for i in ARGUMENTS[name])
         if name == "sysctlbyname":
             key = (arguments[0].decode("ascii"),)
@@ -67,7 +69,7 @@ class TapePlayer:
             key = tuple((ctypes.c_int * 3).from_address(arguments[0])[:])
         replies = self._replies[name, *key]
         if not replies:
-            raise EndOfTape(f"{name}{key}")
+            raise EndOfTapeError(f"{name}{key}")
         call = replies.popleft()
         self._fill(name, arguments, [bytes.fromhex(reply) for reply in call["reply"]])
         ctypes.set_errno(call["errno"])
@@ -107,7 +109,7 @@ class TapePlayer:
 
 
 class _Played:
-    """One function of the tape, as LibSystem takes one of ctypes."""
+    """Stand in for a ctypes function, with the replies of the tape."""
 
     def __init__(self, player: TapePlayer, name: str) -> None:
         self._player = player

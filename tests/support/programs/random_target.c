@@ -140,7 +140,7 @@ static void answer(void) {
 static void *control(void *left) {
     char line[256], text[64];
     controller = syscall(SYS_gettid);
-    if (left) { /* the main thread, which has exited by now */
+    if (left) { /* the main thread, which has exited */
         char path[64], stat[512], *end = NULL;
         snprintf(path, sizeof path, "/proc/self/task/%d/stat", leader);
         while (!end || end[2] != 'Z') {
