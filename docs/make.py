@@ -1,11 +1,11 @@
 """
-Make what stands in this folder from what the program says of itself.
+Generate files of this folder from the program: its OpenAPI document, docstrings and settings.
 
     python docs/make.py reference [--check]    api.md, runtime-metrics.schema.json, the modules in design.md, and the
                                                settings in operations.md
     python docs/make.py images                 images/*.png, from a real browser on a busy process
 
-With --check nothing is written; the status is 1 if a file is not as it would be made.
+With --check nothing is written; the exit status is 1 if a file differs from the generated one.
 """
 
 import argparse
@@ -44,6 +44,7 @@ command line can be read by every user of the machine.
 
 
 def main() -> int:
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["reference", "images"])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
@@ -72,11 +73,12 @@ def main() -> int:
 
 
 def _holds(path: Path, text: str) -> bool:
+    """Return whether the file at `path` has this content."""
     return path.exists() and path.read_text(encoding="utf-8") == text
 
 
 def schema() -> dict[str, Any]:
-    """What a sidecar answers at /openapi.json."""
+    """Return the document that a sidecar answers at /openapi.json."""
     import httpx
 
     from vitalsd.http.app import create_app
@@ -84,11 +86,11 @@ def schema() -> dict[str, Any]:
     from vitalsd.sampling.target_pool import Targets
     from vitalsd.sources.base import NoSuchProcessError, Source
 
-    def nobody(*_: object) -> Source:
-        raise NoSuchProcessError("nobody is measured here")
+    def no_source(*_: object) -> Source:
+        raise NoSuchProcessError("no process is measured here")
 
     async def ask() -> dict[str, Any]:
-        transport = httpx.ASGITransport(app=create_app(Targets(Sampler(nobody), nobody), list))
+        transport = httpx.ASGITransport(app=create_app(Targets(Sampler(no_source), no_source), list))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             answer: dict[str, Any] = (await client.get("/openapi.json")).json()
             return answer
@@ -97,7 +99,7 @@ def schema() -> dict[str, Any]:
 
 
 def metrics_schema() -> str:
-    """JSON Schema of the contract, as `vitalsd.contract.metrics` declares it."""
+    """Return the JSON Schema of the contract, as `vitalsd.contract.metrics` declares it."""
     from pydantic import TypeAdapter
 
     from vitalsd.contract.metrics import RuntimeMetrics
@@ -113,17 +115,17 @@ def metrics_schema() -> str:
 
 
 def design(text: str) -> str:
-    """Return docs/design.md with its list of modules made anew from their docstrings."""
+    """Return docs/design.md with a new list of modules, from the first paragraphs of their docstrings."""
     rows = [row for package in packages() for row in _modules(package)]
     return _between(text, MODULES, END_OF_MODULES, _table(("File", "Content"), rows))
 
 
 def operations(text: str) -> str:
-    """Return docs/operations.md with its table of settings made anew from `vitalsd.sidecar.config`."""
+    """Return docs/operations.md with a new table of settings, from `vitalsd.sidecar.config`."""
     import inspect
 
     import vitalsd
-    from vitalsd.sidecar.config import SETTINGS as settings
+    from vitalsd.sidecar.config import SETTINGS as CONFIG_SETTINGS
     from vitalsd.sidecar.config import TIMEOUT, Setting
 
     calls = {f"`{call.__name__}`": inspect.signature(call).parameters for call in (vitalsd.start, vitalsd.spawn)}
@@ -137,13 +139,14 @@ def operations(text: str) -> str:
         allowed = "" if setting.is_flag else setting.range_text.replace("'", "`")
         return f"`{name}`", default, allowed, unit, option, takers, setting.help
 
-    rows = [row(name, setting) for name, setting in settings.items() if not setting.hidden]
+    rows = [row(name, setting) for name, setting in CONFIG_SETTINGS.items() if not setting.hidden]
     rows.append(row("timeout_s", TIMEOUT))
     head = ("Setting", "Default", "Range", "Unit", "Option of `vitalsd serve`", "Argument of", "Meaning")
     return _between(text, SETTINGS, END_OF_SETTINGS, _table(head, rows))
 
 
 def _between(text: str, begin: str, end: str, content: str) -> str:
+    """Return `text` with `content` between two markers."""
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}\n\n{content}\n{end}{after}"
@@ -182,6 +185,7 @@ def reference(schema: dict[str, Any]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Return a Markdown table; vertical bars in cells are escaped."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
