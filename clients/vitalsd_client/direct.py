@@ -34,12 +34,12 @@ class Own:
         try:
             self._source = open_source(pid)
         except SourceError as error:
-            raise OwnError(f"nor can it be measured directly: {error}") from None
+            raise OwnError(f"and it cannot be measured directly: {error}") from None
         try:
             self._first = self._snapshot()
         except SourceError as error:
             self._source.close()
-            raise OwnError(f"nor can it be measured directly: {error}") from None
+            raise OwnError(f"and it cannot be measured directly: {error}") from None
 
     def _snapshot(self) -> Snapshot:
         return self._source.snapshot(extras=self._detail == "full")
@@ -51,7 +51,7 @@ class Own:
             measurement = measure(self._first, self._snapshot())
             body = encode(measurement, self._source.identity(), requested_ms=window_ms, detail=self._detail)
         except SourceError as error:
-            raise OwnError(f"nor can it be measured directly: {error}") from None
+            raise OwnError(f"and it cannot be measured directly: {error}") from None
         return parse_runtime_metrics(body)
 
     def __enter__(self) -> "Own":

@@ -462,7 +462,7 @@ def test_agent_commands_exit_as_documented(kind: str, short_path: Path, fake: Fa
     assert said.endswith("try: curl -s http://127.0.0.1:1234/info\n")
     written = [Path(line.removeprefix("installed ")) for line in said.splitlines()[:-1]]
     assert all(path.is_relative_to(short_path) and path.exists() for path in written)
-    assert agent("status") == (0, "waiting for somebody to connect\n")
+    assert agent("status") == (0, "waiting for the first connection\n")
     assert all(path.read_text() in agent("print", "--port", "1234")[1] for path in written)
     assert agent("uninstall") == (0, "removed\n")
     assert agent("uninstall") == (0, "it was not installed\n")

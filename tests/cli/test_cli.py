@@ -142,8 +142,8 @@ def test_name_of_several_processes_selects_the_newest(start: Start) -> None:
     out = vitalsd("sample", "--name", "nobody-is-called-so", "--window-ms", "10")
     assert (out.returncode, json.loads(out.stdout)["reason"]) == (
         1,
-        "no process of yours is called nobody-is-called-so; a process is called as its main thread (on Linux its"
-        " first 15 bytes), its program or its #! script; what runs as `python app.py` is called python",
+        "no process of yours is named nobody-is-called-so; a process has the names of its main thread (on Linux its"
+        " first 15 bytes), its program and its #! script; `python app.py` is named python",
     )
 
 
@@ -261,9 +261,9 @@ def test_serve_with_a_busy_port_exits_with_2_and_one_line() -> None:
         (["serve", "--otlp-interval", "5"], "--otlp-interval does nothing without --otlp"),
         (["serve", "--name", ""], "it is empty"),
         (["agent", "print", "--name", ""], "it is empty"),
-        (["serve", "--record-interval", "nan"], "nan is not a number to count with"),
-        (["serve", "--linger", "inf"], "inf is not a number to count with"),
-        (["top", "--interval", "nan"], "nan is not a number to count with"),
+        (["serve", "--record-interval", "nan"], "nan is not a finite number"),
+        (["serve", "--linger", "inf"], "inf is not a finite number"),
+        (["top", "--interval", "nan"], "nan is not a finite number"),
         (["sample", "--window-ms", "9"], "9"),
         (["sample", "--window-ms", "60001"], "60001"),
         (["sample", "--detail", "fuller"], "fuller"),

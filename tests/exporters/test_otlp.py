@@ -252,8 +252,8 @@ def test_otlp_collector_down_is_logged_once_and_retried(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with Service(tmp_path, "--otlp", url, "--otlp-interval", "1", "--record-interval", "0.1") as service:
-        eventually(lambda: service.lines("takes no metrics"), 20)
-        assert "Connection refused" in service.lines("takes no metrics")[0]
+        eventually(lambda: service.lines("cannot push metrics"), 20)
+        assert "Connection refused" in service.lines("cannot push metrics")[0]
         begun = time.monotonic()
         before = ask(service.url, "/info")[1]["recorder"]["snapshots"]
         eventually(lambda: ask(service.url, "/info")[1]["recorder"]["snapshots"] > before + 20, 20)
@@ -264,7 +264,7 @@ def test_otlp_collector_down_is_logged_once_and_retried(tmp_path: Path) -> None:
             eventually(lambda: service.lines("takes metrics again"), 10)
         finally:
             found.close()
-        assert len(service.lines("takes no metrics")) == 1
+        assert len(service.lines("cannot push metrics")) == 1
         assert len(service.said) == 4  # pushing, serving, down, back
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(10) == 0
@@ -327,7 +327,7 @@ def test_collector_that_redirects_or_fails_is_reported_once(tmp_path: Path, stat
             Misbehaving(says(reply)) as server,
             Service(tmp_path, "--otlp", server.url, "--otlp-interval", "5") as service,  # the time limit of a push, too
         ):
-            (line,) = eventually(lambda: service.lines("takes no metrics"), 30)
+            (line,) = eventually(lambda: service.lines("cannot push metrics"), 30)
             assert f"it answers {status[:3]}" in line
             assert ("redirects are not followed" in line) == (status[0] == "3")
     finally:
@@ -343,7 +343,7 @@ def test_cookies_and_phrases_of_a_collector_are_not_kept(tmp_path: Path) -> None
         Service(tmp_path, "--otlp", server.url, "--otlp-interval", "1") as service,
     ):
         eventually(lambda: len(server.requests) >= 3, 30)
-        (line,) = service.lines("takes no metrics")
+        (line,) = service.lines("cannot push metrics")
     assert len(line) < 1000
     assert "\x1b" not in line
     assert not any(b"cookie" in request.lower() for request in server.requests)

@@ -762,7 +762,7 @@ def test_recording_missing_has_a_reason() -> None:
     """The reason says whether there is no recorder, or no process to record yet."""
 
     def absent() -> Source:
-        raise NoSuchProcessError("no process of yours is called x; waiting for one")
+        raise NoSuchProcessError("no process of yours is named x; waiting for one")
 
     async def main() -> None:
         for recording, reason in ((None, "--record-interval 0"), (RecorderConfig(), "nothing has been recorded yet")):

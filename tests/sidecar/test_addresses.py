@@ -266,7 +266,7 @@ def test_name_passes_over_set_user_id_program_of_another_user(short_path: Path, 
             timeout=30,
         )
     assert done.returncode == 1
-    assert f"no process of yours is called {name}" in done.stdout + done.stderr
+    assert f"no process of yours is named {name}" in done.stdout + done.stderr
 
 
 def test_process_list_has_all_user_ids_of_this_process() -> None:

@@ -683,7 +683,7 @@ def test_serve_name_waits_and_follows_restarts(short_path: Path) -> None:
     with serving(short_path, "--name", "ryll-test", "--record-interval", "0.1") as (_, ready):
         status, body = ask(ready["url"], "/metrics?window_ms=10")
         assert (status, body["available"]) == (404, False)
-        assert body["reason"].startswith("no process of yours is called ryll-test; ")
+        assert body["reason"].startswith("no process of yours is named ryll-test; ")
         assert body["reason"].endswith("; waiting for one")
         _, info = ask(ready["url"], "/info")
         assert info["target"] == body, "what cannot be measured has one shape everywhere"

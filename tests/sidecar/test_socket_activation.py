@@ -127,7 +127,7 @@ def test_launchd_activation_without_a_key_takes_the_others(launchd: Launchd) -> 
 def test_launchd_activation_with_another_error_raises_it(launchd: Launchd) -> None:
     """EALREADY, or anything else, is told and not taken for "run from a shell"."""
     launchd.key(b"http", code=errno.EALREADY)
-    with pytest.raises(ListenError, match="keeps the socket 'http' to itself"):
+    with pytest.raises(ListenError, match="does not hand over the socket 'http'"):
         launchd_sockets(launchd.lib)
 
 

@@ -118,7 +118,7 @@ def _print_traceback() -> None:
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
-    """What is this process doing? CPU, memory and every thread, on Linux and macOS.
+    """Measure a process: CPU, memory and every thread, on Linux and macOS.
 
     \b
     vitalsd sample --pid 4242          one answer, no server

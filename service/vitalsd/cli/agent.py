@@ -131,7 +131,7 @@ def agent_status(kind: str, name: str | None, port: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(found)))
     elif found.loaded:
-        click.echo(f"running as process {found.pid}" if found.pid else "waiting for somebody to connect")
+        click.echo(f"running as process {found.pid}" if found.pid else "waiting for the first connection")
     else:
         click.echo("installed, but not loaded" if found.installed else "not installed")
     if not found.loaded:

@@ -48,7 +48,7 @@ class Number(click.FloatRange):
         """Return the number. Raise `click.BadParameter`: it is infinite, not a number, or out of range."""
         number = float(super().convert(value, param, ctx))
         if not isfinite(number):
-            self.fail(f"{value} is not a number to count with.", param, ctx)
+            self.fail(f"{value} is not a finite number.", param, ctx)
         return number
 
     def _describe_range(self) -> str:

@@ -55,7 +55,9 @@ def spool_list(as_json: bool) -> None:
 @click.argument("report_id", required=False)
 @click.option("--url", metavar="URL", help="For reports without one; with REPORT_ID: instead of its own.")
 @ca_file_option
-@click.option("--wait", type=Number(0), default=0.0, metavar="SECONDS", help="Go on with what fails so long.")
+@click.option(
+    "--wait", type=Number(0), default=0.0, metavar="SECONDS", help="Keep retrying failed uploads for this long."
+)
 @click.option("--retry-failed", is_flag=True, help="Also those that the server refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def spool_send(

@@ -63,4 +63,4 @@ UnixMs = Annotated[int, Doc("Unix time, ms.")]
 UtcTime = Annotated[str, _Time()]
 
 APP = Doc("Application id that the client passed; null: none.")
-PROGRAM = Doc("Keyed digest of the executed file and of what it was told to run; empty: not known.")
+PROGRAM = Doc("Keyed digest of the executed file and of what it runs; empty: not known.")

@@ -168,7 +168,7 @@ class Connection:
             elif isinstance(event, h11.InformationalResponse):
                 interim += 1
                 if interim > MAX_INTERIM:
-                    raise ExchangeError(f"{self.place} sends interim answers without end")
+                    raise ExchangeError(f"{self.place} sent more than {MAX_INTERIM} interim responses (status 1xx)")
             elif isinstance(event, h11.Response):
                 head = event
             elif isinstance(event, h11.Data):

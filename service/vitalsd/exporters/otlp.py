@@ -368,7 +368,8 @@ class _Failures:
         self._count += 1
         if time.monotonic() - self._said_at >= QUIET_S:
             self._said_at, self._said = time.monotonic(), True
-            log.warning("%s takes no metrics: %s; they are tried on in silence", self._url, self.reason)
+            text = "cannot push metrics to %s: %s; retrying, the next message is in %d min at the earliest"
+            log.warning(text, self._url, self.reason, QUIET_S // 60)
 
 
 def _root(error: BaseException) -> str:

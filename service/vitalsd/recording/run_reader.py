@@ -52,7 +52,7 @@ class RunJson(TypedDict):
 
     id: str
     state: Annotated[State, Doc("crashed: it did not end well, and its last seconds are in it.")]
-    ended: Annotated[str | None, Doc("How it ended; null while it runs, or if nobody could say.")]
+    ended: Annotated[str | None, Doc("How it ended; null while it runs, or if it is not known.")]
     reported: Annotated[bool, Doc("Has gone into a bug report already.")]
     app: Annotated[str | None, APP]
     app_version: str | None

@@ -158,9 +158,7 @@ class SidecarConfig:
         high=3600,
         or_zero=True,
     )
-    retention_s: float = _setting(
-        900.0, "--retention", "How far back the record reaches.", time="minutes", low=1, high=86400
-    )
+    retention_s: float = _setting(900.0, "--retention", "How much history to keep.", time="minutes", low=1, high=86400)
     black_box: bool = _setting(True, "--black-box/--no-black-box", "Keep the record on disk, to survive a crash.")
     tcp: bool = _setting(True, "--no-tcp", "Listen on the Unix socket alone.", set_by_agent=True)
     uds: str | Path | None = _setting(
@@ -195,7 +193,7 @@ class SidecarConfig:
     max_thread_metrics: int = _setting(
         256,
         "--max-thread-metrics",
-        "Of more threads, scrapers see the N with the most CPU time.",
+        "Export at most N thread series, the busiest ones.",
         whole=True,
         low=1,
         high=20_000,

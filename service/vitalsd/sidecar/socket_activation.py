@@ -96,7 +96,7 @@ def launchd_sockets(lib: Any) -> list[socket.socket]:
         if code == errno.ENOENT:
             continue
         if code != 0:
-            raise ListenError(f"launchd keeps the socket {key!r} to itself: {os.strerror(code)}")
+            raise ListenError(f"launchd does not hand over the socket {key!r}: {os.strerror(code)}")
         try:
             fds += array[: count.value]
         finally:

@@ -123,8 +123,8 @@ def choose_process(name: str, platform: Platform) -> Taken:
     )
     if not called:
         raise NoSuchProcessError(
-            f"no process of yours is called {name}; a process is called as its main thread (on Linux its first 15"
-            " bytes), its program or its #! script; what runs as `python app.py` is called python"
+            f"no process of yours is named {name}; a process has the names of its main thread (on Linux its first 15"
+            " bytes), its program and its #! script; `python app.py` is named python"
         )
     eldest = [pid for pid in called if not _descends(pid, called, every)]
     # They may all descend from each other if a pid was given to a new process while they were listed.

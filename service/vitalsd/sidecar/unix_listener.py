@@ -104,9 +104,9 @@ def _check_directory(path: Path) -> None:
     """Refuse a directory where another user could put a socket in the place of ours."""
     found = os.stat(path)
     if found.st_uid not in (0, os.geteuid()):
-        raise ListenError(f"{path} belongs to user {found.st_uid}, who could replace a socket in it")
+        raise ListenError(f"{path} belongs to user {found.st_uid}, which could replace a socket in it")
     if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-        raise ListenError(f"{path} may be written by other users, who could replace a socket in it")
+        raise ListenError(f"{path} may be written by other users, which could replace a socket in it")
 
 
 def default_unix_listener(directory: Path, notes: list[str] | None) -> UnixListener | None:

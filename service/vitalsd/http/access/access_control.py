@@ -268,9 +268,13 @@ def _cross_site(identifying: dict[bytes, list[bytes]], scope: Scope, host: str, 
                 f" open http://{truncate_for_display(host)}/, or use curl",
             )
     if identifying.get(b"origin", []) not in ([], [f"http://{host}".encode("latin-1")]):
-        return problem("cross_site", f"a page of another site asks; only http://{truncate_for_display(host)} may")
+        return problem(
+            "cross_site",
+            f"the request comes from another web origin, and only http://{truncate_for_display(host)} may ask;"
+            " ask from a program, or open this address yourself",
+        )
     if scope["method"] == "OPTIONS" and b"access-control-request-method" in identifying:
-        return problem("cross_site", "no other site is ever let in")
+        return problem("cross_site", "requests of other web origins are always refused")
     return None
 
 
