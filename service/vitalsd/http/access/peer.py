@@ -48,7 +48,7 @@ UID_AND_INODE = struct.Struct("=II")
 UID_AT = HEADER.size + 4 + 48 + 12
 """Offset of the user id in the reply, bytes: after four bytes, the `id` of 48 bytes, expires, rqueue and wqueue."""
 REPLY_BYTES = 4096
-"""Bytes to read of a reply; one about a single socket has under 200."""
+"""Size of the buffer for a reply, bytes: a header of 16, struct inet_diag_msg of 72, and some attributes."""
 MAPPED = bytes(10) + b"\xff\xff"
 """Prefix of an IPv4 address in IPv6 form (RFC 4291 section 2.5.5.2)."""
 TCP_ESTABLISHED = 1  # include/net/tcp_states.h; the first byte of struct tcp_info (linux/tcp.h)

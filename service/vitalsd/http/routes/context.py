@@ -38,5 +38,5 @@ class RouteContext(NamedTuple):
     stream_s: float = STREAM_S
 
     def unavailable(self, error: SourceError) -> Response:
-        """Return the `Unavailable` answer for an error of the default target's platform."""
+        """Return the `Unavailable` answer for an error, with the platform of the default target."""
         return failed(error, self.targets.default.platform)

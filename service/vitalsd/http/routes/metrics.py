@@ -216,11 +216,8 @@ async def _measured(
     if measurement is not None:
         return measurement, identity, query.mode
     measurement = await target.window(query.window_ms, extras=query.detail == "full", peer=peer)
-    return (
-        measurement,
-        await target.identity(),
-        "wait",
-    )  # At the end of the window, because it may have another name then.
+    # Read the identity at the end of the window: the process may have another name then.
+    return measurement, await target.identity(), "wait"
 
 
 def _recording_warnings(target: PooledTarget) -> tuple[str, ...]:

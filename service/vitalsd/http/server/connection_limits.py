@@ -50,7 +50,7 @@ class ConnectionLimiter:
 
     @classmethod
     def fitting(cls) -> "ConnectionLimiter":
-        """Return a limiter of `CONNECTIONS`, or of the share of the descriptors that this process may open."""
+        """Return a limiter of `CONNECTIONS`, or of a quarter of the descriptors that this process may have if fewer."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         unlimited = soft == resource.RLIM_INFINITY
         return cls(CONNECTIONS if unlimited else max(2, min(CONNECTIONS, soft // DESCRIPTOR_SHARE)))
