@@ -147,7 +147,7 @@ def planted(platform: Platform, defect: str) -> Platform:
 
 
 def program(library: Path | str, defect: str = "none") -> tuple[str, ...]:
-    """Return the command that runs ``vitalsd`` over the simulated libSystem."""
+    """Return the command that runs ``vitalsd`` over the simulated libSystem or ``linux``, with a defect."""
     return (sys.executable, "-P", os.path.abspath(__file__), str(library), defect)
 
 
