@@ -31,7 +31,7 @@ def test_measure_of_any_two_snapshots_is_finite_and_not_negative(pair: tuple[Sna
 
 @given(pairs())
 def test_measure_cpu_accounting_balances_to_the_nanosecond(pair: tuple[Snapshot, Snapshot]) -> None:
-    """process = living + exited + unattributed, and living is the sum over the threads, for any counters."""
+    """Process = living + exited + unattributed, and living is the sum over the threads, for any counters."""
     m = measure(*pair)
     assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
     assert m.living_ns == sum(m.thread_cpu_ns)
@@ -224,7 +224,6 @@ def test_measure_warnings_of_both_snapshots_appear_once() -> None:
 
 def test_identity_of_a_reused_pid_differs() -> None:
     """The same pid started at another tick has another start_id."""
-
     assert IDENTITY.start_id == "4242-217667-0b7e5a4e"
     assert IDENTITY._replace(start_key=1).start_id != IDENTITY.start_id
 

@@ -88,7 +88,7 @@ def test_property_list_with_a_name_runs_at_login(short_path: Path) -> None:
 
 
 def test_property_list_reads_the_same_with_libplist(short_path: Path) -> None:
-    """libplist reads the template and the installed file to the same content as Python."""
+    """Libplist reads the template and the installed file to the same content as Python."""
     template = ROOT / "launchd" / f"{LABEL}.plist"
     [rendered] = launchd(short_path, name="<&>").files().values()
     for content in (template.read_bytes(), rendered):
@@ -193,7 +193,7 @@ def test_launchd_install_unchanged_restarts_the_agent(short_path: Path, fake: Fa
 
 
 def test_launchd_install_changed_waits_for_the_old_job(short_path: Path, fake: FakeSupervisor) -> None:
-    """bootout returns early: bootstrap is not tried before print fails, because it would fail with 5."""
+    """Bootout returns early: bootstrap is not tried before print fails, because it would fail with 5."""
     launchd(short_path).install()
     fake.set(drains=4)
     fake.calls()
@@ -271,7 +271,7 @@ def test_launchd_install_in_a_gui_session_replaces_the_agent_of_ssh(short_path: 
 
 
 def test_launchd_uninstall_waits_for_a_slow_job(short_path: Path, fake: FakeSupervisor) -> None:
-    """bootout answers 36 (EINPROGRESS) and carries on."""
+    """Bootout answers 36 (EINPROGRESS) and carries on."""
     launchd(short_path).install()
     fake.set(drains=3)
     assert launchd(short_path).uninstall()

@@ -57,8 +57,10 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def strictly(body: bytes) -> dict[str, Any]:
     """
-    Read `runtime-metrics.json` as its first reader does: an untagged union in Rust, whose structs take exactly
-    these keys, and no null, no NaN, no float where an integer is declared.
+    Read `runtime-metrics.json` as its first reader does.
+
+    An untagged union in Rust, whose structs take exactly these keys, and no null, no NaN, no float where an integer is
+    declared.
     """
 
     def keys(found: Any, kinds: dict[str, tuple[type, ...]]) -> None:

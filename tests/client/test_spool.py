@@ -920,7 +920,7 @@ def with_file_limit(size: int, call: Callable[[], object]) -> object:
 
 
 def test_spool_on_a_full_disk_loses_no_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """add says so and leaves nothing half done; what is there already is sent even though nothing can be noted."""
+    """Add says so and leaves nothing half done; what is there already is sent even though nothing can be noted."""
     stack = ExitStack()
     receiver = stack.enter_context(receiving_badly(tmp_path / "store", 0, 0.0))
     spool = spooling(tmp_path, receiver)
@@ -1078,8 +1078,7 @@ def vitalsd(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_spool_commands_list_send_and_drop_with_statuses(tmp_path: Path, receiver: str) -> None:
-    """report --upload keeps and sends; spool list shows, send goes on, drop forgets; statuses tell."""
-
+    """Report --upload keeps and sends; spool list shows, send goes on, drop forgets; statuses tell."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}/"
     assert vitalsd(tmp_path, "spool", "list").stdout.startswith("no reports in ")

@@ -242,7 +242,7 @@ def test_basic_answer_has_no_null(pair: tuple[Snapshot, Snapshot]) -> None:
 
 @given(pairs(extras=True), sorts, limits)
 def test_sort_before_limit_sets_truncated(pair: tuple[Snapshot, Snapshot], sort: Sort, limit: int | None) -> None:
-    """sort orders the whole list, limit cuts it afterwards, and `truncated` tells."""
+    """Sort orders the whole list, limit cuts it afterwards, and `truncated` tells."""
     m = measure(*pair)
     everything = read(m, detail="full")["threads"]
     keys: dict[str, Callable[[Any], Any]] = {
@@ -366,7 +366,7 @@ def test_times_are_iso_8601_utc_with_milliseconds() -> None:
 def test_os_version_of_a_python_with_an_older_sdk_is_the_real_one(
     monkeypatch: pytest.MonkeyPatch, mac_version: str, release: str, shown: str
 ) -> None:
-    """macOS 26 says 16 to it (python/cpython#135675); Darwin's release tells the truth."""
+    """MacOS 26 says 16 to it (python/cpython#135675); Darwin's release tells the truth."""
     monkeypatch.setattr(platform, "mac_ver", lambda: (mac_version, ("", "", ""), "arm64"))
     monkeypatch.setattr(platform, "release", lambda: release)
     assert os_version() == shown

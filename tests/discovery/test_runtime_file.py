@@ -110,7 +110,7 @@ def as_nobody(call: Callable[[], object]) -> str:
 
 
 def test_runtime_file_published_reads_back_equal(directory: Path) -> None:
-    """publish and read are inverse, with and without target, socket, port and token."""
+    """Publish and read are inverse, with and without target, socket, port and token."""
     for each in (
         an_endpoint(),
         an_endpoint(target=None, socket=None, token="secret"),

@@ -284,7 +284,7 @@ def test_agent_of_a_bundled_command_line_runs_it(one_folder: Path, home: Home) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="systemd is of Linux")
 def test_activation_of_a_one_file_application_takes_the_sockets(one_file: Path, home: Home) -> None:
-    """systemd passes them to the launcher; the child of the launcher serves them and notifies systemd."""
+    """Systemd passes them to the launcher; the child of the launcher serves them and notifies systemd."""
     import socket
 
     with (

@@ -289,8 +289,9 @@ def test_link_from_another_site_without_a_token_is_refused(
 
 def test_link_from_another_site_opens_the_page_without_access_to_it(counted: Counted, attacker: Attacker) -> None:
     """
-    Where a token guards the rest. The page is then on its own: the window that opened it has no hold on it, and
-    does not learn what it shows.
+    Where a token guards the rest.
+
+    The page is then on its own: the window that opened it has no hold on it, and does not learn what it shows.
     """
     counted.reached.clear()
     with Edge(counted, token="a" * 43) as edge, Browser(RULES) as browser:

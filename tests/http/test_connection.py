@@ -207,9 +207,7 @@ def test_connection_limit_is_a_quarter_of_the_descriptors_up_to_1024() -> None:
 
 
 def test_five_hundred_stalled_sockets_delay_no_other_client(short_path: Path) -> None:
-    """
-    With 64 places and 500 who stall, everybody else is served: over TCP in far less than 6 s, over the Unix socket too.
-    """
+    """With 64 places and 500 stalled clients, others are served in far less than 6 s, over TCP and the Unix socket."""
     arguments = ("--record-interval", "0", "--uds", str(short_path / "a.sock"))
     with ExitStack() as stack:
         server = stack.enter_context(
@@ -501,7 +499,7 @@ def test_shutdown_while_a_400_is_being_written_succeeds(caplog: pytest.LogCaptur
 
 
 def test_connections_accepted_during_shutdown_are_closed() -> None:
-    """asyncio takes some turns of its loop to make one of what it accepted; the host program keeps none of them."""
+    """Asyncio takes some turns of its loop to make one of what it accepted; the host program keeps none of them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
         for _ in range(30):

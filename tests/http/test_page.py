@@ -262,7 +262,7 @@ def test_page_downloaded_report_opens_in_replay_without_marks(page: Browser, ser
 
 
 def test_page_report_contains_the_selected_run(page: Browser, tmp_path: Path) -> None:
-    """ "Download report" with an earlier run chosen: that run is in it; with none chosen, what belongs there."""
+    """The button "Download report" with an earlier run chosen: that run is in it; with none, what belongs there."""
     with Target("--idle", "2") as first, Serving(tmp_path, "--pid", str(first.pid), "--app", "editor") as serving:
         eventually(lambda: serving.get("/info")["recorder"]["snapshots"] > 2, 10)
         serving.client.post("/marks", json={"label": "of the other run"})

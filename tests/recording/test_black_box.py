@@ -193,8 +193,9 @@ def ends(directory: Path) -> tuple[Run, list[int]]:
 @pytest.mark.parametrize("interval_s", [0.01, 2])
 def test_black_box_killed_at_any_moment_loses_at_most_one_interval(tmp_path: Path, interval_s: float) -> None:
     """
-    After SIGKILL at random moments every file opens, no row is torn, and at most the last snapshot is missing;
-    so it is when the next start has moved the log into the file.
+    After SIGKILL at random moments every file opens, no row is torn, and at most the last snapshot is missing.
+
+    So it is when the next start has moved the log into the file.
     """
     for kill in range(KILLS):
         directory = tmp_path / str(kill)
@@ -482,6 +483,8 @@ def test_black_box_under_random_failures_keeps_or_counts_each_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """
+    Each snapshot that is kept is exact and in order, and each other one is counted as dropped.
+
     Writes that fail in the middle, a database that others hold, threads born and ended, readers all the while: what is
     kept is exact and in order, and what is not was counted as dropped.
     """

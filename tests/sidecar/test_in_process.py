@@ -342,8 +342,10 @@ def test_threads_with_a_kernel_name_keep_it(sidecar: vitalsd.Sidecar) -> None:
 
 def test_forked_child_closes_its_copy_and_the_parent_continues(short_path: Path) -> None:
     """
-    While a forked child lives on: the parent answers, its connections close, its port can be bound
-    again at once, and at its end the child removes nothing. The child may start its own.
+    While a forked child lives on.
+
+    The parent answers, its connections close, its port can be bound again at once, and at its end the child removes
+    nothing. The child may start its own.
     """
     done = run(
         """
@@ -493,7 +495,7 @@ def test_forked_children_can_use_sqlite(call: str, callers: int, children: int, 
 
 
 def test_multiprocessing_pool_by_fork_ends_with_status_0(short_path: Path) -> None:
-    """multiprocessing by fork works in a host with a sidecar, and its workers end with status 0."""
+    """Multiprocessing by fork works in a host with a sidecar, and its workers end with status 0."""
     done = run(
         """
         import multiprocessing, os, vitalsd

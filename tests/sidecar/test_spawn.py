@@ -146,7 +146,7 @@ def test_spawn_options_reach_the_sidecar(target: "subprocess.Popen[bytes]", shor
 def test_spawn_of_a_sidecar_that_does_not_get_ready_raises_spawn_error(
     arguments: dict[str, object], reason: str
 ) -> None:
-    """spawn raises SpawnError with the reason, and leaves no process behind."""
+    """Spawn raises SpawnError with the reason, and leaves no process behind."""
     with pytest.raises(vitalsd.SpawnError, match=reason):
         vitalsd.spawn(port=0, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ChildProcessError):
@@ -190,7 +190,7 @@ def test_spawn_collects_an_ended_sidecar_that_was_dropped() -> None:
 
 
 def test_spawn_loads_no_web_framework() -> None:
-    """spawn costs the client no web framework."""
+    """Spawn costs the client no web framework."""
     code = (
         "import sys, vitalsd\nvitalsd.spawn(port=0).stop()\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('fastapi', 'starlette', 'uvicorn', 'pydantic')])"
@@ -271,7 +271,7 @@ def test_spawned_sidecar_lingers_and_then_ends(target: "subprocess.Popen[bytes]"
 
 
 def test_spawned_sidecar_keeps_a_target_that_execs(short_path: Path) -> None:
-    """exec is not death: pid and start stay, and so does the sidecar."""
+    """Exec is not death: pid and start stay, and so does the sidecar."""
     program = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
     with ExitStack() as stack:
         target = stack.enter_context(subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE))

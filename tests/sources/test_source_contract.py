@@ -1,7 +1,8 @@
 """
-What every source promises, on every source: Linux (own process and another), macOS over the simulated
-libSystem (Mach for our own process, libproc for our own and another), and a fake. On a Mac the real
-libSystem takes the place of the simulated one.
+What every source promises, on every source.
+
+Linux (own process and another), macOS over the simulated libSystem (Mach for our own process, libproc for our own and
+another), and a fake. On a Mac the real libSystem takes the place of the simulated one.
 """
 
 import os

@@ -135,7 +135,7 @@ def test_uptime_secs_advances_with_the_clock(session: Session) -> None:
 
 
 def test_threads_are_listed_sorted_by_tid(session: Session) -> None:
-    """threads is populated, and sorted by tid."""
+    """Threads is populated, and sorted by tid."""
     tids = [thread["tid"] for thread in session.report()["threads"]]
     assert len(tids) >= len(NAMES) + 1
     assert tids == sorted(tids)
@@ -151,7 +151,7 @@ def test_threads_have_one_entry_per_living_thread(session: Session) -> None:
 
 
 def test_threads_have_the_names_of_the_system_call(session: Session) -> None:
-    """name is what the system's own call tells, where the thread has been named."""
+    """Name is what the system's own call tells, where the thread has been named."""
     names = {thread["tid"]: thread["name"] for thread in session.report()["threads"]}
     for name, tid in session.tids.items():
         assert names[tid] == name

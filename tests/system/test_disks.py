@@ -78,8 +78,10 @@ def crashed(tmp_path: Path) -> Path:
 
 def test_hung_run_directory_affects_only_the_runs(tmp_path: Path, crashed: Path, patience_s: int) -> None:
     """
-    Who asks for a run is told after some seconds, then at once; /healthz is 503 and says which disk it is; all else
-    goes on, the report without the previous run. When the read returns all is well again.
+    Who asks for a run is told after some seconds, then at once.
+
+    /healthz is 503 and says which disk it is; all else goes on, the report without the previous run. When the read
+    returns all is well again.
     """
     options = ("--record-interval", "0.1")
     with Serving(tmp_path, *options, python=python(patience_s)) as served, ExitStack() as stack:
@@ -147,8 +149,9 @@ def threads(pid: int) -> int:
 @pytest.mark.parametrize("freed", [False, True], ids=["to the end", "until it returns"])
 def test_hung_black_box_delays_neither_start_nor_exit(tmp_path: Path, patience_s: int, freed: bool) -> None:
     """
-    The first file that has to make room for it cannot be looked at: the sidecar starts, records, says what is off, and
-    ends in time. Once it can, the run goes to disk.
+    The first file that has to make room for it cannot be looked at.
+
+    The sidecar starts, records, says what is off, and ends in time. Once it can, the run goes to disk.
     """
     runs = tmp_path / "runs"
     runs.mkdir(mode=0o700)
@@ -227,8 +230,9 @@ def frozen(mounted: Path) -> Iterator[None]:
 
 def test_frozen_disk_affects_only_the_black_box(short_path: Path, disk: Path, patience_s: int) -> None:
     """
-    Recording, metrics and history go on at their beat, and what is off is said; afterwards the black box goes on, and
-    what it has is as it was.
+    Recording, metrics and history go on at their beat, and what is off is said.
+
+    Afterwards the black box goes on, and what it has is as it was.
     """
     state = disk / "state"
     environ = os.environ | {"VITALSD_RUNTIME_DIR": str(short_path / "run"), "VITALSD_STATE_DIR": str(state)}

@@ -91,8 +91,9 @@ def served(tree: Path, tmp_path: Path, patience_s: int) -> Iterator[Serving]:
 
 def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, patience_s: int) -> None:
     """
-    Who asks for the process is told after some seconds, then at once; /healthz is 503; all else goes on, and so does
-    the process when the read returns.
+    Who asks for the process is told after some seconds, then at once.
+
+    /healthz is 503; all else goes on, and so does the process when the read returns.
     """
     assert asked(served.url, "/healthz") == (200, {"status": "ok"})
     assert get(served.url, "/metrics?pid=4343&window_ms=10").status == 200

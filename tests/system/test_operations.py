@@ -72,7 +72,7 @@ def test_operations_page_has_the_expected_commands_and_files() -> None:
 
 
 def test_operations_page_configuration_passes_promtool(tmp_path: Path) -> None:
-    """promtool finds no fault in the scrape configuration, in the rules, nor in what the Collector is to scrape."""
+    """Promtool finds no fault in the scrape configuration, in the rules, nor in what the Collector is to scrape."""
     promtool = program("promtool", package="prometheus")
     for name in ("prometheus.yml", "vitalsd.rules.yml"):
         (tmp_path / name).write_text(FILES[name], encoding="utf-8")

@@ -126,4 +126,4 @@ def main() -> None:
     vitalsd serve --pid 4242           serve it on http://127.0.0.1:9779
     curl -s 127.0.0.1:9779/metrics     ask the server
     vitalsd doctor                     is it right on this machine?
-    """
+    """  # noqa: D301 - click reads \b

@@ -25,7 +25,7 @@ def agent() -> None:
     vitalsd agent install --name myapp    follow myapp, from the login on
     vitalsd agent install --name myapp -- --otlp --log-format json
     vitalsd agent status                  exit status 1 if it is not loaded
-    """
+    """  # noqa: D301 - click reads \b
 
 
 def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":

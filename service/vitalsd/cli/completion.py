@@ -20,7 +20,7 @@ def completion(context: click.Context, shell: str) -> None:
     bash   eval "$(vitalsd completion bash)"        in ~/.bashrc
     zsh    eval "$(vitalsd completion zsh)"         in ~/.zshrc, after compinit
     fish   vitalsd completion fish | source         in ~/.config/fish/config.fish
-    """
+    """  # noqa: D301 - click reads \b
     from click.shell_completion import get_completion_class
 
     found = get_completion_class(shell)

@@ -142,8 +142,10 @@ class FullProcess(ProcessMetrics):
 
 class FullThread(_Thread):
     """
-    ``detail=full``: more of a thread. ``cpu_percent`` covers a thread born in the window too. It is null where the
-    target executed another program in the window, and where it contradicts the process's CPU clock: see `warnings`.
+    ``detail=full``: more of a thread.
+
+    ``cpu_percent`` covers a thread born in the window too. It is null where the target executed another program in the
+    window, and where it contradicts the process's CPU clock: see `warnings`.
     """
 
     cpu_percent: Percent | None

@@ -1,6 +1,4 @@
-"""
-What a Mac does rarely or not on request; `test_as_on_a_mac` runs it under `support.as_darwin.plugin`.
-"""
+"""What a Mac does rarely or not on request; `test_as_on_a_mac` runs it under `support.as_darwin.plugin`."""
 
 import ctypes
 import errno

@@ -171,7 +171,7 @@ def test_exit_status_of_a_process_that_is_no_child_is_known(code: str, ending: E
 
 
 def test_source_of_another_users_process_is_access_denied() -> None:
-    """launchd is root's. Skipped for root, who may."""
+    """Launchd is root's. Skipped for root, who may."""
     if os.geteuid() == 0:
         assert LibprocSource(1).identity().pid == 1
         return
@@ -228,7 +228,7 @@ def test_stopped_process_has_state_stopped_and_waiting_threads() -> None:
 
 
 def test_exit_of_a_process_with_much_memory_keeps_its_status() -> None:
-    """libproc reports ESRCH from the beginning of the teardown; the status comes with NOTE_EXIT at its end."""
+    """Libproc reports ESRCH from the beginning of the teardown; the status comes with NOTE_EXIT at its end."""
     with sleeping("kept = bytearray(b'x') * (256 << 20)") as child, closing(LibprocSource(child.pid)) as source:
         assert child.stdin is not None
         child.stdin.close()
@@ -236,7 +236,7 @@ def test_exit_of_a_process_with_much_memory_keeps_its_status() -> None:
 
 
 def test_inherited_listener_without_acceptconn_is_accepted() -> None:
-    """launchd's sockets listen; XNU has no SO_ACCEPTCONN to prove it."""
+    """Launchd's sockets listen; XNU has no SO_ACCEPTCONN to prove it."""
     with bind_tcp("127.0.0.1", 0) as listener, inherited(os.dup(listener.fileno())) as taken:
         assert taken.getsockname() == listener.getsockname()
         assert taken.proto == socket.IPPROTO_TCP

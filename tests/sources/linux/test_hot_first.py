@@ -124,8 +124,9 @@ def test_hot_first_reading_equals_a_full_reading(
     tmp_path_factory: pytest.TempPathFactory, threads: int, between: list[list[tuple[str, int]]], data: st.DataObject
 ) -> None:
     """
-    However many run, name themselves, come and go between two readings, proved or full: times, their sum and
-    names are those of the files, and no list that was handed out changes afterwards.
+    However many run, name themselves, come and go between two readings, proved or full.
+
+    Times, their sum and names are those of the files, and no list that was handed out changes afterwards.
     """
     tree = Tree(tmp_path_factory.mktemp("task"), threads)
     task_fd = os.open(tree.root, os.O_RDONLY)
@@ -265,8 +266,9 @@ def test_hot_first_with_new_threads_still_reads_names(tmp_path: Path) -> None:
 )
 def test_proved_readings_equal_full_ones(start: Callable[..., Target], readings: int) -> None:
     """
-    On a living process, threads being born and exiting meanwhile, every proved reading equals a full
-    reading taken while the process clock stood still.
+    On a living process, threads being born and exiting meanwhile.
+
+    Every proved reading equals a full reading taken while the process clock stood still.
     """
     target = start("--burn", "10", "5", "--idle", "120")
     clock_id = (~target.pid << 3) | 2

@@ -85,7 +85,7 @@ def test_parse_stat_of_a_capture_returns_its_figures() -> None:
     ],
 )
 def test_parse_stat_name_ends_at_the_last_parenthesis(file: str, name: str) -> None:
-    """A name ends at the last parenthesis, and a byte that is no UTF-8 shows as \\xNN."""
+    r"""A name ends at the last parenthesis, and a byte that is no UTF-8 shows as \xNN."""
     stat = parse_stat((DATA / file).read_bytes())
     assert stat.name == name
     assert stat.state in "RSZI"

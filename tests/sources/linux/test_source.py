@@ -156,8 +156,10 @@ def windows(source: Source, count: int, seconds: float) -> list[tuple[Snapshot, 
 
 def test_cpu_percent_is_within_its_error_of_thread_clocks(start: Start) -> None:
     """
-    12 threads, 2 of which burn 30 %: each thread within 1 point of its own clock over 1000 ms, within 2
-    points (median) over 100 ms, and the process within 1 point over 1000 ms.
+    12 threads, 2 of which burn 30 %.
+
+    Each thread within 1 point of its own clock over 1000 ms, within 2 points (median) over 100 ms, and the process
+    within 1 point over 1000 ms.
     """
     target = start("--burn", "30", "30", "--idle", "9")
     assert len(target.tids) == 12

@@ -2,7 +2,7 @@
 Limit the connections, and the bytes of large answers that clients have not taken yet (backpressure).
 
 At the limit of connections the longest idle one is evicted; if all are being served, the new one is refused. Large
-answers share a budget of bytes; an answer that does not fit is refused.
+answers share a budget of bytes; an answer that does not fit is refused (load shedding).
 """
 
 import asyncio
