@@ -33,7 +33,7 @@ def _agent_options(command: "Callable[..., None]") -> "Callable[..., None]":
     kinds = click.Choice(["launchd", "systemd"])
     command = click.option("--supervisor", "kind", type=kinds, default=default, show_default=True)(command)
     command = setting_option("port", default=DEFAULT_PORT, default_text="", help="", low=1, metavar="")(command)
-    return setting_option("name", help="Follow your process of that name.", metavar="TARGET")(command)
+    return setting_option("name", help="Follow your process of this name.", metavar="TARGET")(command)
 
 
 def _serve_options(context: click.Context, parameter: click.Parameter, options: tuple[str, ...]) -> tuple[str, ...]:

@@ -28,13 +28,13 @@ STYLES = {"pass": "green", "fail": "bold red", "not here": "dim"}
     "--soak",
     type=Number(1, 7 * 86400),
     metavar="SECONDS",
-    help="Also take snapshots as fast as they come for so long, and watch for leaks.",
+    help="Also take snapshots without a pause for this long, and look for leaks.",
 )
 @click.option(
     "--tape",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="macOS: write every call of libSystem and its reply to FILE, without names, paths, arguments and user ids.",
+    help="Write each call of libSystem and its reply to FILE (macOS), without names, paths, arguments and user ids.",
 )
 @click.pass_context
 def doctor(context: click.Context, as_json: bool, soak: float | None, tape: Path | None) -> None:

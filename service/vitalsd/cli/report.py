@@ -40,19 +40,34 @@ MAX_REPORT_BYTES = 64 << 20
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write the zip there.  [.]"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write the zip to this file or directory.  [.]",
 )
-@click.option("--upload", metavar="URL", help="Send it there, by way of the spool; see `vitalsd spool`.")
+@click.option("--upload", metavar="URL", help="Send the report to this URL, through the spool (see `vitalsd spool`).")
 @ca_file_option
-@click.option("--attach", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Add a file.")
-@click.option("--message", default="", metavar="TEXT", help="What is wrong, in your words.")
+@click.option(
+    "--attach",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Add this file to the report.",
+)
+@click.option("--message", default="", metavar="TEXT", help="Describe what is wrong.")
 @app_option
 @app_version_option
-@click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Process.  [that of your newest sidecar]")
-@click.option("--url", metavar="URL", help="Ask this sidecar: http://127.0.0.1:9779")
-@click.option("--run", "run_id", metavar="ID", help="Include this earlier run; `vitalsd runs` lists them.")
-@click.option("--preview", is_flag=True, help="Show what would be in the report; nothing is written.")
-@click.option("--direct", is_flag=True, help="Without a sidecar, measure vitalsd itself: to try it out.")
+@click.option(
+    "--pid",
+    type=click.IntRange(1, 2**31 - 1),
+    metavar="N",
+    help="Report this process.  [default: that of your newest sidecar]",
+)
+@click.option("--url", metavar="URL", help="Ask the sidecar at this URL, for example http://127.0.0.1:9779.")
+@click.option("--run", "run_id", metavar="ID", help="Include this earlier run, from the list of `vitalsd runs`.")
+@click.option("--preview", is_flag=True, help="Show what the report would contain, and write nothing.")
+@click.option("--direct", is_flag=True, help="Measure vitalsd itself without a sidecar, to try it out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def report(
     out: Path | None,

@@ -22,11 +22,27 @@ __all__ = ["sample"]
 @name_option
 @proc_root_option
 @click.option(
-    "--window-ms", type=click.IntRange(10, 60_000), default=1000, show_default=True, help="Window to measure, ms."
+    "--window-ms",
+    type=click.IntRange(10, 60_000),
+    default=1000,
+    show_default=True,
+    help="Measure over this window, in ms.",
 )
-@click.option("--detail", type=click.Choice(["basic", "full"]), default="basic", show_default=True)
-@click.option("--sort", type=click.Choice(["tid", "cpu", "name"]), default="tid", show_default=True)
-@click.option("--limit", type=click.IntRange(0), metavar="N", help="At most N threads, after sorting.")
+@click.option(
+    "--detail",
+    type=click.Choice(["basic", "full"]),
+    default="basic",
+    show_default=True,
+    help="Print the basic or the full answer.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice(["tid", "cpu", "name"]),
+    default="tid",
+    show_default=True,
+    help="Sort the threads by this.",
+)
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="Print at most N threads, after sorting.")
 @click.pass_context
 def sample(
     context: click.Context,

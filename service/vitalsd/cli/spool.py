@@ -21,7 +21,7 @@ ca_file_option = click.option(
     "--ca-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Trust these authorities (PEM) too for the upload.",
+    help="Also trust these certificate authorities (PEM) for the upload.",
 )
 
 
@@ -53,12 +53,12 @@ def spool_list(as_json: bool) -> None:
 
 @spool.command("send")
 @click.argument("report_id", required=False)
-@click.option("--url", metavar="URL", help="For reports without one; with REPORT_ID: instead of its own.")
+@click.option("--url", metavar="URL", help="Use this URL for reports without one; with REPORT_ID, instead of its own.")
 @ca_file_option
 @click.option(
     "--wait", type=Number(0), default=0.0, metavar="SECONDS", help="Keep retrying failed uploads for this long."
 )
-@click.option("--retry-failed", is_flag=True, help="Also those that the server refused.")
+@click.option("--retry-failed", is_flag=True, help="Also send reports that the server refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def spool_send(
     report_id: str | None, url: str | None, ca_file: Path | None, wait: float, retry_failed: bool, as_json: bool

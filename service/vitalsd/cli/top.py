@@ -29,17 +29,17 @@ __all__ = ["top"]
 @click.command()
 @pid_option
 @name_option
-@click.option("--url", metavar="URL", help="Ask this sidecar: http://127.0.0.1:9779")
+@click.option("--url", metavar="URL", help="Ask the sidecar at this URL, for example http://127.0.0.1:9779.")
 @click.option(
     "--interval",
     type=Number(0.1, 60),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="Between two samples.",
+    help="Sample at this interval.",
 )
 @click.option("--count", type=click.IntRange(1), metavar="N", help="Print N lines instead of the full screen, and end.")
-@click.option("--json", "as_json", is_flag=True, help="Print each answer of /metrics, one a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print each answer of /metrics on a line of its own.")
 @proc_root_option
 @click.pass_context
 def top(

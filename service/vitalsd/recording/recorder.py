@@ -41,7 +41,7 @@ class RecorderJson(TypedDict):
     marks: Annotated[Count, Doc("Held now.")]
     ended: Annotated[str | None, Doc("Why there will be no more snapshots; null while there will.")]
     state: Annotated[State, Doc("running, or how the target ended.")]
-    retention_secs: NotRequired[Annotated[Count | None, Doc("Kept so long, s.")]]
+    retention_secs: NotRequired[Annotated[Count | None, Doc("How much history is kept, s.")]]
     max_bytes: NotRequired[Annotated[Count | None, Doc("Memory it may use, bytes.")]]
     size_bytes: NotRequired[Annotated[Count | None, Doc("Memory it uses, bytes.")]]
     missed: NotRequired[Annotated[Count | None, Doc("Snapshots that could not be taken in time.")]]

@@ -73,9 +73,9 @@ def build_in_process(config: SidecarConfig) -> InProcess:
     platform = this_platform()
     with ExitStack() as undo:
         base = _open(config, undo)
+        me = ProcessRun(os.getpid(), platform.births().start_key(os.getpid()) or 0)
         sampler = Sampler(_own_source, recording=_recording(config, base))
         undo.callback(sampler.worker.stop, 0)
-        me = ProcessRun(os.getpid(), platform.births().start_key(os.getpid()) or 0)
         targets = Targets(sampler, platform.open_source)
         parts = _assemble(config, base, undo, platform, targets, watched=me, grace_s=IN_PROCESS_GRACE_S)
         undo.pop_all()

@@ -115,19 +115,26 @@ class SidecarConfig:
     """The settings of one sidecar, in the order in which ``vitalsd serve --help`` shows them."""
 
     pid: int | None = _setting(
-        None, "--pid", "Target process.", whole=True, low=1, high=2**31 - 1, metavar="N", set_by_agent=True
+        None,
+        "--pid",
+        "Measure the process with this id.",
+        whole=True,
+        low=1,
+        high=2**31 - 1,
+        metavar="N",
+        set_by_agent=True,
     )
     name: str | None = _setting(
         None,
         "--name",
-        "Target: your process of that name; of several the one from which the others descend, or the newest.",
+        "Measure your process of this name: of several the common ancestor of the others, or else the newest.",
         metavar="NAME",
         set_by_agent=True,
     )
     app: str | None = _setting(
-        None, "--app", "Application id, under which reports find the runs of this program.", metavar="ID"
+        None, "--app", "Set the application id, by which reports find the runs of this program.", metavar="ID"
     )
-    app_version: str | None = _setting(None, "--app-version", "Version of the application.", metavar="VERSION")
+    app_version: str | None = _setting(None, "--app-version", "Set the version of the application.", metavar="VERSION")
     exit_note_fd: int | None = _setting(
         None, "--exit-note-fd", "Of spawn(), see ExitNoteReader.", whole=True, low=0, hidden=True
     )
@@ -135,13 +142,16 @@ class SidecarConfig:
         None, "--target-script", "What the target runs, from spawn(), which knows.", hidden=True
     )
     proc_root: str = _setting(
-        "/proc", "--proc-root", "Linux: where procfs is mounted, e.g. /host/proc in a container.", metavar="DIR"
+        "/proc",
+        "--proc-root",
+        "Read procfs at this path (Linux), for example /host/proc in a container.",
+        metavar="DIR",
     )
-    host: str = _setting("127.0.0.1", "--host", "Address to listen on.", metavar="ADDRESS", set_by_agent=True)
+    host: str = _setting("127.0.0.1", "--host", "Listen on this address.", metavar="ADDRESS", set_by_agent=True)
     port: int | None = _setting(
         None,
         "--port",
-        "Port; 0 takes a free one.",
+        "Listen on this TCP port; 0 takes a free one.",
         default_text=f"{DEFAULT_PORT}, or a free one",
         whole=True,
         low=0,
@@ -152,44 +162,51 @@ class SidecarConfig:
     record_interval_s: float = _setting(
         1.0,
         "--record-interval",
-        "Time between two recorded snapshots; 0 records nothing.",
+        "Record a snapshot at this interval; 0 records nothing.",
         time="seconds",
         low=0.01,
         high=3600,
         or_zero=True,
     )
-    retention_s: float = _setting(900.0, "--retention", "How much history to keep.", time="minutes", low=1, high=86400)
-    black_box: bool = _setting(True, "--black-box/--no-black-box", "Keep the record on disk, to survive a crash.")
+    retention_s: float = _setting(900.0, "--retention", "Keep this much history.", time="minutes", low=1, high=86400)
+    black_box: bool = _setting(
+        True, "--black-box/--no-black-box", "Keep the record on disk as well, where it survives a crash."
+    )
     tcp: bool = _setting(True, "--no-tcp", "Listen on the Unix socket alone.", set_by_agent=True)
     uds: str | Path | None = _setting(
-        None, "--uds", "Unix socket.", default_text="in the runtime directory", metavar="PATH", set_by_agent=True
+        None,
+        "--uds",
+        "Create the Unix socket at this path.",
+        default_text="in the runtime directory",
+        metavar="PATH",
+        set_by_agent=True,
     )
     auth: Auth = _setting(
-        "none", "--auth", "token: demand the token of the runtime file over TCP.", choices=get_args(Auth)
+        "none", "--auth", "With token, require the token of the runtime file over TCP.", choices=get_args(Auth)
     )
     allow_remote: bool = _setting(
-        False, "--allow-remote", "With --auth token, --host may be reachable from other machines."
+        False, "--allow-remote", "Allow a --host that other machines can reach; needs --auth token."
     )
     ready_fd: int | None = _setting(
         None,
         "--ready-fd",
-        "Write a line of JSON there when ready.",
+        "Write a line of JSON to this descriptor when ready.",
         whole=True,
         low=0,
         metavar="FD",
         set_by_agent=True,
     )
     exit_with_target: bool = _setting(
-        False, "--exit-with-target", "With --pid: end when the target does.", set_by_agent=True
+        False, "--exit-with-target", "End when the target of --pid ends.", set_by_agent=True
     )
     linger_s: float = _setting(
         30.0,
         "--linger",
-        "With --pid: answer for so long after the target has ended, then end.",
+        "Keep answering for this long after the target of --pid has ended.",
         time="seconds",
         low=0,
     )
-    thread_metrics: bool = _setting(True, "--thread-metrics/--no-thread-metrics", "Show scrapers a series per thread.")
+    thread_metrics: bool = _setting(True, "--thread-metrics/--no-thread-metrics", "Export a series for each thread.")
     max_thread_metrics: int = _setting(
         256,
         "--max-thread-metrics",
@@ -202,17 +219,17 @@ class SidecarConfig:
     otlp: str | None = _setting(
         None,
         "--otlp",
-        "Push to the OpenTelemetry Collector there over OTLP/HTTP.",
+        "Push to this OpenTelemetry Collector over OTLP/HTTP.",
         bare=COLLECTOR_URL,
         metavar="[URL]",
     )
     otlp_interval_s: float = _setting(
-        60.0, "--otlp-interval", "Time between two pushes.", time="seconds", low=1, high=3600
+        60.0, "--otlp-interval", "Push at this interval.", time="seconds", low=1, high=3600
     )
     log_format: LogFormat = _setting(
         "text",
         "--log-format",
-        "Of stderr: a line when ready, then warnings and errors alone.",
+        "Write log lines to stderr in this format.",
         choices=get_args(LogFormat),
     )
 
