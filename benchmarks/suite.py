@@ -1,9 +1,10 @@
 """
 Run all benchmarks, and write docs/performance.md, docs/performance.json and the plots in docs/images/.
 
-    python benchmarks/suite.py [--quick | --write-only | --check]
+    python benchmarks/suite.py [--quick | --only PROGRAM | --write-only | --check]
 
-Each benchmark is one interleaved run of its own. `--quick` takes few rounds, to see that every program works.
+Each benchmark is one interleaved run of its own. `--quick` takes few rounds, to see that every program works. `--only`
+measures one program anew and keeps the other recorded figures.
 `--write-only` measures nothing: it writes the page from the figures in docs/performance.json, after a change of labels
 or text. `--check` writes nothing: it exits with status 1 if the page is not what `--write-only` would write.
 """
@@ -616,15 +617,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="take few rounds")
+    mode.add_argument(
+        "--only",
+        action="append",
+        metavar="PROGRAM",
+        choices=[each.program for each in SECTIONS.values()],
+        help="measure this program anew and keep the other recorded figures",
+    )
     mode.add_argument("--write-only", action="store_true", help="write the page from the recorded figures")
     mode.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
     options = parser.parse_args()
-    recorded = options.write_only or options.check
+    recorded = bool(options.write_only or options.check or options.only)
     record = DOCS / "performance.json"
     measured = json.loads(record.read_text(encoding="utf-8")) if recorded else measure(quick=options.quick)
+    for title, section in SECTIONS.items():
+        if options.only and section.program in options.only:
+            measured["results"][title] = run(section.program, ())
+            measured.setdefault("later", {})[title] = f"{datetime.now(UTC):%Y-%m-%d}"
     files = {DOCS / "images" / file: content for file, content in plots(measured["results"]).values()}
     files[DOCS / "performance.md"] = page(measured, recorded=recorded)
-    if not recorded:
+    if options.only or not recorded:
         files[record] = json.dumps(measured, indent=1) + "\n"
     if options.check:
         stale = [path.name for path, text in files.items() if path.read_text(encoding="utf-8") != text]
