@@ -17,9 +17,7 @@ import pytest
 from support import as_platform
 from support.darwin.simulator import Simulator
 from support.sidecars import VITALSD, environment, eventually, listing
-from vitalsd.doctor import cpu_checks as calibration
-from vitalsd.doctor import machine_checks as machine
-from vitalsd.doctor import process_checks as process
+from vitalsd.doctor import cpu_checks, machine_checks, process_checks
 from vitalsd.doctor.cpu_load import BurnerProcess, bounds_ns
 from vitalsd.doctor.finding import Finding
 from vitalsd.doctor.soak import SEGMENTS, slope, soak
@@ -116,14 +114,14 @@ def platform(request: pytest.FixtureRequest) -> Platform:
 def readings(platform: Platform, burn_s: float = 0.3) -> dict[str, Finding]:
     """All lines about readings, without a sidecar."""
     checks: tuple[Iterator[Finding], ...] = (
-        machine.source(platform),
-        machine.permission(platform),
-        calibration.own_process(platform, burn_s),
-        calibration.another_process(platform, burn_s),
-        process.memory(platform),
-        process.age(platform),
-        process.threads(platform),
-        process.leftovers(platform, 0.5),
+        machine_checks.source(platform),
+        machine_checks.permission(platform),
+        cpu_checks.own_process(platform, burn_s),
+        cpu_checks.another_process(platform, burn_s),
+        process_checks.memory(platform),
+        process_checks.age(platform),
+        process_checks.threads(platform),
+        process_checks.leftovers(platform, 0.5),
     )
     return {finding.check: finding for check in checks for finding in check}
 
@@ -184,7 +182,7 @@ def test_thread_count_below_the_limit_is_no_failure() -> None:
         counted.set()
         return here.holdings()
 
-    findings = {finding.check: finding for finding in process.leftovers(here._replace(holdings=holdings), 0.5)}
+    findings = {finding.check: finding for finding in process_checks.leftovers(here._replace(holdings=holdings), 0.5)}
     passing.join()
     found = findings["left.threads"]
     assert (found.verdict, found.expected) == ("pass", f"at most {before}, as before")
@@ -195,7 +193,7 @@ def test_thread_count_below_the_limit_is_no_failure() -> None:
 def test_doctor_with_a_leaked_port_fails_the_port_line(lawless_simulator: Simulator) -> None:
     """A release that is forgotten now and then shows in the ports or the references on them, and in nothing else."""
     platform = over_libsystem(as_platform.leaking(lawless_simulator.lib))
-    failed = failures({finding.check: finding for finding in process.leftovers(platform, 0.5)})
+    failed = failures({finding.check: finding for finding in process_checks.leftovers(platform, 0.5)})
     assert failed
     assert failed <= {"left.ports", "left.references"}
 
@@ -217,7 +215,7 @@ def test_doctor_with_a_wrong_tick_frequency_passes_with_a_warning(simulator: Sim
     while time.process_time() < 0.1:
         pass  # the source compares only what is worth comparing
     simulator.state_tick_frequency(1_000_000_000)
-    findings = {finding.check: finding for finding in calibration.own_process(over_libsystem(simulator.lib), 0.3)}
+    findings = {finding.check: finding for finding in cpu_checks.own_process(over_libsystem(simulator.lib), 0.3)}
     assert failures(findings) == set()
     assert "hw.tbfrequency says" in findings["ticks.own"].measured
 

@@ -19,7 +19,11 @@ import vitalsd
 from support.sidecars import environment
 from vitalsd.cli.options import config_of
 from vitalsd.cli.serve import serve
-from vitalsd.sidecar.config import DEFAULTS, SETTINGS, TIMEOUT, Setting, SidecarConfig, serve_arguments
+from vitalsd.exporters.otlp import DEFAULT_URL
+from vitalsd.exporters.prometheus import THREAD_METRICS
+from vitalsd.recording.recorder import RecorderConfig
+from vitalsd.recording.series import Record
+from vitalsd.sidecar.config import COLLECTOR_URL, DEFAULTS, SETTINGS, TIMEOUT, Setting, SidecarConfig, serve_arguments
 
 OTHER: dict[str, Any] = {
     "pid": 4242,
@@ -190,3 +194,14 @@ def test_wrong_usage_is_reported_on_the_ready_fd_and_in_the_log_format(
     [logged] = map(json.loads, process.stderr.splitlines())
     assert error in json.loads(answer)["error"]
     assert error in logged["message"]
+
+
+def test_defaults_below_the_sidecar_equal_those_of_the_settings() -> None:
+    """Recorder and exporters may not import the settings; what they default to must not differ."""
+    assert (RecorderConfig().interval_s, RecorderConfig().retention_s) == (
+        DEFAULTS.record_interval_s,
+        DEFAULTS.retention_s,
+    )
+    assert inspect.signature(Record).parameters["retention_ns"].default == DEFAULTS.retention_s * 10**9
+    assert DEFAULTS.max_thread_metrics == THREAD_METRICS
+    assert DEFAULT_URL == COLLECTOR_URL

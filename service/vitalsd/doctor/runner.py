@@ -20,9 +20,7 @@ from vitalsd.discovery.directories import (
     state_directory,
     state_path,
 )
-from vitalsd.doctor import cpu_checks as calibration
-from vitalsd.doctor import machine_checks as machine
-from vitalsd.doctor import process_checks as process
+from vitalsd.doctor import cpu_checks, machine_checks, process_checks
 from vitalsd.doctor.finding import BUG, Finding
 from vitalsd.doctor.sidecar_checks import sidecar
 from vitalsd.doctor.soak import soak
@@ -56,16 +54,16 @@ def examine(
         soak_s: duration of the soak, s; ``None``: no soak.
     """
     checks: list[tuple[str, Callable[[Platform], Iterator[Finding]]]] = [
-        ("the platform", machine.source),
-        ("permissions", machine.permission),
-        ("descriptors", machine.descriptors),
-        ("directories", machine.directories),
-        ("CPU time, in process", calibration.own_process),
-        ("CPU time, another process", calibration.another_process),
-        ("memory", process.memory),
-        ("age", process.age),
-        ("threads", process.threads),
-        ("what snapshots leave behind", process.leftovers),
+        ("the platform", machine_checks.source),
+        ("permissions", machine_checks.permission),
+        ("descriptors", machine_checks.descriptors),
+        ("directories", machine_checks.directories),
+        ("CPU time, in process", cpu_checks.own_process),
+        ("CPU time, another process", cpu_checks.another_process),
+        ("memory", process_checks.memory),
+        ("age", process_checks.age),
+        ("threads", process_checks.threads),
+        ("what snapshots leave behind", process_checks.leftovers),
     ]
     with _unmade(), _places() as places:
         checks.append(("a sidecar", partial(sidecar, places=places)))

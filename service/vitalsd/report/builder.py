@@ -1,5 +1,5 @@
 """
-Build a bug report from its members, for a client, the command line and a sidecar; no other module does.
+Redact, describe and seal the members of a bug report, which a client, the command line or a sidecar collected.
 
 The members are collected before, by the program that can request them. This module redacts, describes and seals them,
 so it runs in the program with the redact hooks.
