@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[Behaviour, str]] = {
     ),
     "huge body": (floods(HEAD + b"Content-Length: 99999999999\r\n\r\n", b" " * 65536), "sent more than"),
     "huge head": (floods(b"HTTP/1.1 200 OK\r\nA: ", b"b" * 4096), "does not speak HTTP"),
-    "interim answers": (floods(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "interim answers without end"),
+    "interim answers": (floods(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "more than 8 interim responses"),
     "closed at once": (says(b""), "closed the connection|ended the connection"),
     "reset": (resets, "broke the connection|closed the connection"),
     "truncated": (says(answer(METRICS)[:-10]), "in the middle of its answer"),
