@@ -202,15 +202,17 @@ class SidecarConfig:
     linger_s: float = _setting(
         30.0,
         "--linger",
-        "Keep answering for this long after the target of --pid has ended.",
+        "Keep answering for this long after the target of --pid has ended, then end.",
         time="seconds",
         low=0,
     )
-    thread_metrics: bool = _setting(True, "--thread-metrics/--no-thread-metrics", "Export a series for each thread.")
+    thread_metrics: bool = _setting(
+        True, "--thread-metrics/--no-thread-metrics", "Export a series for each thread to scrapers."
+    )
     max_thread_metrics: int = _setting(
         256,
         "--max-thread-metrics",
-        "Export at most N thread series, the busiest ones.",
+        "Export at most N thread series to scrapers, the busiest ones.",
         whole=True,
         low=1,
         high=20_000,
@@ -229,7 +231,7 @@ class SidecarConfig:
     log_format: LogFormat = _setting(
         "text",
         "--log-format",
-        "Write log lines to stderr in this format.",
+        "Write stderr in this format: a line when ready, then only warnings and errors.",
         choices=get_args(LogFormat),
     )
 
