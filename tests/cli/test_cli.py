@@ -139,10 +139,10 @@ def test_name_of_several_processes_selects_the_newest(start: Start) -> None:
     full = json.loads(vitalsd("sample", "--name", name, "--window-ms", "10", "--detail", "full").stdout)
     assert full["target"]["pid"] == targets[-1].pid
     assert full["target"]["name"] == name
-    out = vitalsd("sample", "--name", "nobody-is-called-so", "--window-ms", "10")
+    out = vitalsd("sample", "--name", "no-such-name", "--window-ms", "10")
     assert (out.returncode, json.loads(out.stdout)["reason"]) == (
         1,
-        "no process of yours is named nobody-is-called-so; a process has the names of its main thread (on Linux its"
+        "no process of yours is named no-such-name; a process has the names of its main thread (on Linux its"
         " first 15 bytes), its program and its #! script; `python app.py` is named python",
     )
 

@@ -59,7 +59,7 @@ def strictly(body: bytes) -> dict[str, Any]:
     """
     Read `runtime-metrics.json` as its first reader does.
 
-    An untagged union in Rust, whose structs take exactly these keys, and no null, no NaN, no float where an integer is
+    An untagged union in Rust: its structs take exactly these keys, and no null, no NaN, no float where an integer is
     declared.
     """
 

@@ -1,4 +1,4 @@
-"""Who may ask: `vitalsd.http.access.access_control`, over real sockets."""
+"""Access control over real sockets: `vitalsd.http.access.access_control`."""
 
 import asyncio
 import json

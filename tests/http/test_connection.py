@@ -282,7 +282,7 @@ def live(kind: type[ConnectionLimiter]) -> list[ConnectionLimiter]:
     return [each for each in gc.get_objects() if isinstance(each, kind)]
 
 
-# Who is at the other end of the Unix socket: see also tests/system/test_strangers.py
+# The user at the other end of the Unix socket; tests/system/test_strangers.py has other users
 
 
 def test_unix_socket_accepts_its_own_user(edge: Edge) -> None:

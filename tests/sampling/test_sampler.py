@@ -21,7 +21,7 @@ from vitalsd.sources.base import KernelError, NoSuchProcessError, Source, Target
 
 
 class CountingSource(FakeSource):
-    """A fake on the real clock, whose thread burns half a core; remembers which threads called it and how often."""
+    """A fake on the real clock. Its thread uses half a core; it records the threads that called it, and how often."""
 
     def __init__(self) -> None:
         super().__init__(Process(), step_ns=0)

@@ -277,7 +277,7 @@ def test_sidecar_without_a_recorder_wakes_no_thread(short_path: Path) -> None:
 def test_serve_with_the_default_port_busy_takes_another_with_a_note(short_path: Path) -> None:
     """With 9779 taken another free port is used, announced, and in the runtime file."""
     with ExitStack() as stack:
-        with suppress(PortInUseError):  # somebody else's is as good
+        with suppress(PortInUseError):  # the port of another program serves as well
             stack.enter_context(bind_tcp("127.0.0.1", 9779))
         process = stack.enter_context(
             subprocess.Popen([*VITALSD, "serve"], env=environment(short_path), stderr=subprocess.PIPE, text=True)

@@ -78,9 +78,9 @@ def crashed(tmp_path: Path) -> Path:
 
 def test_hung_run_directory_affects_only_the_runs(tmp_path: Path, crashed: Path, patience_s: int) -> None:
     """
-    Who asks for a run is told after some seconds, then at once.
+    A request for a run gets the reason after some seconds, then at once.
 
-    /healthz is 503 and says which disk it is; all else goes on, the report without the previous run. When the read
+    /healthz is 503 and names the disk; all else continues, the report without the previous run. When the read
     returns all is well again.
     """
     options = ("--record-interval", "0.1")

@@ -91,7 +91,7 @@ def served(tree: Path, tmp_path: Path, patience_s: int) -> Iterator[Serving]:
 
 def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, patience_s: int) -> None:
     """
-    Who asks for the process is told after some seconds, then at once.
+    A request for the process gets the reason after some seconds, then at once.
 
     /healthz is 503; all else goes on, and so does the process when the read returns.
     """

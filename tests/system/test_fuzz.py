@@ -44,7 +44,7 @@ SIZES = [
 
 
 @pytest.fixture(autouse=True)
-def told(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
+def tally(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
     """Prints how often which end was met, and how long it took."""
     begun, counts = time.monotonic(), Counter[str]()
     yield counts
@@ -62,7 +62,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], object], list[Path]]] = {
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("which", PARSERS)
-def test_fuzzed_proc_content_is_parsed_or_malformed(which: str, size: int, told: Counter[str]) -> None:
+def test_fuzzed_proc_content_is_parsed_or_malformed(which: str, size: int, tally: Counter[str]) -> None:
     """Counters, or `MalformedError`; whatever a name holds, it can be written as JSON and as UTF-8."""
     parse, files = PARSERS[which]
     originals, dice = [file.read_bytes() for file in files], random.Random(which)
@@ -71,15 +71,15 @@ def test_fuzzed_proc_content_is_parsed_or_malformed(which: str, size: int, told:
         try:
             found = parse(content)
         except MalformedError:
-            told["refused"] += 1
+            tally["refused"] += 1
         else:
-            told["read"] += 1
+            tally["read"] += 1
             json.dumps(found, allow_nan=False)
             str(found).encode()
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_fuzzed_queries_are_parsed_or_refused(size: int, told: Counter[str]) -> None:
+def test_fuzzed_queries_are_parsed_or_refused(size: int, tally: Counter[str]) -> None:
     """A model, or a refusal that is short and printable."""
     dice = random.Random("query")
     originals = [b"window_ms=500&detail=full&sort=cpu&limit=20&pid=4242&mode=trailing", b"seconds=60&top=5&step_ms=100"]
@@ -94,13 +94,13 @@ def test_fuzzed_queries_are_parsed_or_refused(size: int, told: Counter[str]) -> 
             assert isinstance(refused, ProblemError)
             assert refused.detail.isascii()
             assert refused.detail.isprintable()
-            told["refused"] += 1
+            tally["refused"] += 1
         else:
-            told["read"] += 1
+            tally["read"] += 1
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_fuzzed_runtime_files_are_read_or_endpoint_error(tmp_path: Path, size: int, told: Counter[str]) -> None:
+def test_fuzzed_runtime_files_are_read_or_endpoint_error(tmp_path: Path, size: int, tally: Counter[str]) -> None:
     """An endpoint, or `EndpointError`."""
     dice, path = random.Random("runtime"), tmp_path / "sidecar-1.json"
     original = json.dumps(
@@ -118,13 +118,13 @@ def test_fuzzed_runtime_files_are_read_or_endpoint_error(tmp_path: Path, size: i
         path.write_bytes(mutated(dice, original))
         try:
             endpoint.read(path)
-            told["read"] += 1
+            tally["read"] += 1
         except EndpointError:
-            told["refused"] += 1
+            tally["refused"] += 1
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_fuzzed_run_files_are_read_or_unreadable_run(tmp_path: Path, size: int, told: Counter[str]) -> None:
+def test_fuzzed_run_files_are_read_or_unreadable_run(tmp_path: Path, size: int, tally: Counter[str]) -> None:
     """A run with its history, or `UnreadableRunError`: pages flipped, cut and exchanged, and values of any kind."""
     process, snapshots = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 5)}), []
     for number in range(20):
@@ -143,9 +143,9 @@ def test_fuzzed_run_files_are_read_or_unreadable_run(tmp_path: Path, size: int, 
         try:
             _, record = read_run(path)
         except UnreadableRunError:
-            told["refused"] += 1
+            tally["refused"] += 1
             continue
-        told["read"] += 1
+        tally["read"] += 1
         table = history(record)
         json.loads(table.to_json())
         table.to_csv().decode()

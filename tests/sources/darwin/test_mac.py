@@ -171,7 +171,7 @@ def test_exit_status_of_a_process_that_is_no_child_is_known(code: str, ending: E
 
 
 def test_source_of_another_users_process_is_access_denied() -> None:
-    """Launchd is root's. Skipped for root, who may."""
+    """Reading launchd needs root; skipped for root, which is allowed to."""
     if os.geteuid() == 0:
         assert LibprocSource(1).identity().pid == 1
         return
