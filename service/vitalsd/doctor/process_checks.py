@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vitalsd.doctor.cpu_load import BurnerProcess, name_this_thread, touched
 from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
-from vitalsd.snapshot import Measurement, Snapshot, measure
+from vitalsd.snapshot import Measurement, Part, Snapshot, measure
 from vitalsd.sources.base import Source
 from vitalsd.sources.platform import Platform
 
@@ -257,7 +257,7 @@ def leftovers(platform: Platform, quiet_s: float = QUIET_S) -> Iterator[Finding]
         for i in range(SNAPSHOTS):
             passing = threading.Thread(target=time.sleep, args=(0.0003,))
             passing.start()
-            sources[i % 2].snapshot(extras=i % 8 < 2)
+            sources[i % 2].snapshot(parts=Part.DETAIL if i % 8 < 2 else Part.NONE)
             passing.join()
     deadline = time.monotonic() + quiet_s
     while _grown(before, after := held(platform)) and time.monotonic() < deadline:
