@@ -100,6 +100,7 @@ FULL = {
         "memory_available_kb": int,
         "swap_used_kb": int,
         "pressure_percent": {"cpu": float, "memory": float, "io": float},
+        "memory_pressure": str,
         "quota_throttled_percent": float,
         "thermal_state": str,
     },

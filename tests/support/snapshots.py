@@ -101,7 +101,12 @@ def machines(optional: st.SearchStrategy[int | None]) -> st.SearchStrategy[Machi
     figures = {name: optional for name in MachineFigures._fields}
     return st.builds(
         MachineFigures,
-        **{**figures, "in_container": st.booleans(), "thermal_level": st.none() | st.integers(0, 5)},
+        **{
+            **figures,
+            "in_container": st.booleans(),
+            "thermal_level": st.none() | st.integers(0, 5),
+            "memory_pressure_level": st.none() | st.integers(0, 2),
+        },
     )
 
 

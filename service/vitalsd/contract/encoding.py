@@ -18,7 +18,7 @@ from typing import Any, Literal
 from vitalsd.contract.host import RecordedHost, os_version
 from vitalsd.contract.json_pieces import to_json
 from vitalsd.contract.limits import ANSWER_BYTES, ANSWER_THREADS
-from vitalsd.snapshot import THERMAL_STATES, Identity, Measurement, ProcessFigures, ThreadRoster
+from vitalsd.snapshot import MEMORY_PRESSURE_LEVELS, THERMAL_STATES, Identity, Measurement, ProcessFigures, ThreadRoster
 from vitalsd.sources.base import SourceError
 from vitalsd.text import iso
 
@@ -298,6 +298,9 @@ def _machine(m: Measurement) -> dict[str, Any] | None:
             "memory": _percent(m, use.memory_pressure_ns),
             "io": _percent(m, use.io_pressure_ns),
         },
+        "memory_pressure": None
+        if now.memory_pressure_level is None
+        else MEMORY_PRESSURE_LEVELS[now.memory_pressure_level],
         "quota_throttled_percent": _percent(m, use.quota_throttled_ns),
         "thermal_state": None if now.thermal_level is None else THERMAL_STATES[now.thermal_level],
     }

@@ -231,6 +231,9 @@ class Machine(_Wire):
     memory_available_kb: Count | None = Field(description="Memory that programs can get without swapping, KiB.")
     swap_used_kb: Count | None
     pressure_percent: Pressure
+    memory_pressure: Literal["normal", "warning", "critical"] | None = Field(
+        description="macOS: the kernel's level of memory pressure."
+    )
     quota_throttled_percent: Percent | None = Field(
         description="Linux: time for which a CPU quota kept the target from running; summed over cores."
     )

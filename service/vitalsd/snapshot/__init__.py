@@ -4,6 +4,7 @@ from vitalsd.snapshot.comparison import allowance_ns, idle_allowance_ns
 from vitalsd.snapshot.measurement import Measurement, contradiction, measure
 from vitalsd.snapshot.reading import (
     HALTED,
+    MEMORY_PRESSURE_LEVELS,
     SUSPEND_GRAIN_NS,
     THERMAL_STATES,
     Child,
@@ -20,6 +21,7 @@ from vitalsd.snapshot.reasons import MachineUse, TreeUse, reaped_within
 
 __all__ = [
     "HALTED",
+    "MEMORY_PRESSURE_LEVELS",
     "SUSPEND_GRAIN_NS",
     "THERMAL_STATES",
     "Child",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 __all__ = [
     "HALTED",
+    "MEMORY_PRESSURE_LEVELS",
     "SUSPEND_GRAIN_NS",
     "THERMAL_STATES",
     "Child",
@@ -105,6 +106,10 @@ THERMAL_STATES = ("nominal", "moderate", "heavy", "trapping", "sleeping", "throt
 """Names of thermal states: those of macOS, then that of a Linux CPU which was throttled since the last reading."""
 
 
+MEMORY_PRESSURE_LEVELS = ("normal", "warning", "critical")
+"""Names of the kernel's levels of memory pressure on macOS."""
+
+
 class Part(Flag):
     """What a snapshot has beside its counters. Each part costs reads of its own."""
 
@@ -167,6 +172,8 @@ class MachineFigures(NamedTuple):
     """Linux: time in which at least one task waited for a CPU (PSI, ``some``)."""
     memory_pressure_ns: int | None = None
     io_pressure_ns: int | None = None
+    memory_pressure_level: int | None = None
+    """macOS: index in `MEMORY_PRESSURE_LEVELS`."""
     quota_throttled_ns: int | None = None
     """Linux: time for which a CPU quota kept the target's control group, or one above it, from running."""
     thermal_level: int | None = None
