@@ -18,14 +18,17 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from client.test_upload_tls import Authority
 from support.misbehaving import Behaviour, Misbehaving, answer, floods, says
 from support.sidecars import ask, environment, eventually
+from support.snapshots import FIGURES, IDENTITY, MACHINE, SECOND, snapshot
 from support.target import Target
 from vitalsd.cli import main
-from vitalsd.exporters.otlp import CREDENTIALS, endpoint_of, isolate
+from vitalsd.exporters.otlp import CREDENTIALS, endpoint_of, isolate, metrics_data
+from vitalsd.snapshot import Snapshot
 
 pytestmark = pytest.mark.live
 
@@ -47,6 +50,7 @@ UNITS = {
     "vitalsd.thread.cpu.time": "s",
     "vitalsd.thread.left_out": "{thread}",
 }
+OWN = {"vitalsd.target.up", "vitalsd.cpu.time", "vitalsd.snapshots"}
 COUNTERS = {
     "process.cpu.time",
     "process.paging.faults",
@@ -55,6 +59,32 @@ COUNTERS = {
     "vitalsd.thread.cpu.time",
 }
 GAUGES = {"process.uptime", "vitalsd.target.up", "vitalsd.thread.left_out"}
+REASONS: dict[str, tuple[str, str, float]] = {
+    "vitalsd.process.wait.time": ("s", "counter", 1.75),
+    "vitalsd.children.cpu.time": ("s", "counter", 4.5),
+    "vitalsd.process.memory.anonymous": ("By", "level", 50 << 20),
+    "vitalsd.process.memory.footprint": ("By", "level", 80 << 20),
+    "vitalsd.process.memory.swap": ("By", "level", 3 << 20),
+    "vitalsd.process.idle_wakeups": ("{wakeup}", "counter", 40),
+    "vitalsd.process.interrupt_wakeups": ("{wakeup}", "counter", 50),
+    "vitalsd.process.energy": ("J", "counter", 2.5),
+    "vitalsd.machine.in_container": ("1", "gauge", 0),
+    "vitalsd.machine.cpu.time": ("s", "counter", 90),
+    "vitalsd.machine.load_1m": ("1", "gauge", 1.25),
+    "vitalsd.machine.memory.available": ("By", "level", 4 << 30),
+    "vitalsd.machine.swap.used": ("By", "level", 1 << 30),
+    "vitalsd.machine.cpu.pressure.time": ("s", "counter", 5),
+    "vitalsd.machine.memory.pressure.time": ("s", "counter", 6),
+    "vitalsd.machine.io.pressure.time": ("s", "counter", 7),
+    "vitalsd.machine.memory.pressure_level": ("1", "gauge", 1),
+    "vitalsd.machine.quota_throttled.time": ("s", "counter", 8),
+    "vitalsd.machine.thermal_level": ("1", "gauge", 5),
+}
+"""Unit, kind and value of what explains other figures; a metric that the platform does not provide is left out."""
+SINCE_UNKNOWN = {"vitalsd.process.wait.time"} | {
+    name for name, (_, kind, _) in REASONS.items() if name.startswith("vitalsd.machine.") and kind == "counter"
+}
+"""Counters that did not begin at 0 when the target started."""
 
 
 class Collector:
@@ -179,8 +209,11 @@ def test_otlp_push_has_the_names_and_units_of_the_conventions(
         gone = collector.pushes[-1]
 
     last = metrics(pushes[-1])
-    assert {name: metric.unit for name, metric in last.items()} == UNITS
-    for name, metric in last.items():
+    always = {
+        name: metric for name, metric in last.items() if name not in REASONS.keys() | {"vitalsd.thread.wait.time"}
+    }
+    assert {name: metric.unit for name, metric in always.items()} == UNITS
+    for name, metric in always.items():
         assert metric.WhichOneof("data") == ("gauge" if name in GAUGES else "sum"), name
         assert metric.description
         if name not in GAUGES:
@@ -239,10 +272,52 @@ def test_otlp_push_has_the_names_and_units_of_the_conventions(
     assert resource["service.name"] == resource["process.executable.name"]
     assert all(resource == attributes(push.resource_metrics[0].resource.attributes) for push in pushes)
     assert socket.gethostname() not in resource.values()
-    assert set(metrics(gone)) == {name for name in UNITS if name.count(".") < 3 and name.startswith("vitalsd.")} - {
-        "vitalsd.thread.left_out"
-    }
+    assert set(metrics(gone)) == OWN
     assert "process.pid" not in attributes(gone.resource_metrics[0].resource.attributes)
+
+
+def pushed(target: Snapshot) -> ExportMetricsServiceRequest:
+    """Return what is sent for a snapshot, encoded and decoded."""
+    data = metrics_data((IDENTITY, target), threads=10, snapshots_taken=1, since_ns=0)
+    body: bytes = encode_metrics(data).SerializeToString()
+    request = ExportMetricsServiceRequest()
+    request.ParseFromString(body)
+    return request
+
+
+def test_otlp_push_of_all_figures_has_units_kinds_and_starts() -> None:
+    """Each figure with its unit and kind; a counter that began before the target or after it has no start."""
+    every = snapshot(
+        SECOND,
+        [(1, 1, SECOND), (2, 1, 0)],
+        thread_wait_ns=[250_000_000, 1_500_000_000],
+        wait_ns=1_750_000_000,
+        figures=FIGURES,
+        machine=MACHINE,
+    )
+    found = metrics(pushed(every))
+    assert found.keys() == UNITS.keys() | REASONS.keys() | {"vitalsd.thread.wait.time"}
+    for name, (unit, kind, value) in REASONS.items():
+        metric = found[name]
+        assert (metric.unit, values(metric)) == (unit, {(): value}), name
+        assert metric.description
+        if kind == "gauge":
+            assert metric.WhichOneof("data") == "gauge", name
+        else:
+            assert metric.sum.is_monotonic == (kind == "counter"), name
+            (point,) = metric.sum.data_points
+            assert point.start_time_unix_nano == (0 if name in SINCE_UNKNOWN else IDENTITY.started_unix_ns), name
+    waits = {
+        dict(key)["vitalsd.thread.id"]: wait_s for key, wait_s in values(found["vitalsd.thread.wait.time"]).items()
+    }
+    assert waits == {1: 0.25, 2: 1.5}
+
+
+def test_otlp_push_without_figures_leaves_them_out() -> None:
+    """What the platform does not give is no metric."""
+    found = metrics(pushed(snapshot(SECOND, [(1, 1, SECOND)])))
+    assert not (REASONS.keys() | {"vitalsd.thread.wait.time"}) & found.keys()
+    assert values(found["vitalsd.thread.cpu.time"])
 
 
 def test_otlp_collector_down_is_logged_once_and_retried(tmp_path: Path) -> None:

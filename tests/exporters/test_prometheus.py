@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.samples import Sample
 
 from support.serving import Serving
+from support.snapshots import FIGURES, IDENTITY, MACHINE, SECOND, snapshot
 from support.stopwatch import Stopwatch
 from support.target import Target
 from support.tools import program
@@ -137,6 +138,85 @@ def test_scrape_without_target_values_ends_as_the_format_demands() -> None:
     body, content_type = expose(Scrape(None, 10, 0, None), "application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
     assert content_type.startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
+
+
+EXPLAINED = snapshot(
+    SECOND,
+    [(1, 1, SECOND), (2, 1, 0)],
+    thread_wait_ns=[250_000_000, 1_500_000_000],
+    wait_ns=1_750_000_000,
+    figures=FIGURES,
+    machine=MACHINE,
+)
+"""A snapshot with every figure that explains another."""
+REASONS = {
+    "vitalsd_process_wait_seconds_total": 1.75,
+    "vitalsd_children_cpu_seconds_total": 4.5,
+    "vitalsd_process_anonymous_memory_bytes": 50 << 20,
+    "vitalsd_process_memory_footprint_bytes": 80 << 20,
+    "vitalsd_process_swap_bytes": 3 << 20,
+    "vitalsd_process_major_faults_total": 7,
+    "vitalsd_process_idle_wakeups_total": 40,
+    "vitalsd_process_interrupt_wakeups_total": 50,
+    "vitalsd_process_energy_joules_total": 2.5,
+    "vitalsd_machine_in_container": 0,
+    "vitalsd_machine_cpu_seconds_total": 90,
+    "vitalsd_machine_load1": 1.25,
+    "vitalsd_machine_memory_available_bytes": 4 << 30,
+    "vitalsd_machine_swap_used_bytes": 1 << 30,
+    "vitalsd_machine_cpu_pressure_seconds_total": 5,
+    "vitalsd_machine_memory_pressure_seconds_total": 6,
+    "vitalsd_machine_io_pressure_seconds_total": 7,
+    "vitalsd_machine_memory_pressure_level": 1,
+    "vitalsd_machine_quota_throttled_seconds_total": 8,
+    "vitalsd_machine_thermal_level": 5,
+}
+
+
+def exposed(scraped: Scrape) -> dict[str, list[Sample]]:
+    text = expose(scraped, "text/plain;version=0.0.4")[0].decode()
+    found: dict[str, list[Sample]] = {}
+    for family in parse_text(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample)
+    return found
+
+
+def test_scrape_of_all_figures_has_them_in_base_units() -> None:
+    """Seconds, bytes and joules; the wait of each thread; and promtool passes all names and help texts."""
+    scraped = Scrape((IDENTITY, EXPLAINED), 10, 0, None)
+    found = exposed(scraped)
+    assert {name: found[name][0].value for name in REASONS} == REASONS
+    waits = {sample.labels["tid"]: sample.value for sample in found["vitalsd_thread_wait_seconds_total"]}
+    assert waits == {"1": 0.25, "2": 1.5}
+    promtool = program("promtool", package="prometheus")
+    text = expose(scraped, "text/plain;version=0.0.4")[0]
+    out = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, timeout=30)
+    assert (out.returncode, out.stdout, out.stderr) == (0, b"", b"")
+
+
+def test_scrape_without_figures_leaves_their_counters_out() -> None:
+    """What the platform does not give has no series; none of them is 0."""
+    for each in (
+        snapshot(SECOND, [(1, 1, SECOND)]),
+        snapshot(SECOND, [(1, 1, SECOND)], figures=FIGURES._replace(**dict.fromkeys(FIGURES._fields))),
+    ):
+        found = exposed(Scrape((IDENTITY, each), 10, 0, None))
+        assert not (REASONS.keys() | {"vitalsd_thread_wait_seconds_total"}) & found.keys()
+        assert len(found["vitalsd_thread_cpu_seconds_total"]) == 1
+
+
+def test_scrape_by_another_user_lacks_what_the_kernel_hides() -> None:
+    """Descriptors, footprint, wake-ups and energy are for the user of the target."""
+    every = exposed(Scrape((IDENTITY, EXPLAINED), 10, 0, None)).keys()
+    public = exposed(Scrape((IDENTITY, EXPLAINED), 10, 0, None, private=False)).keys()
+    assert every - public == {
+        "process_open_fds",
+        "vitalsd_process_memory_footprint_bytes",
+        "vitalsd_process_idle_wakeups_total",
+        "vitalsd_process_interrupt_wakeups_total",
+        "vitalsd_process_energy_joules_total",
+    }
 
 
 def free_port() -> int:

@@ -90,6 +90,38 @@ def with_extras(snapshot: Snapshot, **fields: Any) -> Snapshot:
     )
 
 
+FIGURES = ProcessFigures(
+    user_ns=2 * SECOND,
+    system_ns=SECOND,
+    footprint_bytes=80 << 20,
+    anonymous_bytes=50 << 20,
+    peak_rss_bytes=90 << 20,
+    swap_bytes=3 << 20,
+    open_fds=12,
+    minor_faults=1000,
+    major_faults=7,
+    idle_wakeups=40,
+    interrupt_wakeups=50,
+    energy_nj=2_500_000_000,
+    p_core_ns=SECOND,
+    reaped_ns=4_500_000_000,
+)
+"""Every figure that a kernel has, those of Linux and of macOS."""
+MACHINE = MachineFigures(
+    in_container=False,
+    busy_ns=90 * SECOND,
+    load_milli=1250,
+    memory_available_bytes=4 << 30,
+    swap_used_bytes=1 << 30,
+    cpu_pressure_ns=5 * SECOND,
+    memory_pressure_ns=6 * SECOND,
+    io_pressure_ns=7 * SECOND,
+    memory_pressure_level=1,
+    quota_throttled_ns=8 * SECOND,
+    thermal_level=5,
+)
+"""Every figure of a machine, those of Linux and of macOS."""
+
 counters = st.integers(0, 2**62)
 names = st.text(max_size=15) | st.sampled_from(
     ["", "render", 'a"b\\', "\u202e\x1b[31m", "\x00", "\u2028", "\U0001f600"]

@@ -2,7 +2,8 @@
 Define the counters for Prometheus and OpenTelemetry in tables: a new counter is one new row.
 
 Names and units are those of the client libraries of Prometheus and of OpenTelemetry's conventions for processes. A
-counter without a name in either has ``vitalsd`` in its name.
+counter without a name in either has ``vitalsd`` in its name. So have those of the machine: the conventions reserve
+``system.*`` for hosts, and the figures may be those of a container.
 """
 
 import resource
@@ -14,9 +15,10 @@ from functools import partial
 from heapq import nlargest
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import MEMORY_PRESSURE_LEVELS, THERMAL_STATES, Identity, Snapshot
 
 __all__ = [
+    "MACHINE_COUNTERS",
     "OWN_COUNTERS",
     "TARGET_COUNTERS",
     "TARGET_UP",
@@ -63,11 +65,13 @@ class Counter(Generic[ReadingT]):
     otel: str = ""
     unit: str = ""
     description: str = ""
-    """Text for OpenTelemetry, in place of `help`."""
+    """Text for OpenTelemetry; empty: that of `help`."""
     points_of: Callable[[ReadingT], Sequence[Point]] | None = None
     """Return the points for OpenTelemetry, in place of `value`."""
     is_private: bool = False
     """Whether the kernel shows it only to the user of the target."""
+    is_since_start: bool = True
+    """Whether a counter of the target began at 0 when the target started; OpenTelemetry gets no start of any other."""
 
     def points(self, reading: ReadingT) -> Sequence[Point]:
         """Return the points for OpenTelemetry; if there are none, the metric is left out."""
@@ -80,8 +84,8 @@ class Counter(Generic[ReadingT]):
 class PerThreadCounter(NamedTuple):
     """One counter of each thread. ``{limit}`` in a text stands for the number of threads with a series of their own."""
 
-    values: Callable[[Snapshot], Sequence[float]]
-    """Return the values in the order of the roster, in the unit of the name."""
+    values: Callable[[Snapshot], Sequence[float] | None]
+    """Return the values in the order of the roster, in the unit of the name; ``None``: the counter is left out."""
     prometheus: str
     help: str
     otel: str
@@ -102,6 +106,29 @@ def _faults(reading: TargetReading) -> list[Point]:
         return []
     faults = (("minor", figures.minor_faults), ("major", figures.major_faults))
     return [({"system.paging.fault.type": kind}, count) for kind, count in faults if count is not None]
+
+
+def _waits(snapshot: Snapshot) -> list[float] | None:
+    return None if snapshot.thread_wait_ns is None else [ns / 1e9 for ns in snapshot.thread_wait_ns]
+
+
+def _figure(reading: TargetReading, name: str, unit: float = 1) -> float | None:
+    """Return a field of `ProcessFigures`, divided by `unit`."""
+    return _divided(getattr(reading.snapshot.figures, name, None), unit)
+
+
+def _machine(reading: TargetReading, name: str, unit: float = 1) -> float | None:
+    """Return a field of `MachineFigures`, divided by `unit`."""
+    return _divided(getattr(reading.snapshot.machine, name, None), unit)
+
+
+def _divided(value: int | None, unit: float) -> float | None:
+    return value if value is None or unit == 1 else value / unit
+
+
+def _levels(names: Sequence[str]) -> str:
+    """Return the meaning of each level, for a help text."""
+    return ", ".join(f"{level} {name}" for level, name in enumerate(names))
 
 
 def _recorded(own: OwnReading, key: str) -> int | None:
@@ -171,7 +198,7 @@ TARGET_COUNTERS = (
     ),
     Counter[TargetReading](
         kind="level",
-        value=lambda reading: reading.snapshot.figures and reading.snapshot.figures.open_fds,
+        value=partial(_figure, name="open_fds"),
         prometheus="process_open_fds",
         help="Open file descriptors of the target.",
         otel="process.unix.file_descriptor.count",
@@ -187,7 +214,164 @@ TARGET_COUNTERS = (
         description="Page faults.",
         points_of=_faults,
     ),
+    Counter[TargetReading](
+        kind="counter",
+        value=partial(_figure, name="major_faults"),
+        prometheus="vitalsd_process_major_faults",
+        help="Page faults of the target that needed IO.",
+    ),
+    Counter[TargetReading](
+        kind="counter",
+        value=lambda reading: _divided(reading.snapshot.wait_ns, 1e9),
+        prometheus="vitalsd_process_wait_seconds",
+        help="Time for which threads of the target were runnable and did not run, summed over threads, in seconds.",
+        otel="vitalsd.process.wait.time",
+        unit="s",
+        is_since_start=False,
+    ),
+    Counter[TargetReading](
+        kind="counter",
+        value=partial(_figure, name="reaped_ns", unit=1e9),
+        prometheus="vitalsd_children_cpu_seconds",
+        help="CPU time of children that the target has waited for, in seconds; counted when it waits.",
+        otel="vitalsd.children.cpu.time",
+        unit="s",
+    ),
+    Counter[TargetReading](
+        kind="level",
+        value=partial(_figure, name="anonymous_bytes"),
+        prometheus="vitalsd_process_anonymous_memory_bytes",
+        help="Resident memory of the target that belongs to no file, in bytes (Linux).",
+        otel="vitalsd.process.memory.anonymous",
+        unit="By",
+    ),
+    Counter[TargetReading](
+        kind="level",
+        value=partial(_figure, name="footprint_bytes"),
+        prometheus="vitalsd_process_memory_footprint_bytes",
+        help="Memory that is charged to the target, compressed and swapped memory included, in bytes (macOS).",
+        otel="vitalsd.process.memory.footprint",
+        unit="By",
+        is_private=True,
+    ),
+    Counter[TargetReading](
+        kind="level",
+        value=partial(_figure, name="swap_bytes"),
+        prometheus="vitalsd_process_swap_bytes",
+        help="Swapped memory of the target in bytes (Linux).",
+        otel="vitalsd.process.memory.swap",
+        unit="By",
+    ),
+    Counter[TargetReading](
+        kind="counter",
+        value=partial(_figure, name="idle_wakeups"),
+        prometheus="vitalsd_process_idle_wakeups",
+        help="Times that the target woke a CPU package that was idle (macOS).",
+        otel="vitalsd.process.idle_wakeups",
+        unit="{wakeup}",
+        is_private=True,
+    ),
+    Counter[TargetReading](
+        kind="counter",
+        value=partial(_figure, name="interrupt_wakeups"),
+        prometheus="vitalsd_process_interrupt_wakeups",
+        help="Times that an interrupt woke the target (macOS).",
+        otel="vitalsd.process.interrupt_wakeups",
+        unit="{wakeup}",
+        is_private=True,
+    ),
+    Counter[TargetReading](
+        kind="counter",
+        value=partial(_figure, name="energy_nj", unit=1e9),
+        prometheus="vitalsd_process_energy_joules",
+        help="Energy that the target has used, in joules (macOS on Apple silicon).",
+        otel="vitalsd.process.energy",
+        unit="J",
+        is_private=True,
+    ),
 )
+
+MACHINE_COUNTERS = (
+    Counter[TargetReading](
+        kind="gauge",
+        value=lambda reading: reading.snapshot.machine and int(reading.snapshot.machine.in_container),
+        prometheus="vitalsd_machine_in_container",
+        help="1 if the figures of the machine are those of the container of the target, 0 if those of the host.",
+        otel="vitalsd.machine.in_container",
+        unit="1",
+    ),
+    Counter[TargetReading](
+        kind="counter",
+        value=partial(_machine, name="busy_ns", unit=1e9),
+        prometheus="vitalsd_machine_cpu_seconds",
+        help="CPU time of all cores of the machine, user, system and interrupts, in seconds.",
+        otel="vitalsd.machine.cpu.time",
+        unit="s",
+        is_since_start=False,
+    ),
+    Counter[TargetReading](
+        kind="gauge",
+        value=partial(_machine, name="load_milli", unit=1000),
+        prometheus="vitalsd_machine_load1",
+        help="Load average of the machine over one minute.",
+        otel="vitalsd.machine.load_1m",
+        unit="1",
+    ),
+    Counter[TargetReading](
+        kind="level",
+        value=partial(_machine, name="memory_available_bytes"),
+        prometheus="vitalsd_machine_memory_available_bytes",
+        help="Memory that programs can get without swapping, in bytes.",
+        otel="vitalsd.machine.memory.available",
+        unit="By",
+    ),
+    Counter[TargetReading](
+        kind="level",
+        value=partial(_machine, name="swap_used_bytes"),
+        prometheus="vitalsd_machine_swap_used_bytes",
+        help="Swap in use on the machine, in bytes.",
+        otel="vitalsd.machine.swap.used",
+        unit="By",
+    ),
+    *(
+        Counter[TargetReading](
+            kind="counter",
+            value=partial(_machine, name=f"{what}_pressure_ns", unit=1e9),
+            prometheus=f"vitalsd_machine_{what}_pressure_seconds",
+            help=f"Time for which at least one task of the machine waited for {thing}, in seconds (Linux, PSI).",
+            otel=f"vitalsd.machine.{what}.pressure.time",
+            unit="s",
+            is_since_start=False,
+        )
+        for what, thing in (("cpu", "a CPU"), ("memory", "memory"), ("io", "IO"))
+    ),
+    Counter[TargetReading](
+        kind="counter",
+        value=partial(_machine, name="quota_throttled_ns", unit=1e9),
+        prometheus="vitalsd_machine_quota_throttled_seconds",
+        help="Time for which a CPU quota kept the target's control group from running, in seconds (Linux).",
+        otel="vitalsd.machine.quota_throttled.time",
+        unit="s",
+        is_since_start=False,
+    ),
+    Counter[TargetReading](
+        kind="gauge",
+        value=partial(_machine, name="memory_pressure_level"),
+        prometheus="vitalsd_machine_memory_pressure_level",
+        help=f"Memory pressure of the machine (macOS): {_levels(MEMORY_PRESSURE_LEVELS)}.",
+        otel="vitalsd.machine.memory.pressure_level",
+        unit="1",
+    ),
+    Counter[TargetReading](
+        kind="gauge",
+        value=partial(_machine, name="thermal_level"),
+        prometheus="vitalsd_machine_thermal_level",
+        help=f"Thermal state of the machine: {_levels(THERMAL_STATES)}.",
+        otel="vitalsd.machine.thermal_level",
+        unit="1",
+    ),
+)
+"""Counters of the machine on which the target runs; they name no process and no user."""
 
 THREAD_COUNTERS = (
     PerThreadCounter(
@@ -197,6 +381,14 @@ THREAD_COUNTERS = (
         otel="vitalsd.thread.cpu.time",
         unit="s",
         description="CPU time of a living thread; of more than {limit}, those with the most.",
+    ),
+    PerThreadCounter(
+        values=_waits,
+        prometheus="vitalsd_thread_wait_seconds",
+        help="Time for which a living thread was runnable and did not run, in seconds; counted when the wait ends.",
+        otel="vitalsd.thread.wait.time",
+        unit="s",
+        description="Time for which a living thread was runnable and did not run; counted when the wait ends.",
     ),
 )
 

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from vitalsd import __version__
 from vitalsd.contract.host import os_version
 from vitalsd.exporters.counters import (
+    MACHINE_COUNTERS,
     OWN_COUNTERS,
     TARGET_COUNTERS,
     TARGET_UP,
@@ -155,7 +156,7 @@ def metrics_data(
     if reading is not None:
         identity, snapshot = reading
         points = _Points(identity.started_unix_ns, snapshot.wall_ns)
-        metrics += points.of(TARGET_COUNTERS, reading)
+        metrics += points.of(TARGET_COUNTERS + MACHINE_COUNTERS, reading)
         metrics += _threads(points, snapshot, threads)
         attributes = _resource(identity)
     scope = ScopeMetrics(InstrumentationScope("vitalsd", __version__), metrics, "")
@@ -191,7 +192,8 @@ def _threads(points: "_Points", snapshot: Snapshot, limit: int) -> Iterator["Met
     roster, shown = snapshot.roster, busiest_threads(snapshot, limit)
     labels = {i: {"vitalsd.thread.id": roster.tids[i], "thread.name": printable(roster.names[i])} for i in shown}
     for row in THREAD_COUNTERS:
-        values = row.values(snapshot)
+        if (values := row.values(snapshot)) is None:
+            continue
         description = row.description.format(limit=limit)
         yield points.sum(row.otel, row.unit, description, [(labels[i], values[i]) for i in shown])
     yield from points.of((THREADS_LEFT_OUT,), len(roster) - len(shown))
@@ -207,17 +209,28 @@ class _Points:
     def of(self, rows: Iterable[Counter[ReadingT]], reading: ReadingT) -> Iterator["Metric"]:
         """Yield the metrics of a table."""
         for row in rows:
-            points = row.points(reading) if row.otel else ()
+            points, text = row.points(reading) if row.otel else (), row.description or row.help
             if points and row.kind == "gauge":
-                yield self.gauge(row.otel, row.unit, row.description, points)
+                yield self.gauge(row.otel, row.unit, text, points)
             elif points:
-                yield self.sum(row.otel, row.unit, row.description, points, is_monotonic=row.kind == "counter")
+                since_ns = self._since_ns if row.is_since_start else 0
+                yield self.sum(row.otel, row.unit, text, points, since_ns, is_monotonic=row.kind == "counter")
 
-    def sum(self, name: str, unit: str, text: str, values: Iterable[Point], *, is_monotonic: bool = True) -> "Metric":
-        """Return a cumulative sum."""
+    def sum(
+        self,
+        name: str,
+        unit: str,
+        text: str,
+        values: Iterable[Point],
+        since_ns: int | None = None,
+        *,
+        is_monotonic: bool = True,
+    ) -> "Metric":
+        """Return a cumulative sum; with `since_ns` 0 its start is unknown."""
         from opentelemetry.sdk.metrics.export import AggregationTemporality, Metric, NumberDataPoint, Sum
 
-        points = [NumberDataPoint(attributes, self._since_ns, self._now_ns, value) for attributes, value in values]
+        since_ns = self._since_ns if since_ns is None else since_ns
+        points = [NumberDataPoint(attributes, since_ns, self._now_ns, value) for attributes, value in values]
         return Metric(name, text, unit, Sum(points, AggregationTemporality.CUMULATIVE, is_monotonic))
 
     def gauge(self, name: str, unit: str, text: str, values: Iterable[Point]) -> "Metric":

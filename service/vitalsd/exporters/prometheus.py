@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from vitalsd import __version__
 from vitalsd.exporters.counters import (
+    MACHINE_COUNTERS,
     OWN_COUNTERS,
     TARGET_COUNTERS,
     TARGET_UP,
@@ -62,7 +63,8 @@ class Scrape(NamedTuple):
         yield from _families((TARGET_UP,), target)
         if target is not None:
             identity = target.identity
-            yield from _families((row for row in TARGET_COUNTERS if self.private or not row.is_private), target)
+            rows = TARGET_COUNTERS + MACHINE_COUNTERS
+            yield from _families((row for row in rows if self.private or not row.is_private), target)
             yield _info("vitalsd_target", "The target.", {"pid": str(identity.pid), "name": printable(identity.name)})
             yield from self._threads(target.snapshot)
         yield _info("vitalsd_build", "This service.", {"version": __version__, "python": platform.python_version()})
@@ -75,7 +77,8 @@ class Scrape(NamedTuple):
 
         roster, shown = snapshot.roster, busiest_threads(snapshot, self.threads)
         for row in THREAD_COUNTERS:
-            values = row.values(snapshot)
+            if (values := row.values(snapshot)) is None:
+                continue
             family = CounterMetricFamily(row.prometheus, row.help.format(limit=self.threads), labels=("tid", "thread"))
             for i in shown:
                 family.add_metric((str(roster.tids[i]), printable(roster.names[i])), values[i])
