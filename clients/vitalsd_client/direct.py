@@ -24,13 +24,16 @@ class Own:
     Args:
         detail: ``full`` also reads the counters of `FullMetrics`.
         pid: the process to measure; ``None``: this process.
+        children: with ``full``, also read the descendants of the process.
 
     Raises:
         OwnError: it cannot be read.
     """
 
-    def __init__(self, detail: Literal["basic", "full"], pid: int | None = None) -> None:
+    def __init__(self, detail: Literal["basic", "full"], pid: int | None = None, *, children: bool = False) -> None:
         self._detail = detail
+        self._children = children
+        self._parts = (Part.DETAIL if detail == "full" else Part.NONE) | (Part.CHILDREN if children else Part.NONE)
         try:
             self._source = open_source(pid)
         except SourceError as error:
@@ -42,14 +45,20 @@ class Own:
             raise OwnError(f"and it cannot be measured directly: {error}") from None
 
     def _snapshot(self) -> Snapshot:
-        return self._source.snapshot(parts=Part.DETAIL if self._detail == "full" else Part.NONE)
+        return self._source.snapshot(parts=self._parts)
 
     def measured(self, window_ms: int) -> RuntimeMetrics:
         """Sleep until `window_ms` have passed since the first snapshot, and return the metrics. Raises `OwnError`."""
         time.sleep(max(0, self._first.monotonic_ns + window_ms * 1_000_000 - time.monotonic_ns()) / 1e9)
         try:
             measurement = measure(self._first, self._snapshot())
-            body = encode(measurement, self._source.identity(), requested_ms=window_ms, detail=self._detail)
+            body = encode(
+                measurement,
+                self._source.identity(),
+                requested_ms=window_ms,
+                detail=self._detail,
+                children=self._children,
+            )
         except SourceError as error:
             raise OwnError(f"and it cannot be measured directly: {error}") from None
         return parse_runtime_metrics(body)

@@ -52,6 +52,7 @@ def fetch(
     socket: str | os.PathLike[str] | None = None,
     pid: int | None = None,
     detail: Detail = "basic",
+    children: bool = False,
     direct: bool = False,
 ) -> RuntimeMetrics:
     """
@@ -68,9 +69,11 @@ def fetch(
         socket: path of a sidecar's Unix socket; tried before `url`.
         pid: the process to measure; ``None``: this process.
         detail: ``full`` returns a `FullMetrics`.
+        children: with ``full``, name the living descendants of the process, and sum them with it. If the sidecar does
+            not record them, ``auto`` measures the coming window.
         direct: measure the process without a sidecar if none answers; this takes the window.
     """
-    question = _Question(window_ms, mode, url, socket, pid, detail, direct)
+    question = _Question(window_ms, mode, url, socket, pid, detail, children, direct)
     try:
         call = Call(question.ask)
     except RuntimeError:
@@ -86,10 +89,11 @@ async def afetch(
     socket: str | os.PathLike[str] | None = None,
     pid: int | None = None,
     detail: Detail = "basic",
+    children: bool = False,
     direct: bool = False,
 ) -> RuntimeMetrics:
     """Do what `fetch` does without blocking the event loop. If cancelled, its thread ends within the same time."""
-    question = _Question(window_ms, mode, url, socket, pid, detail, direct)
+    question = _Question(window_ms, mode, url, socket, pid, detail, children, direct)
     loop, done = asyncio.get_running_loop(), asyncio.Event()
 
     def wake() -> None:
@@ -122,6 +126,7 @@ class _Question:
     socket: str | os.PathLike[str] | None
     pid: int | None
     detail: Detail
+    children: bool
     direct: bool
     deadline: float = 0.0
 
@@ -140,6 +145,8 @@ class _Question:
         try:
             if not isinstance(self.window_ms, int) or self.window_ms not in WINDOW_MS:
                 return unavailable(f"window_ms must be 10 to 60000, not {self.window_ms!r}")
+            if self.children and self.detail != "full":
+                return unavailable('children=True is answered with detail="full" alone')
             if self.direct and self.url is None and self.socket is None:
                 return self._or_direct()
             return self._sidecars()
@@ -151,7 +158,7 @@ class _Question:
         from vitalsd_client.direct import Own, OwnError
 
         try:
-            own = Own(self.detail, self.pid)
+            own = Own(self.detail, self.pid, children=self.children)
         except OwnError as error:
             answer = self._sidecars()
             return answer if not isinstance(answer, Unavailable) else unavailable(f"{answer.reason}; {error}")
@@ -191,7 +198,13 @@ class _Question:
         return self._metrics(sidecar, self.mode)
 
     def _covered(self, answer: Measured | FullMetrics) -> bool:
-        """Return whether the window has about the requested length; a recorder with a long interval has longer ones."""
+        """
+        Return whether the answer has what was requested: a window of about that length, and the children.
+
+        A recorder with a long interval has longer windows; one that does not record children has none.
+        """
+        if self.children and (not isinstance(answer, FullMetrics) or answer.children is None):
+            return False
         least, most = self.window_ms * COVERED, 2 * self.window_ms + 2000
         return bool(least <= answer.sample_window_ms <= most)
 
@@ -199,6 +212,8 @@ class _Question:
         query: dict[str, Any] = {"window_ms": self.window_ms, "mode": mode}
         if self.detail != "basic":
             query["detail"] = self.detail
+        if self.children:
+            query["children"] = "true"
         if sidecar.pid is not None:
             query["pid"] = sidecar.pid
         deadline = self.deadline - (DIRECT_S if self.direct else 0)

@@ -60,6 +60,8 @@ class BugReport:
         socket: path of its Unix socket, instead of discovery.
         pid: the process to report; ``None``: this process.
         direct: measure the process without a sidecar if none can be asked.
+        children: let metrics and history name the child processes of the process. False: the report has the sums of
+            the application at most, whatever the sidecar records.
         redact: a function, or several, called with every member before it is shown or written; a member for which one
             raises is left out.
         triggered: time of the request for the report; default: now.
@@ -84,6 +86,7 @@ class BugReport:
         socket: str | os.PathLike[str] | None = None,
         pid: int | None = None,
         direct: bool = False,
+        children: bool = False,
         redact: Redact | Sequence[Redact] = (),
         triggered: datetime | None = None,
         run_id: str | None = None,
@@ -95,10 +98,21 @@ class BugReport:
             None if app is None else check_app(app),
             None if app_version is None else check_app_version(app_version),
             description,
+            children,
             triggered or datetime.now(UTC),
         )
         self._window_ms = window_ms
-        self._fetch = partial(fetch, window_ms, mode, url=url, socket=socket, pid=pid, direct=direct)
+        self._fetch = partial(
+            fetch,
+            window_ms,
+            mode,
+            url=url,
+            socket=socket,
+            pid=pid,
+            detail="full" if children else "basic",
+            children=children,
+            direct=direct,
+        )
         self._running = running
         self._own = pid is None and url is None and socket is None
         self._recorded = RecordedData(app, history_s, url=url, socket=socket, pid=pid, run_id=run_id, running=running)

@@ -55,6 +55,15 @@ def test_sample_without_a_target_measures_itself() -> None:
     assert metrics.process.thread_count >= 1
 
 
+def test_sample_with_children_has_their_keys() -> None:
+    """The keys are there with --children alone; null says that the source reads no children."""
+    arguments = ("sample", "--window-ms", "10", "--detail", "full")
+    answer = json.loads(vitalsd(*arguments, "--children").stdout)
+    assert isinstance(parse_runtime_metrics(json.dumps(answer)), FullMetrics)
+    assert {"children", "application"} <= answer.keys()
+    assert not {"children", "application"} & json.loads(vitalsd(*arguments).stdout).keys()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["sample --window-ms 10", "runs", "completion bash", "serve --help"])
@@ -267,6 +276,7 @@ def test_serve_with_a_busy_port_exits_with_2_and_one_line() -> None:
         (["sample", "--window-ms", "9"], "9"),
         (["sample", "--window-ms", "60001"], "60001"),
         (["sample", "--detail", "fuller"], "fuller"),
+        (["sample", "--children"], "--children does nothing without --detail full"),
         (["sample", "--limit", "-1"], "--limit"),
         (["sample", "surplus"], "surplus"),
         (["smaple"], "smaple"),

@@ -66,6 +66,7 @@ MAX_REPORT_BYTES = 64 << 20
 )
 @click.option("--url", metavar="URL", help="Ask the sidecar at this URL, for example http://127.0.0.1:9779.")
 @click.option("--run", "run_id", metavar="ID", help="Include this earlier run, from the list of `vitalsd runs`.")
+@click.option("--children", is_flag=True, help="Let the report name the child processes of the process.")
 @click.option("--preview", is_flag=True, help="Show what the report would contain, and write nothing.")
 @click.option("--direct", is_flag=True, help="Measure vitalsd itself without a sidecar, to try it out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -80,6 +81,7 @@ def report(
     pid: int | None,
     url: str | None,
     run_id: str | None,
+    children: bool,
     preview: bool,
     direct: bool,
     as_json: bool,
@@ -100,7 +102,7 @@ def report(
     if ca_file is not None and upload is None:
         raise click.UsageError("--ca-file does nothing without --upload")
     if url is not None and (found := _replayed(url)) is not None:
-        added = message or files or app or app_version or run_id or upload or preview or as_json
+        added = message or files or app or app_version or run_id or children or upload or preview or as_json
         _save_original(*found, out, added=bool(added))
         return
     pid, direct, running = _subject(app, pid, url, direct)
@@ -114,6 +116,7 @@ def report(
             url=url,
             pid=pid,
             direct=direct,
+            children=children,
             run_id=run_id,
             running=running,
         )

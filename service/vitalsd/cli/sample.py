@@ -36,6 +36,7 @@ __all__ = ["sample"]
     show_default=True,
     help="Print the basic or the full answer.",
 )
+@click.option("--children", is_flag=True, help="With --detail full: name the child processes, and sum the application.")
 @click.option(
     "--sort",
     type=click.Choice(["tid", "cpu", "name"]),
@@ -52,6 +53,7 @@ def sample(
     proc_root: str,
     window_ms: int,
     detail: str,
+    children: bool,
     sort: str,
     limit: int | None,
 ) -> None:
@@ -64,11 +66,14 @@ def sample(
     from vitalsd.sources.base import SourceError
 
     exclude(context, "pid", "name")
+    if children and detail != "full":
+        raise click.UsageError("--children does nothing without --detail full")
+    parts = (Part.DETAIL if detail == "full" else Part.NONE) | (Part.CHILDREN if children else Part.NONE)
     raise_descriptor_limit()
     platform = platform_of(context, proc_root)
     try:
         with closing(platform.open_source(find_target(pid, name, platform))) as source:
-            measurement = sample_window(source, window_ms, parts=Part.DETAIL if detail == "full" else Part.NONE)
+            measurement = sample_window(source, window_ms, parts=parts)
             answer = encode(
                 measurement,
                 source.identity(),
@@ -76,6 +81,7 @@ def sample(
                 detail=detail,  # type: ignore[arg-type]
                 sort=sort,  # type: ignore[arg-type]
                 limit=limit,
+                children=children,
             )
     except SourceError as error:
         click.echo(unavailable(error, platform.name))

@@ -2,9 +2,10 @@
 Redact, describe and seal the members of a bug report, which a client, the command line or a sidecar collected.
 
 The members are collected before, by the program that can request them. This module redacts, describes and seals them,
-so it runs in the program with the redact hooks.
+so it runs in the program with the redact hooks. It also removes the names of child processes, for all programs alike.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,7 +14,17 @@ from typing import Any
 from vitalsd import __version__
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import RecordedHost
-from vitalsd.contract.report_archive import METADATA, Bundle, Failure, metadata, new_report_id, seal
+from vitalsd.contract.report_archive import (
+    HISTORY,
+    METADATA,
+    METRICS,
+    PREVIOUS_RUN,
+    Bundle,
+    Failure,
+    metadata,
+    new_report_id,
+    seal,
+)
 
 __all__ = ["Collected", "Heading", "Redact", "build"]
 
@@ -46,6 +57,8 @@ class Heading:
     """Application id; ``None``: that of `Collected.application`."""
     app_version: str | None = None
     description: str = ""
+    children: bool = False
+    """Whether the members may name child processes; the sums of the application are there in any case."""
     triggered: datetime = field(default_factory=lambda: datetime.now(UTC))
     report_id: str = field(default_factory=new_report_id)
 
@@ -80,12 +93,31 @@ def build(heading: Heading, collected: Collected, redact: Sequence[Redact] = (),
     members: dict[str, bytes] = {}
     failures = list(collected.failures)
     for name, content in {METADATA: about, **collected.members}.items():
-        kept = _redacted(name, content, redact)
+        kept = content if heading.children else _nameless(name, content)
+        if isinstance(kept, bytes):
+            kept = _redacted(name, kept, redact)
         if isinstance(kept, Failure):
             failures.append(kept)
         else:
             members[name] = kept
     return seal(app, heading.report_id, created, members, failures)
+
+
+def _nameless(name: str, content: bytes) -> bytes | Failure:
+    """Return a member without the list of child processes; if that cannot be removed, the reason why it is left out."""
+    if name not in (METRICS, HISTORY, PREVIOUS_RUN):
+        return content
+    try:
+        body = json.loads(content)
+        if not body.get("children"):
+            return content
+    except (ValueError, AttributeError, RecursionError):
+        return Failure(name, "left out: it may name child processes, and is not understood")
+    if name == METRICS:
+        del body["children"]
+    else:
+        body["children"] = []
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def _redacted(name: str, content: bytes, redact: Sequence[Redact]) -> bytes | Failure:

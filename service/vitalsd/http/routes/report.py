@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import Request, Response
 from pydantic import ConfigDict, Field
@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from vitalsd.admission import Peer
 from vitalsd.contract.application import APP, APP_VERSION
-from vitalsd.contract.encoding import encode, unavailable
+from vitalsd.contract.encoding import Detail, encode, unavailable
 from vitalsd.http.access.peer import peer_of
 from vitalsd.http.operation import CommandExample, Operation, OperationRoute
 from vitalsd.http.parameters import HistorySeconds, NoQuery, StrictModel, WindowMs, json_body, query_params
@@ -31,7 +31,7 @@ from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.recording.run_reader import Run, UnreadableRunError
 from vitalsd.recording.series import Record
 from vitalsd.sampling.target_pool import Targets
-from vitalsd.snapshot import Identity
+from vitalsd.snapshot import Identity, Part
 from vitalsd.sources.base import SourceError
 from vitalsd.worker_thread import HungError
 
@@ -109,6 +109,14 @@ class ReportQuery(StrictModel):
         Annotated[str, Field(min_length=1, max_length=128)] | None,
         Field(description="Include this earlier run, as `/runs` lists it.", examples=[RUN_EXAMPLE["id"]]),
     ] = None
+    children: Annotated[
+        Literal["true", "false"],
+        Field(
+            description="`true`: let the report name the child processes of the process. Otherwise it has the sums of"
+            " the application at most, whatever is recorded.",
+            examples=["true"],
+        ),
+    ] = "false"
 
 
 class ReportRequest(StrictModel):
@@ -195,9 +203,9 @@ class _Reports:
         """Return the name of the archive, its bytes, and the ids of the crashed runs in it."""
         from vitalsd.report.builder import Collected, Heading, build
 
-        context, heading = self._context, Heading(sent.app, sent.app_version, sent.message)
+        context, heading = self._context, Heading(sent.app, sent.app_version, sent.message, query.children == "true")
         collected = Collected(platform=self._targets.default.platform, application=context.application)
-        identity = await _metrics(self._targets, query.window_ms, collected, peer)
+        identity = await _metrics(self._targets, query, collected, peer)
 
         async def make() -> tuple[str, bytes]:
             await _past(context, query, sent.app, identity, collected)
@@ -215,23 +223,34 @@ def _zip(content: bytes, name: str) -> Response:
     return Response(content, media_type="application/zip", headers=headers)
 
 
-async def _metrics(targets: Targets, window_ms: int, collected: "Collected", peer: Peer) -> Identity | None:
+async def _metrics(targets: Targets, query: ReportQuery, collected: "Collected", peer: Peer) -> Identity | None:
     """Collect the trailing window if the recorder covers it, else the coming one, or a failure."""
     from vitalsd.contract.report_archive import METRICS, Failure
 
     target, identity = targets.default, None
+    window_ms, children = query.window_ms, query.children == "true"
+    detail: Detail = "full" if children else "basic"
+    parts = Part.DETAIL | Part.CHILDREN if children else Part.NONE
+    mode: Literal["wait", "trailing"] = "trailing"
     try:
         identity = await target.identity()
         measurement = record.window(window_ms) if (record := target.recorder.record) else None
         covered = measurement is not None and measurement.elapsed_ns >= window_ms * 990_000
-        if measurement is None or not covered:
+        if measurement is None or not covered or (children and measurement.tree is None):
             try:
-                measurement = await target.window(window_ms, peer=peer)
+                measurement, mode = await target.window(window_ms, parts=parts, peer=peer), "wait"
                 identity = await target.identity()  # The process may have executed another program since.
             except SourceError:
                 if measurement is None:
                     raise
-        collected.members[METRICS] = encode(measurement, identity, requested_ms=window_ms)
+        collected.members[METRICS] = encode(
+            measurement,
+            identity,
+            requested_ms=window_ms,
+            mode=mode,
+            detail=detail,
+            children=children,
+        )
     except SourceError as error:
         collected.members[METRICS] = unavailable(error, target.platform)
         collected.failures.append(Failure(METRICS, str(error)))
