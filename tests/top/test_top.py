@@ -20,12 +20,17 @@ import pytest
 from click.testing import CliRunner
 from rich.cells import cell_len
 
+from support.serving import Serving
 from support.sidecars import ask, environment, eventually, serving
+from support.snapshots import FIGURES, IDENTITY, SECOND, roster, snapshot, with_extras
+from support.snapshots import MACHINE as MACHINE_FIGURES
 from support.target import Target
 from support.terminals import PseudoTerminal
 from support.tools import program
 from vitalsd.cli import main
-from vitalsd.contract.metrics import Measured, ProcessMetrics, ThreadMetrics, parse_runtime_metrics
+from vitalsd.contract.encoding import encode
+from vitalsd.contract.metrics import FullMetrics, Measured, ProcessMetrics, ThreadMetrics, parse_runtime_metrics
+from vitalsd.snapshot import measure
 from vitalsd.top.events import Ended, InitialHistory, Interrupted, Note, Sample, TargetInfo
 from vitalsd.top.render import ASCII, BLOCKS, Renderer
 from vitalsd.top.terminal import keys
@@ -120,6 +125,43 @@ def test_top_keys_do_what_help_says(tmp_path: Path, start: Start) -> None:
         assert "hot" not in view.until(lambda text: "PAUSED" in text and rows(text) != before)
         view.press("p/hot\r")
         view.until(lambda text: rows(text) == ["hot"] and "PAUSED" not in text)
+        view.press("q")
+        assert view.end() == 0
+
+
+FIGURE = r"(?:\d+\.\d %|\u2013)"
+WHOLE = r"(?:\d+ %|\u2013)"
+SIZE = r"(?:\d+(?:\.\d)? [KMGT]iB|\u2013)"
+REASONS = rf"^ wait {FIGURE}, children {FIGURE}, (?:anonymous|footprint) {SIZE}, swap {SIZE}, fds (?:\d+|\u2013)$"
+MACHINE = rf"^ (?:machine \u2013|(?:machine|container) {WHOLE} busy, other {WHOLE}, .*)$"
+
+
+@pytest.mark.parametrize("via", ["sampled directly", "a sidecar", "a replay"])
+def test_top_shows_waits_children_memory_and_the_machine(tmp_path: Path, start: Start, via: str) -> None:
+    """Each has a figure or a dash: in a column of the threads, and in two lines at 80 columns and 24 rows."""
+    target = start("--idle", "2", "--burn", "30")
+    with ExitStack() as stack:
+        arguments = ["--pid", str(target.pid)]
+        if via != "sampled directly":
+            _, ready = stack.enter_context(serving(tmp_path, "--pid", str(target.pid), "--record-interval", "0.2"))
+        if via == "a replay":
+            eventually(lambda: len(ask(ready["url"], "/history?seconds=60")[1]["time_ms"]) > 4, 20)
+            report = tmp_path / "report.zip"
+            report.write_bytes(httpx.get(f"{ready['url']}/report.zip?window_ms=100", trust_env=False).content)
+            replay = stack.enter_context(Serving(tmp_path, str(report), command="replay"))
+            arguments = ["--url", replay.url]
+        view = stack.enter_context(top(*arguments, directory=tmp_path))
+        text = view.until(lambda text: rows(text)[:1] == ["burn-0"] and (via == "a replay" or via in text))
+        lines = text.splitlines()
+        assert re.search(REASONS, text, re.MULTILINE), text
+        assert re.search(MACHINE, text, re.MULTILINE), text
+        assert re.search(r"^ CPU +\d+\.\d %.* peak \d+\.\d %$", text, re.MULTILINE)
+        assert re.search(r"^ RSS +\d+\.\d MiB.* VM ", text, re.MULTILINE)
+        (head,) = [line for line in lines if "THREAD" in line]
+        (burner,) = [line for line in lines if "burn-0" in line]
+        assert re.fullmatch(r" *(\d+\.\d|<0\.1|\u2013)", burner[: head.index("WAIT%") + 5][-6:]), burner
+        view.press("w")
+        view.until(lambda text: "WAIT%v" in text)
         view.press("q")
         assert view.end() == 0
 
@@ -561,6 +603,95 @@ def test_render_of_any_size_fills_it_exactly(state: str) -> None:
     for glyphs in (BLOCKS, ASCII):
         for width in (1, 2, 7, 20, 26, 39, 40, 71, 80, 200):
             for height in (1, 2, 3, 5, 6, 12, 13, 24, 100):
+                lines = Renderer(view, width, glyphs).lines(height)
+                assert len(lines) == height
+                assert max(cell_len(line.plain) for line in lines) <= width, (width, height)
+                assert all(line.plain.isprintable() for line in lines)
+                assert glyphs is BLOCKS or all(line.plain.isascii() for line in lines)
+
+
+def full_picture(*, known: bool = True, names: tuple[str, ...] = ("render", "audio", "ui"), **machine: Any) -> View:
+    """Return the view of one full answer: threads that use 10, 20, … % and wait 30, 20, … %."""
+    count = len(names)
+    tids = range(1, count + 1)
+    first = with_extras(snapshot(SECOND, [(tid, 1, 0) for tid in tids]))
+    last = with_extras(
+        snapshot(
+            2 * SECOND,
+            [(tid, 1, tid * SECOND // 10) for tid in tids],
+            roster=roster([(tid, 1, 0) for tid in tids], names),
+            thread_wait_ns=[(count + 1 - tid) * SECOND // 10 for tid in tids],
+        )
+    )
+    for each, busy_ns in ((first, 0), (last, 1_820_000_000)):
+        each.figures = FIGURES
+        each.machine = MACHINE_FIGURES._replace(busy_ns=busy_ns, **machine) if known else None
+        each.tree = None
+        if not known:
+            each.thread_wait_ns = each.wait_ns = each.figures = None
+    last.figures = FIGURES._replace(reaped_ns=FIGURES.reaped_ns + SECOND // 2) if known else None  # type: ignore[operator]
+    body = encode(measure(first, last), IDENTITY, requested_ms=1000, detail="full")
+    metrics = parse_runtime_metrics(body)
+    assert isinstance(metrics, FullMetrics)
+    view = View()
+    view.apply(TargetInfo(1, "app", "1-2-3", "a sidecar"))
+    view.apply(Sample(0, metrics, body))
+    return view
+
+
+def plain(view: View, width: int = 80, height: int = 24) -> list[str]:
+    return [line.plain.rstrip() for line in Renderer(view, width).lines(height)]
+
+
+def test_render_of_full_answer_has_the_figures() -> None:
+    """Wait, children, memory, machine: the numbers of the answer, at 80 columns."""
+    lines = plain(full_picture(memory_pressure_level=0, thermal_level=0))
+    assert lines[3] == " wait 60.0 %, children 50.0 %, anonymous 50.0 MiB, swap 3072 KiB, fds 12"
+    assert lines[4].startswith(" machine 182 % busy, other 122 %, memory available 4096.0 MiB, swap 1024.0 MiB")
+    waits = {line.split()[1]: line.split()[-2] for line in lines[6:9]}
+    assert waits == {"ui": "10.0", "audio": "20.0", "render": "30.0"}
+
+
+def test_render_of_slowed_machine_names_what_slows_it() -> None:
+    """Throttling, pressure and heat are named if there is any."""
+    (line,) = [line for line in plain(full_picture(), width=120) if line.startswith(" machine")]
+    assert "memory pressure warning" in line
+    assert "thermal throttled" in line
+    assert "container" in plain(full_picture(in_container=True))[4]
+
+
+def test_render_of_unknown_figures_has_dashes_and_no_zero() -> None:
+    """What the platform does not give is a dash, in the lines and in the column."""
+    lines = plain(full_picture(known=False))
+    assert lines[3] == " wait \u2013, children \u2013, anonymous \u2013, swap \u2013, fds \u2013"
+    assert lines[4] == " machine \u2013"
+    assert [line.split()[-2] for line in lines[6:9]] == ["\u2013"] * 3
+
+
+def test_render_of_basic_answer_has_no_wait_column() -> None:
+    """An answer without waits, as of an older sidecar, has neither column nor lines."""
+    lines = plain(picture(["a"]))
+    assert not any("WAIT%" in line or "machine" in line for line in lines)
+
+
+def test_top_sorts_by_wait() -> None:
+    """The thread that waits most is first; reversed, last."""
+    view = full_picture()
+    assert [thread.name for thread in view.chosen()] == ["ui", "audio", "render"]
+    view.press("w")
+    assert [thread.name for thread in view.chosen()] == ["render", "audio", "ui"]
+    assert any("WAIT%v" in line for line in plain(view))
+    view.press("r")
+    assert [thread.name for thread in view.chosen()] == ["ui", "audio", "render"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_render_of_full_answer_of_any_size_fills_it_exactly(known: bool) -> None:
+    """With hostile names, in each size, as for the basic answer."""
+    view = full_picture(known=known, names=tuple(name for name in NAMES if name.isascii() or "\udcff" not in name))
+    for glyphs in (BLOCKS, ASCII):
+        for width in (1, 7, 26, 39, 40, 60, 80, 200):
+            for height in (1, 5, 6, 14, 15, 24, 100):
                 lines = Renderer(view, width, glyphs).lines(height)
                 assert len(lines) == height
                 assert max(cell_len(line.plain) for line in lines) <= width, (width, height)

@@ -52,7 +52,7 @@ def top(
     as_json: bool,
     proc_root: str,
 ) -> None:
-    """Look at a process live: CPU, memory, its threads, marks and events.
+    """Look at a process live: CPU, memory, waits, its threads, the machine, marks and events.
 
     Without --pid, --name or --url it shows the target of your newest sidecar. A sidecar that watches the
     target is asked, if there is one; else the target is sampled directly. With --name the next process of
@@ -82,6 +82,7 @@ def top(
             interval_s=interval,
             first_s=0.25 if full_screen else interval,
             follow=follow,
+            detail="full" if full_screen else "basic",
             sidecars=proc_root == SETTINGS["proc_root"].default,
         )
         if full_screen:

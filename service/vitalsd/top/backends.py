@@ -9,11 +9,11 @@ from itertools import chain
 from math import ceil, isfinite
 from typing import Any
 
-from vitalsd.contract.encoding import encode
-from vitalsd.contract.metrics import FullMetrics, Unavailable, parse_runtime_metrics
+from vitalsd.contract.encoding import Detail, encode
+from vitalsd.contract.metrics import Unavailable, parse_runtime_metrics
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.recording.recorder import Recorder, RecorderConfig
-from vitalsd.snapshot import measure
+from vitalsd.snapshot import Part, measure
 from vitalsd.sources.base import Source, SourceError, TargetGoneError
 from vitalsd.text import one_line
 from vitalsd.top.events import FeedEvent, InitialHistory, Note, Sample, TargetInfo
@@ -51,13 +51,23 @@ class DirectBackend:
         interval_s: time between two samples, s.
         first_s: time until the first sample, s.
         relieved: returns whether a sidecar of the target can be asked now; called every `SIDECAR_POLL_S`.
+        detail: which fields the samples have.
     """
 
-    def __init__(self, source: Source, interval_s: float, first_s: float, relieved: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        interval_s: float,
+        first_s: float,
+        relieved: Callable[[], bool],
+        detail: Detail = "basic",
+    ) -> None:
         self._source = source
         self._interval_s = interval_s
         self._first_s = first_s
         self._relieved = relieved
+        self._detail = detail
+        self._parts = Part.FIGURES if detail == "full" else Part.NONE
         self._recorder = Recorder(source.identity(), RecorderConfig(interval_s, retention_s=PAST_S, max_bytes=4 << 20))
         self._seen_notes = _SeenNotes()
         self.final = False
@@ -73,7 +83,7 @@ class DirectBackend:
 
     def events(self, pause: Pause) -> Iterator[FeedEvent]:
         """Yield the target, then a sample each interval, until the process ends or a sidecar can be asked."""
-        last = self._source.snapshot()
+        last = self._source.snapshot(parts=self._parts)
         self._recorder.observe(last)
         identity = self._source.identity()
         yield TargetInfo(identity.pid, identity.name, identity.start_id, "sampled directly")
@@ -82,7 +92,7 @@ class DirectBackend:
         while pause(due):
             due = max(due + self._interval_s, time.monotonic())
             try:
-                now = self._source.snapshot()
+                now = self._source.snapshot(parts=self._parts)
             except SourceError as error:
                 self._recorder.failed(error)
                 yield from self._notes()
@@ -94,7 +104,7 @@ class DirectBackend:
             yield from self._notes()
             if now.monotonic_ns > last.monotonic_ns:
                 requested_ms = round(self._interval_s * 1000)
-                yield _sample(encode(measure(last, now), identity, requested_ms=requested_ms))
+                yield _sample(encode(measure(last, now), identity, requested_ms=requested_ms, detail=self._detail))
                 last = now
             if time.monotonic() >= look_again:
                 if self._relieved():
@@ -117,12 +127,14 @@ class SidecarBackend:
         sidecar: the sidecar to ask.
         via: text for the sidecar in the view.
         interval_s: time between two samples, s.
+        detail: which fields the samples have.
     """
 
-    def __init__(self, sidecar: RunningSidecar, via: str, interval_s: float) -> None:
+    def __init__(self, sidecar: RunningSidecar, via: str, interval_s: float, detail: Detail = "basic") -> None:
         self.sidecar = sidecar
         self._via = via
         self._interval_s = interval_s
+        self._detail = detail
         self._seen_notes = _SeenNotes()
         self.final = False
         """Whether no other process can follow the one that has ended: the sidecar replays a file."""
@@ -163,7 +175,7 @@ class SidecarBackend:
         uptime_s = -1.0
         due = time.monotonic()
         while True:
-            sample = _sample(self._ask("/metrics", {"window_ms": window_ms, "mode": "trailing", **process}))
+            sample = self._window(window_ms, process)
             now_s = sample.metrics.process.uptime_secs
             if now_s < uptime_s:
                 return  # The sidecar measures the next process of that name now.
@@ -184,8 +196,13 @@ class SidecarBackend:
         """Yield the last window of a replayed recording, with the time of its end."""
         if table["time_ms"]:
             window_ms = min(60_000, max(10, int(table["interval_ms"])))
-            sample = _sample(self._ask("/metrics", {"window_ms": window_ms, "mode": "trailing"}))
+            sample = self._window(window_ms, {})
             yield replace(sample, wall_ms=_wall_ms({"time_ms": table["time_ms"][-1]}))
+
+    def _window(self, window_ms: int, process: dict[str, int]) -> Sample:
+        """Return the window that has just been recorded."""
+        query = {"window_ms": window_ms, "mode": "trailing", "detail": self._detail, **process}
+        return _sample(self._ask("/metrics", query))
 
     def _latest(self) -> Iterator[FeedEvent]:
         table = self._json("/history", {"seconds": ceil(self._interval_s) + NOTES_S, "top": 0})
@@ -265,6 +282,4 @@ def _sample(body: bytes) -> Sample:
     metrics = parse_runtime_metrics(body)
     if isinstance(metrics, Unavailable):
         raise ExchangeError(metrics.reason)
-    if isinstance(metrics, FullMetrics):
-        raise ExchangeError("the sidecar sent detail=full, which was not asked for")
     return Sample(time.time_ns() // 1_000_000, metrics, body)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vitalsd.contract.metrics import Measured
+from vitalsd.contract.metrics import FullMetrics, Measured
 
 __all__ = ["Ended", "FeedEvent", "InitialHistory", "Interrupted", "Note", "Sample", "TargetInfo"]
 
@@ -32,7 +32,7 @@ class Sample:
     """Hold one window; `body` is the answer of ``/metrics`` from which `metrics` was parsed."""
 
     wall_ms: int
-    metrics: Measured
+    metrics: Measured | FullMetrics
     body: bytes
 
 

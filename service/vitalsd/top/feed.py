@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 
+from vitalsd.contract.encoding import Detail
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources.base import Source, SourceError, TargetGoneError
 from vitalsd.top.backends import DirectBackend, SidecarBackend
@@ -35,6 +36,7 @@ class Feed:
         pid: with `url`, the process to ask about; ``None``: the sidecar's own target.
         follow: wait for the next process when the target has exited.
         sidecars: look for a sidecar that watches the target.
+        detail: which fields the samples have.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Feed:
         pid: int | None = None,
         follow: bool = False,
         sidecars: bool = True,
+        detail: Detail = "basic",
     ) -> None:
         self.interval_s = interval_s
         self.follow = follow
@@ -57,6 +60,7 @@ class Feed:
         self._url = url
         self._pid = pid
         self._sidecars = sidecars
+        self._detail = detail
         self._stopped = threading.Event()
         self._session: SidecarBackend | DirectBackend | None = None
         self._target: TargetInfo | None = None
@@ -130,12 +134,16 @@ class Feed:
     def _open(self) -> SidecarBackend | DirectBackend:
         """Return the backend to use now. Raises `SourceError`, `NoSidecarError`."""
         if self._url is not None:
-            return SidecarBackend(locate(url=self._url, pid=self._pid)[0], self._url, self.interval_s)
+            return SidecarBackend(locate(url=self._url, pid=self._pid)[0], self._url, self.interval_s, self._detail)
         pid = self._find()
         if (sidecar := self._watching(pid)) is not None:
-            return SidecarBackend(sidecar, "a sidecar", self.interval_s)
+            return SidecarBackend(sidecar, "a sidecar", self.interval_s, self._detail)
         return DirectBackend(
-            self._open_source(pid), self.interval_s, self._first_s, lambda: self._watching(pid) is not None
+            self._open_source(pid),
+            self.interval_s,
+            self._first_s,
+            lambda: self._watching(pid) is not None,
+            self._detail,
         )
 
     def _watching(self, pid: int) -> RunningSidecar | None:

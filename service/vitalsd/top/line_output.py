@@ -64,8 +64,10 @@ def _ascii(body: bytes) -> str:
 
 def _line(sample: Sample) -> str:
     process, threads = sample.metrics.process, sample.metrics.threads
-    busy = sorted((each for each in threads if each.cpu_percent >= 0.05), key=lambda each: -each.cpu_percent)
-    shown = " ".join(f"{printable(each.name) or each.tid}={each.cpu_percent:.1f}" for each in islice(busy, BUSIEST))
+    busy = sorted(((each.cpu_percent or 0.0, -each.tid, each.name) for each in threads), reverse=True)
+    shown = " ".join(
+        f"{printable(name) or -tid}={percent:.1f}" for percent, tid, name in islice(busy, BUSIEST) if percent >= 0.05
+    )
     return (
         f"{_clock(sample.wall_ms)}  {process.cpu_percent:>6.1f}  {process.rss_kb:>9}  {len(threads):>7}  {shown}"
     ).rstrip()

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from vitalsd.contract.metrics import FullMetrics, Machine
 from vitalsd.text import printable
 from vitalsd.top.events import Note
-from vitalsd.top.view_state import SortKey, View
+from vitalsd.top.view_state import SortKey, View, wait_percent
 
 __all__ = ["ASCII", "BLOCKS", "Glyphs", "Renderer"]
 
@@ -22,7 +23,7 @@ IDLE_PERCENT = 0.05
 """Percent of one core; a smaller number would be shown as 0.0."""
 
 HELP = """\
- c n t    sort by CPU, name, thread id
+ c n t w  sort by CPU, name, thread id, wait
  r        reverse the order
  /        filter by name or id; Enter keeps it, Esc clears it
  p Space  pause, and go on with all that came meanwhile
@@ -31,20 +32,23 @@ HELP = """\
  ? h      this help
  q        quit
 
- 100 % is one core. A bar is full at 100 %."""
+ 100 % is one core. A bar is full at 100 %. WAIT% and wait: ready to run, and
+ no CPU was free. other: what the machine does for other processes. A dash: not
+ known here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
-    """Hold the characters of bars and sparklines, from empty to full, and the mark of a truncated name."""
+    """Hold the characters of bars and sparklines, from empty to full, of a truncated name, and of no number."""
 
     bar: str
     spark: str
     dots: str
+    dash: str
 
 
-BLOCKS = Glyphs(" ▏▎▍▌▋▊▉█", " ▁▂▃▄▅▆▇█", "…")
-ASCII = Glyphs(" #", " .:-=+*#", "~")
+BLOCKS = Glyphs(" ▏▎▍▌▋▊▉█", " ▁▂▃▄▅▆▇█", "…", "\u2013")
+ASCII = Glyphs(" #", " .:-=+*#", "~", "-")
 """Characters for terminals without UTF-8."""
 
 
@@ -86,6 +90,8 @@ class Renderer:
             return [*head, Text("" if banner else " measuring ...", style="dim")][:height]
         if height >= 6:
             head += self._process()
+        if height >= 15 and isinstance(view.metrics, FullMetrics):
+            head += [self._reasons(view.metrics), self._machine(view.metrics.machine)]
         notes = list(view.notes)[-3:] if height >= 15 else list(view.notes)[-1:] if height >= 13 else []
         room = max(0, height - len(head) - len(notes) - 1)
         return [*head, *self._table(room), *map(self._note, notes)][:height]
@@ -132,6 +138,43 @@ class Renderer:
             lines.append(line.append(f"  {tail}", style="dim"))
         return lines
 
+    def _reasons(self, metrics: FullMetrics) -> Text:
+        """Return the line with what explains the CPU time and the memory of the process."""
+        process, mac = metrics.process, metrics.platform == "macos"
+        memory_kb = process.footprint_kb if mac else process.anonymous_kb
+        parts = [
+            f"wait {self._percent(process.wait_percent)}",
+            f"children {self._percent(process.children_percent)}",
+            f"{'footprint' if mac else 'anonymous'} {self._kb(memory_kb)}",
+            f"swap {self._kb(process.swap_kb)}",
+            f"fds {self._glyphs.dash if process.open_fds is None else process.open_fds}",
+        ]
+        return Text(f" {', '.join(parts)}")
+
+    def _machine(self, machine: Machine | None) -> Text:
+        """Return the line about the machine; what slows a process down is named only if there is any."""
+        if machine is None:
+            return Text(f" machine {self._glyphs.dash}", style="dim")
+        line = Text(f" {'container' if machine.scope == 'container' else 'machine'} ")
+        line.append(f"{self._percent(machine.cpu_percent, 0)} busy, other {self._percent(machine.other_percent, 0)}")
+        if machine.quota_throttled_percent:
+            line.append(f", throttled {self._percent(machine.quota_throttled_percent, 0)}", style="yellow")
+        if machine.memory_pressure not in (None, "normal"):
+            line.append(f", memory pressure {machine.memory_pressure}", style="yellow")
+        if machine.thermal_state not in (None, "nominal"):
+            line.append(f", thermal {machine.thermal_state}", style="yellow")
+        load = self._glyphs.dash if machine.load_1m is None else f"{machine.load_1m:.1f}"
+        line.append(
+            f", memory available {self._kb(machine.memory_available_kb)}, swap {self._kb(machine.swap_used_kb)}"
+        )
+        return line.append(f", load {load}")
+
+    def _percent(self, percent: float | None, decimals: int = 1) -> str:
+        return self._glyphs.dash if percent is None else f"{percent:.{decimals}f} %"
+
+    def _kb(self, kb: int | None) -> str:
+        return self._glyphs.dash if kb is None else _size(kb)
+
     def _table(self, room: int) -> list[Text]:
         view, width = self._view, self._width
         threads = view.chosen()
@@ -142,6 +185,8 @@ class Renderer:
         digits = max([3, *(len(str(thread.tid)) for thread in shown)]) if width >= 26 else 0
         names = min(max([6, *map(cell_len, named)]), 32, max(6, width // 3))
         rest = width - (digits + 2 if digits else 1) - names - 9
+        waits = isinstance(view.metrics, FullMetrics) and rest >= 12
+        rest -= 7 if waits else 0
         bar = 0 if rest < 5 else min(25, rest if rest < 20 else rest // 2)
         trend = rest - bar - 2 if rest - bar >= 8 else 0
 
@@ -149,6 +194,8 @@ class Renderer:
         if digits:
             head.append(f"{self._headed('TID', 'tid'):>{digits}} ")
         head.append(f"{self._headed('THREAD', 'name'):<{names}} {self._headed('CPU%', 'cpu'):>7}")
+        if waits:
+            head.append(f"{'':{bar + 2}}{self._headed('WAIT%', 'wait'):>6}")
         below = len(threads) - view.first - len(shown)
         more = f"{len(threads)} of {len(view.trends)}" if view.filter else f"{below} more below" if below > 0 else ""
         space = max(0, width - cell_len(head.plain))
@@ -161,12 +208,14 @@ class Renderer:
             if digits:
                 line.append(f"{thread.tid:>{digits}} ", style="dim")
             line.append(self._cut(name, names))
-            line.append(f" {_figure(percent):>7}")
-            if percent < IDLE_PERCENT:
+            line.append(f" {self._figure(percent):>7}")
+            if percent is None or percent < IDLE_PERCENT:
                 line.stylize("dim")
             if bar:
                 line.append(" ")
-                line.append(self._bar(percent, bar), style=_heat(percent))
+                line.append(self._bar(percent or 0.0, bar), style=_heat(percent or 0.0))
+            if waits:
+                line.append(f" {self._wait(wait_percent(thread)):>6}")
             if trend:
                 line.append("  ")
                 line.append(self._spark(view.trends[thread.tid], trend, 0, 100), style="cyan")
@@ -176,7 +225,7 @@ class Renderer:
     def _headed(self, title: str, key: SortKey) -> str:
         if self._view.sort != key:
             return title
-        return title + ("v" if (key == "cpu") != self._view.reverse else "^")
+        return title + ("v" if (key in ("cpu", "wait")) != self._view.reverse else "^")
 
     def _note(self, note: Note) -> Text:
         line = Text(f" {time.strftime('%H:%M:%S', time.localtime(note.wall_ms / 1000))} ", style="dim")
@@ -197,7 +246,7 @@ class Renderer:
             return Text(" any key goes back", style="dim")
         if view.filter:
             return Text(f" filter: {self._name(view.filter)}  (Esc clears)", style="dim")
-        return Text(" q quit  ? help  c n t sort  / filter  p pause  m mark", style="dim")
+        return Text(" q quit  ? help  c n t w sort  / filter  p pause  m mark", style="dim")
 
     def _name(self, text: str) -> str:
         """Return text of another program without characters that this terminal cannot show."""
@@ -211,6 +260,17 @@ class Renderer:
             if cell_len(text) <= width
             else set_cell_size(text, width - 1) + self._glyphs.dots
         )
+
+    def _figure(self, percent: float | None) -> str:
+        """Return a percentage of CPU as text; a thread that has run a little is not shown as 0.0."""
+        if percent is None:
+            return self._glyphs.dash
+        return "idle" if percent == 0 else "<0.1" if percent < IDLE_PERCENT else f"{percent:.1f}"
+
+    def _wait(self, percent: float | None) -> str:
+        if percent is None:
+            return self._glyphs.dash
+        return "<0.1" if 0 < percent < IDLE_PERCENT else f"{percent:.1f}"
 
     def _bar(self, percent: float, width: int) -> str:
         steps = len(self._glyphs.bar) - 1
@@ -227,11 +287,6 @@ class Renderer:
             0 if value <= low else min(top, 1 + int((value - low) / span * top)) for value in list(values)[-width:]
         ]
         return "".join(steps[level] for level in levels).rjust(width)
-
-
-def _figure(percent: float) -> str:
-    """Return a percentage as text; a thread that has run a little is not shown as 0.0."""
-    return "idle" if percent == 0 else "<0.1" if percent < IDLE_PERCENT else f"{percent:.1f}"
 
 
 def _heat(percent: float) -> str:

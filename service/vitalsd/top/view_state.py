@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vitalsd.contract.limits import LABEL_CHARACTERS
-from vitalsd.contract.metrics import Measured, ThreadMetrics
+from vitalsd.contract.metrics import FullMetrics, FullThread, Measured, ThreadMetrics
 from vitalsd.text import printable
 from vitalsd.top.events import Ended, FeedEvent, InitialHistory, Interrupted, Note, Sample, TargetInfo
 
-__all__ = ["SortKey", "View"]
+__all__ = ["SortKey", "View", "wait_percent"]
 
 TREND = 240
 """Samples to keep for the sparklines; no terminal is much wider."""
 BACKLOG = 3600
 """Events to keep during a pause: an hour with one event each second."""
 
-SortKey = Literal["cpu", "name", "tid"]
+SortKey = Literal["cpu", "wait", "name", "tid"]
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class View:
     """Hold everything that the view shows; `apply` handles an event of the feed, `press` a key."""
 
     target: TargetInfo | None = None
-    metrics: Measured | None = None
+    metrics: Measured | FullMetrics | None = None
     cpu: deque[float] = field(default_factory=lambda: deque(maxlen=TREND))
     rss_kb: deque[float] = field(default_factory=lambda: deque(maxlen=TREND))
     trends: dict[int, deque[float]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class View:
         self.trends.clear()
         self.metrics = None
 
-    def _sample(self, metrics: Measured) -> None:
+    def _sample(self, metrics: Measured | FullMetrics) -> None:
         self.metrics = metrics
         self.cpu.append(metrics.process.cpu_percent)
         self.rss_kb.append(metrics.process.rss_kb)
@@ -95,7 +95,7 @@ class View:
             trend = before.get(thread.tid)
             if trend is None:
                 trend = deque(maxlen=TREND)
-            trend.append(thread.cpu_percent)
+            trend.append(thread.cpu_percent or 0.0)
             self.trends[thread.tid] = trend
 
     def _remember(self, past: InitialHistory) -> None:
@@ -126,8 +126,8 @@ class View:
         match key:
             case "q":
                 return False
-            case "c" | "n" | "t":
-                self.sort = {"c": "cpu", "n": "name", "t": "tid"}[key]  # type: ignore[assignment]
+            case "c" | "w" | "n" | "t":
+                self.sort = {"c": "cpu", "w": "wait", "n": "name", "t": "tid"}[key]  # type: ignore[assignment]
                 self.first = 0
             case "r":
                 self.reverse = not self.reverse
@@ -182,20 +182,32 @@ class View:
 
     # The table
 
-    def chosen(self) -> list[ThreadMetrics]:
+    def chosen(self) -> list[ThreadMetrics | FullThread]:
         """Return the threads that match the filter, in the selected order."""
         if self.metrics is None:
             return []
         wanted = self.filter.casefold()
-        threads = [
+        threads: list[ThreadMetrics | FullThread] = [
             thread
             for thread in self.metrics.threads
             if not wanted or wanted in printable(thread.name).casefold() or wanted in str(thread.tid)
         ]
         if self.sort == "cpu":
-            threads.sort(key=lambda thread: (-thread.cpu_percent, thread.tid))
+            threads.sort(key=lambda thread: (-_known(thread.cpu_percent), thread.tid))
+        elif self.sort == "wait":
+            threads.sort(key=lambda thread: (-_known(wait_percent(thread)), -_known(thread.cpu_percent), thread.tid))
         elif self.sort == "name":
             threads.sort(key=lambda thread: (thread.name.casefold(), thread.tid))
         if self.reverse:
             threads.reverse()
         return threads
+
+
+def wait_percent(thread: ThreadMetrics | FullThread) -> float | None:
+    """Return how long a thread waited for a CPU, percent; ``None``: it is unknown, or the answer is a basic one."""
+    return thread.wait_percent if isinstance(thread, FullThread) else None
+
+
+def _known(percent: float | None) -> float:
+    """Return a percentage to sort by: an unknown one is below 0."""
+    return -1.0 if percent is None else percent
