@@ -73,6 +73,7 @@ function outcome(run) {
 }
 
 function show(target, platform) {
+  view.platform = platform;
   const name = target.name ? clean(target.name) : "no target";
   $("name").textContent = name;
   document.title = `${name} \u2013 vitalsd`;
@@ -153,6 +154,7 @@ function render() {
   plotCpu(r, busiest);
   plotRss(r);
   legend(busiest);
+  reasons(r, focus);
   table(r, focus);
   notes();
   point();
@@ -219,6 +221,7 @@ function point() {
   for (const thread of busiest.filter((each) => each.cpu[slot] >= IDLE).sort((a, b) => b.cpu[slot] - a.cpu[slot]))
     lines.push([String(thread.colour), thread.label, `${thread.cpu[slot].toFixed(1)} %`]);
   lines.push(["", "memory", size(samples.rss[slot])]);
+  if (!Number.isNaN(samples.wait[slot])) lines.push(["", "waiting for a CPU", measured(samples.wait[slot])]);
   const near = (r.end - r.start) / 150;
   for (const note of view.notes) if (Math.abs(note.time - samples.time[slot]) < near) lines.push(["", note.text, ""]);
   box.replaceChildren(...lines.map(([colour, name, value]) => {
@@ -333,6 +336,7 @@ $("mark-form").addEventListener("submit", async (event) => {
   annotate({ marks: [body], events: [] });
   render();
 });
+$("reasons").addEventListener("toggle", draw);
 $("filter").addEventListener("input", () => {
   view.filter = $("filter").value;
   render();

@@ -150,7 +150,8 @@ function step(info) {
 
 async function follow(mine) {
   reading = new AbortController();
-  const answer = await ask("/stream?interval_ms=1000", { signal: reading.signal });
+  view.before = view.latest = null;
+  const answer = await ask(`/stream?interval_ms=1000&detail=full${view.family ? "&children=true" : ""}`, { signal: reading.signal });
   if (!answer.ok) throw new Refusal((await answer.json()).detail);
   heard = performance.now();
   status("live", view.paused ? "paused" : "live");
@@ -181,9 +182,14 @@ function take(answer) {
   const { process } = answer;
   // Downsample a long recording: replace the newest sample until it is far enough from the one before.
   if (samples.n > 1 && Date.now() + skew - samples.time[slotOf(samples.n - 2)] < spacing(view.info)) samples.n -= 1;
-  add(Date.now() + skew, process.cpu_percent, process.rss_kb, answer.threads.length, (put) => {
-    for (const thread of answer.threads) put(thread.tid, thread.name, thread.cpu_percent);
+  else view.before = view.latest;
+  const reason = (name) => (REASONS[name] ?? TEXTS[name])[1](answer, view.before);
+  add(Date.now() + skew, process.cpu_percent, process.rss_kb, process.thread_count, reason, (put) => {
+    for (const thread of answer.threads) put(thread.tid, thread.name, thread.cpu_percent, thread.wait_percent);
+  }, (put) => {
+    for (const child of answer.children ?? []) put(child.pid, child.name, child.cpu_percent, child.rss_kb);
   });
+  view.latest = answer;
   view.uptime = process.uptime_secs;
   draw();
 }

@@ -18,21 +18,22 @@ function row(i) {
   meter.append(fill);
   cpuCell.append(meter, figure);
   cpu.append(cpuCell);
-  const average = cell("td", "wide"), peak = cell("td", "wide"), past = cell("td"), spark = document.createElement("canvas");
+  const wait = cell("td", "wide"), average = cell("td", "wide"), peak = cell("td", "wide"), past = cell("td"), spark = document.createElement("canvas");
   spark.className = "spark";
   spark.setAttribute("aria-hidden", "true");
   past.append(spark);
-  tr.append(name, tid, cpu, average, peak, past);
-  return (pool[i] = { tr, label, swatch, tid, fill, figure, average, peak, spark, drawn: "" });
+  tr.append(name, tid, cpu, wait, average, peak, past);
+  return (pool[i] = { tr, label, swatch, tid, fill, figure, wait, average, peak, spark, drawn: "" });
 }
 
 function table(r, focus) {
   const needle = view.filter.toLowerCase();
   let list = [...threads.values()].filter((thread) =>
-    (!Number.isNaN(thread.now) || (thread.peak > 0 && view.pin === null && thread.last >= r.first)) &&
+    (!Number.isNaN(thread.now) || thread.last === focus || (thread.peak > 0 && view.pin === null && thread.last >= r.first)) &&
     (!needle || thread.label.toLowerCase().includes(needle) || String(thread.tid).startsWith(needle)));
   const by = {
     cpu: (a, b) => a.rank - b.rank,
+    wait: (a, b) => (Number.isNaN(a.waits) ? -1 : a.waits) - (Number.isNaN(b.waits) ? -1 : b.waits),
     mean: (a, b) => a.mean - b.mean,
     peak: (a, b) => a.peak - b.peak,
     tid: (a, b) => a.tid - b.tid,
@@ -53,12 +54,13 @@ function table(r, focus) {
   list.forEach((thread, i) => {
     const line = row(i);
     if (line.tr.parentNode !== body) body.append(line.tr);
-    const gone = Number.isNaN(thread.now), idle = gone || thread.now < IDLE;
+    const unknown = Number.isNaN(thread.now), gone = unknown && thread.last < focus, idle = unknown || thread.now < IDLE;
     set(line.label, thread.label);
     if (line.label.title !== thread.label) line.label.title = thread.label;
     set(line.tid, String(thread.tid));
     const since = idle && view.over && thread.idle >= 1000 ? ` ${duration(thread.idle / 1000)}` : "";
-    set(line.figure, gone ? "ended" : `${percent(thread.now)}${since}`);
+    set(line.figure, gone ? "ended" : unknown ? "\u2013" : `${percent(thread.now)}${since}`);
+    set(line.wait, measured(thread.waits));
     set(line.average, thread.mean < IDLE ? "\u2013" : `${thread.mean.toFixed(1)} %`);
     set(line.peak, thread.peak < IDLE ? "\u2013" : `${thread.peak.toFixed(1)} %`);
     const kind = gone ? "gone" : idle ? "idle" : "";
