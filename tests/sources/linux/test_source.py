@@ -705,7 +705,7 @@ def test_kernel_without_schedstat_is_read_by_ticks(capture: Path, content: str |
     with opened(4242, root=str(capture)) as source:
         snapshot = source.snapshot()
     assert list(snapshot.thread_cpu_ns) == [34 * USER_TICK_NS, 0, 0, 0]
-    # User and system time are each cut: who has burnt nearly two ticks may read 0.
+    # User and system time are each rounded down: a thread that used nearly two ticks may read 0.
     assert (snapshot.source, snapshot.thread_grain_ns) == ("stat", 2 * USER_TICK_NS)
     assert snapshot.thread_lag_ns >= KERNEL_TICK_NS
 
