@@ -273,7 +273,7 @@ REPLACED = {
     "vitalsd.sources.darwin.libproc_source.EXIT_LIMIT_S",
     "vitalsd.sources.linux.cpu_counters.os.open",
     "vitalsd.sources.names.PythonNames.snapshot",
-    "vitalsd.worker_thread.PATIENCE_NS",
+    "vitalsd.worker_thread.HANG_TIMEOUT_NS",
     "vitalsd_client.report.datetime",
     "vitalsd_client.spool_sender._parcel",
     "vitalsd_client.upload_tls.STORES",

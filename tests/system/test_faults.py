@@ -76,20 +76,23 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=[1, pytest.param(5, marks=pytest.mark.torture)])
-def patience_s(request: pytest.FixtureRequest) -> int:
+def hang_timeout_s(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
 @pytest.fixture
-def served(tree: Path, tmp_path: Path, patience_s: int) -> Iterator[Serving]:
-    """A service of the first of them, which in the short form loses its patience sooner."""
-    code = f"import vitalsd.worker_thread as w; w.PATIENCE_NS = {patience_s} * 10**9; import vitalsd.cli as c; c.main()"
+def served(tree: Path, tmp_path: Path, hang_timeout_s: int) -> Iterator[Serving]:
+    """Serve the first of them, with a shorter time limit of calls in the short form."""
+    code = (
+        f"import vitalsd.worker_thread as w; w.HANG_TIMEOUT_NS = {hang_timeout_s} * 10**9;"
+        " import vitalsd.cli as c; c.main()"
+    )
     options = ("--pid", "4242", "--proc-root", str(tree), "--record-interval", "0.2")
     with Serving(tmp_path, *options, python=(sys.executable, "-c", code)) as serving:
         yield serving
 
 
-def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, patience_s: int) -> None:
+def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, hang_timeout_s: int) -> None:
     """
     A request for the process gets the reason after some seconds, then at once.
 
@@ -108,10 +111,11 @@ def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, p
         for _ in range(3):
             assert get(served.url, "/metrics?pid=4343&window_ms=10").status == 200
         told = [read_reply(connection) for connection in waiting]
-    assert patience_s * 0.9 < time.monotonic() - begun < patience_s + 10
+    assert hang_timeout_s * 0.9 < time.monotonic() - begun < hang_timeout_s + 10
     assert {reply.status for reply in told} == {503}
     assert {reply.body for reply in told} == {
-        b'{"platform":"linux","available":false,"reason":"process 4242: a read has not returned for %d s"}' % patience_s
+        b'{"platform":"linux","available":false,"reason":"process 4242: a read has not returned for %d s"}'
+        % hang_timeout_s
     }
     unwell = get(served.url, "/healthz")
     assert unwell.status == 503
@@ -134,7 +138,7 @@ def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, p
 
 def test_hung_kernel_read_uses_one_thread_per_target(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process than the target, and the list of all: each has one thread, also after a while."""
-    monkeypatch.setattr("vitalsd.worker_thread.PATIENCE_NS", 300_000_000)
+    monkeypatch.setattr("vitalsd.worker_thread.HANG_TIMEOUT_NS", 300_000_000)
     root = str(tree)
     there = set(threading.enumerate())
     targets = Targets(Sampler(open_source), lambda pid: open_source(pid, proc_root=root), idle_s=0.1)

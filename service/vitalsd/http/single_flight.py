@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from vitalsd.admission import OWNER, BusyError, Peer, Shares
 from vitalsd.contract.limits import WAITING_ANSWERS
-from vitalsd.worker_thread import seen
+from vitalsd.worker_thread import consume_exception
 
 __all__ = ["SingleFlight"]
 
@@ -85,7 +85,7 @@ class SingleFlight:
     def _done(self, key: Hashable, order: _Order[T], peer: Peer, task: asyncio.Task[T]) -> None:
         self._forget(key, order)
         self._shares.release(peer)
-        seen(task)  # Every client may have disconnected.
+        consume_exception(task)  # Every client may have disconnected.
 
     def _forget(self, key: Hashable, order: _Order[T]) -> None:
         if self._orders.get(key) is order:

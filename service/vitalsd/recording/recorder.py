@@ -15,7 +15,7 @@ from vitalsd.recording.run_reader import State
 from vitalsd.recording.series import EventKind, Mark, Record
 from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Snapshot
 from vitalsd.sources.base import SourceError, TargetGoneError
-from vitalsd.worker_thread import seen
+from vitalsd.worker_thread import consume_exception
 
 __all__ = ["NoRecorder", "NotRecordingError", "Recorder", "RecorderConfig", "RecorderJson", "TargetRecorder"]
 
@@ -242,7 +242,7 @@ class Recorder:
         mark, written = self._mark(label)
         if written is not None:
             waited = asyncio.wrap_future(written)
-            waited.add_done_callback(seen)  # the writer may be ending
+            waited.add_done_callback(consume_exception)  # the writer may be ending
             await asyncio.wait((waited,), timeout=MARK_S)
         return mark
 

@@ -36,7 +36,7 @@ class RunDirectoryReader:
         Raises:
             HungError: the file system hangs. A call that has not begun by then is never made.
         """
-        return await self.worker.ask(lambda: call(self._runs), "the directory of runs: a read")
+        return await self.worker.run(lambda: call(self._runs), "the directory of runs: a read")
 
     async def has(self, run_id: str) -> bool:
         """

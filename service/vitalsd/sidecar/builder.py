@@ -307,7 +307,7 @@ def _responds(targets: Targets) -> Callable[[], Awaitable[None]]:
 
     async def responds() -> None:
         if isinstance(targets.default, Sampler):
-            await targets.default.worker.result(lambda: None)
+            await targets.default.worker.run_unbounded(lambda: None)
 
     return responds
 

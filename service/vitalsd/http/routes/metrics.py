@@ -154,7 +154,7 @@ class _Metrics:
             return refusal
         if request.method == "HEAD":
             reader = self._context.reader
-            return bare() if form is None else bare(await reader.result(lambda: content_type_of(form)))
+            return bare() if form is None else bare(await reader.run_unbounded(lambda: content_type_of(form)))
         return await (self._window(query, peer) if form is None else self._counters(query, form, peer))
 
     async def _window(self, query: MetricsQuery, peer: Peer) -> Response:
@@ -182,7 +182,9 @@ class _Metrics:
     async def _counters(self, query: MetricsQuery, form: Form, peer: Peer) -> Response:
         """Answer a scraper."""
         reader, scrape = self._context.reader, await self._scrape(query.pid, peer)
-        body, content_type = await self._scrapes.make(lambda: reader.result(lambda: expose(scrape, form)), peer=peer)
+        body, content_type = await self._scrapes.make(
+            lambda: reader.run_unbounded(lambda: expose(scrape, form)), peer=peer
+        )
         return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
     async def _scrape(self, pid: int | None, peer: Peer) -> Scrape:

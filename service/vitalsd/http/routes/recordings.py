@@ -379,7 +379,7 @@ async def _table(context: RouteContext, record: Record, query: RunHistoryQuery, 
         table = history(record, since_ns=since_ns, top=query.top, step_ns=query.step_ms * 1_000_000)
         return table.to_csv() if csv else table.to_json()
 
-    body = await context.reader.result(render)
+    body = await context.reader.run_unbounded(render)
     if csv:
         return Response(body, headers={"Content-Type": CSV, "Cache-Control": "no-store"})
     return JSON(body)

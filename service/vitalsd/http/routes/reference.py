@@ -55,10 +55,10 @@ class _Reference:
         """All routes of the application."""
 
     async def document(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        return JSON(await self._reader.result(lambda: self._json))
+        return JSON(await self._reader.run_unbounded(lambda: self._json))
 
     async def page(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        page, headers = await self._reader.result(lambda: self._page)
+        page, headers = await self._reader.run_unbounded(lambda: self._page)
         return HTMLResponse(page, headers=headers)
 
     @cached_property

@@ -201,8 +201,8 @@ class _Reports:
 
         async def make() -> tuple[str, bytes]:
             await _past(context, query, sent.app, identity, collected)
-            bundle = await context.reader.result(lambda: build(heading, collected, created=datetime.now(UTC)))
-            return f"{bundle.stem}.zip", await context.reader.result(bundle.zip)
+            bundle = await context.reader.run_unbounded(lambda: build(heading, collected, created=datetime.now(UTC)))
+            return f"{bundle.stem}.zip", await context.reader.run_unbounded(bundle.zip)
 
         name, content = await self._reports.make(make, peer=peer)
         return name, content, list(collected.runs)
@@ -254,7 +254,7 @@ async def _past(
     if record is None:
         collected.failures.append(Failure(HISTORY, target.recorder.why_not_recorded))
     else:
-        collected.members |= await reader.result(lambda: _recorded(record, query.seconds))
+        collected.members |= await reader.run_unbounded(lambda: _recorded(record, query.seconds))
         info: Mapping[str, Any] = target.recorder.info() or {}
         collected.target = {key: info.get(key) for key in ("state", "ended")}
         if info.get("state") == "crashed" and (own := (info.get("black_box") or {}).get("run")):
@@ -273,7 +273,7 @@ async def _past(
     if found.failure is not None:
         collected.failures.append(found.failure)
     if (run := found.run) is not None and (previous := found.record) is not None:
-        collected.members[PREVIOUS_RUN] = await reader.result(lambda: member(run, previous))
+        collected.members[PREVIOUS_RUN] = await reader.run_unbounded(lambda: member(run, previous))
         collected.runs[run.id] = PREVIOUS_RUN
 
 

@@ -194,7 +194,7 @@ class _Status:
 
     async def _list(self) -> list[ProcessEntry]:
         context = self._context
-        return await context.lister.ask(lambda: list(context.list_processes()), "the list of processes: a read")
+        return await context.lister.run(lambda: list(context.list_processes()), "the list of processes: a read")
 
     async def health(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
         targets, lister, shelf = self._context.targets, self._context.lister, self._context.shelf
