@@ -33,7 +33,7 @@ from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unav
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.directories import private_directory
 from vitalsd.discovery.runtime_file import Endpoint, ProcessRun, proof
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 from vitalsd_client import BugReport, afetch, fetch, mark
 from vitalsd_client.fetch_metrics import BUDGET_S
 
@@ -48,14 +48,14 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def me(**changes: Any) -> Endpoint:
     """A runtime file that this living process might have written."""
-    kernel = births()
+    kernel = process_identities()
     mine = ProcessRun(os.getpid(), kernel.start_key(os.getpid()) or 0)
     plain = Endpoint(
         version="0",
         pid=mine.pid,
         start=mine.start,
         boot_id=kernel.boot_id(),
-        realm=kernel.realm(),
+        host_scope=kernel.host_scope(),
         uid=os.geteuid(),
         target=mine,
         socket=None,
@@ -192,7 +192,7 @@ def test_fetch_without_a_sidecar_has_a_reason_with_a_remedy(home: Path) -> None:
     assert watch.elapsed_s < watch.allowed_s(1), "nothing is there to wait for"
     path = publish(home, start=1)
     assert "left behind by a sidecar that is no longer running" in reason(fetch())
-    publish(home, realm="elsewhere")
+    publish(home, host_scope="elsewhere")
     assert "another machine or container" in reason(fetch())
     publish(home)
     path.chmod(0o644)

@@ -264,7 +264,9 @@ def test_doctor_check_that_raises_is_a_failed_line() -> None:
 
     here = this_platform()
     findings = {}
-    spoilt = Platform(here.name, broken, here.list_processes, here.births, here.holdings, command=("/nonexistent",))
+    spoilt = Platform(
+        here.name, broken, here.list_processes, here.process_identities, here.holdings, command=("/nonexistent",)
+    )
     for finding in examine(spoilt):
         findings[finding.check] = finding
     assert "planted" in findings["broken.memory"].measured

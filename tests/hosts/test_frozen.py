@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from support.sidecars import environment, eventually
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 
 pytest.importorskip("PyInstaller", reason="PyInstaller is not installed: run make test-hosts")
 pytestmark = [
@@ -120,7 +120,7 @@ def home(short_path: Path) -> Iterator[Home]:
 
 def alive(pid: int) -> bool:
     """Return whether the process runs; one that no parent has collected does not."""
-    return births().start_key(pid) is not None
+    return process_identities().start_key(pid) is not None
 
 
 def end(pid: int, number: int) -> None:

@@ -28,7 +28,7 @@ from vitalsd.sidecar.listen_errors import ListenError, PortInUseError
 from vitalsd.sidecar.tcp_listener import bind_tcp
 from vitalsd.snapshot import Snapshot
 from vitalsd.sources.names import PythonNames
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 
 
 def interpreters() -> list[str]:
@@ -79,7 +79,7 @@ def test_start_returns_when_both_listeners_answer(sidecar: vitalsd.Sidecar, shor
         status, body = ask(where, "/info")
         assert (status, body["target"]["pid"]) == (200, os.getpid())
     assert endpoint.discover(os.getpid(), directories=[short_path / "run"]) == [sidecar.endpoint]
-    assert sidecar.endpoint.target == endpoint.ProcessRun(os.getpid(), births().start_key(os.getpid()) or 0)
+    assert sidecar.endpoint.target == endpoint.ProcessRun(os.getpid(), process_identities().start_key(os.getpid()) or 0)
     assert sidecar.running
 
 
@@ -532,7 +532,7 @@ def test_run_of_a_killed_host_with_a_living_child_is_a_crash(short_path: Path) -
     )
     worker = int(done.stdout)
     try:
-        assert births().start_key(worker) is not None
+        assert process_identities().start_key(worker) is not None
         assert [run.state for run in RunDirectory(short_path / "state" / "runs").runs()] == ["crashed"]
     finally:
         os.kill(worker, signal.SIGKILL)

@@ -20,7 +20,7 @@ from support.stopwatch import Stopwatch
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_exit_of_a_client_with_a_hidden_status_is_clean(short_path: Path, end: s
 
 
 def alive(pid: int) -> bool:
-    return births().start_key(pid) is not None
+    return process_identities().start_key(pid) is not None
 
 
 def client(code: str) -> "subprocess.Popen[str]":

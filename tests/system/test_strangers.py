@@ -19,7 +19,7 @@ from support.sidecars import serving
 from vitalsd.contract.metrics import Measured, Unavailable
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.runtime_file import Endpoint
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 from vitalsd_client import fetch
 
 pytestmark = [
@@ -156,7 +156,7 @@ def test_another_user_on_the_port_gets_no_token(
     assert tries(squat=published.port) == "listening"
     assert isinstance(fetch(10), Unavailable)
     me = os.getpid()
-    forged: Endpoint = replace(published, pid=me, start=births().start_key(me) or 0, socket=None)
+    forged: Endpoint = replace(published, pid=me, start=process_identities().start_key(me) or 0, socket=None)
     endpoints.publish(forged, path / "run")
     found = fetch(10)
     assert isinstance(found, Unavailable)

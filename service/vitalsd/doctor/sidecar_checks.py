@@ -124,7 +124,7 @@ def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
 
 
 def _found(platform: Platform, service: Spawned, burner: BurnerProcess, run: Path) -> Finding:
-    found = discover(burner.pid, directories=[run], kernel=platform.births())
+    found = discover(burner.pid, directories=[run], kernel=platform.process_identities())
     first = found[0] if found else None
     good = first is not None and first.pid == service.pid and first.url == service.url
     return judged(

@@ -73,7 +73,7 @@ def build_in_process(config: SidecarConfig) -> InProcess:
     platform = this_platform()
     with ExitStack() as undo:
         base = _open(config, undo)
-        me = ProcessRun(os.getpid(), platform.births().start_key(os.getpid()) or 0)
+        me = ProcessRun(os.getpid(), platform.process_identities().start_key(os.getpid()) or 0)
         sampler = Sampler(_own_source, recording=_recording(config, base))
         undo.callback(sampler.worker.stop, 0)
         targets = Targets(sampler, platform.open_source)
@@ -271,7 +271,7 @@ def _assemble(
         target=watched,
         token=base.token,
         grace_s=grace_s,
-        kernel=platform.births(),
+        kernel=platform.process_identities(),
         application=config.application,
     )
     return _Parts(service, shelf, workers)
@@ -286,7 +286,7 @@ def _companions(
     undo: ExitStack,
 ) -> list[Companion]:
     """Return what handles the end of the target: with a name it goes to the next process, with a pid it ends."""
-    births = process.platform.births()
+    kernel = process.platform.process_identities()
     poll = config.proc_root != SETTINGS["proc_root"].default  # its pids are not of this pid namespace
     if config.name is not None:
         finder = Worker("vitalsd-finder")
@@ -295,10 +295,10 @@ def _companions(
         async def has_successor(now: Identity) -> bool:
             return await process.has_successor(now, finder)
 
-        return [follow(targets, next_sampler, has_successor, births, poll=poll)]
+        return [follow(targets, next_sampler, has_successor, kernel, poll=poll)]
     if config.pid is not None and watched is not None:
         linger_s = 0.0 if config.exit_with_target else config.linger_s
-        return [end_with(watched, targets, births, linger_s=linger_s, poll=poll)]
+        return [end_with(watched, targets, kernel, linger_s=linger_s, poll=poll)]
     return []
 
 

@@ -11,7 +11,7 @@ from vitalsd.sidecar.process_exit import death_of
 from vitalsd.sidecar.service import Companion, Service
 from vitalsd.snapshot import Identity
 from vitalsd.sources.base import SourceError
-from vitalsd.sources.process_identity import Births
+from vitalsd.sources.process_identity import ProcessIdentityReader
 from vitalsd.worker_thread import NoThreadError
 
 __all__ = ["end_with", "follow"]
@@ -22,7 +22,9 @@ SEARCH_S = 1.0
 """Interval of the searches for a target that has not started yet, s."""
 
 
-def end_with(target: ProcessRun, targets: Targets, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
+def end_with(
+    target: ProcessRun, targets: Targets, kernel: ProcessIdentityReader, *, linger_s: float, poll: bool = False
+) -> Companion:
     """
     Record the exit of the target at once, and end the sidecar `linger_s` seconds later.
 
@@ -50,7 +52,7 @@ def follow(
     targets: Targets,
     next_run: Callable[[], Sampler],
     has_successor: Callable[[Identity], Awaitable[bool]],
-    kernel: Births,
+    kernel: ProcessIdentityReader,
     *,
     poll: bool = False,
 ) -> Companion:

@@ -26,8 +26,8 @@ from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.discovery.runtime_file import Endpoint, ProcessRun
 from vitalsd.http.server.server import Server
 from vitalsd.sidecar.listeners import Listeners
-from vitalsd.sources.platform import births
-from vitalsd.sources.process_identity import Births
+from vitalsd.sources.platform import process_identities
+from vitalsd.sources.process_identity import ProcessIdentityReader
 
 __all__ = ["Companion", "NotStartedError", "Service", "serve"]
 
@@ -69,10 +69,10 @@ class Service:
         target: ProcessRun | None = None,
         token: str | None = None,
         grace_s: float = GRACE_S,
-        kernel: Births | None = None,
+        kernel: ProcessIdentityReader | None = None,
         application: Application = Application(),
     ) -> None:
-        kernel = kernel or births()
+        kernel = kernel or process_identities()
         host, port = listeners.address
         self.listeners = listeners
         self.endpoint = Endpoint(
@@ -80,7 +80,7 @@ class Service:
             pid=os.getpid(),
             start=kernel.start_key(os.getpid()) or 0,
             boot_id=kernel.boot_id(),
-            realm=kernel.realm(),
+            host_scope=kernel.host_scope(),
             uid=os.geteuid(),
             target=target,
             socket=listeners.socket_path,

@@ -22,7 +22,7 @@ from vitalsd.snapshot import measure
 from vitalsd.sources import list_processes
 from vitalsd.sources.linux.procfs import parse_stat
 from vitalsd.sources.linux.source import LinuxSource
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 
 pytestmark = [
     pytest.mark.live,
@@ -514,8 +514,9 @@ def test_start_time_is_the_same_in_another_time_namespace() -> None:
     """By which a process and its runs are known; the age is right in both."""
     code = (
         "import sys; from vitalsd.sources.linux.source import LinuxSource;"
-        " from vitalsd.sources.platform import births;"
-        "s = LinuxSource(int(sys.argv[1])); print(s.identity().start_key, births().start_key(int(sys.argv[1])),"
+        " from vitalsd.sources.platform import process_identities;"
+        "s = LinuxSource(int(sys.argv[1]));"
+        " print(s.identity().start_key, process_identities().start_key(int(sys.argv[1])),"
         " s.snapshot().uptime_ns // 10**9)"
     )
     command = [sys.executable, "-c", code, str(os.getpid())]
@@ -524,7 +525,7 @@ def test_start_time_is_the_same_in_another_time_namespace() -> None:
         done = subprocess.run([*before, *command], capture_output=True, text=True, check=True)
         found.append(list(map(int, done.stdout.split())))
     (key, birth, age), (other_key, other_birth, other_age) = found
-    assert key == birth == other_key == other_birth == births().start_key(os.getpid())
+    assert key == birth == other_key == other_birth == process_identities().start_key(os.getpid())
     assert 0 <= other_age - age <= 5
 
 

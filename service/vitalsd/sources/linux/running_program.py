@@ -15,7 +15,7 @@ from vitalsd.sources.base import SourceError
 from vitalsd.sources.linux.cpu_counters import USER_TICK_NS
 from vitalsd.sources.linux.freezer import is_frozen
 from vitalsd.sources.linux.process_files import MemoryPages, ProcessFiles
-from vitalsd.sources.linux.process_identity import LinuxBirths, boottime_offset_ticks
+from vitalsd.sources.linux.process_identity import LinuxProcessIdentityReader, boottime_offset_ticks
 from vitalsd.sources.linux.processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, running_command
 from vitalsd.sources.linux.procfs import STATES
 from vitalsd.sources.programs import Command, ProgramOf, no_program
@@ -66,7 +66,7 @@ class RunningProgram:
             platform="linux",
             pid=files.pid,
             name=files.first_name,
-            boot_id=LinuxBirths(files.root).boot_id(),
+            boot_id=LinuxProcessIdentityReader(files.root).boot_id(),
             start_key=files.start_ticks - boottime_offset_ticks(),
             started_unix_ns=time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME) + self.start_ns,
             program=self._read_program(),
