@@ -269,7 +269,7 @@ REPLACED = {
     "vitalsd.recording.run_writer.RunFile.insert_mark",
     "vitalsd.recording.run_writer.RunFile.set_identity",
     "vitalsd.recording.run_writer.RunFile.trim",
-    "vitalsd.sidecar.service.LOOK_S",
+    "vitalsd.sidecar.service.FILE_CHECK_S",
     "vitalsd.sources.darwin.libproc_source.EXIT_LIMIT_S",
     "vitalsd.sources.linux.cpu_counters.os.open",
     "vitalsd.sources.names.PythonNames.snapshot",

@@ -642,7 +642,7 @@ def test_run_of_a_target_that_exits_with_0_is_clean(short_path: Path, code: str,
 
 def test_runtime_file_removed_is_written_again(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the directory, as whoever cleans temporary files does it; from then on without the socket, which is gone."""
-    monkeypatch.setattr("vitalsd.sidecar.service.LOOK_S", 0.05)
+    monkeypatch.setattr("vitalsd.sidecar.service.FILE_CHECK_S", 0.05)
     directory = short_path / "run"
     directory.mkdir(0o700)
     service = Service(whole_app(), listen(port=0, directory=directory), directory=directory)

@@ -35,9 +35,9 @@ log = logging.getLogger("vitalsd")
 
 GRACE_S = 1.0
 """Windows under way at SIGTERM may take this long to finish, s; the whole end then takes less than 3 s."""
-SAME_S = 0.3
+SIGNAL_DEBOUNCE_S = 0.3
 """A second signal within this time counts as the first, s: timeout(1) signals the process and then its group."""
-LOOK_S = 60.0
+FILE_CHECK_S = 60.0
 """Interval of the checks that the runtime file is still there, s: many systems clean up temporary files."""
 
 
@@ -229,7 +229,7 @@ async def _run(companion: Companion, sidecar: Service) -> None:
 
 async def _stay_findable(sidecar: Service) -> None:
     while True:
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(FILE_CHECK_S)
         sidecar.publish_again()
 
 
@@ -237,7 +237,8 @@ def serve(sidecar: Service, *, ready: Callable[[], None], companions: Sequence[C
     """
     Serve on the main thread until a signal or a companion ends it.
 
-    SIGTERM, SIGINT and SIGHUP end it cleanly; another signal more than `SAME_S` later ends it at once, by that signal.
+    SIGTERM, SIGINT and SIGHUP end it cleanly; another signal more than `SIGNAL_DEBOUNCE_S` later ends it at once, by
+    that signal.
     SIGINT or SIGHUP that was ignored at the start (nohup, a shell's background job) stays ignored. SIGTERM is handled
     in any case. None of them stays blocked, as a parent that uses signalfd may leave them.
 
@@ -264,7 +265,7 @@ async def _serve(sidecar: Service, ready: Callable[[], None], companions: Sequen
     def stop(number: signal.Signals) -> None:
         nonlocal stopping_s
         if stopping_s is not None:
-            if loop.time() - stopping_s < SAME_S:
+            if loop.time() - stopping_s < SIGNAL_DEBOUNCE_S:
                 return
             sidecar.close()
             signal.signal(number, signal.SIG_DFL)
