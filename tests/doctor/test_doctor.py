@@ -121,7 +121,7 @@ def readings(platform: Platform, burn_s: float = 0.3) -> dict[str, Finding]:
         process_checks.memory(platform),
         process_checks.age(platform),
         process_checks.threads(platform),
-        process_checks.leftovers(platform, 0.5),
+        process_checks.check_leaks(platform, 0.5),
     )
     return {finding.check: finding for check in checks for finding in check}
 
@@ -182,7 +182,7 @@ def test_thread_count_below_the_limit_is_no_failure() -> None:
         counted.set()
         return here.holdings()
 
-    findings = {finding.check: finding for finding in process_checks.leftovers(here._replace(holdings=holdings), 0.5)}
+    findings = {finding.check: finding for finding in process_checks.check_leaks(here._replace(holdings=holdings), 0.5)}
     passing.join()
     found = findings["left.threads"]
     assert (found.verdict, found.expected) == ("pass", f"at most {before}, as before")
@@ -193,7 +193,7 @@ def test_thread_count_below_the_limit_is_no_failure() -> None:
 def test_doctor_with_a_leaked_port_fails_the_port_line(lawless_simulator: Simulator) -> None:
     """A release that is forgotten now and then shows in the ports or the references on them, and in nothing else."""
     platform = over_libsystem(as_platform.leaking(lawless_simulator.lib))
-    failed = failures({finding.check: finding for finding in process_checks.leftovers(platform, 0.5)})
+    failed = failures({finding.check: finding for finding in process_checks.check_leaks(platform, 0.5)})
     assert failed
     assert failed <= {"left.ports", "left.references"}
 

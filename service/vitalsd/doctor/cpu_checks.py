@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from vitalsd.doctor.cpu_load import Burner, BurnerProcess, BurnerThreads, Log, bounds_ns
-from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
+from vitalsd.doctor.finding import BUG, Finding, between, make_finding, not_here
 from vitalsd.snapshot import Measurement, Snapshot, measure
 from vitalsd.sources.base import Source
 from vitalsd.sources.platform import Platform
@@ -107,11 +107,11 @@ def _threads(
         try:
             index = measured.last.roster.tids.index(burner.tids[name])
         except ValueError:
-            yield judged(check, what, between(low, high, "%"), "the thread is not listed", False, BUG)
+            yield make_finding(check, what, between(low, high, "%"), "the thread is not listed", False, BUG)
             continue
         read = measured.thread_cpu_ns[index] * percent
         error = measured.thread_error_ns(index) * percent
-        yield judged(
+        yield make_finding(
             check,
             what,
             f"{between(low, high, '%')} by its own clock",
@@ -125,7 +125,7 @@ def _total(place: str, what: str, measured: Measurement, spent: tuple[int, int])
     low, high = (ns / 1e6 for ns in spent)
     slack = (measured.cpu_error_ns + LAG_NS * len(DUTIES)) / 1e6 + TOTAL_ALLOWANCE * high
     read = measured.cpu_ns / 1e6
-    return judged(
+    return make_finding(
         f"cpu.{place}.total",
         what,
         f"{between(low, high, 'ms', 0)} ± {slack:.0f}",
@@ -144,7 +144,7 @@ def _ticks(place: str, what: str, measured: Measurement, spent: tuple[int, int])
     grown = (b.user_ns + b.system_ns) - (a.user_ns + a.system_ns)  # type: ignore[operator]
     true_ns = max(1, (spent[0] + spent[1]) // 2)
     oddities = "".join(f"; {warning}" for warning in measured.warnings if "hw.tbfrequency" in warning)
-    return judged(
+    return make_finding(
         check,
         what,
         "1 (0.7 to 1.4) of the true time",

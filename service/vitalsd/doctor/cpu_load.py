@@ -30,10 +30,10 @@ __all__ = [
     "BurnerProcess",
     "BurnerThreads",
     "Log",
+    "allocate_touched",
     "bounds_ns",
     "burn_for_doctor",
     "name_this_thread",
-    "touched",
 ]
 
 PERIOD_S = 0.02
@@ -238,7 +238,7 @@ class BurnerProcess:
         return json.loads(line)
 
 
-def touched(size: int) -> mmap.mmap:
+def allocate_touched(size: int) -> mmap.mmap:
     """Return anonymous memory of `size` bytes, a multiple of the page size, with every page written to."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     for page in range(0, size, mmap.PAGESIZE):
@@ -267,5 +267,5 @@ def burn_for_doctor(duties: Sequence[int]) -> None:
                 case ["hold", size]:
                     if held is not None:
                         held.close()
-                    held = touched(int(size)) if int(size) else None
+                    held = allocate_touched(int(size)) if int(size) else None
             print(json.dumps(answer), flush=True)

@@ -10,7 +10,7 @@ from contextlib import closing
 
 from vitalsd.discovery.directories import EndpointError, runtime_directory, state_directory
 from vitalsd.doctor.cpu_load import BurnerProcess
-from vitalsd.doctor.finding import Finding, judged
+from vitalsd.doctor.finding import Finding, make_finding
 from vitalsd.sources.base import SourceError
 from vitalsd.sources.platform import Platform
 
@@ -28,7 +28,7 @@ def source(platform: Platform) -> Iterator[Finding]:
             counted_by, why = own.snapshot().source, ""
     except SourceError as error:
         counted_by, why = "", str(error)
-    yield judged(
+    yield make_finding(
         "platform",
         "platform and source",
         "linux or macos, and its kernel answers",
@@ -51,7 +51,7 @@ def permission(platform: Platform) -> Iterator[Finding]:
         measured += "" if good else ", and not the one just started"
     except SourceError as error:
         good, measured = False, str(error)
-    yield judged(
+    yield make_finding(
         "permission",
         "another process of this user",
         "may be read, and is listed",
@@ -65,7 +65,7 @@ def descriptors(platform: Platform) -> Iterator[Finding]:
     """Check the limit of open descriptors."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
-    yield judged(
+    yield make_finding(
         "descriptors",
         "file descriptors allowed",
         f"at least {DESCRIPTORS}",
@@ -89,7 +89,7 @@ def directories(platform: Platform) -> Iterator[Finding]:
             measured, good = f"{mode:04o} {path}{'' if writable else ', not writable'}", mode == 0o700 and writable
         except (EndpointError, OSError) as error:
             measured, good = str(error), False
-        yield judged(
+        yield make_finding(
             check,
             what,
             "mode 0700, writable",

@@ -63,7 +63,7 @@ def examine(
         ("memory", process_checks.memory),
         ("age", process_checks.age),
         ("threads", process_checks.threads),
-        ("what snapshots leave behind", process_checks.leftovers),
+        ("what snapshots leave behind", process_checks.check_leaks),
     ]
     with _unmade(), _places() as places:
         checks.append(("a sidecar", partial(sidecar, places=places)))

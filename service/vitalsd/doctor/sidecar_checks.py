@@ -16,7 +16,7 @@ import httpx
 from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.runtime_file import discover
 from vitalsd.doctor.cpu_load import BurnerProcess
-from vitalsd.doctor.finding import BUG, Finding, judged, not_here
+from vitalsd.doctor.finding import BUG, Finding, make_finding, not_here
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import UnreadableRunError, read_run
 from vitalsd.sidecar.spawn import SpawnError, spawn
@@ -71,11 +71,11 @@ def sidecar(platform: Platform, places: tuple[Path, Path] | None) -> Iterator[Fi
         try:
             service = start()
         except SpawnError as error:
-            yield judged("service.start", "sidecar starts", "it answers", str(error), False, _by_hand(burner.pid))
+            yield make_finding("service.start", "sidecar starts", "it answers", str(error), False, _by_hand(burner.pid))
             return
         with service:
             took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
-            yield judged("service.start", "sidecar starts", "it answers", took, True, "")
+            yield make_finding("service.start", "sidecar starts", "it answers", took, True, "")
             yield from _asked(service, burner)
             yield _found(platform, service, burner, run)
             yield _modes(service)
@@ -102,7 +102,7 @@ def _get(service: Spawned, path: str, *, uds: bool = False) -> httpx.Response:
 def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
     for check, what, uds in (("http.tcp", "GET /metrics over TCP", False), ("http.unix", "the same by socket", True)):
         if uds and service.socket is None:
-            yield judged(check, what, "a Unix socket", "there is none", False, "see the directories above")
+            yield make_finding(check, what, "a Unix socket", "there is none", False, "see the directories above")
             continue
         begun = time.monotonic()
         try:
@@ -110,7 +110,9 @@ def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
             answered = parse_runtime_metrics(answer.content)
         except (httpx.HTTPError, ValueError) as error:
             failure = f"{type(error).__name__}: {error}"
-            yield judged(check, what, "an answer", failure, False, "is something between, a firewall or a sandbox?")
+            yield make_finding(
+                check, what, "an answer", failure, False, "is something between, a firewall or a sandbox?"
+            )
             continue
         took_ms = (time.monotonic() - begun) * 1000
         if isinstance(answered, Measured):
@@ -120,14 +122,14 @@ def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
         else:
             good, measured = False, answered.reason
         expected = f"its {len(burner.tids) + 1} threads, over {SHARED_MS} ms or more"
-        yield judged(check, what, expected, measured, good, BUG)
+        yield make_finding(check, what, expected, measured, good, BUG)
 
 
 def _found(platform: Platform, service: Spawned, burner: BurnerProcess, run: Path) -> Finding:
     found = discover(burner.pid, directories=[run], kernel=platform.process_identities())
     first = found[0] if found else None
     good = first is not None and first.pid == service.pid and first.url == service.url
-    return judged(
+    return make_finding(
         "discovery",
         "found by its runtime file",
         f"sidecar {service.pid} at {service.url}",
@@ -140,7 +142,7 @@ def _found(platform: Platform, service: Spawned, burner: BurnerProcess, run: Pat
 def _modes(service: Spawned) -> Finding:
     paths = [Path(path) for path in (service.socket, service.runtime_file) if path is not None]
     modes = [f"{stat.S_IMODE(os.lstat(path).st_mode):04o}" for path in (*paths, *(path.parent for path in paths[:1]))]
-    return judged(
+    return make_finding(
         "socket.modes",
         "modes of socket, runtime file, directory",
         "0600, 0600, 0700",
@@ -161,7 +163,7 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
     percent = 100 / measured.elapsed_ns
     error = measured.cpu_error_ns * percent
     cost = measured.cpu_ns * percent
-    yield judged(
+    yield make_finding(
         "cost.cpu",
         "a recording sidecar's CPU",
         f"at most {CPU_PERCENT} % of a core",
@@ -169,7 +171,7 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
         cost <= CPU_PERCENT + error,
         "is the machine very busy? Try again; less: vitalsd serve --record-interval 5",
     )
-    yield judged(
+    yield make_finding(
         "cost.rss",
         "its resident memory",
         f"at most {RSS_MIB} MiB",
@@ -182,7 +184,7 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
         yield not_here("cost.wakeups", "its wakeups", "the kernel does not count them")
         return
     rate = (now - woken) * 1e9 / measured.elapsed_ns
-    yield judged(
+    yield make_finding(
         "cost.wakeups",
         "its wakeups",
         f"at most {WAKEUPS_PER_S} a second",
@@ -222,7 +224,7 @@ def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
     window = answer.get("window", {"mode": answer.get("reason"), "measured_ms": 0})
     tid = burner.tids["burn-30"]
     busy = next((each["cpu_percent"] for each in answer.get("threads", []) if each["tid"] == tid), 0.0)
-    return judged(
+    return make_finding(
         "trailing",
         "the second that just ended",
         f"at once ({LATE_MS} ms), with the thread that burnt",
@@ -240,7 +242,7 @@ def _black_box(path: Path, burner: BurnerProcess) -> Finding:
         measured = f"{run.state}, {kept} snapshots" if run else "no run on disk"
     except (UnreadableRunError, OSError) as error:
         run, kept, measured = None, 0, str(error)
-    return judged(
+    return make_finding(
         "blackbox",
         "black box after kill -9",
         "crashed, 2 snapshots or more",
@@ -263,7 +265,7 @@ def _end(service: Spawned, run: Path, present: frozenset[str]) -> Finding:
     status = service.stop(2 * END_S)
     took_s = time.monotonic() - begun
     left = sorted(set(os.listdir(run)) - present)
-    return judged(
+    return make_finding(
         "end",
         "end by SIGTERM, and what is left",
         f"status 0 within {END_S:.0f} s, nothing",

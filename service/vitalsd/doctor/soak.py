@@ -8,8 +8,8 @@ from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 from vitalsd.doctor.cpu_load import BurnerProcess
-from vitalsd.doctor.finding import BUG, Finding, judged, not_here
-from vitalsd.doctor.process_checks import held
+from vitalsd.doctor.finding import BUG, Finding, make_finding, not_here
+from vitalsd.doctor.process_checks import held_resources
 from vitalsd.sources.platform import Platform
 
 __all__ = ["Slope", "slope", "soak"]
@@ -83,7 +83,7 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
             taken += BATCH
             if done < WARM_UP:
                 continue
-            now = {**held(platform), "rss": own.snapshot().rss_bytes}
+            now = {**held_resources(platform), "rss": own.snapshot().rss_bytes}
             for kind, value in now.items():
                 floor = floors.setdefault(kind, {})
                 if segment not in floor or value < floor[segment][1]:
@@ -95,15 +95,15 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
         if kind not in floors:
             yield not_here(check, what, "of macOS alone")
             continue
-        yield _judged(check, what, kind, list(floors[kind].values()), born[0])
+        yield _check_growth(check, what, kind, list(floors[kind].values()), born[0])
 
 
-def _judged(check: str, what: str, kind: str, points: Sequence[tuple[float, float]], born: int) -> Finding:
+def _check_growth(check: str, what: str, kind: str, points: Sequence[tuple[float, float]], born: int) -> Finding:
     found = slope(points)
     span = points[-1][0] - points[0][0]
     scale, unit = (1 / 1024, " KiB") if kind == "rss" else (1.0, "")
     allowed = RSS_BYTES + RSS_BYTES_PER_SNAPSHOT * span if kind == "rss" else CHURNED
-    return judged(
+    return make_finding(
         check,
         what,
         f"no certain growth over {allowed * scale:.0f}{unit}" if kind == "rss" else "no growth",
