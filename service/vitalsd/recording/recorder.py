@@ -206,11 +206,11 @@ class Recorder:
             return False
         reason = str(error)
         if isinstance(error, TargetGoneError):
-            ending = error.ending
-            if ending is not None:
-                reason = f"target {self.record.identity.pid} has exited: {ending.words}"
+            exit_status = error.exit_status
+            if exit_status is not None:
+                reason = f"target {self.record.identity.pid} has exited: {exit_status.description}"
             self.ended = reason
-            self._crashed = not (self._exits_itself() if ending is None else ending.well)
+            self._crashed = not (self._exits_itself() if exit_status is None else exit_status.is_clean)
             self._note("exited", self.ended)
             if self.blackbox is not None:
                 self.blackbox.end(self.ended, crashed=self._crashed)

@@ -31,7 +31,7 @@ from vitalsd.snapshot import Snapshot, measure
 from vitalsd.sources import list_processes, open_source
 from vitalsd.sources.base import (
     AccessDeniedError,
-    Ending,
+    ExitStatus,
     NoSuchProcessError,
     Source,
     TargetGoneError,
@@ -360,17 +360,17 @@ def test_reused_tid_in_the_own_process_inherits_no_cpu_time() -> None:
 
 @pytest.mark.parametrize("reaped", [False, True])
 @pytest.mark.parametrize(
-    ("code", "ending"),
+    ("code", "exit_status"),
     [
-        ("exit 0", Ending(True, "exit status 0")),
-        ("exit 3", Ending(False, "exit status 3")),
-        ("kill -SEGV $$", Ending(False, "killed by SIGSEGV")),
-        ("kill -KILL $$", Ending(False, "killed by SIGKILL")),
-        ("kill -TERM $$", Ending(True, "killed by SIGTERM")),
-        ("kill -40 $$", Ending(False, "killed by signal 40")),
+        ("exit 0", ExitStatus(True, "exit status 0")),
+        ("exit 3", ExitStatus(False, "exit status 3")),
+        ("kill -SEGV $$", ExitStatus(False, "killed by SIGSEGV")),
+        ("kill -KILL $$", ExitStatus(False, "killed by SIGKILL")),
+        ("kill -TERM $$", ExitStatus(True, "killed by SIGTERM")),
+        ("kill -40 $$", ExitStatus(False, "killed by signal 40")),
     ],
 )
-def test_exit_status_is_known_whether_collected_or_not(code: str, ending: Ending, reaped: bool) -> None:
+def test_exit_status_is_known_whether_collected_or_not(code: str, exit_status: ExitStatus, reaped: bool) -> None:
     """Whether its parent has collected it or not, and whoever its parent is."""
     victim = subprocess.Popen(["sh", "-c", f"read _; ulimit -c 0; {code}"], stdin=subprocess.PIPE)
     with opened(victim.pid) as source:
@@ -387,7 +387,7 @@ def test_exit_status_is_known_whether_collected_or_not(code: str, ending: Ending
             source.snapshot()
     victim.wait()
     kernel = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
-    assert error.value.ending == (None if reaped and kernel < (6, 15) else ending)
+    assert error.value.exit_status == (None if reaped and kernel < (6, 15) else exit_status)
 
 
 @forced_ids
