@@ -664,10 +664,10 @@ def test_serve_with_a_background_task_that_raises_fails() -> None:
     """Whoever supervises the sidecar is to start it again; nothing of it is left."""
 
     async def broken(_: Service) -> None:
-        raise LookupError("a bug in a companion")
+        raise LookupError("a bug in a background task")
 
     service = Service(whole_app(), listen(port=0))
-    with pytest.raises(LookupError, match="a bug in a companion"):
+    with pytest.raises(LookupError, match="a bug in a background task"):
         asyncio.run(service.run(lambda: None, [broken]))
     with pytest.raises(OSError, match="efused"):
         dial(service.endpoint.url or "")

@@ -245,7 +245,7 @@ def test_systemd_watchdog_with_a_hung_sampler_gets_nothing(short_path: Path) -> 
         assert environ == {}
         nobody: Any = None
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(notifier.companion(nobody), 0.1)
+            await asyncio.wait_for(notifier.run(nobody), 0.1)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind(address)
@@ -264,7 +264,7 @@ def test_notify_without_systemd_sends_nothing() -> None:
 
     nobody: Any = None
     for environ in ({}, {"NOTIFY_SOCKET": "/nonexistent"}, {"NOTIFY_SOCKET": "@nonexistent"}):
-        asyncio.run(Notifier(environ, alive).companion(nobody))
+        asyncio.run(Notifier(environ, alive).run(nobody))
 
 
 def test_notify_to_an_abstract_socket_arrives() -> None:

@@ -118,5 +118,5 @@ def _serve(
     from vitalsd.sidecar.builder import build_service
 
     with refusing():
-        service, companions = build_service(config, process, watched, os.environ, exits_itself=exit_note.received)
-    serve_until_signal(service, str(process), companions=companions, ready_fd=ready_fd, spawned=spawned)
+        service, background_tasks = build_service(config, process, watched, os.environ, exits_itself=exit_note.received)
+    serve_until_signal(service, str(process), background_tasks=background_tasks, ready_fd=ready_fd, spawned=spawned)

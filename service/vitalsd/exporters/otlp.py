@@ -271,8 +271,8 @@ class Push:
         )
         self._worker = Worker("vitalsd-otlp")
 
-    async def companion(self, _: object) -> None:
-        """Push until cancelled; see `vitalsd.sidecar.service.Companion`."""
+    async def run(self, _: object) -> None:
+        """Push until cancelled; see `vitalsd.sidecar.service.BackgroundTask`."""
         loop = asyncio.get_running_loop()
         due = loop.time()
         try:

@@ -1,5 +1,5 @@
 """
-Assemble a sidecar: listeners, recorder, sampler, application, service and its companions; no other module does.
+Assemble a sidecar: listeners, recorder, sampler, application, service and background tasks; no other module does.
 
 `build_in_process` is for a thread of the client, `build_service` and `build_replay` are for a process of its own. A
 build that fails closes what it has opened.
@@ -26,7 +26,7 @@ from vitalsd.sampling.target_pool import Targets
 from vitalsd.sidecar.config import SETTINGS, SidecarConfig
 from vitalsd.sidecar.lifetime import end_with, follow
 from vitalsd.sidecar.listeners import Listeners, adopt, listen
-from vitalsd.sidecar.service import GRACE_S, Companion, Service
+from vitalsd.sidecar.service import GRACE_S, BackgroundTask, Service
 from vitalsd.sidecar.socket_activation import Notifier, activated
 from vitalsd.sidecar.target_process import TargetProcess
 from vitalsd.snapshot import Identity
@@ -89,7 +89,7 @@ def build_service(
     environ: MutableMapping[str, str],
     *,
     exits_itself: Callable[[], bool] = bool,
-) -> tuple[Service, Sequence[Companion]]:
+) -> tuple[Service, Sequence[BackgroundTask]]:
     """
     Assemble a sidecar that measures `process`, for a process of its own.
 
@@ -116,12 +116,12 @@ def build_service(
         undo.callback(sampler.worker.stop, 0)
         targets = Targets(sampler, process.platform.open_source, name=config.name)
         parts = _assemble(config, base, undo, process.platform, targets, watched=watched)
-        companions = _companions(config, process, watched, targets, next_sampler, undo)
-        companions.append(Notifier(environ, _responds(targets)).companion)
+        background_tasks = _background_tasks(config, process, watched, targets, next_sampler, undo)
+        background_tasks.append(Notifier(environ, _responds(targets)).run)
         if config.otlp is not None:
-            companions.append(_push(config, config.otlp, targets, environ))
+            background_tasks.append(_push(config, config.otlp, targets, environ))
         undo.pop_all()
-    return parts.service, companions
+    return parts.service, background_tasks
 
 
 def build_replay(config: SidecarConfig, replay: "Replay", environ: MutableMapping[str, str]) -> Service:
@@ -277,14 +277,14 @@ def _assemble(
     return _Parts(service, shelf, workers)
 
 
-def _companions(
+def _background_tasks(
     config: SidecarConfig,
     process: TargetProcess,
     watched: ProcessRun | None,
     targets: Targets,
     next_sampler: Callable[[], Sampler],
     undo: ExitStack,
-) -> list[Companion]:
+) -> list[BackgroundTask]:
     """Return what handles the end of the target: with a name it goes to the next process, with a pid it ends."""
     kernel = process.platform.process_identities()
     poll = config.proc_root != SETTINGS["proc_root"].default  # its pids are not of this pid namespace
@@ -312,7 +312,7 @@ def _responds(targets: Targets) -> Callable[[], Awaitable[None]]:
     return responds
 
 
-def _push(config: SidecarConfig, url: str, targets: Targets, environ: MutableMapping[str, str]) -> Companion:
+def _push(config: SidecarConfig, url: str, targets: Targets, environ: MutableMapping[str, str]) -> BackgroundTask:
     """Return what pushes to the Collector at `url`. Raise `BuildError`."""
     from vitalsd.exporters.otlp import NotInstalledError, Push, endpoint_of, isolate
 
@@ -324,4 +324,4 @@ def _push(config: SidecarConfig, url: str, targets: Targets, environ: MutableMap
     if ignored:
         log.warning("options alone say what is sent and where; ignored: %s", ", ".join(ignored))
     log.info("pushing to %s every %g s", push.url, config.otlp_interval_s)
-    return push.companion
+    return push.run

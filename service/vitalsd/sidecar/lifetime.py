@@ -8,7 +8,7 @@ from vitalsd.discovery.runtime_file import ProcessRun
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import PooledTarget, Targets
 from vitalsd.sidecar.process_exit import death_of
-from vitalsd.sidecar.service import Companion, Service
+from vitalsd.sidecar.service import BackgroundTask, Service
 from vitalsd.snapshot import Identity
 from vitalsd.sources.base import SourceError
 from vitalsd.sources.process_identity import ProcessIdentityReader
@@ -24,7 +24,7 @@ SEARCH_S = 1.0
 
 def end_with(
     target: ProcessRun, targets: Targets, kernel: ProcessIdentityReader, *, linger_s: float, poll: bool = False
-) -> Companion:
+) -> BackgroundTask:
     """
     Record the exit of the target at once, and end the sidecar `linger_s` seconds later.
 
@@ -36,7 +36,7 @@ def end_with(
         poll: see `death_of`.
     """
 
-    async def companion(sidecar: Service) -> None:
+    async def background_task(sidecar: Service) -> None:
         await death_of(target.pid, target.start, kernel, poll=poll)
         with suppress(
             SourceError
@@ -45,7 +45,7 @@ def end_with(
         await asyncio.sleep(linger_s)
         sidecar.stop()
 
-    return companion
+    return background_task
 
 
 def follow(
@@ -55,7 +55,7 @@ def follow(
     kernel: ProcessIdentityReader,
     *,
     poll: bool = False,
-) -> Companion:
+) -> BackgroundTask:
     """
     Keep the default target on the newest process of one name, through its restarts.
 
@@ -70,7 +70,7 @@ def follow(
         poll: see `death_of`.
     """
 
-    async def companion(sidecar: Service) -> None:
+    async def background_task(sidecar: Service) -> None:
         while True:
             try:
                 found = await targets.default.identity()
@@ -89,7 +89,7 @@ def follow(
             targets.retarget(await _made(next_run))
             sidecar.retarget(None)
 
-    return companion
+    return background_task
 
 
 async def _made(next_run: Callable[[], Sampler]) -> Sampler:

@@ -29,7 +29,7 @@ from vitalsd.sidecar.listeners import Listeners
 from vitalsd.sources.platform import process_identities
 from vitalsd.sources.process_identity import ProcessIdentityReader
 
-__all__ = ["Companion", "NotStartedError", "Service", "serve"]
+__all__ = ["BackgroundTask", "NotStartedError", "Service", "serve"]
 
 log = logging.getLogger("vitalsd")
 
@@ -101,25 +101,25 @@ class Service:
         self._stopping = False
         self._pid = os.getpid()
 
-    async def run(self, ready: Callable[[], None], companions: Sequence["Companion"] = ()) -> None:
+    async def run(self, ready: Callable[[], None], background_tasks: Sequence["BackgroundTask"] = ()) -> None:
         """
         Serve until `stop`, then remove the sockets and the runtime file.
 
         Args:
             ready: called once requests are answered and the runtime file is there.
-            companions: run alongside; cancelled at the end.
+            background_tasks: run while the sidecar serves; cancelled at the end.
 
         Raises:
             NotStartedError: the application did not start.
-            Exception: whatever a companion raised.
+            Exception: whatever a background task raised.
         """
         tasks: list[asyncio.Task[None]] = []
 
         def serving() -> None:
             self._publish()
             self._note_unknown_users()
-            alongside = (*companions, _stay_findable)
-            tasks.extend(asyncio.create_task(_run(companion, self)) for companion in alongside)
+            alongside = (*background_tasks, _stay_findable)
+            tasks.extend(asyncio.create_task(_run(task, self)) for task in alongside)
             ready()
 
         self._server = Server(self._app, token=self.endpoint.token, grace_s=self._grace_s, ready=serving)
@@ -213,13 +213,13 @@ class Service:
             self.runtime_file = None
 
 
-Companion = Callable[[Service], Awaitable[None]]
-"""Runs alongside the serving; what it raises ends the sidecar."""
+BackgroundTask = Callable[[Service], Awaitable[None]]
+"""A coroutine function that runs while the sidecar serves; what it raises ends the sidecar."""
 
 
-async def _run(companion: Companion, sidecar: Service) -> None:
+async def _run(task: BackgroundTask, sidecar: Service) -> None:
     try:
-        await companion(sidecar)
+        await task(sidecar)
     except asyncio.CancelledError:
         raise
     except BaseException:
@@ -233,9 +233,9 @@ async def _stay_findable(sidecar: Service) -> None:
         sidecar.publish_again()
 
 
-def serve(sidecar: Service, *, ready: Callable[[], None], companions: Sequence[Companion] = ()) -> None:
+def serve(sidecar: Service, *, ready: Callable[[], None], background_tasks: Sequence[BackgroundTask] = ()) -> None:
     """
-    Serve on the main thread until a signal or a companion ends it.
+    Serve on the main thread until a signal or a background task ends it.
 
     SIGTERM, SIGINT and SIGHUP end it cleanly; another signal more than `SIGNAL_DEBOUNCE_S` later ends it at once, by
     that signal.
@@ -253,12 +253,12 @@ def serve(sidecar: Service, *, ready: Callable[[], None], companions: Sequence[C
 
     try:
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(_serve(sidecar, settled, companions))
+            runner.run(_serve(sidecar, settled, background_tasks))
     finally:
         sidecar.close()
 
 
-async def _serve(sidecar: Service, ready: Callable[[], None], companions: Sequence[Companion]) -> None:
+async def _serve(sidecar: Service, ready: Callable[[], None], background_tasks: Sequence[BackgroundTask]) -> None:
     loop = asyncio.get_running_loop()
     stopping_s: float | None = None
 
@@ -280,7 +280,7 @@ async def _serve(sidecar: Service, ready: Callable[[], None], companions: Sequen
         loop.add_signal_handler(number, stop, number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
     try:
-        await sidecar.run(ready, companions)
+        await sidecar.run(ready, background_tasks)
     finally:
         for number in taken:
             with suppress(ValueError):
