@@ -56,7 +56,7 @@ class InProcess(NamedTuple):
 
     service: Service
     sampler: Sampler
-    shelf: RunDirectoryReader | None
+    run_directory: RunDirectoryReader | None
     workers: Sequence[Worker]
 
 
@@ -79,7 +79,7 @@ def build_in_process(config: SidecarConfig) -> InProcess:
         targets = Targets(sampler, platform.open_source)
         parts = _assemble(config, base, undo, platform, targets, watched=me, grace_s=IN_PROCESS_GRACE_S)
         undo.pop_all()
-    return InProcess(parts.service, sampler, parts.shelf, parts.workers)
+    return InProcess(parts.service, sampler, parts.run_directory, parts.workers)
 
 
 def build_service(
@@ -235,7 +235,7 @@ def _own_source() -> Source:
 
 class _Parts(NamedTuple):
     service: Service
-    shelf: RunDirectoryReader | None
+    run_directory: RunDirectoryReader | None
     workers: Sequence[Worker]
 
 
@@ -250,13 +250,13 @@ def _assemble(
     grace_s: float = GRACE_S,
 ) -> _Parts:
     """Make the application over `targets`, and the service that listens for it."""
-    shelf = None if base.runs is None else RunDirectoryReader(base.runs)
-    if shelf is not None:
-        undo.callback(shelf.worker.stop, 0)
+    run_directory = None if base.runs is None else RunDirectoryReader(base.runs)
+    if run_directory is not None:
+        undo.callback(run_directory.worker.stop, 0)
     app = create_app(
         targets,
         platform.list_processes,
-        shelf=shelf,
+        run_directory=run_directory,
         thread_metrics=config.thread_series,
         application=config.application,
         hides_processes=platform.hides_processes,
@@ -274,7 +274,7 @@ def _assemble(
         kernel=platform.process_identities(),
         application=config.application,
     )
-    return _Parts(service, shelf, workers)
+    return _Parts(service, run_directory, workers)
 
 
 def _background_tasks(

@@ -306,22 +306,22 @@ class _Runs:
 
     def __init__(self, context: RouteContext) -> None:
         self._context = context
-        self._targets, self._shelf = context.targets, context.shelf
+        self._targets, self._run_directory = context.targets, context.run_directory
         self._reads = SingleFlight()
         self._listings = 0
 
     async def listed(self, request: Request, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        shelf = self._shelf
+        run_directory = self._run_directory
         if request.method == "HEAD":
             return bare()
         if (replay := self._targets.default.replay) is not None:
             return JSON([each.run.to_json() for each in replay.file.others])
-        if shelf is None:
+        if run_directory is None:
             return JSON([])
 
         async def listing() -> Response:
             self._listings += 1  # A later request must not share a listing that was read before it.
-            return JSON([run.to_json() for run in await shelf.read(RunDirectory.runs)])
+            return JSON([run.to_json() for run in await run_directory.read(RunDirectory.runs)])
 
         return await self._reads.make(listing, ("runs", self._listings), peer_of(request.scope))
 
@@ -347,7 +347,7 @@ class _Runs:
     async def _has(self, run_id: str) -> bool:
         if (replay := self._targets.default.replay) is not None:
             return replay.find(run_id) is not None
-        return self._shelf is not None and await self._shelf.has(run_id)
+        return self._run_directory is not None and await self._run_directory.has(run_id)
 
     async def _record(self, run_id: str) -> Record | None:
         """
@@ -365,7 +365,7 @@ class _Runs:
             run = runs.find(run_id)
             return read_run(run.path)[1] if run else None
 
-        return await self._shelf.read(load) if self._shelf else None
+        return await self._run_directory.read(load) if self._run_directory else None
 
 
 async def _table(context: RouteContext, record: Record, query: RunHistoryQuery, *, csv: bool) -> Response:

@@ -143,7 +143,7 @@ class _Reports:
 
     def __init__(self, context: RouteContext) -> None:
         self._context = context
-        self._targets, self._shelf = context.targets, context.shelf
+        self._targets, self._run_directory = context.targets, context.run_directory
         self._reports = SingleFlight()
 
     async def preview(self, request: Request, query: Annotated[ReportQuery, query_params(ReportQuery)]) -> Response:
@@ -158,10 +158,10 @@ class _Reports:
         return await self._answer(request, query, body, counts=True)
 
     async def mark_reported(self, request: Request, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        shelf, run_id = self._shelf, request.path_params["run_id"]
+        run_directory, run_id = self._run_directory, request.path_params["run_id"]
 
         async def mark() -> Run | None:
-            return await shelf.read(lambda runs: _mark(runs, run_id)) if shelf else None
+            return await run_directory.read(lambda runs: _mark(runs, run_id)) if run_directory else None
 
         try:
             run = await self._reports.make(mark, peer=peer_of(request.scope))
@@ -173,22 +173,22 @@ class _Reports:
 
     async def _answer(self, request: Request, query: ReportQuery, sent: ReportRequest, *, counts: bool) -> Response:
         """Return the archive; with `counts`, its crashed runs count as reported when the client has read all of it."""
-        shelf = self._shelf
+        run_directory = self._run_directory
         if (replay := self._targets.default.replay) is not None:
             if replay.file.content is None:
                 return problem("no_report", f"{replay.file.name} is not a report, so there is no report to download")
             return _zip(replay.file.content, replay.file.name)
         peer = peer_of(request.scope)
         if (run_id := query.run) is not None:
-            there = shelf is not None and await self._reports.make(lambda: shelf.has(run_id), peer=peer)
+            there = run_directory is not None and await self._reports.make(lambda: run_directory.has(run_id), peer=peer)
             if not there:
                 return problem("no_such_run", NO_SUCH_RUN, parameter="run")
         if request.method == "HEAD":
             return bare("application/zip")
         name, content, run_ids = await self._archive(query, sent, peer)
         on_taken = request.scope.get("extensions", {}).get(TAKEN)
-        if counts and shelf is not None and run_ids and on_taken is not None:
-            on_taken(_marking(shelf, run_ids))
+        if counts and run_directory is not None and run_ids and on_taken is not None:
+            on_taken(_marking(run_directory, run_ids))
         return _zip(content, name)
 
     async def _archive(self, query: ReportQuery, sent: ReportRequest, peer: Peer) -> tuple[str, bytes, list[str]]:
@@ -249,7 +249,7 @@ async def _past(
     from vitalsd.contract.report_archive import HISTORY, PREVIOUS_RUN, Failure
     from vitalsd.report.previous_run import Found, ReportSubject, find, member
 
-    target, shelf, reader = context.targets.default, context.shelf, context.reader
+    target, run_directory, reader = context.targets.default, context.run_directory, context.reader
     record = target.recorder.record
     if record is None:
         collected.failures.append(Failure(HISTORY, target.recorder.why_not_recorded))
@@ -259,7 +259,7 @@ async def _past(
         collected.target = {key: info.get(key) for key in ("state", "ended")}
         if info.get("state") == "crashed" and (own := (info.get("black_box") or {}).get("run")):
             collected.runs[own] = HISTORY
-    if shelf is None:
+    if run_directory is None:
         return
     target_app = collected.application.app
     if identity is None:  # The sidecar waits for its target, or cannot read it.
@@ -267,7 +267,7 @@ async def _past(
     else:
         subject = ReportSubject(app, identity.start_id, identity.name, identity.program, target_app)
     try:
-        found = await shelf.read(lambda runs: find(runs, subject, query.run))
+        found = await run_directory.read(lambda runs: find(runs, subject, query.run))
     except HungError as error:
         found = Found(failure=Failure(PREVIOUS_RUN, str(error)))
     if found.failure is not None:
@@ -290,13 +290,13 @@ def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
     return {HISTORY: table.to_json(), MARKS: marks}
 
 
-def _marking(shelf: RunDirectoryReader, run_ids: Sequence[str]) -> Callable[[], Awaitable[None]]:
+def _marking(run_directory: RunDirectoryReader, run_ids: Sequence[str]) -> Callable[[], Awaitable[None]]:
     """Return a call that marks the runs as reported."""
 
     async def mark() -> None:
         for run_id in run_ids:
             with suppress(UnreadableRunError, OSError, HungError):  # Then the next report contains the run again.
-                await shelf.read(partial(_mark, run_id=run_id))
+                await run_directory.read(partial(_mark, run_id=run_id))
 
     return mark
 

@@ -197,10 +197,10 @@ class _Status:
         return await context.lister.run(lambda: list(context.list_processes()), "the list of processes: a read")
 
     async def health(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        targets, lister, shelf = self._context.targets, self._context.lister, self._context.shelf
+        targets, lister, run_directory = self._context.targets, self._context.lister, self._context.run_directory
         if await targets.hangs() or await lister.hangs():
             return problem("hung", str(HungError("a read of the kernel")))
-        if shelf is not None and await shelf.worker.hangs():
+        if run_directory is not None and await run_directory.worker.hangs():
             return problem("hung", str(HungError("the directory of runs: a read")))
         if await targets.default.recorder.hangs():
             return problem("hung", str(HungError("the directory of runs: a write")))
