@@ -444,7 +444,7 @@ def test_sweep_never_connects_to_the_agents_socket(directory: Path) -> None:
 
 
 def test_socket_lock_held_refuses_a_second_holder(directory: Path) -> None:
-    """The second holder is refused in a sentence; after the release, or in a fork that forgets it, it is free."""
+    """The second holder is refused in a sentence; after the release, or after a forked child closed it, it is free."""
     path = directory / "a.sock"
     first = SocketLock(path)
     with pytest.raises(EndpointError, match="another sidecar is serving"):
@@ -461,7 +461,7 @@ def test_socket_lock_removed_while_waiting_is_created_again(directory: Path) -> 
     os.unlink(f"{path}.lock")
     second = SocketLock(path)
     assert os.path.exists(f"{path}.lock")
-    first.forget()
+    first.close()
     second.release()
 
 

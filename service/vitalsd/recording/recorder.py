@@ -125,7 +125,7 @@ class NoRecorder:
     def crashed(self, ended: str) -> None:
         """Do nothing: there is no record of the end."""
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Do nothing: nothing is held."""
 
 
@@ -272,10 +272,10 @@ class Recorder:
         """Return whether the disk of the black box does not answer."""
         return self.blackbox is not None and await self.blackbox.worker.hangs()
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Leave the black box to the parent process, in a forked child."""
         if self.blackbox is not None:
-            self.blackbox.forget()
+            self.blackbox.close_in_child()
 
     def close(self) -> None:
         """End the run: as clean, unless the target has crashed, as far as is known."""

@@ -184,7 +184,7 @@ class Targets:
         if pid is None or pid == self.default.pid:
             yield self.default
             return
-        await self._forget_if_gone(pid)
+        await self._close_if_gone(pid)
         pooled = self._enter(pid, peer)
         try:
             yield pooled.sampler
@@ -227,7 +227,7 @@ class Targets:
             self._drop(pid)
         await asyncio.gather(self.default.close(), *self._closing)
 
-    async def _forget_if_gone(self, pid: int) -> None:
+    async def _close_if_gone(self, pid: int) -> None:
         """Close the target of `pid` if it has exited: the pid may be that of another process now."""
         pooled = self._pooled.get(pid)
         if pooled is None or pooled.sampler.pid is None:

@@ -143,9 +143,9 @@ class Sidecar:
             yield self._run_directory.worker
         yield from self._workers
 
-    def _forget(self) -> None:
-        self._service.forget()
-        self._sampler.recorder.forget()
+    def _close_in_child(self) -> None:
+        self._service.close_in_child()
+        self._sampler.recorder.close_in_child()
 
     def _exit(self) -> None:
         """End the sidecar with the interpreter; an exception that the program did not catch is recorded as a crash."""
@@ -249,7 +249,7 @@ class _Process:
         self._lock = threading.Lock()  # another thread of the parent may have held it
         sidecar, self._sidecar = self._sidecar, None
         if sidecar is not None:
-            sidecar._forget()
+            sidecar._close_in_child()
             # Kept until the child ends: to close its event loop would empty the epoll set that is the parent's too.
             self._parents.append(sidecar)
 

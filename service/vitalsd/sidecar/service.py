@@ -157,11 +157,11 @@ class Service:
             self._withdraw()
             self.listeners.close()
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Close listeners and connections in a forked child; those of the parent stay open."""
-        self.listeners.forget()
+        self.listeners.close_in_child()
         if self._server is not None:
-            self._server.forget()
+            self._server.close_in_child()
 
     def _publish(self) -> None:
         if self._directory is None:

@@ -218,7 +218,7 @@ async function look() {
 
 function identify(info) {
   const id = info.target.start_id;
-  if (id && view.startId && id !== view.startId) forget();
+  if (id && view.startId && id !== view.startId) resetSamples();
   if (id) view.startId = id;
   view.info = info;
   view.uptime = isReplay(info) || !id ? null : (Date.now() + skew - Date.parse(info.target.started_at)) / 1000;
@@ -256,7 +256,7 @@ async function openRun(id, runs) {
   view.run = id;
   if (reading) reading.abort();
   if (view.paused) hold(false);
-  forget();
+  resetSamples();
   view.startId = "";
   if (!id) {
     live();
