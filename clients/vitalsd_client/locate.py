@@ -18,7 +18,7 @@ from vitalsd.discovery.http_connection import Answer, Connection, ExchangeError
 from vitalsd.discovery.own_sidecars import own_sidecars
 from vitalsd.discovery.runtime_file import Endpoint, Liveness, discover, proof, published, read
 
-__all__ = ["NoSidecarError", "RunningSidecar", "answering", "locate", "refusal"]
+__all__ = ["NoSidecarError", "RunningSidecar", "locate", "refusal", "responsive"]
 
 CONNECT_S = 0.5
 """Time limit to connect to a Unix socket, s, if the sidecar has an address to try after it."""
@@ -112,7 +112,7 @@ class RunningSidecar:
             return request(path, query, **options)
 
 
-def answering(sidecars: Sequence[RunningSidecar], deadline: float, reasons: list[str]) -> Iterator[RunningSidecar]:
+def responsive(sidecars: Sequence[RunningSidecar], deadline: float, reasons: list[str]) -> Iterator[RunningSidecar]:
     """
     Yield those of the first `MAX_SIDECARS` that respond, best first; the last one is yielded without a check.
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from vitalsd_client.daemon_call import Call
-from vitalsd_client.redaction import harmless
+from vitalsd_client.redaction import redact_host_details
 from vitalsd_client.upload_tls import explain_distrust, tls_context
 
 if TYPE_CHECKING:
@@ -171,12 +171,16 @@ class _Attempt:
             with self._transport() as transport, closing(transport.handle_request(request)) as answer:
                 return self._judged(answer)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            return Failed(harmless(str(error)), final=True)
+            return Failed(redact_host_details(str(error)), final=True)
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
             self.check()
-            return Failed(harmless(explain_distrust(error) or f"{type(error).__name__}: {error}"), final=False)
+            return Failed(
+                redact_host_details(explain_distrust(error) or f"{type(error).__name__}: {error}"), final=False
+            )
         except ImportError as error:
-            return Failed(harmless(f"a Python package that the upload needs does not load: {error}"), final=False)
+            return Failed(
+                redact_host_details(f"a Python package that the upload needs does not load: {error}"), final=False
+            )
 
     def _transport(self) -> "httpx.HTTPTransport":
         """
@@ -246,7 +250,7 @@ class _Attempt:
             return Failed("the server's receipt has no number", final=False)
         if (report_id, sha256) != (self._parcel.report_id, self._parcel.sha256):
             return Failed("the server's receipt is for something else", final=False)
-        return Receipt(harmless(number, 100))
+        return Receipt(redact_host_details(number, 100))
 
 
 class _Counted:
