@@ -275,7 +275,7 @@ REPLACED = {
     "vitalsd.sources.names.PythonNames.snapshot",
     "vitalsd.worker_thread.HANG_TIMEOUT_NS",
     "vitalsd_client.report.datetime",
-    "vitalsd_client.spool_sender._parcel",
+    "vitalsd_client.spool_sender._upload_request",
     "vitalsd_client.upload_tls.STORES",
 }
 """What tests replace: system calls that fail, writes that are slow or fail, time limits, a clock, a list of paths."""

@@ -39,7 +39,7 @@ from vitalsd.contract.report_archive import new_report_id, seal
 from vitalsd_client import Bundle, Spool, SpoolError, spool_sender
 from vitalsd_client.spool_lock import locked
 from vitalsd_client.spool_store import Entry
-from vitalsd_client.upload import Failed, Receipt, retry_after_s
+from vitalsd_client.upload import UploadFailure, UploadReceipt, retry_after_s
 from vitalsd_client.upload_url import check_url
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -93,7 +93,7 @@ def test_spool_sent_report_has_a_receipt_and_is_removed(tmp_path: Path, receiver
     assert spool.add(bundle) == bundle.report_id, "a second time changes nothing"
     assert only(spool).state == "pending"
     (outcome,) = spool.send(progress=lambda entry, sent, total: seen.append((sent, total)))
-    assert outcome.attempt == Receipt(f"R-{bundle.report_id[:12]}")
+    assert outcome.attempt == UploadReceipt(f"R-{bundle.report_id[:12]}")
     assert stored(tmp_path) == [bundle.report_id]
     assert (tmp_path / "store" / f"{bundle.report_id}.zip").read_bytes() == bundle.zip()
     assert (only(spool).state, only(spool).note, only(spool).size) == ("done", f"R-{bundle.report_id[:12]}", 0)
@@ -139,8 +139,8 @@ def test_spool_after_a_restart_keeps_reports_urls_and_attempts(tmp_path: Path, r
     assert (only(later).attempts, only(later).note) == (1, "the server answered 500")
     note = tmp_path / "spool" / "pending" / f"{only(later).report_id}.json"
     note.write_text("damaged")
-    assert isinstance(later.send()[0].attempt, Failed), "without its note nobody knows where to"
-    assert isinstance(spooling(tmp_path, receiver).send()[0].attempt, Receipt)
+    assert isinstance(later.send()[0].attempt, UploadFailure), "without its note nobody knows where to"
+    assert isinstance(spooling(tmp_path, receiver).send()[0].attempt, UploadReceipt)
 
 
 def test_receiver_refuses_invalid_reports_and_stores_nothing(tmp_path: Path, receiver: str) -> None:
@@ -236,7 +236,7 @@ def test_spool_with_a_faulty_server_keeps_the_report_with_a_reason(tmp_path: Pat
         watch = Stopwatch()
         (outcome,) = spool.send()
         assert watch.elapsed_s < watch.allowed_s(0.7 + PROMISE_S)
-        assert isinstance(outcome.attempt, Failed)
+        assert isinstance(outcome.attempt, UploadFailure)
         assert outcome.attempt.final == final, outcome.attempt.reason
         assert any(part in outcome.attempt.reason for part in expected.split("|")), outcome.attempt.reason
         assert states(spool) == {report_id: "failed" if final else "pending"}
@@ -247,7 +247,7 @@ def test_spool_with_a_faulty_server_keeps_the_report_with_a_reason(tmp_path: Pat
     note = tmp_path / "spool" / "pending" / f"{report_id}.json"
     note.write_text(json.dumps({"url": receiver}))
     (outcome,) = spooling(tmp_path).send()
-    assert isinstance(outcome.attempt, Receipt)
+    assert isinstance(outcome.attempt, UploadReceipt)
 
 
 def test_spool_retries_send_identical_bytes(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_spool_url_must_be_https_or_this_machine(tmp_path: Path, url: str) -> No
     report_id = spool.add(a_bundle())
     (tmp_path / "spool" / "pending" / f"{report_id}.json").write_text(json.dumps({"url": url}))
     (outcome,) = spool.send()
-    assert isinstance(outcome.attempt, Failed)
+    assert isinstance(outcome.attempt, UploadFailure)
     assert states(spool) == {report_id: "pending"}
 
 
@@ -367,10 +367,10 @@ def test_spool_ignores_proxies_of_the_environment(
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
         spooling(tmp_path, receiver).add(a_bundle())
-        assert isinstance(spooling(tmp_path).send()[0].attempt, Receipt)
+        assert isinstance(spooling(tmp_path).send()[0].attempt, UploadReceipt)
         assert proxy.requests == []
         spooling(tmp_path, receiver).add(a_bundle())
-        assert isinstance(spooling(tmp_path, proxy=proxy.url).send()[0].attempt, Failed)
+        assert isinstance(spooling(tmp_path, proxy=proxy.url).send()[0].attempt, UploadFailure)
         assert len(proxy.requests) == 1
 
 
@@ -394,7 +394,7 @@ def test_spool_progress_that_raises_is_logged_once_and_sending_continues(
         calls.append(sent)
         raise RuntimeError("the window is closed")
 
-    assert all(isinstance(outcome.attempt, Receipt) for outcome in spool.send(progress=progress))
+    assert all(isinstance(outcome.attempt, UploadReceipt) for outcome in spool.send(progress=progress))
     assert states(spool) == dict.fromkeys(ids, "done")
     assert [record.getMessage() for record in caplog.records if record.name == "vitalsd_client"] == [
         "progress raised RuntimeError and is not called again"
@@ -566,7 +566,7 @@ def test_spool_clock_set_after_an_attempt_keeps_the_report(
     if status == "503 No":
         spooling(tmp_path, receiver, clock=lambda: now[0]).readdress(report_id)
         (outcome,) = spooling(tmp_path, receiver).send(report_id=report_id)
-        assert isinstance(outcome.attempt, Receipt)
+        assert isinstance(outcome.attempt, UploadReceipt)
 
 
 def only_of(spool: Spool, report_id: str) -> Entry:
@@ -810,17 +810,17 @@ def test_send_report_unreadable_has_a_reason(tmp_path: Path, receiver: str, monk
     """Keep a report that cannot be read now, and send the others."""
     spool = spooling(tmp_path, receiver)
     bad, good = spool.add(a_bundle()), spool.add(a_bundle())
-    original = spool_sender._parcel
+    original = spool_sender._upload_request
 
-    def parcel(report_id: str, file: Any) -> Any:
+    def upload_request(report_id: str, file: Any) -> Any:
         if report_id == bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(report_id, file)
 
-    monkeypatch.setattr(spool_sender, "_parcel", parcel)
+    monkeypatch.setattr(spool_sender, "_upload_request", upload_request)
     attempts = {outcome.report_id: outcome.attempt for outcome in spool.send()}
-    assert attempts[bad] == Failed("the report cannot be read: Input/output error", final=False)
-    assert isinstance(attempts[good], Receipt)
+    assert attempts[bad] == UploadFailure("the report cannot be read: Input/output error", final=False)
+    assert isinstance(attempts[good], UploadReceipt)
     assert states(spool) == {bad: "pending", good: "done"}
 
 

@@ -187,11 +187,11 @@ def _send_with_progress(kept: "Spool", report_id: str | None, wait_s: float, qui
 
 def _result(outcome: "Outcome", quiet: bool) -> "dict[str, Any]":
     """Return the JSON of one attempt, and print its line unless `quiet`."""
-    from vitalsd_client.upload import Receipt
+    from vitalsd_client.upload import UploadReceipt
 
     attempt = outcome.attempt
-    sent = isinstance(attempt, Receipt)
-    said = attempt.number if isinstance(attempt, Receipt) else attempt.reason
+    sent = isinstance(attempt, UploadReceipt)
+    said = attempt.number if isinstance(attempt, UploadReceipt) else attempt.reason
     if not quiet:
         line = f"{outcome.report_id}: {'sent, receipt ' if sent else 'not sent: '}{said}"
         click.echo(one_line(line), err=not sent)
