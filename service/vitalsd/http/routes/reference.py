@@ -24,7 +24,7 @@ __all__ = ["reference_routes"]
 DOCS = Operation(
     path="/docs",
     summary="This reference, as a page",
-    description="This reference, from this server alone, without a script.",
+    description="The page has no script, and loads nothing from other servers.",
     answer="The page.",
     media_types={"text/html": ""},
 )

@@ -44,7 +44,7 @@ REPORT_PATH = "/report.zip"
 
 
 class ReportedJson(TypedDict):
-    """Whether the run counts as reported now: a run that has not crashed does not."""
+    """Whether the run counts as reported now; only a crashed run can."""
 
     id: str
     reported: bool
@@ -53,8 +53,8 @@ class ReportedJson(TypedDict):
 REPORTED = Operation(
     method="POST",
     path="/runs/{run_id}/reported",
-    summary="Note that a run is in a report",
-    description="For a client that put a crashed run into a report of its own. There is no body.",
+    summary="Mark a run as reported",
+    description="For a client that included a crashed run in a report that it made itself. The request has no body.",
     answer="The run.",
     shapes=(ReportedJson,),
     example={"id": RUN_EXAMPLE["id"], "reported": True},
@@ -62,7 +62,7 @@ REPORTED = Operation(
     parameters=(RUN_ID,),
     commands=(
         CommandExample(
-            "Note that the first run is reported",
+            "Mark the first run as reported",
             'RUN=$(curl -s "$URL/runs" | jq -r ".[0].id")\ncurl -s -X POST "$URL/runs/$RUN/reported" | jq .reported',
         ),
     ),
@@ -71,16 +71,16 @@ POST_REPORT = Operation(
     method="POST",
     path=REPORT_PATH,
     summary="Make a bug report: metrics, history, marks, and the run that crashed before",
-    description="runtime-metrics.json, runtime-history.json, marks.json, metadata.json, manifest.json and, if a run"
-    " of this application crashed and no report contains it yet, previous-run.json. What is missing is in"
-    " the `failures` of the manifest. The crashed run counts as reported once the client has read the last byte"
-    " and closed the connection. The body is JSON, of at most 16 KiB; `{}` will do.",
+    description="The archive contains runtime-metrics.json, runtime-history.json, marks.json, metadata.json,"
+    " manifest.json and, if a run of this application crashed and no report contains it yet, previous-run.json. The"
+    " `failures` of the manifest list each missing member. The crashed run counts as reported once the client has"
+    " read the last byte and closed the connection. The body is JSON of at most 16 KiB; `{}` is enough.",
     answer="The archive.",
     media_types={"application/zip": ""},
     reasons=("bad_body", "busy", "no_report", "no_such_run"),
     commands=(
         CommandExample(
-            "Save it under its own name",
+            "Save it under the name that the sidecar gives",
             "curl -s -OJ \"$URL/report.zip\" -H 'Content-Type: application/json'"
             ' -d \'{"app": "viewer", "message": "it stutters"}\' && ls *.zip | wc -l',
         ),
@@ -88,9 +88,9 @@ POST_REPORT = Operation(
 )
 GET_REPORT = Operation(
     path=REPORT_PATH,
-    summary="A bug report to look at: it does not count as reported",
-    description="The same archive to look at, without a message. Nothing counts as reported. In a replay of a"
-    " report: the replayed file itself.",
+    summary="Preview a bug report; no run counts as reported",
+    description="The same archive without a message. No run counts as reported. A replay of a report returns the"
+    " replayed file.",
     answer="The archive.",
     media_types={"application/zip": ""},
     reasons=("busy", "no_report", "no_such_run"),
@@ -104,10 +104,10 @@ class ReportQuery(StrictModel):
     """Parameters of ``/report.zip``."""
 
     window_ms: WindowMs = 2000
-    seconds: Annotated[HistorySeconds, Field(description="How far back the history goes, s.", examples=[60])] = 300
+    seconds: Annotated[HistorySeconds, Field(description="Length of the history, s.", examples=[60])] = 300
     run: Annotated[
         Annotated[str, Field(min_length=1, max_length=128)] | None,
-        Field(description="Include this earlier run, as `/runs` lists it.", examples=[RUN_EXAMPLE["id"]]),
+        Field(description="Include this earlier run, by its id from `/runs`.", examples=[RUN_EXAMPLE["id"]]),
     ] = None
 
 
@@ -125,7 +125,7 @@ class ReportRequest(StrictModel):
     app_version: Annotated[
         str | None, Field(pattern=f"^{APP_VERSION.pattern}$", description="Its version.", examples=["3.1"])
     ] = None
-    message: Annotated[str, Field(description="What the user says.", examples=["it stutters"])] = ""
+    message: Annotated[str, Field(description="Description by the user.", examples=["it stutters"])] = ""
 
 
 def report_routes(context: RouteContext) -> list[OperationRoute]:
