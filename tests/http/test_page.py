@@ -131,7 +131,7 @@ def test_page_selected_window_is_drawn_and_pause_loses_nothing(page: Browser, se
     assert page.run(pressed) == ["5 min"]
     page.click('[data-window="60000"]')
     assert page.run(pressed) == ["1 min"]
-    assert page.run("document.querySelector('#spark-head').textContent") == "Past 1 min"
+    assert page.run("document.querySelector('#spark-head').textContent") == "Last 1 min"
     page.click("#pause")
     assert page.run("document.querySelector('#pause').textContent") == "Resume"
     assert page.run("document.querySelector('#status').textContent") == "paused"
@@ -171,7 +171,7 @@ def test_page_table_sorts_by_headers_and_filters_by_name_and_tid(
     assert page.run(NAMES) == ["idle-7"]
     page.type("x")
     assert page.run(NAMES) == []
-    assert page.run("document.querySelector('#none').innerText") == "No thread has such a name or id."
+    assert page.run("document.querySelector('#none').innerText") == "No thread matches this name or id."
 
 
 def test_page_shows_marks_from_keyboard_and_other_clients(page: Browser, served: Serving) -> None:
@@ -190,7 +190,7 @@ def test_page_shows_marks_from_keyboard_and_other_clients(page: Browser, served:
 
 
 def test_page_keys_pause_move_the_cursor_and_release_it(page: Browser, served: Serving) -> None:
-    """Space pauses; the plots are reached by Tab, arrows move their cursor, Enter holds it, Escape lets go."""
+    """Space pauses; the plots are reached by Tab, arrows move their cursor, Enter fixes it, Escape releases it."""
     shown(page, served.url)
     order = []
     for _ in range(9):
@@ -331,7 +331,7 @@ def test_page_with_a_hung_sidecar_says_silent(page: Browser, tmp_path: Path) -> 
     with Serving(tmp_path) as serving:
         shown(page, serving.url)
         serving.process.send_signal(signal.SIGSTOP)
-        page.eventually("document.querySelector('#status').textContent.startsWith('silent for')", seconds=30)
+        page.eventually("document.querySelector('#status').textContent.startsWith('no data for')", seconds=30)
         serving.process.send_signal(signal.SIGCONT)
         page.eventually(LIVE)
 

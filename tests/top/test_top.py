@@ -333,13 +333,13 @@ def test_top_without_its_sidecar_continues_and_reconnects(tmp_path: Path, start:
     options = ("--pid", pid, "--no-tcp", "--record-interval", "0.2")
     with top("--pid", pid, directory=tmp_path, columns=100) as view:
         with serving(tmp_path, *options) as (_, ready):
-            view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
+            view.until(lambda text: "via sidecar" in text and rows(text)[:1] == ["burn-0"])
             view.press("mlook here\r")
             view.until(lambda text: "mark: look here" in text)
             assert [mark["label"] for mark in ask(ready["socket"], "/marks")[1]] == ["look here"]
         view.until(lambda text: "sampled directly" in text and rows(text)[:1] == ["burn-0"])
         with serving(tmp_path, *options):
-            view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
+            view.until(lambda text: "via sidecar" in text and rows(text)[:1] == ["burn-0"])
             target.kill()
             view.until(lambda text: "has exited" in text and "exited: target" in text and rows(text))
         view.press("q")
@@ -387,7 +387,7 @@ def test_top_with_a_hung_sidecar_continues(tmp_path: Path, start: Start) -> None
         serving(tmp_path, "--pid", str(target.pid), "--no-tcp", "--record-interval", "0.2") as (sidecar, _),
         top("--pid", str(target.pid), directory=tmp_path) as view,
     ):
-        view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
+        view.until(lambda text: "via sidecar" in text and rows(text)[:1] == ["burn-0"])
         sidecar.send_signal(signal.SIGSTOP)
         view.until(lambda text: "sampled directly" in text and rows(text)[:1] == ["burn-0"])
         view.press("q")

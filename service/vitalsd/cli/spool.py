@@ -27,7 +27,7 @@ ca_file_option = click.option(
 
 @click.group()
 def spool() -> None:
-    """Look at, send or drop the bug reports that wait for their upload."""
+    """List, send or drop the bug reports that wait for their upload."""
 
 
 @spool.command("list")
@@ -94,7 +94,7 @@ def spool_send(
 @click.argument("report_ids", nargs=-1, metavar="REPORT_ID...")
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
-    """Forget reports, sent or not."""
+    """Remove reports, sent or not."""
     from vitalsd_client.spool_store import SpoolError
 
     if bool(report_ids) == everything:

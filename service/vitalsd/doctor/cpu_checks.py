@@ -131,7 +131,7 @@ def _total(place: str, what: str, measured: Measurement, spent: tuple[int, int])
         f"{between(low, high, 'ms', 0)} ± {slack:.0f}",
         f"{read:.0f} ms",
         low - slack <= read <= high + slack,
-        "the process total leaves out threads or counts in another unit; " + BUG,
+        "the process total omits threads or counts in another unit; " + BUG,
     )
 
 
@@ -140,7 +140,7 @@ def _ticks(place: str, what: str, measured: Measurement, spent: tuple[int, int])
     check = f"ticks.{place}"
     a, b = measured.first.extras, measured.last.extras
     if a is None or b is None or None in (a.user_ns, a.system_ns, b.user_ns, b.system_ns):
-        return not_here(check, what, "no user and system time to be had")
+        return not_here(check, what, "user and system time are not available")
     grown = (b.user_ns + b.system_ns) - (a.user_ns + a.system_ns)  # type: ignore[operator]
     true_ns = max(1, (spent[0] + spent[1]) // 2)
     oddities = "".join(f"; {warning}" for warning in measured.warnings if "hw.tbfrequency" in warning)

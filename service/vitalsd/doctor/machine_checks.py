@@ -31,7 +31,7 @@ def source(platform: Platform) -> Iterator[Finding]:
     yield make_finding(
         "platform",
         "platform and source",
-        "linux or macos, and its kernel answers",
+        "linux or macos, and the source can be opened",
         f"{here}, {counted_by or why}",
         bool(counted_by) and platform.name in ("linux", "macos"),
         "vitalsd reads Linux through /proc and macOS through libSystem: mount /proc, or name another with --proc-root",
@@ -48,7 +48,7 @@ def permission(platform: Platform) -> Iterator[Finding]:
             good = any(entry.pid == other.pid for entry in listed)
         mine = sum(entry.is_of(os.geteuid()) for entry in listed)
         measured = f"{counted_by}; {len(listed)} processes, {mine} of this user"
-        measured += "" if good else ", and not the one just started"
+        measured += "" if good else ", without the one just started"
     except SourceError as error:
         good, measured = False, str(error)
     yield make_finding(
@@ -71,7 +71,7 @@ def descriptors(platform: Platform) -> Iterator[Finding]:
         f"at least {DESCRIPTORS}",
         limit,
         soft == resource.RLIM_INFINITY or soft >= DESCRIPTORS,
-        "allow more: ulimit -n 1024",
+        "raise the limit: ulimit -n 1024",
     )
 
 

@@ -185,7 +185,7 @@ def _known(cast: _Cast, last: Snapshot) -> Finding:
         f"all {len(python)}, those named by their names",
         f"{len(python) - missing} listed, {wrong} under another name",
         not missing and not wrong,
-        f"threads are lost on the way from the kernel; {BUG}",
+        f"vitalsd omits threads that the kernel lists; {BUG}",
     )
 
 
@@ -204,7 +204,7 @@ def _births(cast: _Cast, measured: Measurement) -> Finding:
         f"{len(cast.young)} born, {len(cast.old)} dead, {len(first.roster)} before and after",
         f"{len(born)} born, {len(dead)} dead, {len(first.roster)} before, {len(last.roster)} after",
         right and len(first.roster) + len(born) - len(dead) == len(last.roster),
-        f"threads are lost or invented between two snapshots; {BUG}",
+        f"the difference of two snapshots has missing or extra threads; {BUG}",
     )
 
 
@@ -217,7 +217,7 @@ def _books(cast: _Cast, measured: Measurement) -> Iterator[Finding]:
         f"{exited / 1e6:.0f} ms ± {slack / 1e6:.0f}",
         f"{measured.exited_ns / 1e6:.0f} ms",
         abs(measured.exited_ns - exited) <= slack,
-        f"the total leaves out the dead, or counts in another unit than the threads; {BUG}",
+        f"the total omits ended threads, or counts in another unit than the threads; {BUG}",
     )
     yield make_finding(
         "books.balance",
@@ -267,7 +267,7 @@ def check_leaks(platform: Platform, timeout_s: float = THREAD_EXIT_TIMEOUT_S) ->
     for kind in ("descriptors", "threads", "ports", "references"):
         check, what = f"left.{kind}", f"{kind} after {SNAPSHOTS} snapshots"
         if kind not in before:
-            yield not_here(check, what, "of macOS alone")
+            yield not_here(check, what, "exists on macOS only")
             continue
         yield make_finding(
             check,

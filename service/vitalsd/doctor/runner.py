@@ -85,7 +85,7 @@ def _broken(what: str, error: Exception) -> Finding:
         "can be examined",
         f"{type(error).__name__}: {error}",
         "fail",
-        f"more descriptors, memory or room on disk? If not, {BUG}",
+        f"check free descriptors, memory and disk space; otherwise {BUG}",
     )
 
 

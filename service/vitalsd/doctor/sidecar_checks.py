@@ -89,7 +89,7 @@ def sidecar(platform: Platform, places: tuple[Path, Path] | None) -> Iterator[Fi
 
 
 def _by_hand(pid: int) -> str:
-    return f"see what it says by hand: vitalsd serve --pid {pid}"
+    return f"start it by hand and read its messages: vitalsd serve --pid {pid}"
 
 
 def _get(service: Spawned, path: str, *, uds: bool = False) -> httpx.Response:
@@ -111,7 +111,7 @@ def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
         except (httpx.HTTPError, ValueError) as error:
             failure = f"{type(error).__name__}: {error}"
             yield make_finding(
-                check, what, "an answer", failure, False, "is something between, a firewall or a sandbox?"
+                check, what, "an answer", failure, False, "check whether a firewall or a sandbox blocks the connection"
             )
             continue
         took_ms = (time.monotonic() - begun) * 1000
@@ -169,7 +169,7 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
         f"at most {CPU_PERCENT} % of a core",
         f"{cost:.2f} % ± {error:.2f}",
         cost <= CPU_PERCENT + error,
-        "is the machine very busy? Try again; less: vitalsd serve --record-interval 5",
+        "the machine may be very busy: try again; vitalsd serve --record-interval 5 costs less",
     )
     yield make_finding(
         "cost.rss",
@@ -190,7 +190,7 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
         f"at most {WAKEUPS_PER_S} a second",
         f"{rate:.1f} a second",
         rate <= WAKEUPS_PER_S,
-        f"something in it polls; {BUG}",
+        f"a part of the sidecar polls; {BUG}",
     )
 
 
@@ -227,10 +227,10 @@ def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
     return make_finding(
         "trailing",
         "the second that just ended",
-        f"at once ({LATE_MS} ms), with the thread that burnt",
+        f"within {LATE_MS} ms, with the thread that used CPU",
         f"{window['mode']}, {window['measured_ms']:.0f} ms, after {took_ms:.0f} ms, {busy:.1f} %",
         window["mode"] == "trailing" and window["measured_ms"] >= 500 and took_ms <= LATE_MS and busy > 0,
-        "is it recording? GET /info says under `recorder`",
+        "see `recorder` in GET /info: the sidecar may not be recording",
     )
 
 
@@ -248,7 +248,7 @@ def _black_box(path: Path, burner: BurnerProcess) -> Finding:
         "crashed, 2 snapshots or more",
         measured,
         run is not None and run.state == "crashed" and kept >= 2,
-        "is the disk full, or a network file system? Name another place in VITALSD_STATE_DIR",
+        "the disk may be full, or a network file system: name another place in VITALSD_STATE_DIR",
     )
 
 
@@ -267,7 +267,7 @@ def _end(service: Spawned, run: Path, present: frozenset[str]) -> Finding:
     left = sorted(set(os.listdir(run)) - present)
     return make_finding(
         "end",
-        "end by SIGTERM, and what is left",
+        "end by SIGTERM, and files that are left",
         f"status 0 within {END_S:.0f} s, nothing",
         f"status {status} after {took_s:.1f} s, {', '.join(left) or 'nothing'}",
         status == 0 and took_s <= END_S and not left,

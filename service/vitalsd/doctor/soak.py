@@ -93,7 +93,7 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
     for kind in ("descriptors", "threads", "ports", "references", "rss"):
         check, what = f"soak.{kind}", f"{'resident memory' if kind == 'rss' else kind} over {taken} snapshots"
         if kind not in floors:
-            yield not_here(check, what, "of macOS alone")
+            yield not_here(check, what, "exists on macOS only")
             continue
         yield _check_growth(check, what, kind, list(floors[kind].values()), born[0])
 
@@ -108,7 +108,7 @@ def _check_growth(check: str, what: str, kind: str, points: Sequence[tuple[float
         what,
         f"no certain growth over {allowed * scale:.0f}{unit}" if kind == "rss" else "no growth",
         f"{found.per_unit * 1000 * scale:+.2f} ± {found.margin * 1000 * scale:.2f}{unit} per 1000,"
-        f" {points[0][1] * scale:.0f} -> {points[-1][1] * scale:.0f}{unit}, {born} threads came and went",
+        f" {points[0][1] * scale:.0f} -> {points[-1][1] * scale:.0f}{unit}, {born} threads started and ended",
         (found.per_unit - found.margin) * span <= allowed,
         f"each snapshot leaves something behind; {BUG}",
     )

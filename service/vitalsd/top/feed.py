@@ -133,7 +133,7 @@ class Feed:
             return SidecarBackend(locate(url=self._url, pid=self._pid)[0], self._url, self.interval_s)
         pid = self._find()
         if (sidecar := self._watching(pid)) is not None:
-            return SidecarBackend(sidecar, "a sidecar", self.interval_s)
+            return SidecarBackend(sidecar, "via sidecar", self.interval_s)
         return DirectBackend(
             self._open_source(pid), self.interval_s, self._first_s, lambda: self._watching(pid) is not None
         )

@@ -192,7 +192,7 @@ function take(answer) {
 setInterval(() => {
   if (heard === null) return;
   const silence = performance.now() - heard;
-  if (silence > SILENCE) status("wait", `silent for ${duration(silence / 1000)}`);
+  if (silence > SILENCE) status("wait", `no data for ${duration(silence / 1000)}`);
   if (silence > 4 * SILENCE) reading.abort();
 }, 1000);
 
@@ -247,7 +247,7 @@ async function listRuns() {
 }
 
 function runName(run) {
-  const state = { crashed: "crashed", running: "when the report was made", clean: "ended" }[run.state];
+  const state = { crashed: "crashed", running: "running when reported", clean: "ended" }[run.state];
   return `${state} \u00b7 ${clean(run.app || run.name)} \u00b7 ${new Date(run.recorded_to).toLocaleString()}`;
 }
 
