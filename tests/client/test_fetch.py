@@ -40,7 +40,7 @@ from vitalsd_client.fetch_metrics import BUDGET_S
 
 @pytest.fixture
 def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Directories of a user who has no sidecar yet."""
+    """Return the directories of a user without a sidecar."""
     monkeypatch.setenv("VITALSD_RUNTIME_DIR", str(short_path / "run"))
     monkeypatch.setenv("VITALSD_STATE_DIR", str(short_path / "state"))
     return short_path
@@ -185,7 +185,7 @@ def test_fetch_with_one_stopped_sidecar_asks_the_other(home: Path) -> None:
 
 
 def test_fetch_without_a_sidecar_has_a_reason_with_a_remedy(home: Path) -> None:
-    """Nobody has run one; one has died; its file is open to others, broken, or of another container."""
+    """No sidecar has run; one has died; its file is open to others, broken, or of another container."""
     watch = Stopwatch()
     assert "no runtime file in" in reason(fetch())
     assert "vitalsd.start()" in reason(fetch())
@@ -398,7 +398,7 @@ def test_fetch_at_interpreter_exit_returns_without_raising(home: Path) -> None:
     assert out.stderr == ""
 
 
-# Whom to trust
+# Trust in a sidecar
 
 
 def test_fetch_ignores_proxies_of_the_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +413,7 @@ def test_fetch_ignores_proxies_of_the_environment(home: Path, monkeypatch: pytes
 
 
 def test_fetch_sends_no_token_without_a_proof(home: Path) -> None:
-    """Whoever cannot prove to know the token is not told it, whatever they answer."""
+    """A server that cannot prove that it knows the token does not get it, whatever it answers."""
     wrong = hmac.new(b"guess", b"", "sha256").hexdigest()
     for reply in (answer(b"{}"), answer(json.dumps({"proof": wrong}).encode()), answer(METRICS), answer(b"[")):
         with Misbehaving(says(reply)) as squatter:

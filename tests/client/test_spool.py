@@ -139,7 +139,7 @@ def test_spool_after_a_restart_keeps_reports_urls_and_attempts(tmp_path: Path, r
     assert (only(later).attempts, only(later).note) == (1, "the server answered 500")
     note = tmp_path / "spool" / "pending" / f"{only(later).report_id}.json"
     note.write_text("damaged")
-    assert isinstance(later.send()[0].attempt, UploadFailure), "without its note nobody knows where to"
+    assert isinstance(later.send()[0].attempt, UploadFailure), "without its note the URL is not known"
     assert isinstance(spooling(tmp_path, receiver).send()[0].attempt, UploadReceipt)
 
 
@@ -587,7 +587,7 @@ def test_spool_clock_impossible_sends(tmp_path: Path, receiver: str, now: float)
 
 
 def test_spool_file_times_impossible_lists(tmp_path: Path) -> None:
-    """List a report without a note whose file is older than 1970 or newer than the year 9999, as a date that is one."""
+    """List a report without a note with a valid date, if its file is older than 1970 or newer than the year 9999."""
     spool = spooling(tmp_path, "https://example.com/")
     report_id = spool.add(a_bundle())
     (tmp_path / "spool" / "pending" / f"{report_id}.json").unlink()
@@ -1078,16 +1078,16 @@ def vitalsd(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_spool_commands_list_send_and_drop_with_statuses(tmp_path: Path, receiver: str) -> None:
-    """Report --upload keeps and sends; spool list shows, send goes on, drop forgets; statuses tell."""
+    """`report --upload` stores and sends; `spool` lists, sends the rest and drops; each has its exit status."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/"
+        unreachable = f"http://127.0.0.1:{free.getsockname()[1]}/"
     assert vitalsd(tmp_path, "spool", "list").stdout.startswith("no reports in ")
-    out = vitalsd(tmp_path, "report", "--upload", nobody, "--direct")
+    out = vitalsd(tmp_path, "report", "--upload", unreachable, "--direct")
     assert out.returncode == 1
     assert "1 left in" in out.stderr
     assert list(tmp_path.glob("*.zip")) == []
     (listed,) = json.loads(vitalsd(tmp_path, "spool", "list", "--json").stdout)
-    assert (listed["state"], listed["attempts"], listed["url"]) == ("pending", 1, nobody)
+    assert (listed["state"], listed["attempts"], listed["url"]) == ("pending", 1, unreachable)
     report_id = listed["report_id"]
     assert report_id in vitalsd(tmp_path, "spool", "list").stdout
     assert vitalsd(tmp_path, "spool", "send").returncode == 1
@@ -1096,9 +1096,9 @@ def test_spool_commands_list_send_and_drop_with_statuses(tmp_path: Path, receive
     assert vitalsd(tmp_path, "spool", "drop", report_id).returncode == 1
     out = vitalsd(tmp_path, "report", "--upload", receiver, "--json", "--direct")
     assert out.returncode == 0, out.stderr
-    told = json.loads(out.stdout)
-    assert told["upload"][0]["receipt"].startswith("R-")
-    assert stored(tmp_path) == [told["report_id"]]
+    report = json.loads(out.stdout)
+    assert report["upload"][0]["receipt"].startswith("R-")
+    assert stored(tmp_path) == [report["report_id"]]
     out = vitalsd(tmp_path, "spool", "send")
     assert (out.returncode, out.stdout) == (0, "")
 
