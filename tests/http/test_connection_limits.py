@@ -156,7 +156,7 @@ def edge(answers: Answers, short_path: Path) -> Iterator[Edge]:
 
 
 def ask(where: str, path: str, *, method: str = "GET") -> socket.socket:
-    """A request whose answer nobody has begun to read."""
+    """Send a request, and return the connection before the answer is read."""
     connection = dial(where)
     host = where.removeprefix("http://") if where.startswith("http://") else "localhost"
     connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
@@ -230,7 +230,7 @@ def test_refused_large_answer_is_a_complete_503_with_retry_after(edge: Edge, ans
 
 
 def test_shared_answer_reaches_all_its_readers(edge: Edge) -> None:
-    """Twenty clients of one body of 8 MiB count as one, also those who are slow."""
+    """Twenty clients of one body of 8 MiB count as one, also slow ones."""
     tcp, _ = budgets(edge)
     with ExitStack() as stack:
         clients = [stack.enter_context(ask(edge.url, "/same")) for _ in range(20)]

@@ -109,7 +109,7 @@ def test_log_of_a_start_error_is_one_line_with_its_status(arguments: list[str], 
 
 
 def test_log_of_an_internal_error_in_json_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """An exception that nobody expected is told with its traceback, on one line, with status 1."""
+    """An unexpected exception is logged on one line with its traceback, and the exit status is 1."""
     with pytest.raises(SystemExit) as ended, logging_as("json"):
         raise RuntimeError(HOSTILE)
     assert ended.value.code == 1
@@ -138,7 +138,7 @@ def test_logging_configuration_is_restored_at_the_end(capsys: pytest.CaptureFixt
     before = (list(root.handlers), root.level, ours.level)
     with logging_as("text") as log:
         assert len(root.handlers) == len(before[0]) + 1
-        log.debug("nobody wants to know")
+        log.debug("not to be logged")
     assert (list(root.handlers), root.level, ours.level) == before
     assert warnings.showwarning is shown
-    assert "nobody" not in capsys.readouterr().err
+    assert "not to be logged" not in capsys.readouterr().err

@@ -296,7 +296,7 @@ def test_query_of_any_content_is_never_a_500(served: Serving, name: str, value: 
 
 @pytest.mark.parametrize("path", ["/metric", "/metrics/", "/METRICS", "/metrics%00", "/\u202e", "/" + "a" * 2000])
 def test_unknown_path_is_404_and_lists_the_routes(served: Serving, path: str) -> None:
-    """An unknown path is a short 404 that lists the known ones, and nobody is redirected."""
+    """An unknown path is a short 404 that lists the known ones, never a redirect."""
     body = problem(served.client.get(path), 404)
     assert body["reason"] == "no_such_route"
 
@@ -337,7 +337,7 @@ def test_target_killed_in_mid_window_is_410(served: Serving, start: Start) -> No
 
 
 def test_default_target_after_its_exit_stays_410(tmp_path: Path, start: Start) -> None:
-    """The service was told which process: after its end it answers 410 for ever, also if nobody had asked before."""
+    """After the exit of the process that --pid named, each answer is 410, also without an earlier request."""
     target = start()
     with Serving(tmp_path, "--pid", str(target.pid), "--record-interval", "0") as serving:
         target.kill()
@@ -376,7 +376,7 @@ def test_process_hidden_by_hidepid_is_403(start: Start, tmp_path: Path, hidepid:
 
 @pytest.mark.parametrize("window_ms", [100, 1000])
 def test_window_of_200_callers_takes_few_snapshots(served: Serving, window_ms: int) -> None:
-    """Callers who ask for the same window together share it: all get 200, and few snapshots are taken."""
+    """Clients that request the same window at once share it: all get 200, and few snapshots are taken."""
     before = served.get("/info")["self"]["snapshots"]
     with ExitStack() as stack:
         # Plain sockets that are connected before: a slow client would spread the questions over a second.
@@ -425,7 +425,7 @@ def test_serve_sigterm_and_sigint_exit_with_status_0(tmp_path: Path, number: int
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_open_window_at_shutdown_is_503_with_the_reason(tmp_path: Path, number: int) -> None:
-    """Who waits for a long window when the service is ended gets the reason, and the log no traceback."""
+    """A client that waits for a long window when the service ends gets the reason, and the log no traceback."""
     with Serving(tmp_path, "--record-interval", "0") as serving, connect(serving) as waiting:
         waiting.sendall(request(serving, "/metrics?window_ms=60000"))
         time.sleep(0.3)
@@ -441,7 +441,7 @@ def test_open_window_at_shutdown_is_503_with_the_reason(tmp_path: Path, number: 
 
 
 def test_serve_second_signal_exits_at_once(tmp_path: Path) -> None:
-    """Who presses Ctrl-C twice is not kept waiting for open windows."""
+    """A second Ctrl-C ends the service without a wait for open windows."""
     with Serving(tmp_path, "--record-interval", "0") as serving, connect(serving) as waiting:
         waiting.sendall(request(serving, "/metrics?window_ms=60000"))
         time.sleep(0.3)

@@ -54,7 +54,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(chromium: Browser) -> Iterator[Browser]:
-    """The browser, in the light and wide; afterwards it has complained of nothing and asked nobody else."""
+    """Yield the browser, wide and light; check that it reported no error and contacted no other server."""
     chromium.resize(1280, 900)
     chromium.emulate()
     chromium.complaints.clear()

@@ -124,7 +124,9 @@ def test_head_of_a_route_has_the_status_and_headers_of_get(guarded: Guarded, rou
     assert (asked.status, asked.body, expected.status) == (200, b"", 200)
     assert fields(asked) == fields(expected)
     length = asked.header("content-length")
-    assert length in (None, expected.header("content-length")) or route == "/info"  # which tells what it costs by now
+    assert (
+        length in (None, expected.header("content-length")) or route == "/info"
+    )  # it has the present cost of the sidecar
 
 
 @pytest.mark.parametrize("route", ROUTES)

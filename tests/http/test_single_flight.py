@@ -28,7 +28,7 @@ class Work:
 
 
 def test_single_flight_makes_one_answer_at_a_time_and_refuses_beyond_16() -> None:
-    """Seventeen different ones are made one after the other; who comes beyond those is told to come again."""
+    """Seventeen different ones are made one after the other; a further request is refused."""
 
     async def crowd() -> None:
         turns, work = SingleFlight(16), Work()
@@ -46,7 +46,7 @@ def test_single_flight_makes_one_answer_at_a_time_and_refuses_beyond_16() -> Non
 
 
 def test_single_flight_with_the_same_key_is_made_once_for_a_thousand() -> None:
-    """It is made once, and all have the very same bytes; who asks afterwards has a new one."""
+    """It is made once, and all get the same bytes; a later request gets a new one."""
 
     async def crowd() -> None:
         turns, work = SingleFlight(1), Work()
@@ -128,7 +128,7 @@ def test_single_flight_call_without_a_waiting_client_is_not_started() -> None:
 
 
 def test_single_flight_without_a_key_shares_nothing() -> None:
-    """Two who ask without a key have one each."""
+    """Two requests without a key get one each."""
 
     async def two() -> None:
         turns, work = SingleFlight(), Work()
@@ -140,7 +140,7 @@ def test_single_flight_without_a_key_shares_nothing() -> None:
 
 
 def test_single_flight_client_that_disconnects_leaves_the_call_to_others(recwarn: pytest.WarningsRecorder) -> None:
-    """One of two who share leaves; the other has the answer. A failure reaches both, and leaves the turn free."""
+    """If one of two clients of an answer disconnects, the other gets it. Both get an error, and the turn ends."""
 
     async def leaving() -> None:
         turns, work = SingleFlight(), Work()
