@@ -282,7 +282,7 @@ def test_process_list_has_all_user_ids_of_this_process() -> None:
 def as_other_user(code: str) -> str:
     """Run Python as another user, and return what it prints."""
     head = "import os, socket; os.setgroups([]); os.setresgid(65501, 65501, 65501); os.setresuid(65501, 65501, 65501)\n"
-    # Modules are imported before the user changes, who may not be able to read them.
+    # The other user may not be able to read the modules, so they are imported before the change.
     command = [sys.executable, "-c", f"import encodings.idna, http.client\n{head}{code}"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 

@@ -332,7 +332,7 @@ def test_host_with_an_unknown_executable_starts_or_gets_the_reason(
 def _base_python() -> str:
     base = str(getattr(sys, "_base_executable", sys.executable))
     if sys.prefix == sys.base_prefix or not os.path.exists(base):
-        pytest.skip("needs a virtual environment, whose interpreter has no vitalsd by itself")
+        pytest.skip("needs a virtual environment with a base interpreter that has no vitalsd")
     return base
 
 
@@ -622,7 +622,7 @@ def test_service_account_with_an_unusual_home_finds_its_sidecars(short_path: Pat
 
 @root_only
 def test_home_below_a_read_only_mount_is_served_over_tcp(short_path: Path) -> None:
-    """Of root as well, whom no mode keeps out."""
+    """The sidecar of root too, which no mode of a file restricts."""
     home = short_path / "home"
     home.mkdir(0o700)
     mount = f'mount -t tmpfs -o ro none {home} && exec {sys.executable} "$@"'

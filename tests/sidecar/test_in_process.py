@@ -96,7 +96,7 @@ def test_stop_leaves_no_file_socket_or_thread(short_path: Path) -> None:
 
 
 def test_start_twice_returns_the_running_sidecar() -> None:
-    """Whoever comes second, from any thread, gets the one that runs; after stop there is a new one."""
+    """A second call, on any thread, returns the sidecar that runs; after `stop` there is a new one."""
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: vitalsd.start(port=0), range(16)))
     assert all(each is found[0] for each in found)
@@ -316,7 +316,7 @@ def test_threads_without_a_kernel_name_have_their_python_name(sidecar: vitalsd.S
 
 
 def test_threads_with_a_kernel_name_keep_it(sidecar: vitalsd.Sidecar) -> None:
-    """A name that somebody gave to the kernel wins over Python's."""
+    """A name that the program gave to the kernel has precedence over Python's."""
     if sys.platform != "linux":
         pytest.skip("sets the name through /proc")
     done, named = threading.Event(), threading.Event()
@@ -390,7 +390,7 @@ def test_forked_child_closes_its_copy_and_the_parent_continues(short_path: Path)
 
 
 def test_fork_waits_for_a_write_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What SQLite has locked at that moment would stay locked in the child, for whoever uses it there."""
+    """A lock that SQLite holds at the fork would stay locked in the child."""
     writing = threading.Event()
 
     def slow(*_: object) -> None:

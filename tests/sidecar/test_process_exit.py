@@ -39,7 +39,7 @@ def test_watch_of_a_process_that_exits_returns(target: "subprocess.Popen[bytes]"
 
 
 def test_watch_of_a_reused_pid_returns(target: "subprocess.Popen[bytes]") -> None:
-    """The pid lives, but under another start: the one that was meant is gone, and nobody waits for the other."""
+    """The pid lives with another start time: the watched process has exited, and the watch returns."""
     asyncio.run(asyncio.wait_for(death_of(target.pid, 1, process_identities()), 1))
     asyncio.run(asyncio.wait_for(death_of(2**22 + 1, 1, process_identities()), 1))
 

@@ -155,7 +155,7 @@ def test_spawn_of_a_sidecar_that_does_not_get_ready_raises_spawn_error(
 
 @pytest.mark.parametrize("timeout_s", [nan, inf, 1e300, -5])
 def test_spawn_with_a_timeout_out_of_range_raises_value_error(timeout_s: float) -> None:
-    """What nobody can wait for is the caller's error, and nothing is run."""
+    """A timeout that is out of range is an error of the caller, and no process starts."""
     with pytest.raises(ValueError, match="timeout_s is from 0 to 3600"):
         vitalsd.spawn(command=["/nonexistent"], timeout_s=timeout_s)
 
@@ -181,7 +181,7 @@ def test_spawn_in_a_client_with_many_descriptors_works() -> None:
 
 
 def test_spawn_collects_an_ended_sidecar_that_was_dropped() -> None:
-    """A sidecar that nobody kept, and that has ended, is a zombie until the next spawn and no longer."""
+    """A dropped sidecar that has ended is a zombie at most until the next spawn."""
     pid = vitalsd.spawn(port=0).pid
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: not alive(pid))
@@ -218,7 +218,7 @@ def test_spawned_sidecar_after_a_client_crash_serves_the_history(short_path: Pat
 
 
 def test_spawned_sidecar_holds_no_pipe_of_the_client() -> None:
-    """Whoever reads the output of the client sees its end, although the sidecar lives on."""
+    """A reader of the client's output gets the end of it, although the sidecar still runs."""
     process = client("sidecar = vitalsd.spawn(port=0); print(sidecar.pid)")
     out, err = process.communicate(timeout=20)
     os.kill(int(out), signal.SIGTERM)
@@ -260,7 +260,7 @@ def test_spawned_sidecar_with_exit_with_target_ends_at_once(
 
 
 def test_spawned_sidecar_lingers_and_then_ends(target: "subprocess.Popen[bytes]", short_path: Path) -> None:
-    """After the target it answers for the time that was given, and then ends by itself: never an orphan for ever."""
+    """After the exit of the target it answers for the given time, and then ends by itself."""
     with serving(short_path, "--pid", str(target.pid), "--linger", "0.7") as (process, ready):
         target.kill()
         target.wait()
