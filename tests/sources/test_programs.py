@@ -241,7 +241,7 @@ def test_main_script_is_the_file_of_the_main_module(tmp_path: Path, monkeypatch:
 
 @contextmanager
 def running(command: Sequence[str], directory: Path) -> Iterator[str]:
-    """The program of a process as Linux or macOS shows it from outside, once it executes what it was told to."""
+    """Yield the program of another process as Linux or macOS shows it, once the process executes `command`."""
     with subprocess.Popen(command, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None

@@ -27,7 +27,7 @@ def test_process_identity_equals_that_of_the_source(simulator: Simulator) -> Non
 
 
 def test_process_identity_of_no_process_or_a_zombie_is_none(simulator: Simulator) -> None:
-    """Nobody, and a zombie, have no start; after a reuse of the pid the start is another."""
+    """An unused pid and a zombie have no start; after a reuse of the pid the start differs."""
     kernel = DarwinProcessIdentityReader(simulator.lib)
     assert kernel.start_key(2**22 + 1) is None
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

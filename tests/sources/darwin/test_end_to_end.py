@@ -29,7 +29,7 @@ Get = Callable[..., Awaitable[httpx.Response]]
 
 
 def serve(simulator: Simulator, scenario: Callable[[Get], Awaitable[None]]) -> None:
-    """Run a scenario against the service, whose target is this process and whose kernel is the simulator."""
+    """Run a scenario against the service, with this process as its target, over the simulated kernel."""
 
     async def run() -> None:
         sampler = Sampler(lambda: open_process(lib=simulator.lib), platform="macos")

@@ -85,7 +85,7 @@ def queues(monkeypatch: pytest.MonkeyPatch) -> list[Queue]:
 def test_exit_note_is_the_status_of_wait_and_closes_the_queue(
     queues: list[Queue], status: int, exit_status: ExitStatus
 ) -> None:
-    """It is asked for with the exit, told once, and the queue is given back."""
+    """The watch requests the status with the exit, returns it once, and closes its queue."""
     note = ExitWatch(4242)
     assert queues[0].registered == Event(4242, -5, 1, NOTE_EXIT | NOTE_EXITSTATUS)
     note.drop_if_fired()

@@ -126,7 +126,7 @@ class TestThreadPorts:
         threads.close()
 
     def test_thread_ports_null_or_dead_are_not_released(self, simulator: Simulator) -> None:
-        """A name of 0 or MACH_PORT_DEAD is nobody's; the others are released all the same."""
+        """A name of 0 or MACH_PORT_DEAD is no right to release; the others are released."""
         simulator.hide_real_threads()
         simulator.reap_delay(5)
         for tid in range(1, 9):
@@ -241,13 +241,13 @@ class TestErrors:
             lib.proc.thread_infos(pid, [pid], rows)
 
     def test_procargs_return_the_command_line_without_the_environment(self, simulator: Simulator) -> None:
-        """Every word of it, empty ones too, and nothing of what follows; EINVAL whoever may not be read."""
+        """It has each argument, also empty ones, and nothing after them; a process that may not be read is EINVAL."""
         words = [b"cat", b"-u", b"", b"two words", "\u00fcml\u00e4ut".encode(), b""]
         with subprocess.Popen(
             [*words, "-"], executable="/bin/cat", env={"TOKEN": "secret"}, stdin=subprocess.PIPE
         ) as child:
-            told = os.path.realpath("/bin/cat"), [*words, b"-"]
-            eventually(lambda: simulator.lib.proc.command_line(child.pid) == told)
+            command_line = os.path.realpath("/bin/cat"), [*words, b"-"]
+            eventually(lambda: simulator.lib.proc.command_line(child.pid) == command_line)
             simulator.caller_euid(os.geteuid() + 12345)
             with pytest.raises(OSError, match=r"sysctl\(KERN_PROCARGS2\)") as refused:
                 simulator.lib.proc.command_line(child.pid)

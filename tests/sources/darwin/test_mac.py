@@ -155,7 +155,7 @@ def test_thread_id_equals_the_native_id_of_python() -> None:
     ],
 )
 def test_exit_status_of_a_process_that_is_no_child_is_known(code: str, exit_status: ExitStatus) -> None:
-    """Of one that is no child: kqueue(2) tells whoever may kill it, whatever sys/event.h says."""
+    """kqueue(2) reports it to each process that may kill the target, in contrast to sys/event.h."""
     program = f"import os, sys; print(os.getpid(), flush=True); sys.stdin.readline(); {code}"
     script = ["sh", "-c", 'exec 3<&0; "$@" <&3 & wait; sleep 1', "sh", sys.executable, "-c", program]
     with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:

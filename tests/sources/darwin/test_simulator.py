@@ -314,7 +314,7 @@ class TestThreads:
         assert lawless_simulator.violations == [f"vm_deallocate of {8 * len(ports)} bytes, not {4 * len(ports)}"]
 
     def test_vm_deallocate_twice_is_a_violation(self, lawless_simulator: Simulator) -> None:
-        """By then the address may be somebody else's (§2)."""
+        """The address may have another owner after the first call (§2)."""
         ports, address = list_threads(lawless_simulator)
         release(lawless_simulator, ports, address)
         assert lawless_simulator.function("vm_deallocate")(TASK, address, 4 * len(ports)) == KERN_INVALID_ARGUMENT
@@ -482,9 +482,9 @@ class TestProcesses:
             directory.mkdir(parents=True)
             with subprocess.Popen(["/bin/cat"], cwd=directory, stdin=subprocess.PIPE) as child:
                 assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
-                told = os.fsdecode(info.pvi_cdir.vip_path)
+                cwd = os.fsdecode(info.pvi_cdir.vip_path)
                 child.kill()
-            assert told == (str(directory) if directory == fits else "/" + "/".join(directory.parts[2:]))
+            assert cwd == (str(directory) if directory == fits else "/" + "/".join(directory.parts[2:]))
 
     def test_vnodepathinfo_of_a_removed_directory_is_its_last_path(self, simulator: Simulator, tmp_path: Path) -> None:
         """Use the name in the kernel's cache, which removing the directory leaves there (§3)."""
@@ -540,7 +540,7 @@ class TestProcesses:
         assert call(ctypes.addressof(pids), 4) == 1
 
     def test_procargs2_with_a_short_buffer_returns_the_end(self, simulator: Simulator) -> None:
-        """Which is the environment; more room than arguments may take is EINVAL, as is a pid of nobody (§7)."""
+        """The end is the environment; a buffer larger than arguments can be is EINVAL, as is an unused pid (§7)."""
         call, oid = simulator.function("sysctl"), (ctypes.c_int * 3)(1, 49, 0)
 
         def ask(pid: int, room: int) -> tuple[int, bytes]:

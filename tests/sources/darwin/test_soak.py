@@ -1,4 +1,4 @@
-"""Snapshots by the hundred thousand of a process whose threads come and go, over a kernel that keeps failing."""
+"""Take 100,000 snapshots of a process with threads that start and end, over a kernel that fails again and again."""
 
 import errno
 import gc

@@ -78,7 +78,7 @@ class TestOpening:
 
     @pytest.mark.parametrize("pid", [2**30, 0, -1, 2**31, 2**32 + 1, 2**64])
     def test_open_source_of_an_unused_pid_is_no_such_process(self, simulator: Simulator, pid: int) -> None:
-        """Also one that 32 bits would turn into somebody's."""
+        """Also a pid that 32 bits would truncate to that of a process."""
         with pytest.raises(NoSuchProcessError, match=f"no process has pid {pid}"):
             open_process(pid, lib=simulator.lib)
 
@@ -194,7 +194,7 @@ class TestFailures:
         assert child.pid in source.snapshot().roster.tids
 
     def test_snapshot_with_an_empty_thread_list_reads_it_again(self, simulator: Simulator) -> None:
-        """Whoever asks is alive, so the list is made again, and such an answer is not given in the end."""
+        """A process that reads itself has a thread, so the source reads the list again; an empty list is an error."""
         simulator.hide_real_threads()
         simulator.add_thread(1 << 40)
         source = MachSource(lib=simulator.lib)
@@ -205,7 +205,7 @@ class TestFailures:
             source.snapshot()
 
     def test_mach_source_in_a_forked_child_is_refused(self, simulator: Simulator) -> None:
-        """The task port names whoever asks, so the numbers would be the child's."""
+        """The task port is that of the calling process, so the numbers would be those of the child."""
         source = MachSource(lib=simulator.lib)
         child = os.fork()
         if child == 0:
@@ -438,7 +438,7 @@ class TestIdentity:
             child.kill()
 
     def test_program_after_exec_of_another_script_differs(self, simulator: Simulator) -> None:
-        """After exec the name is the same and the script is not; one that was not told at once is asked for again."""
+        """After exec the name is the same and the script differs; after a failed call the source reads it again."""
         code = "import os, sys; sys.stdin.readline(); os.execv(sys.executable, [sys.executable, '-c', 'input()'])"
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
             assert child.stdin is not None
@@ -504,7 +504,7 @@ class TestClocks:
     def test_uptime_without_rusage_comes_from_the_wall_clock(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
-        """A sandbox may hide it. Nobody is older than the machine is up, whatever the clock says."""
+        """A sandbox may hide it. No process is older than the boot of the machine, whatever the clock says."""
         true_ns = open_own().snapshot().uptime_ns
         simulator.fault("proc_pid_rusage", errno.EPERM, every=1)
         assert true_ns <= open_own().snapshot().uptime_ns <= true_ns + 60 * 10**9
@@ -536,7 +536,7 @@ class TestClocks:
 
 class TestTicks:
     def test_cpu_time_under_rosetta_uses_native_ticks(self, simulator: Simulator) -> None:
-        """A translated process is told a timebase of 1/1 while the kernel's ticks stay: 41.67 times too low."""
+        """A translated process gets a timebase of 1/1 with native ticks, which would make times 41.67 times too low."""
         simulator.rosetta()
         translated = load(simulator.path)
         source = MachSource(lib=translated)

@@ -34,7 +34,7 @@ SOURCE = SUPPORT / "programs" / "linux_cases.c"
 STRANGER = SUPPORT / "stranger.py"
 PRIVATE_MOUNTS = ("unshare", "-m", "--propagation", "private")
 MS = 1_000_000
-NOBODY = 65534
+OTHER_UID = 65534
 
 Begin = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -475,7 +475,7 @@ def test_frozen_group_of_another_users_process_is_detected(begin: Begin) -> None
 @pytest.mark.parametrize("hidepid", [1, 2, 4])
 def test_own_process_hidden_by_proc_has_that_reason(begin: Begin, hidepid: int) -> None:
     """It is not dumpable, so it is neither missing nor another user's."""
-    target = begin("hidden", user=NOBODY, group=NOBODY, extra_groups=[])
+    target = begin("hidden", user=OTHER_UID, group=OTHER_UID, extra_groups=[])
     with closing(Snapshots(target.pid, hidepid)) as stranger:
         answer = stranger.take()
     assert answer["error"] == "AccessDeniedError"

@@ -99,7 +99,7 @@ def taken(tree: Tree, steps: list[tuple[str, int]], *, few: bool) -> Iterator[No
 def test_hot_first_accepted_reading_is_exact(
     tmp_path_factory: pytest.TempPathFactory, threads: int, steps: list[tuple[str, int]], few: bool
 ) -> None:
-    """Whoever runs, is born or exits between two readings: an accepted reading has every value right."""
+    """Whichever threads run, start or exit between two readings, each value of an accepted reading is right."""
     tree = Tree(tmp_path_factory.mktemp("task"), threads)
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
@@ -157,10 +157,10 @@ def test_hot_first_with_few_busy_threads_accepts_nearly_all_readings(tmp_path: P
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
     times = ThreadTimes(table)
 
-    def readings(count: int, who: Callable[[int], int]) -> int:
+    def readings(count: int, index: Callable[[int], int]) -> int:
         before = times.proved
         for number in range(count):
-            tree.burn(1 + who(number) % 40, 1000)
+            tree.burn(1 + index(number) % 40, 1000)
             if times.read_hot(tree.clock(), tree.clock) is None:
                 times.read()
                 times.set_exited_total(tree.clock(), tree.exited_ns)
@@ -199,7 +199,7 @@ def test_hot_first_finds_a_thread_that_never_ran_within_a_second(tmp_path: Path)
 def test_hot_first_listing_that_fails_leaks_no_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: int
 ) -> None:
-    """A listing that fails on its way leaves no descriptor behind, and the next reading finds who is there."""
+    """A listing that fails midway leaves no descriptor open, and the next reading finds all threads."""
     tree = Tree(tmp_path, 6)
     task_fd = os.open(tree.root, os.O_RDONLY)
     held = len(os.listdir("/proc/self/fd"))

@@ -371,7 +371,7 @@ def test_reused_tid_in_the_own_process_inherits_no_cpu_time() -> None:
     ],
 )
 def test_exit_status_is_known_whether_collected_or_not(code: str, exit_status: ExitStatus, reaped: bool) -> None:
-    """Whether its parent has collected it or not, and whoever its parent is."""
+    """It is known whether its parent has reaped it or not, and for any parent."""
     victim = subprocess.Popen(["sh", "-c", f"read _; ulimit -c 0; {code}"], stdin=subprocess.PIPE)
     with opened(victim.pid) as source:
         source.snapshot()
@@ -423,7 +423,7 @@ def test_reused_pid_is_target_gone() -> None:
 
 
 def test_pid_of_a_thread_is_refused_with_its_process(start: Start) -> None:
-    """/proc answers for the id of any thread; it is said whose it is."""
+    """/proc has a directory for the id of each thread; the error names the process of the thread."""
     target = start("--idle", "1")
     tid = next(tid for tid in target.tids.values() if tid != target.pid)
     with pytest.raises(NoSuchProcessError, match=f"no process has pid {tid}; it is a thread of process {target.pid}"):
@@ -431,7 +431,7 @@ def test_pid_of_a_thread_is_refused_with_its_process(start: Start) -> None:
 
 
 def test_zombie_is_target_gone() -> None:
-    """A process that nobody has collected yet is gone, for the old source and for a new one."""
+    """A process that its parent has not reaped is gone, for the old source and for a new one."""
     process = subprocess.Popen(["sleep", "60"])
     with opened(process.pid) as source:
         source.snapshot()
@@ -558,7 +558,7 @@ def test_pid_out_of_range_or_unused_is_no_such_process() -> None:
             LinuxSource(pid)
 
 
-# Who may read
+# Permissions
 
 
 class Stranger:
@@ -627,7 +627,7 @@ def test_target_that_hides_its_memory_is_no_exec(start: Start) -> None:
 
 @as_root
 def test_program_of_a_target_readable_later_is_known_then(start: Start) -> None:
-    """Which script it is could not be told before, as inside exec; it is still the same program."""
+    """Before, the script could not be read, as during exec; the program is still the same."""
     target = start()
     target.ask("uid 65534")
     target.ask("dumpable 0")
@@ -642,7 +642,7 @@ def test_program_of_a_target_readable_later_is_known_then(start: Start) -> None:
 
 @as_root
 def test_another_users_process_is_readable(start: Start) -> None:
-    """Without hidepid anybody may read CPU and memory; what an older kernel forbids is null and said."""
+    """Without hidepid each user may read CPU and memory; what an older kernel forbids is null with a warning."""
     target = start("--idle", "2", "--spin-first", "20")
     with closing(Stranger(0, target.pid)) as stranger:
         answer = stranger.snapshot()
