@@ -124,7 +124,7 @@ def asked(
 
 
 def shorten(path: str, query: Any) -> None:
-    """Nobody waits for the windows here."""
+    """Shorten the window in a query, because the test does not need its length."""
     name = {"/metrics": "window_ms", "/report.zip": "window_ms", "/stream": "interval_ms"}.get(path)
     if name is not None and isinstance(query, dict):
         with suppress(ValueError, TypeError):
@@ -296,7 +296,7 @@ def test_bytes_that_are_no_request_are_refused_or_closed(served: Serving, size: 
 
 
 def exchanged(url: str, contents: list[bytes], dice: random.Random) -> list[bytes]:
-    """What comes back to each, sent on a connection of its own; whoever gets nothing for a while hangs up."""
+    """Send each on a connection of its own, and return the answers; close a connection that stays silent."""
     received = [b""] * len(contents)
     with ExitStack() as stack:
         connections = [stack.enter_context(dial(url)) for _ in contents]

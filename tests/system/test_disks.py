@@ -1,8 +1,8 @@
 """
-A disk that does not answer: what is asked of it waits in the kernel, and everything else goes on.
+A disk that does not answer: a call that needs it waits in the kernel, and everything else continues.
 
-By leases of fcntl(2), which hold up whoever opens a file, for 45 s at the most; and by a frozen file system, which
-holds up whoever writes to it, for root on a machine with loop devices.
+The tests use leases of fcntl(2), which block each open of a file, for at most 45 s, and, as root on a machine with
+loop devices, a frozen file system, which blocks each write to it.
 """
 
 import fcntl
@@ -37,10 +37,12 @@ READ = "the directory of runs: a read has not returned for %d s"
 
 @contextmanager
 def leased(path: Path) -> Iterator[None]:
-    """Whoever else opens the file waits until the end of it."""
+    """Make each other open of the file wait until the end of the context."""
     with path.open("r+b") as file:
         if sys.platform == "linux":
-            fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # who waits is told of by a signal; this does nothing
+            fcntl.fcntl(
+                file, fcntl.F_SETSIG, signal.SIGURG
+            )  # the kernel signals each waiting open; this signal does nothing
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         yield
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -219,7 +221,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @contextmanager
 def frozen(mounted: Path) -> Iterator[None]:
-    """Whoever writes there waits until the end of it, and that comes in any case."""
+    """Make each write there wait until the end of the context, which a timer guarantees."""
     subprocess.run(["fsfreeze", "-f", mounted], check=True)
     thaw = ["fsfreeze", "-u", str(mounted)]
     guard = threading.Timer(60, subprocess.run, (thaw,))

@@ -119,8 +119,8 @@ def test_threads_in_process_are_those_on_the_embedding_page(env: dict[str, str],
         "print(threading.active_count())\n"
     ).replace("PARENT", str(os.getpid()))
     names, left = run([sys.executable, "-c", code], env, short_path).splitlines()
-    told = set(re.findall(r"`(vitalsd(?:-[a-z]+)?)`", TEXT)) | {f"vitalsd-{os.getpid()}"}
-    assert set(names.split()) <= told
+    documented = set(re.findall(r"`(vitalsd(?:-[a-z]+)?)`", TEXT)) | {f"vitalsd-{os.getpid()}"}
+    assert set(names.split()) <= documented
     assert {"vitalsd", "vitalsd-sampler"} <= set(names.split())
     assert left == "1"
 

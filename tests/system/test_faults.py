@@ -48,7 +48,7 @@ def asked(where: str, path: str) -> tuple[int, Any]:
 
 
 class Blocked:
-    """A file that has become a pipe nobody writes to: whoever opens it waits in the kernel, until it is `freed`."""
+    """A file replaced by a pipe without a writer: each open of it waits in the kernel, until it is `freed`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +60,7 @@ class Blocked:
     def freed(self) -> None:
         whole = self._path.with_suffix(".whole")
         whole.write_bytes(self._content)
-        with self._path.open("wb") as pipe:  # opens as soon as somebody reads
+        with self._path.open("wb") as pipe:  # opens as soon as it has a reader
             whole.replace(self._path)
             pipe.write(self._content)
 
@@ -110,10 +110,10 @@ def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, h
             )
         for _ in range(3):
             assert get(served.url, "/metrics?pid=4343&window_ms=10").status == 200
-        told = [read_reply(connection) for connection in waiting]
+        replies = [read_reply(connection) for connection in waiting]
     assert hang_timeout_s * 0.9 < time.monotonic() - begun < hang_timeout_s + 10
-    assert {reply.status for reply in told} == {503}
-    assert {reply.body for reply in told} == {
+    assert {reply.status for reply in replies} == {503}
+    assert {reply.body for reply in replies} == {
         b'{"platform":"linux","available":false,"reason":"process 4242: a read has not returned for %d s"}'
         % hang_timeout_s
     }
@@ -282,7 +282,7 @@ def test_target_of_10000_threads_is_answered_completely(native: Path, short_path
 def test_target_with_1000_births_a_second_balances_and_leaks_nothing(
     short_path: Path, start: Callable[..., Target], seconds: int
 ) -> None:
-    """Whoever comes and goes costs no answer and no descriptor, and the books balance: none of the CPU time is lost."""
+    """Threads that start and end cost no answer and no descriptor, and the CPU accounting balances."""
     target = start()
     with serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as (process, ready):
         where = ready["socket"]
@@ -329,7 +329,7 @@ def test_pid_reused_in_mid_window_never_mixes_two_processes(short_path: Path, ro
 
 
 def reuse_pids(rounds: int) -> Counter[str]:
-    """In a pid namespace of its own, where nobody else takes the number: what came of so many reuses."""
+    """Reuse a pid so often in a pid namespace of its own, where no other process takes it; count the outcomes."""
     counts: Counter[str] = Counter()
 
     def born(name: bytes) -> int:

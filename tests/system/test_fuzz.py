@@ -1,5 +1,5 @@
 """
-Parsers over content that somebody else wrote, mutated at random: read, or refused by the error meant for it.
+Parsers over untrusted content, mutated at random: each reads it, or refuses it with its own error.
 
 A hundredth of it each time; ``make torture`` has a million.
 """

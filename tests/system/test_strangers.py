@@ -87,7 +87,7 @@ def test_another_user_over_tcp_without_the_token_gets_401(sidecar: tuple[Path, d
 
 
 def test_another_user_cannot_open_the_unix_socket(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """Its directory lets nobody in, and neither does its own mode."""
+    """Both its directory and its own mode refuse other users."""
     path, ready = sidecar
     assert tries(dial=ready["socket"], send="") == "PermissionError"
     (path / "run").chmod(0o755)
@@ -95,7 +95,7 @@ def test_another_user_cannot_open_the_unix_socket(sidecar: tuple[Path, dict[str,
 
 
 def test_another_user_over_an_opened_unix_socket_gets_403(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """Somebody did chmod 666: the kernel tells who connects, and they are shown the door. We are not."""
+    """After a chmod 666 the kernel still names the user of a connection: another user is refused, the owner is not."""
     path, ready = sidecar
     (path / "run").chmod(0o755)
     os.chmod(ready["socket"], 0o666)
@@ -103,13 +103,13 @@ def test_another_user_over_an_opened_unix_socket_gets_403(sidecar: tuple[Path, d
         answer = tries(dial=ready["socket"], send=INFO.format("localhost", ""))
         assert answer in ("ConnectionResetError", "BrokenPipeError") or answer.startswith("HTTP/1.1 403 ")
         assert '"pid"' not in answer
-    # One who says nothing gets to hear why.
+    # A client that sends nothing gets the reason.
     assert "another_user" in tries(dial=ready["socket"], send="")
     assert get(ready["socket"], "/info").status == 200
 
 
 def test_another_user_cannot_read_the_token(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """Neither the directory nor the runtime file lets anybody else read, under whatever umask they were made."""
+    """Neither the directory nor the runtime file is readable by other users, under any umask."""
     path, ready = sidecar
     assert tries(list=str(path / "run")) == "PermissionError"
     assert tries(read=ready["runtime_file"]) == "PermissionError"
