@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what is public, what a client loads, what make offers."""
+"""The rules of the project: allowed imports, public names, what a client loads, the targets of make."""
 
 import ast
 import importlib
@@ -185,7 +185,7 @@ def test_imports_have_no_cycle() -> None:
 
 
 def test_reliability_page_names_existing_tests() -> None:
-    """docs/reliability.md claims nothing whose test has been renamed or removed."""
+    """Each test that docs/reliability.md names exists."""
     named = re.findall(
         r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     )

@@ -1,4 +1,4 @@
-"""The thread for calls that may block: what one of them raises is told, and costs nobody else anything."""
+"""The thread for calls that may block: an exception of one is reported, and affects no other call."""
 
 import threading
 import time

@@ -174,7 +174,7 @@ def test_serve_loads_no_pydantic_plugin(short_path: Path) -> None:
 
 
 def test_serve_defers_unused_openapi_models() -> None:
-    """FastAPI's models of OpenAPI wait for whoever uses them, who finds them as ever; models made later do not wait."""
+    """FastAPI's models of OpenAPI are built at their first use, and work as usual; later models are built at once."""
     document = """
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -287,7 +287,7 @@ def test_serve_of_an_unused_pid_exits_with_1() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has no procfs")
 def test_serve_name_without_procfs_exits_at_once(tmp_path: Path) -> None:
-    """What is no procfs has nobody to wait for."""
+    """In a directory that is no procfs no process can start, so the command does not wait."""
     out = vitalsd("serve", "--port", "0", "--name", "x", "--proc-root", str(tmp_path))
     assert (out.returncode, out.stdout) == (1, "")
     assert out.stderr == f"vitalsd: {tmp_path} is not a procfs; mount it or name another with --proc-root\n"

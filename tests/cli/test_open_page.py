@@ -55,4 +55,4 @@ def test_open_with_a_token_passes_it_in_a_private_file(short_path: Path) -> None
         with serving(short_path, "--auth", "token"):
             pass
         assert file.exists(), "another sidecar's end is no reason"
-    assert not file.exists(), "nobody needs a token that opens nothing"
+    assert not file.exists(), "a token without a sidecar is of no use"

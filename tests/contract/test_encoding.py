@@ -158,13 +158,13 @@ def test_error_bar_contains_the_rounded_figure(elapsed_ns: int, cpu_ns: int, ske
     last = with_extras(snapshot(SECOND + elapsed_ns, [(1, 1, cpu_ns)]))
     measurement = measure(first, last)
     body = json.loads(encode(measurement, IDENTITY, requested_ms=1000, detail="full"))
-    for told, error_ns in (
+    for stated, error_ns in (
         (body["process"], measurement.cpu_error_ns),
         (body["threads"][0], measurement.thread_error_ns(0)),
     ):
         counted, bar = 100 * cpu_ns / elapsed_ns, 100 * error_ns / elapsed_ns
-        assert abs(told["cpu_percent"] - counted) + bar <= told["cpu_percent_error"] + 1e-9
-        assert told["cpu_percent_error"] <= bar + 0.002
+        assert abs(stated["cpu_percent"] - counted) + bar <= stated["cpu_percent_error"] + 1e-9
+        assert stated["cpu_percent_error"] <= bar + 0.002
 
 
 def test_basic_answer_of_a_known_window_has_the_expected_figures() -> None:
@@ -309,7 +309,7 @@ def test_answer_beyond_20000_threads_or_8_mib_is_truncated(detail: Detail, name:
 
 
 def test_basic_answer_within_its_size_has_four_keys() -> None:
-    """Whoever asks for a limit knows; and readers that know four keys get four."""
+    """A client that sets a limit knows that threads are missing, so a reader of four keys gets four."""
     m = of_many_threads(ANSWER_THREADS, "x")
     for limit in (None, 1, 0):
         assert list(read(m, limit=limit)) == list(BASIC)

@@ -217,7 +217,7 @@ def test_runtime_file_with_a_field_of_another_type_is_refused(directory: Path) -
 
 
 def test_runtime_file_that_is_a_link_fifo_or_public_is_refused(directory: Path) -> None:
-    """A runtime file must be a regular file that nobody else can read; a FIFO does not hold us up."""
+    """A runtime file must be a regular file that no other user can read; a FIFO does not block the reader."""
     path = ep.publish(an_endpoint(), directory)
     (directory / "sidecar-2.json").symlink_to(path)
     os.mkfifo(directory / "sidecar-3.json", 0o600)
@@ -414,7 +414,7 @@ def listening(directory: Path) -> Iterator[tuple[Path, socket.socket]]:
 
 
 def test_sweep_removes_stale_sockets_only(listening: tuple[Path, socket.socket], directory: Path) -> None:
-    """A socket file goes only when nobody accepts there, and its lock file goes with it."""
+    """A socket file is removed, with its lock file, only if no process accepts connections on it."""
     path, listener = listening
     assert ep.sweep(directory) == []
     listener.close()

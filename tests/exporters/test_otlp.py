@@ -271,7 +271,7 @@ def test_otlp_collector_down_is_logged_once_and_retried(tmp_path: Path) -> None:
 
 
 def test_otlp_collector_hung_delays_neither_answers_nor_exit(tmp_path: Path) -> None:
-    """One that accepts and never answers costs nobody else their answer, nor SIGTERM its promptness."""
+    """One that accepts and never answers delays neither the answers to other clients nor the end by SIGTERM."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with Service(tmp_path, "--otlp", url, "--otlp-interval", "30") as service:

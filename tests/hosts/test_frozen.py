@@ -195,7 +195,7 @@ def test_every_route_answers_after_the_client_was_killed(application: Path, home
         with httpx.Client(base_url=said["url"], trust_env=False, timeout=30) as http:
             assert http.get("/metrics?window_ms=50").status_code == 200
             os.kill(said["pid"], signal.SIGKILL)
-            process.wait(30)  # of one file: its launcher, which has removed the folder by now
+            process.wait(30)  # if it is one file, this is its launcher, which removes the folder before it ends
             if "_MEI" in said["unpacked"]:
                 assert not os.path.exists(said["unpacked"])
             answers = dict(every_route(http))

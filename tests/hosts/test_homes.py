@@ -120,7 +120,7 @@ def offset_of(clock: str) -> str:
 
 
 def under(library: Path, directory: Path, clock: str) -> dict[str, str]:
-    """Return the environment of a program whose clock is at `clock`, until another offset is in the file ``clock``."""
+    """Return the environment of a program with its clock at `clock`, until another offset is in the file ``clock``."""
     offset = directory / "clock"
     offset.write_text(offset_of(clock))
     return environment(directory) | {"LD_PRELOAD": str(library), "WALL_CLOCK_OFFSET": str(offset), "TZ": "UTC"}

@@ -348,7 +348,7 @@ def test_top_without_its_sidecar_continues_and_reconnects(tmp_path: Path, start:
 
 @pytest.mark.torture
 def test_top_with_slow_samples_shows_every_mark(tmp_path: Path, start: Start) -> None:
-    """One that is made right after a sample is told with the next one, however long that takes."""
+    """A mark set right after a sample appears with the next one, however long that takes."""
     target = start("--idle", "1")
     with serving(tmp_path, "--pid", str(target.pid), "--record-interval", "0.2") as (_, ready):
         command = [*VITALSD, "top", "--interval", "12", "--count", "2", "--url", ready["url"]]
@@ -362,7 +362,7 @@ def test_top_with_slow_samples_shows_every_mark(tmp_path: Path, start: Start) ->
 
 
 def test_top_with_url_reconnects_to_the_same_address_only(tmp_path: Path, start: Start) -> None:
-    """Of --url nobody else is asked: it is lost, said so, and found again on the same address."""
+    """With --url no other sidecar is asked: the view shows the loss, and reconnects to the same address."""
     target = start("--burn", "30")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -455,9 +455,9 @@ def test_top_of_an_exited_target_into_a_pipe_prints_no_sample(short_path: Path, 
         eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["snapshots"] > 4)
         target.kill()
         eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["ended"])
-        for whom in ((), ("--url", ready["url"])):
+        for options in ((), ("--url", ready["url"])):
             out = subprocess.run(
-                [*VITALSD, "top", *whom, "--count", "1"],
+                [*VITALSD, "top", *options, "--count", "1"],
                 capture_output=True,
                 text=True,
                 timeout=30,
@@ -484,7 +484,7 @@ def test_top_after_an_exec_shows_the_new_name(short_path: Path, recorded: bool) 
 
 
 def test_top_with_name_follows_a_restart(tmp_path: Path, start: Start) -> None:
-    """After a restart of the program the view is of the new process, whose counters start anew."""
+    """After a restart of the program the view shows the new process, with new counters."""
     name = f"vtop{os.getpid()}"
     first = start()
     first.ask(f"name {name.encode().hex()}")
