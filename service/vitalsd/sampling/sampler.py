@@ -141,7 +141,7 @@ class Sampler:
         await self.identity()
         return await self._snapshot(time.monotonic_ns() - SNAPSHOT_REUSE_NS, extras=True)
 
-    async def confirm(self) -> None:
+    async def check_alive(self) -> None:
         """Read the target as it is now, not a few milliseconds ago. Raise `SourceError`, as when it has exited."""
         await self.identity()
         await self._snapshot(time.monotonic_ns(), False)

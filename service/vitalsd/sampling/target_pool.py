@@ -58,7 +58,7 @@ class PooledTarget(Protocol):
         """Return the counters, with extras, of now or of a few milliseconds ago. Raise `SourceError`."""
         ...
 
-    async def confirm(self) -> None:
+    async def check_alive(self) -> None:
         """Return if the target can be read now. Raise `SourceError`, as when it has exited."""
         ...
 
@@ -214,7 +214,7 @@ class Targets:
         with suppress(SourceError):
             await self.default.identity()
 
-    def retarget(self, target: PooledTarget) -> None:
+    def set_default(self, target: PooledTarget) -> None:
         """Measure `target` by default from now on; the one before is closed."""
         closing = asyncio.ensure_future(self.default.close())
         self.default = target
@@ -233,7 +233,7 @@ class Targets:
         if pooled is None or pooled.sampler.pid is None:
             return
         try:
-            await pooled.sampler.confirm()
+            await pooled.sampler.check_alive()
         except TargetGoneError:
             if self._pooled.get(pid) is pooled and pooled.users:
                 del self._pooled[pid]  # its last user closes it

@@ -41,7 +41,7 @@ def end_with(
         with suppress(
             SourceError
         ):  # TargetGoneError, which the recorder notes: a client that starts again requests it now
-            await targets.default.confirm()
+            await targets.default.check_alive()
         await asyncio.sleep(linger_s)
         sidecar.stop()
 
@@ -77,7 +77,7 @@ def follow(
             except (SourceError, NoThreadError):
                 await asyncio.sleep(SEARCH_S)
                 continue
-            sidecar.retarget(ProcessRun(found.pid, found.start_key))
+            sidecar.set_target(ProcessRun(found.pid, found.start_key))
             dead = asyncio.create_task(death_of(found.pid, found.start_key, kernel, poll=poll))
             replaced = asyncio.create_task(_replaced(targets.default, has_successor))
             try:
@@ -86,8 +86,8 @@ def follow(
             finally:
                 dead.cancel()
                 replaced.cancel()
-            targets.retarget(await _made(next_run))
-            sidecar.retarget(None)
+            targets.set_default(await _made(next_run))
+            sidecar.set_target(None)
 
     return background_task
 

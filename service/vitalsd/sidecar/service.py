@@ -145,7 +145,7 @@ class Service:
         if self._server is not None:
             self._server.stop()
 
-    def retarget(self, target: ProcessRun | None) -> None:
+    def set_target(self, target: ProcessRun | None) -> None:
         """Publish in the runtime file that another run is watched; ``None``: no process for now."""
         self.endpoint = replace(self.endpoint, target=target)
         if self.runtime_file is not None:
