@@ -18,7 +18,7 @@ from support import as_platform
 from support.darwin.simulator import Simulator
 from support.sidecars import VITALSD, environment, eventually, listing
 from vitalsd.doctor import cpu_checks, machine_checks, process_checks
-from vitalsd.doctor.cpu_load import BurnerProcess, bounds_ns
+from vitalsd.doctor.cpu_load import CpuLoadProcess, bounds_ns
 from vitalsd.doctor.finding import Finding
 from vitalsd.doctor.soak import SEGMENTS, slope, soak
 from vitalsd.sources.base import Source
@@ -233,11 +233,11 @@ def test_soak_of_a_minute_finds_no_leak(platform: Platform) -> None:
 
 def test_cpu_load_bounds_contain_the_thread_clock() -> None:
     """The CPU clock of a thread, asked at any instant, lies between the two."""
-    with BurnerProcess((30, 100)) as burner:
+    with CpuLoadProcess((30, 100)) as load:
         instant = time.monotonic_ns()
-        first = burner.logs()
-        second = burner.logs()
-    for name in burner.tids:
+        first = load.logs()
+        second = load.logs()
+    for name in load.tids:
         low, high = bounds_ns(second[name], instant, instant)
         assert 0 <= low <= high <= second[name][-1][1]
         assert bounds_ns(first[name], instant, instant)[0] == low

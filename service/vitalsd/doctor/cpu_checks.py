@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
-from vitalsd.doctor.cpu_load import Burner, BurnerProcess, BurnerThreads, Log, bounds_ns
+from vitalsd.doctor.cpu_load import CpuLoad, CpuLoadProcess, CpuLoadThreads, Log, bounds_ns
 from vitalsd.doctor.finding import BUG, Finding, between, make_finding, not_here
 from vitalsd.snapshot import Measurement, Snapshot, measure
 from vitalsd.sources.base import Source
@@ -41,7 +41,7 @@ class _Reading:
 
 def own_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Finding]:
     """Compare the threads of this process with their own clocks, and its total with getrusage."""
-    with BurnerThreads(DUTIES) as burner, closing(platform.open_source(None)) as source:
+    with CpuLoadThreads(DUTIES) as load, closing(platform.open_source(None)) as source:
         _read(source)  # the first snapshot opens files that stay open for the others
         low = _usage_ns()
         first = _read(source)
@@ -50,24 +50,24 @@ def own_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Find
         spent = (_usage_ns() - high, 0)
         last = _read(source)
         spent = (spent[0], _usage_ns() - low)
-        logs = burner.logs()
+        logs = load.logs()
     measured = measure(first.snapshot, last.snapshot)
-    yield from _threads("own", "in process", burner, logs, first, last)
+    yield from _threads("own", "in process", load, logs, first, last)
     yield _total("own", "process total, by getrusage", measured, spent)
     yield _ticks("own", "scale of ticks", measured, spent)
 
 
 def another_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Finding]:
     """Compare the threads of another process with their own clocks, and its total with the sum of these clocks."""
-    with BurnerProcess(DUTIES) as burner, closing(platform.open_source(burner.pid)) as source:
-        burner.note()
+    with CpuLoadProcess(DUTIES) as load, closing(platform.open_source(load.pid)) as source:
+        load.note()
         _read(source)
         first = _read(source)
         time.sleep(window_s)
         last = _read(source)
-        logs = burner.logs()
+        logs = load.logs()
     measured = measure(first.snapshot, last.snapshot)
-    yield from _threads("other", "another process", burner, logs, first, last)
+    yield from _threads("other", "another process", load, logs, first, last)
     spans = [_spent(log, first, last) for log in logs.values()]
     spent = sum(low for low, _ in spans), sum(high for _, high in spans)
     yield _total("other", "process total, by all its threads' clocks", measured, spent)
@@ -96,7 +96,7 @@ def _spent(log: Log, first: _Reading, last: _Reading) -> tuple[int, int]:
 
 
 def _threads(
-    place: str, where: str, burner: Burner, logs: Mapping[str, Log], first: _Reading, last: _Reading
+    place: str, where: str, load: CpuLoad, logs: Mapping[str, Log], first: _Reading, last: _Reading
 ) -> Iterator[Finding]:
     measured = measure(first.snapshot, last.snapshot)
     percent = 100 / measured.elapsed_ns
@@ -105,7 +105,7 @@ def _threads(
         check, what = f"cpu.{place}.{duty}", f"thread at {duty} %, {where}"
         low, high = (ns * percent for ns in _spent(logs[name], first, last))
         try:
-            index = measured.last.roster.tids.index(burner.tids[name])
+            index = measured.last.roster.tids.index(load.tids[name])
         except ValueError:
             yield make_finding(check, what, between(low, high, "%"), "the thread is not listed", False, BUG)
             continue

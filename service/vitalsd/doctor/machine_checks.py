@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from vitalsd.discovery.directories import EndpointError, runtime_directory, state_directory
-from vitalsd.doctor.cpu_load import BurnerProcess
+from vitalsd.doctor.cpu_load import CpuLoadProcess
 from vitalsd.doctor.finding import Finding, make_finding
 from vitalsd.sources.base import SourceError
 from vitalsd.sources.platform import Platform
@@ -41,7 +41,7 @@ def source(platform: Platform) -> Iterator[Finding]:
 def permission(platform: Platform) -> Iterator[Finding]:
     """Check that another process of this user may be read, and count the processes."""
     try:
-        with BurnerProcess(()) as other:
+        with CpuLoadProcess(()) as other:
             with closing(platform.open_source(other.pid)) as opened:
                 counted_by = opened.snapshot().source
             listed = list(platform.list_processes())

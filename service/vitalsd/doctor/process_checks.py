@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import NamedTuple
 
-from vitalsd.doctor.cpu_load import BurnerProcess, allocate_touched, name_this_thread
+from vitalsd.doctor.cpu_load import CpuLoadProcess, allocate_touched, name_this_thread
 from vitalsd.doctor.finding import BUG, Finding, between, make_finding, not_here
 from vitalsd.snapshot import Measurement, Snapshot, measure
 from vitalsd.sources.base import Source
@@ -42,7 +42,7 @@ def memory(platform: Platform) -> Iterator[Finding]:
         with_it = source.snapshot().rss_bytes
         block.close()
         yield _memory("rss.own", "resident memory, in process", before, with_it, source.snapshot().rss_bytes)
-    with BurnerProcess(()) as other, closing(platform.open_source(other.pid)) as source:
+    with CpuLoadProcess(()) as other, closing(platform.open_source(other.pid)) as source:
         before = source.snapshot().rss_bytes
         other.hold(ALLOCATED_BYTES)
         with_it = source.snapshot().rss_bytes
@@ -64,7 +64,7 @@ def _memory(check: str, what: str, before: int, with_it: int, after: int) -> Fin
 
 def age(platform: Platform) -> Iterator[Finding]:
     """Compare the age of a process that was just started, and its growth, with the monotonic clock."""
-    with BurnerProcess(()) as other, closing(platform.open_source(other.pid)) as source:
+    with CpuLoadProcess(()) as other, closing(platform.open_source(other.pid)) as source:
         first = source.snapshot()
         time.sleep(0.2)
         last = source.snapshot()
@@ -249,7 +249,7 @@ def check_leaks(platform: Platform, timeout_s: float = THREAD_EXIT_TIMEOUT_S) ->
     """
     before = held_resources(platform)
     with (
-        BurnerProcess(()) as other,
+        CpuLoadProcess(()) as other,
         closing(platform.open_source(None)) as own,
         closing(platform.open_source(other.pid)) as foreign,
     ):

@@ -15,7 +15,7 @@ import httpx
 
 from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.runtime_file import discover
-from vitalsd.doctor.cpu_load import BurnerProcess
+from vitalsd.doctor.cpu_load import CpuLoadProcess
 from vitalsd.doctor.finding import BUG, Finding, make_finding, not_here
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import UnreadableRunError, read_run
@@ -61,29 +61,29 @@ def sidecar(platform: Platform, places: tuple[Path, Path] | None) -> Iterator[Fi
     run, state = places
     present = frozenset(os.listdir(run))
     env = {**os.environ, "VITALSD_RUNTIME_DIR": str(run), "VITALSD_STATE_DIR": str(state)}
-    with BurnerProcess((0, 30)) as burner:
+    with CpuLoadProcess((0, 30)) as load:
 
         def start() -> Spawned:
             options = ("--exit-with-target", "--port", "0")
-            return spawn(burner.pid, options=options, command=platform.command, env=env, timeout_s=START_S)
+            return spawn(load.pid, options=options, command=platform.command, env=env, timeout_s=START_S)
 
         begun = time.monotonic()
         try:
             service = start()
         except SpawnError as error:
-            yield make_finding("service.start", "sidecar starts", "it answers", str(error), False, _by_hand(burner.pid))
+            yield make_finding("service.start", "sidecar starts", "it answers", str(error), False, _by_hand(load.pid))
             return
         with service:
             took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
             yield make_finding("service.start", "sidecar starts", "it answers", took, True, "")
-            yield from _asked(service, burner)
-            yield _found(platform, service, burner, run)
+            yield from _asked(service, load)
+            yield _found(platform, service, load, run)
             yield _modes(service)
             yield from _cost(platform, service)
-            yield _trailing(service, burner)
+            yield _trailing(service, load)
             os.kill(service.pid, signal.SIGKILL)
             service.stop()
-        yield _black_box(state / "runs", burner)
+        yield _black_box(state / "runs", load)
         with start() as service:
             yield _end(service, run, present)
 
@@ -99,7 +99,7 @@ def _get(service: Spawned, path: str, *, uds: bool = False) -> httpx.Response:
         return client.get((("http://vitalsd" if uds else service.url) or "") + path)
 
 
-def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
+def _asked(service: Spawned, load: CpuLoadProcess) -> Iterator[Finding]:
     for check, what, uds in (("http.tcp", "GET /metrics over TCP", False), ("http.unix", "the same by socket", True)):
         if uds and service.socket is None:
             yield make_finding(check, what, "a Unix socket", "there is none", False, "see the directories above")
@@ -117,16 +117,16 @@ def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
         took_ms = (time.monotonic() - begun) * 1000
         if isinstance(answered, Measured):
             tids = {thread.tid for thread in answered.threads}
-            good = set(burner.tids.values()) <= tids and answered.sample_window_ms >= SHARED_MS
+            good = set(load.tids.values()) <= tids and answered.sample_window_ms >= SHARED_MS
             measured = f"{len(answered.threads)} threads over {answered.sample_window_ms} ms, after {took_ms:.0f} ms"
         else:
             good, measured = False, answered.reason
-        expected = f"its {len(burner.tids) + 1} threads, over {SHARED_MS} ms or more"
+        expected = f"its {len(load.tids) + 1} threads, over {SHARED_MS} ms or more"
         yield make_finding(check, what, expected, measured, good, BUG)
 
 
-def _found(platform: Platform, service: Spawned, burner: BurnerProcess, run: Path) -> Finding:
-    found = discover(burner.pid, directories=[run], kernel=platform.process_identities())
+def _found(platform: Platform, service: Spawned, load: CpuLoadProcess, run: Path) -> Finding:
+    found = discover(load.pid, directories=[run], kernel=platform.process_identities())
     first = found[0] if found else None
     good = first is not None and first.pid == service.pid and first.url == service.url
     return make_finding(
@@ -134,7 +134,7 @@ def _found(platform: Platform, service: Spawned, burner: BurnerProcess, run: Pat
         "found by its runtime file",
         f"sidecar {service.pid} at {service.url}",
         f"sidecar {first.pid} at {first.url}" if first else "no sidecar",
-        good and first is not None and first.target is not None and first.target.pid == burner.pid,
+        good and first is not None and first.target is not None and first.target.pid == load.pid,
         f"`vitalsd endpoints` lists what is found; {BUG}",
     )
 
@@ -210,7 +210,7 @@ def _wakeups(platform: Platform, snapshot: Snapshot, pid: int) -> int | None:
     return number
 
 
-def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
+def _trailing(service: Spawned, load: CpuLoadProcess) -> Finding:
     """
     Check that the record answers for the second that just ended. The quickest of three answers counts.
 
@@ -222,7 +222,7 @@ def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
         answer: dict[str, Any] = _get(service, "/metrics?mode=trailing&window_ms=1000&detail=full").json()
         took_ms = min(took_ms, (time.monotonic() - begun) * 1000)
     window = answer.get("window", {"mode": answer.get("reason"), "measured_ms": 0})
-    tid = burner.tids["burn-30"]
+    tid = load.tids["burn-30"]
     busy = next((each["cpu_percent"] for each in answer.get("threads", []) if each["tid"] == tid), 0.0)
     return make_finding(
         "trailing",
@@ -234,10 +234,10 @@ def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
     )
 
 
-def _black_box(path: Path, burner: BurnerProcess) -> Finding:
+def _black_box(path: Path, load: CpuLoadProcess) -> Finding:
     """Judge the black box of a sidecar that SIGKILL has ended, which could not close it."""
     try:
-        run = next((run for run in RunDirectory(path).runs() if run.identity.pid == burner.pid), None)
+        run = next((run for run in RunDirectory(path).runs() if run.identity.pid == load.pid), None)
         kept = len(read_run(run.path)[1]) if run else 0
         measured = f"{run.state}, {kept} snapshots" if run else "no run on disk"
     except (UnreadableRunError, OSError) as error:

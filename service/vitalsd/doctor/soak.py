@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
-from vitalsd.doctor.cpu_load import BurnerProcess
+from vitalsd.doctor.cpu_load import CpuLoadProcess
 from vitalsd.doctor.finding import BUG, Finding, make_finding, not_here
 from vitalsd.doctor.process_checks import held_resources
 from vitalsd.sources.platform import Platform
@@ -70,7 +70,7 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
     taken = segment = 0
     begun = time.monotonic()
     with (
-        BurnerProcess((5,)) as other,
+        CpuLoadProcess((5,)) as other,
         closing(platform.open_source(None)) as own,
         closing(platform.open_source(other.pid)) as foreign,
         _churn() as born,
