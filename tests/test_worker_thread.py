@@ -28,7 +28,7 @@ def test_worker_call_after_close_fails_at_once() -> None:
 
 
 def test_worker_call_without_a_waiter_that_raises_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """The thread goes on, and the log has the traceback."""
+    """The thread continues, and the log has the traceback."""
     worker = Worker("w")
     worker.post(lambda: 1 // 0)
     assert worker.submit(lambda: 7).result(5) == 7

@@ -194,7 +194,7 @@ class Worker:
             what: description of the call, for `HungError`.
 
         Raises:
-            HungError: the thread hangs. If `call` has not begun by then, it never does.
+            HungError: the thread hangs. A `call` that has not begun is cancelled.
         """
         if await self.hangs():
             raise HungError(what)

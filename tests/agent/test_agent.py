@@ -228,7 +228,7 @@ def test_launchd_bootstrap_that_fails_with_5_or_37_is_retried(short_path: Path, 
 def test_launchctl_error_code_is_explained_with_its_number(
     short_path: Path, fake: FakeSupervisor, fail: dict[str, list[int]], sentence: str
 ) -> None:
-    """What launchctl says by number is said in words, with the number."""
+    """The error explains the number that launchctl returned, and has the number."""
     fake.set(fail=fail)
     with pytest.raises(AgentError, match=sentence):
         launchd(short_path).install()
@@ -279,7 +279,7 @@ def test_launchd_uninstall_waits_for_a_slow_job(short_path: Path, fake: FakeSupe
 
 
 def test_launchd_install_without_launchctl_is_an_agent_error(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another system the program is missing, and that is said."""
+    """On another system the program is missing, and the error says so."""
     monkeypatch.setenv("PATH", str(short_path))
     with pytest.raises(AgentError, match="there is no launchctl on this system"):
         supervisor("launchd", a_plan(short_path)).status()

@@ -470,7 +470,7 @@ def test_hello_with_a_valid_nonce_returns_the_proof_only(home: Path) -> None:
 
 
 def test_fetch_of_a_socket_of_another_user_sends_nothing(short_path: Path) -> None:
-    """The peer's user is looked at before anything is said; as root, one that another user serves is planted."""
+    """The client checks the user of the peer before it sends a byte; as root, the test plants another user's socket."""
     path = short_path / "theirs.sock"
     if os.geteuid() != 0:
         with Misbehaving(says(answer(METRICS)), path):

@@ -532,7 +532,7 @@ def test_report_while_the_sidecar_lingers_contains_the_crash(home: Path) -> None
 
 
 def test_killed_sidecar_of_a_living_target_is_no_crash(home: Path) -> None:
-    """It goes on, with another sidecar; where it does not, the run says that its end is not known."""
+    """The run continues in another sidecar; without one, the run states that its end is not known."""
     with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
         try:
             options = ("--pid", str(target.pid), "--record-interval", "0.05")

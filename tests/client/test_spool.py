@@ -623,7 +623,7 @@ def test_spool_clock_file_damaged_or_lost_keeps_the_report(tmp_path: Path, refus
 
 
 def test_sweep_clock_set_spares_a_file_being_written(tmp_path: Path) -> None:
-    """Leave what a writer has begun before the clock was set; remove it when it was old by then."""
+    """Keep a file that a writer began before the clock was set; remove one that was old already."""
     now = time.time() - 3 * YEAR_S
     spooling(tmp_path, clock=lambda: now).prune()
     begun, left = (f"{digit * 32}.zip.{digit * 16}" for digit in "12")
@@ -976,7 +976,7 @@ print(len(spool.send()))
 
 
 def test_spool_read_only_fails_with_a_reason_and_loses_no_report(short_path: Path) -> None:
-    """Neither added, nor sent without being able to note it, nor dropped; as soon as it can be written it goes on."""
+    """A report is not added, dropped, or sent without a record of it; all work again once the spool is writable."""
     short_path.chmod(0o777)
     with receiving(short_path / "store") as url:
         argv = [sys.executable, "-c", READ_ONLY, str(short_path / "spool"), url, str(TESTS)]
@@ -1161,7 +1161,7 @@ def test_spool_send_prints_a_reason_for_each_unsent_report(tmp_path: Path) -> No
 
 
 def test_spool_send_with_url_and_id_corrects_the_url(tmp_path: Path, receiver: str) -> None:
-    """By --url with the report's id, refused or waiting; without an id the reports keep theirs, and that is said."""
+    """`--url` with the id of a refused or waiting report replaces its URL; without an id a message says it did not."""
     with Misbehaving(says(answer(b"", status="503 No", extra="Retry-After: 600\r\n"))) as busy:
         vitalsd(tmp_path, "report", "--upload", busy.url, "--direct")
         (waits,) = json.loads(vitalsd(tmp_path, "spool", "list", "--json").stdout)

@@ -1,4 +1,4 @@
-"""Uploads over TLS: which authorities are trusted, and what is said of a certificate that is not."""
+"""Uploads over TLS: the trusted authorities, and the error for a certificate that is not trusted."""
 
 import json
 import re
@@ -272,7 +272,7 @@ def test_upload_keys_are_not_logged(tmp_path: Path, receiver: str, ours: Path, m
     assert not (tmp_path / "keys").exists()
 
 
-# What is said
+# Error texts
 
 
 def test_upload_certificate_of_another_host_refused(tmp_path: Path, authorities: tuple[Authority, Authority]) -> None:

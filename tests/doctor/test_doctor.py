@@ -330,7 +330,7 @@ def test_doctor_interrupted_leaves_no_process_or_file(troubled: Troubled, name: 
     place, doctor = troubled[name]
     assert doctor.stdout is not None
     said = ""
-    # The sidecar runs by then, and so does its target.
+    # At this line the sidecar and its target run.
     while "GET /metrics" not in said:
         said = doctor.stdout.readline()
         assert said

@@ -163,7 +163,7 @@ def test_wheel_contains_the_pyinstaller_hooks_and_entry_point(wheel: Path) -> No
 
 
 def test_spawn_without_freeze_support_raises_at_once_and_starts_nothing(application: Path, home: Home) -> None:
-    """The error names the remedy; there is one copy of the application, which goes on."""
+    """The error names the remedy; one copy of the application runs, and continues."""
     done = run(application, home.environ("unsupported"))
     assert done.returncode == 3, done.stderr
     error = json.loads(done.stdout)["error"]

@@ -47,7 +47,7 @@ def parsed(lines: list[str]) -> list[dict[str, Any]]:
 
 @pytest.mark.live
 def test_log_of_a_healthy_service_is_one_line(tmp_path: Path) -> None:
-    """Ready is one line in either form; nothing is said of the end."""
+    """Readiness is one line in either form; the end is not logged."""
     (line,), status = said(tmp_path, "serve", "--port", "0", until="serving")
     assert line.startswith("vitalsd: serving itself on http://127.0.0.1:")
     assert status == 0

@@ -104,7 +104,7 @@ def test_metrics_without_a_target_measure_the_service(served: Serving) -> None:
 
 
 def test_metrics_with_pid_measure_that_process(served: Serving, start: Start) -> None:
-    """pid= chooses another process; what burns is seen, under its name, and the books balance."""
+    """pid= chooses another process; its busy thread has its name, and the CPU accounting balances."""
     target = start("--burn", "30", "--idle", "3")
     full = parse_runtime_metrics(
         served.client.get("/metrics", params={"pid": target.pid, "window_ms": 300, "detail": "full"}).content
@@ -262,12 +262,12 @@ def test_parameters_unknown_duplicate_or_out_of_range_are_422(served: Serving, q
 
 @pytest.mark.parametrize("route", ["/processes", "/healthz", "/info"])
 def test_routes_without_parameters_refuse_any(served: Serving, route: str) -> None:
-    """A parameter where there is none to give is a mistake that is said."""
+    """A parameter of a route without parameters is refused by its name."""
     assert problem(served.client.get(f"{route}?pid=1"), 422)["parameter"] == "pid"
 
 
 def test_query_of_a_thousand_parameters_does_not_block_the_loop(served: Serving) -> None:
-    """A query full of names costs no more than one refusal; the loop goes on answering."""
+    """A query of many names is refused at the cost of one, and the loop continues to answer."""
     query = "&".join(f"{i:x}" for i in range(500))
     begun = time.monotonic()
     problem(served.client.get(f"/metrics?{query}"), 422)
@@ -313,7 +313,7 @@ def test_unknown_method_is_405_and_lists_the_allowed_ones(served: Serving, metho
 
 
 def test_pid_without_a_process_is_404(served: Serving) -> None:
-    """A process that does not exist is said not to exist."""
+    """A request for a process that does not exist is 404."""
     assert unavailable(served.client.get("/metrics?pid=2147483647&window_ms=10"), 404) == (
         "no process has pid 2147483647"
     )
@@ -332,7 +332,7 @@ def test_target_killed_in_mid_window_is_410(served: Serving, start: Start) -> No
             killer.join()
             if answer.status_code != 404:  # killed and forgotten before the request was there
                 break
-        # For a moment it is a zombie, which is said as well.
+        # For a moment it is a zombie, and the reason says so.
         assert unavailable(answer, 410).startswith(f"target {target.pid} has exited")
 
 
@@ -472,7 +472,7 @@ def test_non_http_client_is_closed_without_effect_on_others(served: Serving) -> 
 
 
 def test_connections_that_exhaust_descriptors_are_logged_and_served_again(tmp_path: Path) -> None:
-    """When connections use up all descriptors that is said once a second, and it passes with the crowd."""
+    """While connections use all descriptors, one line a second is logged; after they close, requests are served."""
     code = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (32, 32)); import vitalsd.cli as c; c.main()"
     with Serving(tmp_path, "--no-black-box", python=(sys.executable, "-c", code)) as serving:
         with ExitStack() as stack:

@@ -288,7 +288,7 @@ def test_page_report_contains_the_selected_run(page: Browser, tmp_path: Path) ->
 
 
 def test_page_after_a_sidecar_restart_continues(page: Browser, start: Any, tmp_path: Path) -> None:
-    """When the sidecar goes the page says so and waits; when one comes back, on another run too, it goes on."""
+    """Without its sidecar the page shows that and waits; with the next one, also of another run, it continues."""
     one, two = start("--burn", "5", "--idle", "1"), start("--idle", "3", "--burn", "5", "5")
     with Serving(tmp_path, "--pid", str(one.pid), "--record-interval", "0.1") as first:
         shown(page, first.url)
@@ -327,7 +327,7 @@ def test_page_after_a_sidecar_restart_continues(page: Browser, start: Any, tmp_p
 
 @pytest.mark.torture
 def test_page_with_a_hung_sidecar_says_silent(page: Browser, tmp_path: Path) -> None:
-    """Without an event for 6 s the page does not go on calling itself live; when it goes on, so does the page."""
+    """Without an event for 6 s the status is not live; when events arrive again, it is."""
     with Serving(tmp_path) as serving:
         shown(page, serving.url)
         serving.process.send_signal(signal.SIGSTOP)

@@ -9,21 +9,21 @@ from vitalsd.http.single_flight import SingleFlight
 
 
 class Work:
-    """Something that takes as long as the test wants, and knows how much of it goes on at once."""
+    """Work that takes as long as the test wants, and counts how much of it runs at once."""
 
     def __init__(self) -> None:
         self.finish = asyncio.Event()
-        self.begun = self.going_on = self.most = 0
+        self.begun = self.running = self.most = 0
 
     async def __call__(self) -> bytes:
         self.begun += 1
-        self.going_on += 1
-        self.most = max(self.most, self.going_on)
+        self.running += 1
+        self.most = max(self.most, self.running)
         try:
             await self.finish.wait()
             await asyncio.sleep(0)
         finally:
-            self.going_on -= 1
+            self.running -= 1
         return b"x" * self.begun
 
 

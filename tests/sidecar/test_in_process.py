@@ -274,7 +274,7 @@ def test_start_changes_no_global_state_of_the_host() -> None:
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_start_in_a_running_event_loop_leaves_the_loop_unchanged(loop: str) -> None:
-    """A host on asyncio or uvloop starts it from a coroutine; its own loop goes on, ours stays asyncio's."""
+    """A host on asyncio or uvloop starts it from a coroutine and keeps its loop; the sidecar's is asyncio's."""
     done = run(
         f"""
         import asyncio, sys, {loop}, vitalsd
@@ -411,7 +411,7 @@ def test_fork_waits_for_a_write_in_progress(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_fork_during_a_fork_keeps_the_black_box_working(short_path: Path) -> None:
-    """By a signal handler, as one that starts another worker for one that ended: the black box goes on afterwards."""
+    """A signal handler forks, as to replace a worker that ended: the black box continues afterwards."""
     run("""
         import os, signal, vitalsd
         armed = []

@@ -62,7 +62,7 @@ def test_watch_cancelled_leaks_no_descriptor(target: "subprocess.Popen[bytes]") 
 
 
 def test_watch_of_an_undecided_process_continues() -> None:
-    """As long as the kernel does not tell, the watch goes on."""
+    """As long as the kernel reports no exit, the watch continues."""
 
     class Silent:
         def host_scope(self) -> str:

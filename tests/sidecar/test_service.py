@@ -69,7 +69,7 @@ def test_unix_socket_is_private_under_every_umask(short_path: Path) -> None:
 
 
 def test_listen_on_a_live_socket_is_refused(short_path: Path) -> None:
-    """A second sidecar on the path is refused, and the first one goes on answering there."""
+    """A second sidecar on the path is refused, and the first one still answers there."""
     path = short_path / "a.sock"
     with UnixListener(path) as first:
         with pytest.raises(ListenError, match="another sidecar"):
@@ -517,7 +517,7 @@ def test_serve_sigterm_sigint_or_sighup_exits_with_0_and_leaves_nothing(
 
 
 def test_serve_without_a_state_directory_serves_with_a_note(short_path: Path) -> None:
-    """What it then lacks is said once, and an earlier run is not to be had."""
+    """A note states once what is missing, and no earlier run is available."""
     env = environment(short_path) | {"VITALSD_STATE_DIR": str(short_path / "file")}
     (short_path / "file").touch()
     with serving(short_path, env=env) as (_, ready):

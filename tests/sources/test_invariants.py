@@ -19,10 +19,10 @@ WINDOWS = int(os.environ.get("VITALSD_WINDOWS", "6000"))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_windows_over_random_targets_violate_no_invariant(short_path: Path) -> None:
     """
-    Births, exits, exec from any thread, renames, stops.
+    The target starts and ends threads, executes programs from any thread, renames threads and stops.
 
-    No thread used more than its process, not all were idle while it ran, the books balance, and where the target
-    rested, its own clocks agree within the stated errors.
+    No thread used more than its process, not all were idle while it ran, the CPU accounting balances, and while the
+    target rested, its own clocks agree within the stated errors.
     """
     program = short_path / "random_target"
     source = SUPPORT / "programs" / "random_target.c"

@@ -117,7 +117,7 @@ def test_snapshot_lists_every_thread_by_its_native_id(world: World, source: Sour
 
 
 def test_snapshot_clocks_advance_together(source: Source) -> None:
-    """Uptime advances exactly as the clock that goes on in sleep, and no snapshot is older than the last."""
+    """Uptime advances exactly as the clock that includes sleep, and no snapshot is older than the last."""
     first, last = source.snapshot(), source.snapshot()
     assert last.monotonic_ns > first.monotonic_ns
     # Read one after the other, and Linux knows the start to a tick of 10 ms; the difference is exact.
@@ -153,7 +153,7 @@ def test_snapshot_thread_name_follows_a_rename(world: World, source: Source) -> 
 
 
 def test_snapshot_cpu_accounting_balances_over_births_and_deaths(world: World, source: Source) -> None:
-    """A thread born in the window is said to be, one that died is not listed, and both are accounted for."""
+    """A thread born in the window is marked so, one that ended is not listed, and the CPU time of both is counted."""
     old = world.workload.start_thread("old")
     world.workload.burn(old, BURN_NS)
     first = source.snapshot()

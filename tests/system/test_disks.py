@@ -235,9 +235,9 @@ def frozen(mounted: Path) -> Iterator[None]:
 
 def test_frozen_disk_affects_only_the_black_box(short_path: Path, disk: Path, hang_timeout_s: int) -> None:
     """
-    Recording, metrics and history go on at their beat, and what is off is said.
+    Recording, metrics and history continue at their interval, and the error states what is off.
 
-    Afterwards the black box goes on, and what it has is as it was.
+    Afterwards the black box continues, and its content is unchanged.
     """
     state = disk / "state"
     environ = os.environ | {"VITALSD_RUNTIME_DIR": str(short_path / "run"), "VITALSD_STATE_DIR": str(state)}

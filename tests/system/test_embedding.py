@@ -67,7 +67,7 @@ def test_in_process_program_serves_and_leaves_nothing(env: dict[str, str], short
 
 
 def test_forking_program_serves_parent_and_child(env: dict[str, str], short_path: Path) -> None:
-    """A child has none, may have its own, and the parent's goes on; its exit ends it."""
+    """A child has no sidecar and may start its own; the parent's continues, and ends with the parent."""
     assert "still served on http://" in python("forking.py", env, short_path)
     assert listing(short_path / "run") == []
 

@@ -96,7 +96,7 @@ def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, h
     """
     A request for the process gets the reason after some seconds, then at once.
 
-    /healthz is 503; all else goes on, and so does the process when the read returns.
+    /healthz is 503; all else continues, and so does the process when the read returns.
     """
     assert asked(served.url, "/healthz") == (200, {"status": "ok"})
     assert get(served.url, "/metrics?pid=4343&window_ms=10").status == 200

@@ -316,7 +316,7 @@ def test_top_with_redirected_stdin_reads_keys_from_the_terminal(tmp_path: Path, 
 
 
 def test_top_without_a_target_exits_with_one_line(tmp_path: Path) -> None:
-    """What is wrong from the start is said on the ordinary screen, with a status."""
+    """An error at the start appears on the ordinary screen, with an exit status."""
     with top("--pid", "2147483647", directory=tmp_path) as view:
         assert view.end() == 1
         assert view.text.strip() == "vitalsd: no process has pid 2147483647"
@@ -327,7 +327,7 @@ def test_top_without_a_target_exits_with_one_line(tmp_path: Path) -> None:
 
 
 def test_top_without_its_sidecar_continues_and_reconnects(tmp_path: Path, start: Start) -> None:
-    """With a sidecar its past and marks are shown; without it the view goes on, and with the next one again."""
+    """The view shows the history and marks of a sidecar, continues without it, and reconnects to the next one."""
     target = start("--idle", "2", "--burn", "30")
     pid = str(target.pid)
     options = ("--pid", pid, "--no-tcp", "--record-interval", "0.2")
@@ -449,7 +449,7 @@ def test_top_with_fewer_samples_than_requested_exits_with_1(tmp_path: Path, star
 
 
 def test_top_of_an_exited_target_into_a_pipe_prints_no_sample(short_path: Path, start: Start) -> None:
-    """A sidecar that lingers has it still; that the target has exited is all that is said."""
+    """A sidecar that lingers still has its record; the command prints only that the target has exited."""
     target = start()
     with serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as (_, ready):
         eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["snapshots"] > 4)

@@ -371,7 +371,7 @@ class TestThreads:
             assert list(snapshot.roster.tids) == tids
             assert any(text.startswith("threads: 100 of them; 20 are read per snapshot") for text in snapshot.warnings)
             if i > 6:
-                # By then its turn has come once, and a thread that runs is read in every snapshot.
+                # Its turn has come once, and each later snapshot reads a thread that runs.
                 assert snapshot.thread_cpu_ns[50] == 1000 + i * 1_000_000
             seen_late += snapshot.thread_cpu_ns[90] == 7_001_000
         assert seen_late >= 5
@@ -666,7 +666,7 @@ class TestProcessList:
         assert entry.uids == {os.geteuid()}
 
     def test_process_list_excludes_other_users_and_zombies(self, simulator: Simulator, child: ChildWorkload) -> None:
-        """They cannot be sampled; the list goes on."""
+        """They cannot be sampled; the list contains the others."""
         child.kill()
         assert child.pid not in [entry.pid for entry in list_processes(simulator.lib)]
         simulator.caller_euid(os.geteuid())

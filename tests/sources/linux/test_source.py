@@ -588,7 +588,7 @@ class Stranger:
 
 @as_root
 def test_hidepid_is_access_denied_and_not_gone(start: Start) -> None:
-    """A process that /proc hides exists: that is said, and nothing is claimed about its end."""
+    """A process that /proc hides exists: the error says so, and claims nothing about its end."""
     target = start()
     with closing(Stranger(2, target.pid)) as stranger:
         assert stranger.snapshot() == {
