@@ -174,7 +174,7 @@ def test_modules_have_a_docstring_and_a_row_in_the_design(module: str) -> None:
 
 
 def test_imports_have_no_cycle() -> None:
-    """As modules load, none needs one that needs it."""
+    """No module needs, at its import, a module that needs it."""
     every = {*modules(vitalsd), *modules(vitalsd_client)}
     needs = {
         module: {name for name in imports(Path(importlib.import_module(module).__file__ or ""), at_load=True)} & every
@@ -225,7 +225,7 @@ def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_few_modules_lie_outside_of_a_package() -> None:
-    """What every package may import, and the two that Python needs."""
+    """They are those that every package may import, and the two that Python needs."""
     assert {file.stem for file in SERVICE.glob("*.py")} == MODULES_AT_THE_TOP
 
 
@@ -318,7 +318,7 @@ LINUX_ALONE = {
 
 
 def test_names_missing_on_macos_are_used_in_linux_code_only() -> None:
-    """Of os, socket, select, resource, fcntl, signal, time and mmap; a new one needs a branch for macOS first."""
+    """Names of os, socket, select, resource, fcntl, signal, time and mmap; a new one needs a branch for macOS."""
     lacking = {(module.__name__, name) for module, names in LACKING.items() for name in names.split()}
     used = {
         (path.name, f"{node.value.id}.{node.attr}")

@@ -39,7 +39,7 @@ def test_worker_call_without_a_waiter_that_raises_is_logged(caplog: pytest.LogCa
 
 
 def test_worker_timer_call_that_raises_is_logged_and_repeated(caplog: pytest.LogCaptureFixture) -> None:
-    """On the same grid of time, and it is logged once for each reason."""
+    """It stays on the same grid of time, and each reason is logged once."""
     worker, times = Worker("w"), list[float]()
 
     def beat() -> bool:

@@ -129,7 +129,7 @@ def test_sample_interrupted_exits_with_130() -> None:
 
 
 def test_name_of_several_processes_selects_the_newest(start: Start) -> None:
-    """Of several processes of that name the one started last is meant."""
+    """If several processes have the name, the one started last is selected."""
     name = f"vitals{os.getpid()}"
     targets = []
     for _ in range(2):
@@ -316,7 +316,7 @@ def test_help_has_commands_examples_and_exit_statuses() -> None:
 
 @pytest.mark.parametrize("command", ["sample --window-ms 10", "runs", "endpoints", "--help", "--version"])
 def test_sample_to_a_closed_standard_output_exits_with_1_and_the_reason(tmp_path: Path, command: str) -> None:
-    """As with a full disk, the answer is lost; with status 0 a script would go on without it."""
+    """The answer is lost, as on a full disk; after a status 0 a script would continue without it."""
     out = subprocess.run(
         ["sh", "-c", f'exec "$0" -m vitalsd {command} >&-', sys.executable],
         stderr=subprocess.PIPE,

@@ -24,7 +24,7 @@ def opened(directory: Path, *options: str) -> tuple[subprocess.CompletedProcess[
 
 
 def test_open_without_a_sidecar_exits_with_1_and_the_remedy(short_path: Path) -> None:
-    """Nothing is opened, and the status is 1."""
+    """The command opens nothing, and the status is 1."""
     ran, seen = opened(short_path, "--pid", "1")
     assert (ran.returncode, ran.stdout, seen) == (1, "", "")
     assert ran.stderr == ("vitalsd: no sidecar of process 1 listens on TCP; start one with: vitalsd serve --pid 1\n")

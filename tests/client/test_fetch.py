@@ -172,7 +172,7 @@ def test_fetch_of_a_stopped_sidecar_returns_within_the_budget(home: Path) -> Non
 
 
 def test_fetch_with_one_stopped_sidecar_asks_the_other(home: Path) -> None:
-    """Of two that watch the same process the one that hangs is passed over, for numbers and for a report."""
+    """If one of two sidecars of a process hangs, `fetch` and a report use the other one."""
     options = ("--pid", str(os.getpid()), "--record-interval", "0.05")
     with serving(home, *options), serving(home, *options) as (newest, _):
         newest.send_signal(signal.SIGSTOP)
@@ -287,7 +287,7 @@ def test_fetch_of_a_sidecar_that_stays_busy_is_unavailable_within_the_budget(hom
 
 
 def test_fetch_socket_accepts_text_and_path(home: Path) -> None:
-    """Of the socket, as text or as an object."""
+    """The path of the socket may be text or a `Path`."""
     with Misbehaving(says(answer(METRICS)), home / "b.sock"):
         assert isinstance(fetch(10, socket=home / "b.sock"), Measured)
         assert isinstance(fetch(10, socket=str(home / "b.sock")), Measured)
@@ -295,7 +295,7 @@ def test_fetch_socket_accepts_text_and_path(home: Path) -> None:
 
 @pytest.mark.parametrize("window_ms", [9, 60_001, 0, -1, 10**12, "x", None, float("nan"), True])
 def test_fetch_with_a_bad_window_is_unavailable(home: Path, window_ms: Any) -> None:
-    """Not even a wrong argument raises."""
+    """Even a wrong argument does not raise."""
     assert "window_ms must be 10 to 60000" in reason(timed(lambda: fetch(window_ms), 0))
 
 
@@ -320,7 +320,7 @@ def test_fetch_with_a_bad_url_is_unavailable_and_sends_nothing(home: Path, url: 
 
 
 def test_fetch_of_a_faulty_server_over_tcp_is_unavailable_in_time(home: Path) -> None:
-    """Whatever a server does over TCP: an answer within the window and 2 s, with a sentence of what it did."""
+    """Whatever a server does over TCP, the answer comes within the window and 2 s, with the reason."""
     with ExitStack() as stack, ThreadPoolExecutor(len(FAULTS)) as pool:
         servers = {fault: stack.enter_context(Misbehaving(behaviour)) for fault, (behaviour, _) in FAULTS.items()}
 
@@ -370,7 +370,7 @@ def test_fetch_of_a_measurement_with_status_404_is_unavailable(home: Path) -> No
 
 
 def test_fetch_on_a_hung_file_system_returns_within_the_budget(home: Path) -> None:
-    """What blocks outside of any socket is left behind on its thread."""
+    """A call that hangs in the file system stays behind on its thread."""
     code = (
         "import os, time, vitalsd.discovery.runtime_file as e\n"
         "def hung(*_, **__): time.sleep(60)\n"
@@ -387,7 +387,7 @@ def test_fetch_on_a_hung_file_system_returns_within_the_budget(home: Path) -> No
 
 
 def test_fetch_at_interpreter_exit_returns_without_raising(home: Path) -> None:
-    """From atexit, where no thread may be started any more, fetch neither raises nor hangs."""
+    """In atexit, where no thread can be started any more, `fetch` neither raises nor hangs."""
     code = (
         "import atexit, vitalsd_client\n"
         "from vitalsd_client import fetch\n"
@@ -571,7 +571,7 @@ def test_client_imports_only_contract_and_discovery_modules() -> None:
 
 
 def test_mark_is_recorded_by_the_sidecar_of_this_process(home: Path) -> None:
-    """By `vitalsd_client.mark` and on what `spawn` returns; it says whether, and never raises."""
+    """`vitalsd_client.mark`, and `mark` of what `spawn` returns, return whether it was recorded, and never raise."""
     assert not mark("without a sidecar")
     with vitalsd.spawn(port=0) as spawned, vitalsd.spawn(port=0, auth="token") as other:
         assert mark("by itself")

@@ -348,7 +348,7 @@ def test_redact_accepts_a_single_function(home: Path) -> None:
 
 
 def test_preview_equals_the_written_report(home: Path) -> None:
-    """To the byte; a description set after it makes a new preview, of the same report."""
+    """They are equal to the byte; a description set later makes a new preview of the same report."""
     report = BugReport("ryll", window_ms=10)
     first = dict(report.preview())
     report.description = "now I know"
@@ -414,7 +414,7 @@ def test_report_save_creates_a_missing_directory_but_no_parents(tmp_path: Path) 
 
 @pytest.mark.parametrize("app", ["", ".", "../x", "a/b", "-rf", "a b", "ä", "a\n", "a" * 65, "\0"])
 def test_report_name_that_is_no_file_name_is_refused(app: str) -> None:
-    """At once, and not when the user has something to report."""
+    """The constructor refuses it, and not a later call when the user has something to report."""
     with pytest.raises(ValueError, match="application"):
         check_app(app)
     with pytest.raises(ValueError, match="application"):
@@ -426,7 +426,7 @@ def test_report_name_that_is_no_file_name_is_refused(app: str) -> None:
     [("window_ms", ["x", None, 9, 60_001, 100.0]), ("history_s", ["x", None, 0, 86_401, float("nan")])],
 )
 def test_report_argument_out_of_range_is_refused(name: str, values: list[Any]) -> None:
-    """At once too, by its name; the limits themselves are fine."""
+    """The constructor refuses it by its name; the limits themselves are accepted."""
     for value in values:
         with pytest.raises(ValueError, match=f"{name} is a whole number from 1"):
             BugReport("ryll", **{name: value})
@@ -555,7 +555,7 @@ def test_killed_sidecar_of_a_living_target_is_no_crash(home: Path) -> None:
 
 
 def test_crash_recorded_by_two_sidecars_is_reported_once(home: Path) -> None:
-    """As by one inside a launcher and the agent."""
+    """Two sidecars record it, such as one in a launcher and the agent."""
     with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
         options = ("--pid", str(target.pid), "--record-interval", "0.05", "--linger", "0")
         with serving(home, *options) as (_, one), serving(home, *options) as (_, other):
@@ -572,7 +572,7 @@ def test_crash_recorded_by_two_sidecars_is_reported_once(home: Path) -> None:
 
 
 def test_report_of_a_sidecar_without_a_black_box_contains_the_crash(home: Path) -> None:
-    """By the program that the sidecar watches, though that is not being recorded on disk this time."""
+    """The sidecar finds the crash by the program that it watches, without a record of its own on disk."""
     crash_one(home, "just before")
     with next_run(home, "--no-black-box") as (pid, _):
         assert "previous-run.json" in BugReport("ryll", window_ms=50, pid=pid).preview()

@@ -144,7 +144,7 @@ def test_spool_after_a_restart_keeps_reports_urls_and_attempts(tmp_path: Path, r
 
 
 def test_receiver_refuses_invalid_reports_and_stores_nothing(tmp_path: Path, receiver: str) -> None:
-    """Not what its manifest says, too much unpacked, bad names, another's key: refused, and nothing stored."""
+    """Contents other than in the manifest, too large, with bad names or another key, are refused and not stored."""
 
     def post(content: bytes, key: str = "0" * 32, sha256: str | None = None) -> int:
         headers = {"Idempotency-Key": key, "X-Content-SHA256": sha256 or hashlib.sha256(content).hexdigest()}
@@ -228,7 +228,7 @@ ENDINGS: dict[str, tuple[Behaviour, str, bool]] = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_spool_with_a_faulty_server_keeps_the_report_with_a_reason(tmp_path: Path, ending: str, receiver: str) -> None:
-    """In time, bounded, retried or final as it deserves; and then the report goes to a good one."""
+    """The attempt ends in time, is retried or final, and a good server gets the report later."""
     behaviour, expected, final = ENDINGS[ending]
     with Misbehaving(behaviour) as server:
         spool = spooling(tmp_path, server.url, attempt_s=0.7)
@@ -376,7 +376,7 @@ def test_spool_ignores_proxies_of_the_environment(
 
 @pytest.mark.parametrize("proxy", ["", "foo", "user:secret@proxy:3128", "ftp://127.0.0.1/", "http://", "http://h:x"])
 def test_spool_with_a_bad_proxy_is_refused_at_once(tmp_path: Path, proxy: str) -> None:
-    """When the spool is made and not when a report is sent; a password stays out of it."""
+    """The constructor refuses it, and not a later upload; the error does not contain a password."""
     with pytest.raises(ValueError, match="proxy is not the URL of one") as raised:
         spooling(tmp_path, proxy=proxy)
     assert "secret" not in str(raised.value)
@@ -385,7 +385,7 @@ def test_spool_with_a_bad_proxy_is_refused_at_once(tmp_path: Path, proxy: str) -
 def test_spool_progress_that_raises_is_logged_once_and_sending_continues(
     tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of no report; it is logged once, and not called again."""
+    """The exception affects no report; it is logged once, and the function is not called again."""
     spool = spooling(tmp_path, receiver)
     ids = [spool.add(a_bundle(500_000)) for _ in range(2)]
     calls: list[int] = []
@@ -445,7 +445,7 @@ def test_send_logs_no_request_of_its_own(tmp_path: Path, receiver: str, caplog: 
 
 
 def test_spool_wait_of_nan_is_refused(tmp_path: Path) -> None:
-    """With nan it would never end."""
+    """A wait of nan would never end."""
     spool = spooling(tmp_path, "https://example.com/")
     with pytest.raises(ValueError, match="wait_s"):
         spool.send(wait_s=float("nan"))
@@ -455,7 +455,7 @@ def test_spool_wait_of_nan_is_refused(tmp_path: Path) -> None:
 
 
 def test_spool_at_its_limits_evicts_the_oldest(tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture) -> None:
-    """By number and by bytes; receipts go first, and what was never sent goes with a warning."""
+    """The limits are a number and bytes; receipts are evicted first, and an unsent report with a warning."""
     now = [1000.0]
     spool = spooling(tmp_path, receiver, max_reports=3, max_bytes=9000, clock=lambda: now[0])
     sent = spool.add(a_bundle())
@@ -657,7 +657,7 @@ def test_sweep_removes_old_unfinished_files_of_dead_writers(tmp_path: Path) -> N
 
 
 def test_spool_drop_and_retry_by_id_leave_a_report_being_sent(tmp_path: Path) -> None:
-    """By id, which never becomes a path; what is being sent is left alone."""
+    """An id never becomes a path; a report that is being sent is left alone."""
     with Misbehaving(says(answer(b"", status="400 No"))) as server:
         spool = spooling(tmp_path, server.url)
         report_id = spool.add(a_bundle())
@@ -908,7 +908,7 @@ def zipped(report_id: str) -> bytes:
 
 
 def with_file_limit(size: int, call: Callable[[], object]) -> object:
-    """What `call` returns while no file can be written beyond `size` bytes."""
+    """Return what `call` returns while no file can be written beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -1126,7 +1126,7 @@ def test_report_upload_with_a_bad_out_or_spool_still_sends_or_writes(tmp_path: P
 
 
 def test_report_upload_without_a_spool_writes_a_file(tmp_path: Path) -> None:
-    """Where there can be no state directory, what was to be uploaded is a file."""
+    """If there can be no state directory, the report for the upload is written to a file."""
     (tmp_path / "state").touch()
     out = vitalsd(tmp_path, "report", "--upload", "http://127.0.0.1:1/", "--direct")
     assert out.returncode == 1

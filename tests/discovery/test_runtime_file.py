@@ -85,7 +85,7 @@ def directory(short_path: Path) -> Path:
 
 
 def as_nobody(call: Callable[[], object]) -> str:
-    """What `call` returns, or the error it raises, in a child that has become another user."""
+    """Return what `call` returns, or the error it raises, in a child that has become another user."""
     read_fd, write_fd = os.pipe()
     pid = os.fork()
     if pid == 0:

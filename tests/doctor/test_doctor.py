@@ -151,7 +151,7 @@ CONTRADICTED = {f"cpu.{place}.{duty}" for place in ("own", "other") for duty in 
 def test_doctor_with_a_planted_defect_fails_only_its_line(
     platform: Platform, defect: str, must_fail: set[str], may_fail: set[str]
 ) -> None:
-    """And no other; with the next step to take. Where threads get little CPU, a longer reading shows it."""
+    """The line has the next step. If threads get little CPU, a longer reading shows the defect."""
     before = set(os.listdir("/dev/fd"))
     try:
         for burn_s in (0.3, 1.0, 3.0):
@@ -171,7 +171,7 @@ def test_doctor_with_a_planted_defect_fails_only_its_line(
 
 
 def test_thread_count_below_the_limit_is_no_failure() -> None:
-    """What was held before is the most; the line of one that ended meanwhile does not contradict itself."""
+    """The limit is the count before; the line of a thread that ended meanwhile does not contradict itself."""
     counted = threading.Event()
     passing = threading.Thread(target=counted.wait)
     passing.start()
@@ -245,7 +245,7 @@ def test_cpu_load_bounds_contain_the_thread_clock() -> None:
 
 
 def test_slope_of_a_known_line_is_within_its_margin() -> None:
-    """Of a line with noise that is known; too few points are refused."""
+    """The line has known noise; too few points are refused."""
     points = [(float(x), 3.0 * x + (-1) ** x) for x in range(SEGMENTS)]
     found = slope(points)
     assert abs(found.per_unit - 3.0) <= found.margin
@@ -326,7 +326,7 @@ Troubled = dict[str, tuple[Path, subprocess.Popen[str]]]
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_doctor_interrupted_leaves_no_process_or_file(troubled: Troubled, name: str) -> None:
-    """Neither a process nor a file; the status says which signal it was."""
+    """No process and no file stays; the exit status states the signal."""
     place, doctor = troubled[name]
     assert doctor.stdout is not None
     said = ""

@@ -313,7 +313,7 @@ def test_activation_of_a_one_file_application_takes_the_sockets(one_file: Path, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/PID/maps is of Linux")
 def test_sidecar_of_another_program_loads_no_library_of_the_application(application: Path, home: Home) -> None:
-    """Of the bundle's libcrypto, libsqlite3 and libpython none is mapped, whatever LD_LIBRARY_PATH was set to."""
+    """It maps no libcrypto, libsqlite3 or libpython of the bundle, whatever LD_LIBRARY_PATH was set to."""
     environ = home.environ("unsupported", CLIENT_COMMAND=json.dumps(VENV_VITALSD))
     with client(application, environ) as (_, said):
         assert "url" in said, said

@@ -51,7 +51,7 @@ def home(short_path: Path) -> Iterator[Path]:
 
 
 def has_login_directory() -> bool:
-    """Whether this user has a runtime directory apart from the home, where a socket can be made."""
+    """Return whether this user has a runtime directory outside the home, in which a socket can be made."""
     return Path(f"/run/user/{os.geteuid()}").exists()
 
 

@@ -142,7 +142,7 @@ def test_host_that_programs_send_over_the_unix_socket_is_accepted(edge: Edge, fo
 
 @pytest.mark.parametrize("form", UNIX_WRONG)
 def test_host_with_a_forwarded_port_over_the_unix_socket_is_421(edge: Edge, form: str) -> None:
-    """What a browser would send through a forwarder to the socket, with the port of that, is none of them."""
+    """A browser that connects to the socket through a forwarder sends the port of that, which is refused."""
     assert get(edge.socket, host=form).status == 421
 
 
@@ -400,7 +400,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("which", ANSWERS)
 def test_answers_have_headers_against_caching_sniffing_framing_and_embedding(edge: Edge, which: str) -> None:
-    """Not cached, not sniffed, not framed, not embedded, no scripts; nothing of CORS and no server's name."""
+    """Answers forbid caching, sniffing, framing, embedding and scripts; none has a CORS header or a server name."""
     method, path, status = ANSWERS[which]
     reply = get(edge.url, path, "Origin: " + edge.url, method=method)
     assert reply.status == status

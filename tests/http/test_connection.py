@@ -131,7 +131,7 @@ def test_stalled_connections_are_closed_and_served_ones_are_not(edge: Edge, capl
 
 
 def received(connection: socket.socket) -> bytes | None:
-    """What has come, if anything; ``None`` if the other end has closed it."""
+    """Return the bytes that have arrived, if any; ``None`` if the other end has closed the connection."""
     if not select.select([connection], [], [], 0)[0]:
         return b""
     try:
@@ -141,7 +141,7 @@ def received(connection: socket.socket) -> bytes | None:
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Whether the server, which is in this process, still has its end; the client hears of it only if it reads."""
+    """Return whether the server, in this process, still has its end; the client notices only if it reads."""
     name = connection.getsockname()
     return any(each.raddr == name for each in psutil.Process().net_connections("tcp"))
 
@@ -207,7 +207,7 @@ def test_connection_limit_is_a_quarter_of_the_descriptors_up_to_1024() -> None:
 
 
 def test_five_hundred_stalled_sockets_delay_no_other_client(short_path: Path) -> None:
-    """With 64 places and 500 stalled clients, others are served in far less than 6 s, over TCP and the Unix socket."""
+    """Beside 500 stalled clients of 64 connections, others are served in far less than 6 s, on both sockets."""
     arguments = ("--record-interval", "0", "--uds", str(short_path / "a.sock"))
     with ExitStack() as stack:
         server = stack.enter_context(
@@ -353,7 +353,7 @@ def test_log_of_repeated_lines_is_throttled_to_one_a_second_with_a_count(caplog:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit(2) is of Linux")
 def test_accept_without_descriptors_waits_and_logs_once_a_second(short_path: Path) -> None:
-    """With not one descriptor left new connections wait, the log stays short, and it passes at once."""
+    """Without a free descriptor new connections wait, the log stays short, and they are served afterwards."""
     with serving(short_path, "--record-interval", "0") as (process, ready):
         assert get(ready["url"]).status == 200
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -427,7 +427,7 @@ def test_used_attributes_of_uvicorn_and_h11_exist() -> None:
 
 
 def test_uvicorn_calls_the_400_handler_during_the_h11_error(edge: Edge) -> None:
-    """So the answer can tell what is wrong, and 431 from 400."""
+    """So the answer can state what is wrong, and distinguish 431 from 400."""
     replies = {
         content: exchange(edge.url, content)
         for content in (
@@ -468,7 +468,7 @@ def test_request_cut_in_its_body_is_a_disconnect_for_the_application(caplog: pyt
 
 
 def test_garbage_after_an_answer_began_closes_the_connection_silently(caplog: pytest.LogCaptureFixture) -> None:
-    """Where no second answer can be given none is tried; uvicorn's own would raise in the event loop."""
+    """No second answer is tried where none can be sent; that of uvicorn would raise in the event loop."""
 
     async def eager(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -511,7 +511,7 @@ def test_connections_accepted_during_shutdown_are_closed() -> None:
 
 
 def test_access_log_of_uvicorn_is_never_written(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
-    """Not even in a host program that has configured it for a server of its own."""
+    """It is not written even if the host program has configured it for its own server."""
     caplog.set_level(logging.INFO, "uvicorn.access")
     assert get(edge.url).status == 200
     assert not [record for record in caplog.records if record.name == "uvicorn.access"]

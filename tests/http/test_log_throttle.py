@@ -59,7 +59,7 @@ def test_log_of_a_healthy_service_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.live
 def test_log_warnings_of_every_part_have_the_chosen_format(tmp_path: Path) -> None:
-    """What the recorder warns of, and what was other than expected at the start, are lines like all others."""
+    """Warnings of the recorder and notes of the start are lines of the same format as all others."""
     (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "state" / "runs").write_text("in the way", encoding="ascii")
     lines, _ = said(
@@ -120,7 +120,7 @@ def test_log_of_an_internal_error_in_json_is_one_line(capsys: pytest.CaptureFixt
 
 
 def test_log_traceback_in_text_escapes_each_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """In text a traceback keeps its lines, and what is in them is spelled out."""
+    """In text a traceback keeps its lines, and control characters in them are escaped."""
     with logging_as("text"):
         try:
             raise RuntimeError("x\x1b[2Jy")

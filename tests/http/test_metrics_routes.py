@@ -80,7 +80,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def test_stream_asks_proxies_not_to_buffer_it(served: Serving) -> None:
-    """With the header of nginx, in the answers to GET and to HEAD."""
+    """The answers to GET and to HEAD have the header of nginx."""
     query = {"interval_ms": 100}
     with served.client.stream("GET", "/stream", params=query) as answer:
         assert answer.headers["x-accel-buffering"] == "no"
@@ -124,7 +124,7 @@ def test_metrics_with_pid_measure_that_process(served: Serving, start: Start) ->
 
 
 def test_metrics_cpu_accounting_balances_during_thread_churn(served: Serving, start: Start) -> None:
-    """With threads born and dying by the hundred, process = living + exited + unattributed in every answer."""
+    """While hundreds of threads start and end, process = living + exited + unattributed in every answer."""
     target = start("--idle", "2")
     target.tell("churn_for 1.5 300")
     exited = []
@@ -205,7 +205,7 @@ BAD_WINDOWS = [
 
 @pytest.mark.parametrize("value", BAD_WINDOWS, ids=lambda value: ascii(value[:8]))
 def test_window_ms_not_a_decimal_in_range_is_422(served: Serving, value: str) -> None:
-    """Only ASCII digits from 10 to 60000 are a window; all else is refused by name."""
+    """A window is ASCII digits from 10 to 60000; anything else is refused by name."""
     body = problem(served.client.get("/metrics", params={"window_ms": value}), 422)
     assert (body["reason"], body["parameter"]) == ("bad_parameter", "window_ms")
 
@@ -283,7 +283,7 @@ def test_query_of_a_thousand_parameters_does_not_block_the_loop(served: Serving)
     value=st.text(max_size=40),
 )
 def test_query_of_any_content_is_never_a_500(served: Serving, name: str, value: str) -> None:
-    """Whatever is sent, the answer is an answer or a refusal under 1 KiB, never a 500."""
+    """For any query the answer is a result or a refusal under 1 KiB, never a 500."""
     query = str(httpx.QueryParams([(name, value)]))
     valid_window = name == "window_ms" and value.isascii() and value.isdecimal() and 10 <= int(value) <= 60_000
     if valid_window:
@@ -320,7 +320,7 @@ def test_pid_without_a_process_is_404(served: Serving) -> None:
 
 
 def test_target_killed_in_mid_window_is_410(served: Serving, start: Start) -> None:
-    """At whatever moment the target is killed, the answer is 410 and says why."""
+    """At whatever moment the target is killed, the answer is 410 with the reason."""
     for delay in (0.02, 0.1, 0.2):
         for longer in (1, 5, 20):
             target = start("--idle", "3")

@@ -392,7 +392,7 @@ def test_page_renders_hostile_thread_names_as_text(page: Browser, served: Servin
 
 
 def test_page_update_of_50_threads_costs_little_script_time(page: Browser, served: Serving) -> None:
-    """With 50 threads an update takes a fraction of what counting to 20 million does; goal: 10 ms a second."""
+    """An update with 50 threads takes a fraction of the time of counting to 20 million; goal: 10 ms a second."""
     shown(page, served.url)
     counting = (
         "(() => { const begun = performance.now(); let x = 0;"

@@ -82,7 +82,7 @@ def test_trailing_window_answers_at_once_without_a_snapshot(tmp_path: Path, busy
 
 
 def test_trailing_window_without_a_recording_waits(tmp_path: Path) -> None:
-    """With recording off, a trailing window is measured like any other, and history says what is missing."""
+    """Without a recording, a trailing window is measured like any other, and the history gives the reason."""
     with Serving(tmp_path, "--record-interval", "0") as serving:
         answer = serving.get("/metrics", mode="trailing", window_ms=100, detail="full")
         assert answer["window"]["mode"] == "wait"
@@ -160,7 +160,7 @@ def test_history_of_another_pid_is_refused(shared: Serving) -> None:
 
 
 def test_black_box_off_is_stated_in_info_and_metrics(tmp_path: Path) -> None:
-    """Where the disk does not take the record, metrics go on, and /info and detail=full say why."""
+    """If the disk does not take the record, metrics continue, and /info and detail=full give the reason."""
     (tmp_path / "runs").write_text("in the way")
     with Serving(tmp_path, "--record-interval", "0.1") as serving:
         wait_until(lambda: snapshots(serving) > 3)
@@ -388,7 +388,7 @@ def test_replay_of_another_file_exits_with_1(tmp_path: Path, content: bytes) -> 
     [(zipfile.ZIP_DEFLATED, "invalid block type"), (zipfile.ZIP_LZMA, "compressed as in no report")],
 )
 def test_replay_of_a_damaged_report_names_the_file(tmp_path: Path, method: int, said: str) -> None:
-    """What cannot be unpacked is one line that names the file."""
+    """The error for a file that cannot be unpacked is one line with its name."""
     path = tmp_path / "report.zip"
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("runtime-history.json", "{}")

@@ -90,7 +90,7 @@ def test_single_flight_turns_alternate_between_kinds_of_client() -> None:
 
 
 def test_single_flight_queue_of_one_kind_takes_no_slot_of_another() -> None:
-    """With 17 answers of TCP under way, TCP is refused and the Unix socket is not."""
+    """While 17 answers over TCP are made, TCP is refused and the Unix socket is not."""
 
     async def crowd() -> None:
         turns, work = SingleFlight(16), Work()

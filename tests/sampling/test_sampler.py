@@ -102,7 +102,7 @@ def test_window_has_the_requested_length_and_rate() -> None:
 
 
 def test_snapshot_that_fails_is_not_counted() -> None:
-    """Neither in /info nor for a scraper: none was taken."""
+    """Neither /info nor a scrape counts it, because it was not taken."""
 
     async def main() -> None:
         source = CountingSource()
@@ -278,7 +278,7 @@ def test_hung_kernel_read_delays_no_other_target() -> None:
 
 
 def test_window_cancelled_by_one_caller_serves_the_others() -> None:
-    """Of callers that share a window any may be cancelled; the rest get their answer."""
+    """If one of several callers of a window is cancelled, the others get their answer."""
 
     async def main() -> None:
         source = CountingSource()
@@ -297,7 +297,7 @@ def test_window_cancelled_by_one_caller_serves_the_others() -> None:
 
 
 def test_window_without_callers_that_fails_logs_nothing() -> None:
-    """When all callers have gone and the target dies, no error is left over for the log."""
+    """If the target exits after all callers have gone, no error is logged."""
 
     async def main() -> None:
         source = CountingSource()

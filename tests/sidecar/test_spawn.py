@@ -50,7 +50,7 @@ def target() -> Iterator["subprocess.Popen[bytes]"]:
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of macOS tells how a process ended")
 def test_exit_of_a_client_with_a_hidden_status_is_clean(short_path: Path, end: str, state: str) -> None:
-    """On Linux before 6.15 the exit of the interpreter is noted; a crash, or a forked child's exit, is not."""
+    """On Linux before 6.15 the client notes its exit; a crash, or the exit of a forked child, is not noted."""
     command = as_platform.program("linux", as_platform.UNTOLD)
     code = (
         "import os, signal, sys, time, vitalsd\n"
@@ -78,7 +78,7 @@ def client(code: str) -> "subprocess.Popen[str]":
 
 @pytest.mark.parametrize("how", ["pthread_sigmask(signal.SIG_BLOCK, numbers)", "signal(numbers[0], signal.SIG_IGN)"])
 def test_stop_in_a_client_that_blocks_sigterm_ends_the_sidecar(how: str) -> None:
-    """As with signalfd or sigwait: what the client blocks or ignores ends the sidecar all the same, and well."""
+    """A signal that the client blocks or ignores, as with signalfd or sigwait, still ends the sidecar cleanly."""
     with client(f"""
         import signal
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -95,7 +95,7 @@ CLOSES = "import os, time; os.closerange(3, 1024); time.sleep(60)"
 
 
 def test_stop_of_sidecars_leaves_no_descriptor() -> None:
-    """Neither the pipe of the exit note nor its handler; the next one works."""
+    """Neither the pipe of the exit note nor its handler stays, and the next sidecar works."""
     with client("""
         before = os.listdir("/dev/fd")
         for _ in range(3):
@@ -162,7 +162,7 @@ def test_spawn_with_a_timeout_out_of_range_raises_value_error(timeout_s: float) 
 
 @pytest.mark.parametrize("said", ["nonsense", "[]", '{"pid": 1}'])
 def test_spawn_with_an_invalid_ready_line_raises_spawn_error(said: str) -> None:
-    """Whatever else is run instead of a sidecar is not taken for one."""
+    """A program that is no sidecar is not mistaken for one."""
     script = f"for last; do [ \"$flag\" = --ready-fd ] && fd=$last; flag=$last; done; echo '{said}' >&$fd; sleep 60"
     with pytest.raises(vitalsd.SpawnError, match="this is no sidecar"):
         vitalsd.spawn(command=["/bin/bash", "-c", script, "sh"])

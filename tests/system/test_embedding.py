@@ -108,7 +108,7 @@ def test_shell_script_prints_metrics_and_its_sidecar_ends(env: dict[str, str], s
 
 
 def test_threads_in_process_are_those_on_the_embedding_page(env: dict[str, str], short_path: Path) -> None:
-    """In process no thread is added but those the page tells of, and none is left after stop()."""
+    """The sidecar in process adds only the threads that the page names, and none is left after stop()."""
     code = (
         "import threading, urllib.request, vitalsd\n"
         "sidecar = vitalsd.start(port=0)\n"

@@ -127,7 +127,7 @@ def test_unread_tables_take_bounded_memory_in_total(short_path: Path, start: Cal
 
 @dataclass(frozen=True)
 class Held:
-    """What a process has open."""
+    """Count what a process has open."""
 
     fds: int
     sockets: int

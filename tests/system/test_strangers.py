@@ -120,7 +120,7 @@ def test_another_user_cannot_read_the_token(sidecar: tuple[Path, dict[str, Any]]
 
 
 def test_another_user_cannot_read_the_black_box(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """What was recorded is on disk for its user alone; so is all else below the state directory."""
+    """The record on disk is readable by its user only, as is all else below the state directory."""
     path, _ = sidecar
     deadline = time.monotonic() + 10
     while not any((path / "state").rglob("*-wal")):

@@ -142,7 +142,7 @@ def test_top_after_a_resize_fits_the_window(tmp_path: Path, start: Start) -> Non
 
 
 def test_top_of_an_exited_target_keeps_the_last_table(tmp_path: Path, start: Start) -> None:
-    """When the target dies it says so and the last table stays; q still ends it."""
+    """After the exit of the target the view shows it, keeps the last table, and ends by q."""
     target = start("--idle", "3")
     with top("--pid", str(target.pid), directory=tmp_path) as view:
         view.until(lambda text: len(rows(text)) == 4)
@@ -225,7 +225,7 @@ def test_top_ended_by_a_signal_restores_the_terminal(
 
 
 def test_top_without_its_terminal_ends(tmp_path: Path, start: Start) -> None:
-    """When the terminal is gone, it ends and does not spin."""
+    """Without its terminal it ends, and uses no CPU in a loop."""
     target = start()
     with top("--pid", str(target.pid), directory=tmp_path) as view:
         view.until(lambda text: rows(text))
@@ -295,7 +295,7 @@ def test_top_with_no_color_has_no_colours(tmp_path: Path, start: Start) -> None:
 
 
 def test_top_without_utf8_draws_ascii(tmp_path: Path, start: Start) -> None:
-    """Where the encoding has no blocks, bars and sparklines are of ASCII."""
+    """If the encoding has no blocks, bars and sparklines are ASCII."""
     target = start("--burn", "60")
     env = {"PYTHONIOENCODING": "ascii"}
     with top("--pid", str(target.pid), directory=tmp_path, env=env) as view:
@@ -306,7 +306,7 @@ def test_top_without_utf8_draws_ascii(tmp_path: Path, start: Start) -> None:
 
 
 def test_top_with_redirected_stdin_reads_keys_from_the_terminal(tmp_path: Path, start: Start) -> None:
-    """With stdin from a file the keyboard is that of the terminal."""
+    """If stdin is a file, keys come from the terminal."""
     target = start()
     command = ("sh", "-c", 'exec "$0" -m vitalsd "$@" </dev/null', sys.executable)
     with top("--pid", str(target.pid), directory=tmp_path, command=command) as view:
@@ -469,7 +469,7 @@ def test_top_of_an_exited_target_into_a_pipe_prints_no_sample(short_path: Path, 
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_top_after_an_exec_shows_the_new_name(short_path: Path, recorded: bool) -> None:
-    """In the head and in the event, be it sampled directly or by a sidecar."""
+    """The title and the event show it, sampled directly or by a sidecar."""
     code = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
     with ExitStack() as stack:
         target = stack.enter_context(subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE))
@@ -554,7 +554,7 @@ def picture(names: list[str]) -> View:
 
 @pytest.mark.parametrize("state", ["", "?", "/漢字", "m" + "w" * 250, "p", "n"])
 def test_render_of_any_size_fills_it_exactly(state: str) -> None:
-    """From one cell to a wall, whatever the names are, no line is too long, none is missing, none holds a control."""
+    """For any size and any names, no line is too long or missing, and none has a control character."""
     view = picture(NAMES)
     for key in state:
         view.press(key)

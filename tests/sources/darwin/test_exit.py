@@ -204,7 +204,7 @@ def test_snapshot_after_an_endless_teardown_gives_up(
 
 
 def test_snapshot_without_a_note_does_not_wait(simulator: Simulator, child: ChildWorkload) -> None:
-    """Where the kernel refuses the queue, the end of the teardown brings no news."""
+    """If the kernel refuses the queue, no note can come at the end of the teardown."""
     simulator.teardown(60_000_000_000)
     with closing(LibprocSource(child.pid, lib=simulator.lib)) as source:
         source.snapshot()

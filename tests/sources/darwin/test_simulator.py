@@ -227,7 +227,7 @@ class TestThreads:
         release(simulator, *second)
 
     def test_task_threads_lists_a_dying_thread_without_a_port(self, simulator: Simulator) -> None:
-        """As MACH_PORT_NULL or MACH_PORT_DEAD, and to release those is right and does nothing (§2)."""
+        """Its port is MACH_PORT_NULL or MACH_PORT_DEAD; to release those is allowed and does nothing (§2)."""
         simulator.hide_real_threads()
         simulator.reap_delay(3)
         for tid, shown_as in ((1 << 40, 0), (2 << 40, 1)):
@@ -321,7 +321,7 @@ class TestThreads:
         assert "for the second time" in lawless_simulator.violations[0]
 
     def test_thread_extended_info_times_are_ns_cut_to_us(self, simulator: Simulator) -> None:
-        """Of the thread, to the microsecond, user and system (§2, THREAD_EXTENDED_INFO)."""
+        """User and system time of the thread are truncated to the microsecond (§2, THREAD_EXTENDED_INFO)."""
         with workload() as threads:
             tid = threads.start_thread("worker")
             used = threads.burn(tid, BURN_NS)
@@ -335,7 +335,7 @@ class TestThreads:
 
     @pytest.mark.parametrize(("flavor", "words"), [(THREAD_EXTENDED_INFO, 28), (THREAD_IDENTIFIER_INFO, 6)])
     def test_thread_info_count_below_the_flavor_is_refused(self, simulator: Simulator, flavor: int, words: int) -> None:
-        """As for the task (§2)."""
+        """The rule is that of task_info (§2)."""
         ports, address = list_threads(simulator)
         info = thread_extended_info()
         assert call_thread_info(simulator, ports[0], flavor, info, words - 1)[0] == KERN_INVALID_ARGUMENT
@@ -435,7 +435,7 @@ class TestProcesses:
             assert size == before + 15 * 8
 
     def test_proc_pidlistthreadids_lists_an_ended_thread_until_reaped(self, simulator: Simulator) -> None:
-        """With its final times; then it is ESRCH (§3)."""
+        """It has its final times; afterwards it is ESRCH (§3)."""
         simulator.reap_delay(2)
         simulator.add_thread(7 << 32, user_ns=5_000_000, name=b"late")
         simulator.end_thread(7 << 32, shown_as=0)
@@ -590,14 +590,14 @@ class TestClocks:
         assert info.total_user + info.total_system <= time.process_time_ns() * 3 // 125
 
     def test_sysctl_of_an_unknown_name_is_enoent(self, simulator: Simulator) -> None:
-        """And hw.tbfrequency is an integer of 8 bytes (§5)."""
+        """The known hw.tbfrequency is an integer of 8 bytes (§5)."""
         assert simulator.lib.host.sysctl("hw.tbfrequency") == (24_000_000).to_bytes(8, "little")
         with pytest.raises(FileNotFoundError, match=r"sysctlbyname\(hw.vitals\)"):
             simulator.lib.host.sysctl("hw.vitals")
 
 
 def test_injected_fault_occurs_at_the_requested_call(simulator: Simulator) -> None:
-    """At the n-th, and then each m-th."""
+    """It occurs at the n-th call, and then at each m-th."""
     simulator.fault("task_info", 5, flavor=TASK_ABSOLUTETIME_INFO, at=2, every=3)
     codes = [call_task_info(simulator, TASK_ABSOLUTETIME_INFO, task_absolutetime_info())[0] for _ in range(9)]
     assert codes == [0, 5, 0, 0, 5, 0, 0, 5, 0]

@@ -38,7 +38,7 @@ RSS_ALLOWANCE_BYTES = 2 << 20
 
 
 class Holdings(NamedTuple):
-    """What a leak would be of."""
+    """Count the resources that can leak."""
 
     ports_in_use: int
     references_owed: int

@@ -71,7 +71,7 @@ class TestOpening:
     def test_open_source_uses_mach_for_the_own_process_and_libproc_for_others(
         self, simulator: Simulator, child: ChildWorkload
     ) -> None:
-        """By pid; none means this process."""
+        """The pid decides; no pid means this process."""
         assert isinstance(open_process(lib=simulator.lib), MachSource)
         assert isinstance(open_process(os.getpid(), lib=simulator.lib), MachSource)
         assert isinstance(open_process(child.pid, lib=simulator.lib), LibprocSource)
@@ -257,7 +257,7 @@ class TestBooks:
     def test_snapshot_of_a_busy_process_includes_living_threads(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
-        """What MACH_TASK_BASIC_INFO would say: its times leave living threads out."""
+        """The times of MACH_TASK_BASIC_INFO would omit living threads."""
         source = open_own()
         first = source.snapshot()
         begun = time.thread_time_ns()
@@ -305,7 +305,7 @@ class TestThreads:
     def test_thread_names_with_invalid_utf8_stay_distinct(
         self, simulator: Simulator, open_own: Callable[..., Source], raw: bytes, name: str
     ) -> None:
-        """As UTF-8; other bytes as they are, so that no two names fall together."""
+        """Names are decoded as UTF-8; other bytes are kept, so that no two names become equal."""
         simulator.hide_real_threads()
         simulator.add_thread(1 << 40, name=raw)
         assert open_own().snapshot().roster.names == (name,)
@@ -317,7 +317,7 @@ class TestThreads:
         assert threading.get_native_id() in open_own().snapshot().roster.tids
 
     def test_thread_state_unknown_is_null(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
-        """And one that no header names is null, not a number."""
+        """A state that no header names is null and not a number."""
         for i, state in enumerate((1, 2, 3, 4, 77)):
             simulator.add_thread((i + 1) << 40, run_state=state)
         snapshot = open_own().snapshot(extras=True)
@@ -352,7 +352,7 @@ class TestThreads:
         assert len(snapshot.roster) == 2050 + sum(tid < 2**32 for tid in snapshot.roster.tids)
 
     def test_snapshot_beyond_2048_threads_reads_a_part_with_a_warning(self, simulator: Simulator) -> None:
-        """Those that run are read each time, the others in turn, and the answer says so."""
+        """Each snapshot reads the running threads, and the others in turn, with a warning."""
         simulator.hide_real_threads()
         tids = [(1 << 40) + i for i in range(100)]
         for tid in tids:
@@ -398,7 +398,7 @@ class TestIdentity:
         assert LibprocSource(child.pid, lib=simulator.lib).identity().start_id != source.identity().start_id
 
     def test_snapshot_after_exec_has_another_identity_version(self, simulator: Simulator, child: ChildWorkload) -> None:
-        """By the version of the identity; the process stays the same."""
+        """The version of the identity changes; the process stays the same."""
         source = LibprocSource(child.pid, lib=simulator.lib)
         first = source.snapshot()
         simulator.exec(child.pid)
@@ -407,7 +407,7 @@ class TestIdentity:
         assert any("executed another program" in text for text in measure(first, last).warnings)
 
     def test_snapshot_after_exec_of_a_real_program_has_its_name(self, simulator: Simulator) -> None:
-        """And what was read from then on is of the new one."""
+        """All later readings are of the new program."""
         code = "import os; os.read(0, 1); os.execv('/bin/cat', ['cat'])"
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             assert child.stdin is not None
@@ -424,7 +424,7 @@ class TestIdentity:
             child.stdin.close()
 
     def test_program_of_two_scripts_of_one_interpreter_differs(self, simulator: Simulator) -> None:
-        """As Linux tells them, from the process itself and from another one."""
+        """The digest is that of Linux, from the process itself and from another one."""
         pid = os.getpid()
         own = MachSource(lib=simulator.lib, program_of=PROGRAM_OF).identity().program
         assert own == LibprocSource(pid, lib=simulator.lib, program_of=PROGRAM_OF).identity().program
@@ -478,7 +478,7 @@ class TestIdentity:
 
 class TestClocks:
     def test_uptime_equals_the_age_of_the_process(self, simulator: Simulator, child: ChildWorkload) -> None:
-        """To the tick of 10 ms to which Linux, behind the simulator, knows the start."""
+        """It is equal to the tick of 10 ms with which Linux, below the simulator, stores the start."""
         with open(f"/proc/{child.pid}/stat", encoding="utf-8") as file:
             start_ns = int(file.read().rpartition(")")[2].split()[19]) * 10_000_000
         before = time.clock_gettime_ns(CLOCK_BOOTTIME) - start_ns
@@ -490,7 +490,7 @@ class TestClocks:
     def test_uptime_after_a_wall_clock_step_is_unchanged(
         self, simulator: Simulator, open_own: Callable[..., Source], step_ns: int
     ) -> None:
-        """Neither before the source is opened, nor while it is open."""
+        """A step has no effect before the source is opened, or while it is open."""
         true_ns = open_own().snapshot().uptime_ns
         clock = [0]
         source = open_own(wall_clock=lambda: time.time_ns() + clock[0])

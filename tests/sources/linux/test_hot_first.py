@@ -151,7 +151,7 @@ def test_hot_first_reading_equals_a_full_reading(
 
 
 def test_hot_first_with_few_busy_threads_accepts_nearly_all_readings(tmp_path: Path) -> None:
-    """With one thread of forty running, nearly every reading is proved; with all running, none is tried for long."""
+    """With one running thread of forty nearly every reading is proved; with all running, few are tried."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
@@ -240,7 +240,7 @@ def test_hot_first_listing_that_fails_leaks_no_descriptor(
 
 
 def test_hot_first_with_new_threads_still_reads_names(tmp_path: Path) -> None:
-    """Though each second a new thread is found, a name given by another thread is seen at once."""
+    """Although a new thread is found each second, a name set by another thread is read at once."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
@@ -266,7 +266,7 @@ def test_hot_first_with_new_threads_still_reads_names(tmp_path: Path) -> None:
 )
 def test_proved_readings_equal_full_ones(start: Callable[..., Target], readings: int) -> None:
     """
-    On a living process, threads being born and exiting meanwhile.
+    The process is real, and its threads start and exit meanwhile.
 
     Every proved reading equals a full reading taken while the process clock stood still.
     """

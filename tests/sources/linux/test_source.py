@@ -214,7 +214,7 @@ NAMES = [b"a) R 1 (", b"(a b ) ( c d) ", b"x\ny\x1b[31m", b"\xff\xfe\xfd", b"", 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_thread_names_of_any_bytes_are_listed(name: bytes) -> None:
-    """Whatever bytes a thread is called, it is listed under them, and its neighbours are not disturbed."""
+    """A thread is listed with any bytes as its name, and other threads are not affected."""
     with parked(name) as thread, opened() as source:
         assert thread.native_id is not None
         while b"\nState:\tS" not in Path(f"/proc/self/task/{thread.native_id}/status").read_bytes():
@@ -507,7 +507,7 @@ def test_process_after_exec_has_the_name_of_the_new_program() -> None:
 
 
 def test_program_of_a_script_with_a_replaced_interpreter_is_known(tmp_path: Path) -> None:
-    """As by an update while it runs: the file that the kernel names is not there any more."""
+    """After an update during the run, the file that the kernel names no longer exists."""
     interpreter = tmp_path / "sh"
     shutil.copy(os.path.realpath("/bin/sh"), interpreter)
     with subprocess.Popen([interpreter, "-c", "read line", "a script"], stdin=subprocess.PIPE) as process:
@@ -612,7 +612,7 @@ def test_target_that_becomes_hidden_is_access_denied(start: Start) -> None:
 
 @as_root
 def test_target_that_hides_its_memory_is_no_exec(start: Start) -> None:
-    """As a keyring does, by PR_SET_DUMPABLE; where it shows it again neither."""
+    """A keyring hides its memory by PR_SET_DUMPABLE; to show it again is no exec either."""
     target = start()
     target.ask("uid 65534")
     target.ask("dumpable 1")
@@ -696,7 +696,7 @@ def test_descriptor_count_outside_procfs_comes_from_a_listing(capture: Path) -> 
 
 @pytest.mark.parametrize("content", [None, "0 0 0\n"])
 def test_kernel_without_schedstat_is_read_by_ticks(capture: Path, content: str | None) -> None:
-    """Where run times are missing or not counted, stat's ticks are used, and the resolution says so."""
+    """Without run times, or if they are not counted, the source uses the ticks of stat, and the resolution says so."""
     for file in capture.glob("4242/task/*/schedstat"):
         if content is None:
             file.unlink()
@@ -771,7 +771,7 @@ def test_proc_of_another_pid_namespace_is_read_without_clocks() -> None:
 
 @as_root
 def test_proc_of_another_pid_namespace_is_not_mistaken_for_the_own() -> None:
-    """As in a sandbox that mounts none of its own: this process is read as itself, and no pid is guessed at."""
+    """In a sandbox without its own procfs, this process reads itself, and no pid is guessed."""
     code = """
         import os, sys, threading, time
         from vitalsd.sources.base import SourceError
@@ -892,7 +892,7 @@ def test_process_list_agrees_with_psutil(start: Start) -> None:
 
 
 def test_process_list_has_only_readable_processes() -> None:
-    """What the list offers can be sampled, unless it has ended meanwhile."""
+    """Each listed process can be sampled, unless it has exited meanwhile."""
     for entry in list_processes():
         try:
             with opened(entry.pid) as source:
