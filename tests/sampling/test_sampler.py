@@ -394,7 +394,7 @@ def test_window_of_two_callers_survives_one_that_leaves() -> None:
 
 
 def test_windows_of_one_kind_of_client_take_no_slot_of_another() -> None:
-    """With 64 windows of TCP, and 32 of one other user, the Unix socket and another user still have theirs."""
+    """While TCP has 64 windows and one other user has 32, the Unix socket and another user still have theirs."""
 
     async def main() -> None:
         sampler = Sampler(CountingSource)
@@ -741,7 +741,7 @@ def test_counters_that_violate_an_invariant_are_an_event_and_reread() -> None:
 
 
 def test_counters_that_stay_inconsistent_are_one_event() -> None:
-    """Or it would fill the record: no event follows until two snapshots agree."""
+    """No event follows until two snapshots agree, so that events do not fill the record."""
 
     class Wrong(CountingSource):
         def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:

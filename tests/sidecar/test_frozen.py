@@ -123,7 +123,7 @@ def test_spawn_with_a_marker_that_spawn_did_not_set_works(short_path: Path, valu
 
 
 def test_spawn_in_a_removed_working_directory_works(short_path: Path) -> None:
-    """Also for a vendored copy in a folder with a colon in its path."""
+    """It works too for a vendored copy in a folder with a colon in its path."""
     vendored = short_path / "a:b"
     vendored.mkdir()
     (vendored / "vitalsd").symlink_to(ROOT / "service" / "vitalsd")

@@ -168,7 +168,7 @@ def test_start_without_usable_directories_serves_over_tcp_with_notes(
 
 
 def test_host_that_executes_itself_again_is_no_crash(short_path: Path) -> None:
-    """As one that has updated itself: its run has ended, and the next report tells of no crash."""
+    """A program that updates itself ends its run, and the next report contains no crash."""
     run("""
         import os, sys, time, vitalsd
         sidecar = vitalsd.start(port=0, record_interval_s=0.02)

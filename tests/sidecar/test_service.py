@@ -91,7 +91,7 @@ def test_listen_on_a_live_socket_without_a_lock_is_refused(short_path: Path) -> 
 
 
 def test_listen_on_a_stale_socket_replaces_it(short_path: Path) -> None:
-    """What a killed sidecar left is no reason not to start."""
+    """The files of a killed sidecar do not prevent the start."""
     path = short_path / "a.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -113,7 +113,7 @@ def test_listen_on_a_path_with_a_file_leaves_it(short_path: Path) -> None:
 
 
 def test_close_removes_only_its_own_socket(short_path: Path) -> None:
-    """At the end only the very socket that was made is removed."""
+    """The close removes the socket file only if it is the one that the listener made."""
     path = short_path / "a.sock"
     listener = UnixListener(path)
     path.unlink()
@@ -244,7 +244,7 @@ def test_keep_alive_request_is_answered_within_10_ms(short_path: Path) -> None:
 
 
 def test_date_header_is_the_time_of_the_answer(short_path: Path) -> None:
-    """Of every answer, also a second later, though nothing in between has wakened the sidecar."""
+    """It is right in every answer, also 1 s later, although the sidecar did not wake in between."""
     with serving(short_path, "--record-interval", "0") as (_, ready):
         connection = http.client.HTTPConnection(ready["url"].removeprefix("http://"))
         for _ in range(2):
@@ -275,7 +275,7 @@ def test_sidecar_without_a_recorder_wakes_no_thread(short_path: Path) -> None:
 
 
 def test_serve_with_the_default_port_busy_takes_another_with_a_note(short_path: Path) -> None:
-    """With 9779 taken another free port is used, announced, and in the runtime file."""
+    """If 9779 is taken, a free port is used, printed, and in the runtime file."""
     with ExitStack() as stack:
         with suppress(PortInUseError):  # the port of another program serves as well
             stack.enter_context(bind_tcp("127.0.0.1", 9779))
@@ -312,7 +312,7 @@ def test_serve_on_a_remote_address_needs_two_options(short_path: Path, host: str
 
 
 def test_serve_on_a_remote_address_warns_and_demands_the_token(short_path: Path) -> None:
-    """With both options it serves, and says at each start that nothing is encrypted."""
+    """With both options it serves, and warns at each start that nothing is encrypted."""
     with serving(short_path, "--host", "0.0.0.0", "--auth", "token", "--allow-remote") as (process, ready):
         assert ask(ready["url"], "/metrics?window_ms=10")[0] == 401
         process.terminate()
@@ -444,7 +444,7 @@ def test_endpoints_check_exits_with_0_only_if_all_answer(short_path: Path) -> No
     sys.platform != "linux" or os.geteuid() != 0, reason="needs root on Linux to start a sidecar as another user"
 )
 def test_endpoints_of_two_users_list_their_own_sidecars(short_path: Path) -> None:
-    """Of two sidecars of two users, each user finds only the own one, which owns its files."""
+    """Each of two users finds only the own sidecar, and owns its files."""
     short_path.chmod(0o755)
     stranger = (sys.executable, str(SUPPORT / "stranger.py"), "0")
     commands = {0: VITALSD, OTHER_UID: stranger}
@@ -591,7 +591,7 @@ def test_serve_sigterm_answers_a_window_that_ends_within_a_second(short_path: Pa
 
 
 def test_serve_sigterm_to_process_and_group_ends_cleanly(short_path: Path) -> None:
-    """To the process and to its group, a moment apart: the end is as clean as after one."""
+    """Two signals, to the process and then to its group, end it as cleanly as one."""
     for pause_s in (0, 0.001, 0.01, 0.02, 0.03, 0.05):
         with serving(short_path) as (process, _):
             process.terminate()
