@@ -140,8 +140,8 @@ def test_contradiction_equals_that_of_measure(pair: tuple[Snapshot, Snapshot]) -
     first, last = pair
     assert contradiction(first, last) == measure(first, last).contradiction
     same = replace(last, roster=first.roster, thread_cpu_ns=first.thread_cpu_ns[:])
-    same = replace(same, extras=None)
-    assert contradiction(first, same) == measure(replace(first, extras=None), same).contradiction
+    same = replace(same, thread_figures=None)
+    assert contradiction(first, same) == measure(replace(first, thread_figures=None), same).contradiction
 
 
 @given(pairs())

@@ -6,7 +6,7 @@ from typing import Literal
 
 from vitalsd.contract.encoding import encode
 from vitalsd.contract.metrics import RuntimeMetrics, parse_runtime_metrics
-from vitalsd.snapshot import Snapshot, measure
+from vitalsd.snapshot import Part, Snapshot, measure
 from vitalsd.sources import open_source
 from vitalsd.sources.base import SourceError
 
@@ -42,7 +42,7 @@ class DirectMeasurement:
             raise DirectMeasurementError(f"and it cannot be measured directly: {error}") from None
 
     def _snapshot(self) -> Snapshot:
-        return self._source.snapshot(extras=self._detail == "full")
+        return self._source.snapshot(parts=Part.DETAIL if self._detail == "full" else Part.NONE)
 
     def measured(self, window_ms: int) -> RuntimeMetrics:
         """

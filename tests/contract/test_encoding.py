@@ -17,7 +17,7 @@ from vitalsd.contract.encoding import Detail, Labels, Sort, encode, unavailable
 from vitalsd.contract.host import RecordedHost, os_version
 from vitalsd.contract.limits import ANSWER_BYTES, ANSWER_THREADS
 from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
-from vitalsd.snapshot import Extras, Measurement, Snapshot, measure
+from vitalsd.snapshot import Measurement, ProcessFigures, Snapshot, measure
 from vitalsd.sources.base import AccessDeniedError, TargetGoneError
 from vitalsd.text import iso
 
@@ -41,7 +41,11 @@ FULL = {
         "user_percent": float,
         "system_percent": float,
         "cpu_percent_error": float,
+        "wait_percent": float,
+        "wait_percent_error": float,
+        "children_percent": float,
         "footprint_kb": int,
+        "anonymous_kb": int,
         "peak_rss_kb": int,
         "swap_kb": int,
         "thread_count": int,
@@ -62,6 +66,7 @@ FULL = {
             "user_percent": float,
             "system_percent": float,
             "cpu_percent_error": float,
+            "wait_percent": float,
             "cpu_time_ns": int,
             "state": str,
             "priority": int,
@@ -87,6 +92,18 @@ FULL = {
     },
     "resolution": {"cpu_ns": int, "lag_ns": int, "source": str},
     "host": {"cpu_count": int, "os": str, "os_version": str, "arch": str},
+    "machine": {
+        "scope": str,
+        "cpu_percent": float,
+        "other_percent": float,
+        "load_1m": float,
+        "memory_available_kb": int,
+        "swap_used_kb": int,
+        "pressure_percent": {"cpu": float, "memory": float, "io": float},
+        "memory_pressure": str,
+        "quota_throttled_percent": float,
+        "thermal_state": str,
+    },
     "truncated": bool,
     "warnings": [str],
 }
@@ -120,7 +137,7 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def full_measurement() -> Measurement:
-    everything: dict[str, Any] = {name: 4096 * SECOND for name in Extras._fields if name not in ("threads", "qos_ns")}
+    everything: dict[str, Any] = {name: 4096 * SECOND for name in ProcessFigures._fields if name != "qos_ns"}
     everything["qos_ns"] = {"utility": SECOND}
     first = with_extras(snapshot(SECOND, [(1, 1, 0), (2, 1, 0), (3, 1, 0)]), **everything)
     cpu_ns = 350_000_000

@@ -16,7 +16,7 @@ from vitalsd.recording.recorder import NotRecordingError, RecorderConfig
 from vitalsd.sampling.sampler import Sampler, sample
 from vitalsd.sampling.target_pool import Stream, Targets
 from vitalsd.sampling.windows import BUSY_WINDOW_COUNT, REUSE_PART
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Part, Snapshot
 from vitalsd.sources.base import KernelError, NoSuchProcessError, Source, TargetGoneError
 
 
@@ -35,7 +35,7 @@ class CountingSource(FakeSource):
         self.callers.add(threading.get_ident())
         return super().identity()
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         self.callers.add(threading.get_ident())
         self.snapshots += 1
         self.may_answer.wait(20)
@@ -43,7 +43,7 @@ class CountingSource(FakeSource):
             raise self.error
         self.process.monotonic_ns = time.monotonic_ns()
         self.process.threads[1, 1] = "main", self.process.monotonic_ns // 2
-        return super().snapshot(extras=extras, names=names)
+        return super().snapshot(parts=parts, names=names)
 
     def close(self) -> None:
         self.callers.add(threading.get_ident())
@@ -685,8 +685,8 @@ def test_window_end_has_current_thread_names() -> None:
     """A snapshot of the recorder, with names that may be old, begins a window and does not end one."""
 
     class Renaming(CountingSource):
-        def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
-            taken = super().snapshot(extras=extras, names=names)
+        def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
+            taken = super().snapshot(parts=parts, names=names)
             return replace(taken, roster=replace(taken.roster, names=("now" if names else "before",)))
 
     async def main() -> None:
@@ -708,8 +708,8 @@ class Contradicting(CountingSource):
         super().__init__()
         self.after = after
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
-        taken = super().snapshot(extras=extras, names=names)
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
+        taken = super().snapshot(parts=parts, names=names)
         if self.snapshots <= self.after:
             return taken
         (used_ns,) = taken.thread_cpu_ns
@@ -744,8 +744,8 @@ def test_counters_that_stay_inconsistent_are_one_event() -> None:
     """No event follows until two snapshots agree, so that events do not fill the record."""
 
     class Wrong(CountingSource):
-        def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
-            taken = super().snapshot(extras=extras, names=names)
+        def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
+            taken = super().snapshot(parts=parts, names=names)
             return replace(taken, thread_cpu_ns=[self.snapshots * 10**12])
 
     async def main() -> None:
@@ -781,9 +781,9 @@ def test_recorder_of_a_released_target_records_nothing() -> None:
     """A beat of the recorder that falls due while the target is being released is left out."""
 
     class SlowToClose(CountingSource):
-        def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+        def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
             assert not self.closed
-            return super().snapshot(extras=extras, names=names)
+            return super().snapshot(parts=parts, names=names)
 
         def close(self) -> None:
             super().close()

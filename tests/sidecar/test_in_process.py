@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -441,7 +442,7 @@ def test_stop_during_a_long_read_leaves_it_to_its_thread(short_path: Path, monke
     sidecar = vitalsd.start(port=0)
     snapshot, reading = PythonNames.snapshot, threading.Event()
 
-    def slow(self: PythonNames, **more: bool) -> Snapshot:
+    def slow(self: PythonNames, **more: Any) -> Snapshot:
         reading.set()
         time.sleep(2)
         return snapshot(self, **more)

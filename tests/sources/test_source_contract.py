@@ -17,7 +17,7 @@ from support.darwin.simulator import Simulator
 from support.fake_process import FakeSource, Process
 from support.target import OwnWorkload
 from support.workload import ChildWorkload, Workload
-from vitalsd.snapshot import measure
+from vitalsd.snapshot import Part, measure
 from vitalsd.sources.base import Source, TargetGoneError
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.libsystem import LibSystem, load
@@ -194,18 +194,19 @@ def test_snapshot_extras_are_read_on_request_only(world: World, source: Source) 
     """They are columns parallel to the threads; user and system time add up to the total."""
     tid = world.workload.start_thread("worker")
     world.workload.burn(tid, BURN_NS)
-    assert source.snapshot().extras is None
-    snapshot = source.snapshot(extras=True)
-    assert snapshot.extras is not None
-    threads = snapshot.extras.threads
+    assert source.snapshot().parts == Part.NONE
+    snapshot = source.snapshot(parts=Part.DETAIL)
+    assert snapshot.thread_figures is not None
+    threads = snapshot.thread_figures
     sizes = {len(column) for column in (threads.user_ns, threads.system_ns, threads.states, threads.priorities)}
     assert sizes == {len(snapshot.roster)}
     i = snapshot.roster.tids.index(tid)
     both_ns = threads.user_ns[i] + threads.system_ns[i]
     assert abs(both_ns - snapshot.thread_cpu_ns[i]) <= snapshot.thread_lag_ns + 2 * 10_000_000
-    assert snapshot.extras.user_ns is not None
-    assert snapshot.extras.system_ns is not None
-    assert snapshot.extras.user_ns + snapshot.extras.system_ns > 0
+    assert snapshot.figures is not None
+    assert snapshot.figures.user_ns is not None
+    assert snapshot.figures.system_ns is not None
+    assert snapshot.figures.user_ns + snapshot.figures.system_ns > 0
 
 
 def test_source_after_close_refuses(source: Source) -> None:
@@ -224,7 +225,7 @@ def test_source_after_close_leaks_no_descriptor(world: World) -> None:
     before = len(os.listdir("/dev/fd"))
     for _ in range(20):
         source = world.open()
-        source.snapshot(extras=True)
+        source.snapshot(parts=Part.DETAIL)
         source.close()
     assert len(os.listdir("/dev/fd")) == before
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vitalsd.cli import main
-from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
+from vitalsd.snapshot import Identity, Part, Snapshot, ThreadRoster
 from vitalsd.sources import platform as platforms
 from vitalsd.sources.base import Source, TargetGoneError
 from vitalsd.sources.darwin.libsystem import LibSystem
@@ -43,11 +43,11 @@ def ticks(snapshot: Snapshot) -> Snapshot:
         return None if ns is None else ns * UNSCALED[0] // UNSCALED[1]
 
     low, high = snapshot.exited_cpu_ns
-    extras = snapshot.extras and snapshot.extras._replace(
-        user_ns=unscaled(snapshot.extras.user_ns), system_ns=unscaled(snapshot.extras.system_ns)
+    figures = snapshot.figures and snapshot.figures._replace(
+        user_ns=unscaled(snapshot.figures.user_ns), system_ns=unscaled(snapshot.figures.system_ns)
     )
     return replace(
-        snapshot, cpu_ns=unscaled(snapshot.cpu_ns), exited_cpu_ns=(unscaled(low), unscaled(high)), extras=extras
+        snapshot, cpu_ns=unscaled(snapshot.cpu_ns), exited_cpu_ns=(unscaled(low), unscaled(high)), figures=figures
     )
 
 
@@ -69,12 +69,18 @@ def thread(snapshot: Snapshot) -> Snapshot:
     def some(column: Any) -> Any:
         return [column[i] for i in kept]
 
-    extras = snapshot.extras
-    if extras is not None:
-        columns = {name: some(column) for name, column in extras.threads._asdict().items()}
-        extras = extras._replace(threads=extras.threads._replace(**columns))
+    figures = snapshot.thread_figures
+    if figures is not None:
+        figures = figures._replace(**{name: some(column) for name, column in figures._asdict().items()})
+    wait_ns = snapshot.thread_wait_ns
     roster = ThreadRoster(*(tuple(some(column)) for column in (listed.tids, listed.births, listed.names)))
-    return replace(snapshot, extras=extras, roster=roster, thread_cpu_ns=some(snapshot.thread_cpu_ns))
+    return replace(
+        snapshot,
+        thread_figures=figures,
+        roster=roster,
+        thread_cpu_ns=some(snapshot.thread_cpu_ns),
+        thread_wait_ns=None if wait_ns is None else some(wait_ns),
+    )
 
 
 def descriptor(snapshot: Snapshot) -> Snapshot:
@@ -102,8 +108,8 @@ class Spoilt:
     def identity(self) -> Identity:
         return self.source.identity()
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
-        return self.defect(self.source.snapshot(extras=extras, names=names))
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
+        return self.defect(self.source.snapshot(parts=parts, names=names))
 
     def restart(self) -> None:
         self.source.restart()
@@ -121,9 +127,9 @@ class Untold:
     def identity(self) -> Identity:
         return self.source.identity()
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         try:
-            return self.source.snapshot(extras=extras, names=names)
+            return self.source.snapshot(parts=parts, names=names)
         except TargetGoneError as error:
             raise TargetGoneError(str(error)) from None
 

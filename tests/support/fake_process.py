@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras, ThreadRoster
+from vitalsd.snapshot import Identity, Part, ProcessFigures, Snapshot, ThreadFigures, ThreadRoster
 from vitalsd.sources.base import TargetGoneError
 
 __all__ = ["IDENTITY", "SECOND_NS", "FakeSource", "Process", "lives", "same"]
@@ -87,7 +87,7 @@ class Process:
         (key,) = (key for key in self.threads if key[0] == tid)
         return key
 
-    def snapshot(self, *, extras: bool = False) -> Snapshot:
+    def snapshot(self, *, parts: Part = Part.NONE) -> Snapshot:
         """Return a snapshot as a source does: with the same roster as long as no thread or name changes."""
         rows = sorted(self.threads.items())
         self._roster = ThreadRoster(
@@ -114,16 +114,18 @@ class Process:
             thread_grain_ns=1,
             thread_lag_ns=0,
             source="fake",
-            extras=self._extras() if extras else None,
+            figures=ProcessFigures(user_ns=living_ns + self.exited_ns, system_ns=0, footprint_bytes=32 << 20)
+            if Part.FIGURES in parts
+            else None,
+            thread_figures=self._thread_figures() if Part.THREADS in parts else None,
         )
 
-    def _extras(self) -> Extras:
+    def _thread_figures(self) -> ThreadFigures:
         used_ns = [cpu_ns for _, (_, cpu_ns) in sorted(self.threads.items())]
         count = len(used_ns)
-        threads = ThreadExtras(
+        return ThreadFigures(
             user_ns=used_ns, system_ns=[0] * count, states=["waiting"] * count, priorities=[31] * count
         )
-        return Extras(threads=threads, user_ns=sum(used_ns) + self.exited_ns, system_ns=0, footprint_bytes=32 << 20)
 
 
 class FakeSource:
@@ -146,14 +148,14 @@ class FakeSource:
         """Record that the source is closed."""
         self.closed = True
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         """Return the snapshot of the process. Raises `TargetGoneError`."""
         if self.closed:
             raise ValueError("the source is closed")
         if self.process.gone:
             raise TargetGoneError(f"target {self.process.pid} has exited")
         self.process.pass_time(self._step_ns)
-        return self.process.snapshot(extras=extras)
+        return self.process.snapshot(parts=parts)
 
 
 NAMES = st.text(max_size=8)

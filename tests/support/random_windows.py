@@ -19,7 +19,7 @@ from typing import Any
 from vitalsd.contract.encoding import encode
 from vitalsd.recording.history import history
 from vitalsd.recording.series import Record
-from vitalsd.snapshot import Snapshot, measure
+from vitalsd.snapshot import Part, Snapshot, measure
 from vitalsd.sources.base import SourceError
 from vitalsd.sources.linux.source import LinuxSource
 
@@ -110,8 +110,8 @@ def windows_of(target: Obedient | Free, pick: random.Random, wanted: int) -> int
         record = Record(source.identity(), interval_ns=1_000_000)
         for _ in range(SNAPSHOTS):
             number = target.step()
-            named, extras = pick.random() < 0.7, pick.random() < 0.3
-            snapshot = source.snapshot(extras=extras, names=named)
+            named, parts = pick.random() < 0.7, Part.DETAIL if pick.random() < 0.3 else Part.NONE
+            snapshot = source.snapshot(parts=parts, names=named)
             record.append(snapshot)
             for first_number, first in pick.sample(list(taken), min(len(taken), WINDOWS)):
                 if written < wanted:

@@ -6,7 +6,16 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from vitalsd.snapshot import Extras, Identity, Snapshot, ThreadExtras, ThreadRoster
+from vitalsd.snapshot import (
+    Child,
+    Identity,
+    MachineFigures,
+    ProcessFigures,
+    ProcessTree,
+    Snapshot,
+    ThreadFigures,
+    ThreadRoster,
+)
 
 IDENTITY = Identity(
     platform="linux",
@@ -62,19 +71,68 @@ def snapshot(
 
 def with_extras(snapshot: Snapshot, **fields: Any) -> Snapshot:
     """Return the snapshot with the counters of ``detail=full``, all CPU time in user mode."""
-    threads = ThreadExtras(
+    threads = ThreadFigures(
         user_ns=snapshot.thread_cpu_ns,
         system_ns=[0] * len(snapshot.roster),
         states=["sleeping"] * len(snapshot.roster),
         priorities=[20] * len(snapshot.roster),
     )
-    return replace(snapshot, extras=Extras(threads=threads, **fields))
+    waits = snapshot.thread_wait_ns or [0] * len(snapshot.roster)
+    return replace(
+        snapshot,
+        figures=ProcessFigures(**fields),
+        thread_figures=threads,
+        thread_wait_ns=waits,
+        wait_ns=sum(waits),
+        wait_error_ns=1,
+        machine=MachineFigures(False, *[1] * (len(MachineFigures._fields) - 1)),
+        tree=ProcessTree(cpu_ns=0, reaped_ns=0, rss_bytes=snapshot.rss_bytes, process_count=1, gaps=0),
+    )
 
 
 counters = st.integers(0, 2**62)
 names = st.text(max_size=15) | st.sampled_from(
     ["", "render", 'a"b\\', "\u202e\x1b[31m", "\x00", "\u2028", "\U0001f600"]
 )
+
+
+def machines(optional: st.SearchStrategy[int | None]) -> st.SearchStrategy[MachineFigures]:
+    """Return a strategy of figures of a machine, each of which may be missing."""
+    figures = {name: optional for name in MachineFigures._fields}
+    return st.builds(
+        MachineFigures,
+        **{
+            **figures,
+            "in_container": st.booleans(),
+            "thermal_level": st.none() | st.integers(0, 5),
+            "memory_pressure_level": st.none() | st.integers(0, 2),
+        },
+    )
+
+
+def trees() -> st.SearchStrategy[ProcessTree]:
+    """Return a strategy of process trees with up to three children, of which two may be one process."""
+    small = st.integers(1, 3)
+    child = st.builds(
+        Child,
+        pid=small,
+        start_key=small,
+        name=names,
+        cpu_ns=counters,
+        found_cpu_ns=counters,
+        rss_bytes=counters,
+        thread_count=small,
+    )
+    children = st.lists(child, max_size=3).map(tuple)
+    return st.builds(
+        ProcessTree,
+        cpu_ns=counters,
+        reaped_ns=counters,
+        rss_bytes=counters,
+        process_count=small,
+        gaps=small,
+        children=children,
+    )
 
 
 @st.composite
@@ -105,7 +163,7 @@ def any_snapshot(draw: st.DrawFn, at_ns: st.SearchStrategy[int], *, extras: bool
         return taken
     optional = st.none() | counters
     states = st.sampled_from([None, "running", "sleeping"])
-    per_thread = ThreadExtras(
+    per_thread = ThreadFigures(
         user_ns=[draw(counters) for _ in threads],
         system_ns=[draw(counters) for _ in threads],
         states=[draw(states) for _ in threads],
@@ -113,8 +171,14 @@ def any_snapshot(draw: st.DrawFn, at_ns: st.SearchStrategy[int], *, extras: bool
     )
     return replace(
         taken,
-        extras=Extras(
-            threads=per_thread,
+        thread_wait_ns=[draw(counters) for _ in threads] if draw(st.booleans()) else None,
+        wait_ns=draw(optional),
+        wait_error_ns=draw(optional),
+        cpu_count=draw(st.integers(0, 1024)),
+        thread_figures=per_thread,
+        machine=draw(st.none() | machines(optional)),
+        tree=draw(st.none() | trees()),
+        figures=ProcessFigures(
             user_ns=draw(optional),
             system_ns=draw(optional),
             footprint_bytes=draw(optional),
@@ -127,6 +191,8 @@ def any_snapshot(draw: st.DrawFn, at_ns: st.SearchStrategy[int], *, extras: bool
             interrupt_wakeups=draw(optional),
             energy_nj=draw(optional),
             p_core_ns=draw(optional),
+            reaped_ns=draw(optional),
+            anonymous_bytes=draw(optional),
         ),
     )
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from vitalsd.cli import main
+from vitalsd.snapshot import Part
 from vitalsd.sources.base import SourceError
 from vitalsd.sources.linux.procfs import parse_stat
 from vitalsd.sources.linux.source import LinuxSource
@@ -57,8 +58,8 @@ def snapshots(pid: int) -> None:
     try:
         source = LinuxSource(pid, program_of=ProgramDigest(b"k" * 32))
         for _ in sys.stdin:
-            taken = source.snapshot(extras=True)
-            assert taken.extras is not None
+            taken = source.snapshot(parts=Part.DETAIL)
+            assert taken.figures is not None
             answer = {
                 "tids": taken.roster.tids,
                 "rss_bytes": taken.rss_bytes,
@@ -67,7 +68,7 @@ def snapshots(pid: int) -> None:
                 "program": source.identity().program,
                 "addresses": len(parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).image),
                 "cpu_ns": taken.cpu_ns,
-                "open_fds": taken.extras.open_fds,
+                "open_fds": taken.figures.open_fds,
                 "warnings": taken.warnings,
             }
             print(json.dumps(answer), flush=True)

@@ -13,6 +13,7 @@ from vitalsd.cli.options import (
     proc_root_option,
     raise_descriptor_limit,
 )
+from vitalsd.snapshot import Part
 
 __all__ = ["sample"]
 
@@ -67,7 +68,7 @@ def sample(
     platform = platform_of(context, proc_root)
     try:
         with closing(platform.open_source(find_target(pid, name, platform))) as source:
-            measurement = sample_window(source, window_ms, extras=detail == "full")
+            measurement = sample_window(source, window_ms, parts=Part.DETAIL if detail == "full" else Part.NONE)
             answer = encode(
                 measurement,
                 source.identity(),

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from vitalsd.contract.host import RecordedHost, os_version
 from vitalsd.contract.json_pieces import to_json
 from vitalsd.contract.limits import ANSWER_BYTES, ANSWER_THREADS
-from vitalsd.snapshot import Extras, Identity, Measurement, ThreadExtras, ThreadRoster
+from vitalsd.snapshot import MEMORY_PRESSURE_LEVELS, THERMAL_STATES, Identity, Measurement, ProcessFigures, ThreadRoster
 from vitalsd.sources.base import SourceError
 from vitalsd.text import iso
 
@@ -30,10 +30,10 @@ Sort = Literal["tid", "cpu", "name"]
 MAX_KEPT = 16
 """Different answers of one measurement that are cached; together they have at most `ANSWER_BYTES`."""
 
-SIZES = tuple(name for name in Extras._fields if name.endswith("_bytes"))
-"""Extras in bytes; the answer has each in KiB, with a name that ends in ``_kb``."""
-COUNTS = tuple(name for name in Extras._fields if name != "threads" and not name.endswith(("_bytes", "_ns")))
-"""Extras that the answer has unchanged. Those that end in ``_ns`` become rates, by `measure`."""
+SIZES = tuple(name for name in ProcessFigures._fields if name.endswith("_bytes"))
+"""Figures in bytes; the answer has each in KiB, with a name that ends in ``_kb``."""
+COUNTS = tuple(name for name in ProcessFigures._fields if not name.endswith(("_bytes", "_ns")))
+"""Figures that the answer has unchanged. Those that end in ``_ns`` become rates, by `measure`."""
 
 DECIMALS = 3
 """Decimals of every percentage: 0.001 % of a second is 10 µs."""
@@ -94,6 +94,7 @@ def encode(
     detail: Detail = "basic",
     sort: Sort = "tid",
     limit: int | None = None,
+    children: bool = False,
     labels: Labels | None = None,
     warnings: tuple[str, ...] = (),
     host: RecordedHost | None = None,
@@ -109,11 +110,12 @@ def encode(
         detail: which fields the answer has.
         sort: order of the threads; ``cpu`` is busiest first, and equal threads are in the order of their tids.
         limit: maximum number of threads, applied after sorting.
+        children: whether ``detail=full`` has the descendants of the target and the sum of the application.
         labels: a cache for what is the same in the next answer.
         warnings: added to those of the measurement, for ``detail=full``.
         host: the machine that was recorded; ``None``: this one.
     """
-    key = (requested_ms, mode, detail, sort, limit, warnings, host)
+    key = (requested_ms, mode, detail, sort, limit, children, warnings, host)
     body = measurement.encoded.get(key)
     if body is None:
         order = _order(measurement, sort, limit)
@@ -127,6 +129,8 @@ def encode(
             if host is not None:
                 full["host"] |= {"cpu_count": host.cpu_count, "os_version": host.version, "arch": host.arch}
             full["warnings"] += warnings
+            if children:
+                full |= _family(measurement, full["warnings"])
             if cut:
                 full["warnings"].append(f"only the busiest {len(shown)} of {len(order)} threads are shown")
             return to_json(full)
@@ -190,16 +194,15 @@ def _ms(ns: int) -> int:
 
 def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms: int, mode: str) -> dict[str, Any]:
     last, warnings = m.last, list(m.warnings)
-    extras = last.extras
-    if extras is None:
-        extras = _no_extras(len(last.roster))
-        warnings.append("the record has no states, priorities, user/system split, faults or descriptors: null")
+    figures = last.figures or ProcessFigures()
+    if last.thread_figures is None:
+        warnings.append("the record has no states, priorities and user/system split: null")
     return {
         "sample_window_ms": _ms(m.elapsed_ns),
-        "process": _full_process(m, extras),
-        "threads": _full_threads(m, extras, order),
+        "process": _full_process(m, figures),
+        "threads": _full_threads(m, order),
         "platform": identity.platform,
-        "schema": 1,
+        "schema": 2,
         "target": target_json(identity),
         "window": {
             "requested_ms": requested_ms,
@@ -226,14 +229,15 @@ def _full(m: Measurement, identity: Identity, order: Sequence[int], requested_ms
             "os_version": os_version(),
             "arch": platform.machine(),
         },
+        "machine": _machine(m),
         "truncated": len(order) < len(last.roster),
         "warnings": warnings,
     }
 
 
-def _full_process(m: Measurement, extras: Extras) -> dict[str, Any]:
+def _full_process(m: Measurement, figures: ProcessFigures) -> dict[str, Any]:
     last = m.last
-    sizes = {f"{name.removesuffix('_bytes')}_kb": _kb(getattr(extras, name)) for name in SIZES}
+    sizes = {f"{name.removesuffix('_bytes')}_kb": _kb(getattr(figures, name)) for name in SIZES}
     return {
         "cpu_percent": _percent(m, m.cpu_ns),
         "rss_kb": _kb(last.rss_bytes),
@@ -242,17 +246,22 @@ def _full_process(m: Measurement, extras: Extras) -> dict[str, Any]:
         "user_percent": _percent(m, m.user_ns),
         "system_percent": _percent(m, _rest(m.cpu_ns, m.user_ns)),
         "cpu_percent_error": _error_percent(m, m.cpu_error_ns),
+        "wait_percent": _percent(m, m.wait_ns),
+        "wait_percent_error": None if last.wait_error_ns is None else _error_percent(m, last.wait_error_ns),
+        "children_percent": _percent(m, m.reaped_ns),
         **sizes,
         "thread_count": len(last.roster),
-        **{name: getattr(extras, name) for name in COUNTS},
+        **{name: getattr(figures, name) for name in COUNTS},
         "p_core_percent": _percent(m, m.p_core_ns),
         "qos_percent": None if m.qos_ns is None else {name: _percent(m, ns) for name, ns in m.qos_ns.items()},
     }
 
 
-def _full_threads(m: Measurement, extras: Extras, order: Sequence[int]) -> list[dict[str, Any]]:
+def _full_threads(m: Measurement, order: Sequence[int]) -> list[dict[str, Any]]:
     last, roster = m.last, m.last.roster
-    user_ns = m.thread_user_ns or [None] * len(roster)
+    nothing = [None] * len(roster)
+    user_ns = m.thread_user_ns or nothing
+    priorities = last.thread_figures.priorities if last.thread_figures else nothing
     return [
         {
             "tid": roster.tids[i],
@@ -261,18 +270,66 @@ def _full_threads(m: Measurement, extras: Extras, order: Sequence[int]) -> list[
             "user_percent": _percent(m, user_ns[i]),
             "system_percent": _percent(m, _rest(m.thread_cpu_ns[i], user_ns[i])),
             "cpu_percent_error": None if i in m.unknown else _error_percent(m, m.thread_error_ns(i)),
+            "wait_percent": None if m.thread_wait_ns is None or i in m.unknown else _percent(m, m.thread_wait_ns[i]),
             "cpu_time_ns": last.thread_cpu_ns[i],
-            "state": extras.threads.states[i],
-            "priority": extras.threads.priorities[i],
+            "state": m.thread_state(i),
+            "priority": priorities[i],
             "born_in_window": i in m.born,
         }
         for i in order
     ]
 
 
-def _no_extras(threads: int) -> Extras:
-    nothing = (None,) * threads
-    return Extras(threads=ThreadExtras(user_ns=(), system_ns=(), states=nothing, priorities=nothing))
+def _machine(m: Measurement) -> dict[str, Any] | None:
+    """Return what the machine did, without the name of any process; ``None``: it was not read at both ends."""
+    use, now = m.machine, m.last.machine
+    if use is None or now is None:
+        return None
+    ours_ns = m.cpu_ns if m.tree is None else m.tree.cpu_ns
+    return {
+        "scope": "container" if now.in_container else "host",
+        "cpu_percent": _percent(m, use.busy_ns),
+        "other_percent": None if use.busy_ns is None else _percent(m, max(0, use.busy_ns - ours_ns)),
+        "load_1m": None if now.load_milli is None else now.load_milli / 1000,
+        "memory_available_kb": _kb(now.memory_available_bytes),
+        "swap_used_kb": _kb(now.swap_used_bytes),
+        "pressure_percent": {
+            "cpu": _percent(m, use.cpu_pressure_ns),
+            "memory": _percent(m, use.memory_pressure_ns),
+            "io": _percent(m, use.io_pressure_ns),
+        },
+        "memory_pressure": None
+        if now.memory_pressure_level is None
+        else MEMORY_PRESSURE_LEVELS[now.memory_pressure_level],
+        "quota_throttled_percent": _percent(m, use.quota_throttled_ns),
+        "thermal_state": None if now.thermal_level is None else THERMAL_STATES[now.thermal_level],
+    }
+
+
+def _family(m: Measurement, warnings: list[str]) -> dict[str, Any]:
+    """Return the living descendants, and the target with them as one application; null if they were not read."""
+    use, now = m.tree, m.last.tree
+    if use is None or now is None:
+        warnings.append("children: they were not recorded; start the sidecar with --children, or ask with mode=wait")
+        return {"children": None, "application": None}
+    return {
+        "children": [
+            {
+                "pid": child.pid,
+                "name": child.name,
+                "cpu_percent": _percent(m, cpu_ns),
+                "rss_kb": _kb(child.rss_bytes),
+                "thread_count": child.thread_count,
+            }
+            for child, cpu_ns in use.children
+        ],
+        "application": {
+            "cpu_percent": _percent(m, use.cpu_ns),
+            "rss_kb": _kb(now.rss_bytes),
+            "process_count": now.process_count,
+            "complete": use.complete,
+        },
+    }
 
 
 def _percent(m: Measurement, ns: int | None) -> float | None:

@@ -15,12 +15,16 @@ from typing_extensions import TypeVar
 
 __all__ = [
     "Accounting",
+    "ApplicationMetrics",
+    "ChildMetrics",
     "FullMetrics",
     "FullProcess",
     "FullThread",
     "Host",
+    "Machine",
     "Measured",
     "Platform",
+    "Pressure",
     "ProcessMetrics",
     "Resolution",
     "RuntimeMetrics",
@@ -124,7 +128,19 @@ class FullProcess(ProcessMetrics):
     cpu_percent_error: Percent = Field(
         description="Half-width of the error bar of cpu_percent, from clock grain, lag and read skew."
     )
+    wait_percent: Percent | None = Field(
+        description="Time for which threads were runnable and did not run, summed over the threads. A wait counts when"
+        " it ends. Linux: a lower bound if threads exited in the window. macOS: of the process only."
+    )
+    wait_percent_error: Percent | None = Field(
+        description="Half-width of the error bar of wait_percent. Linux: null, because a wait in progress is unknown."
+    )
+    children_percent: Percent | None = Field(
+        description="CPU time of children that the process waited for in the window. null: they used part of it before"
+        " the window, and were not watched."
+    )
     footprint_kb: Count | None = Field(description="macOS physical footprint (Activity Monitor's Memory), KiB.")
+    anonymous_kb: Count | None = Field(description="Linux: resident memory that belongs to no file, KiB.")
     peak_rss_kb: Count | None
     swap_kb: Count | None = Field(description="Linux VmSwap, KiB.")
     thread_count: Count
@@ -152,14 +168,21 @@ class FullThread(_Thread):
     user_percent: Percent | None
     system_percent: Percent | None
     cpu_percent_error: Percent | None
+    wait_percent: Percent | None = Field(
+        description="Linux: time for which the thread was runnable and did not run. A wait counts when it ends, and one"
+        " that is in progress may be missing. At most the part of the window in which the thread did not run."
+    )
     cpu_time_ns: Count = Field(description="CPU time since the thread started, ns.")
-    state: str | None = Field(description="running, sleeping, waiting, stopped, dead, ... as the kernel says.")
+    state: str | None = Field(
+        description="State at the end of the window: running, sleeping, waiting, stopped, dead, and others of the"
+        " kernel. runnable: it was ready to run at both ends, and did not run."
+    )
     priority: int | None
     born_in_window: bool
 
 
 class Accounting(_Wire):
-    """The books: process = living + exited + unattributed, in percent of one core."""
+    """The balance of CPU time: process = living + exited + unattributed, in percent of one core."""
 
     process_percent: Percent
     living_percent: Percent = Field(description="CPU of the threads alive at the end of the window.")
@@ -186,11 +209,72 @@ class Host(_Wire):
     arch: str | None
 
 
+class Pressure(_Wire):
+    """Linux: part of the window in which at least one task waited for a resource (PSI, ``some``)."""
+
+    cpu: Percent | None
+    memory: Percent | None
+    io: Percent | None
+
+
+class Machine(_Wire):
+    """The machine over the window. No process and no user is named."""
+
+    scope: Literal["host", "container"] = Field(description="What the figures cover: the host, or the container.")
+    cpu_percent: Percent | None = Field(description="CPU time of all cores: 100 = one core busy.")
+    other_percent: Percent | None = Field(
+        description="cpu_percent less this process, or less the application if children=true; not below 0."
+    )
+    load_1m: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        description="Load average of the last minute."
+    )
+    memory_available_kb: Count | None = Field(description="Memory that programs can get without swapping, KiB.")
+    swap_used_kb: Count | None
+    pressure_percent: Pressure
+    memory_pressure: Literal["normal", "warning", "critical"] | None = Field(
+        description="macOS: the kernel's level of memory pressure."
+    )
+    quota_throttled_percent: Percent | None = Field(
+        description="Linux: time for which a CPU quota kept the target from running; summed over cores."
+    )
+    thermal_state: Literal["nominal", "moderate", "heavy", "trapping", "sleeping", "throttled"] | None = Field(
+        description="macOS: thermal pressure. Linux: throttled if the CPU was throttled in the last second."
+    )
+
+
+class ChildMetrics(_Wire):
+    """A living descendant of the target, at the end of the window."""
+
+    pid: Count
+    name: str
+    cpu_percent: Percent
+    rss_kb: Count
+    thread_count: Count
+
+
+class ApplicationMetrics(_Wire):
+    """The target and its descendants as one application."""
+
+    cpu_percent: Percent = Field(description="CPU time of all of them, with that of descendants that ended.")
+    rss_kb: Count = Field(description="Sum of resident memory, KiB; shared pages count once for each process.")
+    process_count: Count
+    complete: bool = Field(
+        description="false: a descendant started and ended unseen, one was unreadable, or there are more than 256."
+    )
+
+
 class FullMetrics(Measured[FullThread]):
     """``detail=full``: the basic answer with more fields."""
 
     process: FullProcess
-    schema_: Literal[1] = Field(alias="schema")
+    machine: Machine | None = Field(description="null: it was not read at both ends of the window.")
+    children: tuple[ChildMetrics, ...] | None = Field(
+        default=None, description="Living descendants of the target; the key is there with children=true only."
+    )
+    application: ApplicationMetrics | None = Field(
+        default=None, description="The target and its descendants; the key is there with children=true only."
+    )
+    schema_: Literal[2] = Field(alias="schema")
     target: Target
     window: Window
     accounting: Accounting

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vitalsd.doctor.cpu_load import CpuLoad, CpuLoadProcess, CpuLoadThreads, Log, bounds_ns
 from vitalsd.doctor.finding import BUG, Finding, between, make_finding, not_here
-from vitalsd.snapshot import Measurement, Snapshot, measure
+from vitalsd.snapshot import Measurement, Part, Snapshot, measure
 from vitalsd.sources.base import Source
 from vitalsd.sources.platform import Platform
 
@@ -77,7 +77,7 @@ def another_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[
 def _read(source: Source) -> _Reading:
     for _ in range(ATTEMPTS):
         earliest_ns = time.monotonic_ns()
-        reading = _Reading(source.snapshot(extras=True), earliest_ns, time.monotonic_ns())
+        reading = _Reading(source.snapshot(parts=Part.DETAIL), earliest_ns, time.monotonic_ns())
         if reading.latest_ns - reading.earliest_ns < WIDE_NS:
             break
     return reading
@@ -138,7 +138,7 @@ def _total(place: str, what: str, measured: Measurement, spent: tuple[int, int])
 def _ticks(place: str, what: str, measured: Measurement, spent: tuple[int, int]) -> Finding:
     """Compare user and system time with the bounds; the kernel counts ticks of 10 ms (Linux), 1 or 41.67 ns (macOS)."""
     check = f"ticks.{place}"
-    a, b = measured.first.extras, measured.last.extras
+    a, b = measured.first.figures, measured.last.figures
     if a is None or b is None or None in (a.user_ns, a.system_ns, b.user_ns, b.system_ns):
         return not_here(check, what, "user and system time are not available")
     grown = (b.user_ns + b.system_ns) - (a.user_ns + a.system_ns)  # type: ignore[operator]

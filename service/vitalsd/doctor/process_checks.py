@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vitalsd.doctor.cpu_load import CpuLoadProcess, allocate_touched, name_this_thread
 from vitalsd.doctor.finding import BUG, Finding, between, make_finding, not_here
-from vitalsd.snapshot import Measurement, Snapshot, measure
+from vitalsd.snapshot import Measurement, Part, Snapshot, measure
 from vitalsd.sources.base import Source
 from vitalsd.sources.platform import Platform
 
@@ -257,7 +257,7 @@ def check_leaks(platform: Platform, timeout_s: float = THREAD_EXIT_TIMEOUT_S) ->
         for i in range(SNAPSHOTS):
             passing = threading.Thread(target=time.sleep, args=(0.0003,))
             passing.start()
-            sources[i % 2].snapshot(extras=i % 8 < 2)
+            sources[i % 2].snapshot(parts=Part.DETAIL if i % 8 < 2 else Part.NONE)
             passing.join()
     deadline = time.monotonic() + timeout_s
     while _grown(before, after := held_resources(platform)) and time.monotonic() < deadline:

@@ -21,7 +21,7 @@ from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import UnreadableRunError, read_run
 from vitalsd.sidecar.spawn import SpawnError, spawn
 from vitalsd.sidecar.spawned import Spawned
-from vitalsd.snapshot import Snapshot, measure
+from vitalsd.snapshot import Part, Snapshot, measure
 from vitalsd.sources.platform import Platform
 
 __all__ = ["sidecar"]
@@ -156,9 +156,12 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
     """Judge the cost of the sidecar at its default of one snapshot a second, without requests."""
     time.sleep(0.5)  # until the sidecar has done the rest of the work for the last answer
     with closing(platform.open_source(service.pid)) as source:
-        first, woken = source.snapshot(extras=True), _wakeups(platform, source.snapshot(extras=True), service.pid)
+        first, woken = (
+            source.snapshot(parts=Part.DETAIL),
+            _wakeups(platform, source.snapshot(parts=Part.DETAIL), service.pid),
+        )
         time.sleep(COST_S)
-        last = source.snapshot(extras=True)
+        last = source.snapshot(parts=Part.DETAIL)
     measured = measure(first, last)
     percent = 100 / measured.elapsed_ns
     error = measured.cpu_error_ns * percent
@@ -196,9 +199,9 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
 
 def _wakeups(platform: Platform, snapshot: Snapshot, pid: int) -> int | None:
     """Return how often its threads were woken so far; on Linux, how often one of them began to wait."""
-    extras = snapshot.extras
-    if extras is not None and extras.interrupt_wakeups is not None:
-        return extras.interrupt_wakeups + (extras.idle_wakeups or 0)
+    figures = snapshot.figures
+    if figures is not None and figures.interrupt_wakeups is not None:
+        return figures.interrupt_wakeups + (figures.idle_wakeups or 0)
     if platform.name != "linux":
         return None
     number = 0

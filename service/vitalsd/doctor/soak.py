@@ -10,6 +10,7 @@ from typing import NamedTuple
 from vitalsd.doctor.cpu_load import CpuLoadProcess
 from vitalsd.doctor.finding import BUG, Finding, make_finding, not_here
 from vitalsd.doctor.process_checks import held_resources
+from vitalsd.snapshot import Part
 from vitalsd.sources.platform import Platform
 
 __all__ = ["Slope", "slope", "soak"]
@@ -79,7 +80,7 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
             done = (time.monotonic() - begun) / seconds
             progress(min(1.0, done))
             for i in range(BATCH):
-                (own, foreign)[i % 2].snapshot(extras=i % 10 == 0)
+                (own, foreign)[i % 2].snapshot(parts=Part.DETAIL if i % 10 == 0 else Part.NONE)
             taken += BATCH
             if done < WARM_UP:
                 continue

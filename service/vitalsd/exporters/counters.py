@@ -90,17 +90,17 @@ class PerThreadCounter(NamedTuple):
 
 
 def _cpu_modes(reading: TargetReading) -> list[Point]:
-    extras = reading.snapshot.extras
-    if extras is None or extras.user_ns is None or extras.system_ns is None:
+    figures = reading.snapshot.figures
+    if figures is None or figures.user_ns is None or figures.system_ns is None:
         return []
-    return [({"cpu.mode": "user"}, extras.user_ns / 1e9), ({"cpu.mode": "system"}, extras.system_ns / 1e9)]
+    return [({"cpu.mode": "user"}, figures.user_ns / 1e9), ({"cpu.mode": "system"}, figures.system_ns / 1e9)]
 
 
 def _faults(reading: TargetReading) -> list[Point]:
-    extras = reading.snapshot.extras
-    if extras is None:
+    figures = reading.snapshot.figures
+    if figures is None:
         return []
-    faults = (("minor", extras.minor_faults), ("major", extras.major_faults))
+    faults = (("minor", figures.minor_faults), ("major", figures.major_faults))
     return [({"system.paging.fault.type": kind}, count) for kind, count in faults if count is not None]
 
 
@@ -171,7 +171,7 @@ TARGET_COUNTERS = (
     ),
     Counter[TargetReading](
         kind="level",
-        value=lambda reading: reading.snapshot.extras and reading.snapshot.extras.open_fds,
+        value=lambda reading: reading.snapshot.figures and reading.snapshot.figures.open_fds,
         prometheus="process_open_fds",
         help="Open file descriptors of the target.",
         otel="process.unix.file_descriptor.count",

@@ -138,7 +138,7 @@ def metrics_data(
     Return the data of one push.
 
     Args:
-        target: identity, and a snapshot with extras; ``None`` if the target cannot be read, which
+        target: identity, and a snapshot with figures; ``None`` if the target cannot be read, which
             ``vitalsd.target.up`` reports.
         threads: maximum number of threads with a series of their own, those with the most CPU time; 0: none.
         snapshots_taken: number of snapshots by this service.

@@ -13,12 +13,14 @@ from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import State
 from vitalsd.recording.series import EventKind, Mark, Record
-from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Snapshot
+from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Part, Snapshot
 from vitalsd.sources.base import SourceError, TargetGoneError
 from vitalsd.worker_thread import consume_exception
 
 __all__ = ["NoRecorder", "NotRecordingError", "Recorder", "RecorderConfig", "RecorderJson", "TargetRecorder"]
 
+FIGURES_EVERY_NS = 900_000_000
+"""Least age of the last figures at which the recorder reads them again, ns: once a second, whatever the interval."""
 CLOCK_STEP_NS = 500_000_000
 """Least step of the wall clock against the clock since boot, ns: with less it was slewed or read late, and not set."""
 MARK_S = 0.05
@@ -58,6 +60,8 @@ class RecorderConfig(NamedTuple):
     """Directory of the black box; ``None``: there is no black box."""
     application: Application = Application()
     """The application that the client named; stored in the black box."""
+    children: bool = False
+    """Whether the descendants of the target are recorded, with their names."""
     exits_itself: Callable[[], bool] = bool
     """Returns whether the target has noted that it exits by itself; called where the kernel does not report the end."""
 
@@ -160,6 +164,9 @@ class Recorder:
         """Why there will be no more snapshots; ``None``: there will be."""
         self.why_not_recorded = ""
         self._exits_itself = config.exits_itself
+        self._figures = Part.FIGURES | Part.CHILDREN if config.children else Part.FIGURES
+        self._figures_ns: int | None = None
+        """Monotonic time of the last snapshot with figures."""
         self._crashed = False
         self._failure: str | None = None
         self._last_words: str | None = None
@@ -186,8 +193,16 @@ class Recorder:
         """Note that the CPU counters contradicted each other, and were read again from the start for `snapshot`."""
         self._note("inconsistent", f"{why}; the threads have no figure there, and were read anew", snapshot)
 
+    def next_parts(self, now_ns: int) -> Part:
+        """Return what the next snapshot of the record must have beside its counters."""
+        if self._figures_ns is not None and now_ns - self._figures_ns < FIGURES_EVERY_NS:
+            return Part.NONE
+        return self._figures
+
     def observe(self, snapshot: Snapshot) -> None:
         """Record a snapshot, taken after all others."""
+        if not self._figures & ~snapshot.parts:
+            self._figures_ns = snapshot.monotonic_ns
         before = self.record.last
         if before is None:
             self._offset_ns = snapshot.wall_ns - snapshot.boottime_ns

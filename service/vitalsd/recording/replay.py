@@ -12,7 +12,7 @@ from vitalsd.recording.recorder import NotRecordingError, RecorderJson
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile, ReportCardJson
 from vitalsd.recording.run_reader import RunJson
 from vitalsd.recording.series import Mark, Record
-from vitalsd.snapshot import Identity, Measurement, Snapshot
+from vitalsd.snapshot import Identity, Measurement, Part, Snapshot
 from vitalsd.sources.base import TargetGoneError
 from vitalsd.text import iso
 
@@ -119,7 +119,7 @@ class Replay:
         """Return the process that was recorded."""
         return self.recorder.record.identity
 
-    async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement:
+    async def window(self, window_ms: int, *, parts: Part = Part.NONE, peer: Peer = OWNER) -> Measurement:
         """Raise `TargetGoneError`: there is no coming window."""
         raise TargetGoneError(f"{self._reason}; ask with mode=trailing or /history")
 

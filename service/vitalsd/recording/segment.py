@@ -133,9 +133,9 @@ class Segment:
         return next(islice(self.iter_cpu_ns(), position, None))
 
     def snapshot(self, position: int) -> Snapshot:
-        """Return one snapshot as it was, but for its extras, state and warnings, which are not recorded."""
+        """Return one snapshot as it was, but for the figures of threads, state and warnings, which are not recorded."""
         fields, cpu_ns = self.snapshot_fields(self.scalars_at(position)), self.thread_cpu_ns(position)
-        return replace(self.first, **fields, thread_cpu_ns=cpu_ns, extras=None, state=None, warnings=())
+        return replace(self.first, **fields, thread_cpu_ns=cpu_ns, thread_figures=None, state=None, warnings=())
 
 
 def _cpu_deltas(before: Sequence[int], after: Sequence[int]) -> CpuDeltas:

@@ -116,7 +116,7 @@ class Record:
                 if segment is not None:
                     shared = roster.has_same_threads(segment.first.roster)
                     roster = roster.sharing(segment.first.roster)
-                segment = Segment(replace(snapshot, roster=roster, extras=None))
+                segment = Segment(replace(snapshot, roster=roster, thread_figures=None))
                 if not shared:
                     segment.size_bytes += 3 * 8 * len(roster) + 2 * 32 * len(roster)
                 self._segments.append(segment)

@@ -15,7 +15,7 @@ from vitalsd.admission import OWNER, Peer
 from vitalsd.recording.recorder import NoRecorder, Recorder, RecorderConfig
 from vitalsd.sampling.target_reader import SNAPSHOT_REUSE_NS, TargetReader
 from vitalsd.sampling.windows import Windows
-from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
+from vitalsd.snapshot import Identity, Measurement, Part, Snapshot, measure
 from vitalsd.sources import platform_name
 from vitalsd.sources.base import KernelError, Source
 from vitalsd.worker_thread import HungError, StoppedError, Worker, consume_exception
@@ -28,25 +28,25 @@ __all__ = ["Sampler", "sample"]
 T = TypeVar("T")
 
 
-def sample(source: Source, window_ms: int, *, extras: bool = False) -> Measurement:
+def sample(source: Source, window_ms: int, *, parts: Part = Part.NONE) -> Measurement:
     """Measure one window of `source`, blocking, for callers without an event loop. Raise `SourceError`."""
-    first = source.snapshot(extras=extras, names=False)
+    first = source.snapshot(parts=parts, names=False)
     time.sleep(window_ms / 1000)
-    return measure(first, source.snapshot(extras=extras))
+    return measure(first, source.snapshot(parts=parts))
 
 
 class _Pending:
     """Take a snapshot once for several callers. Until it is begun, it will be late enough for each caller."""
 
-    def __init__(self, extras: bool) -> None:
-        self.extras = extras
+    def __init__(self, parts: Part) -> None:
+        self.parts = parts
         self._since_ns: int | None = None
         self.future: asyncio.Future[Snapshot]
 
     def take(self, reader: TargetReader) -> Snapshot:
         """Take the snapshot, on the sampler's thread."""
         self._since_ns = time.monotonic_ns()
-        return reader.take(self.extras, names=False)
+        return reader.take(self.parts, names=False)
 
     def is_after(self, not_before_ns: int) -> bool:
         since_ns = self._since_ns
@@ -118,7 +118,7 @@ class Sampler:
             identity = await self._answered(self._opening)
         return identity
 
-    async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement:
+    async def window(self, window_ms: int, *, parts: Part = Part.NONE, peer: Peer = OWNER) -> Measurement:
         """
         Measure the coming `window_ms` milliseconds.
 
@@ -126,7 +126,7 @@ class Sampler:
 
         Args:
             window_ms: length of the window.
-            extras: also read what only ``detail=full`` shows.
+            parts: what its snapshots have beside their counters.
             peer: the client that waits; it has a limited number of windows.
 
         Raises:
@@ -134,17 +134,17 @@ class Sampler:
             BusyError: `peer` waits for too many windows that have nothing in common.
         """
         await self.identity()
-        return await self._windows.measure(window_ms, extras, peer)
+        return await self._windows.measure(window_ms, parts, peer)
 
     async def snapshot(self) -> Snapshot:
-        """Return the counters, with extras, of now or of a few milliseconds ago. Raise `SourceError`."""
+        """Return the counters, with figures, of now or of a few milliseconds ago. Raise `SourceError`."""
         await self.identity()
-        return await self._snapshot(time.monotonic_ns() - SNAPSHOT_REUSE_NS, extras=True)
+        return await self._snapshot(time.monotonic_ns() - SNAPSHOT_REUSE_NS, Part.FIGURES)
 
     async def check_alive(self) -> None:
         """Read the target as it is now, not a few milliseconds ago. Raise `SourceError`, as when it has exited."""
         await self.identity()
-        await self._snapshot(time.monotonic_ns(), False)
+        await self._snapshot(time.monotonic_ns(), Part.NONE)
 
     async def hangs(self) -> bool:
         """Return whether a read of the target does not return."""
@@ -165,21 +165,21 @@ class Sampler:
         if self._closing and self.worker.stop(0):
             self._reader.discard()
 
-    async def _snapshot(self, not_before_ns: int, extras: bool) -> Snapshot:
+    async def _snapshot(self, not_before_ns: int, parts: Part) -> Snapshot:
         """Return a snapshot not older than `not_before_ns`: the last one, the one under way, or a new one."""
-        last = self._reader.last_since(not_before_ns, extras)
+        last = self._reader.last_since(not_before_ns, parts)
         if last is not None:
             return last
         pending = self._pending
-        if pending is None or extras > pending.extras or not pending.is_after(not_before_ns):
-            pending = self._pending = _Pending(extras)
+        if pending is None or parts & ~pending.parts or not pending.is_after(not_before_ns):
+            pending = self._pending = _Pending(parts)
             pending.future = asyncio.wrap_future(self.worker.submit(partial(pending.take, self._reader)))
             pending.future.add_done_callback(partial(self._taken, pending))
         return await self._answered(pending.future)
 
-    async def _snapshot_at(self, at_ns: int, not_before_ns: int, extras: bool) -> Snapshot:
+    async def _snapshot_at(self, at_ns: int, not_before_ns: int, parts: Part) -> Snapshot:
         """Return a snapshot that the sampler's thread takes at `at_ns`, even if the event loop is busy then."""
-        taken = asyncio.wrap_future(self.worker.submit(partial(self._reader.take_since, not_before_ns, extras), at_ns))
+        taken = asyncio.wrap_future(self.worker.submit(partial(self._reader.take_since, not_before_ns, parts), at_ns))
         taken.add_done_callback(consume_exception)
         try:
             await asyncio.sleep(max(0, at_ns - time.monotonic_ns()) / 1e9)

@@ -11,7 +11,7 @@ from vitalsd.admission import OWNER, BusyError, Peer, Shares
 from vitalsd.contract.limits import OTHER_PROCESSES, STREAM_QUEUE
 from vitalsd.recording.recorder import TargetRecorder
 from vitalsd.sampling.sampler import Sampler
-from vitalsd.snapshot import Identity, Measurement, Snapshot
+from vitalsd.snapshot import Identity, Measurement, Part, Snapshot
 from vitalsd.sources.base import Source, SourceError, TargetGoneError
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ class PooledTarget(Protocol):
         """Return the identity of the target. Raise `SourceError`."""
         ...
 
-    async def window(self, window_ms: int, *, extras: bool = False, peer: Peer = OWNER) -> Measurement:
+    async def window(self, window_ms: int, *, parts: Part = Part.NONE, peer: Peer = OWNER) -> Measurement:
         """Measure the coming `window_ms` milliseconds. Raise `SourceError` or `BusyError`, see `Sampler.window`."""
         ...
 
     async def snapshot(self) -> Snapshot:
-        """Return the counters, with extras, of now or of a few milliseconds ago. Raise `SourceError`."""
+        """Return the counters, with figures, of now or of a few milliseconds ago. Raise `SourceError`."""
         ...
 
     async def check_alive(self) -> None:
@@ -79,7 +79,8 @@ class Stream:
     sampler. The iterator ends with the `SourceError` of the target.
     """
 
-    def __init__(self, target: PooledTarget, interval_ms: int, peer: Peer = OWNER) -> None:
+    def __init__(self, target: PooledTarget, interval_ms: int, peer: Peer = OWNER, parts: Part = Part.NONE) -> None:
+        self._parts = parts
         self._target = target
         self._peer = peer
         self._interval_ms = interval_ms
@@ -115,7 +116,7 @@ class Stream:
         try:
             while True:
                 try:
-                    measurement = await self._target.window(self._interval_ms, peer=self._peer)
+                    measurement = await self._target.window(self._interval_ms, parts=self._parts, peer=self._peer)
                 except BusyError:  # the stream stays open and lacks this window
                     self.dropped += 1
                     await asyncio.sleep(self._interval_ms / 1000)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from vitalsd.recording.recorder import Recorder, RecorderConfig
-from vitalsd.snapshot import Identity, Snapshot, contradiction
+from vitalsd.snapshot import Identity, Part, Snapshot, contradiction
 from vitalsd.sources.base import Source, SourceError, TargetGoneError
 from vitalsd.worker_thread import Worker
 
@@ -63,30 +63,30 @@ class TargetReader:
         self.identity = identity
         return identity
 
-    def last_since(self, not_before_ns: int, extras: bool) -> Snapshot | None:
+    def last_since(self, not_before_ns: int, parts: Part) -> Snapshot | None:
         """
         Return the last snapshot if it is good enough; from any thread.
 
         Args:
             not_before_ns: monotonic time at which it must have been taken, or later.
-            extras: whether it must have extras.
+            parts: what it must have beside its counters.
         """
         last = self._last
-        if last is not None and last.monotonic_ns >= not_before_ns and (last.extras is not None or not extras):
+        if last is not None and last.monotonic_ns >= not_before_ns and not parts & ~last.parts:
             return last
         return None
 
-    def take(self, extras: bool, *, names: bool = True) -> Snapshot:
+    def take(self, parts: Part, *, names: bool = True) -> Snapshot:
         """Read the target. Raise `SourceError`, after the end of the target has been recorded."""
         assert self._source is not None
         if self._closed:
             raise self.gone()
         try:
-            why, last = None, self._read(extras, names)
+            why, last = None, self._read(parts, names)
             if self._last is not None and (why := contradiction(self._last, last)) is not None:
                 self._reading += 1
                 self._source.restart()
-                last = self._read(extras, names)
+                last = self._read(parts, names)
             self._last, self._has_current_names = last, names
             self.identity = self._source.identity()
         except TargetGoneError as error:
@@ -101,10 +101,10 @@ class TargetReader:
         self._contradicted = why is not None
         return last
 
-    def take_since(self, not_before_ns: int, extras: bool) -> Snapshot:
+    def take_since(self, not_before_ns: int, parts: Part) -> Snapshot:
         """Return the last snapshot of a window, which has the current names; see `last_since`. Raise as `take`."""
-        last = self.last_since(not_before_ns, extras)
-        return last if last is not None and self._has_current_names else self.take(extras)
+        last = self.last_since(not_before_ns, parts)
+        return last if last is not None and self._has_current_names else self.take(parts)
 
     def gone(self) -> TargetGoneError:
         """Return the error for a target that is not read any more."""
@@ -127,9 +127,9 @@ class TargetReader:
         """Drop target and record, once the thread has ended."""
         self._source = self._last = self.recorder = None
 
-    def _read(self, extras: bool, names: bool) -> Snapshot:
+    def _read(self, parts: Part, names: bool) -> Snapshot:
         assert self._source is not None
-        snapshot = self._source.snapshot(extras=extras, names=names)
+        snapshot = self._source.snapshot(parts=parts, names=names)
         self.snapshots_taken += 1
         return replace(snapshot, reading=self._reading) if self._reading else snapshot
 
@@ -139,8 +139,9 @@ class TargetReader:
         if self._closed:  # the thread has released the target but not yet ended
             return False
         try:
-            last = self.last_since(time.monotonic_ns() - SNAPSHOT_REUSE_NS + 1, False)
-            snapshot = last if last is not None else self.take(False, names=False)
+            parts = self.recorder.next_parts(time.monotonic_ns())
+            last = self.last_since(time.monotonic_ns() - SNAPSHOT_REUSE_NS + 1, parts)
+            snapshot = last if last is not None else self.take(parts, names=False)
         except SourceError as error:
             return self.recorder.failed(error)
         self.recorder.observe(snapshot)

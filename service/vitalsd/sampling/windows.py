@@ -15,7 +15,7 @@ from functools import partial
 from vitalsd.admission import BusyError, Peer, Shares
 from vitalsd.contract.limits import WINDOWS
 from vitalsd.sampling.target_reader import SNAPSHOT_REUSE_NS
-from vitalsd.snapshot import Measurement, Snapshot, measure
+from vitalsd.snapshot import Measurement, Part, Snapshot, measure
 from vitalsd.sources.base import TargetGoneError
 from vitalsd.worker_thread import consume_exception
 
@@ -28,8 +28,8 @@ BUSY_WINDOW_COUNT = 8
 BUSY_REUSE_NS = 5_000_000
 """With `BUSY_WINDOW_COUNT` windows open, a snapshot up to this old serves any window of twice that or more, ns."""
 
-Key = tuple[Snapshot, int, bool]
-"""Identifies a window: its first snapshot, its length in ms, and whether it has extras."""
+Key = tuple[Snapshot, int, Part]
+"""Identifies a window: its first snapshot, its length in ms, and what its snapshots have."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,15 +45,15 @@ class Windows:
     Measure and share the windows of one target.
 
     Args:
-        take: returns a snapshot, with extras or without, that is not older than a monotonic time in ns.
+        take: returns a snapshot, with these parts, that is not older than a monotonic time in ns.
         take_at: returns one that is taken at a monotonic time (the first argument), or one since the second.
         gone: returns the error for a target that is not measured any more.
     """
 
     def __init__(
         self,
-        take: Callable[[int, bool], Awaitable[Snapshot]],
-        take_at: Callable[[int, int, bool], Awaitable[Snapshot]],
+        take: Callable[[int, Part], Awaitable[Snapshot]],
+        take_at: Callable[[int, int, Part], Awaitable[Snapshot]],
         gone: Callable[[], TargetGoneError],
     ) -> None:
         self._take = take
@@ -72,14 +72,14 @@ class Windows:
         """Number of places that callers occupy, see `Shares`."""
         return len(self._shares)
 
-    async def measure(self, window_ms: int, extras: bool, peer: Peer) -> Measurement:
+    async def measure(self, window_ms: int, parts: Part, peer: Peer) -> Measurement:
         """Measure the coming `window_ms` milliseconds, see `Sampler.window`."""
         window_ns = window_ms * 1_000_000
         slack_ns = self._slack_ns(window_ns)
-        first = await self._take(time.monotonic_ns() - slack_ns, extras)
+        first = await self._take(time.monotonic_ns() - slack_ns, parts)
         if self._closed:
             raise self._gone()
-        key = (first, window_ms, extras)
+        key = (first, window_ms, parts)
         window = self._open.get(key)
         if (window is None or not window.waiting[peer]) and not self._shares.take(peer):
             raise BusyError(f"{WINDOWS} different windows of this process are open already")
@@ -113,11 +113,11 @@ class Windows:
         return max(window_ns // REUSE_PART, min(BUSY_REUSE_NS, window_ns // 2))
 
     def _begin(self, key: Key, window_ns: int, slack_ns: int) -> _Window:
-        first, _, extras = key
+        first, _, parts = key
 
         async def finish() -> Measurement:
             end_ns = first.monotonic_ns + window_ns
-            return measure(first, await self._take_at(end_ns, end_ns - slack_ns, extras))
+            return measure(first, await self._take_at(end_ns, end_ns - slack_ns, parts))
 
         window = self._open[key] = _Window(asyncio.create_task(finish()))
         window.task.add_done_callback(partial(self._end, key, window))

@@ -16,7 +16,7 @@ import signal
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Part, Snapshot
 
 __all__ = [
     "AccessDeniedError",
@@ -100,12 +100,12 @@ class Source(Protocol):
         """
         ...
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         """
         Read the counters now.
 
         Args:
-            extras: also read what only ``detail=full`` shows; on Linux that is one more file per thread.
+            parts: what the snapshot has beside its counters.
             names: read the names of the threads again. If False, a name may be up to 2 s old on Linux, where it
                 costs a read of its own, or as in the snapshot before.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
+from vitalsd.snapshot import Identity, Part, Snapshot, ThreadRoster
 from vitalsd.sources.base import Source
 
 __all__ = ["Inherited", "PythonNames", "decode_name", "names_by_id", "publish_names"]
@@ -50,9 +50,9 @@ class PythonNames:
         """Close the wrapped source."""
         self._source.close()
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         """Return a snapshot of the wrapped source with the names of Python; the kernel's are in `public_roster`."""
-        taken = self._source.snapshot(extras=extras, names=names)
+        taken = self._source.snapshot(parts=parts, names=names)
         # A thread that eventlet or gevent made has no id of the kernel.
         known = [
             (getattr(thread, "native_id", None), _name(thread))

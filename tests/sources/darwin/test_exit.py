@@ -16,6 +16,7 @@ from support.as_darwin.emulation import TEARDOWN_MS, Kevent, Kqueue
 from support.darwin.simulator import Simulator
 from support.sidecars import eventually
 from support.workload import ChildWorkload
+from vitalsd.snapshot import Part
 from vitalsd.sources.base import ExitStatus, SourceError, TargetGoneError
 from vitalsd.sources.darwin import libproc_source as libproc
 from vitalsd.sources.darwin.exit_status import NOTE_EXITSTATUS, ExitWatch
@@ -221,10 +222,10 @@ def test_stopped_process_is_stopped_and_its_threads_wait(simulator: Simulator, c
         os.kill(child.pid, signal.SIGSTOP)
         try:
             await_state(child.pid, "T")
-            snapshot = source.snapshot(extras=True)
+            snapshot = source.snapshot(parts=Part.DETAIL)
         finally:
             os.kill(child.pid, signal.SIGCONT)
         assert snapshot.state == "stopped"
-        assert snapshot.extras is not None
-        assert set(snapshot.extras.threads.states) == {"waiting"}
+        assert snapshot.thread_figures is not None
+        assert set(snapshot.thread_figures.states) == {"waiting"}
         assert source.snapshot().state != "stopped"

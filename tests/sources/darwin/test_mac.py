@@ -20,7 +20,7 @@ import pytest
 from support.sidecars import eventually
 from vitalsd.sidecar.socket_activation import inherited
 from vitalsd.sidecar.tcp_listener import bind_tcp
-from vitalsd.snapshot import measure
+from vitalsd.snapshot import Part, measure
 from vitalsd.sources.base import AccessDeniedError, ExitStatus, KernelError, TargetGoneError
 from vitalsd.sources.darwin.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6
 from vitalsd.sources.darwin.libproc_source import LibprocSource
@@ -41,12 +41,12 @@ def test_snapshots_during_thread_churn_leak_no_port_or_descriptor() -> None:
     """A thousand snapshots while threads come and go: as many as before, once the threads have ended."""
     lib = load()
     source = MachSource(lib=lib)
-    source.snapshot(extras=True)
+    source.snapshot(parts=Part.DETAIL)
     before = lib.mach.ports_in_use(), len(os.listdir("/dev/fd"))
     for _ in range(1000):
         thread = threading.Thread(target=time.sleep, args=(0.0005,))
         thread.start()
-        source.snapshot(extras=True)
+        source.snapshot(parts=Part.DETAIL)
         thread.join()
     time.sleep(0.5)  # the reaper is late
     source.snapshot()
@@ -129,15 +129,15 @@ def test_mach_and_libproc_of_the_own_process_agree() -> None:
     """Mach and libproc: the same threads, names and, to a quantum, the same times."""
     mach, libproc = MachSource(), LibprocSource(os.getpid())
     assert mach.identity() == libproc.identity()
-    a, b = mach.snapshot(extras=True), libproc.snapshot(extras=True)
+    a, b = mach.snapshot(parts=Part.DETAIL), libproc.snapshot(parts=Part.DETAIL)
     assert a.roster.tids == b.roster.tids
     assert a.roster.names == b.roster.names
     assert abs(a.cpu_ns - b.cpu_ns) < 50_000_000
     assert abs(a.uptime_ns - b.uptime_ns) < 50_000_000
-    assert a.extras is not None
-    assert b.extras is not None
-    assert a.extras.footprint_bytes
-    assert b.extras.footprint_bytes
+    assert a.figures is not None
+    assert b.figures is not None
+    assert a.figures.footprint_bytes
+    assert b.figures.footprint_bytes
 
 
 def test_thread_id_equals_the_native_id_of_python() -> None:
@@ -219,8 +219,8 @@ def test_stopped_process_has_state_stopped_and_waiting_threads() -> None:
     with sleeping() as child, closing(LibprocSource(child.pid)) as source:
         try:
             os.kill(child.pid, signal.SIGSTOP)
-            stopped = eventually(lambda: (taken := source.snapshot(extras=True)).state == "stopped" and taken)
-            assert "stopped" not in stopped.extras.threads.states
+            stopped = eventually(lambda: (taken := source.snapshot(parts=Part.DETAIL)).state == "stopped" and taken)
+            assert "stopped" not in stopped.thread_figures.states
             os.kill(child.pid, signal.SIGCONT)
             assert eventually(lambda: source.snapshot().state != "stopped")
         finally:

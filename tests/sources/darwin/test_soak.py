@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from support.darwin.simulator import SHORT_REPLY, Simulator
-from vitalsd.snapshot import measure
+from vitalsd.snapshot import Part, measure
 from vitalsd.sources.base import Source, SourceError
 from vitalsd.sources.darwin.apple_headers import (
     KERN_INVALID_ARGUMENT,
@@ -107,7 +107,7 @@ def run(sources: list[Source], snapshots: int) -> Counter[str]:
     for i in range(snapshots):
         source = sources[i % len(sources)]
         try:
-            snapshot = source.snapshot(extras=i % 10 < len(sources))
+            snapshot = source.snapshot(parts=Part.DETAIL if i % 10 < len(sources) else Part.NONE)
         except SourceError as error:
             outcomes[type(error).__name__] += 1
             continue

@@ -17,7 +17,7 @@ from support.darwin.simulator import SHORT_REPLY, Simulator
 from support.sidecars import eventually
 from support.target import OwnWorkload
 from support.workload import ChildWorkload
-from vitalsd.snapshot import measure
+from vitalsd.snapshot import Part, measure
 from vitalsd.sources.base import (
     AccessDeniedError,
     KernelError,
@@ -320,9 +320,9 @@ class TestThreads:
         """A state that no header names is null and not a number."""
         for i, state in enumerate((1, 2, 3, 4, 77)):
             simulator.add_thread((i + 1) << 40, run_state=state)
-        snapshot = open_own().snapshot(extras=True)
-        assert snapshot.extras is not None
-        assert snapshot.extras.threads.states[-5:] == ["running", "stopped", "waiting", "uninterruptible", None]
+        snapshot = open_own().snapshot(parts=Part.DETAIL)
+        assert snapshot.thread_figures is not None
+        assert snapshot.thread_figures.states[-5:] == ["running", "stopped", "waiting", "uninterruptible", None]
 
     def test_snapshot_lag_with_a_realtime_thread_is_50_ms(
         self, simulator: Simulator, open_own: Callable[..., Source]
@@ -573,52 +573,52 @@ class TestTicks:
             open_own()
 
 
-class TestExtras:
+class TestProcessFigures:
     def test_extras_on_macos_have_footprint_and_energy_and_no_swap(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
         """Footprint, wakeups, energy and time on performance cores; no swap, which is Linux's."""
-        extras = open_own().snapshot(extras=True).extras
-        assert extras is not None
-        assert extras.footprint_bytes
-        assert extras.energy_nj
-        assert extras.user_ns is not None
-        assert extras.system_ns is not None
-        assert extras.p_core_ns is not None
-        assert 0 < extras.p_core_ns <= extras.user_ns + extras.system_ns
-        assert None not in (extras.idle_wakeups, extras.interrupt_wakeups, extras.minor_faults, extras.major_faults)
-        assert extras.swap_bytes is None
-        assert extras.open_fds == len(os.listdir("/proc/self/fd"))
+        figures = open_own().snapshot(parts=Part.DETAIL).figures
+        assert figures is not None
+        assert figures.footprint_bytes
+        assert figures.energy_nj
+        assert figures.user_ns is not None
+        assert figures.system_ns is not None
+        assert figures.p_core_ns is not None
+        assert 0 < figures.p_core_ns <= figures.user_ns + figures.system_ns
+        assert None not in (figures.idle_wakeups, figures.interrupt_wakeups, figures.minor_faults, figures.major_faults)
+        assert figures.swap_bytes is None
+        assert figures.open_fds == len(os.listdir("/proc/self/fd"))
 
     def test_performance_core_share_with_one_core_level_is_null(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
         """An Intel Mac has one level; null, not 0."""
         simulator.perf_levels(1)
-        extras = open_own().snapshot(extras=True).extras
-        assert extras is not None
-        assert extras.p_core_ns is None
+        figures = open_own().snapshot(parts=Part.DETAIL).figures
+        assert figures is not None
+        assert figures.p_core_ns is None
 
     def test_extras_before_macos_13_use_rusage_v4(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
         """Before macOS 13 there is no V6: what V4 has is there, the rest null."""
         simulator.newest_rusage(RUSAGE_INFO_V4)
-        extras = open_own().snapshot(extras=True).extras
-        assert extras is not None
-        assert extras.footprint_bytes
-        assert extras.interrupt_wakeups is not None
-        assert (extras.energy_nj, extras.p_core_ns) == (None, None)
+        figures = open_own().snapshot(parts=Part.DETAIL).figures
+        assert figures is not None
+        assert figures.footprint_bytes
+        assert figures.interrupt_wakeups is not None
+        assert (figures.energy_nj, figures.p_core_ns) == (None, None)
 
     def test_footprint_without_vm_info_comes_from_rusage_or_is_null(self, simulator: Simulator) -> None:
         """TASK_VM_INFO may fail: the same ledger is in proc_pid_rusage; without either it is null, and said."""
         source = MachSource(lib=simulator.lib)
         simulator.fault("task_info", KERN_FAILURE, flavor=TASK_VM_INFO, every=1)
-        extras = source.snapshot(extras=True).extras
-        assert extras is not None
-        assert extras.footprint_bytes
+        figures = source.snapshot(parts=Part.DETAIL).figures
+        assert figures is not None
+        assert figures.footprint_bytes
         simulator.fault("proc_pid_rusage", errno.EPERM, every=1)
-        snapshot = source.snapshot(extras=True)
-        assert snapshot.extras is not None
-        assert (snapshot.extras.footprint_bytes, snapshot.extras.interrupt_wakeups) == (None, None)
+        snapshot = source.snapshot(parts=Part.DETAIL)
+        assert snapshot.figures is not None
+        assert (snapshot.figures.footprint_bytes, snapshot.figures.interrupt_wakeups) == (None, None)
         assert snapshot.warnings == ("footprint, wakeups, energy: proc_pid_rusage failed: Operation not permitted",)
         assert snapshot.rss_bytes > 0
 
@@ -628,9 +628,9 @@ class TestExtras:
         """Null, and said."""
         source = open_own()
         simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDLISTFDS)
-        snapshot = source.snapshot(extras=True)
-        assert snapshot.extras is not None
-        assert snapshot.extras.open_fds is None
+        snapshot = source.snapshot(parts=Part.DETAIL)
+        assert snapshot.figures is not None
+        assert snapshot.figures.open_fds is None
         assert snapshot.warnings == ("open_fds: proc_pidinfo(PROC_PIDLISTFDS) failed: Operation not permitted",)
 
     def test_open_descriptors_beyond_the_buffer_are_counted(
@@ -639,9 +639,9 @@ class TestExtras:
         """A buffer that comes back full is not believed."""
         held = [os.open("/dev/null", os.O_RDONLY) for _ in range(200)]
         try:
-            extras = open_own().snapshot(extras=True).extras
-            assert extras is not None
-            assert extras.open_fds == len(os.listdir("/proc/self/fd"))
+            figures = open_own().snapshot(parts=Part.DETAIL).figures
+            assert figures is not None
+            assert figures.open_fds == len(os.listdir("/proc/self/fd"))
         finally:
             for fd in held:
                 os.close(fd)

@@ -18,7 +18,7 @@ from support import tools
 from support.paths import SUPPORT
 from support.serving import Serving
 from support.sidecars import VITALSD, ask, environment, eventually, serving
-from vitalsd.snapshot import measure
+from vitalsd.snapshot import Part, measure
 from vitalsd.sources import list_processes
 from vitalsd.sources.linux.procfs import parse_stat
 from vitalsd.sources.linux.source import LinuxSource
@@ -364,12 +364,12 @@ def test_process_with_an_exited_main_thread_is_read_through_another(begin: Begin
     eventually(lambda: parse_stat(Path(f"/proc/{target.pid}/stat").read_bytes()).state == "Z")
     (living,) = (tid for tid in os.listdir(f"/proc/{target.pid}/task") if int(tid) != target.pid)
     with closing(LinuxSource(target.pid)) as source:
-        taken = source.snapshot(extras=True)
-    assert taken.extras is not None
-    assert taken.extras.open_fds == len(os.listdir(f"/proc/{target.pid}/task/{living}/fd")) >= 10
+        taken = source.snapshot(parts=Part.DETAIL)
+    assert taken.figures is not None
+    assert taken.figures.open_fds == len(os.listdir(f"/proc/{target.pid}/task/{living}/fd")) >= 10
     status = Path(f"/proc/{target.pid}/task/{living}/status").read_text()
-    assert f"VmHWM:\t{(taken.extras.peak_rss_bytes or 0) // 1024:8} kB" in status
-    assert taken.extras.swap_bytes is not None
+    assert f"VmHWM:\t{(taken.figures.peak_rss_bytes or 0) // 1024:8} kB" in status
+    assert taken.figures.swap_bytes is not None
     assert taken.warnings == ()
     assert taken.rss_bytes > 0
 
@@ -538,10 +538,10 @@ def test_memory_of_a_process_of_many_groups_is_read(begin: Begin) -> None:
     target = begin("idle", extra_groups=range(100_000, 101_000))
     assert len(Path(f"/proc/{target.pid}/status").read_bytes()) > 4096
     with closing(LinuxSource(target.pid)) as source:
-        extras = source.snapshot(extras=True).extras
-    assert extras is not None
-    assert extras.peak_rss_bytes
-    assert extras.swap_bytes == 0
+        figures = source.snapshot(parts=Part.DETAIL).figures
+    assert figures is not None
+    assert figures.peak_rss_bytes
+    assert figures.swap_bytes == 0
 
 
 def test_names_of_a_process_with_a_long_command_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from support import tools
 from support.paths import SUPPORT
 from support.sidecars import eventually
-from vitalsd.snapshot import Measurement, measure
+from vitalsd.snapshot import Measurement, Part, measure
 from vitalsd.sources.linux.cpu_counters import KERNEL_TICK_NS
 from vitalsd.sources.linux.procfs import parse_stat
 from vitalsd.sources.linux.source import LinuxSource
@@ -77,7 +77,7 @@ def holds(m: Measurement) -> None:
 def windows(source: LinuxSource, count: int) -> Iterator[Measurement]:
     last = source.snapshot()
     for number in range(count):
-        first, last = last, source.snapshot(extras=number % 3 == 0, names=number % 2 == 0)
+        first, last = last, source.snapshot(parts=Part.DETAIL if number % 3 == 0 else Part.NONE, names=number % 2 == 0)
         m = measure(first, last)
         holds(m)
         yield m
@@ -152,7 +152,7 @@ def test_exec_of_a_process_without_a_main_thread_is_null(begin: Begin) -> None:
         assert len(first.roster) == 2
         process.stdin.write(b"\n")
         assert process.stdout.readline()
-        m = measure(first, source.snapshot(extras=True))
+        m = measure(first, source.snapshot(parts=Part.DETAIL))
     holds(m)
     assert m.unknown == {0}
     assert m.cpu_ns < 100 * MS

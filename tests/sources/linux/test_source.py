@@ -27,7 +27,7 @@ from support import target as target_program
 from support.paths import DATA, SUPPORT
 from support.sidecars import eventually
 from support.target import Target, cpu_at, set_name, spin
-from vitalsd.snapshot import Snapshot, measure
+from vitalsd.snapshot import Part, Snapshot, measure
 from vitalsd.sources import list_processes, open_source
 from vitalsd.sources.base import (
     AccessDeniedError,
@@ -121,15 +121,15 @@ def test_source_of_another_process_agrees_with_psutil(start: Start) -> None:
     target = start("--idle", "5", "--spin-first", "50")
     oracle = psutil.Process(target.pid)
     with opened(target.pid) as source:
-        snapshot = source.snapshot(extras=True)
+        snapshot = source.snapshot(parts=Part.DETAIL)
         assert sorted(snapshot.roster.tids) == sorted(target.tids.values())
         for thread in oracle.threads():
             psutil_ns = (thread.user_time + thread.system_time) * 1e9
             assert psutil_ns - MS <= cpu_of(snapshot, thread.id) <= psutil_ns + 2 * USER_TICK_NS + MS
         assert snapshot.rss_bytes == pytest.approx(oracle.memory_info().rss, rel=0.02)
         assert snapshot.vm_bytes == oracle.memory_info().vms
-        assert snapshot.extras is not None
-        assert snapshot.extras.open_fds == oracle.num_fds()
+        assert snapshot.figures is not None
+        assert snapshot.figures.open_fds == oracle.num_fds()
         assert source.identity().started_unix_ns / 1e9 == pytest.approx(oracle.create_time(), abs=1.1)
         assert source.identity().name == oracle.name()[:15]
 
@@ -219,10 +219,10 @@ def test_thread_names_of_any_bytes_are_listed(name: bytes) -> None:
         assert thread.native_id is not None
         while b"\nState:\tS" not in Path(f"/proc/self/task/{thread.native_id}/status").read_bytes():
             time.sleep(0.001)
-        snapshot = source.snapshot(extras=True)
+        snapshot = source.snapshot(parts=Part.DETAIL)
         assert name_of(snapshot, thread.native_id) == name.decode("utf-8", "backslashreplace")
-        assert snapshot.extras is not None
-        assert snapshot.extras.threads.states[snapshot.roster.tids.index(thread.native_id)] == "sleeping"
+        assert snapshot.thread_figures is not None
+        assert snapshot.thread_figures.states[snapshot.roster.tids.index(thread.native_id)] == "sleeping"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -409,7 +409,7 @@ def test_reused_pid_is_target_gone() -> None:
                 with pytest.raises(TargetGoneError, match="has exited"):
                     source.snapshot()
                 with pytest.raises(TargetGoneError):
-                    source.snapshot(extras=True)
+                    source.snapshot(parts=Part.DETAIL)
                 with opened(stranger.pid) as other:
                     assert other.identity().start_id != before.start_id
                 return
@@ -458,7 +458,7 @@ def test_process_with_a_dead_main_thread_is_read(start: Start) -> None:
         target.ask("exit_main")
         while "Z" not in Path(f"/proc/{target.pid}/task/{target.pid}/stat").read_text():
             time.sleep(0.01)
-        after = source.snapshot(extras=True)
+        after = source.snapshot(parts=Part.DETAIL)
         assert after.rss_bytes == pytest.approx(before.rss_bytes, rel=0.2)
         assert after.vm_bytes == before.vm_bytes
         assert {"burn-0", "idle-0", "idle-1"} <= set(after.roster.names)
@@ -466,7 +466,7 @@ def test_process_with_a_dead_main_thread_is_read(start: Start) -> None:
         assert m.warnings == ()
         assert m.born == frozenset()
     with opened(target.pid) as late:
-        assert late.snapshot(extras=True).rss_bytes > 0
+        assert late.snapshot(parts=Part.DETAIL).rss_bytes > 0
 
 
 @pytest.mark.parametrize("command", ["exec", "exec_from_thread"])
@@ -478,7 +478,7 @@ def test_exec_in_mid_window_keeps_the_process_with_new_threads(start: Start, com
         first = source.snapshot()
         target.tell(f"{command} --idle 1")
         target.read()
-        m = measure(first, source.snapshot(extras=True))
+        m = measure(first, source.snapshot(parts=Part.DETAIL))
         assert source.identity() == identity
     assert any("executed another program" in warning for warning in m.warnings)
     assert m.born == set(range(len(m.last.roster)))
@@ -494,7 +494,7 @@ def test_process_after_exec_has_the_name_of_the_new_program() -> None:
         try:
             with opened(process.pid, program_of=ProgramDigest(KEY)) as source:
                 # Popen returns while it is still inside exec, where it has no command line yet.
-                eventually(lambda: source.snapshot(extras=True).roster.tids and source.identity().program)
+                eventually(lambda: source.snapshot(parts=Part.DETAIL).roster.tids and source.identity().program)
                 image, before = source.snapshot().image, source.identity()
                 assert process.stdin is not None
                 process.stdin.close()
@@ -527,9 +527,9 @@ def test_snapshot_during_an_exec_storm_is_never_an_error() -> None:
     process = subprocess.Popen([sys.executable, "-S", "-E", "-c", code, code])
     try:
         with opened(process.pid) as source:
-            last = source.snapshot(extras=True)
+            last = source.snapshot(parts=Part.DETAIL)
             for i in range(200):
-                first, last = last, source.snapshot(extras=True)
+                first, last = last, source.snapshot(parts=Part.DETAIL)
                 m = measure(first, last)
                 assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns, i
     finally:
@@ -543,12 +543,12 @@ def test_stopped_target_has_zero_cpu_and_state_stopped(start: Start) -> None:
     target.process.send_signal(19)
     time.sleep(0.05)
     with opened(target.pid) as source:
-        first = source.snapshot(extras=True)
+        first = source.snapshot(parts=Part.DETAIL)
         time.sleep(0.05)
-        m = measure(first, source.snapshot(extras=True))
+        m = measure(first, source.snapshot(parts=Part.DETAIL))
     assert m.cpu_ns == 0
-    assert m.last.extras is not None
-    assert set(m.last.extras.threads.states) == {"stopped"}
+    assert m.last.thread_figures is not None
+    assert set(m.last.thread_figures.states) == {"stopped"}
 
 
 def test_pid_out_of_range_or_unused_is_no_such_process() -> None:
@@ -667,7 +667,7 @@ def capture(tmp_path: Path) -> Path:
 def test_captured_proc_tree_is_read_without_clocks(capture: Path) -> None:
     """`root` may be any directory: figures are those of its files, and no clock of ours is mixed in."""
     with opened(4242, root=str(capture)) as source:
-        snapshot = source.snapshot(extras=True)
+        snapshot = source.snapshot(parts=Part.DETAIL)
         assert source.identity().boot_id == "0b7e5a4e-6c1f-4c7e-9c0d-1f6f0a3d5e21"
         assert source.identity().start_id == "4242-217667-0b7e5a4e"
     assert snapshot.roster.tids == (4242, 4243, 4244, 4245)
@@ -676,10 +676,11 @@ def test_captured_proc_tree_is_read_without_clocks(capture: Path) -> None:
     assert snapshot.cpu_ns == 34 * USER_TICK_NS
     assert snapshot.cpu_grain_ns == 2 * USER_TICK_NS
     assert (snapshot.rss_bytes, snapshot.vm_bytes) == (3461 * 4096, 59498 * 4096)
-    assert snapshot.extras is not None
-    assert snapshot.extras.peak_rss_bytes == 13844 * 1024
-    assert snapshot.extras.threads.states == ["sleeping"] * 4
-    assert snapshot.extras.open_fds is None
+    assert snapshot.figures is not None
+    assert snapshot.thread_figures is not None
+    assert snapshot.figures.peak_rss_bytes == 13844 * 1024
+    assert snapshot.thread_figures.states == ["sleeping"] * 4
+    assert snapshot.figures.open_fds is None
     assert snapshot.warnings == (f"open_fds: {capture} does not list the descriptors of this process",)
 
 
@@ -689,9 +690,9 @@ def test_descriptor_count_outside_procfs_comes_from_a_listing(capture: Path) -> 
     for fd in range(3):
         (capture / "4242" / "fd" / str(fd)).symlink_to("/dev/null")
     with opened(4242, root=str(capture)) as source:
-        extras = source.snapshot(extras=True).extras
-    assert extras is not None
-    assert extras.open_fds == 3
+        figures = source.snapshot(parts=Part.DETAIL).figures
+    assert figures is not None
+    assert figures.open_fds == 3
 
 
 @pytest.mark.parametrize("content", [None, "0 0 0\n"])
@@ -757,7 +758,7 @@ def test_proc_of_another_pid_namespace_is_read_without_clocks() -> None:
         while child.name() != "sleep":
             time.sleep(0.01)
         with opened(1, root=f"/proc/{child.pid}/root/proc") as source:
-            snapshot = source.snapshot(extras=True)
+            snapshot = source.snapshot(parts=Part.DETAIL)
             assert source.identity().name == "sleep"
             assert snapshot.roster.tids == (1,)
             assert snapshot.cpu_grain_ns == 2 * USER_TICK_NS
@@ -835,7 +836,7 @@ def test_sources_of_two_targets_leave_descriptors_free(start: Start) -> None:
     targets = [start("--idle", "60") for _ in range(2)]
     with descriptor_limit(len(descriptors()) + 80), opened(targets[0].pid) as a, opened(targets[1].pid) as b:
         for source in (a, b, a, b):
-            assert len(source.snapshot(extras=True).roster) == 61
+            assert len(source.snapshot(parts=Part.DETAIL).roster) == 61
         spare = [os.open("/", os.O_RDONLY) for _ in range(8)]
         for fd in spare:
             os.close(fd)
@@ -847,12 +848,12 @@ def test_source_opened_and_closed_leaks_no_descriptor(start: Start) -> None:
     before = descriptors()
     for _ in range(100):
         with opened(target.pid) as source:
-            source.snapshot(extras=True)
+            source.snapshot(parts=Part.DETAIL)
         source.close()
         with pytest.raises(NoSuchProcessError):
             LinuxSource(2**31 - 1)
     with opened() as own:
-        own.snapshot(extras=True)
+        own.snapshot(parts=Part.DETAIL)
     assert descriptors() == before
     with pytest.raises(ValueError, match="closed"):
         own.snapshot()
@@ -896,7 +897,7 @@ def test_process_list_has_only_readable_processes() -> None:
     for entry in list_processes():
         try:
             with opened(entry.pid) as source:
-                assert source.snapshot(extras=True).roster.tids
+                assert source.snapshot(parts=Part.DETAIL).roster.tids
         except (TargetGoneError, NoSuchProcessError):
             eventually(partial(has_ended, entry.pid))
         except AccessDeniedError:

@@ -20,11 +20,11 @@ from vitalsd.http.accept import JSON_OFFER, Offer, choose
 from vitalsd.http.access.peer import peer_of
 from vitalsd.http.operation import CommandExample, Operation, OperationRoute
 from vitalsd.http.parameters import Digits, OtherPid, SortBy, StrictModel, ThreadLimit, WindowMs, query_params
-from vitalsd.http.responses import JSON, bare, problem
+from vitalsd.http.responses import JSON, ProblemError, bare, problem
 from vitalsd.http.routes.context import RouteContext
 from vitalsd.http.single_flight import SingleFlight
 from vitalsd.sampling.target_pool import PooledTarget, Stream
-from vitalsd.snapshot import Identity, Measurement
+from vitalsd.snapshot import Identity, Measurement, Part
 from vitalsd.sources.base import SourceError
 
 __all__ = ["OFFERS", "MetricsQuery", "StreamQuery", "metrics_routes"]
@@ -101,6 +101,19 @@ STREAM = Operation(
 )
 
 
+AnswerDetail = Annotated[
+    Detail,
+    Field(description="`full` adds accounting, errors, waits, memory, the machine and more.", examples=["full"]),
+]
+WithChildren = Annotated[
+    Literal["true", "false"],
+    Field(
+        description="`true`, with `detail=full`: name the living descendants of the process, and sum the application.",
+        examples=["true"],
+    ),
+]
+
+
 class MetricsQuery(StrictModel):
     """Parameters of ``GET /metrics``."""
 
@@ -113,9 +126,8 @@ class MetricsQuery(StrictModel):
             examples=["trailing"],
         ),
     ] = "wait"
-    detail: Annotated[
-        Detail, Field(description="`full` adds the accounting, error bars and more per thread.", examples=["full"])
-    ] = "basic"
+    detail: AnswerDetail = "basic"
+    children: WithChildren = "false"
     sort: SortBy = "tid"
     limit: ThreadLimit = None
     pid: OtherPid = None
@@ -127,6 +139,8 @@ class StreamQuery(StrictModel):
     interval_ms: Annotated[
         int, Digits(*WINDOW_MS), Field(description="Interval of the answers, ms.", examples=[200])
     ] = 1000
+    detail: AnswerDetail = "basic"
+    children: WithChildren = "false"
     sort: SortBy = "tid"
     limit: ThreadLimit = None
     pid: OtherPid = None
@@ -151,6 +165,7 @@ class _Metrics:
         self._scrapes = SingleFlight()
 
     async def answer(self, request: Request, query: Annotated[MetricsQuery, query_params(MetricsQuery)]) -> Response:
+        parts = _parts(query)
         offer = choose(request.headers.get("accept", ""), tuple(OFFERS))
         if offer is None:
             there = "application/json, text/plain (Prometheus, version 0.0.4 or 1.0.0) and application/openmetrics-text"
@@ -161,13 +176,13 @@ class _Metrics:
         if request.method == "HEAD":
             reader = self._context.reader
             return bare() if form is None else bare(await reader.run_unbounded(lambda: content_type_of(form)))
-        return await (self._window(query, peer) if form is None else self._counters(query, form, peer))
+        return await (self._window(query, parts, peer) if form is None else self._counters(query, form, peer))
 
-    async def _window(self, query: MetricsQuery, peer: Peer) -> Response:
+    async def _window(self, query: MetricsQuery, parts: Part, peer: Peer) -> Response:
         """Answer with one window."""
         try:
             async with self._targets.target(query.pid, peer) as target:
-                measurement, identity, mode = await _measured(target, query, peer)
+                measurement, identity, mode = await _measured(target, query, parts, peer)
         except SourceError as error:
             return self._context.unavailable(error)
         return JSON(
@@ -179,6 +194,7 @@ class _Metrics:
                 detail=query.detail,
                 sort=query.sort,
                 limit=query.limit,
+                children=query.children == "true",
                 labels=self._labels,
                 warnings=_recording_warnings(target) if query.detail == "full" else (),
                 host=target.replay.host if target.replay else None,
@@ -214,7 +230,7 @@ class _Metrics:
 
 
 async def _measured(
-    target: PooledTarget, query: MetricsQuery, peer: Peer
+    target: PooledTarget, query: MetricsQuery, parts: Part, peer: Peer
 ) -> tuple[Measurement, Identity, Literal["wait", "trailing"]]:
     """Return the window, the identity of the target, and the mode that produced the window."""
     identity = await target.identity()
@@ -223,9 +239,18 @@ async def _measured(
     measurement = record.window(query.window_ms) if record else None
     if measurement is not None:
         return measurement, identity, query.mode
-    measurement = await target.window(query.window_ms, extras=query.detail == "full", peer=peer)
+    measurement = await target.window(query.window_ms, parts=parts, peer=peer)
     # Read the identity at the end of the window: the process may have another name then.
     return measurement, await target.identity(), "wait"
+
+
+def _parts(query: MetricsQuery | StreamQuery) -> Part:
+    """Return what the snapshots of a window have beside their counters. Raise `ProblemError`."""
+    if query.children == "true":
+        if query.detail != "full":
+            raise ProblemError("bad_parameter", "children=true is answered with detail=full alone", "children")
+        return Part.DETAIL | Part.CHILDREN
+    return Part.DETAIL if query.detail == "full" else Part.NONE
 
 
 def _recording_warnings(target: PooledTarget) -> tuple[str, ...]:
@@ -244,7 +269,7 @@ class _Streams:
         self._open = Shares(STREAMS)
 
     async def answer(self, request: Request, query: Annotated[StreamQuery, query_params(StreamQuery)]) -> Response:
-        peer = peer_of(request.scope)
+        peer, parts = peer_of(request.scope), _parts(query)
         if not self._open.take(peer):
             raise BusyError(f"{STREAMS} streams are open already")
         async with AsyncExitStack() as stack:
@@ -259,7 +284,7 @@ class _Streams:
                 await target.snapshot()  # The status must not be 200 if the target has exited.
             except SourceError as error:
                 return self._context.unavailable(error)
-            windows = Stream(target, query.interval_ms, peer)
+            windows = Stream(target, query.interval_ms, peer, parts)
             stack.push_async_callback(windows.close)
             return _EventResponse(self._events(windows, identity, query), stack.pop_all())
 
@@ -272,8 +297,10 @@ class _Streams:
                     measurement,
                     identity,
                     requested_ms=query.interval_ms,
+                    detail=query.detail,
                     sort=query.sort,
                     limit=query.limit,
+                    children=query.children == "true",
                     labels=self._labels,
                 )
                 yield b"id: %d\ndata: %b\n\n" % (number + windows.dropped, body)

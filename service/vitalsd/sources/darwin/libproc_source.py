@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from ctypes import c_uint64
 from operator import add
 
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Part, Snapshot
 from vitalsd.sources.base import ExitStatus, KernelError, TargetGoneError
 from vitalsd.sources.darwin.apple_headers import (
     PROC_FLAG_INEXIT,
@@ -122,14 +122,14 @@ class LibprocSource:
         self._closed = True
         self._exit.close()
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         """Read the counters; wait up to `EXIT_WAIT_S` if the target is exiting. See `Source.snapshot`."""
         # The reply with the times of a thread has its name too, so `names` is not needed.
         if self._closed:
             raise ValueError("the source is closed")
         try:
             with translated_errors(self._target.pid):
-                return self._snapshot(extras)
+                return self._snapshot(parts)
         except TargetGoneError as error:
             error.exit_status = self._await_exit_status()
             raise
@@ -166,7 +166,7 @@ class LibprocSource:
             return False
         return bool(info.pbsi_flags & PROC_FLAG_INEXIT) and info.pbsi_status != SZOMB
 
-    def _snapshot(self, extras: bool) -> Snapshot:
+    def _snapshot(self, parts: Part) -> Snapshot:
         target = self._target
         warnings = list(target.warnings)
         begun_ns = time.monotonic_ns()
@@ -178,9 +178,9 @@ class LibprocSource:
             self._program = image
         ended_ns = time.monotonic_ns()
         task = target.info.ptinfo
-        extra = None
-        if extras:
-            extra = target.extras(living, after, warnings, faults=task.pti_faults, pageins=task.pti_pageins)
+        figures = None
+        if Part.FIGURES in parts:
+            figures = target.figures(after, warnings, faults=task.pti_faults, pageins=task.pti_pageins)
         return Snapshot(
             monotonic_ns=instant.monotonic_ns,
             boottime_ns=instant.boottime_ns,
@@ -200,7 +200,8 @@ class LibprocSource:
             thread_grain_ns=THREAD_GRAIN_NS,
             thread_lag_ns=living.lag_ns,
             source="proc_pidinfo",
-            extras=extra,
+            figures=figures,
+            thread_figures=target.thread_figures(living) if Part.THREADS in parts else None,
             warnings=tuple(warnings),
         )
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from operator import add
 
-from vitalsd.snapshot import Extras, Identity, Snapshot
+from vitalsd.snapshot import Identity, Part, ProcessFigures, Snapshot
 from vitalsd.sources.base import KernelError, TargetGoneError
 from vitalsd.sources.darwin.apple_headers import (
     mach_task_basic_info,
@@ -76,7 +76,7 @@ class MachSource:
         """Refuse further snapshots; no resource is held between snapshots."""
         self._closed = True
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         """Read the counters. Raises `TargetGoneError` in a forked child; see `Source.snapshot`."""
         # The reply with the times of a thread has its name too, so `names` is not needed.
         if self._closed:
@@ -86,9 +86,9 @@ class MachSource:
                 f"target {self._pid} is the parent of this process, and a task port names only oneself"
             )
         with translated_errors(self._pid):
-            return self._snapshot(extras)
+            return self._snapshot(parts)
 
-    def _snapshot(self, extras: bool) -> Snapshot:
+    def _snapshot(self, parts: Part) -> Snapshot:
         lib, target = self._lib, self._target
         warnings = list(target.warnings)
         begun_ns = time.monotonic_ns()
@@ -97,7 +97,7 @@ class MachSource:
         lib.mach.task_info(self._basic)
         roster = self._rosters.read(living.tids, living.names)
         ended_ns = time.monotonic_ns()
-        extra = self._extras(living, after, warnings) if extras else None
+        figures = self._figures(after, warnings) if Part.FIGURES in parts else None
         return Snapshot(
             monotonic_ns=instant.monotonic_ns,
             boottime_ns=instant.boottime_ns,
@@ -116,7 +116,8 @@ class MachSource:
             thread_grain_ns=THREAD_GRAIN_NS,
             thread_lag_ns=living.lag_ns,
             source="thread_info",
-            extras=extra,
+            figures=figures,
+            thread_figures=target.thread_figures(living) if Part.THREADS in parts else None,
             warnings=tuple(warnings),
         )
 
@@ -144,10 +145,9 @@ class MachSource:
         self._lib.mach.task_info(times)
         return Totals(times.total_user, times.total_system, times.threads_user + times.threads_system)
 
-    def _extras(self, living: Living, totals: Totals, warnings: list[str]) -> Extras:
+    def _figures(self, totals: Totals, warnings: list[str]) -> ProcessFigures:
         self._lib.mach.task_info(self._events)
-        return self._target.extras(
-            living,
+        return self._target.figures(
             totals,
             warnings,
             faults=self._events.faults,

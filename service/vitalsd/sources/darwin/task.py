@@ -1,5 +1,5 @@
 """
-Read what both macOS sources need of a process: its identity, the length of kernel ticks, its age and its extras.
+Read what both macOS sources need of a process: its identity, the length of kernel ticks, its age and its figures.
 
 Facts about the kernel (xnu-11417, and `docs/macos-proof.md` of this project):
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from vitalsd.snapshot import Extras, Identity, ThreadExtras
+from vitalsd.snapshot import Identity, ProcessFigures, ThreadFigures
 from vitalsd.sources.base import AccessDeniedError, KernelError, NoSuchProcessError, TargetGoneError, UnsupportedError
 from vitalsd.sources.darwin.apple_headers import (
     RUSAGE_INFO_V4,
@@ -264,9 +264,8 @@ class OpenedProcess:
             max(reaped_ns, self.ns(after.user + after.system) - living_ns),
         )
 
-    def extras(
+    def figures(
         self,
-        living: Living,
         totals: Totals,
         warnings: list[str],
         *,
@@ -274,12 +273,11 @@ class OpenedProcess:
         pageins: int,
         peak_rss_bytes: int | None = None,
         footprint_bytes: int | None = None,
-    ) -> Extras:
+    ) -> ProcessFigures:
         """
-        Read the extras of a snapshot. A field that cannot be read is ``None``.
+        Read the figures of the process. A field that cannot be read is ``None``.
 
         Args:
-            living: the threads.
             totals: CPU times of the process.
             warnings: gets the reason why a field cannot be read.
             faults: page faults since the start.
@@ -289,13 +287,7 @@ class OpenedProcess:
         """
         usage, v6 = self._read_usage(warnings)
         saturated = SATURATED in (faults, pageins)
-        return Extras(
-            threads=ThreadExtras(
-                user_ns=living.user_ns,
-                system_ns=living.system_ns,
-                states=[RUN_STATES.get(state) for state in living.run_states],
-                priorities=living.priorities,
-            ),
+        return ProcessFigures(
             user_ns=self.ns(totals.user),
             system_ns=self.ns(totals.system),
             footprint_bytes=usage.ri_phys_footprint if footprint_bytes is None and usage else footprint_bytes,
@@ -313,6 +305,16 @@ class OpenedProcess:
             qos_ns={name: self.ns(getattr(usage, f"ri_cpu_time_qos_{name}")) for name in QOS_CLASSES}
             if usage
             else None,
+        )
+
+    @staticmethod
+    def thread_figures(living: Living) -> ThreadFigures:
+        """Return the figures of each thread, which the reply with its times has."""
+        return ThreadFigures(
+            user_ns=living.user_ns,
+            system_ns=living.system_ns,
+            states=[RUN_STATES.get(state) for state in living.run_states],
+            priorities=living.priorities,
         )
 
     def _attach(self) -> proc_taskallinfo:

@@ -16,7 +16,7 @@ import resource
 import time
 from typing import NamedTuple
 
-from vitalsd.snapshot import Identity, Snapshot
+from vitalsd.snapshot import Identity, Part, Snapshot
 from vitalsd.sources.base import UnsupportedError
 from vitalsd.sources.linux.cpu_counters import (
     USER_TICK_NS,
@@ -28,7 +28,7 @@ from vitalsd.sources.linux.cpu_counters import (
     counts_run_times,
     process_clock,
 )
-from vitalsd.sources.linux.extras import read_extras
+from vitalsd.sources.linux.figures import read_figures, read_thread_figures
 from vitalsd.sources.linux.process_files import ProcessFiles
 from vitalsd.sources.linux.processes import CLOCK_BOOTTIME, PAGE_BYTES
 from vitalsd.sources.linux.procfs import MalformedError
@@ -116,18 +116,18 @@ class LinuxSource:
             self._times.threads.close()
         self._files.close()
 
-    def snapshot(self, *, extras: bool = False, names: bool = True) -> Snapshot:
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         """Read the counters in up to `ATTEMPTS` attempts; see `vitalsd.sources.base.Source.snapshot`."""
         if self._files.is_closed:
             raise ValueError("the source is closed")
         try:
             for _ in range(ATTEMPTS):
-                taken = self._snapshot(extras, names)
+                taken = self._snapshot(parts, names)
                 if taken is not None:
                     return taken
             # The target executes one program after the other: the figures are of several, so no measurement spans them.
             self._program.set_executed()
-            taken = self._snapshot(extras, names, torn=True)
+            taken = self._snapshot(parts, names, torn=True)
             self._program.set_executed()
             assert taken is not None
             return taken
@@ -138,7 +138,7 @@ class LinuxSource:
         """Choose the counter again and read all threads. Raises `SourceError`."""
         self._open_threads()
 
-    def _snapshot(self, extras: bool, names: bool, *, torn: bool = False) -> Snapshot | None:
+    def _snapshot(self, parts: Part, names: bool, *, torn: bool = False) -> Snapshot | None:
         """Return ``None`` if the threads or the program changed during the reads, unless `torn` allows that."""
         times, program = self._times or self._open_threads(), self._program
         begun_ns = time.monotonic_ns()
@@ -149,7 +149,7 @@ class LinuxSource:
 
         # Read last: if the descriptor can still be read, pid and clock belonged to the target during all reads.
         image = program.image
-        memory = program.look(times.threads.roster, monotonic_ns, cpu.total_ns, closely=extras)
+        memory = program.look(times.threads.roster, monotonic_ns, cpu.total_ns, closely=bool(parts))
         if not times.refresh_list(monotonic_ns, names=names) and not torn:
             return None
         if program.image is not image and not torn:
@@ -162,7 +162,8 @@ class LinuxSource:
         program.follow_name(threads.roster)
 
         warnings: list[str] = []
-        extra = read_extras(self._files, threads.stats(), warnings) if extras else None
+        figures = read_figures(self._files, warnings) if Part.FIGURES in parts else None
+        thread_figures = read_thread_figures(threads.stats()) if Part.THREADS in parts else None
         return Snapshot(
             monotonic_ns=monotonic_ns,
             boottime_ns=boottime_ns,
@@ -181,7 +182,8 @@ class LinuxSource:
             thread_grain_ns=counter.grain_ns,
             thread_lag_ns=counter.lag_ns,
             source=counter.source,
-            extras=extra,
+            figures=figures,
+            thread_figures=thread_figures,
             warnings=tuple(warnings),
         )
 

@@ -1,35 +1,39 @@
-"""Read the fields of `Extras` of a Linux process, which only ``detail=full`` shows."""
+"""Read the figures of a Linux process and of its threads that a snapshot has on request."""
 
 import os
+from collections.abc import Sequence
 
-from vitalsd.snapshot import Extras, ThreadExtras
+from vitalsd.snapshot import ProcessFigures, ThreadFigures
 from vitalsd.sources.linux.cpu_counters import USER_TICK_NS
 from vitalsd.sources.linux.process_files import ProcessFiles
 from vitalsd.sources.linux.procfs import STATES, Stat
 
-__all__ = ["read_extras"]
+__all__ = ["read_figures", "read_thread_figures"]
 
 
-def read_extras(files: ProcessFiles, threads: list[Stat | None], warnings: list[str]) -> Extras:
+def read_thread_figures(threads: Sequence[Stat | None]) -> ThreadFigures:
+    """Return the figures of each thread from its ``stat``, which is ``None`` if it has exited."""
+    return ThreadFigures(
+        user_ns=[stat.utime_ticks * USER_TICK_NS if stat else 0 for stat in threads],
+        system_ns=[stat.stime_ticks * USER_TICK_NS if stat else 0 for stat in threads],
+        states=[STATES.get(stat.state) if stat else "dead" for stat in threads],
+        priorities=[stat.priority if stat else None for stat in threads],
+    )
+
+
+def read_figures(files: ProcessFiles, warnings: list[str]) -> ProcessFigures:
     """
-    Read the extras of a snapshot. A field that cannot be read is ``None``.
+    Read the figures of a process. A field that cannot be read is ``None``.
 
     Args:
         files: of the process.
-        threads: the ``stat`` of each thread, ``None`` for one that has exited.
         warnings: gets the reason why a field cannot be read.
 
     Raises:
         OSError, MalformedError: a file of the process cannot be read.
     """
     total, sizes = files.process_stat(), files.status()
-    return Extras(
-        threads=ThreadExtras(
-            user_ns=[stat.utime_ticks * USER_TICK_NS if stat else 0 for stat in threads],
-            system_ns=[stat.stime_ticks * USER_TICK_NS if stat else 0 for stat in threads],
-            states=[STATES.get(stat.state) if stat else "dead" for stat in threads],
-            priorities=[stat.priority if stat else None for stat in threads],
-        ),
+    return ProcessFigures(
         user_ns=total.utime_ticks * USER_TICK_NS,
         system_ns=total.stime_ticks * USER_TICK_NS,
         peak_rss_bytes=sizes.get("VmHWM"),
