@@ -38,9 +38,9 @@ class BlackBoxJson(TypedDict):
 class RecorderJson(TypedDict):
     """The record. A replay has the fields without a default alone."""
 
-    interval_ms: Annotated[Count, Doc("Between two snapshots, ms.")]
-    snapshots: Annotated[Count, Doc("Held now.")]
-    marks: Annotated[Count, Doc("Held now.")]
+    interval_ms: Annotated[Count, Doc("Intended time between two snapshots, ms.")]
+    snapshots: Annotated[Count, Doc("Snapshots in the record.")]
+    marks: Annotated[Count, Doc("Marks in the record.")]
     ended: Annotated[str | None, Doc("Why there will be no more snapshots; null while there will.")]
     state: Annotated[State, Doc("running, or how the target ended.")]
     retention_secs: NotRequired[Annotated[Count | None, Doc("How much history is kept, s.")]]
