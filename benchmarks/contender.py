@@ -44,7 +44,7 @@ def full_with_names(pid: int) -> Callable[[], object]:
     def snapshot() -> object:
         times._exited_ns = None
         times._may_be_renamed = True
-        times._counted_ns = times._named_ns = source._program._looked_ns = 0
+        times._counted_ns = times._named_ns = source._program._stat_read_ns = 0
         return source.snapshot(names=False)
 
     return snapshot

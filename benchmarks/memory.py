@@ -91,7 +91,7 @@ def grown_mib(way: str, threads: int, count: int, share: float) -> float:
     before = rss_bytes()
     kept = WAYS[way](snapshots(threads, count, share))
     grown = (rss_bytes() - before) / (1 << 20)
-    assert not isinstance(kept, Record) or len(kept) == count  # it has a bound, and would forget
+    assert not isinstance(kept, Record) or len(kept) == count  # a Record drops the oldest snapshots at its limit
     return grown
 
 

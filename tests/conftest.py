@@ -87,7 +87,7 @@ def start() -> Iterator[Callable[..., Target]]:
 
 
 def _short_path() -> Iterator[Path]:
-    """A directory whose path leaves room for that of a Unix socket, which pytest's own on macOS does not."""
+    """Yield a directory with a path short enough for a Unix socket below it; that of pytest on macOS is too long."""
     with tempfile.TemporaryDirectory(prefix="v", dir="/tmp") as path:
         yield Path(path).resolve()
 

@@ -14,7 +14,7 @@ def taken(shares: Shares, peer: Peer) -> int:
 
 
 def test_share_of_the_owner_is_the_limit_over_each_kind_of_socket() -> None:
-    """What TCP takes leaves the Unix socket its whole share."""
+    """Clients of TCP leave the Unix socket its whole share."""
     shares = Shares(8)
     assert (taken(shares, TCP), taken(shares, OWNER), len(shares)) == (8, 8, 16)
 

@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what is public, what a client loads, what make offers."""
+"""The rules of the project: allowed imports, public names, what a client loads, the targets of make."""
 
 import ast
 import importlib
@@ -174,7 +174,7 @@ def test_modules_have_a_docstring_and_a_row_in_the_design(module: str) -> None:
 
 
 def test_imports_have_no_cycle() -> None:
-    """As modules load, none needs one that needs it."""
+    """No module needs, at its import, a module that needs it."""
     every = {*modules(vitalsd), *modules(vitalsd_client)}
     needs = {
         module: {name for name in imports(Path(importlib.import_module(module).__file__ or ""), at_load=True)} & every
@@ -185,7 +185,7 @@ def test_imports_have_no_cycle() -> None:
 
 
 def test_reliability_page_names_existing_tests() -> None:
-    """docs/reliability.md claims nothing whose test has been renamed or removed."""
+    """Each test that docs/reliability.md names exists."""
     named = re.findall(
         r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     )
@@ -225,7 +225,7 @@ def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_few_modules_lie_outside_of_a_package() -> None:
-    """What every package may import, and the two that Python needs."""
+    """They are those that every package may import, and the two that Python needs."""
     assert {file.stem for file in SERVICE.glob("*.py")} == MODULES_AT_THE_TOP
 
 
@@ -269,13 +269,13 @@ REPLACED = {
     "vitalsd.recording.run_writer.RunFile.insert_mark",
     "vitalsd.recording.run_writer.RunFile.set_identity",
     "vitalsd.recording.run_writer.RunFile.trim",
-    "vitalsd.sidecar.service.LOOK_S",
+    "vitalsd.sidecar.service.FILE_CHECK_S",
     "vitalsd.sources.darwin.libproc_source.EXIT_LIMIT_S",
     "vitalsd.sources.linux.cpu_counters.os.open",
     "vitalsd.sources.names.PythonNames.snapshot",
-    "vitalsd.worker_thread.PATIENCE_NS",
+    "vitalsd.worker_thread.HANG_TIMEOUT_NS",
     "vitalsd_client.report.datetime",
-    "vitalsd_client.spool_sender._parcel",
+    "vitalsd_client.spool_sender._upload_request",
     "vitalsd_client.upload_tls.STORES",
 }
 """What tests replace: system calls that fail, writes that are slow or fail, time limits, a clock, a list of paths."""
@@ -318,7 +318,7 @@ LINUX_ALONE = {
 
 
 def test_names_missing_on_macos_are_used_in_linux_code_only() -> None:
-    """Of os, socket, select, resource, fcntl, signal, time and mmap; a new one needs a branch for macOS first."""
+    """Names of os, socket, select, resource, fcntl, signal, time and mmap; a new one needs a branch for macOS."""
     lacking = {(module.__name__, name) for module, names in LACKING.items() for name in names.split()}
     used = {
         (path.name, f"{node.value.id}.{node.attr}")

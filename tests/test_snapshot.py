@@ -15,7 +15,7 @@ MS = 1_000_000
 
 @given(pairs())
 def test_measure_of_any_two_snapshots_is_finite_and_not_negative(pair: tuple[Snapshot, Snapshot]) -> None:
-    """Whatever the kernel answered, no CPU time is below zero and every rate is finite."""
+    """For any answers of the kernel, no CPU time is below zero and every rate is finite."""
     m = measure(*pair)
     assert m.elapsed_ns > 0
     assert m.suspended_ns >= 0
@@ -184,7 +184,7 @@ def test_measure_across_an_exec_treats_every_thread_as_new() -> None:
 
 
 def test_measure_with_an_unknown_image_is_no_exec() -> None:
-    """Where the kernel does not show the image, nothing is claimed about it."""
+    """If the kernel does not show the image, nothing is claimed about it."""
     m = measure(snapshot(0, [(1, 1, 5)], image=None), snapshot(SECOND, [(1, 1, 9)], image=("new",)))
     assert m.thread_cpu_ns == [4]
     assert m.warnings == ()
@@ -217,7 +217,7 @@ def test_measure_user_and_system_time_add_up_to_cpu_time() -> None:
 
 
 def test_measure_warnings_of_both_snapshots_appear_once() -> None:
-    """What both snapshots warn of stands once in the answer."""
+    """A warning of both snapshots is in the answer once."""
     m = measure(snapshot(0, [], warnings=("a", "b")), snapshot(1, [], warnings=("b", "c")))
     assert m.warnings == ("a", "b", "c")
 

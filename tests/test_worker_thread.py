@@ -1,4 +1,4 @@
-"""The thread for calls that may block: what one of them raises is told, and costs nobody else anything."""
+"""The thread for calls that may block: an exception of one is reported, and affects no other call."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ def test_worker_call_after_close_fails_at_once() -> None:
 
 
 def test_worker_call_without_a_waiter_that_raises_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """The thread goes on, and the log has the traceback."""
+    """The thread continues, and the log has the traceback."""
     worker = Worker("w")
     worker.post(lambda: 1 // 0)
     assert worker.submit(lambda: 7).result(5) == 7
@@ -39,7 +39,7 @@ def test_worker_call_without_a_waiter_that_raises_is_logged(caplog: pytest.LogCa
 
 
 def test_worker_timer_call_that_raises_is_logged_and_repeated(caplog: pytest.LogCaptureFixture) -> None:
-    """On the same grid of time, and it is logged once for each reason."""
+    """It stays on the same grid of time, and each reason is logged once."""
     worker, times = Worker("w"), list[float]()
 
     def beat() -> bool:

@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from vitalsd_client.spool_lock import SpoolError
     from vitalsd_client.spool_sender import Outcome
     from vitalsd_client.spool_store import Entry
-    from vitalsd_client.upload import Attempt, Failed, Receipt
+    from vitalsd_client.upload import UploadFailure, UploadReceipt, UploadResult
 
 __all__ = [
-    "Attempt",
     "BugReport",
     "Bundle",
     "Content",
     "Crash",
     "Entry",
-    "Failed",
     "Failure",
     "FullMetrics",
     "Measured",
     "Outcome",
-    "Receipt",
     "Redact",
     "RuntimeMetrics",
     "Spool",
     "SpoolError",
     "Unavailable",
+    "UploadFailure",
+    "UploadReceipt",
+    "UploadResult",
     "afetch",
     "fetch",
     "last_crash",
@@ -48,23 +48,23 @@ __all__ = [
 ]
 
 HOMES = {
-    "Attempt": "vitalsd_client.upload.Attempt",
     "BugReport": "vitalsd_client.report.BugReport",
     "Bundle": "vitalsd.contract.report_archive.Bundle",
     "Content": "vitalsd_client.attachments.Content",
     "Crash": "vitalsd_client.crash.Crash",
     "Entry": "vitalsd_client.spool_store.Entry",
-    "Failed": "vitalsd_client.upload.Failed",
     "Failure": "vitalsd.contract.report_archive.Failure",
     "FullMetrics": "vitalsd.contract.metrics.FullMetrics",
     "Measured": "vitalsd.contract.metrics.Measured",
     "Outcome": "vitalsd_client.spool_sender.Outcome",
-    "Receipt": "vitalsd_client.upload.Receipt",
     "Redact": "vitalsd.report.builder.Redact",
     "RuntimeMetrics": "vitalsd.contract.metrics.RuntimeMetrics",
     "Spool": "vitalsd_client.spool.Spool",
     "SpoolError": "vitalsd_client.spool_lock.SpoolError",
     "Unavailable": "vitalsd.contract.metrics.Unavailable",
+    "UploadFailure": "vitalsd_client.upload.UploadFailure",
+    "UploadReceipt": "vitalsd_client.upload.UploadReceipt",
+    "UploadResult": "vitalsd_client.upload.UploadResult",
     "afetch": "vitalsd_client.fetch_metrics.afetch",
     "fetch": "vitalsd_client.fetch_metrics.fetch",
     "last_crash": "vitalsd_client.crash.last_crash",

@@ -14,7 +14,7 @@ from vitalsd.recording.run_reader import Run, UnreadableRunError, read_run
 from vitalsd.report.previous_run import ReportSubject, choose, find, is_alive, member
 from vitalsd_client.daemon_call import Call
 from vitalsd_client.recorded_data import own_subject, run_directory
-from vitalsd_client.redaction import harmless
+from vitalsd_client.redaction import redact_host_details
 
 __all__ = ["Crash", "last_crash"]
 
@@ -80,7 +80,7 @@ class Crash:
             while (run := choose([run.to_json() for run in runs.values()], self._subject, alive).run) is not None:
                 self._directory.mark_reported(runs.pop(run["id"]))
         except (UnreadableRunError, OSError) as error:
-            log.warning("the crashed run %s could not be dismissed: %s", self.run_id, harmless(str(error)))
+            log.warning("the crashed run %s could not be dismissed: %s", self.run_id, redact_host_details(str(error)))
             return False
         return True
 
@@ -108,7 +108,7 @@ def last_crash(app: str | None = None) -> Crash | None:
             return None
         return call.result()
     except Exception as error:  # noqa: BLE001 - a client must start whatever is on the disk
-        log.warning("the last crash is not known: %s: %s", type(error).__name__, harmless(str(error)))
+        log.warning("the last crash is not known: %s: %s", type(error).__name__, redact_host_details(str(error)))
         return None
 
 
@@ -121,7 +121,7 @@ def _read(app: str | None) -> Crash | None:
     found = find(directory, subject, None, read=False)
     if found.run is None:
         if found.failure is not None:
-            log.info("%s", harmless(found.failure.reason))
+            log.info("%s", redact_host_details(found.failure.reason))
         return None
     return _crash(found.run, directory, subject)
 

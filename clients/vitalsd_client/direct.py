@@ -10,14 +10,14 @@ from vitalsd.snapshot import Part, Snapshot, measure
 from vitalsd.sources import open_source
 from vitalsd.sources.base import SourceError
 
-__all__ = ["Own", "OwnError"]
+__all__ = ["DirectMeasurement", "DirectMeasurementError"]
 
 
-class OwnError(Exception):
+class DirectMeasurementError(Exception):
     """Report that the process cannot be measured directly; ``str(error)`` is the reason."""
 
 
-class Own:
+class DirectMeasurement:
     """
     Measure one process from now on: the window runs already while the client asks a sidecar.
 
@@ -27,7 +27,7 @@ class Own:
         children: with ``full``, also read the descendants of the process.
 
     Raises:
-        OwnError: it cannot be read.
+        DirectMeasurementError: it cannot be read.
     """
 
     def __init__(self, detail: Literal["basic", "full"], pid: int | None = None, *, children: bool = False) -> None:
@@ -37,18 +37,23 @@ class Own:
         try:
             self._source = open_source(pid)
         except SourceError as error:
-            raise OwnError(f"and it cannot be measured directly: {error}") from None
+            raise DirectMeasurementError(f"and it cannot be measured directly: {error}") from None
         try:
             self._first = self._snapshot()
         except SourceError as error:
             self._source.close()
-            raise OwnError(f"and it cannot be measured directly: {error}") from None
+            raise DirectMeasurementError(f"and it cannot be measured directly: {error}") from None
 
     def _snapshot(self) -> Snapshot:
         return self._source.snapshot(parts=self._parts)
 
     def measured(self, window_ms: int) -> RuntimeMetrics:
-        """Sleep until `window_ms` have passed since the first snapshot, and return the metrics. Raises `OwnError`."""
+        """
+        Sleep until `window_ms` have passed since the first snapshot, and return the metrics.
+
+        Raises:
+            DirectMeasurementError: the process cannot be read any more.
+        """
         time.sleep(max(0, self._first.monotonic_ns + window_ms * 1_000_000 - time.monotonic_ns()) / 1e9)
         try:
             measurement = measure(self._first, self._snapshot())
@@ -60,10 +65,10 @@ class Own:
                 children=self._children,
             )
         except SourceError as error:
-            raise OwnError(f"and it cannot be measured directly: {error}") from None
+            raise DirectMeasurementError(f"and it cannot be measured directly: {error}") from None
         return parse_runtime_metrics(body)
 
-    def __enter__(self) -> "Own":
+    def __enter__(self) -> "DirectMeasurement":
         """Return itself: the source is open since construction."""
         return self
 

@@ -19,8 +19,8 @@ from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unav
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.sources.names import publish_names
 from vitalsd_client.daemon_call import Call
-from vitalsd_client.locate import ANSWER_S, NoSidecarError, RunningSidecar, answering, locate, refusal
-from vitalsd_client.redaction import harmless
+from vitalsd_client.locate import ANSWER_S, NoSidecarError, RunningSidecar, locate, refusal, responsive
+from vitalsd_client.redaction import redact_host_details
 
 __all__ = ["BUDGET_S", "Mode", "afetch", "fetch"]
 
@@ -113,7 +113,7 @@ async def afetch(
 def unavailable(reason: str) -> Unavailable:
     """Return an answer without numbers. The reason may quote what another program sent, so it is redacted."""
     platform = {"darwin": "macos"}.get(sys.platform, sys.platform)
-    return Unavailable(platform=platform, available=False, reason=harmless(reason))
+    return Unavailable(platform=platform, available=False, reason=redact_host_details(reason))
 
 
 @dataclass(slots=True)
@@ -155,20 +155,20 @@ class _Question:
 
     def _or_direct(self) -> RuntimeMetrics:
         """Ask the sidecars while the direct measurement runs; return the latter if no sidecar has an answer."""
-        from vitalsd_client.direct import Own, OwnError
+        from vitalsd_client.direct import DirectMeasurement, DirectMeasurementError
 
         try:
-            own = Own(self.detail, self.pid, children=self.children)
-        except OwnError as error:
+            measurement = DirectMeasurement(self.detail, self.pid, children=self.children)
+        except DirectMeasurementError as error:
             answer = self._sidecars()
             return answer if not isinstance(answer, Unavailable) else unavailable(f"{answer.reason}; {error}")
-        with own:
+        with measurement:
             answer = self._sidecars()
             if not isinstance(answer, Unavailable):
                 return answer
             try:
-                return own.measured(self.window_ms)
-            except OwnError as error:
+                return measurement.measured(self.window_ms)
+            except DirectMeasurementError as error:
                 return unavailable(f"{answer.reason}; {error}")
 
     def _sidecars(self) -> RuntimeMetrics:
@@ -177,7 +177,7 @@ class _Question:
         except NoSidecarError as error:
             return unavailable(str(error))
         reasons: list[str] = []
-        for sidecar in answering(sidecars, self.deadline, reasons):
+        for sidecar in responsive(sidecars, self.deadline, reasons):
             try:
                 return self._sidecar(sidecar)
             except ExchangeError as error:
@@ -231,8 +231,8 @@ def _read(answer: Answer) -> RuntimeMetrics:
         if answer.status == 200 or isinstance(found, Unavailable):
             if isinstance(found, Unavailable):
                 # The reason may quote paths of the sidecar; the platform is text of a server that need not be ours.
-                platform = harmless(found.platform, MAX_PLATFORM)
-                return found.model_copy(update={"reason": harmless(found.reason), "platform": platform})
+                platform = redact_host_details(found.platform, MAX_PLATFORM)
+                return found.model_copy(update={"reason": redact_host_details(found.reason), "platform": platform})
             return found
     raise ExchangeError(refusal(answer))
 

@@ -18,14 +18,14 @@ from vitalsd.discovery.http_connection import Answer, Connection, ExchangeError
 from vitalsd.discovery.own_sidecars import own_sidecars
 from vitalsd.discovery.runtime_file import Endpoint, Liveness, discover, proof, published, read
 
-__all__ = ["NoSidecarError", "RunningSidecar", "answering", "locate", "refusal"]
+__all__ = ["NoSidecarError", "RunningSidecar", "locate", "refusal", "responsive"]
 
 CONNECT_S = 0.5
 """Time limit to connect to a Unix socket, s, if the sidecar has an address to try after it."""
-LOOK_S = 0.4
+HEALTH_TIMEOUT_S = 0.4
 """Time limit for an answer of ``/healthz``, s, if there is another sidecar to ask."""
 MAX_SIDECARS = 3
-"""Sidecars to try at most, best first: each that hangs costs `LOOK_S`."""
+"""Sidecars to try at most, best first: each that hangs costs `HEALTH_TIMEOUT_S`."""
 MAX_ANSWER_BYTES = 8 << 20
 """Limit for the body of an answer, bytes."""
 ANSWER_S = 0.2
@@ -112,11 +112,11 @@ class RunningSidecar:
             return request(path, query, **options)
 
 
-def answering(sidecars: Sequence[RunningSidecar], deadline: float, reasons: list[str]) -> Iterator[RunningSidecar]:
+def responsive(sidecars: Sequence[RunningSidecar], deadline: float, reasons: list[str]) -> Iterator[RunningSidecar]:
     """
     Yield those of the first `MAX_SIDECARS` that respond, best first; the last one is yielded without a check.
 
-    A check costs at most `LOOK_S`, so a sidecar that hangs leaves time for the next one.
+    A check costs at most `HEALTH_TIMEOUT_S`, so a sidecar that hangs leaves time for the next one.
 
     Args:
         sidecars: at least one, best first.
@@ -126,7 +126,7 @@ def answering(sidecars: Sequence[RunningSidecar], deadline: float, reasons: list
     *better, last = sidecars[:MAX_SIDECARS]
     for each in better:
         try:
-            each.get("/healthz", deadline=min(deadline, time.monotonic() + LOOK_S))
+            each.get("/healthz", deadline=min(deadline, time.monotonic() + HEALTH_TIMEOUT_S))
         except ExchangeError as error:
             reasons.append(str(error))
         else:

@@ -9,7 +9,7 @@ from vitalsd.contract.labels import clean_label
 from vitalsd.discovery.http_connection import ExchangeError
 from vitalsd.sources.names import publish_names
 from vitalsd_client.locate import NoSidecarError, locate, refusal
-from vitalsd_client.redaction import harmless
+from vitalsd_client.redaction import redact_host_details
 
 __all__ = ["mark"]
 
@@ -55,5 +55,5 @@ def mark(
     except (NoSidecarError, ExchangeError, OSError) as error:
         reason = str(error)
     if reason is not None:
-        log.warning("the mark %r was not recorded: %s", cleaned, harmless(reason))
+        log.warning("the mark %r was not recorded: %s", cleaned, redact_host_details(reason))
     return reason is None

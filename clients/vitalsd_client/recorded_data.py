@@ -14,8 +14,8 @@ from vitalsd.contract.report_archive import HISTORY, MARKS, PREVIOUS_RUN, Failur
 from vitalsd.discovery.http_connection import Answer, ExchangeError
 from vitalsd.report.builder import Collected
 from vitalsd.report.previous_run import TOP_THREADS, ReportSubject, choose, find, is_alive, member
-from vitalsd_client.locate import NoSidecarError, RunningSidecar, answering, locate, refusal
-from vitalsd_client.redaction import harmless
+from vitalsd_client.locate import NoSidecarError, RunningSidecar, locate, refusal, responsive
+from vitalsd_client.redaction import redact_host_details
 
 __all__ = ["RecordedData", "own_subject", "run_directory"]
 
@@ -101,7 +101,7 @@ class RecordedData:
         asked = False
         try:
             found = locate(url=self._url, socket=self._socket, pid=self._pid)
-            sidecar = next(answering(found, deadline, []))
+            sidecar = next(responsive(found, deadline, []))
             if sidecar.pid is not None:
                 # Its recording is of another process than that of this report.
                 raise NoSidecarError("the sidecar that answers watches another process, and has no record of this one")
@@ -114,7 +114,7 @@ class RecordedData:
                     state, ended = recorder.get("state"), recorder.get("ended")
                     into.target = {
                         "state": state if state in STATES else None,
-                        "ended": None if ended is None else harmless(str(ended)),
+                        "ended": None if ended is None else redact_host_details(str(ended)),
                     }
                     own = (recorder.get("black_box") or {}).get("run")
                     if state == "crashed" and own:
@@ -126,7 +126,7 @@ class RecordedData:
                 self._sidecar = sidecar
                 self._ask_for_run(request, info, into)
         except (NoSidecarError, ExchangeError) as error:
-            return harmless(str(error)), asked
+            return redact_host_details(str(error)), asked
         except Exception as error:  # noqa: BLE001 - an unexpected answer must not prevent the report
             return f"the sidecar's record is not understood: {type(error).__name__}", asked
         return "", asked
@@ -138,7 +138,7 @@ class RecordedData:
             choice = choose(runs, ReportSubject.of(self._app, info["target"], into.application.app), is_alive())
             run = choice.run
             if choice.reason is not None:
-                into.failures.append(Failure(PREVIOUS_RUN, harmless(choice.reason, MAX_REASON)))
+                into.failures.append(Failure(PREVIOUS_RUN, redact_host_details(choice.reason, MAX_REASON)))
         else:
             run = next((each for each in runs if each.get("id") == self._run_id), None)
             if run is None:
@@ -163,7 +163,7 @@ class RecordedData:
         subject = own_subject(self._app, self._pid) if self._running else ReportSubject(self._app)
         found = find(directory, subject, self._run_id)
         if found.failure is not None:
-            into.failures.append(Failure(PREVIOUS_RUN, harmless(found.failure.reason)))
+            into.failures.append(Failure(PREVIOUS_RUN, redact_host_details(found.failure.reason)))
         if found.run is not None and found.record is not None:
             into.members[PREVIOUS_RUN] = member(found.run, found.record)
             into.runs[found.run.id] = PREVIOUS_RUN

@@ -6,7 +6,7 @@ import re
 import socket
 from contextlib import suppress
 
-__all__ = ["harmless"]
+__all__ = ["redact_host_details"]
 
 MAX_SENTENCE = 400
 """Default limit of a redacted text, characters."""
@@ -14,7 +14,7 @@ COMMON = frozenset(("", "root", "localhost"))
 """Names that identify no user: to replace them would make texts unreadable."""
 
 
-def harmless(text: str, limit: int = MAX_SENTENCE) -> str:
+def redact_host_details(text: str, limit: int = MAX_SENTENCE) -> str:
     """
     Return `text` on one line, with ``~``, ``(user)`` and ``(host)`` for the names, and control characters escaped.
 

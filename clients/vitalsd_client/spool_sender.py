@@ -15,7 +15,7 @@ from vitalsd.discovery.atomic_file import sync_directory
 from vitalsd_client.spool_clock import SpoolClock
 from vitalsd_client.spool_lock import SpoolError, locked
 from vitalsd_client.spool_store import STATES, Entry, States
-from vitalsd_client.upload import Attempt, Failed, Parcel, Receipt, send
+from vitalsd_client.upload import UploadFailure, UploadReceipt, UploadRequest, UploadResult, send
 from vitalsd_client.upload_url import check_url
 
 __all__ = ["CLOCK_STEP_S", "EntryProgress", "Outcome", "Sender"]
@@ -29,7 +29,7 @@ class Outcome:
     """Hold the result of one attempt of `Spool.send` to send a report."""
 
     report_id: str
-    attempt: Attempt
+    attempt: UploadResult
 
 
 CLOCK_STEP_S = 86_400.0
@@ -127,11 +127,11 @@ class Sender:
                 return None  # another process has tried it since we looked
             url = entry.url or self._url
             if url is None:
-                return Outcome(report_id, Failed("it was added without a URL; name one", final=False))
+                return Outcome(report_id, UploadFailure("it was added without a URL; name one", final=False))
             try:
                 check_url(url)
             except ValueError as error:
-                return Outcome(report_id, Failed(str(error), final=False))
+                return Outcome(report_id, UploadFailure(str(error), final=False))
             attempt = self._attempt(url, entry, file, progress)
             try:
                 self._settle(entry, attempt)
@@ -139,19 +139,19 @@ class Sender:
                 # The report stays in pending/. If it has been sent, this object remembers that; another process sends
                 # it again, and the server recognizes its idempotency key.
                 logging.getLogger("vitalsd_client").warning("cannot move %s on: %s", report_id, error.strerror)
-                self._settled |= {report_id} if isinstance(attempt, Receipt) else set()
+                self._settled |= {report_id} if isinstance(attempt, UploadReceipt) else set()
             return Outcome(report_id, attempt)
 
-    def _attempt(self, url: str, entry: Entry, file: BinaryIO, progress: EntryProgress | None) -> Attempt:
+    def _attempt(self, url: str, entry: Entry, file: BinaryIO, progress: EntryProgress | None) -> UploadResult:
         try:
-            parcel = _parcel(entry.report_id, file)
+            request = _upload_request(entry.report_id, file)
         except OSError as error:
-            return Failed(f"the report cannot be read: {error.strerror}", final=False)
+            return UploadFailure(f"the report cannot be read: {error.strerror}", final=False)
         return self._send_once(
-            url, parcel, progress=None if progress is None else lambda sent, total: progress(entry, sent, total)
+            url, request, progress=None if progress is None else lambda sent, total: progress(entry, sent, total)
         )
 
-    def _settle(self, entry: Entry, attempt: Attempt) -> None:
+    def _settle(self, entry: Entry, attempt: UploadResult) -> None:
         """Record the outcome of an attempt and move the report, while the lock is held. Raises `OSError`."""
         report_id, attempts = entry.report_id, entry.attempts + 1
         now = self._clock.use().age_clock
@@ -163,7 +163,7 @@ class Sender:
             # It is later than now only if the file with the steps of the clock was lost.
             "tried": now if tried is None else min(tried, now),
         }
-        if isinstance(attempt, Receipt):
+        if isinstance(attempt, UploadReceipt):
             # The rename works on a full disk too, and then no other sender sends the report again.
             note |= {"receipt": attempt.number, "sent": self._clock.now()}
             self._states.note(report_id, note)
@@ -202,11 +202,11 @@ def _until_it_raises(progress: EntryProgress) -> EntryProgress:
     return call
 
 
-def _parcel(report_id: str, file: BinaryIO) -> Parcel:
+def _upload_request(report_id: str, file: BinaryIO) -> UploadRequest:
     """Return the report with its size and hash, and its file positioned at the start. Raises `OSError`."""
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):
         digest.update(chunk)
     size = file.tell()
     file.seek(0)
-    return Parcel(report_id, size, digest.hexdigest(), file)
+    return UploadRequest(report_id, size, digest.hexdigest(), file)

@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from vitalsd_client.daemon_call import Call
-from vitalsd_client.redaction import harmless
+from vitalsd_client.redaction import redact_host_details
 from vitalsd_client.upload_tls import explain_distrust, tls_context
 
 if TYPE_CHECKING:
     import httpx
 
 __all__ = [
-    "Attempt",
-    "Failed",
-    "Parcel",
     "Progress",
-    "Receipt",
+    "UploadFailure",
+    "UploadReceipt",
+    "UploadRequest",
+    "UploadResult",
     "send",
 ]
 
@@ -51,7 +51,7 @@ RETRIED = frozenset((408, 425, 429))
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class UploadRequest:
     """Describe the report to send."""
 
     report_id: str
@@ -62,14 +62,14 @@ class Parcel:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class UploadReceipt:
     """State that the server has stored the report: its answer contained the id and the hash."""
 
     number: str
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class UploadFailure:
     """State that an attempt has failed: the server does not have the report, or has not confirmed it."""
 
     reason: str
@@ -79,43 +79,43 @@ class Failed:
     """Delay that the server asks for before the next attempt, s; 0: none."""
 
 
-Attempt = Receipt | Failed
+UploadResult = UploadReceipt | UploadFailure
 
 
 def send(
     url: str,
-    parcel: Parcel,
+    request: UploadRequest,
     *,
     attempt_s: float = ATTEMPT_S,
     proxy: str | None = None,
     authorities: str | None = None,
     progress: Progress | None = None,
-) -> Attempt:
+) -> UploadResult:
     """
-    Send a report once; return a `Failed`, not an exception, for every error of the network and of the server.
+    Send a report once; return an `UploadFailure`, not an exception, for every error of the network and of the server.
 
     Args:
         url: URL that `check_url` has accepted.
-        parcel: the report; its file is read on another thread.
+        request: the report; its file is read on another thread.
         attempt_s: time limit for the whole attempt, s.
         proxy: URL of a proxy; the proxies of the environment are not used.
         authorities: certificates in PEM form, see `read_ca_file`, to trust besides those of the system.
         progress: called on another thread.
     """
-    attempt = _Attempt(url, parcel, time.monotonic() + attempt_s, proxy, authorities, progress)
+    attempt = _Attempt(url, request, time.monotonic() + attempt_s, proxy, authorities, progress)
     try:
         call = Call(attempt.run)
     except RuntimeError as error:
-        return Failed(f"no thread can be started: {error}", final=False)
+        return UploadFailure(f"no thread can be started: {error}", final=False)
     if not call.wait(attempt_s):
         attempt.abort()
         # Looking up a name cannot be interrupted; what comes after it is.
         if not call.wait(1.0):
-            return Failed(f"no answer within {attempt_s:g} s", final=False)
+            return UploadFailure(f"no answer within {attempt_s:g} s", final=False)
     try:
         return call.result()
     except _AbortedError:
-        return Failed(f"no answer within {attempt_s:g} s", final=False)
+        return UploadFailure(f"no answer within {attempt_s:g} s", final=False)
 
 
 class _AbortedError(Exception):
@@ -126,13 +126,13 @@ class _Attempt:
     def __init__(
         self,
         url: str,
-        parcel: Parcel,
+        request: UploadRequest,
         deadline: float,
         proxy: str | None,
         authorities: str | None,
         progress: Progress | None,
     ) -> None:
-        self._url, self._parcel, self._deadline = url, parcel, deadline
+        self._url, self._request, self._deadline = url, request, deadline
         self._proxy, self._authorities, self._progress = proxy, authorities, progress
         self._lock = threading.Lock()
         self._socket: sockets.socket | None = None
@@ -146,21 +146,23 @@ class _Attempt:
                 with suppress(OSError):
                     sockets.socket.shutdown(self._socket, sockets.SHUT_RDWR)
 
-    def run(self) -> Attempt:
+    def run(self) -> UploadResult:
         import httpx  # only here: to keep a report it is not needed, and its import is slow
 
         try:
             request = httpx.Request(
                 "POST",
                 self._url,
-                files={"report": (f"{self._parcel.report_id}.zip", cast(BinaryIO, _Counted(self)), "application/zip")},
+                files={
+                    "report": (f"{self._request.report_id}.zip", cast(BinaryIO, _ProgressFile(self)), "application/zip")
+                },
                 headers={
-                    "Idempotency-Key": self._parcel.report_id,
-                    "X-Content-SHA256": self._parcel.sha256,
+                    "Idempotency-Key": self._request.report_id,
+                    "X-Content-SHA256": self._request.sha256,
                     "Accept": "application/json",
                     "Accept-Encoding": "identity",
                     # A fixed boundary: every attempt sends the same bytes.
-                    "Content-Type": f"multipart/form-data; boundary={self._parcel.report_id}",
+                    "Content-Type": f"multipart/form-data; boundary={self._request.report_id}",
                     "User-Agent": "vitalsd",
                 },
                 extensions={
@@ -169,14 +171,18 @@ class _Attempt:
                 },
             )
             with self._transport() as transport, closing(transport.handle_request(request)) as answer:
-                return self._judged(answer)
+                return self._result_of(answer)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            return Failed(harmless(str(error)), final=True)
+            return UploadFailure(redact_host_details(str(error)), final=True)
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
             self.check()
-            return Failed(harmless(explain_distrust(error) or f"{type(error).__name__}: {error}"), final=False)
+            return UploadFailure(
+                redact_host_details(explain_distrust(error) or f"{type(error).__name__}: {error}"), final=False
+            )
         except ImportError as error:
-            return Failed(harmless(f"a Python package that the upload needs does not load: {error}"), final=False)
+            return UploadFailure(
+                redact_host_details(f"a Python package that the upload needs does not load: {error}"), final=False
+            )
 
     def _transport(self) -> "httpx.HTTPTransport":
         """
@@ -206,10 +212,10 @@ class _Attempt:
 
     def sent(self, size: int) -> None:
         if self._progress is not None:
-            self._progress(size, self._parcel.size)
+            self._progress(size, self._request.size)
 
     def open_report(self) -> BinaryIO:
-        return self._parcel.file
+        return self._request.file
 
     def _trace(self, event: str, info: Mapping[str, Any]) -> None:
         """Keep the socket that httpx has opened, for `abort`. Raises `_AbortedError`."""
@@ -219,37 +225,39 @@ class _Attempt:
                 self._socket = info["return_value"].get_extra_info("socket")
             self.check()
 
-    def _judged(self, answer: "httpx.Response") -> Attempt:
+    def _result_of(self, answer: "httpx.Response") -> UploadResult:
         """Return the result of an attempt from the server's answer, by its status and receipt."""
         status = answer.status_code
         if 300 <= status < 400:
-            return Failed(f"the server answered {status}: redirects are not followed", final=True)
+            return UploadFailure(f"the server answered {status}: redirects are not followed", final=True)
         if status >= 400:
             final = status < 500 and status not in RETRIED
-            return Failed(f"the server answered {status}", final, retry_after_s(answer.headers.get("retry-after")))
+            return UploadFailure(
+                f"the server answered {status}", final, retry_after_s(answer.headers.get("retry-after"))
+            )
         body = bytearray()
         for chunk in answer.iter_raw(8192):
             self.check()
             body += chunk
             if len(body) > MAX_RECEIPT_BYTES:
-                return Failed("the server's receipt does not end", final=False)
+                return UploadFailure("the server's receipt does not end", final=False)
         return self._receipt(status, bytes(body))
 
-    def _receipt(self, status: int, body: bytes) -> Attempt:
+    def _receipt(self, status: int, body: bytes) -> UploadResult:
         """Check the receipt: the status 200 alone proves nothing, a captive portal sends it too."""
         try:
             found = json.loads(body)
             number, report_id, sha256 = found["receipt"], found["report_id"], found["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            return Failed(f"the server answered {status} without a receipt", final=False)
+            return UploadFailure(f"the server answered {status} without a receipt", final=False)
         if not isinstance(number, str) or not number:
-            return Failed("the server's receipt has no number", final=False)
-        if (report_id, sha256) != (self._parcel.report_id, self._parcel.sha256):
-            return Failed("the server's receipt is for something else", final=False)
-        return Receipt(harmless(number, 100))
+            return UploadFailure("the server's receipt has no number", final=False)
+        if (report_id, sha256) != (self._request.report_id, self._request.sha256):
+            return UploadFailure("the server's receipt is for something else", final=False)
+        return UploadReceipt(redact_host_details(number, 100))
 
 
-class _Counted:
+class _ProgressFile:
     """Wrap the file of the report: count the bytes that are read, and raise `_AbortedError` after the deadline."""
 
     def __init__(self, attempt: _Attempt) -> None:

@@ -14,15 +14,24 @@ from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
-__all__ = ["PATIENCE_NS", "REFUSED", "HungError", "NoThreadError", "StoppedError", "Worker", "seen", "start_thread"]
+__all__ = [
+    "HANG_TIMEOUT_NS",
+    "REFUSED",
+    "HungError",
+    "NoThreadError",
+    "StoppedError",
+    "Worker",
+    "consume_exception",
+    "start_thread",
+]
 
 log = logging.getLogger("vitalsd.worker_thread")
 
 T = TypeVar("T")
 
-PATIENCE_NS = 5_000_000_000
+HANG_TIMEOUT_NS = 5_000_000_000
 """Time limit of a call, ns: one that takes longer counts as hung."""
-LOOK_S = 0.1
+POLL_INTERVAL_S = 0.1
 """Poll interval of a coroutine that waits for a call, s."""
 NEVER_NS = 1 << 63
 """A monotonic time, ns, that is never reached: no beat is due."""
@@ -81,7 +90,7 @@ class HungError(Exception):
     """
 
     def __init__(self, what: str = "a call") -> None:
-        super().__init__(f"{what} has not returned for {PATIENCE_NS / 1e9:g} s")
+        super().__init__(f"{what} has not returned for {HANG_TIMEOUT_NS / 1e9:g} s")
 
 
 class StoppedError(Exception):
@@ -98,14 +107,14 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._calls: deque[Callable[[], object] | None] = deque()
-        self._bell = threading.Lock()
+        self._wakeup = threading.Lock()
         """
         Unlocked if a call was submitted that the thread has not looked at.
 
         A lock and not a queue, because the timeout of a queue is an exception; and the beat is not on the heap. So an
         idle beat at 4 Hz takes 76 µs of CPU; `queue.SimpleQueue` and the heap take 103 µs, and 13 lines less.
         """
-        self._bell.acquire()
+        self._wakeup.acquire()
         self._timed: list[tuple[int, int, Future[Any], Callable[[], object]]] = []
         """A heap: monotonic time, number, future, call. Only the thread uses it."""
         self._most_timed = MOST_TIMED
@@ -114,7 +123,7 @@ class Worker:
         self._interval_ns = 0
         self._beat_ns = NEVER_NS
         """Monotonic time at which the next beat is due, ns."""
-        self._said = ""
+        self._last_logged_error = ""
         self._stopped = False
         self._calling = threading.Lock()
         self._gate = threading.Lock()
@@ -149,7 +158,7 @@ class Worker:
 
     def post(self, call: Callable[[], object]) -> None:
         """Run `call` on the thread, without a future, which would cost more; an exception of it is logged."""
-        self._give(call)
+        self._enqueue(call)
 
     def submit(self, call: Callable[[], T], at_ns: int | None = None) -> "Future[T]":
         """
@@ -169,14 +178,14 @@ class Worker:
                 except BaseException as error:  # noqa: BLE001 - the future passes it on
                     future.set_exception(error)
 
-        self._give(run if at_ns is None else partial(self._put_off, at_ns, future, run))
+        self._enqueue(run if at_ns is None else partial(self._put_off, at_ns, future, run))
         return future
 
-    async def result(self, call: Callable[[], T]) -> T:
+    async def run_unbounded(self, call: Callable[[], T]) -> T:
         """Return or raise what `call` does on the thread, without a time limit."""
         return await asyncio.wrap_future(self.submit(call))
 
-    async def ask(self, call: Callable[[], T], what: str) -> T:
+    async def run(self, call: Callable[[], T], what: str) -> T:
         """
         Return or raise what `call`, which may block in the kernel, does on the thread.
 
@@ -185,42 +194,42 @@ class Worker:
             what: description of the call, for `HungError`.
 
         Raises:
-            HungError: the thread hangs. If `call` has not begun by then, it never does.
+            HungError: the thread hangs. A `call` that has not begun is cancelled.
         """
         if await self.hangs():
             raise HungError(what)
         future = asyncio.wrap_future(self.submit(call))
         try:
-            return await self.answer(future)
+            return await self.await_or_hang(future)
         except HungError:
             future.cancel()
             raise HungError(what) from None
 
     @property
     def overdue(self) -> bool:
-        """Whether the call under way has taken longer than `PATIENCE_NS`, also if the process was stopped meanwhile."""
+        """Whether the current call has taken longer than `HANG_TIMEOUT_NS`, also if the process was stopped since."""
         since_ns = self.busy_since_ns
-        return since_ns is not None and time.monotonic_ns() - since_ns >= PATIENCE_NS
+        return since_ns is not None and time.monotonic_ns() - since_ns >= HANG_TIMEOUT_NS
 
     async def hangs(self) -> bool:
-        """Return whether the call under way has taken longer than `PATIENCE_NS` while the process was running."""
+        """Return whether the current call has taken longer than `HANG_TIMEOUT_NS` while the process was running."""
         since_ns = self.busy_since_ns
         if not self.overdue:
             return False
         # The whole process may have been stopped until now: give the thread its turn too.
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(POLL_INTERVAL_S)
         return self.busy_since_ns == since_ns
 
-    async def answer(self, future: asyncio.Future[T]) -> T:
+    async def await_or_hang(self, future: asyncio.Future[T]) -> T:
         """
         Wait for the result of a submitted call; a waiter that is cancelled does not cancel the call.
 
         Raises:
             HungError: the thread hangs.
         """
-        while not (await asyncio.wait((future,), timeout=LOOK_S))[0]:
+        while not (await asyncio.wait((future,), timeout=POLL_INTERVAL_S))[0]:
             if await self.hangs():
-                future.add_done_callback(seen)
+                future.add_done_callback(consume_exception)
                 raise HungError
         return future.result()
 
@@ -235,22 +244,22 @@ class Worker:
         def begin() -> None:
             self._beat, self._interval_ns, self._beat_ns = beat, interval_ns, time.monotonic_ns()
 
-        self._give(begin)
+        self._enqueue(begin)
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread after the calls submitted before; return False if it still runs after `timeout_s`."""
         self._stopped = True
-        self._give(None)
+        self._enqueue(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _give(self, call: Callable[[], object] | None) -> None:
+    def _enqueue(self, call: Callable[[], object] | None) -> None:
         self._calls.append(call)
         with suppress(RuntimeError):  # unlocked already: the thread will look
-            self._bell.release()
+            self._wakeup.release()
 
     def _run(self) -> None:
-        calls, timed, bell = self._calls, self._timed, self._bell
+        calls, timed, wakeup = self._calls, self._timed, self._wakeup
         call: Callable[[], object] | None
         while True:
             now_ns, due_ns = time.monotonic_ns(), self._beat_ns
@@ -259,7 +268,7 @@ class Worker:
             if calls:
                 call = calls.popleft()
             elif due_ns > now_ns:
-                bell.acquire(timeout=-1 if due_ns == NEVER_NS else (due_ns - now_ns) / 1e9)
+                wakeup.acquire(timeout=-1 if due_ns == NEVER_NS else (due_ns - now_ns) / 1e9)
                 continue
             elif due_ns == self._beat_ns:
                 call = self._beat_now
@@ -276,8 +285,8 @@ class Worker:
                 finally:
                     self._calling.release()
             except Exception as error:  # a bug; the thread continues, because other callers wait for it
-                if self._said != (said := repr(error)):
-                    self._said = said
+                if self._last_logged_error != (text := repr(error)):
+                    self._last_logged_error = text
                     log.exception("%s: a call failed", self._thread.name)
             self.busy_since_ns = None
 
@@ -299,7 +308,7 @@ class Worker:
         heapq.heappush(timed, (at_ns, next(self._numbers), future, call))
 
 
-def seen(future: asyncio.Future[T]) -> None:
+def consume_exception(future: asyncio.Future[T]) -> None:
     """Retrieve the exception of a future without a waiter, so that asyncio does not log it."""
     if not future.cancelled():
         future.exception()

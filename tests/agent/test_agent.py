@@ -76,7 +76,7 @@ def test_property_list_has_the_expected_keys(short_path: Path) -> None:
 
 
 def test_property_list_with_a_name_runs_at_login(short_path: Path) -> None:
-    """A recorder that follows a process must run before somebody asks; awkward names and paths survive."""
+    """A recorder that follows a process must run before the first request; unusual names and paths survive."""
     name = "a <b> & \"c\" 'd' é $HOME %n"
     changes = {"name": name, "port": 1234, "environment": {"VITALSD_STATE_DIR": "/s & t"}}
     [content] = launchd(short_path / "a & b", **changes).files().values()
@@ -105,7 +105,7 @@ def test_agent_of_a_vendored_copy_starts(kind: str, short_path: Path) -> None:
     """Its file has the path on which vitalsd was found: with that alone the program in it runs."""
     base = str(getattr(sys, "_base_executable", sys.executable))
     if sys.prefix == sys.base_prefix:
-        pytest.skip("needs a virtual environment, whose interpreter has no vitalsd by itself")
+        pytest.skip("needs a virtual environment with a base interpreter that has no vitalsd")
     copy = short_path / 'a $b %n "c"'
     copy.mkdir()
     for package in ("service/vitalsd", "clients/vitalsd_client", "systemd", "launchd"):
@@ -199,9 +199,9 @@ def test_launchd_install_changed_waits_for_the_old_job(short_path: Path, fake: F
     fake.calls()
     launchd(short_path, port=1234).install()
     calls = fake.calls()
-    told = [call[0] for call in calls]
-    assert told.count("bootstrap") == 1
-    assert told[told.index("bootout") : told.index("enable")] == ["bootout", *["print"] * 5]
+    verbs = [call[0] for call in calls]
+    assert verbs.count("bootstrap") == 1
+    assert verbs[verbs.index("bootout") : verbs.index("enable")] == ["bootout", *["print"] * 5]
     assert fake.loaded
 
 
@@ -228,14 +228,14 @@ def test_launchd_bootstrap_that_fails_with_5_or_37_is_retried(short_path: Path, 
 def test_launchctl_error_code_is_explained_with_its_number(
     short_path: Path, fake: FakeSupervisor, fail: dict[str, list[int]], sentence: str
 ) -> None:
-    """What launchctl says by number is said in words, with the number."""
+    """The error explains the number that launchctl returned, and has the number."""
     fake.set(fail=fail)
     with pytest.raises(AgentError, match=sentence):
         launchd(short_path).install()
 
 
 def test_launchd_job_that_does_not_end_is_reported_in_time(short_path: Path, fake: FakeSupervisor) -> None:
-    """A job that drains for ever is not waited for for ever."""
+    """The wait for a job that drains without end has a limit."""
     launchd(short_path).install()
     fake.set(drains=1000)
     with pytest.raises(AgentError, match="has not ended"):
@@ -279,7 +279,7 @@ def test_launchd_uninstall_waits_for_a_slow_job(short_path: Path, fake: FakeSupe
 
 
 def test_launchd_install_without_launchctl_is_an_agent_error(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another system the program is missing, and that is said."""
+    """On another system the program is missing, and the error says so."""
     monkeypatch.setenv("PATH", str(short_path))
     with pytest.raises(AgentError, match="there is no launchctl on this system"):
         supervisor("launchd", a_plan(short_path)).status()
@@ -367,7 +367,7 @@ def test_agent_options_reach_the_sidecar(short_path: Path) -> None:
     ],
 )
 def test_install_with_invalid_serve_options_is_refused(options: list[str], said: str, short_path: Path) -> None:
-    """A mistake in them is told when the agent is installed and not in its log."""
+    """The install command reports an error in them, because the user may not see the log of the agent."""
     env = {"HOME": str(short_path), "VITALSD_RUNTIME_DIR": str(short_path), "VITALSD_STATE_DIR": str(short_path)}
     out = CliRunner().invoke(main, ["agent", "print", "--supervisor", "systemd", "--", *options], env=env)
     assert out.exit_code == 2
@@ -403,12 +403,12 @@ def test_systemd_install_enables_and_uninstall_disables_the_units(short_path: Pa
 
 
 def test_systemd_install_refused_or_unavailable_is_an_agent_error(short_path: Path, fake: FakeSupervisor) -> None:
-    """A refusal is told with its first line; without a user's systemd the remedy is named."""
+    """The error has the first line of a refusal; without a user's systemd it names the remedy."""
     fake.set(fail={"enable": [1]})
     with pytest.raises(AgentError, match="systemctl enable: Failed to enable: recorded"):
         Systemd(a_plan(short_path)).install()
     fake.set(bus=False)
-    with pytest.raises(AgentError, match="for this user here"):  # who may have no name
+    with pytest.raises(AgentError, match="for this user here"):  # the user may have no name
         Systemd(a_plan(short_path)).status()
     units = short_path / ".config/systemd/user"
     assert len(list(units.iterdir())) == 2

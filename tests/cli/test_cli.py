@@ -138,7 +138,7 @@ def test_sample_interrupted_exits_with_130() -> None:
 
 
 def test_name_of_several_processes_selects_the_newest(start: Start) -> None:
-    """Of several processes of that name the one started last is meant."""
+    """If several processes have the name, the one started last is selected."""
     name = f"vitals{os.getpid()}"
     targets = []
     for _ in range(2):
@@ -183,7 +183,7 @@ def test_serve_loads_no_pydantic_plugin(short_path: Path) -> None:
 
 
 def test_serve_defers_unused_openapi_models() -> None:
-    """FastAPI's models of OpenAPI wait for whoever uses them, who finds them as ever; models made later do not wait."""
+    """FastAPI's models of OpenAPI are built at their first use, and work as usual; later models are built at once."""
     document = """
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -297,7 +297,7 @@ def test_serve_of_an_unused_pid_exits_with_1() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has no procfs")
 def test_serve_name_without_procfs_exits_at_once(tmp_path: Path) -> None:
-    """What is no procfs has nobody to wait for."""
+    """In a directory that is no procfs no process can start, so the command does not wait."""
     out = vitalsd("serve", "--port", "0", "--name", "x", "--proc-root", str(tmp_path))
     assert (out.returncode, out.stdout) == (1, "")
     assert out.stderr == f"vitalsd: {tmp_path} is not a procfs; mount it or name another with --proc-root\n"
@@ -326,7 +326,7 @@ def test_help_has_commands_examples_and_exit_statuses() -> None:
 
 @pytest.mark.parametrize("command", ["sample --window-ms 10", "runs", "endpoints", "--help", "--version"])
 def test_sample_to_a_closed_standard_output_exits_with_1_and_the_reason(tmp_path: Path, command: str) -> None:
-    """As with a full disk, the answer is lost; with status 0 a script would go on without it."""
+    """The answer is lost, as on a full disk; after a status 0 a script would continue without it."""
     out = subprocess.run(
         ["sh", "-c", f'exec "$0" -m vitalsd {command} >&-', sys.executable],
         stderr=subprocess.PIPE,

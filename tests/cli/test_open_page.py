@@ -24,7 +24,7 @@ def opened(directory: Path, *options: str) -> tuple[subprocess.CompletedProcess[
 
 
 def test_open_without_a_sidecar_exits_with_1_and_the_remedy(short_path: Path) -> None:
-    """Nothing is opened, and the status is 1."""
+    """The command opens nothing, and the status is 1."""
     ran, seen = opened(short_path, "--pid", "1")
     assert (ran.returncode, ran.stdout, seen) == (1, "", "")
     assert ran.stderr == ("vitalsd: no sidecar of process 1 listens on TCP; start one with: vitalsd serve --pid 1\n")
@@ -55,4 +55,4 @@ def test_open_with_a_token_passes_it_in_a_private_file(short_path: Path) -> None
         with serving(short_path, "--auth", "token"):
             pass
         assert file.exists(), "another sidecar's end is no reason"
-    assert not file.exists(), "nobody needs a token that opens nothing"
+    assert not file.exists(), "a token without a sidecar is of no use"

@@ -33,14 +33,14 @@ from vitalsd.contract.metrics import FullMetrics, Measured, RuntimeMetrics, Unav
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.directories import private_directory
 from vitalsd.discovery.runtime_file import Endpoint, ProcessRun, proof
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 from vitalsd_client import BugReport, afetch, fetch, mark
 from vitalsd_client.fetch_metrics import BUDGET_S
 
 
 @pytest.fixture
 def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Directories of a user who has no sidecar yet."""
+    """Return the directories of a user without a sidecar."""
     monkeypatch.setenv("VITALSD_RUNTIME_DIR", str(short_path / "run"))
     monkeypatch.setenv("VITALSD_STATE_DIR", str(short_path / "state"))
     return short_path
@@ -48,14 +48,14 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def me(**changes: Any) -> Endpoint:
     """A runtime file that this living process might have written."""
-    kernel = births()
+    kernel = process_identities()
     mine = ProcessRun(os.getpid(), kernel.start_key(os.getpid()) or 0)
     plain = Endpoint(
         version="0",
         pid=mine.pid,
         start=mine.start,
         boot_id=kernel.boot_id(),
-        realm=kernel.realm(),
+        host_scope=kernel.host_scope(),
         uid=os.geteuid(),
         target=mine,
         socket=None,
@@ -172,7 +172,7 @@ def test_fetch_of_a_stopped_sidecar_returns_within_the_budget(home: Path) -> Non
 
 
 def test_fetch_with_one_stopped_sidecar_asks_the_other(home: Path) -> None:
-    """Of two that watch the same process the one that hangs is passed over, for numbers and for a report."""
+    """If one of two sidecars of a process hangs, `fetch` and a report use the other one."""
     options = ("--pid", str(os.getpid()), "--record-interval", "0.05")
     with serving(home, *options), serving(home, *options) as (newest, _):
         newest.send_signal(signal.SIGSTOP)
@@ -185,14 +185,14 @@ def test_fetch_with_one_stopped_sidecar_asks_the_other(home: Path) -> None:
 
 
 def test_fetch_without_a_sidecar_has_a_reason_with_a_remedy(home: Path) -> None:
-    """Nobody has run one; one has died; its file is open to others, broken, or of another container."""
+    """No sidecar has run; one has died; its file is open to others, broken, or of another container."""
     watch = Stopwatch()
     assert "no runtime file in" in reason(fetch())
     assert "vitalsd.start()" in reason(fetch())
     assert watch.elapsed_s < watch.allowed_s(1), "nothing is there to wait for"
     path = publish(home, start=1)
     assert "left behind by a sidecar that is no longer running" in reason(fetch())
-    publish(home, realm="elsewhere")
+    publish(home, host_scope="elsewhere")
     assert "another machine or container" in reason(fetch())
     publish(home)
     path.chmod(0o644)
@@ -287,7 +287,7 @@ def test_fetch_of_a_sidecar_that_stays_busy_is_unavailable_within_the_budget(hom
 
 
 def test_fetch_socket_accepts_text_and_path(home: Path) -> None:
-    """Of the socket, as text or as an object."""
+    """The path of the socket may be text or a `Path`."""
     with Misbehaving(says(answer(METRICS)), home / "b.sock"):
         assert isinstance(fetch(10, socket=home / "b.sock"), Measured)
         assert isinstance(fetch(10, socket=str(home / "b.sock")), Measured)
@@ -295,7 +295,7 @@ def test_fetch_socket_accepts_text_and_path(home: Path) -> None:
 
 @pytest.mark.parametrize("window_ms", [9, 60_001, 0, -1, 10**12, "x", None, float("nan"), True])
 def test_fetch_with_a_bad_window_is_unavailable(home: Path, window_ms: Any) -> None:
-    """Not even a wrong argument raises."""
+    """Even a wrong argument does not raise."""
     assert "window_ms must be 10 to 60000" in reason(timed(lambda: fetch(window_ms), 0))
 
 
@@ -320,7 +320,7 @@ def test_fetch_with_a_bad_url_is_unavailable_and_sends_nothing(home: Path, url: 
 
 
 def test_fetch_of_a_faulty_server_over_tcp_is_unavailable_in_time(home: Path) -> None:
-    """Whatever a server does over TCP: an answer within the window and 2 s, with a sentence of what it did."""
+    """Whatever a server does over TCP, the answer comes within the window and 2 s, with the reason."""
     with ExitStack() as stack, ThreadPoolExecutor(len(FAULTS)) as pool:
         servers = {fault: stack.enter_context(Misbehaving(behaviour)) for fault, (behaviour, _) in FAULTS.items()}
 
@@ -370,7 +370,7 @@ def test_fetch_of_a_measurement_with_status_404_is_unavailable(home: Path) -> No
 
 
 def test_fetch_on_a_hung_file_system_returns_within_the_budget(home: Path) -> None:
-    """What blocks outside of any socket is left behind on its thread."""
+    """A call that hangs in the file system stays behind on its thread."""
     code = (
         "import os, time, vitalsd.discovery.runtime_file as e\n"
         "def hung(*_, **__): time.sleep(60)\n"
@@ -387,7 +387,7 @@ def test_fetch_on_a_hung_file_system_returns_within_the_budget(home: Path) -> No
 
 
 def test_fetch_at_interpreter_exit_returns_without_raising(home: Path) -> None:
-    """From atexit, where no thread may be started any more, fetch neither raises nor hangs."""
+    """In atexit, where no thread can be started any more, `fetch` neither raises nor hangs."""
     code = (
         "import atexit, vitalsd_client\n"
         "from vitalsd_client import fetch\n"
@@ -398,7 +398,7 @@ def test_fetch_at_interpreter_exit_returns_without_raising(home: Path) -> None:
     assert out.stderr == ""
 
 
-# Whom to trust
+# Trust in a sidecar
 
 
 def test_fetch_ignores_proxies_of_the_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +413,7 @@ def test_fetch_ignores_proxies_of_the_environment(home: Path, monkeypatch: pytes
 
 
 def test_fetch_sends_no_token_without_a_proof(home: Path) -> None:
-    """Whoever cannot prove to know the token is not told it, whatever they answer."""
+    """A server that cannot prove that it knows the token does not get it, whatever it answers."""
     wrong = hmac.new(b"guess", b"", "sha256").hexdigest()
     for reply in (answer(b"{}"), answer(json.dumps({"proof": wrong}).encode()), answer(METRICS), answer(b"[")):
         with Misbehaving(says(reply)) as squatter:
@@ -470,7 +470,7 @@ def test_hello_with_a_valid_nonce_returns_the_proof_only(home: Path) -> None:
 
 
 def test_fetch_of_a_socket_of_another_user_sends_nothing(short_path: Path) -> None:
-    """The peer's user is looked at before anything is said; as root, one that another user serves is planted."""
+    """The client checks the user of the peer before it sends a byte; as root, the test plants another user's socket."""
     path = short_path / "theirs.sock"
     if os.geteuid() != 0:
         with Misbehaving(says(answer(METRICS)), path):
@@ -571,7 +571,7 @@ def test_client_imports_only_contract_and_discovery_modules() -> None:
 
 
 def test_mark_is_recorded_by_the_sidecar_of_this_process(home: Path) -> None:
-    """By `vitalsd_client.mark` and on what `spawn` returns; it says whether, and never raises."""
+    """`vitalsd_client.mark`, and `mark` of what `spawn` returns, return whether it was recorded, and never raise."""
     assert not mark("without a sidecar")
     with vitalsd.spawn(port=0) as spawned, vitalsd.spawn(port=0, auth="token") as other:
         assert mark("by itself")

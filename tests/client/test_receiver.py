@@ -68,7 +68,7 @@ def written(pid: int) -> int:
 def test_upload_that_is_too_large_is_413_before_it_is_on_disk(
     receiver: tuple[str, Path, subprocess.Popen[bytes]], chunked: bool
 ) -> None:
-    """With a length nothing of it is written; without one no more than the limit."""
+    """With a Content-Length nothing of it is written; without one at most the limit."""
     url, temporary, process = receiver
     size = 2 * MAX_UPLOAD_BYTES
     block = bytes(1 << 20)

@@ -49,7 +49,7 @@ MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 @pytest.fixture
 def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Directories of a user who has no sidecar yet."""
+    """Return the directories of a user without a sidecar."""
     monkeypatch.setenv("VITALSD_RUNTIME_DIR", str(short_path / "run"))
     monkeypatch.setenv("VITALSD_STATE_DIR", str(short_path / "state"))
     return short_path
@@ -119,7 +119,7 @@ def vitalsd(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_report_contains_metrics_history_marks_attachments_and_manifest(home: Path) -> None:
-    """Metrics of this process, its history and marks, who and when, the attachments, and a true manifest."""
+    """Metrics of this process, its history and marks, user and time, the attachments, and a correct manifest."""
     with serving(home, "--pid", str(os.getpid()), "--record-interval", "0.05") as (_, ready):
         with httpx.Client(trust_env=False) as client:
             assert client.post(f"{ready['url']}/marks", json={"label": "F12 pressed"}).status_code == 201
@@ -176,7 +176,7 @@ def test_report_without_a_sidecar_states_the_reason(home: Path) -> None:
 
 
 def test_report_with_a_sidecar_of_another_process_has_no_history(home: Path) -> None:
-    """A sidecar of somebody else's process is asked for the numbers of this one, and for nothing else."""
+    """The report asks a sidecar of another process for the numbers of this one, and for nothing else."""
     with serving(home, "--record-interval", "0.05"):
         members = opened(BugReport("ryll", window_ms=50).save(home))
     assert isinstance(parse_runtime_metrics(members["runtime-metrics.json"]), Measured)
@@ -348,7 +348,7 @@ def test_redact_accepts_a_single_function(home: Path) -> None:
 
 
 def test_preview_equals_the_written_report(home: Path) -> None:
-    """To the byte; a description set after it makes a new preview, of the same report."""
+    """They are equal to the byte; a description set later makes a new preview of the same report."""
     report = BugReport("ryll", window_ms=10)
     first = dict(report.preview())
     report.description = "now I know"
@@ -380,7 +380,7 @@ def test_reports_saved_in_the_same_second_have_distinct_names(tmp_path: Path) ->
 
 
 def test_report_save_never_replaces_a_file_or_link(tmp_path: Path) -> None:
-    """Neither a file nor a link that somebody put in the way."""
+    """It replaces neither a file nor a link with the name of the report."""
     stem = a_bundle().stem
     (tmp_path / f"{stem}.zip").write_text("mine")
     (tmp_path / f"{stem}-2.zip").symlink_to(tmp_path / "elsewhere")
@@ -406,7 +406,7 @@ def test_report_save_on_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_report_save_creates_a_missing_directory_but_no_parents(tmp_path: Path) -> None:
-    """It is made; one whose parent is missing too is more likely a mistake."""
+    """The directory is created; a missing parent is more likely a mistake, and an error."""
     assert a_bundle().write(tmp_path / "reports").parent == tmp_path / "reports"
     with pytest.raises(FileNotFoundError):
         a_bundle().write(tmp_path / "nowhere" / "at" / "all")
@@ -414,7 +414,7 @@ def test_report_save_creates_a_missing_directory_but_no_parents(tmp_path: Path) 
 
 @pytest.mark.parametrize("app", ["", ".", "../x", "a/b", "-rf", "a b", "ä", "a\n", "a" * 65, "\0"])
 def test_report_name_that_is_no_file_name_is_refused(app: str) -> None:
-    """At once, and not when the user has something to report."""
+    """The constructor refuses it, and not a later call when the user has something to report."""
     with pytest.raises(ValueError, match="application"):
         check_app(app)
     with pytest.raises(ValueError, match="application"):
@@ -426,7 +426,7 @@ def test_report_name_that_is_no_file_name_is_refused(app: str) -> None:
     [("window_ms", ["x", None, 9, 60_001, 100.0]), ("history_s", ["x", None, 0, 86_401, float("nan")])],
 )
 def test_report_argument_out_of_range_is_refused(name: str, values: list[Any]) -> None:
-    """At once too, by its name; the limits themselves are fine."""
+    """The constructor refuses it by its name; the limits themselves are accepted."""
     for value in values:
         with pytest.raises(ValueError, match=f"{name} is a whole number from 1"):
             BugReport("ryll", **{name: value})
@@ -441,7 +441,7 @@ SLEEPER = "import time; time.sleep(60)"
 
 
 def crash_one(home: Path, marks: str, code: str = SLEEPER, program: Sequence[str] = VITALSD) -> None:
-    """A recorded run of a script whose sidecar and target die at once."""
+    """Record a run of a script, and kill its sidecar and its target at once."""
     options = ("--record-interval", "0.05")
     with (
         subprocess.Popen([sys.executable, "-c", code]) as target,
@@ -491,18 +491,18 @@ def test_report_contains_a_crashed_run_once(home: Path) -> None:
     with next_run(home) as (pid, _):
         report = BugReport("ryll", window_ms=50, pid=pid)
         report.preview()
-        told = BugReport("ryll", window_ms=50, pid=pid)
-        members = opened(told.save(home))
+        saved = BugReport("ryll", window_ms=50, pid=pid)
+        members = opened(saved.save(home))
         previous = json.loads(members["previous-run.json"])
         assert previous["run"]["state"] == "crashed"
         assert [mark["label"] for mark in previous["marks"]] == ["just before"]
         assert previous["target"]["pid"] != pid
-        assert "previous-run.json" in report.preview(), "shown, but not given away: it is still to be told"
+        assert "previous-run.json" in report.preview(), "previewed, which does not reserve the run for another report"
         assert "previous-run.json" not in BugReport("ryll", window_ms=50, pid=pid).preview()
 
 
 def test_report_while_the_sidecar_lingers_contains_the_crash(home: Path) -> None:
-    """Whoever starts the program again at once need not wait for it; the lingering one does not tell of itself."""
+    """A program that starts again at once need not wait for it; the lingering sidecar does not report its own run."""
     with (
         subprocess.Popen([sys.executable, "-c", SLEEPER]) as target,
         serving(home, "--pid", str(target.pid), "--record-interval", "0.05") as (_, lingering),
@@ -532,7 +532,7 @@ def test_report_while_the_sidecar_lingers_contains_the_crash(home: Path) -> None
 
 
 def test_killed_sidecar_of_a_living_target_is_no_crash(home: Path) -> None:
-    """It goes on, with another sidecar; where it does not, the run says that its end is not known."""
+    """The run continues in another sidecar; without one, the run states that its end is not known."""
     with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
         try:
             options = ("--pid", str(target.pid), "--record-interval", "0.05")
@@ -555,7 +555,7 @@ def test_killed_sidecar_of_a_living_target_is_no_crash(home: Path) -> None:
 
 
 def test_crash_recorded_by_two_sidecars_is_reported_once(home: Path) -> None:
-    """As by one inside a launcher and the agent."""
+    """Two sidecars record it, such as one in a launcher and the agent."""
     with subprocess.Popen([sys.executable, "-c", SLEEPER]) as target:
         options = ("--pid", str(target.pid), "--record-interval", "0.05", "--linger", "0")
         with serving(home, *options) as (_, one), serving(home, *options) as (_, other):
@@ -563,16 +563,16 @@ def test_crash_recorded_by_two_sidecars_is_reported_once(home: Path) -> None:
                 recorded(ready["url"])
             target.kill()
     with next_run(home) as (pid, _):
-        told = []
+        contained = []
         for _ in range(3):
             report = BugReport("ryll", window_ms=50, pid=pid)
-            told.append("previous-run.json" in report.preview())
+            contained.append("previous-run.json" in report.preview())
             report.save(home)
-        assert told == [True, False, False]
+        assert contained == [True, False, False]
 
 
 def test_report_of_a_sidecar_without_a_black_box_contains_the_crash(home: Path) -> None:
-    """By the program that the sidecar watches, though that is not being recorded on disk this time."""
+    """The sidecar finds the crash by the program that it watches, without a record of its own on disk."""
     crash_one(home, "just before")
     with next_run(home, "--no-black-box") as (pid, _):
         assert "previous-run.json" in BugReport("ryll", window_ms=50, pid=pid).preview()
@@ -612,20 +612,20 @@ def test_post_report_has_the_same_members_and_the_crashed_run_once(home: Path) -
         url, said = f"{ready['url']}/report.zip", {"app": "ryll", "app_version": "1.2", "message": "it hangs"}
         with httpx.Client(trust_env=False, timeout=10) as client:
             recorded(ready["url"])
-            for path, told in ((home / "1.zip", True), (home / "2.zip", False)):
+            for path, has_crash in ((home / "1.zip", True), (home / "2.zip", False)):
                 answer = client.post(url, params={"window_ms": 100}, json=said)
                 assert answer.headers["content-type"] == "application/zip"
                 assert answer.headers["content-disposition"].startswith('attachment; filename="ryll-bugreport-20')
                 path.write_bytes(answer.content)
                 path.chmod(0o600)
                 members = opened(path)
-                assert ("previous-run.json" in members) == told
+                assert ("previous-run.json" in members) == has_crash
                 assert {"metadata.json", "runtime-metrics.json", "runtime-history.json", "marks.json"} <= set(members)
                 assert failures(members) == {}
                 about = json.loads(members["metadata.json"])
                 assert about["app"] == {"name": "ryll", "version": "1.2"}
                 assert about["description"] == "it hangs"
-                if told:
+                if has_crash:
                     eventually(lambda: any(run["reported"] for run in get_json(ready["url"], "/runs")))
             for bad in ({"window_ms": "5"}, {"seconds": "0"}, {"x": "1"}):
                 assert client.get(url, params=bad).status_code == 422
@@ -730,9 +730,9 @@ def test_report_command_writes_a_report_and_exits_with_0(home: Path) -> None:
         assert str(threading.get_native_id()) in members["runtime-metrics.json"].decode()
     out = vitalsd(home, "report", "--json", "--attach", "nowhere", "--out", str(home))
     assert out.returncode == 0
-    told = json.loads(out.stdout)
-    assert opened(Path(told["file"]))
-    reasons = {each["member"]: each["reason"] for each in told["failures"]}
+    listed = json.loads(out.stdout)
+    assert opened(Path(listed["file"]))
+    reasons = {each["member"]: each["reason"] for each in listed["failures"]}
     assert reasons["attachments/01-nowhere"] == "it cannot be read: No such file or directory"
     assert "no sidecar to ask" in reasons["runtime-metrics.json"]
     for wrong in (["--app", "a/b"], ["--upload", "http://example.com/"], ["--upload", "ftp://127.0.0.1"]):

@@ -18,7 +18,7 @@ from support.sidecars import VITALSD, environment, serving
 from support.tools import program
 from vitalsd.contract.report_archive import new_report_id, seal
 from vitalsd_client import BugReport, Spool
-from vitalsd_client.upload import Receipt
+from vitalsd_client.upload import UploadReceipt
 
 FIRST, LAST = (1980, 1, 1, 0, 0, 0), (2107, 12, 31, 23, 59, 58)
 DATES = {
@@ -64,7 +64,7 @@ def test_report_saved_and_submitted_at_any_date(
         spool = Spool(tmp_path / "spool", url)
         report_id = report.submit(spool)
         (outcome,) = spool.send()
-    assert isinstance(outcome.attempt, Receipt)
+    assert isinstance(outcome.attempt, UploadReceipt)
     assert (tmp_path / "store" / f"{report_id}.zip").read_bytes() == path.read_bytes()
 
 

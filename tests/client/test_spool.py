@@ -39,7 +39,7 @@ from vitalsd.contract.report_archive import new_report_id, seal
 from vitalsd_client import Bundle, Spool, SpoolError, spool_sender
 from vitalsd_client.spool_lock import locked
 from vitalsd_client.spool_store import Entry
-from vitalsd_client.upload import Failed, Receipt, retry_after_s
+from vitalsd_client.upload import UploadFailure, UploadReceipt, retry_after_s
 from vitalsd_client.upload_url import check_url
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -93,7 +93,7 @@ def test_spool_sent_report_has_a_receipt_and_is_removed(tmp_path: Path, receiver
     assert spool.add(bundle) == bundle.report_id, "a second time changes nothing"
     assert only(spool).state == "pending"
     (outcome,) = spool.send(progress=lambda entry, sent, total: seen.append((sent, total)))
-    assert outcome.attempt == Receipt(f"R-{bundle.report_id[:12]}")
+    assert outcome.attempt == UploadReceipt(f"R-{bundle.report_id[:12]}")
     assert stored(tmp_path) == [bundle.report_id]
     assert (tmp_path / "store" / f"{bundle.report_id}.zip").read_bytes() == bundle.zip()
     assert (only(spool).state, only(spool).note, only(spool).size) == ("done", f"R-{bundle.report_id[:12]}", 0)
@@ -139,12 +139,12 @@ def test_spool_after_a_restart_keeps_reports_urls_and_attempts(tmp_path: Path, r
     assert (only(later).attempts, only(later).note) == (1, "the server answered 500")
     note = tmp_path / "spool" / "pending" / f"{only(later).report_id}.json"
     note.write_text("damaged")
-    assert isinstance(later.send()[0].attempt, Failed), "without its note nobody knows where to"
-    assert isinstance(spooling(tmp_path, receiver).send()[0].attempt, Receipt)
+    assert isinstance(later.send()[0].attempt, UploadFailure), "without its note the URL is not known"
+    assert isinstance(spooling(tmp_path, receiver).send()[0].attempt, UploadReceipt)
 
 
 def test_receiver_refuses_invalid_reports_and_stores_nothing(tmp_path: Path, receiver: str) -> None:
-    """Not what its manifest says, too much unpacked, bad names, another's key: refused, and nothing stored."""
+    """Contents other than in the manifest, too large, with bad names or another key, are refused and not stored."""
 
     def post(content: bytes, key: str = "0" * 32, sha256: str | None = None) -> int:
         headers = {"Idempotency-Key": key, "X-Content-SHA256": sha256 or hashlib.sha256(content).hexdigest()}
@@ -228,7 +228,7 @@ ENDINGS: dict[str, tuple[Behaviour, str, bool]] = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_spool_with_a_faulty_server_keeps_the_report_with_a_reason(tmp_path: Path, ending: str, receiver: str) -> None:
-    """In time, bounded, retried or final as it deserves; and then the report goes to a good one."""
+    """The attempt ends in time, is retried or final, and a good server gets the report later."""
     behaviour, expected, final = ENDINGS[ending]
     with Misbehaving(behaviour) as server:
         spool = spooling(tmp_path, server.url, attempt_s=0.7)
@@ -236,7 +236,7 @@ def test_spool_with_a_faulty_server_keeps_the_report_with_a_reason(tmp_path: Pat
         watch = Stopwatch()
         (outcome,) = spool.send()
         assert watch.elapsed_s < watch.allowed_s(0.7 + PROMISE_S)
-        assert isinstance(outcome.attempt, Failed)
+        assert isinstance(outcome.attempt, UploadFailure)
         assert outcome.attempt.final == final, outcome.attempt.reason
         assert any(part in outcome.attempt.reason for part in expected.split("|")), outcome.attempt.reason
         assert states(spool) == {report_id: "failed" if final else "pending"}
@@ -247,7 +247,7 @@ def test_spool_with_a_faulty_server_keeps_the_report_with_a_reason(tmp_path: Pat
     note = tmp_path / "spool" / "pending" / f"{report_id}.json"
     note.write_text(json.dumps({"url": receiver}))
     (outcome,) = spooling(tmp_path).send()
-    assert isinstance(outcome.attempt, Receipt)
+    assert isinstance(outcome.attempt, UploadReceipt)
 
 
 def test_spool_retries_send_identical_bytes(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_spool_url_must_be_https_or_this_machine(tmp_path: Path, url: str) -> No
     report_id = spool.add(a_bundle())
     (tmp_path / "spool" / "pending" / f"{report_id}.json").write_text(json.dumps({"url": url}))
     (outcome,) = spool.send()
-    assert isinstance(outcome.attempt, Failed)
+    assert isinstance(outcome.attempt, UploadFailure)
     assert states(spool) == {report_id: "pending"}
 
 
@@ -367,16 +367,16 @@ def test_spool_ignores_proxies_of_the_environment(
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
         spooling(tmp_path, receiver).add(a_bundle())
-        assert isinstance(spooling(tmp_path).send()[0].attempt, Receipt)
+        assert isinstance(spooling(tmp_path).send()[0].attempt, UploadReceipt)
         assert proxy.requests == []
         spooling(tmp_path, receiver).add(a_bundle())
-        assert isinstance(spooling(tmp_path, proxy=proxy.url).send()[0].attempt, Failed)
+        assert isinstance(spooling(tmp_path, proxy=proxy.url).send()[0].attempt, UploadFailure)
         assert len(proxy.requests) == 1
 
 
 @pytest.mark.parametrize("proxy", ["", "foo", "user:secret@proxy:3128", "ftp://127.0.0.1/", "http://", "http://h:x"])
 def test_spool_with_a_bad_proxy_is_refused_at_once(tmp_path: Path, proxy: str) -> None:
-    """When the spool is made and not when a report is sent; a password stays out of it."""
+    """The constructor refuses it, and not a later upload; the error does not contain a password."""
     with pytest.raises(ValueError, match="proxy is not the URL of one") as raised:
         spooling(tmp_path, proxy=proxy)
     assert "secret" not in str(raised.value)
@@ -385,7 +385,7 @@ def test_spool_with_a_bad_proxy_is_refused_at_once(tmp_path: Path, proxy: str) -
 def test_spool_progress_that_raises_is_logged_once_and_sending_continues(
     tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of no report; it is logged once, and not called again."""
+    """The exception affects no report; it is logged once, and the function is not called again."""
     spool = spooling(tmp_path, receiver)
     ids = [spool.add(a_bundle(500_000)) for _ in range(2)]
     calls: list[int] = []
@@ -394,7 +394,7 @@ def test_spool_progress_that_raises_is_logged_once_and_sending_continues(
         calls.append(sent)
         raise RuntimeError("the window is closed")
 
-    assert all(isinstance(outcome.attempt, Receipt) for outcome in spool.send(progress=progress))
+    assert all(isinstance(outcome.attempt, UploadReceipt) for outcome in spool.send(progress=progress))
     assert states(spool) == dict.fromkeys(ids, "done")
     assert [record.getMessage() for record in caplog.records if record.name == "vitalsd_client"] == [
         "progress raised RuntimeError and is not called again"
@@ -445,7 +445,7 @@ def test_send_logs_no_request_of_its_own(tmp_path: Path, receiver: str, caplog: 
 
 
 def test_spool_wait_of_nan_is_refused(tmp_path: Path) -> None:
-    """With nan it would never end."""
+    """A wait of nan would never end."""
     spool = spooling(tmp_path, "https://example.com/")
     with pytest.raises(ValueError, match="wait_s"):
         spool.send(wait_s=float("nan"))
@@ -455,7 +455,7 @@ def test_spool_wait_of_nan_is_refused(tmp_path: Path) -> None:
 
 
 def test_spool_at_its_limits_evicts_the_oldest(tmp_path: Path, receiver: str, caplog: pytest.LogCaptureFixture) -> None:
-    """By number and by bytes; receipts go first, and what was never sent goes with a warning."""
+    """The limits are a number and bytes; receipts are evicted first, and an unsent report with a warning."""
     now = [1000.0]
     spool = spooling(tmp_path, receiver, max_reports=3, max_bytes=9000, clock=lambda: now[0])
     sent = spool.add(a_bundle())
@@ -566,7 +566,7 @@ def test_spool_clock_set_after_an_attempt_keeps_the_report(
     if status == "503 No":
         spooling(tmp_path, receiver, clock=lambda: now[0]).readdress(report_id)
         (outcome,) = spooling(tmp_path, receiver).send(report_id=report_id)
-        assert isinstance(outcome.attempt, Receipt)
+        assert isinstance(outcome.attempt, UploadReceipt)
 
 
 def only_of(spool: Spool, report_id: str) -> Entry:
@@ -587,7 +587,7 @@ def test_spool_clock_impossible_sends(tmp_path: Path, receiver: str, now: float)
 
 
 def test_spool_file_times_impossible_lists(tmp_path: Path) -> None:
-    """List a report without a note whose file is older than 1970 or newer than the year 9999, as a date that is one."""
+    """List a report without a note with a valid date, if its file is older than 1970 or newer than the year 9999."""
     spool = spooling(tmp_path, "https://example.com/")
     report_id = spool.add(a_bundle())
     (tmp_path / "spool" / "pending" / f"{report_id}.json").unlink()
@@ -623,7 +623,7 @@ def test_spool_clock_file_damaged_or_lost_keeps_the_report(tmp_path: Path, refus
 
 
 def test_sweep_clock_set_spares_a_file_being_written(tmp_path: Path) -> None:
-    """Leave what a writer has begun before the clock was set; remove it when it was old by then."""
+    """Keep a file that a writer began before the clock was set; remove one that was old already."""
     now = time.time() - 3 * YEAR_S
     spooling(tmp_path, clock=lambda: now).prune()
     begun, left = (f"{digit * 32}.zip.{digit * 16}" for digit in "12")
@@ -657,7 +657,7 @@ def test_sweep_removes_old_unfinished_files_of_dead_writers(tmp_path: Path) -> N
 
 
 def test_spool_drop_and_retry_by_id_leave_a_report_being_sent(tmp_path: Path) -> None:
-    """By id, which never becomes a path; what is being sent is left alone."""
+    """An id never becomes a path; a report that is being sent is left alone."""
     with Misbehaving(says(answer(b"", status="400 No"))) as server:
         spool = spooling(tmp_path, server.url)
         report_id = spool.add(a_bundle())
@@ -810,17 +810,17 @@ def test_send_report_unreadable_has_a_reason(tmp_path: Path, receiver: str, monk
     """Keep a report that cannot be read now, and send the others."""
     spool = spooling(tmp_path, receiver)
     bad, good = spool.add(a_bundle()), spool.add(a_bundle())
-    original = spool_sender._parcel
+    original = spool_sender._upload_request
 
-    def parcel(report_id: str, file: Any) -> Any:
+    def upload_request(report_id: str, file: Any) -> Any:
         if report_id == bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(report_id, file)
 
-    monkeypatch.setattr(spool_sender, "_parcel", parcel)
+    monkeypatch.setattr(spool_sender, "_upload_request", upload_request)
     attempts = {outcome.report_id: outcome.attempt for outcome in spool.send()}
-    assert attempts[bad] == Failed("the report cannot be read: Input/output error", final=False)
-    assert isinstance(attempts[good], Receipt)
+    assert attempts[bad] == UploadFailure("the report cannot be read: Input/output error", final=False)
+    assert isinstance(attempts[good], UploadReceipt)
     assert states(spool) == {bad: "pending", good: "done"}
 
 
@@ -908,7 +908,7 @@ def zipped(report_id: str) -> bytes:
 
 
 def with_file_limit(size: int, call: Callable[[], object]) -> object:
-    """What `call` returns while no file can be written beyond `size` bytes."""
+    """Return what `call` returns while no file can be written beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -976,7 +976,7 @@ print(len(spool.send()))
 
 
 def test_spool_read_only_fails_with_a_reason_and_loses_no_report(short_path: Path) -> None:
-    """Neither added, nor sent without being able to note it, nor dropped; as soon as it can be written it goes on."""
+    """A report is not added, dropped, or sent without a record of it; all work again once the spool is writable."""
     short_path.chmod(0o777)
     with receiving(short_path / "store") as url:
         argv = [sys.executable, "-c", READ_ONLY, str(short_path / "spool"), url, str(TESTS)]
@@ -1078,16 +1078,16 @@ def vitalsd(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_spool_commands_list_send_and_drop_with_statuses(tmp_path: Path, receiver: str) -> None:
-    """Report --upload keeps and sends; spool list shows, send goes on, drop forgets; statuses tell."""
+    """`report --upload` stores and sends; `spool` lists, sends the rest and drops; each has its exit status."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/"
+        unreachable = f"http://127.0.0.1:{free.getsockname()[1]}/"
     assert vitalsd(tmp_path, "spool", "list").stdout.startswith("no reports in ")
-    out = vitalsd(tmp_path, "report", "--upload", nobody, "--direct")
+    out = vitalsd(tmp_path, "report", "--upload", unreachable, "--direct")
     assert out.returncode == 1
     assert "1 left in" in out.stderr
     assert list(tmp_path.glob("*.zip")) == []
     (listed,) = json.loads(vitalsd(tmp_path, "spool", "list", "--json").stdout)
-    assert (listed["state"], listed["attempts"], listed["url"]) == ("pending", 1, nobody)
+    assert (listed["state"], listed["attempts"], listed["url"]) == ("pending", 1, unreachable)
     report_id = listed["report_id"]
     assert report_id in vitalsd(tmp_path, "spool", "list").stdout
     assert vitalsd(tmp_path, "spool", "send").returncode == 1
@@ -1096,9 +1096,9 @@ def test_spool_commands_list_send_and_drop_with_statuses(tmp_path: Path, receive
     assert vitalsd(tmp_path, "spool", "drop", report_id).returncode == 1
     out = vitalsd(tmp_path, "report", "--upload", receiver, "--json", "--direct")
     assert out.returncode == 0, out.stderr
-    told = json.loads(out.stdout)
-    assert told["upload"][0]["receipt"].startswith("R-")
-    assert stored(tmp_path) == [told["report_id"]]
+    report = json.loads(out.stdout)
+    assert report["upload"][0]["receipt"].startswith("R-")
+    assert stored(tmp_path) == [report["report_id"]]
     out = vitalsd(tmp_path, "spool", "send")
     assert (out.returncode, out.stdout) == (0, "")
 
@@ -1126,7 +1126,7 @@ def test_report_upload_with_a_bad_out_or_spool_still_sends_or_writes(tmp_path: P
 
 
 def test_report_upload_without_a_spool_writes_a_file(tmp_path: Path) -> None:
-    """Where there can be no state directory, what was to be uploaded is a file."""
+    """If there can be no state directory, the report for the upload is written to a file."""
     (tmp_path / "state").touch()
     out = vitalsd(tmp_path, "report", "--upload", "http://127.0.0.1:1/", "--direct")
     assert out.returncode == 1
@@ -1161,7 +1161,7 @@ def test_spool_send_prints_a_reason_for_each_unsent_report(tmp_path: Path) -> No
 
 
 def test_spool_send_with_url_and_id_corrects_the_url(tmp_path: Path, receiver: str) -> None:
-    """By --url with the report's id, refused or waiting; without an id the reports keep theirs, and that is said."""
+    """`--url` with the id of a refused or waiting report replaces its URL; without an id a message says it did not."""
     with Misbehaving(says(answer(b"", status="503 No", extra="Retry-After: 600\r\n"))) as busy:
         vitalsd(tmp_path, "report", "--upload", busy.url, "--direct")
         (waits,) = json.loads(vitalsd(tmp_path, "spool", "list", "--json").stdout)

@@ -1,4 +1,4 @@
-"""Uploads over TLS: which authorities are trusted, and what is said of a certificate that is not."""
+"""Uploads over TLS: the trusted authorities, and the error for a certificate that is not trusted."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from examples.receiver import create_app
 from support.sidecars import VITALSD, environment, eventually
 from support.tools import program
 from vitalsd_client import Spool, upload_tls
-from vitalsd_client.upload import Attempt, Failed, Receipt
+from vitalsd_client.upload import UploadFailure, UploadReceipt, UploadResult
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="on macOS the keychains are trusted, not files")
 
@@ -124,7 +124,7 @@ def receiver(tmp_path: Path, certificate: tuple[Path, Path], monkeypatch: pytest
         yield url
 
 
-def sent(spool: Spool) -> Attempt:
+def sent(spool: Spool) -> UploadResult:
     """Add a report, send it, and return how the attempt ended."""
     report_id = spool.add(a_bundle())
     (outcome,) = spool.send(report_id=report_id)
@@ -134,7 +134,7 @@ def sent(spool: Spool) -> Attempt:
 def refused(spool: Spool) -> str:
     """Add a report, and return why it could not be sent; it is kept."""
     attempt = sent(spool)
-    assert isinstance(attempt, Failed)
+    assert isinstance(attempt, UploadFailure)
     assert not attempt.final
     assert only(spool).state == "pending"
     return attempt.reason
@@ -156,7 +156,7 @@ def test_upload_ca_file_trusted(tmp_path: Path, receiver: str, ours: Path) -> No
     spools = spooling(tmp_path, receiver, ca_file=str(copy)), spooling(tmp_path, receiver, ca_file=copy)
     copy.unlink()
     for spool in spools:
-        assert isinstance(sent(spool), Receipt)
+        assert isinstance(sent(spool), UploadReceipt)
     assert len(stored(tmp_path)) == 2
 
 
@@ -172,8 +172,8 @@ def test_upload_authority_in_environment_trusted(
     """Trust what OpenSSL trusts; add an own authority to that, and do not replace it."""
     place = authorities[0].file if variable == "SSL_CERT_FILE" else authorities[0].directory()
     monkeypatch.setenv(variable, str(place))
-    assert isinstance(sent(spooling(tmp_path, receiver)), Receipt)
-    assert isinstance(sent(spooling(tmp_path, receiver, ca_file=authorities[1].file)), Receipt)
+    assert isinstance(sent(spooling(tmp_path, receiver)), UploadReceipt)
+    assert isinstance(sent(spooling(tmp_path, receiver, ca_file=authorities[1].file)), UploadReceipt)
 
 
 @linux
@@ -183,7 +183,7 @@ def test_upload_ssl_cert_file_missing_is_no_crash(
     """Trust less, and an own authority still."""
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere.pem"))
     assert "SSL_CERT_FILE" in refused(spooling(tmp_path, receiver))
-    assert isinstance(sent(spooling(tmp_path, receiver, ca_file=ours)), Receipt)
+    assert isinstance(sent(spooling(tmp_path, receiver, ca_file=ours)), UploadReceipt)
 
 
 @linux
@@ -214,11 +214,11 @@ def test_upload_store_elsewhere_trusted(
     nothing = SimpleNamespace(cafile=None, capath=str(tmp_path))
     monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: nothing)
     monkeypatch.setattr(upload_tls, "STORES", (str(tmp_path / "nowhere.pem"), str(ours)))
-    assert isinstance(sent(spooling(tmp_path, receiver)), Receipt)
+    assert isinstance(sent(spooling(tmp_path, receiver)), UploadReceipt)
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere.pem"))
     spooling(tmp_path, receiver).add(a_bundle())
     (outcome,) = spooling(tmp_path).send()
-    assert isinstance(outcome.attempt, Failed), "what is set to restrict the trust restricts it"
+    assert isinstance(outcome.attempt, UploadFailure), "what is set to restrict the trust restricts it"
 
 
 @linux
@@ -228,7 +228,7 @@ def test_upload_certificate_of_the_server_itself_trusted(
     """Take a file with the certificate of the server, without that of its authority."""
     certificate = authorities[1].server("pinned")
     with receiving_tls(tmp_path / "store", certificate) as url:
-        assert isinstance(sent(spooling(tmp_path, url, ca_file=certificate[0])), Receipt)
+        assert isinstance(sent(spooling(tmp_path, url, ca_file=certificate[0])), UploadReceipt)
 
 
 def test_upload_macos_trusts_by_truststore(
@@ -245,7 +245,7 @@ def test_upload_macos_trusts_by_truststore(
     monkeypatch.setattr(truststore, "SSLContext", Context)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert NOT_TRUSTED.fullmatch(refused(spooling(tmp_path, receiver)))
-    assert isinstance(sent(spooling(tmp_path, receiver, ca_file=ours)), Receipt)
+    assert isinstance(sent(spooling(tmp_path, receiver, ca_file=ours)), UploadReceipt)
     assert len(made) == 2
     monkeypatch.setitem(sys.modules, "truststore", None)
     spool = spooling(tmp_path / "without", receiver)
@@ -260,7 +260,7 @@ def test_upload_proxy_with_tls_trusts_the_same(
     proxy, nowhere = receiver.removesuffix("/reports"), "http://127.0.0.1:9/"
     assert NOT_TRUSTED.fullmatch(refused(spooling(tmp_path, nowhere, proxy=proxy)))
     attempt = sent(spooling(tmp_path / "trusted", nowhere, proxy=proxy, ca_file=ours))
-    assert isinstance(attempt, Failed)
+    assert isinstance(attempt, UploadFailure)
     assert attempt.reason == "the server answered 404", "the example receiver is no proxy, but it was reached"
     assert not (tmp_path / "keys").exists()
 
@@ -268,11 +268,11 @@ def test_upload_proxy_with_tls_trusts_the_same(
 def test_upload_keys_are_not_logged(tmp_path: Path, receiver: str, ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give no key away because SSLKEYLOGFILE is in the environment of a host program."""
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
-    assert isinstance(sent(spooling(tmp_path, receiver, ca_file=ours)), Receipt)
+    assert isinstance(sent(spooling(tmp_path, receiver, ca_file=ours)), UploadReceipt)
     assert not (tmp_path / "keys").exists()
 
 
-# What is said
+# Error texts
 
 
 def test_upload_certificate_of_another_host_refused(tmp_path: Path, authorities: tuple[Authority, Authority]) -> None:

@@ -170,18 +170,18 @@ def test_full_answer_begins_with_the_basic_keys() -> None:
 
 @given(st.integers(10_000_000, 60_000_000_000), st.integers(0, 10_000_000), st.integers(0, 1000))
 def test_error_bar_contains_the_rounded_figure(elapsed_ns: int, cpu_ns: int, skew_ns: int) -> None:
-    """What was counted lies within the bar around the rounded figure, so that rounding is part of the bar."""
+    """The exact figure lies within the bar around the rounded one, so the bar includes the rounding."""
     first = with_extras(snapshot(SECOND, [(1, 1, 0)], skew_ns=skew_ns))
     last = with_extras(snapshot(SECOND + elapsed_ns, [(1, 1, cpu_ns)]))
     measurement = measure(first, last)
     body = json.loads(encode(measurement, IDENTITY, requested_ms=1000, detail="full"))
-    for told, error_ns in (
+    for stated, error_ns in (
         (body["process"], measurement.cpu_error_ns),
         (body["threads"][0], measurement.thread_error_ns(0)),
     ):
         counted, bar = 100 * cpu_ns / elapsed_ns, 100 * error_ns / elapsed_ns
-        assert abs(told["cpu_percent"] - counted) + bar <= told["cpu_percent_error"] + 1e-9
-        assert told["cpu_percent_error"] <= bar + 0.002
+        assert abs(stated["cpu_percent"] - counted) + bar <= stated["cpu_percent_error"] + 1e-9
+        assert stated["cpu_percent_error"] <= bar + 0.002
 
 
 def test_basic_answer_of_a_known_window_has_the_expected_figures() -> None:
@@ -210,7 +210,7 @@ def test_basic_answer_of_a_known_window_has_the_expected_figures() -> None:
 
 
 def test_unknown_figure_is_null_in_the_full_answer() -> None:
-    """What the threads did before the target executed another program, and the machine that a replay comes from."""
+    """Unknown are the CPU of threads before an exec, and the machine of a replay."""
     first = with_extras(snapshot(SECOND, [(1, 1, 5)], image=("a",)))
     executed = measure(first, with_extras(snapshot(2 * SECOND, [(1, 1, 7)], image=("b",))))
     (thread,) = read(executed, detail="full")["threads"]
@@ -326,7 +326,7 @@ def test_answer_beyond_20000_threads_or_8_mib_is_truncated(detail: Detail, name:
 
 
 def test_basic_answer_within_its_size_has_four_keys() -> None:
-    """Whoever asks for a limit knows; and readers that know four keys get four."""
+    """A client that sets a limit knows that threads are missing, so a reader of four keys gets four."""
     m = of_many_threads(ANSWER_THREADS, "x")
     for limit in (None, 1, 0):
         assert list(read(m, limit=limit)) == list(BASIC)
@@ -358,7 +358,7 @@ def test_unavailable_answer_has_three_keys_and_the_reason() -> None:
     ],
 )
 def test_model_refuses_null_nan_and_a_third_variant(body: bytes) -> None:
-    """Neither null nor NaN nor a third variant passes for an answer."""
+    """The model accepts neither null nor NaN nor a third variant."""
     with pytest.raises(ValidationError):
         parse_runtime_metrics(body)
 

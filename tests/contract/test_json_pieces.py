@@ -46,7 +46,7 @@ def test_json_pieces_of_a_large_value_equal_json_dumps(value: Any) -> None:
 
 
 def test_json_pieces_of_a_large_value_let_other_threads_run() -> None:
-    """With a switch interval beyond the time of the whole, a thread that waits for the lock still gets it often."""
+    """Although the switch interval is longer than the whole, a waiting thread gets the lock often."""
     table = {"threads": [{"tid": i, "cpu_percent": [0.125] * 5000} for i in range(100)]}
     interval = sys.getswitchinterval()
     done = threading.Event()

@@ -17,7 +17,7 @@ def mib(size: int) -> str:
 
 
 def number(value: int) -> str:
-    """As the table writes it: groups of three, from five digits on."""
+    """Format a number as the table does: groups of three, from five digits on."""
     return f"{value:,}".replace(",", " ") if value >= 10_000 else str(value)
 
 

@@ -29,7 +29,7 @@ def test_directory_variables_replace_all_defaults(tmp_path: Path) -> None:
 
 
 def test_directories_of_a_login_are_below_xdg_or_home(tmp_path: Path) -> None:
-    """On Linux the runtime directory is under XDG_RUNTIME_DIR, else under the home; state is too."""
+    """On Linux the runtime directory is below XDG_RUNTIME_DIR, or else below the home, as the state directory is."""
     if sys.platform == "darwin":
         expected = tmp_path / "Library/Application Support/vitalsd"
         assert runtime_directories({"HOME": str(tmp_path)})[0] == expected / "run"
@@ -84,7 +84,7 @@ def test_directory_that_is_no_private_directory_is_refused(tmp_path: Path) -> No
 
 
 def test_state_directory_unusable_has_a_reason_with_the_variable(tmp_path: Path) -> None:
-    """Whatever is in its way below the home directory."""
+    """The reason may be anything in its place below the home directory."""
     for parent in (".local", "Library"):
         (tmp_path / parent).touch()
     with pytest.raises(EndpointError, match=r"cannot use .*; set VITALSD_STATE_DIR to use another"):
@@ -105,7 +105,7 @@ def test_directory_readable_by_others_becomes_0700(tmp_path: Path) -> None:
 
 
 def test_runtime_directory_too_long_for_a_socket_still_has_the_file(tmp_path: Path) -> None:
-    """Only if there is no other; the limit of sun_path is in bytes, and is checked before a socket is bound."""
+    """It is used if there is no other; the limit of sun_path is in bytes and is checked before bind."""
     too_long = tmp_path / ("ü" * 60)
     assert runtime_directory({"VITALSD_RUNTIME_DIR": str(too_long)}) == too_long
     longest = Path("/" + "x" * (MAX_SOCKET_PATH - 1))

@@ -50,7 +50,7 @@ print(json.dumps(process.communicate()[1]))
 
 
 def run(directory: Path, mount: str, env: dict[str, str]) -> list[Any]:
-    """What `PROGRAM` prints in a mount namespace where `run` below `directory` is a file system of its own."""
+    """Return what `PROGRAM` prints in a mount namespace with a file system at `run` below `directory`."""
     (directory / "run").mkdir()
     (directory / "program.py").write_text(textwrap.dedent(PROGRAM))
     script = f"set -e; cd {directory}; {mount}; exec {sys.executable} program.py"

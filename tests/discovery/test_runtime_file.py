@@ -28,8 +28,8 @@ from vitalsd.discovery.directories import (
 from vitalsd.discovery.runtime_file import Endpoint, ProcessRun
 from vitalsd.discovery.unix_socket import SocketLock, answers
 from vitalsd.sources import open_source
-from vitalsd.sources.linux.process_identity import LinuxBirths
-from vitalsd.sources.platform import births
+from vitalsd.sources.linux.process_identity import LinuxProcessIdentityReader
+from vitalsd.sources.platform import process_identities
 from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, IdentityUnknownError
 
 
@@ -37,15 +37,15 @@ class Kernel:
     """A kernel that knows the given processes and no others."""
 
     def __init__(
-        self, starts: dict[int, int], realm: str = "here", boot_id: str = "boot", *, booted: str = "2025-01-01"
+        self, starts: dict[int, int], host_scope: str = "here", boot_id: str = "boot", *, booted: str = "2025-01-01"
     ) -> None:
         self._booted_unix_ns = int(datetime.fromisoformat(f"{booted}T00:00:00Z").timestamp()) * 1_000_000_000
         self.starts = starts
-        self._realm = realm
+        self._host_scope = host_scope
         self._boot_id = boot_id
 
-    def realm(self) -> str:
-        return self._realm
+    def host_scope(self) -> str:
+        return self._host_scope
 
     def boot_id(self) -> str:
         return self._boot_id
@@ -66,7 +66,7 @@ def an_endpoint(**changes: Any) -> Endpoint:
             pid=100,
             start=7,
             boot_id="boot",
-            realm="here",
+            host_scope="here",
             uid=os.geteuid(),
             target=ProcessRun(200, 9),
             socket="/run/x.sock",
@@ -85,7 +85,7 @@ def directory(short_path: Path) -> Path:
 
 
 def as_nobody(call: Callable[[], object]) -> str:
-    """What `call` returns, or the error it raises, in a child that has become another user."""
+    """Return what `call` returns, or the error it raises, in a child that has become another user."""
     read_fd, write_fd = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -217,7 +217,7 @@ def test_runtime_file_with_a_field_of_another_type_is_refused(directory: Path) -
 
 
 def test_runtime_file_that_is_a_link_fifo_or_public_is_refused(directory: Path) -> None:
-    """A runtime file must be a regular file that nobody else can read; a FIFO does not hold us up."""
+    """A runtime file must be a regular file that no other user can read; a FIFO does not block the reader."""
     path = ep.publish(an_endpoint(), directory)
     (directory / "sidecar-2.json").symlink_to(path)
     os.mkfifo(directory / "sidecar-3.json", 0o600)
@@ -283,19 +283,19 @@ def test_endpoint_url_of_a_wildcard_address_is_loopback(host: str | None, url: s
         ({"boot_id": UNKNOWN_BOOT}, Kernel({}, boot_id=UNKNOWN_BOOT), "dead"),
         ({"boot_id": UNKNOWN_BOOT}, Kernel({}), "unknown"),
         (
-            {"realm": ANY_MACHINE, "boot_id": UNKNOWN_BOOT},
-            Kernel({}, realm=ANY_MACHINE, boot_id=UNKNOWN_BOOT),
+            {"host_scope": ANY_MACHINE, "boot_id": UNKNOWN_BOOT},
+            Kernel({}, host_scope=ANY_MACHINE, boot_id=UNKNOWN_BOOT),
             "unknown",
         ),
         (
-            {"realm": ANY_MACHINE, "boot_id": UNKNOWN_BOOT},
-            Kernel({100: 7}, realm=ANY_MACHINE, boot_id=UNKNOWN_BOOT),
+            {"host_scope": ANY_MACHINE, "boot_id": UNKNOWN_BOOT},
+            Kernel({100: 7}, host_scope=ANY_MACHINE, boot_id=UNKNOWN_BOOT),
             "alive",
         ),
-        ({}, Kernel({}, realm="elsewhere"), "unknown"),
-        ({}, Kernel({}, realm="elsewhere", boot_id="later"), "unknown"),
-        ({"realm": ANY_MACHINE}, Kernel({}, realm=ANY_MACHINE), "dead"),
-        ({"realm": ANY_MACHINE}, Kernel({}, realm=ANY_MACHINE, boot_id="later"), "unknown"),
+        ({}, Kernel({}, host_scope="elsewhere"), "unknown"),
+        ({}, Kernel({}, host_scope="elsewhere", boot_id="later"), "unknown"),
+        ({"host_scope": ANY_MACHINE}, Kernel({}, host_scope=ANY_MACHINE), "dead"),
+        ({"host_scope": ANY_MACHINE}, Kernel({}, host_scope=ANY_MACHINE, boot_id="later"), "unknown"),
         ({"pid": 666}, Kernel({}), "unknown"),
     ],
 )
@@ -309,7 +309,7 @@ def test_sweep_deletes_only_stale_runtime_files(directory: Path) -> None:
     alive = ep.publish(an_endpoint(pid=100), directory)
     dead = ep.publish(an_endpoint(pid=101), directory)
     unknown = ep.publish(an_endpoint(pid=666), directory)
-    elsewhere = ep.publish(an_endpoint(pid=102, realm="elsewhere"), directory)
+    elsewhere = ep.publish(an_endpoint(pid=102, host_scope="elsewhere"), directory)
     assert [dead] == ep.sweep(directory, Kernel({100: 7}))
     assert alive.exists()
     assert unknown.exists()
@@ -340,13 +340,13 @@ def test_discover_prefers_the_watcher_of_the_pid_then_the_newest(directory: Path
 
 def test_start_key_equals_that_of_the_source() -> None:
     """A runtime file and a Source name one run of a process by the same number."""
-    assert open_source().identity().start_key == births().start_key(os.getpid())
-    assert open_source().identity().boot_id == births().boot_id()
+    assert open_source().identity().start_key == process_identities().start_key(os.getpid())
+    assert open_source().identity().boot_id == process_identities().boot_id()
 
 
 def test_start_key_of_a_process_exists_until_it_exits() -> None:
     """A process is there until it has exited, reaped or not."""
-    kernel = births()
+    kernel = process_identities()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     start = kernel.start_key(child.pid)
     os.kill(child.pid, signal.SIGSTOP)
@@ -363,12 +363,12 @@ def test_start_key_of_a_process_exists_until_it_exits() -> None:
 
 def test_liveness_without_procfs_is_undecided(tmp_path: Path) -> None:
     """A process that exists and is not listed is undecided; the boot is not known."""
-    kernel = LinuxBirths(str(tmp_path), str(tmp_path / "machine-id"))
+    kernel = LinuxProcessIdentityReader(str(tmp_path), str(tmp_path / "machine-id"))
     with pytest.raises(IdentityUnknownError):
         kernel.start_key(os.getpid())
     assert kernel.boot_id() == UNKNOWN_BOOT
     assert ep.liveness(an_endpoint(), kernel) == "unknown"
-    assert kernel.realm().startswith(ANY_MACHINE)
+    assert kernel.host_scope().startswith(ANY_MACHINE)
 
 
 def test_liveness_with_a_damaged_procfs_is_undecided(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_liveness_with_a_damaged_procfs_is_undecided(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "stat").write_text("garbage")
     with pytest.raises(IdentityUnknownError, match="garbage"):
-        LinuxBirths(str(tmp_path)).start_key(1)
+        LinuxProcessIdentityReader(str(tmp_path)).start_key(1)
 
 
 # Users
@@ -414,7 +414,7 @@ def listening(directory: Path) -> Iterator[tuple[Path, socket.socket]]:
 
 
 def test_sweep_removes_stale_sockets_only(listening: tuple[Path, socket.socket], directory: Path) -> None:
-    """A socket file goes only when nobody accepts there, and its lock file goes with it."""
+    """A socket file is removed, with its lock file, only if no process accepts connections on it."""
     path, listener = listening
     assert ep.sweep(directory) == []
     listener.close()
@@ -444,7 +444,7 @@ def test_sweep_never_connects_to_the_agents_socket(directory: Path) -> None:
 
 
 def test_socket_lock_held_refuses_a_second_holder(directory: Path) -> None:
-    """The second holder is refused in a sentence; after the release, or in a fork that forgets it, it is free."""
+    """The second holder is refused in a sentence; after the release, or after a forked child closed it, it is free."""
     path = directory / "a.sock"
     first = SocketLock(path)
     with pytest.raises(EndpointError, match="another sidecar is serving"):
@@ -461,7 +461,7 @@ def test_socket_lock_removed_while_waiting_is_created_again(directory: Path) -> 
     os.unlink(f"{path}.lock")
     second = SocketLock(path)
     assert os.path.exists(f"{path}.lock")
-    first.forget()
+    first.close()
     second.release()
 
 

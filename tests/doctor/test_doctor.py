@@ -18,7 +18,7 @@ from support import as_platform
 from support.darwin.simulator import Simulator
 from support.sidecars import VITALSD, environment, eventually, listing
 from vitalsd.doctor import cpu_checks, machine_checks, process_checks
-from vitalsd.doctor.cpu_load import BurnerProcess, bounds_ns
+from vitalsd.doctor.cpu_load import CpuLoadProcess, bounds_ns
 from vitalsd.doctor.finding import Finding
 from vitalsd.doctor.soak import SEGMENTS, slope, soak
 from vitalsd.sources.base import Source
@@ -121,7 +121,7 @@ def readings(platform: Platform, burn_s: float = 0.3) -> dict[str, Finding]:
         process_checks.memory(platform),
         process_checks.age(platform),
         process_checks.threads(platform),
-        process_checks.leftovers(platform, 0.5),
+        process_checks.check_leaks(platform, 0.5),
     )
     return {finding.check: finding for check in checks for finding in check}
 
@@ -151,7 +151,7 @@ CONTRADICTED = {f"cpu.{place}.{duty}" for place in ("own", "other") for duty in 
 def test_doctor_with_a_planted_defect_fails_only_its_line(
     platform: Platform, defect: str, must_fail: set[str], may_fail: set[str]
 ) -> None:
-    """And no other; with the next step to take. Where threads get little CPU, a longer reading shows it."""
+    """The line has the next step. If threads get little CPU, a longer reading shows the defect."""
     before = set(os.listdir("/dev/fd"))
     try:
         for burn_s in (0.3, 1.0, 3.0):
@@ -171,7 +171,7 @@ def test_doctor_with_a_planted_defect_fails_only_its_line(
 
 
 def test_thread_count_below_the_limit_is_no_failure() -> None:
-    """What was held before is the most; the line of one that ended meanwhile does not contradict itself."""
+    """The limit is the count before; the line of a thread that ended meanwhile does not contradict itself."""
     counted = threading.Event()
     passing = threading.Thread(target=counted.wait)
     passing.start()
@@ -182,7 +182,7 @@ def test_thread_count_below_the_limit_is_no_failure() -> None:
         counted.set()
         return here.holdings()
 
-    findings = {finding.check: finding for finding in process_checks.leftovers(here._replace(holdings=holdings), 0.5)}
+    findings = {finding.check: finding for finding in process_checks.check_leaks(here._replace(holdings=holdings), 0.5)}
     passing.join()
     found = findings["left.threads"]
     assert (found.verdict, found.expected) == ("pass", f"at most {before}, as before")
@@ -193,7 +193,7 @@ def test_thread_count_below_the_limit_is_no_failure() -> None:
 def test_doctor_with_a_leaked_port_fails_the_port_line(lawless_simulator: Simulator) -> None:
     """A release that is forgotten now and then shows in the ports or the references on them, and in nothing else."""
     platform = over_libsystem(as_platform.leaking(lawless_simulator.lib))
-    failed = failures({finding.check: finding for finding in process_checks.leftovers(platform, 0.5)})
+    failed = failures({finding.check: finding for finding in process_checks.check_leaks(platform, 0.5)})
     assert failed
     assert failed <= {"left.ports", "left.references"}
 
@@ -233,11 +233,11 @@ def test_soak_of_a_minute_finds_no_leak(platform: Platform) -> None:
 
 def test_cpu_load_bounds_contain_the_thread_clock() -> None:
     """The CPU clock of a thread, asked at any instant, lies between the two."""
-    with BurnerProcess((30, 100)) as burner:
+    with CpuLoadProcess((30, 100)) as load:
         instant = time.monotonic_ns()
-        first = burner.logs()
-        second = burner.logs()
-    for name in burner.tids:
+        first = load.logs()
+        second = load.logs()
+    for name in load.tids:
         low, high = bounds_ns(second[name], instant, instant)
         assert 0 <= low <= high <= second[name][-1][1]
         assert bounds_ns(first[name], instant, instant)[0] == low
@@ -245,7 +245,7 @@ def test_cpu_load_bounds_contain_the_thread_clock() -> None:
 
 
 def test_slope_of_a_known_line_is_within_its_margin() -> None:
-    """Of a line with noise that is known; too few points are refused."""
+    """The line has known noise; too few points are refused."""
     points = [(float(x), 3.0 * x + (-1) ** x) for x in range(SEGMENTS)]
     found = slope(points)
     assert abs(found.per_unit - 3.0) <= found.margin
@@ -264,7 +264,9 @@ def test_doctor_check_that_raises_is_a_failed_line() -> None:
 
     here = this_platform()
     findings = {}
-    spoilt = Platform(here.name, broken, here.list_processes, here.births, here.holdings, command=("/nonexistent",))
+    spoilt = Platform(
+        here.name, broken, here.list_processes, here.process_identities, here.holdings, command=("/nonexistent",)
+    )
     for finding in examine(spoilt):
         findings[finding.check] = finding
     assert "planted" in findings["broken.memory"].measured
@@ -324,11 +326,11 @@ Troubled = dict[str, tuple[Path, subprocess.Popen[str]]]
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_doctor_interrupted_leaves_no_process_or_file(troubled: Troubled, name: str) -> None:
-    """Neither a process nor a file; the status says which signal it was."""
+    """No process and no file stays; the exit status states the signal."""
     place, doctor = troubled[name]
     assert doctor.stdout is not None
     said = ""
-    # The sidecar runs by then, and so does its target.
+    # At this line the sidecar and its target run.
     while "GET /metrics" not in said:
         said = doctor.stdout.readline()
         assert said

@@ -346,7 +346,7 @@ def test_otlp_collector_down_is_logged_once_and_retried(tmp_path: Path) -> None:
 
 
 def test_otlp_collector_hung_delays_neither_answers_nor_exit(tmp_path: Path) -> None:
-    """One that accepts and never answers costs nobody else their answer, nor SIGTERM its promptness."""
+    """One that accepts and never answers delays neither the answers to other clients nor the end by SIGTERM."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with Service(tmp_path, "--otlp", url, "--otlp-interval", "30") as service:
@@ -381,7 +381,7 @@ HOSTILE_ANSWERS: dict[str, Behaviour] = {
 @pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM")
 @pytest.mark.parametrize("case", HOSTILE_ANSWERS)
 def test_answer_of_a_hostile_collector_takes_no_memory(tmp_path: Path, case: str) -> None:
-    """Of an answer the status is used alone: its body is neither read nor unpacked."""
+    """The exporter uses only the status of an answer, and neither reads nor unpacks its body."""
     with (
         Misbehaving(HOSTILE_ANSWERS[case]) as server,
         Service(tmp_path, "--otlp", server.url, "--otlp-interval", "1") as service,
@@ -441,7 +441,7 @@ def test_keys_of_a_connection_to_a_collector_are_not_logged(tmp_path: Path, coll
 
 
 def test_otlp_environment_sets_credentials_only(tmp_path: Path, collector: Collector) -> None:
-    """Of the OTEL_ variables only headers and certificates count; the others are named and ignored; so are proxies."""
+    """Of the OTEL_ variables only headers and certificates have an effect; the others are named, proxies too."""
     env = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
         "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://127.0.0.1:9",
@@ -494,14 +494,14 @@ def test_otlp_without_its_option_sends_and_loads_nothing(tmp_path: Path, collect
     ],
 )
 def test_otlp_with_wrong_options_exits_with_2(arguments: list[str], said: str) -> None:
-    """What cannot be sent to is wrong usage, said in one line."""
+    """A URL that cannot be used is wrong usage, with one line."""
     out = CliRunner().invoke(main, ["serve", "--port", "0", *arguments])
     assert out.exit_code == 2
     assert said in out.stderr.splitlines()[-1]
 
 
 def test_otlp_without_the_extra_exits_with_2_and_the_remedy(tmp_path: Path) -> None:
-    """Where the packages are missing, --otlp is one clear line and status 2, and serving without it works."""
+    """Without the packages, --otlp is one clear line and status 2, and serving without it works."""
     code = "import sys; sys.modules['opentelemetry.exporter'] = None; from vitalsd.cli import main; main(sys.argv[1:])"
     out = subprocess.run(
         [sys.executable, "-c", code, "serve", "--port", "0", "--otlp"],

@@ -49,7 +49,7 @@ def scrape(serving: Serving, accept: str = "text/plain", **parameters: int) -> d
 
 @pytest.mark.parametrize("accept", ["text/plain", "text/plain;version=1.0.0", "application/openmetrics-text"])
 def test_scrape_in_every_format_has_the_standard_names(served: Serving, start: Start, accept: str) -> None:
-    """In each form, without waiting, stand the standard process_* names with the target's figures."""
+    """Each format has the standard process_* names with the figures of the target, without a wait."""
     target = start("--idle", "3", "--burn", "30")
     watch = Stopwatch()
     found = scrape(served, accept, pid=target.pid)
@@ -91,7 +91,7 @@ def test_scrape_of_a_dead_target_has_target_up_0(served: Serving, start: Start) 
 
 
 def test_scrape_threads_are_limited_and_can_be_left_out(tmp_path: Path, start: Start) -> None:
-    """Of more threads than the cap those with the most CPU time have series; --no-thread-metrics leaves all out."""
+    """The threads with the most CPU time have series, up to the cap; --no-thread-metrics leaves all out."""
     target = start("--idle", "6", "--burn", "40")
     with Serving(tmp_path, "--pid", str(target.pid), "--max-thread-metrics", "2") as serving:
         time.sleep(0.5)
@@ -134,7 +134,7 @@ def test_sidecar_without_scrapes_loads_no_exporter() -> None:
 
 
 def test_scrape_without_target_values_ends_as_the_format_demands() -> None:
-    """With nothing to tell of a target the text still ends as the format demands."""
+    """Without a value of a target the text still ends as the format requires."""
     body, content_type = expose(Scrape(None, 10, 0, None), "application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
     assert content_type.startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")

@@ -2,7 +2,7 @@
 What the tests of `make test-hosts` share.
 
 They need packages and programs that are too heavy for `make test`, from an environment of their own. On the machine of
-a user a test whose needs are not met is skipped with the reason; in CI, where everything is installed, it fails.
+a user a test without its packages or programs is skipped with the reason; in CI, where all are installed, it fails.
 """
 
 import os

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from support.sidecars import environment, eventually
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 
 pytest.importorskip("PyInstaller", reason="PyInstaller is not installed: run make test-hosts")
 pytestmark = [
@@ -120,7 +120,7 @@ def home(short_path: Path) -> Iterator[Home]:
 
 def alive(pid: int) -> bool:
     """Return whether the process runs; one that no parent has collected does not."""
-    return births().start_key(pid) is not None
+    return process_identities().start_key(pid) is not None
 
 
 def end(pid: int, number: int) -> None:
@@ -163,7 +163,7 @@ def test_wheel_contains_the_pyinstaller_hooks_and_entry_point(wheel: Path) -> No
 
 
 def test_spawn_without_freeze_support_raises_at_once_and_starts_nothing(application: Path, home: Home) -> None:
-    """The error names the remedy; there is one copy of the application, which goes on."""
+    """The error names the remedy; one copy of the application runs, and continues."""
     done = run(application, home.environ("unsupported"))
     assert done.returncode == 3, done.stderr
     error = json.loads(done.stdout)["error"]
@@ -195,7 +195,7 @@ def test_every_route_answers_after_the_client_was_killed(application: Path, home
         with httpx.Client(base_url=said["url"], trust_env=False, timeout=30) as http:
             assert http.get("/metrics?window_ms=50").status_code == 200
             os.kill(said["pid"], signal.SIGKILL)
-            process.wait(30)  # of one file: its launcher, which has removed the folder by now
+            process.wait(30)  # if it is one file, this is its launcher, which removes the folder before it ends
             if "_MEI" in said["unpacked"]:
                 assert not os.path.exists(said["unpacked"])
             answers = dict(every_route(http))
@@ -313,7 +313,7 @@ def test_activation_of_a_one_file_application_takes_the_sockets(one_file: Path, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/PID/maps is of Linux")
 def test_sidecar_of_another_program_loads_no_library_of_the_application(application: Path, home: Home) -> None:
-    """Of the bundle's libcrypto, libsqlite3 and libpython none is mapped, whatever LD_LIBRARY_PATH was set to."""
+    """It maps no libcrypto, libsqlite3 or libpython of the bundle, whatever LD_LIBRARY_PATH was set to."""
     environ = home.environ("unsupported", CLIENT_COMMAND=json.dumps(VENV_VITALSD))
     with client(application, environ) as (_, said):
         assert "url" in said, said

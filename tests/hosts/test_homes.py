@@ -51,7 +51,7 @@ def home(short_path: Path) -> Iterator[Path]:
 
 
 def has_login_directory() -> bool:
-    """Whether this user has a runtime directory apart from the home, where a socket can be made."""
+    """Return whether this user has a runtime directory outside the home, in which a socket can be made."""
     return Path(f"/run/user/{os.geteuid()}").exists()
 
 
@@ -120,7 +120,7 @@ def offset_of(clock: str) -> str:
 
 
 def under(library: Path, directory: Path, clock: str) -> dict[str, str]:
-    """Return the environment of a program whose clock is at `clock`, until another offset is in the file ``clock``."""
+    """Return the environment of a program with its clock at `clock`, until another offset is in the file ``clock``."""
     offset = directory / "clock"
     offset.write_text(offset_of(clock))
     return environment(directory) | {"LD_PRELOAD": str(library), "WALL_CLOCK_OFFSET": str(offset), "TZ": "UTC"}
@@ -156,7 +156,7 @@ def test_reports_at_a_wrong_clock_are_saved_sent_and_served(short_path: Path, mo
             BugReport("host", window_ms=20).save()
             spool = Spool("spool", {url!r})
             BugReport("host", window_ms=20).submit(spool)
-            assert [type(each.attempt).__name__ for each in spool.send()] == ["Receipt"]
+            assert [type(each.attempt).__name__ for each in spool.send()] == ["UploadReceipt"]
             """
         run_host(host, under(moved_clock, short_path, clock), directory=short_path)
     reports = [*short_path.glob("*.zip"), *(short_path / "store").rglob("*.zip")]
@@ -184,7 +184,7 @@ def test_clock_set_by_years_loses_no_report_and_no_window(short_path: Path, move
                         wrong = answered(sidecar)
                         assert wrong == [], wrong
                     BugReport("host", window_ms=20).submit(spool())
-                assert [type(each.attempt).__name__ for each in spool().send()] == ["Receipt"] * 3
+                assert [type(each.attempt).__name__ for each in spool().send()] == ["UploadReceipt"] * 3
             """
         run_host(host, under(moved_clock, short_path, steps[0]), directory=short_path)
     assert len(list((short_path / "store").rglob("*.zip"))) == 3

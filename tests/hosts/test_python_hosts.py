@@ -95,7 +95,7 @@ def python_of(tmp_path_factory: pytest.TempPathFactory) -> Interpreter:
 def test_other_version_of_python_starts_spawns_and_reports(
     short_path: Path, python_of: Interpreter, version: str
 ) -> None:
-    """With warnings as errors: no deprecation of that version is in a path of ours."""
+    """Warnings are errors, so vitalsd uses nothing that this version deprecates."""
     host = """
         import json, sys, threading, vitalsd
         from support.host_programs import answered
@@ -146,7 +146,7 @@ ENDINGS = {
 def test_report_at_the_end_of_the_interpreter_is_whole(
     short_path: Path, python_of: Interpreter, version: str, ending: str
 ) -> None:
-    """In atexit and in sys.excepthook: fetch, a saved report, spawn; `start` raises StartError if it cannot."""
+    """In atexit and sys.excepthook, fetch, a report and spawn work; `start` raises StartError if it cannot."""
     python = sys.executable if sys.version.startswith(f"{version}.") else python_of(version)
     done = run_host(
         AT_EXIT + ENDINGS[ending],

@@ -142,7 +142,7 @@ def test_host_that_programs_send_over_the_unix_socket_is_accepted(edge: Edge, fo
 
 @pytest.mark.parametrize("form", UNIX_WRONG)
 def test_host_with_a_forwarded_port_over_the_unix_socket_is_421(edge: Edge, form: str) -> None:
-    """What a browser would send through a forwarder to the socket, with the port of that, is none of them."""
+    """A browser that connects to the socket through a forwarder sends the port of that, which is refused."""
     assert get(edge.socket, host=form).status == 421
 
 
@@ -191,7 +191,7 @@ def asked(
     statuses = []
 
     async def receive() -> Any:
-        raise AssertionError("nobody reads a body here")
+        raise AssertionError("this test reads no body")
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.start":
@@ -366,7 +366,7 @@ def test_typed_address_leads_to_pages_without_data_only(path: str, status: int, 
 
 @pytest.mark.parametrize("origin", ["http://evil.test", "null", "http://{H}"])
 def test_cors_preflight_of_any_origin_is_refused(edge: Edge, counted: Counted, origin: str) -> None:
-    """No origin is told that it may, not even ours, and no answer has a header of CORS."""
+    """The sidecar allows no origin, not even its own, and no answer has a header of CORS."""
     before = len(counted.reached)
     reply = get(
         edge.url,
@@ -400,7 +400,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("which", ANSWERS)
 def test_answers_have_headers_against_caching_sniffing_framing_and_embedding(edge: Edge, which: str) -> None:
-    """Not cached, not sniffed, not framed, not embedded, no scripts; nothing of CORS and no server's name."""
+    """Answers forbid caching, sniffing, framing, embedding and scripts; none has a CORS header or a server name."""
     method, path, status = ANSWERS[which]
     reply = get(edge.url, path, "Origin: " + edge.url, method=method)
     assert reply.status == status
@@ -488,7 +488,7 @@ def test_token_in_one_authorization_header_is_accepted(
 
 
 def test_token_is_required_on_a_connection_reset_before_accept(guarded: Edge, secret: Counted) -> None:
-    """What was sent on a connection that is gone before it is accepted can be read, but not who sent it: nobody."""
+    """The request of a connection that is reset before it is accepted can be read, but its user is not known."""
     body = b'{"label": "x"}'
     head = f"POST /marks HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     before = list(secret.reached)
@@ -513,7 +513,7 @@ def test_token_longer_shorter_or_different_is_refused(wrong: str) -> None:
 
 
 def test_proxy_headers_grant_no_access(guarded: Edge) -> None:
-    """Nobody becomes a caller on the Unix socket, or another host, by saying so."""
+    """A header does not make a client one of the Unix socket, or change the host."""
     for line in ("X-Forwarded-For: unix", "Forwarded: for=unix", "X-Real-IP: ", "X-Forwarded-Host: localhost"):
         assert get(guarded.url, "/info", line).status == 401
     assert get(guarded.url, host="evil.test").status == 421

@@ -260,7 +260,7 @@ def test_page_of_another_origin_runs_no_handler_and_reads_nothing(
 def test_typed_address_of_another_site_that_redirects_reads_no_data(
     browser: Browser, edge: Edge, counted: Counted, attacker: Attacker, path: str
 ) -> None:
-    """To the sidecar it looks like an address of its own that was typed, and only pages without data have those."""
+    """The sidecar sees an address that a user typed; only pages without data have such addresses."""
     counted.reached.clear()
     before = edge.answered
     browser.open(f"http://evil.test:{attacker.port}/redirect?{edge.url}{path}")
@@ -289,7 +289,7 @@ def test_link_from_another_site_without_a_token_is_refused(
 
 def test_link_from_another_site_opens_the_page_without_access_to_it(counted: Counted, attacker: Attacker) -> None:
     """
-    Where a token guards the rest.
+    A token protects all other routes.
 
     The page is then on its own: the window that opened it has no hold on it, and does not learn what it shows.
     """
@@ -305,7 +305,7 @@ def test_link_from_another_site_opens_the_page_without_access_to_it(counted: Cou
 
 
 def test_dns_rebinding_page_reads_only_421(browser: Browser, edge: Edge, counted: Counted, rebinding: Attacker) -> None:
-    """To the browser it is one origin, so the page reads every answer; and all that any of them says is 421."""
+    """The browser sees one origin, so the page reads every answer, and each of them is 421."""
     counted.reached.clear()
     origin = f"http://rebound.test:{rebinding.port}"
     for path in ("/metrics", "/", "/stream", "/report.zip", "/healthz"):

@@ -79,7 +79,7 @@ def test_stalled_connections_are_closed_and_served_ones_are_not(edge: Edge, capl
         "a byte at a time": (b"GET /", 408),
         "half a body": (marks.replace(b"Transfer-Encoding: chunked", b"Content-Length: 20") + b'{"label"', 408),
         "half a chunk": (marks + b"a\r\n{", 408),
-        "a body nobody wants": (head(edge.url, "/nothing", "Content-Length: 4000") + b"x", 404),
+        "a body that no route reads": (head(edge.url, "/nothing", "Content-Length: 4000") + b"x", 404),
         "half a second request": (head(edge.url) + b"GET /", 200),
     }
     with ExitStack() as stack:
@@ -131,7 +131,7 @@ def test_stalled_connections_are_closed_and_served_ones_are_not(edge: Edge, capl
 
 
 def received(connection: socket.socket) -> bytes | None:
-    """What has come, if anything; ``None`` if the other end has closed it."""
+    """Return the bytes that have arrived, if any; ``None`` if the other end has closed the connection."""
     if not select.select([connection], [], [], 0)[0]:
         return b""
     try:
@@ -141,13 +141,13 @@ def received(connection: socket.socket) -> bytes | None:
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Whether the server, which is in this process, still has its end; the client hears of it only if it reads."""
+    """Return whether the server, in this process, still has its end; the client notices only if it reads."""
     name = connection.getsockname()
     return any(each.raddr == name for each in psutil.Process().net_connections("tcp"))
 
 
 def narrow_listener() -> Listeners:
-    """Of whose connections the kernel buffers next to nothing."""
+    """Return listeners with connections of which the kernel buffers almost nothing."""
     listener = bind_tcp("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
@@ -155,7 +155,7 @@ def narrow_listener() -> Listeners:
 
 
 async def sixty_kilobytes(scope: Scope, receive: Receive, send: Send) -> None:
-    """Less than asyncio calls a full buffer, and sent before anybody can see that it is not read."""
+    """Send less than fills the buffer of asyncio, before the server can see that the client does not read."""
     if scope["type"] == "lifespan":
         await lifespan(receive, send)
         return
@@ -164,7 +164,7 @@ async def sixty_kilobytes(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def test_pipelined_requests_are_answered_in_order(edge: Edge) -> None:
-    """Requests that wait behind a window are not late: it is not their client who takes the time."""
+    """Requests that wait behind a window are not late: their client does not cause the delay."""
     with dial(edge.url) as connection:
         connection.sendall(head(edge.url, "/metrics?window_ms=200") + head(edge.url) + head(edge.url, "/nothing"))
         assert [read_reply_exactly(connection) for _ in range(3)] == [200, 200, 404]
@@ -207,7 +207,7 @@ def test_connection_limit_is_a_quarter_of_the_descriptors_up_to_1024() -> None:
 
 
 def test_five_hundred_stalled_sockets_delay_no_other_client(short_path: Path) -> None:
-    """With 64 places and 500 stalled clients, others are served in far less than 6 s, over TCP and the Unix socket."""
+    """Beside 500 stalled clients of 64 connections, others are served in far less than 6 s, on both sockets."""
     arguments = ("--record-interval", "0", "--uds", str(short_path / "a.sock"))
     with ExitStack() as stack:
         server = stack.enter_context(
@@ -229,7 +229,7 @@ def test_five_hundred_stalled_sockets_delay_no_other_client(short_path: Path) ->
 
 
 def test_connections_at_the_limit_all_served_get_503_over_tcp_only(short_path: Path) -> None:
-    """Once every place over TCP has a window, the next is told 503; on the Unix socket nothing of it is felt."""
+    """If each connection over TCP waits for a window, the next one gets 503; the Unix socket is not affected."""
     arguments = ("--record-interval", "0", "--uds", str(short_path / "a.sock"))
     with ExitStack() as stack:
         server = stack.enter_context(Serving(short_path, *arguments, python=(sys.executable, "-c", LIMITED.format(64))))
@@ -247,7 +247,7 @@ def test_connections_at_the_limit_all_served_get_503_over_tcp_only(short_path: P
 
 
 def test_connections_with_a_complete_request_are_never_evicted(tmp_path: Path) -> None:
-    """More callers at once than there are places: each gets its answer or is told 503, and none is cut off."""
+    """With more clients than connections, each gets its answer or 503, and none is disconnected."""
     with ExitStack() as stack:
         server = stack.enter_context(Serving(tmp_path, python=(sys.executable, "-c", LIMITED.format(64))))
         server.process.send_signal(signal.SIGSTOP)
@@ -294,7 +294,7 @@ def test_unix_socket_accepts_its_own_user(edge: Edge) -> None:
 
 
 def test_garbage_resets_and_refusals_are_not_logged(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
-    """Garbage, upgrades, resets and refusals leave not a line: whoever sends them decides how many there are."""
+    """Garbage, upgrades, resets and refusals write no line: a client could send any number of them."""
     caplog.set_level(logging.INFO)
     for _ in range(50):
         exchange(edge.url, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
@@ -353,7 +353,7 @@ def test_log_of_repeated_lines_is_throttled_to_one_a_second_with_a_count(caplog:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit(2) is of Linux")
 def test_accept_without_descriptors_waits_and_logs_once_a_second(short_path: Path) -> None:
-    """With not one descriptor left new connections wait, the log stays short, and it passes at once."""
+    """Without a free descriptor new connections wait, the log stays short, and they are served afterwards."""
     with serving(short_path, "--record-interval", "0") as (process, ready):
         assert get(ready["url"]).status == 200
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -427,8 +427,8 @@ def test_used_attributes_of_uvicorn_and_h11_exist() -> None:
 
 
 def test_uvicorn_calls_the_400_handler_during_the_h11_error(edge: Edge) -> None:
-    """So the answer can tell what is wrong, and 431 from 400."""
-    told = {
+    """So the answer can state what is wrong, and distinguish 431 from 400."""
+    replies = {
         content: exchange(edge.url, content)
         for content in (
             b"GET\r\n\r\n",
@@ -437,8 +437,8 @@ def test_uvicorn_calls_the_400_handler_during_the_h11_error(edge: Edge) -> None:
             b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: " + b"x" * 20_000,
         )
     }
-    assert [reply.status for reply in told.values()] == [400, 400, 400, 431]
-    details = [json.loads(reply.body)["detail"] for reply in told.values()]
+    assert [reply.status for reply in replies.values()] == [400, 400, 400, 431]
+    details = [json.loads(reply.body)["detail"] for reply in replies.values()]
     assert "illegal request line" in details[0]
     assert "bad Content-Length" in details[1]
     assert "Transfer-Encoding" in details[2]
@@ -468,7 +468,7 @@ def test_request_cut_in_its_body_is_a_disconnect_for_the_application(caplog: pyt
 
 
 def test_garbage_after_an_answer_began_closes_the_connection_silently(caplog: pytest.LogCaptureFixture) -> None:
-    """Where no second answer can be given none is tried; uvicorn's own would raise in the event loop."""
+    """No second answer is tried where none can be sent; that of uvicorn would raise in the event loop."""
 
     async def eager(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -490,7 +490,7 @@ def test_garbage_after_an_answer_began_closes_the_connection_silently(caplog: py
 
 
 def test_shutdown_while_a_400_is_being_written_succeeds(caplog: pytest.LogCaptureFixture) -> None:
-    """A connection whose 400 is still being written is no reason for the shutdown to fail."""
+    """A connection with a 400 that is still being written does not make the shutdown fail."""
     with ExitStack() as stack, Edge(whole_app()) as running:
         for _ in range(20):
             broken = stack.enter_context(dial(running.url))
@@ -511,7 +511,7 @@ def test_connections_accepted_during_shutdown_are_closed() -> None:
 
 
 def test_access_log_of_uvicorn_is_never_written(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
-    """Not even in a host program that has configured it for a server of its own."""
+    """It is not written even if the host program has configured it for its own server."""
     caplog.set_level(logging.INFO, "uvicorn.access")
     assert get(edge.url).status == 200
     assert not [record for record in caplog.records if record.name == "uvicorn.access"]
@@ -535,7 +535,7 @@ def test_window_of_a_thousand_callers_shares_few_snapshots(tmp_path: Path) -> No
 
 
 def test_windows_beyond_64_distinct_ones_are_429_with_retry_after(tmp_path: Path) -> None:
-    """64 windows that have nothing in common are measured; whoever wants another is told when to ask again."""
+    """64 different windows are measured at once; the client of a further one gets a `Retry-After`."""
     with ExitStack() as stack:
         server = stack.enter_context(Serving(tmp_path, "--record-interval", "0"))
         callers = [stack.enter_context(dial(server.url, 60)) for _ in range(150)]

@@ -68,7 +68,7 @@ def test_budget_gives_time_by_size() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_budget_leaves_nothing_counted(seed: int) -> None:
-    """Whatever is acquired and released: never more than the limit, and nothing in the end."""
+    """For any sequence of acquire and release, the size is at most the limit, and 0 in the end."""
     dice, budget = random.Random(seed), SendBudget(100)
     shared = [bytes(bytearray(dice.randrange(1, 60))) for _ in range(5)]
     held: list[bytes] = []
@@ -88,7 +88,7 @@ def test_budget_leaves_nothing_counted(seed: int) -> None:
 
 
 def budgets(edge: Edge) -> tuple[SendBudget, SendBudget]:
-    """Of TCP and of the Unix socket."""
+    """Return the send budgets of TCP and of the Unix socket."""
     server = edge._sidecar._server
     assert server is not None
     limiters: dict[str, ConnectionLimiter] = cast("Any", server.config.http).keywords["limiters"]
@@ -156,7 +156,7 @@ def edge(answers: Answers, short_path: Path) -> Iterator[Edge]:
 
 
 def ask(where: str, path: str, *, method: str = "GET") -> socket.socket:
-    """A request whose answer nobody has begun to read."""
+    """Send a request, and return the connection before the answer is read."""
     connection = dial(where)
     host = where.removeprefix("http://") if where.startswith("http://") else "localhost"
     connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
@@ -230,7 +230,7 @@ def test_refused_large_answer_is_a_complete_503_with_retry_after(edge: Edge, ans
 
 
 def test_shared_answer_reaches_all_its_readers(edge: Edge) -> None:
-    """Twenty clients of one body of 8 MiB count as one, also those who are slow."""
+    """Twenty clients of one body of 8 MiB count as one, also slow ones."""
     tcp, _ = budgets(edge)
     with ExitStack() as stack:
         clients = [stack.enter_context(ask(edge.url, "/same")) for _ in range(20)]
@@ -290,7 +290,7 @@ def test_send_budget_is_released_however_the_client_disconnects(edge: Edge, way:
 
 
 def test_background_task_of_an_undelivered_answer_does_not_run(edge: Edge, answers: Answers) -> None:
-    """Neither when the client left in the middle nor when it was cut; and no line is logged of it."""
+    """It does not run if the client left or was disconnected, and no line is logged."""
     tcp, _ = budgets(edge)
     for leave in (reset, socket.socket.close):
         leaving = ask(edge.url, "/own?mib=8")
@@ -304,7 +304,7 @@ def test_background_task_of_an_undelivered_answer_does_not_run(edge: Edge, answe
 def test_shutdown_with_unread_answers_disconnects_their_readers(
     answers: Answers, caplog: pytest.LogCaptureFixture, short_path: Path
 ) -> None:
-    """At the end what is not read is cut, soon, and without a word."""
+    """The shutdown soon disconnects clients that do not read, without a log line."""
     with ExitStack() as stack:
         with Edge(answers.app(), directory=short_path) as running:
             tcp, _ = budgets(running)

@@ -47,7 +47,7 @@ def parsed(lines: list[str]) -> list[dict[str, Any]]:
 
 @pytest.mark.live
 def test_log_of_a_healthy_service_is_one_line(tmp_path: Path) -> None:
-    """Ready is one line in either form; nothing is said of the end."""
+    """Readiness is one line in either form; the end is not logged."""
     (line,), status = said(tmp_path, "serve", "--port", "0", until="serving")
     assert line.startswith("vitalsd: serving itself on http://127.0.0.1:")
     assert status == 0
@@ -59,7 +59,7 @@ def test_log_of_a_healthy_service_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.live
 def test_log_warnings_of_every_part_have_the_chosen_format(tmp_path: Path) -> None:
-    """What the recorder warns of, and what was other than expected at the start, are lines like all others."""
+    """Warnings of the recorder and notes of the start are lines of the same format as all others."""
     (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "state" / "runs").write_text("in the way", encoding="ascii")
     lines, _ = said(
@@ -109,7 +109,7 @@ def test_log_of_a_start_error_is_one_line_with_its_status(arguments: list[str], 
 
 
 def test_log_of_an_internal_error_in_json_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """An exception that nobody expected is told with its traceback, on one line, with status 1."""
+    """An unexpected exception is logged on one line with its traceback, and the exit status is 1."""
     with pytest.raises(SystemExit) as ended, logging_as("json"):
         raise RuntimeError(HOSTILE)
     assert ended.value.code == 1
@@ -120,7 +120,7 @@ def test_log_of_an_internal_error_in_json_is_one_line(capsys: pytest.CaptureFixt
 
 
 def test_log_traceback_in_text_escapes_each_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """In text a traceback keeps its lines, and what is in them is spelled out."""
+    """In text a traceback keeps its lines, and control characters in them are escaped."""
     with logging_as("text"):
         try:
             raise RuntimeError("x\x1b[2Jy")
@@ -138,7 +138,7 @@ def test_logging_configuration_is_restored_at_the_end(capsys: pytest.CaptureFixt
     before = (list(root.handlers), root.level, ours.level)
     with logging_as("text") as log:
         assert len(root.handlers) == len(before[0]) + 1
-        log.debug("nobody wants to know")
+        log.debug("not to be logged")
     assert (list(root.handlers), root.level, ours.level) == before
     assert warnings.showwarning is shown
-    assert "nobody" not in capsys.readouterr().err
+    assert "not to be logged" not in capsys.readouterr().err

@@ -80,7 +80,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def test_stream_asks_proxies_not_to_buffer_it(served: Serving) -> None:
-    """With the header of nginx, in the answers to GET and to HEAD."""
+    """The answers to GET and to HEAD have the header of nginx."""
     query = {"interval_ms": 100}
     with served.client.stream("GET", "/stream", params=query) as answer:
         assert answer.headers["x-accel-buffering"] == "no"
@@ -104,7 +104,7 @@ def test_metrics_without_a_target_measure_the_service(served: Serving) -> None:
 
 
 def test_metrics_with_pid_measure_that_process(served: Serving, start: Start) -> None:
-    """pid= chooses another process; what burns is seen, under its name, and the books balance."""
+    """pid= chooses another process; its busy thread has its name, and the CPU accounting balances."""
     target = start("--burn", "30", "--idle", "3")
     full = parse_runtime_metrics(
         served.client.get("/metrics", params={"pid": target.pid, "window_ms": 300, "detail": "full"}).content
@@ -124,7 +124,7 @@ def test_metrics_with_pid_measure_that_process(served: Serving, start: Start) ->
 
 
 def test_metrics_cpu_accounting_balances_during_thread_churn(served: Serving, start: Start) -> None:
-    """With threads born and dying by the hundred, process = living + exited + unattributed in every answer."""
+    """While hundreds of threads start and end, process = living + exited + unattributed in every answer."""
     target = start("--idle", "2")
     target.tell("churn_for 1.5 300")
     exited = []
@@ -205,7 +205,7 @@ BAD_WINDOWS = [
 
 @pytest.mark.parametrize("value", BAD_WINDOWS, ids=lambda value: ascii(value[:8]))
 def test_window_ms_not_a_decimal_in_range_is_422(served: Serving, value: str) -> None:
-    """Only ASCII digits from 10 to 60000 are a window; all else is refused by name."""
+    """A window is ASCII digits from 10 to 60000; anything else is refused by name."""
     body = problem(served.client.get("/metrics", params={"window_ms": value}), 422)
     assert (body["reason"], body["parameter"]) == ("bad_parameter", "window_ms")
 
@@ -262,12 +262,12 @@ def test_parameters_unknown_duplicate_or_out_of_range_are_422(served: Serving, q
 
 @pytest.mark.parametrize("route", ["/processes", "/healthz", "/info"])
 def test_routes_without_parameters_refuse_any(served: Serving, route: str) -> None:
-    """A parameter where there is none to give is a mistake that is said."""
+    """A parameter of a route without parameters is refused by its name."""
     assert problem(served.client.get(f"{route}?pid=1"), 422)["parameter"] == "pid"
 
 
 def test_query_of_a_thousand_parameters_does_not_block_the_loop(served: Serving) -> None:
-    """A query full of names costs no more than one refusal; the loop goes on answering."""
+    """A query of many names is refused at the cost of one, and the loop continues to answer."""
     query = "&".join(f"{i:x}" for i in range(500))
     begun = time.monotonic()
     problem(served.client.get(f"/metrics?{query}"), 422)
@@ -283,7 +283,7 @@ def test_query_of_a_thousand_parameters_does_not_block_the_loop(served: Serving)
     value=st.text(max_size=40),
 )
 def test_query_of_any_content_is_never_a_500(served: Serving, name: str, value: str) -> None:
-    """Whatever is sent, the answer is an answer or a refusal under 1 KiB, never a 500."""
+    """For any query the answer is a result or a refusal under 1 KiB, never a 500."""
     query = str(httpx.QueryParams([(name, value)]))
     valid_window = name == "window_ms" and value.isascii() and value.isdecimal() and 10 <= int(value) <= 60_000
     if valid_window:
@@ -296,7 +296,7 @@ def test_query_of_any_content_is_never_a_500(served: Serving, name: str, value: 
 
 @pytest.mark.parametrize("path", ["/metric", "/metrics/", "/METRICS", "/metrics%00", "/\u202e", "/" + "a" * 2000])
 def test_unknown_path_is_404_and_lists_the_routes(served: Serving, path: str) -> None:
-    """An unknown path is a short 404 that lists the known ones, and nobody is redirected."""
+    """An unknown path is a short 404 that lists the known ones, never a redirect."""
     body = problem(served.client.get(path), 404)
     assert body["reason"] == "no_such_route"
 
@@ -313,14 +313,14 @@ def test_unknown_method_is_405_and_lists_the_allowed_ones(served: Serving, metho
 
 
 def test_pid_without_a_process_is_404(served: Serving) -> None:
-    """A process that does not exist is said not to exist."""
+    """A request for a process that does not exist is 404."""
     assert unavailable(served.client.get("/metrics?pid=2147483647&window_ms=10"), 404) == (
         "no process has pid 2147483647"
     )
 
 
 def test_target_killed_in_mid_window_is_410(served: Serving, start: Start) -> None:
-    """At whatever moment the target is killed, the answer is 410 and says why."""
+    """At whatever moment the target is killed, the answer is 410 with the reason."""
     for delay in (0.02, 0.1, 0.2):
         for longer in (1, 5, 20):
             target = start("--idle", "3")
@@ -332,12 +332,12 @@ def test_target_killed_in_mid_window_is_410(served: Serving, start: Start) -> No
             killer.join()
             if answer.status_code != 404:  # killed and forgotten before the request was there
                 break
-        # For a moment it is a zombie, which is said as well.
+        # For a moment it is a zombie, and the reason says so.
         assert unavailable(answer, 410).startswith(f"target {target.pid} has exited")
 
 
 def test_default_target_after_its_exit_stays_410(tmp_path: Path, start: Start) -> None:
-    """The service was told which process: after its end it answers 410 for ever, also if nobody had asked before."""
+    """After the exit of the process that --pid named, each answer is 410, also without an earlier request."""
     target = start()
     with Serving(tmp_path, "--pid", str(target.pid), "--record-interval", "0") as serving:
         target.kill()
@@ -376,7 +376,7 @@ def test_process_hidden_by_hidepid_is_403(start: Start, tmp_path: Path, hidepid:
 
 @pytest.mark.parametrize("window_ms", [100, 1000])
 def test_window_of_200_callers_takes_few_snapshots(served: Serving, window_ms: int) -> None:
-    """Callers who ask for the same window together share it: all get 200, and few snapshots are taken."""
+    """Clients that request the same window at once share it: all get 200, and few snapshots are taken."""
     before = served.get("/info")["self"]["snapshots"]
     with ExitStack() as stack:
         # Plain sockets that are connected before: a slow client would spread the questions over a second.
@@ -425,7 +425,7 @@ def test_serve_sigterm_and_sigint_exit_with_status_0(tmp_path: Path, number: int
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_open_window_at_shutdown_is_503_with_the_reason(tmp_path: Path, number: int) -> None:
-    """Who waits for a long window when the service is ended gets the reason, and the log no traceback."""
+    """A client that waits for a long window when the service ends gets the reason, and the log no traceback."""
     with Serving(tmp_path, "--record-interval", "0") as serving, connect(serving) as waiting:
         waiting.sendall(request(serving, "/metrics?window_ms=60000"))
         time.sleep(0.3)
@@ -441,7 +441,7 @@ def test_open_window_at_shutdown_is_503_with_the_reason(tmp_path: Path, number: 
 
 
 def test_serve_second_signal_exits_at_once(tmp_path: Path) -> None:
-    """Who presses Ctrl-C twice is not kept waiting for open windows."""
+    """A second Ctrl-C ends the service without a wait for open windows."""
     with Serving(tmp_path, "--record-interval", "0") as serving, connect(serving) as waiting:
         waiting.sendall(request(serving, "/metrics?window_ms=60000"))
         time.sleep(0.3)
@@ -472,7 +472,7 @@ def test_non_http_client_is_closed_without_effect_on_others(served: Serving) -> 
 
 
 def test_connections_that_exhaust_descriptors_are_logged_and_served_again(tmp_path: Path) -> None:
-    """When connections use up all descriptors that is said once a second, and it passes with the crowd."""
+    """While connections use all descriptors, one line a second is logged; after they close, requests are served."""
     code = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (32, 32)); import vitalsd.cli as c; c.main()"
     with Serving(tmp_path, "--no-black-box", python=(sys.executable, "-c", code)) as serving:
         with ExitStack() as stack:

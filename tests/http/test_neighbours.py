@@ -156,7 +156,7 @@ def test_another_user_over_tcp_sees_what_ps_and_top_show_and_changes_nothing(
 
 
 def test_trailing_window_of_another_user_is_the_coming_window(sidecar: dict[str, Any], tries: Neighbour) -> None:
-    """What was recorded before is for the owner, and a client of another user works all the same."""
+    """Only the owner gets recorded data; a client of another user gets the coming window."""
     content = request(sidecar, "/metrics?window_ms=400&mode=trailing", head="Connection: close\r\n")
     begun = time.monotonic()
     status, body = status_and_body(tries(dial=sidecar["url"], send=content))

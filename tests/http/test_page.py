@@ -54,7 +54,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(chromium: Browser) -> Iterator[Browser]:
-    """The browser, in the light and wide; afterwards it has complained of nothing and asked nobody else."""
+    """Yield the browser, wide and light; check that it reported no error and contacted no other server."""
     chromium.resize(1280, 900)
     chromium.emulate()
     chromium.complaints.clear()
@@ -131,7 +131,7 @@ def test_page_selected_window_is_drawn_and_pause_loses_nothing(page: Browser, se
     assert page.run(pressed) == ["5 min"]
     page.click('[data-window="60000"]')
     assert page.run(pressed) == ["1 min"]
-    assert page.run("document.querySelector('#spark-head').textContent") == "Past 1 min"
+    assert page.run("document.querySelector('#spark-head').textContent") == "Last 1 min"
     page.click("#pause")
     assert page.run("document.querySelector('#pause').textContent") == "Resume"
     assert page.run("document.querySelector('#status').textContent") == "paused"
@@ -171,7 +171,7 @@ def test_page_table_sorts_by_headers_and_filters_by_name_and_tid(
     assert page.run(NAMES) == ["idle-7"]
     page.type("x")
     assert page.run(NAMES) == []
-    assert page.run("document.querySelector('#none').innerText") == "No thread has such a name or id."
+    assert page.run("document.querySelector('#none').innerText") == "No thread matches this name or id."
 
 
 def test_page_shows_marks_from_keyboard_and_other_clients(page: Browser, served: Serving) -> None:
@@ -190,7 +190,7 @@ def test_page_shows_marks_from_keyboard_and_other_clients(page: Browser, served:
 
 
 def test_page_keys_pause_move_the_cursor_and_release_it(page: Browser, served: Serving) -> None:
-    """Space pauses; the plots are reached by Tab, arrows move their cursor, Enter holds it, Escape lets go."""
+    """Space pauses; the plots are reached by Tab, arrows move their cursor, Enter fixes it, Escape releases it."""
     shown(page, served.url)
     order = []
     for _ in range(9):
@@ -288,7 +288,7 @@ def test_page_report_contains_the_selected_run(page: Browser, tmp_path: Path) ->
 
 
 def test_page_after_a_sidecar_restart_continues(page: Browser, start: Any, tmp_path: Path) -> None:
-    """When the sidecar goes the page says so and waits; when one comes back, on another run too, it goes on."""
+    """Without its sidecar the page shows that and waits; with the next one, also of another run, it continues."""
     one, two = start("--burn", "5", "--idle", "1"), start("--idle", "3", "--burn", "5", "5")
     with Serving(tmp_path, "--pid", str(one.pid), "--record-interval", "0.1") as first:
         shown(page, first.url)
@@ -327,11 +327,11 @@ def test_page_after_a_sidecar_restart_continues(page: Browser, start: Any, tmp_p
 
 @pytest.mark.torture
 def test_page_with_a_hung_sidecar_says_silent(page: Browser, tmp_path: Path) -> None:
-    """Without an event for 6 s the page does not go on calling itself live; when it goes on, so does the page."""
+    """Without an event for 6 s the status is not live; when events arrive again, it is."""
     with Serving(tmp_path) as serving:
         shown(page, serving.url)
         serving.process.send_signal(signal.SIGSTOP)
-        page.eventually("document.querySelector('#status').textContent.startsWith('silent for')", seconds=30)
+        page.eventually("document.querySelector('#status').textContent.startsWith('no data for')", seconds=30)
         serving.process.send_signal(signal.SIGCONT)
         page.eventually(LIVE)
 
@@ -392,7 +392,7 @@ def test_page_renders_hostile_thread_names_as_text(page: Browser, served: Servin
 
 
 def test_page_update_of_50_threads_costs_little_script_time(page: Browser, served: Serving) -> None:
-    """With 50 threads an update takes a fraction of what counting to 20 million does; goal: 10 ms a second."""
+    """An update with 50 threads takes a fraction of the time of counting to 20 million; goal: 10 ms a second."""
     shown(page, served.url)
     counting = (
         "(() => { const begun = performance.now(); let x = 0;"

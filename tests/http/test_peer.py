@@ -60,7 +60,7 @@ def test_peer_of_a_connection_from_this_process_is_the_owner(users: PeerUsers, a
 @needs_root
 @pytest.mark.parametrize("address", LOOPBACKS)
 def test_peer_of_a_connection_from_another_user_has_its_uid(users: PeerUsers, address: str) -> None:
-    """As long as the other user keeps its end open."""
+    """The uid is known as long as the other user keeps its end open."""
     dial = (
         "import encodings.idna, os, socket, sys; os.setgroups([]); os.setgid(65501); os.setuid(65501);"
         " c = socket.create_connection((sys.argv[1], int(sys.argv[2]))); sys.stdin.read()"
@@ -173,7 +173,7 @@ def test_sidecar_that_cannot_determine_users_says_so_and_serves(monkeypatch: pyt
 
 
 def test_peer_without_a_netlink_socket_is_not_determined() -> None:
-    """As after the end of the sidecar."""
+    """There is no netlink socket after the end of the sidecar, for example."""
     users = PeerUsers()
     users.close()
     with socket.create_server(("127.0.0.1", 0)) as listener:

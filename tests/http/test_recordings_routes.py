@@ -82,7 +82,7 @@ def test_trailing_window_answers_at_once_without_a_snapshot(tmp_path: Path, busy
 
 
 def test_trailing_window_without_a_recording_waits(tmp_path: Path) -> None:
-    """With recording off, a trailing window is measured like any other, and history says what is missing."""
+    """Without a recording, a trailing window is measured like any other, and the history gives the reason."""
     with Serving(tmp_path, "--record-interval", "0") as serving:
         answer = serving.get("/metrics", mode="trailing", window_ms=100, detail="full")
         assert answer["window"]["mode"] == "wait"
@@ -151,7 +151,7 @@ def test_mark_with_a_long_chunked_body_is_413(shared: Serving) -> None:
 
 
 def test_history_of_another_pid_is_refused(shared: Serving) -> None:
-    """pid= may name the target; for any other process the refusal says who is recorded."""
+    """pid= may name the target; for any other process the refusal names the recorded one."""
     own = shared.get("/info")["target"]["pid"]
     assert shared.get("/history", pid=own)["target"]["pid"] == own
     other = shared.client.get("/history", params={"pid": 1})
@@ -160,7 +160,7 @@ def test_history_of_another_pid_is_refused(shared: Serving) -> None:
 
 
 def test_black_box_off_is_stated_in_info_and_metrics(tmp_path: Path) -> None:
-    """Where the disk does not take the record, metrics go on, and /info and detail=full say why."""
+    """If the disk does not take the record, metrics continue, and /info and detail=full give the reason."""
     (tmp_path / "runs").write_text("in the way")
     with Serving(tmp_path, "--record-interval", "0.1") as serving:
         wait_until(lambda: snapshots(serving) > 3)
@@ -207,7 +207,7 @@ def test_stream_events_are_consecutive_windows(shared: Serving) -> None:
 
 
 def has_room(serving: Serving) -> bool:
-    """Whether another stream may begin: those whose clients have just left are given up within moments."""
+    """Return whether another stream may begin: a stream ends within moments after its client disconnects."""
     with serving.client.stream("GET", "/stream") as answer:
         return answer.status_code == 200
 
@@ -241,7 +241,7 @@ def test_stream_beyond_eight_started_together_is_refused(shared: Serving) -> Non
 
 
 def test_stream_of_an_exited_target_is_410(tmp_path: Path, busy: subprocess.Popen[bytes]) -> None:
-    """It is told before there is a head of 200."""
+    """The refusal comes before a head with 200."""
     with Serving(tmp_path, "--pid", str(busy.pid)) as serving:
         busy.kill()
         busy.wait()
@@ -306,7 +306,7 @@ def vitalsd(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("victims", ["target", "sidecar", "both"])
 def test_runs_after_sigkill_list_the_crashed_run(tmp_path: Path, busy: subprocess.Popen[bytes], victims: str) -> None:
-    """Whoever is killed, the next start lists the run as crashed, with thread names, marks and the last seconds."""
+    """Whichever process is killed, the next start lists the run as crashed, with names, marks and the last seconds."""
     with Serving(tmp_path, "--pid", str(busy.pid), "--record-interval", "0.1") as serving:
         wait_until(lambda: snapshots(serving) > 5)
         serving.client.post("/marks", json={"label": "just before"})
@@ -337,7 +337,7 @@ def test_runs_after_sigkill_list_the_crashed_run(tmp_path: Path, busy: subproces
 
 
 def test_runs_after_a_clean_stop_list_no_crash(tmp_path: Path) -> None:
-    """A sidecar that is told to stop leaves no crashed run."""
+    """A sidecar that stops by a signal leaves no crashed run."""
     with Serving(tmp_path) as serving:
         assert serving.stop() == 0
     (run,) = json.loads(vitalsd(tmp_path, "runs", "--json").stdout)
@@ -388,7 +388,7 @@ def test_replay_of_another_file_exits_with_1(tmp_path: Path, content: bytes) -> 
     [(zipfile.ZIP_DEFLATED, "invalid block type"), (zipfile.ZIP_LZMA, "compressed as in no report")],
 )
 def test_replay_of_a_damaged_report_names_the_file(tmp_path: Path, method: int, said: str) -> None:
-    """What cannot be unpacked is one line that names the file."""
+    """The error for a file that cannot be unpacked is one line with its name."""
     path = tmp_path / "report.zip"
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("runtime-history.json", "{}")

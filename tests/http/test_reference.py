@@ -70,7 +70,7 @@ def test_create_app_imports_no_schema_or_format_modules() -> None:
 
 def test_schema_and_served_routes_are_equal(served: Serving, schema: Any) -> None:
     """
-    What the service says it serves, and the schema, are the same list; each has a summary, units and refusals.
+    The schema lists exactly the routes that the service serves, each with summary, units and refusals.
 
     HEAD is not listed for each route: the description of the API says that it goes with GET.
     """
@@ -130,7 +130,7 @@ def test_schema_examples_match_their_models(operation: Operation) -> None:
 
 
 def test_every_operation_is_in_the_schema(schema: Any) -> None:
-    """What a module declares is what the document describes."""
+    """The document describes each operation that a module declares."""
     declared = sorted((operation.method.lower(), operation.path) for operation in OPERATIONS)
     assert declared == sorted((method, path) for method, path, _ in operations(schema))
 
@@ -199,7 +199,7 @@ def test_error_for_a_wrong_path_or_parameter_suggests_the_nearest(served: Servin
     "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
 )
 def test_mark_sent_as_a_form_is_refused_with_the_missing_header(served: Serving, content_type: str | None) -> None:
-    """What a form of another site could send is no mark; the refusal says which header is missing."""
+    """A form of another site cannot set a mark; the refusal names the missing header."""
     before = served.get("/marks")
     headers = {"Content-Type": content_type} if content_type else {}
     answer = served.client.post("/marks", content=b'{"label": "x"}', headers=headers)

@@ -124,12 +124,14 @@ def test_head_of_a_route_has_the_status_and_headers_of_get(guarded: Guarded, rou
     assert (asked.status, asked.body, expected.status) == (200, b"", 200)
     assert fields(asked) == fields(expected)
     length = asked.header("content-length")
-    assert length in (None, expected.header("content-length")) or route == "/info"  # which tells what it costs by now
+    assert (
+        length in (None, expected.header("content-length")) or route == "/info"
+    )  # it has the present cost of the sidecar
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_head_of_a_route_on_a_kept_connection_sends_no_byte_of_a_body(guarded: Guarded, route: str) -> None:
-    """What follows the head is the head of the next answer."""
+    """After the head comes the head of the next answer."""
     path = guarded.path(route)
     with dial(guarded.url) as connection:
         for _ in range(3):
@@ -246,7 +248,7 @@ def test_head_of_a_window_takes_no_snapshot(idle: Serving) -> None:
 
 
 def test_head_with_a_pid_takes_no_target_slot(idle: Serving) -> None:
-    """None of 100 processes, most of which do not exist, takes one of the 32 places."""
+    """Of 100 processes, most of which do not exist, none takes one of the 32 slots."""
     for pid in range(1, 101):
         assert get(idle.url, f"/metrics?pid={pid}", method="HEAD").status == 200
         assert get(idle.url, f"/stream?pid={pid}", method="HEAD").status == 200
@@ -340,7 +342,7 @@ def test_head_with_a_cut_body_is_refused_without_a_body(end: bytes, caplog: pyte
 
 
 def test_refusal_after_an_answer_to_head_has_a_body() -> None:
-    """What is no HTTP request is not taken for another HEAD."""
+    """Bytes that are no HTTP request do not count as another HEAD."""
     with Edge(whole_app()) as running, dial(running.url) as connection:
         connection.sendall(f"HEAD /healthz HTTP/1.1\r\nHost: {running.url[7:]}\r\n\r\n".encode())
         assert read_reply(connection, "HEAD").status == 200

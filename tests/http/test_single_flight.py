@@ -9,26 +9,26 @@ from vitalsd.http.single_flight import SingleFlight
 
 
 class Work:
-    """Something that takes as long as the test wants, and knows how much of it goes on at once."""
+    """Work that takes as long as the test wants, and counts how much of it runs at once."""
 
     def __init__(self) -> None:
         self.finish = asyncio.Event()
-        self.begun = self.going_on = self.most = 0
+        self.begun = self.running = self.most = 0
 
     async def __call__(self) -> bytes:
         self.begun += 1
-        self.going_on += 1
-        self.most = max(self.most, self.going_on)
+        self.running += 1
+        self.most = max(self.most, self.running)
         try:
             await self.finish.wait()
             await asyncio.sleep(0)
         finally:
-            self.going_on -= 1
+            self.running -= 1
         return b"x" * self.begun
 
 
 def test_single_flight_makes_one_answer_at_a_time_and_refuses_beyond_16() -> None:
-    """Seventeen different ones are made one after the other; who comes beyond those is told to come again."""
+    """Seventeen different ones are made one after the other; a further request is refused."""
 
     async def crowd() -> None:
         turns, work = SingleFlight(16), Work()
@@ -46,7 +46,7 @@ def test_single_flight_makes_one_answer_at_a_time_and_refuses_beyond_16() -> Non
 
 
 def test_single_flight_with_the_same_key_is_made_once_for_a_thousand() -> None:
-    """It is made once, and all have the very same bytes; who asks afterwards has a new one."""
+    """It is made once, and all get the same bytes; a later request gets a new one."""
 
     async def crowd() -> None:
         turns, work = SingleFlight(1), Work()
@@ -90,7 +90,7 @@ def test_single_flight_turns_alternate_between_kinds_of_client() -> None:
 
 
 def test_single_flight_queue_of_one_kind_takes_no_slot_of_another() -> None:
-    """With 17 answers of TCP under way, TCP is refused and the Unix socket is not."""
+    """While 17 answers over TCP are made, TCP is refused and the Unix socket is not."""
 
     async def crowd() -> None:
         turns, work = SingleFlight(16), Work()
@@ -128,7 +128,7 @@ def test_single_flight_call_without_a_waiting_client_is_not_started() -> None:
 
 
 def test_single_flight_without_a_key_shares_nothing() -> None:
-    """Two who ask without a key have one each."""
+    """Two requests without a key get one each."""
 
     async def two() -> None:
         turns, work = SingleFlight(), Work()
@@ -140,7 +140,7 @@ def test_single_flight_without_a_key_shares_nothing() -> None:
 
 
 def test_single_flight_client_that_disconnects_leaves_the_call_to_others(recwarn: pytest.WarningsRecorder) -> None:
-    """One of two who share leaves; the other has the answer. A failure reaches both, and leaves the turn free."""
+    """If one of two clients of an answer disconnects, the other gets it. Both get an error, and the turn ends."""
 
     async def leaving() -> None:
         turns, work = SingleFlight(), Work()

@@ -464,7 +464,7 @@ def test_run_name_changed_on_a_full_disk_is_written_later(tmp_path: Path, monkey
 def test_run_file_that_cannot_be_trimmed_is_written_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What went wrong is said; nothing that is on disk counts as dropped."""
+    """The error is reported; nothing that is on disk counts as dropped."""
 
     def full(self: RunFile) -> None:
         raise sqlite3.OperationalError("database or disk is full")

@@ -102,7 +102,7 @@ def test_window_has_the_requested_length_and_rate() -> None:
 
 
 def test_snapshot_that_fails_is_not_counted() -> None:
-    """Neither in /info nor for a scraper: none was taken."""
+    """Neither /info nor a scrape counts it, because it was not taken."""
 
     async def main() -> None:
         source = CountingSource()
@@ -278,7 +278,7 @@ def test_hung_kernel_read_delays_no_other_target() -> None:
 
 
 def test_window_cancelled_by_one_caller_serves_the_others() -> None:
-    """Of callers that share a window any may be cancelled; the rest get their answer."""
+    """If one of several callers of a window is cancelled, the others get their answer."""
 
     async def main() -> None:
         source = CountingSource()
@@ -297,7 +297,7 @@ def test_window_cancelled_by_one_caller_serves_the_others() -> None:
 
 
 def test_window_without_callers_that_fails_logs_nothing() -> None:
-    """When all callers have gone and the target dies, no error is left over for the log."""
+    """If the target exits after all callers have gone, no error is logged."""
 
     async def main() -> None:
         source = CountingSource()
@@ -394,7 +394,7 @@ def test_window_of_two_callers_survives_one_that_leaves() -> None:
 
 
 def test_windows_of_one_kind_of_client_take_no_slot_of_another() -> None:
-    """With 64 windows of TCP, and 32 of one other user, the Unix socket and another user still have theirs."""
+    """While TCP has 64 windows and one other user has 32, the Unix socket and another user still have theirs."""
 
     async def main() -> None:
         sampler = Sampler(CountingSource)
@@ -741,7 +741,7 @@ def test_counters_that_violate_an_invariant_are_an_event_and_reread() -> None:
 
 
 def test_counters_that_stay_inconsistent_are_one_event() -> None:
-    """Or it would fill the record: no event follows until two snapshots agree."""
+    """No event follows until two snapshots agree, so that events do not fill the record."""
 
     class Wrong(CountingSource):
         def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:

@@ -247,7 +247,7 @@ def set_user_id_program(name: str) -> Iterator[int]:
 @needs_root
 @pytest.mark.parametrize("command", ["sample", "top", "serve"])
 def test_name_passes_over_set_user_id_program_of_another_user(short_path: Path, command: str) -> None:
-    """With the real user id of another user, a process is not one of ours, whatever its effective one is."""
+    """A process with the real user id of another user is not the caller's, whatever its effective one is."""
     name = f"vitals{os.getpid()}{command}"
     with set_user_id_program(name) as pid:
         assert any(name in each.names and OTHER in each.uids for each in list_processes() if each.pid == pid)
@@ -282,7 +282,7 @@ def test_process_list_has_all_user_ids_of_this_process() -> None:
 def as_other_user(code: str) -> str:
     """Run Python as another user, and return what it prints."""
     head = "import os, socket; os.setgroups([]); os.setresgid(65501, 65501, 65501); os.setresuid(65501, 65501, 65501)\n"
-    # Modules are imported before the user changes, who may not be able to read them.
+    # The other user may not be able to read the modules, so they are imported before the change.
     command = [sys.executable, "-c", f"import encodings.idna, http.client\n{head}{code}"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -312,7 +312,7 @@ def test_path_that_another_user_holds_is_named_with_owner_and_remedy(short_path:
 
 @needs_root
 def test_live_socket_and_lock_of_another_user_are_named(short_path: Path) -> None:
-    """So it is while the other process runs, and holds its lock."""
+    """The error names them while the other process runs and holds its lock."""
     short_path.chmod(0o1777)
     program = (
         "import fcntl, os, socket, sys, time; os.setresuid(65501, 65501, 65501)\n"

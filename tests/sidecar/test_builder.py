@@ -13,7 +13,7 @@ from vitalsd.sidecar.config import SidecarConfig
 from vitalsd.sidecar.listen_errors import ListenError
 from vitalsd.sidecar.target_process import TargetProcess
 from vitalsd.sources.platform import Platform, this_platform
-from vitalsd.sources.process_identity import Births, IdentityUnknownError
+from vitalsd.sources.process_identity import IdentityUnknownError, ProcessIdentityReader
 
 pytestmark = pytest.mark.live
 
@@ -24,21 +24,24 @@ def own_directories(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, environment(short_path)[name])
 
 
-def undecided() -> Births:
+def undecided() -> ProcessIdentityReader:
     raise IdentityUnknownError("this machine has no boot id")
 
 
 @pytest.mark.parametrize(
     ("settings", "change", "error"),
     [
-        ({}, {"births": undecided}, IdentityUnknownError),
-        ({"name": "viewer"}, {"births": undecided}, IdentityUnknownError),
+        ({}, {"process_identities": undecided}, IdentityUnknownError),
+        ({"name": "viewer"}, {"process_identities": undecided}, IdentityUnknownError),
         ({"otlp": "nonsense"}, {}, BuildError),
         ({"host": "192.0.2.1"}, {}, ListenError),
     ],
 )
 def test_build_that_fails_leaves_no_thread_descriptor_or_file(
-    settings: dict[str, object], change: dict[str, Callable[[], Births]], error: type[Exception], short_path: Path
+    settings: dict[str, object],
+    change: dict[str, Callable[[], ProcessIdentityReader]],
+    error: type[Exception],
+    short_path: Path,
 ) -> None:
     """Wherever it fails, what was opened before is closed."""
     config = SidecarConfig.checked(port=0, uds=str(short_path / "own.sock"), **settings)

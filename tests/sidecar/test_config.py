@@ -65,7 +65,7 @@ def test_config_without_options_is_the_default() -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_setting_travels_from_argument_to_option_and_back(name: str) -> None:
-    """What `spawn` writes on a command line, `serve` reads as the same value; nothing else changes."""
+    """`serve` reads each option that `spawn` writes as the same value; nothing else changes."""
     value = OTHER[name]
     assert value != getattr(DEFAULTS, name)
     config = parsed(serve_arguments(**{name: value}))
@@ -150,7 +150,7 @@ def test_retention_has_one_range_in_minutes_and_in_seconds() -> None:
     ],
 )
 def test_range_of_a_setting_is_described_in_words(setting: Setting, text: str) -> None:
-    """As errors and the documentation say it."""
+    """Errors and the documentation use the same description."""
     assert setting.range_text == text
 
 

@@ -17,7 +17,7 @@ import vitalsd
 
 MODULE, PATH, SECONDS = sys.argv[1], sys.argv[2], float(sys.argv[3])
 sidecar = vitalsd.start(port=0)
-assert MODULE not in sys.modules, "it is imported at the start by now"
+assert MODULE not in sys.modules, "the start imports it already"
 importing = threading.Event()
 
 class Loader(importlib.abc.Loader):

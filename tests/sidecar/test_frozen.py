@@ -9,7 +9,7 @@ import pytest
 
 from support.paths import ROOT
 from support.sidecars import environment
-from vitalsd.doctor.cpu_load import BurnerProcess
+from vitalsd.doctor.cpu_load import CpuLoadProcess
 from vitalsd.pyinstaller_hooks import get_hook_dirs
 
 
@@ -42,8 +42,8 @@ def test_burner_process_of_a_vendored_vitalsd_starts(short_path: Path) -> None:
     (short_path / "vendored" / "vitalsd").symlink_to(root / "vitalsd")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from vitalsd.doctor.cpu_load import BurnerProcess\n"
-        "with BurnerProcess((0,)) as burner: print(*burner.tids)"
+        "from vitalsd.doctor.cpu_load import CpuLoadProcess\n"
+        "with CpuLoadProcess((0,)) as load: print(*load.tids)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(short_path / "vendored")], capture_output=True, text=True, timeout=60
@@ -55,8 +55,8 @@ def test_help_does_not_list_the_burner_command() -> None:
     """`vitalsd burn` is there for the doctor alone, and help does not list it."""
     help_ = subprocess.run([sys.executable, "-m", "vitalsd", "--help"], capture_output=True, text=True, check=True)
     assert "burn" not in help_.stdout
-    with BurnerProcess((0,)) as burner:
-        assert list(burner.tids) == ["burn-0"]
+    with CpuLoadProcess((0,)) as load:
+        assert list(load.tids) == ["burn-0"]
 
 
 def test_hooks_are_found_without_loading_pyinstaller() -> None:
@@ -123,7 +123,7 @@ def test_spawn_with_a_marker_that_spawn_did_not_set_works(short_path: Path, valu
 
 
 def test_spawn_in_a_removed_working_directory_works(short_path: Path) -> None:
-    """Also for a vendored copy in a folder with a colon in its path."""
+    """It works too for a vendored copy in a folder with a colon in its path."""
     vendored = short_path / "a:b"
     vendored.mkdir()
     (vendored / "vitalsd").symlink_to(ROOT / "service" / "vitalsd")

@@ -29,7 +29,7 @@ root_only = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, rea
 
 @linux_only
 def test_threads_of_vitalsd_block_all_signals_that_a_host_may_collect(short_path: Path) -> None:
-    """Those of `start`, of the server's libraries and of `fetch`; signals that a thread causes itself stay open."""
+    """So do those of `start`, the server's libraries and `fetch`; signals that a thread causes stay unblocked."""
     host = """
         import json, os, signal, threading
         from pathlib import Path
@@ -67,7 +67,7 @@ def test_threads_of_vitalsd_block_all_signals_that_a_host_may_collect(short_path
 
 @linux_only
 def test_host_that_waits_for_signals_collects_each_while_the_sidecar_is_busy(short_path: Path) -> None:
-    """With sigtimedwait in one thread, as with signalfd: none is taken by a thread of vitalsd, which would kill it."""
+    """The host uses sigtimedwait or signalfd; a signal to a thread of vitalsd would kill the process."""
     host = """
         import os, signal, threading, vitalsd
         from vitalsd_client import fetch
@@ -332,12 +332,12 @@ def test_host_with_an_unknown_executable_starts_or_gets_the_reason(
 def _base_python() -> str:
     base = str(getattr(sys, "_base_executable", sys.executable))
     if sys.prefix == sys.base_prefix or not os.path.exists(base):
-        pytest.skip("needs a virtual environment, whose interpreter has no vitalsd by itself")
+        pytest.skip("needs a virtual environment with a base interpreter that has no vitalsd")
     return base
 
 
 def test_host_with_a_path_of_its_own_gives_it_to_its_sidecar(short_path: Path) -> None:
-    """As a PEX or shiv archive does: the interpreter alone does not find vitalsd, and the program adds the path."""
+    """In a PEX or shiv archive the interpreter alone does not find vitalsd; the program adds the path."""
     packages = site_packages_without(short_path / "packages", "vitalsd")
     host = f"""
         import sys
@@ -622,7 +622,7 @@ def test_service_account_with_an_unusual_home_finds_its_sidecars(short_path: Pat
 
 @root_only
 def test_home_below_a_read_only_mount_is_served_over_tcp(short_path: Path) -> None:
-    """Of root as well, whom no mode keeps out."""
+    """The sidecar of root too, which no mode of a file restricts."""
     home = short_path / "home"
     home.mkdir(0o700)
     mount = f'mount -t tmpfs -o ro none {home} && exec {sys.executable} "$@"'

@@ -29,7 +29,7 @@ from vitalsd.sidecar.listen_errors import ListenError, PortInUseError
 from vitalsd.sidecar.tcp_listener import bind_tcp
 from vitalsd.snapshot import Snapshot
 from vitalsd.sources.names import PythonNames
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 
 
 def interpreters() -> list[str]:
@@ -80,7 +80,7 @@ def test_start_returns_when_both_listeners_answer(sidecar: vitalsd.Sidecar, shor
         status, body = ask(where, "/info")
         assert (status, body["target"]["pid"]) == (200, os.getpid())
     assert endpoint.discover(os.getpid(), directories=[short_path / "run"]) == [sidecar.endpoint]
-    assert sidecar.endpoint.target == endpoint.ProcessRun(os.getpid(), births().start_key(os.getpid()) or 0)
+    assert sidecar.endpoint.target == endpoint.ProcessRun(os.getpid(), process_identities().start_key(os.getpid()) or 0)
     assert sidecar.running
 
 
@@ -97,7 +97,7 @@ def test_stop_leaves_no_file_socket_or_thread(short_path: Path) -> None:
 
 
 def test_start_twice_returns_the_running_sidecar() -> None:
-    """Whoever comes second, from any thread, gets the one that runs; after stop there is a new one."""
+    """A second call, on any thread, returns the sidecar that runs; after `stop` there is a new one."""
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: vitalsd.start(port=0), range(16)))
     assert all(each is found[0] for each in found)
@@ -169,7 +169,7 @@ def test_start_without_usable_directories_serves_over_tcp_with_notes(
 
 
 def test_host_that_executes_itself_again_is_no_crash(short_path: Path) -> None:
-    """As one that has updated itself: its run has ended, and the next report tells of no crash."""
+    """A program that updates itself ends its run, and the next report contains no crash."""
     run("""
         import os, sys, time, vitalsd
         sidecar = vitalsd.start(port=0, record_interval_s=0.02)
@@ -275,7 +275,7 @@ def test_start_changes_no_global_state_of_the_host() -> None:
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_start_in_a_running_event_loop_leaves_the_loop_unchanged(loop: str) -> None:
-    """A host on asyncio or uvloop starts it from a coroutine; its own loop goes on, ours stays asyncio's."""
+    """A host on asyncio or uvloop starts it from a coroutine and keeps its loop; the sidecar's is asyncio's."""
     done = run(
         f"""
         import asyncio, sys, {loop}, vitalsd
@@ -317,7 +317,7 @@ def test_threads_without_a_kernel_name_have_their_python_name(sidecar: vitalsd.S
 
 
 def test_threads_with_a_kernel_name_keep_it(sidecar: vitalsd.Sidecar) -> None:
-    """A name that somebody gave to the kernel wins over Python's."""
+    """A name that the program gave to the kernel has precedence over Python's."""
     if sys.platform != "linux":
         pytest.skip("sets the name through /proc")
     done, named = threading.Event(), threading.Event()
@@ -391,7 +391,7 @@ def test_forked_child_closes_its_copy_and_the_parent_continues(short_path: Path)
 
 
 def test_fork_waits_for_a_write_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What SQLite has locked at that moment would stay locked in the child, for whoever uses it there."""
+    """A lock that SQLite holds at the fork would stay locked in the child."""
     writing = threading.Event()
 
     def slow(*_: object) -> None:
@@ -412,7 +412,7 @@ def test_fork_waits_for_a_write_in_progress(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_fork_during_a_fork_keeps_the_black_box_working(short_path: Path) -> None:
-    """By a signal handler, as one that starts another worker for one that ended: the black box goes on afterwards."""
+    """A signal handler forks, as to replace a worker that ended: the black box continues afterwards."""
     run("""
         import os, signal, vitalsd
         armed = []
@@ -533,7 +533,7 @@ def test_run_of_a_killed_host_with_a_living_child_is_a_crash(short_path: Path) -
     )
     worker = int(done.stdout)
     try:
-        assert births().start_key(worker) is not None
+        assert process_identities().start_key(worker) is not None
         assert [run.state for run in RunDirectory(short_path / "state" / "runs").runs()] == ["crashed"]
     finally:
         os.kill(worker, signal.SIGKILL)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from vitalsd.sidecar.process_exit import death_of
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 from vitalsd.sources.process_identity import IdentityUnknownError
 
 
@@ -21,9 +21,9 @@ def target() -> Iterator["subprocess.Popen[bytes]"]:
 
 
 async def latency_s(target: "subprocess.Popen[bytes]", *, poll: bool) -> float:
-    start = births().start_key(target.pid)
+    start = process_identities().start_key(target.pid)
     assert start is not None
-    watching = asyncio.create_task(death_of(target.pid, start, births(), poll=poll))
+    watching = asyncio.create_task(death_of(target.pid, start, process_identities(), poll=poll))
     await asyncio.sleep(0.2)
     assert not watching.done()
     begun = time.monotonic()
@@ -39,9 +39,9 @@ def test_watch_of_a_process_that_exits_returns(target: "subprocess.Popen[bytes]"
 
 
 def test_watch_of_a_reused_pid_returns(target: "subprocess.Popen[bytes]") -> None:
-    """The pid lives, but under another start: the one that was meant is gone, and nobody waits for the other."""
-    asyncio.run(asyncio.wait_for(death_of(target.pid, 1, births()), 1))
-    asyncio.run(asyncio.wait_for(death_of(2**22 + 1, 1, births()), 1))
+    """The pid lives with another start time: the watched process has exited, and the watch returns."""
+    asyncio.run(asyncio.wait_for(death_of(target.pid, 1, process_identities()), 1))
+    asyncio.run(asyncio.wait_for(death_of(2**22 + 1, 1, process_identities()), 1))
 
 
 def test_watch_cancelled_leaks_no_descriptor(target: "subprocess.Popen[bytes]") -> None:
@@ -49,10 +49,10 @@ def test_watch_cancelled_leaks_no_descriptor(target: "subprocess.Popen[bytes]") 
     import os
 
     async def watch() -> None:
-        start = births().start_key(target.pid)
+        start = process_identities().start_key(target.pid)
         assert start is not None
         before = len(os.listdir("/dev/fd"))
-        watching = asyncio.create_task(death_of(target.pid, start, births()))
+        watching = asyncio.create_task(death_of(target.pid, start, process_identities()))
         await asyncio.sleep(0.05)
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
@@ -62,10 +62,10 @@ def test_watch_cancelled_leaks_no_descriptor(target: "subprocess.Popen[bytes]") 
 
 
 def test_watch_of_an_undecided_process_continues() -> None:
-    """As long as the kernel does not tell, the watch goes on."""
+    """As long as the kernel reports no exit, the watch continues."""
 
     class Silent:
-        def realm(self) -> str:
+        def host_scope(self) -> str:
             return ""
 
         def boot_id(self) -> str:

@@ -69,7 +69,7 @@ def test_unix_socket_is_private_under_every_umask(short_path: Path) -> None:
 
 
 def test_listen_on_a_live_socket_is_refused(short_path: Path) -> None:
-    """A second sidecar on the path is refused, and the first one goes on answering there."""
+    """A second sidecar on the path is refused, and the first one still answers there."""
     path = short_path / "a.sock"
     with UnixListener(path) as first:
         with pytest.raises(ListenError, match="another sidecar"):
@@ -91,7 +91,7 @@ def test_listen_on_a_live_socket_without_a_lock_is_refused(short_path: Path) -> 
 
 
 def test_listen_on_a_stale_socket_replaces_it(short_path: Path) -> None:
-    """What a killed sidecar left is no reason not to start."""
+    """The files of a killed sidecar do not prevent the start."""
     path = short_path / "a.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -113,11 +113,11 @@ def test_listen_on_a_path_with_a_file_leaves_it(short_path: Path) -> None:
 
 
 def test_close_removes_only_its_own_socket(short_path: Path) -> None:
-    """At the end only the very socket that was made is removed."""
+    """The close removes the socket file only if it is the one that the listener made."""
     path = short_path / "a.sock"
     listener = UnixListener(path)
     path.unlink()
-    path.write_text("somebody else's")
+    path.write_text("of another program")
     listener.close()
     listener.close()
     assert listing(short_path) == ["a.sock"]
@@ -137,7 +137,7 @@ def test_listen_in_a_directory_writable_by_others_is_refused(short_path: Path) -
 
 
 def test_listen_on_a_path_too_long_or_missing_is_a_listen_error(short_path: Path) -> None:
-    """What the kernel would refuse is told in words, and nothing is left open."""
+    """The error states what the kernel would refuse, and nothing stays open."""
     (short_path / "file").touch()
     for path, reason in (
         (short_path / ("x" * 120), "bytes long"),
@@ -181,7 +181,7 @@ def test_address_other_than_loopback_is_remote(host: str, remote: bool) -> None:
 
 
 def test_listen_without_tcp_and_path_is_an_error() -> None:
-    """No TCP and no path for a Unix socket is an error, not a sidecar nobody can reach."""
+    """No TCP and no path for a Unix socket is an error, not a sidecar without an address."""
     with pytest.raises(ListenError, match="nothing to listen on"):
         listen(tcp=False)
 
@@ -244,7 +244,7 @@ def test_keep_alive_request_is_answered_within_10_ms(short_path: Path) -> None:
 
 
 def test_date_header_is_the_time_of_the_answer(short_path: Path) -> None:
-    """Of every answer, also a second later, though nothing in between has wakened the sidecar."""
+    """It is right in every answer, also 1 s later, although the sidecar did not wake in between."""
     with serving(short_path, "--record-interval", "0") as (_, ready):
         connection = http.client.HTTPConnection(ready["url"].removeprefix("http://"))
         for _ in range(2):
@@ -258,7 +258,7 @@ def test_date_header_is_the_time_of_the_answer(short_path: Path) -> None:
 
 
 def test_sidecar_without_a_recorder_wakes_no_thread(short_path: Path) -> None:
-    """Without a recorder no thread of it wakes until somebody asks."""
+    """Without a recorder none of its threads wakes before a request."""
 
     def naps(pid: int) -> int:
         files = Path(f"/proc/{pid}/task").glob("*/status")
@@ -275,7 +275,7 @@ def test_sidecar_without_a_recorder_wakes_no_thread(short_path: Path) -> None:
 
 
 def test_serve_with_the_default_port_busy_takes_another_with_a_note(short_path: Path) -> None:
-    """With 9779 taken another free port is used, announced, and in the runtime file."""
+    """If 9779 is taken, a free port is used, printed, and in the runtime file."""
     with ExitStack() as stack:
         with suppress(PortInUseError):  # the port of another program serves as well
             stack.enter_context(bind_tcp("127.0.0.1", 9779))
@@ -312,7 +312,7 @@ def test_serve_on_a_remote_address_needs_two_options(short_path: Path, host: str
 
 
 def test_serve_on_a_remote_address_warns_and_demands_the_token(short_path: Path) -> None:
-    """With both options it serves, and says at each start that nothing is encrypted."""
+    """With both options it serves, and warns at each start that nothing is encrypted."""
     with serving(short_path, "--host", "0.0.0.0", "--auth", "token", "--allow-remote") as (process, ready):
         assert ask(ready["url"], "/metrics?window_ms=10")[0] == 401
         process.terminate()
@@ -320,7 +320,7 @@ def test_serve_on_a_remote_address_warns_and_demands_the_token(short_path: Path)
 
 
 def test_serve_with_a_host_name_exits_with_2(short_path: Path) -> None:
-    """A name is not resolved: which address it would be is anybody's guess."""
+    """A name is not resolved, because it may have several addresses."""
     assert refused(short_path, "--host", "example.com")[0] == 2
 
 
@@ -355,7 +355,7 @@ def test_serve_without_a_runtime_directory_serves_over_tcp_with_a_note(short_pat
 
 
 def test_serve_that_fails_writes_the_reason_to_the_ready_fd(short_path: Path) -> None:
-    """Whoever waits for the ready-fd reads the reason there, whatever it is."""
+    """The reader of the ready-fd gets the reason, whatever it is."""
     with bind_tcp("127.0.0.1", 0) as taken, serving(short_path, port=str(taken.getsockname()[1])) as (process, ready):
         assert "is in use" in ready["error"]
         assert process.wait(5) == 2
@@ -387,11 +387,11 @@ def test_serve_with_a_closed_ready_fd_reader_serves(short_path: Path) -> None:
 
 # Discovery
 
-NOBODY = 65534
+OTHER_UID = 65534
 
 
 def home(directory: Path) -> dict[str, str]:
-    """An environment of somebody who is at home there."""
+    """Return an environment with this home directory."""
     return {"PATH": "/usr/bin:/bin", "HOME": str(directory)}
 
 
@@ -444,10 +444,10 @@ def test_endpoints_check_exits_with_0_only_if_all_answer(short_path: Path) -> No
     sys.platform != "linux" or os.geteuid() != 0, reason="needs root on Linux to start a sidecar as another user"
 )
 def test_endpoints_of_two_users_list_their_own_sidecars(short_path: Path) -> None:
-    """Sidecars of two users side by side: each user finds only the own one, and its files are nobody else's."""
+    """Each of two users finds only the own sidecar, and owns its files."""
     short_path.chmod(0o755)
     stranger = (sys.executable, str(SUPPORT / "stranger.py"), "0")
-    commands = {0: VITALSD, NOBODY: stranger}
+    commands = {0: VITALSD, OTHER_UID: stranger}
     started: dict[int, subprocess.Popen[str]] = {}
     homes = {uid: short_path / str(uid) for uid in commands}
     try:
@@ -469,8 +469,8 @@ def test_endpoints_of_two_users_list_their_own_sidecars(short_path: Path) -> Non
             assert found["pid"] == started[uid].pid
             sockets[uid] = found["socket"]
             assert Path(found["file"]).stat().st_uid == uid
-        # Told where the other one's is, and though root could read it, neither believes it.
-        for uid, other in ((0, NOBODY), (NOBODY, 0)):
+        # Neither trusts the directory of the other, even if it is named; root could read it.
+        for uid, other in ((0, OTHER_UID), (OTHER_UID, 0)):
             where = str(Path(sockets[other]).parent)
             out = subprocess.run(
                 [*commands[uid], "endpoints", "--json"],
@@ -517,7 +517,7 @@ def test_serve_sigterm_sigint_or_sighup_exits_with_0_and_leaves_nothing(
 
 
 def test_serve_without_a_state_directory_serves_with_a_note(short_path: Path) -> None:
-    """What it then lacks is said once, and an earlier run is not to be had."""
+    """A note states once what is missing, and no earlier run is available."""
     env = environment(short_path) | {"VITALSD_STATE_DIR": str(short_path / "file")}
     (short_path / "file").touch()
     with serving(short_path, env=env) as (_, ready):
@@ -591,7 +591,7 @@ def test_serve_sigterm_answers_a_window_that_ends_within_a_second(short_path: Pa
 
 
 def test_serve_sigterm_to_process_and_group_ends_cleanly(short_path: Path) -> None:
-    """To the process and to its group, a moment apart: the end is as clean as after one."""
+    """Two signals, to the process and then to its group, end it as cleanly as one."""
     for pause_s in (0, 0.001, 0.01, 0.02, 0.03, 0.05):
         with serving(short_path) as (process, _):
             process.terminate()
@@ -641,8 +641,8 @@ def test_run_of_a_target_that_exits_with_0_is_clean(short_path: Path, code: str,
 
 
 def test_runtime_file_removed_is_written_again(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the directory, as whoever cleans temporary files does it; from then on without the socket, which is gone."""
-    monkeypatch.setattr("vitalsd.sidecar.service.LOOK_S", 0.05)
+    """It is written again with its directory, as after a cleanup of temporary files, without the removed socket."""
+    monkeypatch.setattr("vitalsd.sidecar.service.FILE_CHECK_S", 0.05)
     directory = short_path / "run"
     directory.mkdir(0o700)
     service = Service(whole_app(), listen(port=0, directory=directory), directory=directory)
@@ -661,13 +661,13 @@ def test_runtime_file_removed_is_written_again(short_path: Path, monkeypatch: py
 
 
 def test_serve_with_a_background_task_that_raises_fails() -> None:
-    """Whoever supervises the sidecar is to start it again; nothing of it is left."""
+    """The error ends the sidecar, so that its supervisor can start it again; nothing of it is left."""
 
     async def broken(_: Service) -> None:
-        raise LookupError("a bug in a companion")
+        raise LookupError("a bug in a background task")
 
     service = Service(whole_app(), listen(port=0))
-    with pytest.raises(LookupError, match="a bug in a companion"):
+    with pytest.raises(LookupError, match="a bug in a background task"):
         asyncio.run(service.run(lambda: None, [broken]))
     with pytest.raises(OSError, match="efused"):
         dial(service.endpoint.url or "")
@@ -717,7 +717,7 @@ def test_serve_name_waits_and_follows_restarts(short_path: Path) -> None:
 
 
 def target_of(ready: dict[str, Any]) -> int | None:
-    """Who is watched, by the runtime file."""
+    """Return the pid of the target in the runtime file."""
     target = endpoint.read(Path(ready["runtime_file"])).target
     return None if target is None else target.pid
 
@@ -754,7 +754,7 @@ def test_serve_name_follows_an_exec_until_the_next_start(short_path: Path) -> No
 
 
 def test_serve_ignores_a_hostile_environment(short_path: Path) -> None:
-    """Variables for proxies, certificates, workers and telemetry are not ours: it serves, and calls nobody."""
+    """Variables for proxies, certificates, workers and telemetry have no effect: it serves and connects nowhere."""
     with socket.create_server(("127.0.0.1", 0)) as spy:
         spy.settimeout(0.2)
         url = f"http://127.0.0.1:{spy.getsockname()[1]}"

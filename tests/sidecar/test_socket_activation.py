@@ -125,7 +125,7 @@ def test_launchd_activation_without_a_key_takes_the_others(launchd: Launchd) -> 
 
 
 def test_launchd_activation_with_another_error_raises_it(launchd: Launchd) -> None:
-    """EALREADY, or anything else, is told and not taken for "run from a shell"."""
+    """EALREADY, or any other errno, is reported and not mistaken for a start from a shell."""
     launchd.key(b"http", code=errno.EALREADY)
     with pytest.raises(ListenError, match="does not hand over the socket 'http'"):
         launchd_sockets(launchd.lib)
@@ -138,7 +138,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 
 @linux_only
 def test_listen_pid_of_another_process_is_ignored() -> None:
-    """LISTEN_PID names somebody else, or is nonsense: nothing is taken, and nothing is left for children."""
+    """With LISTEN_PID of another process, or invalid, no socket is taken, and the variables are removed."""
     for pid in (str(os.getpid() + 1), "", "x", "²"):
         environ = {"LISTEN_PID": pid, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "a", "OTHER": "stays"}
         assert systemd_sockets(environ) == []
@@ -243,9 +243,9 @@ def test_systemd_watchdog_with_a_hung_sampler_gets_nothing(short_path: Path) -> 
         environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "30000"}
         notifier = Notifier(environ, hangs)
         assert environ == {}
-        nobody: Any = None
+        no_service: Any = None
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(notifier.companion(nobody), 0.1)
+            await asyncio.wait_for(notifier.run(no_service), 0.1)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind(address)
@@ -257,14 +257,14 @@ def test_systemd_watchdog_with_a_hung_sampler_gets_nothing(short_path: Path) -> 
 
 
 def test_notify_without_systemd_sends_nothing() -> None:
-    """No NOTIFY_SOCKET, or one where nobody listens: silence, and no error."""
+    """Without a NOTIFY_SOCKET, or with one without a listener, nothing is sent and no error is raised."""
 
     async def alive() -> None:
         raise AssertionError
 
-    nobody: Any = None
+    no_service: Any = None
     for environ in ({}, {"NOTIFY_SOCKET": "/nonexistent"}, {"NOTIFY_SOCKET": "@nonexistent"}):
-        asyncio.run(Notifier(environ, alive).companion(nobody))
+        asyncio.run(Notifier(environ, alive).run(no_service))
 
 
 def test_notify_to_an_abstract_socket_arrives() -> None:

@@ -20,7 +20,7 @@ from support.stopwatch import Stopwatch
 from vitalsd.discovery import runtime_file as endpoint
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def target() -> Iterator["subprocess.Popen[bytes]"]:
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of macOS tells how a process ended")
 def test_exit_of_a_client_with_a_hidden_status_is_clean(short_path: Path, end: str, state: str) -> None:
-    """On Linux before 6.15 the exit of the interpreter is noted; a crash, or a forked child's exit, is not."""
+    """On Linux before 6.15 the client notes its exit; a crash, or the exit of a forked child, is not noted."""
     command = as_platform.program("linux", as_platform.UNTOLD)
     code = (
         "import os, signal, sys, time, vitalsd\n"
@@ -65,7 +65,7 @@ def test_exit_of_a_client_with_a_hidden_status_is_clean(short_path: Path, end: s
 
 
 def alive(pid: int) -> bool:
-    return births().start_key(pid) is not None
+    return process_identities().start_key(pid) is not None
 
 
 def client(code: str) -> "subprocess.Popen[str]":
@@ -78,7 +78,7 @@ def client(code: str) -> "subprocess.Popen[str]":
 
 @pytest.mark.parametrize("how", ["pthread_sigmask(signal.SIG_BLOCK, numbers)", "signal(numbers[0], signal.SIG_IGN)"])
 def test_stop_in_a_client_that_blocks_sigterm_ends_the_sidecar(how: str) -> None:
-    """As with signalfd or sigwait: what the client blocks or ignores ends the sidecar all the same, and well."""
+    """A signal that the client blocks or ignores, as with signalfd or sigwait, still ends the sidecar cleanly."""
     with client(f"""
         import signal
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -95,7 +95,7 @@ CLOSES = "import os, time; os.closerange(3, 1024); time.sleep(60)"
 
 
 def test_stop_of_sidecars_leaves_no_descriptor() -> None:
-    """Neither the pipe of the exit note nor its handler; the next one works."""
+    """Neither the pipe of the exit note nor its handler stays, and the next sidecar works."""
     with client("""
         before = os.listdir("/dev/fd")
         for _ in range(3):
@@ -155,14 +155,14 @@ def test_spawn_of_a_sidecar_that_does_not_get_ready_raises_spawn_error(
 
 @pytest.mark.parametrize("timeout_s", [nan, inf, 1e300, -5])
 def test_spawn_with_a_timeout_out_of_range_raises_value_error(timeout_s: float) -> None:
-    """What nobody can wait for is the caller's error, and nothing is run."""
+    """A timeout that is out of range is an error of the caller, and no process starts."""
     with pytest.raises(ValueError, match="timeout_s is from 0 to 3600"):
         vitalsd.spawn(command=["/nonexistent"], timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize("said", ["nonsense", "[]", '{"pid": 1}'])
 def test_spawn_with_an_invalid_ready_line_raises_spawn_error(said: str) -> None:
-    """Whatever else is run instead of a sidecar is not taken for one."""
+    """A program that is no sidecar is not mistaken for one."""
     script = f"for last; do [ \"$flag\" = --ready-fd ] && fd=$last; flag=$last; done; echo '{said}' >&$fd; sleep 60"
     with pytest.raises(vitalsd.SpawnError, match="this is no sidecar"):
         vitalsd.spawn(command=["/bin/bash", "-c", script, "sh"])
@@ -181,7 +181,7 @@ def test_spawn_in_a_client_with_many_descriptors_works() -> None:
 
 
 def test_spawn_collects_an_ended_sidecar_that_was_dropped() -> None:
-    """A sidecar that nobody kept, and that has ended, is a zombie until the next spawn and no longer."""
+    """A dropped sidecar that has ended is a zombie at most until the next spawn."""
     pid = vitalsd.spawn(port=0).pid
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: not alive(pid))
@@ -218,7 +218,7 @@ def test_spawned_sidecar_after_a_client_crash_serves_the_history(short_path: Pat
 
 
 def test_spawned_sidecar_holds_no_pipe_of_the_client() -> None:
-    """Whoever reads the output of the client sees its end, although the sidecar lives on."""
+    """A reader of the client's output gets the end of it, although the sidecar still runs."""
     process = client("sidecar = vitalsd.spawn(port=0); print(sidecar.pid)")
     out, err = process.communicate(timeout=20)
     os.kill(int(out), signal.SIGTERM)
@@ -260,7 +260,7 @@ def test_spawned_sidecar_with_exit_with_target_ends_at_once(
 
 
 def test_spawned_sidecar_lingers_and_then_ends(target: "subprocess.Popen[bytes]", short_path: Path) -> None:
-    """After the target it answers for the time that was given, and then ends by itself: never an orphan for ever."""
+    """After the exit of the target it answers for the given time, and then ends by itself."""
     with serving(short_path, "--pid", str(target.pid), "--linger", "0.7") as (process, ready):
         target.kill()
         target.wait()

@@ -19,17 +19,17 @@ WINDOWS = int(os.environ.get("VITALSD_WINDOWS", "6000"))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_windows_over_random_targets_violate_no_invariant(short_path: Path) -> None:
     """
-    Births, exits, exec from any thread, renames, stops.
+    The target starts and ends threads, executes programs from any thread, renames threads and stops.
 
-    No thread used more than its process, not all were idle while it ran, the books balance, and where the target
-    rested, its own clocks agree within the stated errors.
+    No thread used more than its process, not all were idle while it ran, the CPU accounting balances, and while the
+    target rested, its own clocks agree within the stated errors.
     """
     program = short_path / "random_target"
     source = SUPPORT / "programs" / "random_target.c"
     subprocess.run([tools.program("cc", package="gcc"), "-O1", "-pthread", "-o", program, source], check=True)
     taking = [sys.executable, str(SUPPORT / "random_windows.py"), str(program), str(WINDOWS), "7"]
     with subprocess.Popen(taking, stdout=subprocess.PIPE) as windows:
-        judged = subprocess.run(
+        oracle = subprocess.run(
             [sys.executable, "-I", str(SUPPORT / "oracle.py")],
             stdin=windows.stdout,
             capture_output=True,
@@ -37,15 +37,15 @@ def test_windows_over_random_targets_violate_no_invariant(short_path: Path) -> N
             check=False,
         )
         assert windows.wait() == 0
-    found = json.loads(judged.stdout)
+    found = json.loads(oracle.stdout)
     print(found)
     assert found["violations"] == []
     assert found["windows"] == WINDOWS
     assert min(found["compared"], found["names"], found["execs"], found["cells"]) > WINDOWS // 20
 
 
-def judged(*lines: str) -> list[str]:
-    """The violations that the oracle finds in `lines`."""
+def violations_in(*lines: str) -> list[str]:
+    """Return the violations that the oracle finds in `lines`."""
     done = subprocess.run(
         [sys.executable, "-I", str(SUPPORT / "oracle.py")],
         input="\n".join(lines),
@@ -108,5 +108,5 @@ def test_oracle_of_a_wrong_figure_reports_it(cpu: float, threads: tuple[float | 
         f"T {json.dumps([number, number * 10**9, cpu_ns, 0, {1: [cpu_ns, 'n'], 2: [0, 'n']}])}"
         for number, cpu_ns in ((1, 0), (2, 10**8))
     ]
-    found = judged(*truths, f"W {window(cpu, *threads)}")
+    found = violations_in(*truths, f"W {window(cpu, *threads)}")
     assert (found == []) if words is None else any(words in each for each in found)

@@ -36,7 +36,7 @@ def comm(thread: threading.Thread) -> str:
 
 @linux_only
 def test_publish_names_sets_names_of_unnamed_threads(sleeper: threading.Thread) -> None:
-    """In whole characters of 15 bytes; the main thread and a thread that was named keep their names."""
+    """Names are cut to whole characters of 15 bytes; the main thread and named threads keep their names."""
     main = comm(threading.main_thread())
     publish_names()
     assert comm(sleeper) == "renderer-of-ün"

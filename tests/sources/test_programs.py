@@ -113,7 +113,7 @@ def test_program_digest_of_one_program_started_differently_is_equal(
 def test_program_digest_of_two_programs_differs(
     folders: tuple[Path, Path], executable: str, one: str, other: str
 ) -> None:
-    """Also where an option, a class path or a command line begins alike."""
+    """It differs too if an option, a class path or a command line begins alike."""
     bank, _ = folders
     digests = digest(executable, one, bank), digest(executable, other, bank)
     assert "" not in digests
@@ -154,7 +154,7 @@ def test_program_digest_in_doubt_is_empty(
 
 
 def test_program_digest_of_a_multi_call_executable_differs_by_name(tmp_path: Path) -> None:
-    """As of busybox. A full path to it is the same as its name; an interpreter may be called by any name."""
+    """For busybox, a full path is the same as its name; an interpreter may be called by any name."""
     box = tmp_path / "box"
     box.touch()
     by_name = {
@@ -185,7 +185,7 @@ def test_program_of_another_mount_namespace_is_unknown(tmp_path: Path) -> None:
 
 
 def test_may_be_versions_compares_names_without_directories(folders: tuple[Path, Path]) -> None:
-    """Of an interpreter the script too, of a viewer not its document; an unknown program may be any."""
+    """For an interpreter it compares the script too, for a viewer no document; an unknown program may be any."""
     bank, _ = folders
     assert not may_be_versions(digest(PYTHON, "main.py", bank), digest(PYTHON, "app.py", bank))
     assert not may_be_versions(digest("/a/client", "", bank), digest("/a/classic", "", bank))
@@ -241,7 +241,7 @@ def test_main_script_is_the_file_of_the_main_module(tmp_path: Path, monkeypatch:
 
 @contextmanager
 def running(command: Sequence[str], directory: Path) -> Iterator[str]:
-    """The program of a process as Linux or macOS shows it from outside, once it executes what it was told to."""
+    """Yield the program of another process as Linux or macOS shows it, once the process executes `command`."""
     with subprocess.Popen(command, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -258,7 +258,7 @@ SCRIPT = f"#!{sys.executable}\nprint('ready', flush=True)\ninput()\n"
 
 @pytest.mark.live
 def test_program_of_a_real_script_is_equal_for_every_way_to_start_it(tmp_path: Path) -> None:
-    """By its name, its path, an option before it, as a module, and by itself: as `start` sees it from within."""
+    """The ways are by name, path, after an option, as a module and by itself, as `start` sees it from within."""
     script = tmp_path / "client.py"
     script.write_text(SCRIPT)
     script.chmod(0o755)

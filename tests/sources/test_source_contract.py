@@ -111,13 +111,13 @@ def test_snapshot_columns_are_parallel_and_ascending(world: World, source: Sourc
 
 
 def test_snapshot_lists_every_thread_by_its_native_id(world: World, source: Source) -> None:
-    """By the id it has for Python (threading.get_native_id), also when there are hundreds."""
+    """The id is that of threading.get_native_id, also with hundreds of threads."""
     tids = {world.workload.start_thread(f"t{i}") for i in range(150)}
     assert tids <= set(source.snapshot().roster.tids)
 
 
 def test_snapshot_clocks_advance_together(source: Source) -> None:
-    """Uptime advances exactly as the clock that goes on in sleep, and no snapshot is older than the last."""
+    """Uptime advances exactly as the clock that includes sleep, and no snapshot is older than the last."""
     first, last = source.snapshot(), source.snapshot()
     assert last.monotonic_ns > first.monotonic_ns
     # Read one after the other, and Linux knows the start to a tick of 10 ms; the difference is exact.
@@ -127,7 +127,7 @@ def test_snapshot_clocks_advance_together(source: Source) -> None:
 
 
 def test_snapshot_cpu_time_is_in_the_thread_that_used_it(world: World, source: Source) -> None:
-    """To the error bar that the source itself states, in the thread and in the process."""
+    """It is right to the error bar that the source states, in the thread and in the process."""
     busy, idle = world.workload.start_thread("busy"), world.workload.start_thread("idle")
     first = source.snapshot()
     used_ns = world.workload.burn(busy, BURN_NS)
@@ -153,7 +153,7 @@ def test_snapshot_thread_name_follows_a_rename(world: World, source: Source) -> 
 
 
 def test_snapshot_cpu_accounting_balances_over_births_and_deaths(world: World, source: Source) -> None:
-    """A thread born in the window is said to be, one that died is not listed, and both are accounted for."""
+    """A thread born in the window is marked so, one that ended is not listed, and the CPU time of both is counted."""
     old = world.workload.start_thread("old")
     world.workload.burn(old, BURN_NS)
     first = source.snapshot()
@@ -185,13 +185,13 @@ def test_snapshot_accounts_for_a_thread_that_lived_inside_the_window(world: Worl
 
 
 def test_roster_of_an_unchanged_process_is_the_same_object(source: Source) -> None:
-    """So a recorder of many snapshots keeps one, and compares it at no cost."""
+    """A recorder of many snapshots then keeps one roster, and compares it at no cost."""
     first, last = source.snapshot(), source.snapshot()
     assert first.roster is last.roster
 
 
 def test_snapshot_extras_are_read_on_request_only(world: World, source: Source) -> None:
-    """And they are columns parallel to the threads; user and system time add up to the whole."""
+    """They are columns parallel to the threads; user and system time add up to the total."""
     tid = world.workload.start_thread("worker")
     world.workload.burn(tid, BURN_NS)
     assert source.snapshot().parts == Part.NONE
@@ -210,7 +210,7 @@ def test_snapshot_extras_are_read_on_request_only(world: World, source: Source) 
 
 
 def test_source_after_close_refuses(source: Source) -> None:
-    """And closing it again does nothing."""
+    """A second close does nothing."""
     source.snapshot()
     source.close()
     source.close()
@@ -231,7 +231,7 @@ def test_source_after_close_leaks_no_descriptor(world: World) -> None:
 
 
 def test_source_of_a_dead_target_stays_target_gone(world: World, source: Source) -> None:
-    """As a zombie and after its parent has collected it. One's own death cannot be observed."""
+    """It stays so as a zombie and after it is reaped. The own exit cannot be observed."""
     if isinstance(world.workload, OwnWorkload):
         assert source.identity().pid == os.getpid()
         return

@@ -169,11 +169,11 @@ def lives(draw: st.DrawFn, *, max_steps: int = 80) -> list[Snapshot]:
     for step in range(draw(st.integers(0, max_steps))):
         kind = draw(st.sampled_from(["burn", "burn", "idle", "all", "born", "exit", "rename", "exec"]))
         keys = sorted(process.threads)
-        burnt = [0] * len(keys)
+        used_ns = [0] * len(keys)
         if kind == "burn":
-            burnt[draw(st.integers(0, len(keys) - 1))] = draw(st.integers(0, 2**33))
+            used_ns[draw(st.integers(0, len(keys) - 1))] = draw(st.integers(0, 2**33))
         elif kind == "all":
-            burnt = [draw(st.integers(0, 2**31)) for _ in keys]
+            used_ns = [draw(st.integers(0, 2**31)) for _ in keys]
         elif kind == "born":
             process.threads[draw(st.integers(1, 9)), step + 2] = draw(NAMES), draw(st.integers(0, 2**40))
         elif kind == "exit" and len(keys) > 1:
@@ -184,7 +184,7 @@ def lives(draw: st.DrawFn, *, max_steps: int = 80) -> list[Snapshot]:
         elif kind == "exec":
             process.image += 1
         process.rss_bytes = draw(st.integers(0, 2**40))
-        process.pass_time(draw(st.integers(1_000_000, 10 * SECOND_NS)), burnt)
+        process.pass_time(draw(st.integers(1_000_000, 10 * SECOND_NS)), used_ns)
         found.append(process.snapshot())
     return found
 

@@ -52,7 +52,7 @@ def served(tmp_path: Path) -> Iterator[Serving]:
 
 
 def files(process: psutil.Process) -> set[str]:
-    """What it has open; other processes that were asked for stay so for 10 s."""
+    """Return the open files; other processes that were requested stay open for 10 s."""
     return {each.path for each in process.open_files() if not each.path.startswith("/proc/")}
 
 
@@ -66,7 +66,7 @@ def session_of(serving: Serving) -> requests.Session:
 @pytest.mark.parametrize("kind", ["positive", "negative"])
 def test_schema_generated_requests_are_answered_as_documented(served: Serving, kind: str, size: int) -> None:
     """
-    What the schema allows is answered as the schema says, and what it forbids is refused as it says.
+    A request that the schema allows gets the answer of the schema, and another one the refusal of the schema.
 
     Checked by schemathesis: status, media type and body of every answer are documented, and none is a 5xx.
     """
@@ -124,7 +124,7 @@ def asked(
 
 
 def shorten(path: str, query: Any) -> None:
-    """Nobody waits for the windows here."""
+    """Shorten the window in a query, because the test does not need its length."""
     name = {"/metrics": "window_ms", "/report.zip": "window_ms", "/stream": "interval_ms"}.get(path)
     if name is not None and isinstance(query, dict):
         with suppress(ValueError, TypeError):
@@ -296,7 +296,7 @@ def test_bytes_that_are_no_request_are_refused_or_closed(served: Serving, size: 
 
 
 def exchanged(url: str, contents: list[bytes], dice: random.Random) -> list[bytes]:
-    """What comes back to each, sent on a connection of its own; whoever gets nothing for a while hangs up."""
+    """Send each on a connection of its own, and return the answers; close a connection that stays silent."""
     received = [b""] * len(contents)
     with ExitStack() as stack:
         connections = [stack.enter_context(dial(url)) for _ in contents]
@@ -320,7 +320,7 @@ def exchanged(url: str, contents: list[bytes], dice: random.Random) -> list[byte
 
 
 def read_some(connection: socket.socket, received: list[bytes], number: int) -> bool:
-    """Whether there may be more."""
+    """Return whether there may be more to read."""
     try:
         part = connection.recv(65536)
     except ConnectionResetError:

@@ -85,7 +85,7 @@ def test_metrics_on_this_platform_are_measured(session: Session) -> None:
 
 
 def test_metrics_never_state_not_implemented(session: Session) -> None:
-    """That per-thread metrics are not implemented on macos appears in no field of any report."""
+    """No field of any report states that per-thread metrics are not implemented on macOS."""
     for name, content in session.archive().items():
         assert b"not implemented" not in content, name
 

@@ -1,8 +1,8 @@
 """
-A disk that does not answer: what is asked of it waits in the kernel, and everything else goes on.
+A disk that does not answer: a call that needs it waits in the kernel, and everything else continues.
 
-By leases of fcntl(2), which hold up whoever opens a file, for 45 s at the most; and by a frozen file system, which
-holds up whoever writes to it, for root on a machine with loop devices.
+The tests use leases of fcntl(2), which block each open of a file, for at most 45 s, and, as root on a machine with
+loop devices, a frozen file system, which blocks each write to it.
 """
 
 import fcntl
@@ -37,23 +37,28 @@ READ = "the directory of runs: a read has not returned for %d s"
 
 @contextmanager
 def leased(path: Path) -> Iterator[None]:
-    """Whoever else opens the file waits until the end of it."""
+    """Make each other open of the file wait until the end of the context."""
     with path.open("r+b") as file:
         if sys.platform == "linux":
-            fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # who waits is told of by a signal; this does nothing
+            fcntl.fcntl(
+                file, fcntl.F_SETSIG, signal.SIGURG
+            )  # the kernel signals each waiting open; this signal does nothing
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         yield
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
 @pytest.fixture(params=[1, pytest.param(5, marks=pytest.mark.torture)])
-def patience_s(request: pytest.FixtureRequest) -> int:
+def hang_timeout_s(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def python(patience_s: int) -> tuple[str, ...]:
-    """A service that in the short form loses its patience sooner."""
-    code = f"import vitalsd.worker_thread as w; w.PATIENCE_NS = {patience_s} * 10**9; import vitalsd.cli as c; c.main()"
+def python(hang_timeout_s: int) -> tuple[str, ...]:
+    """Return the Python of a service with a shorter time limit of calls in the short form."""
+    code = (
+        f"import vitalsd.worker_thread as w; w.HANG_TIMEOUT_NS = {hang_timeout_s} * 10**9;"
+        " import vitalsd.cli as c; c.main()"
+    )
     return sys.executable, "-P", "-c", code
 
 
@@ -76,7 +81,7 @@ def crashed(tmp_path: Path) -> Path:
     return run
 
 
-def test_hung_run_directory_affects_only_the_runs(tmp_path: Path, crashed: Path, patience_s: int) -> None:
+def test_hung_run_directory_affects_only_the_runs(tmp_path: Path, crashed: Path, hang_timeout_s: int) -> None:
     """
     A request for a run gets the reason after some seconds, then at once.
 
@@ -84,8 +89,8 @@ def test_hung_run_directory_affects_only_the_runs(tmp_path: Path, crashed: Path,
     returns all is well again.
     """
     options = ("--record-interval", "0.1")
-    with Serving(tmp_path, *options, python=python(patience_s)) as served, ExitStack() as stack:
-        where, hung = served.url, (503, "hung", READ % patience_s)
+    with Serving(tmp_path, *options, python=python(hang_timeout_s)) as served, ExitStack() as stack:
+        where, hung = served.url, (503, "hung", READ % hang_timeout_s)
         assert [run["id"] for run in served.get("/runs") if run["state"] == "crashed"] == [crashed.stem]
         assert get(where, f"/runs/{crashed.stem}/history").status == 200
         disk = stack.enter_context(ExitStack())
@@ -98,9 +103,9 @@ def test_hung_run_directory_affects_only_the_runs(tmp_path: Path, crashed: Path,
         for _ in range(3):
             assert get(where, "/metrics?window_ms=10").status == 200
             assert get(where, "/history").status == 200
-        assert time.monotonic() - begun < patience_s
+        assert time.monotonic() - begun < hang_timeout_s
         assert {reason(read_reply(connection)) for connection in waiting} == {hung}
-        assert patience_s * 0.9 < time.monotonic() - begun < patience_s + 10
+        assert hang_timeout_s * 0.9 < time.monotonic() - begun < hang_timeout_s + 10
         watch = Stopwatch()
         assert reason(get(where, "/healthz")) == hung
         for path in ("/runs", f"/runs/{crashed.stem}/history", "/runs/none/history"):
@@ -110,7 +115,7 @@ def test_hung_run_directory_affects_only_the_runs(tmp_path: Path, crashed: Path,
             assert {"runtime-metrics.json", "runtime-history.json"} < set(report.namelist())
             assert "previous-run.json" not in report.namelist()
             manifest = json.loads(report.read("manifest.json"))
-            assert manifest["failures"] == [{"member": "previous-run.json", "reason": READ % patience_s}]
+            assert manifest["failures"] == [{"member": "previous-run.json", "reason": READ % hang_timeout_s}]
         assert get(where, "/history").status == 200
         assert watch.elapsed_s < watch.allowed_s(5)
         disk.close()
@@ -147,7 +152,7 @@ def threads(pid: int) -> int:
 
 
 @pytest.mark.parametrize("freed", [False, True], ids=["to the end", "until it returns"])
-def test_hung_black_box_delays_neither_start_nor_exit(tmp_path: Path, patience_s: int, freed: bool) -> None:
+def test_hung_black_box_delays_neither_start_nor_exit(tmp_path: Path, hang_timeout_s: int, freed: bool) -> None:
     """
     The first file that has to make room for it cannot be looked at.
 
@@ -163,7 +168,7 @@ def test_hung_black_box_delays_neither_start_nor_exit(tmp_path: Path, patience_s
         disk = stack.enter_context(ExitStack())
         disk.enter_context(leased(runs / "1-2-boot-0.lock"))
         begun = time.monotonic()
-        served = stack.enter_context(Serving(tmp_path, "--record-interval", "0.1", python=python(patience_s)))
+        served = stack.enter_context(Serving(tmp_path, "--record-interval", "0.1", python=python(hang_timeout_s)))
         assert time.monotonic() - begun < 10
 
         def recorder() -> Any:
@@ -171,7 +176,7 @@ def test_hung_black_box_delays_neither_start_nor_exit(tmp_path: Path, patience_s
 
         assert recorder()["black_box"]["run"] is None
         assert get(served.url, "/metrics?window_ms=10").status == 200
-        error = eventually(lambda: recorder()["black_box"]["error"], patience_s + 10)
+        error = eventually(lambda: recorder()["black_box"]["error"], hang_timeout_s + 10)
         assert error == "the black box is off: the disk does not answer"
         status, kind, detail = reason(get(served.url, "/healthz"))
         assert (status, kind) == (503, "hung")
@@ -216,7 +221,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @contextmanager
 def frozen(mounted: Path) -> Iterator[None]:
-    """Whoever writes there waits until the end of it, and that comes in any case."""
+    """Make each write there wait until the end of the context, which a timer guarantees."""
     subprocess.run(["fsfreeze", "-f", mounted], check=True)
     thaw = ["fsfreeze", "-u", str(mounted)]
     guard = threading.Timer(60, subprocess.run, (thaw,))
@@ -228,15 +233,15 @@ def frozen(mounted: Path) -> Iterator[None]:
         subprocess.run(thaw, check=True)
 
 
-def test_frozen_disk_affects_only_the_black_box(short_path: Path, disk: Path, patience_s: int) -> None:
+def test_frozen_disk_affects_only_the_black_box(short_path: Path, disk: Path, hang_timeout_s: int) -> None:
     """
-    Recording, metrics and history go on at their beat, and what is off is said.
+    Recording, metrics and history continue at their interval, and the error states what is off.
 
-    Afterwards the black box goes on, and what it has is as it was.
+    Afterwards the black box continues, and its content is unchanged.
     """
     state = disk / "state"
     environ = os.environ | {"VITALSD_RUNTIME_DIR": str(short_path / "run"), "VITALSD_STATE_DIR": str(state)}
-    program = python(patience_s)
+    program = python(hang_timeout_s)
     with serving(short_path, "--record-interval", "0.1", env=environ, program=program) as (process, ready):
         where = ready["socket"]
 
@@ -245,7 +250,7 @@ def test_frozen_disk_affects_only_the_black_box(short_path: Path, disk: Path, pa
 
         eventually(lambda: recorder()["snapshots"] > 5)
         with frozen(disk):
-            error = eventually(lambda: recorder()["black_box"]["error"], patience_s + 10)
+            error = eventually(lambda: recorder()["black_box"]["error"], hang_timeout_s + 10)
             assert error == "the black box is off: the disk does not answer"
             assert reason(get(where, "/healthz"))[1] == "hung"
             assert json.loads(get(where, "/metrics?window_ms=10&detail=full").body)["warnings"] == [error]

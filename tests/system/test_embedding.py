@@ -67,7 +67,7 @@ def test_in_process_program_serves_and_leaves_nothing(env: dict[str, str], short
 
 
 def test_forking_program_serves_parent_and_child(env: dict[str, str], short_path: Path) -> None:
-    """A child has none, may have its own, and the parent's goes on; its exit ends it."""
+    """A child has no sidecar and may start its own; the parent's continues, and ends with the parent."""
     assert "still served on http://" in python("forking.py", env, short_path)
     assert listing(short_path / "run") == []
 
@@ -108,7 +108,7 @@ def test_shell_script_prints_metrics_and_its_sidecar_ends(env: dict[str, str], s
 
 
 def test_threads_in_process_are_those_on_the_embedding_page(env: dict[str, str], short_path: Path) -> None:
-    """In process no thread is added but those the page tells of, and none is left after stop()."""
+    """The sidecar in process adds only the threads that the page names, and none is left after stop()."""
     code = (
         "import threading, urllib.request, vitalsd\n"
         "sidecar = vitalsd.start(port=0)\n"
@@ -119,8 +119,8 @@ def test_threads_in_process_are_those_on_the_embedding_page(env: dict[str, str],
         "print(threading.active_count())\n"
     ).replace("PARENT", str(os.getpid()))
     names, left = run([sys.executable, "-c", code], env, short_path).splitlines()
-    told = set(re.findall(r"`(vitalsd(?:-[a-z]+)?)`", TEXT)) | {f"vitalsd-{os.getpid()}"}
-    assert set(names.split()) <= told
+    documented = set(re.findall(r"`(vitalsd(?:-[a-z]+)?)`", TEXT)) | {f"vitalsd-{os.getpid()}"}
+    assert set(names.split()) <= documented
     assert {"vitalsd", "vitalsd-sampler"} <= set(names.split())
     assert left == "1"
 

@@ -2,7 +2,7 @@
 The service after much use and abuse: what it holds afterwards, and the memory it takes meanwhile.
 
 What bounds its memory: the record (32 MiB, 1000 marks and events), 64 windows of a process, 8 streams of 16
-measurements, 16 answers and 8 MiB of each measurement that is kept, and 64 KiB for whoever does not read.
+measurements, 16 answers and 8 MiB of each measurement that is kept, and 64 KiB for each client that does not read.
 """
 
 import random
@@ -63,7 +63,7 @@ def growing_at_most(pid: int, size: int) -> Iterator[None]:
 
 
 def test_unread_shared_answers_take_bounded_memory(short_path: Path, start: Callable[..., Target]) -> None:
-    """400 clients of the Unix socket ask for 400 KiB each and read none of it; who does read is answered."""
+    """400 clients of the Unix socket request 400 KiB each and read none of it; a client that reads is answered."""
     target = start("--idle", "2500")
     with serving(short_path, "--pid", str(target.pid), "--no-tcp") as (process, ready), ExitStack() as stack:
         path = "/metrics?mode=trailing&detail=full"
@@ -127,7 +127,7 @@ def test_unread_tables_take_bounded_memory_in_total(short_path: Path, start: Cal
 
 @dataclass(frozen=True)
 class Held:
-    """What a process has open."""
+    """Count what a process has open."""
 
     fds: int
     sockets: int

@@ -31,7 +31,7 @@ MOST_BYTES = 12 * MAX_LINE
 
 
 def on_terminal(*arguments: str | bytes, directory: Path) -> tuple[str, int]:
-    """What a `vitalsd` writes on a pseudo-terminal that is its stdout and stderr, and its exit status."""
+    """Return what a `vitalsd` writes on a pseudo-terminal as its stdout and stderr, and its exit status."""
     master, slave = pty.openpty()
     with subprocess.Popen(
         [*VITALSD, *arguments],
@@ -128,7 +128,7 @@ ANSWERS = {
 def test_command_with_url_of_hostile_server_prints_bounded_plain_text(
     tmp_path: Path, case: str, command: list[str]
 ) -> None:
-    """Whatever the server answers, the message is escaped and cut."""
+    """Whatever the server answers, the message is escaped and truncated."""
     with Misbehaving(says(ANSWERS[case])) as server:
         text, _ = on_terminal(*command, "--url", server.url, directory=tmp_path)
     lines = text.splitlines()
@@ -229,7 +229,7 @@ def test_bug_with_hostile_text_prints_plain_traceback(tmp_path: Path) -> None:
 
 
 def test_spawn_with_hostile_command_output_raises_bounded_plain_text(tmp_path: Path) -> None:
-    """What another program writes to standard error or to the ready-fd is quoted escaped and cut."""
+    """Output of another program on standard error or the ready-fd is escaped and truncated in the error."""
     program = tmp_path / "program.py"
     program.write_text(
         "import json, os, sys\n"
@@ -271,7 +271,7 @@ def test_log_of_long_hostile_message_and_traceback_is_bounded(form: str, capfd: 
 
 
 def test_mark_refused_by_a_hostile_server_logs_plain_text(caplog: pytest.LogCaptureFixture) -> None:
-    """In the log of the host program there is no control character of a server, and no megabyte of it."""
+    """The log of the host program gets no control character of a server, and no megabyte of text."""
     from vitalsd_client import mark
 
     with (

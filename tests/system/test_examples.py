@@ -89,7 +89,7 @@ def test_watch_script_prints_metrics_and_keeps_the_status(short_path: Path, env:
 
 
 def test_watch_script_without_a_sidecar_runs_the_program(env: dict[str, str]) -> None:
-    """A sidecar that does not start is said, and the program is run all the same."""
+    """The script reports a sidecar that does not start, and runs the program."""
     command = ["sh", str(EXAMPLES / "watch.sh"), "echo", "ran"]
     done = subprocess.run(command, env=env | {"VITALSD": "false"}, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (1, "ran\n")

@@ -48,7 +48,7 @@ def asked(where: str, path: str) -> tuple[int, Any]:
 
 
 class Blocked:
-    """A file that has become a pipe nobody writes to: whoever opens it waits in the kernel, until it is `freed`."""
+    """A file replaced by a pipe without a writer: each open of it waits in the kernel, until it is `freed`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +60,7 @@ class Blocked:
     def freed(self) -> None:
         whole = self._path.with_suffix(".whole")
         whole.write_bytes(self._content)
-        with self._path.open("wb") as pipe:  # opens as soon as somebody reads
+        with self._path.open("wb") as pipe:  # opens as soon as it has a reader
             whole.replace(self._path)
             pipe.write(self._content)
 
@@ -76,24 +76,27 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=[1, pytest.param(5, marks=pytest.mark.torture)])
-def patience_s(request: pytest.FixtureRequest) -> int:
+def hang_timeout_s(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
 @pytest.fixture
-def served(tree: Path, tmp_path: Path, patience_s: int) -> Iterator[Serving]:
-    """A service of the first of them, which in the short form loses its patience sooner."""
-    code = f"import vitalsd.worker_thread as w; w.PATIENCE_NS = {patience_s} * 10**9; import vitalsd.cli as c; c.main()"
+def served(tree: Path, tmp_path: Path, hang_timeout_s: int) -> Iterator[Serving]:
+    """Serve the first of them, with a shorter time limit of calls in the short form."""
+    code = (
+        f"import vitalsd.worker_thread as w; w.HANG_TIMEOUT_NS = {hang_timeout_s} * 10**9;"
+        " import vitalsd.cli as c; c.main()"
+    )
     options = ("--pid", "4242", "--proc-root", str(tree), "--record-interval", "0.2")
     with Serving(tmp_path, *options, python=(sys.executable, "-c", code)) as serving:
         yield serving
 
 
-def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, patience_s: int) -> None:
+def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, hang_timeout_s: int) -> None:
     """
     A request for the process gets the reason after some seconds, then at once.
 
-    /healthz is 503; all else goes on, and so does the process when the read returns.
+    /healthz is 503; all else continues, and so does the process when the read returns.
     """
     assert asked(served.url, "/healthz") == (200, {"status": "ok"})
     assert get(served.url, "/metrics?pid=4343&window_ms=10").status == 200
@@ -107,11 +110,12 @@ def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, p
             )
         for _ in range(3):
             assert get(served.url, "/metrics?pid=4343&window_ms=10").status == 200
-        told = [read_reply(connection) for connection in waiting]
-    assert patience_s * 0.9 < time.monotonic() - begun < patience_s + 10
-    assert {reply.status for reply in told} == {503}
-    assert {reply.body for reply in told} == {
-        b'{"platform":"linux","available":false,"reason":"process 4242: a read has not returned for %d s"}' % patience_s
+        replies = [read_reply(connection) for connection in waiting]
+    assert hang_timeout_s * 0.9 < time.monotonic() - begun < hang_timeout_s + 10
+    assert {reply.status for reply in replies} == {503}
+    assert {reply.body for reply in replies} == {
+        b'{"platform":"linux","available":false,"reason":"process 4242: a read has not returned for %d s"}'
+        % hang_timeout_s
     }
     unwell = get(served.url, "/healthz")
     assert unwell.status == 503
@@ -134,7 +138,7 @@ def test_hung_kernel_read_fails_only_that_process(served: Serving, tree: Path, p
 
 def test_hung_kernel_read_uses_one_thread_per_target(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process than the target, and the list of all: each has one thread, also after a while."""
-    monkeypatch.setattr("vitalsd.worker_thread.PATIENCE_NS", 300_000_000)
+    monkeypatch.setattr("vitalsd.worker_thread.HANG_TIMEOUT_NS", 300_000_000)
     root = str(tree)
     there = set(threading.enumerate())
     targets = Targets(Sampler(open_source), lambda pid: open_source(pid, proc_root=root), idle_s=0.1)
@@ -278,7 +282,7 @@ def test_target_of_10000_threads_is_answered_completely(native: Path, short_path
 def test_target_with_1000_births_a_second_balances_and_leaks_nothing(
     short_path: Path, start: Callable[..., Target], seconds: int
 ) -> None:
-    """Whoever comes and goes costs no answer and no descriptor, and the books balance: none of the CPU time is lost."""
+    """Threads that start and end cost no answer and no descriptor, and the CPU accounting balances."""
     target = start()
     with serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as (process, ready):
         where = ready["socket"]
@@ -325,7 +329,7 @@ def test_pid_reused_in_mid_window_never_mixes_two_processes(short_path: Path, ro
 
 
 def reuse_pids(rounds: int) -> Counter[str]:
-    """In a pid namespace of its own, where nobody else takes the number: what came of so many reuses."""
+    """Reuse a pid so often in a pid namespace of its own, where no other process takes it; count the outcomes."""
     counts: Counter[str] = Counter()
 
     def born(name: bytes) -> int:

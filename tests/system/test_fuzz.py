@@ -1,5 +1,5 @@
 """
-Parsers over content that somebody else wrote, mutated at random: read, or refused by the error meant for it.
+Parsers over untrusted content, mutated at random: each reads it, or refuses it with its own error.
 
 A hundredth of it each time; ``make torture`` has a million.
 """
@@ -107,7 +107,7 @@ def test_fuzzed_runtime_files_are_read_or_endpoint_error(tmp_path: Path, size: i
         {
             **{"service": "vitalsd", "schema": endpoint.SCHEMA, "app": "viewer", "app_version": None},
             **{"version": "1", "pid": 1, "start": 1, "boot_id": "x"},
-            **{"realm": "r", "uid": 0, "target": {"pid": 2, "start": 3}, "socket": "/s", "host": "127.0.0.1"},
+            **{"host_scope": "r", "uid": 0, "target": {"pid": 2, "start": 3}, "socket": "/s", "host": "127.0.0.1"},
             **{"port": 9779, "token": "t", "started_at": "2026-01-01T00:00:00Z"},
         }
     ).encode()

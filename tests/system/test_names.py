@@ -43,8 +43,8 @@ NAMES = {
 }
 
 
-def harmless(text: str) -> bool:
-    """No control characters but line ends, and nothing that turns the direction round or hides."""
+def is_plain_text(text: str) -> bool:
+    """Return whether text has no control characters but line ends, and none that hides or reverses text."""
     return not any(c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text)
 
 
@@ -81,13 +81,13 @@ def test_hostile_thread_name_is_escaped_in_every_format(watched: Watched, name: 
 
     for accept, read in (("text/plain", read_prometheus), ("application/openmetrics-text", read_openmetrics)):
         text = get(where, "/metrics", f"Accept: {accept}").body.decode()
-        assert harmless(text)
+        assert is_plain_text(text)
         families = {family.name: family.samples for family in read(text)}
         (threads,) = (samples for name, samples in families.items() if name.startswith("vitalsd_thread_cpu_seconds"))
         assert {printable(wanted), "burn-0"} == {each.labels["thread"] for each in threads}
 
     table = get(where, "/history", "Accept: text/csv").body.decode()
-    assert harmless(table)
+    assert is_plain_text(table)
     lines = list(csv.reader(io.StringIO(table)))
     assert {len(line) for line in lines} == {len(lines[0])}
     assert len(table.split("\n")) == len(lines) + 1
@@ -96,7 +96,7 @@ def test_hostile_thread_name_is_escaped_in_every_format(watched: Watched, name: 
 
 
 def test_hostile_process_name_is_escaped_on_a_terminal(short_path: Path, start: Callable[..., Target]) -> None:
-    """Whatever lists processes, runs and threads spells it out; a log has one line for each thing said."""
+    """Each list of processes, runs and threads escapes it; each log message is one line."""
     target, name = start("--burn", "20"), b"\x1b]0\n\xff<\xe2\x80\xae\xc2\x9b\xe2\x80\xa8"
     target.ask(f"name {name.hex()}")
     pid, wanted = str(target.pid), name.decode("utf-8", "backslashreplace")
@@ -108,7 +108,7 @@ def test_hostile_process_name_is_escaped_on_a_terminal(short_path: Path, start: 
         process.terminate()
         assert process.stderr is not None
         said = process.stderr.read()
-        assert harmless(said)
+        assert is_plain_text(said)
         assert len(said.splitlines()) == 1
     runner = CliRunner(env=env)
     for arguments in (
@@ -120,7 +120,7 @@ def test_hostile_process_name_is_escaped_on_a_terminal(short_path: Path, start: 
     ):
         out = runner.invoke(main, arguments)
         assert out.exit_code == 0, out.output
-        assert harmless(out.output), (arguments, out.output)
+        assert is_plain_text(out.output), (arguments, out.output)
     assert printable(wanted)[:6] in runner.invoke(main, ["runs"]).output
 
 

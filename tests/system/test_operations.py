@@ -143,7 +143,7 @@ def test_scrape_without_thread_metrics_has_about_twenty_series(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", COLLECTORS)
 def test_operations_page_pipelines_use_exactly_what_they_define(name: str) -> None:
-    """Each Collector configuration is YAML whose pipelines name only what it defines, and all of that."""
+    """Each Collector configuration is YAML, and its pipelines name exactly what it defines."""
     config: dict[str, Any] = yaml.safe_load(FILES[name])
     for part in ("receivers", "processors", "exporters"):
         used = {each for pipeline in config["service"]["pipelines"].values() for each in pipeline[part]}

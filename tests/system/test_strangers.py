@@ -19,7 +19,7 @@ from support.sidecars import serving
 from vitalsd.contract.metrics import Measured, Unavailable
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.runtime_file import Endpoint
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 from vitalsd_client import fetch
 
 pytestmark = [
@@ -87,7 +87,7 @@ def test_another_user_over_tcp_without_the_token_gets_401(sidecar: tuple[Path, d
 
 
 def test_another_user_cannot_open_the_unix_socket(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """Its directory lets nobody in, and neither does its own mode."""
+    """Both its directory and its own mode refuse other users."""
     path, ready = sidecar
     assert tries(dial=ready["socket"], send="") == "PermissionError"
     (path / "run").chmod(0o755)
@@ -95,7 +95,7 @@ def test_another_user_cannot_open_the_unix_socket(sidecar: tuple[Path, dict[str,
 
 
 def test_another_user_over_an_opened_unix_socket_gets_403(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """Somebody did chmod 666: the kernel tells who connects, and they are shown the door. We are not."""
+    """After a chmod 666 the kernel still names the user of a connection: another user is refused, the owner is not."""
     path, ready = sidecar
     (path / "run").chmod(0o755)
     os.chmod(ready["socket"], 0o666)
@@ -103,13 +103,13 @@ def test_another_user_over_an_opened_unix_socket_gets_403(sidecar: tuple[Path, d
         answer = tries(dial=ready["socket"], send=INFO.format("localhost", ""))
         assert answer in ("ConnectionResetError", "BrokenPipeError") or answer.startswith("HTTP/1.1 403 ")
         assert '"pid"' not in answer
-    # One who says nothing gets to hear why.
+    # A client that sends nothing gets the reason.
     assert "another_user" in tries(dial=ready["socket"], send="")
     assert get(ready["socket"], "/info").status == 200
 
 
 def test_another_user_cannot_read_the_token(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """Neither the directory nor the runtime file lets anybody else read, under whatever umask they were made."""
+    """Neither the directory nor the runtime file is readable by other users, under any umask."""
     path, ready = sidecar
     assert tries(list=str(path / "run")) == "PermissionError"
     assert tries(read=ready["runtime_file"]) == "PermissionError"
@@ -120,7 +120,7 @@ def test_another_user_cannot_read_the_token(sidecar: tuple[Path, dict[str, Any]]
 
 
 def test_another_user_cannot_read_the_black_box(sidecar: tuple[Path, dict[str, Any]], tries: Attempt) -> None:
-    """What was recorded is on disk for its user alone; so is all else below the state directory."""
+    """The record on disk is readable by its user only, as is all else below the state directory."""
     path, _ = sidecar
     deadline = time.monotonic() + 10
     while not any((path / "state").rglob("*-wal")):
@@ -156,7 +156,7 @@ def test_another_user_on_the_port_gets_no_token(
     assert tries(squat=published.port) == "listening"
     assert isinstance(fetch(10), Unavailable)
     me = os.getpid()
-    forged: Endpoint = replace(published, pid=me, start=births().start_key(me) or 0, socket=None)
+    forged: Endpoint = replace(published, pid=me, start=process_identities().start_key(me) or 0, socket=None)
     endpoints.publish(forged, path / "run")
     found = fetch(10)
     assert isinstance(found, Unavailable)

@@ -136,7 +136,7 @@ REASONS = rf"^ wait {FIGURE}, children {FIGURE}, (?:anonymous|footprint) {SIZE},
 MACHINE = rf"^ (?:machine \u2013|(?:machine|container) {WHOLE} busy, other {WHOLE}, .*)$"
 
 
-@pytest.mark.parametrize("via", ["sampled directly", "a sidecar", "a replay"])
+@pytest.mark.parametrize("via", ["sampled directly", "via sidecar", "a replay"])
 def test_top_shows_waits_children_memory_and_the_machine(tmp_path: Path, start: Start, via: str) -> None:
     """Each has a figure or a dash: in a column of the threads, and in two lines at 80 columns and 24 rows."""
     target = start("--idle", "2", "--burn", "30")
@@ -184,7 +184,7 @@ def test_top_after_a_resize_fits_the_window(tmp_path: Path, start: Start) -> Non
 
 
 def test_top_of_an_exited_target_keeps_the_last_table(tmp_path: Path, start: Start) -> None:
-    """When the target dies it says so and the last table stays; q still ends it."""
+    """After the exit of the target the view shows it, keeps the last table, and ends by q."""
     target = start("--idle", "3")
     with top("--pid", str(target.pid), directory=tmp_path) as view:
         view.until(lambda text: len(rows(text)) == 4)
@@ -267,7 +267,7 @@ def test_top_ended_by_a_signal_restores_the_terminal(
 
 
 def test_top_without_its_terminal_ends(tmp_path: Path, start: Start) -> None:
-    """When the terminal is gone, it ends and does not spin."""
+    """Without its terminal it ends, and uses no CPU in a loop."""
     target = start()
     with top("--pid", str(target.pid), directory=tmp_path) as view:
         view.until(lambda text: rows(text))
@@ -337,7 +337,7 @@ def test_top_with_no_color_has_no_colours(tmp_path: Path, start: Start) -> None:
 
 
 def test_top_without_utf8_draws_ascii(tmp_path: Path, start: Start) -> None:
-    """Where the encoding has no blocks, bars and sparklines are of ASCII."""
+    """If the encoding has no blocks, bars and sparklines are ASCII."""
     target = start("--burn", "60")
     env = {"PYTHONIOENCODING": "ascii"}
     with top("--pid", str(target.pid), directory=tmp_path, env=env) as view:
@@ -348,7 +348,7 @@ def test_top_without_utf8_draws_ascii(tmp_path: Path, start: Start) -> None:
 
 
 def test_top_with_redirected_stdin_reads_keys_from_the_terminal(tmp_path: Path, start: Start) -> None:
-    """With stdin from a file the keyboard is that of the terminal."""
+    """If stdin is a file, keys come from the terminal."""
     target = start()
     command = ("sh", "-c", 'exec "$0" -m vitalsd "$@" </dev/null', sys.executable)
     with top("--pid", str(target.pid), directory=tmp_path, command=command) as view:
@@ -358,7 +358,7 @@ def test_top_with_redirected_stdin_reads_keys_from_the_terminal(tmp_path: Path, 
 
 
 def test_top_without_a_target_exits_with_one_line(tmp_path: Path) -> None:
-    """What is wrong from the start is said on the ordinary screen, with a status."""
+    """An error at the start appears on the ordinary screen, with an exit status."""
     with top("--pid", "2147483647", directory=tmp_path) as view:
         assert view.end() == 1
         assert view.text.strip() == "vitalsd: no process has pid 2147483647"
@@ -369,19 +369,19 @@ def test_top_without_a_target_exits_with_one_line(tmp_path: Path) -> None:
 
 
 def test_top_without_its_sidecar_continues_and_reconnects(tmp_path: Path, start: Start) -> None:
-    """With a sidecar its past and marks are shown; without it the view goes on, and with the next one again."""
+    """The view shows the history and marks of a sidecar, continues without it, and reconnects to the next one."""
     target = start("--idle", "2", "--burn", "30")
     pid = str(target.pid)
     options = ("--pid", pid, "--no-tcp", "--record-interval", "0.2")
     with top("--pid", pid, directory=tmp_path, columns=100) as view:
         with serving(tmp_path, *options) as (_, ready):
-            view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
+            view.until(lambda text: "via sidecar" in text and rows(text)[:1] == ["burn-0"])
             view.press("mlook here\r")
             view.until(lambda text: "mark: look here" in text)
             assert [mark["label"] for mark in ask(ready["socket"], "/marks")[1]] == ["look here"]
         view.until(lambda text: "sampled directly" in text and rows(text)[:1] == ["burn-0"])
         with serving(tmp_path, *options):
-            view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
+            view.until(lambda text: "via sidecar" in text and rows(text)[:1] == ["burn-0"])
             target.kill()
             view.until(lambda text: "has exited" in text and "exited: target" in text and rows(text))
         view.press("q")
@@ -390,7 +390,7 @@ def test_top_without_its_sidecar_continues_and_reconnects(tmp_path: Path, start:
 
 @pytest.mark.torture
 def test_top_with_slow_samples_shows_every_mark(tmp_path: Path, start: Start) -> None:
-    """One that is made right after a sample is told with the next one, however long that takes."""
+    """A mark set right after a sample appears with the next one, however long that takes."""
     target = start("--idle", "1")
     with serving(tmp_path, "--pid", str(target.pid), "--record-interval", "0.2") as (_, ready):
         command = [*VITALSD, "top", "--interval", "12", "--count", "2", "--url", ready["url"]]
@@ -404,7 +404,7 @@ def test_top_with_slow_samples_shows_every_mark(tmp_path: Path, start: Start) ->
 
 
 def test_top_with_url_reconnects_to_the_same_address_only(tmp_path: Path, start: Start) -> None:
-    """Of --url nobody else is asked: it is lost, said so, and found again on the same address."""
+    """With --url no other sidecar is asked: the view shows the loss, and reconnects to the same address."""
     target = start("--burn", "30")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -429,7 +429,7 @@ def test_top_with_a_hung_sidecar_continues(tmp_path: Path, start: Start) -> None
         serving(tmp_path, "--pid", str(target.pid), "--no-tcp", "--record-interval", "0.2") as (sidecar, _),
         top("--pid", str(target.pid), directory=tmp_path) as view,
     ):
-        view.until(lambda text: "a sidecar" in text and rows(text)[:1] == ["burn-0"])
+        view.until(lambda text: "via sidecar" in text and rows(text)[:1] == ["burn-0"])
         sidecar.send_signal(signal.SIGSTOP)
         view.until(lambda text: "sampled directly" in text and rows(text)[:1] == ["burn-0"])
         view.press("q")
@@ -491,15 +491,15 @@ def test_top_with_fewer_samples_than_requested_exits_with_1(tmp_path: Path, star
 
 
 def test_top_of_an_exited_target_into_a_pipe_prints_no_sample(short_path: Path, start: Start) -> None:
-    """A sidecar that lingers has it still; that the target has exited is all that is said."""
+    """A sidecar that lingers still has its record; the command prints only that the target has exited."""
     target = start()
     with serving(short_path, "--pid", str(target.pid), "--record-interval", "0.1") as (_, ready):
         eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["snapshots"] > 4)
         target.kill()
         eventually(lambda: ask(ready["url"], "/info")[1]["recorder"]["ended"])
-        for whom in ((), ("--url", ready["url"])):
+        for options in ((), ("--url", ready["url"])):
             out = subprocess.run(
-                [*VITALSD, "top", *whom, "--count", "1"],
+                [*VITALSD, "top", *options, "--count", "1"],
                 capture_output=True,
                 text=True,
                 timeout=30,
@@ -511,7 +511,7 @@ def test_top_of_an_exited_target_into_a_pipe_prints_no_sample(short_path: Path, 
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_top_after_an_exec_shows_the_new_name(short_path: Path, recorded: bool) -> None:
-    """In the head and in the event, be it sampled directly or by a sidecar."""
+    """The title and the event show it, sampled directly or by a sidecar."""
     code = "import os, sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
     with ExitStack() as stack:
         target = stack.enter_context(subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE))
@@ -526,7 +526,7 @@ def test_top_after_an_exec_shows_the_new_name(short_path: Path, recorded: bool) 
 
 
 def test_top_with_name_follows_a_restart(tmp_path: Path, start: Start) -> None:
-    """After a restart of the program the view is of the new process, whose counters start anew."""
+    """After a restart of the program the view shows the new process, with new counters."""
     name = f"vtop{os.getpid()}"
     first = start()
     first.ask(f"name {name.encode().hex()}")
@@ -596,7 +596,7 @@ def picture(names: list[str]) -> View:
 
 @pytest.mark.parametrize("state", ["", "?", "/漢字", "m" + "w" * 250, "p", "n"])
 def test_render_of_any_size_fills_it_exactly(state: str) -> None:
-    """From one cell to a wall, whatever the names are, no line is too long, none is missing, none holds a control."""
+    """For any size and any names, no line is too long or missing, and none has a control character."""
     view = picture(NAMES)
     for key in state:
         view.press(key)

@@ -37,7 +37,7 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 """errno of a failed write to standard output; such an error names no file."""
 
 EPILOG = """\b
-Exit status: 0 done, 1 the numbers cannot be had, 2 wrong usage, 130 interrupted."""
+Exit status: 0 success, 1 the metrics are not available, 2 wrong usage, 130 interrupted."""
 
 
 class _Commands(Mapping[str, click.Command]):
@@ -122,8 +122,8 @@ def main() -> None:
 
     \b
     vitalsd sample --pid 4242          one answer, no server
-    vitalsd top --pid 4242             look on, live
+    vitalsd top --pid 4242             watch it live
     vitalsd serve --pid 4242           serve it on http://127.0.0.1:9779
-    curl -s 127.0.0.1:9779/metrics     ask the server
-    vitalsd doctor                     is it right on this machine?
+    curl -s 127.0.0.1:9779/metrics     query the server
+    vitalsd doctor                     check the measurements on this machine
     """  # noqa: D301 - click reads \b

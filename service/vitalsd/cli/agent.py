@@ -22,7 +22,7 @@ def agent() -> None:
     """Have launchd or systemd start a sidecar when a client connects to port 9779.
 
     \b
-    vitalsd agent install --name myapp    follow myapp, from the login on
+    vitalsd agent install --name myapp    follow myapp, from login on
     vitalsd agent install --name myapp -- --otlp --log-format json
     vitalsd agent status                  exit status 1 if it is not loaded
     """  # noqa: D301 - click reads \b
@@ -88,7 +88,7 @@ def _agent(kind: str, name: str | None, port: int, options: tuple[str, ...] = ()
 @_agent_options
 @_serve_argument
 def agent_install(kind: str, name: str | None, port: int, options: tuple[str, ...]) -> None:
-    """Install the agent, or bring a change into effect. What follows -- are more options of `vitalsd serve`."""
+    """Install the agent, or apply a change. The options after -- go to `vitalsd serve`."""
     from vitalsd.agent.base import AgentError
 
     try:
@@ -118,7 +118,7 @@ def agent_uninstall(kind: str, name: str | None, port: int) -> None:
 @_agent_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def agent_status(kind: str, name: str | None, port: int, as_json: bool) -> None:
-    """Say whether the agent is installed, loaded and running. Exit status 1 if it is not loaded."""
+    """Show whether the agent is installed, loaded and running. Exit status 1 if it is not loaded."""
     import json
     from dataclasses import asdict
 

@@ -28,7 +28,7 @@ STYLES = {"pass": "green", "fail": "bold red", "not here": "dim"}
     "--soak",
     type=Number(1, 7 * 86400),
     metavar="SECONDS",
-    help="Also take snapshots without a pause for this long, and look for leaks.",
+    help="Also take snapshots without a pause for this long, and check for leaks.",
 )
 @click.option(
     "--tape",
@@ -38,16 +38,16 @@ STYLES = {"pass": "green", "fail": "bold red", "not here": "dim"}
 )
 @click.pass_context
 def doctor(context: click.Context, as_json: bool, soak: float | None, tape: Path | None) -> None:
-    """Examine vitalsd on this machine: what it reads against what is known to be true, in about 10 seconds.
+    """Compare what vitalsd measures on this machine with known values, in about 10 seconds.
 
-    Threads burn known parts of a core, memory is taken and given back, threads come and go, and a
-    sidecar is started, asked, killed and started again. Each line says what should be and what is;
-    what is wrong comes with the next step to take. Nothing is left behind.
+    The doctor runs threads that use a known part of a core, allocates and frees memory, starts and ends
+    threads, and starts, queries, kills and restarts a sidecar. Each line gives the expected and the measured
+    value, and a failed one the next step. The doctor leaves no files and no processes.
 
-    On a Mac, --tape FILE makes a test of the run: the file has what the kernel answered, and `x` for each byte
-    of a name. It must not exist before.
+    On a Mac, --tape FILE makes a test of the run: the file contains the replies of the kernel, with `x` for
+    each byte of a name. It must not exist before.
 
-    Exit status: 0 all is well, 1 something is wrong, 130 interrupted.
+    Exit status: 0 all checks passed, 1 a check failed, 130 interrupted.
     """
     try:
         with _taped(platform_of(context), tape) as platform:

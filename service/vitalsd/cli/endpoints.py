@@ -20,12 +20,12 @@ HEALTH_S = 3.0
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
-    "--check", is_flag=True, help="Ask each for its health; exit status 1 unless all are well and there is one."
+    "--check", is_flag=True, help="Check the health of each; exit status 1 unless there is one and all are healthy."
 )
 def endpoints(as_json: bool, check: bool) -> None:
-    """List your sidecars that are running, the newest first, and clear away what dead ones left.
+    """List your running sidecars, the newest first, and remove the files of those that have died.
 
-    A token is never printed; it is in the FILE.
+    Tokens are never printed; they are in the FILE.
     """
     import json
     from dataclasses import asdict

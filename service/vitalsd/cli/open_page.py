@@ -25,14 +25,19 @@ REDIRECT = """<!doctype html>
 
 
 @click.command("open")
-@click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="N", help="The sidecar that watches this process.")
-@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@click.option(
+    "--pid",
+    type=click.IntRange(1, 2**31 - 1),
+    metavar="N",
+    help="Open the page of the sidecar that watches this process.",
+)
+@click.option("--no-browser", is_flag=True, help="Print the address and open no browser.")
 def open_page(pid: int | None, no_browser: bool) -> None:
     """Open the page of your newest sidecar in a browser.
 
-    If the sidecar asks for a token, what is opened and printed is the address of a file that only you can
-    read and that leads to the page: in the page's own address every user of this machine could read the
-    token while the browser starts.
+    If the sidecar requires a token, the command opens and prints the address of a file that only you can
+    read and that redirects to the page: while the browser starts, every user of this machine could read a
+    token in the address of the page.
     """
     import os
 

@@ -70,11 +70,10 @@ def _check_otlp(url: str) -> None:
 def serve(context: click.Context, /, ready_fd: int | None, exit_note_fd: int | None, log_format: str, **_: Any) -> None:
     """Serve the metrics of a process on http://127.0.0.1:9779 until Ctrl-C.
 
-    Without --pid or --name it samples itself; any other process that you may look at can be asked for
-    with /metrics?pid=N. With --name it waits for the process to start, and goes on with the next one
-    when it has ended.
+    Without --pid or --name it samples itself; /metrics?pid=N measures any other process that you may
+    read. With --name it waits for the process to start, and after its exit for the next one of that name.
 
-    SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second one, a moment later, at once.
+    SIGTERM, SIGINT and SIGHUP end it cleanly with status 0; a second signal ends it at once.
     """
     from vitalsd.sidecar.exit_note import ExitNoteReader
     from vitalsd.sidecar.marker import take_marker
@@ -118,5 +117,5 @@ def _serve(
     from vitalsd.sidecar.builder import build_service
 
     with refusing():
-        service, companions = build_service(config, process, watched, os.environ, exits_itself=exit_note.received)
-    serve_until_signal(service, str(process), companions=companions, ready_fd=ready_fd, spawned=spawned)
+        service, background_tasks = build_service(config, process, watched, os.environ, exits_itself=exit_note.received)
+    serve_until_signal(service, str(process), background_tasks=background_tasks, ready_fd=ready_fd, spawned=spawned)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vitalsd.sidecar.ready_fd import ReadyFd
-    from vitalsd.sidecar.service import Companion, Service
+    from vitalsd.sidecar.service import BackgroundTask, Service
 
 __all__ = ["Serving", "import_service", "refusing", "serve_until_signal", "starts"]
 
@@ -106,18 +106,18 @@ def serve_until_signal(
     what: str,
     *,
     page: str = "/metrics",
-    companions: "Sequence[Companion]" = (),
+    background_tasks: "Sequence[BackgroundTask]" = (),
     ready_fd: "ReadyFd | None" = None,
     spawned: bool = False,
 ) -> None:
     """
-    Serve until a signal or a companion ends it.
+    Serve until a signal or a background task ends it.
 
     Args:
         service: the service.
         what: what the service shows, for the log.
         page: URL of the page, for the log.
-        companions: see `Service.run`.
+        background_tasks: see `Service.run`.
         ready_fd: reports that the service is ready.
         spawned: whether `spawn` started this process: it gets the token, and reads standard error only until the
             service is ready.
@@ -141,7 +141,7 @@ def serve_until_signal(
             os.close(null)
 
     try:
-        serve(service, ready=ready, companions=companions)
+        serve(service, ready=ready, background_tasks=background_tasks)
     except NotStartedError as error:
         raise CommandFailed(str(error)) from None
 

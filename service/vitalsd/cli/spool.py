@@ -27,7 +27,7 @@ ca_file_option = click.option(
 
 @click.group()
 def spool() -> None:
-    """Look at, send or drop the bug reports that wait for their upload."""
+    """List, send or drop the bug reports that wait for their upload."""
 
 
 @spool.command("list")
@@ -94,7 +94,7 @@ def spool_send(
 @click.argument("report_ids", nargs=-1, metavar="REPORT_ID...")
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 def spool_drop(report_ids: tuple[str, ...], everything: bool) -> None:
-    """Forget reports, sent or not."""
+    """Remove reports, sent or not."""
     from vitalsd_client.spool_store import SpoolError
 
     if bool(report_ids) == everything:
@@ -187,11 +187,11 @@ def _send_with_progress(kept: "Spool", report_id: str | None, wait_s: float, qui
 
 def _result(outcome: "Outcome", quiet: bool) -> "dict[str, Any]":
     """Return the JSON of one attempt, and print its line unless `quiet`."""
-    from vitalsd_client.upload import Receipt
+    from vitalsd_client.upload import UploadReceipt
 
     attempt = outcome.attempt
-    sent = isinstance(attempt, Receipt)
-    said = attempt.number if isinstance(attempt, Receipt) else attempt.reason
+    sent = isinstance(attempt, UploadReceipt)
+    said = attempt.number if isinstance(attempt, UploadReceipt) else attempt.reason
     if not quiet:
         line = f"{outcome.report_id}: {'sent, receipt ' if sent else 'not sent: '}{said}"
         click.echo(one_line(line), err=not sent)

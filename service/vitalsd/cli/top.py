@@ -52,14 +52,14 @@ def top(
     as_json: bool,
     proc_root: str,
 ) -> None:
-    """Look at a process live: CPU, memory, waits, its threads, the machine, marks and events.
+    """Show a process live: CPU, memory, waits, its threads, the machine, marks and events.
 
-    Without --pid, --name or --url it shows the target of your newest sidecar. A sidecar that watches the
-    target is asked, if there is one; else the target is sampled directly. With --name the next process of
-    that name is shown when this one has ended.
+    Without --pid, --name or --url it shows the target of your newest sidecar. If a sidecar watches the
+    target, it provides the samples; otherwise the target is sampled directly. With --name, the next process
+    of that name is shown when this one has ended.
 
-    Full screen on a terminal (? shows the keys, q quits); into a pipe or a file, a line per sample, and
-    exit status 1 if the target ended before there were N.
+    On a terminal it fills the screen (? shows the keys, q quits); into a pipe or a file it writes a line
+    for each sample. The exit status is 1 if the target ended before N samples.
     """
     exclude(context, "url", "name")
     exclude(context, "pid", "name")

@@ -93,7 +93,7 @@ class Measured(_Wire, Generic[ThreadT]):
 
 
 class Unavailable(_Wire):
-    """The numbers cannot be had, and why."""
+    """The reason why the metrics are not available."""
 
     platform: str
     available: Literal[False]

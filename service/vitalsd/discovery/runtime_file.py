@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 from vitalsd.discovery.atomic_file import draft, sync_directory
 from vitalsd.discovery.directories import EndpointError, runtime_directories
 from vitalsd.discovery.unix_socket import SocketLock, answers
-from vitalsd.sources.platform import births
-from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, Births, IdentityUnknownError
+from vitalsd.sources.platform import process_identities
+from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, IdentityUnknownError, ProcessIdentityReader
 
 __all__ = [
     "PAGE_FILE",
@@ -77,7 +77,7 @@ class Endpoint:
     pid: int
     start: int
     boot_id: str
-    realm: str
+    host_scope: str
     uid: int
     target: ProcessRun | None
     """``None``: a sidecar that waits for its target to start."""
@@ -222,7 +222,7 @@ def _parse(body: Any) -> Endpoint:
         pid=typed("pid", int),
         start=typed("start", int),
         boot_id=typed("boot_id", str),
-        realm=typed("realm", str),
+        host_scope=typed("host_scope", str),
         uid=typed("uid", int),
         target=target and ProcessRun(typed("pid", int, within=target), typed("start", int, within=target)),
         socket=typed("socket", str, optional=True),
@@ -235,7 +235,7 @@ def _parse(body: Any) -> Endpoint:
     )
 
 
-def liveness(endpoint: Endpoint, kernel: Births) -> Liveness:
+def liveness(endpoint: Endpoint, kernel: ProcessIdentityReader) -> Liveness:
     """
     Return whether the sidecar that wrote `endpoint` still runs; ``unknown`` if that cannot be decided.
 
@@ -243,11 +243,11 @@ def liveness(endpoint: Endpoint, kernel: Births) -> Liveness:
     and start is that sidecar; if there is no such process, the sidecar is dead only if it wrote before this boot.
     """
     try:
-        if endpoint.realm != kernel.realm():
+        if endpoint.host_scope != kernel.host_scope():
             return "unknown"
         boot_id = kernel.boot_id()
         found = kernel.start_key(endpoint.pid) == endpoint.start
-        anywhere = endpoint.realm.startswith(ANY_MACHINE)
+        anywhere = endpoint.host_scope.startswith(ANY_MACHINE)
         if endpoint.boot_id == boot_id and not (anywhere and boot_id == UNKNOWN_BOOT):
             return "alive" if found else "dead"
         if anywhere:
@@ -260,9 +260,9 @@ def liveness(endpoint: Endpoint, kernel: Births) -> Liveness:
         return "unknown"
 
 
-def published(directory: Path, kernel: Births | None = None) -> list[Published]:
+def published(directory: Path, kernel: ProcessIdentityReader | None = None) -> list[Published]:
     """Return the readable runtime files of this user in `directory`, the newest first."""
-    kernel = kernel or births()
+    kernel = kernel or process_identities()
     found = []
     for path in _entries(directory, FILE):
         with suppress(EndpointError, OSError):
@@ -272,14 +272,14 @@ def published(directory: Path, kernel: Births | None = None) -> list[Published]:
 
 
 def discover(
-    pid: int | None = None, *, directories: list[Path] | None = None, kernel: Births | None = None
+    pid: int | None = None, *, directories: list[Path] | None = None, kernel: ProcessIdentityReader | None = None
 ) -> list[Endpoint]:
     """
     Return the running sidecars of this user: those with the target `pid` first, and then the newest first.
 
     This changes no file and raises no error about a file.
     """
-    kernel = kernel or births()
+    kernel = kernel or process_identities()
     found = [
         entry.endpoint
         for directory in (runtime_directories() if directories is None else directories)
@@ -299,14 +299,14 @@ def discover(
 # Cleaning up
 
 
-def sweep(directory: Path, kernel: Births | None = None) -> list[Path]:
+def sweep(directory: Path, kernel: ProcessIdentityReader | None = None) -> list[Path]:
     """
     Remove the files of dead sidecars in `directory`: runtime files, sockets with their locks, temporary files.
 
     Returns:
         The paths of the removed files.
     """
-    kernel = kernel or births()
+    kernel = kernel or process_identities()
     removed = [entry.path for entry in published(directory, kernel) if entry.liveness == "dead" and _remove(entry.path)]
     for path in _entries(directory, SOCKET):
         with suppress(OSError, EndpointError):

@@ -95,10 +95,10 @@ class SocketLock:
         if self._fd >= 0:
             with suppress(OSError):
                 os.unlink(self._path)
-        self.forget()
+        self.close()
 
-    def forget(self) -> None:
-        """Close the file in a forked child; the parent still holds the lock."""
+    def close(self) -> None:
+        """Close the file without removing it; in a forked child, because the parent still holds the lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
-from vitalsd.doctor.cpu_load import Burner, BurnerProcess, BurnerThreads, Log, bounds_ns
-from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
+from vitalsd.doctor.cpu_load import CpuLoad, CpuLoadProcess, CpuLoadThreads, Log, bounds_ns
+from vitalsd.doctor.finding import BUG, Finding, between, make_finding, not_here
 from vitalsd.snapshot import Measurement, Part, Snapshot, measure
 from vitalsd.sources.base import Source
 from vitalsd.sources.platform import Platform
@@ -41,7 +41,7 @@ class _Reading:
 
 def own_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Finding]:
     """Compare the threads of this process with their own clocks, and its total with getrusage."""
-    with BurnerThreads(DUTIES) as burner, closing(platform.open_source(None)) as source:
+    with CpuLoadThreads(DUTIES) as load, closing(platform.open_source(None)) as source:
         _read(source)  # the first snapshot opens files that stay open for the others
         low = _usage_ns()
         first = _read(source)
@@ -50,24 +50,24 @@ def own_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Find
         spent = (_usage_ns() - high, 0)
         last = _read(source)
         spent = (spent[0], _usage_ns() - low)
-        logs = burner.logs()
+        logs = load.logs()
     measured = measure(first.snapshot, last.snapshot)
-    yield from _threads("own", "in process", burner, logs, first, last)
+    yield from _threads("own", "in process", load, logs, first, last)
     yield _total("own", "process total, by getrusage", measured, spent)
     yield _ticks("own", "scale of ticks", measured, spent)
 
 
 def another_process(platform: Platform, window_s: float = WINDOW_S) -> Iterator[Finding]:
     """Compare the threads of another process with their own clocks, and its total with the sum of these clocks."""
-    with BurnerProcess(DUTIES) as burner, closing(platform.open_source(burner.pid)) as source:
-        burner.note()
+    with CpuLoadProcess(DUTIES) as load, closing(platform.open_source(load.pid)) as source:
+        load.note()
         _read(source)
         first = _read(source)
         time.sleep(window_s)
         last = _read(source)
-        logs = burner.logs()
+        logs = load.logs()
     measured = measure(first.snapshot, last.snapshot)
-    yield from _threads("other", "another process", burner, logs, first, last)
+    yield from _threads("other", "another process", load, logs, first, last)
     spans = [_spent(log, first, last) for log in logs.values()]
     spent = sum(low for low, _ in spans), sum(high for _, high in spans)
     yield _total("other", "process total, by all its threads' clocks", measured, spent)
@@ -96,7 +96,7 @@ def _spent(log: Log, first: _Reading, last: _Reading) -> tuple[int, int]:
 
 
 def _threads(
-    place: str, where: str, burner: Burner, logs: Mapping[str, Log], first: _Reading, last: _Reading
+    place: str, where: str, load: CpuLoad, logs: Mapping[str, Log], first: _Reading, last: _Reading
 ) -> Iterator[Finding]:
     measured = measure(first.snapshot, last.snapshot)
     percent = 100 / measured.elapsed_ns
@@ -105,13 +105,13 @@ def _threads(
         check, what = f"cpu.{place}.{duty}", f"thread at {duty} %, {where}"
         low, high = (ns * percent for ns in _spent(logs[name], first, last))
         try:
-            index = measured.last.roster.tids.index(burner.tids[name])
+            index = measured.last.roster.tids.index(load.tids[name])
         except ValueError:
-            yield judged(check, what, between(low, high, "%"), "the thread is not listed", False, BUG)
+            yield make_finding(check, what, between(low, high, "%"), "the thread is not listed", False, BUG)
             continue
         read = measured.thread_cpu_ns[index] * percent
         error = measured.thread_error_ns(index) * percent
-        yield judged(
+        yield make_finding(
             check,
             what,
             f"{between(low, high, '%')} by its own clock",
@@ -125,13 +125,13 @@ def _total(place: str, what: str, measured: Measurement, spent: tuple[int, int])
     low, high = (ns / 1e6 for ns in spent)
     slack = (measured.cpu_error_ns + LAG_NS * len(DUTIES)) / 1e6 + TOTAL_ALLOWANCE * high
     read = measured.cpu_ns / 1e6
-    return judged(
+    return make_finding(
         f"cpu.{place}.total",
         what,
         f"{between(low, high, 'ms', 0)} ± {slack:.0f}",
         f"{read:.0f} ms",
         low - slack <= read <= high + slack,
-        "the process total leaves out threads or counts in another unit; " + BUG,
+        "the process total omits threads or counts in another unit; " + BUG,
     )
 
 
@@ -140,11 +140,11 @@ def _ticks(place: str, what: str, measured: Measurement, spent: tuple[int, int])
     check = f"ticks.{place}"
     a, b = measured.first.figures, measured.last.figures
     if a is None or b is None or None in (a.user_ns, a.system_ns, b.user_ns, b.system_ns):
-        return not_here(check, what, "no user and system time to be had")
+        return not_here(check, what, "user and system time are not available")
     grown = (b.user_ns + b.system_ns) - (a.user_ns + a.system_ns)  # type: ignore[operator]
     true_ns = max(1, (spent[0] + spent[1]) // 2)
     oddities = "".join(f"; {warning}" for warning in measured.warnings if "hw.tbfrequency" in warning)
-    return judged(
+    return make_finding(
         check,
         what,
         "1 (0.7 to 1.4) of the true time",

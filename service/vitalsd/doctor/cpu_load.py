@@ -5,7 +5,7 @@ Readings are compared with this record and not with the requested part, which a 
 A CPU clock never goes back, so the last entry before an instant and the first one after it are bounds of the CPU time
 that the thread had used then, however it was scheduled.
 
-`BurnerProcess` burns in a process of its own, ``vitalsd burn``: it obeys words on standard input, answers each with a
+`CpuLoadProcess` burns in a process of its own, ``vitalsd burn``: it obeys words on standard input, answers each with a
 line of JSON, and ends when standard input does.
 """
 
@@ -26,14 +26,14 @@ from typing import Any, Protocol
 from vitalsd.sidecar.frozen import own_command, with_own_path
 
 __all__ = [
-    "Burner",
-    "BurnerProcess",
-    "BurnerThreads",
+    "CpuLoad",
+    "CpuLoadProcess",
+    "CpuLoadThreads",
     "Log",
+    "allocate_touched",
     "bounds_ns",
     "burn_for_doctor",
     "name_this_thread",
-    "touched",
 ]
 
 PERIOD_S = 0.02
@@ -49,7 +49,7 @@ Log = list[tuple[int, int, int]]
 """Entries of a thread: the monotonic clock before, its CPU time, the monotonic clock after; ns."""
 
 
-class Burner(Protocol):
+class CpuLoad(Protocol):
     """Burn CPU time with threads, in this process or another."""
 
     @property
@@ -83,7 +83,7 @@ def name_this_thread(name: str) -> None:
             file.write(name)
 
 
-class _Duty(threading.Thread):
+class _LoadThread(threading.Thread):
     """Burn `percent` of a core; at 0, sleep except to write the record."""
 
     def __init__(self, percent: int) -> None:
@@ -134,7 +134,7 @@ class _Duty(threading.Thread):
         self.log.append((before, time.thread_time_ns(), time.monotonic_ns()))
 
 
-class BurnerThreads:
+class CpuLoadThreads:
     """
     Burn with threads of this process, named ``burn-<percent>``, for as long as the context lasts.
 
@@ -144,10 +144,10 @@ class BurnerThreads:
 
     def __init__(self, duties: Sequence[int]) -> None:
         self.pid = os.getpid()
-        self._threads = [_Duty(percent) for percent in duties]
+        self._threads = [_LoadThread(percent) for percent in duties]
         self.tids: dict[str, int] = {}
 
-    def __enter__(self) -> "BurnerThreads":
+    def __enter__(self) -> "CpuLoadThreads":
         """Start the threads; `tids` has all of them then."""
         for thread in self._threads:
             thread.start()
@@ -171,7 +171,7 @@ class BurnerThreads:
         return {thread.name: thread.log for thread in self._threads}
 
 
-class BurnerProcess:
+class CpuLoadProcess:
     """
     Burn with threads of a process of their own, which ends with the context, and with this process.
 
@@ -199,7 +199,7 @@ class BurnerProcess:
         self.pid = self._process.pid
         self.tids: dict[str, int] = {}
 
-    def __enter__(self) -> "BurnerProcess":
+    def __enter__(self) -> "CpuLoadProcess":
         """Wait until the threads burn; `tids` has all of them then."""
         try:
             self.tids = self._answer()
@@ -238,7 +238,7 @@ class BurnerProcess:
         return json.loads(line)
 
 
-def touched(size: int) -> mmap.mmap:
+def allocate_touched(size: int) -> mmap.mmap:
     """Return anonymous memory of `size` bytes, a multiple of the page size, with every page written to."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     for page in range(0, size, mmap.PAGESIZE):
@@ -248,24 +248,24 @@ def touched(size: int) -> mmap.mmap:
 
 def burn_for_doctor(duties: Sequence[int]) -> None:
     """
-    Obey a `BurnerProcess` of another process until standard input ends.
+    Obey a `CpuLoadProcess` of another process until standard input ends.
 
     Args:
         duties: percent of a core, one thread each.
     """
     held: mmap.mmap | None = None
     own: Log = []
-    with BurnerThreads(duties) as burner:
-        print(json.dumps(burner.tids), flush=True)
+    with CpuLoadThreads(duties) as load:
+        print(json.dumps(load.tids), flush=True)
         for line in sys.stdin:
             before = time.monotonic_ns()
             own.append((before, time.thread_time_ns(), time.monotonic_ns()))
             answer: Any = None
             match line.split():
                 case ["logs"]:  # "note" needs no case: each order adds an entry for this thread
-                    answer = {"main": own, **burner.logs()}
+                    answer = {"main": own, **load.logs()}
                 case ["hold", size]:
                     if held is not None:
                         held.close()
-                    held = touched(int(size)) if int(size) else None
+                    held = allocate_touched(int(size)) if int(size) else None
             print(json.dumps(answer), flush=True)

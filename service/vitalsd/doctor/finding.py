@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["BUG", "Finding", "Verdict", "between", "judged", "not_here"]
+__all__ = ["BUG", "Finding", "Verdict", "between", "make_finding", "not_here"]
 
 BUG = "report it with the output of `vitalsd doctor --json`"
 """The next step after a failure that the user cannot mend."""
@@ -25,13 +25,13 @@ class Finding:
     """What the user should do; only after a failure."""
 
 
-def judged(check: str, what: str, expected: str, measured: str, good: bool, next_step: str) -> Finding:
-    """Return a line that passes if `good`, or else fails, with `next_step`."""
+def make_finding(check: str, what: str, expected: str, measured: str, good: bool, next_step: str) -> Finding:
+    """Return a finding that passes if `good`, and otherwise fails, with `next_step`."""
     return Finding(check, what, expected, measured, "pass" if good else "fail", None if good else next_step)
 
 
 def not_here(check: str, what: str, why: str) -> Finding:
-    """Return a line about what this platform or machine does not have."""
+    """Return a finding about what this platform or machine does not have."""
     return Finding(check, what, "-", why, "not here")
 
 

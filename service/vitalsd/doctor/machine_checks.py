@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from vitalsd.discovery.directories import EndpointError, runtime_directory, state_directory
-from vitalsd.doctor.cpu_load import BurnerProcess
-from vitalsd.doctor.finding import Finding, judged
+from vitalsd.doctor.cpu_load import CpuLoadProcess
+from vitalsd.doctor.finding import Finding, make_finding
 from vitalsd.sources.base import SourceError
 from vitalsd.sources.platform import Platform
 
@@ -28,10 +28,10 @@ def source(platform: Platform) -> Iterator[Finding]:
             counted_by, why = own.snapshot().source, ""
     except SourceError as error:
         counted_by, why = "", str(error)
-    yield judged(
+    yield make_finding(
         "platform",
         "platform and source",
-        "linux or macos, and its kernel answers",
+        "linux or macos, and the source can be opened",
         f"{here}, {counted_by or why}",
         bool(counted_by) and platform.name in ("linux", "macos"),
         "vitalsd reads Linux through /proc and macOS through libSystem: mount /proc, or name another with --proc-root",
@@ -41,17 +41,17 @@ def source(platform: Platform) -> Iterator[Finding]:
 def permission(platform: Platform) -> Iterator[Finding]:
     """Check that another process of this user may be read, and count the processes."""
     try:
-        with BurnerProcess(()) as other:
+        with CpuLoadProcess(()) as other:
             with closing(platform.open_source(other.pid)) as opened:
                 counted_by = opened.snapshot().source
             listed = list(platform.list_processes())
             good = any(entry.pid == other.pid for entry in listed)
         mine = sum(entry.is_of(os.geteuid()) for entry in listed)
         measured = f"{counted_by}; {len(listed)} processes, {mine} of this user"
-        measured += "" if good else ", and not the one just started"
+        measured += "" if good else ", without the one just started"
     except SourceError as error:
         good, measured = False, str(error)
-    yield judged(
+    yield make_finding(
         "permission",
         "another process of this user",
         "may be read, and is listed",
@@ -65,13 +65,13 @@ def descriptors(platform: Platform) -> Iterator[Finding]:
     """Check the limit of open descriptors."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
-    yield judged(
+    yield make_finding(
         "descriptors",
         "file descriptors allowed",
         f"at least {DESCRIPTORS}",
         limit,
         soft == resource.RLIM_INFINITY or soft >= DESCRIPTORS,
-        "allow more: ulimit -n 1024",
+        "raise the limit: ulimit -n 1024",
     )
 
 
@@ -89,7 +89,7 @@ def directories(platform: Platform) -> Iterator[Finding]:
             measured, good = f"{mode:04o} {path}{'' if writable else ', not writable'}", mode == 0o700 and writable
         except (EndpointError, OSError) as error:
             measured, good = str(error), False
-        yield judged(
+        yield make_finding(
             check,
             what,
             "mode 0700, writable",

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import NamedTuple
 
-from vitalsd.doctor.cpu_load import BurnerProcess, name_this_thread, touched
-from vitalsd.doctor.finding import BUG, Finding, between, judged, not_here
+from vitalsd.doctor.cpu_load import CpuLoadProcess, allocate_touched, name_this_thread
+from vitalsd.doctor.finding import BUG, Finding, between, make_finding, not_here
 from vitalsd.snapshot import Measurement, Part, Snapshot, measure
 from vitalsd.sources.base import Source
 from vitalsd.sources.platform import Platform
 
-__all__ = ["age", "held", "leftovers", "memory", "threads"]
+__all__ = ["age", "check_leaks", "held_resources", "memory", "threads"]
 
 MIB = 1 << 20
 ALLOCATED_BYTES = 32 * MIB
@@ -28,7 +28,7 @@ EXIT_NS = 5_000_000
 """CPU time that a thread may use before it first reads its own clock and after it last does, ns."""
 SNAPSHOTS = 200
 """Number of snapshots after which nothing may be left behind."""
-QUIET_S = 5.0
+THREAD_EXIT_TIMEOUT_S = 5.0
 """The kernel has this long to remove threads that have ended, s."""
 ALLOWED = {"ports": 4, "references": 4}
 """Number that the libraries of macOS may acquire by themselves. A leak in one snapshot of 50 would exceed it."""
@@ -38,11 +38,11 @@ def memory(platform: Platform) -> Iterator[Finding]:
     """Compare resident memory with an allocation of known size that is touched and freed."""
     with closing(platform.open_source(None)) as source:
         before = source.snapshot().rss_bytes
-        block = touched(ALLOCATED_BYTES)
+        block = allocate_touched(ALLOCATED_BYTES)
         with_it = source.snapshot().rss_bytes
         block.close()
         yield _memory("rss.own", "resident memory, in process", before, with_it, source.snapshot().rss_bytes)
-    with BurnerProcess(()) as other, closing(platform.open_source(other.pid)) as source:
+    with CpuLoadProcess(()) as other, closing(platform.open_source(other.pid)) as source:
         before = source.snapshot().rss_bytes
         other.hold(ALLOCATED_BYTES)
         with_it = source.snapshot().rss_bytes
@@ -52,7 +52,7 @@ def memory(platform: Platform) -> Iterator[Finding]:
 
 def _memory(check: str, what: str, before: int, with_it: int, after: int) -> Finding:
     grown, shrunk = with_it - before, with_it - after
-    return judged(
+    return make_finding(
         check,
         what,
         f"+{ALLOCATED_BYTES / MIB:.1f} MiB and back, ± {STRAY_BYTES / MIB:.0f}",
@@ -64,13 +64,13 @@ def _memory(check: str, what: str, before: int, with_it: int, after: int) -> Fin
 
 def age(platform: Platform) -> Iterator[Finding]:
     """Compare the age of a process that was just started, and its growth, with the monotonic clock."""
-    with BurnerProcess(()) as other, closing(platform.open_source(other.pid)) as source:
+    with CpuLoadProcess(()) as other, closing(platform.open_source(other.pid)) as source:
         first = source.snapshot()
         time.sleep(0.2)
         last = source.snapshot()
     low, high = ((first.monotonic_ns - ns) / 1e9 for ns in (other.started_ns, other.begun_ns))
     read = first.uptime_ns / 1e9
-    yield judged(
+    yield make_finding(
         "uptime.age",
         "age of a process just started",
         f"{between(low, high, 's', 3)} ± {CLOCK_ALLOWANCE_S}",
@@ -80,7 +80,7 @@ def age(platform: Platform) -> Iterator[Finding]:
     )
     passed = (last.boottime_ns - first.boottime_ns) / 1e9
     advance = (last.uptime_ns - first.uptime_ns) / 1e9
-    yield judged(
+    yield make_finding(
         "uptime.advance",
         "age across two samples",
         f"+{passed:.3f} s ± {CLOCK_ALLOWANCE_S}",
@@ -164,7 +164,7 @@ def _snapshots_around(cast: _Cast, source: Source) -> tuple[Snapshot, Snapshot]:
     for thread in ending:
         thread.join()
     last = source.snapshot()
-    deadline = time.monotonic() + QUIET_S
+    deadline = time.monotonic() + THREAD_EXIT_TIMEOUT_S
     # `join` returns a little before the kernel has removed the thread.
     while {thread.native_id for thread in ending} & set(last.roster.tids) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -179,13 +179,13 @@ def _known(cast: _Cast, last: Snapshot) -> Finding:
     }
     missing = len(python - set(listed))
     wrong = sum(listed.get(thread.native_id or 0) not in (thread.name, None) for thread in cast.young)
-    return judged(
+    return make_finding(
         "threads.known",
         "ids and names, by threading",
         f"all {len(python)}, those named by their names",
         f"{len(python) - missing} listed, {wrong} under another name",
         not missing and not wrong,
-        f"threads are lost on the way from the kernel; {BUG}",
+        f"vitalsd omits threads that the kernel lists; {BUG}",
     )
 
 
@@ -198,28 +198,28 @@ def _births(cast: _Cast, measured: Measurement) -> Finding:
         and dead >= {thread.native_id for thread in cast.old}
         and cast.brief.native_id not in last.roster.tids
     )
-    return judged(
+    return make_finding(
         "threads.births",
         "threads born and dead in a window",
         f"{len(cast.young)} born, {len(cast.old)} dead, {len(first.roster)} before and after",
         f"{len(born)} born, {len(dead)} dead, {len(first.roster)} before, {len(last.roster)} after",
         right and len(first.roster) + len(born) - len(dead) == len(last.roster),
-        f"threads are lost or invented between two snapshots; {BUG}",
+        f"the difference of two snapshots has missing or extra threads; {BUG}",
     )
 
 
 def _books(cast: _Cast, measured: Measurement) -> Iterator[Finding]:
     exited = sum(thread.cpu_ns - thread.waited_ns for thread in cast.old) + cast.brief.cpu_ns
     slack = measured.cpu_error_ns + EXIT_NS * 3
-    yield judged(
+    yield make_finding(
         "books.exited",
         "CPU time of threads that ended",
         f"{exited / 1e6:.0f} ms ± {slack / 1e6:.0f}",
         f"{measured.exited_ns / 1e6:.0f} ms",
         abs(measured.exited_ns - exited) <= slack,
-        f"the total leaves out the dead, or counts in another unit than the threads; {BUG}",
+        f"the total omits ended threads, or counts in another unit than the threads; {BUG}",
     )
-    yield judged(
+    yield make_finding(
         "books.balance",
         "process = living + exited + rest",
         f"rest 0 ± {slack / 1e6:.0f} ms",
@@ -230,7 +230,7 @@ def _books(cast: _Cast, measured: Measurement) -> Iterator[Finding]:
     )
 
 
-def held(platform: Platform) -> dict[str, int]:
+def held_resources(platform: Platform) -> dict[str, int]:
     """Count what this process may leak: descriptors, threads and, on macOS, ports and references."""
     return {
         "descriptors": len(os.listdir("/dev/fd")),
@@ -239,17 +239,17 @@ def held(platform: Platform) -> dict[str, int]:
     }
 
 
-def leftovers(platform: Platform, quiet_s: float = QUIET_S) -> Iterator[Finding]:
+def check_leaks(platform: Platform, timeout_s: float = THREAD_EXIT_TIMEOUT_S) -> Iterator[Finding]:
     """
     Check that snapshots of this and another process leave nothing behind, while threads are born and end here.
 
     Args:
         platform: opens the processes.
-        quiet_s: the kernel has this long to remove threads that have ended, s.
+        timeout_s: the kernel has this long to remove threads that have ended, s.
     """
-    before = held(platform)
+    before = held_resources(platform)
     with (
-        BurnerProcess(()) as other,
+        CpuLoadProcess(()) as other,
         closing(platform.open_source(None)) as own,
         closing(platform.open_source(other.pid)) as foreign,
     ):
@@ -259,17 +259,17 @@ def leftovers(platform: Platform, quiet_s: float = QUIET_S) -> Iterator[Finding]
             passing.start()
             sources[i % 2].snapshot(parts=Part.DETAIL if i % 8 < 2 else Part.NONE)
             passing.join()
-    deadline = time.monotonic() + quiet_s
-    while _grown(before, after := held(platform)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + timeout_s
+    while _grown(before, after := held_resources(platform)) and time.monotonic() < deadline:
         time.sleep(0.05)  # the kernel removes threads some time after their end
         with closing(platform.open_source(None)) as source:
             source.snapshot()
     for kind in ("descriptors", "threads", "ports", "references"):
         check, what = f"left.{kind}", f"{kind} after {SNAPSHOTS} snapshots"
         if kind not in before:
-            yield not_here(check, what, "of macOS alone")
+            yield not_here(check, what, "exists on macOS only")
             continue
-        yield judged(
+        yield make_finding(
             check,
             what,
             f"at most {before[kind]}, as before" + (f", or {ALLOWED[kind]} more" if kind in ALLOWED else ""),

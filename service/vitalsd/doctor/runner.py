@@ -63,7 +63,7 @@ def examine(
         ("memory", process_checks.memory),
         ("age", process_checks.age),
         ("threads", process_checks.threads),
-        ("what snapshots leave behind", process_checks.leftovers),
+        ("what snapshots leave behind", process_checks.check_leaks),
     ]
     with _unmade(), _places() as places:
         checks.append(("a sidecar", partial(sidecar, places=places)))
@@ -85,7 +85,7 @@ def _broken(what: str, error: Exception) -> Finding:
         "can be examined",
         f"{type(error).__name__}: {error}",
         "fail",
-        f"more descriptors, memory or room on disk? If not, {BUG}",
+        f"check free descriptors, memory and disk space; otherwise {BUG}",
     )
 
 

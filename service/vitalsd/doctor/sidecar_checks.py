@@ -15,8 +15,8 @@ import httpx
 
 from vitalsd.contract.metrics import Measured, parse_runtime_metrics
 from vitalsd.discovery.runtime_file import discover
-from vitalsd.doctor.cpu_load import BurnerProcess
-from vitalsd.doctor.finding import BUG, Finding, judged, not_here
+from vitalsd.doctor.cpu_load import CpuLoadProcess
+from vitalsd.doctor.finding import BUG, Finding, make_finding, not_here
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import UnreadableRunError, read_run
 from vitalsd.sidecar.spawn import SpawnError, spawn
@@ -61,35 +61,35 @@ def sidecar(platform: Platform, places: tuple[Path, Path] | None) -> Iterator[Fi
     run, state = places
     present = frozenset(os.listdir(run))
     env = {**os.environ, "VITALSD_RUNTIME_DIR": str(run), "VITALSD_STATE_DIR": str(state)}
-    with BurnerProcess((0, 30)) as burner:
+    with CpuLoadProcess((0, 30)) as load:
 
         def start() -> Spawned:
             options = ("--exit-with-target", "--port", "0")
-            return spawn(burner.pid, options=options, command=platform.command, env=env, timeout_s=START_S)
+            return spawn(load.pid, options=options, command=platform.command, env=env, timeout_s=START_S)
 
         begun = time.monotonic()
         try:
             service = start()
         except SpawnError as error:
-            yield judged("service.start", "sidecar starts", "it answers", str(error), False, _by_hand(burner.pid))
+            yield make_finding("service.start", "sidecar starts", "it answers", str(error), False, _by_hand(load.pid))
             return
         with service:
             took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
-            yield judged("service.start", "sidecar starts", "it answers", took, True, "")
-            yield from _asked(service, burner)
-            yield _found(platform, service, burner, run)
+            yield make_finding("service.start", "sidecar starts", "it answers", took, True, "")
+            yield from _asked(service, load)
+            yield _found(platform, service, load, run)
             yield _modes(service)
             yield from _cost(platform, service)
-            yield _trailing(service, burner)
+            yield _trailing(service, load)
             os.kill(service.pid, signal.SIGKILL)
             service.stop()
-        yield _black_box(state / "runs", burner)
+        yield _black_box(state / "runs", load)
         with start() as service:
             yield _end(service, run, present)
 
 
 def _by_hand(pid: int) -> str:
-    return f"see what it says by hand: vitalsd serve --pid {pid}"
+    return f"start it by hand and read its messages: vitalsd serve --pid {pid}"
 
 
 def _get(service: Spawned, path: str, *, uds: bool = False) -> httpx.Response:
@@ -99,10 +99,10 @@ def _get(service: Spawned, path: str, *, uds: bool = False) -> httpx.Response:
         return client.get((("http://vitalsd" if uds else service.url) or "") + path)
 
 
-def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
+def _asked(service: Spawned, load: CpuLoadProcess) -> Iterator[Finding]:
     for check, what, uds in (("http.tcp", "GET /metrics over TCP", False), ("http.unix", "the same by socket", True)):
         if uds and service.socket is None:
-            yield judged(check, what, "a Unix socket", "there is none", False, "see the directories above")
+            yield make_finding(check, what, "a Unix socket", "there is none", False, "see the directories above")
             continue
         begun = time.monotonic()
         try:
@@ -110,29 +110,31 @@ def _asked(service: Spawned, burner: BurnerProcess) -> Iterator[Finding]:
             answered = parse_runtime_metrics(answer.content)
         except (httpx.HTTPError, ValueError) as error:
             failure = f"{type(error).__name__}: {error}"
-            yield judged(check, what, "an answer", failure, False, "is something between, a firewall or a sandbox?")
+            yield make_finding(
+                check, what, "an answer", failure, False, "check whether a firewall or a sandbox blocks the connection"
+            )
             continue
         took_ms = (time.monotonic() - begun) * 1000
         if isinstance(answered, Measured):
             tids = {thread.tid for thread in answered.threads}
-            good = set(burner.tids.values()) <= tids and answered.sample_window_ms >= SHARED_MS
+            good = set(load.tids.values()) <= tids and answered.sample_window_ms >= SHARED_MS
             measured = f"{len(answered.threads)} threads over {answered.sample_window_ms} ms, after {took_ms:.0f} ms"
         else:
             good, measured = False, answered.reason
-        expected = f"its {len(burner.tids) + 1} threads, over {SHARED_MS} ms or more"
-        yield judged(check, what, expected, measured, good, BUG)
+        expected = f"its {len(load.tids) + 1} threads, over {SHARED_MS} ms or more"
+        yield make_finding(check, what, expected, measured, good, BUG)
 
 
-def _found(platform: Platform, service: Spawned, burner: BurnerProcess, run: Path) -> Finding:
-    found = discover(burner.pid, directories=[run], kernel=platform.births())
+def _found(platform: Platform, service: Spawned, load: CpuLoadProcess, run: Path) -> Finding:
+    found = discover(load.pid, directories=[run], kernel=platform.process_identities())
     first = found[0] if found else None
     good = first is not None and first.pid == service.pid and first.url == service.url
-    return judged(
+    return make_finding(
         "discovery",
         "found by its runtime file",
         f"sidecar {service.pid} at {service.url}",
         f"sidecar {first.pid} at {first.url}" if first else "no sidecar",
-        good and first is not None and first.target is not None and first.target.pid == burner.pid,
+        good and first is not None and first.target is not None and first.target.pid == load.pid,
         f"`vitalsd endpoints` lists what is found; {BUG}",
     )
 
@@ -140,7 +142,7 @@ def _found(platform: Platform, service: Spawned, burner: BurnerProcess, run: Pat
 def _modes(service: Spawned) -> Finding:
     paths = [Path(path) for path in (service.socket, service.runtime_file) if path is not None]
     modes = [f"{stat.S_IMODE(os.lstat(path).st_mode):04o}" for path in (*paths, *(path.parent for path in paths[:1]))]
-    return judged(
+    return make_finding(
         "socket.modes",
         "modes of socket, runtime file, directory",
         "0600, 0600, 0700",
@@ -164,15 +166,15 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
     percent = 100 / measured.elapsed_ns
     error = measured.cpu_error_ns * percent
     cost = measured.cpu_ns * percent
-    yield judged(
+    yield make_finding(
         "cost.cpu",
         "a recording sidecar's CPU",
         f"at most {CPU_PERCENT} % of a core",
         f"{cost:.2f} % ± {error:.2f}",
         cost <= CPU_PERCENT + error,
-        "is the machine very busy? Try again; less: vitalsd serve --record-interval 5",
+        "the machine may be very busy: try again; vitalsd serve --record-interval 5 costs less",
     )
-    yield judged(
+    yield make_finding(
         "cost.rss",
         "its resident memory",
         f"at most {RSS_MIB} MiB",
@@ -185,13 +187,13 @@ def _cost(platform: Platform, service: Spawned) -> Iterator[Finding]:
         yield not_here("cost.wakeups", "its wakeups", "the kernel does not count them")
         return
     rate = (now - woken) * 1e9 / measured.elapsed_ns
-    yield judged(
+    yield make_finding(
         "cost.wakeups",
         "its wakeups",
         f"at most {WAKEUPS_PER_S} a second",
         f"{rate:.1f} a second",
         rate <= WAKEUPS_PER_S,
-        f"something in it polls; {BUG}",
+        f"a part of the sidecar polls; {BUG}",
     )
 
 
@@ -211,7 +213,7 @@ def _wakeups(platform: Platform, snapshot: Snapshot, pid: int) -> int | None:
     return number
 
 
-def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
+def _trailing(service: Spawned, load: CpuLoadProcess) -> Finding:
     """
     Check that the record answers for the second that just ended. The quickest of three answers counts.
 
@@ -223,33 +225,33 @@ def _trailing(service: Spawned, burner: BurnerProcess) -> Finding:
         answer: dict[str, Any] = _get(service, "/metrics?mode=trailing&window_ms=1000&detail=full").json()
         took_ms = min(took_ms, (time.monotonic() - begun) * 1000)
     window = answer.get("window", {"mode": answer.get("reason"), "measured_ms": 0})
-    tid = burner.tids["burn-30"]
+    tid = load.tids["burn-30"]
     busy = next((each["cpu_percent"] for each in answer.get("threads", []) if each["tid"] == tid), 0.0)
-    return judged(
+    return make_finding(
         "trailing",
         "the second that just ended",
-        f"at once ({LATE_MS} ms), with the thread that burnt",
+        f"within {LATE_MS} ms, with the thread that used CPU",
         f"{window['mode']}, {window['measured_ms']:.0f} ms, after {took_ms:.0f} ms, {busy:.1f} %",
         window["mode"] == "trailing" and window["measured_ms"] >= 500 and took_ms <= LATE_MS and busy > 0,
-        "is it recording? GET /info says under `recorder`",
+        "see `recorder` in GET /info: the sidecar may not be recording",
     )
 
 
-def _black_box(path: Path, burner: BurnerProcess) -> Finding:
+def _black_box(path: Path, load: CpuLoadProcess) -> Finding:
     """Judge the black box of a sidecar that SIGKILL has ended, which could not close it."""
     try:
-        run = next((run for run in RunDirectory(path).runs() if run.identity.pid == burner.pid), None)
+        run = next((run for run in RunDirectory(path).runs() if run.identity.pid == load.pid), None)
         kept = len(read_run(run.path)[1]) if run else 0
         measured = f"{run.state}, {kept} snapshots" if run else "no run on disk"
     except (UnreadableRunError, OSError) as error:
         run, kept, measured = None, 0, str(error)
-    return judged(
+    return make_finding(
         "blackbox",
         "black box after kill -9",
         "crashed, 2 snapshots or more",
         measured,
         run is not None and run.state == "crashed" and kept >= 2,
-        "is the disk full, or a network file system? Name another place in VITALSD_STATE_DIR",
+        "the disk may be full, or a network file system: name another place in VITALSD_STATE_DIR",
     )
 
 
@@ -266,9 +268,9 @@ def _end(service: Spawned, run: Path, present: frozenset[str]) -> Finding:
     status = service.stop(2 * END_S)
     took_s = time.monotonic() - begun
     left = sorted(set(os.listdir(run)) - present)
-    return judged(
+    return make_finding(
         "end",
-        "end by SIGTERM, and what is left",
+        "end by SIGTERM, and files that are left",
         f"status 0 within {END_S:.0f} s, nothing",
         f"status {status} after {took_s:.1f} s, {', '.join(left) or 'nothing'}",
         status == 0 and took_s <= END_S and not left,

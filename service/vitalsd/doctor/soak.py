@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
-from vitalsd.doctor.cpu_load import BurnerProcess
-from vitalsd.doctor.finding import BUG, Finding, judged, not_here
-from vitalsd.doctor.process_checks import held
+from vitalsd.doctor.cpu_load import CpuLoadProcess
+from vitalsd.doctor.finding import BUG, Finding, make_finding, not_here
+from vitalsd.doctor.process_checks import held_resources
 from vitalsd.snapshot import Part
 from vitalsd.sources.platform import Platform
 
@@ -71,7 +71,7 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
     taken = segment = 0
     begun = time.monotonic()
     with (
-        BurnerProcess((5,)) as other,
+        CpuLoadProcess((5,)) as other,
         closing(platform.open_source(None)) as own,
         closing(platform.open_source(other.pid)) as foreign,
         _churn() as born,
@@ -84,7 +84,7 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
             taken += BATCH
             if done < WARM_UP:
                 continue
-            now = {**held(platform), "rss": own.snapshot().rss_bytes}
+            now = {**held_resources(platform), "rss": own.snapshot().rss_bytes}
             for kind, value in now.items():
                 floor = floors.setdefault(kind, {})
                 if segment not in floor or value < floor[segment][1]:
@@ -94,22 +94,22 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
     for kind in ("descriptors", "threads", "ports", "references", "rss"):
         check, what = f"soak.{kind}", f"{'resident memory' if kind == 'rss' else kind} over {taken} snapshots"
         if kind not in floors:
-            yield not_here(check, what, "of macOS alone")
+            yield not_here(check, what, "exists on macOS only")
             continue
-        yield _judged(check, what, kind, list(floors[kind].values()), born[0])
+        yield _check_growth(check, what, kind, list(floors[kind].values()), born[0])
 
 
-def _judged(check: str, what: str, kind: str, points: Sequence[tuple[float, float]], born: int) -> Finding:
+def _check_growth(check: str, what: str, kind: str, points: Sequence[tuple[float, float]], born: int) -> Finding:
     found = slope(points)
     span = points[-1][0] - points[0][0]
     scale, unit = (1 / 1024, " KiB") if kind == "rss" else (1.0, "")
     allowed = RSS_BYTES + RSS_BYTES_PER_SNAPSHOT * span if kind == "rss" else CHURNED
-    return judged(
+    return make_finding(
         check,
         what,
         f"no certain growth over {allowed * scale:.0f}{unit}" if kind == "rss" else "no growth",
         f"{found.per_unit * 1000 * scale:+.2f} ± {found.margin * 1000 * scale:.2f}{unit} per 1000,"
-        f" {points[0][1] * scale:.0f} -> {points[-1][1] * scale:.0f}{unit}, {born} threads came and went",
+        f" {points[0][1] * scale:.0f} -> {points[-1][1] * scale:.0f}{unit}, {born} threads started and ended",
         (found.per_unit - found.margin) * span <= allowed,
         f"each snapshot leaves something behind; {BUG}",
     )

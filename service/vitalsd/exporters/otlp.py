@@ -66,7 +66,7 @@ DEFAULT_URL = "http://127.0.0.1:4318"
 PATH = "/v1/metrics"
 TIMEOUT_S = 10.0
 """Longest time limit of one push, s; a shorter interval of pushes shortens it."""
-QUIET_S = 600.0
+LOG_INTERVAL_S = 600.0
 """Least time between two warnings in the log about a Collector that is down, s."""
 CREDENTIALS = frozenset(
     f"OTEL_EXPORTER_OTLP_{name}" for name in ("HEADERS", "CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
@@ -284,8 +284,8 @@ class Push:
         )
         self._worker = Worker("vitalsd-otlp")
 
-    async def companion(self, _: object) -> None:
-        """Push until cancelled; see `vitalsd.sidecar.service.Companion`."""
+    async def run(self, _: object) -> None:
+        """Push until cancelled; see `vitalsd.sidecar.service.BackgroundTask`."""
         loop = asyncio.get_running_loop()
         due = loop.time()
         try:
@@ -354,7 +354,7 @@ def _session(failures: "_Failures") -> "requests.Session":
 
 
 class _Failures:
-    """Log when the Collector begins to fail and when it accepts metrics again, and once in `QUIET_S` in between."""
+    """Log when the Collector begins to fail, every `LOG_INTERVAL_S` while it does, and when it works again."""
 
     def __init__(self, url: str) -> None:
         self.reason = "it cannot be sent"
@@ -362,8 +362,8 @@ class _Failures:
         """Whether the last answer was not a redirect."""
         self._url = url
         self._count = 0
-        self._said_at = float("-inf")
-        self._said = False
+        self._logged_s = float("-inf")
+        self._has_logged = False
 
     def answered(self, status: int, reason: str) -> None:
         """Store the answer of the Collector: its status, and its reason phrase, which is escaped and cut."""
@@ -374,15 +374,15 @@ class _Failures:
 
     def note(self, well: bool) -> None:
         if well:
-            if self._said:
+            if self._has_logged:
                 log.info("%s takes metrics again; %d pushes were lost", self._url, self._count)
-            self._count, self._said = 0, False
+            self._count, self._has_logged = 0, False
             return
         self._count += 1
-        if time.monotonic() - self._said_at >= QUIET_S:
-            self._said_at, self._said = time.monotonic(), True
+        if time.monotonic() - self._logged_s >= LOG_INTERVAL_S:
+            self._logged_s, self._has_logged = time.monotonic(), True
             text = "cannot push metrics to %s: %s; retrying, the next message is in %d min at the earliest"
-            log.warning(text, self._url, self.reason, QUIET_S // 60)
+            log.warning(text, self._url, self.reason, LOG_INTERVAL_S // 60)
 
 
 def _root(error: BaseException) -> str:

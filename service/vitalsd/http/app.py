@@ -41,7 +41,7 @@ def create_app(
     targets: Targets,
     list_processes: Callable[[], Iterable[ProcessEntry]],
     *,
-    shelf: RunDirectoryReader | None = None,
+    run_directory: RunDirectoryReader | None = None,
     thread_metrics: int = THREAD_METRICS,
     stream_s: float = STREAM_S,
     application: Application = Application(),
@@ -50,7 +50,7 @@ def create_app(
     """
     Return the application over `targets`: it opens the default target when it starts, and closes all when it ends.
 
-    The other arguments are fields of `RouteContext`; the worker of `shelf` is stopped at the end.
+    The other arguments are fields of `RouteContext`; the worker of `run_directory` is stopped at the end.
 
     Raises:
         RuntimeError: no thread can be started.
@@ -64,7 +64,7 @@ def create_app(
 
     context = RouteContext(
         targets=targets,
-        shelf=shelf,
+        run_directory=run_directory,
         list_processes=list_processes,
         hides_processes=hides_processes,
         application=application,
@@ -109,5 +109,5 @@ async def _lifespan(context: RouteContext, _: FastAPI) -> AsyncIterator[None]:
         await context.targets.close()
         context.lister.stop(0.1)
         context.reader.stop(0.1)
-        if context.shelf is not None:
-            context.shelf.worker.stop(0.3)  # Time to remove its copy of a run.
+        if context.run_directory is not None:
+            context.run_directory.worker.stop(0.3)  # Time to remove its copy of a run.

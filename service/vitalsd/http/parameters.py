@@ -166,11 +166,11 @@ WindowMs = Annotated[int, Digits(*WINDOW_MS), Field(description="Window to measu
 HistorySeconds = Annotated[int, Digits(*HISTORY_SECONDS)]
 ThreadLimit = Annotated[
     Annotated[int, Digits(0, ANSWER_THREADS)] | None,
-    Field(description="At most so many threads, after sorting.", examples=[20]),
+    Field(description="Maximum number of threads, after sorting.", examples=[20]),
 ]
 OtherPid = Annotated[
     Annotated[int, Digits(1, 2**31 - 1)] | None,
-    Field(description="Another process than the sidecar's target.", examples=[4242]),
+    Field(description="Measure this process instead of the sidecar's target.", examples=[4242]),
 ]
 SortBy = Annotated[Sort, Field(description="Order of the threads; `cpu` is busiest first.", examples=["cpu"])]
 

@@ -113,10 +113,10 @@ TITLES: dict[Reason, tuple[int, str]] = {
 class ProblemJson(TypedDict):
     """A refusal (RFC 9457)."""
 
-    title: Annotated[str, Doc("What `reason` means, in words.")]
-    status: Annotated[int, Doc("The HTTP status, again.")]
+    title: Annotated[str, Doc("Meaning of `reason`, as text.")]
+    status: Annotated[int, Doc("The HTTP status.")]
     reason: Annotated[Reason, Doc("One of a closed set, for programs.")]
-    detail: Annotated[str, Doc("What is wrong and what would be right.")]
+    detail: Annotated[str, Doc("What is wrong, and what the sidecar accepts.")]
     parameter: NotRequired[Annotated[str | None, Doc("The query parameter, or the field of the body, that is wrong.")]]
 
 

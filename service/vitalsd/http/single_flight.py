@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from vitalsd.admission import OWNER, BusyError, Peer, Shares
 from vitalsd.contract.limits import WAITING_ANSWERS
-from vitalsd.worker_thread import seen
+from vitalsd.worker_thread import consume_exception
 
 __all__ = ["SingleFlight"]
 
@@ -71,7 +71,7 @@ class SingleFlight:
         finally:
             order.waiting -= 1
             if not order.waiting and not order.begun:
-                self._forget(key, order)
+                self._remove(key, order)
                 order.task.cancel()
 
     async def _in_turn(self, work: Callable[[], Awaitable[T]], order: _Order[T], peer: Peer) -> T:
@@ -83,11 +83,11 @@ class SingleFlight:
             self._end()
 
     def _done(self, key: Hashable, order: _Order[T], peer: Peer, task: asyncio.Task[T]) -> None:
-        self._forget(key, order)
+        self._remove(key, order)
         self._shares.release(peer)
-        seen(task)  # Every client may have disconnected.
+        consume_exception(task)  # Every client may have disconnected.
 
-    def _forget(self, key: Hashable, order: _Order[T]) -> None:
+    def _remove(self, key: Hashable, order: _Order[T]) -> None:
         if self._orders.get(key) is order:
             del self._orders[key]
 

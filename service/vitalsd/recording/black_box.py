@@ -168,9 +168,9 @@ class BlackBox:
         self.worker.submit(partial(self._writer.close, ended, crashed))
         self.worker.stop(0 if self.worker.overdue else timeout_s)
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Release the lock in a forked child: held, it would mark the run as being written after its writer died."""
-        self._writer.forget()
+        self._writer.close_in_child()
 
     def _post(self, call: Callable[[], None]) -> bool:
         """Give `call` to the writer; without backpressure: False, and counted, if too much waits for it already."""

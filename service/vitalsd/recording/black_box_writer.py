@@ -28,7 +28,7 @@ RETRY_NS = 2_000_000_000
 
 class BlackBoxWriter:
     """
-    Write one run. Each method but `forget` runs on the thread of the black box, and raises no error of the disk.
+    Write one run. Each method but `close_in_child` runs on the thread of the black box, and raises no disk error.
 
     That thread sets the attributes and other threads read them; `identity` is set by the sampler.
 
@@ -129,7 +129,7 @@ class BlackBoxWriter:
             self._with_file(RunFile.set_end, ended, crashed)
             self._release()
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Release the lock of the file, in a forked child."""
         if self._file is not None:
             self._file.release_lock()

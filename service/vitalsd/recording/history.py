@@ -67,7 +67,7 @@ class HistoryJson(TypedDict):
     schema: Literal[1]
     platform: Annotated[str, Lazy("vitalsd.contract.metrics:Platform")]
     target: Annotated[dict[str, Any], Lazy("vitalsd.contract.metrics:Target")]
-    interval_ms: Annotated[Count, Doc("Between two snapshots, ms.")]
+    interval_ms: Annotated[Count, Doc("Intended time between two snapshots, ms.")]
     time_ms: Annotated[list[int], Doc("End of each row, Unix time, ms.")]
     elapsed_ms: Annotated[list[float], Doc("Measured length of each row, ms.")]
     cpu_percent: Annotated[list[float], Doc("Of the process; 100 = one core busy.")]

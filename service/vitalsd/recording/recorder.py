@@ -15,7 +15,7 @@ from vitalsd.recording.run_reader import State
 from vitalsd.recording.series import EventKind, Mark, Record
 from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Part, Snapshot
 from vitalsd.sources.base import SourceError, TargetGoneError
-from vitalsd.worker_thread import seen
+from vitalsd.worker_thread import consume_exception
 
 __all__ = ["NoRecorder", "NotRecordingError", "Recorder", "RecorderConfig", "RecorderJson", "TargetRecorder"]
 
@@ -38,9 +38,9 @@ class BlackBoxJson(TypedDict):
 class RecorderJson(TypedDict):
     """The record. A replay has the fields without a default alone."""
 
-    interval_ms: Annotated[Count, Doc("Between two snapshots, ms.")]
-    snapshots: Annotated[Count, Doc("Held now.")]
-    marks: Annotated[Count, Doc("Held now.")]
+    interval_ms: Annotated[Count, Doc("Intended time between two snapshots, ms.")]
+    snapshots: Annotated[Count, Doc("Snapshots in the record.")]
+    marks: Annotated[Count, Doc("Marks in the record.")]
     ended: Annotated[str | None, Doc("Why there will be no more snapshots; null while there will.")]
     state: Annotated[State, Doc("running, or how the target ended.")]
     retention_secs: NotRequired[Annotated[Count | None, Doc("How much history is kept, s.")]]
@@ -129,7 +129,7 @@ class NoRecorder:
     def crashed(self, ended: str) -> None:
         """Do nothing: there is no record of the end."""
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Do nothing: nothing is held."""
 
 
@@ -221,11 +221,11 @@ class Recorder:
             return False
         reason = str(error)
         if isinstance(error, TargetGoneError):
-            ending = error.ending
-            if ending is not None:
-                reason = f"target {self.record.identity.pid} has exited: {ending.words}"
+            exit_status = error.exit_status
+            if exit_status is not None:
+                reason = f"target {self.record.identity.pid} has exited: {exit_status.description}"
             self.ended = reason
-            self._crashed = not (self._exits_itself() if ending is None else ending.well)
+            self._crashed = not (self._exits_itself() if exit_status is None else exit_status.is_clean)
             self._note("exited", self.ended)
             if self.blackbox is not None:
                 self.blackbox.end(self.ended, crashed=self._crashed)
@@ -257,7 +257,7 @@ class Recorder:
         mark, written = self._mark(label)
         if written is not None:
             waited = asyncio.wrap_future(written)
-            waited.add_done_callback(seen)  # the writer may be ending
+            waited.add_done_callback(consume_exception)  # the writer may be ending
             await asyncio.wait((waited,), timeout=MARK_S)
         return mark
 
@@ -287,10 +287,10 @@ class Recorder:
         """Return whether the disk of the black box does not answer."""
         return self.blackbox is not None and await self.blackbox.worker.hangs()
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Leave the black box to the parent process, in a forked child."""
         if self.blackbox is not None:
-            self.blackbox.forget()
+            self.blackbox.close_in_child()
 
     def close(self) -> None:
         """End the run: as clean, unless the target has crashed, as far as is known."""

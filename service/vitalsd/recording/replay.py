@@ -127,7 +127,7 @@ class Replay:
         """Raise `TargetGoneError`: nothing is measured now."""
         raise TargetGoneError(f"{self._reason}; it has no current counters")
 
-    async def confirm(self) -> None:
+    async def check_alive(self) -> None:
         """Raise `TargetGoneError`."""
         raise TargetGoneError(self._reason)
 

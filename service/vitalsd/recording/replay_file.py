@@ -56,7 +56,7 @@ class ReportMemberJson(TypedDict):
     """A file in a report."""
 
     name: str
-    size: Annotated[Count, Doc("Bytes, unpacked.")]
+    size: Annotated[Count, Doc("Uncompressed size, bytes.")]
 
 
 class ReportFailureJson(TypedDict):
@@ -71,15 +71,15 @@ class ReportMetricsJson(TypedDict):
 
     sample_window_ms: Count
     process: Annotated[dict[str, Any], Lazy("vitalsd.contract.metrics:ProcessMetrics")]
-    threads: Annotated[Count, Doc("How many.")]
+    threads: Annotated[Count, Doc("Number of threads.")]
 
 
 class ReportCardJson(TypedDict):
-    """What a replayed report says about itself; null where it says nothing."""
+    """What a replayed report states about itself; null where it states nothing."""
 
     app: str | None
     app_version: str | None
-    description: Annotated[str | None, Doc("What the user said.")]
+    description: Annotated[str | None, Doc("Description by the user.")]
     platform: str | None
     host: HostFactsJson
     triggered_at: str | None
@@ -87,7 +87,7 @@ class ReportCardJson(TypedDict):
     vitalsd_version: str | None
     members: list[ReportMemberJson]
     failures: list[ReportFailureJson]
-    metrics: Annotated[ReportMetricsJson | None, Doc("null: it has none.")]
+    metrics: Annotated[ReportMetricsJson | None, Doc("null: the report has none.")]
 
 
 class Card(NamedTuple):

@@ -34,9 +34,9 @@ class RunDirectoryReader:
         Call `call` with the directory, on the thread, and return or raise what it does.
 
         Raises:
-            HungError: the file system hangs. A call that has not begun by then is never made.
+            HungError: the file system hangs. A `call` that has not begun is cancelled.
         """
-        return await self.worker.ask(lambda: call(self._runs), "the directory of runs: a read")
+        return await self.worker.run(lambda: call(self._runs), "the directory of runs: a read")
 
     async def has(self, run_id: str) -> bool:
         """

@@ -51,7 +51,7 @@ class RunJson(TypedDict):
     """A run on disk."""
 
     id: str
-    state: Annotated[State, Doc("crashed: it did not end well, and its last seconds are in it.")]
+    state: Annotated[State, Doc("crashed: it ended by a fatal signal or an error, and its last seconds are recorded.")]
     ended: Annotated[str | None, Doc("How it ended; null while it runs, or if it is not known.")]
     reported: Annotated[bool, Doc("Has gone into a bug report already.")]
     app: Annotated[str | None, APP]

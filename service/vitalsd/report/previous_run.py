@@ -16,8 +16,8 @@ from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_files import has_run_name
 from vitalsd.recording.run_reader import UNKNOWN_END, Run, UnreadableRunError, read_run
 from vitalsd.recording.series import Record
-from vitalsd.sources.platform import births
-from vitalsd.sources.process_identity import Births, IdentityUnknownError
+from vitalsd.sources.platform import process_identities
+from vitalsd.sources.process_identity import IdentityUnknownError, ProcessIdentityReader
 from vitalsd.sources.programs import may_be_versions
 
 __all__ = ["TOP_THREADS", "Choice", "Found", "Listing", "ReportSubject", "choose", "find", "is_alive", "member"]
@@ -132,9 +132,9 @@ def _may_belong(run: Listing, subject: ReportSubject) -> bool:
     return may_be_versions(program, subject.program)
 
 
-def is_alive(kernel: Births | None = None) -> Callable[[Listing], bool]:
+def is_alive(kernel: ProcessIdentityReader | None = None) -> Callable[[Listing], bool]:
     """Return a function, for `choose`, that returns whether the process of a run lives on this machine."""
-    kernel = kernel or births()
+    kernel = kernel or process_identities()
     boot = kernel.boot_id()[:8]
 
     def alive(run: Listing) -> bool:
@@ -163,7 +163,7 @@ def find(
     run_id: str | None,
     *,
     read: bool = True,
-    kernel: Births | None = None,
+    kernel: ProcessIdentityReader | None = None,
 ) -> Found:
     """
     Find and read the run that belongs to a report; never raises for what is on disk.

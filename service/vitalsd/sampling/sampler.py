@@ -18,7 +18,7 @@ from vitalsd.sampling.windows import Windows
 from vitalsd.snapshot import Identity, Measurement, Part, Snapshot, measure
 from vitalsd.sources import platform_name
 from vitalsd.sources.base import KernelError, Source
-from vitalsd.worker_thread import HungError, StoppedError, Worker, seen
+from vitalsd.worker_thread import HungError, StoppedError, Worker, consume_exception
 
 if TYPE_CHECKING:
     from vitalsd.recording.replay import Replay
@@ -141,7 +141,7 @@ class Sampler:
         await self.identity()
         return await self._snapshot(time.monotonic_ns() - SNAPSHOT_REUSE_NS, Part.FIGURES)
 
-    async def confirm(self) -> None:
+    async def check_alive(self) -> None:
         """Read the target as it is now, not a few milliseconds ago. Raise `SourceError`, as when it has exited."""
         await self.identity()
         await self._snapshot(time.monotonic_ns(), Part.NONE)
@@ -180,7 +180,7 @@ class Sampler:
     async def _snapshot_at(self, at_ns: int, not_before_ns: int, parts: Part) -> Snapshot:
         """Return a snapshot that the sampler's thread takes at `at_ns`, even if the event loop is busy then."""
         taken = asyncio.wrap_future(self.worker.submit(partial(self._reader.take_since, not_before_ns, parts), at_ns))
-        taken.add_done_callback(seen)
+        taken.add_done_callback(consume_exception)
         try:
             await asyncio.sleep(max(0, at_ns - time.monotonic_ns()) / 1e9)
             return await self._answered(taken)
@@ -189,7 +189,7 @@ class Sampler:
 
     async def _answered(self, future: asyncio.Future[T]) -> T:
         try:
-            return await self.worker.answer(future)
+            return await self.worker.await_or_hang(future)
         except HungError:
             process = f"process {self.pid}" if self.pid else "the process"
             raise KernelError(str(HungError(f"{process}: a read"))) from None
@@ -198,9 +198,9 @@ class Sampler:
 
     def _opened(self, future: asyncio.Future[Identity]) -> None:
         self._opening = None
-        seen(future)
+        consume_exception(future)
 
     def _taken(self, pending: _Pending, future: asyncio.Future[Snapshot]) -> None:
         if self._pending is pending:
             self._pending = None
-        seen(future)
+        consume_exception(future)

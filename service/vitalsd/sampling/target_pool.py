@@ -58,7 +58,7 @@ class PooledTarget(Protocol):
         """Return the counters, with figures, of now or of a few milliseconds ago. Raise `SourceError`."""
         ...
 
-    async def confirm(self) -> None:
+    async def check_alive(self) -> None:
         """Return if the target can be read now. Raise `SourceError`, as when it has exited."""
         ...
 
@@ -185,7 +185,7 @@ class Targets:
         if pid is None or pid == self.default.pid:
             yield self.default
             return
-        await self._forget_if_gone(pid)
+        await self._close_if_gone(pid)
         pooled = self._enter(pid, peer)
         try:
             yield pooled.sampler
@@ -215,7 +215,7 @@ class Targets:
         with suppress(SourceError):
             await self.default.identity()
 
-    def retarget(self, target: PooledTarget) -> None:
+    def set_default(self, target: PooledTarget) -> None:
         """Measure `target` by default from now on; the one before is closed."""
         closing = asyncio.ensure_future(self.default.close())
         self.default = target
@@ -228,13 +228,13 @@ class Targets:
             self._drop(pid)
         await asyncio.gather(self.default.close(), *self._closing)
 
-    async def _forget_if_gone(self, pid: int) -> None:
+    async def _close_if_gone(self, pid: int) -> None:
         """Close the target of `pid` if it has exited: the pid may be that of another process now."""
         pooled = self._pooled.get(pid)
         if pooled is None or pooled.sampler.pid is None:
             return
         try:
-            await pooled.sampler.confirm()
+            await pooled.sampler.check_alive()
         except TargetGoneError:
             if self._pooled.get(pid) is pooled and pooled.users:
                 del self._pooled[pid]  # its last user closes it

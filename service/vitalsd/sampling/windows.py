@@ -17,7 +17,7 @@ from vitalsd.contract.limits import WINDOWS
 from vitalsd.sampling.target_reader import SNAPSHOT_REUSE_NS
 from vitalsd.snapshot import Measurement, Part, Snapshot, measure
 from vitalsd.sources.base import TargetGoneError
-from vitalsd.worker_thread import seen
+from vitalsd.worker_thread import consume_exception
 
 __all__ = ["Windows"]
 
@@ -126,7 +126,7 @@ class Windows:
     def _end(self, key: Key, window: _Window, task: asyncio.Task[Measurement]) -> None:
         if self._open.get(key) is window:
             del self._open[key]
-        seen(task)
+        consume_exception(task)
 
     def _leave(self, key: Key, window: _Window, peer: Peer) -> None:
         """Take one caller out of a window, and end a window that has no caller left."""

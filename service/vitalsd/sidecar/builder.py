@@ -1,5 +1,5 @@
 """
-Assemble a sidecar: listeners, recorder, sampler, application, service and its companions; no other module does.
+Assemble a sidecar: listeners, recorder, sampler, application, service and background tasks; no other module does.
 
 `build_in_process` is for a thread of the client, `build_service` and `build_replay` are for a process of its own. A
 build that fails closes what it has opened.
@@ -26,7 +26,7 @@ from vitalsd.sampling.target_pool import Targets
 from vitalsd.sidecar.config import SETTINGS, SidecarConfig
 from vitalsd.sidecar.lifetime import end_with, follow
 from vitalsd.sidecar.listeners import Listeners, adopt, listen
-from vitalsd.sidecar.service import GRACE_S, Companion, Service
+from vitalsd.sidecar.service import GRACE_S, BackgroundTask, Service
 from vitalsd.sidecar.socket_activation import Notifier, activated
 from vitalsd.sidecar.target_process import TargetProcess
 from vitalsd.snapshot import Identity
@@ -56,7 +56,7 @@ class InProcess(NamedTuple):
 
     service: Service
     sampler: Sampler
-    shelf: RunDirectoryReader | None
+    run_directory: RunDirectoryReader | None
     workers: Sequence[Worker]
 
 
@@ -73,13 +73,13 @@ def build_in_process(config: SidecarConfig) -> InProcess:
     platform = this_platform()
     with ExitStack() as undo:
         base = _open(config, undo)
-        me = ProcessRun(os.getpid(), platform.births().start_key(os.getpid()) or 0)
+        me = ProcessRun(os.getpid(), platform.process_identities().start_key(os.getpid()) or 0)
         sampler = Sampler(_own_source, recording=_recording(config, base))
         undo.callback(sampler.worker.stop, 0)
         targets = Targets(sampler, platform.open_source)
         parts = _assemble(config, base, undo, platform, targets, watched=me, grace_s=IN_PROCESS_GRACE_S)
         undo.pop_all()
-    return InProcess(parts.service, sampler, parts.shelf, parts.workers)
+    return InProcess(parts.service, sampler, parts.run_directory, parts.workers)
 
 
 def build_service(
@@ -89,7 +89,7 @@ def build_service(
     environ: MutableMapping[str, str],
     *,
     exits_itself: Callable[[], bool] = bool,
-) -> tuple[Service, Sequence[Companion]]:
+) -> tuple[Service, Sequence[BackgroundTask]]:
     """
     Assemble a sidecar that measures `process`, for a process of its own.
 
@@ -116,12 +116,12 @@ def build_service(
         undo.callback(sampler.worker.stop, 0)
         targets = Targets(sampler, process.platform.open_source, name=config.name)
         parts = _assemble(config, base, undo, process.platform, targets, watched=watched)
-        companions = _companions(config, process, watched, targets, next_sampler, undo)
-        companions.append(Notifier(environ, _responds(targets)).companion)
+        background_tasks = _background_tasks(config, process, watched, targets, next_sampler, undo)
+        background_tasks.append(Notifier(environ, _responds(targets)).run)
         if config.otlp is not None:
-            companions.append(_push(config, config.otlp, targets, environ))
+            background_tasks.append(_push(config, config.otlp, targets, environ))
         undo.pop_all()
-    return parts.service, companions
+    return parts.service, background_tasks
 
 
 def build_replay(config: SidecarConfig, replay: "Replay", environ: MutableMapping[str, str]) -> Service:
@@ -235,7 +235,7 @@ def _own_source() -> Source:
 
 class _Parts(NamedTuple):
     service: Service
-    shelf: RunDirectoryReader | None
+    run_directory: RunDirectoryReader | None
     workers: Sequence[Worker]
 
 
@@ -250,13 +250,13 @@ def _assemble(
     grace_s: float = GRACE_S,
 ) -> _Parts:
     """Make the application over `targets`, and the service that listens for it."""
-    shelf = None if base.runs is None else RunDirectoryReader(base.runs)
-    if shelf is not None:
-        undo.callback(shelf.worker.stop, 0)
+    run_directory = None if base.runs is None else RunDirectoryReader(base.runs)
+    if run_directory is not None:
+        undo.callback(run_directory.worker.stop, 0)
     app = create_app(
         targets,
         platform.list_processes,
-        shelf=shelf,
+        run_directory=run_directory,
         thread_metrics=config.thread_series,
         application=config.application,
         hides_processes=platform.hides_processes,
@@ -271,22 +271,22 @@ def _assemble(
         target=watched,
         token=base.token,
         grace_s=grace_s,
-        kernel=platform.births(),
+        kernel=platform.process_identities(),
         application=config.application,
     )
-    return _Parts(service, shelf, workers)
+    return _Parts(service, run_directory, workers)
 
 
-def _companions(
+def _background_tasks(
     config: SidecarConfig,
     process: TargetProcess,
     watched: ProcessRun | None,
     targets: Targets,
     next_sampler: Callable[[], Sampler],
     undo: ExitStack,
-) -> list[Companion]:
+) -> list[BackgroundTask]:
     """Return what handles the end of the target: with a name it goes to the next process, with a pid it ends."""
-    births = process.platform.births()
+    kernel = process.platform.process_identities()
     poll = config.proc_root != SETTINGS["proc_root"].default  # its pids are not of this pid namespace
     if config.name is not None:
         finder = Worker("vitalsd-finder")
@@ -295,10 +295,10 @@ def _companions(
         async def has_successor(now: Identity) -> bool:
             return await process.has_successor(now, finder)
 
-        return [follow(targets, next_sampler, has_successor, births, poll=poll)]
+        return [follow(targets, next_sampler, has_successor, kernel, poll=poll)]
     if config.pid is not None and watched is not None:
         linger_s = 0.0 if config.exit_with_target else config.linger_s
-        return [end_with(watched, targets, births, linger_s=linger_s, poll=poll)]
+        return [end_with(watched, targets, kernel, linger_s=linger_s, poll=poll)]
     return []
 
 
@@ -307,12 +307,12 @@ def _responds(targets: Targets) -> Callable[[], Awaitable[None]]:
 
     async def responds() -> None:
         if isinstance(targets.default, Sampler):
-            await targets.default.worker.result(lambda: None)
+            await targets.default.worker.run_unbounded(lambda: None)
 
     return responds
 
 
-def _push(config: SidecarConfig, url: str, targets: Targets, environ: MutableMapping[str, str]) -> Companion:
+def _push(config: SidecarConfig, url: str, targets: Targets, environ: MutableMapping[str, str]) -> BackgroundTask:
     """Return what pushes to the Collector at `url`. Raise `BuildError`."""
     from vitalsd.exporters.otlp import NotInstalledError, Push, endpoint_of, isolate
 
@@ -324,4 +324,4 @@ def _push(config: SidecarConfig, url: str, targets: Targets, environ: MutableMap
     if ignored:
         log.warning("options alone say what is sent and where; ignored: %s", ", ".join(ignored))
     log.info("pushing to %s every %g s", push.url, config.otlp_interval_s)
-    return push.companion
+    return push.run

@@ -45,7 +45,7 @@ class Sidecar:
     """
 
     def __init__(self, parts: InProcess) -> None:
-        self._service, self._sampler, self._shelf, self._workers = parts
+        self._service, self._sampler, self._run_directory, self._workers = parts
         service = self._service
         self._own = OwnSidecar.at(
             service.endpoint.socket, service.endpoint.url, service.endpoint.token, lambda: self.running
@@ -139,13 +139,13 @@ class Sidecar:
         yield self._sampler.worker
         if (blackbox := self._sampler.recorder.blackbox) is not None:
             yield blackbox.worker
-        if self._shelf is not None:
-            yield self._shelf.worker
+        if self._run_directory is not None:
+            yield self._run_directory.worker
         yield from self._workers
 
-    def _forget(self) -> None:
-        self._service.forget()
-        self._sampler.recorder.forget()
+    def _close_in_child(self) -> None:
+        self._service.close_in_child()
+        self._sampler.recorder.close_in_child()
 
     def _exit(self) -> None:
         """End the sidecar with the interpreter; an exception that the program did not catch is recorded as a crash."""
@@ -174,8 +174,8 @@ class Sidecar:
         self._sampler.worker.stop(0)
         for worker in self._workers:
             worker.stop(0)
-        if self._shelf is not None:
-            self._shelf.worker.stop(0)
+        if self._run_directory is not None:
+            self._run_directory.worker.stop(0)
 
     def _run(self) -> None:
         try:
@@ -249,7 +249,7 @@ class _Process:
         self._lock = threading.Lock()  # another thread of the parent may have held it
         sidecar, self._sidecar = self._sidecar, None
         if sidecar is not None:
-            sidecar._forget()
+            sidecar._close_in_child()
             # Kept until the child ends: to close its event loop would empty the epoll set that is the parent's too.
             self._parents.append(sidecar)
 

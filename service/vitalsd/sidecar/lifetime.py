@@ -8,10 +8,10 @@ from vitalsd.discovery.runtime_file import ProcessRun
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import PooledTarget, Targets
 from vitalsd.sidecar.process_exit import death_of
-from vitalsd.sidecar.service import Companion, Service
+from vitalsd.sidecar.service import BackgroundTask, Service
 from vitalsd.snapshot import Identity
 from vitalsd.sources.base import SourceError
-from vitalsd.sources.process_identity import Births
+from vitalsd.sources.process_identity import ProcessIdentityReader
 from vitalsd.worker_thread import NoThreadError
 
 __all__ = ["end_with", "follow"]
@@ -22,7 +22,9 @@ SEARCH_S = 1.0
 """Interval of the searches for a target that has not started yet, s."""
 
 
-def end_with(target: ProcessRun, targets: Targets, kernel: Births, *, linger_s: float, poll: bool = False) -> Companion:
+def end_with(
+    target: ProcessRun, targets: Targets, kernel: ProcessIdentityReader, *, linger_s: float, poll: bool = False
+) -> BackgroundTask:
     """
     Record the exit of the target at once, and end the sidecar `linger_s` seconds later.
 
@@ -34,26 +36,26 @@ def end_with(target: ProcessRun, targets: Targets, kernel: Births, *, linger_s: 
         poll: see `death_of`.
     """
 
-    async def companion(sidecar: Service) -> None:
+    async def background_task(sidecar: Service) -> None:
         await death_of(target.pid, target.start, kernel, poll=poll)
         with suppress(
             SourceError
         ):  # TargetGoneError, which the recorder notes: a client that starts again requests it now
-            await targets.default.confirm()
+            await targets.default.check_alive()
         await asyncio.sleep(linger_s)
         sidecar.stop()
 
-    return companion
+    return background_task
 
 
 def follow(
     targets: Targets,
     next_run: Callable[[], Sampler],
     has_successor: Callable[[Identity], Awaitable[bool]],
-    kernel: Births,
+    kernel: ProcessIdentityReader,
     *,
     poll: bool = False,
-) -> Companion:
+) -> BackgroundTask:
     """
     Keep the default target on the newest process of one name, through its restarts.
 
@@ -68,14 +70,14 @@ def follow(
         poll: see `death_of`.
     """
 
-    async def companion(sidecar: Service) -> None:
+    async def background_task(sidecar: Service) -> None:
         while True:
             try:
                 found = await targets.default.identity()
             except (SourceError, NoThreadError):
                 await asyncio.sleep(SEARCH_S)
                 continue
-            sidecar.retarget(ProcessRun(found.pid, found.start_key))
+            sidecar.set_target(ProcessRun(found.pid, found.start_key))
             dead = asyncio.create_task(death_of(found.pid, found.start_key, kernel, poll=poll))
             replaced = asyncio.create_task(_replaced(targets.default, has_successor))
             try:
@@ -84,10 +86,10 @@ def follow(
             finally:
                 dead.cancel()
                 replaced.cancel()
-            targets.retarget(await _made(next_run))
-            sidecar.retarget(None)
+            targets.set_default(await _made(next_run))
+            sidecar.set_target(None)
 
-    return companion
+    return background_task
 
 
 async def _made(next_run: Callable[[], Sampler]) -> Sampler:

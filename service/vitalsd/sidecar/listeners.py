@@ -55,12 +55,12 @@ class Listeners:
         if self.unix is not None:
             self.unix.close()
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Close them in a forked child; the file of the Unix socket stays the parent's."""
         for each in (*self.tcp, *self.others):
             each.close()
         if self.unix is not None:
-            self.unix.forget()
+            self.unix.close_in_child()
 
 
 def listen(

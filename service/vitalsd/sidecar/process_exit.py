@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Iterator
 
-from vitalsd.sources.process_identity import Births, IdentityUnknownError
+from vitalsd.sources.process_identity import IdentityUnknownError, ProcessIdentityReader
 
 __all__ = ["death_of"]
 
@@ -15,7 +15,7 @@ POLL_S = 1.0
 """Interval at which the start time is read where the kernel reports no exit, s."""
 
 
-async def death_of(pid: int, start: int, kernel: Births, *, poll: bool = False) -> None:
+async def death_of(pid: int, start: int, kernel: ProcessIdentityReader, *, poll: bool = False) -> None:
     """
     Return once the run of `pid` that began at `start` has exited, reaped or not.
 
@@ -37,7 +37,7 @@ async def death_of(pid: int, start: int, kernel: Births, *, poll: bool = False) 
         await asyncio.sleep(POLL_S)
 
 
-def _lives(pid: int, start: int, kernel: Births) -> bool:
+def _lives(pid: int, start: int, kernel: ProcessIdentityReader) -> bool:
     try:
         return kernel.start_key(pid) == start
     except IdentityUnknownError:

@@ -26,18 +26,18 @@ from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.discovery.runtime_file import Endpoint, ProcessRun
 from vitalsd.http.server.server import Server
 from vitalsd.sidecar.listeners import Listeners
-from vitalsd.sources.platform import births
-from vitalsd.sources.process_identity import Births
+from vitalsd.sources.platform import process_identities
+from vitalsd.sources.process_identity import ProcessIdentityReader
 
-__all__ = ["Companion", "NotStartedError", "Service", "serve"]
+__all__ = ["BackgroundTask", "NotStartedError", "Service", "serve"]
 
 log = logging.getLogger("vitalsd")
 
 GRACE_S = 1.0
 """Windows under way at SIGTERM may take this long to finish, s; the whole end then takes less than 3 s."""
-SAME_S = 0.3
+SIGNAL_DEBOUNCE_S = 0.3
 """A second signal within this time counts as the first, s: timeout(1) signals the process and then its group."""
-LOOK_S = 60.0
+FILE_CHECK_S = 60.0
 """Interval of the checks that the runtime file is still there, s: many systems clean up temporary files."""
 
 
@@ -69,10 +69,10 @@ class Service:
         target: ProcessRun | None = None,
         token: str | None = None,
         grace_s: float = GRACE_S,
-        kernel: Births | None = None,
+        kernel: ProcessIdentityReader | None = None,
         application: Application = Application(),
     ) -> None:
-        kernel = kernel or births()
+        kernel = kernel or process_identities()
         host, port = listeners.address
         self.listeners = listeners
         self.endpoint = Endpoint(
@@ -80,7 +80,7 @@ class Service:
             pid=os.getpid(),
             start=kernel.start_key(os.getpid()) or 0,
             boot_id=kernel.boot_id(),
-            realm=kernel.realm(),
+            host_scope=kernel.host_scope(),
             uid=os.geteuid(),
             target=target,
             socket=listeners.socket_path,
@@ -101,25 +101,25 @@ class Service:
         self._stopping = False
         self._pid = os.getpid()
 
-    async def run(self, ready: Callable[[], None], companions: Sequence["Companion"] = ()) -> None:
+    async def run(self, ready: Callable[[], None], background_tasks: Sequence["BackgroundTask"] = ()) -> None:
         """
         Serve until `stop`, then remove the sockets and the runtime file.
 
         Args:
             ready: called once requests are answered and the runtime file is there.
-            companions: run alongside; cancelled at the end.
+            background_tasks: run while the sidecar serves; cancelled at the end.
 
         Raises:
             NotStartedError: the application did not start.
-            Exception: whatever a companion raised.
+            Exception: whatever a background task raised.
         """
         tasks: list[asyncio.Task[None]] = []
 
         def serving() -> None:
             self._publish()
             self._note_unknown_users()
-            alongside = (*companions, _stay_findable)
-            tasks.extend(asyncio.create_task(_run(companion, self)) for companion in alongside)
+            alongside = (*background_tasks, _stay_findable)
+            tasks.extend(asyncio.create_task(_run(task, self)) for task in alongside)
             ready()
 
         self._server = Server(self._app, token=self.endpoint.token, grace_s=self._grace_s, ready=serving)
@@ -145,7 +145,7 @@ class Service:
         if self._server is not None:
             self._server.stop()
 
-    def retarget(self, target: ProcessRun | None) -> None:
+    def set_target(self, target: ProcessRun | None) -> None:
         """Publish in the runtime file that another run is watched; ``None``: no process for now."""
         self.endpoint = replace(self.endpoint, target=target)
         if self.runtime_file is not None:
@@ -157,11 +157,11 @@ class Service:
             self._withdraw()
             self.listeners.close()
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Close listeners and connections in a forked child; those of the parent stay open."""
-        self.listeners.forget()
+        self.listeners.close_in_child()
         if self._server is not None:
-            self._server.forget()
+            self._server.close_in_child()
 
     def _publish(self) -> None:
         if self._directory is None:
@@ -213,13 +213,13 @@ class Service:
             self.runtime_file = None
 
 
-Companion = Callable[[Service], Awaitable[None]]
-"""Runs alongside the serving; what it raises ends the sidecar."""
+BackgroundTask = Callable[[Service], Awaitable[None]]
+"""A coroutine function that runs while the sidecar serves; what it raises ends the sidecar."""
 
 
-async def _run(companion: Companion, sidecar: Service) -> None:
+async def _run(task: BackgroundTask, sidecar: Service) -> None:
     try:
-        await companion(sidecar)
+        await task(sidecar)
     except asyncio.CancelledError:
         raise
     except BaseException:
@@ -229,15 +229,16 @@ async def _run(companion: Companion, sidecar: Service) -> None:
 
 async def _stay_findable(sidecar: Service) -> None:
     while True:
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(FILE_CHECK_S)
         sidecar.publish_again()
 
 
-def serve(sidecar: Service, *, ready: Callable[[], None], companions: Sequence[Companion] = ()) -> None:
+def serve(sidecar: Service, *, ready: Callable[[], None], background_tasks: Sequence[BackgroundTask] = ()) -> None:
     """
-    Serve on the main thread until a signal or a companion ends it.
+    Serve on the main thread until a signal or a background task ends it.
 
-    SIGTERM, SIGINT and SIGHUP end it cleanly; another signal more than `SAME_S` later ends it at once, by that signal.
+    SIGTERM, SIGINT and SIGHUP end it cleanly; another signal more than `SIGNAL_DEBOUNCE_S` later ends it at once, by
+    that signal.
     SIGINT or SIGHUP that was ignored at the start (nohup, a shell's background job) stays ignored. SIGTERM is handled
     in any case. None of them stays blocked, as a parent that uses signalfd may leave them.
 
@@ -252,19 +253,19 @@ def serve(sidecar: Service, *, ready: Callable[[], None], companions: Sequence[C
 
     try:
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(_serve(sidecar, settled, companions))
+            runner.run(_serve(sidecar, settled, background_tasks))
     finally:
         sidecar.close()
 
 
-async def _serve(sidecar: Service, ready: Callable[[], None], companions: Sequence[Companion]) -> None:
+async def _serve(sidecar: Service, ready: Callable[[], None], background_tasks: Sequence[BackgroundTask]) -> None:
     loop = asyncio.get_running_loop()
     stopping_s: float | None = None
 
     def stop(number: signal.Signals) -> None:
         nonlocal stopping_s
         if stopping_s is not None:
-            if loop.time() - stopping_s < SAME_S:
+            if loop.time() - stopping_s < SIGNAL_DEBOUNCE_S:
                 return
             sidecar.close()
             signal.signal(number, signal.SIG_DFL)
@@ -279,7 +280,7 @@ async def _serve(sidecar: Service, ready: Callable[[], None], companions: Sequen
         loop.add_signal_handler(number, stop, number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
     try:
-        await sidecar.run(ready, companions)
+        await sidecar.run(ready, background_tasks)
     finally:
         for number in taken:
             with suppress(ValueError):

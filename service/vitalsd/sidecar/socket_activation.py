@@ -172,7 +172,7 @@ class Notifier:
             channel.connect(address)
             channel.send(message.encode())
 
-    async def companion(self, _: "Service") -> None:
+    async def run(self, _: "Service") -> None:
         """
         Report that the service is ready, then that it is alive, three times per period of the watchdog.
 

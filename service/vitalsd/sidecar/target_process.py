@@ -90,7 +90,7 @@ class TargetProcess:
             return False
         name = self._name
         with suppress(SourceError, HungError):
-            taken = await finder.ask(lambda: choose_process(name, self.platform), "the list of processes: a read")
+            taken = await finder.run(lambda: choose_process(name, self.platform), "the list of processes: a read")
             return now.pid not in taken.called
         return False
 

@@ -84,10 +84,10 @@ class UnixListener:
                 os.unlink(self.path)
         self._lock.release()
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """Close the socket in a forked child; its file stays the parent's."""
         self.socket.close()
-        self._lock.forget()
+        self._lock.close()
 
     def __enter__(self) -> "UnixListener":
         """Return this listener, which is open already."""

@@ -20,7 +20,7 @@ from vitalsd.snapshot import Identity, Part, Snapshot
 
 __all__ = [
     "AccessDeniedError",
-    "Ending",
+    "ExitStatus",
     "KernelError",
     "NoSuchProcessError",
     "ProcessEntry",
@@ -43,36 +43,36 @@ class AccessDeniedError(SourceError):
     """The process exists and this user may not read it."""
 
 
-GENTLE = frozenset((signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
+TERMINATION_SIGNALS = frozenset((signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
 """Signals that request termination: an exit by one of them is clean, as in systemd.service(5) under ``Restart=``."""
 
 
-class Ending(NamedTuple):
+class ExitStatus(NamedTuple):
     """How a process ended."""
 
-    well: bool
-    """Whether it ended with status 0 or by a signal in `GENTLE`."""
-    words: str
+    is_clean: bool
+    """Whether it ended with status 0 or by a signal in `TERMINATION_SIGNALS`."""
+    description: str
     """Description of the end: the exit status or the signal."""
 
     @classmethod
-    def of(cls, status: int) -> "Ending":
+    def of(cls, status: int) -> "ExitStatus":
         """Decode a status of wait(2)."""
         code = os.waitstatus_to_exitcode(status)
         if code >= 0:
             return cls(code == 0, f"exit status {code}")
         with suppress(ValueError):
             number = signal.Signals(-code)
-            return cls(number in GENTLE, f"killed by {number.name}")
+            return cls(number in TERMINATION_SIGNALS, f"killed by {number.name}")
         return cls(False, f"killed by signal {-code}")
 
 
 class TargetGoneError(SourceError):
     """The process has exited since it was opened, or is a zombie."""
 
-    def __init__(self, reason: str, ending: Ending | None = None) -> None:
+    def __init__(self, reason: str, exit_status: ExitStatus | None = None) -> None:
         super().__init__(reason)
-        self.ending = ending
+        self.exit_status = exit_status
         """How it ended; ``None``: unknown, because the kernel reports it only to the parent."""
 
 

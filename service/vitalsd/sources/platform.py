@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vitalsd.sources import hides_processes, list_processes, open_source, platform_name
 from vitalsd.sources.base import ProcessEntry, Source
-from vitalsd.sources.linux.process_identity import LinuxBirths
-from vitalsd.sources.process_identity import Births
+from vitalsd.sources.linux.process_identity import LinuxProcessIdentityReader
+from vitalsd.sources.process_identity import ProcessIdentityReader
 from vitalsd.sources.programs import ProgramOf, no_program
 
 if TYPE_CHECKING:
     from vitalsd.sources.darwin.libsystem import LibSystem
     from vitalsd.sources.darwin.tape import Tape
 
-__all__ = ["OpenSource", "Platform", "births", "macos", "over_libsystem", "this_platform"]
+__all__ = ["OpenSource", "Platform", "macos", "over_libsystem", "process_identities", "this_platform"]
 
 
 class OpenSource(Protocol):
@@ -34,7 +34,7 @@ class Platform(NamedTuple):
     open_source: OpenSource
     """Open the source of a pid, or of this process (``None``). Raises `SourceError`."""
     list_processes: Callable[[], Iterable[ProcessEntry]]
-    births: Callable[[], Births]
+    process_identities: Callable[[], ProcessIdentityReader]
     holdings: Callable[[], Mapping[str, int]]
     """Count the resources of this process in the kernel besides descriptors: on macOS ports and their references."""
     hides_processes: Callable[[], bool] = lambda: False
@@ -64,13 +64,13 @@ def macos(library: str | None = None, tape: "Tape | None" = None) -> Platform:
 def over_libsystem(lib: "LibSystem") -> Platform:
     """Return the platform macOS over a loaded library."""
     from vitalsd.sources.darwin import processes as darwin
-    from vitalsd.sources.darwin.process_identity import DarwinBirths
+    from vitalsd.sources.darwin.process_identity import DarwinProcessIdentityReader
 
     return Platform(
         name="macos",
         open_source=partial(darwin.open_process, lib=lib),
         list_processes=partial(darwin.list_processes, lib),
-        births=lambda: DarwinBirths(lib),
+        process_identities=lambda: DarwinProcessIdentityReader(lib),
         holdings=partial(darwin.holdings, lib),
     )
 
@@ -86,7 +86,7 @@ def this_platform(proc_root: str = "/proc") -> Platform:
         name=platform_name(),
         open_source=partial(open_source, proc_root=proc_root),
         list_processes=partial(list_processes, proc_root=proc_root),
-        births=births,
+        process_identities=process_identities,
         holdings=_holdings,
         hides_processes=partial(hides_processes, proc_root=proc_root),
         taped=partial(macos, None) if platform_name() == "macos" else None,
@@ -101,11 +101,15 @@ def _holdings() -> Mapping[str, int]:
     return holdings()
 
 
-def births() -> Births:
-    """Return the `Births` of the running kernel; on a system other than Linux and macOS they identify no process."""
+def process_identities() -> ProcessIdentityReader:
+    """
+    Return the reader of the running kernel.
+
+    Platform limit: on a system other than Linux and macOS it identifies no process.
+    """
     if sys.platform == "darwin":
         from vitalsd.sources.darwin.libsystem import load
-        from vitalsd.sources.darwin.process_identity import DarwinBirths
+        from vitalsd.sources.darwin.process_identity import DarwinProcessIdentityReader
 
-        return DarwinBirths(load())
-    return LinuxBirths()
+        return DarwinProcessIdentityReader(load())
+    return LinuxProcessIdentityReader()

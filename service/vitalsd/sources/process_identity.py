@@ -8,11 +8,11 @@ wrote a file is still the one that has its pid.
 import hashlib
 from typing import Protocol
 
-__all__ = ["ANY_MACHINE", "UNKNOWN_BOOT", "Births", "IdentityUnknownError", "anonymous"]
+__all__ = ["ANY_MACHINE", "UNKNOWN_BOOT", "IdentityUnknownError", "ProcessIdentityReader", "hash_machine_id"]
 
 
 ANY_MACHINE = "?"
-"""Start of the realm of a machine without a readable id."""
+"""Prefix of the host scope of a machine without a readable id."""
 UNKNOWN_BOOT = "unknown"
 """Boot id if the system does not report it, as with ``ProcSubset=pid`` of systemd.exec(5) and in gVisor."""
 
@@ -21,10 +21,10 @@ class IdentityUnknownError(Exception):
     """The kernel does not show whether the process lives."""
 
 
-class Births(Protocol):
+class ProcessIdentityReader(Protocol):
     """A reader of the start times of processes, and of the machine and boot that they are valid for."""
 
-    def realm(self) -> str:
+    def host_scope(self) -> str:
         """
         Return the scope in which pids and boots can be compared: this machine and, on Linux, the pid namespace.
 
@@ -50,6 +50,6 @@ class Births(Protocol):
         ...
 
 
-def anonymous(machine: bytes) -> str:
+def hash_machine_id(machine: bytes) -> str:
     """Hash the id of a machine, because machine-id(5) requires that the id itself is not exposed."""
     return hashlib.sha256(b"vitalsd " + machine).hexdigest()[:16] if machine else ANY_MACHINE

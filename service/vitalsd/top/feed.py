@@ -137,7 +137,7 @@ class Feed:
             return SidecarBackend(locate(url=self._url, pid=self._pid)[0], self._url, self.interval_s, self._detail)
         pid = self._find()
         if (sidecar := self._watching(pid)) is not None:
-            return SidecarBackend(sidecar, "a sidecar", self.interval_s, self._detail)
+            return SidecarBackend(sidecar, "via sidecar", self.interval_s, self._detail)
         return DirectBackend(
             self._open_source(pid),
             self.interval_s,

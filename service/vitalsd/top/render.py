@@ -26,8 +26,8 @@ HELP = """\
  c n t w  sort by CPU, name, thread id, wait
  r        reverse the order
  /        filter by name or id; Enter keeps it, Esc clears it
- p Space  pause, and go on with all that came meanwhile
- m        put a mark on the clock of the record
+ p Space  pause; resume with everything received meanwhile
+ m        set a mark in the recording
  arrows   scroll; also j k, PgUp PgDn, Home End
  ? h      this help
  q        quit
@@ -243,7 +243,7 @@ class Renderer:
         if view.message:
             return Text(f" {self._name(view.message)}", style="bold")
         if view.helping:
-            return Text(" any key goes back", style="dim")
+            return Text(" press any key to return", style="dim")
         if view.filter:
             return Text(f" filter: {self._name(view.filter)}  (Esc clears)", style="dim")
         return Text(" q quit  ? help  c n t w sort  / filter  p pause  m mark", style="dim")

@@ -64,7 +64,7 @@ class View:
         match event:
             case TargetInfo():
                 if self.target is not None and event.start_id != self.target.start_id:
-                    self._forget()
+                    self._reset()
                 self.target, self.trouble, self.ended = event, None, None
             case InitialHistory():
                 self._remember(event)
@@ -79,7 +79,7 @@ class View:
             case Ended():
                 self.ended = event.reason
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """Clear the data of the previous process."""
         self.cpu.clear()
         self.rss_kb.clear()

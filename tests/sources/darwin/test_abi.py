@@ -121,7 +121,7 @@ class TestProof:
 
 
 def test_abi_claims_cover_every_struct_and_constant() -> None:
-    """Whatever the headers module defines is claimed."""
+    """Each struct and constant of the headers module has a claim."""
     found = {*abi.structs(apple_headers), *abi.constants(apple_headers)}
     imported = {"Structure", "c_char", "c_int32", "c_int64", "c_uint16", "c_uint32", "c_uint64", "c_uint8"}
     assert {name for name in vars(apple_headers) if not name.startswith("_")} == found | imported

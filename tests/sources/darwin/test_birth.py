@@ -13,22 +13,22 @@ from support.darwin.simulator import Simulator
 from vitalsd.discovery.runtime_file import liveness
 from vitalsd.sidecar.listeners import Listeners
 from vitalsd.sidecar.service import Service
-from vitalsd.sources.darwin.process_identity import DarwinBirths
+from vitalsd.sources.darwin.process_identity import DarwinProcessIdentityReader
 from vitalsd.sources.darwin.processes import open_process
 from vitalsd.sources.process_identity import ANY_MACHINE, UNKNOWN_BOOT, IdentityUnknownError
 
 
 def test_process_identity_equals_that_of_the_source(simulator: Simulator) -> None:
     """A runtime file and a Source name one run of a process by the same numbers."""
-    kernel = DarwinBirths(simulator.lib)
+    kernel = DarwinProcessIdentityReader(simulator.lib)
     with closing(open_process(lib=simulator.lib)) as source:
         identity = source.identity()
     assert (kernel.boot_id(), kernel.start_key(os.getpid())) == (identity.boot_id, identity.start_key)
 
 
 def test_process_identity_of_no_process_or_a_zombie_is_none(simulator: Simulator) -> None:
-    """Nobody, and a zombie, have no start; after a reuse of the pid the start is another."""
-    kernel = DarwinBirths(simulator.lib)
+    """An unused pid and a zombie have no start; after a reuse of the pid the start differs."""
+    kernel = DarwinProcessIdentityReader(simulator.lib)
     assert kernel.start_key(2**22 + 1) is None
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -46,20 +46,20 @@ def test_process_identity_of_a_refused_process_is_undecided(simulator: Simulator
     """Another user's process, or an error of the kernel, is undecided and not dead."""
     simulator.fault("proc_pidinfo", code)
     with pytest.raises(IdentityUnknownError):
-        DarwinBirths(simulator.lib).start_key(os.getpid())
+        DarwinProcessIdentityReader(simulator.lib).start_key(os.getpid())
 
 
 def test_process_identity_without_boot_or_machine_id_is_unknown(simulator: Simulator) -> None:
     """Without a boot id the boot is not known; without a host UUID this machine is not known among others."""
-    kernel = DarwinBirths(simulator.lib)
-    known = kernel.realm()
+    kernel = DarwinProcessIdentityReader(simulator.lib)
+    known = kernel.host_scope()
     assert not known.startswith(ANY_MACHINE)
     simulator.fault("sysctlbyname", errno.ENOENT)
     simulator.fault("gethostuuid", errno.EWOULDBLOCK)
     assert kernel.boot_id() == UNKNOWN_BOOT
-    assert kernel.realm().startswith(ANY_MACHINE)
+    assert kernel.host_scope().startswith(ANY_MACHINE)
     simulator.clear_faults()
-    assert kernel.realm() == known
+    assert kernel.host_scope() == known
 
 
 def test_service_without_a_boot_id_starts_and_is_found(simulator: Simulator) -> None:
@@ -67,7 +67,7 @@ def test_service_without_a_boot_id_starts_and_is_found(simulator: Simulator) -> 
 
     async def app(*_: object) -> None: ...
 
-    kernel = DarwinBirths(simulator.lib)
+    kernel = DarwinProcessIdentityReader(simulator.lib)
     simulator.fault("sysctlbyname", errno.EPERM, every=1)
     endpoint = Service(app, Listeners(), kernel=kernel).endpoint
     assert endpoint.boot_id == "unknown"

@@ -29,7 +29,7 @@ Get = Callable[..., Awaitable[httpx.Response]]
 
 
 def serve(simulator: Simulator, scenario: Callable[[Get], Awaitable[None]]) -> None:
-    """Run a scenario against the service, whose target is this process and whose kernel is the simulator."""
+    """Run a scenario against the service, with this process as its target, over the simulated kernel."""
 
     async def run() -> None:
         sampler = Sampler(lambda: open_process(lib=simulator.lib), platform="macos")
@@ -93,7 +93,7 @@ def test_metrics_of_the_own_process_are_within_their_error(simulator: Simulator,
 
 
 def test_metrics_of_another_process_end_with_410_or_404(simulator: Simulator, child: ChildWorkload) -> None:
-    """By ``?pid=``, through libproc; afterwards 410 or 404, with the reason."""
+    """``?pid=`` reads it through libproc; after its exit the answer is 410 or 404, with the reason."""
     tid = child.start_thread("decode")
 
     async def scenario(get: Get) -> None:
@@ -132,7 +132,7 @@ def test_metrics_of_another_process_end_with_410_or_404(simulator: Simulator, ch
 def test_metrics_of_a_failing_kernel_call_are_unavailable(
     simulator: Simulator, function: str, flavor: int, code: int, reason: str
 ) -> None:
-    """With a reason that names the call and the code; never zeros."""
+    """The reason names the call and the code; no answer has zeros."""
 
     async def scenario(get: Get) -> None:
         simulator.fault(function, code, flavor=flavor)
@@ -147,7 +147,7 @@ def test_metrics_of_a_failing_kernel_call_are_unavailable(
 
 @pytest.mark.parametrize("path", ["/metrics?pid=2147483647", "/stream?pid=2147483647", "/history", "/metrics"])
 def test_unavailable_names_the_platform_of_the_kernel_asked(simulator: Simulator, path: str) -> None:
-    """Also where no source was ever open: it is that of the kernel asked, not of the machine beneath."""
+    """If no source was open, the platform is still that of the simulated kernel, not of the machine."""
 
     async def scenario(get: Get) -> None:
         answer = await get(path.partition("?")[0], **dict(pair.split("=") for pair in path.split("?")[1:]))

@@ -17,7 +17,7 @@ from support.darwin.simulator import Simulator
 from support.sidecars import eventually
 from support.workload import ChildWorkload
 from vitalsd.snapshot import Part
-from vitalsd.sources.base import Ending, SourceError, TargetGoneError
+from vitalsd.sources.base import ExitStatus, SourceError, TargetGoneError
 from vitalsd.sources.darwin import libproc_source as libproc
 from vitalsd.sources.darwin.exit_status import NOTE_EXITSTATUS, ExitWatch
 from vitalsd.sources.darwin.libproc_source import LibprocSource
@@ -75,22 +75,24 @@ def queues(monkeypatch: pytest.MonkeyPatch) -> list[Queue]:
 
 
 @pytest.mark.parametrize(
-    ("status", "ending"),
+    ("status", "exit_status"),
     [
-        (0, Ending(True, "exit status 0")),
-        (3 << 8, Ending(False, "exit status 3")),
-        (int(signal.SIGTERM), Ending(True, "killed by SIGTERM")),
-        (int(signal.SIGSEGV) | 0x80, Ending(False, "killed by SIGSEGV")),
+        (0, ExitStatus(True, "exit status 0")),
+        (3 << 8, ExitStatus(False, "exit status 3")),
+        (int(signal.SIGTERM), ExitStatus(True, "killed by SIGTERM")),
+        (int(signal.SIGSEGV) | 0x80, ExitStatus(False, "killed by SIGSEGV")),
     ],
 )
-def test_exit_note_is_the_status_of_wait_and_closes_the_queue(queues: list[Queue], status: int, ending: Ending) -> None:
-    """It is asked for with the exit, told once, and the queue is given back."""
+def test_exit_note_is_the_status_of_wait_and_closes_the_queue(
+    queues: list[Queue], status: int, exit_status: ExitStatus
+) -> None:
+    """The watch requests the status with the exit, returns it once, and closes its queue."""
     note = ExitWatch(4242)
     assert queues[0].registered == Event(4242, -5, 1, NOTE_EXIT | NOTE_EXITSTATUS)
     note.drop_if_fired()
-    assert note.ending(0) is None
+    assert note.exit_status(0) is None
     queues[0].exits(status)
-    assert note.ending(0) == ending
+    assert note.exit_status(0) == exit_status
     note.close()
     note.close()
     assert queues[0].closed
@@ -98,12 +100,12 @@ def test_exit_note_is_the_status_of_wait_and_closes_the_queue(queues: list[Queue
 
 @pytest.mark.parametrize("refusal", [errno.ESRCH, errno.EACCES])
 def test_exit_watch_refused_leaves_the_status_unknown(queues: list[Queue], refusal: int) -> None:
-    """The process is gone, or this user may not kill it: no ending, no descriptor."""
+    """The process is gone, or this user may not kill it: no exit status, no descriptor."""
     Queue.refusal = refusal
     note = ExitWatch(4242)
     assert queues[0].closed
     note.drop_if_fired()
-    assert note.ending(0) is None
+    assert note.exit_status(0) is None
     note.close()
 
 
@@ -113,7 +115,7 @@ def test_exit_of_an_earlier_process_of_the_pid_is_ignored(queues: list[Queue]) -
     queues[0].exits(11)
     note.drop_if_fired()
     assert queues[0].closed
-    assert note.ending(0) is None
+    assert note.exit_status(0) is None
 
 
 def test_source_after_the_exit_reports_the_status_each_time(
@@ -127,7 +129,7 @@ def test_source_after_the_exit_reports_the_status_each_time(
     for _ in range(2):
         with pytest.raises(TargetGoneError) as gone:
             source.snapshot()
-        assert gone.value.ending == Ending(True, "killed by SIGTERM")
+        assert gone.value.exit_status == ExitStatus(True, "killed by SIGTERM")
     assert not queues[0].closed
     source.close()
     assert queues[0].closed
@@ -160,13 +162,13 @@ def await_state(pid: int, state: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "ending"),
-    [("", Ending(True, "exit status 0")), ("os.kill(os.getpid(), 11)", Ending(False, "killed by SIGSEGV"))],
+    ("code", "exit_status"),
+    [("", ExitStatus(True, "exit status 0")), ("os.kill(os.getpid(), 11)", ExitStatus(False, "killed by SIGSEGV"))],
 )
 def test_snapshot_during_teardown_waits_for_the_status(
-    slow_exit: None, simulator: Simulator, code: str, ending: Ending
+    slow_exit: None, simulator: Simulator, code: str, exit_status: ExitStatus
 ) -> None:
-    """The process is not found for 0.6 s before its note: no snapshot says that the ending is unknown."""
+    """The process is not found for 0.6 s before its note: no snapshot says that the exit status is unknown."""
     with exits(code) as child, closing(LibprocSource(child.pid, lib=simulator.lib)) as source:
         source.snapshot()
         assert child.stdin is not None
@@ -179,7 +181,7 @@ def test_snapshot_during_teardown_waits_for_the_status(
                 errors.append(error)
         *before, last = errors
         assert isinstance(last, TargetGoneError)
-        assert last.ending == ending
+        assert last.exit_status == exit_status
         assert [str(error) for error in before] == [
             f"target {child.pid} is exiting: the kernel still frees its memory and files; ask again"
         ]
@@ -188,7 +190,7 @@ def test_snapshot_during_teardown_waits_for_the_status(
 def test_snapshot_after_an_endless_teardown_gives_up(
     slow_exit: None, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teardown that takes longer than the limit leaves the ending unknown."""
+    """A teardown that takes longer than the limit leaves the exit status unknown."""
     monkeypatch.setattr(libproc, "EXIT_LIMIT_S", 0.1)
     with exits("") as child, closing(LibprocSource(child.pid, lib=simulator.lib)) as source:
         source.snapshot()
@@ -199,18 +201,18 @@ def test_snapshot_after_an_endless_teardown_gives_up(
         await_state(child.pid, "Z")
         with pytest.raises(TargetGoneError) as gone:
             source.snapshot()
-        assert gone.value.ending is None
+        assert gone.value.exit_status is None
 
 
 def test_snapshot_without_a_note_does_not_wait(simulator: Simulator, child: ChildWorkload) -> None:
-    """Where the kernel refuses the queue, the end of the teardown brings no news."""
+    """If the kernel refuses the queue, no note can come at the end of the teardown."""
     simulator.teardown(60_000_000_000)
     with closing(LibprocSource(child.pid, lib=simulator.lib)) as source:
         source.snapshot()
         child.kill()
         with pytest.raises(TargetGoneError) as gone:
             source.snapshot()
-        assert gone.value.ending is None
+        assert gone.value.exit_status is None
 
 
 def test_stopped_process_is_stopped_and_its_threads_wait(simulator: Simulator, child: ChildWorkload) -> None:

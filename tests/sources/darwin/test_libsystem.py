@@ -81,7 +81,7 @@ class TestLoading:
 
     @pytest.mark.skipif(sys.platform == "darwin", reason="there it is no other system")
     def test_load_on_linux_names_what_is_missing(self) -> None:
-        """On Linux the module imports, and loading says what is missing."""
+        """On Linux the module can be imported, and `load` states what is missing."""
         with pytest.raises(UnsupportedError, match="mach_task_self_"):
             load()
 
@@ -107,7 +107,7 @@ class TestThreadPorts:
             assert simulator.references_owed == len(ports)
 
     def test_thread_ports_are_released_if_the_body_raises(self, simulator: Simulator) -> None:
-        """And the error of the body is the one that is seen."""
+        """The caller gets the error of the body."""
         with pytest.raises(KeyboardInterrupt), simulator.lib.mach.thread_ports():
             raise KeyboardInterrupt
 
@@ -126,7 +126,7 @@ class TestThreadPorts:
         threads.close()
 
     def test_thread_ports_null_or_dead_are_not_released(self, simulator: Simulator) -> None:
-        """A name of 0 or MACH_PORT_DEAD is nobody's; the others are released all the same."""
+        """A name of 0 or MACH_PORT_DEAD is no right to release; the others are released."""
         simulator.hide_real_threads()
         simulator.reap_delay(5)
         for tid in range(1, 9):
@@ -158,7 +158,7 @@ class TestThreadPorts:
         threads.close()
 
     def test_thread_ports_array_not_freed_is_an_error(self, lawless_simulator: Simulator) -> None:
-        """With the ports released before it."""
+        """The ports are released before the error."""
         lawless_simulator.fault("vm_deallocate", KERN_FAILURE)
         with pytest.raises(MachError, match="vm_deallocate failed"), lawless_simulator.lib.mach.thread_ports():
             pass
@@ -176,7 +176,7 @@ class TestErrors:
     def test_task_info_error_names_flavor_and_code(
         self, simulator: Simulator, flavor: int, info: type[ctypes.Structure], name: str
     ) -> None:
-        """In words and as a number; a short reply in words of 4 bytes."""
+        """The error has the code as text and number; for a short reply it counts in words of 4 bytes."""
         simulator.fault("task_info", 4, flavor=flavor)
         with pytest.raises(MachError, match=re.escape(f"{name}: task_info failed: (os/kern) invalid argument (0x4)")):
             simulator.lib.mach.task_info(info())
@@ -209,7 +209,7 @@ class TestErrors:
             assert os.getpid() in simulator.lib.mach.thread_infos(ports, rows)
 
     def test_proc_pidinfo_error_raises_by_errno_with_the_flavor(self, simulator: Simulator) -> None:
-        """With the flavor in the text, and Python's own subclass where there is one."""
+        """The text has the flavor, and the class is Python's subclass for the errno, if there is one."""
         with pytest.raises(ProcessLookupError, match=r"proc_pidinfo\(PROC_PIDTASKALLINFO\) failed"):
             simulator.lib.proc.info(2**30, proc_taskallinfo())
         simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDTASKALLINFO)
@@ -222,13 +222,13 @@ class TestErrors:
             simulator.lib.proc.pids()
 
     def test_proc_pidinfo_short_process_reply_is_an_error(self, simulator: Simulator) -> None:
-        """In bytes, with the flavor."""
+        """The error has the size in bytes and the flavor."""
         simulator.fault("proc_pidinfo", SHORT_REPLY, flavor=PROC_PIDTASKALLINFO)
         with pytest.raises(MachError, match=re.escape("proc_pidinfo(PROC_PIDTASKALLINFO) answered 228 bytes of 232")):
             simulator.lib.proc.info(os.getpid(), proc_taskallinfo())
 
     def test_proc_pidinfo_short_or_refused_thread_reply_is_an_error(self, simulator: Simulator) -> None:
-        """But one that has ended is an answer."""
+        """For a thread that has ended it is an answer and no error."""
         lib, pid, rows = simulator.lib, os.getpid(), ThreadRows()
         assert lib.proc.thread_infos(pid, [pid], rows) == [pid]
         assert lib.proc.thread_infos(pid, [2**40, pid, 2**32 + pid], rows) == [0, pid, 0]
@@ -241,13 +241,13 @@ class TestErrors:
             lib.proc.thread_infos(pid, [pid], rows)
 
     def test_procargs_return_the_command_line_without_the_environment(self, simulator: Simulator) -> None:
-        """Every word of it, empty ones too, and nothing of what follows; EINVAL whoever may not be read."""
+        """It has each argument, also empty ones, and nothing after them; a process that may not be read is EINVAL."""
         words = [b"cat", b"-u", b"", b"two words", "\u00fcml\u00e4ut".encode(), b""]
         with subprocess.Popen(
             [*words, "-"], executable="/bin/cat", env={"TOKEN": "secret"}, stdin=subprocess.PIPE
         ) as child:
-            told = os.path.realpath("/bin/cat"), [*words, b"-"]
-            eventually(lambda: simulator.lib.proc.command_line(child.pid) == told)
+            command_line = os.path.realpath("/bin/cat"), [*words, b"-"]
+            eventually(lambda: simulator.lib.proc.command_line(child.pid) == command_line)
             simulator.caller_euid(os.geteuid() + 12345)
             with pytest.raises(OSError, match=r"sysctl\(KERN_PROCARGS2\)") as refused:
                 simulator.lib.proc.command_line(child.pid)
@@ -335,7 +335,7 @@ class TestErrors:
 
 
 def test_process_list_that_fills_its_buffer_is_read_again(simulator: Simulator) -> None:
-    """Also if more are born than the estimate had room for: a list that fills its buffer is not believed."""
+    """A list that fills its buffer may be cut, as when more processes start than the estimate allowed for."""
     pids = simulator.lib.proc.pids()
     assert pids == sorted(pids)
     assert {os.getpid(), os.getppid()} <= set(pids)

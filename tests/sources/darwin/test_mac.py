@@ -21,7 +21,7 @@ from support.sidecars import eventually
 from vitalsd.sidecar.socket_activation import inherited
 from vitalsd.sidecar.tcp_listener import bind_tcp
 from vitalsd.snapshot import Part, measure
-from vitalsd.sources.base import AccessDeniedError, Ending, KernelError, TargetGoneError
+from vitalsd.sources.base import AccessDeniedError, ExitStatus, KernelError, TargetGoneError
 from vitalsd.sources.darwin.apple_headers import mach_task_basic_info, proc_taskallinfo, rusage_info_v6
 from vitalsd.sources.darwin.libproc_source import LibprocSource
 from vitalsd.sources.darwin.libsystem import load
@@ -146,16 +146,16 @@ def test_thread_id_equals_the_native_id_of_python() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "ending"),
+    ("code", "exit_status"),
     [
-        ("", Ending(True, "exit status 0")),
-        ("sys.exit(3)", Ending(False, "exit status 3")),
-        ("os.kill(os.getpid(), 15)", Ending(True, "killed by SIGTERM")),
-        ("os.kill(os.getpid(), 9)", Ending(False, "killed by SIGKILL")),
+        ("", ExitStatus(True, "exit status 0")),
+        ("sys.exit(3)", ExitStatus(False, "exit status 3")),
+        ("os.kill(os.getpid(), 15)", ExitStatus(True, "killed by SIGTERM")),
+        ("os.kill(os.getpid(), 9)", ExitStatus(False, "killed by SIGKILL")),
     ],
 )
-def test_exit_status_of_a_process_that_is_no_child_is_known(code: str, ending: Ending) -> None:
-    """Of one that is no child: kqueue(2) tells whoever may kill it, whatever sys/event.h says."""
+def test_exit_status_of_a_process_that_is_no_child_is_known(code: str, exit_status: ExitStatus) -> None:
+    """kqueue(2) reports it to each process that may kill the target, in contrast to sys/event.h."""
     program = f"import os, sys; print(os.getpid(), flush=True); sys.stdin.readline(); {code}"
     script = ["sh", "-c", 'exec 3<&0; "$@" <&3 & wait; sleep 1', "sh", sys.executable, "-c", program]
     with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
@@ -166,7 +166,7 @@ def test_exit_status_of_a_process_that_is_no_child_is_known(code: str, ending: E
         parent.stdin.write("\n")
         parent.stdin.flush()
         for _ in range(2):
-            assert last_error(source).ending == ending
+            assert last_error(source).exit_status == exit_status
         source.close()
 
 
@@ -232,7 +232,7 @@ def test_exit_of_a_process_with_much_memory_keeps_its_status() -> None:
     with sleeping("kept = bytearray(b'x') * (256 << 20)") as child, closing(LibprocSource(child.pid)) as source:
         assert child.stdin is not None
         child.stdin.close()
-        assert last_error(source).ending == Ending(True, "exit status 0")
+        assert last_error(source).exit_status == ExitStatus(True, "exit status 0")
 
 
 def test_inherited_listener_without_acceptconn_is_accepted() -> None:

@@ -227,7 +227,7 @@ class TestThreads:
         release(simulator, *second)
 
     def test_task_threads_lists_a_dying_thread_without_a_port(self, simulator: Simulator) -> None:
-        """As MACH_PORT_NULL or MACH_PORT_DEAD, and to release those is right and does nothing (§2)."""
+        """Its port is MACH_PORT_NULL or MACH_PORT_DEAD; to release those is allowed and does nothing (§2)."""
         simulator.hide_real_threads()
         simulator.reap_delay(3)
         for tid, shown_as in ((1 << 40, 0), (2 << 40, 1)):
@@ -314,14 +314,14 @@ class TestThreads:
         assert lawless_simulator.violations == [f"vm_deallocate of {8 * len(ports)} bytes, not {4 * len(ports)}"]
 
     def test_vm_deallocate_twice_is_a_violation(self, lawless_simulator: Simulator) -> None:
-        """By then the address may be somebody else's (§2)."""
+        """The address may have another owner after the first call (§2)."""
         ports, address = list_threads(lawless_simulator)
         release(lawless_simulator, ports, address)
         assert lawless_simulator.function("vm_deallocate")(TASK, address, 4 * len(ports)) == KERN_INVALID_ARGUMENT
         assert "for the second time" in lawless_simulator.violations[0]
 
     def test_thread_extended_info_times_are_ns_cut_to_us(self, simulator: Simulator) -> None:
-        """Of the thread, to the microsecond, user and system (§2, THREAD_EXTENDED_INFO)."""
+        """User and system time of the thread are truncated to the microsecond (§2, THREAD_EXTENDED_INFO)."""
         with workload() as threads:
             tid = threads.start_thread("worker")
             used = threads.burn(tid, BURN_NS)
@@ -335,7 +335,7 @@ class TestThreads:
 
     @pytest.mark.parametrize(("flavor", "words"), [(THREAD_EXTENDED_INFO, 28), (THREAD_IDENTIFIER_INFO, 6)])
     def test_thread_info_count_below_the_flavor_is_refused(self, simulator: Simulator, flavor: int, words: int) -> None:
-        """As for the task (§2)."""
+        """The rule is that of task_info (§2)."""
         ports, address = list_threads(simulator)
         info = thread_extended_info()
         assert call_thread_info(simulator, ports[0], flavor, info, words - 1)[0] == KERN_INVALID_ARGUMENT
@@ -435,7 +435,7 @@ class TestProcesses:
             assert size == before + 15 * 8
 
     def test_proc_pidlistthreadids_lists_an_ended_thread_until_reaped(self, simulator: Simulator) -> None:
-        """With its final times; then it is ESRCH (§3)."""
+        """It has its final times; afterwards it is ESRCH (§3)."""
         simulator.reap_delay(2)
         simulator.add_thread(7 << 32, user_ns=5_000_000, name=b"late")
         simulator.end_thread(7 << 32, shown_as=0)
@@ -482,9 +482,9 @@ class TestProcesses:
             directory.mkdir(parents=True)
             with subprocess.Popen(["/bin/cat"], cwd=directory, stdin=subprocess.PIPE) as child:
                 assert call_pidinfo(simulator, child.pid, PROC_PIDVNODEPATHINFO, 0, info) == (2352, 0)
-                told = os.fsdecode(info.pvi_cdir.vip_path)
+                cwd = os.fsdecode(info.pvi_cdir.vip_path)
                 child.kill()
-            assert told == (str(directory) if directory == fits else "/" + "/".join(directory.parts[2:]))
+            assert cwd == (str(directory) if directory == fits else "/" + "/".join(directory.parts[2:]))
 
     def test_vnodepathinfo_of_a_removed_directory_is_its_last_path(self, simulator: Simulator, tmp_path: Path) -> None:
         """Use the name in the kernel's cache, which removing the directory leaves there (§3)."""
@@ -540,7 +540,7 @@ class TestProcesses:
         assert call(ctypes.addressof(pids), 4) == 1
 
     def test_procargs2_with_a_short_buffer_returns_the_end(self, simulator: Simulator) -> None:
-        """Which is the environment; more room than arguments may take is EINVAL, as is a pid of nobody (§7)."""
+        """The end is the environment; a buffer larger than arguments can be is EINVAL, as is an unused pid (§7)."""
         call, oid = simulator.function("sysctl"), (ctypes.c_int * 3)(1, 49, 0)
 
         def ask(pid: int, room: int) -> tuple[int, bytes]:
@@ -590,14 +590,14 @@ class TestClocks:
         assert info.total_user + info.total_system <= time.process_time_ns() * 3 // 125
 
     def test_sysctl_of_an_unknown_name_is_enoent(self, simulator: Simulator) -> None:
-        """And hw.tbfrequency is an integer of 8 bytes (§5)."""
+        """The known hw.tbfrequency is an integer of 8 bytes (§5)."""
         assert simulator.lib.host.sysctl("hw.tbfrequency") == (24_000_000).to_bytes(8, "little")
         with pytest.raises(FileNotFoundError, match=r"sysctlbyname\(hw.vitals\)"):
             simulator.lib.host.sysctl("hw.vitals")
 
 
 def test_injected_fault_occurs_at_the_requested_call(simulator: Simulator) -> None:
-    """At the n-th, and then each m-th."""
+    """It occurs at the n-th call, and then at each m-th."""
     simulator.fault("task_info", 5, flavor=TASK_ABSOLUTETIME_INFO, at=2, every=3)
     codes = [call_task_info(simulator, TASK_ABSOLUTETIME_INFO, task_absolutetime_info())[0] for _ in range(9)]
     assert codes == [0, 5, 0, 0, 5, 0, 0, 5, 0]

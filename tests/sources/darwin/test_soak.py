@@ -1,4 +1,4 @@
-"""Snapshots by the hundred thousand of a process whose threads come and go, over a kernel that keeps failing."""
+"""Take 100,000 snapshots of a process with threads that start and end, over a kernel that fails again and again."""
 
 import errno
 import gc
@@ -38,7 +38,7 @@ RSS_ALLOWANCE_BYTES = 2 << 20
 
 
 class Holdings(NamedTuple):
-    """What a leak would be of."""
+    """Count the resources that can leak."""
 
     ports_in_use: int
     references_owed: int

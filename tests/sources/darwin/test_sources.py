@@ -71,14 +71,14 @@ class TestOpening:
     def test_open_source_uses_mach_for_the_own_process_and_libproc_for_others(
         self, simulator: Simulator, child: ChildWorkload
     ) -> None:
-        """By pid; none means this process."""
+        """The pid decides; no pid means this process."""
         assert isinstance(open_process(lib=simulator.lib), MachSource)
         assert isinstance(open_process(os.getpid(), lib=simulator.lib), MachSource)
         assert isinstance(open_process(child.pid, lib=simulator.lib), LibprocSource)
 
     @pytest.mark.parametrize("pid", [2**30, 0, -1, 2**31, 2**32 + 1, 2**64])
     def test_open_source_of_an_unused_pid_is_no_such_process(self, simulator: Simulator, pid: int) -> None:
-        """Also one that 32 bits would turn into somebody's."""
+        """Also a pid that 32 bits would truncate to that of a process."""
         with pytest.raises(NoSuchProcessError, match=f"no process has pid {pid}"):
             open_process(pid, lib=simulator.lib)
 
@@ -194,7 +194,7 @@ class TestFailures:
         assert child.pid in source.snapshot().roster.tids
 
     def test_snapshot_with_an_empty_thread_list_reads_it_again(self, simulator: Simulator) -> None:
-        """Whoever asks is alive, so the list is made again, and such an answer is not given in the end."""
+        """A process that reads itself has a thread, so the source reads the list again; an empty list is an error."""
         simulator.hide_real_threads()
         simulator.add_thread(1 << 40)
         source = MachSource(lib=simulator.lib)
@@ -205,7 +205,7 @@ class TestFailures:
             source.snapshot()
 
     def test_mach_source_in_a_forked_child_is_refused(self, simulator: Simulator) -> None:
-        """The task port names whoever asks, so the numbers would be the child's."""
+        """The task port is that of the calling process, so the numbers would be those of the child."""
         source = MachSource(lib=simulator.lib)
         child = os.fork()
         if child == 0:
@@ -257,7 +257,7 @@ class TestBooks:
     def test_snapshot_of_a_busy_process_includes_living_threads(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
-        """What MACH_TASK_BASIC_INFO would say: its times leave living threads out."""
+        """The times of MACH_TASK_BASIC_INFO would omit living threads."""
         source = open_own()
         first = source.snapshot()
         begun = time.thread_time_ns()
@@ -305,7 +305,7 @@ class TestThreads:
     def test_thread_names_with_invalid_utf8_stay_distinct(
         self, simulator: Simulator, open_own: Callable[..., Source], raw: bytes, name: str
     ) -> None:
-        """As UTF-8; other bytes as they are, so that no two names fall together."""
+        """Names are decoded as UTF-8; other bytes are kept, so that no two names become equal."""
         simulator.hide_real_threads()
         simulator.add_thread(1 << 40, name=raw)
         assert open_own().snapshot().roster.names == (name,)
@@ -317,7 +317,7 @@ class TestThreads:
         assert threading.get_native_id() in open_own().snapshot().roster.tids
 
     def test_thread_state_unknown_is_null(self, simulator: Simulator, open_own: Callable[..., Source]) -> None:
-        """And one that no header names is null, not a number."""
+        """A state that no header names is null and not a number."""
         for i, state in enumerate((1, 2, 3, 4, 77)):
             simulator.add_thread((i + 1) << 40, run_state=state)
         snapshot = open_own().snapshot(parts=Part.DETAIL)
@@ -352,7 +352,7 @@ class TestThreads:
         assert len(snapshot.roster) == 2050 + sum(tid < 2**32 for tid in snapshot.roster.tids)
 
     def test_snapshot_beyond_2048_threads_reads_a_part_with_a_warning(self, simulator: Simulator) -> None:
-        """Those that run are read each time, the others in turn, and the answer says so."""
+        """Each snapshot reads the running threads, and the others in turn, with a warning."""
         simulator.hide_real_threads()
         tids = [(1 << 40) + i for i in range(100)]
         for tid in tids:
@@ -371,7 +371,7 @@ class TestThreads:
             assert list(snapshot.roster.tids) == tids
             assert any(text.startswith("threads: 100 of them; 20 are read per snapshot") for text in snapshot.warnings)
             if i > 6:
-                # By then its turn has come once, and a thread that runs is read in every snapshot.
+                # Its turn has come once, and each later snapshot reads a thread that runs.
                 assert snapshot.thread_cpu_ns[50] == 1000 + i * 1_000_000
             seen_late += snapshot.thread_cpu_ns[90] == 7_001_000
         assert seen_late >= 5
@@ -398,7 +398,7 @@ class TestIdentity:
         assert LibprocSource(child.pid, lib=simulator.lib).identity().start_id != source.identity().start_id
 
     def test_snapshot_after_exec_has_another_identity_version(self, simulator: Simulator, child: ChildWorkload) -> None:
-        """By the version of the identity; the process stays the same."""
+        """The version of the identity changes; the process stays the same."""
         source = LibprocSource(child.pid, lib=simulator.lib)
         first = source.snapshot()
         simulator.exec(child.pid)
@@ -407,7 +407,7 @@ class TestIdentity:
         assert any("executed another program" in text for text in measure(first, last).warnings)
 
     def test_snapshot_after_exec_of_a_real_program_has_its_name(self, simulator: Simulator) -> None:
-        """And what was read from then on is of the new one."""
+        """All later readings are of the new program."""
         code = "import os; os.read(0, 1); os.execv('/bin/cat', ['cat'])"
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             assert child.stdin is not None
@@ -424,7 +424,7 @@ class TestIdentity:
             child.stdin.close()
 
     def test_program_of_two_scripts_of_one_interpreter_differs(self, simulator: Simulator) -> None:
-        """As Linux tells them, from the process itself and from another one."""
+        """The digest is that of Linux, from the process itself and from another one."""
         pid = os.getpid()
         own = MachSource(lib=simulator.lib, program_of=PROGRAM_OF).identity().program
         assert own == LibprocSource(pid, lib=simulator.lib, program_of=PROGRAM_OF).identity().program
@@ -438,7 +438,7 @@ class TestIdentity:
             child.kill()
 
     def test_program_after_exec_of_another_script_differs(self, simulator: Simulator) -> None:
-        """After exec the name is the same and the script is not; one that was not told at once is asked for again."""
+        """After exec the name is the same and the script differs; after a failed call the source reads it again."""
         code = "import os, sys; sys.stdin.readline(); os.execv(sys.executable, [sys.executable, '-c', 'input()'])"
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
             assert child.stdin is not None
@@ -478,7 +478,7 @@ class TestIdentity:
 
 class TestClocks:
     def test_uptime_equals_the_age_of_the_process(self, simulator: Simulator, child: ChildWorkload) -> None:
-        """To the tick of 10 ms to which Linux, behind the simulator, knows the start."""
+        """It is equal to the tick of 10 ms with which Linux, below the simulator, stores the start."""
         with open(f"/proc/{child.pid}/stat", encoding="utf-8") as file:
             start_ns = int(file.read().rpartition(")")[2].split()[19]) * 10_000_000
         before = time.clock_gettime_ns(CLOCK_BOOTTIME) - start_ns
@@ -490,7 +490,7 @@ class TestClocks:
     def test_uptime_after_a_wall_clock_step_is_unchanged(
         self, simulator: Simulator, open_own: Callable[..., Source], step_ns: int
     ) -> None:
-        """Neither before the source is opened, nor while it is open."""
+        """A step has no effect before the source is opened, or while it is open."""
         true_ns = open_own().snapshot().uptime_ns
         clock = [0]
         source = open_own(wall_clock=lambda: time.time_ns() + clock[0])
@@ -504,7 +504,7 @@ class TestClocks:
     def test_uptime_without_rusage_comes_from_the_wall_clock(
         self, simulator: Simulator, open_own: Callable[..., Source]
     ) -> None:
-        """A sandbox may hide it. Nobody is older than the machine is up, whatever the clock says."""
+        """A sandbox may hide it. No process is older than the boot of the machine, whatever the clock says."""
         true_ns = open_own().snapshot().uptime_ns
         simulator.fault("proc_pid_rusage", errno.EPERM, every=1)
         assert true_ns <= open_own().snapshot().uptime_ns <= true_ns + 60 * 10**9
@@ -536,7 +536,7 @@ class TestClocks:
 
 class TestTicks:
     def test_cpu_time_under_rosetta_uses_native_ticks(self, simulator: Simulator) -> None:
-        """A translated process is told a timebase of 1/1 while the kernel's ticks stay: 41.67 times too low."""
+        """A translated process gets a timebase of 1/1 with native ticks, which would make times 41.67 times too low."""
         simulator.rosetta()
         translated = load(simulator.path)
         source = MachSource(lib=translated)
@@ -666,7 +666,7 @@ class TestProcessList:
         assert entry.uids == {os.geteuid()}
 
     def test_process_list_excludes_other_users_and_zombies(self, simulator: Simulator, child: ChildWorkload) -> None:
-        """They cannot be sampled; the list goes on."""
+        """They cannot be sampled; the list contains the others."""
         child.kill()
         assert child.pid not in [entry.pid for entry in list_processes(simulator.lib)]
         simulator.caller_euid(os.geteuid())

@@ -85,7 +85,7 @@ def secretive(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
 def test_tape_has_no_name_path_argument_variable_or_user(
     simulator: Simulator, secretive: "subprocess.Popen[bytes]", threads: OwnWorkload
 ) -> None:
-    """Neither as text nor as the hexadecimal of a reply; lengths and counts are as they were."""
+    """It has them neither as text nor in the hexadecimal of a reply; lengths and counts are unchanged."""
     threads.start_thread("thread-of-mine")
     file = io.StringIO()
     lib = load(simulator.path, Tape(file, os.getpid()))
@@ -179,7 +179,7 @@ def tape_of_doctor(simulated_libsystem: Path, tmp_path_factory: pytest.TempPathF
 def test_tape_plays_as_snapshots(
     tape: Path | None, tape_of_doctor: Path, as_on_tape: Callable[[TapePlayer], LibSystem]
 ) -> None:
-    """To its end: no total falls, ids ascend, and the threads used no more than the process, to the error."""
+    """Up to the end, no total falls, ids ascend, and threads used no more than the process, within the error."""
     player = TapePlayer((tape or tape_of_doctor).read_text("ascii").splitlines())
     taken: list[Snapshot] = []
     with closing(MachSource(lib=as_on_tape(player))) as source:
@@ -197,7 +197,7 @@ def test_tape_plays_as_snapshots(
 
 
 def test_tape_of_linux_is_refused(tmp_path: Path) -> None:
-    """With the reason; and a file that is there is not overwritten."""
+    """The command gives the reason, and does not overwrite an existing file."""
     command = [sys.executable, "-P", "-m", "vitalsd", "doctor", "--tape", str(tmp_path / "x")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "vitalsd: --tape records the calls of macOS, and this is linux\n")

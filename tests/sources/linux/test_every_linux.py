@@ -22,7 +22,7 @@ from vitalsd.snapshot import Part, measure
 from vitalsd.sources import list_processes
 from vitalsd.sources.linux.procfs import parse_stat
 from vitalsd.sources.linux.source import LinuxSource
-from vitalsd.sources.platform import births
+from vitalsd.sources.platform import process_identities
 
 pytestmark = [
     pytest.mark.live,
@@ -34,7 +34,7 @@ SOURCE = SUPPORT / "programs" / "linux_cases.c"
 STRANGER = SUPPORT / "stranger.py"
 PRIVATE_MOUNTS = ("unshare", "-m", "--propagation", "private")
 MS = 1_000_000
-NOBODY = 65534
+OTHER_UID = 65534
 
 Begin = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -82,7 +82,7 @@ def go_on(process: "subprocess.Popen[bytes]") -> None:
 
 
 def no_more_than_its_process(table: dict[str, Any]) -> bool:
-    """Whether no cell of a thread is above that of the process, within 10 ms."""
+    """Return whether no cell of a thread is above that of the process, within 10 ms."""
     return all(
         cell is None or cell * elapsed_ms / 100 <= process * elapsed_ms / 100 + 10
         for thread in table["threads"]
@@ -136,7 +136,7 @@ def test_exec_by_a_second_thread_is_null_in_csv_and_runs(begin: Begin, short_pat
 
 @pytest.mark.parametrize("before", [(), ("setarch", "-R")])
 def test_exec_of_the_same_program_is_detected(begin: Begin, before: Sequence[str]) -> None:
-    """Also where it has the same addresses, without their randomisation: its memory map is another one."""
+    """It is detected without address randomisation too, by another memory map."""
     target = begin("again", "300", before=before, env={"STAGE": "1"})
     with closing(LinuxSource(target.pid)) as source:
         first = source.snapshot()
@@ -184,7 +184,7 @@ def test_exec_of_another_users_process_is_detected(begin: Begin) -> None:
 
 @as_root
 def test_exec_of_another_users_process_charges_no_window(begin: Begin, short_path: Path) -> None:
-    """Neither `/metrics` nor the record, of a sidecar that may not trace the process."""
+    """Neither `/metrics` nor the record counts it, in a sidecar that may not trace the process."""
     target = begin("again", "600", env={"STAGE": "1"})
     stranger = (sys.executable, str(STRANGER), "0")
     os.chmod(short_path, 0o777)
@@ -207,7 +207,7 @@ def test_exec_of_another_users_process_charges_no_window(begin: Begin, short_pat
 @as_root
 @pytest.mark.parametrize("covered", [None, "0 0 0\n"])
 def test_kernel_that_counts_no_run_times_is_read_by_stat(begin: Begin, tmp_path: Path, covered: str | None) -> None:
-    """Though the main thread has not used 10 ms: every thread reads 0, and the process has run."""
+    """It is detected before the main thread has used 10 ms: every thread reads 0, and the process has run."""
     target = begin("worker")
     zeros = tmp_path / "zeros"
     zeros.write_text(covered or "")
@@ -247,7 +247,7 @@ MOUNTED = 'mount -t proc -o subset=pid proc /proc && exec "$@"'
 
 @as_root
 def test_serve_start_and_spawn_work_without_a_boot_id(short_path: Path) -> None:
-    """As under ``ProcSubset=pid``, where /proc has processes and nothing else; discovery finds them."""
+    """Under ``ProcSubset=pid`` /proc has only processes; discovery finds the sidecars."""
     code = """
 import json, os, urllib.request
 import vitalsd, vitalsd_client
@@ -304,7 +304,7 @@ def test_names_given_to_sleeping_threads_are_recorded_within_two_seconds(begin: 
 
 
 def test_main_thread_that_renames_itself_renames_its_process(start: Callable[..., Any], short_path: Path) -> None:
-    """In `/info`, and in the run on disk."""
+    """The new name is in `/info` and in the run on disk."""
     target = start()
     with Serving(short_path, "--pid", str(target.pid), "--record-interval", "0.2") as server:
         eventually(lambda: server.get("/history")["time_ms"])
@@ -332,7 +332,7 @@ def names_of(pid: int, name: str) -> frozenset[str] | None:
 
 
 def test_name_of_a_process_tree_selects_its_root_with_a_note(tmp_path: Path) -> None:
-    """Though the children are newer; a process that runs in between has another name."""
+    """The children are newer; a process between them has another name."""
     program = tmp_path / f"tree{os.getpid()}"
     shutil.copy(os.path.realpath("/bin/sh"), program)
     inner = f"{program} -c 'echo; read line <&3' & wait"
@@ -443,7 +443,7 @@ HALTS = [
 def test_halted_target_is_an_event_and_a_warning(
     begin: Begin, short_path: Path, halt: Callable[[Begin, int], Any], words: str
 ) -> None:
-    """Of a signal, a debugger and both versions of the freezer; that it runs again is an event too."""
+    """A signal, a debugger or either version of the freezer halts it; that it runs again is an event too."""
     target = begin("worker")
 
     def events() -> list[tuple[str, str]]:
@@ -462,7 +462,7 @@ def test_halted_target_is_an_event_and_a_warning(
 
 @as_root
 def test_frozen_group_of_another_users_process_is_detected(begin: Begin) -> None:
-    """Where it waits, which the kernel shows to its own user alone, is not needed for that."""
+    """The kernel function in which it waits, which only its own user can read, is not needed."""
     target = begin("idle")
     with frozen_2(begin, target.pid), closing(Snapshots(target.pid)) as stranger:
         assert stranger.take()["state"] == "frozen"
@@ -475,7 +475,7 @@ def test_frozen_group_of_another_users_process_is_detected(begin: Begin) -> None
 @pytest.mark.parametrize("hidepid", [1, 2, 4])
 def test_own_process_hidden_by_proc_has_that_reason(begin: Begin, hidepid: int) -> None:
     """It is not dumpable, so it is neither missing nor another user's."""
-    target = begin("hidden", user=NOBODY, group=NOBODY, extra_groups=[])
+    target = begin("hidden", user=OTHER_UID, group=OTHER_UID, extra_groups=[])
     with closing(Snapshots(target.pid, hidepid)) as stranger:
         answer = stranger.take()
     assert answer["error"] == "AccessDeniedError"
@@ -511,11 +511,12 @@ def test_running_sidecar_is_not_dead_in_another_view(begin: Begin, short_path: P
 
 @as_root
 def test_start_time_is_the_same_in_another_time_namespace() -> None:
-    """By which a process and its runs are known; the age is right in both."""
+    """It identifies a process and its runs; the age is right in both namespaces."""
     code = (
         "import sys; from vitalsd.sources.linux.source import LinuxSource;"
-        " from vitalsd.sources.platform import births;"
-        "s = LinuxSource(int(sys.argv[1])); print(s.identity().start_key, births().start_key(int(sys.argv[1])),"
+        " from vitalsd.sources.platform import process_identities;"
+        "s = LinuxSource(int(sys.argv[1]));"
+        " print(s.identity().start_key, process_identities().start_key(int(sys.argv[1])),"
         " s.snapshot().uptime_ns // 10**9)"
     )
     command = [sys.executable, "-c", code, str(os.getpid())]
@@ -524,7 +525,7 @@ def test_start_time_is_the_same_in_another_time_namespace() -> None:
         done = subprocess.run([*before, *command], capture_output=True, text=True, check=True)
         found.append(list(map(int, done.stdout.split())))
     (key, birth, age), (other_key, other_birth, other_age) = found
-    assert key == birth == other_key == other_birth == births().start_key(os.getpid())
+    assert key == birth == other_key == other_birth == process_identities().start_key(os.getpid())
     assert 0 <= other_age - age <= 5
 
 

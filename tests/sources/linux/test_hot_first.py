@@ -99,7 +99,7 @@ def taken(tree: Tree, steps: list[tuple[str, int]], *, few: bool) -> Iterator[No
 def test_hot_first_accepted_reading_is_exact(
     tmp_path_factory: pytest.TempPathFactory, threads: int, steps: list[tuple[str, int]], few: bool
 ) -> None:
-    """Whoever runs, is born or exits between two readings: an accepted reading has every value right."""
+    """Whichever threads run, start or exit between two readings, each value of an accepted reading is right."""
     tree = Tree(tmp_path_factory.mktemp("task"), threads)
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
@@ -151,16 +151,16 @@ def test_hot_first_reading_equals_a_full_reading(
 
 
 def test_hot_first_with_few_busy_threads_accepts_nearly_all_readings(tmp_path: Path) -> None:
-    """With one thread of forty running, nearly every reading is proved; with all running, none is tried for long."""
+    """With one running thread of forty nearly every reading is proved; with all running, few are tried."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
     times = ThreadTimes(table)
 
-    def readings(count: int, who: Callable[[int], int]) -> int:
+    def readings(count: int, index: Callable[[int], int]) -> int:
         before = times.proved
         for number in range(count):
-            tree.burn(1 + who(number) % 40, 1000)
+            tree.burn(1 + index(number) % 40, 1000)
             if times.read_hot(tree.clock(), tree.clock) is None:
                 times.read()
                 times.set_exited_total(tree.clock(), tree.exited_ns)
@@ -199,7 +199,7 @@ def test_hot_first_finds_a_thread_that_never_ran_within_a_second(tmp_path: Path)
 def test_hot_first_listing_that_fails_leaks_no_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached: int
 ) -> None:
-    """A listing that fails on its way leaves no descriptor behind, and the next reading finds who is there."""
+    """A listing that fails midway leaves no descriptor open, and the next reading finds all threads."""
     tree = Tree(tmp_path, 6)
     task_fd = os.open(tree.root, os.O_RDONLY)
     held = len(os.listdir("/proc/self/fd"))
@@ -240,7 +240,7 @@ def test_hot_first_listing_that_fails_leaks_no_descriptor(
 
 
 def test_hot_first_with_new_threads_still_reads_names(tmp_path: Path) -> None:
-    """Though each second a new thread is found, a name given by another thread is seen at once."""
+    """Although a new thread is found each second, a name set by another thread is read at once."""
     tree = Tree(tmp_path, 40)
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
@@ -266,7 +266,7 @@ def test_hot_first_with_new_threads_still_reads_names(tmp_path: Path) -> None:
 )
 def test_proved_readings_equal_full_ones(start: Callable[..., Target], readings: int) -> None:
     """
-    On a living process, threads being born and exiting meanwhile.
+    The process is real, and its threads start and exit meanwhile.
 
     Every proved reading equals a full reading taken while the process clock stood still.
     """

@@ -68,7 +68,7 @@ def ended(process: "subprocess.Popen[bytes]") -> None:
 
 
 def holds(m: Measurement) -> None:
-    """What must hold in each window, whatever the target is."""
+    """Assert what must hold in each window of any target."""
     assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
     for i, ns in enumerate(m.thread_cpu_ns):
         assert ns - m.thread_error_ns(i) <= m.cpu_ns + m.cpu_error_ns
@@ -107,7 +107,7 @@ def test_process_that_shares_its_memory_is_counted_by_itself(begin: Begin) -> No
 
 
 def test_ten_thousand_short_threads_are_in_the_cpu_accounting(begin: Begin) -> None:
-    """None of them lives for long enough to be seen; what they used is among the exited."""
+    """None lives long enough to be read; their CPU time is in that of exited threads."""
     process, pid, _ = begin("short")
     assert process.stdin is not None
     assert process.stdout is not None

@@ -31,7 +31,7 @@ from vitalsd.snapshot import Part, Snapshot, measure
 from vitalsd.sources import list_processes, open_source
 from vitalsd.sources.base import (
     AccessDeniedError,
-    Ending,
+    ExitStatus,
     NoSuchProcessError,
     Source,
     TargetGoneError,
@@ -214,7 +214,7 @@ NAMES = [b"a) R 1 (", b"(a b ) ( c d) ", b"x\ny\x1b[31m", b"\xff\xfe\xfd", b"", 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_thread_names_of_any_bytes_are_listed(name: bytes) -> None:
-    """Whatever bytes a thread is called, it is listed under them, and its neighbours are not disturbed."""
+    """A thread is listed with any bytes as its name, and other threads are not affected."""
     with parked(name) as thread, opened() as source:
         assert thread.native_id is not None
         while b"\nState:\tS" not in Path(f"/proc/self/task/{thread.native_id}/status").read_bytes():
@@ -360,18 +360,18 @@ def test_reused_tid_in_the_own_process_inherits_no_cpu_time() -> None:
 
 @pytest.mark.parametrize("reaped", [False, True])
 @pytest.mark.parametrize(
-    ("code", "ending"),
+    ("code", "exit_status"),
     [
-        ("exit 0", Ending(True, "exit status 0")),
-        ("exit 3", Ending(False, "exit status 3")),
-        ("kill -SEGV $$", Ending(False, "killed by SIGSEGV")),
-        ("kill -KILL $$", Ending(False, "killed by SIGKILL")),
-        ("kill -TERM $$", Ending(True, "killed by SIGTERM")),
-        ("kill -40 $$", Ending(False, "killed by signal 40")),
+        ("exit 0", ExitStatus(True, "exit status 0")),
+        ("exit 3", ExitStatus(False, "exit status 3")),
+        ("kill -SEGV $$", ExitStatus(False, "killed by SIGSEGV")),
+        ("kill -KILL $$", ExitStatus(False, "killed by SIGKILL")),
+        ("kill -TERM $$", ExitStatus(True, "killed by SIGTERM")),
+        ("kill -40 $$", ExitStatus(False, "killed by signal 40")),
     ],
 )
-def test_exit_status_is_known_whether_collected_or_not(code: str, ending: Ending, reaped: bool) -> None:
-    """Whether its parent has collected it or not, and whoever its parent is."""
+def test_exit_status_is_known_whether_collected_or_not(code: str, exit_status: ExitStatus, reaped: bool) -> None:
+    """It is known whether its parent has reaped it or not, and for any parent."""
     victim = subprocess.Popen(["sh", "-c", f"read _; ulimit -c 0; {code}"], stdin=subprocess.PIPE)
     with opened(victim.pid) as source:
         source.snapshot()
@@ -387,7 +387,7 @@ def test_exit_status_is_known_whether_collected_or_not(code: str, ending: Ending
             source.snapshot()
     victim.wait()
     kernel = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
-    assert error.value.ending == (None if reaped and kernel < (6, 15) else ending)
+    assert error.value.exit_status == (None if reaped and kernel < (6, 15) else exit_status)
 
 
 @forced_ids
@@ -423,7 +423,7 @@ def test_reused_pid_is_target_gone() -> None:
 
 
 def test_pid_of_a_thread_is_refused_with_its_process(start: Start) -> None:
-    """/proc answers for the id of any thread; it is said whose it is."""
+    """/proc has a directory for the id of each thread; the error names the process of the thread."""
     target = start("--idle", "1")
     tid = next(tid for tid in target.tids.values() if tid != target.pid)
     with pytest.raises(NoSuchProcessError, match=f"no process has pid {tid}; it is a thread of process {target.pid}"):
@@ -431,7 +431,7 @@ def test_pid_of_a_thread_is_refused_with_its_process(start: Start) -> None:
 
 
 def test_zombie_is_target_gone() -> None:
-    """A process that nobody has collected yet is gone, for the old source and for a new one."""
+    """A process that its parent has not reaped is gone, for the old source and for a new one."""
     process = subprocess.Popen(["sleep", "60"])
     with opened(process.pid) as source:
         source.snapshot()
@@ -507,7 +507,7 @@ def test_process_after_exec_has_the_name_of_the_new_program() -> None:
 
 
 def test_program_of_a_script_with_a_replaced_interpreter_is_known(tmp_path: Path) -> None:
-    """As by an update while it runs: the file that the kernel names is not there any more."""
+    """After an update during the run, the file that the kernel names no longer exists."""
     interpreter = tmp_path / "sh"
     shutil.copy(os.path.realpath("/bin/sh"), interpreter)
     with subprocess.Popen([interpreter, "-c", "read line", "a script"], stdin=subprocess.PIPE) as process:
@@ -558,7 +558,7 @@ def test_pid_out_of_range_or_unused_is_no_such_process() -> None:
             LinuxSource(pid)
 
 
-# Who may read
+# Permissions
 
 
 class Stranger:
@@ -588,7 +588,7 @@ class Stranger:
 
 @as_root
 def test_hidepid_is_access_denied_and_not_gone(start: Start) -> None:
-    """A process that /proc hides exists: that is said, and nothing is claimed about its end."""
+    """A process that /proc hides exists: the error says so, and claims nothing about its end."""
     target = start()
     with closing(Stranger(2, target.pid)) as stranger:
         assert stranger.snapshot() == {
@@ -612,7 +612,7 @@ def test_target_that_becomes_hidden_is_access_denied(start: Start) -> None:
 
 @as_root
 def test_target_that_hides_its_memory_is_no_exec(start: Start) -> None:
-    """As a keyring does, by PR_SET_DUMPABLE; where it shows it again neither."""
+    """A keyring hides its memory by PR_SET_DUMPABLE; to show it again is no exec either."""
     target = start()
     target.ask("uid 65534")
     target.ask("dumpable 1")
@@ -627,7 +627,7 @@ def test_target_that_hides_its_memory_is_no_exec(start: Start) -> None:
 
 @as_root
 def test_program_of_a_target_readable_later_is_known_then(start: Start) -> None:
-    """Which script it is could not be told before, as inside exec; it is still the same program."""
+    """Before, the script could not be read, as during exec; the program is still the same."""
     target = start()
     target.ask("uid 65534")
     target.ask("dumpable 0")
@@ -642,7 +642,7 @@ def test_program_of_a_target_readable_later_is_known_then(start: Start) -> None:
 
 @as_root
 def test_another_users_process_is_readable(start: Start) -> None:
-    """Without hidepid anybody may read CPU and memory; what an older kernel forbids is null and said."""
+    """Without hidepid each user may read CPU and memory; what an older kernel forbids is null with a warning."""
     target = start("--idle", "2", "--spin-first", "20")
     with closing(Stranger(0, target.pid)) as stranger:
         answer = stranger.snapshot()
@@ -697,7 +697,7 @@ def test_descriptor_count_outside_procfs_comes_from_a_listing(capture: Path) -> 
 
 @pytest.mark.parametrize("content", [None, "0 0 0\n"])
 def test_kernel_without_schedstat_is_read_by_ticks(capture: Path, content: str | None) -> None:
-    """Where run times are missing or not counted, stat's ticks are used, and the resolution says so."""
+    """Without run times, or if they are not counted, the source uses the ticks of stat, and the resolution says so."""
     for file in capture.glob("4242/task/*/schedstat"):
         if content is None:
             file.unlink()
@@ -706,7 +706,7 @@ def test_kernel_without_schedstat_is_read_by_ticks(capture: Path, content: str |
     with opened(4242, root=str(capture)) as source:
         snapshot = source.snapshot()
     assert list(snapshot.thread_cpu_ns) == [34 * USER_TICK_NS, 0, 0, 0]
-    # User and system time are each cut: who has burnt nearly two ticks may read 0.
+    # User and system time are each rounded down: a thread that used nearly two ticks may read 0.
     assert (snapshot.source, snapshot.thread_grain_ns) == ("stat", 2 * USER_TICK_NS)
     assert snapshot.thread_lag_ns >= KERNEL_TICK_NS
 
@@ -772,7 +772,7 @@ def test_proc_of_another_pid_namespace_is_read_without_clocks() -> None:
 
 @as_root
 def test_proc_of_another_pid_namespace_is_not_mistaken_for_the_own() -> None:
-    """As in a sandbox that mounts none of its own: this process is read as itself, and no pid is guessed at."""
+    """In a sandbox without its own procfs, this process reads itself, and no pid is guessed."""
     code = """
         import os, sys, threading, time
         from vitalsd.sources.base import SourceError
@@ -893,7 +893,7 @@ def test_process_list_agrees_with_psutil(start: Start) -> None:
 
 
 def test_process_list_has_only_readable_processes() -> None:
-    """What the list offers can be sampled, unless it has ended meanwhile."""
+    """Each listed process can be sampled, unless it has exited meanwhile."""
     for entry in list_processes():
         try:
             with opened(entry.pid) as source:

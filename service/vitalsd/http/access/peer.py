@@ -77,7 +77,7 @@ class PeerUsers:
             except OSError:
                 self._netlink = None
 
-    def forget(self, null: int) -> None:
+    def close_in_child(self, null: int) -> None:
         """Replace the netlink socket, which the parent uses, by /dev/null; called in a forked child."""
         if self._netlink is not None:
             os.dup2(null, self._netlink.fileno(), inheritable=False)

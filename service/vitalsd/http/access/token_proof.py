@@ -31,15 +31,15 @@ NONCE_PARAMETER: dict[str, Any] = {
     "name": "nonce",
     "in": "query",
     "required": True,
-    "description": "Chosen by the client, new each time.",
+    "description": "Random value of the client, new for each request.",
     "schema": {"type": "string", "pattern": f"^{NONCE.pattern}$"},
     "example": "0123456789abcdef",
 }
 HELLO = Operation(
     path="/hello",
     summary="Prove that this is the sidecar of the runtime file",
-    description="Only with `--auth token`. A client asks before it sends the token: another user may have taken the"
-    " port of a sidecar that died.",
+    description="Exists only with `--auth token`. A client requests it before it sends the token, because another user"
+    " may have taken the port of a sidecar that has died.",
     answer="The proof.",
     reasons=("no_such_route",),
     parameters=(NONCE_PARAMETER,),

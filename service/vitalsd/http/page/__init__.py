@@ -32,7 +32,7 @@ const $ = (id) => document.getElementById(id);
 PAGE = Operation(
     path="/",
     summary="The live page",
-    description="CPU, memory and every thread over time, in a browser. It asks for nothing but this API.",
+    description="CPU, memory and every thread over time, in a browser. It requests nothing but this API.",
     answer="The page.",
     media_types={"text/html": ""},
     commands=(

@@ -85,11 +85,11 @@ function own(info) {
   const now = performance.now();
   let uses = "";
   if (cost && cost.pid === info.self.pid && now > cost.at)
-    uses = ` \u00b7 uses ${((100000 * (info.self.cpu_secs - cost.cpu)) / (now - cost.at)).toFixed(1)} % CPU`;
+    uses = ` \u00b7 ${((100000 * (info.self.cpu_secs - cost.cpu)) / (now - cost.at)).toFixed(1)} % CPU`;
   cost = { pid: info.self.pid, cpu: info.self.cpu_secs, at: now };
   const recorder = info.recorder && info.recorder.retention_secs
-    ? ` \u00b7 records every ${info.recorder.interval_ms} ms, ${Math.round(info.recorder.retention_secs / 60)} min back` : "";
-  $("own").textContent = `vitalsd ${info.version}${uses}, ${size(info.self.peak_rss_kb)} at most${recorder}`;
+    ? ` \u00b7 records every ${info.recorder.interval_ms} ms, keeps ${Math.round(info.recorder.retention_secs / 60)} min` : "";
+  $("own").textContent = `vitalsd ${info.version}${uses}, peak ${size(info.self.peak_rss_kb)}${recorder}`;
 }
 
 function set(element, text) {
@@ -175,7 +175,7 @@ function tiles(r, focus) {
   set($("rss"), size(samples.rss[slot]));
   set($("rss-note"), `${size(low)} to ${size(high)}`);
   set($("count"), String(samples.count[slot]));
-  set($("count-note"), `${busy} busy`);
+  set($("count-note"), `${busy} active`);
   set($("up"), view.uptime === null ? "Recorded" : "Up");
   set($("uptime"), duration(view.uptime === null ? (lastTime() - samples.time[slotOf(oldest())]) / 1000 : view.uptime));
   set($("at"), view.pin === null ? "" : `at ${clock(samples.time[slot])}`);
@@ -190,7 +190,7 @@ function notes() {
   if (!last.length) {
     const item = document.createElement("li");
     item.className = "nothing";
-    item.textContent = "None yet. A mark puts a label on the time axis, here and in reports.";
+    item.textContent = "None yet. A mark labels a time, here and in reports.";
     list.replaceChildren(item);
     return;
   }

@@ -38,7 +38,7 @@ const slotOf = (number) => number % CAPACITY;
 const oldest = () => Math.max(0, samples.n - CAPACITY);
 const lastTime = () => (samples.n ? samples.time[slotOf(samples.n - 1)] : 0);
 
-function forget() {
+function resetSamples() {
   samples.n = 0;
   threads.clear();
   children.clear();

@@ -198,7 +198,7 @@ function take(answer) {
 setInterval(() => {
   if (heard === null) return;
   const silence = performance.now() - heard;
-  if (silence > SILENCE) status("wait", `silent for ${duration(silence / 1000)}`);
+  if (silence > SILENCE) status("wait", `no data for ${duration(silence / 1000)}`);
   if (silence > 4 * SILENCE) reading.abort();
 }, 1000);
 
@@ -224,7 +224,7 @@ async function look() {
 
 function identify(info) {
   const id = info.target.start_id;
-  if (id && view.startId && id !== view.startId) forget();
+  if (id && view.startId && id !== view.startId) resetSamples();
   if (id) view.startId = id;
   view.info = info;
   view.uptime = isReplay(info) || !id ? null : (Date.now() + skew - Date.parse(info.target.started_at)) / 1000;
@@ -253,7 +253,7 @@ async function listRuns() {
 }
 
 function runName(run) {
-  const state = { crashed: "crashed", running: "when the report was made", clean: "ended" }[run.state];
+  const state = { crashed: "crashed", running: "running when reported", clean: "ended" }[run.state];
   return `${state} \u00b7 ${clean(run.app || run.name)} \u00b7 ${new Date(run.recorded_to).toLocaleString()}`;
 }
 
@@ -262,7 +262,7 @@ async function openRun(id, runs) {
   view.run = id;
   if (reading) reading.abort();
   if (view.paused) hold(false);
-  forget();
+  resetSamples();
   view.startId = "";
   if (!id) {
     live();

@@ -76,10 +76,10 @@ function table(r, focus) {
   $("more").hidden = total <= ROWS;
   set($("all"), view.all ? `Show the first ${ROWS}` : `Show all ${total} threads`);
   const span = r.end - r.start;
-  set($("spark-head"), innerWidth <= 640 ? "Past" : `Past ${duration(Math.round(span / 1000))}`);
+  set($("spark-head"), innerWidth <= 640 ? "Last" : `Last ${duration(Math.round(span / 1000))}`);
   const none = !total;
   $("none").hidden = !none;
-  if (none) set($("none"), needle ? "No thread has such a name or id." : "No threads.");
+  if (none) set($("none"), needle ? "No thread matches this name or id." : "No threads.");
 }
 
 function sparkline(line, thread, r, high, wide, ratio) {

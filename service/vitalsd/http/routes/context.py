@@ -27,7 +27,7 @@ class RouteContext(NamedTuple):
     """Thread that makes large answers."""
     lister: Worker
     """Thread that lists processes; of its own, because a read of any process of the machine may hang."""
-    shelf: RunDirectoryReader | None = None
+    run_directory: RunDirectoryReader | None = None
     """Reader of the earlier runs; None: there is no run directory."""
     hides_processes: Callable[[], bool] = lambda: False
     """Whether the kernel hides processes from other users."""

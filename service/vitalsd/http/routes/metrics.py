@@ -58,9 +58,10 @@ SCRAPE_EXAMPLE = (
 METRICS = Operation(
     path="/metrics",
     summary="CPU, memory and every thread, over a window; cumulative counters for a scraper",
-    description="CPU is in percent of one core, over the time that was really measured. By `Accept` a scraper"
-    " gets cumulative counters and gauges of this instant instead, and the window parameters have no meaning.",
-    answer="The basic answer, or with `detail=full` the full one; by `Accept` Prometheus text or OpenMetrics.",
+    description="CPU is in percent of one core, over the measured time. With the `Accept` header of a scraper, the"
+    " answer has cumulative counters and gauges of this instant, and the window parameters have no effect.",
+    answer="The basic answer, or with `detail=full` the full one; with the `Accept` header of a scraper, Prometheus"
+    " text or OpenMetrics.",
     shapes=(Lazy("vitalsd.contract.metrics:FullMetrics"), Lazy("vitalsd.contract.metrics:Measured")),
     example=EXAMPLE,
     media_types={"text/plain": SCRAPE_EXAMPLE, "application/openmetrics-text": SCRAPE_EXAMPLE + "# EOF\n"},
@@ -69,21 +70,24 @@ METRICS = Operation(
     commands=(
         CommandExample("The three busiest threads", "curl -s \"$URL/metrics?sort=cpu&limit=3\" | jq '.threads'"),
         CommandExample(
-            "Half a second, the process alone", 'curl -s "$URL/metrics?window_ms=500" | jq .process.cpu_percent'
+            "The process alone, over half a second", 'curl -s "$URL/metrics?window_ms=500" | jq .process.cpu_percent'
         ),
-        CommandExample("At once, from the record", 'curl -s "$URL/metrics?mode=trailing&window_ms=5000" | jq .process'),
+        CommandExample(
+            "The last 5 s, from the record", 'curl -s "$URL/metrics?mode=trailing&window_ms=5000" | jq .process'
+        ),
         CommandExample("CPU time of living and exited threads", 'curl -s "$URL/metrics?detail=full" | jq .accounting'),
         CommandExample(
-            "As a scraper sees it", "curl -s -H 'Accept: text/plain' \"$URL/metrics\" | grep ^process_cpu_seconds"
+            "The counters that a scraper gets",
+            "curl -s -H 'Accept: text/plain' \"$URL/metrics\" | grep ^process_cpu_seconds",
         ),
     ),
 )
 STREAM = Operation(
     path="/stream",
-    summary="Server-Sent Events, one answer of /metrics each",
-    description="Each event is an answer of `/metrics` on one line. `id` counts the windows, those among them that"
-    " a slow reader missed. When the numbers cannot be had any more, a last event `unavailable` says why.",
-    answer="Server-Sent Events, until the client hangs up, for an hour at the most.",
+    summary="Server-Sent Events: one answer of /metrics for each window",
+    description="Each event is an answer of `/metrics` on one line. `id` counts the windows, including those"
+    " that a slow reader missed. If the target can no longer be measured, a last event `unavailable` gives the reason.",
+    answer="Server-Sent Events, until the client disconnects, for at most one hour.",
     media_types={"text/event-stream": f"id: 1\ndata: {json.dumps(EXAMPLE, separators=(',', ':'))}\n\n"},
     reasons=("busy",),
     unavailable=True,
@@ -117,8 +121,8 @@ class MetricsQuery(StrictModel):
     mode: Annotated[
         Literal["wait", "trailing"],
         Field(
-            description="`wait` measures the coming window; `trailing` answers at once for the one just recorded,"
-            " which of a target that has exited is its last, and waits where nothing has been recorded.",
+            description="`wait` measures the coming window. `trailing` returns the last recorded window at once,"
+            " also after the exit of the target. If nothing has been recorded, it waits.",
             examples=["trailing"],
         ),
     ] = "wait"
@@ -132,7 +136,9 @@ class MetricsQuery(StrictModel):
 class StreamQuery(StrictModel):
     """Parameters of ``GET /stream``."""
 
-    interval_ms: Annotated[int, Digits(*WINDOW_MS), Field(description="One answer each, ms.", examples=[200])] = 1000
+    interval_ms: Annotated[
+        int, Digits(*WINDOW_MS), Field(description="Interval of the answers, ms.", examples=[200])
+    ] = 1000
     detail: AnswerDetail = "basic"
     children: WithChildren = "false"
     sort: SortBy = "tid"
@@ -169,7 +175,7 @@ class _Metrics:
             return refusal
         if request.method == "HEAD":
             reader = self._context.reader
-            return bare() if form is None else bare(await reader.result(lambda: content_type_of(form)))
+            return bare() if form is None else bare(await reader.run_unbounded(lambda: content_type_of(form)))
         return await (self._window(query, parts, peer) if form is None else self._counters(query, form, peer))
 
     async def _window(self, query: MetricsQuery, parts: Part, peer: Peer) -> Response:
@@ -198,7 +204,9 @@ class _Metrics:
     async def _counters(self, query: MetricsQuery, form: Form, peer: Peer) -> Response:
         """Answer a scraper."""
         reader, scrape = self._context.reader, await self._scrape(query.pid, peer)
-        body, content_type = await self._scrapes.make(lambda: reader.result(lambda: expose(scrape, form)), peer=peer)
+        body, content_type = await self._scrapes.make(
+            lambda: reader.run_unbounded(lambda: expose(scrape, form)), peer=peer
+        )
         return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
     async def _scrape(self, pid: int | None, peer: Peer) -> Scrape:

@@ -100,7 +100,7 @@ RUN_ID: dict[str, Any] = {
     "name": "run_id",
     "in": "path",
     "required": True,
-    "description": "As `/runs` lists it.",
+    "description": "Id of the run, from `/runs`.",
     "schema": {"type": "string"},
     "example": RUN_EXAMPLE["id"],
 }
@@ -122,8 +122,8 @@ def mark_json(mark: Mark) -> MarkJson:
 HISTORY = Operation(
     path="/history",
     summary="What was recorded: process, busiest threads, marks and events",
-    description="The last `seconds` of the record, counted from its end.",
-    answer="Columnar JSON; by `Accept: text/csv` CSV, a line per row.",
+    description="The last `seconds` of the record, back from its end.",
+    answer="Columnar JSON; with `Accept: text/csv` CSV, one line for each row.",
     shapes=(Lazy("vitalsd.recording.history:HistoryJson"),),
     example=HISTORY_EXAMPLE,
     media_types={"text/csv": CSV_EXAMPLE},
@@ -131,19 +131,22 @@ HISTORY = Operation(
     unavailable=True,
     commands=(
         CommandExample(
-            "The worst second of the last minute", "curl -s \"$URL/history?seconds=60\" | jq '.cpu_percent | max'"
+            "The most CPU in a second of the last minute",
+            "curl -s \"$URL/history?seconds=60\" | jq '.cpu_percent | max'",
         ),
         CommandExample(
             "CPU of the busiest threads, on average",
             "curl -s \"$URL/history?top=5\" | jq -r '.threads[] | [.name, (.cpu_percent | add / length)] | @tsv'",
         ),
-        CommandExample("For a spreadsheet", "curl -s -H 'Accept: text/csv' \"$URL/history?step_ms=5000\" | head -3"),
+        CommandExample(
+            "CSV for a spreadsheet", "curl -s -H 'Accept: text/csv' \"$URL/history?step_ms=5000\" | head -3"
+        ),
     ),
 )
 GET_MARKS = Operation(
     path="/marks",
-    summary="The labels on the clock, oldest first",
-    description="Labels that clients put on the recorder's clock.",
+    summary="The marks, oldest first",
+    description="A mark is a label that a client set at a time on the recorder's clock.",
     answer="The marks, oldest first.",
     shapes=(MarkJson,),
     is_list=True,
@@ -153,16 +156,16 @@ GET_MARKS = Operation(
 POST_MARKS = Operation(
     method="POST",
     path="/marks",
-    summary="Put a label on the clock",
-    description="The body is JSON. The mark stands in the history, on the page and in reports.",
-    answer="The mark that was made.",
+    summary="Set a mark",
+    description="The body is JSON. The mark appears in the history, on the page and in reports.",
+    answer="The new mark.",
     shapes=(MarkJson,),
     example=MARK_EXAMPLE,
     status=201,
     reasons=("bad_body", "not_recording"),
     commands=(
         CommandExample(
-            "Something happens now",
+            "Mark this moment",
             'curl -s "$URL/marks" -H \'Content-Type: application/json\' -d \'{"label": "F12 pressed"}\' | jq .time',
         ),
     ),
@@ -170,8 +173,7 @@ POST_MARKS = Operation(
 RUNS = Operation(
     path="/runs",
     summary="Earlier runs on disk, crashed ones first",
-    description="Each run of a target is one file on disk. What crashed is first. In a replay: the other runs of"
-    " the file.",
+    description="Each run of a target is one file on disk. A replay lists the other runs of its file.",
     answer="The runs, crashed ones first, then the newest first.",
     shapes=(RunJson,),
     is_list=True,
@@ -179,14 +181,14 @@ RUNS = Operation(
     reasons=("hung",),
     commands=(
         CommandExample(
-            "What crashed", 'curl -s "$URL/runs" | jq -c \'.[] | select(.state == "crashed") | {id, name}\''
+            "The crashed runs", 'curl -s "$URL/runs" | jq -c \'.[] | select(.state == "crashed") | {id, name}\''
         ),
     ),
 )
 RUN_HISTORY = Operation(
     path="/runs/{run_id}/history",
     summary="What an earlier run recorded, up to its end",
-    description="The record of an earlier run, exact to the last snapshot on disk.",
+    description="The record of an earlier run, up to the last snapshot on disk.",
     answer="As for `/history`.",
     shapes=(Lazy("vitalsd.recording.history:HistoryJson"),),
     example=HISTORY_EXAMPLE,
@@ -206,12 +208,16 @@ RUN_HISTORY = Operation(
 class RunHistoryQuery(StrictModel):
     """Parameters of ``GET /runs/{run_id}/history``."""
 
-    seconds: Annotated[HistorySeconds, Field(description="How far back, s.", examples=[60])] = 300
+    seconds: Annotated[
+        HistorySeconds, Field(description="Length of the history, back from its end, s.", examples=[60])
+    ] = 300
     top: Annotated[
-        int, Digits(0, ANSWER_THREADS), Field(description="Show so many threads, the busiest ones.", examples=[5])
+        int, Digits(0, ANSWER_THREADS), Field(description="Number of threads, busiest first.", examples=[5])
     ] = 10
     step_ms: Annotated[
-        int, Digits(*STEP_MS), Field(description="At least so long a row, ms; 0 for all.", examples=[5000])
+        int,
+        Digits(*STEP_MS),
+        Field(description="Minimum length of a row, ms; 0: a row for each snapshot.", examples=[5000]),
     ] = 0
 
 
@@ -220,7 +226,7 @@ class HistoryQuery(RunHistoryQuery):
 
     pid: Annotated[
         Annotated[int, Digits(1, 2**31 - 1)] | None,
-        Field(description="Refused if another process than this is recorded.", examples=[4242]),
+        Field(description="The recorded process; if it is another one, the request is refused.", examples=[4242]),
     ] = None
 
 
@@ -306,22 +312,22 @@ class _Runs:
 
     def __init__(self, context: RouteContext) -> None:
         self._context = context
-        self._targets, self._shelf = context.targets, context.shelf
+        self._targets, self._run_directory = context.targets, context.run_directory
         self._reads = SingleFlight()
         self._listings = 0
 
     async def listed(self, request: Request, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        shelf = self._shelf
+        run_directory = self._run_directory
         if request.method == "HEAD":
             return bare()
         if (replay := self._targets.default.replay) is not None:
             return JSON([each.run.to_json() for each in replay.file.others])
-        if shelf is None:
+        if run_directory is None:
             return JSON([])
 
         async def listing() -> Response:
             self._listings += 1  # A later request must not share a listing that was read before it.
-            return JSON([run.to_json() for run in await shelf.read(RunDirectory.runs)])
+            return JSON([run.to_json() for run in await run_directory.read(RunDirectory.runs)])
 
         return await self._reads.make(listing, ("runs", self._listings), peer_of(request.scope))
 
@@ -347,7 +353,7 @@ class _Runs:
     async def _has(self, run_id: str) -> bool:
         if (replay := self._targets.default.replay) is not None:
             return replay.find(run_id) is not None
-        return self._shelf is not None and await self._shelf.has(run_id)
+        return self._run_directory is not None and await self._run_directory.has(run_id)
 
     async def _record(self, run_id: str) -> Record | None:
         """
@@ -365,7 +371,7 @@ class _Runs:
             run = runs.find(run_id)
             return read_run(run.path)[1] if run else None
 
-        return await self._shelf.read(load) if self._shelf else None
+        return await self._run_directory.read(load) if self._run_directory else None
 
 
 async def _table(context: RouteContext, record: Record, query: RunHistoryQuery, *, csv: bool) -> Response:
@@ -379,7 +385,7 @@ async def _table(context: RouteContext, record: Record, query: RunHistoryQuery, 
         table = history(record, since_ns=since_ns, top=query.top, step_ns=query.step_ms * 1_000_000)
         return table.to_csv() if csv else table.to_json()
 
-    body = await context.reader.result(render)
+    body = await context.reader.run_unbounded(render)
     if csv:
         return Response(body, headers={"Content-Type": CSV, "Cache-Control": "no-store"})
     return JSON(body)

@@ -24,7 +24,7 @@ __all__ = ["reference_routes"]
 DOCS = Operation(
     path="/docs",
     summary="This reference, as a page",
-    description="This reference, from this server alone, without a script.",
+    description="The page has no script, and loads nothing from other servers.",
     answer="The page.",
     media_types={"text/html": ""},
 )
@@ -55,10 +55,10 @@ class _Reference:
         """All routes of the application."""
 
     async def document(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        return JSON(await self._reader.result(lambda: self._json))
+        return JSON(await self._reader.run_unbounded(lambda: self._json))
 
     async def page(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        page, headers = await self._reader.result(lambda: self._page)
+        page, headers = await self._reader.run_unbounded(lambda: self._page)
         return HTMLResponse(page, headers=headers)
 
     @cached_property

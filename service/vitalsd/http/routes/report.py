@@ -44,7 +44,7 @@ REPORT_PATH = "/report.zip"
 
 
 class ReportedJson(TypedDict):
-    """Whether the run counts as reported now: a run that has not crashed does not."""
+    """Whether the run counts as reported now; only a crashed run can."""
 
     id: str
     reported: bool
@@ -53,8 +53,8 @@ class ReportedJson(TypedDict):
 REPORTED = Operation(
     method="POST",
     path="/runs/{run_id}/reported",
-    summary="Note that a run is in a report",
-    description="For a client that put a crashed run into a report of its own. There is no body.",
+    summary="Mark a run as reported",
+    description="For a client that included a crashed run in a report that it made itself. The request has no body.",
     answer="The run.",
     shapes=(ReportedJson,),
     example={"id": RUN_EXAMPLE["id"], "reported": True},
@@ -62,7 +62,7 @@ REPORTED = Operation(
     parameters=(RUN_ID,),
     commands=(
         CommandExample(
-            "Note that the first run is reported",
+            "Mark the first run as reported",
             'RUN=$(curl -s "$URL/runs" | jq -r ".[0].id")\ncurl -s -X POST "$URL/runs/$RUN/reported" | jq .reported',
         ),
     ),
@@ -71,16 +71,16 @@ POST_REPORT = Operation(
     method="POST",
     path=REPORT_PATH,
     summary="Make a bug report: metrics, history, marks, and the run that crashed before",
-    description="runtime-metrics.json, runtime-history.json, marks.json, metadata.json, manifest.json and, if a run"
-    " of this application crashed and no report contains it yet, previous-run.json. What is missing is in"
-    " the `failures` of the manifest. The crashed run counts as reported once the client has read the last byte"
-    " and closed the connection. The body is JSON, of at most 16 KiB; `{}` will do.",
+    description="The archive contains runtime-metrics.json, runtime-history.json, marks.json, metadata.json,"
+    " manifest.json and, if a run of this application crashed and no report contains it yet, previous-run.json. The"
+    " `failures` of the manifest list each missing member. The crashed run counts as reported once the client has"
+    " read the last byte and closed the connection. The body is JSON of at most 16 KiB; `{}` is enough.",
     answer="The archive.",
     media_types={"application/zip": ""},
     reasons=("bad_body", "busy", "no_report", "no_such_run"),
     commands=(
         CommandExample(
-            "Save it under its own name",
+            "Save it under the name that the sidecar gives",
             "curl -s -OJ \"$URL/report.zip\" -H 'Content-Type: application/json'"
             ' -d \'{"app": "viewer", "message": "it stutters"}\' && ls *.zip | wc -l',
         ),
@@ -88,9 +88,9 @@ POST_REPORT = Operation(
 )
 GET_REPORT = Operation(
     path=REPORT_PATH,
-    summary="A bug report to look at: it does not count as reported",
-    description="The same archive to look at, without a message. Nothing counts as reported. In a replay of a"
-    " report: the replayed file itself.",
+    summary="Preview a bug report; no run counts as reported",
+    description="The same archive without a message. No run counts as reported. A replay of a report returns the"
+    " replayed file.",
     answer="The archive.",
     media_types={"application/zip": ""},
     reasons=("busy", "no_report", "no_such_run"),
@@ -104,10 +104,10 @@ class ReportQuery(StrictModel):
     """Parameters of ``/report.zip``."""
 
     window_ms: WindowMs = 2000
-    seconds: Annotated[HistorySeconds, Field(description="How far back the history goes, s.", examples=[60])] = 300
+    seconds: Annotated[HistorySeconds, Field(description="Length of the history, s.", examples=[60])] = 300
     run: Annotated[
         Annotated[str, Field(min_length=1, max_length=128)] | None,
-        Field(description="Include this earlier run, as `/runs` lists it.", examples=[RUN_EXAMPLE["id"]]),
+        Field(description="Include this earlier run, by its id from `/runs`.", examples=[RUN_EXAMPLE["id"]]),
     ] = None
     children: Annotated[
         Literal["true", "false"],
@@ -133,7 +133,7 @@ class ReportRequest(StrictModel):
     app_version: Annotated[
         str | None, Field(pattern=f"^{APP_VERSION.pattern}$", description="Its version.", examples=["3.1"])
     ] = None
-    message: Annotated[str, Field(description="What the user says.", examples=["it stutters"])] = ""
+    message: Annotated[str, Field(description="Description by the user.", examples=["it stutters"])] = ""
 
 
 def report_routes(context: RouteContext) -> list[OperationRoute]:
@@ -151,7 +151,7 @@ class _Reports:
 
     def __init__(self, context: RouteContext) -> None:
         self._context = context
-        self._targets, self._shelf = context.targets, context.shelf
+        self._targets, self._run_directory = context.targets, context.run_directory
         self._reports = SingleFlight()
 
     async def preview(self, request: Request, query: Annotated[ReportQuery, query_params(ReportQuery)]) -> Response:
@@ -166,10 +166,10 @@ class _Reports:
         return await self._answer(request, query, body, counts=True)
 
     async def mark_reported(self, request: Request, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        shelf, run_id = self._shelf, request.path_params["run_id"]
+        run_directory, run_id = self._run_directory, request.path_params["run_id"]
 
         async def mark() -> Run | None:
-            return await shelf.read(lambda runs: _mark(runs, run_id)) if shelf else None
+            return await run_directory.read(lambda runs: _mark(runs, run_id)) if run_directory else None
 
         try:
             run = await self._reports.make(mark, peer=peer_of(request.scope))
@@ -181,22 +181,22 @@ class _Reports:
 
     async def _answer(self, request: Request, query: ReportQuery, sent: ReportRequest, *, counts: bool) -> Response:
         """Return the archive; with `counts`, its crashed runs count as reported when the client has read all of it."""
-        shelf = self._shelf
+        run_directory = self._run_directory
         if (replay := self._targets.default.replay) is not None:
             if replay.file.content is None:
                 return problem("no_report", f"{replay.file.name} is not a report, so there is no report to download")
             return _zip(replay.file.content, replay.file.name)
         peer = peer_of(request.scope)
         if (run_id := query.run) is not None:
-            there = shelf is not None and await self._reports.make(lambda: shelf.has(run_id), peer=peer)
+            there = run_directory is not None and await self._reports.make(lambda: run_directory.has(run_id), peer=peer)
             if not there:
                 return problem("no_such_run", NO_SUCH_RUN, parameter="run")
         if request.method == "HEAD":
             return bare("application/zip")
         name, content, run_ids = await self._archive(query, sent, peer)
         on_taken = request.scope.get("extensions", {}).get(TAKEN)
-        if counts and shelf is not None and run_ids and on_taken is not None:
-            on_taken(_marking(shelf, run_ids))
+        if counts and run_directory is not None and run_ids and on_taken is not None:
+            on_taken(_marking(run_directory, run_ids))
         return _zip(content, name)
 
     async def _archive(self, query: ReportQuery, sent: ReportRequest, peer: Peer) -> tuple[str, bytes, list[str]]:
@@ -209,8 +209,8 @@ class _Reports:
 
         async def make() -> tuple[str, bytes]:
             await _past(context, query, sent.app, identity, collected)
-            bundle = await context.reader.result(lambda: build(heading, collected, created=datetime.now(UTC)))
-            return f"{bundle.stem}.zip", await context.reader.result(bundle.zip)
+            bundle = await context.reader.run_unbounded(lambda: build(heading, collected, created=datetime.now(UTC)))
+            return f"{bundle.stem}.zip", await context.reader.run_unbounded(bundle.zip)
 
         name, content = await self._reports.make(make, peer=peer)
         return name, content, list(collected.runs)
@@ -268,17 +268,17 @@ async def _past(
     from vitalsd.contract.report_archive import HISTORY, PREVIOUS_RUN, Failure
     from vitalsd.report.previous_run import Found, ReportSubject, find, member
 
-    target, shelf, reader = context.targets.default, context.shelf, context.reader
+    target, run_directory, reader = context.targets.default, context.run_directory, context.reader
     record = target.recorder.record
     if record is None:
         collected.failures.append(Failure(HISTORY, target.recorder.why_not_recorded))
     else:
-        collected.members |= await reader.result(lambda: _recorded(record, query.seconds))
+        collected.members |= await reader.run_unbounded(lambda: _recorded(record, query.seconds))
         info: Mapping[str, Any] = target.recorder.info() or {}
         collected.target = {key: info.get(key) for key in ("state", "ended")}
         if info.get("state") == "crashed" and (own := (info.get("black_box") or {}).get("run")):
             collected.runs[own] = HISTORY
-    if shelf is None:
+    if run_directory is None:
         return
     target_app = collected.application.app
     if identity is None:  # The sidecar waits for its target, or cannot read it.
@@ -286,13 +286,13 @@ async def _past(
     else:
         subject = ReportSubject(app, identity.start_id, identity.name, identity.program, target_app)
     try:
-        found = await shelf.read(lambda runs: find(runs, subject, query.run))
+        found = await run_directory.read(lambda runs: find(runs, subject, query.run))
     except HungError as error:
         found = Found(failure=Failure(PREVIOUS_RUN, str(error)))
     if found.failure is not None:
         collected.failures.append(found.failure)
     if (run := found.run) is not None and (previous := found.record) is not None:
-        collected.members[PREVIOUS_RUN] = await reader.result(lambda: member(run, previous))
+        collected.members[PREVIOUS_RUN] = await reader.run_unbounded(lambda: member(run, previous))
         collected.runs[run.id] = PREVIOUS_RUN
 
 
@@ -309,13 +309,13 @@ def _recorded(record: Record, seconds: int) -> dict[str, bytes]:
     return {HISTORY: table.to_json(), MARKS: marks}
 
 
-def _marking(shelf: RunDirectoryReader, run_ids: Sequence[str]) -> Callable[[], Awaitable[None]]:
+def _marking(run_directory: RunDirectoryReader, run_ids: Sequence[str]) -> Callable[[], Awaitable[None]]:
     """Return a call that marks the runs as reported."""
 
     async def mark() -> None:
         for run_id in run_ids:
             with suppress(UnreadableRunError, OSError, HungError):  # Then the next report contains the run again.
-                await shelf.read(partial(_mark, run_id=run_id))
+                await run_directory.read(partial(_mark, run_id=run_id))
 
     return mark
 

@@ -50,7 +50,7 @@ class HealthJson(TypedDict):
 
 
 class WatchedJson(TypedDict):
-    """The target, and what it runs."""
+    """The target and its program."""
 
     pid: Count
     name: str
@@ -60,12 +60,12 @@ class WatchedJson(TypedDict):
 
 
 class OwnCostJson(TypedDict):
-    """What the sidecar itself uses."""
+    """CPU time and memory of the sidecar itself."""
 
     pid: Count
     cpu_secs: Annotated[Seconds, Doc("CPU time since its start, s.")]
-    peak_rss_kb: Annotated[Count, Doc("Most resident memory it ever had, KiB.")]
-    snapshots: Annotated[Count, Doc("Taken of the target since the start.")]
+    peak_rss_kb: Annotated[Count, Doc("Peak resident memory, KiB.")]
+    snapshots: Annotated[Count, Doc("Snapshots of the target since the start.")]
 
 
 class InfoJson(TypedDict):
@@ -74,7 +74,7 @@ class InfoJson(TypedDict):
     version: str
     python: str
     platform: Annotated[str, Lazy("vitalsd.contract.metrics:Platform")]
-    os_version: Annotated[str | None, Doc("Of the recorded machine.")]
+    os_version: Annotated[str | None, Doc("Version of the operating system of the recorded machine.")]
     arch: str | None
     cpu_count: Count | None
     utc_offset_minutes: Annotated[int | None, Doc("Local time less UTC of the recorded machine, minutes.")]
@@ -118,20 +118,20 @@ PROCESSES = Operation(
 HEALTHZ = Operation(
     path="/healthz",
     summary="Whether the service is alive",
-    description="Says nothing of the target, and needs no token. A read of the kernel that does not return, of"
-    " whichever process, makes it 503: a thread is lost until it does, other processes are measured as before."
-    " So does a disk that does not answer: then it is the directory of runs alone that cannot be had.",
-    answer="It answers, and nothing hangs.",
+    description="Says nothing about the target, and needs no token. It is 503 while a kernel read of any process"
+    " hangs: one thread waits for the read, and other processes are measured as before. It is also 503 while the disk"
+    " of the run directory hangs: only the earlier runs are unavailable.",
+    answer="The service answers, and nothing hangs.",
     shapes=(HealthJson,),
     example={"status": "ok"},
     reasons=("hung",),
-    commands=(CommandExample("Is it alive", 'curl -s "$URL/healthz" | jq -r .status'),),
+    commands=(CommandExample("The status", 'curl -s "$URL/healthz" | jq -r .status'),),
 )
 INFO = Operation(
     path="/info",
     summary="Version, target, platform and own cost",
-    description="What a client asks first.",
-    answer="Version, target, recorder, and what the sidecar itself costs.",
+    description="The first request of a client: which sidecar this is, and what it measures.",
+    answer="Version, target, recorder, and the cost of the sidecar itself.",
     shapes=(InfoJson,),
     example={
         "version": "0.1.0",
@@ -194,13 +194,13 @@ class _Status:
 
     async def _list(self) -> list[ProcessEntry]:
         context = self._context
-        return await context.lister.ask(lambda: list(context.list_processes()), "the list of processes: a read")
+        return await context.lister.run(lambda: list(context.list_processes()), "the list of processes: a read")
 
     async def health(self, query: Annotated[NoQuery, query_params(NoQuery)]) -> Response:
-        targets, lister, shelf = self._context.targets, self._context.lister, self._context.shelf
+        targets, lister, run_directory = self._context.targets, self._context.lister, self._context.run_directory
         if await targets.hangs() or await lister.hangs():
             return problem("hung", str(HungError("a read of the kernel")))
-        if shelf is not None and await shelf.worker.hangs():
+        if run_directory is not None and await run_directory.worker.hangs():
             return problem("hung", str(HungError("the directory of runs: a read")))
         if await targets.default.recorder.hangs():
             return problem("hung", str(HungError("the directory of runs: a write")))

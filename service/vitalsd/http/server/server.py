@@ -134,7 +134,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
         self._stop.set()
 
-    def forget(self) -> None:
+    def close_in_child(self) -> None:
         """
         Replace the connections that the parent serves by /dev/null; called in a forked child.
 
@@ -145,7 +145,7 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             with contextlib.suppress(OSError, AttributeError):
                 os.dup2(null, connection.transport.get_extra_info("socket").fileno(), inheritable=False)
-        self._users.forget(null)
+        self._users.close_in_child(null)
         os.close(null)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:

@@ -3,7 +3,7 @@
 import select
 from contextlib import suppress
 
-from vitalsd.sources.base import Ending
+from vitalsd.sources.base import ExitStatus
 
 __all__ = ["ExitWatch"]
 
@@ -46,14 +46,14 @@ class ExitWatch:
         """Whether the kernel reports the exit here."""
         return self._queue is not None
 
-    def ending(self, timeout_s: float) -> Ending | None:
+    def exit_status(self, timeout_s: float) -> ExitStatus | None:
         """Return how the process ended, once; ``None`` if no note comes within `timeout_s` seconds."""
         if self._queue is None:
             return None
         try:
             for event in self._queue.control(None, 1, timeout_s):
                 if event.fflags & NOTE_EXITSTATUS:
-                    return Ending.of(event.data)
+                    return ExitStatus.of(event.data)
         except OSError:
             self.close()
         return None

@@ -25,7 +25,7 @@ from ctypes import c_uint64
 from operator import add
 
 from vitalsd.snapshot import Identity, Part, Snapshot
-from vitalsd.sources.base import Ending, KernelError, TargetGoneError
+from vitalsd.sources.base import ExitStatus, KernelError, TargetGoneError
 from vitalsd.sources.darwin.apple_headers import (
     PROC_FLAG_INEXIT,
     SSTOP,
@@ -93,7 +93,7 @@ class LibprocSource:
         except BaseException:
             self._exit.close()
             raise
-        self._ending: Ending | None = None
+        self._exit_status: ExitStatus | None = None
         self._exit_seen = 0.0
         """Monotonic time at which the target was first not found, s; 0: it was found so far."""
         self._walk_limit = walk_limit
@@ -131,31 +131,31 @@ class LibprocSource:
             with translated_errors(self._target.pid):
                 return self._snapshot(parts)
         except TargetGoneError as error:
-            error.ending = self._await_ending()
+            error.exit_status = self._await_exit_status()
             raise
 
-    def _await_ending(self) -> Ending | None:
+    def _await_exit_status(self) -> ExitStatus | None:
         """
         Return how the target ended; wait up to `EXIT_WAIT_S` for the end of its teardown.
 
         Raises:
-            KernelError: the teardown takes longer; call again. After `EXIT_LIMIT_S` the ending counts as unknown.
+            KernelError: the teardown takes longer; call again. After `EXIT_LIMIT_S` the exit status counts as unknown.
         """
-        if self._ending is None:
+        if self._exit_status is None:
             self._exit_seen = self._exit_seen or time.monotonic()
             until = time.monotonic() + EXIT_WAIT_S
             # The kernel sends the note before it makes the process a zombie, so read the state first and then the note.
             while True:
                 exiting = self._exit.is_expected and self._is_exiting()
                 waits = exiting and time.monotonic() < until
-                self._ending = self._exit.ending(EXIT_STEP_S if waits else 0)
-                if self._ending is not None or not waits:
+                self._exit_status = self._exit.exit_status(EXIT_STEP_S if waits else 0)
+                if self._exit_status is not None or not waits:
                     break
-            if self._ending is None and exiting and time.monotonic() < self._exit_seen + EXIT_LIMIT_S:
+            if self._exit_status is None and exiting and time.monotonic() < self._exit_seen + EXIT_LIMIT_S:
                 raise KernelError(
                     f"target {self._target.pid} is exiting: the kernel still frees its memory and files; ask again"
                 ) from None
-        return self._ending
+        return self._exit_status
 
     def _is_exiting(self) -> bool:
         """Return whether the kernel is between the target's exit(2) and its NOTE_EXIT."""

@@ -6,14 +6,14 @@ from vitalsd.sources.darwin.apple_headers import proc_taskallinfo
 from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.darwin.task import boot_id, start_key
-from vitalsd.sources.process_identity import IdentityUnknownError, anonymous
+from vitalsd.sources.process_identity import IdentityUnknownError, hash_machine_id
 
-__all__ = ["DarwinBirths"]
+__all__ = ["DarwinProcessIdentityReader"]
 
 
-class DarwinBirths:
+class DarwinProcessIdentityReader:
     """
-    The `Births` of macOS, from libproc, which finds the processes of this user without zombies.
+    The `ProcessIdentityReader` of macOS, from libproc, which finds the processes of this user without zombies.
 
     Args:
         lib: libSystem.
@@ -22,9 +22,9 @@ class DarwinBirths:
     def __init__(self, lib: LibSystem) -> None:
         self._lib = lib
 
-    def realm(self) -> str:
+    def host_scope(self) -> str:
         """Return a digest of the UUID of this machine."""
-        return anonymous(self._lib.host.uuid())
+        return hash_machine_id(self._lib.host.uuid())
 
     def boot_id(self) -> str:
         """Return the UUID of this boot."""

@@ -81,11 +81,11 @@ class ThreadCounter(Protocol):
     """Step of the counter, ns; the sum of both steps for a counter that is a sum of two."""
     lag_ns: int
     """Most by which the counter of a running thread may be behind, ns."""
-    cut_ns: int
+    truncation_ns: int
     """Most by which a reading is too low because the kernel rounds down, ns."""
-    provable: bool
+    sums_to_process_clock: bool
     """Whether the process's CPU clock is the sum of these counters, to the nanosecond."""
-    bound: bool
+    survives_tid_reuse: bool
     """Whether a handle never names another thread, even if the kernel reuses the tid."""
 
     def open(self, tid: int) -> int:
@@ -111,9 +111,9 @@ class ThreadClocks:
     source = "clock_gettime"
     grain_ns = 1
     lag_ns = 0
-    cut_ns = 0
-    provable = False
-    bound = False
+    truncation_ns = 0
+    sums_to_process_clock = False
+    survives_tid_reuse = False
 
     def open(self, tid: int) -> int:
         """Return the id of the thread's CPU clock; the kernel does not check it here."""
@@ -176,7 +176,7 @@ class _Files:
     """One file per thread, kept open up to a budget; a handle below 0 is -tid, and its file is opened at each read."""
 
     file: str
-    bound = True
+    survives_tid_reuse = True
 
     def __init__(self, task_fd: int, budget: int) -> None:
         self._task_fd = task_fd
@@ -225,8 +225,8 @@ class SchedstatFiles(_Files):
     source = file = "schedstat"
     grain_ns = 1
     lag_ns = KERNEL_TICK_NS
-    cut_ns = 0
-    provable = True
+    truncation_ns = 0
+    sums_to_process_clock = True
 
     def read(self, handles: Collection[int]) -> list[Reading]:
         """Return the content of each file."""
@@ -243,8 +243,8 @@ class StatFiles(_Files):
     source = file = "stat"
     grain_ns = 2 * USER_TICK_NS
     lag_ns = KERNEL_TICK_NS
-    cut_ns = 2 * USER_TICK_NS
-    provable = False
+    truncation_ns = 2 * USER_TICK_NS
+    sums_to_process_clock = False
 
     def read(self, handles: Collection[int]) -> list[Reading]:
         """Return user and system time of each thread, added, ns. Raises `MalformedError`."""

@@ -4,11 +4,11 @@ import fcntl
 import os
 import struct
 
-from vitalsd.sources.base import Ending
+from vitalsd.sources.base import ExitStatus
 from vitalsd.sources.linux.cpu_counters import reread
 from vitalsd.sources.linux.procfs import MalformedError, parse_stat
 
-__all__ = ["ending"]
+__all__ = ["read_exit_status"]
 
 PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), linux/pidfd.h
 PIDFD_INFO_EXIT = 1 << 3
@@ -16,7 +16,7 @@ INFO = struct.Struct("=Q52xi")
 """Fields of ``struct pidfd_info``: mask and exit_code."""
 
 
-def ending(process_fd: int, stat_fd: int, pidfd: int) -> Ending | None:
+def read_exit_status(process_fd: int, stat_fd: int, pidfd: int) -> ExitStatus | None:
     """
     Return how a process ended; ``None`` if the kernel does not show it.
 
@@ -31,7 +31,7 @@ def ending(process_fd: int, stat_fd: int, pidfd: int) -> Ending | None:
     status = _of_zombie(process_fd, stat_fd)
     if status is None and pidfd >= 0:
         status = _of_pidfd(pidfd)
-    return None if status is None else Ending.of(status)
+    return None if status is None else ExitStatus.of(status)
 
 
 def _of_zombie(process_fd: int, stat_fd: int) -> int | None:

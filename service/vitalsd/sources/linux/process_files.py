@@ -24,7 +24,7 @@ from vitalsd.sources.base import (
     UnsupportedError,
 )
 from vitalsd.sources.linux.cpu_counters import GONE, read_file, reread
-from vitalsd.sources.linux.exit_status import ending
+from vitalsd.sources.linux.exit_status import read_exit_status
 from vitalsd.sources.linux.procfs import MalformedError, Stat, parse_stat, parse_statm, parse_status, parse_tgid
 
 __all__ = ["MemoryPages", "ProcessFiles"]
@@ -195,7 +195,9 @@ class ProcessFiles:
                 return KernelError(f"process {self.pid}: {error.strerror}")
 
     def _gone(self, more: str = "") -> TargetGoneError:
-        return TargetGoneError(f"target {self.pid} has exited{more}", ending(self.directory, self._leader, self._pidfd))
+        return TargetGoneError(
+            f"target {self.pid} has exited{more}", read_exit_status(self.directory, self._leader, self._pidfd)
+        )
 
     def _is_hidden(self) -> bool:
         """Return whether /proc now hides the living process: open files can be read, and no other can be opened."""

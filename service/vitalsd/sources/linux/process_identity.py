@@ -5,9 +5,9 @@ import time
 from contextlib import suppress
 
 from vitalsd.sources.linux.procfs import MalformedError, parse_stat
-from vitalsd.sources.process_identity import UNKNOWN_BOOT, IdentityUnknownError, anonymous
+from vitalsd.sources.process_identity import UNKNOWN_BOOT, IdentityUnknownError, hash_machine_id
 
-__all__ = ["LinuxBirths", "boottime_offset_ticks"]
+__all__ = ["LinuxProcessIdentityReader", "boottime_offset_ticks"]
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -37,9 +37,9 @@ def _boottime_offset_ns() -> int:
     return 0
 
 
-class LinuxBirths:
+class LinuxProcessIdentityReader:
     """
-    The `Births` of Linux, read from ``/proc``.
+    The `ProcessIdentityReader` of Linux, read from ``/proc``.
 
     Args:
         root: mount point of procfs.
@@ -50,7 +50,7 @@ class LinuxBirths:
         self._root = root
         self._machine_id = machine_id
 
-    def realm(self) -> str:
+    def host_scope(self) -> str:
         """Return a digest of the machine id, and the pid namespace; the time namespace if start times depend on it."""
         machine, namespace = b"", ""
         with suppress(OSError), open(self._machine_id, "rb") as file:
@@ -61,7 +61,7 @@ class LinuxBirths:
                 _boottime_offset_ns() * TICKS_PER_S % 1_000_000_000
             ):  # start times cannot be compared with those of other time namespaces
                 namespace += " " + os.readlink(f"{self._root}/self/ns/time")
-        return f"{anonymous(machine)} {namespace}"
+        return f"{hash_machine_id(machine)} {namespace}"
 
     def boot_id(self) -> str:
         """Return the random id that the kernel makes at each boot."""

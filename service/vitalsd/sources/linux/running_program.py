@@ -15,14 +15,14 @@ from vitalsd.sources.base import SourceError
 from vitalsd.sources.linux.cpu_counters import USER_TICK_NS
 from vitalsd.sources.linux.freezer import is_frozen
 from vitalsd.sources.linux.process_files import MemoryPages, ProcessFiles
-from vitalsd.sources.linux.process_identity import LinuxBirths, boottime_offset_ticks
+from vitalsd.sources.linux.process_identity import LinuxProcessIdentityReader, boottime_offset_ticks
 from vitalsd.sources.linux.processes import CLOCK_BOOTTIME, PAGE_BYTES, PF_KTHREAD, running_command
 from vitalsd.sources.linux.procfs import STATES
 from vitalsd.sources.programs import Command, ProgramOf, no_program
 
 __all__ = ["RunningProgram"]
 
-LOOK_EVERY_NS = 1_000_000_000
+STAT_INTERVAL_NS = 1_000_000_000
 """
 Interval at which the ``stat`` of the main thread is read, ns. It is also read when the memory map or the set of threads
 has changed.
@@ -47,8 +47,8 @@ class RunningProgram:
         """Pages of address space and of text when the ``stat`` of the main thread was read last."""
         self._seen_threads = ThreadRoster()
         """The threads when the ``stat`` of the main thread was read last."""
-        self._looked_ns = 0
-        self._looked_cpu_ns = -1
+        self._stat_read_ns = 0
+        self._stat_cpu_ns = -1
         self._peak_pages = 0
         """Largest address space of the running program in any snapshot, pages."""
         self._addresses: tuple[int, ...] = ()
@@ -66,7 +66,7 @@ class RunningProgram:
             platform="linux",
             pid=files.pid,
             name=files.first_name,
-            boot_id=LinuxBirths(files.root).boot_id(),
+            boot_id=LinuxProcessIdentityReader(files.root).boot_id(),
             start_key=files.start_ticks - boottime_offset_ticks(),
             started_unix_ns=time.time_ns() - time.clock_gettime_ns(CLOCK_BOOTTIME) + self.start_ns,
             program=self._read_program(),
@@ -88,7 +88,7 @@ class RunningProgram:
         memory = self._files.memory()
         # When another thread than the main one calls exec, all other threads end.
         replaced = not roster.has_same_threads(self._seen_threads)
-        due = closely or replaced or now_ns - self._looked_ns >= LOOK_EVERY_NS
+        due = closely or replaced or now_ns - self._stat_read_ns >= STAT_INTERVAL_NS
         if due or not memory.vm or (memory.vm, memory.text) != self._seen_memory:
             stat = leader = self._files.leader_stat()
             if memory.vm or leader.flags & PF_KTHREAD:
@@ -96,12 +96,12 @@ class RunningProgram:
             else:
                 memory, stat = self._files.find_member()
             self.state = STATES.get(stat.state)
-            may_be_frozen = stat.state in "SD" and (closely or cpu_ns == self._looked_cpu_ns) and not self._is_own
+            may_be_frozen = stat.state in "SD" and (closely or cpu_ns == self._stat_cpu_ns) and not self._is_own
             if may_be_frozen and is_frozen(self._files, stat.state):
                 self.state = "frozen"
             self._follow_exec(stat.image, memory, leader.name, replaced=replaced)
             self._seen_memory, self._seen_threads = (memory.vm, memory.text), roster
-            self._looked_ns, self._looked_cpu_ns = now_ns, cpu_ns
+            self._stat_read_ns, self._stat_cpu_ns = now_ns, cpu_ns
         return memory
 
     def set_executed(self) -> None:

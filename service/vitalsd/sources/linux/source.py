@@ -99,7 +99,7 @@ class LinuxSource:
         self._files = ProcessFiles(self._pid, root, has_pidfd=same_namespace and not self._is_own)
         try:
             self._clock = process_clock(self._pid) if same_namespace else None
-            self._process_cut_ns = 0 if self._clock else 2 * USER_TICK_NS
+            self._process_truncation_ns = 0 if self._clock else 2 * USER_TICK_NS
             self._open_threads()
             self._program = RunningProgram(self._files, program_of, is_own=self._is_own)
         except BaseException:
@@ -171,7 +171,7 @@ class LinuxSource:
             uptime_ns=max(0, boottime_ns - program.start_ns),
             skew_ns=monotonic_ns - begun_ns,
             cpu_ns=cpu.total_ns,
-            cpu_grain_ns=self._process_cut_ns or 1,
+            cpu_grain_ns=self._process_truncation_ns or 1,
             exited_cpu_ns=cpu.exited_ns,
             rss_bytes=memory.rss * PAGE_BYTES,
             vm_bytes=memory.vm * PAGE_BYTES,
@@ -191,14 +191,14 @@ class LinuxSource:
         """Read the process's clock and its threads; only the hot ones if that proves the times of the others."""
         counter = times.threads.counter
         before_ns = self._total_ns()
-        proved = times.read_hot(before_ns, self._total_ns) if counter.provable and self._clock else None
+        proved = times.read_hot(before_ns, self._total_ns) if counter.sums_to_process_clock and self._clock else None
         if proved is not None:
             thread_cpu_ns, total_ns, exited_ns = proved
             return _CpuTimes(thread_cpu_ns, total_ns, (exited_ns, exited_ns))
         thread_cpu_ns = times.read()
         total_ns = self._total_ns()
-        least_ns = before_ns - times.living_ns - len(thread_cpu_ns) * counter.cut_ns
-        most_ns = total_ns - times.living_ns + self._process_cut_ns
+        least_ns = before_ns - times.living_ns - len(thread_cpu_ns) * counter.truncation_ns
+        most_ns = total_ns - times.living_ns + self._process_truncation_ns
         if least_ns == most_ns:
             times.set_exited_total(total_ns, least_ns)
         return _CpuTimes(thread_cpu_ns, total_ns, (least_ns, most_ns))

@@ -102,12 +102,12 @@ class ThreadTimes:
                 raise
             return None
         total_ns = clock()
-        burnt = list(map(sub, self._counter.cpu_ns(readings), map(self._cpu_ns.__getitem__, hot)))
-        if self.living_ns + sum(burnt) + exited_ns != total_ns:
+        used_ns = list(map(sub, self._counter.cpu_ns(readings), map(self._cpu_ns.__getitem__, hot)))
+        if self.living_ns + sum(used_ns) + exited_ns != total_ns:
             self._pause = self._paused = min(MAX_PAUSE, 2 * self._pause or 1)
             return None
         self._pause = 0
-        self._add(hot, burnt)
+        self._add(hot, used_ns)
         self._total_ns = total_ns
         self.proved += 1
         return self._cpu_ns, total_ns, exited_ns
@@ -180,25 +180,25 @@ class ThreadTimes:
             return False
         changed = list(compress(range(len(readings)), map(ne, readings, self._readings)))
         times = self._counter.cpu_ns([readings[i] for i in changed])
-        burnt = list(map(sub, times, map(self._cpu_ns.__getitem__, changed)))
-        if not self._counter.bound and burnt and min(burnt) < 0:
+        used_ns = list(map(sub, times, map(self._cpu_ns.__getitem__, changed)))
+        if not self._counter.survives_tid_reuse and used_ns and min(used_ns) < 0:
             return False
         self._readings = readings
-        self._add(changed, burnt)
+        self._add(changed, used_ns)
         return True
 
-    def _add(self, places: Iterable[int], burnt: list[int]) -> None:
+    def _add(self, places: Iterable[int], used_ns: list[int]) -> None:
         """Add the CPU time that the threads at these indexes used, ns; do not change a list that a caller may have."""
-        if any(burnt):
+        if any(used_ns):
             cpu_ns = self._cpu_ns = self._cpu_ns.copy()
-            for i, ns in zip(places, burnt, strict=True):
+            for i, ns in zip(places, used_ns, strict=True):
                 if ns:
                     cpu_ns[i] += ns
                     self._ran.add(i)
-                    if not self._counter.bound:
+                    if not self._counter.survives_tid_reuse:
                         self._unsure.add(i)
             self._may_be_renamed = True
-            self.living_ns += sum(burnt)
+            self.living_ns += sum(used_ns)
         self._age += 1
         if self._age == HOT_FOR:
             self._set_hot(self._ran)

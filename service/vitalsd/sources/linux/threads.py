@@ -152,8 +152,8 @@ class ThreadList:
         """
         Open a thread; return ``None`` if it exits meanwhile.
 
-        The ``stat`` is read after the counter is opened and before it is read: if a bound handle can still be read,
-        both are of one thread.
+        The ``stat`` is read after the counter is opened and before it is read: if a handle that survives the reuse of
+        its tid can still be read, both are of one thread.
         """
         handle = None
         try:
