@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from support import as_platform
 from support.browser import Browser
 from support.serving import Serving
 from support.sidecars import environment, eventually, serving
@@ -370,6 +371,97 @@ def test_page_table_has_headers_and_names_for_screen_readers(page: Browser, serv
     assert page.run(moving) != "0s"
     page.emulate(still=True)
     assert page.run(moving) == "0s"
+
+
+CARDS = """Object.fromEntries([...document.querySelectorAll('.reason:not([hidden])')].map((card) => [
+  card.querySelector('h3').firstChild.textContent,
+  [...card.querySelectorAll('li, .absent')].filter((each) => each.checkVisibility())
+    .map((each) => each.innerText.trim().replace(/\\s+/g, ' ')).join(', ')]))"""
+"""What each card of the section "Reasons" says, by its title."""
+WAITS = (
+    "Object.fromEntries([...document.querySelectorAll('#rows tr')]"
+    ".map((row) => [row.cells[1].textContent, row.cells[3].textContent]))"
+)
+OPEN = "document.querySelector('#reasons').open"
+
+
+@pytest.fixture(scope="module")
+def explained(burner: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A sidecar over a kernel that gives every figure."""
+    program = as_platform.program("linux", as_platform.EXPLAINED)
+    with Serving(tmp_path_factory.mktemp("explained"), "--pid", str(burner.pid), python=program) as serving:
+        yield serving
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the figures are those of Linux")
+def test_page_reasons_show_every_figure(page: Browser, explained: Serving, burner: Target) -> None:
+    """Closed, the section has one line; opened, a card for each figure; the table has the wait of each thread."""
+    shown(page, explained.url)
+    assert not page.run(OPEN)
+    digest = "document.querySelector('#digest').textContent"
+    page.eventually(f"{digest}.startsWith('waiting for a CPU 4.0 % \u00b7 children 25.0 % \u00b7 machine 180.0 %')")
+    page.click("#reasons summary")
+    cards = page.eventually(CARDS, lambda cards: "faults" in cards.get("Page faults with IO", ""))
+    assert re.fullmatch(r"all 180\.0 %, other programs 1[0-9]{2}\.\d %", cards.pop("CPU of the machine"))
+    assert re.fullmatch(r"resident [0-9.]+ [KM]iB, anonymous 9216 KiB", cards.pop("Memory"))
+    assert re.fullmatch(
+        r"faults [0-9]", page.eventually(f"({CARDS})['Page faults with IO']", lambda text: "\u2013" not in text)
+    )
+    cards.pop("Page faults with IO")
+    assert cards == {
+        "Waiting for a CPU": "wait 4.0 %",
+        "CPU of ended children": "children 25.0 %",
+        "Swapped memory": "swap 3072 KiB",
+        "Open descriptors": "open 33",
+        "Memory of the machine": "available 5120 MiB, swap in use 1024 MiB",
+        "Pressure": "CPU 10.0 %, memory 5.0 %, IO 2.0 %",
+        "Throttled by a quota": "throttled 1.0 %",
+        "Load average": "load 1.50",
+        "Thermal state": "throttled",
+    }
+    waits = page.run(WAITS)
+    first = str(min(burner.tids.values()))
+    assert waits.pop(first) == "4.0 %"
+    assert set(waits.values()) == {"0 %"}
+    page.click('[data-sort="wait"] button')
+    assert page.run("document.querySelector('#rows tr').cells[1].textContent") == first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the figures are those of Linux")
+@pytest.mark.parametrize("dark", [False, True])
+def test_page_reasons_fit_at_each_width_and_are_opened_by_keyboard(
+    page: Browser, explained: Serving, dark: bool
+) -> None:
+    """Enter opens the section; nothing sticks out, every text has contrast, every plot has a name."""
+    page.emulate(dark=dark)
+    shown(page, explained.url)
+    page.run("document.querySelector('#reasons summary').focus()")
+    page.press("Enter")
+    assert page.run(OPEN)
+    page.eventually("document.querySelectorAll('.reason').length > 8")
+    for width in (360, 760, 1280):
+        page.resize(width, 900)
+        page.listen(0.3)
+        assert page.run(OVERFLOW) == 0, width
+        assert page.run(CONTRAST) == [], width
+    nameless = (
+        "[...document.querySelectorAll('.reason canvas')].filter((each) => !each.getAttribute('aria-label')).length"
+    )
+    assert page.run(nameless) == 0
+    page.press("Enter")
+    assert not page.run(OPEN)
+
+
+def test_page_reasons_say_in_words_what_is_not_there(page: Browser, served: Serving) -> None:
+    """A card has figures or a sentence; no text is the name of a missing value."""
+    shown(page, served.url)
+    page.click("#reasons summary")
+    cards = page.eventually(CARDS, lambda cards: len(cards) > 8)
+    assert cards["Memory"].startswith("resident ")
+    for title, text in cards.items():
+        assert text, title
+        assert not re.search(r"NaN|undefined|null|Infinity", text), title
+    assert "--children" in page.run("document.querySelector('#no-family').textContent")
 
 
 def test_page_renders_hostile_thread_names_as_text(page: Browser, served: Serving, burner: Target) -> None:

@@ -4,7 +4,7 @@ Run ``vitalsd`` over another kernel, with a defect in the snapshots.
     python tests/support/as_platform.py PLATFORM DEFECT COMMAND ...
 
 PLATFORM is ``linux``, or the path of the simulated libSystem, over which everything runs as on macOS. DEFECT is
-``none`` or a key of `DEFECTS`.
+``none``, a key of `DEFECTS`, `UNTOLD` or `EXPLAINED`.
 """
 
 import os
@@ -16,14 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from vitalsd.cli import main
-from vitalsd.snapshot import Identity, Part, Snapshot, ThreadRoster
+from vitalsd.snapshot import (
+    Child,
+    Identity,
+    MachineFigures,
+    Part,
+    ProcessFigures,
+    ProcessTree,
+    Snapshot,
+    ThreadRoster,
+)
 from vitalsd.sources import platform as platforms
 from vitalsd.sources.base import Source, TargetGoneError
 from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.platform import Platform, this_platform
 from vitalsd.sources.programs import ProgramOf, no_program
 
-__all__ = ["DEFECTS", "KERNELS", "UNTOLD", "leaking", "planted", "program"]
+__all__ = ["CHILD", "DEFECTS", "EXPLAINED", "KERNELS", "UNTOLD", "leaking", "planted", "program"]
 
 UNSCALED = 24_000_000, 1_000_000_000
 """Ticks and ns of one second on Apple silicon: the factor of an error that takes ticks for ns."""
@@ -31,6 +40,8 @@ LOST = ("burn-30", "young-1")
 """Names of the threads that the defect `thread` leaves out."""
 UNTOLD = "untold"
 """Value for the defect: a kernel that does not report how a process ended."""
+EXPLAINED = "explained"
+"""Value for the defect: a kernel that gives every figure, see `explained`."""
 
 KERNELS = ["native", "simulated"] if sys.platform == "linux" else ["native"]
 """Kernels for a test: the running one, and on Linux the simulated one of macOS."""
@@ -140,10 +151,67 @@ class Untold:
         self.source.close()
 
 
+CHILD = "<b>child\x1b[2J"
+"""Name of the child of a target that is `EXPLAINED`: one that neither a page nor a terminal may interpret."""
+
+
+def explained(snapshot: Snapshot) -> Snapshot:
+    """
+    Return the snapshot with every figure that explains another, whatever the kernel gives.
+
+    They grow with the clock: the first thread waits 4 % of the time, reaped children use 25 % of a core, the machine
+    180 %.
+    """
+    ns = snapshot.monotonic_ns
+    return replace(
+        snapshot,
+        thread_wait_ns=[0 if i else ns // 25 for i in range(len(snapshot.roster))],
+        wait_ns=ns // 25,
+        cpu_count=0,
+        figures=ProcessFigures(
+            user_ns=snapshot.cpu_ns,
+            system_ns=0,
+            anonymous_bytes=9 << 20,
+            swap_bytes=3 << 20,
+            open_fds=33,
+            minor_faults=1,
+            major_faults=ns // 500_000_000,
+            reaped_ns=ns // 4,
+        ),
+        machine=MachineFigures(
+            busy_ns=ns * 18 // 10,
+            load_milli=1500,
+            memory_available_bytes=5 << 30,
+            swap_used_bytes=1 << 30,
+            cpu_pressure_ns=ns // 10,
+            memory_pressure_ns=ns // 20,
+            io_pressure_ns=ns // 50,
+            quota_throttled_ns=ns // 100,
+            thermal_level=5,
+        ),
+    )
+
+
+@dataclass
+class Explained(Spoilt):
+    """Read snapshots with every figure, and with a child where it is requested."""
+
+    def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
+        taken = self.defect(self.source.snapshot(parts=parts & ~Part.CHILDREN, names=names))
+        if Part.CHILDREN not in parts:
+            return taken
+        ns = taken.monotonic_ns
+        child = Child(99, 5, CHILD, ns // 2, ns // 2, 7 << 20, 2)
+        tree = ProcessTree(taken.cpu_ns + ns // 2, ns // 4, taken.rss_bytes + child.rss_bytes, 2, 0, (child,))
+        return replace(taken, tree=tree)
+
+
 def _open_spoilt(
     platform: Platform, defect: str, pid: int | None = None, *, program_of: ProgramOf = no_program
 ) -> Source:
     source = platform.open_source(pid, program_of=program_of)
+    if defect == EXPLAINED:
+        return Explained(source, explained)
     return Untold(source) if defect == UNTOLD else Spoilt(source, DEFECTS[defect])
 
 

@@ -132,7 +132,7 @@ function plotLines(card, lines, r) {
     high += spare;
   } else {
     low = 0;
-    high = nice(Math.max(high * 1.05, card.least), [1, 1.2, 1.6, 2, 4, 6, 8, 10]);
+    high = nice(Math.max(high * 1.05, card.least), [1, 1.2, 1.6, 2, 2.4, 3, 4, 5, 6, 8, 10]);
   }
   axes(pen, width, height, r, low, high, card.axis, true);
   const floor = height - BOTTOM;
