@@ -157,6 +157,7 @@ class Renderer:
             return Text(f" machine {self._glyphs.dash}", style="dim")
         line = Text(f" {'container' if machine.scope == 'container' else 'machine'} ")
         line.append(f"{self._percent(machine.cpu_percent, 0)} busy, other {self._percent(machine.other_percent, 0)}")
+        line.append(f", memory available {self._kb(machine.memory_available_kb)}")
         if machine.quota_throttled_percent:
             line.append(f", throttled {self._percent(machine.quota_throttled_percent, 0)}", style="yellow")
         if machine.memory_pressure not in (None, "normal"):
@@ -164,10 +165,7 @@ class Renderer:
         if machine.thermal_state not in (None, "nominal"):
             line.append(f", thermal {machine.thermal_state}", style="yellow")
         load = self._glyphs.dash if machine.load_1m is None else f"{machine.load_1m:.1f}"
-        line.append(
-            f", memory available {self._kb(machine.memory_available_kb)}, swap {self._kb(machine.swap_used_kb)}"
-        )
-        return line.append(f", load {load}")
+        return line.append(f", swap {self._kb(machine.swap_used_kb)}, load {load}")
 
     def _percent(self, percent: float | None, decimals: int = 1) -> str:
         return self._glyphs.dash if percent is None else f"{percent:.{decimals}f} %"

@@ -82,7 +82,7 @@ function cardOf(card) {
     swatch.className = "swatch";
     swatch.dataset.colour = card.lines ? String(i) : "";
     label.textContent = line.label;
-    item.append(swatch, label, value);
+    item.append(...(card.lines ? [swatch, label, value] : [value]));
     legend.append(item);
     line.item = item;
     line.value = value;
@@ -158,11 +158,13 @@ function plotLines(card, lines, r) {
 function relatives(r, focus) {
   const slot = slotOf(focus);
   const living = [...children.values()].filter((child) => !Number.isNaN(child.cpu[slot])).sort((a, b) => b.cpu[slot] - a.cpu[slot] || a.pid - b.pid);
-  const none = view.family ? "No child process at this time." : view.over ? "Not recorded." : "Not recorded. Start the sidecar with --children to record child processes.";
+  const unnamed = samples.appCount[slot] > 1; // a report without the consent to name them, or a record of the busiest alone
+  const none = unnamed ? "This record does not name them." : view.family ? "No child process at this time." : view.over ? "Not recorded." : "Not recorded. Start the sidecar with --children to record child processes.";
   $("no-family").hidden = living.length > 0;
   $("children").hidden = !living.length;
   const count = samples.appCount[slot];
-  set($("family-title"), Number.isNaN(count) ? "Child processes" : `Child processes (${count} processes in the application)`);
+  const missed = samples.appComplete[slot] === 0 ? ", some were missed" : "";
+  set($("family-title"), `Child processes${Number.isNaN(count) ? "" : ` (the application has ${count} processes${missed})`}`);
   if (!living.length) return set($("no-family"), none);
   const body = $("child-rows");
   while (body.children.length > living.length) body.lastChild.remove();

@@ -18,6 +18,7 @@ const REASONS = {
   cpuPressure: pressure("cpu"), memoryPressure: pressure("memory"), ioPressure: pressure("io"),
   throttled: alike("machine", "quota_throttled_percent"), appCpu: alike("application", "cpu_percent"),
   appRss: alike("application", "rss_kb"), appCount: alike("application", "process_count"),
+  appComplete: alike("application", "complete"),
 };
 const TEXTS = { level: alike("machine", "memory_pressure"), thermal: alike("machine", "thermal_state") };
 
