@@ -26,6 +26,7 @@ __all__ = [
     "ThreadClocks",
     "ThreadCounter",
     "counts_run_times",
+    "first_reserved_fd",
     "process_clock",
     "read_file",
     "reread",
@@ -67,6 +68,12 @@ def reread(fd: int) -> bytes:
     while len(content := os.pread(fd, size, 0)) == size:
         size *= 4
     return content
+
+
+def first_reserved_fd() -> int:
+    """Return the lowest descriptor that is not to stay open, because higher ones are kept free for other uses."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit - min(FD_RESERVE, limit // 4)
 
 
 Reading = Any
@@ -181,8 +188,7 @@ class _Files:
     def __init__(self, task_fd: int, budget: int) -> None:
         self._task_fd = task_fd
         self._budget = budget
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._highest = limit - min(FD_RESERVE, limit // 4)
+        self._highest = first_reserved_fd()
         self._opened_each_time = 0
 
     def open(self, tid: int) -> int:

@@ -2,7 +2,7 @@
 
 from vitalsd.sources.linux.cpu_counters import read_file
 from vitalsd.sources.linux.process_files import ProcessFiles
-from vitalsd.sources.linux.procfs import freezer_paths
+from vitalsd.sources.linux.procfs import group_paths
 
 __all__ = ["is_frozen"]
 
@@ -25,7 +25,7 @@ def is_frozen(files: ProcessFiles, state: str) -> bool:
     try:
         if state == "S" and files.of_member(_wait_channel) in FREEZING:
             return True  # without control groups, which may not be mounted here
-        groups = files.of_member(lambda path, directory: freezer_paths(read_file(f"{path}cgroup", directory)))
+        groups = files.of_member(lambda path, directory: group_paths(read_file(f"{path}cgroup", directory), b"freezer"))
     except OSError:
         return False
     return any(_holds(version, path) for version, path in groups if version == (1 if state == "D" else 2))

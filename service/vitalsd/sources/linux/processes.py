@@ -11,7 +11,7 @@ from vitalsd.sources.linux.procfs import MalformedError, parse_stat, parse_statm
 from vitalsd.sources.names import decode_name
 from vitalsd.sources.programs import Command
 
-__all__ = ["hides_processes", "list_processes", "running_command"]
+__all__ = ["hides_processes", "list_processes", "pages_of_sibling", "running_command"]
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 PF_KTHREAD = 0x00200000  # linux/sched.h
@@ -87,7 +87,7 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
             pages = parse_statm(read_file("statm", directory))
             command = read_file("cmdline", directory)
             if not pages[0] and stat.thread_count > 1:
-                pages, command = _of_sibling(directory)
+                pages, command = pages_of_sibling(directory)
             uids = parse_uids(read_file("status", directory))
         except (OSError, MalformedError):
             continue
@@ -108,7 +108,7 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
         )
 
 
-def _of_sibling(process_fd: int) -> tuple[tuple[int, int, int], bytes]:
+def pages_of_sibling(process_fd: int) -> tuple[tuple[int, int, int], bytes]:
     """
     Return pages in use and command line of a process with an exited main thread.
 

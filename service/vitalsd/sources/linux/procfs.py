@@ -16,7 +16,7 @@ __all__ = [
     "STATES",
     "MalformedError",
     "Stat",
-    "freezer_paths",
+    "group_paths",
     "parse_run_times",
     "parse_stat",
     "parse_statm",
@@ -66,6 +66,9 @@ class Stat(NamedTuple):
     start_ticks: int
     """Start time after boot, on the clock that counts the time asleep."""
     vm_bytes: int
+    rss_pages: int
+    reaped_ticks: int
+    """User and system time of all children that the process has waited for, and of theirs, in the unit of utime."""
     image: tuple[int, ...]
     """Addresses that are fixed at exec; empty without ptrace permission, because the kernel then writes 0 or 1."""
 
@@ -96,6 +99,8 @@ def parse_stat(content: bytes) -> Stat:
             thread_count=int(fields[17]),
             start_ticks=int(fields[19]),
             vm_bytes=int(fields[20]),
+            rss_pages=int(fields[21]),
+            reaped_ticks=int(fields[13]) + int(fields[14]),
             image=tuple(map(int, fields[23:26])) if start_code > 1 else (),
         )
     except ValueError:
@@ -157,12 +162,16 @@ def parse_tgid(content: bytes) -> int | None:
         raise MalformedError("status", content) from None
 
 
-def freezer_paths(content: bytes) -> list[tuple[int, str]]:
-    """Return version and path of the control groups in ``cgroup`` that can freeze a process, see cgroups(7)."""
+def group_paths(content: bytes, controller: bytes) -> list[tuple[int, str]]:
+    """
+    Return version and path of the control groups in ``cgroup`` that `controller` may act on, see cgroups(7).
+
+    The path of a group outside of the reader's cgroup namespace begins with ``/..``.
+    """
     found = []
     for line in content.splitlines():
         _, _, rest = line.partition(b":")
         controllers, _, path = rest.partition(b":")
-        if not controllers or b"freezer" in controllers.split(b","):
+        if not controllers or controller in controllers.split(b","):
             found.append((1 if controllers else 2, os.fsdecode(path)))
     return found

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from vitalsd.snapshot import Identity, Part, Snapshot
 from vitalsd.sources.base import UnsupportedError
+from vitalsd.sources.linux.children import Descendants
 from vitalsd.sources.linux.cpu_counters import (
     USER_TICK_NS,
     CommFiles,
@@ -29,6 +30,7 @@ from vitalsd.sources.linux.cpu_counters import (
     process_clock,
 )
 from vitalsd.sources.linux.figures import read_figures, read_thread_figures
+from vitalsd.sources.linux.machine import MachineReader
 from vitalsd.sources.linux.process_files import ProcessFiles
 from vitalsd.sources.linux.processes import CLOCK_BOOTTIME, PAGE_BYTES
 from vitalsd.sources.linux.procfs import MalformedError
@@ -97,6 +99,10 @@ class LinuxSource:
         self._times: ThreadTimes | None = None
         self._decided_ns = 0
         self._files = ProcessFiles(self._pid, root, has_pidfd=same_namespace and not self._is_own)
+        # Descriptors of this process belong to the host program: none stays open for a child.
+        kept = 0 if self._is_own else self._fd_budget // 4
+        self._descendants = Descendants(self._files, has_clocks=same_namespace, fd_budget=kept)
+        self._machine = MachineReader(root)
         try:
             self._clock = process_clock(self._pid) if same_namespace else None
             self._process_truncation_ns = 0 if self._clock else 2 * USER_TICK_NS
@@ -114,6 +120,8 @@ class LinuxSource:
         """Close all files. A second call does nothing."""
         if self._times is not None:
             self._times.threads.close()
+        self._descendants.close()
+        self._machine.close()
         self._files.close()
 
     def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
@@ -164,6 +172,10 @@ class LinuxSource:
         warnings: list[str] = []
         figures = read_figures(self._files, warnings) if Part.FIGURES in parts else None
         thread_figures = read_thread_figures(threads.stats()) if Part.THREADS in parts else None
+        tree = None
+        if Part.CHILDREN in parts:
+            at, closely = (monotonic_ns, boottime_ns), Part.THREADS in parts
+            tree = self._descendants.read(cpu.total_ns, memory.rss * PAGE_BYTES, at, warnings, closely=closely)
         return Snapshot(
             monotonic_ns=monotonic_ns,
             boottime_ns=boottime_ns,
@@ -184,6 +196,8 @@ class LinuxSource:
             source=counter.source,
             figures=figures,
             thread_figures=thread_figures,
+            machine=self._machine.read(self._files, warnings) if Part.FIGURES in parts else None,
+            tree=tree,
             warnings=tuple(warnings),
         )
 

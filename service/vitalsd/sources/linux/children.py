@@ -1,0 +1,268 @@
+"""
+Find the descendants of a Linux process, and read their CPU time and memory.
+
+Facts about the kernel on which this module depends (v6.18; each has a test):
+
+- A zombie has its ``stat`` and its CPU clock until its parent has waited for it. The parent is charged before that
+  ``stat`` disappears (kernel/exit.c, wait_task_zombie).
+- A process without a parent goes to an ancestor that is a subreaper, or to init. It stays a member if it was one.
+- The threads of a process have ids below ``/proc`` that a listing does not show; their ``stat`` has the parent of the
+  process.
+"""
+
+import errno
+import os
+import time
+from contextlib import suppress
+
+from vitalsd.snapshot import Child, ProcessTree
+from vitalsd.sources.linux.application_group import application_group, pids_in
+from vitalsd.sources.linux.cpu_counters import (
+    CONTENT_BYTES,
+    GONE,
+    USER_TICK_NS,
+    StatFiles,
+    process_clock,
+    read_file,
+)
+from vitalsd.sources.linux.process_files import ProcessFiles
+from vitalsd.sources.linux.process_scan import ProcessScan
+from vitalsd.sources.linux.processes import PAGE_BYTES, hides_processes, pages_of_sibling
+from vitalsd.sources.linux.procfs import MalformedError, Stat, parse_stat, parse_tgid
+from vitalsd.sources.linux.tree_accounts import Member, TreeAccounts, heir_of
+
+__all__ = ["Descendants"]
+
+CHILDREN = 256
+"""Descendants that are read; a limit, because each costs a descriptor, and time."""
+ATTEMPTS = 4
+"""Attempts to read all members while none of them is charged for a child that ends."""
+
+
+class Descendants:
+    """
+    The descendants of one process, with what they used since the first reading.
+
+    Args:
+        files: of the process.
+        has_clocks: whether pids in the procfs are those of our own pid namespace.
+        fd_budget: descriptors that may stay open for descendants; the files of others are opened at each reading.
+    """
+
+    def __init__(self, files: ProcessFiles, *, has_clocks: bool, fd_budget: int) -> None:
+        self._files = files
+        self._has_clocks = has_clocks
+        self._fd_budget = fd_budget
+        self._procfs = -1
+        self._target = Member(files.pid, files.start_ticks)
+        self._members: dict[int, Member] = {}
+        """By pid; each after its parent."""
+        self._accounts = TreeAccounts(os.cpu_count() or 0)
+        self._read_at: tuple[int, int] | None = None
+        """Monotonic time and time since boot at the last reading; ``None``: there was none."""
+        self._too_many = False
+        """Whether there were more than `CHILDREN` when all processes were looked at."""
+        self._group: str | None = None
+        """Control group of the application; ``None``: it has none of its own."""
+        self._warnings: list[str] = []
+
+    def close(self) -> None:
+        """Release every descriptor. A second call does nothing."""
+        while self._members:
+            self._stats.close(self._members.popitem()[1].handle)
+        if self._procfs >= 0:
+            os.close(self._procfs)
+            self._procfs = -1
+
+    def read(
+        self, cpu_ns: int, rss_bytes: int, at: tuple[int, int], warnings: list[str], *, closely: bool
+    ) -> ProcessTree:
+        """
+        Read the tree.
+
+        Args:
+            cpu_ns: CPU time of the process itself.
+            rss_bytes: its resident memory.
+            at: monotonic time and time since boot, ns.
+            warnings: gets a sentence if the procfs hides processes.
+            closely: look at all processes, if the kernel does not show whether any was created.
+
+        Raises:
+            OSError, MalformedError: a file of the process itself cannot be read.
+        """
+        if self._procfs < 0:
+            self._open()
+        warnings += self._warnings
+        self._target.cpu_ns = cpu_ns
+        ended, missed = self._read_members()
+        missed |= self._find_new(at[0], closely=closely)
+        if self._read_at is None:
+            self._accounts.begin([self._target, *self._members.values()])
+        else:
+            elapsed_ns = at[0] - self._read_at[0]
+            self._accounts.count(self._target, self._members.values(), ended, elapsed_ns, missed=missed)
+        self._read_at = at
+        children = tuple(self._members[pid].child or self._shown(self._members[pid]) for pid in sorted(self._members))
+        return ProcessTree(
+            cpu_ns=self._accounts.cpu_ns,
+            reaped_ns=self._accounts.reaped_ns,
+            rss_bytes=rss_bytes + sum(child.rss_bytes for child in children),
+            process_count=1 + len(children),
+            gaps=self._accounts.gaps,
+            children=children,
+        )
+
+    def _open(self) -> None:
+        root = self._files.root
+        self._procfs = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        self._stats = StatFiles(self._procfs, self._fd_budget)
+        self._scan = ProcessScan(self._procfs, is_own_namespace=self._has_clocks)
+        if os.geteuid() != 0 and hides_processes(root):
+            self._warnings.append(f"children: {root} hides the processes of other users (hidepid); one may be missing")
+
+    # Known members
+
+    def _read_members(self) -> tuple[list[Member], bool]:
+        """
+        Read all members; return those that have ended, and whether another one could not be read.
+
+        If a member ends while others are read, its parent may have been read before it was charged: read all again.
+        """
+        ended: list[Member] = []
+        for _ in range(ATTEMPTS):
+            stat = self._files.leader_stat()
+            self._target.reaped_ns = stat.reaped_ticks * USER_TICK_NS
+            known, unreadable = len(ended), False
+            for member in list(self._members.values()):
+                try:
+                    self._read_member(member)
+                except (OSError, MalformedError) as error:
+                    if isinstance(error, OSError) and error.errno in GONE:
+                        ended.append(self._members.pop(member.pid))
+                        self._stats.close(member.handle)
+                    else:
+                        unreadable = True
+            if len(ended) == known or self._are_charged(ended):
+                break
+        return ended, unreadable
+
+    def _are_charged(self, ended: list[Member]) -> bool:
+        """Return whether the living ancestors of members that have ended were read after they were charged."""
+        by_pid = {member.pid: member for member in ended}
+        living = {self._target.pid: self._target, **self._members}
+        for heir in {heir.pid: heir for member in ended if (heir := heir_of(member, by_pid, living))}.values():
+            try:
+                stat = self._files.leader_stat() if heir is self._target else parse_stat(self._content(heir))
+            except (OSError, MalformedError):  # It has ended, too.
+                return False
+            if stat.reaped_ticks * USER_TICK_NS != heir.reaped_ns:
+                return False
+        return True
+
+    def _content(self, member: Member) -> bytes:
+        return self._stats.contents((member.handle,), CONTENT_BYTES)[0]
+
+    def _read_member(self, member: Member) -> None:
+        """
+        Read a member. Raises `OSError` with an errno in `GONE` if it has ended.
+
+        The clock goes by the pid. The ``stat`` that is read after it shows that the process still had that pid.
+        """
+        cpu_ns = member.cpu_ns
+        if member.clock is not None:
+            with suppress(OSError):  # It has ended.
+                cpu_ns = time.clock_gettime_ns(member.clock)
+        content = self._content(member)
+        if content != member.content:
+            stat = parse_stat(content)
+            if stat.start_ticks != member.start_ticks:
+                raise ProcessLookupError(errno.ESRCH, "the pid is another process's")
+            member.content, member.parent, member.thread_count = content, stat.parent, stat.thread_count
+            member.reaped_ns = stat.reaped_ticks * USER_TICK_NS
+            if member.clock is None:
+                cpu_ns = (stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS
+            member.child = None
+        if cpu_ns != member.cpu_ns:
+            member.cpu_ns, member.child = cpu_ns, None
+
+    def _shown(self, member: Member) -> Child:
+        stat = parse_stat(member.content)
+        pages = stat.rss_pages
+        if not pages and stat.thread_count > 1:  # Its main thread has exited.
+            with suppress(OSError, MalformedError):
+                directory = os.open(str(member.pid), os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._procfs)
+                try:
+                    pages = pages_of_sibling(directory)[0][1]
+                finally:
+                    os.close(directory)
+        member.child = Child(
+            pid=member.pid,
+            start_key=member.start_ticks,
+            name=stat.name,
+            cpu_ns=member.cpu_ns,
+            found_cpu_ns=member.found_cpu_ns,
+            rss_bytes=pages * PAGE_BYTES,
+            thread_count=stat.thread_count,
+        )
+        return member.child
+
+    # New members
+
+    def _find_new(self, now_ns: int, *, closely: bool) -> bool:
+        """Add processes that have become descendants; return whether the reading lacks something."""
+        found = self._scan.look(now_ns, self._members.keys() | {self._target.pid}, closely=closely)
+        if self._scan.is_full:
+            self._too_many = False
+            self._group = application_group(self._files) if self._has_clocks else None
+        missed = False
+        for pid in self._relatives(found):
+            if len(self._members) >= CHILDREN:
+                self._too_many = True
+                break
+            missed |= not self._add(pid, found[pid])
+        return missed or self._too_many
+
+    def _relatives(self, found: dict[int, Stat]) -> list[int]:
+        """Return which of these processes are descendants, each after its parent; also ids of their threads."""
+        by_parent: dict[int, list[int]] = {}
+        for pid, stat in found.items():
+            by_parent.setdefault(stat.parent, []).append(pid)
+        family = [self._target.pid, *self._members]
+        known = len(family)
+        for pid in family:
+            family += by_parent.pop(pid, ())
+        if self._group is not None:
+            daemons = (pids_in(self._group) & found.keys()).difference(family)
+            if any(found[pid].start_ticks <= self._target.start_ticks for pid in daemons):
+                self._group = None  # The target is not the first process of the group: it is another application's.
+            else:
+                family += sorted(daemons)
+        return family[known:]
+
+    def _add(self, pid: int, seen: Stat) -> bool:
+        """
+        Add a descendant, unless it has ended; return whether no CPU time of it is missing.
+
+        Args:
+            pid: of it, or the id of a thread, which is not added.
+            seen: its ``stat``.
+        """
+        clock = process_clock(pid) if self._has_clocks else None
+        member = Member(pid, seen.start_ticks, clock=clock)
+        try:
+            if seen.thread_count > 1 and parse_tgid(read_file(f"{pid}/status", self._procfs)) not in (pid, None):
+                return True
+            member.handle = self._stats.open(pid)
+            try:
+                self._read_member(member)
+            except BaseException:
+                self._stats.close(member.handle)
+                raise
+        except (OSError, MalformedError) as error:
+            return isinstance(error, OSError) and error.errno in GONE
+        self._members[pid] = member
+        if self._read_at is not None and member.start_ticks >= self._read_at[1] // USER_TICK_NS:
+            return True
+        member.found_cpu_ns = member.cpu_ns
+        member.start_counting()
+        return False
