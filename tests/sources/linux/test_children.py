@@ -6,7 +6,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,13 @@ from support.browser import FLAGS
 from support.family import Family
 from support.paths import TESTS
 from support.sidecars import eventually
+from support.target import Target
 from support.tools import program
 from vitalsd.snapshot import Part, ProcessFigures, ProcessTree, Snapshot, measure
+from vitalsd.sources.linux.children import Descendants
 from vitalsd.sources.linux.cpu_counters import USER_TICK_NS
+from vitalsd.sources.linux.process_files import ProcessFiles
+from vitalsd.sources.linux.procfs import Stat
 from vitalsd.sources.linux.source import LinuxSource
 
 pytestmark = [
@@ -153,8 +157,14 @@ def test_process_forked_twice_is_found_in_the_group_of_the_application(family: F
 
 
 @pytest.mark.skipif(not os.access(LAST_PID, os.W_OK), reason=f"{LAST_PID} is not writable here")
-def test_foreign_process_with_the_pid_of_a_child_is_no_child(family: Family, source: LinuxSource) -> None:
+@pytest.mark.parametrize("budget", [0, 400])
+def test_foreign_process_with_the_pid_of_a_child_is_no_child(family: Family, budget: int) -> None:
     """The kernel gives the pid of a child that has ended to a child of this test, and then to another child."""
+    with closing(LinuxSource(family.pid, fd_budget=budget)) as source:
+        reuse_pid_of_child(family, source)
+
+
+def reuse_pid_of_child(family: Family, source: LinuxSource) -> None:
     child, later = family.fork(family.pid), family.fork(family.pid)
     old = next(each for each in tree_of(source).children if each.pid == child)
     family.end(child, family.pid)
@@ -209,6 +219,14 @@ def test_children_of_this_process_cost_no_descriptor_each() -> None:
         for child in children:
             child.kill()
             child.wait()
+
+
+def test_threads_of_a_child_are_no_children(start: Callable[..., Target]) -> None:
+    """They have ids of their own, which the kernel gave after the reading before."""
+    with closing(LinuxSource()) as source:
+        before = pids(tree_of(source))
+        target = start("--idle", "5")
+        assert sorted(set(pids(tree_of(source))) - set(before)) == [target.pid]
 
 
 @as_root
@@ -378,6 +396,45 @@ def test_children_of_a_parent_that_ignores_sigchld_are_a_lower_bound(family: Fam
     assert m.tree.cpu_ns == m.cpu_ns
     assert not m.tree.complete
     assert m.last.tree.cpu_ns >= 100 * MS
+
+
+class LateFiles(ProcessFiles):
+    """Files of a process that waits for a child just after its ``stat`` has been read."""
+
+    def leader_stat(self) -> Stat:
+        stat = super().leader_stat()
+        if self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        return stat
+
+    meanwhile: Callable[[], object] | None = None
+
+
+def test_child_that_ends_within_a_reading_counts_once(family: Family) -> None:
+    """Its parent was read before it was charged, and is read again when the end of the child is seen."""
+    child = family.fork(family.pid)
+    files = LateFiles(family.pid, "/proc", has_pidfd=False)
+    descendants = Descendants(files, has_clocks=True, fd_budget=10)
+
+    def read(second: int) -> ProcessTree:
+        return descendants.read(0, 0, (second * 1000 * MS, second * 1000 * MS), [], closely=False)
+
+    try:
+        read(0)
+        used_ns = family.ask(child, "burn 200")
+        before = read(1)
+        files.meanwhile = lambda: family.end(child, family.pid)
+        during, after = read(2), read(3)
+        assert pids(before) == [child]
+        assert during.children == ()
+        assert before.cpu_ns == pytest.approx(used_ns, abs=50 * MS)
+        assert during.cpu_ns - before.cpu_ns <= 50 * MS
+        assert after.cpu_ns == during.cpu_ns
+        assert after.gaps == before.gaps
+    finally:
+        descendants.close()
+        files.close()
 
 
 def test_tree_during_forks_and_exits_never_exceeds_what_the_kernel_charged(family: Family, source: LinuxSource) -> None:

@@ -234,3 +234,29 @@ def test_accounts_of_a_chain_that_ends_at_once_charge_the_nearest_living_ancesto
     child, grandchild = watched(1), Member(4, 0, 3, counted_cpu_ns=2 * SECOND_NS, is_new=False)
     accounts = counted(parent(3.25), [grandchild, child])
     assert (accounts.cpu_ns, accounts.gaps) == (SECOND_NS // 4, 0)
+
+
+def test_accounts_of_many_short_children_add_up_to_their_time() -> None:
+    """Each is read after 5 ms and ends after 6; what the steps of the parent's charge hide is made up for later."""
+    target, accounts, charged_ns = parent(0), TreeAccounts(cpu_count=1), 0
+    for _ in range(100):
+        child = Member(3, 0, TARGET, cpu_ns=5_000_000)
+        accounts.count(target, [child], [], SECOND_NS, missed=False)
+        charged_ns += 6_000_000
+        target.reaped_ns = charged_ns // USER_TICK_NS * USER_TICK_NS
+        accounts.count(target, [], [child], SECOND_NS, missed=False)
+        assert abs(accounts.cpu_ns - charged_ns) <= GRAIN_NS
+    assert accounts.gaps == 0
+
+
+def test_accounts_of_parents_that_end_pass_on_what_the_steps_hid() -> None:
+    """Each has a child that was seen for 9 ms and of which its parent shows nothing; the target shows both."""
+    target, accounts, charged_ns = parent(0), TreeAccounts(cpu_count=1), 0
+    for _ in range(50):
+        middle, child = Member(3, 0, TARGET), Member(4, 0, 3, cpu_ns=9_000_000)
+        accounts.count(target, [middle, child], [], SECOND_NS, missed=False)
+        accounts.count(target, [middle], [child], SECOND_NS, missed=False)
+        charged_ns += 9_000_000
+        target.reaped_ns = charged_ns // USER_TICK_NS * USER_TICK_NS
+        accounts.count(target, [], [middle], SECOND_NS, missed=False)
+        assert abs(accounts.cpu_ns - charged_ns) <= GRAIN_NS

@@ -20,8 +20,11 @@ __all__ = ["ProcessScan"]
 
 SCAN_EVERY_NS = 5_000_000_000
 """Interval at which all processes of the procfs are looked at, ns."""
-MOST_NEW = 1024
-"""Ids that are looked up one by one; if more were given since the last time, all processes are looked at."""
+LOOKUPS_PER_PROCESS = 2
+"""
+Ids that are looked up one by one, for each process that there is. If more were given since the last time, all processes
+are looked at, because that costs less.
+"""
 LOOKED_UP_AGAIN = 64
 """Ids that are looked up once more if they were not there: the newest ones."""
 
@@ -43,6 +46,8 @@ class ProcessScan:
         self._absent: list[int] = []
         """Ids that had been given shortly before the last look, and did not exist then."""
         self._scanned_ns: int | None = None
+        self._processes = 0
+        """Number of processes when all were looked at."""
         self.is_full = False
         """Whether the last look was at all processes."""
 
@@ -59,19 +64,18 @@ class ProcessScan:
         """
         last, newest = self._newest, self._read_newest() if self._is_own_namespace else None
         self._newest = newest
-        first = 1
         self.is_full = self._scanned_ns is None or now_ns - self._scanned_ns >= SCAN_EVERY_NS
-        if last is not None and newest is not None and 0 <= newest - last <= MOST_NEW:
-            first = last + 1
+        first, ids = 1, []
+        if newest is None:
+            self.is_full = self.is_full or closely
+        elif last is not None and 0 <= newest - last <= LOOKUPS_PER_PROCESS * self._processes:
+            first, ids = last + 1, [*self._absent, *range(last + 1, newest + 1)]
         else:
-            self.is_full = self.is_full or self._is_own_namespace or closely
+            self.is_full = True
         if self.is_full:
             self._scanned_ns = now_ns
             ids = [int(name) for name in os.listdir(self._procfs) if name.isdecimal()]
-        elif newest is not None:
-            ids = [*self._absent, *range(first, newest + 1)]
-        else:
-            ids = []
+            self._processes = len(ids)
         found = {}
         for pid in ids:
             if pid not in known:
