@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.sidecars import eventually
 from support.target import Target
 from vitalsd.snapshot import THERMAL_STATES, MachineFigures, Part
 from vitalsd.sources.linux.cpu_counters import USER_TICK_NS
@@ -126,7 +127,8 @@ def test_busy_time_lies_between_two_readings_of_psutil() -> None:
         before = psutil.cpu_times()
         machine = source.snapshot(parts=Part.FIGURES).machine
         after = psutil.cpu_times()
-    low, high = (times.user + times.nice + times.system + times.irq + times.softirq for times in (before, after))
+    kinds = ("user", "nice", "system", "irq", "softirq")
+    low, high = (sum(getattr(times, kind) for kind in kinds) for times in (before, after))
     assert machine is not None
     if machine.in_container:
         pytest.skip("psutil reads the host's CPU time")
@@ -152,9 +154,8 @@ def test_cpu_pressure_grows_while_more_threads_than_cores_run(start: Start) -> N
     """Three burners on one CPU wait for each other."""
     targets = [start("--burn", "100") for _ in range(3)]
     for target in targets:
-        os.sched_setaffinity(target.pid, {0})
         for tid in target.tids.values():
-            os.sched_setaffinity(tid, {0})
+            psutil.Process(tid).cpu_affinity([0])  # type: ignore[attr-defined, unused-ignore]
     with closing(LinuxSource(targets[0].pid)) as source:
         first = source.snapshot(parts=Part.FIGURES).machine
         time.sleep(0.5)
@@ -203,7 +204,7 @@ def test_reader_in_a_forked_child_reads_on(make: Callable[..., Made]) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a control group")
 def test_throttled_time_of_a_group_with_a_quota_grows(start: Start) -> None:
-    """The kernel keeps the target from running for most of the time; its group and those above it are read."""
+    """A fiftieth of a core, which it gets on a busy machine, too; its group and those above it are read."""
     groups = [Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup/cpu,cpuacct"), Path("/sys/fs/cgroup")]
     mount = next((path for path in groups if (path / "cpu.stat").exists()), None)
     target = start("--burn", "100")
@@ -212,9 +213,9 @@ def test_throttled_time_of_a_group_with_a_quota_grows(start: Start) -> None:
     try:
         group.mkdir()
         if (group / "cpu.cfs_quota_us").exists():
-            (group / "cpu.cfs_quota_us").write_text("20000")
+            (group / "cpu.cfs_quota_us").write_text("2000")
         else:
-            (group / "cpu.max").write_text("20000 100000")
+            (group / "cpu.max").write_text("2000 100000")
     except OSError as error:
         if group.exists():
             group.rmdir()
@@ -222,15 +223,19 @@ def test_throttled_time_of_a_group_with_a_quota_grows(start: Start) -> None:
     try:
         (group / "cgroup.procs").write_text(str(target.pid))
         with closing(LinuxSource(target.pid)) as source:
-            first = source.snapshot(parts=Part.FIGURES)
-            time.sleep(1)
-            last = source.snapshot(parts=Part.FIGURES)
-        assert first.machine is not None
-        assert last.machine is not None
-        assert first.machine.quota_throttled_ns is not None
-        assert last.machine.quota_throttled_ns is not None
-        assert last.machine.quota_throttled_ns - first.machine.quota_throttled_ns > 200_000_000
-        assert not any("vitalsd-" in warning for warning in last.warnings)
+            first = source.snapshot(parts=Part.FIGURES).machine
+            assert first is not None
+            first_ns = first.quota_throttled_ns
+            assert first_ns is not None
+
+            def grown_ns() -> int:
+                now = source.snapshot(parts=Part.FIGURES)
+                assert not any("vitalsd-" in warning for warning in now.warnings)
+                assert now.machine is not None
+                assert now.machine.quota_throttled_ns is not None
+                return now.machine.quota_throttled_ns - first_ns
+
+            eventually(lambda: grown_ns() > 200_000_000, 30)
     finally:
         target.kill()
         while (group / "cgroup.procs").read_text():
