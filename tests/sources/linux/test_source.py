@@ -291,7 +291,7 @@ def test_cpu_accounting_balances_during_thread_churn(start: Start) -> None:
         m = measure(first, last)
         assert m.cpu_ns == m.living_ns + m.exited_ns + m.unattributed_ns
         assert m.exited_ns >= 0
-        assert not m.warnings
+        assert all(warning.startswith("wait_percent of the process lacks") for warning in m.warnings)
     whole = measure(snapshots[0], snapshots[-1])
     assert after - before == pytest.approx(whole.cpu_ns, abs=20 * MS)
     assert whole.exited_ns >= 300 * MS
