@@ -13,7 +13,7 @@ it moves a waiting thread to another CPU. The proof does not show that, so the w
 missing until the next full reading.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from itertools import compress
 from operator import ne, sub
 
@@ -231,24 +231,18 @@ class ThreadTimes:
 
     def _add(self, places: Collection[int], burnt: list[int], waited: list[int]) -> None:
         """
-        Add what the threads at these indexes ran and waited, ns; do not change a list that a caller may have.
+        Add what the threads at these indexes ran and waited, ns.
 
         At exec a counter may decrease, because another thread gets the id of the main one; the sum of waits does not.
         """
         if any(waited):
-            wait_ns = self._wait_ns = self._wait_ns.copy()
-            for i, ns in zip(places, waited, strict=True):
-                if ns:
-                    wait_ns[i] += ns
+            self._wait_ns = _increased(self._wait_ns, places, waited)
             self.waited_ns += sum(waited) if min(waited) >= 0 else sum(ns for ns in waited if ns > 0)
         if any(burnt):
-            cpu_ns = self._cpu_ns = self._cpu_ns.copy()
-            for i, ns in zip(places, burnt, strict=True):
-                if ns:
-                    cpu_ns[i] += ns
-                    self._ran.add(i)
-                    if not self._counter.bound:
-                        self._unsure.add(i)
+            self._cpu_ns = _increased(self._cpu_ns, places, burnt)
+            self._ran.update(compress(places, burnt))
+            if not self._counter.bound:
+                self._unsure.update(compress(places, burnt))
             self._may_be_renamed = True
             self.living_ns += sum(burnt)
         self._age += 1
@@ -260,3 +254,12 @@ class ThreadTimes:
 
     def _set_hot(self, hot: set[int]) -> None:
         self._hot = {i: self._handles[i] for i in sorted(hot)}
+
+
+def _increased(column: list[int], places: Iterable[int], growth: Iterable[int]) -> list[int]:
+    """Return a copy, because a caller may have the list; values that do not grow are the same objects in both."""
+    column = column.copy()
+    for i, ns in zip(places, growth, strict=True):
+        if ns:
+            column[i] += ns
+    return column
