@@ -54,6 +54,14 @@ def become_nobody(*, keep_reading_files: bool) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def addresses(pid: int) -> int:
+    """Return how many addresses the kernel shows of the program of a process; 0 if it hides the process."""
+    try:
+        return len(parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).image)
+    except FileNotFoundError:
+        return 0
+
+
 def snapshots(pid: int) -> None:
     """Take a snapshot per line of standard input, and print the result of each."""
     try:
@@ -67,7 +75,7 @@ def snapshots(pid: int) -> None:
                 "image": taken.image,
                 "state": taken.state,
                 "program": source.identity().program,
-                "addresses": len(parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).image),
+                "addresses": addresses(pid),
                 "cpu_ns": taken.cpu_ns,
                 "open_fds": taken.figures.open_fds,
                 "anonymous_bytes": taken.figures.anonymous_bytes,

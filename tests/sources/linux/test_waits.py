@@ -65,7 +65,7 @@ def burners(program: Path) -> Iterator[Burners]:
             tids = sorted(map(int, os.listdir(f"/proc/{process.pid}/task")))
             assert len(tids) == count + 1
             for tid in tids:
-                os.sched_setaffinity(tid, {cpus()[-1]})
+                os.sched_setaffinity(tid, {cpus()[-1]})  # type: ignore[attr-defined, unused-ignore]
             with suppress(OSError):
                 Path(f"/proc/{process.pid}/autogroup").write_text("-20", encoding="ascii")
             return tids
@@ -74,7 +74,7 @@ def burners(program: Path) -> Iterator[Burners]:
 
 
 def cpus() -> list[int]:
-    return sorted(os.sched_getaffinity(0))
+    return sorted(os.sched_getaffinity(0))  # type: ignore[attr-defined, unused-ignore]
 
 
 def kernel_wait_ns(pid: int, tid: int) -> int:
@@ -191,10 +191,10 @@ def test_wait_of_earlier_windows_is_cut_to_the_window_in_which_it_ended(burners:
     with starving(burners) as (source, _, loser):
 
         def moved() -> Measurement | None:
-            os.sched_setaffinity(loser, {cpus()[-1]})
+            os.sched_setaffinity(loser, {cpus()[-1]})  # type: ignore[attr-defined, unused-ignore]
             time.sleep(1)
             first = source.snapshot()
-            os.sched_setaffinity(loser, {cpus()[0]})
+            os.sched_setaffinity(loser, {cpus()[0]})  # type: ignore[attr-defined, unused-ignore]
             time.sleep(0.1)
             m = measure(first, source.snapshot())
             return m if wait_of(m.last, loser) - wait_of(first, loser) > m.elapsed_ns + 300 * MS else None
