@@ -27,11 +27,12 @@ comms = st.binary(max_size=15).filter(lambda raw: b"\0" not in raw)
 
 def render_stat(stat: Stat, comm: bytes) -> bytes:
     """The line that fs/proc/array.c do_task_stat writes for these fields."""
-    image = stat.image or (1, 1, 0)
+    image, reaped = stat.image or (1, 1, 0), stat.reaped_ticks
     before = f"7 ({{}}) {stat.state} {stat.parent} 1 1 0 -1 {stat.flags} {stat.minor_faults} 0 {stat.major_faults} 0"
     after = (
-        f" {stat.utime_ticks} {stat.stime_ticks} {stat.reaped_ticks} 0 {stat.priority} 0 {stat.thread_count} 0"
-        f" {stat.start_ticks} {stat.vm_bytes} 430 18446744073709551615 {image[0]} {image[1]} {image[2]}"
+        f" {stat.utime_ticks} {stat.stime_ticks} {reaped // 3} {reaped - reaped // 3} {stat.priority} 0"
+        f" {stat.thread_count} 0 {stat.start_ticks} {stat.vm_bytes} 430 18446744073709551615"
+        f" {image[0]} {image[1]} {image[2]}"
         f" 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n"
     )
     head, tail = before.split("{}")
