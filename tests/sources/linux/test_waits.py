@@ -208,6 +208,46 @@ def test_wait_of_earlier_windows_is_cut_to_the_window_in_which_it_ended(burners:
     assert warning.endswith(" s before the window, which ended in it")
 
 
+@contextmanager
+def limited(pid: int) -> Iterator[None]:
+    """Let a process use 20 ms of CPU in 100 ms, by a control group of either version."""
+    v1 = Path("/sys/fs/cgroup/cpu")
+    top = v1 if v1.is_dir() else Path("/sys/fs/cgroup")
+    group = top / f"vitalsd-test-{pid}"
+    try:
+        group.mkdir()
+        if v1.is_dir():
+            (group / "cpu.cfs_period_us").write_text("100000")
+            (group / "cpu.cfs_quota_us").write_text("20000")
+        else:
+            (group / "cpu.max").write_text("20000 100000")
+        (group / "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"no control group with a CPU quota can be made here: {error}")
+    try:
+        yield
+    finally:
+        (top / "cgroup.procs").write_text(str(pid))
+        eventually(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+@as_root
+def test_throttling_by_a_cpu_quota_counts_as_waiting(burners: Burners) -> None:
+    """The thread runs for a fifth of the time, and waits for the rest, though the CPU is free."""
+    pid, tid = burners(1)
+    with limited(pid), closing(LinuxSource(pid)) as source:
+        time.sleep(0.2)
+        first = source.snapshot()
+        time.sleep(2)
+        run, wait = percents(measure(first, source.snapshot()), tid)
+    assert run <= 25
+    assert wait >= 65
+    assert run + wait <= 100.1
+
+
 def test_own_thread_that_ran_has_its_present_wait() -> None:
     """The clocks of our own threads show no waits, so the files of those that ran are read."""
     done, go = threading.Event(), threading.Semaphore(0)
