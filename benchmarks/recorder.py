@@ -4,9 +4,9 @@ Measure what recording costs: CPU of a sidecar that records, beside one that doe
     python benchmarks/recorder.py [--seconds 10] [--rounds 3] [--threads 50 1000] [--interval 1.0 0.25]
 
 Sidecars with recorder and black box, with the recorder alone and with neither watch the same target at the same time.
-So does the floor, a C program that wakes as often and only reads every thread. Beside them a Python program wakes as
-often and does nothing. All of them share the load of the machine. Figures are percent of one core, by the CPU clock of
-each process; medians of the rounds.
+So does the floor, a C program that wakes as often and only reads: every thread, and once a second the figures of the
+process and of the machine. Beside them a Python program wakes as often and does nothing. All of them share the load of
+the machine. Figures are percent of one core, by the CPU clock of each process; medians of the rounds.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,8 @@ def test_snapshot_columns_are_parallel_and_ascending(world: World, source: Sourc
     assert all(ns >= 0 for ns in snapshot.thread_cpu_ns)
     assert snapshot.cpu_ns >= 0
     assert snapshot.exited_cpu_ns[0] <= snapshot.exited_cpu_ns[1]
+    assert snapshot.thread_wait_ns is None or len(snapshot.thread_wait_ns) == len(roster)
+    assert snapshot.cpu_count >= 0
     assert 0 < snapshot.rss_bytes <= snapshot.vm_bytes
     assert snapshot.cpu_grain_ns > 0
     assert snapshot.thread_grain_ns > 0
@@ -184,6 +187,26 @@ def test_snapshot_accounts_for_a_thread_that_lived_inside_the_window(world: Worl
     assert m.exited_ns >= used_ns - error_ns
 
 
+def test_wait_for_a_cpu_never_decreases(world: World, source: Source) -> None:
+    """Neither that of a thread nor the sum, which keeps that of exited threads; it is null throughout or never."""
+    tids = [world.workload.start_thread(f"worker-{i}") for i in range(3)]
+    taken = [source.snapshot()]
+    for tid in tids:
+        world.workload.burn(tid, 5_000_000)
+        taken.append(source.snapshot())
+        world.workload.end_thread(tid)
+        taken.append(source.snapshot())
+    for first, last in pairwise(taken):
+        assert (first.wait_ns is None) == (last.wait_ns is None)
+        assert (first.thread_wait_ns is None) == (last.thread_wait_ns is None)
+        if first.wait_ns is not None and last.wait_ns is not None:
+            assert 0 <= first.wait_ns <= last.wait_ns
+        m = measure(first, last)
+        if m.thread_wait_ns is not None and m.wait_ns is not None:
+            assert all(ns >= 0 for ns in m.thread_wait_ns)
+            assert sum(m.thread_wait_ns) == m.wait_ns
+
+
 def test_roster_of_an_unchanged_process_is_the_same_object(source: Source) -> None:
     """A recorder of many snapshots then keeps one roster, and compares it at no cost."""
     first, last = source.snapshot(), source.snapshot()
@@ -207,6 +230,7 @@ def test_snapshot_extras_are_read_on_request_only(world: World, source: Source) 
     assert snapshot.figures.user_ns is not None
     assert snapshot.figures.system_ns is not None
     assert snapshot.figures.user_ns + snapshot.figures.system_ns > 0
+    assert snapshot.figures.reaped_ns is None or snapshot.figures.reaped_ns >= 0
 
 
 def test_source_after_close_refuses(source: Source) -> None:

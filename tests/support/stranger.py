@@ -1,7 +1,8 @@
 """
 Read processes as another user, optionally on a /proc that is mounted with hidepid.
 
-``stranger.py HIDEPID snapshots PID`` takes one snapshot per line of stdin and prints the result;
+``stranger.py HIDEPID snapshots PID`` takes one snapshot per line of stdin, which may name its parts, and prints the
+result;
 ``stranger.py HIDEPID serve ...`` is ``vitalsd serve ...``. Has to be started by root.
 """
 
@@ -53,12 +54,20 @@ def become_nobody(*, keep_reading_files: bool) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def addresses(pid: int) -> int:
+    """Return how many addresses the kernel shows of the program of a process; 0 if it hides the process."""
+    try:
+        return len(parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).image)
+    except FileNotFoundError:
+        return 0
+
+
 def snapshots(pid: int) -> None:
     """Take a snapshot per line of standard input, and print the result of each."""
     try:
         source = LinuxSource(pid, program_of=ProgramDigest(b"k" * 32))
-        for _ in sys.stdin:
-            taken = source.snapshot(parts=Part.DETAIL)
+        for line in sys.stdin:
+            taken = source.snapshot(parts=Part[line.strip() or "DETAIL"])
             assert taken.figures is not None
             answer = {
                 "tids": taken.roster.tids,
@@ -66,9 +75,11 @@ def snapshots(pid: int) -> None:
                 "image": taken.image,
                 "state": taken.state,
                 "program": source.identity().program,
-                "addresses": len(parse_stat(Path(f"/proc/{pid}/stat").read_bytes()).image),
+                "addresses": addresses(pid),
                 "cpu_ns": taken.cpu_ns,
                 "open_fds": taken.figures.open_fds,
+                "anonymous_bytes": taken.figures.anonymous_bytes,
+                "reaped_ns": taken.figures.reaped_ns,
                 "warnings": taken.warnings,
             }
             print(json.dumps(answer), flush=True)

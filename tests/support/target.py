@@ -9,9 +9,11 @@ program, or of the process that imports it.
 import argparse
 import ctypes
 import json
+import mmap
 import os
 import platform
 import queue
+import resource
 import subprocess
 import sys
 import threading
@@ -216,7 +218,17 @@ def answer(value: object) -> None:
     print(json.dumps(value), flush=True)
 
 
+def reaped_ns() -> int:
+    """Return the CPU time of the children that this process has waited for, ns."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round((usage.ru_utime + usage.ru_stime) * 1e9)
+
+
 living: dict[str, tuple[threading.Thread, threading.Event]] = {}
+grown: list[bytes] = []
+"""Memory that the command "grow" took."""
+files: list[mmap.mmap] = []
+"""Files that the command "map" mapped and read."""
 
 
 def obey(arguments: list[str], logs: dict[str, Log], process_log: Log, workload: OwnWorkload) -> None:
@@ -274,6 +286,19 @@ def obey(arguments: list[str], logs: dict[str, Log], process_log: Log, workload:
             release.set()
             thread.join()
             answer(True)
+        case ["grow", byte_count]:
+            grown.append(b"\1" * int(byte_count))
+            answer(True)
+        case ["map", path]:
+            with open(path, "rb") as mapped:
+                content = mmap.mmap(mapped.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+            answer(sum(content[:: mmap.PAGESIZE]))
+            files.append(content)
+        case ["children", cpu_ms]:
+            before_ns = reaped_ns()
+            while reaped_ns() - before_ns < float(cpu_ms) * 1e6:
+                subprocess.run(["/bin/sh", "-c", "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); done"], check=True)
+            answer(reaped_ns() - before_ns)
         case ["name", hexadecimal]:
             set_name(bytes.fromhex(hexadecimal.strip("-")))
             answer(True)

@@ -32,7 +32,7 @@ from vitalsd.http.routes.report import ReportQuery
 from vitalsd.recording.history import history
 from vitalsd.recording.history_import import read_history
 from vitalsd.recording.run_reader import UnreadableRunError, read_run
-from vitalsd.sources.linux.procfs import MalformedError, parse_run_times, parse_stat, parse_statm, parse_status
+from vitalsd.sources.linux.procfs import MalformedError, parse_schedstats, parse_stat, parse_statm, parse_status
 from vitalsd.sources.names import decode_name
 
 CAPTURE = DATA / "proc" / "4242"
@@ -55,7 +55,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], object], list[Path]]] = {
     "stat": (parse_stat, [CAPTURE / "stat", *sorted(DATA.glob("stat-*"))]),
     "statm": (parse_statm, [CAPTURE / "statm"]),
     "status": (parse_status, [CAPTURE / "status"]),
-    "schedstat": (lambda content: parse_run_times([content, content]), [CAPTURE / "task" / "4243" / "schedstat"]),
+    "schedstat": (lambda content: parse_schedstats([content, content]), [CAPTURE / "task" / "4243" / "schedstat"]),
     "comm": (decode_name, [CAPTURE / "task" / "4243" / "comm"]),
 }
 

@@ -130,14 +130,16 @@ class FullProcess(ProcessMetrics):
     )
     wait_percent: Percent | None = Field(
         description="Time for which threads were runnable and did not run, summed over the threads. A wait counts when"
-        " it ends. Linux: a lower bound if threads exited in the window. macOS: of the process only."
+        " it ends. Linux: a lower bound if threads exited in the window; throttling by a CPU quota counts as waiting,"
+        " and time that a hypervisor takes does not. macOS: of the process only."
     )
     wait_percent_error: Percent | None = Field(
         description="Half-width of the error bar of wait_percent. Linux: null, because a wait in progress is unknown."
     )
     children_percent: Percent | None = Field(
-        description="CPU time of children that the process waited for in the window. null: they used part of it before"
-        " the window, and were not watched."
+        description="CPU time of children that the process waited for in the window; Linux: in ticks of 10 ms, and"
+        " without the children of a process that ignores SIGCHLD. null: they used part of it before the window, and"
+        " were not watched."
     )
     footprint_kb: Count | None = Field(description="macOS physical footprint (Activity Monitor's Memory), KiB.")
     anonymous_kb: Count | None = Field(description="Linux: resident memory that belongs to no file, KiB.")
@@ -170,7 +172,8 @@ class FullThread(_Thread):
     cpu_percent_error: Percent | None
     wait_percent: Percent | None = Field(
         description="Linux: time for which the thread was runnable and did not run. A wait counts when it ends, and one"
-        " that is in progress may be missing. At most the part of the window in which the thread did not run."
+        " that is in progress may be missing; so may that of a thread which moved to another CPU and did not run. At"
+        " most the part of the window in which the thread did not run."
     )
     cpu_time_ns: Count = Field(description="CPU time since the thread started, ns.")
     state: str | None = Field(

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from operator import le
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from support.target import Target
 from vitalsd.sources.linux.cpu_counters import CommFiles, Reading, SchedstatFiles
-from vitalsd.sources.linux.procfs import parse_run_times
+from vitalsd.sources.linux.procfs import parse_schedstats
 from vitalsd.sources.linux.thread_times import COUNT_EVERY_NS, ThreadTimes
 from vitalsd.sources.linux.threads import ThreadList
 
@@ -28,6 +29,8 @@ class Tree:
     def __init__(self, root: Path, threads: int) -> None:
         self.root = root
         self.run_ns: dict[int, int] = {}
+        self.wait_ns: dict[int, int] = {}
+        self.waited_ns = 0
         self.names: dict[int, str] = {}
         self.exited_ns = 12_345
         for tid in range(1, threads + 1):
@@ -35,7 +38,7 @@ class Tree:
 
     def born(self, tid: int, ns: int = 1000) -> None:
         (self.root / str(tid)).mkdir()
-        self.run_ns[tid] = 0
+        self.run_ns[tid] = self.wait_ns[tid] = 0
         self.burn(tid, ns)
         self.call(tid, f"thread {tid}")
 
@@ -47,11 +50,16 @@ class Tree:
 
     def burn(self, tid: int, ns: int) -> None:
         self.run_ns[tid] += ns
-        (self.root / str(tid) / "schedstat").write_text(f"{self.run_ns[tid]} 0 1\n")
+        self.wait(tid, ns // 3)
+
+    def wait(self, tid: int, ns: int) -> None:
+        self.wait_ns[tid] += ns
+        self.waited_ns += ns
+        (self.root / str(tid) / "schedstat").write_text(f"{self.run_ns[tid]} {self.wait_ns[tid]} 1\n")
 
     def exit(self, tid: int) -> None:
         self.exited_ns += self.run_ns.pop(tid) + 1
-        del self.names[tid]
+        del self.names[tid], self.wait_ns[tid]
         shutil.rmtree(self.root / str(tid))
 
     def clock(self) -> int:
@@ -108,11 +116,12 @@ def test_hot_first_accepted_reading_is_exact(
         for _ in taken(tree, steps, few=few):
             proved = times.read_hot(tree.clock(), tree.clock)
             if proved is None:
-                assert times.read() == [tree.run_ns[tid] for tid in sorted(tree.run_ns)]
+                assert times.read(tree.clock) == ([tree.run_ns[tid] for tid in sorted(tree.run_ns)], tree.clock())
                 times.set_exited_total(tree.clock(), tree.exited_ns)
             else:
                 assert dict(zip(table.roster.tids, proved[0], strict=True)) == tree.run_ns
                 assert proved[1:] == (tree.clock(), tree.exited_ns)
+            assert times.wait_ns == [tree.wait_ns[tid] for tid in sorted(tree.run_ns)]
     finally:
         table.close()
         os.close(task_fd)
@@ -126,20 +135,28 @@ def test_hot_first_reading_equals_a_full_reading(
     """
     However many run, name themselves, come and go between two readings, proved or full.
 
-    Times, their sum and names are those of the files, and no list that was handed out changes afterwards.
+    Times, waits, their sums and names are those of the files, and no list that was handed out changes afterwards.
     """
     tree = Tree(tmp_path_factory.mktemp("task"), threads)
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadList(task_fd, BoundFiles(task_fd, 1000), CommFiles(task_fd, 100))
     times = ThreadTimes(table)
     handed_out = []
+    begun_ns, last_ns = tree.waited_ns, 0
     try:
         for number, steps in enumerate(between, 1):
             deque(taken(tree, steps, few=False), maxlen=0)
             proved = times.read_hot(tree.clock(), tree.clock) if data.draw(st.booleans()) else None
-            cpu_ns = proved[0] if proved else times.read()
+            cpu_ns = proved[0] if proved else times.read(tree.clock)[0]
+            assert times.wait_ns is not None
             times.set_exited_total(tree.clock(), tree.exited_ns)
-            handed_out.append((cpu_ns, list(cpu_ns)))
+            handed_out += [(cpu_ns, list(cpu_ns)), (times.wait_ns, list(times.wait_ns))]
+            assert dict(zip(table.roster.tids, times.wait_ns, strict=True)) == tree.wait_ns
+            # It lacks what threads waited between their last reading and their exit.
+            assert last_ns <= times.waited_ns <= tree.waited_ns - begun_ns
+            last_ns = times.waited_ns
+            if not any(kind in ("exit", "ghost") for steps in between[:number] for kind, _ in steps):
+                assert times.waited_ns == tree.waited_ns - begun_ns
             assert dict(zip(table.roster.tids, cpu_ns, strict=True)) == tree.run_ns
             assert times.living_ns == sum(cpu_ns)
             assert times.refresh_list(number * COUNT_EVERY_NS, names=True)
@@ -147,7 +164,7 @@ def test_hot_first_reading_equals_a_full_reading(
     finally:
         table.close()
         os.close(task_fd)
-    assert all(cpu_ns == as_it_was for cpu_ns, as_it_was in handed_out)
+    assert all(list_ == as_it_was for list_, as_it_was in handed_out)
 
 
 def test_hot_first_with_few_busy_threads_accepts_nearly_all_readings(tmp_path: Path) -> None:
@@ -162,7 +179,7 @@ def test_hot_first_with_few_busy_threads_accepts_nearly_all_readings(tmp_path: P
         for number in range(count):
             tree.burn(1 + index(number) % 40, 1000)
             if times.read_hot(tree.clock(), tree.clock) is None:
-                times.read()
+                times.read(tree.clock)
                 times.set_exited_total(tree.clock(), tree.exited_ns)
         return times.proved - before
 
@@ -180,7 +197,7 @@ def test_hot_first_finds_a_thread_that_never_ran_within_a_second(tmp_path: Path)
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
     times = ThreadTimes(table)
     tree.burn(3, 1000)
-    times.read()
+    times.read(tree.clock)
     times.set_exited_total(tree.clock(), tree.exited_ns)
     assert times.refresh_list(COUNT_EVERY_NS, names=True)
     tree.born(41, 0)
@@ -189,7 +206,7 @@ def test_hot_first_finds_a_thread_that_never_ran_within_a_second(tmp_path: Path)
     assert times.refresh_list(2 * COUNT_EVERY_NS - 1, names=True)
     assert not times.refresh_list(2 * COUNT_EVERY_NS, names=True)
     assert times.read_hot(tree.clock(), tree.clock) is None
-    assert len(times.read()) == 41
+    assert len(times.read(tree.clock)[0]) == 41
     assert times.refresh_list(3 * COUNT_EVERY_NS, names=True)
     table.close()
     os.close(task_fd)
@@ -229,9 +246,9 @@ def test_hot_first_listing_that_fails_leaks_no_descriptor(
     calls = iter(range(100))
     monkeypatch.setattr("vitalsd.sources.linux.cpu_counters.os.open", scarce)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-        times.read()
+        times.read(tree.clock)
     monkeypatch.undo()
-    cpu_ns = times.read()
+    cpu_ns, _ = times.read(tree.clock)
     assert dict(zip(table.roster.tids, cpu_ns, strict=True)) == tree.run_ns
     assert dict(zip(table.roster.tids, table.roster.names, strict=True)) == tree.names
     table.close()
@@ -245,13 +262,13 @@ def test_hot_first_with_new_threads_still_reads_names(tmp_path: Path) -> None:
     task_fd = os.open(tree.root, os.O_RDONLY)
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
     times = ThreadTimes(table)
-    times.read()
+    times.read(tree.clock)
     assert times.refresh_list(COUNT_EVERY_NS, names=True)
     tree.call(20, "renamed")
     for second in range(2, 12):
         tree.born(100 + second, 0)
         if not times.refresh_list(second * COUNT_EVERY_NS, names=True):
-            times.read()
+            times.read(tree.clock)
             assert times.refresh_list(second * COUNT_EVERY_NS, names=True)
     assert table.roster.names[19] == "renamed"
     assert len(table.roster) == 40 + 10
@@ -268,7 +285,8 @@ def test_proved_readings_equal_full_ones(start: Callable[..., Target], readings:
     """
     The process is real, and its threads start and exit meanwhile.
 
-    Every proved reading equals a full reading taken while the process clock stood still.
+    Every proved reading equals a full reading taken while the process clock stood still. A wait may be missing: the
+    kernel adds it, without a thread running, when it moves a waiting thread.
     """
     target = start("--burn", "10", "5", "--idle", "120")
     clock_id = (~target.pid << 3) | 2
@@ -279,29 +297,33 @@ def test_proved_readings_equal_full_ones(start: Callable[..., Target], readings:
     task_fd = os.open(f"/proc/{target.pid}/task", os.O_RDONLY)
     table = ThreadList(task_fd, SchedstatFiles(task_fd, 1000), CommFiles(task_fd, 100))
     times = ThreadTimes(table)
-    checked = 0
+    checked = equal = 0
     target.tell(f"churn_for {readings // 500 + 1} 20")
     deadline = time.monotonic() + readings / 10
     while checked < readings and time.monotonic() < deadline:
         proved = times.read_hot(clock(), clock)
         if proved is None:
             before = clock()
-            living_ns = sum(times.read())
-            after = clock()
+            cpu_ns, after = times.read(clock)
+            living_ns = sum(cpu_ns)
             if before == after:
                 times.set_exited_total(after, after - living_ns)
             continue
         cpu_ns, total_ns, _ = proved
         try:
-            full = parse_run_times(
+            full, waits = parse_schedstats(
                 [Path(f"/proc/{target.pid}/task/{tid}/schedstat").read_bytes() for tid in table.roster.tids]
             )
         except (FileNotFoundError, ProcessLookupError):
             continue
         if clock() == total_ns:
             assert list(cpu_ns) == full
+            assert times.wait_ns is not None
+            assert all(map(le, times.wait_ns, waits))
+            equal += times.wait_ns == waits
             checked += 1
         time.sleep(0.0005)
     table.close()
     os.close(task_fd)
     assert checked == readings
+    assert equal > checked / 2

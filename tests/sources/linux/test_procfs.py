@@ -11,7 +11,7 @@ from support.paths import DATA
 from vitalsd.sources.linux.procfs import (
     MalformedError,
     Stat,
-    parse_run_times,
+    parse_schedstats,
     parse_stat,
     parse_statm,
     parse_status,
@@ -27,11 +27,12 @@ comms = st.binary(max_size=15).filter(lambda raw: b"\0" not in raw)
 
 def render_stat(stat: Stat, comm: bytes) -> bytes:
     """The line that fs/proc/array.c do_task_stat writes for these fields."""
-    image = stat.image or (1, 1, 0)
+    image, reaped = stat.image or (1, 1, 0), stat.reaped_ticks
     before = f"7 ({{}}) {stat.state} {stat.parent} 1 1 0 -1 {stat.flags} {stat.minor_faults} 0 {stat.major_faults} 0"
     after = (
-        f" {stat.utime_ticks} {stat.stime_ticks} {stat.reaped_ticks} 0 {stat.priority} 0 {stat.thread_count} 0"
-        f" {stat.start_ticks} {stat.vm_bytes} 430 18446744073709551615 {image[0]} {image[1]} {image[2]}"
+        f" {stat.utime_ticks} {stat.stime_ticks} {reaped // 3} {reaped - reaped // 3} {stat.priority} 0"
+        f" {stat.thread_count} 0 {stat.start_ticks} {stat.vm_bytes} 430 18446744073709551615"
+        f" {image[0]} {image[1]} {image[2]}"
         f" 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n"
     )
     head, tail = before.split("{}")
@@ -67,7 +68,7 @@ def test_parse_stat_of_a_capture_returns_its_figures() -> None:
     """The capture of a running interpreter gives the figures that stand in it."""
     stat = parse_stat((CAPTURE / "stat").read_bytes())
     assert (stat.name, stat.state, stat.thread_count) == ("python3", "S", 4)
-    assert (stat.utime_ticks, stat.stime_ticks, stat.priority) == (14, 20, 20)
+    assert (stat.utime_ticks, stat.stime_ticks, stat.reaped_ticks, stat.priority) == (14, 20, 0, 20)
     assert (stat.start_ticks, stat.vm_bytes) == (217667, 243703808)
     assert stat.image == (94461613871104, 94461613871445, 140728842644016)
 
@@ -115,28 +116,40 @@ def test_malformed_names_the_file_and_quotes_its_start() -> None:
 
 def test_parse_statm_status_and_schedstat_of_captures_return_their_figures() -> None:
     """The other captures give the figures that stand in them, sizes in bytes."""
-    assert parse_statm((CAPTURE / "statm").read_bytes()) == (59498, 3461, 1)
+    assert parse_statm((CAPTURE / "statm").read_bytes()) == (59498, 3461, 1, 1686)
     sizes = parse_status((CAPTURE / "status").read_bytes())
     assert sizes["VmHWM"] == 13844 * 1024
     assert sizes["VmSwap"] == 0
-    assert parse_run_times([(CAPTURE / "task" / "4242" / "schedstat").read_bytes()]) == [346466470]
+    assert parse_status(b"Name:\ta\nRssAnon:\t     420 kB\n") == {"RssAnon": 420 * 1024}
+    assert parse_schedstats([(CAPTURE / "task" / "4242" / "schedstat").read_bytes()]) == ([346466470], [159250])
 
 
 @given(st.lists(st.tuples(counters, counters, counters)))
 def test_parse_schedstats_returns_each_run_time_in_order(threads: list[tuple[int, int, int]]) -> None:
-    """The first number of each schedstat is that thread's run time, in order, however many there are."""
+    """The first two numbers of each schedstat are that thread's run time and wait, in order, however many there are."""
     contents = [f"{run} {wait} {slices}\n".encode() for run, wait, slices in threads]
-    assert parse_run_times(contents) == [run for run, _, _ in threads]
+    assert parse_schedstats(contents) == ([run for run, _, _ in threads], [wait for _, wait, _ in threads])
 
 
 @pytest.mark.parametrize(
     "contents",
-    [[b""], [b"1 2"], [b"1 2 3", b""], [b"1 2 3 4"], [b"1 2", b"3 4 5 6"], [b"-1 2 3"], [b"x 2 3"], [b"1.5 2 3"]],
+    [
+        [b""],
+        [b"1 2"],
+        [b"1 2 3", b""],
+        [b"1 2 3 4"],
+        [b"1 2", b"3 4 5 6"],
+        [b"-1 2 3"],
+        [b"x 2 3"],
+        [b"1.5 2 3"],
+        [b"1 -2 3"],
+        [b"1 x 3"],
+    ],
 )
 def test_parse_schedstats_of_another_shape_is_malformed(contents: list[bytes]) -> None:
     """A thread's missing or surplus numbers are never made up by a neighbour's."""
     with pytest.raises(MalformedError, match="schedstat"):
-        parse_run_times(contents)
+        parse_schedstats(contents)
 
 
 @given(comms)
@@ -153,7 +166,7 @@ def test_decode_name_of_any_bytes_has_no_surrogates(raw: bytes) -> None:
 
 @pytest.mark.parametrize(
     "parse",
-    [parse_stat, parse_statm, parse_status, lambda content: parse_run_times([content, content]), parse_tgid],
+    [parse_stat, parse_statm, parse_status, lambda content: parse_schedstats([content, content]), parse_tgid],
     ids=["stat", "statm", "status", "schedstat", "tgid"],
 )
 @given(

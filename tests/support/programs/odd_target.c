@@ -6,6 +6,7 @@
  *   short         10000 threads, one after the other, none of which lives for a millisecond
  *   storm         executes itself a thousand times a second, from threads that are not the main one
  *   zombies       50 children that have exited and are not collected
+ *   burners COUNT     threads that use CPU time without end, while the main thread sleeps
  *   headless CPU_MS   the main thread exits, another uses that much CPU time and, at a line of stdin, executes this file
  *
  * Each prints its process id when it is so far; "shared" prints that of the child too, "short" again at the end.
@@ -41,6 +42,11 @@ static int busy(void *unused) {
 
 static void *brief(void *unused) {
     for (volatile int i = 0; i < 20000; i++) {}
+    return unused;
+}
+
+static void *burner(void *unused) {
+    busy(unused);
     return unused;
 }
 
@@ -97,6 +103,10 @@ int main(int count, char **values) {
         for (int i = 0; i < 50; i++)
             if (!fork())
                 _exit(0);
+        say(0);
+    } else if (!strcmp(kind, "burners")) {
+        for (int i = atoi(values[2]); i > 0; i--)
+            pthread_create(&thread, NULL, burner, NULL);
         say(0);
     } else if (!strcmp(kind, "headless")) {
         pthread_create(&thread, NULL, headless, NULL);

@@ -1,5 +1,5 @@
 """
-Read the CPU times of the threads of a Linux process in one of three ways, and its CPU clock.
+Read the CPU times and waits of the threads of a Linux process in one of three ways, and its CPU clock.
 
 `ThreadClocks` is for our own process, `SchedstatFiles` for any other, and `StatFiles` for a kernel without schedstat.
 `vitalsd.sources.linux.thread_times` uses them.
@@ -9,11 +9,11 @@ import errno
 import os
 import resource
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import repeat
 from typing import Any, Protocol
 
-from vitalsd.sources.linux.procfs import parse_run_times, parse_stat
+from vitalsd.sources.linux.procfs import parse_schedstats, parse_stat
 
 __all__ = [
     "GONE",
@@ -81,7 +81,7 @@ Reading = Any
 
 
 class ThreadCounter(Protocol):
-    """One way to read the CPU time of threads. A handle is the result of `open`."""
+    """One way to read the CPU time and the waits of threads. A handle is the result of `open`."""
 
     source: str
     grain_ns: int
@@ -94,6 +94,8 @@ class ThreadCounter(Protocol):
     """Whether the process's CPU clock is the sum of these counters, to the nanosecond."""
     survives_tid_reuse: bool
     """Whether a handle never names another thread, even if the kernel reuses the tid."""
+    counts_waits: bool
+    """Whether the kernel counts for how long a thread waits for a CPU; if not, every wait is 0."""
 
     def open(self, tid: int) -> int:
         """Return a handle of a thread. Raises `OSError`."""
@@ -107,13 +109,27 @@ class ThreadCounter(Protocol):
         """Return one reading of each thread. Raises `OSError` with an errno in `GONE` if any of them has exited."""
         ...
 
-    def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
-        """Return the CPU time in each reading, ns; equal readings of a thread have the same time."""
+    def decode(self, handles: Iterable[int], readings: Sequence[Reading]) -> tuple[list[int], list[int]]:
+        """
+        Return the CPU time in each reading and the wait of its thread, ns; equal readings have the same times.
+
+        Raises:
+            OSError: with an errno in `GONE` if a thread has exited whose wait is not in its reading.
+        """
         ...
 
 
 class ThreadClocks:
-    """The CPU clock of each thread of our own process: ns, as of the moment of the read."""
+    """
+    The CPU clock of each thread of our own process: ns, as of the moment of the read.
+
+    A clock does not show waits, so `decode` opens ``schedstat`` each time: descriptors of this process belong to the
+    host program.
+
+    Args:
+        task_fd: descriptor of ``/proc/<pid>/task``.
+        counts_waits: whether the kernel counts in ``schedstat``, see `counts_run_times`.
+    """
 
     source = "clock_gettime"
     grain_ns = 1
@@ -121,6 +137,10 @@ class ThreadClocks:
     truncation_ns = 0
     sums_to_process_clock = False
     survives_tid_reuse = False
+
+    def __init__(self, task_fd: int, *, counts_waits: bool) -> None:
+        self._task_fd = task_fd
+        self.counts_waits = counts_waits
 
     def open(self, tid: int) -> int:
         """Return the id of the thread's CPU clock; the kernel does not check it here."""
@@ -133,9 +153,12 @@ class ThreadClocks:
         """Read each clock, ns. Raises `OSError` with EINVAL if a thread has exited."""
         return list(map(time.clock_gettime_ns, handles))
 
-    def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
-        """Return the readings, which are in ns already."""
-        return list(readings)
+    def decode(self, handles: Iterable[int], readings: Sequence[Reading]) -> tuple[list[int], list[int]]:
+        """Return the readings, which are in ns already, and read each wait. Raises `OSError`, `MalformedError`."""
+        if not self.counts_waits:
+            return list(readings), [0] * len(readings)
+        files = [read_file(f"{~(handle >> 3)}/schedstat", self._task_fd) for handle in handles]
+        return list(readings), parse_schedstats(files)[1]
 
 
 def process_clock(pid: int) -> int | None:
@@ -170,7 +193,7 @@ def counts_run_times(task_fd: int, total_ns: Callable[[], int]) -> bool:
     found = False
     for tid in os.listdir(task_fd):
         try:
-            if parse_run_times([read_file(f"{tid}/schedstat", task_fd)])[0]:
+            if parse_schedstats([read_file(f"{tid}/schedstat", task_fd)])[0][0]:
                 return True
             found = True
         except OSError as error:
@@ -233,14 +256,15 @@ class SchedstatFiles(_Files):
     lag_ns = KERNEL_TICK_NS
     truncation_ns = 0
     sums_to_process_clock = True
+    counts_waits = True
 
     def read(self, handles: Collection[int]) -> list[Reading]:
         """Return the content of each file."""
         return self.contents(handles, 64)
 
-    def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
-        """Return the run time in each content, ns. Raises `MalformedError`."""
-        return parse_run_times(readings)
+    def decode(self, handles: Iterable[int], readings: Sequence[Reading]) -> tuple[list[int], list[int]]:
+        """Return the run time and the wait in each content, ns. Raises `MalformedError`."""
+        return parse_schedstats(readings)
 
 
 class StatFiles(_Files):
@@ -251,15 +275,16 @@ class StatFiles(_Files):
     lag_ns = KERNEL_TICK_NS
     truncation_ns = 2 * USER_TICK_NS
     sums_to_process_clock = False
+    counts_waits = False
 
     def read(self, handles: Collection[int]) -> list[Reading]:
         """Return user and system time of each thread, added, ns. Raises `MalformedError`."""
         stats = map(parse_stat, self.contents(handles, CONTENT_BYTES))
         return [(stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS for stat in stats]
 
-    def cpu_ns(self, readings: Sequence[Reading]) -> list[int]:
-        """Return the readings, which are in ns already."""
-        return list(readings)
+    def decode(self, handles: Iterable[int], readings: Sequence[Reading]) -> tuple[list[int], list[int]]:
+        """Return the readings, which are in ns already, and no waits."""
+        return list(readings), [0] * len(readings)
 
 
 class CommFiles(_Files):

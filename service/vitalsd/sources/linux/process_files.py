@@ -41,6 +41,8 @@ class MemoryPages(NamedTuple):
     vm: int
     rss: int
     text: int
+    shared: int
+    """Resident pages of files and of shared memory."""
 
 
 class ProcessFiles:

@@ -108,7 +108,7 @@ def list_processes(root: str = "/proc") -> Iterator[ProcessEntry]:
         )
 
 
-def pages_of_sibling(process_fd: int) -> tuple[tuple[int, int, int], bytes]:
+def pages_of_sibling(process_fd: int) -> tuple[tuple[int, int, int, int], bytes]:
     """
     Return pages in use and command line of a process with an exited main thread.
 

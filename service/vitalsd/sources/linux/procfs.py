@@ -17,7 +17,7 @@ __all__ = [
     "MalformedError",
     "Stat",
     "group_paths",
-    "parse_run_times",
+    "parse_schedstats",
     "parse_stat",
     "parse_statm",
     "parse_status",
@@ -105,18 +105,22 @@ def parse_stat(content: bytes) -> Stat:
         raise MalformedError("stat", content) from None
 
 
-def parse_statm(content: bytes) -> tuple[int, int, int]:
-    """Return the pages of address space, resident memory and program text in ``statm``; all are 0 without memory."""
+def parse_statm(content: bytes) -> tuple[int, int, int, int]:
+    """
+    Return the pages of address space, resident memory, program text and resident memory of files in ``statm``.
+
+    All are 0 without memory.
+    """
     fields = content.split()
     try:
-        return int(fields[0]), int(fields[1]), int(fields[3])
+        return int(fields[0]), int(fields[1]), int(fields[3]), int(fields[2])
     except (ValueError, IndexError):
         raise MalformedError("statm", content) from None
 
 
-def parse_run_times(contents: Sequence[bytes]) -> list[int]:
+def parse_schedstats(contents: Sequence[bytes]) -> tuple[list[int], list[int]]:
     """
-    Return the CPU time of each thread in ns, from its ``schedstat`` ("run wait slices").
+    Return how long each thread ran and how long it waited for a CPU, ns, from its ``schedstat`` ("run wait slices").
 
     One join and one split parse all files, so that no bytecode runs per thread.
     """
@@ -124,12 +128,12 @@ def parse_run_times(contents: Sequence[bytes]) -> list[int]:
     if len(fields) != 3 * len(contents):
         raise MalformedError("schedstat", next((c for c in contents if len(c.split()) != 3), b""))
     try:
-        times = list(map(int, fields[::3]))
+        run_ns, wait_ns = list(map(int, fields[::3])), list(map(int, fields[1::3]))
     except ValueError:
         raise MalformedError("schedstat", b" ".join(fields)) from None
-    if times and min(times) < 0:
+    if fields and min(min(run_ns), min(wait_ns)) < 0:
         raise MalformedError("schedstat", b" ".join(fields))
-    return times
+    return run_ns, wait_ns
 
 
 def parse_uids(content: bytes) -> frozenset[int]:
@@ -139,11 +143,11 @@ def parse_uids(content: bytes) -> frozenset[int]:
 
 
 def parse_status(content: bytes) -> dict[str, int]:
-    """Return the ``Vm*`` sizes in ``status`` (``VmHWM``, ``VmSwap``, ...), bytes."""
+    """Return the ``Vm*`` and ``Rss*`` sizes in ``status`` (``VmHWM``, ``VmSwap``, ``RssAnon``, ...), bytes."""
     sizes = {}
     for line in content.split(b"\n"):
         key, _, value = line.partition(b":")
-        if key.startswith(b"Vm") and value.endswith(b" kB"):
+        if key.startswith((b"Vm", b"Rss")) and value.endswith(b" kB"):
             try:
                 sizes[key.decode("ascii")] = int(value[:-3]) * 1024
             except ValueError:

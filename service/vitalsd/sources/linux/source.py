@@ -5,6 +5,8 @@ Facts about the kernel on which this module depends (v6.18; each has a test):
 
 - ``schedstat`` is the run time in ns; for a running thread it is as of the last tick of the scheduler.
   ``clock_gettime`` on the clock of a thread of the calling process brings it up to date first.
+- Its second field is the time for which the thread was runnable and did not run. The kernel adds a wait when the thread
+  gets a CPU, or is moved to another CPU or control group while it waits. Throttling by a CPU quota counts as waiting.
 - The CPU clock of a process is the sum of the run times of its living and its exited threads. Any user may read it for
   any pid in our pid namespace.
 - ``st_nlink`` of ``task/`` is 2 + the number of threads. If that is the number of threads held open, and all of them
@@ -59,6 +61,10 @@ class _CpuTimes(NamedTuple):
     total_ns: int
     exited_ns: tuple[int, int]
     """Lower and upper bound."""
+    waits: list[int] | None
+    """Time for which each thread waited for a CPU; ``None``: the kernel does not count it."""
+    waited_ns: int
+    """Sum of what they grew by since the source was opened."""
 
 
 class LinuxSource:
@@ -97,6 +103,9 @@ class LinuxSource:
         self._is_own = same_namespace and self._pid == os.getpid()
         self._fd_budget = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 if fd_budget is None else fd_budget
         self._times: ThreadTimes | None = None
+        self._waited_ns = 0
+        """Value of `Snapshot.wait_ns` when `_times` was opened."""
+        self._cpu_count = os.cpu_count() or 0  # Not at each snapshot: the C library reads a file of /sys.
         self._decided_ns = 0
         self._files = ProcessFiles(self._pid, root, has_pidfd=same_namespace and not self._is_own)
         # Descriptors of this process belong to the host program: none stays open for a child.
@@ -157,7 +166,7 @@ class LinuxSource:
 
         # Read last: if the descriptor can still be read, pid and clock belonged to the target during all reads.
         image = program.image
-        memory = program.look(times.threads.roster, monotonic_ns, cpu.total_ns, closely=bool(parts))
+        memory = program.look(times.threads.roster, monotonic_ns, cpu.total_ns, closely=Part.THREADS in parts)
         if not times.refresh_list(monotonic_ns, names=names) and not torn:
             return None
         if program.image is not image and not torn:
@@ -170,7 +179,11 @@ class LinuxSource:
         program.follow_name(threads.roster)
 
         warnings: list[str] = []
-        figures = read_figures(self._files, warnings) if Part.FIGURES in parts else None
+        if cpu.waits is None:
+            warnings.append(
+                "wait_percent: this kernel does not count how long a thread waits for a CPU (schedstat): null"
+            )
+        figures = read_figures(self._files, warnings, is_own=self._is_own) if Part.FIGURES in parts else None
         thread_figures = read_thread_figures(threads.stats()) if Part.THREADS in parts else None
         tree = None
         if Part.CHILDREN in parts:
@@ -193,6 +206,9 @@ class LinuxSource:
             thread_cpu_ns=cpu.threads,
             thread_grain_ns=counter.grain_ns,
             thread_lag_ns=counter.lag_ns,
+            thread_wait_ns=cpu.waits,
+            wait_ns=None if cpu.waits is None else cpu.waited_ns,
+            cpu_count=self._cpu_count,
             source=counter.source,
             figures=figures,
             thread_figures=thread_figures,
@@ -208,14 +224,13 @@ class LinuxSource:
         proved = times.read_hot(before_ns, self._total_ns) if counter.sums_to_process_clock and self._clock else None
         if proved is not None:
             thread_cpu_ns, total_ns, exited_ns = proved
-            return _CpuTimes(thread_cpu_ns, total_ns, (exited_ns, exited_ns))
-        thread_cpu_ns = times.read()
-        total_ns = self._total_ns()
+            return _CpuTimes(thread_cpu_ns, total_ns, (exited_ns, exited_ns), times.wait_ns, times.waited_ns)
+        thread_cpu_ns, total_ns = times.read(self._total_ns)
         least_ns = before_ns - times.living_ns - len(thread_cpu_ns) * counter.truncation_ns
         most_ns = total_ns - times.living_ns + self._process_truncation_ns
         if least_ns == most_ns:
             times.set_exited_total(total_ns, least_ns)
-        return _CpuTimes(thread_cpu_ns, total_ns, (least_ns, most_ns))
+        return _CpuTimes(thread_cpu_ns, total_ns, (least_ns, most_ns), times.wait_ns, times.waited_ns)
 
     def _total_ns(self) -> int:
         """Read the CPU time of living and exited threads, ns."""
@@ -231,6 +246,7 @@ class LinuxSource:
         """Choose the counter and read all threads with it. Raises `SourceError`."""
         before, self._times = self._times, None
         if before is not None:
+            self._waited_ns = before.waited_ns
             before.threads.close()
         self._decided_ns = time.monotonic_ns()
         task = self._files.task
@@ -238,15 +254,16 @@ class LinuxSource:
             0 if self._is_own else min(KEPT_NAMES, self._fd_budget // 2)
         )  # Descriptors of this process belong to the host program.
         try:
-            self._times = ThreadTimes(ThreadList(task, self._choose_counter(), CommFiles(task, kept)))
+            threads = ThreadList(task, self._choose_counter(), CommFiles(task, kept))
+            self._times = ThreadTimes(threads, self._waited_ns)
         except (OSError, MalformedError) as error:
             raise self._files.translated(error) from None
         return self._times
 
     def _choose_counter(self) -> ThreadCounter:
-        if self._is_own:
-            return ThreadClocks()
         counted = counts_run_times(self._files.task, self._total_ns)
+        if self._is_own:
+            return ThreadClocks(self._files.task, counts_waits=counted)
         return (SchedstatFiles if counted else StatFiles)(self._files.task, self._fd_budget)
 
     def _is_miscounted(self, times: ThreadTimes, cpu_ns: int, now_ns: int) -> bool:

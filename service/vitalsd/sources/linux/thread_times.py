@@ -1,5 +1,5 @@
 """
-Read the CPU times of the threads of one Linux process, from few of them if that is proved to be enough.
+Read the CPU times and waits of the threads of one Linux process, from few of them if that is proved to be enough.
 
 To read all of them costs a system call for each. Most threads of most programs sleep, so `ThreadTimes` can also read
 only those that ran lately, the hot ones, and *prove* that no other thread ran: the CPU clock of the process is the sum
@@ -7,9 +7,13 @@ of its threads, to the nanosecond, and the time of a thread never decreases. If 
 times and the time of exited threads add up to the clock, every remembered time is exact, and no thread has started or
 exited, because both take CPU time. The proof does not see a thread that was created and has not run yet, so the threads
 are also counted once a second.
+
+The kernel adds a wait for a CPU when the thread gets one; then the thread runs, and is read. It also adds a wait when
+it moves a waiting thread to another CPU. The proof does not show that, so the wait of a thread that did not run may be
+missing until the next full reading.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import compress
 from operator import ne, sub
 
@@ -35,17 +39,23 @@ MAX_PAUSE = 16
 
 class ThreadTimes:
     """
-    The CPU times of the threads in a list, and what is remembered of them from one reading to the next.
+    The CPU times and waits of the threads in a list, and what is remembered of them from one reading to the next.
 
     Args:
         threads: the list; only this object may list them anew.
+        waited_ns: what the threads of the process had waited in readings before this object was made, ns.
 
     Raises:
         OSError: from any method, with an errno in `GONE` if the process has no thread left.
     """
 
-    def __init__(self, threads: ThreadList) -> None:
+    def __init__(self, threads: ThreadList, waited_ns: int = 0) -> None:
         self.threads = threads
+        self.waited_ns = waited_ns
+        """
+        Sum of what the waits of the threads grew by, ns; it never decreases. A thread that exits loses what it waited
+        after its last reading.
+        """
         self.living_ns = 0
         """Sum of the CPU times of the threads as of the last reading, ns."""
         self.proved = 0
@@ -58,20 +68,30 @@ class ThreadTimes:
         self._named_ns = 0
         self._may_be_renamed = True
         """Whether any thread ran since the names were read: only a running thread can rename itself or another."""
+        self._is_whole = True
+        """Whether the last listing succeeded: if not, a thread that is found next may be an old one."""
         self._begin()
 
-    def read(self) -> list[int]:
-        """
-        Read the CPU time of each thread, ns, in the order of the roster.
+    @property
+    def wait_ns(self) -> list[int] | None:
+        """The wait of each thread as of the last reading, ns; ``None``: the kernel does not count it."""
+        return self._wait_ns if self._counter.counts_waits else None
 
-        The counters are read last, so that a total that the caller reads next is of nearly the same time.
+    def read(self, clock: Callable[[], int]) -> tuple[list[int], int]:
+        """
+        Return the CPU time of each thread, ns, in the order of the roster, and that of the process.
+
+        Args:
+            clock: reads the CPU time of the process; called just after the counters are read.
         """
         self._exited_ns = None
-        threads = self.threads
-        if not (threads.is_countable and threads.count() == len(self._handles) > 0 and self._read_all()):
+        threads, total_ns = self.threads, None
+        if threads.is_countable and threads.count() == len(self._handles) > 0:
+            total_ns = self._read_all(clock)
+        if total_ns is None:
             self._relist()
-            self._read_all()
-        return self._cpu_ns
+            total_ns = self._read_all(clock)
+        return self._cpu_ns, clock() if total_ns is None else total_ns
 
     def read_hot(self, total_ns: int, clock: Callable[[], int]) -> tuple[list[int], int, int] | None:
         """
@@ -102,12 +122,12 @@ class ThreadTimes:
                 raise
             return None
         total_ns = clock()
-        used_ns = list(map(sub, self._counter.cpu_ns(readings), map(self._cpu_ns.__getitem__, hot)))
+        used_ns, waited = self._grown(hot, readings)
         if self.living_ns + sum(used_ns) + exited_ns != total_ns:
             self._pause = self._paused = min(MAX_PAUSE, 2 * self._pause or 1)
             return None
         self._pause = 0
-        self._add(hot, used_ns)
+        self._add(hot, used_ns, waited)
         self._total_ns = total_ns
         self.proved += 1
         return self._cpu_ns, total_ns, exited_ns
@@ -148,10 +168,20 @@ class ThreadTimes:
         return True
 
     def _relist(self) -> None:
+        """List the threads, and count what they have waited since they were read; new ones, since they started."""
+        threads, was_whole = self.threads, self._is_whole
+        waited = dict(zip(threads.rows, self._wait_ns, strict=True))
+        known = set(zip(threads.roster.tids, threads.roster.births, strict=True))
+        self._is_whole = False
         try:
-            self.threads.relist()
+            threads.relist()
+            self._is_whole = True
         finally:  # After an error the list is shorter, and the remembered times must match it.
             self._begin()
+            for thread, tid in zip(threads.rows, threads.roster.tids, strict=True):
+                # At exec a thread gets the id and the birth of the main thread, and keeps its wait.
+                is_new = was_whole and (tid, thread.birth) not in known
+                self.waited_ns += max(0, thread.wait_ns - waited.get(thread, 0 if is_new else thread.wait_ns))
 
     def _begin(self) -> None:
         """Remember only the readings of the last listing."""
@@ -159,6 +189,7 @@ class ThreadTimes:
         self._handles = [thread.handle for thread in rows]
         self._readings: list[Reading] = [thread.reading for thread in rows]
         self._cpu_ns = [thread.cpu_ns for thread in rows]
+        self._wait_ns = [thread.wait_ns for thread in rows]
         self.living_ns = sum(self._cpu_ns)
         self._exited_ns = None
         self._hot: dict[int, int] = {}
@@ -170,33 +201,48 @@ class ThreadTimes:
         self._unsure: set[int] = set()
         """Indexes of threads that ran since their births were read, if their handles may be of other threads now."""
 
-    def _read_all(self) -> bool:
-        """Read every thread, and decode the readings that have changed; return False if any thread has exited."""
+    def _read_all(self, clock: Callable[[], int]) -> int | None:
+        """
+        Read every thread and the process, and decode the readings that have changed.
+
+        Returns:
+            The CPU time of the process, ns; ``None`` if any thread has exited.
+        """
         try:
             readings = self._counter.read(self._handles)
+            total_ns = clock()
+            changed = list(compress(range(len(readings)), map(ne, readings, self._readings)))
+            used_ns, waited = self._grown(changed, [readings[i] for i in changed])
         except OSError as error:
             if error.errno not in GONE:
                 raise
-            return False
-        changed = list(compress(range(len(readings)), map(ne, readings, self._readings)))
-        times = self._counter.cpu_ns([readings[i] for i in changed])
-        used_ns = list(map(sub, times, map(self._cpu_ns.__getitem__, changed)))
-        if not self._counter.survives_tid_reuse and used_ns and min(used_ns) < 0:
-            return False
+            return None
+        if not self._counter.survives_tid_reuse and changed and min(min(used_ns), min(waited)) < 0:
+            return None
         self._readings = readings
-        self._add(changed, used_ns)
-        return True
+        self._add(changed, used_ns, waited)
+        return total_ns
 
-    def _add(self, places: Iterable[int], used_ns: list[int]) -> None:
-        """Add the CPU time that the threads at these indexes used, ns; do not change a list that a caller may have."""
+    def _grown(self, places: Collection[int], readings: list[Reading]) -> tuple[list[int], list[int]]:
+        """Return what the threads at these indexes ran and waited since their last readings, ns."""
+        cpu_ns, wait_ns = self._counter.decode(map(self._handles.__getitem__, places), readings)
+        used_ns = map(sub, cpu_ns, map(self._cpu_ns.__getitem__, places))
+        return list(used_ns), list(map(sub, wait_ns, map(self._wait_ns.__getitem__, places)))
+
+    def _add(self, places: Collection[int], used_ns: list[int], waited: list[int]) -> None:
+        """
+        Add what the threads at these indexes ran and waited, ns.
+
+        At exec a counter may decrease, because another thread gets the id of the main one; the sum of waits does not.
+        """
+        if any(waited):
+            self._wait_ns = _increased(self._wait_ns, places, waited)
+            self.waited_ns += sum(waited) if min(waited) >= 0 else sum(ns for ns in waited if ns > 0)
         if any(used_ns):
-            cpu_ns = self._cpu_ns = self._cpu_ns.copy()
-            for i, ns in zip(places, used_ns, strict=True):
-                if ns:
-                    cpu_ns[i] += ns
-                    self._ran.add(i)
-                    if not self._counter.survives_tid_reuse:
-                        self._unsure.add(i)
+            self._cpu_ns = _increased(self._cpu_ns, places, used_ns)
+            self._ran.update(compress(places, used_ns))
+            if not self._counter.survives_tid_reuse:
+                self._unsure.update(compress(places, used_ns))
             self._may_be_renamed = True
             self.living_ns += sum(used_ns)
         self._age += 1
@@ -208,3 +254,12 @@ class ThreadTimes:
 
     def _set_hot(self, hot: set[int]) -> None:
         self._hot = {i: self._handles[i] for i in sorted(hot)}
+
+
+def _increased(column: list[int], places: Iterable[int], growth: Iterable[int]) -> list[int]:
+    """Return a copy, because a caller may have the list; values that do not grow are the same objects in both."""
+    column = column.copy()
+    for i, ns in zip(places, growth, strict=True):
+        if ns:
+            column[i] += ns
+    return column

@@ -27,6 +27,8 @@ class ListedThread:
     """Reading of its counter when the threads were listed last."""
     cpu_ns: int
     """CPU time in `reading`, ns."""
+    wait_ns: int
+    """Time for which it had waited for a CPU then, ns."""
 
 
 class ThreadList:
@@ -129,7 +131,9 @@ class ThreadList:
 
     def stats(self) -> list[Stat | None]:
         """Return the ``stat`` of each thread; ``None`` for one that has exited since."""
-        stats = map(self._stat, self.roster.tids)
+        stats = list(map(self._stat, self.roster.tids))
+        if not any(stats):  # The process has ended, or /proc hides it now.
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         births = self.roster.births
         return [stat if stat and stat.start_ticks == birth else None for stat, birth in zip(stats, births, strict=True)]
 
@@ -160,13 +164,14 @@ class ThreadList:
             handle = self.counter.open(tid)
             stat = parse_stat(read_file(f"{tid}/stat", self._task_fd))
             (reading,) = self.counter.read((handle,))
+            (cpu_ns,), (wait_ns,) = self.counter.decode((handle,), (reading,))
         except OSError as error:
             if handle is not None:
                 self.counter.close(handle)
             if error.errno not in GONE:
                 raise
             return None
-        return ListedThread(stat.start_ticks, stat.name, handle, reading, *self.counter.cpu_ns((reading,)))
+        return ListedThread(stat.start_ticks, stat.name, handle, reading, cpu_ns, wait_ns)
 
     def _advance(self, tid: int, thread: ListedThread) -> bool:
         """
@@ -177,19 +182,19 @@ class ThreadList:
         """
         try:
             (reading,) = self.counter.read((thread.handle,))
+            (cpu_ns,), (wait_ns,) = self.counter.decode((thread.handle,), (reading,))
         except OSError as error:
             if error.errno not in GONE:
                 raise
             return False
-        (cpu_ns,) = self.counter.cpu_ns((reading,))
-        if cpu_ns < thread.cpu_ns:
+        if cpu_ns < thread.cpu_ns or wait_ns < thread.wait_ns:
             return False
         if cpu_ns > thread.cpu_ns:
             stat = self._stat(tid)
             if stat is None or stat.start_ticks != thread.birth:
                 return False
             thread.name = stat.name
-        thread.reading, thread.cpu_ns = reading, cpu_ns
+        thread.reading, thread.cpu_ns, thread.wait_ns = reading, cpu_ns, wait_ns
         return True
 
     def _name(self, tid: int, thread: ListedThread) -> str:
