@@ -6,6 +6,7 @@ Simulate a process that a test or hypothesis advances, and that a source reads w
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 from hypothesis import strategies as st
 
@@ -193,7 +194,6 @@ class FakeSource:
 
 
 NAMES = st.text(max_size=8)
-SIZES = st.none() | st.integers(0, 2**40)
 ALL_PARTS = Part.FIGURES | Part.CHILDREN
 
 
@@ -212,6 +212,7 @@ def lives(draw: st.DrawFn, *, max_steps: int = 80, figures: bool | None = None) 
     rich = draw(st.booleans()) if figures is None else figures
     if rich:
         process.waits = draw(st.sampled_from([{}, None]))
+    chance = Random(draw(st.integers(0, 2**16)) if rich else 0)  # a draw for each figure would take seconds
     found = [process.snapshot()]
     for step in range(draw(st.integers(0, max_steps))):
         kind = draw(st.sampled_from(["burn", "burn", "idle", "all", "born", "exit", "rename", "exec", "wait"]))
@@ -236,43 +237,51 @@ def lives(draw: st.DrawFn, *, max_steps: int = 80, figures: bool | None = None) 
         process.rss_bytes = draw(st.integers(0, 2**40))
         process.pass_time(draw(st.integers(1_000_000, 10 * SECOND_NS)), burnt)
         parts = Part.NONE
-        if rich and draw(st.integers(0, 2)):
+        if rich and chance.randrange(3):
             parts = ALL_PARTS
-            draw_figures(draw, process)
+            change_figures(chance, process)
         found.append(process.snapshot(parts=parts))
     return found
 
 
-def draw_figures(draw: st.DrawFn, process: Process) -> None:
+def change_figures(chance: Random, process: Process) -> None:
     """Let the figures of a process, its machine and its descendants change: gauges freely, counters upwards."""
-    grown = st.integers(0, SECOND_NS)
     figures, machine, tree = process.figures, process.machine, process.tree
+
+    def grown(counter: int | None) -> int:
+        return (counter or 0) + chance.choice((0, chance.randrange(SECOND_NS)))
+
+    def size(most: int = 2**40) -> int | None:
+        return chance.choice((None, 0, chance.randrange(most)))
+
     process.figures = ProcessFigures(
-        anonymous_bytes=draw(SIZES),
-        swap_bytes=draw(SIZES),
-        open_fds=draw(SIZES),
-        major_faults=((figures and figures.major_faults) or 0) + draw(grown),
-        reaped_ns=((figures and figures.reaped_ns) or 0) + draw(grown),
+        anonymous_bytes=size(),
+        swap_bytes=size(),
+        open_fds=size(),
+        major_faults=grown(figures and figures.major_faults),
+        reaped_ns=grown(figures and figures.reaped_ns),
     )
     process.machine = MachineFigures(
-        in_container=draw(st.booleans()),
-        busy_ns=((machine and machine.busy_ns) or 0) + draw(grown),
-        load_milli=draw(st.none() | st.integers(0, 99_000)),
-        cpu_pressure_ns=((machine and machine.cpu_pressure_ns) or 0) + draw(grown),
-        memory_pressure_level=draw(st.none() | st.integers(0, 2)),
-        thermal_level=draw(st.none() | st.integers(0, 5)),
+        in_container=machine.in_container if machine else chance.random() < 0.5,
+        busy_ns=grown(machine and machine.busy_ns),
+        load_milli=size(99_000),
+        cpu_pressure_ns=grown(machine and machine.cpu_pressure_ns),
+        memory_pressure_level=size(3),
+        thermal_level=size(6),
     )
     before = {child.pid: child for child in tree.children} if tree else {}
     children = []
-    for pid in draw(st.lists(st.integers(50, 53), unique=True, max_size=3).map(sorted)):
-        child = before.get(pid) or Child(pid, process.monotonic_ns, draw(NAMES), 5, draw(st.integers(0, 5)), 0, 1)
-        children.append(child._replace(cpu_ns=child.cpu_ns + draw(grown), rss_bytes=draw(st.integers(0, 2**40))))
+    for pid in sorted(chance.sample((50, 51, 52, 53), chance.randrange(4))):
+        child = before.get(pid) or Child(
+            pid, process.monotonic_ns, chance.choice(("", "sh", "\u202ecc")), 5, chance.randrange(6), 0, 1
+        )
+        children.append(child._replace(cpu_ns=grown(child.cpu_ns), rss_bytes=chance.randrange(2**40)))
     process.tree = ProcessTree(
-        cpu_ns=(tree.cpu_ns if tree else 0) + draw(grown),
-        reaped_ns=(tree.reaped_ns if tree else 0) + draw(grown),
-        rss_bytes=draw(st.integers(0, 2**40)),
+        cpu_ns=grown(tree and tree.cpu_ns),
+        reaped_ns=grown(tree and tree.reaped_ns),
+        rss_bytes=chance.randrange(2**40),
         process_count=1 + len(children),
-        gaps=(tree.gaps if tree else 0) + draw(st.integers(0, 1)),
+        gaps=(tree.gaps if tree else 0) + chance.randrange(2),
         children=tuple(children),
     )
 

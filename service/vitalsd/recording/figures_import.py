@@ -63,11 +63,12 @@ class FiguresImport:
         self._rows = len(times_ns) - 1
         machine, application = _group(table, "machine"), _group(table, "application")
         self._scalars = {column.scalar: self._figures(column, table) for column in PROCESS}
-        self._scalars |= {column.scalar: self._figures(column, machine) for column in MACHINE}
+        begin = self._first_reading(MACHINE, machine)
+        self._scalars |= {column.scalar: self._figures(column, machine, begin) for column in MACHINE}
         read = [any(column[at] >= 0 for column in list(self._scalars.values())[len(PROCESS) :]) for at in self._places]
         scope = ("host", "container").index(machine.get("scope", "host"))
         self._scalars["machine_in_container"] = [scope if known else UNKNOWN for known in read]
-        self._first_tree = self._first_reading(application)
+        self._first_tree = self._first_reading(APPLICATION, application)
         self._scalars["tree_reaped_ns"] = [UNKNOWN] * len(times_ns)
         children = Column("children_percent", "tree_reaped_ns" if application else "reaped_ns", "percent")
         self._scalars[children.scalar] = self._figures(children, table, self._first_tree if application else 0)
@@ -103,11 +104,14 @@ class FiguresImport:
     def _places(self) -> range:
         return range(self._rows + 1)
 
-    def _first_reading(self, application: Mapping[str, Any]) -> int:
-        """Return the place of the first reading of the tree: that of the first figure if no rate ends there."""
-        sizes, rates = (numbers(application.get(name), self._rows) for name in ("rss_kb", "cpu_percent"))
-        first = next((row for row, size in enumerate(sizes) if size is not None), None)
-        return 0 if first is None or rates[first] is not None else first + 1
+    def _first_reading(self, columns: Sequence[Column], group: Mapping[str, Any]) -> int:
+        """Return the place of the first reading of a group: the end of the first row with figures if none is a rate."""
+        cells = [(column.kind == "percent", _cells(group.get(column.name), self._rows)) for column in columns]
+        for row in range(self._rows):
+            known = [is_rate for is_rate, values in cells if values[row] is not None]
+            if known:
+                return 0 if any(known) else row + 1
+        return 0
 
     def _figures(self, column: Column, group: Mapping[str, Any], begin: int = 0) -> list[int]:
         """Return a scalar of each snapshot; a counter is 0 at `begin`, and unknown before."""
