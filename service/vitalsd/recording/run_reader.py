@@ -39,8 +39,8 @@ MAX_META = 100
 """Limit of the values in ``meta``; a run that vitalsd writes has 10."""
 THREAD_BYTES = 32
 """Least size of a file for each of its threads, bytes: a real one takes 35, with its place in a segment."""
-CHILD_BYTES = 8
-"""Least size of a file for each of its children, bytes: a row takes more."""
+CHILD_BYTES = 24
+"""Least size of a file for each of its children, bytes: a real one takes about 30."""
 LEVELS = (("machine_memory_pressure_level", MEMORY_PRESSURE_LEVELS), ("machine_thermal_level", THERMAL_STATES))
 """Scalars that are an index, and what they are an index of."""
 LARGEST = 2**63 - 1
