@@ -3,8 +3,8 @@ Measure how much memory a quarter of an hour of many threads takes, compared wit
 
     python benchmarks/memory.py [--threads 1000] [--snapshots 900]
 
-The counters are synthetic: 4 % of the threads run and wait in each second, then all of them. Each way fills a process of its
-own; the figure is the growth of its resident memory (Linux: /proc/self/statm).
+The counters are synthetic: 4 % of the threads run and wait in each second, then all of them. Each way fills a process
+of its own; the figure is the growth of its resident memory (Linux: /proc/self/statm).
 """
 
 import argparse
@@ -33,7 +33,7 @@ def snapshots(threads: int, count: int, share: float) -> Iterator[Snapshot]:
         cpu_ns, wait_ns = cpu_ns.copy(), wait_ns.copy()
         for i in range(number % step, threads, step):
             cpu_ns[i] += 1_234_567 + i
-            wait_ns[i] += 2_345_678 + i
+            wait_ns[i] += 990_000_000 + i
         yield Snapshot(
             monotonic_ns=number * SECOND_NS,
             boottime_ns=number * SECOND_NS,

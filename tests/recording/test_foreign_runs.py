@@ -310,7 +310,7 @@ def test_run_with_values_in_one_endless_page_is_refused(run: Path) -> None:
         ("UPDATE frame SET children = zeroblob(24)", "a child of another length"),
         (f"UPDATE frame SET children = x'{'ff' * 32}'", "a child of another length, or with a negative number"),
         ("INSERT INTO child SELECT NULL, id, 'x', 1, 'sh', 1 FROM segment", "where there should be int"),
-        ("UPDATE segment SET wait_ns = zeroblob(8000)", "threads without CPU time"),
+        ("UPDATE segment SET waits = zeroblob(8000)", "threads without CPU time"),
         (
             "UPDATE frame SET code = code || 'I', numbers = CAST(numbers || zeroblob(4 * ifnull(moved, 0)) AS BLOB)",
             "a snapshot",

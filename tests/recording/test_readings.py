@@ -6,7 +6,7 @@ import json
 from typing import Any, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recording.test_series import record_of
@@ -204,7 +204,8 @@ def alike(found: Any, expected: Any) -> bool:
     )
 
 
-@given(lives(max_steps=30, figures=True), st.integers(0, 20 * SECOND_NS))
+@settings(max_examples=40, deadline=None)
+@given(lives(max_steps=15, figures=True), st.integers(0, 20 * SECOND_NS))
 def test_history_json_with_figures_read_back_is_equal(snapshots: list[Snapshot], step_ns: int) -> None:
     """A record rebuilt from the JSON gives the same columns of process, machine, application and children."""
     table = table_of(snapshots, top=10_000, step_ns=step_ns)

@@ -298,7 +298,7 @@ def test_replay_of_a_run_that_returns_to_a_segment_is_refused(state: Path, tmp_p
         columns = "segment, numbers, moved, code, children"
         newest = "(SELECT max(id) FROM segment)"
         copy.execute(
-            f"INSERT INTO segment SELECT id + 1, threads, cpu_ns, wait_ns, constants FROM segment WHERE id = {newest}"
+            f"INSERT INTO segment SELECT id + 1, threads, cpu_ns, waits, constants FROM segment WHERE id = {newest}"
         )
         copy.execute(
             "INSERT INTO frame SELECT ? + 1, segment + 1, numbers, moved, code, children FROM frame WHERE id = ?",

@@ -112,7 +112,7 @@ def test_series_of_a_thousand_threads_for_15_minutes_fits_8_mib() -> None:
     record = record_of([])
     for second in range(900):
         process.pass_time(SECOND_NS, [1_234_567] * 1000)
-        process.waits = dict.fromkeys(keys, second * 2_345_678)
+        process.waits = dict.fromkeys(keys, second * 990_000_000)
         record.append(process.snapshot(parts=Part.FIGURES))
     assert len(record) == 900
     assert record.size_bytes <= 8 << 20

@@ -10,6 +10,7 @@ from recording.test_series import record_of
 from support.fake_process import SECOND_NS, Process
 from vitalsd.recording.history import history
 from vitalsd.recording.history_table import History
+from vitalsd.recording.segment import WAIT_STEP_NS
 from vitalsd.snapshot import Snapshot
 
 QUARTER_NS = SECOND_NS // 4
@@ -136,7 +137,7 @@ def test_spread_waits_are_those_that_happened(
     assert table.wait_ns == [sum(row) for row in zip(*truth, strict=True)]
 
 
-times = st.integers(0, 3 * SECOND_NS)
+times = st.integers(0, 3 * SECOND_NS // WAIT_STEP_NS).map(WAIT_STEP_NS.__mul__)
 
 
 @given(st.lists(st.tuples(st.tuples(times, times), st.tuples(times, times)), min_size=1, max_size=30), st.booleans())

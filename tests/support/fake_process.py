@@ -10,6 +10,7 @@ from random import Random
 
 from hypothesis import strategies as st
 
+from vitalsd.recording.segment import WAIT_STEP_NS
 from vitalsd.snapshot import (
     Child,
     Identity,
@@ -298,7 +299,12 @@ def same(a: Snapshot, b: Snapshot) -> bool:
             (s.exited_cpu_ns, s.rss_bytes, s.vm_bytes),
             (s.roster, list(s.thread_cpu_ns)),
             (s.thread_grain_ns, s.thread_lag_ns, s.source),
-            (None if s.thread_wait_ns is None else list(s.thread_wait_ns), s.wait_ns, s.wait_error_ns, s.cpu_count),
+            (
+                None if s.thread_wait_ns is None else [ns // WAIT_STEP_NS for ns in s.thread_wait_ns],
+                s.wait_ns,
+                s.wait_error_ns,
+                s.cpu_count,
+            ),
             (figures, s.machine, s.tree),
         )
 

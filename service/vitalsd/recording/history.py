@@ -39,7 +39,7 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
         bounds = _bounds(times, since_ns, (times[bounds[-1]] - times[bounds[0]]) // HISTORY_ROWS + 1)
     release = LockRelease()
     readings = Readings(frames, bounds, release)
-    waiting = any(segment.base_wait_ns is not None for segment, _ in frames.segments)
+    waiting = any(segment.base_waits is not None for segment, _ in frames.segments)
     per_row = 1 + waiting + 2 * readings.has_children()
     fitting = HISTORY_CELLS // (max(1, len(bounds)) * per_row)
     totals = _totals(frames, bounds, release)

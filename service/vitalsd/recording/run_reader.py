@@ -22,7 +22,7 @@ from vitalsd.recording.run_database import Tables, readable
 from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of
 from vitalsd.recording.run_image import UnreadableRunError
 from vitalsd.recording.scalars import SCALARS, snapshot_fields
-from vitalsd.recording.segment import CHILD_NUMBERS, ChildIdentity, Segment, ThreadDeltas
+from vitalsd.recording.segment import CHILD_NUMBERS, WAIT_STEP_NS, ChildIdentity, Segment, ThreadDeltas
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import MEMORY_PRESSURE_LEVELS, THERMAL_STATES, Identity, Snapshot, ThreadRoster
 from vitalsd.text import iso
@@ -225,7 +225,7 @@ def _record(tables: Tables) -> Record:
         if segment_id <= newest:  # a hostile file could demand thousands of copies of one segment
             raise ValueError(f"snapshots of segment {segment_id!r:.20} after those of {newest}")
         newest = segment_id
-        row = tables.row("SELECT threads, cpu_ns, wait_ns, constants FROM segment WHERE rowid = ?", segment_id)
+        row = tables.row("SELECT threads, cpu_ns, waits, constants FROM segment WHERE rowid = ?", segment_id)
         if row is not None:
             record.restore(_segment(row, group, threads, children.get(segment_id, ())))
     for row in _newest(tables, "wall_ns, monotonic_ns, label FROM mark", MAX_MARKS):
@@ -252,13 +252,13 @@ def _segment(
     children: Sequence[ChildIdentity],
 ) -> Segment:
     """Return the segment in `row` with the snapshots of `frames`."""
-    ids, cpu_ns, wait_ns, constants = row
+    ids, cpu_ns, base_waits, constants = row
     segment: Segment | None = None
     for _, numbers, moved, code, child_numbers in frames:
         values, deltas = _frame(numbers, moved, code)
         if segment is None:
             keys = [threads[thread_id] for thread_id in _array("I", ids)]
-            waits = None if wait_ns is None else _array("Q", wait_ns)
+            waits = None if base_waits is None else _array("Q", base_waits)
             segment = Segment(_first_snapshot(values, keys, _array("Q", cpu_ns), waits, json.loads(_text(constants))))
             for child in children:
                 segment.add_child(child)
@@ -280,8 +280,8 @@ def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", 
         used_size, waited_size = array(used_code).itemsize, array(waited_code).itemsize
         used_until = named + (len(numbers) - named) // (used_size + waited_size) * used_size
     used_ns = _array(used_code, numbers[named:used_until])
-    waited_ns = _array(waited_code, numbers[used_until:]) if waited_code else None
-    return _array("q", numbers[:SCALARS_BYTES]), ThreadDeltas(indexes, used_ns, waited_ns)
+    waits = _array(waited_code, numbers[used_until:]) if waited_code else None
+    return _array("q", numbers[:SCALARS_BYTES]), ThreadDeltas(indexes, used_ns, waits)
 
 
 def _children(content: bytes | None, known: int) -> "array[int] | None":
@@ -302,7 +302,7 @@ def _check(segment: Segment, scalars: "array[int]", deltas: ThreadDeltas) -> Non
     count = threads if deltas.indexes is None else len(deltas.indexes)
     if len(scalars) != len(SCALARS) or len(deltas.used_ns) != count:
         raise ValueError("a snapshot of another length")
-    if deltas.waited_ns is not None and (segment.base_wait_ns is None or len(deltas.waited_ns) != count):
+    if deltas.waits is not None and (segment.base_waits is None or len(deltas.waits) != count):
         raise ValueError("a snapshot with other waits than it has threads")
     if deltas.indexes and max(deltas.indexes) >= threads:
         raise ValueError("a snapshot of more threads than there are")
@@ -315,19 +315,20 @@ def _first_snapshot(
     scalars: "array[int]",
     keys: list[tuple[int, int, str]],
     cpu_ns: "array[int]",
-    wait_ns: "array[int] | None",
+    waits: "array[int] | None",
     constants: dict[str, Any],
 ) -> Snapshot:
-    if len(cpu_ns) != len(keys) or (wait_ns is not None and len(wait_ns) != len(keys)):
+    if len(cpu_ns) != len(keys) or (waits is not None and len(waits) != len(keys)):
         raise ValueError("threads without CPU time")
     _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str, int, int))
     _check_sizes(*(constants[name] for name in CONSTANTS[:3]), constants["cpu_count"])
     roster = ThreadRoster(*zip(*keys, strict=True)) if keys else ThreadRoster()
     fields = snapshot_fields(scalars)
+    wait_ns = None if waits is None else [steps * WAIT_STEP_NS for steps in waits]
     return Snapshot(**fields, roster=roster, thread_cpu_ns=cpu_ns, thread_wait_ns=wait_ns, **constants)
 
 
 def _array(code: str, content: bytes) -> "array[int]":
-    if code not in ("I", "Q", "q"):
+    if code not in ("H", "I", "Q", "q"):
         raise ValueError(f"numbers of a kind {code!r:.80}")
     return array(code, content)

@@ -229,11 +229,11 @@ class RunFile:
             "reading": first.reading,
             "cpu_count": first.cpu_count,
         }
-        cpu_ns, waits = array("Q", segment.thread_cpu_ns(position)).tobytes(), segment.thread_wait_ns(position)
-        wait_ns = None if waits is None else array("Q", waits).tobytes()
+        cpu_ns, waits = array("Q", segment.thread_cpu_ns(position)).tobytes(), segment.thread_waits(position)
+        waits_blob = None if waits is None else array("Q", waits).tobytes()
         cursor = self._db.execute(
-            "INSERT INTO segment (threads, cpu_ns, wait_ns, constants) VALUES (?,?,?,?)",
-            (ids.tobytes(), cpu_ns, wait_ns, json.dumps(constants)),
+            "INSERT INTO segment (threads, cpu_ns, waits, constants) VALUES (?,?,?,?)",
+            (ids.tobytes(), cpu_ns, waits_blob, json.dumps(constants)),
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
@@ -248,15 +248,15 @@ class RunFile:
         self._children += len(new)
 
     def _insert_frame(self, segment_id: int, segment: Segment, position: int, deltas: ThreadDeltas) -> None:
-        indexes, used_ns, waited_ns = deltas
+        indexes, used_ns, waits = deltas
         numbers = bytearray(segment.scalars_at(position))  # faster than bytes, for which sqlite3 searches an adapter
         if indexes is not None:
             numbers += indexes
         numbers += used_ns
         code: str = used_ns.typecode
-        if waited_ns is not None:
-            numbers += waited_ns
-            code += waited_ns.typecode
+        if waits is not None:
+            numbers += waits
+            code += waits.typecode
         moved = None if indexes is None else len(indexes)
         children = segment.child_numbers.get(position)
         # One statement is a transaction of its own, and saves the execution of BEGIN and COMMIT.

@@ -6,6 +6,7 @@ A thread that neither ran nor waited takes no memory, and names and ids are stor
 
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import compress, islice
 from operator import add, is_not, sub
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from vitalsd.recording.scalars import SCALARS, scalars_of, snapshot_fields
 from vitalsd.snapshot import Child, Snapshot
 
-__all__ = ["CHILD_NUMBERS", "NO_DELTAS", "ChildIdentity", "Segment", "ThreadDeltas"]
+__all__ = ["CHILD_NUMBERS", "NO_DELTAS", "WAIT_STEP_NS", "ChildIdentity", "Segment", "ThreadDeltas"]
 
 SEGMENT_LENGTH = 64
 """Limit of the snapshots in a segment."""
@@ -23,19 +24,27 @@ SEGMENT_BYTES = 1280
 """Memory of a segment and its first snapshot, without that for each thread, bytes."""
 CHILD_BYTES = 400
 """Memory of the identity of a child, bytes."""
+WAIT_STEP_NS = 16_000
+"""
+Resolution of the waits of threads, ns: 0.0016 % of a second. A wait of up to a second takes two bytes, and so a quarter
+of an hour of 1000 threads that all run and wait less than 8 MiB.
+"""
 CHILD_NUMBERS = 4
 """Integers that are stored of a child in each snapshot: index in `Segment.children`, CPU ns, RSS bytes, threads."""
 
 
 class ThreadDeltas(NamedTuple):
-    """What threads did since the snapshot before, ns."""
+    """What threads did since the snapshot before."""
 
     indexes: "array[int] | None"
     """The threads that ran or were charged with a wait, ascending; ``None``: all."""
     used_ns: "array[int]"
-    """CPU time of each of them."""
-    waited_ns: "array[int] | None"
-    """Wait of each of them; ``None``: none was charged with a wait, or the source does not count waits."""
+    """CPU time of each of them, ns."""
+    waits: "array[int] | None"
+    """
+    Wait of each of them, in steps of `WAIT_STEP_NS`; ``None``: none was charged with a wait, or the source does not
+    count them.
+    """
 
 
 NO_DELTAS = ThreadDeltas(array("I"), array("I"), None)
@@ -61,7 +70,7 @@ class Segment:
     __slots__ = (
         "_child_indexes",
         "base_cpu_ns",
-        "base_wait_ns",
+        "base_waits",
         "child_numbers",
         "children",
         "deltas",
@@ -72,11 +81,14 @@ class Segment:
 
     def __init__(self, first: Snapshot) -> None:
         self.base_cpu_ns = array("Q", first.thread_cpu_ns)
-        self.base_wait_ns = None if first.thread_wait_ns is None else array("Q", first.thread_wait_ns)
+        self.base_waits = (
+            None if first.thread_wait_ns is None else array("Q", [ns // WAIT_STEP_NS for ns in first.thread_wait_ns])
+        )
+        """Waits of each thread at the first snapshot, in steps; ``None``: the source does not count them."""
         self.first = replace(
             first,
             thread_cpu_ns=self.base_cpu_ns,
-            thread_wait_ns=self.base_wait_ns,
+            thread_wait_ns=None,
             figures=None,
             thread_figures=None,
             machine=None,
@@ -89,7 +101,7 @@ class Segment:
         self.child_numbers: dict[int, array[int]] = {}
         """`CHILD_NUMBERS` integers per child, by position of the snapshot; a snapshot without a tree has none."""
         self._child_indexes: dict[ChildIdentity, int] = {}
-        counters = 1 if self.base_wait_ns is None else 2
+        counters = 1 if self.base_waits is None else 2
         self.size_bytes = SEGMENT_BYTES + 8 * counters * len(self.base_cpu_ns)
 
     def __len__(self) -> int:
@@ -106,7 +118,7 @@ class Segment:
             and snapshot.reading == first.reading
             and snapshot.source == first.source
             and snapshot.cpu_count == first.cpu_count
-            and (snapshot.thread_wait_ns is None) == (self.base_wait_ns is None)
+            and (snapshot.thread_wait_ns is None) == (self.base_waits is None)
         )
 
     def append(self, snapshot: Snapshot, before: Snapshot | None) -> None:
@@ -146,19 +158,15 @@ class Segment:
         """Yield the CPU time of each thread, ns, snapshot by snapshot; the list is valid until the next one."""
         return _accumulated(self.base_cpu_ns, ((each.indexes, each.used_ns) for each in self.deltas))
 
-    def iter_wait_ns(self) -> Iterator[list[int] | None]:
-        """Yield the waits of each thread, ns, as `iter_cpu_ns` does; ``None``: the source does not count them."""
-        if self.base_wait_ns is None:
-            return (None for _ in self.deltas)
-        return _accumulated(self.base_wait_ns, ((each.indexes, each.waited_ns) for each in self.deltas))
-
     def thread_cpu_ns(self, position: int) -> list[int]:
         """Return the CPU time of each thread at one snapshot, ns."""
         return next(islice(self.iter_cpu_ns(), position, None))
 
-    def thread_wait_ns(self, position: int) -> list[int] | None:
-        """Return the waits of each thread at one snapshot, ns; ``None``: the source does not count them."""
-        return next(islice(self.iter_wait_ns(), position, None))
+    def thread_waits(self, position: int) -> list[int] | None:
+        """Return the waits of each thread at one snapshot, in steps; ``None``: the source does not count them."""
+        if self.base_waits is None:
+            return None
+        return next(islice(_accumulated(self.base_waits, ((d.indexes, d.waits) for d in self.deltas)), position, None))
 
     def children_at(self, position: int) -> tuple[Child, ...]:
         """Return the descendants at one snapshot, in the order of the source."""
@@ -174,11 +182,12 @@ class Segment:
 
     def snapshot(self, position: int) -> Snapshot:
         """Return one snapshot as it was, but for what is not recorded: state, warnings, and most figures."""
+        waits = self.thread_waits(position)
         return replace(
             self.first,
             **snapshot_fields(self.scalars_at(position), self.children_at(position)),
             thread_cpu_ns=self.thread_cpu_ns(position),
-            thread_wait_ns=self.thread_wait_ns(position),
+            thread_wait_ns=None if waits is None else [steps * WAIT_STEP_NS for steps in waits],
             state=None,
             warnings=(),
         )
@@ -212,19 +221,19 @@ def _accumulated(
 def _thread_deltas(before: Snapshot, after: Snapshot) -> ThreadDeltas:
     """Return what each thread did between two snapshots with the same threads."""
     changed = _changed(before.thread_cpu_ns, after.thread_cpu_ns)
-    waited: Sequence[int] = ()
-    if before.thread_wait_ns is not None and after.thread_wait_ns is not None:
-        waited = _changed(before.thread_wait_ns, after.thread_wait_ns)
-        changed = sorted({*changed, *waited}) if waited else changed
+    old, new = before.thread_wait_ns, after.thread_wait_ns
+    waited = () if old is None or new is None else _changed(old, new)
+    if waited:
+        changed = sorted({*changed, *waited})
     if not changed:
         return NO_DELTAS
     indexes = None if len(changed) > len(after.roster) // 2 else array("I", changed)
-    used_ns = _grown(before.thread_cpu_ns, after.thread_cpu_ns, indexes)
-    if not waited:
+    used_ns = _compact("Iq", _grown(before.thread_cpu_ns, after.thread_cpu_ns, indexes))
+    if not waited or old is None or new is None:
         return ThreadDeltas(indexes, used_ns, None)
-    assert before.thread_wait_ns is not None
-    assert after.thread_wait_ns is not None
-    return ThreadDeltas(indexes, used_ns, _grown(before.thread_wait_ns, after.thread_wait_ns, indexes))
+    chosen = range(len(new)) if indexes is None else indexes
+    steps = [new[i] // WAIT_STEP_NS - old[i] // WAIT_STEP_NS for i in chosen]
+    return ThreadDeltas(indexes, used_ns, _compact("HIq", steps))
 
 
 def _changed(before: Sequence[int], after: Sequence[int]) -> Sequence[int]:
@@ -233,10 +242,14 @@ def _changed(before: Sequence[int], after: Sequence[int]) -> Sequence[int]:
     return [i for i in compress(range(len(after)), map(is_not, after, before)) if after[i] != before[i]]
 
 
-def _grown(before: Sequence[int], after: Sequence[int], indexes: "array[int] | None") -> "array[int]":
-    """Return what counters grew by: integers of four bytes each if all fit (less than 4.3 s), or else of eight."""
-    grown = list(map(sub, after, before)) if indexes is None else [after[i] - before[i] for i in indexes]
-    try:
-        return array("I", grown)
-    except OverflowError:
-        return array("q", grown)
+def _grown(before: Sequence[int], after: Sequence[int], indexes: "array[int] | None") -> list[int]:
+    """Return what counters grew by; `indexes` as in `ThreadDeltas`."""
+    return list(map(sub, after, before)) if indexes is None else [after[i] - before[i] for i in indexes]
+
+
+def _compact(kinds: str, numbers: list[int]) -> "array[int]":
+    """Return an array of the first of `kinds`, from narrow to wide, that all numbers fit; the last one fits any."""
+    for kind in kinds[:-1]:
+        with suppress(OverflowError):
+            return array(kind, numbers)
+    return array(kinds[-1], numbers)

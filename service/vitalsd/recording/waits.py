@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from vitalsd.contract.json_pieces import LockRelease
 from vitalsd.recording.frames import Frames, ThreadKey, restarts, thread_keys
-from vitalsd.recording.segment import Segment, ThreadDeltas
+from vitalsd.recording.segment import WAIT_STEP_NS, Segment, ThreadDeltas
 
 __all__ = ["RowWaits", "spread_waits"]
 
@@ -41,13 +41,13 @@ class _Step(NamedTuple):
         """Return the CPU time and the wait of one thread, ns."""
         if self.deltas is None:
             return 0, 0
-        indexes, used_ns, waited_ns = self.deltas
+        indexes, used_ns, waits = self.deltas
         at = index
         if indexes is not None:
             at = bisect_left(indexes, index)
             if at == len(indexes) or indexes[at] != index:
                 return 0, 0
-        return used_ns[at], 0 if waited_ns is None else waited_ns[at]
+        return used_ns[at], 0 if waits is None else WAIT_STEP_NS * waits[at]
 
 
 def spread_waits(frames: Frames, bounds: Sequence[int], keys: Iterable[ThreadKey], release: LockRelease) -> RowWaits:
@@ -66,7 +66,7 @@ def spread_waits(frames: Frames, bounds: Sequence[int], keys: Iterable[ThreadKey
     if not rows:
         return RowWaits({}, None)
     process = _process(frames, bounds)
-    if all(segment.base_wait_ns is None for segment, _ in frames.segments):
+    if all(segment.base_waits is None for segment, _ in frames.segments):
         return RowWaits({}, process)
     steps = _steps(frames, bounds, release)
     moved = _moved(steps, release)
@@ -78,7 +78,7 @@ def spread_waits(frames: Frames, bounds: Sequence[int], keys: Iterable[ThreadKey
         if step.segment is not shown:
             shown = step.segment
             indexes = [(i, threads[key]) for i, key in enumerate(thread_keys(shown)) if key in threads]
-        if step.deltas is not None and step.deltas.waited_ns is not None:
+        if step.deltas is not None and step.deltas.waits is not None:
             for i, column in indexes:
                 column[step.row] += step.of(i)[1]
     for key, corrections in moved.items():
@@ -123,17 +123,18 @@ def _steps(frames: Frames, bounds: Sequence[int], release: LockRelease) -> list[
 
 def _across(before: Segment, last: int, segment: Segment) -> ThreadDeltas | None:
     """Return what threads did between the last snapshot of a segment and the first of the next; of one born, all."""
-    if restarts(before, segment) or before.base_wait_ns is None or segment.base_wait_ns is None:
+    if restarts(before, segment) or segment.base_waits is None:
         return None
-    waits = before.thread_wait_ns(last)
-    assert waits is not None
+    waits = before.thread_waits(last)
+    if waits is None:
+        return None
     known = dict(zip(thread_keys(before), zip(before.thread_cpu_ns(last), waits, strict=True), strict=True))
-    used_ns, waited_ns = [], []
-    for key, cpu_ns, wait_ns in zip(thread_keys(segment), segment.base_cpu_ns, segment.base_wait_ns, strict=True):
-        old_cpu_ns, old_wait_ns = known.get(key, (0, 0))
+    used_ns, waited = [], []
+    for key, cpu_ns, steps in zip(thread_keys(segment), segment.base_cpu_ns, segment.base_waits, strict=True):
+        old_cpu_ns, old_steps = known.get(key, (0, 0))
         used_ns.append(max(0, cpu_ns - old_cpu_ns))
-        waited_ns.append(max(0, wait_ns - old_wait_ns))
-    return ThreadDeltas(None, array("Q", used_ns), array("Q", waited_ns))
+        waited.append(max(0, steps - old_steps))
+    return ThreadDeltas(None, array("Q", used_ns), array("Q", waited))
 
 
 def _moved(steps: Sequence[_Step], release: LockRelease) -> dict[ThreadKey, dict[int, int]]:
@@ -171,9 +172,9 @@ def _charged_too_much(step: _Step) -> Iterable[int]:
     """Yield the threads that are charged with more than the time in which they did not run."""
     if step.deltas is None:
         return
-    indexes, used_ns, waited_ns = step.deltas
-    if not waited_ns or max(waited_ns) <= step.elapsed_ns - max(used_ns):
+    indexes, used_ns, waits = step.deltas
+    if not waits or WAIT_STEP_NS * max(waits) <= step.elapsed_ns - max(used_ns):
         return
-    for i, (used, waited) in enumerate(zip(used_ns, waited_ns, strict=True)):
-        if waited > 0 and waited + used > step.elapsed_ns:
+    for i, (used, steps) in enumerate(zip(used_ns, waits, strict=True)):
+        if steps > 0 and WAIT_STEP_NS * steps + used > step.elapsed_ns:
             yield i if indexes is None else indexes[i]
