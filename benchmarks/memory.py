@@ -3,8 +3,8 @@ Measure how much memory a quarter of an hour of many threads takes, compared wit
 
     python benchmarks/memory.py [--threads 1000] [--snapshots 900]
 
-The counters are synthetic: 4 % of the threads run in each second, then all of them. Each way fills a process of its
-own; the figure is the growth of its resident memory (Linux: /proc/self/statm).
+The counters are synthetic: 4 % of the threads run and wait in each second, then all of them. Each way fills a process
+of its own; the figure is the growth of its resident memory (Linux: /proc/self/statm).
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 
 from vitalsd.recording.series import Record
-from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
+from vitalsd.snapshot import Identity, MachineFigures, Snapshot, ThreadRoster
 
 SECOND_NS = 1_000_000_000
 SHARES = (0.04, 1.0)
@@ -27,12 +27,13 @@ def snapshots(threads: int, count: int, share: float) -> Iterator[Snapshot]:
     """Yield one snapshot a second in which `share` of the threads run, with one roster, as a source does."""
     tids = tuple(range(1, threads + 1))
     roster = ThreadRoster(tids, (7,) * threads, tuple(f"worker {tid}" for tid in tids))
-    cpu_ns = [0] * threads
+    cpu_ns, wait_ns = [0] * threads, [0] * threads
     step = round(1 / share)
     for number in range(1, count + 1):
-        cpu_ns = cpu_ns.copy()
+        cpu_ns, wait_ns = cpu_ns.copy(), wait_ns.copy()
         for i in range(number % step, threads, step):
             cpu_ns[i] += 1_234_567 + i
+            wait_ns[i] += 990_000_000 + i
         yield Snapshot(
             monotonic_ns=number * SECOND_NS,
             boottime_ns=number * SECOND_NS,
@@ -49,7 +50,10 @@ def snapshots(threads: int, count: int, share: float) -> Iterator[Snapshot]:
             thread_cpu_ns=cpu_ns,
             thread_grain_ns=1,
             thread_lag_ns=0,
+            thread_wait_ns=wait_ns,
+            wait_ns=sum(wait_ns),
             source="made up",
+            machine=MachineFigures(busy_ns=number),
         )
 
 

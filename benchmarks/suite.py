@@ -181,7 +181,7 @@ SECTIONS: Mapping[str, Section] = {
         ("--snapshots", "200"),
         "Growth of the resident memory when 15 minutes of one process are kept: 900 snapshots of 1000 threads. "
         "Compared with one Python list of numbers per snapshot, and with objects as psutil returns them. The counters "
-        "are synthetic: 4 % of the threads run in each second, or all of them.",
+        "are synthetic: 4 % of the threads run and wait in each second, or all of them.",
         (
             Table(
                 "{threads} threads, {running_percent:g} % of them running",

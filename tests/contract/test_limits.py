@@ -44,7 +44,10 @@ ROWS = {
     "other processes sampled at once": [f"{limits.OTHER_PROCESSES} {KINDS}"],
     "streams": [f"{limits.STREAMS} {KINDS}", f"{limits.STREAM_QUEUE} answers are queued"],
     "threads and bytes of an answer": [number(limits.ANSWER_THREADS), mib(limits.ANSWER_BYTES)],
-    "rows, and rows times threads, of `/history`": [number(limits.HISTORY_ROWS), number(limits.HISTORY_CELLS)],
+    "rows, and numbers of threads and children, of `/history`": [
+        number(limits.HISTORY_ROWS),
+        number(limits.HISTORY_CELLS),
+    ],
     "wrong tokens": [f"{limits.BAD_TOKENS_PER_S} a second"],
     "large answers that clients have not yet read": [f"{mib(limits.SEND_BUDGET_BYTES)} {KINDS}"],
     "queued large answers, lists of runs and of processes, and scrapes": [f"{limits.WAITING_ANSWERS} {KINDS}"],

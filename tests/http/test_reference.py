@@ -23,7 +23,7 @@ from vitalsd.http.openapi import shape_adapter
 from vitalsd.http.operation import Operation
 from vitalsd.http.responses import TITLES, ProblemJson, Reason
 from vitalsd.http.routes import metrics, recordings, reference, report, status
-from vitalsd.recording.history import HistoryJson
+from vitalsd.recording.history_columns import HistoryJson
 
 DOCS = ROOT / "docs"
 DECLARED = {
@@ -60,7 +60,7 @@ def test_create_app_imports_no_schema_or_format_modules() -> None:
         "from vitalsd.http.app import create_app\n"
         "create_app(object(), list)\n"
         "print(*[name for name in ('vitalsd.contract.metrics', 'vitalsd.http.openapi', 'vitalsd.http.reference',"
-        " 'vitalsd.recording.history', 'vitalsd.report.builder', 'vitalsd.contract.report_archive',"
+        " 'vitalsd.recording.history_columns', 'vitalsd.report.builder', 'vitalsd.contract.report_archive',"
         " 'prometheus_client', 'opentelemetry.sdk', 'markdown_it',"
         " 'pydantic.v1') if name in sys.modules])"
     )

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import random
 import shutil
@@ -20,15 +21,17 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from support.fake_process import IDENTITY, SECOND_NS, Process, lives, same
+from support.fake_process import ALL_PARTS, IDENTITY, SECOND_NS, Process, lives, same
 from support.sidecars import environment
 from vitalsd.recording.black_box import BlackBox
+from vitalsd.recording.run_database import SCHEMA, SCHEMA_VERSION
 from vitalsd.recording.run_directory import MAX_RUNS, RunDirectory
 from vitalsd.recording.run_files import delete_run, is_being_written
 from vitalsd.recording.run_reader import Run, UnreadableRunError, read_run
 from vitalsd.recording.run_writer import RunFile
+from vitalsd.recording.scalars import SCALARS
 from vitalsd.recording.series import Mark, Record
-from vitalsd.snapshot import Snapshot
+from vitalsd.snapshot import Child, ProcessTree, Snapshot
 
 T = TypeVar("T")
 
@@ -65,6 +68,63 @@ def test_run_read_back_equals_the_snapshots_written(tmp_path: Path, snapshots: l
     run, record = read_run(tmp_path / f"{box.run_id}.sqlite")
     assert (run.state, run.ended) == ("clean", "the test is over")
     assert len(list(record.snapshots())) == len(snapshots)
+
+
+def test_run_of_an_earlier_format_is_listed_with_the_reason(tmp_path: Path) -> None:
+    """It has other scalars: nothing in it is guessed, and the file stays as it is."""
+    box, _ = write(tmp_path, [Process().snapshot()])
+    box.close("over")
+    (path,) = tmp_path.glob("*.sqlite")
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 1")
+    content = path.read_bytes()
+    found = RunDirectory(tmp_path).scan()
+    assert (found.runs, found.unreadable) == (
+        [],
+        {path.name: f"{path.name} has format 1; this vitalsd reads {SCHEMA_VERSION}"},
+    )
+    assert path.read_bytes() == content
+
+
+def test_format_of_a_run_changes_with_the_figures_that_are_recorded() -> None:
+    """A file does not name its scalars: who adds one raises `SCHEMA_VERSION`, and enters both here."""
+    names = hashlib.sha256(" ".join((*SCALARS, SCHEMA)).encode()).hexdigest()
+    assert (SCHEMA_VERSION, names[:16]) == (2, "9eb42bbd0da56424")
+
+
+def test_run_with_children_that_come_and_go_keeps_those_of_its_segments(tmp_path: Path) -> None:
+    """Also across a gap, and when the oldest segments are deleted: their children go with them."""
+    process, snapshots = Process(), []
+    for second in range(400):
+        process.pass_time(SECOND_NS, [1000])
+        child = Child(1000 + second, second, f"cc {second}", second, 1, 4096, 2)
+        process.tree = ProcessTree(second, 0, 0, 2, 0, (child, child._replace(pid=7, start_key=7, name="make")))
+        snapshots.append(process.snapshot(parts=ALL_PARTS))
+    record = Record(IDENTITY, interval_ns=SECOND_NS, retention_ns=2**62, max_bytes=2**40)
+    file = RunFile(
+        RunDirectory(tmp_path),
+        IDENTITY,
+        lives=True,
+        interval_ns=SECOND_NS,
+        retention_ns=150 * SECOND_NS,
+        max_bytes=1 << 24,
+    )
+    segment_id, shown = 0, None
+    for number, snapshot in enumerate(snapshots):
+        segment = record.append(snapshot)
+        if segment is not shown or number % 50 == 20:
+            segment_id, shown = file.insert_segment(segment, len(segment) - 1), segment
+            file.trim()
+        elif number % 50:  # else a snapshot is missing, and with it the first one of a child
+            file.insert_snapshot(segment_id, segment, len(segment) - 1)
+    path = file.path
+    file.close()
+    _, back = read_run(path)
+    found = {each.monotonic_ns: each.tree for each in back.snapshots()}
+    assert 150 <= len(found) < 250
+    assert found.items() <= {each.monotonic_ns: each.tree for each in snapshots}.items()
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM child").fetchone()[0] < 300
 
 
 def test_run_read_back_has_marks_and_events(tmp_path: Path) -> None:

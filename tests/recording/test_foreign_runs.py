@@ -28,6 +28,7 @@ from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_files import is_being_written, is_own_run
 from vitalsd.recording.run_image import MAX_RUN_BYTES, read_image
 from vitalsd.recording.run_reader import Run, UnreadableRunError, describe, read_run
+from vitalsd.recording.scalars import SCALARS
 from vitalsd_client import last_crash
 
 NAME = f"{IDENTITY.start_id}-77.sqlite"
@@ -62,6 +63,13 @@ def logged(run: Path, tmp_path: Path) -> Path:
     box.close("over")
     assert Path(f"{run}-wal").stat().st_size
     return run
+
+
+THERMAL_AT = 8 * SCALARS.index("machine_thermal_level")
+THERMAL_LEVEL_9 = (
+    f"CAST(substr(numbers, 1, {THERMAL_AT}) || x'09' || zeroblob(7) || substr(numbers, {THERMAL_AT + 9}) AS BLOB)"
+)
+"""The numbers of a frame with a thermal level that no machine has."""
 
 
 def vitalsd(run: Path, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
@@ -241,11 +249,11 @@ def test_recover_moves_the_log_of_a_crashed_run_into_its_file(logged: Path) -> N
 # Small files that are large to their reader
 
 
-@pytest.mark.parametrize("table", ["frame", "thread"])
+@pytest.mark.parametrize("table", ["frame", "thread", "child"])
 def test_run_with_an_endless_page_tree_is_refused(run: Path, table: str) -> None:
     """10^13 rows in 70 KiB: one sentence in a replay, and the listing has the other runs."""
     make_endless(run, table)
-    with pytest.raises(UnreadableRunError, match=r"more rows than fit|hold more than|more threads than fit"):
+    with pytest.raises(UnreadableRunError, match=r"more (rows|threads|children) than fit|hold more than|malformed"):
         read_run(run)
     found = RunDirectory(run.parent).scan()
     assert (table == "frame") == (run.name in found.unreadable)
@@ -292,8 +300,22 @@ def test_run_with_values_in_one_endless_page_is_refused(run: Path) -> None:
         ("UPDATE segment SET constants = printf('%.*c', 20000, ' ') || constants", "characters"),
         ("UPDATE meta SET value = '-1' WHERE key = 'interval_ns'", "negative or too large"),
         ("UPDATE meta SET value = '1' || printf('%.*c', 4000, '0') WHERE key = 'retention_ns'", "too large"),
-        ("DROP TABLE frame; CREATE TABLE frame (id PRIMARY KEY, segment, numbers, moved, code) WITHOUT ROWID", "rowid"),
+        (
+            "DROP TABLE frame; CREATE TABLE frame (id PRIMARY KEY, segment, numbers, moved, code, children)"
+            " WITHOUT ROWID",
+            "rowid",
+        ),
         ("DROP TABLE mark; CREATE TABLE mark (wall_ns AS (1), monotonic_ns, label)", "other columns"),
+        ("UPDATE frame SET children = zeroblob(32)", "more children than there are"),
+        ("UPDATE frame SET children = zeroblob(24)", "a child of another length"),
+        (f"UPDATE frame SET children = x'{'ff' * 32}'", "a child of another length, or with a negative number"),
+        ("INSERT INTO child SELECT NULL, id, 'x', 1, 'sh', 1 FROM segment", "where there should be int"),
+        ("UPDATE segment SET waits = zeroblob(8000)", "threads without CPU time"),
+        (
+            "UPDATE frame SET code = code || 'I', numbers = CAST(numbers || zeroblob(4 * ifnull(moved, 0)) AS BLOB)",
+            "a snapshot",
+        ),
+        (f"UPDATE frame SET numbers = {THERMAL_LEVEL_9}", "a machine_thermal_level of 9"),
     ],
 )
 def test_run_with_values_out_of_bounds_is_refused(run: Path, change: str, reason: str) -> None:
@@ -323,7 +345,7 @@ def test_run_of_the_largest_size_is_read(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.sqlite")
     assert 12 << 20 < path.stat().st_size < MAX_RUN_BYTES
     run, record = read_run(path)
-    assert run.snapshots == len(record) > 8000
+    assert run.snapshots == len(record) > 6000
 
 
 def test_listing_is_interrupted_by_a_signal(run: Path) -> None:

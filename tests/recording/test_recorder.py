@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from support.fake_process import IDENTITY, SECOND_NS, Process
+from support.fake_process import ALL_PARTS, IDENTITY, SECOND_NS, Process
+from vitalsd.recording.history import history
 from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
 from vitalsd.recording.run_writer import RunFile
 from vitalsd.recording.series import Mark
+from vitalsd.snapshot import Child, MachineFigures, ProcessFigures, ProcessTree
 from vitalsd.sources.base import KernelError, TargetGoneError
 
 
@@ -159,3 +161,59 @@ def test_mark_on_a_slow_disk_does_not_block_the_event_loop(tmp_path: Path, monke
     monkeypatch.setattr(RunFile, "insert_mark", slow)
     assert asyncio.run(main()) > 10
     recorder.close()
+
+
+def test_recorder_notes_children_reaped_with_earlier_cpu_time() -> None:
+    """Once for each, with the time; not what fits between two readings, nor of children that it watches."""
+    process = Process(cpu_count=4, figures=ProcessFigures(reaped_ns=0))
+    recorder = Recorder(IDENTITY, RecorderConfig())
+    for second, reaped_s in enumerate((3, 6, 36, 36, 37)):
+        process.pass_time(SECOND_NS)
+        process.figures = ProcessFigures(reaped_ns=reaped_s * SECOND_NS)
+        recorder.observe(process.snapshot(parts=recorder.next_parts(process.monotonic_ns)))
+        process.tree = None if second < 4 else ProcessTree(0, 0, 0, 1, 0)
+    (event,) = recorder.record.events
+    assert event.kind == "child_reaped"
+    assert "30.0 s of CPU time" in event.detail
+    process.figures = ProcessFigures(reaped_ns=99 * SECOND_NS)
+    recorder.observe(process.snapshot(parts=ALL_PARTS))
+    assert len(recorder.record.events) == 1
+
+
+@pytest.mark.parametrize("children", [False, True])
+def test_recorder_stores_names_of_children_only_on_request(children: bool, tmp_path: Path) -> None:
+    """Neither memory nor disk nor JSON has them otherwise."""
+    child = Child(50, 7, "secret helper", 5, 0, 4096, 1)
+    process = Process(tree=ProcessTree(5, 0, 8192, 2, 0, (child,)))
+    runs = RunDirectory(tmp_path)
+    recorder = Recorder(IDENTITY, RecorderConfig(runs=runs, children=children))
+    for _ in range(3):
+        process.pass_time(SECOND_NS)
+        recorder.observe(process.snapshot(parts=recorder.next_parts(process.monotonic_ns)))
+    recorder.close()
+    (path,) = tmp_path.glob("*.sqlite")
+    assert (b"secret helper" in path.read_bytes()) is children
+    for record in (recorder.record, read_run(path)[1]):
+        body = history(record).to_json()
+        assert (b"secret helper" in body) is (b'"application":{' in body) is children
+
+
+def test_record_window_has_the_figures_of_its_ends() -> None:
+    """What `mode=trailing` measures: waits, children and machine of the record as of two snapshots of the kernel."""
+    child = Child(50, 7, "cc", 0, 0, 4096, 1)
+    process = Process(waits={}, figures=ProcessFigures(reaped_ns=0, open_fds=5))
+    recorder = Recorder(IDENTITY, RecorderConfig(children=True))
+    for second in range(4):
+        process.tree = ProcessTree(second * SECOND_NS, 0, 8192, 2, 0, (child._replace(cpu_ns=second * SECOND_NS),))
+        process.machine = MachineFigures(busy_ns=2 * second * SECOND_NS)
+        recorder.observe(process.snapshot(parts=recorder.next_parts(process.monotonic_ns)))
+        process.pass_time(SECOND_NS)
+        process.book_wait(1, SECOND_NS // 2)
+    window = recorder.record.window(2000)
+    assert window is not None
+    assert (window.wait_ns, list(window.thread_wait_ns or ())) == (SECOND_NS, [SECOND_NS])
+    assert window.machine is not None
+    assert window.machine.busy_ns == 4 * SECOND_NS
+    assert window.tree is not None
+    assert [(found.name, ns) for found, ns in window.tree.children] == [("cc", 2 * SECOND_NS)]
+    assert window.tree.cpu_ns == 2 * SECOND_NS

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.fake_process import IDENTITY, SECOND_NS, Process, lives, same
+from support.fake_process import ALL_PARTS, IDENTITY, SECOND_NS, Process, lives, same
 from vitalsd.recording.segment import SEGMENT_LENGTH
 from vitalsd.recording.series import MAX_MARKS, Record
-from vitalsd.snapshot import Snapshot, measure
+from vitalsd.snapshot import Child, MachineFigures, Part, ProcessTree, Snapshot, measure
 
 
 def record_of(snapshots: list[Snapshot], **bounds: int) -> Record:
@@ -106,18 +106,23 @@ def test_series_at_its_byte_limit_keeps_less_time() -> None:
 
 
 def test_series_of_a_thousand_threads_for_15_minutes_fits_8_mib() -> None:
-    """The worst case at one snapshot a second: every one of 1000 threads runs every second."""
-    process = Process(threads={(tid, 1): (f"worker {tid}", 0) for tid in range(1, 1001)})
+    """The worst case at one snapshot a second: every one of 1000 threads runs and waits every second."""
+    keys = [(tid, 1) for tid in range(1, 1001)]
+    process = Process(threads={key: (f"worker {key[0]}", 0) for key in keys}, machine=MachineFigures())
     record = record_of([])
-    for _ in range(900):
+    for second in range(900):
         process.pass_time(SECOND_NS, [1_234_567] * 1000)
-        record.append(process.snapshot())
+        process.waits = dict.fromkeys(keys, second * 990_000_000)
+        record.append(process.snapshot(parts=Part.FIGURES))
     assert len(record) == 900
     assert record.size_bytes <= 8 << 20
 
 
-@pytest.mark.parametrize(("threads", "changing"), [(500, False), (5, True), (100, True)])
-def test_series_byte_count_matches_the_allocated_memory(threads: int, changing: bool) -> None:
+@pytest.mark.parametrize(
+    ("threads", "changing", "waiting"),
+    [(500, False, False), (500, False, True), (5, True, False), (100, True, False), (100, True, True)],
+)
+def test_series_byte_count_matches_the_allocated_memory(threads: int, changing: bool, waiting: bool) -> None:
     """What it says it holds is what was allocated, or up to half more if changing threads share their numbers."""
     import tracemalloc
 
@@ -129,11 +134,25 @@ def test_series_byte_count_matches_the_allocated_memory(threads: int, changing: 
         if changing:
             process.threads[(threads + number, 1)] = process.threads.pop((threads - 1 + number, 1))
         process.pass_time(SECOND_NS, [1_234_567] * threads)
+        process.waits = dict.fromkeys(process.threads, number * 2_345_678) if waiting else None
         record.append(process.snapshot())
+    process.waits = None
     current, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # It is 0.82 of it by itself; threads that other tests have left allocate, too.
     assert 0.75 * current < record.size_bytes < 1.5 * current
+
+
+def test_series_with_many_children_stays_within_its_bytes() -> None:
+    """Their numbers count, so the record reaches less far back."""
+    process, record = Process(), record_of([], max_bytes=1 << 20)
+    for second in range(600):
+        process.pass_time(SECOND_NS, [1])
+        children = tuple(Child(pid, second // 100, f"cc {pid}", second, 0, 4096, 1) for pid in range(100, 300))
+        process.tree = ProcessTree(second, 0, 0, 201, 0, children)
+        record.append(process.snapshot(parts=ALL_PARTS))
+    assert 64 < len(record) < 200
+    assert record.size_bytes <= (1 << 20) + 64 * 7000
 
 
 def test_record_of_equal_copies_of_a_roster_keeps_one() -> None:

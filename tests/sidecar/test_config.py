@@ -38,6 +38,7 @@ OTHER: dict[str, Any] = {
     "record_interval_s": 0.25,
     "retention_s": 90.0,
     "black_box": False,
+    "children": True,
     "tcp": False,
     "uds": "/tmp/v.sock",
     "auth": "token",
@@ -80,7 +81,7 @@ def test_default_of_a_setting_needs_no_option(name: str) -> None:
     assert serve_arguments(**{name: getattr(DEFAULTS, name)}) == []
 
 
-@pytest.mark.parametrize(("call", "takes"), [(vitalsd.start, 11), (vitalsd.spawn, 8)])
+@pytest.mark.parametrize(("call", "takes"), [(vitalsd.start, 12), (vitalsd.spawn, 9)])
 def test_arguments_of_a_start_are_settings_with_their_defaults(call: Callable[..., object], takes: int) -> None:
     """`start` and `spawn` have the names and defaults of the table, and document each argument."""
     settings = {**SETTINGS, "timeout_s": TIMEOUT}

@@ -6,13 +6,25 @@ Simulate a process that a test or hypothesis advances, and that a source reads w
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 from hypothesis import strategies as st
 
-from vitalsd.snapshot import Identity, Part, ProcessFigures, Snapshot, ThreadFigures, ThreadRoster
+from vitalsd.recording.segment import WAIT_STEP_NS
+from vitalsd.snapshot import (
+    Child,
+    Identity,
+    MachineFigures,
+    Part,
+    ProcessFigures,
+    ProcessTree,
+    Snapshot,
+    ThreadFigures,
+    ThreadRoster,
+)
 from vitalsd.sources.base import TargetGoneError
 
-__all__ = ["IDENTITY", "SECOND_NS", "FakeSource", "Process", "lives", "same"]
+__all__ = ["ALL_PARTS", "IDENTITY", "SECOND_NS", "FakeSource", "Process", "lives", "same"]
 
 SECOND_NS = 1_000_000_000
 
@@ -42,6 +54,16 @@ class Process:
     state: str = "sleeping"
     gone: bool = False
     pid: int = IDENTITY.pid
+    waits: dict[tuple[int, int], int] | None = None
+    """Wait of each thread as booked, ns; a thread that is missing has none. ``None``: the kernel counts no waits."""
+    ended_wait_ns: int = 0
+    wait_ns: int | None = None
+    """Wait of the process where the kernel counts none of threads."""
+    figures: ProcessFigures | None = None
+    """``None``: those of a process that nothing is known of."""
+    machine: MachineFigures | None = None
+    tree: ProcessTree | None = None
+    cpu_count: int = 4
     newest_tid: int = 0
     """Highest thread id; ids are not reused."""
     _roster: ThreadRoster = field(default_factory=ThreadRoster)
@@ -74,7 +96,14 @@ class Process:
 
     def end_thread(self, tid: int, birth: int | None = None) -> None:
         """End a thread, without `birth` the only one with this id; the process keeps its CPU time."""
-        self.exited_ns += self.threads.pop(self._key(tid) if birth is None else (tid, birth))[1]
+        key = self._key(tid) if birth is None else (tid, birth)
+        self.exited_ns += self.threads.pop(key)[1]
+        self.ended_wait_ns += (self.waits or {}).pop(key, 0)
+
+    def book_wait(self, tid: int, wait_ns: int) -> None:
+        """Charge a thread with a wait that ends now."""
+        key = self._key(tid)
+        self.waits = {**(self.waits or {}), key: (self.waits or {}).get(key, 0) + wait_ns}
 
     def kill(self) -> None:
         """End the process."""
@@ -96,6 +125,8 @@ class Process:
             tuple(name for _, (name, _) in rows),
         ).sharing(self._roster)
         living_ns = sum(cpu_ns for _, (_, cpu_ns) in rows)
+        waits = None if self.waits is None else [self.waits.get(key, 0) for key, _ in rows]
+        figures = self.figures or ProcessFigures(footprint_bytes=32 << 20)
         return Snapshot(
             monotonic_ns=self.monotonic_ns,
             boottime_ns=self.monotonic_ns + self.asleep_ns,
@@ -114,9 +145,14 @@ class Process:
             thread_grain_ns=1,
             thread_lag_ns=0,
             source="fake",
-            figures=ProcessFigures(user_ns=living_ns + self.exited_ns, system_ns=0, footprint_bytes=32 << 20)
+            thread_wait_ns=waits,
+            wait_ns=self.wait_ns if waits is None else self.ended_wait_ns + sum(waits),
+            cpu_count=self.cpu_count,
+            figures=figures._replace(user_ns=living_ns + self.exited_ns, system_ns=0)
             if Part.FIGURES in parts
             else None,
+            machine=self.machine if Part.FIGURES in parts else None,
+            tree=self.tree if Part.CHILDREN in parts else None,
             thread_figures=self._thread_figures() if Part.THREADS in parts else None,
         )
 
@@ -159,15 +195,28 @@ class FakeSource:
 
 
 NAMES = st.text(max_size=8)
+ALL_PARTS = Part.FIGURES | Part.CHILDREN
 
 
 @st.composite
-def lives(draw: st.DrawFn, *, max_steps: int = 80) -> list[Snapshot]:
-    """Draw the snapshots of a process, at least one, while threads use CPU, idle, start, are renamed and exit."""
+def lives(draw: st.DrawFn, *, max_steps: int = 80, figures: bool | None = None) -> list[Snapshot]:
+    """
+    Draw the snapshots of a process, at least one, while threads use CPU, idle, wait, start, are renamed and exit.
+
+    Args:
+        draw: of hypothesis.
+        max_steps: limit of the steps.
+        figures: whether snapshots have waits, figures, machine and tree; ``None``: some lives do, and some of their
+            snapshots.
+    """
     process = Process()
+    rich = draw(st.booleans()) if figures is None else figures
+    if rich:
+        process.waits = draw(st.sampled_from([{}, None]))
+    chance = Random(draw(st.integers(0, 2**16)) if rich else 0)  # a draw for each figure would take seconds
     found = [process.snapshot()]
     for step in range(draw(st.integers(0, max_steps))):
-        kind = draw(st.sampled_from(["burn", "burn", "idle", "all", "born", "exit", "rename", "exec"]))
+        kind = draw(st.sampled_from(["burn", "burn", "idle", "all", "born", "exit", "rename", "exec", "wait"]))
         keys = sorted(process.threads)
         used_ns = [0] * len(keys)
         if kind == "burn":
@@ -183,21 +232,80 @@ def lives(draw: st.DrawFn, *, max_steps: int = 80) -> list[Snapshot]:
             process.threads[key] = draw(NAMES), process.threads[key][1]
         elif kind == "exec":
             process.image += 1
+        elif kind == "wait" and process.waits is not None:
+            key = draw(st.sampled_from(keys))
+            process.waits[key] = process.waits.get(key, 0) + draw(st.integers(0, 2**34))
         process.rss_bytes = draw(st.integers(0, 2**40))
         process.pass_time(draw(st.integers(1_000_000, 10 * SECOND_NS)), used_ns)
-        found.append(process.snapshot())
+        parts = Part.NONE
+        if rich and chance.randrange(3):
+            parts = ALL_PARTS
+            change_figures(chance, process)
+        found.append(process.snapshot(parts=parts))
     return found
+
+
+def change_figures(chance: Random, process: Process) -> None:
+    """Let the figures of a process, its machine and its descendants change: gauges freely, counters upwards."""
+    figures, machine, tree = process.figures, process.machine, process.tree
+
+    def grown(counter: int | None) -> int:
+        return (counter or 0) + chance.choice((0, chance.randrange(SECOND_NS)))
+
+    def size(most: int = 2**40) -> int | None:
+        return chance.choice((None, 0, chance.randrange(most)))
+
+    process.figures = ProcessFigures(
+        anonymous_bytes=size(),
+        swap_bytes=size(),
+        open_fds=size(),
+        major_faults=grown(figures and figures.major_faults),
+        reaped_ns=grown(figures and figures.reaped_ns),
+    )
+    process.machine = MachineFigures(
+        in_container=machine.in_container if machine else chance.random() < 0.5,
+        busy_ns=grown(machine and machine.busy_ns),
+        load_milli=size(99_000),
+        cpu_pressure_ns=grown(machine and machine.cpu_pressure_ns),
+        memory_pressure_level=size(3),
+        thermal_level=size(6),
+    )
+    before = {child.pid: child for child in tree.children} if tree else {}
+    children = []
+    for pid in sorted(chance.sample((50, 51, 52, 53), chance.randrange(4))):
+        child = before.get(pid) or Child(
+            pid, process.monotonic_ns, chance.choice(("", "sh", "\u202ecc")), 5, chance.randrange(6), 0, 1
+        )
+        children.append(child._replace(cpu_ns=grown(child.cpu_ns), rss_bytes=chance.randrange(2**40)))
+    process.tree = ProcessTree(
+        cpu_ns=grown(tree and tree.cpu_ns),
+        reaped_ns=grown(tree and tree.reaped_ns),
+        rss_bytes=chance.randrange(2**40),
+        process_count=1 + len(children),
+        gaps=(tree.gaps if tree else 0) + chance.randrange(2),
+        children=tuple(children),
+    )
 
 
 def same(a: Snapshot, b: Snapshot) -> bool:
     """Return whether two snapshots are equal in everything that is recorded."""
 
     def values(s: Snapshot) -> tuple[object, ...]:
+        figures = s.figures and s.figures._replace(
+            user_ns=None, system_ns=None, peak_rss_bytes=None, minor_faults=None, p_core_ns=None, qos_ns=None
+        )
         return (
             (s.monotonic_ns, s.boottime_ns, s.wall_ns, s.uptime_ns, s.skew_ns, s.cpu_ns, s.cpu_grain_ns),
             (s.exited_cpu_ns, s.rss_bytes, s.vm_bytes),
             (s.roster, list(s.thread_cpu_ns)),
             (s.thread_grain_ns, s.thread_lag_ns, s.source),
+            (
+                None if s.thread_wait_ns is None else [ns // WAIT_STEP_NS for ns in s.thread_wait_ns],
+                s.wait_ns,
+                s.wait_error_ns,
+                s.cpu_count,
+            ),
+            (figures, s.machine, s.tree),
         )
 
     return values(a) == values(b)

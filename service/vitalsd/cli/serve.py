@@ -42,6 +42,7 @@ def check(context: click.Context) -> "SidecarConfig":
     recorded = config.record_interval_s > 0
     needs(context, "retention_s", "with --record-interval 0", met=recorded)
     needs(context, "black_box", "with --record-interval 0", met=recorded or not config.black_box)
+    needs(context, "children", "with --record-interval 0", met=recorded)
     for name in ("host", "port", "allow_remote"):
         needs(context, name, "with --no-tcp", met=config.tcp)
     needs(context, "max_thread_metrics", "with --no-thread-metrics", met=config.thread_metrics)

@@ -319,7 +319,7 @@ def _family(m: Measurement, warnings: list[str]) -> dict[str, Any]:
                 "name": child.name,
                 "cpu_percent": _percent(m, cpu_ns),
                 "rss_kb": _kb(child.rss_bytes),
-                "thread_count": child.thread_count,
+                "thread_count": child.thread_count or None,
             }
             for child, cpu_ns in use.children
         ],

@@ -84,7 +84,7 @@ WAITING_ANSWERS = 16  # A large table takes over a second: a client would give u
 ANSWER_THREADS = 20_000  # Threads of an answer; the idlest others are left out.
 ANSWER_BYTES = 8 << 20  # Bytes of an answer; the idlest threads are left out of a larger one.
 HISTORY_ROWS = 10_000  # Rows of a history; more rows are merged into longer ones.
-HISTORY_CELLS = 1_000_000  # Rows times threads, about 8 MiB of JSON; the idlest other threads are left out.
+HISTORY_CELLS = 1_000_000  # Numbers of threads and children, about 8 MiB of JSON; the idlest others are left out.
 DETAIL_CHARACTERS = 400  # Characters of the detail of a problem, which therefore stays under 1 KiB.
 
 # The log

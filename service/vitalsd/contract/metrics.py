@@ -252,7 +252,7 @@ class ChildMetrics(_Wire):
     name: str
     cpu_percent: Percent
     rss_kb: Count
-    thread_count: Count
+    thread_count: Annotated[int, Field(ge=1)] | None = Field(description="null: a replay of a report has none.")
 
 
 class ApplicationMetrics(_Wire):

@@ -5,10 +5,13 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate
 from typing import Any, get_args
 
 from vitalsd.contract.encoding import DECIMALS
 from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_ROWS, LABEL_CHARACTERS
+from vitalsd.recording.figures_import import LARGEST, FiguresImport, numbers, whole
+from vitalsd.recording.scalars import snapshot_fields
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
 
@@ -20,14 +23,14 @@ LAG_NS = 20_000_000
 """Lag of a CPU counter that is assumed, ns: the table does not state it, and it is more on no platform."""
 MS_NS = 1_000_000
 """Nanoseconds in a millisecond, the unit of times in the JSON."""
-MAX_VALUES = HISTORY_CELLS + 10 * HISTORY_ROWS + 500_000
+MAX_VALUES = HISTORY_CELLS + 40 * HISTORY_ROWS + 500_000
 """Limit of the commas in the JSON of a history: between numbers, threads, marks and events, and in names and labels."""
 MAX_CONTAINERS = 300_000
 """Limit of the opening brackets in the JSON of a history: of threads, marks and events, and in labels."""
 MAX_DETAIL = 16_384
 """Limit of the detail of an event, characters; the rest is cut."""
-LARGEST = 2**63 - 1
-"""Largest number that a record holds: that of a signed integer of 64 bits."""
+MAX_MS = LARGEST // MS_NS
+"""Largest number that is in milliseconds or a thread id."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 """Zero of Unix time."""
 
@@ -65,7 +68,7 @@ def read_history(body: bytes | Mapping[str, Any]) -> Record:
     """
     try:
         table = parse_json(body) if isinstance(body, bytes) else body
-        interval_ns = _whole(table["interval_ms"]) * MS_NS
+        interval_ns = whole(table["interval_ms"], MAX_MS) * MS_NS
         record = Record(_identity(table), interval_ns=interval_ns, retention_ns=2**62, max_bytes=2**62)
         clocks: list[tuple[int, int]] = []
         for snapshot in _snapshots(table, record.identity.started_unix_ns):
@@ -80,14 +83,6 @@ def read_history(body: bytes | Mapping[str, Any]) -> Record:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a history of vitalsd: {type(error).__name__}: {error}") from None
     return record
-
-
-def _whole(value: Any, most: int = LARGEST // MS_NS) -> int:
-    """Return `value` as an integer from 0 to `most`. Raise `ValueError`."""
-    number = int(value)
-    if not 0 <= number <= most:
-        raise ValueError("a number that is negative or too large")
-    return number
 
 
 def _timed(
@@ -140,10 +135,10 @@ def _identity(table: Mapping[str, Any]) -> Identity:
         raise ValueError(f"a start_id {target['start_id']!r:.80}")
     return Identity(
         platform=str(table["platform"]),
-        pid=_whole(target["pid"]),
+        pid=whole(target["pid"], MAX_MS),
         name=str(target["name"]),
         boot_id=boot_id,
-        start_key=_whole(start_key, LARGEST),
+        start_key=whole(start_key),
         started_unix_ns=(datetime.fromisoformat(target["started_at"]) - EPOCH) // timedelta(microseconds=1) * 1000,
     )
 
@@ -153,18 +148,15 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
     times, elapsed = table["time_ms"], table["elapsed_ms"]
     if len(times) > HISTORY_ROWS + 1:
         raise ValueError(f"{len(times)} rows; a history has at most {HISTORY_ROWS}")
-    threads = sorted(table["threads"], key=lambda thread: _whole(thread["tid"]))
-    if len(threads) * len(times) > HISTORY_CELLS:
-        raise ValueError(f"{len(threads)} threads in {len(times)} rows; a history has at most {HISTORY_CELLS} numbers")
+    threads = sorted(table["threads"], key=lambda thread: whole(thread["tid"], MAX_MS))
     columns = [thread["cpu_percent"] for thread in threads]
-    for column in (times, elapsed, table["cpu_percent"], table["rss_kb"], table["vm_size_kb"], *columns):
-        if len(column) != len(times):
-            raise ValueError("its columns differ in length")
-        if any(isinstance(value, str | list | dict) for value in column):
-            raise ValueError("a column has what is no number")
-    cpu_ns, thread_cpu_ns = 0, [0] * len(threads)
+    _check(table, threads, len(times))
+    waits = [numbers(thread.get("wait_percent"), len(times)) for thread in threads]
+    waiting = any(thread.get("wait_percent") is not None for thread in threads)
+    clock = list(accumulate((round(ms * 1e6) for ms in elapsed), initial=0))
+    figures = FiguresImport(table, clock)
+    cpu_ns, thread_cpu_ns, thread_wait_ns = 0, [0] * len(threads), [0] * len(threads)
     grain_ns = 1 + round(max(elapsed, default=0) * 1e6 / 100 / 10**DECIMALS)
-    monotonic_ns = 0
     alive: list[int] = []
     roster: ThreadRoster | None = None
     reading = 0
@@ -177,35 +169,58 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
         if now_alive != alive or roster is None:
             alive = now_alive
             roster = ThreadRoster(
-                tids=tuple(_whole(threads[i]["tid"]) for i in alive),
+                tids=tuple(whole(threads[i]["tid"], MAX_MS) for i in alive),
                 births=tuple(alive),  # a tid may have been reused: each use is a thread of the table
                 names=tuple(str(threads[i]["name"]) for i in alive),
             )
         if row >= 0:
-            monotonic_ns += elapsed_ns
             cpu_ns += round(table["cpu_percent"][row] * elapsed_ns / 100)
             for i in alive:
                 thread_cpu_ns[i] += round((columns[i][row] or 0) * elapsed_ns / 100)
+                thread_wait_ns[i] += round((waits[i][row] or 0) * elapsed_ns / 100)
         wall_ns = times[shown] * 1_000_000 - (elapsed_ns if row < 0 else 0)
-        yield Snapshot(
-            monotonic_ns=monotonic_ns,
-            boottime_ns=monotonic_ns,  # not by the wall clock: a step of it is no sleep, and events record sleeps
+        scalars = figures.scalars(
+            row + 1,
+            monotonic_ns=clock[row + 1],
+            boottime_ns=clock[row + 1],  # not by the wall clock: a step of it is no sleep, and events record sleeps
             wall_ns=wall_ns,
             uptime_ns=max(0, wall_ns - started_unix_ns),
             skew_ns=0,
             cpu_ns=cpu_ns,
-            cpu_grain_ns=grain_ns,
-            exited_cpu_ns=(0, 0),  # not all threads that ended are known: their CPU time stays unattributed
+            exited_low_ns=0,  # not all threads that ended are known: their CPU time stays unattributed
+            exited_high_ns=0,
             rss_bytes=table["rss_kb"][shown] * 1024,
             vm_bytes=table["vm_size_kb"][shown] * 1024,
+        )
+        yield Snapshot(
+            **snapshot_fields(scalars, figures.next_children(row + 1)),
+            cpu_grain_ns=grain_ns,
             image=None,
             reading=reading,
             roster=roster,
             thread_cpu_ns=[thread_cpu_ns[i] for i in alive],
+            thread_wait_ns=[thread_wait_ns[i] for i in alive] if waiting else None,
             thread_grain_ns=grain_ns,
             thread_lag_ns=LAG_NS,
             source="report",
         )
+
+
+def _check(table: Mapping[str, Any], threads: Sequence[Mapping[str, Any]], rows: int) -> None:
+    """Raise `ValueError` if the table has more numbers than a history, or a column has another length or content."""
+    children = table.get("children", [])
+    columns = len(threads) + sum(thread.get("wait_percent") is not None for thread in threads) + 2 * len(children)
+    if columns * rows > HISTORY_CELLS:
+        raise ValueError(
+            f"{len(threads)} threads and {len(children)} children in {rows} rows; a history has at most"
+            f" {HISTORY_CELLS} numbers of them"
+        )
+    named = [table[name] for name in ("time_ms", "elapsed_ms", "cpu_percent", "rss_kb", "vm_size_kb")]
+    for column in (*named, *(thread["cpu_percent"] for thread in threads)):
+        if len(column) != rows:
+            raise ValueError("its columns differ in length")
+        if any(isinstance(value, str | list | dict) for value in column):
+            raise ValueError("a column has what is no number")
 
 
 def _lives(columns: Sequence[Sequence[float | None]], rows: int) -> list[list[int]]:

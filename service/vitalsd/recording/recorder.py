@@ -13,7 +13,7 @@ from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import State
 from vitalsd.recording.series import EventKind, Mark, Record
-from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Part, Snapshot
+from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Part, Snapshot, reaped_within
 from vitalsd.sources.base import SourceError, TargetGoneError
 from vitalsd.worker_thread import consume_exception
 
@@ -167,6 +167,8 @@ class Recorder:
         self._figures = Part.FIGURES | Part.CHILDREN if config.children else Part.FIGURES
         self._figures_ns: int | None = None
         """Monotonic time of the last snapshot with figures."""
+        self._reaped: tuple[int, int] | None = None
+        """Monotonic time of the last reading of `ProcessFigures.reaped_ns`, and its value."""
         self._crashed = False
         self._failure: str | None = None
         self._last_words: str | None = None
@@ -210,6 +212,7 @@ class Recorder:
             if snapshot.monotonic_ns <= before.monotonic_ns:
                 return
             self._compare(before, snapshot)
+        self._compare_children(snapshot)
         self._failure = None
         segment = self.record.append(snapshot)
         if self.blackbox is not None:
@@ -316,6 +319,22 @@ class Recorder:
             else:
                 self._note("stopped", HALTED[halted], now)
         self._compare_clocks(now)
+
+    def _compare_children(self, now: Snapshot) -> None:
+        """Note children that the target waited for, and that used more CPU time than fits since the last reading."""
+        if now.tree is not None or now.figures is None or now.figures.reaped_ns is None:
+            return
+        before, self._reaped = self._reaped, (now.monotonic_ns, now.figures.reaped_ns)
+        if before is None:
+            return
+        elapsed_ns, reaped_ns = now.monotonic_ns - before[0], now.figures.reaped_ns - before[1]
+        if not reaped_within(reaped_ns, elapsed_ns, now.cpu_count):
+            self._note(
+                "child_reaped",
+                f"the target waited for children that had used {reaped_ns / 1e9:.1f} s of CPU time, most of it earlier;"
+                " with --children they are counted while they live",
+                now,
+            )
 
     def _compare_clocks(self, now: Snapshot) -> None:
         """

@@ -29,20 +29,24 @@ from vitalsd.recording.sqlite import sqlite3
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Tables", "readable", "writable"]
 
-SCHEMA_VERSION = 1
-"""Version of `SCHEMA`, in ``user_version`` of the database."""
+SCHEMA_VERSION = 2
+"""Version of `SCHEMA` and of `vitalsd.recording.scalars.SCALARS`, in ``user_version`` of the database."""
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE thread (id INTEGER PRIMARY KEY, tid INTEGER, birth INTEGER, name TEXT);
-CREATE TABLE segment (id INTEGER PRIMARY KEY, threads BLOB, cpu_ns BLOB, constants TEXT);
-CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, numbers BLOB, moved INTEGER, code TEXT);
+CREATE TABLE child (id INTEGER PRIMARY KEY, segment INTEGER, pid INTEGER, birth INTEGER, name TEXT, found_ns INTEGER);
+CREATE TABLE segment (id INTEGER PRIMARY KEY, threads BLOB, cpu_ns BLOB, waits BLOB, constants TEXT);
+CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, numbers BLOB, moved INTEGER, code TEXT, children BLOB);
 CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
 CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT);
 """
 """
-Blobs are arrays as the machine has them: thread ids u32; CPU times u64. The numbers of a frame are its scalars, i64;
-the indexes of the threads that moved, u32, as many as `moved`, or none if that is NULL because every thread did;
-and how much each of them moved, u32 or i64 as `code` says, I or q.
+Blobs are arrays as the machine has them: thread ids u32; CPU times u64; waits in steps of `WAIT_STEP_NS`, u64, NULL if
+the source does not count them. The numbers of a frame are its scalars, i64; the indexes of the threads that moved, u32,
+as many as `moved`, or none if that is NULL because every thread did; how much CPU time each of them used; and, if
+`code` has two letters, for how many steps each of them waited. The letters are the kinds of these numbers: H is u16,
+I u32, q i64. The children of a frame are i64, `CHILD_NUMBERS` for each: first its place among those of the segment, in
+the order of their ids.
 """
 
 COLUMNS: dict[str, list[str]] = {

@@ -21,16 +21,17 @@ from vitalsd.contract.shapes import APP, PROGRAM, Count, Doc, Lazy, UtcTime
 from vitalsd.recording.run_database import Tables, readable
 from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of
 from vitalsd.recording.run_image import UnreadableRunError
-from vitalsd.recording.segment import CpuDeltas, Segment
+from vitalsd.recording.scalars import SCALARS, snapshot_fields
+from vitalsd.recording.segment import CHILD_NUMBERS, WAIT_STEP_NS, ChildIdentity, Segment, ThreadDeltas
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
-from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
+from vitalsd.snapshot import MEMORY_PRESSURE_LEVELS, THERMAL_STATES, Identity, Snapshot, ThreadRoster
 from vitalsd.text import iso
 
 __all__ = ["UNKNOWN_END", "Run", "RunJson", "State", "UnreadableRunError", "describe", "read_run"]
 
-SCALARS_BYTES = 8 * len(Segment.SCALARS)
+SCALARS_BYTES = 8 * len(SCALARS)
 """Size of the scalars of one snapshot on disk, bytes."""
-CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image", "reading")
+CONSTANTS = ("cpu_grain_ns", "thread_grain_ns", "thread_lag_ns", "source", "image", "reading", "cpu_count")
 """Fields of a snapshot that are the same in a whole segment, stored with it as JSON."""
 MAX_TEXT = 16_384
 """Limit of a value in ``meta``, the constants of a segment or the detail of an event, characters."""
@@ -38,6 +39,10 @@ MAX_META = 100
 """Limit of the values in ``meta``; a run that vitalsd writes has 10."""
 THREAD_BYTES = 32
 """Least size of a file for each of its threads, bytes: a real one takes 35, with its place in a segment."""
+CHILD_BYTES = 24
+"""Least size of a file for each of its children, bytes: a real one takes about 30."""
+LEVELS = (("machine_memory_pressure_level", MEMORY_PRESSURE_LEVELS), ("machine_thermal_level", THERMAL_STATES))
+"""Scalars that are an index, and what they are an index of."""
 LARGEST = 2**63 - 1
 """Largest number that a run holds: that of a signed integer of 64 bits."""
 
@@ -166,7 +171,7 @@ def _described(tables: Tables, path: Path) -> Run:
     meta = _meta(tables)
     # Not count(*): SQLite executes it in one instruction, so the limit of instructions would not bound it.
     (count,) = tables.row("SELECT count(rowid) FROM frame")
-    wall = Segment.SCALARS.index("wall_ns")
+    wall = SCALARS.index("wall_ns")
     scalars = "SELECT substr(numbers, 1, ?) FROM frame WHERE rowid = (SELECT {}(rowid) FROM frame)"
     first_wall_ns, last_wall_ns = (
         None if row is None else _array("q", row[0])[wall]
@@ -206,16 +211,23 @@ def _record(tables: Tables) -> Record:
         threads[thread_id] = tuple(_typed(thread, (int, int, str)))
         if len(threads) * THREAD_BYTES > tables.size_bytes:
             raise ValueError("it has more threads than fit into it")
+    children: dict[int, list[ChildIdentity]] = {}
+    for number, (segment_id, *child) in enumerate(
+        tables.rows("SELECT segment, pid, birth, name, found_ns FROM child ORDER BY rowid"), 1
+    ):
+        children.setdefault(segment_id, []).append(ChildIdentity(*_typed(child, (int, int, str, int))))
+        if number * CHILD_BYTES > tables.size_bytes:
+            raise ValueError("it has more children than fit into it")
     # The key of every table here is its rowid: SQLite sorts nothing, and refuses a table that has none.
-    frames = tables.rows("SELECT segment, numbers, moved, code FROM frame ORDER BY rowid")
+    frames = tables.rows("SELECT segment, numbers, moved, code, children FROM frame ORDER BY rowid")
     newest = 0
     for segment_id, group in groupby(frames, key=lambda row: row[0]):
         if segment_id <= newest:  # a hostile file could demand thousands of copies of one segment
             raise ValueError(f"snapshots of segment {segment_id!r:.20} after those of {newest}")
         newest = segment_id
-        row = tables.row("SELECT threads, cpu_ns, constants FROM segment WHERE rowid = ?", segment_id)
+        row = tables.row("SELECT threads, cpu_ns, waits, constants FROM segment WHERE rowid = ?", segment_id)
         if row is not None:
-            record.restore(_segment(row, group, threads))
+            record.restore(_segment(row, group, threads, children.get(segment_id, ())))
     for row in _newest(tables, "wall_ns, monotonic_ns, label FROM mark", MAX_MARKS):
         mark = Mark(*_typed(row, (int, int, str)))
         if len(mark.label) > LABEL_CHARACTERS:
@@ -234,51 +246,89 @@ def _newest(tables: Tables, columns: str, count: int) -> list[Any]:
 
 
 def _segment(
-    row: Sequence[Any], frames: Iterable[Sequence[Any]], threads: Mapping[int, tuple[int, int, str]]
+    row: Sequence[Any],
+    frames: Iterable[Sequence[Any]],
+    threads: Mapping[int, tuple[int, int, str]],
+    children: Sequence[ChildIdentity],
 ) -> Segment:
     """Return the segment in `row` with the snapshots of `frames`."""
-    ids, cpu_ns, constants = row
+    ids, cpu_ns, base_waits, constants = row
     segment: Segment | None = None
-    for _, numbers, moved, code in frames:
+    for _, numbers, moved, code, child_numbers in frames:
         values, deltas = _frame(numbers, moved, code)
         if segment is None:
             keys = [threads[thread_id] for thread_id in _array("I", ids)]
-            segment = Segment(_first_snapshot(values, keys, _array("Q", cpu_ns), json.loads(_text(constants))))
+            waits = None if base_waits is None else _array("Q", base_waits)
+            segment = Segment(_first_snapshot(values, keys, _array("Q", cpu_ns), waits, json.loads(_text(constants))))
+            for child in children:
+                segment.add_child(child)
         _check(segment, values, deltas)
-        segment.add(values, deltas)
+        segment.add(values, deltas, _children(child_numbers, len(children)))
     assert segment is not None
     return segment
 
 
-def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", CpuDeltas]:
+def _frame(numbers: bytes, moved: int | None, code: str) -> tuple["array[int]", ThreadDeltas]:
     """Return the scalars and deltas of one frame. Raise `ValueError` or `TypeError`."""
     named = SCALARS_BYTES + 4 * (moved or 0)
     indexes = None if moved is None else _array("I", numbers[SCALARS_BYTES:named])
-    return _array("q", numbers[:SCALARS_BYTES]), (indexes, _array(code, numbers[named:]))
+    used_code, waited_code = code[:1], code[1:]
+    used_until = len(numbers)
+    if waited_code:
+        _array(used_code, b"")  # checks the kind
+        _array(waited_code, b"")
+        used_size, waited_size = array(used_code).itemsize, array(waited_code).itemsize
+        used_until = named + (len(numbers) - named) // (used_size + waited_size) * used_size
+    used_ns = _array(used_code, numbers[named:used_until])
+    waits = _array(waited_code, numbers[used_until:]) if waited_code else None
+    return _array("q", numbers[:SCALARS_BYTES]), ThreadDeltas(indexes, used_ns, waits)
 
 
-def _check(segment: Segment, scalars: "array[int]", deltas: CpuDeltas) -> None:
+def _children(content: bytes | None, known: int) -> "array[int] | None":
+    """Return the integers of the children of one frame. Raise `ValueError` for what cannot be such."""
+    if content is None:
+        return None
+    numbers = _array("q", content)
+    if len(numbers) % CHILD_NUMBERS or min(numbers, default=0) < 0:
+        raise ValueError("a child of another length, or with a negative number")
+    if max(numbers[::CHILD_NUMBERS], default=-1) >= known:
+        raise ValueError("a snapshot of more children than there are")
+    return numbers
+
+
+def _check(segment: Segment, scalars: "array[int]", deltas: ThreadDeltas) -> None:
     """Raise `ValueError` for what cannot be a snapshot of that segment."""
-    indexes, used_ns = deltas
     threads = len(segment.base_cpu_ns)
-    if len(scalars) != len(Segment.SCALARS) or len(used_ns) != (threads if indexes is None else len(indexes)):
+    count = threads if deltas.indexes is None else len(deltas.indexes)
+    if len(scalars) != len(SCALARS) or len(deltas.used_ns) != count:
         raise ValueError("a snapshot of another length")
-    if indexes and max(indexes) >= threads:
+    if deltas.waits is not None and (segment.base_waits is None or len(deltas.waits) != count):
+        raise ValueError("a snapshot with other waits than it has threads")
+    if deltas.indexes and max(deltas.indexes) >= threads:
         raise ValueError("a snapshot of more threads than there are")
+    for name, texts in LEVELS:
+        if scalars[SCALARS.index(name)] >= len(texts):
+            raise ValueError(f"a {name} of {scalars[SCALARS.index(name)]}")
 
 
 def _first_snapshot(
-    scalars: "array[int]", keys: list[tuple[int, int, str]], cpu_ns: "array[int]", constants: dict[str, Any]
+    scalars: "array[int]",
+    keys: list[tuple[int, int, str]],
+    cpu_ns: "array[int]",
+    waits: "array[int] | None",
+    constants: dict[str, Any],
 ) -> Snapshot:
-    if len(cpu_ns) != len(keys):
+    if len(cpu_ns) != len(keys) or (waits is not None and len(waits) != len(keys)):
         raise ValueError("threads without CPU time")
-    _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str, int))
-    _check_sizes(*(constants[name] for name in CONSTANTS[:3]))
+    _typed([constants[name] for name in CONSTANTS], (int, int, int, str, str, int, int))
+    _check_sizes(*(constants[name] for name in CONSTANTS[:3]), constants["cpu_count"])
     roster = ThreadRoster(*zip(*keys, strict=True)) if keys else ThreadRoster()
-    return Snapshot(**Segment.snapshot_fields(scalars), roster=roster, thread_cpu_ns=cpu_ns, **constants)
+    fields = snapshot_fields(scalars)
+    wait_ns = None if waits is None else [steps * WAIT_STEP_NS for steps in waits]
+    return Snapshot(**fields, roster=roster, thread_cpu_ns=cpu_ns, thread_wait_ns=wait_ns, **constants)
 
 
 def _array(code: str, content: bytes) -> "array[int]":
-    if code not in ("I", "Q", "q"):
+    if code not in ("H", "I", "Q", "q"):
         raise ValueError(f"numbers of a kind {code!r:.80}")
     return array(code, content)

@@ -18,7 +18,7 @@ from vitalsd.discovery.directories import EndpointError, private_directory
 from vitalsd.recording.run_database import SCHEMA, SCHEMA_VERSION
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_files import APPLICATION_ID, delete_run, new_run
-from vitalsd.recording.segment import NO_DELTAS, CpuDeltas, Segment
+from vitalsd.recording.segment import NO_DELTAS, Segment, ThreadDeltas
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, Mark
 from vitalsd.recording.sqlite import sqlite3
 from vitalsd.snapshot import Identity
@@ -63,6 +63,8 @@ class RunFile:
         self._retention_ns = retention_ns
         self._max_bytes = max_bytes
         self._thread_ids: dict[tuple[int, int, str], int] = {}
+        self._children = 0
+        """Number of children of the last segment that the file has."""
         _prepare(directory.path)
         directory.recover_crashed_runs(identity.start_id if lives else None)
         directory.make_room(max_bytes)
@@ -82,9 +84,11 @@ class RunFile:
             The id of the segment.
         """
         known = len(self._thread_ids)
+        self._children = 0
         try:
             with self._transaction():
                 segment_id = self._insert_segment_row(segment, position)
+                self._insert_children(segment_id, segment)
                 self._insert_frame(segment_id, segment, position, NO_DELTAS)
         except BaseException:
             for key in list(self._thread_ids)[known:]:  # the transaction failed: they are not in the file
@@ -94,7 +98,17 @@ class RunFile:
 
     def insert_snapshot(self, segment_id: int, segment: Segment, position: int) -> None:
         """Write the snapshot that a segment has at `position`; the segment is in the file as `segment_id`."""
-        self._insert_frame(segment_id, segment, position, segment.deltas[position])
+        if self._children == len(segment.children):
+            self._insert_frame(segment_id, segment, position, segment.deltas[position])
+            return
+        known = self._children
+        try:
+            with self._transaction():
+                self._insert_children(segment_id, segment)
+                self._insert_frame(segment_id, segment, position, segment.deltas[position])
+        except BaseException:
+            self._children = known
+            raise
 
     def insert_mark(self, mark: Mark) -> None:
         """Write a mark. Beyond `MAX_MARKS` the oldest are deleted, some at a time."""
@@ -134,6 +148,7 @@ class RunFile:
         if keep > first:
             with self._transaction():
                 db.execute("DELETE FROM frame WHERE segment < ?", (keep,))
+                db.execute("DELETE FROM child WHERE segment < ?", (keep,))
                 db.execute("DELETE FROM segment WHERE id < ?", (keep,))
                 used = self._delete_threads()
             self._thread_ids = {key: thread_id for key, thread_id in self._thread_ids.items() if thread_id in used}
@@ -212,26 +227,42 @@ class RunFile:
             "source": first.source,
             "image": repr(first.image),
             "reading": first.reading,
+            "cpu_count": first.cpu_count,
         }
-        cpu_ns = array("Q", segment.thread_cpu_ns(position)).tobytes()
+        cpu_ns, waits = array("Q", segment.thread_cpu_ns(position)).tobytes(), segment.thread_waits(position)
+        waits_blob = None if waits is None else array("Q", waits).tobytes()
         cursor = self._db.execute(
-            "INSERT INTO segment (threads, cpu_ns, constants) VALUES (?,?,?)",
-            (ids.tobytes(), cpu_ns, json.dumps(constants)),
+            "INSERT INTO segment (threads, cpu_ns, waits, constants) VALUES (?,?,?,?)",
+            (ids.tobytes(), cpu_ns, waits_blob, json.dumps(constants)),
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def _insert_frame(self, segment_id: int, segment: Segment, position: int, deltas: CpuDeltas) -> None:
-        indexes, used_ns = deltas
+    def _insert_children(self, segment_id: int, segment: Segment) -> None:
+        """Write the children of a segment that the file does not have yet."""
+        new = segment.children[self._children :]
+        self._db.executemany(
+            "INSERT INTO child (segment, pid, birth, name, found_ns) VALUES (?,?,?,?,?)",
+            [(segment_id, *child) for child in new],
+        )
+        self._children += len(new)
+
+    def _insert_frame(self, segment_id: int, segment: Segment, position: int, deltas: ThreadDeltas) -> None:
+        indexes, used_ns, waits = deltas
         numbers = bytearray(segment.scalars_at(position))  # faster than bytes, for which sqlite3 searches an adapter
         if indexes is not None:
             numbers += indexes
         numbers += used_ns
+        code: str = used_ns.typecode
+        if waits is not None:
+            numbers += waits
+            code += waits.typecode
         moved = None if indexes is None else len(indexes)
+        children = segment.child_numbers.get(position)
         # One statement is a transaction of its own, and saves the execution of BEGIN and COMMIT.
         self._db.execute(
-            "INSERT INTO frame (segment, numbers, moved, code) VALUES (?,?,?,?)",
-            (segment_id, numbers, moved, used_ns.typecode),
+            "INSERT INTO frame (segment, numbers, moved, code, children) VALUES (?,?,?,?,?)",
+            (segment_id, numbers, moved, code, None if children is None else children.tobytes()),
         )
 
     def _delete_threads(self) -> set[int]:

@@ -2,8 +2,8 @@
 Keep the last minutes of one process in memory, bounded in time and in bytes.
 
 This is a time series in segments of up to 64 snapshots with one set of threads: the first snapshot whole, of the others
-only the CPU time since the one before (`vitalsd.recording.segment`). The oldest snapshots are evicted by segment. A
-change of the set of threads, or of the program, begins a new segment.
+only what the threads did since the one before (`vitalsd.recording.segment`). The oldest snapshots are evicted by
+segment. A change of the set of threads, or of the program, begins a new segment.
 """
 
 import threading
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from vitalsd.contract.limits import LABEL_CHARACTERS
 from vitalsd.recording.segment import Segment
-from vitalsd.snapshot import Identity, Measurement, Snapshot, measure
+from vitalsd.snapshot import Identity, Measurement, Snapshot, ThreadRoster, measure
 
 __all__ = ["MAX_EVENTS", "MAX_MARKS", "Event", "EventKind", "Mark", "Record"]
 
@@ -26,6 +26,11 @@ MAX_EVENTS = 1000
 MAX_WINDOWS = 8
 """Limit of the measurements that are kept for callers with the same window: their answers may take megabytes."""
 
+ROSTER_BYTES = 24
+"""Memory of a roster for each of its threads, bytes."""
+THREAD_BYTES = 120
+"""Memory of the ids and the name of a thread that the roster before did not have, bytes."""
+
 EventKind = Literal[
     "missed",
     "suspended",
@@ -34,6 +39,7 @@ EventKind = Literal[
     "continued",
     "executed",
     "inconsistent",
+    "child_reaped",
     "exited",
     "failed",
 ]
@@ -112,17 +118,18 @@ class Record:
         with self._lock:
             segment = self._segments[-1] if self._segments else None
             if segment is None or not segment.accepts(snapshot):
-                roster, shared = snapshot.roster, False
+                roster, known = snapshot.roster, ThreadRoster()
                 if segment is not None:
-                    shared = roster.has_same_threads(segment.first.roster)
-                    roster = roster.sharing(segment.first.roster)
-                segment = Segment(replace(snapshot, roster=roster, thread_figures=None))
-                if not shared:
-                    segment.size_bytes += 3 * 8 * len(roster) + 2 * 32 * len(roster)
+                    known = segment.first.roster
+                    roster = roster.sharing(known)
+                segment = Segment(replace(snapshot, roster=roster))
+                if not roster.has_same_threads(known):
+                    new = len({*roster.tids}.difference(known.tids))
+                    segment.size_bytes += ROSTER_BYTES * len(roster) + THREAD_BYTES * new
                 self._segments.append(segment)
                 self._size_bytes += segment.size_bytes
             before = segment.size_bytes
-            segment.append(snapshot)
+            segment.append(snapshot, self._last)
             self._size_bytes += segment.size_bytes - before
             self._last = snapshot
             self._trim(snapshot.monotonic_ns - self.retention_ns)

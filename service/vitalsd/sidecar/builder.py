@@ -225,6 +225,7 @@ def _recording(config: SidecarConfig, base: _Base, exits_itself: Callable[[], bo
         config.retention_s,
         runs=base.runs if config.black_box else None,
         application=config.application,
+        children=config.children,
         exits_itself=exits_itself,
     )
 

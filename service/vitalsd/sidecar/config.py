@@ -172,6 +172,11 @@ class SidecarConfig:
     black_box: bool = _setting(
         True, "--black-box/--no-black-box", "Keep the record on disk as well, where it survives a crash."
     )
+    children: bool = _setting(
+        False,
+        "--children",
+        "Record the processes that the target has started, and theirs, with their names.",
+    )
     tcp: bool = _setting(True, "--no-tcp", "Listen on the Unix socket alone.", set_by_agent=True)
     uds: str | Path | None = _setting(
         None,

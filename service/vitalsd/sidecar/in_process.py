@@ -268,6 +268,7 @@ def start(
     record_interval_s: float = DEFAULTS.record_interval_s,
     retention_s: float = DEFAULTS.retention_s,
     black_box: bool = DEFAULTS.black_box,
+    children: bool = DEFAULTS.children,
     app: str | None = DEFAULTS.app,
     app_version: str | None = DEFAULTS.app_version,
     timeout_s: float = TIMEOUT.default,
@@ -289,6 +290,7 @@ def start(
         record_interval_s: time between two recorded snapshots; 0 records nothing.
         retention_s: how far back the recorder reaches.
         black_box: whether the record is kept on disk too, where it survives a crash.
+        children: whether the processes that this one has started, and theirs, are recorded, with their names.
         app: application id, 1 to 64 of ``A-Z a-z 0-9 . _ -``: reports with this id find the runs of this program, from
             wherever and however it is started. Without it, the file of the main module decides.
         app_version: up to 64 printable characters.
@@ -311,6 +313,7 @@ def start(
         record_interval_s=record_interval_s,
         retention_s=retention_s,
         black_box=black_box,
+        children=children,
         app=app,
         app_version=app_version,
     )

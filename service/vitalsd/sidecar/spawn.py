@@ -55,6 +55,7 @@ def spawn(
     tcp: bool = DEFAULTS.tcp,
     uds: str | Path | None = DEFAULTS.uds,
     auth: Auth = DEFAULTS.auth,
+    children: bool = DEFAULTS.children,
     app: str | None = DEFAULTS.app,
     app_version: str | None = DEFAULTS.app_version,
     options: Sequence[str] = (),
@@ -76,6 +77,7 @@ def spawn(
         tcp: whether to listen on TCP at all.
         uds: path of the Unix socket; default: in the runtime directory.
         auth: ``"token"`` demands the token of the runtime file over TCP.
+        children: whether the processes that the target has started, and theirs, are recorded, with their names.
         app: application id, 1 to 64 of ``A-Z a-z 0-9 . _ -``: reports with this id find the runs of this program, from
             wherever and however it is started. Without it, the file of the main module decides.
         app_version: up to 64 printable characters.
@@ -102,6 +104,7 @@ def spawn(
     arguments = serve_arguments(
         pid=os.getpid() if pid is None else pid,
         auth=auth,
+        children=children,
         exit_with_target=exit_with_target,
         port=port,
         tcp=tcp,

@@ -53,7 +53,7 @@ TARGET_EXAMPLE = {
 }
 MARK_EXAMPLE = {"time": "2026-03-01T09:30:05.250Z", "time_ms": 1772357405250, "label": "F12 pressed"}
 HISTORY_EXAMPLE = {
-    "schema": 1,
+    "schema": 2,
     "platform": "linux",
     "target": TARGET_EXAMPLE,
     "interval_ms": 1000,
@@ -63,13 +63,45 @@ HISTORY_EXAMPLE = {
     "rss_kb": [9920, 9924],
     "vm_size_kb": [234256, 234256],
     "thread_count": [2, 2],
-    "threads": [{"tid": 2375, "name": "render", "cpu_percent": [17.4, 17.6]}],
+    "wait_percent": [0.4, 31.2],
+    "children_percent": [0.0, 0.0],
+    "anonymous_kb": [6144, 6148],
+    "footprint_kb": None,
+    "swap_kb": [0, 0],
+    "open_fds": [12, 12],
+    "major_faults": [0, 3],
+    "idle_wakeups": None,
+    "interrupt_wakeups": None,
+    "energy_nj": None,
+    "machine": {
+        "scope": "host",
+        "cpu_percent": [212.5, 398.1],
+        "other_percent": [188.4, 372.5],
+        "load_1m": [2.11, 2.34],
+        "memory_available_kb": [8125440, 8124992],
+        "swap_used_kb": [0, 0],
+        "cpu_pressure_percent": [0.5, 61.3],
+        "memory_pressure_percent": [0.0, 0.0],
+        "io_pressure_percent": [0.0, 0.2],
+        "memory_pressure": None,
+        "quota_throttled_percent": [0.0, 0.0],
+        "thermal_state": ["nominal", "nominal"],
+    },
+    "application": None,
+    "threads": [{"tid": 2375, "name": "render", "cpu_percent": [17.4, 17.6], "wait_percent": [0.3, 30.8]}],
+    "children": [],
     "marks": [{"time_ms": 1772357405250, "label": "F12 pressed"}],
     "events": [{"time_ms": 1772357405121, "kind": "missed", "detail": "2 snapshots are missing before this one"}],
 }
 CSV_EXAMPLE = (
-    "time,elapsed_ms,cpu_percent,rss_kb,vm_size_kb,thread_count,2375 render cpu_percent,marks,events\n"
-    "2026-03-01T09:30:05.121Z,1001.1,25.6,9924,234256,2,17.6,mark: F12 pressed,\n"
+    "time,elapsed_ms,cpu_percent,rss_kb,vm_size_kb,thread_count,wait_percent,children_percent,anonymous_kb,footprint_kb,"
+    "swap_kb,open_fds,major_faults,idle_wakeups,interrupt_wakeups,energy_nj,machine_scope,machine_cpu_percent,"
+    "machine_other_percent,machine_load_1m,machine_memory_available_kb,machine_swap_used_kb,"
+    "machine_cpu_pressure_percent,machine_memory_pressure_percent,machine_io_pressure_percent,machine_memory_pressure,"
+    "machine_quota_throttled_percent,machine_thermal_state,application_cpu_percent,application_rss_kb,"
+    "application_process_count,application_complete,2375 render cpu_percent,2375 render wait_percent,marks,events\n"
+    "2026-03-01T09:30:05.121Z,1001.1,25.6,9924,234256,2,31.2,0.0,6148,,0,12,3,,,,host,398.1,372.5,2.34,8124992,0,61.3,"
+    "0.0,0.2,,0.0,nominal,,,,,17.6,30.8,mark: F12 pressed,\n"
 )
 RUN_EXAMPLE = {
     "id": "2345-142313-9bfa3fdd-2300",
@@ -121,10 +153,10 @@ def mark_json(mark: Mark) -> MarkJson:
 
 HISTORY = Operation(
     path="/history",
-    summary="What was recorded: process, busiest threads, marks and events",
-    description="The last `seconds` of the record, back from its end.",
-    answer="Columnar JSON; with `Accept: text/csv` CSV, one line for each row.",
-    shapes=(Lazy("vitalsd.recording.history:HistoryJson"),),
+    summary="What was recorded: process, machine, busiest threads, marks and events",
+    description="The last `seconds` of the record, counted from its end.",
+    answer="Columnar JSON; by `Accept: text/csv` CSV, a line per row.",
+    shapes=(Lazy("vitalsd.recording.history_columns:HistoryJson"),),
     example=HISTORY_EXAMPLE,
     media_types={"text/csv": CSV_EXAMPLE},
     reasons=("not_recording", "busy"),
@@ -190,7 +222,7 @@ RUN_HISTORY = Operation(
     summary="What an earlier run recorded, up to its end",
     description="The record of an earlier run, up to the last snapshot on disk.",
     answer="As for `/history`.",
-    shapes=(Lazy("vitalsd.recording.history:HistoryJson"),),
+    shapes=(Lazy("vitalsd.recording.history_columns:HistoryJson"),),
     example=HISTORY_EXAMPLE,
     media_types={"text/csv": CSV_EXAMPLE},
     reasons=("no_such_run", "unreadable_run", "hung", "busy"),
