@@ -229,7 +229,7 @@ class Machine(_Wire):
         description="cpu_percent less this process, or less the application if children=true; not below 0."
     )
     load_1m: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        description="Load average of the last minute."
+        description="Load average of the last minute. null in a container, because the kernel has it for the host only."
     )
     memory_available_kb: Count | None = Field(description="Memory that programs can get without swapping, KiB.")
     swap_used_kb: Count | None
@@ -241,7 +241,8 @@ class Machine(_Wire):
         description="Linux: time for which a CPU quota kept the target from running; summed over cores."
     )
     thermal_state: Literal["nominal", "moderate", "heavy", "trapping", "sleeping", "throttled"] | None = Field(
-        description="macOS: thermal pressure. Linux: throttled if the CPU was throttled in the last second."
+        description="macOS: thermal pressure. Linux: throttled if the CPU was throttled in the last second;"
+        " null if it does not count that, as in a virtual machine."
     )
 
 

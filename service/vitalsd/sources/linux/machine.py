@@ -211,8 +211,8 @@ class MachineReader:
         prefix = "" if files.member == files.pid else f"task/{files.member}/"
         try:
             content = read_file(f"{prefix}cgroup", files.directory)
-        except OSError:  # The kernel has no control groups, or the target is gone.
-            content = b""
+        except OSError:  # The kernel has no control groups, or it hides the target since a moment ago.
+            content = self._groups or b""
         groups = group_paths(content, b"cpu")
         if content != self._groups:
             self._groups = content
@@ -259,8 +259,8 @@ def _missing(figures: MachineFigures) -> Iterator[str]:
     """Yield the names of missing figures as the answers have them, each with the reason if there is a usual one."""
     if figures.busy_ns is None:
         yield "cpu_percent, other_percent"
-    if figures.load_milli is None:
-        yield "load_1m (the kernel has it for the host only)" if figures.in_container else "load_1m"
+    if figures.load_milli is None and not figures.in_container:
+        yield "load_1m"
     if figures.memory_available_bytes is None:
         yield "memory_available_kb"
     if figures.swap_used_bytes is None:
