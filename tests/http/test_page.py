@@ -18,6 +18,7 @@ from support.browser import Browser
 from support.serving import Serving
 from support.sidecars import environment, eventually, serving
 from support.target import Target
+from vitalsd.sidecar.config import SETTINGS
 
 LIVE = "document.querySelector('#status').textContent === 'live'"
 NAMES = "[...document.querySelectorAll('#rows bdi')].map((each) => each.textContent)"
@@ -462,6 +463,28 @@ def test_page_reasons_say_in_words_what_is_not_there(page: Browser, served: Serv
         assert text, title
         assert not re.search(r"NaN|undefined|null|Infinity", text), title
     assert "--children" in page.run("document.querySelector('#no-family').textContent")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "children" not in SETTINGS, reason="no setting records children here")
+def test_page_names_recorded_children_as_text(page: Browser, burner: Target, tmp_path: Path) -> None:
+    """A child's name is text, whatever is in it; a replay of a report without names says that they are missing."""
+    program = as_platform.program("linux", as_platform.EXPLAINED)
+    name = "<b>child\\u{1b}[2J"
+    row = "[...document.querySelectorAll('#child-rows tr > *')].map((each) => each.textContent)"
+    with Serving(tmp_path, "--pid", str(burner.pid), "--children", python=program) as serving:
+        eventually(lambda: serving.get("/history", seconds=60)["children"], 20)
+        shown(page, serving.url)
+        page.click("#reasons summary")
+        page.eventually(row, lambda cells: cells == [name, "99", "50.0 %", "7168 KiB"])
+        report = tmp_path / "report.zip"
+        report.write_bytes(serving.client.get("/report.zip?window_ms=100").content)
+        page.open("about:blank")
+    with Serving(tmp_path, str(report), command="replay") as replay:
+        page.open(f"{replay.url}/")
+        page.eventually("document.querySelector('#status').textContent === 'replay'")
+        page.click("#reasons summary")
+        page.eventually("document.querySelector('#no-family').textContent === 'This record does not name them.'")
+        assert "2 processes" in page.run("document.querySelector('#family-title').textContent")
 
 
 def test_page_renders_hostile_thread_names_as_text(page: Browser, served: Serving, burner: Target) -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import io
 import json
+import os
 import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from support.sidecars import VITALSD, environment
+from support import as_platform
+from support.serving import Serving
+from support.sidecars import VITALSD, environment, eventually
 from support.snapshots import IDENTITY, MACHINE, SECOND, snapshot, with_extras
 from vitalsd.contract.encoding import encode
 from vitalsd.contract.metrics import FullMetrics, Measured, Unavailable, parse_runtime_metrics
@@ -26,6 +30,7 @@ from vitalsd.http.app import create_app
 from vitalsd.report.builder import Collected, Heading, build
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.sampling.target_pool import Targets
+from vitalsd.sidecar.config import SETTINGS
 from vitalsd.snapshot import Child, Part, ProcessTree, Snapshot, measure
 from vitalsd.sources import open_source
 from vitalsd.sources.base import Source
@@ -216,6 +221,24 @@ def test_member_without_children_is_not_changed() -> None:
     content = b'{"children": [],  "threads": []}'
     collected = Collected("linux", {HISTORY: content})
     assert build(Heading("viewer"), collected, created=datetime.now(UTC)).members[HISTORY] == content
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "children" not in SETTINGS, reason="no setting records children here")
+def test_report_over_a_record_of_children_names_them_with_consent_alone(home: Path) -> None:
+    """A sidecar that records a child names it to its owner; the report of client and sidecar alike does not."""
+    program = as_platform.program("linux", as_platform.EXPLAINED)
+    planted = json.dumps(as_platform.CHILD)[1:-1].encode()
+    with Serving(home, "--pid", str(os.getpid()), "--children", "--record-interval", "0.1", python=program) as serving:
+        eventually(lambda: serving.get("/history", seconds=60)["children"], 20)
+        for children in (False, True):
+            report = BugReport("viewer", window_ms=100, url=serving.url, children=children).preview()
+            answer = serving.client.post(f"/report.zip?window_ms=100&children={str(children).lower()}", json={})
+            with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+                posted = {name: archive.read(name) for name in archive.namelist()}
+            for members in (report, posted):
+                assert json.loads(members[HISTORY])["application"]["process_count"].count(2) > 0
+                named = {name for name, content in members.items() if planted in content}
+                assert named == ({METRICS, HISTORY} if children else set())
 
 
 class WithChild:
