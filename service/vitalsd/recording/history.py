@@ -97,8 +97,9 @@ def _threads(
     waits: RowWaits,
     release: LockRelease,
 ) -> list[ThreadHistory]:
-    """Return the columns of `keys`; no wait is known where the CPU time is not."""
+    """Return the columns of `keys`; no wait is known where the CPU time is not, and both have at most the row."""
     columns = _columns(frames, bounds, keys, release)
+    elapsed = _deltas(frames.column("monotonic_ns"), bounds)
     names = {
         key: name
         for segment, _ in _shown(frames, bounds)
@@ -106,13 +107,13 @@ def _threads(
     }
     found = []
     for key in keys:
-        waited = waits.threads.get(key)
-        known = (
-            None
-            if waited is None
-            else [None if cpu_ns is None else ns for cpu_ns, ns in zip(columns[key], waited, strict=True)]
-        )
-        found.append(ThreadHistory(key[0], names[key], totals[key], columns[key], known))
+        waited: list[int | None] | None = None
+        if key in waits.threads:
+            waited = [
+                None if cpu_ns is None else min(ns, max(0, elapsed_ns - cpu_ns))
+                for cpu_ns, ns, elapsed_ns in zip(columns[key], waits.threads[key], elapsed, strict=True)
+            ]
+        found.append(ThreadHistory(key[0], names[key], totals[key], columns[key], waited))
     return found
 
 

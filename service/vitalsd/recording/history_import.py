@@ -168,16 +168,14 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
         reading += row >= 0 and any(columns[i][row] is None for i in now_alive)
         if now_alive != alive or roster is None:
             alive = now_alive
-            roster = ThreadRoster(
-                tids=tuple(whole(threads[i]["tid"], MAX_MS) for i in alive),
-                births=tuple(alive),  # a tid may have been reused: each use is a thread of the table
-                names=tuple(str(threads[i]["name"]) for i in alive),
-            )
+            roster = _roster(threads, alive)
         if row >= 0:
             cpu_ns += round(table["cpu_percent"][row] * elapsed_ns / 100)
             for i in alive:
-                thread_cpu_ns[i] += round((columns[i][row] or 0) * elapsed_ns / 100)
-                thread_wait_ns[i] += round((waits[i][row] or 0) * elapsed_ns / 100)
+                used_ns = round((columns[i][row] or 0) * elapsed_ns / 100)
+                waited_ns = round((waits[i][row] or 0) * elapsed_ns / 100)
+                thread_cpu_ns[i] += used_ns
+                thread_wait_ns[i] += min(waited_ns, max(0, elapsed_ns - used_ns))  # else the rest would be spread
         wall_ns = times[shown] * 1_000_000 - (elapsed_ns if row < 0 else 0)
         scalars = figures.scalars(
             row + 1,
@@ -204,6 +202,14 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
             thread_lag_ns=LAG_NS,
             source="report",
         )
+
+
+def _roster(threads: Sequence[Mapping[str, Any]], alive: Sequence[int]) -> ThreadRoster:
+    return ThreadRoster(
+        tids=tuple(whole(threads[i]["tid"], MAX_MS) for i in alive),
+        births=tuple(alive),  # a tid may have been reused: each use is a thread of the table
+        names=tuple(str(threads[i]["name"]) for i in alive),
+    )
 
 
 def _check(table: Mapping[str, Any], threads: Sequence[Mapping[str, Any]], rows: int) -> None:

@@ -23,7 +23,10 @@ class RowWaits(NamedTuple):
     """Waits in each row of a table, ns."""
 
     threads: Mapping[ThreadKey, Sequence[int]]
-    """Those of the threads that were asked for; empty if no thread has any on record."""
+    """
+    Those of the threads that were asked for, in steps of `WAIT_STEP_NS`, and so up to a step too long; empty if no
+    thread has any on record.
+    """
     process_ns: Sequence[int | None] | None
     """Those of the process; ``None``: they are not recorded."""
 
@@ -169,12 +172,12 @@ def _moved(steps: Sequence[_Step], release: LockRelease) -> dict[ThreadKey, dict
 
 
 def _charged_too_much(step: _Step) -> Iterable[int]:
-    """Yield the threads that are charged with more than the time in which they did not run."""
+    """Yield the threads that are charged with more than the time in which they did not run, by a step at least."""
     if step.deltas is None:
         return
     indexes, used_ns, waits = step.deltas
     if not waits or WAIT_STEP_NS * max(waits) <= step.elapsed_ns - max(used_ns):
         return
     for i, (used, steps) in enumerate(zip(used_ns, waits, strict=True)):
-        if steps > 0 and WAIT_STEP_NS * steps + used > step.elapsed_ns:
+        if steps > 0 and WAIT_STEP_NS * (steps - 1) + used >= step.elapsed_ns:
             yield i if indexes is None else indexes[i]
