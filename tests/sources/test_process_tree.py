@@ -1,0 +1,150 @@
+"""The arithmetic of a process tree, with rows as a kernel could return them."""
+
+import random
+
+from vitalsd.sources.process_tree import Member, ProcessLedger
+
+TARGET = 100
+
+
+def row(pid: int, cpu_ns: int, reaped_ns: int = 0, *, parent: int = TARGET, young: bool = True, rss: int = 1) -> Member:
+    """Return a row of a process that started at its pid."""
+    return Member((pid, pid), parent, f"p{pid}", cpu_ns, reaped_ns, rss, 1, young)
+
+
+def target(cpu_ns: int, reaped_ns: int = 0) -> Member:
+    return row(TARGET, cpu_ns, reaped_ns, parent=1, young=False)
+
+
+class TestGrowth:
+    def test_first_reading_is_the_zero_of_the_counters(self) -> None:
+        """Whatever the processes used before; each child is found with its CPU time."""
+        tree = ProcessLedger().read([target(500, 70), row(101, 30)], missed=False)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (0, 0, 0)
+        assert (tree.process_count, tree.rss_bytes) == (2, 2)
+        (child,) = tree.children
+        assert (child.pid, child.start_key, child.name) == (101, 101, "p101")
+        assert (child.cpu_ns, child.found_cpu_ns) == (30, 30)
+
+    def test_young_child_counts_whole_and_late_found_child_from_now(self) -> None:
+        """One that started since the reading before, and one that was there and was missed."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], missed=False)
+        tree = ledger.read([target(5), row(101, 7), row(102, 90, young=False)], missed=False)
+        assert tree.cpu_ns == 5 + 7
+        assert [child.found_cpu_ns for child in tree.children] == [0, 90]
+        assert ledger.read([target(5), row(101, 7), row(102, 95, young=False)], missed=False).cpu_ns == 12 + 5
+
+    def test_counter_that_falls_adds_nothing(self) -> None:
+        """The sum never decreases."""
+        ledger = ProcessLedger()
+        ledger.read([target(50, 50), row(101, 50)], missed=False)
+        assert ledger.read([target(40, 40), row(101, 40)], missed=False).cpu_ns == 0
+
+    def test_missed_reading_is_a_gap(self) -> None:
+        """A descendant that could not be read, or too many of them."""
+        ledger = ProcessLedger()
+        assert ledger.read([target(0)], missed=True).gaps == 1
+        assert ledger.read([target(0)], missed=False).gaps == 1
+
+
+class TestReaped:
+    def test_child_seen_while_it_lived_counts_only_the_rest(self) -> None:
+        """It had used 40 when it was last read, and 45 when the target waited for it."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], missed=False)
+        ledger.read([target(0), row(101, 40)], missed=False)
+        tree = ledger.read([target(0, 45)], missed=False)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (45, 5, 0)
+
+    def test_child_born_and_reaped_between_two_readings_is_counted_and_a_gap(self) -> None:
+        ledger = ProcessLedger()
+        ledger.read([target(0)], missed=False)
+        tree = ledger.read([target(0, 30)], missed=False)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (30, 30, 1)
+
+    def test_zombie_is_not_listed_and_not_counted_twice(self) -> None:
+        """Its last row has the whole CPU time, which the target is booked when it waits, readings later."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], missed=False)
+        ledger.read([target(0), row(101, 40)], missed=False)
+        for _ in range(3):
+            tree = ledger.read([target(0), row(101, 45)._replace(thread_count=0, rss_bytes=0)], missed=False)
+            assert (tree.cpu_ns, tree.process_count, tree.children) == (45, 1, ())
+        tree = ledger.read([target(0, 45)], missed=False)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (45, 0, 0)
+
+    def test_child_reaped_after_the_row_of_its_parent_was_read_is_not_counted_twice(self) -> None:
+        """It vanishes in one reading, and its parent shows it in the next."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], missed=False)
+        ledger.read([target(0), row(101, 40)], missed=False)
+        ledger.read([target(0, 0)], missed=False)
+        tree = ledger.read([target(0, 45)], missed=False)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (45, 5, 0)
+
+    def test_child_that_is_never_booked_does_not_hide_a_later_one(self) -> None:
+        """Where the kernel books nothing, as for a parent that ignores SIGCHLD on Linux."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], missed=False)
+        ledger.read([target(0), row(101, 40)], missed=False)
+        for _ in range(2):
+            ledger.read([target(0)], missed=False)
+        assert ledger.read([target(0, 30)], missed=False).cpu_ns == 70
+
+    def test_chain_that_ended_counts_at_its_nearest_living_ancestor(self) -> None:
+        """A shell and the program that it ran; the shell waited for it, and the target for the shell."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], missed=False)
+        ledger.read([target(0), row(101, 10), row(102, 200, parent=101)], missed=False)
+        tree = ledger.read([target(0, 12 + 210)], missed=False)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (222, 12, 0)
+
+    def test_reaped_by_a_descendant_is_not_of_the_target(self) -> None:
+        """`reaped_ns` is what the target itself waited for."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], missed=False)
+        ledger.read([target(0), row(101, 10)], missed=False)
+        tree = ledger.read([target(0), row(101, 10, 30)], missed=False)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (40, 0, 1)
+
+    def test_reused_pid_is_another_child(self) -> None:
+        """The same pid with a later start: the first one ended, and the new one counts from its start."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], missed=False)
+        ledger.read([target(0), row(101, 40)], missed=False)
+        again = row(101, 3)._replace(key=(101, 7000))
+        assert ledger.read([target(0, 40), again], missed=False).cpu_ns == 43
+
+
+def test_sum_of_a_random_tree_is_what_its_processes_used() -> None:
+    """
+    Grow, end and reap processes at random, and read the tree in between.
+
+    The sum is exact: all CPU time since the first reading, of the living and of those that were waited for.
+    """
+    chance = random.Random(27)
+    for _ in range(200):
+        ledger, used = ProcessLedger(), 0
+        rows = {TARGET: target(0)}
+        ledger.read(list(rows.values()), missed=False)
+        unread: set[int] = set()
+        pid = TARGET
+        for _ in range(60):
+            what, who = chance.choice(["run", "run", "fork", "end", "read"]), chance.choice(list(rows))
+            if what == "run":
+                used += 10
+                rows[who] = rows[who]._replace(cpu_ns=rows[who].cpu_ns + 10)
+            elif what == "fork":
+                pid += 1
+                rows[pid] = row(pid, 0, parent=who)
+                unread.add(pid)
+            elif what == "end" and who != TARGET and all(each.parent != who for each in rows.values()):
+                ended = rows.pop(who)
+                parent = rows[ended.parent]
+                booked_ns = parent.reaped_ns + ended.cpu_ns + ended.reaped_ns
+                rows[ended.parent] = parent._replace(reaped_ns=booked_ns)
+            elif what == "read":
+                rows_now = [each._replace(is_young=number in unread) for number, each in rows.items()]
+                assert ledger.read(rows_now, missed=False).cpu_ns == used
+                unread.clear()
