@@ -619,7 +619,9 @@ class TestProcessFigures:
         snapshot = source.snapshot(parts=Part.DETAIL)
         assert snapshot.figures is not None
         assert (snapshot.figures.footprint_bytes, snapshot.figures.interrupt_wakeups) == (None, None)
-        assert snapshot.warnings == ("footprint, wakeups, energy: proc_pid_rusage failed: Operation not permitted",)
+        assert snapshot.warnings == (
+            "footprint, waits, wakeups, energy, children: proc_pid_rusage failed: Operation not permitted",
+        )
         assert snapshot.rss_bytes > 0
 
     def test_open_descriptors_refused_are_null_with_a_warning(

@@ -24,7 +24,7 @@ from support.paths import DATA
 from support.sidecars import environment
 from support.target import OwnWorkload
 from support.workload import ChildWorkload
-from vitalsd.snapshot import Part, Snapshot, measure
+from vitalsd.snapshot import Part, ProcessTree, Snapshot, measure
 from vitalsd.sources.base import NoSuchProcessError, ProcessEntry
 from vitalsd.sources.darwin.functions import FUNCTIONS
 from vitalsd.sources.darwin.libproc_source import LibprocSource
@@ -54,9 +54,9 @@ def scene(lib: LibSystem, pid: int) -> tuple[list[Snapshot], list[ProcessEntry],
     """Read this process, the process `pid` and the list of all; and a pid that no process has."""
     taken = []
     with closing(MachSource(lib=lib)) as own:
-        taken += [own.snapshot(parts=Part.DETAIL), own.snapshot()]
+        taken += [own.snapshot(parts=Part.DETAIL | Part.CHILDREN), own.snapshot()]
     with closing(LibprocSource(pid, lib=lib, program_of=ProgramDigest(b"k" * 32))) as other:
-        taken += [other.snapshot(parts=Part.DETAIL), other.snapshot()]
+        taken += [other.snapshot(parts=Part.DETAIL | Part.CHILDREN), other.snapshot()]
     with pytest.raises(NoSuchProcessError):
         LibprocSource(2**31 - 2, lib=lib)
     lib.host.uuid()
@@ -137,15 +137,24 @@ def test_tape_plays_as_it_was_recorded(
             "state",
             "thread_cpu_ns",
             "boottime_ns",
+            "wait_ns",
+            "wait_error_ns",
+            "cpu_count",
+            "machine",
         ):
             assert getattr(is_, field) == getattr(was, field), field
         assert is_.roster.has_same_threads(was.roster)
         assert is_.figures == was.figures
+        assert _nameless(is_.tree) == _nameless(was.tree)
         assert [len(name) for name in is_.roster.names] == [len(name) for name in was.roster.names]
         assert set("".join(is_.roster.names)) <= {"x"}
     assert [entry.pid for entry in listed] == [entry.pid for entry in entries]
     assert held_again == held
     assert not any(player.left(name) for name in ARGUMENTS)
+
+
+def _nameless(tree: ProcessTree | None) -> ProcessTree | None:
+    return tree and tree._replace(children=tuple(child._replace(name="") for child in tree.children))
 
 
 def test_tape_covers_every_function_of_the_library(simulator: Simulator, child: ChildWorkload) -> None:

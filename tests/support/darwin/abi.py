@@ -50,7 +50,7 @@ struct proc_uniqidentifierinfo {
 };
 """
 
-REVISIONS = {"task_vm_info": "TASK_VM_INFO_REV1_COUNT * 4"}
+REVISIONS = {"task_vm_info": "TASK_VM_INFO_REV1_COUNT * 4", "vm_statistics64": "HOST_VM_INFO64_REV1_COUNT * 4"}
 """Structs with several revisions: the C expression for the size of the declared one."""
 
 

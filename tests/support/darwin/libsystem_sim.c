@@ -39,6 +39,7 @@ enum {
 };
 #define MACH_PORT_DEAD 0xffffffffu
 #define TASK_SELF 0x103u
+#define HOST_SELF 0x203u
 
 uint32_t mach_task_self_ = TASK_SELF;
 
@@ -152,7 +153,7 @@ void sim_perf_levels(long long levels) { perf_levels = levels; }
 struct stat_line {
     char comm[64], state;
     bool ending; /* this thread is exiting, or SIGKILL waits for it */
-    unsigned long long utime, stime, minflt, majflt, priority, threads, start, vsize, rss, image;
+    unsigned long long ppid, utime, stime, cutime, cstime, minflt, majflt, priority, threads, start, vsize, rss, image;
 };
 
 static bool read_file(const char *path, char *text, size_t size)
@@ -184,10 +185,13 @@ static bool read_stat(const char *path, struct stat_line *s)
     for (int i = 4; i <= 31; i++)
         field[i] = strtoull(next, &next, 10);
     s->ending = strchr("ZX", s->state) || field[9] & 4 /* PF_EXITING */ || field[31] & 1 << (SIGKILL - 1);
+    s->ppid = field[4];
     s->minflt = field[10];
     s->majflt = field[12];
     s->utime = field[14];
     s->stime = field[15];
+    s->cutime = field[16];
+    s->cstime = field[17];
     s->priority = field[18];
     s->threads = field[20];
     s->start = field[22];
@@ -603,7 +607,7 @@ static void *new_array(size_t bytes)
             arrays_held++;
             return address;
         }
-    violation("256 arrays of task_threads were never given back");
+    violation("256 arrays were never given back");
     return NULL;
 }
 
@@ -660,13 +664,39 @@ int task_threads(uint32_t task, uint32_t **list, uint32_t *count)
     return code;
 }
 
+/* The host port [6, 11]: other libraries of the process hold one reference, each mach_host_self adds one. */
+
+static uint32_t host_references = 1;
+
+uint32_t mach_host_self(void)
+{
+    pthread_mutex_lock(&lock);
+    long injected = fault("mach_host_self", -1);
+    if (!injected)
+        host_references++;
+    pthread_mutex_unlock(&lock);
+    return injected ? 0 : HOST_SELF;
+}
+
+static int release_host_port(void)
+{
+    if (host_references <= 1) {
+        violation("release of the host port, which another library holds");
+        return KERN_INVALID_NAME;
+    }
+    host_references--;
+    return KERN_SUCCESS;
+}
+
 int mach_port_deallocate(uint32_t task, uint32_t name)
 {
     pthread_mutex_lock(&lock);
     int code = (int)fault("mach_port_deallocate", -1);
     if (!code && task != TASK_SELF)
         code = MACH_SEND_INVALID_DEST;
-    if (!code && name != 0 && name != MACH_PORT_DEAD) {
+    if (!code && name == HOST_SELF)
+        code = release_host_port();
+    else if (!code && name != 0 && name != MACH_PORT_DEAD) {
         struct port *p = port_named(name);
         if (p && p->own && p->references == 1 && p->thread->real && clock_ns(thread_clock(p->thread->id)) < 0) {
             struct thread *ended = p->thread;
@@ -692,8 +722,10 @@ int mach_port_get_refs(uint32_t task, uint32_t name, uint32_t right, uint32_t *r
     (void)task;
     pthread_mutex_lock(&lock);
     struct port *p = port_named(name);
-    int code = !p ? KERN_INVALID_NAME : KERN_SUCCESS;
-    if (p)
+    int code = !p && name != HOST_SELF ? KERN_INVALID_NAME : KERN_SUCCESS;
+    if (name == HOST_SELF)
+        *references = right == 0 ? host_references : 0;
+    else if (p)
         *references = (right == 0) == !p->dead ? p->references : 0;
     pthread_mutex_unlock(&lock);
     return code;
@@ -711,11 +743,11 @@ int mach_port_space_basic_info(uint32_t task, uint32_t info[6])
     return KERN_SUCCESS;
 }
 
-/* User references beyond those of libpthread: 0 unless one was not released. */
+/* User references beyond those of libpthread and other libraries: 0 unless one was not released. */
 long sim_references_owed(void)
 {
-    long owed = 0;
     pthread_mutex_lock(&lock);
+    long owed = host_references - 1;
     for (uint32_t i = 0; i < port_room; i++)
         if (ports[i].used)
             owed += ports[i].references - ports[i].own;
@@ -844,11 +876,123 @@ char *mach_error_string(int code)
     }
 }
 
+/* The machine [11] */
+
+static long long memory_pages[4] = {-1}, pressure_level = 1;
+static char hidden_sysctl[64];
+static const long long page_bytes = 16384;
+
+/* Pages that are free, speculative, of files, and purgeable, from now on. */
+void sim_memory(long long free_, long long speculative, long long external, long long purgeable)
+{
+    long long pages[4] = {free_, speculative, external, purgeable};
+    memcpy(memory_pages, pages, sizeof pages);
+}
+
+void sim_pressure_level(long long level) { pressure_level = level; }
+
+/* From now on there is no variable of this name. */
+void sim_hide_sysctl(const char *name) { snprintf(hidden_sysctl, sizeof hidden_sysctl, "%s", name); }
+
+static long long number_after(const char *text, const char *label)
+{
+    const char *at = strstr(text, label);
+    return at ? strtoll(at + strlen(label), NULL, 10) : 0;
+}
+
+/* Ticks of 1/100 s by state. XNU counts nice time as user time, and that of interrupts as the system's. */
+int host_processor_info(uint32_t host, int flavor, uint32_t *processors, uint32_t **array, uint32_t *count)
+{
+    static char text[65536];
+    pthread_mutex_lock(&lock);
+    int code = (int)fault("host_processor_info", flavor);
+    bool short_ = code == SHORT_REPLY;
+    code = short_ ? 0 : code;
+    if (!code && (host != HOST_SELF || host_references <= 1))
+        code = MACH_SEND_INVALID_DEST;
+    if (!code && flavor != 2)
+        code = KERN_INVALID_ARGUMENT;
+    if (!code && !read_file("/proc/stat", text, sizeof text))
+        code = 5;
+    if (!code) {
+        uint32_t ticks_of[1024][4], n = 0;
+        for (char *line = strchr(text, '\n'); line && !strncmp(line + 1, "cpu", 3) && n < 1024; line = strchr(line + 1, '\n')) {
+            unsigned long long user, nice, system, idle, iowait, irq, softirq;
+            if (sscanf(line, "\ncpu%*u %llu %llu %llu %llu %llu %llu %llu", &user, &nice, &system, &idle, &iowait, &irq, &softirq) != 7)
+                break;
+            uint32_t states[4] = {(uint32_t)(user + nice), (uint32_t)(system + irq + softirq), (uint32_t)(idle + iowait), 0};
+            memcpy(ticks_of[n++], states, sizeof states);
+        }
+        *processors = n;
+        *count = short_ ? 4 * n - 1 : 4 * n;
+        *array = new_array(*count * sizeof **array);
+        memcpy(*array, ticks_of, *count * sizeof **array);
+    }
+    pthread_mutex_unlock(&lock);
+    return code;
+}
+
+struct vm_statistics64 {
+    uint32_t free_count, active_count, inactive_count, wire_count;
+    uint64_t counters[9];
+    uint32_t purgeable_count, speculative_count;
+    uint64_t compression[4];
+    uint32_t compressor_page_count, throttled_count, external_page_count, internal_page_count;
+    uint64_t total_uncompressed;
+};
+
+/* All programs together get 2 to 10 answers a second, and then the last one again. */
+int host_statistics64(uint32_t host, int flavor, void *out, uint32_t *count)
+{
+    static struct vm_statistics64 last;
+    static long long window_ns, answers, most;
+    char text[8192];
+    pthread_mutex_lock(&lock);
+    long injected = fault("host_statistics64", flavor);
+    int code = injected == SHORT_REPLY ? 0 : (int)injected;
+    uint32_t words = sizeof last / 4;
+    if (!code && (host != HOST_SELF || host_references <= 1))
+        code = MACH_SEND_INVALID_DEST;
+    if (!code && flavor != 4)
+        code = KERN_INVALID_ARGUMENT;
+    if (!code && *count < words - 14) /* HOST_VM_INFO64_REV0_COUNT */
+        code = 5;
+    if (!code && *count < words)
+        words -= 14;
+    if (!code) {
+        long long now = clock_ns(CLOCK_BOOTTIME);
+        bool repeats = window_ns && now - window_ns < 1000000000 && answers >= most;
+        if (!window_ns || now - window_ns >= 1000000000) {
+            window_ns = now;
+            answers = 0;
+            most = 2 + now % 9;
+        }
+        answers++;
+        if (!repeats && read_file("/proc/meminfo", text, sizeof text)) {
+            long long kib = page_bytes / 1024;
+            bool made_up = memory_pages[0] >= 0;
+            long long speculative = made_up ? memory_pages[1] : number_after(text, "Inactive(file):") / kib / 4;
+            last = (struct vm_statistics64){
+                .free_count = (uint32_t)((made_up ? memory_pages[0] : number_after(text, "MemFree:") / kib) + speculative),
+                .speculative_count = (uint32_t)speculative,
+                .external_page_count = (uint32_t)(made_up ? memory_pages[2]
+                    : (number_after(text, "Active(file):") + number_after(text, "Inactive(file):")) / kib),
+                .purgeable_count = (uint32_t)(made_up ? memory_pages[3] : 0),
+                .internal_page_count = (uint32_t)(number_after(text, "AnonPages:") / kib),
+            };
+        }
+        *count = injected == SHORT_REPLY ? words - 1 : words;
+        memcpy(out, &last, *count * 4);
+    }
+    pthread_mutex_unlock(&lock);
+    return code;
+}
+
 /* libproc [3, 7] */
 
 static struct {
     long pid;
-    long long exited_ns, start_shift_s, execs, died_ns;
+    long long exited_ns, start_shift_s, execs, died_ns, wait_ns, reaped_ns;
     bool lived;
 } others[256];
 static long caller_euid = -1;
@@ -877,6 +1021,17 @@ static int other(long pid)
 /* From now on the pid belongs to a process that started this much later. */
 void sim_reuse_pid(long pid, long long seconds) { others[other(pid)].start_shift_s += seconds; }
 void sim_exec(long pid) { others[other(pid)].execs++; }
+
+/* The threads of the process have waited this much longer for a CPU. */
+void sim_wait(long pid, long long ns) { others[other(pid)].wait_ns += ns; }
+
+/* The process has waited for children that used this much more CPU time. */
+void sim_reap(long pid, long long ns) { others[other(pid)].reaped_ns += ns; }
+
+static long long runnable_lag_ns;
+
+/* How far the runnable time of a process is behind its CPU time: a thread that runs, within its quantum [2]. */
+void sim_runnable_lag(long long ns) { runnable_lag_ns = ns; }
 
 struct proc_bsdinfo {
     uint32_t flags, status, xstatus, pid, ppid, uid, gid, ruid, rgid, svuid, svgid, rfu;
@@ -912,12 +1067,29 @@ static struct totals other_totals(long pid, struct stat_line *s)
     return (struct totals){total, total - *exited};
 }
 
+/* Time for which the living threads were runnable and did not run, ns; XNU keeps that of exited threads as well. */
+static long long waited_ns(long pid)
+{
+    static uint64_t *ids;
+    static long room;
+    char path[64], text[64];
+    long long waited = 0;
+    snprintf(path, sizeof path, "/proc/%ld/task", pid);
+    long n = list_numbers(path, &ids, &room);
+    for (long i = 0; i < n; i++) {
+        thread_path(path, sizeof path, pid, ids[i], "schedstat");
+        char *second = read_file(path, text, sizeof text) ? strchr(text, ' ') : NULL;
+        waited += second ? strtoll(second, NULL, 10) : 0;
+    }
+    return waited;
+}
+
 static void bsd_info(long pid, struct stat_line *s, uint32_t uid, struct proc_bsdinfo *b)
 {
     long long start_us = boot_wall_ns / 1000 + (long long)s->start * 10000;
     *b = (struct proc_bsdinfo){
         .flags = 0x10, .status = s->state == 'Z' && s->threads <= 1 ? 5 : s->state == 'T' || s->state == 't' ? 4 : 2,
-        .pid = (uint32_t)pid, .uid = uid, .ruid = uid, .svuid = uid,
+        .pid = (uint32_t)pid, .ppid = (uint32_t)s->ppid, .uid = uid, .ruid = uid, .svuid = uid,
         .nfiles = 16, .start_s = start_us / 1000000 + others[other(pid)].start_shift_s, .start_us = start_us % 1000000,
     };
     snprintf(b->comm, sizeof b->comm, "%.15s", s->comm);
@@ -1234,6 +1406,11 @@ static long pid_rusage(long pid, int flavor, uint64_t *out)
     info[9] = gone ? 0 : anonymous;
     info[10] = ticks(start_ns);
     info[11] = gone ? ticks(clock_ns(CLOCK_MONOTONIC)) : 0;
+    /* Of children that were waited for; of a zombie, the final times [3]. */
+    info[12] = ticks((long long)s.cutime * 10000000 + others[other(pid)].reaped_ns);
+    info[13] = ticks((long long)s.cstime * 10000000);
+    long long runnable = (long long)((info[2] + info[3]) * 125 / 3) + waited_ns(pid) + others[other(pid)].wait_ns - runnable_lag_ns;
+    info[36] = ticks(runnable);
     info[20] = times[0] + times[1];
     info[30] = info[9];
     info[38] = times[0] * 3 / 4;
@@ -1277,6 +1454,30 @@ int proc_listallpids(void *buffer, int size)
     }
     pthread_mutex_unlock(&lock);
     return (int)n;
+}
+
+/* Children, also zombies and those of other users; at most as many as there is room for [7]. */
+int proc_listchildpids(int parent, void *buffer, int size)
+{
+    static uint64_t *ids;
+    static long room;
+    struct stat_line s;
+    char path[64];
+    pthread_mutex_lock(&lock);
+    long error = fault("proc_listchildpids", -1), n = list_numbers("/proc", &ids, &room), found = 0;
+    if (!error && buffer && size < 4)
+        error = ENOMEM;
+    for (long i = 0; !error && buffer && i < n && found < size / 4; i++) {
+        snprintf(path, sizeof path, "/proc/%llu/stat", (unsigned long long)ids[i]);
+        if (read_stat(path, &s) && (long)s.ppid == parent)
+            ((int32_t *)buffer)[found++] = (int32_t)ids[i];
+    }
+    pthread_mutex_unlock(&lock);
+    if (error) {
+        errno = (int)error;
+        return 0;
+    }
+    return (int)(buffer ? found : n + 20);
 }
 
 int gethostuuid(unsigned char *uuid, const struct timespec *wait)
@@ -1347,17 +1548,36 @@ int sysctl(int *oid, unsigned length, void *old, size_t *size, void *new, size_t
 int sysctlbyname(const char *name, void *old, size_t *size, const void *new, size_t new_size)
 {
     (void)new, (void)new_size;
-    char text[64] = {0};
+    char text[64] = {0}, file[8192];
     size_t length = 0;
     pthread_mutex_lock(&lock);
     long error = fault("sysctlbyname", -1);
     pthread_mutex_unlock(&lock);
+    if (!error && !strcmp(name, hidden_sysctl))
+        error = ENOENT;
     if (error)
         ;
     else if (!strcmp(name, "hw.tbfrequency") && frequency_stated) {
         memcpy(text, &frequency_stated, length = 8);
     } else if (!strcmp(name, "hw.nperflevels") && perf_levels) {
         memcpy(text, &perf_levels, length = 4);
+    } else if (!strcmp(name, "hw.ncpu")) {
+        int32_t processors = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
+        memcpy(text, &processors, length = 4);
+    } else if (!strcmp(name, "kern.memorystatus_vm_pressure_level")) {
+        memcpy(text, &pressure_level, length = 4);
+    } else if (!strcmp(name, "vm.loadavg") && read_file("/proc/loadavg", file, sizeof file)) {
+        double load[3] = {0};
+        sscanf(file, "%lf %lf %lf", &load[0], &load[1], &load[2]);
+        struct { uint32_t average[3]; int64_t scale; } loads = {.scale = 2048}; /* FSCALE */
+        for (int i = 0; i < 3; i++)
+            loads.average[i] = (uint32_t)(load[i] * 2048);
+        memcpy(text, &loads, length = sizeof loads);
+    } else if (!strcmp(name, "vm.swapusage") && read_file("/proc/meminfo", file, sizeof file)) {
+        long long total = number_after(file, "SwapTotal:") * 1024, free_ = number_after(file, "SwapFree:") * 1024;
+        struct { uint64_t total, available, used; uint32_t page_size, encrypted; } swap = {
+            (uint64_t)total, (uint64_t)free_, (uint64_t)(total - free_), (uint32_t)page_bytes, 1};
+        memcpy(text, &swap, length = sizeof swap);
     } else if (!strcmp(name, "kern.bootsessionuuid") && read_file("/proc/sys/kernel/random/boot_id", text, sizeof text)) {
         text[36] = 0;
         length = 37;

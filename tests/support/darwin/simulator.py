@@ -60,6 +60,14 @@ class Simulator:
             ("sim_rosetta", None, ctypes.c_int),
             ("sim_tbfrequency", None, ctypes.c_longlong),
             ("sim_perf_levels", None, ctypes.c_longlong),
+            (
+                "sim_memory", None, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_longlong,
+            ),
+            ("sim_pressure_level", None, ctypes.c_longlong),
+            ("sim_hide_sysctl", None, ctypes.c_char_p),
+            ("sim_wait", None, ctypes.c_long, ctypes.c_longlong),
+            ("sim_reap", None, ctypes.c_long, ctypes.c_longlong),
+            ("sim_runnable_lag", None, ctypes.c_longlong),
             ("sim_reap_delay", None, ctypes.c_long),
             ("sim_hide_real_threads", None),
             (
@@ -122,6 +130,30 @@ class Simulator:
     def perf_levels(self, levels: int) -> None:
         """Set the number of performance levels of the CPU."""
         self._raw.sim_perf_levels(levels)
+
+    def memory(self, *, free: int, speculative: int, external: int, purgeable: int) -> None:
+        """Set the pages of the machine; `free` without the speculative ones."""
+        self._raw.sim_memory(free, speculative, external, purgeable)
+
+    def pressure_level(self, level: int) -> None:
+        """Set the value of ``kern.memorystatus_vm_pressure_level``."""
+        self._raw.sim_pressure_level(level)
+
+    def hide_sysctl(self, name: str) -> None:
+        """Let there be no variable of this name; only one at a time is hidden."""
+        self._raw.sim_hide_sysctl(name.encode())
+
+    def wait(self, pid: int, ns: int) -> None:
+        """Let the threads of a process have waited for a CPU."""
+        self._raw.sim_wait(pid, ns)
+
+    def reap(self, pid: int, ns: int) -> None:
+        """Let a process have waited for children with this CPU time."""
+        self._raw.sim_reap(pid, ns)
+
+    def runnable_lag(self, ns: int) -> None:
+        """Set how far the runnable time of a process is behind its CPU time."""
+        self._raw.sim_runnable_lag(ns)
 
     def reap_delay(self, lists: int) -> None:
         """Set the number of lists of threads in which an ended thread still appears."""

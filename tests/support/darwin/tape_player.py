@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from ctypes import c_size_t, c_uint32
 from typing import Any
 
+from vitalsd.sources.darwin.apple_headers import CPU_STATE_MAX
 from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.darwin.tape import ARGUMENTS, FORMAT
 
@@ -82,13 +83,16 @@ class TapePlayer:
         (reply,) = replies
         size = len(reply)
         match name:
-            case "task_threads":
+            case "task_threads" | "host_processor_info":
                 array = ctypes.create_string_buffer(reply, size)
                 self._arrays[ctypes.addressof(array)] = array
-                c_size_t.from_address(_address(arguments[1])).value = ctypes.addressof(array)
-                c_uint32.from_address(_address(arguments[2])).value = size // 4
+                *_, pointer, count = arguments
+                c_size_t.from_address(_address(pointer)).value = ctypes.addressof(array)
+                c_uint32.from_address(_address(count)).value = size // 4
+                if name == "host_processor_info":
+                    c_uint32.from_address(_address(arguments[2])).value = size // 4 // CPU_STATE_MAX
                 return
-            case "task_info" | "thread_info":
+            case "task_info" | "thread_info" | "host_statistics64":
                 c_uint32.from_address(_address(arguments[3])).value = size // 4
                 buffer = arguments[2]
             case "proc_pidinfo" | "mach_port_get_refs":
@@ -101,7 +105,7 @@ class TapePlayer:
                 buffer = arguments[1]
             case "proc_pid_rusage":
                 buffer = arguments[2]
-            case "mach_port_space_basic_info":
+            case "mach_port_space_basic_info" | "proc_listchildpids":
                 buffer = arguments[1]
             case _:  # mach_timebase_info, proc_listallpids, gethostuuid
                 buffer = arguments[0]

@@ -2,13 +2,13 @@
 Declare the structs and constants of Apple's headers that our calls of libSystem need.
 
 Their names are those in the headers, so that a search finds them there. Each public upper-case integer *is* such a
-constant. The ABI proof compiles all constants and offsets against the headers: mach/task_info.h, mach/thread_info.h,
-mach/message.h, mach/kern_return.h, mach_debug/ipc_info.h, sys/mount.h, sys/param.h, sys/proc_info.h, sys/proc.h,
-sys/resource.h, sys/sysctl.h, sys/syslimits.h. Names marked *private* are only in bsd/sys/proc_info_private.h of
-xnu-11417.
+constant. The ABI proof compiles all constants and offsets against the headers: mach/host_info.h, mach/machine.h,
+mach/processor_info.h, mach/task_info.h, mach/thread_info.h, mach/message.h, mach/kern_return.h, mach/vm_statistics.h,
+mach_debug/ipc_info.h, sys/mount.h, sys/param.h, sys/proc_info.h, sys/proc.h, sys/resource.h, sys/sysctl.h,
+sys/syslimits.h. Names marked *private* are only in bsd/sys/proc_info_private.h of xnu-11417.
 
 task_info.h packs to 4 bytes. All fields here have the offset of natural alignment; `task_vm_info` ends before the first
-field that does not.
+field that does not. `vm_statistics64` ends where macOS 15 does; a later revision adds fields at its end.
 """
 
 from ctypes import Structure, c_char, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
@@ -47,8 +47,17 @@ PROC_PIDLISTTHREADIDS = 28
 PROC_FLAG_INEXIT = 4
 SSTOP = 4
 SZOMB = 5
+RUSAGE_INFO_V2 = 2
 RUSAGE_INFO_V4 = 4
 RUSAGE_INFO_V6 = 6
+
+HOST_VM_INFO64 = 4
+PROCESSOR_CPU_LOAD_INFO = 2
+CPU_STATE_USER = 0
+CPU_STATE_SYSTEM = 1
+CPU_STATE_IDLE = 2
+CPU_STATE_NICE = 3
+CPU_STATE_MAX = 4
 
 CTL_KERN = 1
 KERN_PROCARGS2 = 49
@@ -323,8 +332,12 @@ class proc_vnodepathinfo(Structure):
     _fields_ = (("pvi_cdir", vnode_info_path), ("pvi_rdir", vnode_info_path))
 
 
-class rusage_info_v4(Structure):
-    """Resources that a process has used: every ``*_time`` and ``*_abstime`` in ticks, sizes in bytes."""
+class rusage_info_v2(Structure):
+    """
+    Resources that a process has used: every ``*_time`` and ``*_abstime`` in ticks, sizes in bytes.
+
+    ``ri_child_*`` is of the children that it waited for, and of theirs.
+    """
 
     _fields_ = (
         ("ri_uuid", c_uint8 * 16),
@@ -346,6 +359,14 @@ class rusage_info_v4(Structure):
         ("ri_child_elapsed_abstime", c_uint64),
         ("ri_diskio_bytesread", c_uint64),
         ("ri_diskio_byteswritten", c_uint64),
+    )
+
+
+class rusage_info_v4(Structure):
+    """The fields of `rusage_info_v2`, and more; ``ri_runnable_time`` is 0 before xnu-6153 (macOS 10.15)."""
+
+    _fields_ = (
+        *rusage_info_v2._fields_,
         ("ri_cpu_time_qos_default", c_uint64),
         ("ri_cpu_time_qos_maintenance", c_uint64),
         ("ri_cpu_time_qos_background", c_uint64),
@@ -394,3 +415,62 @@ class proc_fdinfo(Structure):
     """An open descriptor and its type."""
 
     _fields_ = (("proc_fd", c_int32), ("proc_fdtype", c_uint32))
+
+
+class processor_cpu_load_info(Structure):
+    """Ticks of 1/100 s that a processor spent in each state since boot; each wraps at 2**32."""
+
+    _fields_ = (("cpu_ticks", c_uint32 * CPU_STATE_MAX),)
+
+
+class vm_statistics64(Structure):
+    """
+    Pages of the machine by use: the first revision (HOST_VM_INFO64_REV1_COUNT words).
+
+    ``speculative_count`` is part of ``free_count``, and of ``external_page_count`` as well.
+    """
+
+    _fields_ = (
+        ("free_count", c_uint32),
+        ("active_count", c_uint32),
+        ("inactive_count", c_uint32),
+        ("wire_count", c_uint32),
+        ("zero_fill_count", c_uint64),
+        ("reactivations", c_uint64),
+        ("pageins", c_uint64),
+        ("pageouts", c_uint64),
+        ("faults", c_uint64),
+        ("cow_faults", c_uint64),
+        ("lookups", c_uint64),
+        ("hits", c_uint64),
+        ("purges", c_uint64),
+        ("purgeable_count", c_uint32),
+        ("speculative_count", c_uint32),
+        ("decompressions", c_uint64),
+        ("compressions", c_uint64),
+        ("swapins", c_uint64),
+        ("swapouts", c_uint64),
+        ("compressor_page_count", c_uint32),
+        ("throttled_count", c_uint32),
+        ("external_page_count", c_uint32),
+        ("internal_page_count", c_uint32),
+        ("total_uncompressed_pages_in_compressor", c_uint64),
+    )
+
+
+class xsw_usage(Structure):
+    """Swap space, bytes; ``xsu_pagesize`` is the page of the kernel, also for a process that Rosetta translates."""
+
+    _fields_ = (
+        ("xsu_total", c_uint64),
+        ("xsu_avail", c_uint64),
+        ("xsu_used", c_uint64),
+        ("xsu_pagesize", c_uint32),
+        ("xsu_encrypted", c_int32),
+    )
+
+
+class loadavg(Structure):
+    """Load averages of 1, 5 and 15 minutes, in units of 1/``fscale``."""
+
+    _fields_ = (("ldavg", c_uint32 * 3), ("fscale", c_int64))

@@ -93,6 +93,26 @@ FUNCTIONS = {
         "int proc_pid_rusage(int, int, rusage_info_t *)", c_int, (c_int, c_int, c_void_p), "errno"
     ),
     "proc_listallpids": Function("int proc_listallpids(void *, int)", c_int, (c_void_p, c_int), "errno"),
+    # It returns 0 for an error and for a process without children.
+    "proc_listchildpids": Function(
+        "int proc_listchildpids(pid_t, void *, int)", c_int, (c_int, c_void_p, c_int), "caller"
+    ),
+    # Each call adds a reference to the send right that it returns; the caller has to release it.
+    "mach_host_self": Function("mach_port_t mach_host_self(void)", c_uint32, (), "caller"),
+    # The caller has to free the array with vm_deallocate.
+    "host_processor_info": Function(
+        "kern_return_t host_processor_info(host_t, processor_flavor_t, natural_t *, processor_info_array_t *, "
+        "mach_msg_type_number_t *)",
+        c_int,
+        (c_uint32, c_int, c_void_p, c_void_p, c_void_p),
+        "kern_return",
+    ),
+    "host_statistics64": Function(
+        "kern_return_t host_statistics64(host_t, host_flavor_t, host_info64_t, mach_msg_type_number_t *)",
+        c_int,
+        (c_uint32, c_int, c_void_p, c_void_p),
+        "kern_return",
+    ),
     "gethostuuid": Function(
         "int gethostuuid(unsigned char *, const struct timespec *)", c_int, (c_void_p, c_void_p), "errno"
     ),

@@ -1,13 +1,15 @@
 """Read sysctl variables, clocks and UUID of the machine, which Mach calls the host."""
 
 import ctypes
-from ctypes import c_size_t
-from typing import Any
+from ctypes import Structure, c_size_t
+from typing import Any, TypeVar
 
 from vitalsd.sources.darwin.apple_headers import mach_timebase_info
 from vitalsd.sources.darwin.functions import MachError, os_error
 
 __all__ = ["HostInfo"]
+
+StructureT = TypeVar("StructureT", bound=Structure)
 
 
 class HostInfo:
@@ -55,6 +57,13 @@ class HostInfo:
         if len(value) not in (4, 8):
             raise MachError(f"sysctlbyname({name}) answered {len(value)} bytes, not an integer")
         return int.from_bytes(value, "little", signed=True)
+
+    def sysctl_struct(self, name: str, struct: type[StructureT]) -> StructureT:
+        """Return the value of a variable that has the type `struct`."""
+        value, size = self.sysctl(name), ctypes.sizeof(struct)
+        if len(value) != size:
+            raise MachError(f"sysctlbyname({name}) answered {len(value)} bytes of {size}")
+        return struct.from_buffer_copy(value)
 
     def absolute_ns(self) -> int:
         """

@@ -32,6 +32,8 @@ from vitalsd.sources.darwin.apple_headers import (
     proc_threadinfo,
     proc_uniqidentifierinfo,
     proc_vnodepathinfo,
+    rusage_info_v2,
+    rusage_info_v4,
     rusage_info_v6,
 )
 from vitalsd.sources.darwin.functions import MachError, as_passed, os_error
@@ -76,8 +78,8 @@ class Libproc:
         number = PROC_PIDLISTFDS if flavor == "PROC_PIDLISTFDS" else PROC_PIDLISTTHREADIDS
         return self._pidinfo(flavor, pid, number, 0, ctypes.addressof(buffer), ctypes.sizeof(buffer))
 
-    def rusage(self, pid: int, info: rusage_info_v6, flavor: int) -> None:
-        """Fill the fields of `info` that `flavor` has: RUSAGE_INFO_V6 or an older one."""
+    def rusage(self, pid: int, info: rusage_info_v2 | rusage_info_v4 | rusage_info_v6, flavor: int) -> None:
+        """Fill the fields of `info` that `flavor` has: that of the struct, or an older one."""
         self._slow.proc_pid_rusage(pid, flavor, ctypes.addressof(info))
 
     def command_line(self, pid: int) -> tuple[str, list[bytes]]:
@@ -133,6 +135,23 @@ class Libproc:
             if count < len(buffer):
                 return sorted(buffer[:count])
             room = 2 * len(buffer)
+
+    def children(self, pid: int) -> list[int]:
+        """
+        Return the pids of the children of a process, also of zombies and of other users' processes, ascending.
+
+        The list is empty for a process that is gone. The kernel walks through all processes for it.
+        """
+        room = 64
+        while True:
+            buffer = (c_int32 * room)()
+            ctypes.set_errno(0)
+            count = int(self._slow.proc_listchildpids(pid, ctypes.addressof(buffer), ctypes.sizeof(buffer)))
+            if count <= 0 and ctypes.get_errno():
+                raise os_error("proc_listchildpids", ctypes.get_errno())
+            if count < room:
+                return sorted(buffer[:count])
+            room *= 2
 
     def _pidinfo(self, name: str, pid: int, flavor: int, arg: int, address: int, size: int) -> int:
         ctypes.set_errno(0)

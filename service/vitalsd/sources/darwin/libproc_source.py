@@ -35,6 +35,7 @@ from vitalsd.sources.darwin.apple_headers import (
     proc_uniqidentifierinfo,
 )
 from vitalsd.sources.darwin.exit_status import ExitWatch
+from vitalsd.sources.darwin.figures import FigureReader, TaskCounts
 from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.task import Instant, OpenedProcess, Totals, process_name, translated_errors
@@ -67,7 +68,8 @@ class LibprocSource:
         lib: libSystem; default: that of the system is loaded.
         wall_clock: returns the Unix time, ns.
         walk_limit: most threads that a snapshot looks up, besides new ones. Of more threads it looks up those that ran
-            lately and those with the oldest readings, and shows the last reading of the others.
+            lately and those with the oldest readings, and shows the last reading of the others. Of more threads it
+            does not call ``proc_pid_rusage`` either, for which the kernel walks through all of them under a lock.
         program_of: makes `Identity.program` from the command of the process; called when the source is opened and
             after each exec.
 
@@ -97,6 +99,7 @@ class LibprocSource:
         self._exit_seen = 0.0
         """Monotonic time at which the target was first not found, s; 0: it was found so far."""
         self._walk_limit = walk_limit
+        self._figures = FigureReader(self._lib, self._target, walk_limit)
         self._ids = (c_uint64 * 64)()
         self._rows = ThreadRows()
         self._rosters = RosterReader()
@@ -178,9 +181,8 @@ class LibprocSource:
             self._program = image
         ended_ns = time.monotonic_ns()
         task = target.info.ptinfo
-        figures = None
-        if Part.FIGURES in parts:
-            figures = target.figures(after, warnings, faults=task.pti_faults, pageins=task.pti_pageins)
+        counts = TaskCounts(after, living, faults=task.pti_faults, pageins=task.pti_pageins)
+        figures = self._figures.read(parts, counts, warnings)
         return Snapshot(
             monotonic_ns=instant.monotonic_ns,
             boottime_ns=instant.boottime_ns,
@@ -199,8 +201,13 @@ class LibprocSource:
             thread_cpu_ns=thread_cpu_ns,
             thread_grain_ns=THREAD_GRAIN_NS,
             thread_lag_ns=living.lag_ns,
+            wait_ns=figures.wait_ns,
+            wait_error_ns=figures.wait_error_ns,
+            cpu_count=target.cpu_count,
             source="proc_pidinfo",
-            figures=figures,
+            figures=figures.process,
+            machine=figures.machine,
+            tree=figures.tree,
             thread_figures=target.thread_figures(living) if Part.THREADS in parts else None,
             warnings=tuple(warnings),
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vitalsd.sources.base import UnsupportedError
 from vitalsd.sources.darwin.functions import DATA, bind
 from vitalsd.sources.darwin.host_info import HostInfo
+from vitalsd.sources.darwin.host_statistics import HostStatistics
 from vitalsd.sources.darwin.libproc import Libproc
 from vitalsd.sources.darwin.mach_task import MachTask
 
@@ -45,7 +46,9 @@ class LibSystem:
         self.proc = Libproc(slow)
         """Calls on any process of our effective user."""
         self.host = HostInfo(quick, slow)
-        """Calls on the machine."""
+        """Calls on the machine that need no port."""
+        self.statistics = HostStatistics(slow, task)
+        """Calls on the machine through its host port."""
 
 
 def load(path: str | None = None, tape: "Tape | None" = None) -> LibSystem:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from operator import add
 
-from vitalsd.snapshot import Identity, Part, ProcessFigures, Snapshot
+from vitalsd.snapshot import Identity, Part, Snapshot
 from vitalsd.sources.base import KernelError, TargetGoneError
 from vitalsd.sources.darwin.apple_headers import (
     mach_task_basic_info,
@@ -24,6 +24,7 @@ from vitalsd.sources.darwin.apple_headers import (
     task_events_info,
     task_vm_info,
 )
+from vitalsd.sources.darwin.figures import FigureReader, Figures, TaskCounts
 from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.task import Instant, OpenedProcess, Totals, translated_errors
@@ -57,6 +58,7 @@ class MachSource:
         self._lib = lib or load()
         self._pid = os.getpid()
         self._target = OpenedProcess(self._lib, self._pid, self._pid, wall_clock, program_of)
+        self._figures = FigureReader(self._lib, self._target)
         self._basic = mach_task_basic_info()
         self._times = task_absolutetime_info()
         self._events = task_events_info()
@@ -97,7 +99,7 @@ class MachSource:
         lib.mach.task_info(self._basic)
         roster = self._rosters.read(living.tids, living.names)
         ended_ns = time.monotonic_ns()
-        figures = self._figures(after, warnings) if Part.FIGURES in parts else None
+        figures = self._read_figures(parts, after, living, warnings)
         return Snapshot(
             monotonic_ns=instant.monotonic_ns,
             boottime_ns=instant.boottime_ns,
@@ -115,8 +117,13 @@ class MachSource:
             thread_cpu_ns=thread_cpu_ns,
             thread_grain_ns=THREAD_GRAIN_NS,
             thread_lag_ns=living.lag_ns,
+            wait_ns=figures.wait_ns,
+            wait_error_ns=figures.wait_error_ns,
+            cpu_count=target.cpu_count,
             source="thread_info",
-            figures=figures,
+            figures=figures.process,
+            machine=figures.machine,
+            tree=figures.tree,
             thread_figures=target.thread_figures(living) if Part.THREADS in parts else None,
             warnings=tuple(warnings),
         )
@@ -145,16 +152,19 @@ class MachSource:
         self._lib.mach.task_info(times)
         return Totals(times.total_user, times.total_system, times.threads_user + times.threads_system)
 
-    def _figures(self, totals: Totals, warnings: list[str]) -> ProcessFigures:
+    def _read_figures(self, parts: Part, totals: Totals, living: Living, warnings: list[str]) -> Figures:
+        if not parts & (Part.FIGURES | Part.CHILDREN):
+            return Figures()
         self._lib.mach.task_info(self._events)
-        return self._target.figures(
+        counts = TaskCounts(
             totals,
-            warnings,
+            living,
             faults=self._events.faults,
             pageins=self._events.pageins,
             peak_rss_bytes=self._basic.resident_size_max,
             footprint_bytes=self._footprint_bytes(),
         )
+        return self._figures.read(parts, counts, warnings)
 
     def _footprint_bytes(self) -> int | None:
         """

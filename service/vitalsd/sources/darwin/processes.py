@@ -77,12 +77,14 @@ def list_processes(lib: LibSystem | None = None) -> Iterator[ProcessEntry]:
 
 def holdings(lib: LibSystem | None = None) -> dict[str, int]:
     """
-    Count the port names that this process holds, and the references on the ports of its living threads.
+    Count the port names that this process holds, and the references on the host port and those of its living threads.
 
-    All references on the port of a thread have one name, so the number of names does not show a leak of references.
+    All references on a port have one name, so the number of names does not show a leak of references.
     """
     lib = lib or load()
     references = 0
+    with suppress(MachError):
+        references = lib.statistics.references()
     with lib.mach.thread_ports() as ports:
         for port in ports:
             if port not in (MACH_PORT_NULL, MACH_PORT_DEAD):

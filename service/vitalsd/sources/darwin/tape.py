@@ -28,6 +28,8 @@ from vitalsd.sources.darwin.apple_headers import (
     PROC_PIDTHREADID64INFO,
     PROC_PIDUNIQIDENTIFIERINFO,
     PROC_PIDVNODEPATHINFO,
+    RUSAGE_INFO_V2,
+    RUSAGE_INFO_V4,
     RUSAGE_INFO_V6,
     THREAD_EXTENDED_INFO,
     ipc_info_space_basic,
@@ -37,6 +39,7 @@ from vitalsd.sources.darwin.apple_headers import (
     proc_threadinfo,
     proc_uniqidentifierinfo,
     proc_vnodepathinfo,
+    rusage_info_v2,
     rusage_info_v4,
     rusage_info_v6,
     thread_extended_info,
@@ -65,6 +68,10 @@ ARGUMENTS: dict[str, tuple[int, ...]] = {
     "proc_pidinfo": (0, 1, 2, 4),
     "proc_pid_rusage": (0, 1),
     "proc_listallpids": (1,),
+    "proc_listchildpids": (0, 2),
+    "mach_host_self": (),
+    "host_processor_info": (1,),
+    "host_statistics64": (1,),
     "gethostuuid": (),
     "sysctl": (),
     "sysctlbyname": (),
@@ -80,6 +87,16 @@ PROC_STRUCTS: dict[int, type[Structure]] = {
     PROC_PIDUNIQIDENTIFIERINFO: proc_uniqidentifierinfo,
     PROC_PIDVNODEPATHINFO: proc_vnodepathinfo,
 }
+
+
+RUSAGE_STRUCTS: dict[int, type[Structure]] = {
+    RUSAGE_INFO_V2: rusage_info_v2,
+    RUSAGE_INFO_V4: rusage_info_v4,
+    RUSAGE_INFO_V6: rusage_info_v6,
+}
+
+NUMBERS = frozenset((b"vm.loadavg", b"vm.swapusage"))
+"""Variables longer than a number that consist of numbers; of others that long each byte is replaced."""
 
 
 class Reply(NamedTuple):
@@ -122,7 +139,7 @@ class Tape:
             kept += (ctypes.c_int * 3).from_address(_address(arguments[0]))[:]
         elif name in ("mach_port_deallocate", "thread_info"):
             kept = [number & 0xFFFFFFFF for number in kept]
-        by_code = name.startswith(("task_", "thread_", "mach_port_"))
+        by_code = name.startswith(("task_", "thread_", "mach_port_", "host_"))
         failed = isinstance(result, int) and (result < 0 or (by_code and result != 0))
         replies = [] if failed else [_redacted(reply).hex() for reply in _replies(name, arguments, result)]
         self._write(
@@ -214,18 +231,26 @@ def _replies(name: str, arguments: Sequence[Any], result: Any) -> list[Reply]:
             return [Reply(_address(arguments[0]), ctypes.sizeof(mach_timebase_info))]
         case "proc_pidinfo":
             return [Reply(_address(arguments[3]), result, PROC_STRUCTS.get(_number(arguments[1])))] if result else []
+        case "host_processor_info":
+            array = c_size_t.from_address(_address(arguments[3])).value
+            return [Reply(array, 4 * _word(arguments[4]))]
+        case "host_statistics64":
+            return [Reply(_address(arguments[2]), 4 * _word(arguments[3]))]
         case "proc_pid_rusage":
-            usage = rusage_info_v6 if _number(arguments[1]) == RUSAGE_INFO_V6 else rusage_info_v4
+            usage = RUSAGE_STRUCTS[_number(arguments[1])]
             return [Reply(_address(arguments[2]), ctypes.sizeof(usage), usage)]
         case "proc_listallpids":
             return [Reply(address, 4 * result)] if (address := _address(arguments[0])) else []
+        case "proc_listchildpids":
+            return [Reply(_address(arguments[1]), 4 * result)] if result > 0 else []
         case "gethostuuid":
             return [Reply(_address(arguments[0]), 16, hidden_from=0)]
         case "sysctl":  # KERN_PROCARGS2: the number of words, then the words
             return [Reply(_address(arguments[2]), c_size_t.from_address(_address(arguments[3])).value, hidden_from=4)]
         case "sysctlbyname":
             size = c_size_t.from_address(_address(arguments[2])).value
-            return [Reply(_address(arguments[1]), size, hidden_from=0 if size > 8 else None)]
+            is_number = size <= 8 or arguments[0] in NUMBERS
+            return [Reply(_address(arguments[1]), size, hidden_from=None if is_number else 0)]
     return []
 
 

@@ -1,5 +1,5 @@
 """
-Read what both macOS sources need of a process: its identity, the length of kernel ticks, its age and its figures.
+Read what both macOS sources need of a process: its identity, the length of kernel ticks and its age.
 
 Facts about the kernel (xnu-11417, and `docs/macos-proof.md` of this project):
 
@@ -19,20 +19,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from vitalsd.snapshot import Identity, ProcessFigures, ThreadFigures
+from vitalsd.snapshot import Identity, ThreadFigures
 from vitalsd.sources.base import AccessDeniedError, KernelError, NoSuchProcessError, TargetGoneError, UnsupportedError
 from vitalsd.sources.darwin.apple_headers import (
-    RUSAGE_INFO_V4,
-    RUSAGE_INFO_V6,
     proc_bsdinfo,
     proc_bsdshortinfo,
-    proc_fdinfo,
     proc_taskallinfo,
-    rusage_info_v6,
 )
 from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.darwin.threads import RUN_STATES, Living
+from vitalsd.sources.darwin.usage import UsageReader
 from vitalsd.sources.names import decode_name
 from vitalsd.sources.process_identity import UNKNOWN_BOOT
 from vitalsd.sources.programs import Command, ProgramOf, no_program
@@ -48,20 +45,6 @@ __all__ = [
     "tick_frequency",
     "translated_errors",
 ]
-
-QOS_CLASSES = (
-    "default",
-    "maintenance",
-    "background",
-    "utility",
-    "legacy",
-    "user_initiated",
-    "user_interactive",
-)
-"""Quality-of-service classes: the ends of the ``ri_cpu_time_qos_*`` fields of rusage_info_v4 (bsd/sys/resource.h)."""
-
-SATURATED = 2**31 - 1
-"""Highest value of the event counters of a task, which do not wrap (osfmk/kern/task.c)."""
 
 MAC_FREQUENCIES = (24_000_000, 1_000_000_000)
 """Ticks per second of the known kernels: Apple silicon, Intel."""
@@ -190,8 +173,8 @@ class OpenedProcess:
             lib.proc.info(own_pid, own)
             self.frequency, oddity = tick_frequency(lib, own)
         self.warnings = (oddity,) if oddity else ()
-        self._usage = rusage_info_v6()
-        self._usage_flavor = RUSAGE_INFO_V6
+        self.usage = UsageReader(lib, pid)
+        self.cpu_count = self._cpu_count()
         self.identity = Identity(
             platform="macos",
             pid=pid,
@@ -201,10 +184,8 @@ class OpenedProcess:
             started_unix_ns=start_key(self.info.pbsd) * 1000,
             program=self._program() or "",
         )
-        self._start_abstime: int | None = None
         with translated_errors(pid):
             self._age_base_ns = self._age_ns() - lib.host.continuous_ns()
-        self._has_p_cores = self._perf_levels() > 1
 
     def ns(self, ticks: int) -> int:
         """Convert kernel ticks to ns."""
@@ -264,49 +245,6 @@ class OpenedProcess:
             max(reaped_ns, self.ns(after.user + after.system) - living_ns),
         )
 
-    def figures(
-        self,
-        totals: Totals,
-        warnings: list[str],
-        *,
-        faults: int,
-        pageins: int,
-        peak_rss_bytes: int | None = None,
-        footprint_bytes: int | None = None,
-    ) -> ProcessFigures:
-        """
-        Read the figures of the process. A field that cannot be read is ``None``.
-
-        Args:
-            totals: CPU times of the process.
-            warnings: gets the reason why a field cannot be read.
-            faults: page faults since the start.
-            pageins: those that needed IO.
-            peak_rss_bytes: ``None``: unknown.
-            footprint_bytes: ``None``: it is taken from ``ri_phys_footprint``.
-        """
-        usage, v6 = self._read_usage(warnings)
-        saturated = SATURATED in (faults, pageins)
-        return ProcessFigures(
-            user_ns=self.ns(totals.user),
-            system_ns=self.ns(totals.system),
-            footprint_bytes=usage.ri_phys_footprint if footprint_bytes is None and usage else footprint_bytes,
-            peak_rss_bytes=peak_rss_bytes,
-            open_fds=self._open_fds(warnings),
-            minor_faults=None if saturated else faults - pageins,
-            major_faults=None if saturated else pageins,
-            idle_wakeups=usage.ri_pkg_idle_wkups if usage else None,
-            interrupt_wakeups=usage.ri_interrupt_wkups if usage else None,
-            # A kernel without the counter writes 0.
-            energy_nj=usage.ri_energy_nj or None if usage and v6 else None,
-            p_core_ns=self.ns(usage.ri_user_ptime + usage.ri_system_ptime)
-            if usage and v6 and self._has_p_cores
-            else None,
-            qos_ns={name: self.ns(getattr(usage, f"ri_cpu_time_qos_{name}")) for name in QOS_CLASSES}
-            if usage
-            else None,
-        )
-
     @staticmethod
     def thread_figures(living: Living) -> ThreadFigures:
         """Return the figures of each thread, which the reply with its times has."""
@@ -363,54 +301,17 @@ class OpenedProcess:
         continuous_ns, absolute_ns = self._lib.host.continuous_ns(), self._lib.host.absolute_ns()
         wall_age_ns = self._wall_clock() - self.identity.started_unix_ns
         try:
-            self._read_rusage()
+            usage = self.usage.read()
         except ProcessLookupError:
             raise
         except OSError:  # a sandbox may hide it; then only the wall clock is left
             return min(max(0, wall_age_ns), continuous_ns)
-        self._start_abstime = self._usage.ri_proc_start_abstime
-        awake_ns = max(0, absolute_ns - self.ns(self._start_abstime))
+        awake_ns = max(0, absolute_ns - self.ns(usage.ri_proc_start_abstime))
         slept_ns = max(0, continuous_ns - absolute_ns)
         return awake_ns + min(max(0, wall_age_ns - awake_ns), slept_ns)
 
-    def _perf_levels(self) -> int:
+    def _cpu_count(self) -> int:
         try:
-            return self._lib.host.sysctl_int("hw.nperflevels")
+            return max(0, self._lib.host.sysctl_int("hw.ncpu"))
         except (OSError, MachError):
-            return 1
-
-    def _read_rusage(self) -> None:
-        try:
-            self._lib.proc.rusage(self.pid, self._usage, self._usage_flavor)
-        except OSError as error:
-            if error.errno != errno.EINVAL or self._usage_flavor == RUSAGE_INFO_V4:
-                raise
-            self._usage_flavor = RUSAGE_INFO_V4
-            self._lib.proc.rusage(self.pid, self._usage, self._usage_flavor)
-
-    def _read_usage(self, warnings: list[str]) -> tuple[rusage_info_v6 | None, bool]:
-        try:
-            self._read_rusage()
-        except ProcessLookupError:
-            raise
-        except OSError as error:
-            warnings.append(f"footprint, wakeups, energy: {error.strerror}")
-            return None, False
-        if self._usage.ri_proc_exit_abstime or self._start_abstime not in (None, self._usage.ri_proc_start_abstime):
-            raise ProcessLookupError(errno.ESRCH, "proc_pid_rusage")
-        return self._usage, self._usage_flavor == RUSAGE_INFO_V6
-
-    def _open_fds(self, warnings: list[str]) -> int | None:
-        room = self.info.pbsd.pbi_nfiles + 32
-        try:
-            while True:
-                buffer = (proc_fdinfo * room)()
-                number = self._lib.proc.list_of(self.pid, "PROC_PIDLISTFDS", buffer) // 8
-                if number < room:
-                    return number
-                room *= 2
-        except ProcessLookupError:
-            raise
-        except OSError as error:
-            warnings.append(f"open_fds: {error.strerror}")
-            return None
+            return 0

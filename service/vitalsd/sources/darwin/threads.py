@@ -68,6 +68,11 @@ class Living(NamedTuple):
         return REALTIME_QUANTUM_NS if max(self.priorities) >= BASEPRI_RTQUEUES else QUANTUM_NS
 
     @property
+    def running(self) -> int:
+        """Number of threads that run, or are runnable and wait for a CPU."""
+        return self.run_states.count(TH_STATE_RUNNING)
+
+    @property
     def main_state(self) -> str | None:
         """Name of the state of the oldest thread."""
         return RUN_STATES.get(self.run_states[0])
