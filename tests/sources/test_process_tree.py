@@ -5,6 +5,7 @@ import random
 from vitalsd.sources.process_tree import Member, ProcessLedger
 
 TARGET = 100
+SECOND = 10**9
 
 
 def row(pid: int, cpu_ns: int, reaped_ns: int = 0, *, parent: int = TARGET, young: bool = True, rss: int = 1) -> Member:
@@ -19,7 +20,7 @@ def target(cpu_ns: int, reaped_ns: int = 0) -> Member:
 class TestGrowth:
     def test_first_reading_is_the_zero_of_the_counters(self) -> None:
         """Whatever the processes used before; each child is found with its CPU time."""
-        tree = ProcessLedger().read([target(500, 70), row(101, 30)], missed=False)
+        tree = ProcessLedger().read([target(500, 70), row(101, 30)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (0, 0, 0)
         assert (tree.process_count, tree.rss_bytes) == (2, 2)
         (child,) = tree.children
@@ -29,92 +30,127 @@ class TestGrowth:
     def test_young_child_counts_whole_and_late_found_child_from_now(self) -> None:
         """One that started since the reading before, and one that was there and was missed."""
         ledger = ProcessLedger()
-        ledger.read([target(0)], missed=False)
-        tree = ledger.read([target(5), row(101, 7), row(102, 90, young=False)], missed=False)
-        assert tree.cpu_ns == 5 + 7
+        ledger.read([target(0)], SECOND, missed=False)
+        tree = ledger.read([target(5), row(101, 7), row(102, 90, young=False)], SECOND, missed=False)
+        assert (tree.cpu_ns, tree.gaps) == (5 + 7, 1)
         assert [child.found_cpu_ns for child in tree.children] == [0, 90]
-        assert ledger.read([target(5), row(101, 7), row(102, 95, young=False)], missed=False).cpu_ns == 12 + 5
+        assert ledger.read([target(5), row(101, 7), row(102, 95, young=False)], SECOND, missed=False).cpu_ns == 12 + 5
 
     def test_counter_that_falls_adds_nothing(self) -> None:
         """The sum never decreases."""
         ledger = ProcessLedger()
-        ledger.read([target(50, 50), row(101, 50)], missed=False)
-        assert ledger.read([target(40, 40), row(101, 40)], missed=False).cpu_ns == 0
+        ledger.read([target(50, 50), row(101, 50)], SECOND, missed=False)
+        assert ledger.read([target(40, 40), row(101, 40)], SECOND, missed=False).cpu_ns == 0
 
     def test_missed_reading_is_a_gap(self) -> None:
         """A descendant that could not be read, or too many of them."""
         ledger = ProcessLedger()
-        assert ledger.read([target(0)], missed=True).gaps == 1
-        assert ledger.read([target(0)], missed=False).gaps == 1
+        assert ledger.read([target(0)], SECOND, missed=True).gaps == 1
+        assert ledger.read([target(0)], SECOND, missed=False).gaps == 1
 
 
 class TestReaped:
     def test_child_seen_while_it_lived_counts_only_the_rest(self) -> None:
         """It had used 40 when it was last read, and 45 when the target waited for it."""
         ledger = ProcessLedger()
-        ledger.read([target(0)], missed=False)
-        ledger.read([target(0), row(101, 40)], missed=False)
-        tree = ledger.read([target(0, 45)], missed=False)
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 40)], SECOND, missed=False)
+        tree = ledger.read([target(0, 45)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (45, 5, 0)
 
     def test_child_born_and_reaped_between_two_readings_is_counted_and_a_gap(self) -> None:
         ledger = ProcessLedger()
-        ledger.read([target(0)], missed=False)
-        tree = ledger.read([target(0, 30)], missed=False)
+        ledger.read([target(0)], SECOND, missed=False)
+        tree = ledger.read([target(0, 30)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (30, 30, 1)
 
     def test_zombie_is_not_listed_and_not_counted_twice(self) -> None:
         """Its last row has the whole CPU time, which the target is booked when it waits, readings later."""
         ledger = ProcessLedger()
-        ledger.read([target(0)], missed=False)
-        ledger.read([target(0), row(101, 40)], missed=False)
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 40)], SECOND, missed=False)
         for _ in range(3):
-            tree = ledger.read([target(0), row(101, 45)._replace(thread_count=0, rss_bytes=0)], missed=False)
+            tree = ledger.read(
+                [target(0), row(101, 45)._replace(thread_count=0, is_living=False)], SECOND, missed=False
+            )
             assert (tree.cpu_ns, tree.process_count, tree.children) == (45, 1, ())
-        tree = ledger.read([target(0, 45)], missed=False)
+        tree = ledger.read([target(0, 45)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (45, 0, 0)
 
     def test_child_reaped_after_the_row_of_its_parent_was_read_is_not_counted_twice(self) -> None:
         """It vanishes in one reading, and its parent shows it in the next."""
         ledger = ProcessLedger()
-        ledger.read([target(0)], missed=False)
-        ledger.read([target(0), row(101, 40)], missed=False)
-        ledger.read([target(0, 0)], missed=False)
-        tree = ledger.read([target(0, 45)], missed=False)
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 40)], SECOND, missed=False)
+        ledger.read([target(0, 0)], SECOND, missed=False)
+        tree = ledger.read([target(0, 45)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (45, 5, 0)
 
     def test_child_that_is_never_booked_does_not_hide_a_later_one(self) -> None:
         """Where the kernel books nothing, as for a parent that ignores SIGCHLD on Linux."""
         ledger = ProcessLedger()
-        ledger.read([target(0)], missed=False)
-        ledger.read([target(0), row(101, 40)], missed=False)
-        for _ in range(2):
-            ledger.read([target(0)], missed=False)
-        assert ledger.read([target(0, 30)], missed=False).cpu_ns == 70
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 40)], SECOND, missed=False)
+        gaps = [ledger.read([target(0)], SECOND, missed=False).gaps for _ in range(3)]
+        assert gaps == [0, 1, 1]  # it could still have been booked in the second
+        assert ledger.read([target(0, 30)], SECOND, missed=False).cpu_ns == 70
 
     def test_chain_that_ended_counts_at_its_nearest_living_ancestor(self) -> None:
         """A shell and the program that it ran; the shell waited for it, and the target for the shell."""
         ledger = ProcessLedger()
-        ledger.read([target(0)], missed=False)
-        ledger.read([target(0), row(101, 10), row(102, 200, parent=101)], missed=False)
-        tree = ledger.read([target(0, 12 + 210)], missed=False)
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 10), row(102, 200, parent=101)], SECOND, missed=False)
+        tree = ledger.read([target(0, 12 + 210)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (222, 12, 0)
 
     def test_reaped_by_a_descendant_is_not_of_the_target(self) -> None:
         """`reaped_ns` is what the target itself waited for."""
         ledger = ProcessLedger()
-        ledger.read([target(0)], missed=False)
-        ledger.read([target(0), row(101, 10)], missed=False)
-        tree = ledger.read([target(0), row(101, 10, 30)], missed=False)
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 10)], SECOND, missed=False)
+        tree = ledger.read([target(0), row(101, 10, 30)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (40, 0, 1)
+
+    def test_child_that_used_more_than_all_cores_could_is_not_counted(self) -> None:
+        """It was used before the reading before: the target waited for a child of another user that ran for a day."""
+        ledger = ProcessLedger(cpu_count=2)
+        ledger.read([target(0)], SECOND, missed=True)
+        tree = ledger.read([target(0, 86_400 * SECOND)], SECOND, missed=False)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (0, 0, 2)
+        assert ledger.read([target(0, 86_402 * SECOND)], SECOND, missed=False).cpu_ns == 2 * SECOND
+
+    def test_booked_time_that_a_vanished_child_cannot_have_used_is_a_gap(self) -> None:
+        """One thread cannot use 2 s in 1 s, so there was another child."""
+        ledger = ProcessLedger(cpu_count=4)
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 40)], SECOND, missed=False)
+        tree = ledger.read([target(0, 40 + 2 * SECOND)], SECOND, missed=False)
+        assert (tree.cpu_ns, tree.gaps) == (40 + 2 * SECOND, 1)
+
+    def test_booked_time_in_ticks_is_not_counted_twice(self) -> None:
+        """Linux cuts 15 ms to a tick of 10; with the next child it books what is left of both."""
+        tick = 10_000_000
+        ledger = ProcessLedger(grain_ns=2 * tick)
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 15_000_000)], SECOND, missed=False)
+        ledger.read([target(0, tick), row(102, 15_000_000)], SECOND, missed=False)
+        tree = ledger.read([target(0, 3 * tick)], SECOND, missed=False)
+        assert (tree.cpu_ns, tree.gaps) == (30_000_000, 0)
+
+    def test_member_that_ends_outside_of_the_tree_is_a_gap(self) -> None:
+        """Its parent had ended, so launchd or init waited for it."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 40, parent=0)], SECOND, missed=False)
+        assert ledger.read([target(0)], SECOND, missed=False).gaps == 1
 
     def test_reused_pid_is_another_child(self) -> None:
         """The same pid with a later start: the first one ended, and the new one counts from its start."""
         ledger = ProcessLedger()
-        ledger.read([target(0)], missed=False)
-        ledger.read([target(0), row(101, 40)], missed=False)
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 40)], SECOND, missed=False)
         again = row(101, 3)._replace(key=(101, 7000))
-        assert ledger.read([target(0, 40), again], missed=False).cpu_ns == 43
+        assert ledger.read([target(0, 40), again], SECOND, missed=False).cpu_ns == 43
 
 
 def test_sum_of_a_random_tree_is_what_its_processes_used() -> None:
@@ -127,7 +163,7 @@ def test_sum_of_a_random_tree_is_what_its_processes_used() -> None:
     for _ in range(200):
         ledger, used = ProcessLedger(), 0
         rows = {TARGET: target(0)}
-        ledger.read(list(rows.values()), missed=False)
+        ledger.read(list(rows.values()), SECOND, missed=False)
         unread: set[int] = set()
         pid = TARGET
         for _ in range(60):
@@ -146,5 +182,5 @@ def test_sum_of_a_random_tree_is_what_its_processes_used() -> None:
                 rows[ended.parent] = parent._replace(reaped_ns=booked_ns)
             elif what == "read":
                 rows_now = [each._replace(is_young=number in unread) for number, each in rows.items()]
-                assert ledger.read(rows_now, missed=False).cpu_ns == used
+                assert ledger.read(rows_now, SECOND, missed=False).cpu_ns == used
                 unread.clear()

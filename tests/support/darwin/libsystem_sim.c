@@ -1030,7 +1030,7 @@ void sim_reap(long pid, long long ns) { others[other(pid)].reaped_ns += ns; }
 
 static long long runnable_lag_ns;
 
-/* How far the runnable time of a process is behind its CPU time: a thread that runs, within its quantum [2]. */
+/* How far the runnable time is behind the CPU time, without a wait: of a thread that runs, within its quantum [3]. */
 void sim_runnable_lag(long long ns) { runnable_lag_ns = ns; }
 
 struct proc_bsdinfo {
@@ -1409,8 +1409,8 @@ static long pid_rusage(long pid, int flavor, uint64_t *out)
     /* Of children that were waited for; of a zombie, the final times [3]. */
     info[12] = ticks((long long)s.cutime * 10000000 + others[other(pid)].reaped_ns);
     info[13] = ticks((long long)s.cstime * 10000000);
-    long long runnable = (long long)((info[2] + info[3]) * 125 / 3) + waited_ns(pid) + others[other(pid)].wait_ns - runnable_lag_ns;
-    info[36] = ticks(runnable);
+    long long runnable = (long long)((info[2] + info[3]) * 125 / 3);
+    info[36] = ticks(runnable_lag_ns ? runnable - runnable_lag_ns : runnable + waited_ns(pid) + others[other(pid)].wait_ns);
     info[20] = times[0] + times[1];
     info[30] = info[9];
     info[38] = times[0] * 3 / 4;
@@ -1464,6 +1464,7 @@ int proc_listchildpids(int parent, void *buffer, int size)
     struct stat_line s;
     char path[64];
     pthread_mutex_lock(&lock);
+    int saved = errno;
     long error = fault("proc_listchildpids", -1), n = list_numbers("/proc", &ids, &room), found = 0;
     if (!error && buffer && size < 4)
         error = ENOMEM;
@@ -1473,10 +1474,9 @@ int proc_listchildpids(int parent, void *buffer, int size)
             ((int32_t *)buffer)[found++] = (int32_t)ids[i];
     }
     pthread_mutex_unlock(&lock);
-    if (error) {
-        errno = (int)error;
+    errno = error ? (int)error : saved; /* the kernel sets it for an error only */
+    if (error)
         return 0;
-    }
     return (int)(buffer ? found : n + 20);
 }
 

@@ -36,7 +36,7 @@ class _Reading:
     passed: set[int] = field(default_factory=set)
     unreadable: int = 0
     is_cut: bool = False
-    """Whether there are more than `CHILDREN` processes."""
+    """Whether there are more than `CHILDREN`."""
 
 
 class ChildrenReader:
@@ -47,13 +47,14 @@ class ChildrenReader:
         lib: libSystem.
         pid: target.
         ns: converts kernel ticks to ns.
+        cpu_count: cores of the machine; 0: unknown.
     """
 
-    def __init__(self, lib: LibSystem, pid: int, ns: Callable[[int], int]) -> None:
+    def __init__(self, lib: LibSystem, pid: int, ns: Callable[[int], int], cpu_count: int) -> None:
         self._lib = lib
         self._pid = pid
         self._ns = ns
-        self._ledger = ProcessLedger()
+        self._ledger = ProcessLedger(cpu_count)
         self._begun_ns = 0
         """When the reading before began, on the clock of the starts of processes, ns."""
         self._usage = rusage_info_v2()
@@ -81,9 +82,10 @@ class ChildrenReader:
         if reading.unreadable:
             warnings.append(f"children: {reading.unreadable} could not be read, as those of another user are")
         if reading.is_cut:
-            warnings.append(f"children: there are more than {CHILDREN} processes; the others are not counted")
-        self._begun_ns = begun_ns
-        return self._ledger.read(list(reading.rows.values()), missed=bool(reading.unreadable) or reading.is_cut)
+            warnings.append(f"children: there are more than {CHILDREN}; the others are not counted")
+        elapsed_ns, self._begun_ns = begun_ns - self._begun_ns, begun_ns
+        missed = bool(reading.unreadable) or reading.is_cut
+        return self._ledger.read(list(reading.rows.values()), elapsed_ns, missed=missed)
 
     def _walk(self) -> _Reading:
         """Return the target and its descendants, and those that were so in the reading before and still live."""
@@ -105,7 +107,7 @@ class ChildrenReader:
             for pid in self._lib.proc.children(parent):
                 if pid in reading.passed:
                     continue
-                if len(reading.rows) >= CHILDREN:
+                if len(reading.rows) > CHILDREN:
                     reading.is_cut = True
                     return
                 reading.passed.add(pid)
@@ -113,9 +115,9 @@ class ChildrenReader:
                 try:
                     reading.rows[pid] = self._row(pid, parent)
                 except ProcessLookupError:
-                    # It is exiting, or its parent has just waited for it, which the next reading shows.
+                    # It is exiting, or its parent has just waited for it, as the next reading of the parent shows.
                     if pid in known:
-                        reading.rows[pid] = known[pid]._replace(rss_bytes=0, thread_count=0, is_young=False)
+                        reading.rows[pid] = known[pid]._replace(is_young=False, is_living=False)
                 except (OSError, MachError):
                     reading.unreadable += 1
 
@@ -125,7 +127,7 @@ class ChildrenReader:
             row = self._row(pid, 0)
         except (OSError, MachError):
             return
-        if row.key in self._ledger.members and row.thread_count:
+        if row.key in self._ledger.members and row.is_living:
             reading.rows[pid] = row
             self._descend(reading, pid)
 
@@ -142,15 +144,15 @@ class ChildrenReader:
         self._lib.proc.rusage(pid, usage, RUSAGE_INFO_V2)
         key = (pid, int(usage.ri_proc_start_abstime))
         known = self._ledger.members.get(key)
-        name, thread_count = known.name if known else "", 0
+        name, thread_count, is_living = known.name if known else "", 0, False
         if not usage.ri_proc_exit_abstime:
             try:
                 self._lib.proc.info(pid, self._info)
                 name = process_name(self._info.pbsd)
-                thread_count = max(1, self._info.ptinfo.pti_threadnum)
+                thread_count, is_living = max(1, self._info.ptinfo.pti_threadnum), True
             except ProcessLookupError:  # it has just exited
                 pass
-        if pid == self._pid and (not thread_count or (self._ledger.members and not known)):
+        if pid == self._pid and (not is_living or (self._ledger.members and not known)):
             raise ProcessLookupError
         return Member(
             key=key,
@@ -158,7 +160,8 @@ class ChildrenReader:
             name=name,
             cpu_ns=self._ns(usage.ri_user_time + usage.ri_system_time),
             reaped_ns=self._ns(usage.ri_child_user_time + usage.ri_child_system_time),
-            rss_bytes=int(usage.ri_resident_size) if thread_count else 0,
+            rss_bytes=int(usage.ri_resident_size),
             thread_count=thread_count,
             is_young=self._ns(usage.ri_proc_start_abstime) >= self._begun_ns,
+            is_living=is_living,
         )

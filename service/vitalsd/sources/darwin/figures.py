@@ -80,7 +80,7 @@ class FigureReader:
         self._target = target
         self._thread_limit = thread_limit
         self._has_p_cores = self._perf_levels() > 1
-        self._children = ChildrenReader(lib, target.pid, target.ns)
+        self._children = ChildrenReader(lib, target.pid, target.ns, target.cpu_count)
 
     def read(self, parts: Part, counts: TaskCounts, warnings: list[str]) -> Figures:
         """
