@@ -80,7 +80,8 @@ def soak(platform: Platform, seconds: float, progress: Callable[[float], None]) 
             done = (time.monotonic() - begun) / seconds
             progress(min(1.0, done))
             for i in range(BATCH):
-                (own, foreign)[i % 2].snapshot(parts=Part.DETAIL if i % 10 == 0 else Part.NONE)
+                parts = Part.DETAIL | Part.CHILDREN if i % 10 in (0, 5) else Part.NONE
+                (own, foreign)[i % 2].snapshot(parts=parts)
             taken += BATCH
             if done < WARM_UP:
                 continue

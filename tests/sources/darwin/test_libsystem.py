@@ -165,6 +165,41 @@ class TestThreadPorts:
         assert (lawless_simulator.references_owed, lawless_simulator.arrays) == (0, 1)
 
 
+class TestHostPort:
+    """The `simulator` fixture fails each of these if the host port or the array is still owed afterwards."""
+
+    @pytest.mark.parametrize(
+        ("method", "function"), [("busy_ticks", "host_processor_info"), ("memory", "host_statistics64")]
+    )
+    def test_host_port_after_a_failed_call_is_released(self, simulator: Simulator, method: str, function: str) -> None:
+        """And the code is named."""
+        simulator.fault(function, KERN_FAILURE)
+        with pytest.raises(MachError, match=rf"{function} failed: .* failure \(0x5\)"):
+            getattr(simulator.lib.statistics, method)()
+        assert simulator.references_owed == 0
+
+    @pytest.mark.parametrize("method", ["busy_ticks", "memory"])
+    def test_host_port_that_is_not_released_is_an_error(self, lawless_simulator: Simulator, method: str) -> None:
+        """With the array freed all the same."""
+        lawless_simulator.fault("mach_port_deallocate", KERN_FAILURE)
+        with pytest.raises(MachError, match="mach_port_deallocate failed"):
+            getattr(lawless_simulator.lib.statistics, method)()
+        assert (lawless_simulator.references_owed, lawless_simulator.arrays) == (1, 0)
+
+    def test_host_port_that_the_kernel_refuses_is_an_error(self, simulator: Simulator) -> None:
+        """MACH_PORT_NULL is not released."""
+        simulator.fault("mach_host_self", 1)
+        with pytest.raises(MachError, match="mach_host_self gives no port"):
+            simulator.lib.statistics.memory()
+
+    def test_processor_array_of_another_size_is_an_error(self, simulator: Simulator) -> None:
+        """And is freed as long as it is."""
+        simulator.fault("host_processor_info", SHORT_REPLY)
+        with pytest.raises(MachError, match=r"host_processor_info answered \d+ words for \d+ processors"):
+            simulator.lib.statistics.busy_ticks()
+        assert simulator.arrays == 0
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("flavor", "info", "name"),
@@ -332,6 +367,21 @@ class TestErrors:
         """The boot's UUID has 37 bytes."""
         with pytest.raises(MachError, match=r"sysctlbyname\(kern.bootsessionuuid\) answered 37 bytes"):
             simulator.lib.host.sysctl_int("kern.bootsessionuuid")
+
+
+def test_list_of_children_that_fills_its_buffer_is_read_again(simulator: Simulator) -> None:
+    """It is cut without a mark; an error is not an empty list."""
+    children = [subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) for _ in range(70)]
+    try:
+        found = simulator.lib.proc.children(os.getpid())
+        assert {child.pid for child in children} <= set(found)
+        assert found == sorted(found)
+        simulator.fault("proc_listchildpids", errno.EPERM)
+        with pytest.raises(PermissionError, match="proc_listchildpids failed: Operation not permitted"):
+            simulator.lib.proc.children(os.getpid())
+    finally:
+        for child in children:
+            child.communicate()
 
 
 def test_process_list_that_fills_its_buffer_is_read_again(simulator: Simulator) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ from support.darwin.simulator import Simulator
 from support.sidecars import eventually
 from support.target import OwnWorkload
 from vitalsd.sources.darwin.apple_headers import (
+    CPU_STATE_MAX,
+    CPU_STATE_NICE,
+    HOST_VM_INFO64,
     KERN_INVALID_ARGUMENT,
     KERN_SUCCESS,
     KERN_TERMINATED,
@@ -30,6 +34,8 @@ from vitalsd.sources.darwin.apple_headers import (
     PROC_PIDTASKALLINFO,
     PROC_PIDTHREADID64INFO,
     PROC_PIDVNODEPATHINFO,
+    PROCESSOR_CPU_LOAD_INFO,
+    RUSAGE_INFO_V2,
     RUSAGE_INFO_V4,
     RUSAGE_INFO_V6,
     SZOMB,
@@ -37,18 +43,23 @@ from vitalsd.sources.darwin.apple_headers import (
     TASK_VM_INFO,
     THREAD_EXTENDED_INFO,
     THREAD_IDENTIFIER_INFO,
+    loadavg,
     mach_task_basic_info,
     proc_bsdshortinfo,
     proc_taskallinfo,
     proc_threadinfo,
     proc_vnodepathinfo,
+    rusage_info_v2,
     rusage_info_v4,
     rusage_info_v6,
     task_absolutetime_info,
     task_vm_info,
     thread_extended_info,
     thread_identifier_info,
+    vm_statistics64,
+    xsw_usage,
 )
+from vitalsd.sources.darwin.functions import MachError
 
 assert sys.platform != "darwin" or not TYPE_CHECKING
 
@@ -81,10 +92,11 @@ def list_threads(simulator: Simulator) -> tuple[list[int], int]:
     return array[: count.value], ctypes.cast(array, ctypes.c_void_p).value or 0
 
 
-def release(simulator: Simulator, ports: list[int], address: int) -> None:
+def release(simulator: Simulator, ports: list[int], address: int, size: int | None = None) -> None:
     for port in ports:
         assert simulator.function("mach_port_deallocate")(TASK, port) == KERN_SUCCESS
-    assert simulator.function("vm_deallocate")(TASK, address, 4 * len(ports)) == KERN_SUCCESS
+    size = 4 * len(ports) if size is None else size
+    assert simulator.function("vm_deallocate")(TASK, address, size) == KERN_SUCCESS
 
 
 def references(simulator: Simulator, port: int) -> int:
@@ -516,18 +528,74 @@ class TestProcesses:
     def test_proc_pid_rusage_writes_its_whole_flavor(
         self, simulator: Simulator, child: subprocess.Popen[bytes]
     ) -> None:
-        """296 bytes of V4 and 464 of V6, whatever room there is; a newer flavor than known is EINVAL (§3)."""
+        """160 bytes of V2, 296 of V4, 464 of V6, whatever room there is; a newer flavor than known is EINVAL (§3)."""
         buffer = (ctypes.c_uint8 * 512)(*[0xAA] * 512)
         call = simulator.function("proc_pid_rusage")
-        for flavor, struct in ((RUSAGE_INFO_V4, rusage_info_v4), (RUSAGE_INFO_V6, rusage_info_v6)):
+        for flavor, struct in (
+            (RUSAGE_INFO_V2, rusage_info_v2), (RUSAGE_INFO_V4, rusage_info_v4), (RUSAGE_INFO_V6, rusage_info_v6)
+        ):  # fmt: skip
             assert call(child.pid, flavor, ctypes.addressof(buffer)) == 0
             size = ctypes.sizeof(struct)
             assert bytes(buffer[size - 8 : size]) != b"\xaa" * 8
             assert bytes(buffer[size:]) == b"\xaa" * (512 - size)
+            buffer[:size] = [0xAA] * size
         simulator.newest_rusage(RUSAGE_INFO_V4)
         ctypes.set_errno(0)
         assert call(child.pid, RUSAGE_INFO_V6, ctypes.addressof(buffer)) == -1
         assert ctypes.get_errno() == errno.EINVAL
+
+    def test_rusage_of_a_zombie_has_its_final_times_until_its_parent_waits(self, simulator: Simulator) -> None:
+        """The parent's ``ri_child_*`` grows when it waits, by what the child and its children used (§3)."""
+        code = "import time; any(time.process_time() > 0.1 for _ in iter(int, 1))"
+        own, ended = rusage_info_v4(), rusage_info_v4()
+        simulator.lib.proc.rusage(os.getpid(), own, RUSAGE_INFO_V4)
+        before = own.ri_child_user_time + own.ri_child_system_time
+        with subprocess.Popen([sys.executable, "-c", code]) as child:
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
+            simulator.lib.proc.rusage(child.pid, ended, RUSAGE_INFO_V4)
+            used = ended.ri_user_time + ended.ri_system_time
+            assert ended.ri_proc_exit_abstime > 0
+            assert used >= TICKS_PER_S // 10
+            simulator.lib.proc.rusage(os.getpid(), own, RUSAGE_INFO_V4)
+            assert own.ri_child_user_time + own.ri_child_system_time == before
+        simulator.lib.proc.rusage(os.getpid(), own, RUSAGE_INFO_V4)
+        grown = own.ri_child_user_time + own.ri_child_system_time - before
+        assert abs(grown - used) <= TICKS_PER_S // 50  # Linux books whole ticks of 10 ms
+        with pytest.raises(ProcessLookupError):
+            simulator.lib.proc.rusage(child.pid, ended, RUSAGE_INFO_V4)
+
+    def test_runnable_time_is_cpu_time_and_wait(self, simulator: Simulator, child: subprocess.Popen[bytes]) -> None:
+        """Of all threads, in ticks; a running thread's is behind its CPU time by a quantum at most (§3)."""
+        usage = rusage_info_v4()
+
+        def waited() -> int:
+            simulator.lib.proc.rusage(child.pid, usage, RUSAGE_INFO_V4)
+            return int(usage.ri_runnable_time - usage.ri_user_time - usage.ri_system_time)
+
+        before = waited()
+        simulator.wait(child.pid, 10**9)
+        assert TICKS_PER_S - 100 <= waited() - before <= 60 * TICKS_PER_S
+        simulator.runnable_lag(1_000_000)
+        assert -TICKS_PER_S // 1000 - 2 <= waited() < 0
+
+    def test_proc_listchildpids_lists_zombies_and_cuts_the_list(
+        self, simulator: Simulator, child: subprocess.Popen[bytes]
+    ) -> None:
+        """Children alone; a process that is gone has none, which is no error; without a buffer an estimate (§7)."""
+        call = simulator.function("proc_listchildpids")
+        with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as zombie:
+            zombie.kill()
+            os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined, unused-ignore]
+            assert {child.pid, zombie.pid} <= set(simulator.lib.proc.children(os.getpid()))
+            pids = (ctypes.c_int32 * 1)()
+            assert call(os.getpid(), ctypes.addressof(pids), 4) == 1
+            assert call(os.getpid(), ctypes.addressof(pids), 3) == 0
+            assert ctypes.get_errno() == errno.ENOMEM
+        ctypes.set_errno(0)
+        assert call(child.pid, ctypes.addressof(pids), 4) == call(2**30, ctypes.addressof(pids), 4) == 0
+        assert ctypes.get_errno() == 0
+        assert call(child.pid, None, 0) > 20
+        assert os.getpid() not in simulator.lib.proc.children(os.getpid())
 
     def test_proc_listallpids_estimates_and_cuts_the_list(self, simulator: Simulator) -> None:
         """Without a buffer the number and 20 more; with one as many as fit (§7)."""
@@ -594,6 +662,80 @@ class TestClocks:
         assert simulator.lib.host.sysctl("hw.tbfrequency") == (24_000_000).to_bytes(8, "little")
         with pytest.raises(FileNotFoundError, match=r"sysctlbyname\(hw.vitals\)"):
             simulator.lib.host.sysctl("hw.vitals")
+
+
+class TestMachine:
+    """docs/macos-proof.md, section 11."""
+
+    def test_mach_host_self_adds_a_reference_each_time(self, lawless_simulator: Simulator) -> None:
+        """All have one name, so that the number of names does not show them (§11)."""
+        call, release_ = (lawless_simulator.function(name) for name in ("mach_host_self", "mach_port_deallocate"))
+        in_use, held = lawless_simulator.lib.mach.ports_in_use(), lawless_simulator.lib.statistics.references()
+        port = call()
+        assert call() == port
+        assert references(lawless_simulator, port) == held + 1  # the reading itself had one
+        assert lawless_simulator.references_owed == 2
+        assert lawless_simulator.lib.mach.ports_in_use() == in_use
+        assert [release_(TASK, port) for _ in range(2)] == [KERN_SUCCESS] * 2
+        assert lawless_simulator.violations == []
+        assert release_(TASK, port) != KERN_SUCCESS
+        assert "another library holds" in lawless_simulator.violations[0]
+
+    def test_host_processor_info_returns_an_array_to_free(self, simulator: Simulator) -> None:
+        """Four counters of 1/100 s for each processor; without a host port MACH_SEND_INVALID_DEST (§11)."""
+        processors, count, array = ctypes.c_uint32(), ctypes.c_uint32(), ctypes.POINTER(ctypes.c_uint32)()
+        replies = [ctypes.addressof(each) for each in (processors, array, count)]
+        call = simulator.function("host_processor_info")
+        assert call(0, PROCESSOR_CPU_LOAD_INFO, *replies) == MACH_SEND_INVALID_DEST
+        port = simulator.function("mach_host_self")()
+        assert call(port, 99, *replies) == KERN_INVALID_ARGUMENT
+        assert call(port, PROCESSOR_CPU_LOAD_INFO, *replies) == KERN_SUCCESS
+        assert (processors.value, count.value) == (os.cpu_count(), 4 * (os.cpu_count() or 0))
+        words = array[: count.value]
+        assert min(words[:2]) > 0
+        assert set(words[CPU_STATE_NICE::CPU_STATE_MAX]) == {0}
+        release(simulator, [port], ctypes.cast(array, ctypes.c_void_p).value or 0, 4 * count.value)
+
+    def test_host_statistics64_ends_at_the_end_of_the_buffer(self, simulator: Simulator) -> None:
+        """24 words are the oldest revision, less is KERN_FAILURE (§11)."""
+        pages, call, port = (
+            vm_statistics64(), simulator.function("host_statistics64"), simulator.function("mach_host_self")()
+        )  # fmt: skip
+
+        def ask(words: int, flavor: int = HOST_VM_INFO64) -> tuple[int, int]:
+            count = ctypes.c_uint32(words)
+            return call(port, flavor, ctypes.addressof(pages), ctypes.addressof(count)), count.value
+
+        assert ask(23)[0] == 5
+        assert ask(37) == (KERN_SUCCESS, 24)
+        assert pages.external_page_count == 0
+        assert ask(38) == ask(400) == (KERN_SUCCESS, 38)
+        assert pages.external_page_count > 0
+        assert pages.free_count >= pages.speculative_count
+        assert ask(38, 99)[0] == KERN_INVALID_ARGUMENT
+        simulator.function("mach_port_deallocate")(TASK, port)
+
+    def test_host_statistics64_repeats_an_answer_within_a_second(self, simulator: Simulator) -> None:
+        """All programs together get 2 to 10 answers in a second (§11)."""
+        amounts = []
+        for free in range(40):
+            simulator.memory(free=free, speculative=0, external=1, purgeable=0)
+            amounts.append(simulator.lib.statistics.memory().free_count)
+        assert amounts[:2] == [0, 1]
+        assert any(later == earlier for earlier, later in pairwise(amounts))
+        eventually(lambda: simulator.lib.statistics.memory().free_count == 39)
+
+    def test_sysctls_of_the_machine_are_structs(self, simulator: Simulator) -> None:
+        """Of 24 and 32 bytes, and integers of 4 (§11)."""
+        host = simulator.lib.host
+        load, swap = host.sysctl_struct("vm.loadavg", loadavg), host.sysctl_struct("vm.swapusage", xsw_usage)
+        assert load.fscale == 2048
+        assert swap.xsu_total == swap.xsu_avail + swap.xsu_used
+        assert swap.xsu_pagesize == 16384
+        assert host.sysctl("kern.memorystatus_vm_pressure_level") == (1).to_bytes(4, "little")
+        assert host.sysctl_int("hw.ncpu") == os.cpu_count()
+        with pytest.raises(MachError, match=r"sysctlbyname\(vm.loadavg\) answered 24 bytes of 32"):
+            host.sysctl_struct("vm.loadavg", xsw_usage)
 
 
 def test_injected_fault_occurs_at_the_requested_call(simulator: Simulator) -> None:

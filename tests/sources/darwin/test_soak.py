@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from support.darwin.simulator import SHORT_REPLY, Simulator
+from support.workload import ChildWorkload
 from vitalsd.snapshot import Part, measure
 from vitalsd.sources.base import Source, SourceError
 from vitalsd.sources.darwin.apple_headers import (
@@ -24,13 +25,16 @@ from vitalsd.sources.darwin.apple_headers import (
     PROC_PIDLISTTHREADIDS,
     PROC_PIDTASKALLINFO,
     PROC_PIDTHREADID64INFO,
+    RUSAGE_INFO_V2,
     TASK_ABSOLUTETIME_INFO,
     TASK_VM_INFO,
     THREAD_EXTENDED_INFO,
     THREAD_IDENTIFIER_INFO,
 )
 from vitalsd.sources.darwin.libproc_source import LibprocSource
+from vitalsd.sources.darwin.libsystem import load
 from vitalsd.sources.darwin.mach_source import MachSource
+from vitalsd.sources.darwin.processes import holdings as counted
 
 SIZES = [pytest.param(4_000, id="quick"), pytest.param(100_000, id="torture", marks=pytest.mark.torture)]
 RSS_ALLOWANCE_BYTES = 2 << 20
@@ -98,6 +102,13 @@ def inject(simulator: Simulator) -> None:
     simulator.fault("proc_pidinfo", errno.EPERM, flavor=PROC_PIDTASKALLINFO, at=547, every=547)
     simulator.fault("proc_pidinfo", errno.EINVAL, flavor=PROC_PIDLISTTHREADIDS, at=541, every=541)
     simulator.fault("proc_pid_rusage", errno.EPERM, at=11, every=11)
+    simulator.fault("proc_pid_rusage", errno.ESRCH, flavor=RUSAGE_INFO_V2, at=14, every=62)
+    simulator.fault("proc_listchildpids", errno.EPERM, at=17, every=17)
+    simulator.fault("mach_host_self", 1, at=13, every=13)
+    simulator.fault("host_processor_info", 5, at=7, every=7)
+    simulator.fault("host_processor_info", SHORT_REPLY, at=11, every=11)
+    simulator.fault("host_statistics64", SHORT_REPLY, at=5, every=5)
+    simulator.fault("sysctlbyname", errno.ENOENT, at=19, every=19)
 
 
 def run(sources: list[Source], snapshots: int) -> Counter[str]:
@@ -107,11 +118,14 @@ def run(sources: list[Source], snapshots: int) -> Counter[str]:
     for i in range(snapshots):
         source = sources[i % len(sources)]
         try:
-            snapshot = source.snapshot(parts=Part.DETAIL if i % 10 < len(sources) else Part.NONE)
+            parts = Part.DETAIL | Part.CHILDREN if i % 10 < len(sources) else Part.NONE
+            snapshot = source.snapshot(parts=parts)
         except SourceError as error:
             outcomes[type(error).__name__] += 1
             continue
         outcomes["whole"] += 1
+        outcomes["trees"] += snapshot.tree is not None
+        outcomes["machines"] += snapshot.machine is not None and snapshot.machine.busy_ns is not None
         before = previous.get(source)
         if before is not None:
             m = measure(before, snapshot)  # type: ignore[arg-type]
@@ -124,7 +138,7 @@ def run(sources: list[Source], snapshots: int) -> Counter[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("snapshots", SIZES)
 def test_snapshots_under_churn_and_faults_leak_nothing(
-    simulator: Simulator, capsys: pytest.CaptureFixture[str], snapshots: int
+    simulator: Simulator, child: ChildWorkload, capsys: pytest.CaptureFixture[str], snapshots: int
 ) -> None:
     """
     Ports, references, arrays, descriptors and memory end where they began, and no rule was broken.
@@ -154,5 +168,26 @@ def test_snapshots_under_churn_and_faults_leak_nothing(
     assert simulator.violations == []
     assert rss_after <= rss_before + RSS_ALLOWANCE_BYTES
     assert outcomes["whole"] >= snapshots * 9 // 10
+    assert min(outcomes["trees"], outcomes["machines"]) > snapshots // 10
     assert min(outcomes["KernelError"], outcomes["UnsupportedError"], outcomes["AccessDeniedError"], born[0]) > 0
     assert outcomes["backwards"] == 0
+
+
+def test_soak_finds_a_host_port_that_is_not_released(lawless_simulator: Simulator) -> None:
+    """Plant the leak: a second ``mach_host_self`` adds a reference, and all have one name."""
+    before, held = holdings(lawless_simulator), counted(lawless_simulator.lib)
+    for _ in range(10):
+        lawless_simulator.function("mach_host_self")()
+        MachSource(lib=lawless_simulator.lib).snapshot(parts=Part.FIGURES)
+    after = holdings(lawless_simulator)
+    assert after.references_owed == before.references_owed + 10
+    assert after.ports_in_use == before.ports_in_use
+    assert counted(lawless_simulator.lib)["references"] >= held["references"] + 10
+
+
+def test_sources_that_are_opened_and_closed_leave_no_reference(simulator: Simulator) -> None:
+    """Each loads the library anew, as the sidecar does for each target."""
+    before = holdings(simulator)
+    for _ in range(20):
+        MachSource(lib=load(simulator.path)).snapshot(parts=Part.DETAIL | Part.CHILDREN)
+    assert holdings(simulator) == before
