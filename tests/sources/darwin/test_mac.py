@@ -240,3 +240,100 @@ def test_inherited_listener_without_acceptconn_is_accepted() -> None:
     with bind_tcp("127.0.0.1", 0) as listener, inherited(os.dup(listener.fileno())) as taken:
         assert taken.getsockname() == listener.getsockname()
         assert taken.proto == socket.IPPROTO_TCP
+
+
+def test_readings_of_the_machine_leave_no_reference_on_the_host_port() -> None:
+    """Each reading releases what it took, also of a library that is loaded anew."""
+    lib = load()
+    before = lib.statistics.references()
+    for _ in range(100):
+        MachSource().snapshot(parts=Part.FIGURES)
+    assert lib.statistics.references() == before
+
+
+def test_machine_figures_agree_with_what_the_system_says() -> None:
+    """Load to a second's change, memory below what is installed; CPU grows by a burn, and nothing is unknown."""
+    lib, source = load(), MachSource()
+    first = source.snapshot(parts=Part.FIGURES)
+    burn(500_000_000)
+    last = source.snapshot(parts=Part.FIGURES)
+    assert first.machine is not None
+    assert last.machine is not None
+    assert last.warnings == ()
+    assert last.cpu_count == os.cpu_count()
+    assert first.machine.busy_ns is not None
+    assert last.machine.busy_ns is not None
+    assert last.machine.busy_ns - first.machine.busy_ns >= 450_000_000
+    assert last.machine.load_milli is not None
+    assert abs(last.machine.load_milli / 1000 - os.getloadavg()[0]) < 0.5
+    assert last.machine.memory_available_bytes is not None
+    assert 0 < last.machine.memory_available_bytes < lib.host.sysctl_int("hw.memsize")
+    assert last.machine.swap_used_bytes is not None
+    assert last.machine.memory_pressure_level is not None
+
+
+def test_wait_for_a_cpu_appears_with_more_threads_than_cores() -> None:
+    """Three times as many processes as cores run, so ours waits; its wait and CPU time are at most the window."""
+    source = MachSource()
+    first = source.snapshot(parts=Part.FIGURES)
+    burn(200_000_000)
+    alone = measure(first, source.snapshot(parts=Part.FIGURES))
+    code = "while True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3 * (os.cpu_count() or 1))]
+    try:
+        time.sleep(1)
+        first = source.snapshot(parts=Part.FIGURES)
+        burn(500_000_000)
+        crowded = measure(first, source.snapshot(parts=Part.FIGURES))
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert alone.wait_ns is not None
+    assert crowded.wait_ns is not None
+    assert crowded.wait_ns > 100_000_000
+    assert crowded.wait_ns + crowded.cpu_ns <= crowded.elapsed_ns * len(crowded.last.roster) + 60_000_000
+
+
+def test_child_counts_while_it_lives_and_once_when_it_was_waited_for() -> None:
+    """The CPU time of a zombie is that which the parent gets; no call books it twice."""
+    source = MachSource()
+    tree = source.snapshot(parts=Part.FIGURES | Part.CHILDREN).tree
+    assert tree is not None
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    with sleeping(code) as child:
+        assert child.stdin is not None
+        living = source.snapshot(parts=Part.FIGURES | Part.CHILDREN).tree
+        assert living is not None
+        assert child.pid in [each.pid for each in living.children]
+        child.stdin.close()
+        time.sleep(0.5)
+        zombie = source.snapshot(parts=Part.FIGURES | Part.CHILDREN).tree
+        assert zombie is not None
+        assert child.pid not in [each.pid for each in zombie.children]
+    reaped = source.snapshot(parts=Part.FIGURES | Part.CHILDREN)
+    assert reaped.tree is not None
+    assert reaped.figures is not None
+    assert reaped.figures.reaped_ns is not None
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert abs(reaped.figures.reaped_ns - (usage.ru_utime + usage.ru_stime) * 1e9) < 1_000_000
+    assert living.cpu_ns - tree.cpu_ns >= 300_000_000
+    assert reaped.tree.reaped_ns - tree.reaped_ns < 50_000_000
+    assert reaped.tree.gaps == tree.gaps
+
+
+def test_no_framework_is_loaded_for_the_machine() -> None:
+    """IOKit and CoreFoundation would be loaded into the measured program."""
+    code = (
+        "import ctypes\n"
+        "from vitalsd.snapshot import Part\n"
+        "from vitalsd.sources.darwin.mach_source import MachSource\n"
+        "dyld = ctypes.CDLL(None)\n"
+        "dyld._dyld_get_image_name.restype = ctypes.c_char_p\n"
+        "def images(): return {dyld._dyld_get_image_name(i) for i in range(dyld._dyld_image_count())}\n"
+        "before = images()\n"
+        "MachSource().snapshot(parts=Part.DETAIL | Part.CHILDREN)\n"
+        "print(sorted(name for name in images() - before if b'.framework' in name))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
