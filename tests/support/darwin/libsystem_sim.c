@@ -1564,6 +1564,9 @@ int sysctlbyname(const char *name, void *old, size_t *size, const void *new, siz
     } else if (!strcmp(name, "hw.ncpu")) {
         int32_t processors = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
         memcpy(text, &processors, length = 4);
+    } else if (!strcmp(name, "hw.memsize") && read_file("/proc/meminfo", file, sizeof file)) {
+        long long bytes = number_after(file, "MemTotal:") * 1024;
+        memcpy(text, &bytes, length = 8);
     } else if (!strcmp(name, "kern.memorystatus_vm_pressure_level")) {
         memcpy(text, &pressure_level, length = 4);
     } else if (!strcmp(name, "vm.loadavg") && read_file("/proc/loadavg", file, sizeof file)) {
