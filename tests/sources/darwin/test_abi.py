@@ -81,6 +81,19 @@ class TestProof:
         assert "sizeof(((struct vnode_info_path *)0)->vip_path) is 1016" in compiled.stderr
         assert "offsetof(struct proc_vnodepathinfo, pvi_rdir) is 1168" in compiled.stderr
 
+    def test_abi_older_revision_with_exchanged_fields_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
+        """Of a struct that Apple has extended: its size is that of the revision, and its fields are at their places."""
+        fields = list(apple_headers.vm_statistics64._fields_)
+        at = [name for name, _ in fields].index("external_page_count")
+        fields[at], fields[at + 1] = fields[at + 1], fields[at]
+
+        class exchanged(ctypes.Structure):
+            _fields_ = tuple(fields)
+
+        compiled = abi.compile_claims(claims(structs={"vm_statistics64": exchanged}), target, tmp_path, cache)
+        assert compiled.returncode != 0
+        assert "offsetof(struct vm_statistics64, internal_page_count) is 136" in compiled.stderr
+
     def test_abi_private_struct_with_a_wrong_offset_fails(self, target: str, tmp_path: Path, cache: Path) -> None:
         """Structs that are not in the SDK are held to the definition retyped from the reference."""
 

@@ -373,6 +373,21 @@ class TestChildren:
         assert [(each.pid, each.start_key) for each in again.children] == [(pid, child.start_key)]
         assert again.gaps == 0
 
+    def test_storm_of_short_children_is_what_getrusage_says(self, simulator: Simulator, shell: Shell) -> None:
+        """No reading sees any of them alive; Linux, on which this runs, books whole ticks of 10 ms."""
+        code = (
+            "import resource; u = resource.getrusage(resource.RUSAGE_CHILDREN); print(u.ru_utime + u.ru_stime, end='')"
+        )
+        source = LibprocSource(shell.pid, lib=simulator.lib)
+        before, used_before = tree_of(source), float(shell.run(code))
+        for _ in range(5):
+            shell.run("[subprocess.run([sys.executable, '-S', '-c', '']) for _ in range(10)]")
+            after = tree_of(source)
+        used_ns = (float(shell.run(code)) - used_before) * 1e9
+        assert used_ns > 100 * MILLISECOND
+        assert abs(after.reaped_ns - before.reaped_ns - used_ns) <= 20 * MILLISECOND + used_ns / 10
+        assert after.gaps == before.gaps + 5
+
     def test_unwatched_children_count_and_are_a_gap(self, simulator: Simulator, shell: Shell) -> None:
         """They were born and waited for between two readings."""
         source = LibprocSource(shell.pid, lib=simulator.lib)
