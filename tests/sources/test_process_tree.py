@@ -77,6 +77,14 @@ class TestReaped:
         tree = ledger.read([target(0, 45)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (45, 0, 0)
 
+    def test_zombie_whose_time_is_booked_with_another_rounding_is_no_gap(self) -> None:
+        """Two times in ticks, each rounded down to ns, are less than their sum by up to 1 ns."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 45)._replace(thread_count=0, is_living=False)], SECOND, missed=False)
+        tree = ledger.read([target(0, 46)], SECOND, missed=False)
+        assert (tree.cpu_ns, tree.gaps) == (46, 0)
+
     def test_child_reaped_after_the_row_of_its_parent_was_read_is_not_counted_twice(self) -> None:
         """It vanishes in one reading, and its parent shows it in the next."""
         ledger = ProcessLedger()

@@ -41,7 +41,6 @@ class Member(NamedTuple):
     """CPU time of the children that it waited for, and of theirs."""
     rss_bytes: int
     thread_count: int
-    """0: a zombie, whose CPU time does not grow."""
     is_young: bool
     """Whether it started after the reading before."""
     is_living: bool = True
@@ -174,5 +173,7 @@ def _lost(before: Mapping[Key, Member], now: Mapping[Key, Member], elapsed_ns: i
             missed = True
             continue
         counted_ns, most_ns = lost[ancestor]
-        lost[ancestor] = _Lost(counted_ns + row.cpu_ns + row.reaped_ns, most_ns + elapsed_ns * row.thread_count)
+        # Of a zombie as well: times in ticks are rounded, so what is booked can exceed its final time a little.
+        most_ns += elapsed_ns * max(1, row.thread_count)
+        lost[ancestor] = _Lost(counted_ns + row.cpu_ns + row.reaped_ns, most_ns)
     return lost, missed
