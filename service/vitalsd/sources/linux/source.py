@@ -57,6 +57,8 @@ KEPT_NAMES = 1024
 class _CpuTimes(NamedTuple):
     """CPU times of one snapshot, ns; they are read one after the other."""
 
+    instant: tuple[int, int, int]
+    """Monotonic time, time since boot and wall clock just after the process's clock was read."""
     threads: list[int]
     total_ns: int
     exited_ns: tuple[int, int]
@@ -160,9 +162,7 @@ class LinuxSource:
         times, program = self._times or self._open_threads(), self._program
         begun_ns = time.monotonic_ns()
         cpu = self._read_times(times)
-        monotonic_ns = time.monotonic_ns()
-        boottime_ns = time.clock_gettime_ns(CLOCK_BOOTTIME)
-        wall_ns = time.time_ns()
+        monotonic_ns, boottime_ns, wall_ns = cpu.instant
 
         # Read last: if the descriptor can still be read, pid and clock belonged to the target during all reads.
         image = program.image
@@ -219,18 +219,26 @@ class LinuxSource:
 
     def _read_times(self, times: ThreadTimes) -> _CpuTimes:
         """Read the process's clock and its threads; only the hot ones if that proves the times of the others."""
+        instant = 0, 0, 0
+
+        def clock() -> int:
+            nonlocal instant
+            total_ns = self._total_ns()
+            instant = time.monotonic_ns(), time.clock_gettime_ns(CLOCK_BOOTTIME), time.time_ns()
+            return total_ns
+
         counter = times.threads.counter
-        before_ns = self._total_ns()
-        proved = times.read_hot(before_ns, self._total_ns) if counter.sums_to_process_clock and self._clock else None
+        before_ns = clock()
+        proved = times.read_hot(before_ns, clock) if counter.sums_to_process_clock and self._clock else None
         if proved is not None:
             thread_cpu_ns, total_ns, exited_ns = proved
-            return _CpuTimes(thread_cpu_ns, total_ns, (exited_ns, exited_ns), times.wait_ns, times.waited_ns)
-        thread_cpu_ns, total_ns = times.read(self._total_ns)
+            return _CpuTimes(instant, thread_cpu_ns, total_ns, (exited_ns, exited_ns), times.wait_ns, times.waited_ns)
+        thread_cpu_ns, total_ns = times.read(clock)
         least_ns = before_ns - times.living_ns - len(thread_cpu_ns) * counter.truncation_ns
         most_ns = total_ns - times.living_ns + self._process_truncation_ns
         if least_ns == most_ns:
             times.set_exited_total(total_ns, least_ns)
-        return _CpuTimes(thread_cpu_ns, total_ns, (least_ns, most_ns), times.wait_ns, times.waited_ns)
+        return _CpuTimes(instant, thread_cpu_ns, total_ns, (least_ns, most_ns), times.wait_ns, times.waited_ns)
 
     def _total_ns(self) -> int:
         """Read the CPU time of living and exited threads, ns."""
