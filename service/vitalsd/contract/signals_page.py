@@ -17,7 +17,8 @@ import re
 import struct
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import NamedTuple
 
 __all__ = [
@@ -27,11 +28,11 @@ __all__ = [
     "PAGE_BYTES",
     "GaugeSlot",
     "HeartbeatSlot",
+    "MappedPage",
     "PageError",
     "SignalsPage",
     "gauge_slots",
     "heartbeat_slots",
-    "map_page",
     "name_words",
 ]
 
@@ -59,11 +60,11 @@ BEAT, GAP, GAP_END, LIMIT, OWNER, OWNER_START, STATE, HEARTBEAT_NAME = 0, 1, 2, 
 # Words of a gauge.
 VALUE, SET, GAUGE_STATE, GAUGE_NAME = 0, 1, 2, 4
 
-FREE, OPEN, PAUSED, CLOSED = 0, 1, 2, 3
+FREE, OPEN, PAUSED = 0, 1, 2
 """States of a slot. A heartbeat that is open, and whose word `BEAT` is 0, has not begun to beat."""
 
-F_ADD_SEALS, SEALS = 1033, 0x1 | 0x2 | 0x4
-"""fcntl(2): F_ADD_SEALS, and F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW; Python has the names only on Linux."""
+F_ADD_SEALS, F_GET_SEALS, SEALS = 1033, 1034, 0x1 | 0x2 | 0x4
+"""fcntl(2): F_ADD_SEALS, F_GET_SEALS; F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW. macOS has none of them."""
 
 
 class PageError(OSError):
@@ -73,7 +74,8 @@ class PageError(OSError):
 class HeartbeatSlot(NamedTuple):
     """One heartbeat, as it is in the page."""
 
-    index: int
+    slot: int
+    """Its place in the page."""
     name: str
     is_paused: bool
     beat: int
@@ -97,7 +99,8 @@ class HeartbeatSlot(NamedTuple):
 class GaugeSlot(NamedTuple):
     """One gauge, as it is in the page."""
 
-    index: int
+    slot: int
+    """Its place in the page."""
     name: str
     value: float
     set_at: int
@@ -106,7 +109,7 @@ class GaugeSlot(NamedTuple):
 
 def name_words(name: str) -> tuple[int, ...]:
     """Return a name as four words. Raise `ValueError` if it does not have the form of `NAME`."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):  # type: ignore[redundant-expr]
         raise ValueError(f"a name is a letter and up to 31 of A-Z a-z 0-9 . _ -; this is {name!r:.60}")
     return struct.unpack("=4Q", name.encode().ljust(32, b"\0"))
 
@@ -116,12 +119,12 @@ def heartbeat_slots(content: bytes) -> Iterator[HeartbeatSlot]:
     words = _words(content)
     for index in range(HEARTBEATS):
         slot = words[HEADER_WORDS + index * SLOT_WORDS :][:SLOT_WORDS]
-        if slot[STATE] in (FREE, CLOSED):
+        if slot[STATE] == FREE:
             continue
         if slot[STATE] not in (OPEN, PAUSED) or not slot[LIMIT]:
             raise ValueError(f"heartbeat {index} has no state or no limit")
         yield HeartbeatSlot(
-            index=index,
+            slot=index,
             name=_name(slot[HEARTBEAT_NAME : HEARTBEAT_NAME + 4]),
             is_paused=slot[STATE] == PAUSED,
             beat=slot[BEAT],
@@ -140,7 +143,7 @@ def gauge_slots(content: bytes) -> Iterator[GaugeSlot]:
     for index in range(GAUGES):
         at = HEADER_WORDS + HEARTBEATS * SLOT_WORDS + index * GAUGE_WORDS
         slot = words[at : at + GAUGE_WORDS]
-        if slot[GAUGE_STATE] in (FREE, CLOSED):
+        if slot[GAUGE_STATE] == FREE:
             continue
         if slot[GAUGE_STATE] != OPEN:
             raise ValueError(f"gauge {index} has no state")
@@ -188,6 +191,8 @@ class SignalsPage:
             raise PageError(f"no shared memory for heartbeats and gauges: {error}") from None
 
     def _make_memfd(self) -> None:
+        if sys.platform != "linux":
+            raise PageError("a memfd exists on Linux only")
         self._fd = os.memfd_create("vitalsd-signals", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.fchmod(self._fd, 0o600)
         _write_header(self._fd)
@@ -195,10 +200,10 @@ class SignalsPage:
         self.reference = {"path": f"/proc/{self._pid}/fd/{self._fd}"}
 
     def _make_shared_memory(self) -> None:
-        import _posixshmem  # as multiprocessing.shared_memory does
+        posixshmem = import_module("_posixshmem")  # as multiprocessing.shared_memory does
 
         name = f"/vitalsd-{self._pid}-{os.urandom(6).hex()}"
-        self._fd = _posixshmem.shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        self._fd = posixshmem.shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         self.reference = {"shm": name}
         os.ftruncate(self._fd, PAGE_BYTES)
         self._map = mmap.mmap(self._fd, PAGE_BYTES)
@@ -219,10 +224,10 @@ class SignalsPage:
             os.close(self._fd)
             self._fd = -1
         if "shm" in self.reference and os.getpid() == self._pid:
-            import _posixshmem
+            posixshmem = import_module("_posixshmem")
 
             with suppress(OSError):
-                _posixshmem.shm_unlink(self.reference["shm"])
+                posixshmem.shm_unlink(self.reference["shm"])
         self.reference = {}
 
 
@@ -236,9 +241,9 @@ def _write_header(fd: int) -> None:
         raise OSError("the page was not written whole")
 
 
-def map_page(reference: Mapping[str, str]) -> "memoryview[int]":
+class MappedPage:
     """
-    Map the page of a sidecar, and return its words.
+    The page of a sidecar, mapped by a client.
 
     Args:
         reference: `SignalsPage.reference`.
@@ -246,30 +251,54 @@ def map_page(reference: Mapping[str, str]) -> "memoryview[int]":
     Raises:
         PageError: it cannot be opened, is not a page, or could shrink while it is mapped.
     """
-    try:
-        fd = _open_page(reference)
+
+    def __init__(self, reference: Mapping[str, str]) -> None:
+        self._reference = dict(reference)
         try:
-            if sys.platform == "linux" and fcntl.fcntl(fd, F_ADD_SEALS + 1) & SEALS != SEALS:  # F_GET_SEALS
-                raise PageError("the page could shrink under a client: it is not a sealed memfd")
-            if os.fstat(fd).st_size < PAGE_BYTES:
-                raise PageError("the page is too small")
-            words = memoryview(mmap.mmap(fd, PAGE_BYTES)).cast("Q")
+            fd = _open_page(reference)
+            try:
+                if sys.platform == "linux" and fcntl.fcntl(fd, F_GET_SEALS) & SEALS != SEALS:
+                    raise PageError("it could shrink while it is mapped: it is not a sealed memfd")
+                if os.fstat(fd).st_size < PAGE_BYTES:
+                    raise PageError("it is too small")
+                self.words = memoryview(mmap.mmap(fd, PAGE_BYTES)).cast("Q")
+                """All words of the page."""
+            finally:
+                os.close(fd)
+            if self.words[0] != MAGIC or self.words[1] != VERSION:
+                raise PageError("it does not begin with the magic number and version of this vitalsd")
+        except (OSError, ImportError, ValueError) as error:
+            raise PageError(f"the page of the sidecar for heartbeats cannot be mapped: {error}") from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Exclude other clients while a slot is taken; without effect where the page takes no lock (macOS)."""
+        fd = -1
+        try:
+            with suppress(OSError, ImportError):
+                fd = _open_page(self._reference)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
         finally:
-            os.close(fd)
-        if words[0] != MAGIC or words[1] != VERSION:
-            raise PageError("the page does not begin with its magic number and version")
-        return words
-    except PageError:
-        raise
-    except (OSError, ImportError, ValueError) as error:
-        raise PageError(f"the page of the sidecar cannot be mapped: {error}") from None
+            if fd >= 0:
+                os.close(fd)
+
+    def free_slot(self, *, gauge: bool) -> int | None:
+        """Return the first word of a slot that is not taken; ``None``: all are taken. Call it `locked`."""
+        first, width, count, state = (
+            (HEADER_WORDS + HEARTBEATS * SLOT_WORDS, GAUGE_WORDS, GAUGES, GAUGE_STATE)
+            if gauge
+            else (HEADER_WORDS, SLOT_WORDS, HEARTBEATS, STATE)
+        )
+        places = range(first, first + width * count, width)
+        return next((at for at in places if self.words[at + state] == FREE), None)
 
 
 def _open_page(reference: Mapping[str, str]) -> int:
     if "path" in reference:
         return os.open(reference["path"], os.O_RDWR | os.O_CLOEXEC)
     if "shm" in reference:
-        import _posixshmem
+        posixshmem = import_module("_posixshmem")
 
-        return _posixshmem.shm_open(reference["shm"], os.O_RDWR, 0o600)
-    raise PageError("the sidecar has no page for heartbeats and gauges")
+        return int(posixshmem.shm_open(reference["shm"], os.O_RDWR, 0o600))
+    raise PageError("this sidecar has none")
