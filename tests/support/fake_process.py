@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hypothesis import strategies as st
 
 from vitalsd.snapshot import Identity, Part, ProcessFigures, Snapshot, ThreadFigures, ThreadRoster
-from vitalsd.sources.base import TargetGoneError
+from vitalsd.sources.base import TargetGoneError, ThreadLook
 
 __all__ = ["IDENTITY", "SECOND_NS", "FakeSource", "Process", "lives", "same"]
 
@@ -143,6 +143,15 @@ class FakeSource:
     def restart(self) -> None:
         """Count the restarts."""
         self.restarts += 1
+
+    def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
+        """Return the CPU time of a thread, which sleeps in epoll."""
+        process = self.process
+        found = [cpu_ns for (known, _), (_, cpu_ns) in process.threads.items() if known == tid and not process.gone]
+        if not found:
+            return None
+        look = ThreadLook(process.monotonic_ns, found[0], wait_ns=0, slices=0)
+        return look._replace(state="sleeping", major_faults=0, wait_channel="epoll") if closely else look
 
     def close(self) -> None:
         """Record that the source is closed."""

@@ -18,6 +18,7 @@ __all__ = [
     "Stat",
     "freezer_paths",
     "parse_run_times",
+    "parse_schedstat",
     "parse_stat",
     "parse_statm",
     "parse_status",
@@ -127,6 +128,16 @@ def parse_run_times(contents: Sequence[bytes]) -> list[int]:
     if times and min(times) < 0:
         raise MalformedError("schedstat", b" ".join(fields))
     return times
+
+
+def parse_schedstat(content: bytes) -> tuple[int, int, int]:
+    """Return CPU time and time of waiting for a CPU, ns, and the number of time slices, of one ``schedstat``."""
+    fields = content.split()
+    try:
+        cpu_ns, wait_ns, slices = map(int, fields)
+    except ValueError:
+        raise MalformedError("schedstat", content) from None
+    return cpu_ns, wait_ns, slices
 
 
 def parse_uids(content: bytes) -> frozenset[int]:
