@@ -3,8 +3,8 @@ Beat every 50 ms as a Python client, and hang on command: hanging.py REFERENCE S
 
 REFERENCE is the JSON of `SignalsPage.reference`, or ``own`` for a page of its own. PLACE is ``beside``, or ``inside``:
 then a thread of this process looks for hangs, and prints each as a line ``hang JSON``. A line of stdin ``KIND MS``
-makes the loop hang. After each gap of more than half of the limit it prints ``gap NS CPU_NS``, as programs/hanging.c
-does.
+makes the loop hang. After each gap of more than half of the limit it prints ``gap NS CPU_NS WAIT_NS``, as
+programs/hanging.c does.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from vitalsd.contract.signals_page import SignalsPage, heartbeat_slots, map_page, name_words
+from vitalsd.contract.signals_page import MappedPage, SignalsPage, heartbeat_slots, name_words
 from vitalsd.recording.hangs import PERIOD_NS, HangDetector
 from vitalsd.sources.linux.source import LinuxSource
 
@@ -31,7 +31,8 @@ class Loop:
 
     def __init__(self, words: "memoryview[int]", slot: int, limit_ns: int) -> None:
         self._words, self._at, self._limit_ns = words, FIRST + SLOT * slot, limit_ns
-        self._last = self._cpu = 0
+        self._last = self._cpu = self._waited = 0
+        self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
         for i, word in enumerate(name_words("ui")):
             words[self._at + NAME + i] = word
         words[self._at + LIMIT] = limit_ns
@@ -40,24 +41,25 @@ class Loop:
 
     def beat(self) -> None:
         words, at, now, cpu = self._words, self._at, time.monotonic_ns(), time.thread_time_ns()
+        waited = int(os.pread(self._schedstat, 128, 0).split()[1])
         gap = now - self._last if self._last else 0
         if gap > self._limit_ns:
             words[at + GAP], words[at + GAP_END] = gap, now
         words[at + BEAT] = now
         if gap > self._limit_ns // 2:
-            say(f"gap {gap} {cpu - self._cpu}")
-        self._last, self._cpu = now, cpu
+            say(f"gap {gap} {cpu - self._cpu} {waited - self._waited}")
+        self._last, self._cpu, self._waited = now, cpu, waited
 
 
 def main() -> None:
     reference, slot, limit_ms, library, place = sys.argv[1:]
     page = SignalsPage() if reference == "own" else None
-    words = map_page(page.reference if page else json.loads(reference))
+    words = MappedPage(page.reference if page else json.loads(reference)).words
     if place == "inside":
         assert page is not None
         threading.Thread(target=watch, args=(page,), daemon=True).start()
     # A PyDLL keeps the interpreter lock while its functions run.
-    calls, kept = ctypes.CDLL(library), ctypes.PyDLL(library)
+    kept = ctypes.PyDLL(library)
     loop = Loop(words, int(slot), int(limit_ms) * 1_000_000)
     while True:
         readable, _, _ = select.select([0], [], [], 0.05)
@@ -69,7 +71,7 @@ def main() -> None:
             return
         kind, ms = line.split()
         loop.beat()
-        hang(kind, int(ms), calls, kept)
+        hang(kind, int(ms), kept)
         loop.beat()
 
 
@@ -78,7 +80,7 @@ def say(line: str) -> None:
     os.write(1, (line + "\n").encode())
 
 
-def hang(kind: str, ms: int, calls: ctypes.CDLL, kept: ctypes.PyDLL) -> None:
+def hang(kind: str, ms: int, kept: ctypes.PyDLL) -> None:
     """Hang this thread."""
     match kind:
         case "lock":
@@ -103,8 +105,6 @@ def hang(kind: str, ms: int, calls: ctypes.CDLL, kept: ctypes.PyDLL) -> None:
             kept.spin_ms(ms)
         case "own_asleep":
             kept.sleep_ms(ms)
-        case "released_busy":
-            calls.spin_ms(ms)
         case "other_busy":
             beside(lambda: kept.spin_ms(ms))
         case "other_asleep":

@@ -214,11 +214,14 @@ class Evidence:
         return None
 
     def _interpreter_lock(self, is_python: bool | None) -> Cause | None:
-        if is_python is False or not self.shares.polls_lock or self._channel() != "futex":
+        channel, wakes = self._channel(), self.shares.wakes_per_s
+        if is_python is False or not self.shares.polls_lock or channel not in ("futex", None):
             return None
-        if not is_python and self.shares.wakes_per_s > MOST_LOCK_WAKES:
+        if not is_python and wakes > MOST_LOCK_WAKES:
             return None
-        return Cause("interpreter_lock", f"woke up {self.shares.wakes_per_s:.0f} times a second in futex")
+        if channel is None:  # on a busy machine each wake-up waits for a CPU, so that no look finds it asleep
+            return Cause("unknown", f"woke up {wakes:.0f} times a second, and no look found it asleep")
+        return Cause("interpreter_lock", f"woke up {wakes:.0f} times a second in futex")
 
     def _channel(self) -> str | None:
         """Return the most common wait channel; ``None``: no look has found one."""

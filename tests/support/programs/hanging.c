@@ -1,12 +1,12 @@
 /*
- * A client whose event loop beats every 50 ms, and hangs on command: hanging PAGE SLOT LIMIT_MS LOOP
+ * A client whose event loop beats every 50 ms, and hangs on command: hanging PAGE SLOT LIMIT_MS LOOP DIRECTORY
  *
  *   PAGE   path of the page of heartbeats, as in the ready line
- *   LOOP   how the loop waits: epoll, or cond for a condition variable
+ *   LOOP   how the loop waits: native for epoll, or cond for a condition variable
  *
- * A line of stdin "KIND MS DIRECTORY" makes the loop hang for that time; DIRECTORY has a file "big" of 64 MiB. After every gap of more
- * than half of the limit between two beats the program prints "gap NS CPU_NS": its length and the CPU time that its
- * thread used in it. It exits at the end of stdin.
+ * DIRECTORY has a file "big" of 64 MiB. A line of stdin "KIND MS" makes the loop hang for that time. After every gap of more
+ * than half of the limit between two beats the program prints "gap NS CPU_NS WAIT_NS": its length, and how long its
+ * thread ran and waited for a CPU in it. It exits at the end of stdin.
  *
  * With -DLIBRARY it is only the functions spin_ms and sleep_ms, for a Python program to call with the interpreter lock.
  */
@@ -51,7 +51,7 @@ void spin_ms(long ms) {
 enum { MAGIC = 0, VERSION = 1, FIRST = 16, BEAT = 0, GAP, GAP_END, LIMIT, OWNER, OWNER_START, STATE, NAME = 8 };
 #define FILE_BYTES (64 << 20)
 
-static uint64_t *slot, limit_ns, last, cpu_last;
+static uint64_t *slot, limit_ns, last, cpu_last, wait_last;
 static char *directory;
 static long wait_ms;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER, idle_mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -62,19 +62,32 @@ static char order[512];
 
 static void store(int word, uint64_t value) { __atomic_store_n(&slot[word], value, __ATOMIC_RELEASE); }
 
+static uint64_t waited_ns(void) {
+    static int fd = -1;
+    char text[128] = "";
+    unsigned long long ran, waited = 0;
+    if (fd < 0)
+        fd = open("/proc/thread-self/schedstat", O_RDONLY);
+    if (pread(fd, text, sizeof text - 1, 0) < 1 || sscanf(text, "%llu %llu", &ran, &waited) != 2)
+        exit(8);
+    return waited;
+}
+
 static void beat(void) {
-    uint64_t t = now(), cpu = ns(CLOCK_THREAD_CPUTIME_ID);
+    uint64_t t = now(), cpu = ns(CLOCK_THREAD_CPUTIME_ID), waited = waited_ns();
     if (last && t - last > limit_ns) {
         store(GAP, t - last);
         store(GAP_END, t);
     }
     store(BEAT, t);
     if (last && t - last > limit_ns / 2) {
-        printf("gap %llu %llu\n", (unsigned long long)(t - last), (unsigned long long)(cpu - cpu_last));
+        printf("gap %llu %llu %llu\n", (unsigned long long)(t - last), (unsigned long long)(cpu - cpu_last),
+               (unsigned long long)(waited - wait_last));
         fflush(stdout);
     }
     last = t;
     cpu_last = cpu;
+    wait_last = waited;
 }
 
 static void cond_wait(long ms) {
@@ -133,6 +146,12 @@ static void *hold_flock(void *unused) {
     ready = 1;
     sleep_ms(wait_ms);
     close(fd);
+    return unused;
+}
+
+static void *sleep_on(void *unused) {
+    ready = 1;
+    pause();
     return unused;
 }
 
@@ -225,6 +244,7 @@ static void hang(const char *kind, long ms) {
     } else if (!strcmp(kind, "cond")) {
         cond_wait(ms);
     } else if (!strcmp(kind, "end")) { /* the thread that beats ends, and the process goes on */
+        with(sleep_on, NULL, &helper);
         pthread_exit(NULL);
     } else {
         exit(2);
@@ -236,8 +256,9 @@ static void hang(const char *kind, long ms) {
 int main(int count, char **arguments) {
     int fd = open(arguments[1], O_RDWR);
     uint64_t *page = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (count < 5 || page == MAP_FAILED || pipe(pipe_ends) || socketpair(AF_UNIX, SOCK_STREAM, 0, pair))
+    if (count < 6 || page == MAP_FAILED || pipe(pipe_ends) || socketpair(AF_UNIX, SOCK_STREAM, 0, pair))
         return 1;
+    directory = arguments[5];
     slot = page + FIRST + 16 * atoi(arguments[2]);
     limit_ns = strtoull(arguments[3], NULL, 10) * 1000000;
     int by_cond = !strcmp(arguments[4], "cond");
@@ -257,15 +278,14 @@ int main(int count, char **arguments) {
         beat();
         if (readable <= 0)
             continue;
-        char kind[32], where[256];
+        char kind[32];
         long ms;
         ssize_t length = read(0, order, sizeof order - 1);
         if (length <= 0)
             return 0;
         order[length] = 0;
-        if (sscanf(order, "%31s %ld %255s", kind, &ms, where) != 3)
+        if (sscanf(order, "%31s %ld", kind, &ms) != 2)
             return 7;
-        directory = where;
         beat();
         hang(kind, ms);
         beat();
