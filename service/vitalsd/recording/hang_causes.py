@@ -237,11 +237,10 @@ class Evidence:
                 return Cause("blocked", "asleep; this platform does not say where")
             return Cause("unknown", "the kernel does not show where it sleeps" if looks else self._unseen())
         idle = sum(self.channels[name] for name in IDLE)
-        if channel in IDLE:
-            # A loop that works between its waits is seen elsewhere now and then.
-            return Cause("idle", channel) if idle > HALF * looks else Cause("unknown", f"mostly in {channel}")
-        if idle * MARGIN > looks - idle:
-            return Cause("unknown", f"in {channel}, and as often in an event loop")
+        if max(idle, looks - idle) < MARGIN * min(idle, looks - idle):
+            return Cause("unknown", "sleeps in an event loop, and as often elsewhere")
+        if idle > looks - idle:
+            return Cause("idle", max(IDLE, key=self.channels.__getitem__))
         if channel == usual == "futex":
             return Cause("unknown", "waits in futex, where it usually waits")
         return Cause("blocked", channel)
