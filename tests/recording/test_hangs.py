@@ -318,6 +318,18 @@ def test_detector_inside_that_read_the_page_before_the_lock_finds_the_hang() -> 
     assert (found.cause, found.duration_ns) == ("interpreter_lock", 2 * SECOND)
 
 
+def test_detector_stopped_just_after_it_read_the_page_reports_nothing(world: World) -> None:
+    """Its time is that after the stop, and the page is that before it: the gap lies after the beat that it shows."""
+    world.pass_time(250 * MS)
+    world.beat()
+    content = world.words.tobytes()
+    world.pass_time(2 * SECOND)
+    world.hangs += world.detector.look(world.now_ns, content, world.look_at)
+    world.beat()
+    world.live(SECOND)
+    assert world.hangs == []
+
+
 def test_detector_at_a_pause_ends_the_hang_and_begins_anew(world: World) -> None:
     """A paused heartbeat is silent for any time; after `resume` the silence counts from then on."""
     world.live(1500 * MS, beats=False)
