@@ -37,12 +37,14 @@ CREATE TABLE thread (id INTEGER PRIMARY KEY, tid INTEGER, birth INTEGER, name TE
 CREATE TABLE segment (id INTEGER PRIMARY KEY, threads BLOB, cpu_ns BLOB, constants TEXT);
 CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, numbers BLOB, moved INTEGER, code TEXT);
 CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
-CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT);
+CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT, \
+duration_ns INTEGER, heartbeat TEXT, cause TEXT, ongoing INTEGER);
 """
 """
 Blobs are arrays as the machine has them: thread ids u32; CPU times u64. The numbers of a frame are its scalars, i64;
 the indexes of the threads that moved, u32, as many as `moved`, or none if that is NULL because every thread did;
-and how much each of them moved, u32 or i64 as `code` says, I or q.
+and how much each of them moved, u32 or i64 as `code` says, I or q. A hang has a row for each of its reports; the last
+one counts.
 """
 
 COLUMNS: dict[str, list[str]] = {
