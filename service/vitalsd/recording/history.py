@@ -18,6 +18,7 @@ from vitalsd.contract.encoding import DECIMALS, target_json
 from vitalsd.contract.json_pieces import LockRelease, to_json
 from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_ROWS
 from vitalsd.contract.shapes import Count, Doc, Lazy, UnixMs
+from vitalsd.recording.hang_causes import HangCause
 from vitalsd.recording.segment import Segment
 from vitalsd.recording.series import Event, EventKind, Mark, Record
 from vitalsd.snapshot import allowance_ns, idle_allowance_ns
@@ -55,10 +56,23 @@ class EventJson(TypedDict):
         EventKind,
         Doc(
             "stopped: by a signal, a debugger or a freezer. clock_set: the wall clock. inconsistent: the CPU"
-            " counters contradicted each other, and the threads have no figure there."
+            " counters contradicted each other, and the threads have no figure there. hang: no beat of a heartbeat"
+            " came for longer than its limit; it has the time of the last beat."
         ),
     ]
     detail: str
+    duration_ms: NotRequired[Annotated[Count, Doc("Length of a hang, ms; so far, if it is ongoing.")]]
+    heartbeat: NotRequired[Annotated[str, Doc("Name of the heartbeat that was silent.")]]
+    cause: NotRequired[
+        Annotated[
+            HangCause,
+            Doc(
+                "starved: runnable without a CPU. blocked: asleep, where `detail` states. idle: asleep in its event"
+                " loop. unknown: two causes fit, or none."
+            ),
+        ]
+    ]
+    ongoing: NotRequired[Annotated[bool, Doc("Whether the hang lasts.")]]
 
 
 class HistoryJson(TypedDict):
@@ -127,10 +141,7 @@ class History:
                 for thread, percents in zip(self.threads, self._threads(), strict=True)
             ],
             "marks": [{"time_ms": mark.wall_ns // 1_000_000, "label": mark.label} for mark in self.marks],
-            "events": [
-                {"time_ms": event.wall_ns // 1_000_000, "kind": event.kind, "detail": event.detail}
-                for event in self.events
-            ],
+            "events": [_event_json(event) for event in self.events],
         }
         if self.truncated:
             body["truncated"] = True
@@ -147,9 +158,7 @@ class History:
         cpu = self._process_percents()
         threads = list(self._threads())
         marks = _by_row(self.monotonic_ns, [(mark.monotonic_ns, f"mark: {mark.label}") for mark in self.marks])
-        events = _by_row(
-            self.monotonic_ns, [(event.monotonic_ns, f"{event.kind}: {event.detail}") for event in self.events]
-        )
+        events = _by_row(self.monotonic_ns, [(event.monotonic_ns, _event_text(event)) for event in self.events])
         for i, wall_ns in enumerate(self.wall_ns):
             writer.writerow(
                 [
@@ -252,7 +261,10 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
         threads=[ThreadHistory(key[0], names[key], totals[key], columns[key]) for key in busiest],
         truncated=fitting < min(top, len(totals)),
         marks=[mark for mark in list(record.marks) if mark.monotonic_ns >= noted_ns],
-        events=[event for event in list(record.events) if event.monotonic_ns >= noted_ns],
+        # A hang is noted when it is over its limit, with the time at which it began.
+        events=sorted(
+            (event for event in list(record.events) if event.end_ns >= noted_ns), key=lambda event: event.monotonic_ns
+        ),
     )
 
 
@@ -369,3 +381,19 @@ def _columns(
                 columns[key][number - 1] = used_ns
             reached[key] = cpu_ns[i]
     return columns
+
+
+def _event_json(event: Event) -> EventJson:
+    body: EventJson = {"time_ms": event.wall_ns // 1_000_000, "kind": event.kind, "detail": event.detail}
+    if event.heartbeat is not None and event.cause is not None:
+        body["duration_ms"] = (event.duration_ns or 0) // 1_000_000
+        body["heartbeat"] = event.heartbeat
+        body["cause"] = event.cause
+        body["ongoing"] = event.ongoing
+    return body
+
+
+def _event_text(event: Event) -> str:
+    if event.heartbeat is None:
+        return f"{event.kind}: {event.detail}"
+    return f"hang: {event.heartbeat} silent for {(event.duration_ns or 0) / 1e9:.1f} s: {event.cause}, {event.detail}"
