@@ -219,7 +219,7 @@ def starved(client: HangingClient) -> Iterator[None]:
 def under_quota(client: HangingClient) -> Iterator[None]:
     with in_group(client.process.pid, "/sys/fs/cgroup/cpu", "cpu.cfs_quota_us") as path:
         path.write_text("2000")  # of each 100 ms
-        client.order("work", 30)
+        client.order("work", 200)
         yield
 
 

@@ -146,7 +146,10 @@ class FakeSource:
 
     def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
         """Return the CPU time of a thread, which sleeps in epoll."""
+        if self.closed:
+            raise ValueError("the source is closed")
         process = self.process
+        process.pass_time(self._step_ns)
         found = [cpu_ns for (known, _), (_, cpu_ns) in process.threads.items() if known == tid and not process.gone]
         if not found:
             return None

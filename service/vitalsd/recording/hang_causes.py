@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from vitalsd.sources.base import ThreadLook
 
-__all__ = ["IDLE", "Cause", "Evidence", "HangCause", "Shares", "awaits_interpreter_lock"]
+__all__ = ["IDLE", "Cause", "Evidence", "HangCause", "TimeShares", "awaits_interpreter_lock"]
 
 HangCause = Literal["busy", "starved", "blocked", "paging", "stopped", "interpreter_lock", "idle", "unknown"]
 
@@ -51,7 +51,7 @@ class Cause(NamedTuple):
 
 
 @dataclass(slots=True)
-class Shares:
+class TimeShares:
     """What a thread did in some time, ns."""
 
     elapsed_ns: int = 0
@@ -112,7 +112,7 @@ class Shares:
 
 def awaits_interpreter_lock(before: ThreadLook, now: ThreadLook) -> bool:
     """Return whether a Python thread did nothing but wait for the interpreter lock between two looks."""
-    shares = Shares()
+    shares = TimeShares()
     shares.add(before, now, now.monotonic_ns - before.monotonic_ns)
     return shares.polls_lock
 
@@ -122,9 +122,9 @@ class Evidence:
     """The looks at one silent thread; `before` is the last look before them, if there was one."""
 
     before: ThreadLook | None = None
-    shares: Shares = field(default_factory=Shares)
-    stalled: Shares = field(default_factory=Shares)
-    """Shares of the time between looks that were too far apart."""
+    shares: TimeShares = field(default_factory=TimeShares)
+    stalled: TimeShares = field(default_factory=TimeShares)
+    """TimeShares of the time between looks that were too far apart."""
     is_locked: bool = False
     """Whether the sidecar, in the same process, waited for the interpreter lock in that time."""
     states: Counter[str | None] = field(default_factory=Counter)
@@ -143,7 +143,7 @@ class Evidence:
 
         Args:
             look: the look; without a state it only counts time.
-            most_ns: see `Shares.add`.
+            most_ns: see `TimeShares.add`.
             is_locked: whether the sidecar waited for the interpreter lock of this process since the look before.
         """
         before = self.before
@@ -251,7 +251,7 @@ class Evidence:
         )
 
 
-def _on_cpu(shares: Shares) -> Cause | None:
+def _on_cpu(shares: TimeShares) -> Cause | None:
     """Return the cause of a thread that mostly ran or waited for a CPU."""
     run = shares.of(shares.run_ns)
     wait = max(shares.of(shares.wait_ns), shares.of(shares.still_ns))

@@ -56,8 +56,11 @@ class HangDetector:
         self._looked_ns: int | None = None
         self._own: ThreadLook | None = None
         self._has_warned = False
-        self.statuses: Sequence[HeartbeatStatus] = ()
-        """The heartbeats that are open, by their order in the page; replaced at each look, so any thread may read."""
+
+    @property
+    def statuses(self) -> Sequence[HeartbeatStatus]:
+        """The heartbeats that are open, by their order in the page; any thread may read it."""
+        return tuple(watch.status for watch in self._watches.values())
 
     def look(self, now_ns: int, content: bytes, look_at: LookAt) -> list[Hang]:
         """
@@ -68,38 +71,38 @@ class HangDetector:
             content: the page. Noise in it counts as a page without heartbeats, and is logged once.
             look_at: looks at a thread of the process that beats.
         """
+        watches = dict[int, HeartbeatWatch]()
+        found = list[Hang | None]()
         slots = self._slots(content)
-        known = {i: watch for i, watch in self._watches.items() if i in slots and watch.is_of(slots[i])}
-        found = [watch.end() for i, watch in self._watches.items() if i not in known]
-        self._watches = {}
         if slots:
             look = self._next_look(now_ns, look_at)
-            for i, slot in slots.items():
-                watch = known.get(i)
-                if watch is None:
-                    watch = HeartbeatWatch(
-                        slot,
-                        look,
-                        least_ns=2 * self._period_ns,
-                        is_inside=self._own_tid is not None,
-                        is_python=self._is_python,
-                    )
-                else:
-                    found.append(watch.look(slot, look))
-                self._watches[i] = watch
         else:
             self._looked_ns = self._own = None
-        self.statuses = tuple(watch.status for watch in self._watches.values())
+        for slot in slots:
+            watch = self._watches.get(slot.slot)
+            if watch is not None and watch.is_of(slot):
+                found.append(watch.look(slot, look))
+            else:
+                watch = HeartbeatWatch(
+                    slot,
+                    look,
+                    least_ns=2 * self._period_ns,
+                    is_inside=self._own_tid is not None,
+                    is_python=self._is_python,
+                )
+            watches[slot.slot] = watch
+        found += [watch.end() for place, watch in self._watches.items() if watches.get(place) is not watch]
+        self._watches = watches
         return [hang for hang in found if hang is not None]
 
-    def _slots(self, content: bytes) -> dict[int, HeartbeatSlot]:
+    def _slots(self, content: bytes) -> list[HeartbeatSlot]:
         try:
-            return {slot.slot: slot for slot in heartbeat_slots(content)}
+            return list(heartbeat_slots(content))
         except ValueError as error:
             if not self._has_warned:
                 self._has_warned = True
                 log.warning("the page of heartbeats is ignored while its content is wrong: %s", error)
-            return {}
+            return []
 
     def _next_look(self, now_ns: int, look_at: LookAt) -> Look:
         own, self._own = self._own, None

@@ -144,7 +144,7 @@ class HeartbeatWatch:
     def is_of(self, slot: HeartbeatSlot) -> bool:
         """Return whether `slot` is the same heartbeat, and not another one that reuses its place."""
         old = self.slot
-        return (old.name, old.pid, old.owner_start) == (slot.name, slot.pid, slot.owner_start)
+        return old.name == slot.name and old.pid == slot.pid and old.owner_start == slot.owner_start
 
     def look(self, slot: HeartbeatSlot, look: Look) -> Hang | None:
         """Compare the heartbeat with the last look; return the hang that began, lasts or ended."""
@@ -178,7 +178,9 @@ class HeartbeatWatch:
     def _begin(self, bounds: tuple[int, int], unseen_ns: int) -> None:
         self._bounds = bounds
         self._silent_ns, self._unseen_ns = 0, unseen_ns
-        self._evidence, self._hang, self._has_ended = Evidence(), None, False
+        if self._evidence.before is not None:
+            self._evidence = Evidence()
+        self._hang, self._has_ended = None, False
 
     def _beaten(self, noted_ns: int, look: Look) -> Hang | None:
         """
