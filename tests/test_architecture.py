@@ -305,6 +305,7 @@ def replaced(file: Path) -> Iterator[str]:
 
 
 LINUX_ALONE = {
+    ("signals_page.py", "os.memfd_create"),
     ("spawn.py", "os.memfd_create"),
     ("process_files.py", "os.pidfd_open"),
     ("peer.py", "socket.AF_NETLINK"),

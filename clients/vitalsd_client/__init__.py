@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vitalsd_client.fetch_metrics import afetch, fetch
     from vitalsd_client.marks import mark
     from vitalsd_client.report import BugReport
+    from vitalsd_client.signals import gauge, heartbeat
     from vitalsd_client.spool import Spool
     from vitalsd_client.spool_lock import SpoolError
     from vitalsd_client.spool_sender import Outcome
@@ -43,6 +44,8 @@ __all__ = [
     "UploadResult",
     "afetch",
     "fetch",
+    "gauge",
+    "heartbeat",
     "last_crash",
     "mark",
 ]
@@ -67,6 +70,8 @@ HOMES = {
     "UploadResult": "vitalsd_client.upload.UploadResult",
     "afetch": "vitalsd_client.fetch_metrics.afetch",
     "fetch": "vitalsd_client.fetch_metrics.fetch",
+    "gauge": "vitalsd_client.signals.gauge",
+    "heartbeat": "vitalsd_client.signals.heartbeat",
     "last_crash": "vitalsd_client.crash.last_crash",
     "mark": "vitalsd_client.marks.mark",
 }

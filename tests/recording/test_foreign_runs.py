@@ -295,7 +295,15 @@ def test_run_with_values_in_one_endless_page_is_refused(run: Path) -> None:
     ("change", "reason"),
     [
         ("UPDATE mark SET label = printf('%.*c', 201, 'x')", "a label of 201 characters"),
-        ("INSERT INTO event VALUES (1, 1, 'missed', printf('%.*c', 20000, 'x'))", "a text of 20000 characters"),
+        (
+            "INSERT INTO event VALUES (1, 1, 'missed', printf('%.*c', 20000, 'x'), NULL, NULL, NULL, 0)",
+            "a text of 20000 characters",
+        ),
+        ("INSERT INTO event VALUES (1, 1, 'hang', 'x', 1, 'ui', 'sabotage', 0)", "a hang"),
+        ("INSERT INTO event VALUES (1, 1, 'hang', 'x', 1, 'u' || char(10), 'busy', 0)", "a hang"),
+        ("INSERT INTO event VALUES (1, 1, 'hang', 'x', -1, 'ui', 'busy', 0)", "a number that is negative"),
+        ("INSERT INTO event VALUES (1, 1, 'hang', 'x', NULL, NULL, NULL, 0)", "where there should be"),
+        ("INSERT INTO event VALUES (1, 1, 'missed', 'x', 1, 'ui', 'busy', 0)", "where there should be"),
         ("INSERT INTO meta VALUES ('app_version', printf('%.*c', 20000, 'x'))", "a text of 20000 characters"),
         ("UPDATE segment SET constants = printf('%.*c', 20000, ' ') || constants", "characters"),
         ("UPDATE meta SET value = '-1' WHERE key = 'interval_ns'", "negative or too large"),

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import json
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import pytest
 
 from support.fake_process import ALL_PARTS, IDENTITY, SECOND_NS, Process
+from vitalsd.recording.hangs import Hang
 from vitalsd.recording.history import history
+from vitalsd.recording.history_import import read_history
 from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import read_run
@@ -217,3 +221,69 @@ def test_record_window_has_the_figures_of_its_ends() -> None:
     assert window.tree is not None
     assert [(found.name, ns) for found, ns in window.tree.children] == [("cc", 2 * SECOND_NS)]
     assert window.tree.cpu_ns == 2 * SECOND_NS
+
+
+def hang_of(seconds: float, *, ongoing: bool, start_ns: int = 100 * SECOND_NS) -> Hang:
+    """A report of a hang."""
+    return Hang(1_700_000_000 * SECOND_NS, start_ns, round(seconds * SECOND_NS), "ui", "blocked", "futex", ongoing)
+
+
+def test_recorder_keeps_one_event_for_a_hang_and_its_last_report() -> None:
+    """While it lasts the event has the length so far; another hang is another event."""
+    recorder = Recorder(IDENTITY, RecorderConfig())
+    for number in range(20):
+        recorder.note_hang(hang_of(1 + number / 4, ongoing=True))
+    (event,) = recorder.record.events
+    assert (event.kind, event.duration_ns, event.ongoing) == ("hang", 5_750_000_000, True)
+    recorder.note_hang(hang_of(6.1, ongoing=False))
+    recorder.note_hang(hang_of(2, ongoing=False, start_ns=200 * SECOND_NS))
+    assert [(event.duration_ns, event.ongoing) for event in recorder.record.events] == [
+        (6_100_000_000, False),
+        (2_000_000_000, False),
+    ]
+
+
+def test_recorder_of_a_target_that_is_killed_in_a_hang_has_it_on_disk(tmp_path: Path) -> None:
+    """With the length as of the last 5 s; a hang that is over has its true length there."""
+    recorder = Recorder(IDENTITY, RecorderConfig(runs=RunDirectory(tmp_path)))
+    recorder.observe(Process().snapshot())
+    recorder.note_hang(hang_of(1.1, ongoing=True))
+    recorder.note_hang(hang_of(2.2, ongoing=False))
+    for number in range(100):
+        recorder.note_hang(hang_of(1 + number / 4, ongoing=True, start_ns=200 * SECOND_NS))
+    recorder.close()
+    (path,) = tmp_path.glob("*.sqlite")
+    _, record = read_run(path)
+    kept = list(recorder.record.events)
+    assert list(record.events) == [kept[0], kept[1]._replace(duration_ns=25 * SECOND_NS)]
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT count(*) FROM event").fetchone() == (8,)
+
+
+def test_history_of_a_hang_names_heartbeat_length_and_cause_and_is_read_back() -> None:
+    """A hang that began before the period that is asked for, and lasts into it, belongs to it."""
+    process, recorder = Process(), Recorder(IDENTITY, RecorderConfig())
+    recorder.observe(process.snapshot())
+    start_ns = process.monotonic_ns
+    for _ in range(20):
+        process.pass_time(SECOND_NS)
+        recorder.observe(process.snapshot())
+    last = process.snapshot()
+    wall_ns = last.wall_ns - (last.monotonic_ns - start_ns)
+    recorder.note_hang(hang_of(18.5, ongoing=True, start_ns=start_ns)._replace(wall_ns=wall_ns))
+    table = history(recorder.record, since_ns=last.monotonic_ns - 5 * SECOND_NS)
+    assert json.loads(table.to_json())["events"] == [
+        {
+            "time_ms": wall_ns // 1_000_000,
+            "kind": "hang",
+            "detail": "futex",
+            "duration_ms": 18_500,
+            "heartbeat": "ui",
+            "cause": "blocked",
+            "ongoing": True,
+        }
+    ]
+    assert b"hang: ui silent for 18.5 s: blocked, futex" in table.to_csv()
+    (event,) = read_history(history(recorder.record).to_json()).events
+    (noted,) = recorder.record.events
+    assert event[2:] == noted[2:]

@@ -247,6 +247,7 @@ class WithChild:
     def __init__(self) -> None:
         self._source = open_source()
         self.identity, self.restart, self.close = self._source.identity, self._source.restart, self._source.close
+        self.look_at = self._source.look_at
 
     def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         taken = self._source.snapshot(parts=parts & ~Part.CHILDREN, names=names)

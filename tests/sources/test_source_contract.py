@@ -233,6 +233,25 @@ def test_snapshot_extras_are_read_on_request_only(world: World, source: Source) 
     assert snapshot.figures.reaped_ns is None or snapshot.figures.reaped_ns >= 0
 
 
+@pytest.mark.parametrize("closely", [False, True])
+def test_look_at_a_thread_has_its_cpu_time_until_it_ends(world: World, source: Source, closely: bool) -> None:
+    """Without a snapshot before it; what a platform does not give is None, and so is the look at no thread."""
+    tid = world.workload.start_thread("worker")
+    before = source.look_at(tid, closely=closely)
+    burnt_ns = world.workload.burn(tid, BURN_NS)
+    now = source.look_at(tid, closely=closely)
+    assert before is not None
+    assert now is not None
+    assert now.monotonic_ns > before.monotonic_ns
+    lag_ns = source.snapshot().thread_lag_ns
+    assert burnt_ns - lag_ns - SLACK_NS <= now.cpu_ns - before.cpu_ns <= burnt_ns + SLACK_NS
+    if closely:
+        assert now.state is not None
+    world.workload.end_thread(tid)
+    assert source.look_at(tid, closely=closely) is None
+    assert source.look_at(2**31 - 1, closely=closely) is None
+
+
 def test_source_after_close_refuses(source: Source) -> None:
     """A second close does nothing."""
     source.snapshot()
@@ -240,6 +259,8 @@ def test_source_after_close_refuses(source: Source) -> None:
     source.close()
     with pytest.raises(ValueError, match="closed"):
         source.snapshot()
+    with pytest.raises(ValueError, match="closed"):
+        source.look_at(os.getpid())
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="no list of descriptors")
@@ -249,7 +270,7 @@ def test_source_after_close_leaks_no_descriptor(world: World) -> None:
     before = len(os.listdir("/dev/fd"))
     for _ in range(20):
         source = world.open()
-        source.snapshot(parts=Part.DETAIL)
+        source.look_at(source.snapshot(parts=Part.DETAIL).roster.tids[0])
         source.close()
     assert len(os.listdir("/dev/fd")) == before
 
@@ -264,6 +285,7 @@ def test_source_of_a_dead_target_stays_target_gone(world: World, source: Source)
     world.workload.kill()
     with pytest.raises(TargetGoneError):
         source.snapshot()
+    assert source.look_at(world.workload.pid) is None
     if isinstance(world.workload, ChildWorkload):
         world.workload.reap()
     with pytest.raises(TargetGoneError):

@@ -27,7 +27,7 @@ from vitalsd.snapshot import (
     ThreadRoster,
 )
 from vitalsd.sources import platform as platforms
-from vitalsd.sources.base import Source, TargetGoneError
+from vitalsd.sources.base import Source, TargetGoneError, ThreadLook
 from vitalsd.sources.darwin.libsystem import LibSystem
 from vitalsd.sources.platform import Platform, this_platform
 from vitalsd.sources.programs import ProgramOf, no_program
@@ -122,6 +122,9 @@ class Spoilt:
     def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
         return self.defect(self.source.snapshot(parts=parts, names=names))
 
+    def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
+        return self.source.look_at(tid, closely=closely)
+
     def restart(self) -> None:
         self.source.restart()
 
@@ -143,6 +146,9 @@ class Untold:
             return self.source.snapshot(parts=parts, names=names)
         except TargetGoneError as error:
             raise TargetGoneError(str(error)) from None
+
+    def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
+        return self.source.look_at(tid, closely=closely)
 
     def restart(self) -> None:
         self.source.restart()

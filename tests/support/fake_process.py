@@ -22,7 +22,7 @@ from vitalsd.snapshot import (
     ThreadFigures,
     ThreadRoster,
 )
-from vitalsd.sources.base import TargetGoneError
+from vitalsd.sources.base import TargetGoneError, ThreadLook
 
 __all__ = ["ALL_PARTS", "IDENTITY", "SECOND_NS", "FakeSource", "Process", "lives", "same"]
 
@@ -179,6 +179,18 @@ class FakeSource:
     def restart(self) -> None:
         """Count the restarts."""
         self.restarts += 1
+
+    def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
+        """Return the CPU time of a thread, which sleeps in epoll."""
+        if self.closed:
+            raise ValueError("the source is closed")
+        process = self.process
+        process.pass_time(self._step_ns)
+        found = [cpu_ns for (known, _), (_, cpu_ns) in process.threads.items() if known == tid and not process.gone]
+        if not found:
+            return None
+        look = ThreadLook(process.monotonic_ns, found[0], wait_ns=0, slices=0)
+        return look._replace(state="sleeping", major_faults=0, wait_channel="epoll") if closely else look
 
     def close(self) -> None:
         """Record that the source is closed."""

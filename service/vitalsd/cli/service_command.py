@@ -156,6 +156,7 @@ def _ready_line(service: "Service", *, with_token: bool) -> dict[str, Any]:
         "url": endpoint.url,
         "socket": endpoint.socket,
         "runtime_file": service.runtime_file and str(service.runtime_file),
+        "signals": endpoint.signals,
         "notes": [one_line(note) for note in service.notes],
     }
     return line | {"token": endpoint.token} if with_token and endpoint.token is not None else line

@@ -15,6 +15,7 @@ import re
 import secrets
 import stat
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -93,6 +94,8 @@ class Endpoint:
     app: str | None = None
     """The application id that the client passed."""
     app_version: str | None = None
+    signals: Mapping[str, str] | None = None
+    """How to find the page for heartbeats and gauges, see `vitalsd.contract.signals_page`; ``None``: there is none."""
 
     @property
     def url(self) -> str | None:
@@ -232,7 +235,17 @@ def _parse(body: Any) -> Endpoint:
         started_at=typed("started_at", str),
         app=typed("app", str, optional=True),
         app_version=typed("app_version", str, optional=True),
+        signals=_reference(body.get("signals")),
     )
+
+
+def _reference(value: Any) -> Mapping[str, str] | None:
+    """Return how to find the page of a sidecar. Raises `TypeError`."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+        raise TypeError(f"signals is {value!r:.80}")
+    return value
 
 
 def liveness(endpoint: Endpoint, kernel: ProcessIdentityReader) -> Liveness:

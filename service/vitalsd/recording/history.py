@@ -67,7 +67,10 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
         children=children,
         truncated=fitting < min(top, max(len(totals), child_count)),
         marks=[mark for mark in list(record.marks) if mark.monotonic_ns >= noted_ns],
-        events=[event for event in list(record.events) if event.monotonic_ns >= noted_ns],
+        # A hang is noted when it is over its limit, with the time at which it began.
+        events=sorted(
+            (event for event in list(record.events) if event.end_ns >= noted_ns), key=lambda event: event.monotonic_ns
+        ),
     )
 
 

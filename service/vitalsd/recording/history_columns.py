@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 from typing_extensions import TypedDict
 
 from vitalsd.contract.shapes import Count, Doc, Lazy, UnixMs
+from vitalsd.recording.hang_causes import HangCause
 from vitalsd.recording.series import EventKind
 from vitalsd.snapshot import MEMORY_PRESSURE_LEVELS, THERMAL_STATES
 
-__all__ = ["APPLICATION", "MACHINE", "PROCESS", "Column", "HistoryJson", "Values"]
+__all__ = ["APPLICATION", "MACHINE", "PROCESS", "Column", "EventJson", "HistoryJson", "Values"]
 
 Values = list[Any] | None
 """Cells of a column, one per row, ``None`` where there is no figure; ``None``: no row has one."""
@@ -146,10 +147,23 @@ class EventJson(TypedDict):
         Doc(
             "stopped: by a signal, a debugger or a freezer. clock_set: the wall clock. inconsistent: the CPU"
             " counters contradicted each other, and the threads have no figure there. child_reaped: the target waited"
-            " for children whose CPU time is from before."
+            " for children whose CPU time is from before. hang: no beat of a heartbeat"
+            " came for longer than its limit; it has the time of the last beat."
         ),
     ]
     detail: str
+    duration_ms: NotRequired[Annotated[Count, Doc("Length of a hang, ms; so far, if it is ongoing.")]]
+    heartbeat: NotRequired[Annotated[str, Doc("Name of the heartbeat that was silent.")]]
+    cause: NotRequired[
+        Annotated[
+            HangCause,
+            Doc(
+                "starved: runnable without a CPU. blocked: asleep, where `detail` states. idle: asleep in its event"
+                " loop. unknown: two causes fit, or none."
+            ),
+        ]
+    ]
+    ongoing: NotRequired[Annotated[bool, Doc("Whether the hang lasts.")]]
 
 
 class HistoryJson(TypedDict):

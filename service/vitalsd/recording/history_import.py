@@ -10,7 +10,9 @@ from typing import Any, get_args
 
 from vitalsd.contract.encoding import DECIMALS
 from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_ROWS, LABEL_CHARACTERS
+from vitalsd.contract.signals_page import NAME
 from vitalsd.recording.figures_import import LARGEST, FiguresImport, numbers, whole
+from vitalsd.recording.hang_causes import HangCause
 from vitalsd.recording.scalars import snapshot_fields
 from vitalsd.recording.series import MAX_EVENTS, MAX_MARKS, Event, EventKind, Mark, Record
 from vitalsd.snapshot import Identity, Snapshot, ThreadRoster
@@ -79,10 +81,23 @@ def read_history(body: bytes | Mapping[str, Any]) -> Record:
         for event, times in _timed(table["events"][-MAX_EVENTS:], clocks):
             if event["kind"] not in get_args(EventKind):
                 raise ValueError(f"an event {event['kind']!r:.80}")
-            record.events.append(Event(*times, event["kind"], str(event["detail"])[:MAX_DETAIL]))
+            noted = Event(*times, event["kind"], str(event["detail"])[:MAX_DETAIL])
+            record.events.append(_hang(noted, event) if noted.kind == "hang" else noted)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a history of vitalsd: {type(error).__name__}: {error}") from None
     return record
+
+
+def _hang(noted: Event, event: Mapping[str, Any]) -> Event:
+    """Return a hang with all its values. Raise `ValueError` or `KeyError`."""
+    if event["cause"] not in get_args(HangCause) or not NAME.fullmatch(event["heartbeat"]):
+        raise ValueError(f"a hang {event!r:.80}")
+    return noted._replace(
+        duration_ns=whole(event["duration_ms"]) * MS_NS,
+        heartbeat=event["heartbeat"],
+        cause=event["cause"],
+        ongoing=bool(event["ongoing"]),
+    )
 
 
 def _timed(

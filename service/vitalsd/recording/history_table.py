@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from vitalsd.contract.encoding import DECIMALS, target_json
 from vitalsd.contract.json_pieces import LockRelease, to_json
-from vitalsd.recording.history_columns import APPLICATION, MACHINE, HistoryJson, Values
+from vitalsd.recording.history_columns import APPLICATION, MACHINE, EventJson, HistoryJson, Values
 from vitalsd.recording.readings import ChildHistory
 from vitalsd.recording.series import Event, Mark, Record
 from vitalsd.text import iso, printable
@@ -83,10 +83,7 @@ class History:
                 for child in self.children
             ],
             "marks": [{"time_ms": mark.wall_ns // 1_000_000, "label": mark.label} for mark in self.marks],
-            "events": [
-                {"time_ms": event.wall_ns // 1_000_000, "kind": event.kind, "detail": event.detail}
-                for event in self.events
-            ],
+            "events": [_event_json(event) for event in self.events],
         }
         if self.truncated:
             body["truncated"] = True
@@ -99,9 +96,7 @@ class History:
         All columns of the process, the machine and the application are there, those without a figure empty.
         """
         marks = _by_row(self.monotonic_ns, [(mark.monotonic_ns, f"mark: {mark.label}") for mark in self.marks])
-        events = _by_row(
-            self.monotonic_ns, [(event.monotonic_ns, f"{event.kind}: {event.detail}") for event in self.events]
-        )
+        events = _by_row(self.monotonic_ns, [(event.monotonic_ns, _event_text(event)) for event in self.events])
         columns: dict[str, Sequence[Any] | None] = {
             "time": [iso(wall_ns) for wall_ns in self.wall_ns],
             **self._process_columns(),
@@ -168,6 +163,22 @@ class History:
             None if ns is None else round(100 * ns / elapsed_ns, DECIMALS)
             for ns, elapsed_ns in zip(ns_of_rows, self.elapsed_ns, strict=True)
         ]
+
+
+def _event_json(event: Event) -> EventJson:
+    body: EventJson = {"time_ms": event.wall_ns // 1_000_000, "kind": event.kind, "detail": event.detail}
+    if event.heartbeat is not None and event.cause is not None:
+        body["duration_ms"] = (event.duration_ns or 0) // 1_000_000
+        body["heartbeat"] = event.heartbeat
+        body["cause"] = event.cause
+        body["ongoing"] = event.ongoing
+    return body
+
+
+def _event_text(event: Event) -> str:
+    if event.heartbeat is None:
+        return f"{event.kind}: {event.detail}"
+    return f"hang: {event.heartbeat} silent for {(event.duration_ns or 0) / 1e9:.1f} s: {event.cause}, {event.detail}"
 
 
 def _by_row(rows: Sequence[int], notes: Sequence[tuple[int, str]]) -> list[str]:

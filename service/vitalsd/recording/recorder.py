@@ -10,9 +10,10 @@ from typing_extensions import TypedDict
 from vitalsd.contract.application import Application
 from vitalsd.contract.shapes import Count, Doc
 from vitalsd.recording.black_box import BlackBox
+from vitalsd.recording.heartbeat_watch import Hang
 from vitalsd.recording.run_directory import RunDirectory
 from vitalsd.recording.run_reader import State
-from vitalsd.recording.series import EventKind, Mark, Record
+from vitalsd.recording.series import Event, EventKind, Mark, Record
 from vitalsd.snapshot import HALTED, SUSPEND_GRAIN_NS, Identity, Part, Snapshot, reaped_within
 from vitalsd.sources.base import SourceError, TargetGoneError
 from vitalsd.worker_thread import consume_exception
@@ -23,6 +24,8 @@ FIGURES_EVERY_NS = 900_000_000
 """Least age of the last figures at which the recorder reads them again, ns: once a second, whatever the interval."""
 CLOCK_STEP_NS = 500_000_000
 """Least step of the wall clock against the clock since boot, ns: with less it was slewed or read late, and not set."""
+HANG_EVERY_NS = 5_000_000_000
+"""Length, by which a hang that lasts must have grown for another report to the black box, ns."""
 MARK_S = 0.05
 """A caller that sets a mark waits at most this long for the disk, s."""
 
@@ -217,6 +220,28 @@ class Recorder:
         segment = self.record.append(snapshot)
         if self.blackbox is not None:
             self.blackbox.append(segment, len(segment) - 1)
+
+    def note_hang(self, hang: Hang) -> None:
+        """
+        Note a hang, in place of the last report of it.
+
+        The black box gets the first report and the last one, and one every 5 s between them, because the target may be
+        killed while it hangs.
+        """
+        event = Event(
+            hang.wall_ns,
+            hang.monotonic_ns,
+            "hang",
+            hang.detail,
+            duration_ns=hang.duration_ns,
+            heartbeat=hang.heartbeat,
+            cause=hang.cause,
+            ongoing=hang.ongoing,
+        )
+        before = self.record.put_hang(event)
+        since_ns = hang.duration_ns // HANG_EVERY_NS - ((before and before.duration_ns) or 0) // HANG_EVERY_NS
+        if self.blackbox is not None and (before is None or since_ns or not hang.ongoing):
+            self.blackbox.write_event(event)
 
     def failed(self, error: SourceError) -> bool:
         """Note that there is no snapshot this time; False if there will be no other."""

@@ -18,6 +18,8 @@ from vitalsd.contract.application import Application
 from vitalsd.contract.host import HostFactsJson, RecordedHost
 from vitalsd.contract.limits import LABEL_CHARACTERS
 from vitalsd.contract.shapes import APP, PROGRAM, Count, Doc, Lazy, UtcTime
+from vitalsd.contract.signals_page import NAME
+from vitalsd.recording.hang_causes import HangCause
 from vitalsd.recording.run_database import Tables, readable
 from vitalsd.recording.run_files import disk_bytes, is_being_written, is_of
 from vitalsd.recording.run_image import UnreadableRunError
@@ -233,12 +235,22 @@ def _record(tables: Tables) -> Record:
         if len(mark.label) > LABEL_CHARACTERS:
             raise ValueError(f"a label of {len(mark.label)} characters; it has at most {LABEL_CHARACTERS}")
         record.marks.append(mark)
-    for row in _newest(tables, "wall_ns, monotonic_ns, kind, detail FROM event", MAX_EVENTS):
-        event = Event(*_typed(row, (int, int, str, str)))
-        if event.kind not in get_args(EventKind):
-            raise ValueError(f"an event {event.kind!r:.80}")
-        record.events.append(event._replace(detail=_text(event.detail)))
+    columns = "wall_ns, monotonic_ns, kind, detail, duration_ns, heartbeat, cause, ongoing"
+    for row in _newest(tables, f"{columns} FROM event", MAX_EVENTS):
+        record.put_hang(_event(row)) if row[2] == "hang" else record.events.append(_event(row))
     return record
+
+
+def _event(row: Sequence[Any]) -> Event:
+    kinds = (int, str, str) if row[2] == "hang" else (type(None),) * 3
+    event = Event(*_typed(row, (int, int, str, str, *kinds, int)))
+    if event.kind not in get_args(EventKind):
+        raise ValueError(f"an event {event.kind!r:.80}")
+    if event.duration_ns is not None:
+        _check_sizes(event.duration_ns)
+        if event.cause not in get_args(HangCause) or not NAME.fullmatch(event.heartbeat or ""):
+            raise ValueError(f"a hang {event!r:.80}")
+    return event._replace(detail=_text(event.detail), ongoing=bool(event.ongoing))
 
 
 def _newest(tables: Tables, columns: str, count: int) -> list[Any]:

@@ -119,7 +119,7 @@ class RunFile:
 
     def insert_event(self, event: Event) -> None:
         """Write an event. Beyond `MAX_EVENTS` the oldest are deleted, some at a time."""
-        number = self._db.execute("INSERT INTO event VALUES (?,?,?,?)", event).lastrowid
+        number = self._db.execute("INSERT INTO event VALUES (?,?,?,?,?,?,?,?)", event).lastrowid
         assert number is not None
         if number % MAX_EVENTS == 0:
             self._db.execute("DELETE FROM event WHERE rowid <= ?", (number - MAX_EVENTS,))

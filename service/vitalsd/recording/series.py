@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from vitalsd.contract.limits import LABEL_CHARACTERS
+from vitalsd.recording.hang_causes import HangCause
 from vitalsd.recording.segment import Segment
 from vitalsd.snapshot import Identity, Measurement, Snapshot, ThreadRoster, measure
 
@@ -42,6 +43,7 @@ EventKind = Literal[
     "child_reaped",
     "exited",
     "failed",
+    "hang",
 ]
 
 
@@ -54,12 +56,29 @@ class Mark(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Hold the reason, in words, why the record differs from evenly spaced snapshots."""
+    """
+    Hold the reason, in words, why the record differs from evenly spaced snapshots, or a hang.
+
+    A hang has the time at which it began, and the last four values.
+    """
 
     wall_ns: int
     monotonic_ns: int
     kind: EventKind
     detail: str
+    duration_ns: int | None = None
+    heartbeat: str | None = None
+    cause: HangCause | None = None
+    ongoing: bool = False
+
+    @property
+    def end_ns(self) -> int:
+        """Monotonic time of its end, ns."""
+        return self.monotonic_ns + (self.duration_ns or 0)
+
+    def replaces(self, other: "Event") -> bool:
+        """Return whether this is a later report of the same hang."""
+        return self.heartbeat is not None and self[1:3] == other[1:3] and self.heartbeat == other.heartbeat
 
 
 class Record:
@@ -171,6 +190,16 @@ class Record:
         event = Event(wall_ns, monotonic_ns, kind, detail)
         self.events.append(event)
         return event
+
+    def put_hang(self, hang: Event) -> Event | None:
+        """Note a hang. Return the earlier report of it, which this one replaces; ``None``: there was none."""
+        for i in range(len(self.events) - 1, -1, -1):
+            before = self.events[i]
+            if hang.replaces(before):
+                self.events[i] = hang
+                return before
+        self.events.append(hang)
+        return None
 
     def at_or_before(self, monotonic_ns: int) -> Snapshot | None:
         """Return the latest snapshot not after `monotonic_ns`; the oldest one if all are; ``None`` if empty."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from vitalsd.contract.signals_page import PageError, SignalsPage
 from vitalsd.discovery import directories
 from vitalsd.discovery.directories import EndpointError
 from vitalsd.discovery.program_key import program_key
@@ -159,6 +160,8 @@ class _Base:
     """Directory of runtime files; ``None``: there is none, or none is wanted."""
     runs: RunDirectory | None
     token: str | None
+    page: SignalsPage | None
+    """Where clients signal heartbeats and gauges; ``None``: the system gives no shared memory, or it is a replay."""
 
 
 def _open(
@@ -184,7 +187,10 @@ def _open(
     undo.callback(listeners.close)
     listeners.notes[:0] = notes
     runs = _run_directory(listeners.notes) if published else None
-    return _Base(listeners, directory, runs, new_token() if config.needs_token else None)
+    page = _signals_page(listeners.notes) if published else None
+    if page is not None:
+        undo.callback(page.close)
+    return _Base(listeners, directory, runs, new_token() if config.needs_token else None, page)
 
 
 def _inherited(config: SidecarConfig, environ: MutableMapping[str, str]) -> Listeners | None:
@@ -216,6 +222,15 @@ def _run_directory(notes: list[str]) -> RunDirectory | None:
         return RunDirectory(directories.state_directory() / "runs")
     except EndpointError as error:
         notes.append(f"no black box, and no earlier runs: {error}")
+        return None
+
+
+def _signals_page(notes: list[str]) -> SignalsPage | None:
+    """Return the page for heartbeats and gauges; ``None``, and a note, if there can be none."""
+    try:
+        return SignalsPage()
+    except PageError as error:
+        notes.append(str(error))
         return None
 
 
@@ -274,6 +289,7 @@ def _assemble(
         grace_s=grace_s,
         kernel=platform.process_identities(),
         application=config.application,
+        page=base.page,
     )
     return _Parts(service, run_directory, workers)
 

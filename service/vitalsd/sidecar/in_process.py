@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vitalsd.contract.labels import clean_label
+from vitalsd.contract.signals import Gauge, Heartbeat, connect_signals, signals_of_this_process
 from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
 from vitalsd.discovery.runtime_file import Endpoint
 from vitalsd.recording.recorder import NotRecordingError
@@ -102,6 +103,28 @@ class Sidecar:
             return False
         return True
 
+    def heartbeat(self, name: str, limit_s: float = 2.0) -> Heartbeat:
+        """
+        Return the heartbeat of this process with this name, whose silence the sidecar records as a hang.
+
+        Args:
+            name: a letter and up to 31 of ``A-Z a-z 0-9 . _ -``.
+            limit_s: longest time between two beats that is no hang, 0.25 to 3600 s.
+
+        Raises:
+            ValueError: the name or the limit is not valid, or there are 32 already.
+        """
+        return signals_of_this_process().heartbeat(name, limit_s)
+
+    def gauge(self, name: str) -> Gauge:
+        """
+        Return the gauge of this process with this name, whose values the sidecar records.
+
+        Raises:
+            ValueError: the name is not valid, or there are 32 already.
+        """
+        return signals_of_this_process().gauge(name)
+
     def stop(self) -> None:
         """End the sidecar within 2 s. A second call does nothing, nor does a call in a forked child."""
         atexit.unregister(self._exit)
@@ -168,6 +191,7 @@ class Sidecar:
             raise
         atexit.register(self._exit)
         announce(self._own)
+        connect_signals(self.endpoint.signals)
 
     def _abandon(self) -> None:
         """End the workers of a sidecar if its event loop never ran; an event loop ends them itself."""

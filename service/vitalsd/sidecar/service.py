@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from vitalsd import __version__
 from vitalsd.contract.application import Application
+from vitalsd.contract.signals_page import SignalsPage
 from vitalsd.discovery import directories
 from vitalsd.discovery import runtime_file as endpoints
 from vitalsd.discovery.atomic_file import is_gone
@@ -58,6 +59,7 @@ class Service:
         grace_s: see `Server`.
         kernel: determines the run of this process, for the runtime file.
         application: the application that the client named, for the runtime file.
+        page: where clients signal heartbeats and gauges; closed at the end. ``None``: there is none.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Service:
         grace_s: float = GRACE_S,
         kernel: ProcessIdentityReader | None = None,
         application: Application = Application(),
+        page: SignalsPage | None = None,
     ) -> None:
         kernel = kernel or process_identities()
         host, port = listeners.address
@@ -90,7 +93,9 @@ class Service:
             started_at=endpoints.now(),
             app=application.app,
             app_version=application.app_version,
+            signals=None if page is None else page.reference,
         )
+        self._page = page
         self.runtime_file: Path | None = None
         self.notes = listeners.notes
         self._app = app
@@ -156,10 +161,14 @@ class Service:
         if os.getpid() == self._pid:
             self._withdraw()
             self.listeners.close()
+            if self._page is not None:
+                self._page.close()
 
     def close_in_child(self) -> None:
         """Close listeners and connections in a forked child; those of the parent stay open."""
         self.listeners.close_in_child()
+        if self._page is not None:
+            self._page.close()
         if self._server is not None:
             self._server.close_in_child()
 

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import posix
+import re
 import signal
 import subprocess
 import sys
@@ -232,6 +233,7 @@ def _ready(process: SidecarProcess, pipes: _Pipes, deadline: float, *, is_launch
         ready = _answer(process, pipes.ready_reader.fileno(), pipes.log, deadline)
         if not is_launcher:
             ready["pid"] = process.pid  # the pid in the answer may be of another pid namespace
+            ready["signals"] = _with_pid(ready["signals"], process.pid)
         return Spawned(process, ready)
     except BaseException:
         process.kill_all()
@@ -265,9 +267,16 @@ def _answer(process: SidecarProcess, reader: int, log_file: IO[bytes], deadline:
             raise SpawnError(_one_line(str(reason)))
         ready = {key: answer[key] for key in ("pid", "url", "socket", "runtime_file")}
         notes = tuple(_one_line(str(note)) for note in answer.get("notes") or ())
-        return ready | {"notes": notes, "token": answer.get("token")}
+        return ready | {"notes": notes, "token": answer.get("token"), "signals": answer.get("signals")}
     except (ValueError, AttributeError, KeyError, TypeError):
         raise SpawnError(f"this is no sidecar, it said {content[:80]!r}") from None
+
+
+def _with_pid(signals: Any, pid: int) -> Any:
+    """Return how to find the page of a sidecar, with its pid in our pid namespace."""
+    if isinstance(signals, dict) and isinstance(signals.get("path"), str):
+        return {"path": re.sub(r"^/proc/[0-9]+/", f"/proc/{pid}/", signals["path"])}
+    return signals
 
 
 def _early_end(process: SidecarProcess, deadline: float) -> str:

@@ -15,6 +15,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from vitalsd.contract.labels import clean_label
+from vitalsd.contract.signals import Gauge, Heartbeat, Signals, connect_signals, signals_of_this_process
 from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
 from vitalsd.sidecar.exit_note import ExitNoteWriter
 from vitalsd.sources.names import publish_names
@@ -61,6 +62,7 @@ class Spawned:
         self.notes: tuple[str, ...] = ready["notes"]
         """What differs from what was requested or expected, such as a port that was taken, in sentences."""
         self._token: str | None = ready.get("token")
+        self._signals: Mapping[str, str] | None = ready.get("signals")
         self._owner = os.getpid()
         self._own_target = False
         """Whether it watches this process."""
@@ -87,6 +89,34 @@ class Spawned:
         self._own_target = True
         self._exit_note = ExitNoteWriter(fcntl.fcntl(note_writer, fcntl.F_DUPFD_CLOEXEC, 3))
         announce(self._own)
+        connect_signals(self._signals)
+
+    def heartbeat(self, name: str, limit_s: float = 2.0) -> Heartbeat:
+        """
+        Return the heartbeat of this process with this name, whose silence the sidecar records as a hang.
+
+        Args:
+            name: a letter and up to 31 of ``A-Z a-z 0-9 . _ -``.
+            limit_s: longest time between two beats that is no hang, 0.25 to 3600 s.
+
+        Raises:
+            ValueError: the name or the limit is not valid, there are 32 already, or it watches another process.
+        """
+        return self._own_signals().heartbeat(name, limit_s)
+
+    def gauge(self, name: str) -> Gauge:
+        """
+        Return the gauge of this process with this name, whose values the sidecar records.
+
+        Raises:
+            ValueError: the name is not valid, there are 32 already, or the sidecar watches another process.
+        """
+        return self._own_signals().gauge(name)
+
+    def _own_signals(self) -> Signals:
+        if not self._own_target:
+            raise ValueError("this sidecar watches another process, which has to signal its own heartbeats and gauges")
+        return signals_of_this_process()
 
     def _release(self) -> None:
         """Forget a sidecar that has ended. A second call does nothing."""

@@ -27,6 +27,7 @@ __all__ = [
     "Source",
     "SourceError",
     "TargetGoneError",
+    "ThreadLook",
     "UnsupportedError",
 ]
 
@@ -84,6 +85,33 @@ class KernelError(SourceError):
     """The kernel refused a call, or its answer does not have the documented form."""
 
 
+class ThreadLook(NamedTuple):
+    """
+    What one thread does now, and its counters; ``None`` where the platform does not give a value.
+
+    The counters grow from the start of the thread.
+    """
+
+    monotonic_ns: int
+    """Time just before the counters were read, ns."""
+    cpu_ns: int
+    """CPU time, ns."""
+    wait_ns: int | None = None
+    """Time that it was runnable and had no CPU, ns. The kernel adds a wait when the wait is over. Linux only."""
+    slices: int | None = None
+    """Number of times that it got a CPU. Linux only."""
+    state: str | None = None
+    """What it does, as in `Snapshot.state`: ``running`` also means runnable. ``None``: not asked."""
+    major_faults: int | None = None
+    """Page faults that waited for a disk. Linux only."""
+    wait_channel: str | None = None
+    """
+    Function of the kernel in which it sleeps, or ``poll``, ``epoll``, ``select``, ``futex`` or ``frozen`` where the
+    kernel has several functions for that. ``None``: it does not sleep, or the kernel does not let this user read it.
+    Linux only.
+    """
+
+
 class Source(Protocol):
     """
     A reader of one process. Not thread-safe: call it from one thread only.
@@ -111,6 +139,22 @@ class Source(Protocol):
 
         Raises:
             SourceError: one of its subclasses; a partial snapshot is never returned.
+        """
+        ...
+
+    def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
+        """
+        Look at one thread, without a snapshot.
+
+        Args:
+            tid: its id.
+            closely: whether to read `ThreadLook.state`, `major_faults` and `wait_channel`, which triples the cost.
+
+        Returns:
+            ``None`` if the process has no such thread, or does not exist any more.
+
+        Raises:
+            SourceError: the thread cannot be read.
         """
         ...
 

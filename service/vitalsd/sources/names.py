@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from vitalsd.snapshot import Identity, Part, Snapshot, ThreadRoster
-from vitalsd.sources.base import Source
+from vitalsd.sources.base import Source, ThreadLook
 
 __all__ = ["Inherited", "PythonNames", "decode_name", "names_by_id", "publish_names"]
 
@@ -45,6 +45,10 @@ class PythonNames:
     def restart(self) -> None:
         """Restart the wrapped source."""
         self._source.restart()
+
+    def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
+        """Look at a thread through the wrapped source."""
+        return self._source.look_at(tid, closely=closely)
 
     def close(self) -> None:
         """Close the wrapped source."""

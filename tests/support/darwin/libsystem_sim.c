@@ -1321,14 +1321,18 @@ static long pidinfo(long pid, int flavor, uint64_t arg, void *buffer, long size)
         if (size < 112)
             return -ENOMEM;
         if (pid == getpid()) {
-            for (struct thread *t = threads; t; t = t->next) {
-                int priority = 31;
-                if (t->id != arg)
-                    continue;
-                if (!t->dying && !read_thread(t, &priority))
-                    die(t);
-                own = extended_info(t, priority);
-                info = &own;
+            for (int listed = 0; listed < 2 && !info; listed++) {
+                if (listed)
+                    refresh(); /* it may have started since the last list of threads */
+                for (struct thread *t = threads; t; t = t->next) {
+                    int priority = 31;
+                    if (t->id != arg)
+                        continue;
+                    if (!t->dying && !read_thread(t, &priority))
+                        die(t);
+                    own = extended_info(t, priority);
+                    info = &own;
+                }
             }
         } else
             info = other_thread(pid, arg);

@@ -25,7 +25,7 @@ from ctypes import c_uint64
 from operator import add
 
 from vitalsd.snapshot import Identity, Part, Snapshot
-from vitalsd.sources.base import ExitStatus, KernelError, TargetGoneError
+from vitalsd.sources.base import ExitStatus, KernelError, TargetGoneError, ThreadLook
 from vitalsd.sources.darwin.apple_headers import (
     PROC_FLAG_INEXIT,
     SSTOP,
@@ -40,7 +40,7 @@ from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.task import Instant, OpenedProcess, Totals, process_name, translated_errors
 from vitalsd.sources.darwin.thread_rows import ThreadRows
-from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads
+from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads, thread_look
 from vitalsd.sources.programs import ProgramOf, no_program
 
 __all__ = ["WALK_LIMIT", "LibprocSource"]
@@ -115,6 +115,20 @@ class LibprocSource:
     def identity(self) -> Identity:
         """Return the identity as of the last snapshot."""
         return self._target.identity
+
+    def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
+        """Look at one thread; one call reads all of it, so `closely` adds whether SIGSTOP stops the process."""
+        if self._closed:
+            raise ValueError("the source is closed")
+        try:
+            with translated_errors(self._target.pid):
+                look = thread_look(self._look_up((tid,)))
+                if look is None or not closely:
+                    return look
+                stopped = self._target.refresh().pbsd.pbi_status == SSTOP
+        except TargetGoneError:
+            return None
+        return look._replace(state="stopped") if stopped else look
 
     def restart(self) -> None:
         """Look every thread up again with the next snapshot."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from operator import add
 
 from vitalsd.snapshot import Identity, Part, Snapshot
-from vitalsd.sources.base import KernelError, TargetGoneError
+from vitalsd.sources.base import KernelError, TargetGoneError, ThreadLook
 from vitalsd.sources.darwin.apple_headers import (
     mach_task_basic_info,
     task_absolutetime_info,
@@ -29,7 +29,7 @@ from vitalsd.sources.darwin.functions import MachError
 from vitalsd.sources.darwin.libsystem import LibSystem, load
 from vitalsd.sources.darwin.task import Instant, OpenedProcess, Totals, translated_errors
 from vitalsd.sources.darwin.thread_rows import ThreadRows
-from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads
+from vitalsd.sources.darwin.threads import ATTEMPTS, THREAD_GRAIN_NS, Living, RosterReader, living_threads, thread_look
 from vitalsd.sources.programs import ProgramOf, no_program
 
 __all__ = ["MachSource"]
@@ -70,6 +70,16 @@ class MachSource:
     def identity(self) -> Identity:
         """Return the identity, which does not change."""
         return self._target.identity
+
+    def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
+        """Look at one thread. It reads all threads, because only their ports name them, so `closely` adds nothing."""
+        if self._closed:
+            raise ValueError("the source is closed")
+        if os.getpid() != self._pid:
+            return None
+        with translated_errors(self._pid), self._lib.mach.thread_ports() as ports:
+            living = living_threads(self._lib.mach.thread_infos(ports, self._rows), self._rows)
+        return thread_look(living, tid)
 
     def restart(self) -> None:
         """Do nothing, because only names are kept from one snapshot to the next."""

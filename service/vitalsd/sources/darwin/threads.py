@@ -1,9 +1,11 @@
 """Filter and sort the threads that either macOS source has read, and decode their names."""
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from vitalsd.snapshot import ThreadRoster
+from vitalsd.sources.base import ThreadLook
 from vitalsd.sources.darwin.apple_headers import (
     TH_STATE_HALTED,
     TH_STATE_RUNNING,
@@ -23,6 +25,7 @@ __all__ = [
     "Living",
     "RosterReader",
     "living_threads",
+    "thread_look",
 ]
 
 THREAD_GRAIN_NS = 2_000
@@ -110,6 +113,24 @@ def living_threads(thread_ids: Sequence[int], rows: ThreadRows) -> Living:
         [living.run_states[i] for i in order],
         [living.priorities[i] for i in order],
     )
+
+
+def thread_look(living: Living, tid: int | None = None) -> ThreadLook | None:
+    """
+    Return the look at one thread; macOS has no wait for a CPU, no time slices and no wait channel of a thread.
+
+    Args:
+        living: the threads alive.
+        tid: which of them; ``None``: the only one.
+
+    Returns:
+        ``None`` if it is not there.
+    """
+    if not living.tids or (tid is not None and tid not in living.tids):
+        return None
+    i = 0 if tid is None else living.tids.index(tid)
+    cpu_ns = living.user_ns[i] + living.system_ns[i]
+    return ThreadLook(time.monotonic_ns(), cpu_ns, state=RUN_STATES.get(living.run_states[i]))
 
 
 class RosterReader:

@@ -17,6 +17,7 @@ __all__ = [
     "MalformedError",
     "Stat",
     "group_paths",
+    "parse_schedstat",
     "parse_schedstats",
     "parse_stat",
     "parse_statm",
@@ -134,6 +135,16 @@ def parse_schedstats(contents: Sequence[bytes]) -> tuple[list[int], list[int]]:
     if fields and min(min(run_ns), min(wait_ns)) < 0:
         raise MalformedError("schedstat", b" ".join(fields))
     return run_ns, wait_ns
+
+
+def parse_schedstat(content: bytes) -> tuple[int, int, int]:
+    """Return CPU time and time of waiting for a CPU, ns, and the number of time slices, of one ``schedstat``."""
+    fields = content.split()
+    try:
+        cpu_ns, wait_ns, slices = map(int, fields)
+    except ValueError:
+        raise MalformedError("schedstat", content) from None
+    return cpu_ns, wait_ns, slices
 
 
 def parse_uids(content: bytes) -> frozenset[int]:

@@ -19,7 +19,7 @@ import time
 from typing import NamedTuple
 
 from vitalsd.snapshot import Identity, Part, Snapshot
-from vitalsd.sources.base import UnsupportedError
+from vitalsd.sources.base import ThreadLook, UnsupportedError
 from vitalsd.sources.linux.children import Descendants
 from vitalsd.sources.linux.cpu_counters import (
     USER_TICK_NS,
@@ -37,6 +37,7 @@ from vitalsd.sources.linux.process_files import ProcessFiles
 from vitalsd.sources.linux.processes import CLOCK_BOOTTIME, PAGE_BYTES
 from vitalsd.sources.linux.procfs import MalformedError
 from vitalsd.sources.linux.running_program import RunningProgram
+from vitalsd.sources.linux.thread_look import ThreadLooks
 from vitalsd.sources.linux.thread_times import ThreadTimes
 from vitalsd.sources.linux.threads import ThreadList
 from vitalsd.sources.programs import ProgramOf, no_program
@@ -114,6 +115,7 @@ class LinuxSource:
         kept = 0 if self._is_own else self._fd_budget // 4
         self._descendants = Descendants(self._files, has_clocks=same_namespace, fd_budget=kept)
         self._machine = MachineReader(root)
+        self._looks = ThreadLooks(self._files.task)
         try:
             self._clock = process_clock(self._pid) if same_namespace else None
             self._process_truncation_ns = 0 if self._clock else 2 * USER_TICK_NS
@@ -133,6 +135,7 @@ class LinuxSource:
             self._times.threads.close()
         self._descendants.close()
         self._machine.close()
+        self._looks.close()
         self._files.close()
 
     def snapshot(self, *, parts: Part = Part.NONE, names: bool = True) -> Snapshot:
@@ -150,6 +153,15 @@ class LinuxSource:
             self._program.set_executed()
             assert taken is not None
             return taken
+        except (OSError, MalformedError) as error:
+            raise self._files.translated(error) from None
+
+    def look_at(self, tid: int, *, closely: bool = True) -> ThreadLook | None:
+        """Look at one thread; see `vitalsd.sources.base.Source.look_at`."""
+        if self._files.is_closed:
+            raise ValueError("the source is closed")
+        try:
+            return self._looks.look_at(tid, closely=closely)
         except (OSError, MalformedError) as error:
             raise self._files.translated(error) from None
 
