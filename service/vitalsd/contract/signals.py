@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from time import monotonic_ns
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from vitalsd.contract.signals_page import (
     BEAT,
@@ -43,7 +43,17 @@ from vitalsd.contract.signals_page import (
 )
 from vitalsd.sources.process_identity import IdentityUnknownError
 
-__all__ = ["LIMIT_S", "Gauge", "Heartbeat", "Signals", "connect_signals", "signals_of_this_process", "this_thread"]
+__all__ = [
+    "LIMIT_S",
+    "Gauge",
+    "Heartbeat",
+    "PostedSignals",
+    "Signals",
+    "SignalsFullError",
+    "connect_signals",
+    "signals_of_this_process",
+    "this_thread",
+]
 
 log = logging.getLogger("vitalsd")
 
@@ -62,6 +72,10 @@ def _memory(words: int) -> "memoryview[int]":
 def this_thread() -> int:
     """Return the pid in the upper half, and the native id of the calling thread in the lower half, of 64 bits."""
     return (os.getpid() << 32) | (threading.get_native_id() & 0xFFFFFFFF)
+
+
+class SignalsFullError(ValueError):
+    """There are as many heartbeats, or gauges, as a page has."""
 
 
 class AsyncioLoop(Protocol):
@@ -307,7 +321,7 @@ class Signals:
                 heartbeat.set_limit(limit_s)
                 return heartbeat
             if len(self._heartbeats) >= HEARTBEATS:
-                raise ValueError(f"there are {HEARTBEATS} heartbeats already; close one of them first")
+                raise SignalsFullError(f"there are {HEARTBEATS} heartbeats already; close one of them first")
             heartbeat = self._heartbeats[name] = Heartbeat(self, name, limit_s)
             self._place(heartbeat)
             return heartbeat
@@ -324,7 +338,7 @@ class Signals:
             gauge = self._gauges.get(name)
             if gauge is None:
                 if len(self._gauges) >= GAUGES:
-                    raise ValueError(f"there are {GAUGES} gauges already; close one of them first")
+                    raise SignalsFullError(f"there are {GAUGES} gauges already; close one of them first")
                 gauge = self._gauges[name] = Gauge(self, name)
                 self._place(gauge)
             return gauge
@@ -397,6 +411,36 @@ def _start_key() -> int:
         return process_identities().start_key(os.getpid()) or 0
     except (OSError, IdentityUnknownError):
         return 0
+
+
+class PostedSignals:
+    """
+    Signal for clients that cannot map the page, and post to the sidecar instead.
+
+    Args:
+        reference: `vitalsd.contract.signals_page.SignalsPage.reference` of the page of this sidecar.
+    """
+
+    def __init__(self, reference: Mapping[str, str]) -> None:
+        self._signals = Signals(owner=lambda: 0)
+        self._signals.connect(reference)
+
+    def beat(self, name: str, state: Literal["beat", "pause", "close"], limit_s: float) -> None:
+        """Beat, pause or close a heartbeat. Raise `ValueError` as `Signals.heartbeat` does."""
+        heartbeat = self._signals.heartbeat(name, limit_s)
+        match state:
+            case "beat":
+                heartbeat.resume()
+                heartbeat.beat()
+            case "pause":
+                heartbeat.pause()
+            case "close":
+                heartbeat.close()
+
+    def set_gauges(self, values: Mapping[str, float]) -> None:
+        """Set gauges by their names. Raise `ValueError` as `Signals.gauge` does; then some may be set."""
+        for name, value in values.items():
+            self._signals.gauge(name).set(value)
 
 
 def connect_signals(reference: Mapping[str, str] | None) -> None:

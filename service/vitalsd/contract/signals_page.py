@@ -31,6 +31,7 @@ __all__ = [
     "MappedPage",
     "PageError",
     "SignalsPage",
+    "empty_page",
     "gauge_slots",
     "heartbeat_slots",
     "name_words",
@@ -210,7 +211,7 @@ class SignalsPage:
         self.reference = {"shm": name}
         os.ftruncate(self._fd, PAGE_BYTES)
         self._map = mmap.mmap(self._fd, PAGE_BYTES)
-        self._map[:] = _header()
+        self._map[:] = empty_page()
 
     def read(self) -> bytes:
         """Return the content. Raise `OSError`."""
@@ -234,13 +235,14 @@ class SignalsPage:
         self.reference = {}
 
 
-def _header() -> bytes:
+def empty_page() -> bytes:
+    """Return the content of a page without heartbeats and gauges."""
     return struct.pack("=2Q", MAGIC, VERSION).ljust(PAGE_BYTES, b"\0")
 
 
 def _write_header(fd: int) -> None:
     """Write the whole page, so that the kernel allocates all of it."""
-    if os.pwrite(fd, _header(), 0) != PAGE_BYTES:
+    if os.pwrite(fd, empty_page(), 0) != PAGE_BYTES:
         raise OSError("the page was not written whole")
 
 

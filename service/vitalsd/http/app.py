@@ -9,6 +9,7 @@ from fastapi.telemetry import TelemetryConfig
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.limits import BODY_BYTES, REPORT_BODY_BYTES, STREAM_S
+from vitalsd.contract.signals import PostedSignals
 from vitalsd.exporters.prometheus import THREAD_METRICS
 from vitalsd.http.access.body_limit import BodyLimit
 from vitalsd.http.operation import OperationRoute
@@ -19,6 +20,7 @@ from vitalsd.http.routes.metrics import metrics_routes
 from vitalsd.http.routes.recordings import recordings_routes
 from vitalsd.http.routes.reference import reference_routes
 from vitalsd.http.routes.report import REPORT_PATH, report_routes
+from vitalsd.http.routes.signals import signals_routes
 from vitalsd.http.routes.status import status_routes
 from vitalsd.recording.run_directory_reader import RunDirectoryReader
 from vitalsd.sampling.target_pool import Targets
@@ -45,6 +47,7 @@ def create_app(
     thread_metrics: int = THREAD_METRICS,
     stream_s: float = STREAM_S,
     application: Application = Application(),
+    posted: PostedSignals | None = None,
     hides_processes: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """
@@ -68,6 +71,7 @@ def create_app(
         list_processes=list_processes,
         hides_processes=hides_processes,
         application=application,
+        posted=posted,
         thread_metrics=thread_metrics,
         stream_s=stream_s,
         reader=reader,
@@ -92,6 +96,7 @@ def _routes(context: RouteContext) -> list[OperationRoute]:
     routes = [
         *metrics_routes(context),
         *recordings_routes(context),
+        *signals_routes(context),
         *report_routes(context),
         *status_routes(context),
         *page_routes(),

@@ -49,7 +49,7 @@ A function that would measure, read a file or build something checks the method 
 CACHED_QUERIES = 32
 """Size of the cache of parsed queries of one route: clients repeat the same query at each poll."""
 
-Model = TypeVar("Model", bound="StrictModel")
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class StrictModel(BaseModel):
@@ -109,12 +109,13 @@ class JsonBody(Generic[Model]):
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             fields = ", ".join(self.model.model_fields)
+            expected = f"with {fields}" if issubclass(self.model, StrictModel) else "of names and values"
             message = {
                 "extra_forbidden": f"the field {truncate_for_display(where)} is not known",
                 "string_pattern_mismatch": f"{where} has characters that it may not have, or too many",
                 "missing": f"the field {where} is missing",
             }.get(first["type"], first["msg"])
-            raise ProblemError("bad_body", f"{message}; send a JSON object with {fields}", where or None) from None
+            raise ProblemError("bad_body", f"{message}; send a JSON object {expected}", where or None) from None
 
 
 def query_params(model: type[Model]) -> Any:

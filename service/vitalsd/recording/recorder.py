@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.shapes import Count, Doc
+from vitalsd.contract.signals_page import SignalsPage
 from vitalsd.recording.black_box import BlackBox
 from vitalsd.recording.heartbeat_watch import Hang
 from vitalsd.recording.run_directory import RunDirectory
@@ -65,6 +66,8 @@ class RecorderConfig(NamedTuple):
     """The application that the client named; stored in the black box."""
     children: bool = False
     """Whether the descendants of the target are recorded, with their names."""
+    page: SignalsPage | None = None
+    """Page of heartbeats and gauges of the target; ``None``: there is none."""
     exits_itself: Callable[[], bool] = bool
     """Returns whether the target has noted that it exits by itself; called where the kernel does not report the end."""
 

@@ -1,5 +1,6 @@
 """Serve a recorded run, or a bug report, as a target: with the same API, so that the same commands work."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from typing_extensions import TypedDict
@@ -8,6 +9,7 @@ from vitalsd.admission import OWNER, Peer
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import RecordedHost
 from vitalsd.contract.shapes import Doc
+from vitalsd.recording.hangs import HeartbeatStatus
 from vitalsd.recording.recorder import NotRecordingError, RecorderJson
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile, ReportCardJson
 from vitalsd.recording.run_reader import RunJson
@@ -73,6 +75,7 @@ class Replay:
     def __init__(self, file: ReplayFile) -> None:
         self.file = file
         self.snapshots_taken = 0
+        self.heartbeats: Sequence[HeartbeatStatus] = ()
         self.replay: Replay | None = self
         run = file.opened.run
         how = {"crashed": "crashed", "running": "was running", "clean": "ended"}[run.state]

@@ -7,11 +7,12 @@ read that hangs in the kernel delays no other target; the callers of that target
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from vitalsd.admission import OWNER, Peer
+from vitalsd.recording.hangs import HeartbeatStatus
 from vitalsd.recording.recorder import NoRecorder, Recorder, RecorderConfig
 from vitalsd.sampling.target_reader import SNAPSHOT_REUSE_NS, TargetReader
 from vitalsd.sampling.windows import Windows
@@ -102,6 +103,11 @@ class Sampler:
         if self._reader.records:
             return NoRecorder("nothing has been recorded yet: there is no process to record, or it cannot be read")
         return NoRecorder("nothing is being recorded (--record-interval 0)")
+
+    @property
+    def heartbeats(self) -> Sequence[HeartbeatStatus]:
+        """The heartbeats that the target has opened."""
+        return () if self._reader.signals is None else self._reader.signals.statuses
 
     @property
     def snapshots_taken(self) -> int:

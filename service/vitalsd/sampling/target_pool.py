@@ -2,13 +2,14 @@
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from vitalsd.admission import OWNER, BusyError, Peer, Shares
 from vitalsd.contract.limits import OTHER_PROCESSES, STREAM_QUEUE
+from vitalsd.recording.hangs import HeartbeatStatus
 from vitalsd.recording.recorder import TargetRecorder
 from vitalsd.sampling.sampler import Sampler
 from vitalsd.snapshot import Identity, Measurement, Part, Snapshot
@@ -39,6 +40,11 @@ class PooledTarget(Protocol):
     @property
     def recorder(self) -> TargetRecorder:
         """The recorder of the target; one that is not recorded has a `NoRecorder`."""
+        ...
+
+    @property
+    def heartbeats(self) -> Sequence[HeartbeatStatus]:
+        """The heartbeats that the target has opened; a replay has none."""
         ...
 
     @property

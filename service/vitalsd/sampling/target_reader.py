@@ -4,11 +4,13 @@ Read one target and give the snapshots to its recorder, on the sampler's thread.
 A snapshot for the recorder also serves callers, but ends no window: its names of threads may be 2 s old.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from vitalsd.recording.recorder import Recorder, RecorderConfig
+from vitalsd.sampling.signals_reader import SignalsReader
 from vitalsd.snapshot import Identity, Part, Snapshot, contradiction
 from vitalsd.sources.base import Source, SourceError, TargetGoneError
 from vitalsd.worker_thread import Worker
@@ -45,6 +47,8 @@ class TargetReader:
         self.identity: Identity | None = None
         """Identity of the target; ``None``: it has not been opened."""
         self.recorder: Recorder | None = None
+        self.signals: SignalsReader | None = None
+        """What looks at the heartbeats of the target; ``None``: it is not recorded, or has no page."""
         self.snapshots_taken = 0
 
     @property
@@ -59,6 +63,11 @@ class TargetReader:
         identity = self._source.identity()
         if self._recording is not None and self.records and self.recorder is None:
             self.recorder = Recorder(identity, self._recording)
+            if self._recording.page is not None:
+                is_inside = identity.pid == os.getpid()
+                self.signals = SignalsReader(
+                    self._recording.page, self._source, self.recorder, self._worker, is_inside=is_inside
+                )
             self._worker.every(self.recorder.interval_ns, self._record)
         self.identity = identity
         return identity
@@ -118,6 +127,8 @@ class TargetReader:
                 # One last read: a target that has just died must not count as one that lives on.
                 self._last = None
                 self._record()
+            if self.signals is not None:
+                self.signals.close()
             self.recorder.close()
         self._closed = True
         if self._source is not None:
@@ -143,6 +154,11 @@ class TargetReader:
             last = self.last_since(time.monotonic_ns() - SNAPSHOT_REUSE_NS + 1, parts)
             snapshot = last if last is not None else self.take(parts, names=False)
         except SourceError as error:
-            return self.recorder.failed(error)
+            continues = self.recorder.failed(error)
+            if self.signals is not None and not continues:
+                self.signals.close()
+            return continues
         self.recorder.observe(snapshot)
+        if self.signals is not None:
+            self.signals.look()
         return True

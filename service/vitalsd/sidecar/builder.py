@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from vitalsd.contract.signals import PostedSignals
 from vitalsd.contract.signals_page import PageError, SignalsPage
 from vitalsd.discovery import directories
 from vitalsd.discovery.directories import EndpointError
@@ -242,6 +243,7 @@ def _recording(config: SidecarConfig, base: _Base, exits_itself: Callable[[], bo
         application=config.application,
         children=config.children,
         exits_itself=exits_itself,
+        page=base.page,
     )
 
 
@@ -275,6 +277,7 @@ def _assemble(
         run_directory=run_directory,
         thread_metrics=config.thread_series,
         application=config.application,
+        posted=None if base.page is None else PostedSignals(base.page.reference),
         hides_processes=platform.hides_processes,
     )
     workers: Sequence[Worker] = app.state.workers

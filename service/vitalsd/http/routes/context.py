@@ -7,6 +7,7 @@ from fastapi import Response
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.limits import STREAM_S
+from vitalsd.contract.signals import PostedSignals
 from vitalsd.exporters.prometheus import THREAD_METRICS
 from vitalsd.http.responses import failed
 from vitalsd.recording.run_directory_reader import RunDirectoryReader
@@ -33,6 +34,8 @@ class RouteContext(NamedTuple):
     """Whether the kernel hides processes from other users."""
     application: Application = Application()
     """Id and version of the application, as the client declares them."""
+    posted: PostedSignals | None = None
+    """Signals for clients that post them; None: the sidecar has no page."""
     thread_metrics: int = THREAD_METRICS
     """Limit of the threads in a scrape; see `vitalsd.exporters.prometheus.Scrape`."""
     stream_s: float = STREAM_S
