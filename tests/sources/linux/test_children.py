@@ -279,10 +279,9 @@ def test_child_that_hidepid_hides_is_announced_and_leaves_a_gap() -> None:
     assert "children: /proc hides the processes of other users (hidepid); one may be missing" in out
 
 
-@as_root
-def test_children_in_another_pid_namespace_are_read_without_clocks() -> None:
-    """Through its procfs, where only a look at all processes shows which are new."""
-    code = "sleep 60 & sleep 60 & echo; wait"
+@contextmanager
+def shell_in_namespace(code: str) -> Iterator[psutil.Process]:
+    """Run a shell in a pid namespace with a procfs of its own, until it has printed a line."""
     inside = subprocess.Popen(
         ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", code], stdout=subprocess.PIPE
     )
@@ -290,19 +289,39 @@ def test_children_in_another_pid_namespace_are_read_without_clocks() -> None:
         assert inside.stdout is not None
         inside.stdout.readline()
         (shell,) = psutil.Process(inside.pid).children()
-        eventually(lambda: [child.name() for child in shell.children()] == ["sleep", "sleep"])
-        with closing(LinuxSource(1, root=f"/proc/{shell.pid}/root/proc")) as source:
-            tree = tree_of(source)
-            assert [child.name for child in tree.children] == ["sleep", "sleep"]
-            assert all(child.cpu_ns % USER_TICK_NS == 0 for child in tree.children)
-            assert max(pids(tree)) < 100
-            shell.children()[0].kill()
-            eventually(lambda: len(tree_of(source).children) == 1)
+        eventually(lambda: all(child.name() == "sleep" for child in shell.children()))
+        yield shell
     finally:
         inside.kill()
         inside.wait()
         assert inside.stdout is not None
         inside.stdout.close()
+
+
+@as_root
+def test_children_in_another_pid_namespace_are_read_without_clocks() -> None:
+    """Through its procfs, where only a look at all processes shows which are new."""
+    with (
+        shell_in_namespace("sleep 60 & sleep 60 & echo; wait") as shell,
+        closing(LinuxSource(1, root=f"/proc/{shell.pid}/root/proc")) as source,
+    ):
+        tree = tree_of(source)
+        assert [child.name for child in tree.children] == ["sleep", "sleep"]
+        assert all(child.cpu_ns % USER_TICK_NS == 0 for child in tree.children)
+        assert max(pids(tree)) < 100
+        shell.children()[0].kill()
+        eventually(lambda: len(tree_of(source).children) == 1)
+
+
+@as_root
+def test_child_in_another_pid_namespace_with_the_pid_of_this_process_is_a_child() -> None:
+    """A sidecar leaves itself out; there, its number is another process's."""
+    code = f"echo {os.getpid() - 1} > {LAST_PID}; sleep 60 & echo; wait"
+    with (
+        shell_in_namespace(code) as shell,
+        closing(LinuxSource(1, root=f"/proc/{shell.pid}/root/proc")) as source,
+    ):
+        assert pids(tree_of(source)) == [os.getpid()]
 
 
 # CPU time

@@ -55,6 +55,9 @@ class Descendants:
     """
     The descendants of one process, with what they used since the first reading.
 
+    This process may be a sidecar that the target has started, and is left out. In a procfs of another pid namespace its
+    pid is the number of another process.
+
     Args:
         files: of the process.
         has_clocks: whether pids in the procfs are those of our own pid namespace.
@@ -69,6 +72,8 @@ class Descendants:
         self._target = Member((files.pid, files.start_ticks), 0, "", 0, 0, 0, 1, is_young=False)
         self._members: dict[int, _Descendant] = {}
         """By pid; each after its parent."""
+        self._left_out = {files.pid, os.getpid()} if has_clocks else {files.pid}
+        """Pids that are left out: of the target, and of this process."""
         self._ledger = ProcessLedger(os.cpu_count() or 0, GRAIN_NS)
         self._read_at: tuple[int, int] | None = None
         """Monotonic time and time since boot at the last reading; ``None``: there was none."""
@@ -218,7 +223,7 @@ class Descendants:
 
     def _find_new(self, now_ns: int, *, closely: bool) -> bool:
         """Add processes that have become descendants; return whether the reading lacks something."""
-        found = self._scan.look(now_ns, self._members.keys() | {self._files.pid}, closely=closely)
+        found = self._scan.look(now_ns, self._members.keys() | self._left_out, closely=closely)
         if self._scan.is_full:
             self._too_many = False
             self._group = application_group(self._files) if self._has_clocks else None
