@@ -226,7 +226,8 @@ class Machine(_Wire):
     scope: Literal["host", "container"] = Field(description="What the figures cover: the host, or the container.")
     cpu_percent: Percent | None = Field(description="CPU time of all cores: 100 = one core busy.")
     other_percent: Percent | None = Field(
-        description="cpu_percent less this process, or less the application if children=true; not below 0."
+        description="cpu_percent less this process, or less the application if children=true; not below 0. A sidecar"
+        " beside the process is part of it."
     )
     load_1m: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         description="Load average of the last minute. null in a container, because the kernel has it for the host only."
