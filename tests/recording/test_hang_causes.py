@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 
-if sys.platform != "linux" and not TYPE_CHECKING:
+if sys.platform != "linux":
     pytest.skip("hangs are planted by means of Linux", allow_module_level=True)
+assert sys.platform == "linux"
 
 from support.hang_plants import Gap, HangingClient, Programs, hogs, in_group, matrix, watch_for, watch_until
 from vitalsd.recording.hang_causes import HangCause
@@ -209,7 +210,7 @@ def starved(client: HangingClient) -> Iterator[None]:
     os.sched_setaffinity(client.process.pid, {min(cpus)})
     os.sched_setscheduler(client.process.pid, os.SCHED_IDLE, os.sched_param(0))
     with hogs(1, {min(cpus)}):
-        client.order("work", 100)
+        client.order("work", 300)
         yield
     os.sched_setaffinity(client.process.pid, cpus)
     os.sched_setscheduler(client.process.pid, os.SCHED_OTHER, os.sched_param(0))
