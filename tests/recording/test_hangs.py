@@ -380,6 +380,26 @@ def test_detector_at_a_thread_that_ended_reports_no_hang(world: World, caplog: p
     assert world.hangs[-1].cause == "idle"
 
 
+def test_detector_at_a_thread_that_ended_warns_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Also if other threads go on with its heartbeat, now and then."""
+    world.thread = None
+    for _ in range(10):
+        world.live(700 * MS, beats=False)
+        world.live(500 * MS)
+    assert len(caplog.records) == 1
+
+
+def test_detector_at_a_beat_of_another_thread_keeps_the_cause(world: World) -> None:
+    """The loop hung, and then another thread took it over: the cause is that of the first one."""
+    assert world.thread is not None
+    world.thread.doing = "futex"
+    world.live(2 * SECOND, beats=False)
+    world.set(OWNER, 1 << 32 | 9999)
+    world.beat()
+    world.live(SECOND)
+    assert [report.cause for report in world.ended] == ["blocked"]
+
+
 def test_detector_at_an_old_note_of_a_gap_reports_nothing() -> None:
     """A sidecar that starts finds the longest gap of yesterday in the page."""
     world = World()

@@ -113,6 +113,8 @@ class HeartbeatWatch:
         self._evidence = Evidence()
         self._has_ended = False
         """Whether the thread that beat has ended."""
+        self._warned_of = 0
+        """The thread about whose end a warning was logged."""
         self._hang: Hang | None = None
         self._rest(look)
 
@@ -217,7 +219,7 @@ class HeartbeatWatch:
         if look.is_locked or 2 * self._silent_ns >= self._limit_ns:
             self._add(look, closely=True)
             if self._has_ended:
-                log.warning("the thread %d of heartbeat %s has ended without a close", self.slot.tid, self.slot.name)
+                self._warn()
                 return self.end()
         elif self._is_inside:
             self._add(look, closely=False)
@@ -227,6 +229,15 @@ class HeartbeatWatch:
         start_ns = max(self._bounds[0], min(self.slot.beat, self._bounds[1]))
         self._hang = self._as_hang(look, start_ns, self._silent_ns, ongoing=True)
         return self._hang
+
+    def _warn(self) -> None:
+        if self._warned_of != self.slot.tid:
+            self._warned_of = self.slot.tid
+            log.warning(
+                "the thread %d of heartbeat %s has ended; close the heartbeat, or bind it to the thread that beats",
+                self.slot.tid,
+                self.slot.name,
+            )
 
     def _as_hang(self, look: Look, start_ns: int, length_ns: int, *, ongoing: bool) -> Hang:
         """Return the hang of this silence; one that is reported already keeps its start."""
@@ -239,6 +250,8 @@ class HeartbeatWatch:
     def _cause(self) -> Cause:
         if not self.slot.tid:
             return Cause("unknown", "the client did not say which thread beats")
+        if self._evidence.before is None and self._hang is not None:  # another thread beats from now on
+            return Cause(self._hang.cause, self._hang.detail)
         usual = [channel for channel in self._usual if channel in IDLE] or self._usual
         return self._evidence.cause(Counter(usual).most_common(1)[0][0] if usual else None, is_python=self._is_python)
 
