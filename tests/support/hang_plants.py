@@ -19,8 +19,6 @@ from vitalsd.contract.signals_page import SignalsPage
 from vitalsd.recording.hangs import PERIOD_NS, Hang, HangDetector
 from vitalsd.sources.linux.source import LinuxSource
 
-assert sys.platform == "linux"
-
 __all__ = ["LIMIT_MS", "Gap", "HangingClient", "Programs", "hogs", "in_group", "matrix", "watch_for", "watch_until"]
 
 LIMIT_MS = 1000
@@ -146,9 +144,10 @@ class HangingClient:
 
     def hurry(self) -> None:
         """Give its threads a CPU whenever they want one, if this user may."""
-        for tid in os.listdir(f"/proc/{self.process.pid}/task"):
-            with suppress(OSError):
-                os.sched_setscheduler(int(tid), os.SCHED_RR, os.sched_param(1))
+        if sys.platform == "linux":
+            for tid in os.listdir(f"/proc/{self.process.pid}/task"):
+                with suppress(OSError):
+                    os.sched_setscheduler(int(tid), os.SCHED_RR, os.sched_param(1))
 
     def close(self) -> None:
         """End it, also if it is stopped."""
