@@ -56,7 +56,9 @@ class Thread:
 
     @property
     def state(self) -> str:
-        return {"run": "running", "wait": "running", "still": "running", "T": "stopped"}.get(self.doing, "sleeping")
+        return {"run": "running", "wait": "running", "still": "running", "T": "stopped", "t": "traced"}.get(
+            self.doing, "sleeping"
+        )
 
     @property
     def channel(self) -> str | None:
@@ -173,6 +175,7 @@ def hang(world: World, doing: str, ns: int = 2 * SECOND) -> Hang:
         ("anon_pipe_read", "blocked"),
         ("frozen", "stopped"),
         ("T", "stopped"),
+        ("t", "stopped"),
         ("lock", "interpreter_lock"),
         ("epoll", "idle"),
         ("poll", "idle"),
