@@ -58,7 +58,7 @@ __all__ = [
 log = logging.getLogger("vitalsd")
 
 LIMIT_S = (0.25, 3600.0)
-"""Range of the limit of a heartbeat, s: the sidecar looks four times a second."""
+"""Range of the limit of a heartbeat, s: the sidecar looks up to four times a second."""
 
 Place = tuple["memoryview[int]", int]
 """Words, and the index of the first one of a slot in them."""

@@ -1,11 +1,12 @@
 """
 Detect that a heartbeat is silent for longer than its limit, and find the cause.
 
-The sidecar looks at the page of heartbeats four times a second. It counts the silence by its own clock, and only the
-time in which it was looking: if the machine, or the sidecar too, stood still, no beat is missing. A client may note in
-the page the longest gap between two beats; that gives the true length. It also shows a hang that was over before the
-sidecar could look: where the sidecar runs in the client, the interpreter lock can stop both, and the sidecar then
-proves by the counters of its own thread that it waited for that lock and was not stopped.
+The sidecar looks at the page of heartbeats four times a second, or twice while all is well and every limit is long. It
+counts the silence by its own clock, and only the time in which it was looking: if the machine, or the sidecar too,
+stood still, no beat is missing. A client may note in the page the longest gap between two beats; that gives the true
+length. It also shows a hang that was over before the sidecar could look: where the sidecar runs in the client, the
+interpreter lock can stop both, and the sidecar then proves by the counters of its own thread that it waited for that
+lock and was not stopped.
 
 While all is well the sidecar reads the page alone. From half of the limit on it also looks at the thread that should
 beat, see `vitalsd.recording.hang_causes`.
@@ -26,6 +27,10 @@ log = logging.getLogger("vitalsd.recording.hangs")
 
 PERIOD_NS = 250_000_000
 """Interval at which the page is read while a heartbeat is open, ns."""
+CALM_PERIOD_NS = 500_000_000
+"""The same while every heartbeat beats and has a limit of at least `CALM_LIMIT` times this, ns; it costs half."""
+CALM_LIMIT = 4
+"""A look in this part of the limit is early enough to collect evidence from half of the limit on."""
 
 
 class HangDetector:
@@ -36,7 +41,6 @@ class HangDetector:
         own_tid: id of the thread that looks, if it runs in the process that beats; ``None``: it does not.
         is_python: whether the process that beats is Python; ``None``: unknown, and only the usual switch interval
             then shows a wait for the interpreter lock.
-        period_ns: intended distance of two looks, ns. A limit of less than two of them counts as two.
         wall_clock: returns the Unix time, ns.
     """
 
@@ -45,12 +49,12 @@ class HangDetector:
         *,
         own_tid: int | None = None,
         is_python: bool | None = None,
-        period_ns: int = PERIOD_NS,
         wall_clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._own_tid = own_tid
         self._is_python = True if own_tid is not None else is_python
-        self._period_ns = period_ns
+        self.period_ns = PERIOD_NS
+        """Time until the next look is due, ns. A limit of less than two `PERIOD_NS` counts as two."""
         self._wall_clock = wall_clock
         self._watches: dict[int, HeartbeatWatch] = {}
         self._looked_ns: int | None = None
@@ -86,13 +90,18 @@ class HangDetector:
                 watch = HeartbeatWatch(
                     slot,
                     look,
-                    least_ns=2 * self._period_ns,
+                    least_ns=2 * PERIOD_NS,
                     is_inside=self._own_tid is not None,
                     is_python=self._is_python,
                 )
             watches[slot.slot] = watch
         found += [watch.end() for place, watch in self._watches.items() if watches.get(place) is not watch]
         self._watches = watches
+        calm = all(
+            watch.status.limit_ns >= CALM_LIMIT * max(CALM_PERIOD_NS, watch.status.silent_ns)
+            for watch in watches.values()
+        )
+        self.period_ns = CALM_PERIOD_NS if calm else PERIOD_NS
         return [hang for hang in found if hang is not None]
 
     def _slots(self, content: bytes) -> list[HeartbeatSlot]:
@@ -113,7 +122,7 @@ class HangDetector:
             now_ns = self._own.monotonic_ns
         before_ns = now_ns if self._looked_ns is None else self._looked_ns
         self._looked_ns = now_ns
-        gap_ns, most_ns = now_ns - before_ns, self._period_ns * 3 // 2
+        gap_ns, most_ns = now_ns - before_ns, self.period_ns * 3 // 2
         is_locked = False
         if own is not None and self._own is not None and gap_ns > most_ns:
             is_locked = awaits_interpreter_lock(own, self._own)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from vitalsd.contract.signals_page import SignalsPage, empty_page
-from vitalsd.recording.hangs import PERIOD_NS, HangDetector, HeartbeatStatus
+from vitalsd.recording.hangs import HangDetector, HeartbeatStatus
 from vitalsd.recording.recorder import Recorder
 from vitalsd.sources.base import Source
 from vitalsd.worker_thread import Worker
@@ -19,7 +19,7 @@ NO_PAGE = empty_page()
 
 class SignalsReader:
     """
-    Look four times a second while a heartbeat is open, and otherwise at each snapshot of the recorder only.
+    Look two or four times a second while a heartbeat is open, and otherwise at each snapshot of the recorder only.
 
     All methods but `statuses` are called on the thread of `worker`.
 
@@ -48,7 +48,7 @@ class SignalsReader:
         return self._detector.statuses
 
     def look(self) -> None:
-        """Look once, and again 250 ms later as long as a heartbeat is open."""
+        """Look once, and again as long as a heartbeat is open."""
         if not self._is_looking:
             self._look()
 
@@ -70,4 +70,4 @@ class SignalsReader:
                 self._recorder.note_hang(hang)
             if self._detector.statuses:
                 self._is_looking = True
-                self._worker.submit(self._look, begun_ns + PERIOD_NS)
+                self._worker.submit(self._look, begun_ns + self._detector.period_ns)

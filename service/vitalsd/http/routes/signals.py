@@ -72,9 +72,7 @@ GET_HEARTBEATS = Operation(
     is_list=True,
     example=[EXAMPLE],
     commands=(
-        CommandExample(
-            "Which are silent", 'curl -s "$URL/heartbeats" | jq -r \'.[] | select(.state == "silent").name\''
-        ),
+        CommandExample("Names, states and causes", 'curl -s "$URL/heartbeats" | jq -c "map({name, state, cause})"'),
     ),
 )
 POST_HEARTBEAT = Operation(
