@@ -13,19 +13,39 @@ beat, see `vitalsd.recording.hang_causes`.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
-from vitalsd.contract.signals_page import HeartbeatSlot, heartbeat_slots
+from vitalsd.contract.signals_page import heartbeat_slots
 from vitalsd.recording.hang_causes import awaits_interpreter_lock
 from vitalsd.recording.heartbeat_watch import Hang, HeartbeatStatus, HeartbeatWatch, Look, LookAt, looked_at
 from vitalsd.sources.base import ThreadLook
 
-__all__ = ["PERIOD_NS", "Hang", "HangDetector", "HeartbeatStatus"]
+__all__ = ["PERIOD_NS", "Hang", "HangDetector", "HeartbeatStatus", "SlotReader"]
+
+SlotT = TypeVar("SlotT")
 
 log = logging.getLogger("vitalsd.recording.hangs")
 
 PERIOD_NS = 250_000_000
 """Interval at which the page is read while a heartbeat is open, ns."""
+
+
+class SlotReader:
+    """Read the slots of pages. Noise in those of a kind counts as none of that kind; it is logged once for all."""
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def read(self, slots_of: Callable[[bytes], Iterable[SlotT]], content: bytes) -> list[SlotT]:
+        """Return the slots that `heartbeat_slots` or `gauge_slots` finds in a page."""
+        try:
+            return list(slots_of(content))
+        except ValueError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                log.warning("heartbeats and gauges are ignored while the content of their page is wrong: %s", error)
+            return []
 
 
 class HangDetector:
@@ -38,6 +58,7 @@ class HangDetector:
             then shows a wait for the interpreter lock.
         period_ns: intended distance of two looks, ns. A limit of less than two of them counts as two.
         wall_clock: returns the Unix time, ns.
+        slots: reads the pages.
     """
 
     def __init__(
@@ -47,6 +68,7 @@ class HangDetector:
         is_python: bool | None = None,
         period_ns: int = PERIOD_NS,
         wall_clock: Callable[[], int] = time.time_ns,
+        slots: SlotReader | None = None,
     ) -> None:
         self._own_tid = own_tid
         self._is_python = True if own_tid is not None else is_python
@@ -55,7 +77,7 @@ class HangDetector:
         self._watches: dict[int, HeartbeatWatch] = {}
         self._looked_ns: int | None = None
         self._own: ThreadLook | None = None
-        self._has_warned = False
+        self._slots = slots or SlotReader()
 
     @property
     def statuses(self) -> Sequence[HeartbeatStatus]:
@@ -73,7 +95,7 @@ class HangDetector:
         """
         watches = dict[int, HeartbeatWatch]()
         found = list[Hang | None]()
-        slots = self._slots(content)
+        slots = self._slots.read(heartbeat_slots, content)
         if slots:
             look = self._next_look(now_ns, look_at)
         else:
@@ -94,15 +116,6 @@ class HangDetector:
         found += [watch.end() for place, watch in self._watches.items() if watches.get(place) is not watch]
         self._watches = watches
         return [hang for hang in found if hang is not None]
-
-    def _slots(self, content: bytes) -> list[HeartbeatSlot]:
-        try:
-            return list(heartbeat_slots(content))
-        except ValueError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                log.warning("the page of heartbeats is ignored while its content is wrong: %s", error)
-            return []
 
     def _next_look(self, now_ns: int, look_at: LookAt) -> Look:
         own, self._own = self._own, None
