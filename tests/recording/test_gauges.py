@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import struct
-
 from typing import Any
 
 import pytest
