@@ -194,7 +194,10 @@ SECTIONS: Mapping[str, Section] = {
                 ),
             ),
         ),
-        (Goal("objects ÷ vitalsd, all threads running", ALL_RUN, "objects_to_product", ">=", 14),),
+        (
+            Goal("objects ÷ vitalsd, all threads running", ALL_RUN, "objects_to_product", ">=", 14),
+            Goal("vitalsd's ring buffer, all threads running, MiB", ALL_RUN, "product_mib", "<=", 8),
+        ),
         "The memory of the recorder depends on how many threads run, more than on how many there are. `--retention` "
         "changes it in proportion.",
     ),

@@ -17,6 +17,7 @@ from support.target import Target
 pytest_plugins = ["support.darwin.fixtures"]
 
 LONGEST = (
+    "recording/test_hang_causes.py",
     "sources/darwin/test_as_on_a_mac.py",
     "sidecar/test_hosts.py",
     "client/test_spool.py",

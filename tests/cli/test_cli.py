@@ -67,7 +67,9 @@ def test_sample_with_children_has_their_keys() -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["sample --window-ms 10", "runs", "completion bash", "serve --help"])
-def test_sample_to_a_full_standard_output_exits_with_1_and_one_line(command: str, unbuffered: str) -> None:
+def test_sample_to_a_full_standard_output_exits_with_1_and_one_line(
+    command: str, unbuffered: str, short_path: Path
+) -> None:
     """The reason and status 1; no traceback, and nothing more as the interpreter ends."""
     with open("/dev/full", "w") as full:
         out = subprocess.run(
@@ -76,7 +78,7 @@ def test_sample_to_a_full_standard_output_exits_with_1_and_one_line(command: str
             stderr=subprocess.PIPE,
             text=True,
             timeout=30,
-            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            env={**environment(short_path), "PYTHONUNBUFFERED": unbuffered},
         )
     assert out.stderr == "vitalsd: cannot write to standard output: No space left on device\n"
     assert out.returncode == 1

@@ -709,6 +709,9 @@ def test_report_of_macos_and_linux_differ_only_in_platform(request: pytest.Fixtu
     for name in linux:
         if name.endswith(".json"):
             ours, theirs = json.loads(linux[name]), json.loads(mac[name])
+            for each in (ours, theirs) if name == "runtime-history.json" else ():
+                for column in (each, *each["threads"]):
+                    del column["wait_percent"]  # macOS has waits of the process alone, once a second
             assert shape(ours) == shape(theirs), name
             if "platform" in ours:
                 assert (ours["platform"], theirs["platform"]) == ("linux", "macos")

@@ -18,7 +18,6 @@ from support.browser import Browser
 from support.serving import Serving
 from support.sidecars import environment, eventually, serving
 from support.target import Target
-from vitalsd.sidecar.config import SETTINGS
 
 LIVE = "document.querySelector('#status').textContent === 'live'"
 NAMES = "[...document.querySelectorAll('#rows bdi')].map((each) => each.textContent)"
@@ -465,7 +464,7 @@ def test_page_reasons_say_in_words_what_is_not_there(page: Browser, served: Serv
     assert "--children" in page.run("document.querySelector('#no-family').textContent")
 
 
-@pytest.mark.skipif(sys.platform != "linux" or "children" not in SETTINGS, reason="no setting records children here")
+@pytest.mark.skipif(sys.platform != "linux", reason="the planted process tree is of Linux")
 def test_page_names_recorded_children_as_text(page: Browser, burner: Target, tmp_path: Path) -> None:
     """A child's name is text, whatever is in it; a replay of a report without names says that they are missing."""
     program = as_platform.program("linux", as_platform.EXPLAINED)

@@ -56,7 +56,9 @@ class Thread:
 
     @property
     def state(self) -> str:
-        return {"run": "running", "wait": "running", "still": "running", "T": "stopped"}.get(self.doing, "sleeping")
+        return {"run": "running", "wait": "running", "still": "running", "T": "stopped", "t": "traced"}.get(
+            self.doing, "sleeping"
+        )
 
     @property
     def channel(self) -> str | None:
@@ -173,6 +175,7 @@ def hang(world: World, doing: str, ns: int = 2 * SECOND) -> Hang:
         ("anon_pipe_read", "blocked"),
         ("frozen", "stopped"),
         ("T", "stopped"),
+        ("t", "stopped"),
         ("lock", "interpreter_lock"),
         ("epoll", "idle"),
         ("poll", "idle"),
@@ -378,6 +381,26 @@ def test_detector_at_a_thread_that_ended_reports_no_hang(world: World, caplog: p
     world.live(2 * SECOND, beats=False)
     assert world.state == "silent"
     assert world.hangs[-1].cause == "idle"
+
+
+def test_detector_at_a_thread_that_ended_warns_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Also if other threads go on with its heartbeat, now and then."""
+    world.thread = None
+    for _ in range(10):
+        world.live(700 * MS, beats=False)
+        world.live(500 * MS)
+    assert len(caplog.records) == 1
+
+
+def test_detector_at_a_beat_of_another_thread_keeps_the_cause(world: World) -> None:
+    """The loop hung, and then another thread took it over: the cause is that of the first one."""
+    assert world.thread is not None
+    world.thread.doing = "futex"
+    world.live(2 * SECOND, beats=False)
+    world.set(OWNER, 1 << 32 | 9999)
+    world.beat()
+    world.live(SECOND)
+    assert [report.cause for report in world.ended] == ["blocked"]
 
 
 def test_detector_at_an_old_note_of_a_gap_reports_nothing() -> None:

@@ -226,6 +226,32 @@ def test_spawned_sidecar_holds_no_pipe_of_the_client() -> None:
     eventually(lambda: not alive(int(out)))
 
 
+@pytest.mark.parametrize("kernel", as_platform.KERNELS)
+def test_spawned_sidecar_is_no_child_of_its_client(request: pytest.FixtureRequest, kernel: str) -> None:
+    """The client has two children and the sidecar, which measures them and neither itself nor its threads."""
+    command = as_platform.program(request.getfixturevalue("simulated_libsystem")) if kernel == "simulated" else None
+    with client(f"""
+        import subprocess
+        children = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+        options = ["--children", "--record-interval", "0.1"]
+        with vitalsd.spawn(port=0, command={command!r}, options=options) as sidecar:
+            print(sidecar.url, *(child.pid for child in children), flush=True)
+            input()
+        for child in children:
+            child.kill()
+            child.wait()
+    """) as program:
+        assert program.stdout is not None
+        url, *pids = program.stdout.readline().split()
+        for _ in range(2):
+            answer = ask(url, "/metrics?detail=full&children=true&window_ms=200")[1]
+            assert [child["pid"] for child in answer["children"]] == sorted(map(int, pids))
+            assert (answer["application"]["process_count"], answer["application"]["complete"]) == (3, True)
+        recorded = eventually(lambda: ask(url, "/history?seconds=60")[1]["children"])
+        assert {child["pid"] for child in recorded} == set(map(int, pids))
+        assert program.communicate("\n", timeout=20)[1] == ""
+
+
 def test_spawned_sidecar_gets_no_signal_of_the_terminal() -> None:
     """Ctrl-C and a hangup go to the client's process group, which is not the sidecar's."""
     process = client("sidecar = vitalsd.spawn(port=0); print(sidecar.pid, flush=True); input()")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from support.fake_process import FakeSource, Process
 from support.host_programs import run_host
 from support.sidecars import environment, eventually
-from vitalsd.sources.names import Inherited, names_by_id, publish_names
+from vitalsd.sources.names import Inherited, PythonNames, names_by_id, publish_names
 
 pytestmark = pytest.mark.live
 
@@ -195,6 +196,15 @@ def test_publish_names_of_odd_threads_does_not_raise(short_path: Path) -> None:
         assert comm(surrogate) == "a?b"
         """
     run_host(code, environment(short_path), directory=short_path)
+
+
+def test_look_at_a_thread_passes_through_its_names() -> None:
+    """What a thread does has nothing to do with its name."""
+    source = FakeSource(Process())
+    look = PythonNames(source).look_at(1, closely=True)
+    assert look is not None
+    assert look.wait_channel == "epoll"
+    assert PythonNames(source).look_at(2) is None
 
 
 def test_inherited_names_beyond_the_limit_evict_the_oldest() -> None:

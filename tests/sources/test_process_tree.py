@@ -2,10 +2,13 @@
 
 import random
 
+import pytest
+
 from vitalsd.sources.process_tree import Member, ProcessLedger
 
 TARGET = 100
 SECOND = 10**9
+TICK = 10_000_000
 
 
 def row(pid: int, cpu_ns: int, reaped_ns: int = 0, *, parent: int = TARGET, young: bool = True, rss: int = 1) -> Member:
@@ -94,6 +97,24 @@ class TestReaped:
         tree = ledger.read([target(0, 45)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (45, 5, 0)
 
+    def test_rest_of_a_child_that_is_booked_late_is_from_the_reading_before(self) -> None:
+        """It used 1 s in the second in which it vanished, and the next reading comes 1 ms later."""
+        ledger = ProcessLedger(cpu_count=1)
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, SECOND)], SECOND, missed=False)
+        ledger.read([target(0)], SECOND, missed=False)
+        tree = ledger.read([target(0, 2 * SECOND)], SECOND // 1000, missed=False)
+        assert (tree.cpu_ns, tree.gaps) == (2 * SECOND, 0)
+
+    def test_child_booked_late_to_a_parent_that_ends_counts_once(self) -> None:
+        """The target waits for the parent 1 ms later, before any reading shows the booking."""
+        ledger = ProcessLedger()
+        ledger.read([target(0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 10), row(102, 200, parent=101)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 10)], SECOND, missed=False)
+        tree = ledger.read([target(0, 210 + SECOND)], SECOND // 1000, missed=False)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (210 + SECOND, SECOND, 0)
+
     def test_child_that_is_never_booked_does_not_hide_a_later_one(self) -> None:
         """Where the kernel books nothing, as for a parent that ignores SIGCHLD on Linux."""
         ledger = ProcessLedger()
@@ -137,19 +158,19 @@ class TestReaped:
 
     def test_booked_time_in_ticks_is_not_counted_twice(self) -> None:
         """Linux cuts 15 ms to a tick of 10; with the next child it books what is left of both."""
-        tick = 10_000_000
-        ledger = ProcessLedger(grain_ns=2 * tick)
+        ledger = ProcessLedger(grain_ns=2 * TICK)
         ledger.read([target(0)], SECOND, missed=False)
         ledger.read([target(0), row(101, 15_000_000)], SECOND, missed=False)
-        ledger.read([target(0, tick), row(102, 15_000_000)], SECOND, missed=False)
-        tree = ledger.read([target(0, 3 * tick)], SECOND, missed=False)
+        ledger.read([target(0, TICK), row(102, 15_000_000)], SECOND, missed=False)
+        tree = ledger.read([target(0, 3 * TICK)], SECOND, missed=False)
         assert (tree.cpu_ns, tree.gaps) == (30_000_000, 0)
 
-    def test_member_that_ends_outside_of_the_tree_is_a_gap(self) -> None:
+    @pytest.mark.parametrize("parent", [0, 1])
+    def test_member_that_ends_outside_of_the_tree_is_a_gap(self, parent: int) -> None:
         """Its parent had ended, so launchd or init waited for it."""
         ledger = ProcessLedger()
         ledger.read([target(0)], SECOND, missed=False)
-        ledger.read([target(0), row(101, 40, parent=0)], SECOND, missed=False)
+        ledger.read([target(0), row(101, 40, parent=parent)], SECOND, missed=False)
         assert ledger.read([target(0)], SECOND, missed=False).gaps == 1
 
     def test_reused_pid_is_another_child(self) -> None:
@@ -159,6 +180,66 @@ class TestReaped:
         ledger.read([target(0), row(101, 40)], SECOND, missed=False)
         again = row(101, 3)._replace(key=(101, 7000))
         assert ledger.read([target(0, 40), again], SECOND, missed=False).cpu_ns == 43
+
+
+SETTLED = {
+    "a child that was watched counts with the rest": (4.0, [3.5], 0.5, 0),
+    "a child that was not seen counts whole": (0.5, [], 0.5, 1),
+    "a chain counts with the rest of both": (5.75, [3.5, 2.0], 0.25, 0),
+    "more than a watched thread could use is of another child": (5.0, [3.5], 1.5, 1),
+    "more than the cores could use is from before": (4.0, [], 0.0, 1),
+    "nothing booked means that SIGCHLD is ignored": (0.0, [3.5], 0.0, 1),
+    "nothing happened": (0.0, [], 0.0, 0),
+}
+
+
+class TestSettled:
+    """Readings in which each parent was read after it was charged, in steps of a tick."""
+
+    @pytest.mark.parametrize(("charged", "watched", "seconds", "gaps"), SETTLED.values(), ids=SETTLED.keys())
+    def test_charged_target_counts_what_is_new(
+        self, charged: float, watched: list[float], seconds: float, gaps: int
+    ) -> None:
+        """One reading of one second on two cores; each watched process is a child of the one before, and has ended."""
+        ledger = ProcessLedger(2, 2 * TICK)
+        chain = [row(101 + i, int(cpu_s * SECOND), parent=100 + i) for i, cpu_s in enumerate(watched)]
+        ledger.read([target(0), *chain], SECOND, missed=False)
+        tree = ledger.read([target(0, int(charged * SECOND))], SECOND, missed=False, is_settled=True)
+        assert (tree.cpu_ns, tree.reaped_ns, tree.gaps) == (seconds * SECOND, seconds * SECOND, gaps)
+
+    def test_child_that_was_not_booked_does_not_hide_a_later_one(self) -> None:
+        """The gap is in the reading of its end, and nothing of it but the grain is expected later."""
+        ledger = ProcessLedger(2, 2 * TICK)
+        ledger.read([target(0), row(101, SECOND)], SECOND, missed=False)
+        assert ledger.read([target(0)], SECOND, missed=False, is_settled=True).gaps == 1
+        tree = ledger.read([target(0, SECOND)], SECOND, missed=False, is_settled=True)
+        assert tree.cpu_ns == SECOND - 2 * TICK
+
+    def test_many_short_children_add_up_to_their_time(self) -> None:
+        """Each is read after 5 ms and ends after 6; what the steps of the parent's charge hide is made up for later."""
+        ledger, charged_ns, reaped_ns = ProcessLedger(1, 2 * TICK), 0, 0
+        ledger.read([target(0)], SECOND, missed=False)
+        for pid in range(101, 201):
+            child = row(pid, 5_000_000)
+            ledger.read([target(0, reaped_ns), child], SECOND, missed=False, is_settled=True)
+            charged_ns += 6_000_000
+            reaped_ns = charged_ns // TICK * TICK
+            tree = ledger.read([target(0, reaped_ns)], SECOND, missed=False, is_settled=True)
+            assert abs(tree.cpu_ns - charged_ns) <= 2 * TICK
+        assert tree.gaps == 0
+
+    def test_parents_that_end_pass_on_what_the_steps_hid(self) -> None:
+        """Each has a child that was seen for 9 ms and of which its parent shows nothing; the target shows both."""
+        ledger, charged_ns, reaped_ns = ProcessLedger(1, 2 * TICK), 0, 0
+        ledger.read([target(0)], SECOND, missed=False)
+        for pid in range(101, 201, 2):
+            middle, child = row(pid, 0), row(pid + 1, 9_000_000, parent=pid)
+            for descendants in ([middle, child], [middle]):
+                ledger.read([target(0, reaped_ns), *descendants], SECOND, missed=False, is_settled=True)
+            charged_ns += 9_000_000
+            reaped_ns = charged_ns // TICK * TICK
+            tree = ledger.read([target(0, reaped_ns)], SECOND, missed=False, is_settled=True)
+            assert abs(tree.cpu_ns - charged_ns) <= 2 * TICK
 
 
 def test_sum_of_a_random_tree_is_what_its_processes_used() -> None:

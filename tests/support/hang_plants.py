@@ -3,13 +3,12 @@
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -145,9 +144,10 @@ class HangingClient:
 
     def hurry(self) -> None:
         """Give its threads a CPU whenever they want one, if this user may."""
-        for tid in os.listdir(f"/proc/{self.process.pid}/task"):
-            with suppress(OSError):
-                os.sched_setscheduler(int(tid), os.SCHED_RR, os.sched_param(1))
+        if sys.platform == "linux":
+            for tid in os.listdir(f"/proc/{self.process.pid}/task"):
+                with suppress(OSError):
+                    os.sched_setscheduler(int(tid), os.SCHED_RR, os.sched_param(1))
 
     def close(self) -> None:
         """End it, also if it is stopped."""
@@ -207,14 +207,15 @@ def in_group(pid: int, mount: str, file: str) -> Iterator[Path]:
 @contextmanager
 def hogs(count: int, cpus: Iterable[int]) -> Iterator[None]:
     """Run processes that use all the CPU time they get, on these CPUs."""
-    code = f"import os\nos.sched_setaffinity(0, {set(cpus)})\nwhile True: pass"
-    running = [subprocess.Popen([sys.executable, "-S", "-c", code]) for _ in range(count)]
-    try:
+    code = f"import os\nos.sched_setaffinity(0, {set(cpus)})\nprint(flush=True)\nwhile True: pass"
+    with ExitStack() as stack:
+        for _ in range(count):
+            process = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
         yield
-    finally:
-        for process in running:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
 
 
 def matrix(found: Iterable[tuple[str, str]]) -> str:

@@ -197,8 +197,8 @@ def test_hung_black_box_delays_neither_start_nor_exit(tmp_path: Path, hang_timeo
         print(f"ended in {watch.elapsed_s:.2f} s")
         assert watch.elapsed_s < watch.allowed_s(3)
         assert served.process.stderr is not None
-        (line,) = served.process.stderr.read().splitlines()
-        assert "the disk does not answer" in line
+        said = served.said + served.process.stderr.read()  # on a busy machine it is logged before the ready line
+        assert said.count("the disk does not answer") == 1
 
 
 @pytest.fixture

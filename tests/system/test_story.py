@@ -66,7 +66,7 @@ def test_replay_of_a_crash_report_shows_leak_hang_and_signal(short_path: Path) -
         assert mebibytes(after) > mebibytes(before) + 20, "the leak"
         rows = dict(page.run(ROWS))
         assert next(iter(rows)) == "telemetry"
-        assert float(rows["telemetry"].removesuffix(" %")) > 25, "the runaway thread, on a machine that is busy"
+        assert float(rows["telemetry"].removesuffix(" %")) > 3, "the runaway thread, on a machine that is busy"
         idle = re.fullmatch(r"idle (\d+) s", rows["shake-viewer"])
         assert idle is not None, rows
         assert 1 <= int(idle[1]) <= 4, "the hang of three units"

@@ -226,7 +226,8 @@ class Machine(_Wire):
     scope: Literal["host", "container"] = Field(description="What the figures cover: the host, or the container.")
     cpu_percent: Percent | None = Field(description="CPU time of all cores: 100 = one core busy.")
     other_percent: Percent | None = Field(
-        description="cpu_percent less this process, or less the application if children=true; not below 0."
+        description="cpu_percent less this process, or less the application if children=true; not below 0. A sidecar"
+        " beside the process is part of it."
     )
     load_1m: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         description="Load average of the last minute. null in a container, because the kernel has it for the host only."
@@ -247,7 +248,7 @@ class Machine(_Wire):
 
 
 class ChildMetrics(_Wire):
-    """A living descendant of the target, at the end of the window."""
+    """A living descendant of the target, at the end of the window; never this sidecar."""
 
     pid: Count
     name: str
@@ -257,7 +258,7 @@ class ChildMetrics(_Wire):
 
 
 class ApplicationMetrics(_Wire):
-    """The target and its descendants as one application."""
+    """The target and its descendants as one application; a sidecar that the target has started is not included."""
 
     cpu_percent: Percent = Field(description="CPU time of all of them, with that of descendants that ended.")
     rss_kb: Count = Field(description="Sum of resident memory, KiB; shared pages count once for each process.")
@@ -273,10 +274,13 @@ class FullMetrics(Measured[FullThread]):
     process: FullProcess
     machine: Machine | None = Field(description="null: it was not read at both ends of the window.")
     children: tuple[ChildMetrics, ...] | None = Field(
-        default=None, description="Living descendants of the target; the key is there with children=true only."
+        default=None,
+        description="Living descendants of the target, without this sidecar; the key is there with children=true only.",
     )
     application: ApplicationMetrics | None = Field(
-        default=None, description="The target and its descendants; the key is there with children=true only."
+        default=None,
+        description="The target and its descendants, without a sidecar that it has started (/info has its cost); the"
+        " key is there with children=true only.",
     )
     schema_: Literal[2] = Field(alias="schema")
     target: Target

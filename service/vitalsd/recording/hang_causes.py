@@ -198,9 +198,11 @@ class Evidence:
         return sum(self.states[state] for state in states) / max(1, self.states.total())
 
     def _halted(self) -> Cause | None:
-        if self._share("stopped", "traced") > HALF:
-            traced = self.states["traced"] > self.states["stopped"]
-            return Cause("stopped", "a debugger holds it" if traced else "by a signal, such as SIGSTOP")
+        if self._share("stopped") > HALF:
+            return Cause("stopped", "by a signal, such as SIGSTOP")
+        # A tracer such as strace stops a thread for a moment at each system call, and lets it run.
+        if self._share("traced") > HALF and self.shares.of(self.shares.run_ns) < STILL_RUN:
+            return Cause("stopped", "by a debugger")
         if self.channels["frozen"] > HALF * self.states.total():
             return Cause("stopped", "by a control group freezer")
         return None

@@ -127,15 +127,17 @@ class HangDetector:
         before_ns = now_ns if self._looked_ns is None else self._looked_ns
         self._looked_ns = now_ns
         gap_ns, most_ns = now_ns - before_ns, self._period_ns * 3 // 2
-        is_locked = (
-            own is not None and self._own is not None and gap_ns > most_ns and awaits_interpreter_lock(own, self._own)
-        )
+        is_locked = False
+        if own is not None and self._own is not None and gap_ns > most_ns:
+            is_locked = awaits_interpreter_lock(own, self._own)
+        seen_ns = gap_ns if is_locked else min(gap_ns, most_ns)
         return Look(
             now_ns=now_ns,
             wall_ns=self._wall_clock(),
             before_ns=before_ns,
-            seen_ns=gap_ns if is_locked else min(gap_ns, most_ns),
+            seen_ns=seen_ns,
             most_ns=most_ns,
+            unseen_ns=gap_ns - seen_ns,
             is_locked=is_locked,
             look_at=look_at,
         )

@@ -75,14 +75,11 @@ class Look(NamedTuple):
     """Time since then that counts as silence, ns."""
     most_ns: int
     """Most time between two looks that counts unless the sidecar proves that it waited for the interpreter lock, ns."""
+    unseen_ns: int
+    """Time since the look before that does not count as silence, ns."""
     is_locked: bool
     """Whether it proves that."""
     look_at: LookAt
-
-    @property
-    def unseen_ns(self) -> int:
-        """Time since the look before that does not count, ns."""
-        return self.now_ns - self.before_ns - self.seen_ns
 
 
 class HeartbeatWatch:
@@ -101,6 +98,7 @@ class HeartbeatWatch:
         self, slot: HeartbeatSlot, look: Look, *, least_ns: int, is_inside: bool, is_python: bool | None
     ) -> None:
         self.slot = slot
+        self._is_resting = slot.is_paused or slot.beat == 0
         self._least_ns = least_ns
         self._is_inside = is_inside
         self._is_python = is_python
@@ -115,6 +113,8 @@ class HeartbeatWatch:
         self._evidence = Evidence()
         self._has_ended = False
         """Whether the thread that beat has ended."""
+        self._warned_of = 0
+        """The thread about whose end a warning was logged."""
         self._hang: Hang | None = None
         self._rest(look)
 
@@ -137,10 +137,6 @@ class HeartbeatWatch:
     def _limit_ns(self) -> int:
         return max(self.slot.limit_ns, self._least_ns)
 
-    @property
-    def _is_resting(self) -> bool:
-        return self.slot.is_paused or self.slot.beat == 0
-
     def is_of(self, slot: HeartbeatSlot) -> bool:
         """Return whether `slot` is the same heartbeat, and not another one that reuses its place."""
         old = self.slot
@@ -149,7 +145,7 @@ class HeartbeatWatch:
     def look(self, slot: HeartbeatSlot, look: Look) -> Hang | None:
         """Compare the heartbeat with the last look; return the hang that began, lasts or ended."""
         old, rested = self.slot, self._is_resting
-        self.slot = slot
+        self.slot, self._is_resting = slot, slot.is_paused or slot.beat == 0
         if rested or self._is_resting:
             ended = self.end()
             self._rest(look)
@@ -196,14 +192,15 @@ class HeartbeatWatch:
         is_stalled = before is not None and seen is not None and seen.monotonic_ns - before.monotonic_ns > look.most_ns
         if is_stalled and seen:  # of another interval the end, with the beats after the hang, must not count
             evidence.add(seen, look.most_ns)
-        ended = self._over(noted_ns, look)
+        ended = self._over(noted_ns, look) if noted_ns or self._hang else None
         # The time without looks may lie after the beat.
         self._begin((look.before_ns, look.now_ns), look.unseen_ns)
         if is_stalled and ended is None:
             self._evidence = Evidence(before, is_locked=look.is_locked)
         if seen is not None:
             self._evidence.add(seen, look.most_ns)
-        self._learn(look)
+        if look.now_ns >= self._learn_ns:
+            self._learn(look)
         return ended
 
     def _over(self, noted_ns: int, look: Look) -> Hang | None:
@@ -222,7 +219,7 @@ class HeartbeatWatch:
         if look.is_locked or 2 * self._silent_ns >= self._limit_ns:
             self._add(look, closely=True)
             if self._has_ended:
-                log.warning("the thread %d of heartbeat %s has ended without a close", self.slot.tid, self.slot.name)
+                self._warn()
                 return self.end()
         elif self._is_inside:
             self._add(look, closely=False)
@@ -232,6 +229,15 @@ class HeartbeatWatch:
         start_ns = max(self._bounds[0], min(self.slot.beat, self._bounds[1]))
         self._hang = self._as_hang(look, start_ns, self._silent_ns, ongoing=True)
         return self._hang
+
+    def _warn(self) -> None:
+        if self._warned_of != self.slot.tid:
+            self._warned_of = self.slot.tid
+            log.warning(
+                "the thread %d of heartbeat %s has ended; close the heartbeat, or bind it to the thread that beats",
+                self.slot.tid,
+                self.slot.name,
+            )
 
     def _as_hang(self, look: Look, start_ns: int, length_ns: int, *, ongoing: bool) -> Hang:
         """Return the hang of this silence; one that is reported already keeps its start."""
@@ -244,6 +250,8 @@ class HeartbeatWatch:
     def _cause(self) -> Cause:
         if not self.slot.tid:
             return Cause("unknown", "the client did not say which thread beats")
+        if self._evidence.before is None and self._hang is not None:  # another thread beats from now on
+            return Cause(self._hang.cause, self._hang.detail)
         usual = [channel for channel in self._usual if channel in IDLE] or self._usual
         return self._evidence.cause(Counter(usual).most_common(1)[0][0] if usual else None, is_python=self._is_python)
 
@@ -265,8 +273,6 @@ class HeartbeatWatch:
 
     def _learn(self, look: Look) -> None:
         """Look where the thread sleeps between two beats, now and then."""
-        if look.now_ns < self._learn_ns:
-            return
         self._lessons += 1
         if self._lessons >= FIRST_LESSONS:
             self._learn_ns = look.now_ns + LEARN_EVERY_NS

@@ -85,7 +85,7 @@ class ThreadColumnJson(TypedDict):
 
 
 class ChildColumnJson(TypedDict):
-    """One descendant of the target over time."""
+    """One descendant of the target over time; never this sidecar."""
 
     pid: Count
     name: str
@@ -120,7 +120,7 @@ class MachineColumnsJson(TypedDict):
 
 
 class ApplicationColumnsJson(TypedDict):
-    """The target and its descendants, as one application, over time."""
+    """The target and its descendants as one application, over time; a sidecar that it has started is not included."""
 
     cpu_percent: Annotated[Numbers, Doc("CPU time of all of them, with that of descendants that ended.")]
     rss_kb: Annotated[Counts, Doc("Sum of resident memory, KiB; shared pages count once for each process.")]

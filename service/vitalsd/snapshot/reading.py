@@ -196,7 +196,7 @@ class Child(NamedTuple):
 
 class ProcessTree(NamedTuple):
     """
-    The target and its living descendants.
+    The target and its living descendants, without the process that reads them.
 
     The counters begin at 0 when the source reads the tree for the first time.
     """

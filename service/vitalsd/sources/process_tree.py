@@ -10,7 +10,7 @@ row of the child.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from vitalsd.snapshot import Child, ProcessTree, reaped_within
@@ -56,6 +56,9 @@ class _Lost(NamedTuple):
     """Most that they can have used since their last row."""
 
 
+_NOTHING = _Lost()
+
+
 class ProcessLedger:
     """
     Hold the counters of one process tree, which begin at 0. Not thread-safe.
@@ -69,8 +72,8 @@ class ProcessLedger:
         self._cpu_count = cpu_count
         self._grain_ns = grain_ns
         self._rows: dict[Key, Member] = {}
-        self._found_ns: dict[Key, int] = {}
-        """CPU time of each member when it was found, ns; 0 if it was young then."""
+        self._children: dict[Key, Child] = {}
+        """The members without the target, as of the last reading."""
         self._unspent: dict[Key, _Lost] = {}
         """What was counted of vanished children and is not booked yet, by ancestor."""
         self._cpu_ns = self._reaped_ns = self._gaps = 0
@@ -80,7 +83,28 @@ class ProcessLedger:
         """The rows of the last reading."""
         return self._rows
 
-    def read(self, rows: Sequence[Member], elapsed_ns: int, *, missed: bool) -> ProcessTree:
+    def heirs(self, living: Container[Key]) -> dict[Key, Key | None]:
+        """
+        Return the members of the last reading that have vanished, each with the ancestor in which the kernel books it.
+
+        That is the nearest one that did not vanish; ``None``: it is outside of the tree.
+
+        Args:
+            living: the processes that there are now.
+        """
+        gone = [key for key in self._rows if key not in living]
+        keys = {key[0]: key for key in self._rows} if gone else {}
+        found: dict[Key, Key | None] = {}
+        for key in gone:
+            heir = keys.get(self._rows[key].parent)
+            for _ in gone:  # Not forever, if rows name each other as parents.
+                if heir is None or heir in living:
+                    break
+                heir = keys.get(self._rows[heir].parent)
+            found[key] = heir if heir is not None and heir in living else None
+        return found
+
+    def read(self, rows: Sequence[Member], elapsed_ns: int, *, missed: bool, is_settled: bool = False) -> ProcessTree:
         """
         Add one reading.
 
@@ -88,17 +112,17 @@ class ProcessLedger:
             rows: the target first, then its descendants.
             elapsed_ns: time since the reading before; of the first one any.
             missed: whether a descendant could not be read, or there are more than `CHILDREN`.
+            is_settled: whether each row is from after its process was booked the children that have vanished. False:
+                some may be booked in the next reading.
 
         Returns:
             The tree with the counters as of this reading.
         """
         now = {row.key: row for row in rows}
         if self._rows:
-            missed = self._count(rows[0].key, now, elapsed_ns) or missed
+            missed = self._count(rows[0].key, now, elapsed_ns, is_settled=is_settled) or missed
         self._gaps += missed
-        self._found_ns = {
-            key: self._found_ns.get(key, 0 if self._rows and row.is_young else row.cpu_ns) for key, row in now.items()
-        }
+        self._children = {row.key: self._child(row) for row in rows[1:]}
         self._rows = now
         living = [row for row in rows if row.is_living]
         return ProcessTree(
@@ -107,73 +131,69 @@ class ProcessLedger:
             rss_bytes=sum(row.rss_bytes for row in living),
             process_count=len(living),
             gaps=self._gaps,
-            children=tuple(self._child(row) for row in sorted(living) if row is not rows[0]),
+            children=tuple(sorted(self._children[row.key] for row in living if row is not rows[0])),
         )
 
-    def _count(self, target: Key, now: Mapping[Key, Member], elapsed_ns: int) -> bool:
+    def _count(self, target: Key, now: Mapping[Key, Member], elapsed_ns: int, *, is_settled: bool) -> bool:
         """Add to the counters; return whether the reading missed something."""
-        before, earlier = self._rows, self._unspent
-        self._unspent = {}
-        lost, missed = _lost(before, now, elapsed_ns)
+        lost, missed = self._lost(now, elapsed_ns)
+        earlier, self._unspent = self._unspent, {}
         for key, row in now.items():
-            known = before.get(key)
+            known = self._rows.get(key)
             if known is None and row.is_young:  # all of it is new
                 known = row._replace(cpu_ns=0, reaped_ns=0)
             elif known is None:  # it was there before and was not found
                 known, missed = row, True
+            self._cpu_ns += max(0, row.cpu_ns - known.cpu_ns)
             booked_ns = max(0, row.reaped_ns - known.reaped_ns)
-            more_ns, explained = self._settle(
-                key, booked_ns, lost.get(key, _Lost()), earlier.get(key, _Lost()), elapsed_ns
-            )
-            self._cpu_ns += max(0, row.cpu_ns - known.cpu_ns) + more_ns
-            self._reaped_ns += more_ns if key == target else 0
-            missed = missed or not explained
+            if not booked_ns and key not in lost and key not in earlier:
+                continue
+            fresh, late = lost.get(key, _NOTHING), earlier.get(key, _NOTHING)
+            more_ns = booked_ns - fresh.counted_ns - late.counted_ns
+            if more_ns <= 0:
+                missed = self._keep_unbooked(key, -more_ns, _NOTHING if is_settled else fresh) or missed
+            elif not reaped_within(more_ns - late.most_ns, elapsed_ns, self._cpu_count):
+                more_ns, missed = 0, True  # a child used it before it became a member, or could not be read
+            else:
+                missed = more_ns > fresh.most_ns + late.most_ns or missed
+            self._cpu_ns += max(0, more_ns)
+            self._reaped_ns += max(0, more_ns) if key == target else 0
         return missed
 
-    def _settle(self, key: Key, booked_ns: int, lost: _Lost, earlier: _Lost, elapsed_ns: int) -> tuple[int, bool]:
+    def _keep_unbooked(self, key: Key, unspent_ns: int, fresh: _Lost) -> bool:
         """
-        Return what a member was booked beyond what is counted, ns, and whether children that vanished explain it.
+        Keep what was counted of vanished children and is not booked; return whether the end of one is never booked.
 
-        A child may be booked one reading after it vanished, because the row of its parent was read before that. What
-        the unit of the booked time has cut off is booked with a later child.
+        What the unit of the booked time has cut off is booked with a later child.
+
+        Args:
+            key: the ancestor in which the kernel books them.
+            unspent_ns: what is not booked.
+            fresh: those that may be booked in the next reading, because the row of the ancestor was read before that.
         """
-        more_ns = booked_ns - lost.counted_ns - earlier.counted_ns
-        if more_ns > 0:
-            if not reaped_within(more_ns, elapsed_ns, self._cpu_count):
-                return 0, False  # a child used it before it became a member, or could not be read
-            return more_ns, more_ns <= lost.most_ns + earlier.most_ns
-        unspent_ns = max(min(lost.counted_ns, -more_ns), min(self._grain_ns, -more_ns))
-        if unspent_ns:
-            self._unspent[key] = _Lost(unspent_ns, lost.most_ns)
-        return 0, earlier.counted_ns - booked_ns <= self._grain_ns  # else the end of a child was not booked
+        kept_ns = min(unspent_ns, max(fresh.counted_ns, self._grain_ns))
+        if kept_ns:
+            self._unspent[key] = _Lost(kept_ns, fresh.most_ns)
+        return unspent_ns - fresh.counted_ns > self._grain_ns
+
+    def _lost(self, now: Mapping[Key, Member], elapsed_ns: int) -> tuple[dict[Key, _Lost], bool]:
+        """Return what is known of the members that vanished, by heir; and whether one has none."""
+        lost, missed = defaultdict[Key, _Lost](_Lost), False
+        for gone, heir in self.heirs(now).items():
+            if heir is None:
+                missed = True
+                continue
+            row, passed_on = self._rows[gone], self._unspent.get(gone, _NOTHING)
+            # Of a zombie as well: times in ticks are rounded, so what is booked can exceed its final time a little.
+            most_ns = elapsed_ns * max(1, row.thread_count) + passed_on.most_ns
+            counted_ns = row.cpu_ns + row.reaped_ns + passed_on.counted_ns
+            lost[heir] = _Lost(lost[heir].counted_ns + counted_ns, lost[heir].most_ns + most_ns)
+        return lost, missed
 
     def _child(self, row: Member) -> Child:
-        return Child(
-            pid=row.key[0],
-            start_key=row.key[1],
-            name=row.name,
-            cpu_ns=row.cpu_ns,
-            found_cpu_ns=self._found_ns[row.key],
-            rss_bytes=row.rss_bytes,
-            thread_count=row.thread_count,
-        )
-
-
-def _lost(before: Mapping[Key, Member], now: Mapping[Key, Member], elapsed_ns: int) -> tuple[dict[Key, _Lost], bool]:
-    """Return what is known of the members that vanished, by nearest ancestor that did not; and if one has none."""
-    keys = {key[0]: key for key in before}
-    lost, missed = defaultdict[Key, _Lost](_Lost), False
-    for gone in before.keys() - now.keys():
-        row, passed = before[gone], {gone}
-        ancestor = keys.get(row.parent)
-        while ancestor is not None and ancestor not in now and ancestor not in passed:
-            passed.add(ancestor)
-            ancestor = keys.get(before[ancestor].parent)
-        if ancestor is None or ancestor not in now:
-            missed = True
-            continue
-        counted_ns, most_ns = lost[ancestor]
-        # Of a zombie as well: times in ticks are rounded, so what is booked can exceed its final time a little.
-        most_ns += elapsed_ns * max(1, row.thread_count)
-        lost[ancestor] = _Lost(counted_ns + row.cpu_ns + row.reaped_ns, most_ns)
-    return lost, missed
+        """Return a member as it is shown."""
+        shown = self._children.get(row.key)
+        if shown is not None and row == self._rows.get(row.key):
+            return shown
+        found_ns = shown.found_cpu_ns if shown is not None else 0 if self._rows and row.is_young else row.cpu_ns
+        return Child(*row.key, row.name, row.cpu_ns, found_ns, row.rss_bytes, row.thread_count)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,10 +279,9 @@ def test_child_that_hidepid_hides_is_announced_and_leaves_a_gap() -> None:
     assert "children: /proc hides the processes of other users (hidepid); one may be missing" in out
 
 
-@as_root
-def test_children_in_another_pid_namespace_are_read_without_clocks() -> None:
-    """Through its procfs, where only a look at all processes shows which are new."""
-    code = "sleep 60 & sleep 60 & echo; wait"
+@contextmanager
+def shell_in_namespace(code: str) -> Iterator[psutil.Process]:
+    """Run a shell in a pid namespace with a procfs of its own, until it has printed a line."""
     inside = subprocess.Popen(
         ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", code], stdout=subprocess.PIPE
     )
@@ -289,19 +289,39 @@ def test_children_in_another_pid_namespace_are_read_without_clocks() -> None:
         assert inside.stdout is not None
         inside.stdout.readline()
         (shell,) = psutil.Process(inside.pid).children()
-        eventually(lambda: [child.name() for child in shell.children()] == ["sleep", "sleep"])
-        with closing(LinuxSource(1, root=f"/proc/{shell.pid}/root/proc")) as source:
-            tree = tree_of(source)
-            assert [child.name for child in tree.children] == ["sleep", "sleep"]
-            assert all(child.cpu_ns % USER_TICK_NS == 0 for child in tree.children)
-            assert max(pids(tree)) < 100
-            shell.children()[0].kill()
-            eventually(lambda: len(tree_of(source).children) == 1)
+        eventually(lambda: all(child.name() == "sleep" for child in shell.children()))
+        yield shell
     finally:
         inside.kill()
         inside.wait()
         assert inside.stdout is not None
         inside.stdout.close()
+
+
+@as_root
+def test_children_in_another_pid_namespace_are_read_without_clocks() -> None:
+    """Through its procfs, where only a look at all processes shows which are new."""
+    with (
+        shell_in_namespace("sleep 60 & sleep 60 & echo; wait") as shell,
+        closing(LinuxSource(1, root=f"/proc/{shell.pid}/root/proc")) as source,
+    ):
+        tree = tree_of(source)
+        assert [child.name for child in tree.children] == ["sleep", "sleep"]
+        assert all(child.cpu_ns % USER_TICK_NS == 0 for child in tree.children)
+        assert max(pids(tree)) < 100
+        shell.children()[0].kill()
+        eventually(lambda: len(tree_of(source).children) == 1)
+
+
+@as_root
+def test_child_in_another_pid_namespace_with_the_pid_of_this_process_is_a_child() -> None:
+    """A sidecar leaves itself out; there, its number is another process's."""
+    code = f"echo {os.getpid() - 1} > {LAST_PID}; sleep 60 & echo; wait"
+    with (
+        shell_in_namespace(code) as shell,
+        closing(LinuxSource(1, root=f"/proc/{shell.pid}/root/proc")) as source,
+    ):
+        assert pids(tree_of(source)) == [os.getpid()]
 
 
 # CPU time
@@ -403,38 +423,61 @@ class LateFiles(ProcessFiles):
 
     def leader_stat(self) -> Stat:
         stat = super().leader_stat()
-        if self.meanwhile is not None:
-            meanwhile, self.meanwhile = self.meanwhile, None
-            meanwhile()
+        if self.endings:
+            self.endings.pop()()
         return stat
 
-    meanwhile: Callable[[], object] | None = None
+    endings: list[Callable[[], object]] | None = None
 
 
-def test_child_that_ends_within_a_reading_counts_once(family: Family) -> None:
-    """Its parent was read before it was charged, and is read again when the end of the child is seen."""
-    child = family.fork(family.pid)
+@pytest.fixture
+def late(family: Family) -> Iterator[tuple[LateFiles, Callable[[int], ProcessTree]]]:
+    """The files, and a function that reads the descendants at a second."""
     files = LateFiles(family.pid, "/proc", has_pidfd=False)
     descendants = Descendants(files, has_clocks=True, fd_budget=10)
+    yield files, lambda second: descendants.read(0, 0, (second * 1000 * MS, second * 1000 * MS), [], closely=False)
+    descendants.close()
+    files.close()
 
-    def read(second: int) -> ProcessTree:
-        return descendants.read(0, 0, (second * 1000 * MS, second * 1000 * MS), [], closely=False)
 
-    try:
-        read(0)
-        used_ns = family.ask(child, "burn 200")
-        before = read(1)
-        files.meanwhile = lambda: family.end(child, family.pid)
-        during, after = read(2), read(3)
-        assert pids(before) == [child]
-        assert during.children == ()
-        assert before.cpu_ns == pytest.approx(used_ns, abs=50 * MS)
-        assert during.cpu_ns - before.cpu_ns <= 50 * MS
-        assert after.cpu_ns == during.cpu_ns
-        assert after.gaps == before.gaps
-    finally:
-        descendants.close()
-        files.close()
+def test_child_that_ends_within_a_reading_counts_once(
+    family: Family, late: tuple[LateFiles, Callable[[int], ProcessTree]]
+) -> None:
+    """Its parent was read before it was charged, and is read again when the end of the child is seen."""
+    child, (files, read) = family.fork(family.pid), late
+    read(0)
+    used_ns = family.ask(child, "burn 200")
+    before = read(1)
+    files.endings = [lambda: family.end(child, family.pid)]
+    during, after = read(2), read(3)
+    assert pids(before) == [child]
+    assert during.children == ()
+    assert before.cpu_ns == pytest.approx(used_ns, abs=50 * MS)
+    assert during.cpu_ns - before.cpu_ns <= 50 * MS
+    assert after.cpu_ns == during.cpu_ns
+    assert after.gaps == before.gaps
+
+
+def test_children_that_end_in_each_attempt_to_read_count_once(
+    family: Family, late: tuple[LateFiles, Callable[[int], ProcessTree]]
+) -> None:
+    """Each attempt lacks another one, so the last reading of the target is from before it was charged for all."""
+    files, read = late
+    read(0)
+    children = [family.fork(family.pid) for _ in range(10)]
+    for child in children:
+        family.ask(child, "burn 100")
+    before = read(1)
+    files.endings = [partial(family.end, child, family.pid) for child in children]
+    during = read(2)
+    assert 0 < len(during.children) < len(before.children) - 2
+    assert during.cpu_ns - before.cpu_ns <= 50 * MS
+    while files.endings:
+        files.leader_stat()
+    after = read(3)
+    assert after.children == ()
+    assert after.cpu_ns == pytest.approx(family.ask(family.pid, "wait 0"), abs=50 * MS)
+    assert after.cpu_ns == read(4).cpu_ns
 
 
 def test_tree_during_forks_and_exits_never_exceeds_what_the_kernel_charged(family: Family, source: LinuxSource) -> None:

@@ -7,12 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if sys.platform != "linux" and not TYPE_CHECKING:
+if sys.platform != "linux":
     pytest.skip("reads /proc", allow_module_level=True)
 
 from support.target import Target
@@ -144,9 +144,8 @@ def test_look_at_a_thread_of_this_process_names_where_it_sleeps() -> None:
         thread = threading.Thread(target=wait, daemon=True)
         thread.start()
         assert thread.native_id is not None
-        tid = thread.native_id
-        eventually(lambda tid=tid, channel=channel: look(source, tid).wait_channel == channel)  # type: ignore[misc]
-        assert look(source, tid).state == "sleeping"
+        eventually(partial(sleeps_in, source, thread.native_id, channel))
+        assert look(source, thread.native_id).state == "sleeping"
     lock.release()
     one.send(b"x")
     source.close()
@@ -179,6 +178,10 @@ def test_look_of_another_user_shows_no_wait_channel_but_the_counters() -> None:
     assert (found.state, found.wait_channel) == ("sleeping", None)
     assert found.cpu_ns > 0
     assert found.slices is not None
+
+
+def sleeps_in(source: LinuxSource, tid: int, channel: str) -> bool:
+    return look(source, tid).wait_channel == channel
 
 
 def look(source: LinuxSource, tid: int) -> ThreadLook:

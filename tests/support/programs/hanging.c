@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -243,6 +244,22 @@ static void hang(const char *kind, long ms) {
         select(0, NULL, NULL, NULL, &t);
     } else if (!strcmp(kind, "cond")) {
         cond_wait(ms);
+    } else if (!strcmp(kind, "starve")) { /* a child of the same session, and so of the same scheduler group, takes its CPU */
+        cpu_set_t all, one;
+        struct sched_param none = {0};
+        sched_getaffinity(0, sizeof all, &all);
+        CPU_ZERO(&one);
+        CPU_SET(sched_getcpu(), &one);
+        sched_setaffinity(0, sizeof one, &one);
+        pid_t child = fork();
+        if (child == 0) {
+            spin_ms(ms);
+            _exit(0);
+        }
+        sched_setscheduler(0, SCHED_IDLE, &none);
+        while (waitpid(child, NULL, WNOHANG) == 0) {}
+        sched_setscheduler(0, SCHED_OTHER, &none);
+        sched_setaffinity(0, sizeof all, &all);
     } else if (!strcmp(kind, "end")) { /* the thread that beats ends, and the process goes on */
         with(sleep_on, NULL, &helper);
         pthread_exit(NULL);

@@ -13,6 +13,7 @@ Helpers that launchd starts for an application (XPC services) are children of la
 not descendants and are not read.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class _Reading:
 
     rows: dict[int, Member] = field(default_factory=dict)
     """By pid, a parent before its children."""
-    passed: set[int] = field(default_factory=set)
+    passed: set[int] = field(default_factory=lambda: {os.getpid()})
+    """Pids that need no look; this process may be a sidecar that the target has started, and is left out."""
     unreadable: int = 0
     is_cut: bool = False
     """Whether there are more than `CHILDREN`."""

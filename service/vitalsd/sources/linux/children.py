@@ -14,8 +14,9 @@ import errno
 import os
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
-from vitalsd.snapshot import Child, ProcessTree
+from vitalsd.snapshot import ProcessTree
 from vitalsd.sources.linux.application_group import application_group, pids_in
 from vitalsd.sources.linux.cpu_counters import (
     CONTENT_BYTES,
@@ -29,19 +30,33 @@ from vitalsd.sources.linux.process_files import ProcessFiles
 from vitalsd.sources.linux.process_scan import ProcessScan
 from vitalsd.sources.linux.processes import PAGE_BYTES, hides_processes, pages_of_sibling
 from vitalsd.sources.linux.procfs import MalformedError, Stat, parse_stat, parse_statm, parse_tgid
-from vitalsd.sources.linux.tree_accounts import Member, TreeAccounts, heir_of
+from vitalsd.sources.process_tree import CHILDREN, Member, ProcessLedger
 
 __all__ = ["Descendants"]
 
-CHILDREN = 256
-"""Descendants that are read; a limit, because each costs a descriptor, and time."""
 ATTEMPTS = 4
 """Attempts to read all members while none of them is charged for a child that ends."""
+GRAIN_NS = 2 * USER_TICK_NS
+"""Most that is cut off from the CPU time of children, ns: user and system time are each rounded down to a tick."""
+
+
+@dataclass(slots=True, eq=False)
+class _Descendant:
+    """A living descendant, and how it is read."""
+
+    row: Member
+    clock: int | None
+    handle: int = 0
+    content: bytes = b""
+    """Its ``stat``."""
 
 
 class Descendants:
     """
     The descendants of one process, with what they used since the first reading.
+
+    This process may be a sidecar that the target has started, and is left out. In a procfs of another pid namespace its
+    pid is the number of another process.
 
     Args:
         files: of the process.
@@ -54,10 +69,12 @@ class Descendants:
         self._has_clocks = has_clocks
         self._fd_budget = fd_budget
         self._procfs = -1
-        self._target = Member(files.pid, files.start_ticks)
-        self._members: dict[int, Member] = {}
+        self._target = Member((files.pid, files.start_ticks), 0, "", 0, 0, 0, 1, is_young=False)
+        self._members: dict[int, _Descendant] = {}
         """By pid; each after its parent."""
-        self._accounts = TreeAccounts(os.cpu_count() or 0)
+        self._left_out = {files.pid, os.getpid()} if has_clocks else {files.pid}
+        """Pids that are left out: of the target, and of this process."""
+        self._ledger = ProcessLedger(os.cpu_count() or 0, GRAIN_NS)
         self._read_at: tuple[int, int] | None = None
         """Monotonic time and time since boot at the last reading; ``None``: there was none."""
         self._too_many = False
@@ -93,24 +110,13 @@ class Descendants:
         if self._procfs < 0:
             self._open()
         warnings += self._warnings
-        self._target.cpu_ns = cpu_ns
-        ended, missed = self._read_members()
+        is_settled, missed = self._read_members()
         missed |= self._find_new(at[0], closely=closely)
-        if self._read_at is None:
-            self._accounts.begin([self._target, *self._members.values()])
-        else:
-            elapsed_ns = at[0] - self._read_at[0]
-            self._accounts.count(self._target, self._members.values(), ended, elapsed_ns, missed=missed)
+        self._target = self._target._replace(cpu_ns=cpu_ns, rss_bytes=rss_bytes)
+        rows = [self._target, *(member.row for member in self._members.values())]
+        elapsed_ns = at[0] - self._read_at[0] if self._read_at else 0
         self._read_at = at
-        children = tuple(self._members[pid].child or self._shown(self._members[pid]) for pid in sorted(self._members))
-        return ProcessTree(
-            cpu_ns=self._accounts.cpu_ns,
-            reaped_ns=self._accounts.reaped_ns,
-            rss_bytes=rss_bytes + sum(child.rss_bytes for child in children),
-            process_count=1 + len(children),
-            gaps=self._accounts.gaps,
-            children=children,
-        )
+        return self._ledger.read(rows, elapsed_ns, missed=missed, is_settled=is_settled)
 
     def _open(self) -> None:
         root = self._files.root
@@ -122,78 +128,90 @@ class Descendants:
 
     # Known members
 
-    def _read_members(self) -> tuple[list[Member], bool]:
+    def _read_members(self) -> tuple[bool, bool]:
         """
-        Read all members; return those that have ended, and whether another one could not be read.
+        Read all members, and forget those that have ended.
 
         If a member ends while others are read, its parent may have been read before it was charged: read all again.
+
+        Returns:
+            Whether the ancestors of those that have ended were read after they were charged; whether a member could not
+            be read.
         """
-        ended: list[Member] = []
+        unreadable = False
         for _ in range(ATTEMPTS):
-            stat = self._files.leader_stat()
-            self._target.reaped_ns = stat.reaped_ticks * USER_TICK_NS
-            known, unreadable = len(ended), False
-            for member in list(self._members.values()):
+            self._target = self._target._replace(reaped_ns=self._files.leader_stat().reaped_ticks * USER_TICK_NS)
+            count, unreadable = len(self._members), False
+            for pid, member in list(self._members.items()):
                 try:
                     self._read_member(member)
                 except (OSError, MalformedError) as error:
                     if isinstance(error, OSError) and error.errno in GONE:
-                        ended.append(self._members.pop(member.pid))
-                        self._stats.close(member.handle)
+                        self._stats.close(self._members.pop(pid).handle)
                     else:
                         unreadable = True
-            if len(ended) == known or self._are_charged(ended):
-                break
-        return ended, unreadable
+            if len(self._members) == count or self._are_charged():
+                return True, unreadable
+        return False, unreadable
 
-    def _are_charged(self, ended: list[Member]) -> bool:
+    def _are_charged(self) -> bool:
         """Return whether the living ancestors of members that have ended were read after they were charged."""
-        by_pid = {member.pid: member for member in ended}
-        living = {self._target.pid: self._target, **self._members}
-        for heir in {heir.pid: heir for member in ended if (heir := heir_of(member, by_pid, living))}.values():
+        living = {member.row.key: member for member in self._members.values()}
+        for heir in set(self._ledger.heirs({self._target.key, *living}).values()):
+            if heir is None:
+                continue
+            member = living.get(heir)
             try:
-                stat = self._files.leader_stat() if heir is self._target else parse_stat(self._content(heir))
+                stat = parse_stat(self._content(member)) if member else self._files.leader_stat()
             except (OSError, MalformedError):  # It has ended, too.
                 return False
-            if stat.reaped_ticks * USER_TICK_NS != heir.reaped_ns:
+            if stat.reaped_ticks * USER_TICK_NS != (member.row if member else self._target).reaped_ns:
                 return False
         return True
 
-    def _content(self, member: Member) -> bytes:
+    def _content(self, member: _Descendant) -> bytes:
         return self._stats.contents((member.handle,), CONTENT_BYTES)[0]
 
-    def _read_member(self, member: Member) -> None:
+    def _read_member(self, member: _Descendant) -> None:
         """
         Read a member. Raises `OSError` with an errno in `GONE` if it has ended.
 
         The clock goes by the pid. The ``stat`` that is read after it shows that the process still had that pid.
         """
-        cpu_ns = member.cpu_ns
+        row = member.row
+        cpu_ns = row.cpu_ns
         if member.clock is not None:
             with suppress(OSError):  # It has ended.
                 cpu_ns = time.clock_gettime_ns(member.clock)
         content = self._content(member)
         if content != member.content:
             stat = parse_stat(content)
-            if stat.start_ticks != member.start_ticks:
+            pid, start_ticks = row.key
+            if stat.start_ticks != start_ticks:
                 raise ProcessLookupError(errno.ESRCH, "the pid is another process's")
-            member.content, member.parent, member.name = content, stat.parent, stat.name
-            member.thread_count = stat.thread_count
-            member.rss_bytes = self._rss_bytes(member)
-            member.reaped_ns = stat.reaped_ticks * USER_TICK_NS
+            member.content = content
             if member.clock is None:
                 cpu_ns = (stat.utime_ticks + stat.stime_ticks) * USER_TICK_NS
-            member.child = None
-        if cpu_ns != member.cpu_ns:
-            member.cpu_ns, member.child = cpu_ns, None
+            member.row = Member(
+                key=row.key,
+                parent=stat.parent,
+                name=stat.name,
+                cpu_ns=cpu_ns,
+                reaped_ns=stat.reaped_ticks * USER_TICK_NS,
+                rss_bytes=self._rss_bytes(pid, stat.thread_count),
+                thread_count=stat.thread_count,
+                is_young=row.is_young,
+            )
+        elif cpu_ns != row.cpu_ns:
+            member.row = row._replace(cpu_ns=cpu_ns)
 
-    def _rss_bytes(self, member: Member) -> int:
+    def _rss_bytes(self, pid: int, thread_count: int) -> int:
         """Return the resident memory by ``statm``, because ``stat`` is only about right; 0 if it has ended."""
         try:
-            pages = parse_statm(read_file(f"{member.pid}/statm", self._procfs))[1]
-            if pages or member.thread_count <= 1:
+            pages = parse_statm(read_file(f"{pid}/statm", self._procfs))[1]
+            if pages or thread_count <= 1:
                 return pages * PAGE_BYTES
-            directory = os.open(str(member.pid), os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._procfs)
+            directory = os.open(str(pid), os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._procfs)
             try:  # Its main thread has exited.
                 return pages_of_sibling(directory)[0][1] * PAGE_BYTES
             finally:
@@ -201,23 +219,11 @@ class Descendants:
         except (OSError, MalformedError):
             return 0
 
-    def _shown(self, member: Member) -> Child:
-        member.child = Child(
-            pid=member.pid,
-            start_key=member.start_ticks,
-            name=member.name,
-            cpu_ns=member.cpu_ns,
-            found_cpu_ns=member.found_cpu_ns,
-            rss_bytes=member.rss_bytes,
-            thread_count=member.thread_count,
-        )
-        return member.child
-
     # New members
 
     def _find_new(self, now_ns: int, *, closely: bool) -> bool:
         """Add processes that have become descendants; return whether the reading lacks something."""
-        found = self._scan.look(now_ns, self._members.keys() | {self._target.pid}, closely=closely)
+        found = self._scan.look(now_ns, self._members.keys() | self._left_out, closely=closely)
         if self._scan.is_full:
             self._too_many = False
             self._group = application_group(self._files) if self._has_clocks else None
@@ -234,13 +240,13 @@ class Descendants:
         by_parent: dict[int, list[int]] = {}
         for pid, stat in found.items():
             by_parent.setdefault(stat.parent, []).append(pid)
-        family = [self._target.pid, *self._members]
+        family = [self._files.pid, *self._members]
         known = len(family)
         for pid in family:
             family += by_parent.pop(pid, ())
         if self._group is not None:
             daemons = (pids_in(self._group) & found.keys()).difference(family)
-            if any(found[pid].start_ticks <= self._target.start_ticks for pid in daemons):
+            if any(found[pid].start_ticks <= self._files.start_ticks for pid in daemons):
                 self._group = None  # The target is not the first process of the group: it is another application's.
             else:
                 family += sorted(daemons)
@@ -248,14 +254,15 @@ class Descendants:
 
     def _add(self, pid: int, seen: Stat) -> bool:
         """
-        Add a descendant, unless it has ended; return whether no CPU time of it is missing.
+        Add a descendant, unless it has ended; return whether it was readable.
 
         Args:
             pid: of it, or the id of a thread, which is not added.
             seen: its ``stat``.
         """
+        is_young = self._read_at is not None and seen.start_ticks >= self._read_at[1] // USER_TICK_NS
         clock = process_clock(pid) if self._has_clocks else None
-        member = Member(pid, seen.start_ticks, clock=clock)
+        member = _Descendant(Member((pid, seen.start_ticks), 0, "", 0, 0, 0, 1, is_young), clock)
         try:
             if seen.thread_count > 1 and parse_tgid(read_file(f"{pid}/status", self._procfs)) not in (pid, None):
                 return True
@@ -268,8 +275,4 @@ class Descendants:
         except (OSError, MalformedError) as error:
             return isinstance(error, OSError) and error.errno in GONE
         self._members[pid] = member
-        if self._read_at is not None and member.start_ticks >= self._read_at[1] // USER_TICK_NS:
-            return True
-        member.found_cpu_ns = member.cpu_ns
-        member.start_counting()
-        return False
+        return True
