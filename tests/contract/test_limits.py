@@ -44,9 +44,10 @@ ROWS = {
     "other processes sampled at once": [f"{limits.OTHER_PROCESSES} {KINDS}"],
     "streams": [f"{limits.STREAMS} {KINDS}", f"{limits.STREAM_QUEUE} answers are queued"],
     "threads and bytes of an answer": [number(limits.ANSWER_THREADS), mib(limits.ANSWER_BYTES)],
-    "rows, and numbers of threads and children, of `/history`": [
+    "rows, numbers of threads, children and gauges, and gauges of `/history`": [
         number(limits.HISTORY_ROWS),
         number(limits.HISTORY_CELLS),
+        number(limits.HISTORY_GAUGES),
     ],
     "wrong tokens": [f"{limits.BAD_TOKENS_PER_S} a second"],
     "large answers that clients have not yet read": [f"{mib(limits.SEND_BUDGET_BYTES)} {KINDS}"],

@@ -27,7 +27,9 @@ from support.sidecars import ask, environment, eventually
 from support.snapshots import FIGURES, IDENTITY, MACHINE, SECOND, snapshot
 from support.target import Target
 from vitalsd.cli import main
+from vitalsd.exporters.counters import NO_SIGNALS, SignalsReading
 from vitalsd.exporters.otlp import CREDENTIALS, endpoint_of, isolate, metrics_data
+from vitalsd.recording.hangs import HeartbeatStatus
 from vitalsd.snapshot import Snapshot
 
 pytestmark = pytest.mark.live
@@ -85,6 +87,8 @@ SINCE_UNKNOWN = {"vitalsd.process.wait.time"} | {
     name for name, (_, kind, _) in REASONS.items() if name.startswith("vitalsd.machine.") and kind == "counter"
 }
 """Counters that did not begin at 0 when the target started."""
+SIGNALS = {"vitalsd.gauge", "vitalsd.heartbeat.silent.time", "vitalsd.hangs"}
+"""Metrics of heartbeats and gauges; a target without any has none of them."""
 
 
 class Collector:
@@ -276,9 +280,9 @@ def test_otlp_push_has_the_names_and_units_of_the_conventions(
     assert "process.pid" not in attributes(gone.resource_metrics[0].resource.attributes)
 
 
-def pushed(target: Snapshot) -> ExportMetricsServiceRequest:
+def pushed(target: Snapshot, signals: SignalsReading = NO_SIGNALS) -> ExportMetricsServiceRequest:
     """Return what is sent for a snapshot, encoded and decoded."""
-    data = metrics_data((IDENTITY, target), threads=10, snapshots_taken=1, since_ns=0)
+    data = metrics_data((IDENTITY, target), threads=10, snapshots_taken=1, since_ns=7, signals=signals)
     body: bytes = encode_metrics(data).SerializeToString()
     request = ExportMetricsServiceRequest()
     request.ParseFromString(body)
@@ -311,6 +315,21 @@ def test_otlp_push_of_all_figures_has_units_kinds_and_starts() -> None:
         dict(key)["vitalsd.thread.id"]: wait_s for key, wait_s in values(found["vitalsd.thread.wait.time"]).items()
     }
     assert waits == {1: 0.25, 2: 1.5}
+
+
+def test_otlp_push_of_signals_has_a_point_for_each_name() -> None:
+    """Gauges and silences are gauges; hangs are counted since the sidecar started."""
+    beats = [HeartbeatStatus("ui", 1, 10**9, "silent", 4_200_000_000, "blocked", "futex")]
+    signals = SignalsReading(beats, {"fps": 58.0}, {("ui", "blocked"): 3})
+    found = metrics(pushed(snapshot(SECOND, [(1, 1, SECOND)]), signals))
+    gauge, silent, hangs = (found[f"vitalsd.{name}"] for name in ("gauge", "heartbeat.silent.time", "hangs"))
+    assert (gauge.unit, gauge.WhichOneof("data"), values(gauge)) == ("1", "gauge", {(("name", "fps"),): 58.0})
+    assert (silent.unit, silent.WhichOneof("data"), values(silent)) == ("s", "gauge", {(("name", "ui"),): 4.2})
+    assert (hangs.unit, hangs.sum.is_monotonic) == ("{hang}", True)
+    assert {point.start_time_unix_nano for point in hangs.sum.data_points} == {7}
+    counts = {dict(key)["cause"]: count for key, count in values(hangs).items() if dict(key)["name"] == "ui"}
+    assert (len(counts), sum(counts.values()), counts["blocked"]) == (8, 3, 3)
+    assert not SIGNALS & metrics(pushed(snapshot(SECOND, [(1, 1, SECOND)]))).keys()
 
 
 def test_otlp_push_without_figures_leaves_them_out() -> None:

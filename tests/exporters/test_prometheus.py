@@ -20,7 +20,9 @@ from support.snapshots import FIGURES, IDENTITY, MACHINE, SECOND, snapshot
 from support.stopwatch import Stopwatch
 from support.target import Target
 from support.tools import program
-from vitalsd.exporters.prometheus import Scrape, expose
+from vitalsd.exporters.counters import SignalsReading
+from vitalsd.exporters.prometheus import Form, Scrape, expose
+from vitalsd.recording.hangs import HeartbeatStatus
 
 pytestmark = pytest.mark.live
 
@@ -217,6 +219,41 @@ def test_scrape_by_another_user_lacks_what_the_kernel_hides() -> None:
         "vitalsd_process_interrupt_wakeups_total",
         "vitalsd_process_energy_joules_total",
     }
+
+
+SIGNALS = SignalsReading(
+    [
+        HeartbeatStatus("ui", 1, 10**9, "silent", 4_200_000_000, "blocked", "futex"),
+        HeartbeatStatus("ui", 0, 10**9, "beating", 100_000_000, None, ""),
+        HeartbeatStatus("io", 2, 10**9, "paused", 0, None, ""),
+    ],
+    {"fps": 58.0, "queue.length": -0.5},
+    {("ui", "blocked"): 3, ("closed", "busy"): 1},
+)
+
+
+def test_scrape_of_signals_has_a_series_for_each_name() -> None:
+    """Of two heartbeats with one name the longer silence; an open one has all causes; nothing for another user."""
+    forms: tuple[Form, ...] = ("text/plain;version=0.0.4", "application/openmetrics-text")
+    for form in forms:
+        assert b"vitalsd_gauges{name=" in expose(Scrape((IDENTITY, EXPLAINED), 10, 0, None, signals=SIGNALS), form)[0]
+    found = exposed(Scrape((IDENTITY, EXPLAINED), 10, 0, None, signals=SIGNALS))
+    assert {tuple(each.labels.items()): each.value for each in found["vitalsd_gauges"]} == {
+        (("name", "fps"),): 58,
+        (("name", "queue.length"),): -0.5,
+    }
+    silent = {each.labels["name"]: each.value for each in found["vitalsd_heartbeat_silent_seconds"]}
+    assert silent == {"ui": 4.2, "io": 0}
+    hangs = {(each.labels["name"], each.labels["cause"]): each.value for each in found["vitalsd_hangs_total"]}
+    assert {key: count for key, count in hangs.items() if count} == SIGNALS.hang_counts
+    assert len(hangs) == 2 * 8 + 1
+    names = {"vitalsd_gauges", "vitalsd_heartbeat_silent_seconds", "vitalsd_hangs_total"}
+    for other in (
+        Scrape((IDENTITY, EXPLAINED), 10, 0, None, private=False, signals=SIGNALS),
+        Scrape(None, 10, 0, None, signals=SIGNALS),
+        Scrape((IDENTITY, EXPLAINED), 10, 0, None),
+    ):
+        assert not names & exposed(other).keys()
 
 
 def free_port() -> int:

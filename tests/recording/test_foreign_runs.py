@@ -309,7 +309,7 @@ def test_run_with_values_in_one_endless_page_is_refused(run: Path) -> None:
         ("UPDATE meta SET value = '-1' WHERE key = 'interval_ns'", "negative or too large"),
         ("UPDATE meta SET value = '1' || printf('%.*c', 4000, '0') WHERE key = 'retention_ns'", "too large"),
         (
-            "DROP TABLE frame; CREATE TABLE frame (id PRIMARY KEY, segment, numbers, moved, code, children)"
+            "DROP TABLE frame; CREATE TABLE frame (id PRIMARY KEY, segment, numbers, moved, code, children, gauges)"
             " WITHOUT ROWID",
             "rowid",
         ),
@@ -318,6 +318,17 @@ def test_run_with_values_in_one_endless_page_is_refused(run: Path) -> None:
         ("UPDATE frame SET children = zeroblob(24)", "a child of another length"),
         (f"UPDATE frame SET children = x'{'ff' * 32}'", "a child of another length, or with a negative number"),
         ("INSERT INTO child SELECT NULL, id, 'x', 1, 'sh', 1 FROM segment", "where there should be int"),
+        ("UPDATE frame SET gauges = zeroblob(8)", "other gauges than its segment has"),
+        ("UPDATE frame SET gauges = x'00'", "bytes length not a multiple"),
+        (
+            """UPDATE segment SET constants = json_set(constants, '$.gauges', json('["a"]'));"""
+            " UPDATE frame SET gauges = x'000000000000f07f'",
+            "or with an infinite one",
+        ),
+        ("""UPDATE segment SET constants = json_set(constants, '$.gauges', json('["=1+1"]'))""", "gauges"),
+        ("""UPDATE segment SET constants = json_set(constants, '$.gauges', json('["a", "a"]'))""", "gauges"),
+        ("UPDATE segment SET constants = json_set(constants, '$.gauges', json('[5]'))", "expected string"),
+        ("UPDATE segment SET constants = json_remove(constants, '$.gauges')", "gauges"),
         ("UPDATE segment SET waits = zeroblob(8000)", "threads without CPU time"),
         (
             "UPDATE frame SET code = code || 'I', numbers = CAST(numbers || zeroblob(4 * ifnull(moved, 0)) AS BLOB)",

@@ -362,7 +362,7 @@ def test_read_history_of_more_cells_than_a_history_is_refused() -> None:
         {"tid": tid, "name": "x", "cpu_percent": [1 if (tid + row) % 2 else None for row in range(rows)]}
         for tid in range(1, 121)
     ]
-    with pytest.raises(ValueError, match="120 threads and 0 children in 9000 rows"):
+    with pytest.raises(ValueError, match="120 threads, 0 children and 0 gauges in 9000 rows"):
         read_history(body | columns | {"threads": threads})
 
 

@@ -4,6 +4,7 @@ Simulate a process that a test or hypothesis advances, and that a source reads w
 `support.snapshots` builds snapshots with counters that are unrelated to each other.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -63,6 +64,7 @@ class Process:
     """``None``: those of a process that nothing is known of."""
     machine: MachineFigures | None = None
     tree: ProcessTree | None = None
+    gauges: dict[str, float] = field(default_factory=dict)
     cpu_count: int = 4
     newest_tid: int = 0
     """Highest thread id; ids are not reused."""
@@ -153,6 +155,7 @@ class Process:
             else None,
             machine=self.machine if Part.FIGURES in parts else None,
             tree=self.tree if Part.CHILDREN in parts else None,
+            gauges=tuple(sorted(self.gauges.items())),
             thread_figures=self._thread_figures() if Part.THREADS in parts else None,
         )
 
@@ -253,6 +256,7 @@ def lives(draw: st.DrawFn, *, max_steps: int = 80, figures: bool | None = None) 
         if rich and chance.randrange(3):
             parts = ALL_PARTS
             change_figures(chance, process)
+            change_gauges(chance, process)
         found.append(process.snapshot(parts=parts))
     return found
 
@@ -299,6 +303,18 @@ def change_figures(chance: Random, process: Process) -> None:
     )
 
 
+VALUES = (0.0, -0.0, 58.0, -1.5, 0.1, 5e-324, -1e308)
+
+
+def change_gauges(chance: Random, process: Process) -> None:
+    """Let gauges be set, opened and closed."""
+    for name in ("fps", "queue.length", "a-b_C9"):
+        if chance.random() < 0.1:
+            process.gauges.pop(name, None)
+        elif name in process.gauges or chance.random() < 0.1:
+            process.gauges[name] = chance.choice((*VALUES, chance.gauss(0, 1e6)))
+
+
 def same(a: Snapshot, b: Snapshot) -> bool:
     """Return whether two snapshots are equal in everything that is recorded."""
 
@@ -318,6 +334,7 @@ def same(a: Snapshot, b: Snapshot) -> bool:
                 s.cpu_count,
             ),
             (figures, s.machine, s.tree),
+            [(name, struct.pack("d", value)) for name, value in s.gauges],
         )
 
     return values(a) == values(b)

@@ -56,6 +56,7 @@ def test_embedding_page_has_a_test_for_each_program() -> None:
         "can_do_without.py",
         "forking.py",
         "in_process.py",
+        "signals.py",
     ]
     assert len(BLOCKS) == len(FILES)
 
@@ -83,6 +84,15 @@ def test_can_do_without_program_prints_the_reason(env: dict[str, str], short_pat
     why, answer = python("can_do_without.py", env, short_path).splitlines()
     assert why == "no metrics: cannot run /nonexistent/vitalsd: No such file or directory"
     assert "available=False reason='no sidecar to ask: " in answer
+
+
+def test_signals_program_has_its_hang_and_its_gauge(env: dict[str, str], short_path: Path) -> None:
+    """One hang of about the time that the program sleeps, and the value at each second."""
+    hang, gauge = python("signals.py", env, short_path).splitlines()
+    found = re.fullmatch(r"ui was silent for ([0-9]+) ms: [a-z_]+ .*", hang)
+    assert found is not None
+    assert int(found[1]) >= 1500
+    assert re.fullmatch(r"fps \[(None, )*58\.0(, 58\.0)*\]", gauge)
 
 
 def test_c_program_reads_the_ready_line_and_its_sidecar_ends(env: dict[str, str], short_path: Path) -> None:

@@ -158,11 +158,11 @@ def test_operations_page_collector_listens_at_the_default_url() -> None:
 
 def test_operations_page_lists_every_pushed_metric() -> None:
     """The table of metrics and the tested list are one; so are the variables that are let through."""
-    from exporters.test_otlp import REASONS, UNITS
+    from exporters.test_otlp import REASONS, SIGNALS, UNITS
 
     table = TEXT[TEXT.index("| Metric |") : TEXT.index("The conventions have no CPU time")]
     named = set(re.findall(r"`((?:process|vitalsd)\.[a-z0-9_.]+)`", table)) - {"vitalsd.thread.id"}
-    assert named == UNITS.keys() | REASONS.keys() | {"vitalsd.thread.wait.time"}
+    assert named == UNITS.keys() | REASONS.keys() | SIGNALS | {"vitalsd.thread.wait.time"}
     assert set(re.findall(r"`(OTEL_[A-Z_]+)`", TEXT)) == CREDENTIALS
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "HEADERS",
     "HEAD_BYTES",
     "HISTORY_CELLS",
+    "HISTORY_GAUGES",
     "HISTORY_ROWS",
     "HISTORY_SECONDS",
     "LABEL_CHARACTERS",
@@ -84,7 +85,8 @@ WAITING_ANSWERS = 16  # A large table takes over a second: a client would give u
 ANSWER_THREADS = 20_000  # Threads of an answer; the idlest others are left out.
 ANSWER_BYTES = 8 << 20  # Bytes of an answer; the idlest threads are left out of a larger one.
 HISTORY_ROWS = 10_000  # Rows of a history; more rows are merged into longer ones.
-HISTORY_CELLS = 1_000_000  # Numbers of threads and children, about 8 MiB of JSON; the idlest others are left out.
+HISTORY_CELLS = 1_000_000  # Numbers of threads, children and gauges, some 8 MiB; the idlest others are left out.
+HISTORY_GAUGES = 64  # Gauges of a history; those that have had no value for the longest are left out.
 DETAIL_CHARACTERS = 400  # Characters of the detail of a problem, which therefore stays under 1 KiB.
 
 # The log

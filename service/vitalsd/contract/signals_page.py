@@ -11,12 +11,13 @@ POSIX shared memory object, whose size can be set only once.
 """
 
 import fcntl
+import math
 import mmap
 import os
 import re
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import NamedTuple
@@ -33,6 +34,7 @@ __all__ = [
     "SignalsPage",
     "empty_page",
     "gauge_slots",
+    "gauge_values",
     "heartbeat_slots",
     "name_words",
 ]
@@ -144,15 +146,30 @@ def heartbeat_slots(content: bytes) -> Iterator[HeartbeatSlot]:
 def gauge_slots(content: bytes) -> Iterator[GaugeSlot]:
     """Yield the gauges of a page that are open. Raise `ValueError`: it is not a page, or has noise."""
     words = _words(content)
-    for index in range(GAUGES):
-        at = HEADER_WORDS + HEARTBEATS * SLOT_WORDS + index * GAUGE_WORDS
-        slot = words[at : at + GAUGE_WORDS]
-        if slot[GAUGE_STATE] == FREE:
+    begin = HEADER_WORDS + HEARTBEATS * SLOT_WORDS
+    # As for heartbeats, one slice finds the slots that are taken: most programs have no gauge.
+    states = words[begin + GAUGE_STATE : begin + GAUGES * GAUGE_WORDS : GAUGE_WORDS].tolist()
+    for index, state in enumerate(states):
+        if state == FREE:
             continue
-        if slot[GAUGE_STATE] != OPEN:
+        if state != OPEN:
             raise ValueError(f"gauge {index} has no state")
-        (value,) = struct.unpack("=d", struct.pack("=Q", slot[VALUE]))
+        at = begin + index * GAUGE_WORDS
+        slot = words[at : at + GAUGE_WORDS]
+        (value,) = struct.unpack_from("=d", content, 8 * (at + VALUE))
         yield GaugeSlot(index, _name(slot[GAUGE_NAME : GAUGE_NAME + 4]), value, slot[SET])
+
+
+def gauge_values(slots: Iterable[GaugeSlot]) -> tuple[tuple[str, float], ...]:
+    """
+    Return names and values of the gauges that have a value, by ascending name.
+
+    A gauge that was never set, or that a client set to what is no finite number, has none. Of two with one name, which
+    two clients have opened, the one that was set last counts.
+    """
+    known = [slot for slot in slots if slot.set_at and math.isfinite(slot.value)]
+    newest = {slot.name: slot.value for slot in sorted(known, key=lambda slot: slot.set_at)}
+    return tuple(sorted(newest.items()))
 
 
 def _words(content: bytes) -> "memoryview[int]":

@@ -13,13 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
+from vitalsd.recording.hang_causes import HangCause
+from vitalsd.recording.hangs import HeartbeatStatus
+from vitalsd.sampling.target_pool import PooledTarget
 from vitalsd.snapshot import MEMORY_PRESSURE_LEVELS, THERMAL_STATES, Identity, Snapshot
 
 __all__ = [
     "MACHINE_COUNTERS",
+    "NO_SIGNALS",
     "OWN_COUNTERS",
+    "SIGNAL_COUNTERS",
     "TARGET_COUNTERS",
     "TARGET_UP",
     "THREADS_LEFT_OUT",
@@ -28,6 +34,8 @@ __all__ = [
     "OwnReading",
     "PerThreadCounter",
     "Point",
+    "SignalCounter",
+    "SignalsReading",
     "TargetReading",
     "busiest_threads",
 ]
@@ -50,6 +58,23 @@ class OwnReading(NamedTuple):
     snapshots_taken: int
     recorder: Mapping[str, Any] | None = None
     """The state of the recorder, as in ``/info``; ``None``: there is no recorder."""
+
+
+class SignalsReading(NamedTuple):
+    """What the target signals: the data from which the counters of its heartbeats and gauges are read."""
+
+    heartbeats: Sequence[HeartbeatStatus] = ()
+    gauges: Mapping[str, float] = MappingProxyType({})
+    hang_counts: Mapping[tuple[str, HangCause], int] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, target: PooledTarget) -> "SignalsReading":
+        """Read what a target signals now."""
+        return cls(target.heartbeats, target.gauges, target.hang_counts)
+
+
+NO_SIGNALS = SignalsReading()
+"""A target that signals nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +116,36 @@ class PerThreadCounter(NamedTuple):
     otel: str
     unit: str
     description: str
+
+
+class SignalCounter(NamedTuple):
+    """One counter with a series for each heartbeat or gauge. Its labels have the same names in both exporters."""
+
+    kind: Literal["counter", "gauge"]
+    """A counter began at 0 with the sidecar."""
+    points: Callable[[SignalsReading], Sequence[Point]]
+    labels: tuple[str, ...]
+    prometheus: str
+    otel: str
+    unit: str
+    help: str
+
+
+def _gauges(reading: SignalsReading) -> list[Point]:
+    return [({"name": name}, value) for name, value in reading.gauges.items()]
+
+
+def _silences(reading: SignalsReading) -> list[Point]:
+    silent_ns: dict[str, int] = {}
+    for each in reading.heartbeats:  # two clients may have one of the same name
+        silent_ns[each.name] = max(silent_ns.get(each.name, 0), each.silent_ns)
+    return [({"name": name}, ns / 1e9) for name, ns in silent_ns.items()]
+
+
+def _hangs(reading: SignalsReading) -> list[Point]:
+    """Return the hangs; an open heartbeat has all causes, because `increase` does not see a series that begins at 1."""
+    none = {(each.name, cause): 0 for each in reading.heartbeats for cause in get_args(HangCause)}
+    return [({"name": name, "cause": cause}, count) for (name, cause), count in {**none, **reading.hang_counts}.items()]
 
 
 def _cpu_modes(reading: TargetReading) -> list[Point]:
@@ -391,6 +446,37 @@ THREAD_COUNTERS = (
         description="Time for which a living thread was runnable and did not run; counted when the wait ends.",
     ),
 )
+
+SIGNAL_COUNTERS = (
+    SignalCounter(
+        kind="gauge",
+        points=_gauges,
+        labels=("name",),
+        prometheus="vitalsd_gauges",  # promtool refuses a name that ends with _gauge
+        otel="vitalsd.gauge",
+        unit="1",
+        help="Gauges of the application: the last value that it has set.",
+    ),
+    SignalCounter(
+        kind="gauge",
+        points=_silences,
+        labels=("name",),
+        prometheus="vitalsd_heartbeat_silent_seconds",
+        otel="vitalsd.heartbeat.silent.time",
+        unit="s",
+        help="Time since the last beat of a heartbeat in which the sidecar was looking, in seconds; 0 if it is paused.",
+    ),
+    SignalCounter(
+        kind="counter",
+        points=_hangs,
+        labels=("name", "cause"),
+        prometheus="vitalsd_hangs",
+        otel="vitalsd.hangs",
+        unit="{hang}",
+        help="Hangs of a heartbeat by cause since the sidecar started; one that lasts counts once its cause is known.",
+    ),
+)
+"""Counters of heartbeats and gauges, for the user of the target alone: the application has named them."""
 
 THREADS_LEFT_OUT = Counter[int](
     kind="gauge",

@@ -28,7 +28,9 @@ from vitalsd import __version__
 from vitalsd.contract.host import os_version
 from vitalsd.exporters.counters import (
     MACHINE_COUNTERS,
+    NO_SIGNALS,
     OWN_COUNTERS,
+    SIGNAL_COUNTERS,
     TARGET_COUNTERS,
     TARGET_UP,
     THREAD_COUNTERS,
@@ -36,6 +38,7 @@ from vitalsd.exporters.counters import (
     Counter,
     OwnReading,
     Point,
+    SignalsReading,
     TargetReading,
     busiest_threads,
 )
@@ -133,7 +136,12 @@ def isolate(environ: MutableMapping[str, str]) -> list[str]:
 
 
 def metrics_data(
-    target: tuple[Identity, Snapshot] | None, *, threads: int, snapshots_taken: int, since_ns: int
+    target: tuple[Identity, Snapshot] | None,
+    *,
+    threads: int,
+    snapshots_taken: int,
+    since_ns: int,
+    signals: SignalsReading = NO_SIGNALS,
 ) -> "MetricsData":
     """
     Return the data of one push.
@@ -143,7 +151,8 @@ def metrics_data(
             ``vitalsd.target.up`` reports.
         threads: maximum number of threads with a series of their own, those with the most CPU time; 0: none.
         snapshots_taken: number of snapshots by this service.
-        since_ns: Unix time, ns, at which the count of snapshots began.
+        since_ns: Unix time, ns, at which the counts of snapshots and of hangs began.
+        signals: heartbeats and gauges.
     """
     from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
     from opentelemetry.sdk.resources import Resource
@@ -158,6 +167,7 @@ def metrics_data(
         points = _Points(identity.started_unix_ns, snapshot.wall_ns)
         metrics += points.of(TARGET_COUNTERS + MACHINE_COUNTERS, reading)
         metrics += _threads(points, snapshot, threads)
+        metrics += _signals(own, signals)
         attributes = _resource(identity)
     scope = ScopeMetrics(InstrumentationScope("vitalsd", __version__), metrics, "")
     return MetricsData([ResourceMetrics(Resource(_host() | attributes), [scope], "")])
@@ -197,6 +207,13 @@ def _threads(points: "_Points", snapshot: Snapshot, limit: int) -> Iterator["Met
         description = row.description.format(limit=limit)
         yield points.sum(row.otel, row.unit, description, [(labels[i], values[i]) for i in shown])
     yield from points.of((THREADS_LEFT_OUT,), len(roster) - len(shown))
+
+
+def _signals(points: "_Points", signals: SignalsReading) -> Iterator["Metric"]:
+    for row in SIGNAL_COUNTERS:
+        if values := row.points(signals):
+            make = points.sum if row.kind == "counter" else points.gauge
+            yield make(row.otel, row.unit, row.help, values)
 
 
 class _Points:
@@ -307,7 +324,11 @@ class Push:
         with suppress(SourceError):
             read = await target.identity(), await target.snapshot()
         return metrics_data(
-            read, threads=self._threads, snapshots_taken=target.snapshots_taken, since_ns=self._since_ns
+            read,
+            threads=self._threads,
+            snapshots_taken=target.snapshots_taken,
+            since_ns=self._since_ns,
+            signals=SignalsReading.of(target),
         )
 
     def _send(self, data: "MetricsData") -> None:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from vitalsd import __version__
 from vitalsd.exporters.counters import (
     MACHINE_COUNTERS,
+    NO_SIGNALS,
     OWN_COUNTERS,
+    SIGNAL_COUNTERS,
     TARGET_COUNTERS,
     TARGET_UP,
     THREAD_COUNTERS,
     THREADS_LEFT_OUT,
     Counter,
     OwnReading,
+    SignalsReading,
     TargetReading,
     busiest_threads,
 )
@@ -48,7 +51,8 @@ class Scrape(NamedTuple):
         threads: maximum number of threads with a series of their own, those with the most CPU time; 0: none.
         snapshots_taken: number of snapshots of this target by this sidecar.
         recorder: its state, as in ``/info``; ``None``: there is no recorder.
-        private: also export counters that the kernel shows only to the user of the target.
+        private: also export heartbeats, gauges, and counters that the kernel shows only to the user of the target.
+        signals: heartbeats and gauges.
     """
 
     target: tuple[Identity, Snapshot] | None
@@ -56,6 +60,7 @@ class Scrape(NamedTuple):
     snapshots_taken: int
     recorder: Mapping[str, Any] | None
     private: bool = True
+    signals: SignalsReading = NO_SIGNALS
 
     def collect(self) -> "Iterator[Metric]":
         """Yield the metric families; the encoders of prometheus-client call this."""
@@ -67,8 +72,21 @@ class Scrape(NamedTuple):
             yield from _families((row for row in rows if self.private or not row.is_private), target)
             yield _info("vitalsd_target", "The target.", {"pid": str(identity.pid), "name": printable(identity.name)})
             yield from self._threads(target.snapshot)
+            yield from self._signals()
         yield _info("vitalsd_build", "This service.", {"version": __version__, "python": platform.python_version()})
         yield from _families(OWN_COUNTERS, OwnReading(self.snapshots_taken, self.recorder))
+
+    def _signals(self) -> "Iterator[Metric]":
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        for row in SIGNAL_COUNTERS:
+            points = row.points(self.signals) if self.private else ()
+            if points:
+                kind = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
+                family = kind(row.prometheus, row.help, labels=row.labels)
+                for labels, value in points:
+                    family.add_metric([labels[name] for name in row.labels], value)
+                yield family
 
     def _threads(self, snapshot: Snapshot) -> "Iterator[Metric]":
         if not self.threads:

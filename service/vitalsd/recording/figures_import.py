@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from vitalsd.contract.signals_page import NAME
 from vitalsd.recording.history_columns import APPLICATION, MACHINE, PROCESS, Column
 from vitalsd.recording.scalars import SCALARS, UNKNOWN
 from vitalsd.snapshot import Child
@@ -37,6 +38,17 @@ def _cells(found: Any, rows: int) -> Sequence[Any]:
     if not isinstance(found, list) or len(found) != rows:
         raise ValueError("its columns differ in length")
     return found
+
+
+def _gauge(found: Any, rows: int) -> tuple[str, Sequence[float | None]]:
+    """Return name and values of a gauge. Raise `ValueError`, `KeyError` or `TypeError`."""
+    name, cells = found["name"], _cells(found["value"], rows)
+    if not NAME.fullmatch(name):
+        raise ValueError(f"a gauge {name!r:.80}")
+    for cell in cells:
+        if cell is not None and (type(cell) not in (int, float) or not isfinite(cell)):
+            raise ValueError(f"a gauge has {cell!r:.80}, which is no finite number")
+    return name, cells
 
 
 def _group(table: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -75,6 +87,9 @@ class FiguresImport:
         self._scalars |= {column.scalar: self._figures(column, application, self._first_tree) for column in APPLICATION}
         self._complete_trees()
         self._scalars["wait_ns"] = self._waits(table)
+        self._gauges = [_gauge(each, self._rows) for each in table.get("gauges", [])]
+        if len({name for name, _ in self._gauges}) < len(self._gauges):
+            raise ValueError("two gauges have one name")
         self._children = self._read_children(table.get("children", []))
         self._child_ns = [0] * len(self._children)
 
@@ -99,6 +114,13 @@ class FiguresImport:
                 # The table has one entry for each process: its place is as good as its start.
                 found.append(Child(pid, i, name, self._child_ns[i], 0, size, 0))
         return tuple(found)
+
+    def gauges(self, row: int) -> tuple[tuple[str, float], ...]:
+        """Return the gauges at the end of a row; the first snapshot, at -1, has none."""
+        if row < 0:
+            return ()
+        found = ((name, values[row]) for name, values in self._gauges)
+        return tuple(sorted((name, float(value)) for name, value in found if value is not None))
 
     @property
     def _places(self) -> range:

@@ -14,14 +14,17 @@ beat, see `vitalsd.recording.hang_causes`.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
-from vitalsd.contract.signals_page import HeartbeatSlot, heartbeat_slots
+from vitalsd.contract.signals_page import heartbeat_slots
 from vitalsd.recording.hang_causes import awaits_interpreter_lock
 from vitalsd.recording.heartbeat_watch import Hang, HeartbeatStatus, HeartbeatWatch, Look, LookAt, looked_at
 from vitalsd.sources.base import ThreadLook
 
-__all__ = ["PERIOD_NS", "Hang", "HangDetector", "HeartbeatStatus"]
+__all__ = ["PERIOD_NS", "Hang", "HangDetector", "HeartbeatStatus", "SlotReader"]
+
+SlotT = TypeVar("SlotT")
 
 log = logging.getLogger("vitalsd.recording.hangs")
 
@@ -33,6 +36,23 @@ CALM_LIMIT = 4
 """A look in this part of the limit is early enough to collect evidence from half of the limit on."""
 
 
+class SlotReader:
+    """Read the slots of pages. Noise in those of a kind counts as none of that kind; it is logged once for all."""
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def read(self, slots_of: Callable[[bytes], Iterable[SlotT]], content: bytes) -> list[SlotT]:
+        """Return the slots that `heartbeat_slots` or `gauge_slots` finds in a page."""
+        try:
+            return list(slots_of(content))
+        except ValueError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                log.warning("heartbeats and gauges are ignored while the content of their page is wrong: %s", error)
+            return []
+
+
 class HangDetector:
     """
     Watch the heartbeats of one page; call it on one thread only.
@@ -42,6 +62,7 @@ class HangDetector:
         is_python: whether the process that beats is Python; ``None``: unknown, and only the usual switch interval
             then shows a wait for the interpreter lock.
         wall_clock: returns the Unix time, ns.
+        slots: reads the pages.
     """
 
     def __init__(
@@ -50,6 +71,7 @@ class HangDetector:
         own_tid: int | None = None,
         is_python: bool | None = None,
         wall_clock: Callable[[], int] = time.time_ns,
+        slots: SlotReader | None = None,
     ) -> None:
         self._own_tid = own_tid
         self._is_python = True if own_tid is not None else is_python
@@ -59,7 +81,7 @@ class HangDetector:
         self._watches: dict[int, HeartbeatWatch] = {}
         self._looked_ns: int | None = None
         self._own: ThreadLook | None = None
-        self._has_warned = False
+        self._slots = slots or SlotReader()
 
     @property
     def statuses(self) -> Sequence[HeartbeatStatus]:
@@ -77,7 +99,7 @@ class HangDetector:
         """
         watches = dict[int, HeartbeatWatch]()
         found = list[Hang | None]()
-        slots = self._slots(content)
+        slots = self._slots.read(heartbeat_slots, content)
         if slots:
             look = self._next_look(now_ns, look_at)
         else:
@@ -103,15 +125,6 @@ class HangDetector:
         )
         self.period_ns = CALM_PERIOD_NS if calm else PERIOD_NS
         return [hang for hang in found if hang is not None]
-
-    def _slots(self, content: bytes) -> list[HeartbeatSlot]:
-        try:
-            return list(heartbeat_slots(content))
-        except ValueError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                log.warning("the page of heartbeats is ignored while its content is wrong: %s", error)
-            return []
 
     def _next_look(self, now_ns: int, look_at: LookAt) -> Look:
         own, self._own = self._own, None

@@ -1,5 +1,5 @@
 """
-Make a table over time of a record, downsampled on request: the process, its busiest threads, marks and events.
+Make a table over time of a record, downsampled on request: process, busiest threads, gauges, marks and events.
 
 A row covers the time since the row before it; the first snapshot of a record ends no row.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from vitalsd.contract.json_pieces import LockRelease
-from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_ROWS
+from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_GAUGES, HISTORY_ROWS
 from vitalsd.recording.frames import Frames, ThreadKey, restarts, thread_keys
 from vitalsd.recording.history_table import History, ThreadHistory
 from vitalsd.recording.readings import Readings
@@ -40,8 +40,9 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
     release = LockRelease()
     readings = Readings(frames, bounds, release)
     waiting = any(segment.base_waits is not None for segment, _ in frames.segments)
-    per_row = 1 + waiting + 2 * readings.has_children()
-    fitting = HISTORY_CELLS // (max(1, len(bounds)) * per_row)
+    columns = HISTORY_CELLS // max(1, len(bounds))
+    gauges, is_cut = readings.gauges(min(HISTORY_GAUGES, columns // 2))
+    fitting = (columns - len(gauges)) // (1 + waiting + 2 * readings.has_children())
     totals = _totals(frames, bounds, release)
     busiest = sorted(totals, key=lambda key: (-totals[key], key))[: min(top, fitting)]
     children, child_count = readings.children(min(top, fitting))
@@ -65,7 +66,8 @@ def history(record: Record, *, since_ns: int = 0, top: int = 10, step_ns: int = 
         application=readings.application(),
         threads=_threads(frames, bounds, busiest, totals, waits, release),
         children=children,
-        truncated=fitting < min(top, max(len(totals), child_count)),
+        gauges=gauges,
+        truncated=fitting < min(top, max(len(totals), child_count)) or is_cut,
         marks=[mark for mark in list(record.marks) if mark.monotonic_ns >= noted_ns],
         # A hang is noted when it is over its limit, with the time at which it began.
         events=sorted(

@@ -131,6 +131,15 @@ class ApplicationColumnsJson(TypedDict):
     ]
 
 
+class GaugeColumnJson(TypedDict):
+    """A number of the application over time."""
+
+    name: str
+    value: Annotated[
+        list[float | None], Doc("Last value in the row; null where the application had not set it, or had closed it.")
+    ]
+
+
 class PastMarkJson(TypedDict):
     """A label on the time axis."""
 
@@ -202,6 +211,11 @@ class HistoryJson(TypedDict):
     application: Annotated[ApplicationColumnsJson | None, Doc("null: children are not recorded.")]
     threads: Annotated[list[ThreadColumnJson], Doc("The `top` busiest, busiest first.")]
     children: Annotated[list[ChildColumnJson], Doc("The `top` busiest, busiest first; empty unless recorded.")]
+    gauges: Annotated[
+        list[GaugeColumnJson], Doc("By name. At most 64: those that have had no value for the longest are left out.")
+    ]
     marks: list[PastMarkJson]
     events: list[EventJson]
-    truncated: NotRequired[Annotated[Literal[True], Doc("Threads or children that were asked for are left out.")]]
+    truncated: NotRequired[
+        Annotated[Literal[True], Doc("Threads or children that were asked for, or gauges, are left out.")]
+    ]

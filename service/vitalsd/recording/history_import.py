@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any, get_args
 
 from vitalsd.contract.encoding import DECIMALS
-from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_ROWS, LABEL_CHARACTERS
+from vitalsd.contract.limits import HISTORY_CELLS, HISTORY_GAUGES, HISTORY_ROWS, LABEL_CHARACTERS
 from vitalsd.contract.signals_page import NAME
 from vitalsd.recording.figures_import import LARGEST, FiguresImport, numbers, whole
 from vitalsd.recording.hang_causes import HangCause
@@ -207,6 +207,7 @@ def _snapshots(table: Mapping[str, Any], started_unix_ns: int) -> Iterator[Snaps
         )
         yield Snapshot(
             **snapshot_fields(scalars, figures.next_children(row + 1)),
+            gauges=figures.gauges(row),
             cpu_grain_ns=grain_ns,
             image=None,
             reading=reading,
@@ -230,11 +231,12 @@ def _roster(threads: Sequence[Mapping[str, Any]], alive: Sequence[int]) -> Threa
 def _check(table: Mapping[str, Any], threads: Sequence[Mapping[str, Any]], rows: int) -> None:
     """Raise `ValueError` if the table has more numbers than a history, or a column has another length or content."""
     children = table.get("children", [])
+    gauges = len(table.get("gauges", []))
     columns = len(threads) + sum(thread.get("wait_percent") is not None for thread in threads) + 2 * len(children)
-    if columns * rows > HISTORY_CELLS:
+    if gauges > HISTORY_GAUGES or (columns + gauges) * rows > HISTORY_CELLS:
         raise ValueError(
-            f"{len(threads)} threads and {len(children)} children in {rows} rows; a history has at most"
-            f" {HISTORY_CELLS} numbers of them"
+            f"{len(threads)} threads, {len(children)} children and {gauges} gauges in {rows} rows; a history has at"
+            f" most {HISTORY_GAUGES} gauges, and {HISTORY_CELLS} numbers of all"
         )
     named = [table[name] for name in ("time_ms", "elapsed_ms", "cpu_percent", "rss_kb", "vm_size_kb")]
     for column in (*named, *(thread["cpu_percent"] for thread in threads)):

@@ -60,8 +60,10 @@ class History:
     """Columns of the application; ``None``: not recorded."""
     threads: Sequence[ThreadHistory]
     children: Sequence[ChildHistory]
+    gauges: Mapping[str, Sequence[float | None]]
+    """The last value of each gauge in each row, by name; ``None`` where it had none."""
     truncated: bool
-    """Whether threads or children that were requested are left out, because of `HISTORY_CELLS`."""
+    """Whether threads or children that were requested are left out because of `HISTORY_CELLS`, or gauges."""
     marks: Sequence[Mark]
     events: Sequence[Event]
 
@@ -82,6 +84,7 @@ class History:
                 {"pid": child.pid, "name": child.name, "cpu_percent": child.cpu_percent, "rss_kb": child.rss_kb}
                 for child in self.children
             ],
+            "gauges": [{"name": name, "value": values} for name, values in self.gauges.items()],
             "marks": [{"time_ms": mark.wall_ns // 1_000_000, "label": mark.label} for mark in self.marks],
             "events": [_event_json(event) for event in self.events],
         }
@@ -116,6 +119,7 @@ class History:
                 for child in self.children
                 for column in ("cpu_percent", "rss_kb")
             ),
+            *((f"gauge {name}", values) for name, values in self.gauges.items()),
             ("marks", marks),
             ("events", events),
         ]

@@ -1,5 +1,5 @@
 """
-Make the columns of figures that are read once a second, whatever the distance of the snapshots.
+Make the columns of figures that not every snapshot has: those that are read once a second, and gauges.
 
 A counter in a row is the difference between the last reading in the row and the last one before the row, as a rate over
 the time between the two. A row without a reading has none.
@@ -93,6 +93,32 @@ class Readings:
         return [ChildHistory(key[0], names[key], totals[key], *_filled(cells[key], len(ends))) for key in busiest], len(
             totals
         )
+
+    def gauges(self, most: int) -> tuple[dict[str, list[float | None]], bool]:
+        """
+        Return the last value of each gauge in each row, by name, and whether gauges are left out.
+
+        Args:
+            most: number of gauges to return; those that have had no value for the longest are left out.
+        """
+        columns: dict[str, list[float | None]] = {}
+        is_cut = False
+        rows = list(pairwise(self._bounds))
+        if not any(segment.gauge_values for segment, _ in self._frames.segments):
+            return {}, False
+        for row in range(len(rows) - 1, -1, -1):  # from the newest on
+            self._release()
+            begin, end = rows[row]
+            for number in range(end, begin, -1):
+                segment, position = self._frames.place(number)
+                for name, value in segment.gauges_at(position):
+                    if name not in columns and len(columns) >= most:
+                        is_cut = True
+                        continue
+                    column = columns.setdefault(name, [None] * len(rows))
+                    if column[row] is None:
+                        column[row] = value
+        return {name: columns[name] for name in sorted(columns)}, is_cut
 
     def has_children(self) -> bool:
         """Return whether any row has a reading of the descendants."""

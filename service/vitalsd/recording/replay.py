@@ -1,6 +1,6 @@
 """Serve a recorded run, or a bug report, as a target: with the same API, so that the same commands work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from typing_extensions import TypedDict
@@ -9,6 +9,7 @@ from vitalsd.admission import OWNER, Peer
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import RecordedHost
 from vitalsd.contract.shapes import Doc
+from vitalsd.recording.hang_causes import HangCause
 from vitalsd.recording.hangs import HeartbeatStatus
 from vitalsd.recording.recorder import NotRecordingError, RecorderJson
 from vitalsd.recording.replay_file import RecordedRun, ReplayFile, ReportCardJson
@@ -76,6 +77,8 @@ class Replay:
         self.file = file
         self.snapshots_taken = 0
         self.heartbeats: Sequence[HeartbeatStatus] = ()
+        self.gauges: Mapping[str, float] = {}
+        self.hang_counts: Mapping[tuple[str, HangCause], int] = {}
         self.replay: Replay | None = self
         run = file.opened.run
         how = {"crashed": "crashed", "running": "was running", "clean": "ended"}[run.state]

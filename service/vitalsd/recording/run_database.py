@@ -36,7 +36,8 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE thread (id INTEGER PRIMARY KEY, tid INTEGER, birth INTEGER, name TEXT);
 CREATE TABLE child (id INTEGER PRIMARY KEY, segment INTEGER, pid INTEGER, birth INTEGER, name TEXT, found_ns INTEGER);
 CREATE TABLE segment (id INTEGER PRIMARY KEY, threads BLOB, cpu_ns BLOB, waits BLOB, constants TEXT);
-CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, numbers BLOB, moved INTEGER, code TEXT, children BLOB);
+CREATE TABLE frame (id INTEGER PRIMARY KEY, segment INTEGER, numbers BLOB, moved INTEGER, code TEXT, children BLOB, \
+gauges BLOB);
 CREATE TABLE mark (wall_ns INTEGER, monotonic_ns INTEGER, label TEXT);
 CREATE TABLE event (wall_ns INTEGER, monotonic_ns INTEGER, kind TEXT, detail TEXT, \
 duration_ns INTEGER, heartbeat TEXT, cause TEXT, ongoing INTEGER);
@@ -47,8 +48,8 @@ the source does not count them. The numbers of a frame are its scalars, i64; the
 as many as `moved`, or none if that is NULL because every thread did; how much CPU time each of them used; and, if
 `code` has two letters, for how many steps each of them waited. The letters are the kinds of these numbers: H is u16,
 I u32, q i64. The children of a frame are i64, `CHILD_NUMBERS` for each: first its place among those of the segment, in
-the order of their ids. A hang has a row for each of
-its reports; the last one counts.
+the order of their ids. The gauges of a frame are doubles, one for each name in the constants of the segment, NaN for
+one that has no value. A hang has a row for each of its reports; the last one counts.
 """
 
 COLUMNS: dict[str, list[str]] = {

@@ -9,6 +9,7 @@ import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from math import isinf
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -16,7 +17,7 @@ from typing_extensions import TypedDict
 
 from vitalsd.contract.application import Application
 from vitalsd.contract.host import HostFactsJson, RecordedHost
-from vitalsd.contract.limits import LABEL_CHARACTERS
+from vitalsd.contract.limits import HISTORY_GAUGES, LABEL_CHARACTERS
 from vitalsd.contract.shapes import APP, PROGRAM, Count, Doc, Lazy, UtcTime
 from vitalsd.contract.signals_page import NAME
 from vitalsd.recording.hang_causes import HangCause
@@ -221,7 +222,7 @@ def _record(tables: Tables) -> Record:
         if number * CHILD_BYTES > tables.size_bytes:
             raise ValueError("it has more children than fit into it")
     # The key of every table here is its rowid: SQLite sorts nothing, and refuses a table that has none.
-    frames = tables.rows("SELECT segment, numbers, moved, code, children FROM frame ORDER BY rowid")
+    frames = tables.rows("SELECT segment, numbers, moved, code, children, gauges FROM frame ORDER BY rowid")
     newest = 0
     for segment_id, group in groupby(frames, key=lambda row: row[0]):
         if segment_id <= newest:  # a hostile file could demand thousands of copies of one segment
@@ -266,16 +267,19 @@ def _segment(
     """Return the segment in `row` with the snapshots of `frames`."""
     ids, cpu_ns, base_waits, constants = row
     segment: Segment | None = None
-    for _, numbers, moved, code, child_numbers in frames:
-        values, deltas = _frame(numbers, moved, code)
+    for _, numbers, moved, code, child_numbers, values in frames:
+        scalars, deltas = _frame(numbers, moved, code)
         if segment is None:
             keys = [threads[thread_id] for thread_id in _array("I", ids)]
             waits = None if base_waits is None else _array("Q", base_waits)
-            segment = Segment(_first_snapshot(values, keys, _array("Q", cpu_ns), waits, json.loads(_text(constants))))
+            known = json.loads(_text(constants))
+            gauge_names = _gauge_names(known.pop("gauges"))
+            segment = Segment(_first_snapshot(scalars, keys, _array("Q", cpu_ns), waits, known), gauge_names)
             for child in children:
                 segment.add_child(child)
-        _check(segment, values, deltas)
-        segment.add(values, deltas, _children(child_numbers, len(children)))
+        _check(segment, scalars, deltas)
+        gauges = _gauges(values, len(segment.gauge_names))
+        segment.add(scalars, deltas, _children(child_numbers, len(children)), gauges)
     assert segment is not None
     return segment
 
@@ -306,6 +310,24 @@ def _children(content: bytes | None, known: int) -> "array[int] | None":
     if max(numbers[::CHILD_NUMBERS], default=-1) >= known:
         raise ValueError("a snapshot of more children than there are")
     return numbers
+
+
+def _gauge_names(found: Any) -> tuple[str, ...]:
+    """Return the names of the gauges of a segment. Raise `ValueError` or `TypeError` for what cannot be such."""
+    names = tuple(found)
+    if len(names) > HISTORY_GAUGES or len(set(names)) < len(names) or not all(map(NAME.fullmatch, names)):
+        raise ValueError(f"gauges {found!r:.80}")
+    return names
+
+
+def _gauges(content: bytes | None, count: int) -> "array[float] | None":
+    """Return the values of the gauges of one frame. Raise `ValueError` for what cannot be such."""
+    if content is None:
+        return None
+    values = array("d", content)
+    if len(values) != count or any(map(isinf, values)):
+        raise ValueError("a snapshot with other gauges than its segment has, or with an infinite one")
+    return values
 
 
 def _check(segment: Segment, scalars: "array[int]", deltas: ThreadDeltas) -> None:

@@ -228,6 +228,7 @@ class RunFile:
             "image": repr(first.image),
             "reading": first.reading,
             "cpu_count": first.cpu_count,
+            "gauges": segment.gauge_names,
         }
         cpu_ns, waits = array("Q", segment.thread_cpu_ns(position)).tobytes(), segment.thread_waits(position)
         waits_blob = None if waits is None else array("Q", waits).tobytes()
@@ -258,11 +259,11 @@ class RunFile:
             numbers += waits
             code += waits.typecode
         moved = None if indexes is None else len(indexes)
-        children = segment.child_numbers.get(position)
+        children, gauges = segment.child_numbers.get(position), segment.gauge_values.get(position)
         # One statement is a transaction of its own, and saves the execution of BEGIN and COMMIT.
         self._db.execute(
-            "INSERT INTO frame (segment, numbers, moved, code, children) VALUES (?,?,?,?,?)",
-            (segment_id, numbers, moved, code, None if children is None else children.tobytes()),
+            "INSERT INTO frame (segment, numbers, moved, code, children, gauges) VALUES (?,?,?,?,?,?)",
+            (segment_id, numbers, moved, code, children and children.tobytes(), gauges and gauges.tobytes()),
         )
 
     def _delete_threads(self) -> set[int]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import compress, islice
+from math import isnan
 from operator import add, is_not, sub
 from sys import getsizeof
 from typing import NamedTuple
@@ -24,6 +25,10 @@ SEGMENT_BYTES = 1280
 """Memory of a segment and its first snapshot, without that for each thread, bytes."""
 CHILD_BYTES = 400
 """Memory of the identity of a child, bytes."""
+GAUGE_BYTES = 80
+"""Memory of the name of a gauge, bytes."""
+NAN = float("nan")
+"""Stands for the value of a gauge that has none."""
 WAIT_STEP_NS = 16_000
 """
 Resolution of the waits of threads, ns: 0.0016 % of a second. A wait of up to a second takes two bytes, and so a quarter
@@ -65,6 +70,10 @@ class Segment:
     Store up to `SEGMENT_LENGTH` snapshots of one program with one set of threads.
 
     `scalars` holds the integers of `SCALARS` for each snapshot, one snapshot after another.
+
+    Args:
+        first: its first snapshot, which is then added as any other.
+        gauge_names: the gauges that its snapshots may have; ``None``: those of `first`.
     """
 
     __slots__ = (
@@ -75,11 +84,13 @@ class Segment:
         "children",
         "deltas",
         "first",
+        "gauge_names",
+        "gauge_values",
         "scalars",
         "size_bytes",
     )
 
-    def __init__(self, first: Snapshot) -> None:
+    def __init__(self, first: Snapshot, gauge_names: tuple[str, ...] | None = None) -> None:
         self.base_cpu_ns = array("Q", first.thread_cpu_ns)
         self.base_waits = (
             None if first.thread_wait_ns is None else array("Q", [ns // WAIT_STEP_NS for ns in first.thread_wait_ns])
@@ -93,6 +104,7 @@ class Segment:
             thread_figures=None,
             machine=None,
             tree=None,
+            gauges=(),
         )
         self.scalars = array("q")
         self.deltas: list[ThreadDeltas] = []
@@ -101,8 +113,14 @@ class Segment:
         self.child_numbers: dict[int, array[int]] = {}
         """`CHILD_NUMBERS` integers per child, by position of the snapshot; a snapshot without a tree has none."""
         self._child_indexes: dict[ChildIdentity, int] = {}
+        self.gauge_names = tuple(name for name, _ in first.gauges) if gauge_names is None else gauge_names
+        self.gauge_values: dict[int, array[float]] = {}
+        """
+        Values of `gauge_names` by position of the snapshot, NaN for one that has none; a snapshot without gauges has no
+        entry.
+        """
         counters = 1 if self.base_waits is None else 2
-        self.size_bytes = SEGMENT_BYTES + 8 * counters * len(self.base_cpu_ns)
+        self.size_bytes = SEGMENT_BYTES + 8 * counters * len(self.base_cpu_ns) + GAUGE_BYTES * len(self.gauge_names)
 
     def __len__(self) -> int:
         """Return the number of snapshots."""
@@ -119,17 +137,29 @@ class Segment:
             and snapshot.source == first.source
             and snapshot.cpu_count == first.cpu_count
             and (snapshot.thread_wait_ns is None) == (self.base_waits is None)
+            and all(name in self.gauge_names for name, _ in snapshot.gauges)
         )
 
     def append(self, snapshot: Snapshot, before: Snapshot | None) -> None:
         """Add a snapshot that it `accepts`, taken after `before`, which is not needed for the first one."""
         deltas = NO_DELTAS if before is None or not self.deltas else _thread_deltas(before, snapshot)
         numbers = None if snapshot.tree is None else self._numbers(snapshot.tree.children)
-        self.add(scalars_of(snapshot), deltas, numbers)
+        values = dict(snapshot.gauges)
+        gauges = array("d", [values.get(name, NAN) for name in self.gauge_names]) if values else None
+        self.add(scalars_of(snapshot), deltas, numbers, gauges)
 
-    def add(self, scalars: Sequence[int], deltas: ThreadDeltas, child_numbers: "array[int] | None" = None) -> None:
+    def add(
+        self,
+        scalars: Sequence[int],
+        deltas: ThreadDeltas,
+        child_numbers: "array[int] | None" = None,
+        gauges: "array[float] | None" = None,
+    ) -> None:
         """Add a snapshot as it was stored."""
         self.scalars.extend(scalars)
+        if gauges:
+            self.gauge_values[len(self)] = gauges
+            self.size_bytes += 100 + getsizeof(gauges)
         if child_numbers:
             self.child_numbers[len(self)] = child_numbers
             self.size_bytes += 100 + getsizeof(child_numbers)
@@ -180,6 +210,13 @@ class Segment:
             )
         return tuple(found)
 
+    def gauges_at(self, position: int) -> tuple[tuple[str, float], ...]:
+        """Return the gauges at one snapshot, by ascending name."""
+        values = self.gauge_values.get(position)
+        if values is None:
+            return ()
+        return tuple(sorted(each for each in zip(self.gauge_names, values, strict=True) if not isnan(each[1])))
+
     def snapshot(self, position: int) -> Snapshot:
         """Return one snapshot as it was, but for what is not recorded: state, warnings, and most figures."""
         waits = self.thread_waits(position)
@@ -188,6 +225,7 @@ class Segment:
             **snapshot_fields(self.scalars_at(position), self.children_at(position)),
             thread_cpu_ns=self.thread_cpu_ns(position),
             thread_wait_ns=None if waits is None else [steps * WAIT_STEP_NS for steps in waits],
+            gauges=self.gauges_at(position),
             state=None,
             warnings=(),
         )

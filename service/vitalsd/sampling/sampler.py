@@ -7,11 +7,12 @@ read that hangs in the kernel delays no other target; the callers of that target
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from vitalsd.admission import OWNER, Peer
+from vitalsd.recording.hang_causes import HangCause
 from vitalsd.recording.hangs import HeartbeatStatus
 from vitalsd.recording.recorder import NoRecorder, Recorder, RecorderConfig
 from vitalsd.sampling.target_reader import SNAPSHOT_REUSE_NS, TargetReader
@@ -108,6 +109,16 @@ class Sampler:
     def heartbeats(self) -> Sequence[HeartbeatStatus]:
         """The heartbeats that the target has opened."""
         return () if self._reader.signals is None else self._reader.signals.statuses
+
+    @property
+    def gauges(self) -> Mapping[str, float]:
+        """The gauges that the target has set, as they are now."""
+        return {} if self._reader.signals is None else self._reader.signals.gauges
+
+    @property
+    def hang_counts(self) -> Mapping[tuple[str, HangCause], int]:
+        """Number of hangs of the target by heartbeat and cause, see `SignalsReader.hang_counts`."""
+        return {} if self._reader.signals is None else self._reader.signals.hang_counts
 
     @property
     def snapshots_taken(self) -> int:

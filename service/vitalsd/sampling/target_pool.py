@@ -2,13 +2,14 @@
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from vitalsd.admission import OWNER, BusyError, Peer, Shares
 from vitalsd.contract.limits import OTHER_PROCESSES, STREAM_QUEUE
+from vitalsd.recording.hang_causes import HangCause
 from vitalsd.recording.hangs import HeartbeatStatus
 from vitalsd.recording.recorder import TargetRecorder
 from vitalsd.sampling.sampler import Sampler
@@ -45,6 +46,16 @@ class PooledTarget(Protocol):
     @property
     def heartbeats(self) -> Sequence[HeartbeatStatus]:
         """The heartbeats that the target has opened; a replay has none."""
+        ...
+
+    @property
+    def gauges(self) -> Mapping[str, float]:
+        """The gauges that the target has set, as they are now; a replay has none."""
+        ...
+
+    @property
+    def hang_counts(self) -> Mapping[tuple[str, HangCause], int]:
+        """Number of hangs of the target by heartbeat and cause; a replay has none."""
         ...
 
     @property

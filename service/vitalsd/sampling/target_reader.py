@@ -48,7 +48,7 @@ class TargetReader:
         """Identity of the target; ``None``: it has not been opened."""
         self.recorder: Recorder | None = None
         self.signals: SignalsReader | None = None
-        """What looks at the heartbeats of the target; ``None``: it is not recorded, or has no page."""
+        """What looks at the heartbeats and gauges of the target; ``None``: it is not recorded, or has no page."""
         self.snapshots_taken = 0
 
     @property
@@ -158,7 +158,10 @@ class TargetReader:
             if self.signals is not None and not continues:
                 self.signals.close()
             return continues
-        self.recorder.observe(snapshot)
-        if self.signals is not None:
-            self.signals.look()
+        gauges: tuple[tuple[str, float], ...] = ()
+        try:
+            if self.signals is not None:
+                gauges = self.signals.look()
+        finally:  # whatever fails there, the snapshot is recorded
+            self.recorder.observe(replace(snapshot, gauges=gauges) if gauges else snapshot)
         return True

@@ -287,6 +287,8 @@ class Snapshot:
     thread_figures: ThreadFigures | None = None
     machine: MachineFigures | None = None
     tree: ProcessTree | None = None
+    gauges: tuple[tuple[str, float], ...] = ()
+    """Names and values of the gauges that the application has set, by ascending name; in snapshots of a record only."""
     warnings: tuple[str, ...] = ()
 
     @property

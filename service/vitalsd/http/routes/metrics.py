@@ -15,6 +15,7 @@ from vitalsd.admission import BusyError, Peer, Shares
 from vitalsd.contract.encoding import Detail, Labels, encode, unavailable
 from vitalsd.contract.limits import STREAMS, WINDOW_MS
 from vitalsd.contract.shapes import Lazy
+from vitalsd.exporters.counters import NO_SIGNALS, SignalsReading
 from vitalsd.exporters.prometheus import Form, Scrape, content_type_of, expose
 from vitalsd.http.accept import JSON_OFFER, Offer, choose
 from vitalsd.http.access.peer import peer_of
@@ -210,13 +211,14 @@ class _Metrics:
         return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
     async def _scrape(self, pid: int | None, peer: Peer) -> Scrape:
-        read, snapshots, recorder = None, 0, None
+        read, snapshots, recorder, signals = None, 0, None, NO_SIGNALS
         with suppress(SourceError):
             async with self._targets.target(pid, peer) as target:
                 snapshots, recorder = target.snapshots_taken, None if target.replay else target.recorder.info()
                 identity, snapshot = await target.identity(), await target.snapshot()
                 read = identity, snapshot if peer.is_owner else snapshot.public()
-        return Scrape(read, self._context.thread_metrics, snapshots, recorder, private=peer.is_owner)
+                signals = SignalsReading.of(target)
+        return Scrape(read, self._context.thread_metrics, snapshots, recorder, private=peer.is_owner, signals=signals)
 
     def _private(self, query: MetricsQuery) -> Response | None:
         """Return a refusal if `query` requests more than ps(1) and top(1) show to another user."""

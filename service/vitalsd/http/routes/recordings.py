@@ -90,6 +90,7 @@ HISTORY_EXAMPLE = {
     "application": None,
     "threads": [{"tid": 2375, "name": "render", "cpu_percent": [17.4, 17.6], "wait_percent": [0.3, 30.8]}],
     "children": [],
+    "gauges": [{"name": "fps", "value": [60.0, 58.5]}],
     "marks": [{"time_ms": 1772357405250, "label": "F12 pressed"}],
     "events": [{"time_ms": 1772357405121, "kind": "missed", "detail": "2 snapshots are missing before this one"}],
 }
@@ -99,9 +100,10 @@ CSV_EXAMPLE = (
     "machine_other_percent,machine_load_1m,machine_memory_available_kb,machine_swap_used_kb,"
     "machine_cpu_pressure_percent,machine_memory_pressure_percent,machine_io_pressure_percent,machine_memory_pressure,"
     "machine_quota_throttled_percent,machine_thermal_state,application_cpu_percent,application_rss_kb,"
-    "application_process_count,application_complete,2375 render cpu_percent,2375 render wait_percent,marks,events\n"
+    "application_process_count,application_complete,2375 render cpu_percent,2375 render wait_percent,gauge fps,"
+    "marks,events\n"
     "2026-03-01T09:30:05.121Z,1001.1,25.6,9924,234256,2,31.2,0.0,6148,,0,12,3,,,,host,398.1,372.5,2.34,8124992,0,61.3,"
-    "0.0,0.2,,0.0,nominal,,,,,17.6,30.8,mark: F12 pressed,\n"
+    "0.0,0.2,,0.0,nominal,,,,,17.6,30.8,58.5,mark: F12 pressed,\n"
 )
 RUN_EXAMPLE = {
     "id": "2345-142313-9bfa3fdd-2300",
