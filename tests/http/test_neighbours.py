@@ -31,7 +31,7 @@ OTHER = 65501
 VISIBLE = ["/metrics?window_ms=10", "/metrics?window_ms=10&sort=cpu&limit=1", "/healthz", "/", "/docs"]
 HIDDEN = [
     *("/metrics?window_ms=10&detail=full", "/stream", "/processes", "/info", "/history"),
-    *("/marks", "/runs", "/runs/{run}/history", "/report.zip", "/report.zip?run={run}", "/openapi.json"),
+    *("/heartbeats", "/marks", "/runs", "/runs/{run}/history", "/report.zip", "/report.zip?run={run}", "/openapi.json"),
 ]
 WRITES = ["/marks", "/report.zip", "/runs/{run}/reported"]
 MEMBERS = {"runtime-metrics.json", "runtime-history.json", "marks.json", "previous-run.json"}
@@ -153,6 +153,18 @@ def test_another_user_over_tcp_sees_what_ps_and_top_show_and_changes_nothing(
     assert json.loads(send(sidecar["socket"], "GET", "/marks").body) == []
     [crashed] = [each for each in runs(sidecar) if each["state"] == "crashed"]
     assert not crashed["reported"]
+
+
+def test_another_user_posts_no_beat_and_no_gauge(sidecar: dict[str, Any], tries: Neighbour) -> None:
+    """Over TCP it is refused, and the page of shared memory opens for the owner alone."""
+    for path, body in (("/heartbeats/ui", "{}"), ("/gauges", '{"fps":58}')):
+        content = request(sidecar, path, "POST", "Connection: close\r\n", body)
+        status, answer = status_and_body(tries(dial=sidecar["url"], send=content))
+        assert (status, json.loads(answer)["reason"]) == (403, "another_user")
+        assert send(sidecar["url"], "POST", path, json.loads(body)).status == 204
+    eventually(lambda: len(json.loads(send(sidecar["socket"], "GET", "/heartbeats").body)) == 1, 15)
+    page = json.loads(Path(sidecar["runtime_file"]).read_text(encoding="utf-8"))["signals"]["path"]
+    assert tries(read=page) == "PermissionError"
 
 
 def test_trailing_window_of_another_user_is_the_coming_window(sidecar: dict[str, Any], tries: Neighbour) -> None:

@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from support import as_platform
+from support.beating import BeatingClient
 from support.browser import Browser
 from support.serving import Serving
 from support.sidecars import environment, eventually, serving
 from support.target import Target
+from vitalsd.recording.history_columns import HistoryJson
 
 LIVE = "document.querySelector('#status').textContent === 'live'"
 NAMES = "[...document.querySelectorAll('#rows bdi')].map((each) => each.textContent)"
@@ -484,6 +487,107 @@ def test_page_names_recorded_children_as_text(page: Browser, burner: Target, tmp
         page.click("#reasons summary")
         page.eventually("document.querySelector('#no-family').textContent === 'This record does not name them.'")
         assert "2 processes" in page.run("document.querySelector('#family-title').textContent")
+
+
+BEATS = "[...document.querySelectorAll('#heartbeats li')].map((each) => each.textContent)"
+NOTES = "[...document.querySelectorAll('#notes li')].map((each) => each.lastChild.textContent)"
+READING = "document.querySelector('#reading').innerText"
+HIDDEN = "[document.querySelector('#beats').hidden, document.querySelector('#gauges').hidden]"
+
+
+@pytest.fixture(scope="module")
+def beating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BeatingClient]:
+    """A client with a heartbeat."""
+    with BeatingClient(tmp_path_factory.mktemp("beating")) as client:
+        client.beating()
+        yield client
+
+
+def test_page_without_heartbeats_and_gauges_shows_neither(page: Browser, served: Serving) -> None:
+    """There is no section for them, and the page asks for heartbeats only now and then."""
+    shown(page, served.url)
+    page.listen(4)
+    assert page.run(HIDDEN) == [True, True]
+    assert len([url for url in page.requested if url.endswith("/heartbeats")]) <= 2
+
+
+def test_page_shows_a_silent_heartbeat_and_its_hang(page: Browser, beating: BeatingClient) -> None:
+    """While it lasts and afterwards: state, a span that keys can read, an event; fitting and legible at each width."""
+    shown(page, beating.url)
+    page.eventually(BEATS, lambda beats: beats == ["ui beating"])
+    assert not page.run(HIDDEN)[0]
+    beating.tell("block 12000")
+    page.eventually(BEATS, lambda beats: re.fullmatch(r"ui silent for \d+\.\d s: blocked, futex", beats[0]))
+    going = r"ui silent for \d+\.\d s so far: blocked, futex"
+    page.eventually(NOTES, lambda notes: re.fullmatch(going, notes[0]))
+    page.run("document.querySelector('#plots').focus()")
+    page.press("ArrowLeft")
+    page.eventually(READING, lambda text: re.search(going, text))
+    for dark in (False, True):
+        page.emulate(dark=dark)
+        for width in (360, 1280):
+            page.resize(width, 900)
+            page.listen(0.2)
+            assert page.run(OVERFLOW) == 0, width
+            assert page.run(CONTRAST) == [], width
+    assert page.run(BEATS)[0].startswith("ui silent")
+    assert beating.read() == "block 12000"
+    page.eventually(BEATS, lambda beats: beats == ["ui beating"])
+    over = r"ui silent for 1\d\.\d s: blocked, futex"
+    page.eventually(NOTES, lambda notes: re.fullmatch(over, notes[0]))
+    assert page.run(f"{NOTES}.length") == 1
+    page.press("Escape")
+    page.run("document.querySelector('#plots').focus()")
+    page.press("ArrowLeft")
+    while not re.search(over, page.run(READING)):  # back from the newest sample to the last one of the hang
+        page.press("ArrowLeft")
+        page.listen(0)
+    beating.tell("pause 4000")
+    page.eventually(BEATS, lambda beats: beats == ["ui paused"])
+    assert beating.read() == "pause 4000"
+
+
+def test_page_replays_a_hang_as_text_and_asks_for_no_heartbeats(
+    page: Browser, beating: BeatingClient, tmp_path: Path
+) -> None:
+    """A report made during a hang says that the record ended with it; what is in its cause is text."""
+    beating.tell("block 4000")
+    beating.silent()
+    table = httpx.get(f"{beating.url}/history", trust_env=False, timeout=30).json()
+    assert beating.read() == "block 4000"
+    (going,) = [event for event in table["events"] if event.get("ongoing")]
+    going["detail"] = "<b>\u202efutex"
+    file = tmp_path / "runtime-history.json"
+    file.write_text(json.dumps(table), encoding="utf-8")
+    with Serving(tmp_path, str(file), command="replay") as replay:
+        page.open(f"{replay.url}/")
+        page.eventually("document.querySelector('#status').textContent === 'replay'")
+        expected = r"ui silent for \d\.\d s until the record ended: blocked, <b>\\u\{202e\}futex"
+        page.eventually(NOTES, lambda notes: notes and re.fullmatch(expected, notes[0]))
+        page.listen(2)
+        assert page.run(HIDDEN) == [True, True]
+        assert not [url for url in page.requested if url.endswith("/heartbeats")]
+
+
+@pytest.mark.skipif("gauges" not in HistoryJson.__annotations__, reason="the history has no gauges")
+def test_page_shows_gauges_beside_the_threads(page: Browser, beating: BeatingClient) -> None:
+    """A chart with a name and the last value for each, which goes on; fitting at each width."""
+    for name, value in (("fps", 58.25), ("queue.length", 12e6)):
+        beating.ask(f"gauge {name} {value}")
+    shown(page, beating.url)
+    gauges = (
+        "[...document.querySelectorAll('#gauge-cards h3')].map((each) => [...each.children].map((c) => c.textContent))"
+    )
+    page.eventually(gauges, lambda found: found == [["fps", "58.25"], ["queue.length", "1.20e+7"]])
+    beating.ask("gauge fps -3")
+    page.eventually(gauges, lambda found: found[0] == ["fps", "-3"])
+    nameless = "[...document.querySelectorAll('#gauges canvas')].filter((each) => !each.ariaLabel).length"
+    assert page.run(nameless) == 0
+    for width in (360, 1280):
+        page.resize(width, 900)
+        page.listen(0.2)
+        assert page.run(OVERFLOW) == 0, width
+        assert page.run(CONTRAST) == [], width
 
 
 def test_page_renders_hostile_thread_names_as_text(page: Browser, served: Serving, burner: Target) -> None:

@@ -184,7 +184,7 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def eventually(self, script: str, accept: Callable[[Any], bool] = bool, seconds: float = 15) -> Any:
+    def eventually(self, script: str, accept: Callable[[Any], object] = bool, seconds: float = 15) -> Any:
         """Return the first value of `script` that `accept` accepts; an assertion fails if none comes in time."""
         deadline = time.monotonic() + seconds
         while not accept(value := self.run(script)):

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from rich.cells import cell_len
 
+from support.beating import BeatingClient
 from support.serving import Serving
 from support.sidecars import ask, environment, eventually, serving
 from support.snapshots import FIGURES, IDENTITY, SECOND, roster, snapshot, with_extras
@@ -31,7 +32,7 @@ from vitalsd.cli import main
 from vitalsd.contract.encoding import encode
 from vitalsd.contract.metrics import FullMetrics, Measured, ProcessMetrics, ThreadMetrics, parse_runtime_metrics
 from vitalsd.snapshot import measure
-from vitalsd.top.events import Ended, InitialHistory, Interrupted, Note, Sample, TargetInfo
+from vitalsd.top.events import Ended, HangNote, Hangs, InitialHistory, Interrupted, Note, Sample, TargetInfo
 from vitalsd.top.render import ASCII, BLOCKS, Renderer
 from vitalsd.top.terminal import keys
 from vitalsd.top.view_state import View
@@ -697,6 +698,85 @@ def test_render_of_full_answer_of_any_size_fills_it_exactly(known: bool) -> None
                 assert max(cell_len(line.plain) for line in lines) <= width, (width, height)
                 assert all(line.plain.isprintable() for line in lines)
                 assert glyphs is BLOCKS or all(line.plain.isascii() for line in lines)
+
+
+def hang(at_ms: int, ms: int, *, heartbeat: str = "ui", cause: str = "blocked", ongoing: bool = False) -> HangNote:
+    return HangNote(at_ms, heartbeat, ms, cause, "futex" if cause == "blocked" else "", ongoing)
+
+
+def test_render_of_a_silent_heartbeat_names_it_in_the_header() -> None:
+    """Which one, how long, why; over, the header has the longest of the last 5 min; later, nothing."""
+    view = full_picture()
+
+    def header(*hangs: HangNote) -> str:
+        view.apply(Hangs(hangs))
+        return plain(view)[1]
+
+    table = [line for line in plain(view) if "TID" in line]
+    assert header(hang(1000, 4230, ongoing=True)) == " ui silent for 4.2 s: blocked, futex"
+    two = header(hang(1000, 4230, ongoing=True), hang(2000, 5230, heartbeat="net", cause="busy", ongoing=True))
+    assert two == " net silent for 5.2 s: busy; ui silent for 4.2 s: blocked, futex"
+    assert header(hang(1000, 6230)) == " 2 hangs in the last 5 min, the longest: ui 6.2 s, blocked"
+    view.hangs.clear()
+    assert header(hang(1000, 6230, cause="interpreter_lock")) == " 1 hang in the last 5 min: ui 6.2 s, interpreter lock"
+    view.apply(Sample(1000 + 6230 + 300_001, view.metrics, b""))  # type: ignore[arg-type]
+    assert plain(view)[1].startswith(" CPU")
+    assert [line for line in plain(view) if "TID" in line] == table
+
+
+def test_top_whose_samples_come_from_another_source_shows_no_silence_of_the_sidecar() -> None:
+    """A hang that no sidecar reports any more does not last."""
+    view = full_picture()
+    view.apply(Hangs((hang(1000, 2000, ongoing=True),)))
+    view.apply(TargetInfo(1, "app", "1-2-3", "sampled directly"))
+    assert plain(view)[1] == " 1 hang in the last 5 min: ui 2.0 s, blocked"
+    view.apply(TargetInfo(2, "app", "2-3-4", "sampled directly"))
+    assert view.hang_line() == ""
+
+
+def test_render_of_hostile_hang_is_printable_at_any_size() -> None:
+    """Heartbeat, cause and detail of an untrusted answer are text."""
+    view = full_picture()
+    view.apply(Hangs((HangNote(0, HOSTILE, 10**15, HOSTILE, HOSTILE, ongoing=True),)))
+    for glyphs in (BLOCKS, ASCII):
+        for width in (1, 7, 40, 80, 200):
+            for height in (1, 5, 6, 7, 15, 24):
+                lines = Renderer(view, width, glyphs).lines(height)
+                assert len(lines) == height
+                assert max(cell_len(line.plain) for line in lines) <= width
+                assert all(line.plain.isprintable() for line in lines)
+
+
+def test_top_shows_a_hang_while_it_lasts_afterwards_and_in_replay(tmp_path: Path, short_path: Path) -> None:
+    """The header names the silent heartbeat, then the hang; lines and JSON note it; a replay of a report has it."""
+    env = environment(short_path)
+    with BeatingClient(short_path) as client:
+        client.beating()
+        with top("--pid", str(client.pid), directory=short_path) as view:
+            view.until(lambda text: "python" in text)
+            assert "silent" not in view.text
+            client.tell("block 5000")
+            view.until(lambda text: re.search(r"^ ui silent for \d\.\d s: blocked, futex$", text, re.MULTILINE))
+            during = tmp_path / "during.zip"
+            during.write_bytes(httpx.get(f"{client.url}/report.zip?window_ms=100", trust_env=False, timeout=30).content)
+            assert client.read() == "block 5000"
+            text = view.until(lambda text: "1 hang in the last 5 min: ui " in text)
+            view.until(lambda text: re.search(r"hang: ui silent for \d\.\d s: blocked, futex", text))
+            assert len(text.splitlines()) <= 24
+            view.press("q")
+            assert view.end() == 0
+        for options in ([], ["--json"]):
+            command = [*VITALSD, "top", "--interval", "0.5", "--count", "2", "--pid", str(client.pid), *options]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+            assert re.search(r"hang: ui silent for \d\.\d s: blocked, futex", done.stderr)
+            assert "silent" not in done.stdout
+    with (
+        Serving(tmp_path, str(during), command="replay") as replay,
+        top("--url", replay.url, directory=tmp_path) as view,
+    ):
+        view.until(lambda text: re.search(r"^ ui silent for \d\.\d s: blocked, futex$", text, re.MULTILINE))
+        view.press("q")
+        assert view.end() == 0
 
 
 def test_top_after_a_long_pause_shows_what_arrived() -> None:

@@ -282,12 +282,14 @@ class Signals:
 
     Args:
         owner: returns the pid of this process and, in the lower half, the id of the calling thread; 0: unknown.
+        needs_slot: raise `SignalsFullError` if other clients have taken all places of the page, instead of a log line.
     """
 
-    def __init__(self, owner: Callable[[], int] = this_thread) -> None:
+    def __init__(self, owner: Callable[[], int] = this_thread, *, needs_slot: bool = False) -> None:
         self.start_key = 0
         """`Identity.start_key` of this process; 0: unknown."""
         self.owner = owner
+        self._needs_slot = needs_slot
         self._heartbeats: dict[str, Heartbeat] = {}
         self._gauges: dict[str, Gauge] = {}
         self._page: MappedPage | None = None
@@ -322,8 +324,9 @@ class Signals:
                 return heartbeat
             if len(self._heartbeats) >= HEARTBEATS:
                 raise SignalsFullError(f"there are {HEARTBEATS} heartbeats already; close one of them first")
-            heartbeat = self._heartbeats[name] = Heartbeat(self, name, limit_s)
+            heartbeat = Heartbeat(self, name, limit_s)
             self._place(heartbeat)
+            self._heartbeats[name] = heartbeat
             return heartbeat
 
     def gauge(self, name: str) -> Gauge:
@@ -339,8 +342,9 @@ class Signals:
             if gauge is None:
                 if len(self._gauges) >= GAUGES:
                     raise SignalsFullError(f"there are {GAUGES} gauges already; close one of them first")
-                gauge = self._gauges[name] = Gauge(self, name)
+                gauge = Gauge(self, name)
                 self._place(gauge)
+                self._gauges[name] = gauge
             return gauge
 
     def connect(self, reference: Mapping[str, str]) -> None:
@@ -357,7 +361,8 @@ class Signals:
             page = MappedPage(reference)
         except PageError as error:
             self._problem = str(error)
-            self._log_problem()
+            if self._heartbeats or self._gauges:
+                self._log_problem()
             return
         with self._lock:
             self._page, self._problem = page, ""
@@ -384,13 +389,13 @@ class Signals:
                 del owners[each.name]
 
     def _log_problem(self) -> None:
-        """Log once why nothing is signalled, if there is something to signal."""
-        if self._problem and (self._heartbeats or self._gauges):
+        """Log once why nothing is signalled."""
+        if self._problem:
             log.warning("heartbeats and gauges are not recorded: %s", self._problem)
             self._problem = ""
 
     def _place(self, each: Heartbeat | Gauge) -> None:
-        """Move a heartbeat or gauge into the page. If the page is full, it stays in memory, and a line is logged."""
+        """Move a heartbeat or gauge into the page. If the page is full, it stays in memory; see `needs_slot`."""
         page = self._page
         if page is None:
             self._log_problem()
@@ -399,6 +404,11 @@ class Signals:
             at = page.free_slot(gauge=isinstance(each, Gauge))
             if at is not None:
                 each.move(page.words, at)
+        if at is None and self._needs_slot:
+            kind = "gauges" if isinstance(each, Gauge) else "heartbeats"
+            raise SignalsFullError(
+                f"the clients of this sidecar have as many {kind} as it takes; close one of them first"
+            )
         if at is None:
             log.warning("%r is not signalled: the page of the sidecar has no free slot", each.name)
 
@@ -422,7 +432,7 @@ class PostedSignals:
     """
 
     def __init__(self, reference: Mapping[str, str]) -> None:
-        self._signals = Signals(owner=lambda: 0)
+        self._signals = Signals(owner=lambda: 0, needs_slot=True)
         self._signals.connect(reference)
 
     def beat(self, name: str, state: Literal["beat", "pause", "close"], limit_s: float) -> None:

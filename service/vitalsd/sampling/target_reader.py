@@ -155,8 +155,8 @@ class TargetReader:
             snapshot = last if last is not None else self.take(parts, names=False)
         except SourceError as error:
             continues = self.recorder.failed(error)
-            if self.signals is not None and not continues:
-                self.signals.close()
+            if self.signals is not None:
+                self.signals.look() if continues else self.signals.close()
             return continues
         gauges: tuple[tuple[str, float], ...] = ()
         try:

@@ -16,7 +16,7 @@ from vitalsd.recording.recorder import Recorder, RecorderConfig
 from vitalsd.snapshot import Part, measure
 from vitalsd.sources.base import Source, SourceError, TargetGoneError
 from vitalsd.text import one_line
-from vitalsd.top.events import FeedEvent, InitialHistory, Note, Sample, TargetInfo
+from vitalsd.top.events import FeedEvent, HangNote, Hangs, InitialHistory, Note, Sample, TargetInfo
 from vitalsd_client.locate import RunningSidecar
 
 __all__ = ["DirectBackend", "Pause", "SidecarBackend"]
@@ -165,6 +165,7 @@ class SidecarBackend:
             yield self._target_info(table["target"])
             yield _past(table)
             yield from self._notes(table)
+            yield _hangs(table)
             if self.final:
                 yield from self._last_window(table)
             if ended:
@@ -210,14 +211,21 @@ class SidecarBackend:
         if any(note.kind == "executed" for note in notes):
             yield self._target_info(table["target"])
         yield from notes
+        yield _hangs(table)
 
     def _target_info(self, target: dict[str, Any]) -> TargetInfo:
         return TargetInfo(int(target["pid"]), str(target["name"]), str(target["start_id"]), self._via)
 
     def _notes(self, table: dict[str, Any]) -> list[Note]:
+        """Return the new marks and events; a hang when it is over, or at the end of a replayed recording."""
         return self._seen_notes.fresh(
             [Note(_wall_ms(mark), "mark", str(mark["label"])) for mark in table["marks"]]
-            + [Note(_wall_ms(event), str(event["kind"]), str(event["detail"])) for event in table["events"]]
+            + [
+                Note(_wall_ms(event), str(event["kind"]), str(event["detail"]))
+                for event in table["events"]
+                if event["kind"] != "hang"
+            ]
+            + [Note(hang.wall_ms, "hang", hang.text) for hang in _hangs(table).hangs if self.final or not hang.ongoing]
         )
 
     def _json(self, path: str, query: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -260,6 +268,23 @@ def _wall_ms(note: dict[str, Any]) -> int:
     if not 0 <= wall_ms <= LATEST_MS:
         raise ValueError(f"a time of {wall_ms}")
     return wall_ms
+
+
+def _hangs(table: dict[str, Any]) -> Hangs:
+    return Hangs(
+        tuple(
+            HangNote(
+                wall_ms=_wall_ms(event),
+                heartbeat=str(event["heartbeat"]),
+                duration_ms=max(0, min(int(event["duration_ms"]), LATEST_MS)),
+                cause=str(event["cause"]),
+                detail=str(event["detail"]),
+                ongoing=bool(event["ongoing"]),
+            )
+            for event in table["events"]
+            if event["kind"] == "hang"
+        )
+    )
 
 
 def _whole(recorder: dict[str, Any]) -> dict[str, int]:

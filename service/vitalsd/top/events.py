@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vitalsd.contract.metrics import FullMetrics, Measured
 
-__all__ = ["Ended", "FeedEvent", "InitialHistory", "Interrupted", "Note", "Sample", "TargetInfo"]
+__all__ = ["Ended", "FeedEvent", "HangNote", "Hangs", "InitialHistory", "Interrupted", "Note", "Sample", "TargetInfo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,46 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class HangNote:
+    """Hold a hang of the recording as far as it is known: one that is ongoing becomes longer."""
+
+    wall_ms: int
+    """Its start, Unix time in ms."""
+    heartbeat: str
+    duration_ms: int
+    cause: str
+    detail: str
+    ongoing: bool
+
+    @property
+    def end_ms(self) -> int:
+        """Its end, or the last time at which it was seen, Unix time in ms."""
+        return self.wall_ms + self.duration_ms
+
+    @property
+    def length(self) -> str:
+        """The duration in words."""
+        return f"{self.duration_ms / 1000:.1f} s"
+
+    @property
+    def reason(self) -> str:
+        """The cause in words."""
+        return self.cause.replace("_", " ")
+
+    @property
+    def text(self) -> str:
+        """Heartbeat, length, cause and detail in words."""
+        return f"{self.heartbeat} silent for {self.length}: {', '.join(filter(None, [self.reason, self.detail]))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Hangs:
+    """Hold the latest hangs, and all that are ongoing now."""
+
+    hangs: tuple[HangNote, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Interrupted:
     """Report that there are no numbers at present."""
 
@@ -59,4 +99,4 @@ class Ended:
     reason: str
 
 
-FeedEvent = TargetInfo | InitialHistory | Sample | Note | Interrupted | Ended
+FeedEvent = TargetInfo | InitialHistory | Sample | Note | Hangs | Interrupted | Ended

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from vitalsd.text import printable
-from vitalsd.top.events import Ended, Interrupted, Note, Sample
+from vitalsd.top.events import Ended, Hangs, Interrupted, Note, Sample
 from vitalsd.top.feed import Feed
 
 __all__ = ["lines"]
@@ -36,6 +36,7 @@ def lines(
         SourceError, NoSidecarError, ExchangeError: there is no target at the start.
     """
     count_written, last = 0, ""
+    lasting = set[tuple[int, str]]()
     for event in feed.events():
         match event:
             case Sample():
@@ -50,6 +51,11 @@ def lines(
                     break
             case Note():
                 note(f"{_clock(event.wall_ms)} {event.kind}: {event.text}")
+            case Hangs():  # one that is over is a note
+                now = {(hang.wall_ms, hang.heartbeat): hang for hang in event.hangs if hang.ongoing}
+                for key in now.keys() - lasting:
+                    note(f"{_clock(now[key].wall_ms)} hang, ongoing: {now[key].text}")
+                lasting = set(now)
             case Interrupted() | Ended() if event.reason != last:
                 last = event.reason
                 note(last)

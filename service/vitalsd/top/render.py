@@ -86,6 +86,9 @@ class Renderer:
         head = [self._title()]
         if (banner := view.ended or view.trouble) is not None:
             head.append(Text(f" {self._name(banner)} ", style="bold reverse" if view.ended else "reverse"))
+        if height >= 6 and (hang := view.hang_line()):
+            lasts = any(each.ongoing for each in view.hangs.values())
+            head.append(Text(f" {self._name(hang)}", style="bold red" if lasts else "yellow"))
         if view.metrics is None:
             return [*head, Text("" if banner else " measuring ...", style="dim")][:height]
         if height >= 6:

@@ -2,18 +2,20 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vitalsd.contract.limits import LABEL_CHARACTERS
 from vitalsd.contract.metrics import FullMetrics, FullThread, Measured, ThreadMetrics
 from vitalsd.text import printable
-from vitalsd.top.events import Ended, FeedEvent, InitialHistory, Interrupted, Note, Sample, TargetInfo
+from vitalsd.top.events import Ended, FeedEvent, HangNote, Hangs, InitialHistory, Interrupted, Note, Sample, TargetInfo
 
 __all__ = ["SortKey", "View", "wait_percent"]
 
 TREND = 240
 """Samples to keep for the sparklines; no terminal is much wider."""
+RECENT_MS = 300_000
+"""Age up to which the header names a hang that is over, ms."""
 BACKLOG = 3600
 """Events to keep during a pause: an hour with one event each second."""
 
@@ -30,6 +32,10 @@ class View:
     rss_kb: deque[float] = field(default_factory=lambda: deque(maxlen=TREND))
     trends: dict[int, deque[float]] = field(default_factory=dict)
     notes: deque[Note] = field(default_factory=lambda: deque(maxlen=100))
+    hangs: dict[tuple[int, str], HangNote] = field(default_factory=dict)
+    """The hangs that last, and those of the last `RECENT_MS`, by start and heartbeat."""
+    now_ms: int = 0
+    """Time of the last sample, Unix time in ms."""
     trouble: str | None = None
     ended: str | None = None
 
@@ -66,11 +72,15 @@ class View:
                 if self.target is not None and event.start_id != self.target.start_id:
                     self._reset()
                 self.target, self.trouble, self.ended = event, None, None
+                self._hangs(Hangs(()))  # another source of samples may know of none
             case InitialHistory():
                 self._remember(event)
             case Sample():
                 self.trouble = self.ended = None
+                self.now_ms = event.wall_ms
                 self._sample(event.metrics)
+            case Hangs():
+                self._hangs(event)
             case Note():
                 if event not in self.notes:
                     self.notes.append(event)
@@ -84,7 +94,31 @@ class View:
         self.cpu.clear()
         self.rss_kb.clear()
         self.trends.clear()
+        self.hangs.clear()
         self.metrics = None
+
+    def _hangs(self, event: Hangs) -> None:
+        """Take the hangs of a recording; what lasted and is not among them is over."""
+        known = {key: replace(hang, ongoing=False) for key, hang in self.hangs.items()}
+        known |= {(hang.wall_ms, hang.heartbeat): hang for hang in event.hangs}
+        self.hangs = {key: hang for key, hang in known.items() if hang.ongoing or self._is_recent(hang)}
+
+    def _is_recent(self, hang: HangNote) -> bool:
+        return hang.end_ms >= self.now_ms - RECENT_MS
+
+    def hang_line(self) -> str:
+        """Return which heartbeat is silent, or which hang there was recently; empty: none."""
+        lasting = [hang for hang in self.hangs.values() if hang.ongoing]
+        if lasting:
+            return "; ".join(hang.text for hang in sorted(lasting, key=lambda hang: -hang.duration_ms))
+        recent = [hang for hang in self.hangs.values() if self._is_recent(hang)]
+        if not recent:
+            return ""
+        worst = max(recent, key=lambda hang: hang.duration_ms)
+        count = (
+            "1 hang in the last 5 min" if len(recent) == 1 else f"{len(recent)} hangs in the last 5 min, the longest"
+        )
+        return f"{count}: {worst.heartbeat} {worst.length}, {worst.reason}"
 
     def _sample(self, metrics: Measured | FullMetrics) -> None:
         self.metrics = metrics

@@ -17,7 +17,7 @@ from vitalsd.http.operation import CommandExample, Operation, OperationRoute
 __all__ = ["page_routes", "policy"]
 
 
-SCRIPTS = ("series.js", "source.js", "charts.js", "table.js", "reasons.js", "page.js")
+SCRIPTS = ("series.js", "source.js", "charts.js", "table.js", "reasons.js", "signals.js", "page.js")
 SCRIPT = """"use strict";
 // Names of threads come from the program that is measured: they only ever reach textContent or fillText, and the
 // policy of this page (Trusted Types, none allowed) would refuse anything else.

@@ -85,18 +85,19 @@ function axes(pen, width, height, r, low, high, label, clocks) {
     pen.stroke();
     if (clocks && x > LEFT + 24 && x < width - 26) pen.fillText(every < 60000 ? clock(t) : clock(t).slice(0, 5), x, height - 4);
   }
-  for (const note of view.notes) {
-    if (note.time < r.start || note.time > r.end) continue;
-    const x = Math.round(LEFT + ((note.time - r.start) / span) * (width - LEFT)) + 0.5;
-    note.x = x;
-  }
 }
 
 function flags(pen, width, height, r, labels) {
   const c = colours();
-  const shown = view.notes.filter((note) => note.time >= r.start && note.time <= r.end);
+  const at = (time) => Math.round(LEFT + ((Math.min(r.end, Math.max(r.start, time)) - r.start) / (r.end - r.start)) * (width - LEFT)) + 0.5;
+  const shown = view.notes.filter((note) => lasts(note) >= r.start && note.time <= r.end);
   for (const note of shown) {
+    note.x = at(note.time);
     pen.strokeStyle = pen.fillStyle = flagColour(note);
+    if (note.kind === "hang") {
+      hangSpan(pen, note.x, at(lasts(note)), height, goesOn(note));
+      continue;
+    }
     pen.setLineDash(note.kind === "mark" ? [] : [2, 3]);
     pen.beginPath();
     pen.moveTo(note.x, TOP);
@@ -115,7 +116,7 @@ function flags(pen, width, height, r, labels) {
   pen.textAlign = "left";
   let taken = LEFT;
   shown.forEach((note, i) => {
-    const text = note.kind === "mark" ? note.text : note.kind;
+    const text = note.kind === "mark" ? note.text : note.kind === "hang" ? `${note.heartbeat} ${seconds(note.end - note.time)}` : note.kind;
     const next = i + 1 < shown.length ? shown[i + 1].x : width;
     const before = note.x - taken > pen.measureText(text).width + 12 && next - note.x < pen.measureText(text).width + 12;
     const fitting = before ? text : fit(pen, text, next - note.x - 12);
@@ -134,7 +135,7 @@ function flags(pen, width, height, r, labels) {
 
 function flagColour(note) {
   const c = colours();
-  return note.kind === "mark" ? c.accent : note.kind === "exited" ? c.bad : c.warn;
+  return note.kind === "mark" ? c.accent : note.kind === "exited" || goesOn(note) ? c.bad : c.warn;
 }
 
 // Return as much of a text as fits; nothing instead of one or two letters.

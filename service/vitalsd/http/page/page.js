@@ -154,6 +154,7 @@ function render() {
   plotCpu(r, busiest);
   plotRss(r);
   legend(busiest);
+  plotGauges(r, focus);
   reasons(r, focus);
   table(r, focus);
   notes();
@@ -184,7 +185,7 @@ function tiles(r, focus) {
 function notes() {
   const list = $("notes");
   const last = view.notes.slice(-200).reverse();
-  const key = last.length ? `${last.length} ${last[0].key}` : "none";
+  const key = last.length ? last.map((note) => `${note.time} ${note.kind} ${inWords(note)}`).join("\n") : "none";
   if (list.shown === key) return;
   list.shown = key;
   if (!last.length) {
@@ -198,8 +199,8 @@ function notes() {
     const item = document.createElement("li"), time = document.createElement("time"), text = document.createElement("bdi");
     time.dateTime = new Date(note.time).toISOString();
     time.textContent = clock(note.time);
-    text.textContent = note.text;
-    if (note.kind !== "mark") text.className = `event ${note.kind === "exited" ? "exited" : ""}`;
+    text.textContent = inWords(note);
+    if (note.kind !== "mark") text.className = `event ${note.kind === "exited" || goesOn(note) ? "exited" : ""}`;
     item.append(time, text);
     return item;
   }));
@@ -223,11 +224,13 @@ function point() {
   lines.push(["", "memory", size(samples.rss[slot])]);
   if (!Number.isNaN(samples.wait[slot])) lines.push(["", "waiting for a CPU", measured(samples.wait[slot])]);
   const near = (r.end - r.start) / 150;
-  for (const note of view.notes) if (Math.abs(note.time - samples.time[slot]) < near) lines.push(["", note.text, ""]);
+  const time = samples.time[slot];
+  for (const note of view.notes) if (note.time - near < time && time < lasts(note) + near) lines.push([null, inWords(note), ""]);
   box.replaceChildren(...lines.map(([colour, name, value]) => {
     const line = document.createElement("p"), swatch = document.createElement("span"), label = document.createElement("bdi"), figure = document.createElement("span");
     swatch.className = "swatch";
-    swatch.dataset.colour = colour;
+    swatch.dataset.colour = colour ?? "";
+    line.className = colour === null ? "note" : "";
     label.textContent = name;
     figure.textContent = value;
     line.append(swatch, label, figure);
@@ -403,3 +406,4 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 
 live();
 look();
+listenForBeats();

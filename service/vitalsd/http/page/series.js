@@ -43,6 +43,7 @@ function resetSamples() {
   samples.n = 0;
   threads.clear();
   children.clear();
+  forgetGauges();
   view.notes = [];
   view.pin = view.hover = view.uptime = view.before = view.latest = null;
 }
@@ -110,21 +111,24 @@ function ingest(table) {
         for (const child of table.children ?? [])
           if (child.cpu_percent[i] !== null) put(child.pid, child.name, child.cpu_percent[i], child.rss_kb[i]);
       });
+  gaugesOf(table);
   annotate(table);
 }
 
 function annotate(table) {
-  const known = new Set(view.notes.map((note) => note.key));
+  const known = new Map(view.notes.map((note) => [note.key, note]));
   for (const mark of table.marks)
-    note(known, { time: mark.time_ms, kind: "mark", text: clean(mark.label) });
+    note(known, { time: mark.time_ms, end: mark.time_ms, kind: "mark", text: clean(mark.label) });
   for (const event of table.events)
-    note(known, { time: event.time_ms, kind: event.kind, text: clean(event.detail) });
+    note(known, event.kind === "hang" ? hangOf(event) : { time: event.time_ms, end: event.time_ms, kind: event.kind, text: clean(event.detail) });
   view.notes.sort((a, b) => a.time - b.time);
 }
 
 function note(known, entry) {
-  entry.key = `${entry.time} ${entry.kind} ${entry.text}`;
-  if (!known.has(entry.key)) view.notes.push(entry);
+  entry.key = `${entry.time} ${entry.kind} ${entry.heartbeat ?? entry.text}`;
+  const before = known.get(entry.key);
+  if (before) Object.assign(before, entry); // a hang that goes on
+  else view.notes.push(entry);
 }
 
 // Escape invisible characters and those that change the direction of text.

@@ -212,8 +212,10 @@ async function look() {
       const info = await json("/info");
       if (mine !== generation) continue;
       if (info.recorder) {
-        const table = await json("/history?seconds=30&top=0");
-        if (mine === generation) annotate(table);
+        const table = await json(`/history?seconds=30&top=0&step_ms=${step(info)}`);
+        if (mine !== generation) continue;
+        gaugesOf(table);
+        annotate(table);
       }
       own(info);
     } catch {

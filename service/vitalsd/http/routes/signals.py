@@ -42,7 +42,8 @@ class HeartbeatRequest(StrictModel):
         Field(description="`beat` opens the heartbeat, and resumes it after `pause`."),
     ] = "beat"
     limit_s: Annotated[
-        float, Field(ge=LIMIT_S[0], le=LIMIT_S[1], allow_inf_nan=False, description="Limit of the silence, s.")
+        float,
+        Field(ge=LIMIT_S[0], le=LIMIT_S[1], allow_inf_nan=False, strict=True, description="Limit of the silence, s."),
     ] = 2.0
 
 
