@@ -207,7 +207,8 @@ def _responses(operation: Operation, common: Sequence[Reason]) -> dict[str, Any]
         content[media_type] = {"schema": SCHEMAS.get(media_type, {"type": "string"})}
         if example:
             content[media_type]["example"] = example
-    responses: dict[str, Any] = {str(operation.status): {"description": operation.answer, "content": content}}
+    answer = {"description": operation.answer, "content": content} if content else {"description": operation.answer}
+    responses: dict[str, Any] = {str(operation.status): answer}
     for status, found in sorted(_refusals(operation, common).items()):
         responses[str(status)] = found
     return responses

@@ -65,14 +65,14 @@ def _answers(operation: dict[str, Any], common: Sequence[str]) -> list[tuple[str
     """Return status, meaning and content of each answer, without the refusals that any request may meet."""
     rows = []
     for status, answer in operation["responses"].items():
-        text, content = answer["description"], dict(answer["content"])
+        text, content = answer["description"], dict(answer.get("content", {}))
         refused = content.pop("application/problem+json", None)
         for reason, example in (refused or {}).get("examples", {}).items():
             if reason in common:
                 text = text.replace(f"`{reason}`: {example['value']['title']}.", "").strip()
             else:
                 content["application/problem+json"] = refused
-        if content:
+        if content or status.startswith("2"):
             kinds = "<br>".join(f"`{kind}` {_type(each['schema'])}" for kind, each in content.items())
             rows.append((status, text, kinds))
     return rows
@@ -85,7 +85,7 @@ def _common_refusals(schema: dict[str, Any]) -> list[tuple[str, str, str]]:
         for methods in schema["paths"].values()
         for operation in methods.values()
         for answer in operation["responses"].values()
-        for reason, example in answer["content"].get("application/problem+json", {}).get("examples", {}).items()
+        for reason, example in answer.get("content", {}).get("application/problem+json", {}).get("examples", {}).items()
         if reason in schema["x-common-problems"]
     }
     return sorted(found.values(), key=lambda row: row[0])
@@ -98,7 +98,7 @@ def _example(operation: dict[str, Any]) -> Any:
             each["example"]
             for status, answer in operation["responses"].items()
             if status.startswith("2")
-            for each in answer["content"].values()
+            for each in answer.get("content", {}).values()
             if "example" in each
         ),
         None,

@@ -80,11 +80,21 @@ POST_HEARTBEAT = Operation(
     method="POST",
     path="/heartbeats/{name}",
     summary="Beat, pause or close a heartbeat",
+    parameters=(
+        {
+            "name": "name",
+            "in": "path",
+            "required": True,
+            "description": "Name of the heartbeat.",
+            "schema": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+            "example": "ui",
+        },
+    ),
     description="For clients that cannot map the page of shared memory, see docs/protocol.md. A name is a letter and"
     " up to 31 of `A-Z a-z 0-9 . _ -`. The thread is unknown, so a hang has the cause `unknown`.",
     answer="Done.",
     status=204,
-    reasons=("bad_body", "bad_parameter", "too_many", "no_signals"),
+    reasons=("bad_body", "too_many", "no_signals"),
     commands=(
         CommandExample(
             "Beat once",
