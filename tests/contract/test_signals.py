@@ -245,6 +245,28 @@ def test_page_that_is_truncated_keeps_its_size(page: SignalsPage, signals: Signa
     assert only(page).beat > 0
 
 
+def test_page_in_posix_shared_memory_takes_beats_and_is_removed_at_its_end() -> None:
+    """As on macOS; a forked child that closes it leaves it to the parent."""
+    page = SignalsPage(is_memfd=False)
+    signals = Signals()
+    signals.connect(page.reference)
+    heartbeat = signals.heartbeat("ui")
+    heartbeat.beat()
+    assert only(page).beat > 0
+    child = os.fork()
+    if not child:
+        page.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    reference = dict(page.reference)
+    MappedPage(reference)
+    page.close()
+    page.close()
+    with pytest.raises(PageError, match="cannot be mapped"):
+        MappedPage(reference)
+    heartbeat.beat()
+
+
 @on_linux
 def test_page_that_could_shrink_is_not_mapped(tmp_path: os.PathLike[str]) -> None:
     """A file, and a memfd without seals, are refused with the reason."""

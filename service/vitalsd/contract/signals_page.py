@@ -192,18 +192,21 @@ class SignalsPage:
     """
     The page of a sidecar, which makes and reads it.
 
+    Args:
+        is_memfd: whether it is a memfd, which exists on Linux only, or else a POSIX shared memory object.
+
     Raises:
         PageError: the system gives no shared memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_memfd: bool = sys.platform == "linux") -> None:
         self._pid = os.getpid()
         self._fd = -1
         self._map: mmap.mmap | None = None
         self.reference: Mapping[str, str] = {}
         """How a client finds it, as in the ready line and the runtime file: ``path`` on Linux, ``shm`` on macOS."""
         try:
-            if sys.platform == "linux":
+            if is_memfd:
                 self._make_memfd()
             else:
                 self._make_shared_memory()
@@ -279,7 +282,7 @@ class MappedPage:
         try:
             fd = _open_page(reference)
             try:
-                if sys.platform == "linux" and fcntl.fcntl(fd, F_GET_SEALS) & SEALS != SEALS:
+                if "path" in reference and fcntl.fcntl(fd, F_GET_SEALS) & SEALS != SEALS:
                     raise PageError("it could shrink while it is mapped: it is not a sealed memfd")
                 if os.fstat(fd).st_size < PAGE_BYTES:
                     raise PageError("it is too small")
