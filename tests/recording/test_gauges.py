@@ -157,4 +157,6 @@ def test_record_of_gauges_counts_their_memory() -> None:
     record = record_of(recorded(*rows), max_bytes=1 << 20)
     assert 100 < len(record) < 500
     assert record.size_bytes <= (1 << 20) + 5000
-    assert record.size_bytes > len(record) * 32 * 8
+    steady = [{f"g{i}": float(i) for i in range(32)}] * 63
+    without = record_of(recorded(*[{}] * 63)).size_bytes
+    assert record_of(recorded(*steady)).size_bytes - without > 63 * 32 * 8

@@ -295,13 +295,14 @@ def test_replay_of_a_run_that_returns_to_a_segment_is_refused(state: Path, tmp_p
     with closing(sqlite3.connect(run.path)) as db, closing(sqlite3.connect(path)) as copy:
         db.backup(copy)
         first, last = copy.execute("SELECT min(id), max(id) FROM frame").fetchone()
-        columns = "segment, numbers, moved, code, children"
+        columns = "segment, numbers, moved, code, children, gauges"
         newest = "(SELECT max(id) FROM segment)"
         copy.execute(
             f"INSERT INTO segment SELECT id + 1, threads, cpu_ns, waits, constants FROM segment WHERE id = {newest}"
         )
         copy.execute(
-            "INSERT INTO frame SELECT ? + 1, segment + 1, numbers, moved, code, children FROM frame WHERE id = ?",
+            "INSERT INTO frame SELECT ? + 1, segment + 1, numbers, moved, code, children, gauges FROM frame"
+            " WHERE id = ?",
             (last, last),
         )
         copy.execute(

@@ -3,7 +3,9 @@
 import logging
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
 
 import pytest
 
@@ -27,6 +29,7 @@ from vitalsd.sampling.signals_reader import SignalsReader
 from vitalsd.sampling.target_reader import TargetReader
 from vitalsd.worker_thread import Worker
 
+T = TypeVar("T")
 FIRST_GAUGE = HEADER_WORDS + HEARTBEATS * SLOT_WORDS
 
 
@@ -88,6 +91,29 @@ def test_look_without_signals_reads_the_page_once(page: CountedPage, reader: Sig
     heartbeat.close()
     reader.look()
     eventually(lambda: not reader.statuses, 10)
+
+
+class PostponedCalls(Worker):
+    """A thread that counts the calls that are submitted for later."""
+
+    count = 0
+
+    def submit(self, call: Callable[[], T], at_ns: int | None = None) -> "Future[T]":
+        self.count += at_ns is not None
+        return super().submit(call, at_ns)
+
+
+def test_look_with_an_open_heartbeat_plans_one_look(page: CountedPage, signals: Signals) -> None:
+    """However many snapshots the recorder takes in between."""
+    worker = PostponedCalls("reader")
+    reader = SignalsReader(page, FakeSource(Process()), Recorder(IDENTITY, RecorderConfig()), worker, is_inside=False)
+    worker.pause(5)
+    signals.heartbeat("ui", 60)
+    for _ in range(20):
+        reader.look()
+    assert worker.count == 1
+    worker.resume()
+    worker.stop(1)
 
 
 def test_look_at_what_is_no_number_has_no_value(page: CountedPage, reader: SignalsReader, signals: Signals) -> None:
