@@ -106,7 +106,7 @@ def test_c_program_reads_the_ready_line_and_its_sidecar_ends(env: dict[str, str]
         short_path,
     )
     ready = json.loads(run([str(program)], env, short_path))
-    assert sorted(ready) == ["notes", "pid", "runtime_file", "socket", "url"]
+    assert sorted(ready) == ["notes", "pid", "runtime_file", "signals", "socket", "url"]
     eventually(lambda: listing(short_path / "run") == [])
 
 
