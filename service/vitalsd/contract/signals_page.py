@@ -60,8 +60,8 @@ GAUGE_WORDS = 8
 
 # Words of a heartbeat.
 BEAT, GAP, GAP_END, LIMIT, OWNER, OWNER_START, STATE, HEARTBEAT_NAME = 0, 1, 2, 3, 4, 5, 6, 8
-# Words of a gauge.
-VALUE, SET, GAUGE_STATE, GAUGE_NAME = 0, 1, 2, 4
+# Words of a gauge. A reader copies upwards, so a time that it finds belongs to a value that is stored already.
+SET, VALUE, GAUGE_STATE, GAUGE_NAME = 0, 1, 2, 4
 
 FREE, OPEN, PAUSED = 0, 1, 2
 """States of a slot. A heartbeat that is open, and whose word `BEAT` is 0, has not begun to beat."""
