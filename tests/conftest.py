@@ -23,6 +23,7 @@ LONGEST = (
     "client/test_spool.py",
     "http/test_page.py",
     "sidecar/test_in_process.py",
+    "system/test_hangs.py",
     "recording/test_foreign_runs.py",
     "recording/test_black_box.py",
     "http/test_recordings_routes.py",
@@ -37,6 +38,7 @@ LONGEST = (
     "system/test_workflow.py",
     "system/test_disks.py",
     "http/test_neighbours.py",
+    "http/test_signals_routes.py",
     "sidecar/test_no_thread.py",
 )
 """Files that take more than 20 s, the longest first: begun last, one of them would leave the other workers idle."""

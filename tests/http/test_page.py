@@ -20,7 +20,6 @@ from support.browser import Browser
 from support.serving import Serving
 from support.sidecars import environment, eventually, serving
 from support.target import Target
-from vitalsd.recording.history_columns import HistoryJson
 
 LIVE = "document.querySelector('#status').textContent === 'live'"
 NAMES = "[...document.querySelectorAll('#rows bdi')].map((each) => each.textContent)"
@@ -569,7 +568,6 @@ def test_page_replays_a_hang_as_text_and_asks_for_no_heartbeats(
         assert not [url for url in page.requested if url.endswith("/heartbeats")]
 
 
-@pytest.mark.skipif("gauges" not in HistoryJson.__annotations__, reason="the history has no gauges")
 def test_page_shows_gauges_beside_the_threads(page: Browser, beating: BeatingClient) -> None:
     """A chart with a name and the last value for each, which goes on; fitting at each width."""
     for name, value in (("fps", 58.25), ("queue.length", 12e6)):

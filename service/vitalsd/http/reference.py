@@ -48,7 +48,13 @@ def _operation(name: str, operation: dict[str, Any], common: Sequence[str]) -> s
     ]
     parts.append(_table(("Name", "Type", "Meaning", "Example"), rows) if rows else "None.\n")
     if "requestBody" in operation:
-        parts.append(f"\nThe body:\n\n{_fields(operation['requestBody']['content']['application/json']['schema'])}")
+        body = operation["requestBody"]["content"]["application/json"]["schema"]
+        fields = (
+            _fields(body)
+            if "properties" in body
+            else f"An object of values by name: {_type(body['additionalProperties'])}.\n"
+        )
+        parts.append(f"\nThe body:\n\n{fields}")
     parts.append(f"\n### Answers of {name}\n\n")
     parts.append(_table(("Status", "Meaning", "Content"), _answers(operation, common)))
     if operation["x-codeSamples"]:
