@@ -478,6 +478,26 @@ def test_detector_where_the_thread_usually_waits_in_a_futex_says_unknown() -> No
     assert "usually" in world.hangs[-1].detail
 
 
+def test_detector_of_a_thread_that_hangs_after_its_first_beats_does_not_take_the_lock_for_usual() -> None:
+    """The look that finds its last beat may find it in the lock already."""
+    world = World()
+    world.open()
+    world.beat()
+    world.look()
+    world.pass_time(200 * MS)
+    world.beat()
+    assert world.thread is not None
+    world.thread.doing = "futex"
+    world.pass_time(50 * MS)
+    world.look()
+    world.live(2 * SECOND, beats=False)
+    world.thread.doing = "epoll"
+    world.beat()
+    world.live(SECOND)
+    (found,) = world.ended
+    assert (found.cause, found.detail) == ("blocked", "futex")
+
+
 def test_detector_at_two_causes_that_fit_says_unknown(world: World) -> None:
     """Half of the looks in an event loop, and half in a lock."""
     assert world.thread is not None

@@ -104,6 +104,8 @@ class HeartbeatWatch:
         self._is_python = is_python
         self._usual: deque[str] = deque(maxlen=LESSONS)
         """Wait channels in which looks found the thread between two beats."""
+        self._lesson: str | None = None
+        """The same as of the last look, which counts once another beat has come: the thread may have hung already."""
         self._lessons = 0
         self._learn_ns = 0
         """Time of the next such look."""
@@ -152,6 +154,7 @@ class HeartbeatWatch:
             return ended
         if slot.tid != old.tid:  # another thread beats from now on
             self._usual.clear()
+            self._lesson = None
             self._lessons = self._learn_ns = 0
             self._evidence, self._has_ended = Evidence(), False
         self._unseen_ns += look.unseen_ns
@@ -199,6 +202,9 @@ class HeartbeatWatch:
             self._evidence = Evidence(before, is_locked=look.is_locked)
         if seen is not None:
             self._evidence.add(seen, look.most_ns)
+        if self._lesson is not None and ended is None:
+            self._usual.append(self._lesson)
+        self._lesson = None
         if look.now_ns >= self._learn_ns:
             self._learn(look)
         return ended
@@ -277,8 +283,8 @@ class HeartbeatWatch:
         if self._lessons >= FIRST_LESSONS:
             self._learn_ns = look.now_ns + LEARN_EVERY_NS
         seen = self._look_at(look, closely=True)
-        if seen is not None and seen.wait_channel is not None:
-            self._usual.append(seen.wait_channel)
+        if seen is not None:
+            self._lesson = seen.wait_channel
 
 
 def looked_at(look_at: LookAt, tid: int, *, closely: bool) -> ThreadLook | None:

@@ -99,7 +99,9 @@ class TargetReader:
             self._last, self._has_current_names = last, names
             self.identity = self._source.identity()
         except TargetGoneError as error:
-            # A caller that gets the error may at once read in the record how the target ended.
+            # A caller that gets the error may at once read in the record how the target ended, and how long it hung.
+            if self.signals is not None:
+                self.signals.close()
             if self.recorder is not None:
                 self.recorder.failed(error)
             raise
