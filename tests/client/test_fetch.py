@@ -550,6 +550,7 @@ def test_client_imports_only_contract_and_discovery_modules() -> None:
         "vitalsd.report.previous_run",
     }
     more = {
+        "signals.py": {"vitalsd.contract.signals"},
         "direct.py": {"vitalsd.snapshot", "vitalsd.sources", "vitalsd.sources.base", "vitalsd.contract.encoding"},
         "recorded_data.py": {
             "vitalsd.recording.run_directory",

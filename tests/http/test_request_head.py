@@ -104,7 +104,19 @@ def fields(reply: Reply, *, without: frozenset[str] = MISSING) -> list[tuple[str
 
 
 ROUTES = (
-    *("/", "/docs", "/openapi.json", "/healthz", "/info", "/metrics", "/stream", "/history", "/marks", "/processes"),
+    *(
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/healthz",
+        "/heartbeats",
+        "/info",
+        "/metrics",
+        "/stream",
+        "/history",
+        "/marks",
+        "/processes",
+    ),
     *("/runs", "/runs/{run_id}/history", "/report.zip", "/hello"),
 )
 

@@ -278,18 +278,19 @@ class MappedPage:
     """
 
     def __init__(self, reference: Mapping[str, str]) -> None:
-        self._reference = dict(reference)
+        self.reference = dict(reference)
         try:
-            fd = _open_page(reference)
-            try:
-                if "path" in reference and fcntl.fcntl(fd, F_GET_SEALS) & SEALS != SEALS:
-                    raise PageError("it could shrink while it is mapped: it is not a sealed memfd")
-                if os.fstat(fd).st_size < PAGE_BYTES:
-                    raise PageError("it is too small")
-                self.words = memoryview(mmap.mmap(fd, PAGE_BYTES)).cast("Q")
-                """All words of the page."""
-            finally:
-                os.close(fd)
+            with _standard_descriptors_taken():
+                fd = _open_page(reference)
+                try:
+                    if "path" in reference and fcntl.fcntl(fd, F_GET_SEALS) & SEALS != SEALS:
+                        raise PageError("it could shrink while it is mapped: it is not a sealed memfd")
+                    if os.fstat(fd).st_size < PAGE_BYTES:
+                        raise PageError("it is too small")
+                    self.words = memoryview(mmap.mmap(fd, PAGE_BYTES)).cast("Q")
+                    """All words of the page."""
+                finally:
+                    os.close(fd)
             if self.words[0] != MAGIC or self.words[1] != VERSION:
                 raise PageError("it does not begin with the magic number and version of this vitalsd")
         except (OSError, ImportError, ValueError) as error:
@@ -301,7 +302,7 @@ class MappedPage:
         fd = -1
         try:
             with suppress(OSError, ImportError):
-                fd = _open_page(self._reference)
+                fd = _open_page(self.reference)
                 fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
@@ -317,6 +318,20 @@ class MappedPage:
         )
         places = range(first, first + width * count, width)
         return next((at for at in places if self.words[at + state] == FREE), None)
+
+
+@contextmanager
+def _standard_descriptors_taken() -> Iterator[None]:
+    """Take the free ones of the descriptors 0 to 2: a mapping keeps a descriptor, which no ``printf`` must hit."""
+    taken: list[int] = []
+    try:
+        while (fd := os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) <= 2:
+            taken.append(fd)
+        os.close(fd)
+        yield
+    finally:
+        for each in taken:
+            os.close(each)
 
 
 def _open_page(reference: Mapping[str, str]) -> int:

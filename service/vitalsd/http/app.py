@@ -112,6 +112,8 @@ async def _lifespan(context: RouteContext, _: FastAPI) -> AsyncIterator[None]:
         yield
     finally:  # Also after a start that failed.
         await context.targets.close()
+        if context.posted is not None:
+            context.posted.close()
         context.lister.stop(0.1)
         context.reader.stop(0.1)
         if context.run_directory is not None:

@@ -62,6 +62,10 @@ DETAILS: dict[Reason, str] = {
 """Examples of the detail of a refusal; for the other reasons the title is used."""
 
 
+BODY_KEYWORDS = ("type", "required", "properties", "additionalProperties", "propertyNames", "patternProperties")
+"""Keywords of JSON Schema that a body keeps."""
+
+
 def openapi(routes: Sequence[OperationRoute], others: Sequence[Operation] = ()) -> dict[str, Any]:
     """
     Return the OpenAPI document of the application.
@@ -168,7 +172,7 @@ def _model(route: OperationRoute | None, kind: type[Any]) -> type[BaseModel] | N
 
 def _plain(model: type[BaseModel]) -> dict[str, Any]:
     schema = model.model_json_schema()
-    return {key: schema[key] for key in ("type", "required", "properties", "additionalProperties") if key in schema}
+    return {key: schema[key] for key in BODY_KEYWORDS if key in schema}
 
 
 def _query_parameters(route: OperationRoute | None) -> list[dict[str, Any]]:

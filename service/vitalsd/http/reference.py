@@ -52,7 +52,7 @@ def _operation(name: str, operation: dict[str, Any], common: Sequence[str]) -> s
         fields = (
             _fields(body)
             if "properties" in body
-            else f"An object of values by name: {_type(body['additionalProperties'])}.\n"
+            else f"An object of values by name: {_type(next(iter(body['patternProperties'].values())))}.\n"
         )
         parts.append(f"\nThe body:\n\n{fields}")
     parts.append(f"\n### Answers of {name}\n\n")

@@ -138,7 +138,7 @@ class TargetReader:
 
     def discard(self) -> None:
         """Drop target and record, once the thread has ended."""
-        self._source = self._last = self.recorder = None
+        self._source = self._last = self.recorder = self.signals = None
 
     def _read(self, parts: Part, names: bool) -> Snapshot:
         assert self._source is not None

@@ -131,6 +131,7 @@ class Sidecar:
         withdraw(self._own)
         if os.getpid() != self._pid:
             return
+        signals_of_this_process().leave(self.endpoint.signals)
         self._stopping = True
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop has just been closed

@@ -121,6 +121,7 @@ class Spawned:
     def _release(self) -> None:
         """Forget a sidecar that has ended. A second call does nothing."""
         withdraw(self._own)
+        signals_of_this_process().leave(self._signals)
         if self._exit_note is not None:
             self._exit_note.close()
 

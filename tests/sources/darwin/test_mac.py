@@ -301,6 +301,7 @@ def test_child_counts_while_it_lives_and_once_when_it_was_waited_for() -> None:
     source = MachSource()
     tree = source.snapshot(parts=Part.FIGURES | Part.CHILDREN).tree
     assert tree is not None
+    time.sleep(0.05)  # the emulation knows the start of a child to 10 ms only
     code = "import time\nwhile time.process_time() < 0.3: pass"
     with sleeping(code) as child:
         assert child.stdin is not None

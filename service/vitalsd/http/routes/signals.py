@@ -4,7 +4,7 @@ import re
 from typing import Annotated, Literal
 
 from fastapi import Request, Response
-from pydantic import Field, RootModel
+from pydantic import ConfigDict, Field, RootModel
 from typing_extensions import TypedDict
 
 from vitalsd.contract.shapes import Count, Doc
@@ -50,8 +50,13 @@ class HeartbeatRequest(StrictModel):
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
-class GaugeValues(RootModel[dict[str, Number]]):
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+
+
+class GaugeValues(RootModel[dict[Name, Number]]):
     """Body of ``POST /gauges``: numbers by name."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
 
 
 EXAMPLE = {
@@ -159,7 +164,7 @@ class _Signals:
         body: Annotated[HeartbeatRequest, json_body(HeartbeatRequest)],
         query: Annotated[NoQuery, query_params(NoQuery)],
     ) -> Response:
-        name = _checked(request.path_params["name"], "bad_parameter")
+        name = _checked(request.path_params["name"])
         try:
             self._signals().beat(name, body.state, body.limit_s)
         except SignalsFullError as error:
@@ -171,9 +176,8 @@ class _Signals:
         body: Annotated[GaugeValues, json_body(GaugeValues)],
         query: Annotated[NoQuery, query_params(NoQuery)],
     ) -> Response:
-        values = {_checked(name, "bad_body"): value for name, value in body.root.items()}
         try:
-            self._signals().set_gauges(values)
+            self._signals().set_gauges(body.root)
         except SignalsFullError as error:
             return problem("too_many", str(error))
         return Response(status_code=204)
@@ -184,8 +188,8 @@ class _Signals:
         return self._posted
 
 
-def _checked(name: str, reason: Literal["bad_parameter", "bad_body"]) -> str:
+def _checked(name: str) -> str:
     """Return a name. Raise `ProblemError` if it does not have the form of one."""
     if not re.fullmatch(NAME, name):
-        raise ProblemError(reason, "a name is a letter and up to 31 of A-Z a-z 0-9 . _ -", "name")
+        raise ProblemError("bad_parameter", "a name is a letter and up to 31 of A-Z a-z 0-9 . _ -", "name")
     return name
