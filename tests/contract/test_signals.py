@@ -231,6 +231,30 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert only_gauge(page).value == 1
 
 
+def test_heartbeat_in_a_forked_child_is_bound_by_its_first_beat_there(page: SignalsPage) -> None:
+    """With the thread of its parent, a hang in the child would count as the end of that thread."""
+    program = f"""
+import os, sys, threading
+from vitalsd.contract.signals import signals_of_this_process
+from vitalsd.contract.signals_page import SignalsPage, heartbeat_slots
+signals = signals_of_this_process()
+signals.connect({dict(page.reference)!r})
+heartbeat = signals.heartbeat("ui")
+heartbeat.beat()
+child = os.fork()
+if not child:
+    page = SignalsPage()
+    signals.connect(page.reference)
+    (before,) = heartbeat_slots(page.read())
+    heartbeat.beat()
+    (after,) = heartbeat_slots(page.read())
+    is_own = (after.pid, after.tid) == (os.getpid(), threading.get_native_id())
+    os._exit(0 if before.beat == 0 and is_own else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30, env={**os.environ, "PYTHONPATH": PATH})
+
+
 PATH = os.pathsep.join(map(str, (ROOT / "service", ROOT / "clients")))
 
 

@@ -195,9 +195,9 @@ class Heartbeat:
         old, old_at = self._place
         for word in range(SLOT_WORDS):
             words[at + word] = 0
-        if old[old_at + BEAT]:
+        if old[old_at + BEAT] and not keeps_old:  # In a forked child the first beat binds the thread that beats there.
             words[at + BEAT] = monotonic_ns()
-        words[at + OWNER] = old[old_at + OWNER]
+            words[at + OWNER] = old[old_at + OWNER]
         words[at + HEARTBEAT_NAME : at + HEARTBEAT_NAME + 4] = _words(name_words(self.name))
         words[at + LIMIT] = self._limit_ns
         words[at + OWNER_START] = self._signals.start_key

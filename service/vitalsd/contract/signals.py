@@ -14,7 +14,16 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from vitalsd.contract.signal_handles import Gauge, Heartbeat, memory_words, this_thread
-from vitalsd.contract.signals_page import GAUGE_WORDS, GAUGES, HEARTBEATS, SLOT_WORDS, MappedPage, PageError, name_words
+from vitalsd.contract.signals_page import (
+    GAUGE_WORDS,
+    GAUGES,
+    HEARTBEATS,
+    SLOT_WORDS,
+    MappedPage,
+    PageError,
+    SignalsPage,
+    name_words,
+)
 from vitalsd.sources.process_identity import IdentityUnknownError
 
 __all__ = [
@@ -25,12 +34,15 @@ __all__ = [
     "Signals",
     "SignalsFullError",
     "connect_signals",
+    "signals_in",
     "signals_of_this_process",
     "this_thread",
 ]
 
 log = logging.getLogger("vitalsd")
 
+DEFAULT_LIMIT_S = 2.0
+"""Limit of a heartbeat, s, if the client names none."""
 LIMIT_S = (0.25, 3600.0)
 """Range of the limit of a heartbeat, s: the sidecar looks up to four times a second."""
 
@@ -62,10 +74,10 @@ class Signals:
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is the page of a sidecar, which may have ended since."""
-        return self._page is not None
+        """Whether there is the page of a sidecar that still runs."""
+        return self._page is not None and self._page.is_open
 
-    def heartbeat(self, name: str, limit_s: float = 2.0) -> Heartbeat:
+    def heartbeat(self, name: str, limit_s: float = DEFAULT_LIMIT_S) -> Heartbeat:
         """
         Return the heartbeat with this name: a new one, or the one that is open, with this limit from now on.
 
@@ -123,6 +135,7 @@ class Signals:
         try:
             page = MappedPage(reference)
         except PageError as error:
+            self.leave(None if self._page is None else self._page.reference)
             self._problem = str(error)
             if self._heartbeats or self._gauges:
                 self._log_problem()
@@ -202,21 +215,35 @@ class PostedSignals:
     Signal for clients that cannot map the page, and post to the sidecar instead.
 
     Args:
-        reference: `vitalsd.contract.signals_page.SignalsPage.reference` of the page of this sidecar, which is mapped
-            once it is needed.
+        page: of this sidecar; it is mapped once a client posts.
     """
 
-    def __init__(self, reference: Mapping[str, str]) -> None:
-        self._reference = dict(reference)
-        self._signals = Signals(owner=lambda: 0, needs_slot=True)
+    def __init__(self, page: SignalsPage) -> None:
+        self._page = page
+        self._cleared = -1
+        self._signals = Signals()
+        self._limits: dict[str, float] = {}
 
     def close(self) -> None:
         """Unmap the page."""
-        self._signals.leave(self._reference)
+        self._signals.leave(self._page.reference)
 
-    def beat(self, name: str, state: Literal["beat", "pause", "close"], limit_s: float) -> None:
-        """Beat, pause or close a heartbeat. Raise `ValueError` as `Signals.heartbeat` does."""
-        heartbeat = self._connected().heartbeat(name, limit_s)
+    def beat(self, name: str, state: Literal["beat", "pause", "close"], limit_s: float | None) -> None:
+        """
+        Beat, pause or close a heartbeat.
+
+        Args:
+            name: of it.
+            state: what to do.
+            limit_s: its limit from now on; ``None``: as before, or else `DEFAULT_LIMIT_S`.
+
+        Raises:
+            ValueError: as `Signals.heartbeat` does.
+        """
+        signals = self._connected()
+        limit_s = limit_s or self._limits.get(name, DEFAULT_LIMIT_S)
+        heartbeat = signals.heartbeat(name, limit_s)
+        self._limits[name] = limit_s
         match state:
             case "beat":
                 heartbeat.resume()
@@ -225,21 +252,39 @@ class PostedSignals:
                 heartbeat.pause()
             case "close":
                 heartbeat.close()
+                del self._limits[name]
 
-    def set_gauges(self, values: Mapping[str, float]) -> None:
-        """Set gauges by their names. Raise `ValueError` as `Signals.gauge` does; then some may be set."""
+    def set_gauges(self, values: Mapping[str, float | None]) -> None:
+        """Set gauges by name; ``None`` closes one. Raise `ValueError` as `Signals.gauge` does, after some were set."""
+        signals = self._connected()
         for name, value in values.items():
-            self._connected().gauge(name).set(value)
+            gauge = signals.gauge(name)
+            if value is None:
+                gauge.close()
+            else:
+                gauge.set(value)
 
     def _connected(self) -> Signals:
-        if not self._signals.is_connected:
-            self._signals.connect(self._reference)
+        """Return signals that are in the page; new ones after the page was cleared for another target."""
+        if self._cleared != self._page.cleared:
+            self._cleared = self._page.cleared
+            self._limits.clear()
+            self._signals = Signals(owner=lambda: 0, needs_slot=True)
+            self._signals.connect(self._page.reference)
         return self._signals
 
 
 def connect_signals(reference: Mapping[str, str] | None) -> None:
     """Put the signals of this process into the page of a sidecar, if it has one."""
     signals_of_this_process().connect({} if reference is None else reference)
+
+
+def signals_in(reference: Mapping[str, str] | None) -> Signals:
+    """Return the signals of this process, in this page unless they are in that of another running sidecar."""
+    signals = signals_of_this_process()
+    if not signals.is_connected:
+        connect_signals(reference)
+    return signals
 
 
 class _Process:

@@ -17,6 +17,7 @@ import os
 import re
 import struct
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -63,11 +64,21 @@ BEAT, GAP, GAP_END, LIMIT, OWNER, OWNER_START, STATE, HEARTBEAT_NAME = 0, 1, 2, 
 # Words of a gauge. A reader copies upwards, so a time that it finds belongs to a value that is stored already.
 SET, VALUE, GAUGE_STATE, GAUGE_NAME = 0, 1, 2, 4
 
+KINDS = (
+    (HEADER_WORDS, SLOT_WORDS, HEARTBEATS, STATE),
+    (HEADER_WORDS + HEARTBEATS * SLOT_WORDS, GAUGE_WORDS, GAUGES, GAUGE_STATE),
+)
+"""First word, words of a slot, number of slots and place of the state in a slot: of heartbeats, then of gauges."""
+
 FREE, OPEN, PAUSED = 0, 1, 2
 """States of a slot. A heartbeat that is open, and whose word `BEAT` is 0, has not begun to beat."""
 
 F_ADD_SEALS, F_GET_SEALS, SEALS = 1033, 1034, 0x1 | 0x2 | 0x4
 """fcntl(2): F_ADD_SEALS, F_GET_SEALS; F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW. macOS has none of them."""
+
+
+LOCK_S = 0.05
+"""A client that takes a slot waits at most this long for another one, s, which holds the lock for some µs."""
 
 
 class PageError(OSError):
@@ -201,6 +212,8 @@ class SignalsPage:
 
     def __init__(self, *, is_memfd: bool = sys.platform == "linux") -> None:
         self._pid = os.getpid()
+        self.cleared = 0
+        """Number of calls of `clear`."""
         self._fd = -1
         self._map: mmap.mmap | None = None
         self.reference: Mapping[str, str] = {}
@@ -238,6 +251,31 @@ class SignalsPage:
         if self._map is not None:  # macOS: pread(2) does not read shared memory
             return self._map[:]
         return os.pread(self._fd, PAGE_BYTES, 0)
+
+    def clear(self) -> None:
+        """Free all slots: the process that had them has ended. Raise `OSError`."""
+        self.cleared += 1
+        if self._map is not None:
+            self._map[:] = empty_page()
+        elif self._fd >= 0:
+            os.pwrite(self._fd, empty_page(), 0)
+
+    def free(self, content: bytes, now: bytes) -> None:
+        """Free the slots of a program that another one has replaced: those that are the same in `content` and `now`."""
+        freed = bytearray(now)
+        words = memoryview(freed).cast("Q")
+        for first, width, count, state in KINDS:
+            for at in range(first, first + width * count, width):
+                place = slice(8 * at, 8 * (at + width))
+                if words[at + state] != FREE and content[place] == now[place]:
+                    self._write_word(at + state, FREE)
+
+    def _write_word(self, word: int, value: int) -> None:
+        content = struct.pack("=Q", value)
+        if self._map is not None:
+            self._map[8 * word : 8 * word + 8] = content
+        elif self._fd >= 0:
+            os.pwrite(self._fd, content, 8 * word)
 
     def close(self) -> None:
         """Release it; clients that have mapped it write on without effect. A second call does nothing."""
@@ -296,14 +334,27 @@ class MappedPage:
         except (OSError, ImportError, ValueError) as error:
             raise PageError(f"the page of the sidecar for heartbeats cannot be mapped: {error}") from None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the sidecar still has the page: after its end it cannot be opened again."""
+        try:
+            os.close(_open_page(self.reference))
+        except (OSError, ImportError):
+            return False
+        return True
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Exclude other clients while a slot is taken; without effect where the page takes no lock (macOS)."""
+        """
+        Exclude other processes while a slot is taken, for at most `LOCK_S`; macOS has no lock for a page.
+
+        A record lock, because a forked child does not inherit it.
+        """
         fd = -1
         try:
             with suppress(OSError, ImportError):
                 fd = _open_page(self.reference)
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                _lock(fd, time.monotonic() + LOCK_S)
             yield
         finally:
             if fd >= 0:
@@ -311,13 +362,19 @@ class MappedPage:
 
     def free_slot(self, *, gauge: bool) -> int | None:
         """Return the first word of a slot that is not taken; ``None``: all are taken. Call it `locked`."""
-        first, width, count, state = (
-            (HEADER_WORDS + HEARTBEATS * SLOT_WORDS, GAUGE_WORDS, GAUGES, GAUGE_STATE)
-            if gauge
-            else (HEADER_WORDS, SLOT_WORDS, HEARTBEATS, STATE)
-        )
+        first, width, count, state = KINDS[gauge]
         places = range(first, first + width * count, width)
         return next((at for at in places if self.words[at + state] == FREE), None)
+
+
+def _lock(fd: int, deadline: float) -> None:
+    while time.monotonic() < deadline:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            time.sleep(0.002)
+        else:
+            return
 
 
 @contextmanager

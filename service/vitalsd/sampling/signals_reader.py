@@ -17,6 +17,8 @@ __all__ = ["SignalsReader"]
 
 NO_PAGE = empty_page()
 """A page without heartbeats and gauges."""
+IDLE_NS = 1_000_000_000
+"""Interval at which the page is read while no heartbeat is open, if the recorder takes snapshots less often, ns."""
 SLACK_NS = 60_000_000
 """A look that is due at most this long before the next snapshot waits for it, ns: one wake-up less."""
 MAX_HANG_COUNTS = 1024
@@ -46,6 +48,8 @@ class SignalsReader:
         self._worker = worker
         self._slots = SlotReader()
         self._detector = HangDetector(own_tid=threading.get_native_id() if is_inside else None, slots=self._slots)
+        self._content = NO_PAGE
+        """The page as of the last look."""
         self._is_looking = False
         """Whether a look is due before the next call of `look`."""
         self._next_call_ns = 0
@@ -88,6 +92,13 @@ class SignalsReader:
         if not self._is_closed:
             self._is_closed = True
             self._note(self._detector.look(time.monotonic_ns(), NO_PAGE, self._source.look_at))
+            with suppress(OSError, ValueError):  # The page was closed, because the sidecar ends.
+                self._page.clear()
+
+    def executed(self) -> None:
+        """Free what the program before had opened: the slots that no thread has written since the last look."""
+        with suppress(OSError, ValueError):
+            self._page.free(self._content, self._page.read())
 
     def _look_again(self) -> None:
         self._is_looking = False
@@ -98,11 +109,10 @@ class SignalsReader:
         if self._is_closed:
             return
         self._note(self._detector.look(time.monotonic_ns(), content, self._source.look_at))
-        if self._detector.statuses:
-            due_ns = begun_ns + self._detector.period_ns
-            self._is_looking = due_ns < self._next_call_ns - SLACK_NS
-            if self._is_looking:
-                self._worker.submit(self._look_again, due_ns)
+        due_ns = begun_ns + (self._detector.period_ns if self._detector.statuses else IDLE_NS)
+        self._is_looking = due_ns < self._next_call_ns - SLACK_NS
+        if self._is_looking:
+            self._worker.submit(self._look_again, due_ns)
 
     def _note(self, hangs: Sequence[Hang]) -> None:
         for hang in hangs:
@@ -123,5 +133,6 @@ class SignalsReader:
 
     def _read(self) -> bytes:
         with suppress(OSError, ValueError):  # The page was closed, because the sidecar ends.
-            return self._page.read()
+            self._content = self._page.read()
+            return self._content
         return NO_PAGE

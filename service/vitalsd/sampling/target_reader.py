@@ -161,8 +161,11 @@ class TargetReader:
                 self.signals.look() if continues else self.signals.close()
             return continues
         gauges: tuple[tuple[str, float], ...] = ()
+        before = self.recorder.record.last
         try:
             if self.signals is not None:
+                if before is not None and None not in (before.image, snapshot.image) and before.image != snapshot.image:
+                    self.signals.executed()
                 gauges = self.signals.look()
         finally:  # whatever fails there, the snapshot is recorded
             self.recorder.observe(replace(snapshot, gauges=gauges) if gauges else snapshot)

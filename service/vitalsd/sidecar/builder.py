@@ -277,7 +277,7 @@ def _assemble(
         run_directory=run_directory,
         thread_metrics=config.thread_series,
         application=config.application,
-        posted=None if base.page is None else PostedSignals(base.page.reference),
+        posted=None if base.page is None else PostedSignals(base.page),
         hides_processes=platform.hides_processes,
     )
     workers: Sequence[Worker] = app.state.workers

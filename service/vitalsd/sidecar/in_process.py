@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vitalsd.contract.labels import clean_label
-from vitalsd.contract.signals import Gauge, Heartbeat, connect_signals, signals_of_this_process
+from vitalsd.contract.signals import Gauge, Heartbeat, connect_signals, signals_in, signals_of_this_process
 from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
 from vitalsd.discovery.runtime_file import Endpoint
 from vitalsd.recording.recorder import NotRecordingError
@@ -114,7 +114,7 @@ class Sidecar:
         Raises:
             ValueError: the name or the limit is not valid, or there are 32 already.
         """
-        return signals_of_this_process().heartbeat(name, limit_s)
+        return signals_in(self.endpoint.signals).heartbeat(name, limit_s)
 
     def gauge(self, name: str) -> Gauge:
         """
@@ -123,7 +123,7 @@ class Sidecar:
         Raises:
             ValueError: the name is not valid, or there are 32 already.
         """
-        return signals_of_this_process().gauge(name)
+        return signals_in(self.endpoint.signals).gauge(name)
 
     def stop(self) -> None:
         """End the sidecar within 2 s. A second call does nothing, nor does a call in a forked child."""

@@ -15,7 +15,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from vitalsd.contract.labels import clean_label
-from vitalsd.contract.signals import Gauge, Heartbeat, Signals, connect_signals, signals_of_this_process
+from vitalsd.contract.signals import Gauge, Heartbeat, Signals, connect_signals, signals_in, signals_of_this_process
 from vitalsd.discovery.own_sidecars import OwnSidecar, announce, withdraw
 from vitalsd.sidecar.exit_note import ExitNoteWriter
 from vitalsd.sources.names import publish_names
@@ -116,7 +116,7 @@ class Spawned:
     def _own_signals(self) -> Signals:
         if not self._own_target:
             raise ValueError("this sidecar watches another process, which has to signal its own heartbeats and gauges")
-        return signals_of_this_process()
+        return signals_in(self._signals)
 
     def _release(self) -> None:
         """Forget a sidecar that has ended. A second call does nothing."""

@@ -15,6 +15,7 @@ from vitalsd.http.parameters import NoQuery, StrictModel, json_body, query_param
 from vitalsd.http.responses import JSON, ProblemError, problem
 from vitalsd.http.routes.context import RouteContext
 from vitalsd.recording.hang_causes import HangCause
+from vitalsd.recording.recorder import NotRecordingError
 
 __all__ = ["signals_routes"]
 
@@ -42,9 +43,9 @@ class HeartbeatRequest(StrictModel):
         Field(description="`beat` opens the heartbeat, and resumes it after `pause`."),
     ] = "beat"
     limit_s: Annotated[
-        float,
-        Field(ge=LIMIT_S[0], le=LIMIT_S[1], allow_inf_nan=False, strict=True, description="Limit of the silence, s."),
-    ] = 2.0
+        Annotated[float, Field(ge=LIMIT_S[0], le=LIMIT_S[1], allow_inf_nan=False, strict=True)] | None,
+        Field(description="Limit of the silence, s; without it as before, or 2 s."),
+    ] = None
 
 
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
@@ -53,8 +54,8 @@ Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
-class GaugeValues(RootModel[dict[Name, Number]]):
-    """Body of ``POST /gauges``: numbers by name."""
+class GaugeValues(RootModel[dict[Name, Number | None]]):
+    """Body of ``POST /gauges``: numbers by name; null closes a gauge."""
 
     model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
 
@@ -99,7 +100,7 @@ POST_HEARTBEAT = Operation(
     " up to 31 of `A-Z a-z 0-9 . _ -`. The thread is unknown, so a hang has the cause `unknown`.",
     answer="Done.",
     status=204,
-    reasons=("bad_body", "too_many", "no_signals"),
+    reasons=("bad_body", "not_recording", "too_many", "no_signals"),
     commands=(
         CommandExample(
             "Beat once",
@@ -115,7 +116,7 @@ POST_GAUGES = Operation(
     " the last value of each of its intervals.",
     answer="Done.",
     status=204,
-    reasons=("bad_body", "too_many", "no_signals"),
+    reasons=("bad_body", "not_recording", "too_many", "no_signals"),
     commands=(
         CommandExample(
             "Frames per second",
@@ -183,6 +184,9 @@ class _Signals:
         return Response(status_code=204)
 
     def _signals(self) -> PostedSignals:
+        recorder = self._targets.default.recorder
+        if recorder.record is None or self._targets.default.replay is not None:
+            raise NotRecordingError(recorder.why_not_recorded or "a recorded run takes no heartbeats and no gauges")
         if self._posted is None:
             raise ProblemError("no_signals", "this sidecar has no page for heartbeats and gauges; its log states why")
         return self._posted
