@@ -52,13 +52,13 @@ static long long numbers_after(int file, const char *const *words)
     return sum;
 }
 
-enum { FIGURES = 7 };
+enum { FIGURES = 9 };
 static const char *const figure_paths[FIGURES] = {
-    "/proc/%s/status", "/proc/stat", "/proc/loadavg", "/proc/meminfo",
+    "/proc/%s/stat", "/sys/fs/cgroup/cpu/cpu.stat", "/proc/%s/status", "/proc/stat", "/proc/loadavg", "/proc/meminfo",
     "/proc/pressure/cpu", "/proc/pressure/memory", "/proc/pressure/io",
 };
 static const char *const figure_words[FIGURES][6] = {
-    {"VmHWM:", "RssAnon:", "VmSwap:"}, {"cpu "}, {""}, {"MemAvailable:", "SwapTotal:", "SwapFree:"},
+    {") "}, {"throttled_time"}, {"VmHWM:", "RssAnon:", "VmSwap:"}, {"cpu "}, {""}, {"MemAvailable:", "SwapTotal:", "SwapFree:"},
     {"total="}, {"total="}, {"total="},
 };
 

@@ -153,6 +153,8 @@ class Readings:
         if last is None or before is None or not self._same_machine(column, before, last):
             return None
         grown = max(0, figures[last] - figures[before])
+        if column is MACHINE[0]:
+            grown = self._at_most_all_cores(grown, before, last)
         if column.kind == "steady":
             return grown == 0
         if column.kind == "growth":
@@ -161,6 +163,11 @@ class Readings:
 
     def _percent(self, ns: int, before: int, last: int) -> float:
         return round(100 * ns / max(1, self._times[last] - self._times[before]), DECIMALS)
+
+    def _at_most_all_cores(self, ns: int, before: int, last: int) -> int:
+        """Return CPU time of the machine, which the kernel counts in ticks, as far as its cores have it."""
+        cores = self._frames.place(last)[0].first.cpu_count
+        return min(ns, cores * (self._times[last] - self._times[before])) if cores else ns
 
     def _same_machine(self, column: Column, before: int, last: int) -> bool:
         """Return whether two readings of a figure of the machine are of the same thing: the host, or the container."""
@@ -176,7 +183,8 @@ class Readings:
                 found.append(None)
                 continue
             ours = process if tree[before] < 0 or tree[last] < 0 else tree
-            used_ns = busy[last] - busy[before] - max(0, ours[last] - ours[before])
+            busy_ns = self._at_most_all_cores(busy[last] - busy[before], before, last)
+            used_ns = busy_ns - max(0, ours[last] - ours[before])
             found.append(self._percent(max(0, used_ns), before, last))
         return None if all(value is None for value in found) else found
 

@@ -194,7 +194,7 @@ def measure(first: Snapshot, last: Snapshot) -> Measurement:
         thread_wait_ns=thread_wait_ns,
         wait_ns=wait_ns,
         reaped_ns=reaped(first, last, elapsed_ns, warnings),
-        machine=machine_use(first.machine, last.machine),
+        machine=machine_use(first, last, elapsed_ns),
         tree=tree_use(first.tree, last.tree),
         warnings=tuple(warnings),
     )

@@ -6,7 +6,7 @@ from operator import sub
 from typing import NamedTuple, TypeVar
 
 from vitalsd.snapshot.comparison import Match
-from vitalsd.snapshot.reading import Child, MachineFigures, ProcessTree, Snapshot
+from vitalsd.snapshot.reading import Child, ProcessTree, Snapshot
 
 __all__ = [
     "MachineUse",
@@ -127,12 +127,20 @@ def reaped(first: Snapshot, last: Snapshot, elapsed_ns: int, warnings: list[str]
     return None
 
 
-def machine_use(before: MachineFigures | None, after: MachineFigures | None) -> MachineUse | None:
-    """Return what the machine did between two readings; ``None`` if either is missing or of something else."""
+def machine_use(first: Snapshot, last: Snapshot, elapsed_ns: int) -> MachineUse | None:
+    """
+    Return what the machine did between two snapshots; ``None`` if either was not read or is of something else.
+
+    The kernel counts in ticks, so in a short window its cores may seem to have used more time than they have.
+    """
+    before, after = first.machine, last.machine
     if before is None or after is None or before.in_container != after.in_container:
         return None
+    busy_ns = grown(before, after, lambda machine: machine.busy_ns)
+    if busy_ns is not None and last.cpu_count:
+        busy_ns = min(busy_ns, elapsed_ns * last.cpu_count)
     return MachineUse(
-        busy_ns=grown(before, after, lambda machine: machine.busy_ns),
+        busy_ns=busy_ns,
         cpu_pressure_ns=grown(before, after, lambda machine: machine.cpu_pressure_ns),
         memory_pressure_ns=grown(before, after, lambda machine: machine.memory_pressure_ns),
         io_pressure_ns=grown(before, after, lambda machine: machine.io_pressure_ns),

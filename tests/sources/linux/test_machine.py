@@ -1,5 +1,6 @@
 """The figures of the machine: of this one, and of kernels and containers made of files."""
 
+import itertools
 import os
 import sys
 import time
@@ -85,6 +86,8 @@ class Made:
             self.write(self.root / "7" / name, (Path("/proc/self") / name.rpartition("/")[2]).read_text())
         self.write(self.root / "7" / "status", "Tgid:\t7\n")
         self.files = ProcessFiles(7, str(self.root), has_pidfd=False)
+        self.times = itertools.count(0, 60_000_000_000)
+        """The reader looks for control groups at intervals."""
         self.reader = MachineReader(str(self.root), str(self.groups), str(self.cpus))
         self.warnings: list[str] = []
 
@@ -97,7 +100,7 @@ class Made:
     def read(self) -> MachineFigures:
         """Return the figures, and keep the warnings."""
         self.warnings.clear()
-        return self.reader.read(self.files, self.warnings)
+        return self.reader.read(self.files, next(self.times), self.warnings)
 
     def close(self) -> None:
         """Release both."""
@@ -185,15 +188,15 @@ def test_reader_in_a_forked_child_reads_on(make: Callable[..., Made]) -> None:
     """The child shares the open files; neither moves the other's position in them."""
     machine = MachineReader()
     made = make(V2_HOST)
-    before = machine.read(made.files, [])
+    before = machine.read(made.files, time.monotonic_ns(), [])
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         with closing(machine):
-            os.write(writer, str(machine.read(made.files, []).busy_ns).encode())
+            os.write(writer, str(machine.read(made.files, time.monotonic_ns(), []).busy_ns).encode())
         os._exit(0)
     os.waitpid(pid, 0)
-    in_child, after = int(os.read(reader, 32)), machine.read(made.files, [])
+    in_child, after = int(os.read(reader, 32)), machine.read(made.files, time.monotonic_ns(), [])
     os.close(reader)
     os.close(writer)
     machine.close()

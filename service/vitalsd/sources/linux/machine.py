@@ -37,6 +37,8 @@ V1_UNLIMITED = 1 << 62
 """Limits of memory from here on mean none, bytes."""
 THROTTLE_CPUS = 8
 """CPUs whose counts of throttling are read. Each CPU counts the events of its package."""
+FIND_EVERY_NS = 5_000_000_000
+"""Interval at which the control groups of the target are looked for, ns; a process rarely moves."""
 THROTTLED_NS = 1_000_000_000
 """For how long a CPU counts as throttled after the count has grown, ns."""
 CONTENT_BYTES = 8192
@@ -63,10 +65,16 @@ class MachineReader:
         self._v2 = unified if os.path.exists(f"{unified}/cgroup.controllers") else cgroups
         self._container: int | None = None
         """Version of the control groups that show a container; 0: they are the host's; ``None``: not yet known."""
+        self._found: list[tuple[int, str]] = []
+        """Version and path of the target's groups as they were found last."""
+        self._find_ns = 0
+        """Monotonic time at which they are looked for again."""
         self._groups: bytes | None = None
         """Content of the target's ``cgroup`` at the last reading."""
         self._quotas: list[tuple[str, str, int]] = []
         """Path, key and unit in ns of what counts throttling, for the target's group and those above it."""
+        self._throttle_files: list[str] | None = None
+        """Files that count throttling; ``None``: not looked for yet."""
         self._throttles: Sequence[int] = ()
         """Counts of throttling at the last reading."""
         self._throttled_ns: int | None = None
@@ -79,15 +87,19 @@ class MachineReader:
             if fd >= 0:
                 os.close(fd)
 
-    def read(self, files: ProcessFiles, warnings: list[str]) -> MachineFigures:
+    def read(self, files: ProcessFiles, now_ns: int, warnings: list[str]) -> MachineFigures:
         """
         Read the figures; what this system does not show is ``None``.
 
         Args:
             files: of the target.
+            now_ns: monotonic time, ns.
             warnings: gets one sentence that names what is missing, and why.
         """
-        groups = self._find_groups(files)
+        if now_ns >= self._find_ns:
+            self._find_ns = now_ns + FIND_EVERY_NS
+            self._found = self._find_groups(files)
+        groups = self._found
         is_here = bool(groups) and all(not path.startswith("/..") for _, path in groups)
         container = self._find_container() if is_here else 0
         busy_ns, load_milli, available, swap = self._of_container() if container else self._of_host()
@@ -242,9 +254,11 @@ class MachineReader:
     # Temperature
 
     def _thermal_level(self) -> int | None:
-        directories = [f"{self._cpus}/cpu{number}/thermal_throttle" for number in range(THROTTLE_CPUS)]
-        kinds = ("package", "core")
-        counts = [self._number(f"{directory}/{kind}_throttle_count") for directory in directories for kind in kinds]
+        if self._throttle_files is None:
+            directories = [f"{self._cpus}/cpu{number}/thermal_throttle" for number in range(THROTTLE_CPUS)]
+            files = [f"{directory}/{kind}_throttle_count" for directory in directories for kind in ("package", "core")]
+            self._throttle_files = [file for file in files if os.path.exists(file)]
+        counts = [self._number(file) for file in self._throttle_files]
         if all(count is None for count in counts):
             return None
         before, self._throttles = self._throttles, [count or 0 for count in counts]

@@ -64,6 +64,8 @@ class ProcessFiles:
         self.member = pid
         """Id of the thread through which the process is read: the main one, or another if that has exited."""
         self._fds: list[int] = []
+        self._process_stat = -1
+        """Descriptor of the ``stat`` of the process; -1 until it is needed."""
         try:
             self.start_ticks, self.first_name = self._attach(has_pidfd)
         except BaseException:
@@ -123,7 +125,9 @@ class ProcessFiles:
 
     def process_stat(self) -> Stat:
         """Read the ``stat`` of the process, in which times and faults are sums over all threads."""
-        return parse_stat(read_file("stat", self.directory))
+        if self._process_stat < 0:
+            self._process_stat = self._keep(os.open("stat", os.O_RDONLY, dir_fd=self.directory))
+        return parse_stat(reread(self._process_stat))
 
     def memory(self) -> MemoryPages:
         """Read the pages in use; all are 0 if the main thread has exited."""

@@ -195,6 +195,8 @@ class LinuxSource:
             warnings.append(
                 "wait_percent: this kernel does not count how long a thread waits for a CPU (schedstat): null"
             )
+        # First, because what follows may take long, and a rate of the machine is over the time of this snapshot.
+        machine = self._machine.read(self._files, monotonic_ns, warnings) if Part.FIGURES in parts else None
         figures = read_figures(self._files, warnings, is_own=self._is_own) if Part.FIGURES in parts else None
         thread_figures = read_thread_figures(threads.stats()) if Part.THREADS in parts else None
         tree = None
@@ -224,7 +226,7 @@ class LinuxSource:
             source=counter.source,
             figures=figures,
             thread_figures=thread_figures,
-            machine=self._machine.read(self._files, warnings) if Part.FIGURES in parts else None,
+            machine=machine,
             tree=tree,
             warnings=tuple(warnings),
         )
