@@ -82,6 +82,7 @@ class MachineReader:
 
     def close(self) -> None:
         """Release every descriptor. A second call does nothing."""
+        self._throttle_files = None
         while self._fds:
             _, fd = self._fds.popitem()
             if fd >= 0:
