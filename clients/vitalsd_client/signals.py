@@ -10,7 +10,7 @@ __all__ = ["gauge", "heartbeat"]
 
 def heartbeat(name: str, limit_s: float = 2.0) -> Heartbeat:
     """
-    Return the heartbeat of this process with this name, whose silence the sidecar of this process records as a hang.
+    Return the heartbeat of this process with this name. Its sidecar records the silences as hangs.
 
     Without a sidecar that watches this process it beats without effect until `vitalsd.start` or `vitalsd.spawn` starts
     one, or until the next call of this function finds one.
@@ -27,7 +27,7 @@ def heartbeat(name: str, limit_s: float = 2.0) -> Heartbeat:
 
 def gauge(name: str) -> Gauge:
     """
-    Return the gauge of this process with this name, whose values the sidecar of this process records.
+    Return the gauge of this process with this name. Its sidecar records the values.
 
     Raises:
         ValueError: the name is not valid, see `heartbeat`, or there are 32 already.

@@ -124,7 +124,7 @@ class Evidence:
     before: ThreadLook | None = None
     shares: TimeShares = field(default_factory=TimeShares)
     stalled: TimeShares = field(default_factory=TimeShares)
-    """TimeShares of the time between looks that were too far apart."""
+    """The same for the time between looks that were too far apart."""
     is_locked: bool = False
     """Whether the sidecar, in the same process, waited for the interpreter lock in that time."""
     states: Counter[str | None] = field(default_factory=Counter)

@@ -93,7 +93,7 @@ class Spawned:
 
     def heartbeat(self, name: str, limit_s: float = 2.0) -> Heartbeat:
         """
-        Return the heartbeat of this process with this name, whose silence the sidecar records as a hang.
+        Return the heartbeat of this process with this name. The sidecar records its silences as hangs.
 
         Args:
             name: a letter and up to 31 of ``A-Z a-z 0-9 . _ -``.
@@ -106,7 +106,7 @@ class Spawned:
 
     def gauge(self, name: str) -> Gauge:
         """
-        Return the gauge of this process with this name, whose values the sidecar records.
+        Return the gauge of this process with this name. The sidecar records its values.
 
         Raises:
             ValueError: the name is not valid, there are 32 already, or the sidecar watches another process.
