@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.paths import ROOT
+from support.stopwatch import Stopwatch
 from vitalsd.contract.signals import Signals, this_thread
 from vitalsd.contract.signals_page import (
     GAUGES,
@@ -196,6 +198,80 @@ def test_signals_without_a_sidecar_have_no_effect_and_move_to_the_next_one(page:
     assert list(heartbeat_slots(page.read())) == [], "or the first sidecar would see a silence"
     second.close()
     heartbeat.beat()
+
+
+def test_signals_of_a_page_that_was_cleared_move_whole_to_the_next_one(page: SignalsPage, signals: Signals) -> None:
+    """A sidecar that ends clears its page before the client leaves it."""
+    beating, paused, gauge = signals.heartbeat("ui"), signals.heartbeat("dialog"), signals.gauge("fps")
+    beating.beat()
+    paused.pause()
+    gauge.set(2)
+    page.clear()
+    signals.leave(page.reference)
+    second = SignalsPage()
+    signals.connect(second.reference)
+    beating.beat()
+    slots = {slot.name: slot for slot in heartbeat_slots(second.read())}
+    assert {name: slot.is_paused for name, slot in slots.items()} == {"ui": False, "dialog": True}
+    assert slots["ui"].tid == threading.get_native_id()
+    (moved,) = gauge_slots(second.read())
+    assert moved.value == 2
+    assert moved.set_at > 0
+    second.close()
+
+
+@on_linux
+def test_lock_of_a_page_is_not_inherited_by_a_forked_child(page: SignalsPage, signals: Signals) -> None:
+    """A child that another thread forks during the lock does not inherit it: the page can be locked at once."""
+    with MappedPage(page.reference).locked():
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        # In a process of its own, because a process does not exclude itself.
+        program = f"""
+import fcntl
+with open({page.reference["path"]!r}, "r+b") as file:
+    for lock in (fcntl.lockf, fcntl.flock):
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+"""
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+        signals.heartbeat("ui").beat()
+        assert only(page).name == "ui"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@on_linux
+def test_heartbeat_while_another_process_keeps_the_lock_takes_its_slot(page: SignalsPage, signals: Signals) -> None:
+    """A client that stops or hangs during the lock delays others by a moment, not until it proceeds."""
+    program = f"""
+import sys
+from vitalsd.contract.signals_page import MappedPage
+with MappedPage({dict(page.reference)!r}).locked():
+    print(flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": PATH},
+    ) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline()
+            opened = threading.Thread(target=lambda: signals.heartbeat("ui").beat(), daemon=True)
+            watch = Stopwatch()
+            opened.start()
+            opened.join(30)
+            assert watch.elapsed_s < watch.allowed_s(1)
+            assert holder.poll() is None
+            assert only(page).name == "ui"
+        finally:
+            holder.kill()
 
 
 def test_signals_that_cannot_be_mapped_warn_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -56,6 +56,11 @@ def beat_of(serving: Serving, name: str = "ui") -> dict[str, Any]:
     return next((each for each in serving.get("/heartbeats") if each["name"] == name), {})
 
 
+def last_gauges(serving: Serving) -> dict[str, float | None]:
+    """The gauges of the last row of /history."""
+    return {gauge["name"]: gauge["value"][-1] for gauge in serving.get("/history")["gauges"]}
+
+
 def hangs(serving: Serving) -> list[dict[str, Any]]:
     return [each for each in serving.get("/history")["events"] if each["kind"] == "hang"]
 
@@ -102,7 +107,7 @@ def test_heartbeat_with_a_name_of_another_form_is_refused(shared: Serving, name:
 @pytest.mark.parametrize(
     "body",
     [
-        *({"limit_s": limit} for limit in (0, -1, 0.249, 3600.5, 1e9, True, "2", None, [2])),
+        *({"limit_s": limit} for limit in (0, -1, 0.249, 3600.5, 1e9, True, "2", [2])),
         *({"state": state} for state in ("open", "", None, 1)),
         {"limit": 2},
         {"limit_s": 2, "name": "net"},
@@ -129,7 +134,7 @@ def test_heartbeat_with_a_body_that_is_no_number_or_no_json_is_refused(shared: S
 @pytest.mark.parametrize(
     "text",
     [
-        *('{"fps": "58"}', '{"fps": null}', '{"fps": true}', '{"fps": [1]}', '{"fps": {}}', '{"fps": NaN}'),
+        *('{"fps": "58"}', '{"fps": true}', '{"fps": [1]}', '{"fps": {}}', '{"fps": NaN}'),
         *('{"fps": 1e999}', '{"1x": 1}', '{"": 1}', '{"x y": 1}', '{"%s": 1}' % ("x" * 33), "[1]", "58", '{"a": 1'),
     ],
 )
@@ -143,6 +148,47 @@ def test_gauges_are_set_by_name(served: Serving) -> None:
     """Integers and fractions; no gauge at all is nothing to do."""
     for body in ({"fps": 58}, {"fps": -58.5, "queue.length": 0}, {}):
         assert post(served, "/gauges", body).status_code == 204
+
+
+def test_posted_gauge_that_is_null_is_closed(served: Serving) -> None:
+    """Its place is free, and its column ends; null for a gauge that is not open, and a later number, are accepted."""
+    assert post(served, "/gauges", {"fps": 58, "queue": 3}).status_code == 204
+    eventually(lambda: last_gauges(served) == {"fps": 58, "queue": 3}, 15)
+    assert post(served, "/gauges", {"fps": None, "never": None}).status_code == 204
+    eventually(lambda: last_gauges(served) == {"fps": None, "queue": 3}, 15)
+    assert post(served, "/gauges", {f"g{i}": i for i in range(GAUGES - 1)}).status_code == 204
+    assert post(served, "/gauges", {"g0": None, "fps": 1}).status_code == 204
+    eventually(lambda: last_gauges(served)["fps"] == 1, 15)
+
+
+@pytest.mark.parametrize("body", [{}, {"limit_s": None}], ids=json.dumps)
+def test_heartbeat_posted_without_a_limit_keeps_the_last_one(served: Serving, body: dict[str, None]) -> None:
+    """The first limit is 2 s; one that is posted holds until the heartbeat is closed."""
+    for limit_s, expected_ms in ((None, 2000), (60, 60_000), (None, 60_000)):
+        assert post(served, "/heartbeats/ui", body if limit_s is None else {"limit_s": limit_s}).status_code == 204
+        eventually(lambda: beat_of(served).get("limit_ms") == expected_ms, 15)  # noqa: B023 - called at once
+    assert post(served, "/heartbeats/ui", {**body, "state": "pause"}).status_code == 204
+    assert eventually(lambda: (beat := beat_of(served))["state"] == "paused" and beat, 15)["limit_ms"] == 60_000
+    assert post(served, "/heartbeats/ui", {"state": "close"}).status_code == 204
+    assert post(served, "/heartbeats/ui", body).status_code == 204
+    eventually(lambda: beat_of(served).get("limit_ms") == 2000, 15)
+
+
+def test_signals_posted_to_a_sidecar_that_records_nothing_are_refused(target: Target, short_path: Path) -> None:
+    """With an interval of 0 the sidecar looks at no page."""
+    with Serving(short_path, "--pid", str(target.pid), "--record-interval", "0") as serving:
+        for path, body in (("/heartbeats/ui", {}), ("/gauges", {"fps": 1})):
+            assert refusal(post(serving, path, body)) == (409, "not_recording")
+
+
+def test_heartbeat_is_watched_if_the_record_interval_is_longer_than_its_limit(target: Target, short_path: Path) -> None:
+    """The sidecar looks once a second even so: the heartbeat is there long before the second snapshot."""
+    with Serving(short_path, "--pid", str(target.pid), "--record-interval", "10") as serving:
+        eventually(lambda: len(serving.get("/history")["time_ms"]) == 1, 15)
+        assert post(serving, "/heartbeats/ui", {"limit_s": 0.5}).status_code == 204
+        eventually(lambda: beat_of(serving).get("cause"), 15)
+        assert len(serving.get("/history")["time_ms"]) == 1
+        assert hangs(serving)
 
 
 def test_posted_signals_find_no_place_if_the_client_has_taken_all(short_path: Path) -> None:

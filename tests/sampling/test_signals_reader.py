@@ -167,6 +167,39 @@ def test_look_after_the_page_was_closed_finds_nothing(page: CountedPage, reader:
     assert reader.gauges == {}
 
 
+def test_pages_of_forty_targets_in_a_row_have_room_for_the_next(page: CountedPage) -> None:
+    """None of them closes what it opens. The next one finds a slot, and its reader nothing of those before."""
+    worker = Worker("reader")
+    for number in range(40):
+        recorder = Recorder(IDENTITY, RecorderConfig())
+        reader = SignalsReader(page, FakeSource(Process()), recorder, worker, is_inside=False)
+        assert reader.look() == ()
+        client = Signals(needs_slot=True)
+        client.connect(page.reference)
+        client.heartbeat(f"h{number}", 60).beat()
+        client.gauge(f"g{number}").set(number)
+        assert worker.submit(reader.look).result(10) == ((f"g{number}", number),)
+        eventually(lambda: [each.name for each in reader.statuses], 10)  # noqa: B023 - called at once
+        assert [each.name for each in reader.statuses] == [f"h{number}"]
+        worker.submit(reader.close).result(10)
+        recorder.close()
+    worker.stop(1)
+
+
+def test_signals_of_a_program_that_was_replaced_are_freed(reader: SignalsReader, page: CountedPage) -> None:
+    """What the new program has opened since the last look stays."""
+    old, new = Signals(), Signals()
+    for client, name in ((old, "old"), (new, "new")):
+        client.connect(page.reference)
+        client.heartbeat(name, 60).beat()
+        client.gauge(name).set(1)
+        if client is old:
+            reader.look()
+    reader.executed()
+    assert reader.look() == (("new", 1.0),)
+    eventually(lambda: [each.name for each in reader.statuses] == ["new"], 10)
+
+
 HANG = Hang(5, 7, 1_000_000, "ui", "unknown", "", ongoing=True)
 
 

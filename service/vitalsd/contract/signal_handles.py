@@ -89,7 +89,7 @@ class Heartbeat:
     method may be called from any thread, and none raises.
     """
 
-    __slots__ = ("_limit_ns", "_place", "_signals", "is_closed", "name")
+    __slots__ = ("_limit_ns", "_place", "_signals", "_state", "is_closed", "name")
 
     def __init__(self, signals: Owner, name: str, limit_s: float) -> None:
         self.is_closed = False
@@ -98,7 +98,8 @@ class Heartbeat:
         self._limit_ns = round(limit_s * 1e9)
         self._place: Place = (memory_words(SLOT_WORDS), 0)
         self.name = name
-        self._open()
+        self._state = OPEN  # not read from the page: a sidecar clears it when it ends
+        self._place[0][STATE] = OPEN
 
     @property
     def limit_s(self) -> float:
@@ -124,14 +125,14 @@ class Heartbeat:
     def pause(self) -> None:
         """Expect no beats until `resume`: for a modal dialog, a debugger or a task that is known to be long."""
         words, at = self._place
-        words[at + STATE] = PAUSED
+        words[at + STATE] = self._state = PAUSED
 
     def resume(self) -> None:
         """Expect beats again, from now on."""
         words, at = self._place
         if words[at + BEAT]:
             words[at + BEAT] = monotonic_ns()
-        words[at + STATE] = OPEN
+        words[at + STATE] = self._state = OPEN
 
     def beat_on_asyncio(self, loop: AsyncioLoop) -> None:
         """Beat on an event loop of asyncio until `close`; from any thread. An ended loop raises `RuntimeError`."""
@@ -179,10 +180,10 @@ class Heartbeat:
     def close(self) -> None:
         """End the heartbeat, and release its name. A beat after it has no effect."""
         self.is_closed = True
+        self._signals.discard(self)  # first: from now on no other thread moves it
         words, at = self._place
         self._place = (memory_words(SLOT_WORDS), 0)
         words[at + STATE] = FREE
-        self._signals.discard(self)
 
     def set_limit(self, limit_s: float) -> None:
         """Set the limit, in s."""
@@ -201,14 +202,10 @@ class Heartbeat:
         words[at + HEARTBEAT_NAME : at + HEARTBEAT_NAME + 4] = _words(name_words(self.name))
         words[at + LIMIT] = self._limit_ns
         words[at + OWNER_START] = self._signals.start_key
-        words[at + STATE] = old[old_at + STATE]  # last: the sidecar reads a slot that is not free
+        words[at + STATE] = self._state  # last: the sidecar reads a slot that is not free
         self._place = (words, at)
         if not keeps_old:
             old[old_at + STATE] = FREE  # or a sidecar that still runs would see a silence
-
-    def _open(self) -> None:
-        words, at = self._place
-        words[at + STATE] = OPEN
 
 
 class Gauge:
@@ -218,13 +215,16 @@ class Gauge:
     The sidecar records the last value at each of its intervals. `set` may be called from any thread, and never raises.
     """
 
-    __slots__ = ("_place", "_signals", "name")
+    __slots__ = ("_last", "_place", "_signals", "name")
 
     def __init__(self, signals: Owner, name: str) -> None:
         self._signals = signals
         self._place: Place = (memory_words(GAUGE_WORDS), 0)
         self.name = name
         self._place[0][GAUGE_STATE] = OPEN
+        self._last = (0, 0)
+        """Last value and its time, as in the page. A sidecar clears the page when it ends, and the next one needs them.
+        """
 
     def set(self, value: float) -> None:
         """Set the value. One that is not a finite number is ignored."""
@@ -234,22 +234,22 @@ class Gauge:
             return
         if math.isfinite(number):
             words, at = self._place
-            words[at + VALUE] = int.from_bytes(struct.pack("=d", number), sys.byteorder)
-            words[at + SET] = monotonic_ns()
+            self._last = (int.from_bytes(struct.pack("=d", number), sys.byteorder), monotonic_ns())
+            words[at + VALUE], words[at + SET] = self._last
 
     def close(self) -> None:
         """End the gauge, and release its name. A value after it has no effect."""
+        self._signals.discard(self)  # first: from now on no other thread moves it
         words, at = self._place
         self._place = (memory_words(GAUGE_WORDS), 0)
         words[at + GAUGE_STATE] = FREE
-        self._signals.discard(self)
 
     def move(self, words: "memoryview[int]", at: int, *, keeps_old: bool = False) -> None:
         """Signal in another slot from now on, which is free, and release the old one unless it is the parent's."""
         old, old_at = self._place
-        words[at + VALUE], words[at + SET] = old[old_at + VALUE], old[old_at + SET]
+        words[at + VALUE], words[at + SET] = self._last
         words[at + GAUGE_NAME : at + GAUGE_NAME + 4] = _words(name_words(self.name))
-        words[at + GAUGE_STATE] = old[old_at + GAUGE_STATE]
+        words[at + GAUGE_STATE] = OPEN
         self._place = (words, at)
         if not keeps_old:
             old[old_at + GAUGE_STATE] = FREE
