@@ -299,9 +299,11 @@ def test_page_after_a_sidecar_restart_continues(page: Browser, start: Any, tmp_p
         first.process.kill()
         first.process.wait()
     page.eventually("document.querySelector('#status').dataset.kind === 'wait'")
-    with Serving(tmp_path, "--pid", str(one.pid), "--port", port, "--record-interval", "0.1"):
+    with Serving(tmp_path, "--pid", str(one.pid), "--port", port, "--record-interval", "0.1") as second:
         page.eventually(LIVE, seconds=20)
         assert page.run("document.querySelector('#count').textContent") == "3"
+        # The page offers runs of two snapshots and more.
+        eventually(lambda: [run for run in second.get("/runs") if run["state"] == "running" and run["snapshots"] > 1])
         one.kill()
     page.eventually("document.querySelector('#status').dataset.kind === 'wait'")
     with Serving(tmp_path, "--pid", str(two.pid), "--port", port) as third:

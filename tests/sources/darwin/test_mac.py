@@ -313,6 +313,7 @@ def test_child_counts_while_it_lives_and_once_when_it_was_waited_for() -> None:
         zombie = source.snapshot(parts=Part.FIGURES | Part.CHILDREN).tree
         assert zombie is not None
         assert child.pid not in [each.pid for each in zombie.children]
+    time.sleep(0.05)  # it also knows CPU times of children to 10 ms only, which a child must have had time to use
     reaped = source.snapshot(parts=Part.FIGURES | Part.CHILDREN)
     assert reaped.tree is not None
     assert reaped.figures is not None

@@ -167,6 +167,7 @@ def test_foreign_process_with_the_pid_of_a_child_is_no_child(family: Family, bud
 
 def reuse_pid_of_child(family: Family, source: LinuxSource) -> None:
     child, later = family.fork(family.pid), family.fork(family.pid)
+    time.sleep(0.03)  # A process with the same number and the same start, to 10 ms, is the same one to any reader.
     old = next(each for each in tree_of(source).children if each.pid == child)
     family.end(child, family.pid)
     for _ in range(50):
