@@ -212,7 +212,7 @@ def every_route(http: httpx.Client) -> Iterator[tuple[str, int]]:
     paths: dict[str, dict[str, Any]] = http.get("/openapi.json").json()["paths"]
     (run, *_) = http.get("/runs").json()
     for path, methods in paths.items():
-        filled = path.replace("{run_id}", run["id"])
+        filled = path.replace("{run_id}", run["id"]).replace("{name}", "ui")
         assert "{" not in filled
         for method in methods:
             query = {"nonce": "0" * 32} if path == "/hello" else {}
