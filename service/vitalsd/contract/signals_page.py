@@ -7,7 +7,7 @@ the byte order of the machine, aligned to 8 bytes; the value of a gauge is a dou
 
 Linux: a memfd that is fully allocated and sealed against a change of its size, so that no store and no load ends a
 process by SIGBUS. A client opens it by ``/proc/PID/fd/N``, which the kernel allows to the same user alone. macOS: a
-POSIX shared memory object, whose size can be set only once.
+POSIX shared memory object; its size can be set only once.
 """
 
 import fcntl
@@ -71,7 +71,7 @@ KINDS = (
 """First word, words of a slot, number of slots and place of the state in a slot: of heartbeats, then of gauges."""
 
 FREE, OPEN, PAUSED = 0, 1, 2
-"""States of a slot. A heartbeat that is open, and whose word `BEAT` is 0, has not begun to beat."""
+"""States of a slot. An open heartbeat with 0 in its word `BEAT` has not begun to beat."""
 
 F_ADD_SEALS, F_GET_SEALS, SEALS = 1033, 1034, 0x1 | 0x2 | 0x4
 """fcntl(2): F_ADD_SEALS, F_GET_SEALS; F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW. macOS has none of them."""

@@ -116,7 +116,7 @@ class HeartbeatWatch:
         self._has_ended = False
         """Whether the thread that beat has ended."""
         self._warned_of = 0
-        """The thread about whose end a warning was logged."""
+        """The thread that has ended, as the last warning in the log says."""
         self._hang: Hang | None = None
         self._rest(look)
 

@@ -156,7 +156,7 @@ class EventJson(TypedDict):
         Doc(
             "stopped: by a signal, a debugger or a freezer. clock_set: the wall clock. inconsistent: the CPU"
             " counters contradicted each other, and the threads have no figure there. child_reaped: the target waited"
-            " for children whose CPU time is from before. hang: no beat of a heartbeat"
+            " for children with CPU time from before. hang: no beat of a heartbeat"
             " came for longer than its limit; it has the time of the last beat."
         ),
     ]

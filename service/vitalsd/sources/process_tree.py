@@ -29,7 +29,7 @@ class Member(NamedTuple):
     One process in one reading.
 
     A source reads a parent before its children, passes a zombie until its parent has waited for it, and goes on to pass
-    a descendant whose parent has ended.
+    a descendant after its parent has ended.
     """
 
     key: Key
@@ -97,7 +97,7 @@ class ProcessLedger:
         found: dict[Key, Key | None] = {}
         for key in gone:
             heir = keys.get(self._rows[key].parent)
-            for _ in gone:  # Not forever, if rows name each other as parents.
+            for _ in gone:  # Bounded, because rows may name each other as parents.
                 if heir is None or heir in living:
                     break
                 heir = keys.get(self._rows[heir].parent)

@@ -7,7 +7,7 @@ Facts about the kernel (xnu-11417; each has a test over the simulator):
 - ``proc_pid_rusage`` answers for a zombie with its final CPU time. The kernel adds that to ``ri_child_*`` of the parent
   when the parent waits for it, and at once if the parent ignores SIGCHLD (bsd/kern/kern_exit.c).
 - Between its exit and its state as a zombie a process is listed, and no call finds it.
-- A child whose parent ends becomes a child of launchd. A source that has seen it before follows it.
+- If a parent ends, its child becomes a child of launchd. A source that has seen it before follows it.
 
 Helpers that launchd starts for an application (XPC services) are children of launchd from the beginning, so they are
 not descendants and are not read.
@@ -124,7 +124,7 @@ class ChildrenReader:
                     reading.unreadable += 1
 
     def _follow(self, reading: _Reading, pid: int) -> None:
-        """Add a process of the reading before whose parent has ended, and its descendants, if it still lives."""
+        """Add a process of the reading before if it lives and its parent has ended, with its descendants."""
         try:
             row = self._row(pid, 0)
         except (OSError, MachError):

@@ -114,7 +114,7 @@ class ThreadCounter(Protocol):
         Return the CPU time in each reading and the wait of its thread, ns; equal readings have the same times.
 
         Raises:
-            OSError: with an errno in `GONE` if a thread has exited whose wait is not in its reading.
+            OSError: with an errno in `GONE` if a thread has exited and its reading lacks the wait.
         """
         ...
 

@@ -36,7 +36,7 @@ V1_CPU = ("cpu", "cpu,cpuacct")
 V1_UNLIMITED = 1 << 62
 """Limits of memory from here on mean none, bytes."""
 THROTTLE_CPUS = 8
-"""CPUs whose counts of throttling are read. Each CPU counts the events of its package."""
+"""Number of CPUs of which the counts of throttling are read. Each CPU counts the events of its package."""
 FIND_EVERY_NS = 5_000_000_000
 """Interval at which the control groups of the target are looked for, ns; a process rarely moves."""
 THROTTLED_NS = 1_000_000_000

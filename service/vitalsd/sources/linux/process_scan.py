@@ -35,7 +35,7 @@ class ProcessScan:
 
     Args:
         procfs: descriptor of its directory.
-        is_own_namespace: whether it is of our own pid namespace, whose ids ``/proc/loadavg`` shows us.
+        is_own_namespace: whether it is of our own pid namespace: ``/proc/loadavg`` shows the ids of that one.
     """
 
     def __init__(self, procfs: int, *, is_own_namespace: bool) -> None:
